@@ -1,0 +1,289 @@
+"""Rules between keys: refused with the numbers, or warned about where a setting cannot act."""
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from titan_lite.config import rules
+from titan_lite.config.dims import ParallelDims
+from titan_lite.config.load import ConfigError, Problem, load_config, read_config
+from titan_lite.config.render import to_toml
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def check(*settings: str, world_size: int = 1) -> ParallelDims:
+    loaded = load_config(None, [f"--{setting}" for setting in settings])
+    return rules.check(loaded, world_size)
+
+
+def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
+    with pytest.raises(ConfigError) as error:
+        check(*settings, world_size=world_size)
+    return error.value.problems
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size", "key", "message"),
+    [
+        (
+            ["parallel.tp=2", "parallel.reshard_after_forward=2"],
+            8,
+            "parallel.reshard_after_forward",
+            "2: FSDP2 does not regroup parameters that parallel.tp (2) has split",
+        ),
+        (["parallel.pp=4"], 4, "parallel.pp", "4: pipeline parallel is not available in this ver"),
+        (["parallel.cp=2"], 2, "parallel.cp", "2: context parallel is not available in this vers"),
+        (
+            ["parallel.dp_shard=4", "parallel.dp_replicate=2"],
+            6,
+            "parallel.dp_shard",
+            "the world size is 6, but the degrees multiply to 8: pp (1) x dp_replicate (2) x "
+            "dp_shard (4) x cp (1) x tp (1)",
+        ),
+        (["parallel.dp_replicate=4"], 6, "parallel.dp_replicate", "6 is not a multiple of pp (1)"),
+        (["data.dataset_path=none[0].txt"], 1, "data.dataset_path", "no such file"),
+        (["data.dataset_path=~/no/such/x.txt"], 1, "data.dataset_path", "and no folder"),
+        ([f"data.dataset_path={'x' * 300}"], 1, "data.dataset_path", "no such file"),
+        ([f"data.tokenizer_path={'x' * 300}/a"], 1, "data.tokenizer_path", "no such file"),
+        ([], 0, "parallel.dp_shard", "the world size 0 is not a multiple"),
+        (
+            ["training.global_batch_size=12", "training.local_batch_size=2"],
+            4,
+            "training.global_batch_size",
+            "12 is not a multiple of local_batch_size (2) x data-parallel degree (4) = 8",
+        ),
+        (
+            ["parallel.reshard_after_forward=3"],
+            8,
+            "parallel.reshard_after_forward",
+            "3 ranks are no smaller group that divides the 8 over which FSDP shards; use one of 2",
+        ),
+        (
+            ["parallel.reshard_after_forward=8"],
+            8,
+            "parallel.reshard_after_forward",
+            "use one of 2, 4",
+        ),
+        (
+            ["parallel.reshard_after_forward=2"],
+            2,
+            "parallel.reshard_after_forward",
+            'use "always" or "never"',
+        ),
+        (
+            ["checkpoint.load_step=20"],
+            1,
+            "checkpoint.load_step",
+            "20 cannot be loaded: checkpoint.enable is false",
+        ),
+        (
+            ["checkpoint.enable=true", "checkpoint.load_step=20", "training.steps=20"],
+            1,
+            "checkpoint.load_step",
+            "20 leaves nothing to train: training.steps is 20",
+        ),
+        (
+            ["profiling.enable_profiling=true", "profiling.profile_freq=2"],
+            1,
+            "profiling.profile_freq",
+            "2 is shorter than the 3 steps recorded in each period",
+        ),
+        (
+            ["parallel.async_tp=true", "parallel.sequence_parallel=false"],
+            1,
+            "parallel.async_tp",
+            "overlaps the gathers and scatters of sequence parallel with matmuls: set "
+            "compile.enable = true and parallel.tp > 1 and parallel.sequence_parallel = true",
+        ),
+        (["optimizer.beta2=1"], 1, "optimizer.beta2", "1 never forgets, and divides by zero"),
+        (
+            ["data.dataset_path=texts/*.jsonl"],
+            1,
+            "data.dataset_path",
+            'no such file: "texts/*.jsonl", and no folder "texts"',
+        ),
+        (
+            ["data.tokenizer_path=tokenizer.model"],
+            1,
+            "data.tokenizer_path",
+            'no such file: "tokenizer.model"; did you mean "tokeniser.model"?',
+        ),
+        (["data.tokenizer_path=."], 1, "data.tokenizer_path", "a folder, where a file is expected"),
+        (
+            ["job.dump_folder=tokeniser.model/run"],
+            1,
+            "job.dump_folder",
+            'cannot be made: "tokeniser.model" is a file',
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_numbers(
+    settings: list[str], world_size: int, key: str, message: str
+) -> None:
+    Path("tokeniser.model").write_text("")
+    (problem,) = broken(*settings, world_size=world_size)
+    assert problem.key == key
+    assert problem.source == ("command line" if settings else "default")
+    assert message in problem.message
+
+
+def test_sequences_must_divide_over_the_context_and_tensor_axes() -> None:
+    found = broken("parallel.cp=4", "parallel.tp=3", "training.seq_len=100", world_size=12)
+    assert [p.message for p in found if p.key == "training.seq_len"] == [
+        "100 is not divisible by 2 x parallel.cp (4) = 8",
+        "100 is not divisible by parallel.tp (3)",
+    ]
+
+
+def test_all_broken_rules_stand_together() -> None:
+    found = broken(
+        "parallel.reshard_after_forward=5",
+        "training.global_batch_size=3",
+        "optimizer.beta1=1",
+        "data.tokenizer_path=x",
+        world_size=4,
+    )
+    assert {p.key for p in found} == {
+        "parallel.reshard_after_forward",
+        "training.global_batch_size",
+        "optimizer.beta1",
+        "data.tokenizer_path",
+    }
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("locked").mkdir()
+    # The superuser may write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: path != "locked")
+    (problem,) = broken("job.dump_folder=locked/new/run")
+    assert problem.key == "job.dump_folder"
+    assert problem.message == 'cannot be written: no permission to write in "locked"'
+    check("job.dump_folder=open")
+
+
+def test_a_path_of_documents_is_literal_before_it_is_a_glob(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("part[0].txt").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    check("data.dataset_path=part[0].txt")
+    check("data.dataset_path=~/part[0].txt", "data.tokenizer_path=~/part[0].txt")
+    check("data.dataset_path=~/*.txt")
+
+
+def test_rules_without_degrees_hold_where_the_world_size_does_not_divide() -> None:
+    found = broken(
+        "parallel.dp_replicate=2",
+        "training.global_batch_size=3",
+        "training.local_batch_size=2",
+        world_size=3,
+    )
+    assert [p.key for p in found] == ["parallel.dp_replicate", "training.global_batch_size"]
+    assert found[1].message == "3 is not a multiple of local_batch_size (2)"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["parallel.dp_replicate=x", "parallel.dp_shard=4"],
+        ["parallel.dp_replicat=2", "parallel.dp_shard=4"],
+        ["training.local_batch_size=0", "training.global_batch_size=12"],
+        ["checkpoint.enable=1", "checkpoint.load_step=5"],
+        ["training.step=9000", "checkpoint.enable=true", "checkpoint.load_step=10000"],
+        ["parallel.dp_shard=x", "parallel.reshard_after_forward=9"],
+    ],
+)
+def test_a_key_that_has_a_problem_breaks_no_rule(settings: list[str]) -> None:
+    loaded = read_config(None, [f"--{setting}" for setting in settings])
+    with pytest.raises(ConfigError) as error:
+        rules.check(loaded, 8)
+    assert error.value.problems == loaded.problems
+    assert len(loaded.problems) == 1
+
+
+def test_what_can_work_gives_the_degrees() -> None:
+    Path("a.txt").write_text("")
+    dims = check(
+        "parallel.dp_replicate=2",
+        "training.global_batch_size=32",
+        "parallel.reshard_after_forward=2",
+        "data.dataset_path=*.txt",
+        "data.tokenizer_path=a.txt",
+        world_size=8,
+    )
+    assert dims == ParallelDims(pp=1, dp_replicate=2, dp_shard=4, cp=1, tp=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size", "message"),
+    [
+        (["data.num_streams=6"], 4, "data.num_streams (6) is not a multiple of the data-parallel"),
+        (["data.shuffle_buffer=100"], 1, "data.shuffle_buffer (100) leaves fewer than 2 documents"),
+        (
+            ["training.steps=20"],
+            1,
+            "lr_scheduler.warmup_steps (200) are not over before training.steps (20) are: "
+            "the peak optimizer.lr (0.0003) is not reached",
+        ),
+        (
+            ["lr_scheduler.decay_ratio=0"],
+            1,
+            'lr_scheduler.decay_type ("cosine") cannot act: decay_ratio (0) of 10000 steps',
+        ),
+        (
+            ["lr_scheduler.decay_ratio=0.9", "training.steps=1000"],
+            1,
+            "warm-up (200) and decay (900 steps, decay_ratio 0.9) are longer than "
+            "training.steps (1000)",
+        ),
+        (["checkpoint.interval=5"], 1, "checkpoint.interval (command line) cannot act: checkpoint"),
+        (["profiling.profile_freq=5"], 1, "profiling.profile_freq (command line) cannot act"),
+        (
+            ["profiling.enable_profiling=true", "training.steps=250", "profiling.profile_freq=300"],
+            1,
+            "profiling.enable_profiling (command line) cannot act: training.steps is 250, "
+            "profiling.profile_freq 300",
+        ),
+        (["parallel.reshard_after_forward=never"], 1, "cannot act: nothing is sharded"),
+        (["data.shuffle=false", "data.shuffle_buffer=500"], 1, "cannot act: data.shuffle is false"),
+        (["data.dataset_path=.", "data.dataset=c4"], 1, "data.dataset (command line) cannot act"),
+        (["data.subset=en"], 1, 'data.subset (command line) cannot act: data.dataset is "bundled"'),
+        (
+            ["optimizer.weight_decay=0", 'optimizer.no_decay=["norm"]'],
+            1,
+            "optimizer.no_decay (command line) cannot act: weight_decay is 0",
+        ),
+        (
+            ["lr_scheduler.decay_type=constant", "lr_scheduler.decay_ratio=0.5"],
+            1,
+            'lr_scheduler.decay_ratio (command line) cannot act: decay_type is "constant"',
+        ),
+    ],
+)
+def test_what_cannot_act_is_warned_about(
+    settings: list[str], world_size: int, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "titan_lite.config"):
+        check(*settings, world_size=world_size)
+    (record,) = caplog.records
+    assert message in record.getMessage()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 64])
+def test_the_defaults_give_no_warning(world_size: int, caplog: pytest.LogCaptureFixture) -> None:
+    check(world_size=world_size)
+    assert not caplog.records
+
+
+def test_a_written_configuration_gives_no_more_warnings_than_it_had(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    Path("all.toml").write_text(to_toml(load_config(None)))
+    rules.check(load_config("all.toml"), 1)
+    assert not caplog.records

@@ -1,0 +1,84 @@
+"""The degrees of the device mesh as one pure value: which rank stands where, who shares what."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+from titan_lite.config.schema import Parallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelDims:
+    """Degree of each mesh axis; ranks are numbered row-major in AXES order, tp fastest."""
+
+    AXES: ClassVar[tuple[str, ...]] = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+    pp: int
+    dp_replicate: int
+    dp_shard: int
+    cp: int
+    tp: int
+
+    @classmethod
+    def resolve(cls, parallel: Parallel, world_size: int) -> ParallelDims:
+        """The degrees of a world, `dp_shard = -1` taking what the others leave.
+
+        Raises ValueError, with the numbers, when the degrees do not multiply to the world size.
+        """
+        degrees = {axis: getattr(parallel, axis) for axis in cls.AXES}
+        given = {axis: degree for axis, degree in degrees.items() if degree != -1}
+        product = math.prod(given.values())
+        factors = " x ".join(f"{axis} ({degree})" for axis, degree in given.items())
+        if len(given) == len(degrees) and product != world_size:
+            raise ValueError(
+                f"the world size is {world_size}, but the degrees multiply to {product}: {factors}"
+            )
+        if world_size < 1 or world_size % product:
+            raise ValueError(
+                f"the world size {world_size} is not a multiple of {factors} = {product}, "
+                "so dp_shard = -1 has nothing to become"
+            )
+        return cls(**{"dp_shard": world_size // product, **given})
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the run."""
+        return math.prod(asdict(self).values())
+
+    @property
+    def batch(self) -> int:
+        """Ranks (or groups of them) that get different samples."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def fsdp(self) -> int:
+        """Ranks over which FSDP2 shards each parameter."""
+        return self.dp_shard * self.cp
+
+    @property
+    def loss(self) -> int:
+        """Ranks over which token losses are summed."""
+        return self.batch * self.cp
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Place of a rank on each axis."""
+        assert 0 <= rank < self.world_size, f"rank {rank} of {self.world_size}"
+        place = {}
+        for axis in reversed(self.AXES):
+            rank, place[axis] = divmod(rank, getattr(self, axis))
+        return {axis: place[axis] for axis in self.AXES}
+
+    def rank(self, coordinates: Mapping[str, int]) -> int:
+        """The rank at a place; the inverse of `coordinates`."""
+        rank = 0
+        for axis in self.AXES:
+            rank = rank * getattr(self, axis) + coordinates[axis]
+        return rank
+
+    def batch_rank(self, rank: int) -> int:
+        """Which share of the samples a rank reads, from 0 to batch - 1."""
+        place = self.coordinates(rank)
+        return place["dp_replicate"] * self.dp_shard + place["dp_shard"]

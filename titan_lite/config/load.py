@@ -1,0 +1,220 @@
+"""TOML files and command-line overrides become one frozen Config that knows its origins."""
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from titan_lite.config.problems import (
+    FIELDS,
+    KEYS,
+    ConfigError,
+    Problem,
+    did_you_mean,
+    literal,
+    near_file,
+    nearest,
+    quote,
+    unknown_key,
+    unknown_table,
+    wrong_value,
+)
+from titan_lite.config.schema import Config
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["ConfigError", "LoadedConfig", "Problem", "load_config", "read_config"]
+
+COMMAND_LINE = "command line"
+DEFAULT = "default"
+Tables = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A valid Config; origins maps each dotted key to "default", a file or "command line"."""
+
+    config: Config
+    origins: dict[str, str]
+    problems: tuple[Problem, ...] = ()
+    """What was left out of the Config, and why; a run needs there to be none."""
+
+    @cached_property
+    def in_doubt(self) -> frozenset[str]:
+        """Keys that a problem may keep from the value that was meant: no rule judges them."""
+        if any(problem.key.rpartition(".")[2] in ("", "extends") for problem in self.problems):
+            # A file is missing as a whole; what the command line says stands above any file.
+            lost = {key for key in KEYS if self.origins[key] != COMMAND_LINE}
+        else:
+            lost = set()
+        names = {name for problem in self.problems for name in (problem.key, *problem.meant)}
+        return frozenset(
+            lost | {key for key in KEYS if key in names or key.partition(".")[0] in names}
+        )
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Load defaults < TOML file (its `extends` first) < overrides, the last one winning.
+
+    An override is `--section.key=value`; the value is read as a TOML value, and as a plain string
+    where it is none. Without a path the defaults are the base.
+    Raises ConfigError with every problem of every layer, those of overridden values included.
+    """
+    loaded = read_config(path, overrides)
+    if loaded.problems:
+        raise ConfigError(loaded.problems)
+    return loaded
+
+
+def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """As load_config, but problems are kept beside the valid part, for the rules to add theirs.
+
+    models.rules.check raises them all together.
+    """
+    problems: list[Problem] = []
+    layers = [] if path is None else _read_layers(os.fspath(path), [], problems)
+    for override in overrides:
+        if tables := _parse_override(override, problems):
+            layers.append((COMMAND_LINE, tables))
+
+    merged: dict[str, dict[str, Any]] = {section: {} for section in FIELDS}
+    origins = dict.fromkeys(KEYS, DEFAULT)
+    for source, tables in layers:
+        problems += _take_problems(source, tables)
+        for section, table in tables.items():
+            merged[section] |= table
+            origins.update({f"{section}.{key}": source for key in table})
+    return LoadedConfig(Config.model_validate(merged), origins, tuple(problems))
+
+
+def _read_layers(name: str, chain: list[str], problems: list[Problem]) -> list[tuple[str, Tables]]:
+    """The file's layers, those it extends first; `chain` holds the files that led here."""
+    tables = _read_toml(name, chain, problems)
+    if tables is None:
+        return []
+    base = tables.pop("extends", None)
+    if base is None:
+        return [(name, tables)]
+    if not isinstance(base, str):
+        message = f"expected the name of a TOML file, got {literal(base)}"
+        problems.append(Problem("extends", name, message))
+        return [(name, tables)]
+    base_name = os.path.normpath(Path(name).parent / base)
+    chain = [*chain, name]
+    if base_name in map(os.path.normpath, chain):
+        message = f"the files extend each other in a circle: {' -> '.join([*chain, base_name])}"
+        problems.append(Problem("extends", name, message))
+        return [(name, tables)]
+    return [*_read_layers(base_name, chain, problems), (name, tables)]
+
+
+def _read_toml(name: str, chain: list[str], problems: list[Problem]) -> Tables | None:
+    """The tables of a TOML file, or None and a problem, attributed to the file that named it."""
+    try:
+        text = Path(name).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        byte = error.object[error.start]
+        problems.append(Problem("", name, f"not UTF-8 text: byte 0x{byte:02x} in line {line}"))
+        return None
+    except (OSError, ValueError) as error:
+        reason = _unreadable(Path(name), error)
+        if chain:
+            problems.append(Problem("extends", chain[-1], f"base file {quote(name)}: {reason}"))
+        else:
+            problems.append(Problem("", name, reason))
+        return None
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        problems.append(Problem("", name, f"not valid TOML: {error}{_line_at_fault(text, error)}"))
+        return None
+
+
+def _unreadable(path: Path, error: OSError | ValueError) -> str:
+    if isinstance(error, IsADirectoryError):
+        files = sorted(file.name for file in path.glob("*.toml"))
+        held = f"; it holds {', '.join(files[:8])}" if files else ""
+        return f"a folder, where a TOML file is expected{held}"
+    if not isinstance(error, FileNotFoundError):
+        return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    return f"no such file{near_file(path, '*.toml')}"
+
+
+def _line_at_fault(text: str, error: BaseException) -> str:
+    """The offending line, and the most common mistake: a string without quotes."""
+    if (match := re.search(r"at line (\d+)", str(error))) is None:
+        return ""
+    line = text.splitlines()[int(match[1]) - 1 : int(match[1])]
+    if not line:
+        return ""
+    bare = re.fullmatch(r"\s*[\w-]+\s*=\s*([A-Za-z_][^\s\"'#]*)\s*(#.*)?", line[0])
+    hint = f"; write a string in quotes: {quote(bare[1])}" if bare else ""
+    return f": {line[0].strip()}{hint}"
+
+
+def _parse_override(override: str, problems: list[Problem]) -> Tables | None:
+    """`--section.key=value` as tables, or None and a problem."""
+    key, equals, text = override.removeprefix("--").partition("=")
+    section, dot, name = key.partition(".")
+    if not (override.startswith("--") and equals and dot and section and name):
+        shape = "expected --section.key=value"
+        if key in FIELDS:
+            message = f"{shape}; the table {key} cannot be overridden as a whole"
+            problems.append(Problem(override, COMMAND_LINE, message, (key,)))
+            return None
+        names = [key] if key in KEYS else nearest(key, KEYS)
+        if not dot:
+            names = [known for known in KEYS if known.endswith(f".{key}")] or names
+        missing = "; the value is missing" if key in KEYS and not equals else ""
+        message = f"{shape}{missing or did_you_mean([f'--{n}=' for n in names[:3]])}"
+        problems.append(Problem(override, COMMAND_LINE, message, tuple(names[:3])))
+        return None
+    return {section: {name: _parse_value(text)}}
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    return parsed["value"] if parsed.keys() == {"value"} else text
+
+
+def _take_problems(source: str, tables: Tables) -> list[Problem]:
+    """Takes what is wrong out of a layer: its problems, in words of problems.py, not pydantic's."""
+    places: dict[tuple[str, ...], str] = {}
+    try:
+        Config.model_validate(tables)
+    except ValidationError as error:
+        # A union reports one error per alternative: the first stands for all.
+        for details in error.errors(include_url=False, include_context=False):
+            place = tuple(str(part) for part in details["loc"][:2])
+            places.setdefault(place, details["type"])
+    problems = []
+    for place, kind in places.items():
+        section, *key = place
+        meant: list[str] = []
+        match key:
+            case [name]:
+                content = tables[section].pop(name)
+                if kind == "extra_forbidden":
+                    message, meant = unknown_key(section, name)
+                else:
+                    message = wrong_value(section, name, content)
+            case _:
+                content = tables.pop(section)
+                message = f"expected a table, got {literal(content)}"
+                if section not in FIELDS:
+                    message, meant = unknown_table(section, content)
+        problems.append(Problem(".".join(place), source, message, tuple(meant)))
+    return problems

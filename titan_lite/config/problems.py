@@ -1,0 +1,190 @@
+"""What can be wrong in a configuration, in words: problems, their one block, and nearest names."""
+
+import difflib
+import json
+import os
+import types
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import date, time
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from titan_lite.config.schema import Config
+
+SECTIONS = {name: field.annotation for name, field in Config.model_fields.items()}
+FIELDS = {
+    section: dict(model.model_fields) for section, model in SECTIONS.items() if model is not None
+}
+KEYS = tuple(f"{section}.{key}" for section, fields in FIELDS.items() for key in fields)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong; `key` is empty when it concerns the whole source."""
+
+    key: str
+    source: str
+    message: str
+    meant: tuple[str, ...] = field(default=(), compare=False)
+    """Keys or tables that were probably meant by an unknown one."""
+
+
+class ConfigError(ValueError):
+    """All problems of a configuration; its text is the block a user reads."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(dict.fromkeys(problems))
+        super().__init__(self._block())
+
+    def _block(self) -> str:
+        count = len(self.problems)
+        # A long key, as of a malformed override, pushes its own source, not everybody's.
+        keys = [p.key if p.key.isprintable() else quote(p.key) for p in self.problems]
+        width = max((len(key) for key in keys if len(key) <= 40), default=0)
+        lines = [f"titan-lite: {count} problem{'s' * (count != 1)} in the configuration"]
+        for p, key in zip(self.problems, keys, strict=True):
+            where = f"{key:<{width}} ({p.source})" if key else p.source
+            lines.append(f"  {where}: {p.message}")
+        return "\n".join(lines)
+
+
+def nearest(name: str, candidates: Iterable[str], limit: int = 1) -> list[str]:
+    """The candidates spelt most like `name`, best first; case and dashes are ignored."""
+    spellings: dict[str, str] = {}
+    for candidate in candidates:
+        spellings.setdefault(candidate.lower(), candidate)
+    cutoff = 0.5 if len(name) <= 3 else 0.6
+    word = name.lower().replace("-", "_")
+    return [
+        spellings[match]
+        for match in difflib.get_close_matches(word, spellings, n=limit, cutoff=cutoff)
+    ]
+
+
+def did_you_mean(names: Sequence[str]) -> str:
+    """'; did you mean "a" or "b"?', or nothing when there is no name to offer."""
+    return f"; did you mean {one_of([quote(name) for name in names])}?" if names else ""
+
+
+def near_file(path: Path, pattern: str = "*") -> str:
+    """'; did you mean "a"?' for a file that does not exist, or ', and no folder "b"'."""
+    if not os.path.isdir(path.parent):  # noqa: PTH112  (answers for a name that no folder can have)
+        return f", and no folder {quote(str(path.parent))}"
+    # By stem: a common suffix makes no two names alike. Of one stem, the right suffix comes first.
+    files = sorted(path.parent.glob(pattern), key=lambda file: (file.suffix != path.suffix, file))
+    by_stem: dict[str, Path] = {}
+    for file in files:
+        by_stem.setdefault(file.stem, file)
+    return did_you_mean([str(by_stem[stem]) for stem in nearest(path.stem, by_stem)])
+
+
+def one_of(words: Sequence[str]) -> str:
+    """Words as an English alternative: a, b or c."""
+    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def quote(text: str) -> str:
+    """A TOML basic string."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def literal(value: Any) -> str:
+    """A value as TOML writes it; a table is only named."""
+    match value:
+        case str():
+            return quote(value)
+        case bool():
+            return str(value).lower()
+        case list() | tuple():
+            return f"[{', '.join(map(literal, value))}]"
+        case dict():
+            return "a table"
+        case date() | time():
+            return value.isoformat()
+        case _:
+            return repr(value)
+
+
+def unknown_table(name: str, content: Any) -> tuple[str, list[str]]:
+    """Why a top-level name is wrong, and the keys or tables that were probably meant."""
+    if not isinstance(content, dict):
+        homes = [f"{section}.{name}" for section, fields in FIELDS.items() if name in fields]
+        names = (homes or nearest(name, KEYS))[:3]
+        return f"a key outside of any table{did_you_mean(names)}", names
+    if names := nearest(name, FIELDS):
+        return f"unknown table{did_you_mean(names)}", names
+    names = [s for s, fields in FIELDS.items() if content and content.keys() <= fields.keys()][:3]
+    hint = did_you_mean(names) or f"; the tables are {', '.join(FIELDS)}"
+    return f"unknown table{hint}", names
+
+
+def unknown_key(section: str, key: str) -> tuple[str, list[str]]:
+    """Why a key of a known table is wrong, and the keys that were probably meant."""
+    if key == "extends":
+        return "extends stands at the top of a file, before the first [table]", []
+    elsewhere = [f"{other}.{key}" for other, fields in FIELDS.items() if key in fields]
+    same = [f"{section}.{match}" for match in nearest(key, FIELDS[section], limit=3)]
+    if names := elsewhere[:3] or same:
+        return f"unknown key{did_you_mean(names)}", names
+    other_keys = {key: f"{other}.{key}" for other, fields in FIELDS.items() for key in fields}
+    if names := [other_keys[match] for match in nearest(key, other_keys)]:
+        return f"unknown key{did_you_mean(names)}", names
+    return f"unknown key; [{section}] has {', '.join(FIELDS[section])}", []
+
+
+def wrong_value(section: str, key: str, value: Any) -> str:
+    """What the schema expects of a key, what it got, and the nearest choice of a misspelt word."""
+    field = FIELDS[section][key]
+    got = literal(value)
+    got = got if len(got) <= 80 else f"{got[:77]}..."
+    message = f"expected {expected(field)}, got {got}"
+    choices = [choice for choice in _choices(field.annotation) if isinstance(choice, str)]
+    words = value if isinstance(value, list) else [value]
+    wrong = [word for word in words if isinstance(word, str) and word not in choices]
+    return message + did_you_mean(nearest(wrong[0], choices) if wrong else [])
+
+
+def expected(field: FieldInfo) -> str:
+    """A field's types and bounds in words, e.g. 'an integer greater than 0 or "latest"'."""
+    return one_of(_alternatives(field.annotation, field.metadata))
+
+
+def _alternatives(annotation: Any, metadata: Sequence[Any] = ()) -> list[str]:
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return [literal(choice) for choice in get_args(annotation)]
+    if origin in (Union, types.UnionType):
+        options = [option for option in get_args(annotation) if option is not types.NoneType]
+        return [words for option in options for words in _alternatives(option)]
+    if origin is list:
+        return [f"a list of {one_of(_alternatives(get_args(annotation)[0]))}"]
+    if hasattr(annotation, "__metadata__"):
+        return _alternatives(annotation.__origin__, _bounds(annotation.__metadata__))
+    noun = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+    return [" ".join(filter(None, [noun[annotation], _bound_words(metadata)]))]
+
+
+def _bounds(metadata: Sequence[Any]) -> list[Any]:
+    return [
+        b for item in metadata for b in (item.metadata if isinstance(item, FieldInfo) else [item])
+    ]
+
+
+def _bound_words(bounds: Sequence[Any]) -> str:
+    found = {
+        name: getattr(b, name) for b in bounds for name in ("gt", "ge", "le") if hasattr(b, name)
+    }
+    if "ge" in found and "le" in found:
+        return f"from {found['ge']} to {found['le']}"
+    if "gt" in found:
+        return f"greater than {found['gt']}"
+    return f"of at least {found['ge']}" if "ge" in found else ""
+
+
+def _choices(annotation: Any) -> list[Any]:
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [choice for inner in get_args(annotation) for choice in _choices(inner)]

@@ -1,0 +1,335 @@
+"""The reference manual of every TOML key: one frozen model per table, a docstring under each field.
+
+Units are in the docstrings. A key that is not listed here is an error, never ignored.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Timeout = Annotated[int, Field(ge=1, le=7 * 24 * 3600)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+DType = Literal["float32", "bfloat16"]
+SavedOp = Literal[
+    "attention", "matmul", "every_second_matmul", "reduce_scatter", "all_reduce", "max"
+]
+
+
+class Section(BaseModel):
+    """Base of every table: frozen, no unknown keys, no type coercion."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+
+class Job(Section):
+    """[job]: what this run is called and where it writes."""
+
+    dump_folder: str = "outputs"
+    """Run folder: run.json, metrics.jsonl, tb/, checkpoint/, profile/ are written below it."""
+    description: str = ""
+    """Free text, printed at start and kept in run.json."""
+
+
+class Model(Section):
+    """[model]: a family and flavor of the registry, and overrides of single fields of it."""
+
+    name: str = "llama"
+    """Family in the model registry."""
+    flavor: str = "debug"
+    """Flavor (size) of the family."""
+    module: str = ""
+    """Import path of a module outside the package that registers a family, e.g.
+    "my_pkg.my_family"."""
+    dim: Positive | None = None
+    """Overrides the flavor's model width."""
+    num_layers: Positive | None = None
+    """Overrides the flavor's number of transformer blocks."""
+    num_heads: Positive | None = None
+    """Overrides the flavor's number of query heads."""
+    num_kv_heads: Positive | None = None
+    """Overrides the flavor's number of key and value heads."""
+    ffn_dim: Positive | None = None
+    """Overrides the flavor's feed-forward width."""
+    vocab_size: Positive | None = None
+    """Overrides the flavor's vocabulary size; at least the tokenizer's."""
+    max_seq_len: Positive | None = None
+    """Overrides the longest sequence, in tokens, that the flavor accepts."""
+    rope_theta: PositiveFloat | None = None
+    """Overrides the flavor's rotary base frequency."""
+    norm_eps: PositiveFloat | None = None
+    """Overrides the flavor's normalisation epsilon."""
+
+
+class Data(Section):
+    """[data]: documents, tokenizer, packing order and read-ahead."""
+
+    dataset: str = "bundled"
+    """"bundled" (the corpus in assets/), "c4", or any Hugging Face dataset name, streamed."""
+    dataset_path: str = ""
+    """Local file, folder or glob of JSONL, Parquet or text, read instead of `dataset`."""
+    subset: str = ""
+    """Configuration name of a Hugging Face dataset, e.g. "en"."""
+    split: str = "train"
+    """Split of the dataset."""
+    text_field: str = "text"
+    """Field of a document that holds its text."""
+    tokenizer_path: str = ""
+    """A file in tiktoken's format (base64 token, rank), as Llama 3's tokenizer.model; empty: the
+    bundled one."""
+    shuffle: bool = True
+    """Shuffle documents, seeded by training.seed, anew in each epoch."""
+    shuffle_buffer: Positive = 8192
+    """Documents shuffled together, over all streams of the run."""
+    num_streams: Positive = 64
+    """Virtual shards of the dataset, fixed for a run whatever its layout; a multiple of the
+    data-parallel degree avoids reading anything twice."""
+    tokenizer_threads: Positive = 1
+    """Threads that tokenize, per process."""
+    prefetch: Positive = 4
+    """Micro-batches prepared ahead of the training step, per process."""
+
+
+class Training(Section):
+    """[training]: length, batch, precision, determinism."""
+
+    steps: Positive = 10_000
+    """Optimizer steps of the run."""
+    seq_len: Positive = 2048
+    """Tokens per sample."""
+    local_batch_size: Positive = 1
+    """Samples per micro-batch and data-parallel rank."""
+    global_batch_size: Positive | Literal[-1] = -1
+    """Samples per optimizer step over all ranks; reached by gradient accumulation. -1:
+    local_batch_size times the data-parallel degree."""
+    max_norm: NonNegativeFloat = 1.0
+    """Clip the global gradient norm to this; 0 turns clipping off, the norm is logged all the
+    same."""
+    param_dtype: DType = "bfloat16"
+    """Parameters are gathered and activations computed in this type; masters stay float32."""
+    reduce_dtype: DType = "float32"
+    """Gradients are reduced across ranks in this type."""
+    loss_chunks: Positive = 8
+    """Chunks of the output projection and cross-entropy, so that full logits never exist. Beyond 1
+    the weight's gradient is summed in float32: that pays where a micro-batch has more tokens than
+    twice the model's width."""
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
+    """Seed of the weights, the data order and every generator."""
+    deterministic: bool = False
+    """Use deterministic algorithms only; slower on GPUs."""
+    gc_freq: Positive = 50
+    """Steps between manual garbage collections, the automatic one being off."""
+
+
+class Optimizer(Section):
+    """[optimizer]"""
+
+    name: Literal["AdamW", "Adam"] = "AdamW"
+    """AdamW decays weights decoupled from the gradient, Adam adds the decay to the gradient."""
+    lr: PositiveFloat = 3e-4
+    """Peak learning rate."""
+    beta1: Fraction = 0.9
+    """Decay of the first moment."""
+    beta2: Fraction = 0.95
+    """Decay of the second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the denominator."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Weight decay of the parameters that `no_decay` does not name."""
+    no_decay: list[Literal["norm", "bias", "embedding"]] = ["norm", "bias"]
+    """Kinds of parameters without weight decay."""
+    implementation: Literal["auto", "fused", "foreach", "for-loop"] = "auto"
+    """Kernel of the step; "auto" takes fused where the device has it."""
+
+
+class LRScheduler(Section):
+    """[lr_scheduler]: warm-up, optional stable phase, decay to a floor."""
+
+    warmup_steps: NonNegative = 200
+    """Steps of linear warm-up from 0 to the peak."""
+    decay_type: Literal["linear", "cosine", "sqrt", "constant"] = "cosine"
+    """Shape of the decay; "sqrt" falls as 1 - sqrt(progress)."""
+    decay_ratio: Fraction = 1.0
+    """Share of training.steps spent decaying at the end; 1.0 decays from the end of the warm-up,
+    less gives warm-up / stable / decay (WSD)."""
+    min_lr_factor: Fraction = 0.1
+    """Floor of the decay, as a factor of the peak."""
+
+
+class Parallel(Section):
+    """[parallel]: degrees of each mesh axis, in mesh order pp, dp_replicate, dp_shard, cp, tp."""
+
+    dp_replicate: Positive = 1
+    """Replicas of the sharded model (HSDP's outer axis)."""
+    dp_shard: Positive | Literal[-1] = -1
+    """Ranks over which FSDP2 shards; -1: the world size divided by the other degrees."""
+    cp: Positive = 1
+    """Context-parallel degree."""
+    tp: Positive = 1
+    """Tensor-parallel degree."""
+    pp: Positive = 1
+    """Pipeline-parallel degree."""
+    sequence_parallel: bool = True
+    """Under tensor parallel, split activations between blocks over the sequence."""
+    async_tp: bool = False
+    """Under tensor parallel, overlap its collectives with the matmuls they feed; needs compile."""
+    reshard_after_forward: Literal["always", "never", "last_block_kept"] | Positive = (
+        "last_block_kept"
+    )
+    """When FSDP2 frees gathered block weights after forward: always (ZeRO-3), never (ZeRO-2), all
+    but the last block, or an int: reshard to groups of that many ranks."""
+    gradient_sync: Literal["every_micro_batch", "last_micro_batch"] = "every_micro_batch"
+    """When gradients are reduced under accumulation; only after the last micro-batch they are kept
+    whole on each rank until then (ZeRO-1's communication, at 4 bytes per parameter)."""
+    cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in host memory, moved to the device on use."""
+
+
+class ActivationCheckpoint(Section):
+    """[activation_checkpoint]: which activations are computed again in backward, not kept."""
+
+    mode: Literal[
+        "none", "full", "every_nth", "first_k", "fraction", "selective_op", "memory_budget"
+    ] = "none"
+    """Recomputes "full": every transformer block; "every_nth", "first_k", "fraction": some of the
+    blocks; "selective_op": all operations of each block but those in `save`; "memory_budget": what
+    the compiler chooses, without tensor parallel. Each reads the key of its name, "selective_op"
+    reads `save`."""
+    every_nth: Positive = 2
+    """Recompute the first of every n blocks; 1 is "full"."""
+    first_k: Positive = 1
+    """Recompute this many blocks, the first ones (of each pipeline stage)."""
+    fraction: Fraction = 0.5
+    """Recompute the first int(num_layers * fraction) blocks (of each pipeline stage)."""
+    save: list[SavedOp] = [
+        "attention",
+        "every_second_matmul",
+        "reduce_scatter",
+        "max",
+    ]
+    """Operations whose results are kept: "attention"; "matmul" or "every_second_matmul"; the sums
+    over tensor-parallel ranks, "reduce_scatter" with sequence parallel, "all_reduce" without;
+    "max": the scales of "tensorwise" float8."""
+    memory_budget: Fraction = 0.5
+    """Share of the activation memory of a compiled block that may be used; 0 keeps its input
+    only."""
+
+    def layers(self, num_layers: int) -> range:
+        """The blocks that are checkpointed, out of `num_layers` of a model or pipeline stage."""
+        match self.mode:
+            case "none" | "memory_budget":
+                return range(0)
+            case "full" | "selective_op":
+                return range(num_layers)
+            case "every_nth":
+                # The first of n, not the last: backward begins at the other end, with everything
+                # else still in memory, and had better not add a recomputed block to that.
+                return range(0, num_layers, self.every_nth)
+            case "first_k":
+                return range(min(self.first_k, num_layers))
+            case "fraction":
+                return range(int(num_layers * self.fraction))
+
+
+class Compile(Section):
+    """[compile]: torch.compile, whose graphs are cached on disk between runs."""
+
+    enable: bool = False
+    """Compile each transformer block with fullgraph=True; equal blocks share one graph."""
+
+
+class Float8(Section):
+    """[float8]: matrix products of the blocks' linears in 8-bit floating point, by torchao."""
+
+    recipe: Literal["none", "tensorwise", "rowwise", "rowwise_gw_hp"] = "none"
+    """"tensorwise": one scale per tensor, fastest, and the only one whose collectives carry float8
+    (the all-gather of sequence parallel, and fsdp_all_gather); "rowwise": one scale per row, in
+    powers of two; "rowwise_gw_hp": as rowwise, with the weight gradient in high precision."""
+    fsdp_all_gather: bool = False
+    """FSDP gathers the weights in float8 instead of param_dtype; "tensorwise" only."""
+    filter: list[str] = []
+    """Linears left in high precision: module names, a "*" inside a part, as
+    "layers.0.attention.w*". The output head and linears whose rows or columns are no multiple of
+    16 always are."""
+    min_dim: NonNegative = 0
+    """Linears with fewer rows or columns than this stay in high precision."""
+    emulate: bool = False
+    """Round to float8 and multiply in float32: the numbers without the speed, for devices without
+    float8 hardware."""
+
+
+class Checkpoint(Section):
+    """[checkpoint]"""
+
+    enable: bool = False
+    """Save checkpoints, and resume from them."""
+    folder: str = "checkpoint"
+    """Folder of the checkpoints, below job.dump_folder unless absolute."""
+    interval: Positive = 500
+    """Steps between saves; the last step is always saved."""
+    keep_latest_k: NonNegative = 10
+    """Checkpoints kept, oldest deleted first; 0 keeps all."""
+    load_step: NonNegative | Literal["latest"] = "latest"
+    """Step to resume from; "latest" starts afresh where there is no checkpoint, 0 always does, a
+    missing step is an error."""
+
+
+class Metrics(Section):
+    """[metrics]"""
+
+    log_freq: Positive = 10
+    """Steps between log lines; step 1 is always logged."""
+    enable_tensorboard: bool = True
+    """Write TensorBoard events to tb/."""
+    peak_tflops: PositiveFloat | None = None
+    """Peak TFLOP/s per device that MFU divides by, for a device the table does not know or a
+    capped one."""
+
+
+class Profiling(Section):
+    """[profiling]"""
+
+    enable_profiling: bool = False
+    """Write torch profiler traces to profile/traces/."""
+    profile_freq: Positive = 100
+    """Steps between traces; the last 3 steps of each period are recorded."""
+    enable_memory_snapshot: bool = False
+    """Write CUDA memory snapshots to profile/memory/, every profile_freq steps and on
+    out-of-memory."""
+
+
+class Comm(Section):
+    """[comm]"""
+
+    init_timeout_seconds: Timeout = 300
+    """Process-group timeout up to the end of the first step; at most a week."""
+    train_timeout_seconds: Timeout = 100
+    """Process-group timeout after the first step; at most a week."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    job: Job = Job()
+    model: Model = Model()
+    data: Data = Data()
+    training: Training = Training()
+    optimizer: Optimizer = Optimizer()
+    lr_scheduler: LRScheduler = LRScheduler()
+    parallel: Parallel = Parallel()
+    activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
+    compile: Compile = Compile()
+    float8: Float8 = Float8()
+    checkpoint: Checkpoint = Checkpoint()
+    metrics: Metrics = Metrics()
+    profiling: Profiling = Profiling()
+    comm: Comm = Comm()
