@@ -1,0 +1,107 @@
+"""Looking up families and flavors, and registering others."""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from titan_lite.config.schema import Model
+from titan_lite.models import registry
+from titan_lite.models.llama import LLAMA
+from titan_lite.models.registry import ModelError, families, register, resolve
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
+
+
+def test_the_default_section_is_the_debug_llama() -> None:
+    family, args = resolve(Model())
+    assert family is LLAMA
+    assert args == LLAMA.flavors["debug"]
+
+
+def test_each_override_replaces_its_field_and_nothing_else() -> None:
+    flavor = LLAMA.flavors["llama3.1_8b"]
+    given = {
+        "dim": 128,
+        "num_layers": 2,
+        "num_heads": 8,
+        "num_kv_heads": 1,
+        "ffn_dim": 64,
+        "vocab_size": 512,
+        "max_seq_len": 32,
+        "rope_theta": 7.0,
+        "norm_eps": 0.5,
+    }
+    overridable = Model.model_fields.keys() - {"name", "flavor", "module"}
+    assert given.keys() == overridable
+    for key, value in given.items():
+        _, args = resolve(Model(flavor="llama3.1_8b", **{key: value}))
+        assert args == replace(flavor, **{key: value})
+
+
+def test_an_unknown_family_names_the_nearest_and_all() -> None:
+    with pytest.raises(ModelError) as error:
+        resolve(Model(name="lama"))
+    assert str(error.value) == 'model.name: no "lama"; did you mean "llama"? (known: llama)'
+
+
+def test_an_unknown_flavor_names_the_nearest_and_all() -> None:
+    with pytest.raises(ModelError, match='"llama3_8B"; did you mean "llama3_8b"'):
+        resolve(Model(flavor="llama3_8B"))
+
+
+def test_an_override_that_the_family_lacks_is_refused_with_what_it_has() -> None:
+    @dataclass(frozen=True)
+    class Args:
+        dim: int
+        depth: int
+
+    register(replace(LLAMA, name="other", flavors={"small": Args(8, 2)}))
+    assert resolve(Model(name="other", flavor="small", dim=16))[1] == Args(16, 2)
+    with pytest.raises(ModelError) as error:
+        resolve(Model(name="other", flavor="small", rope_theta=1.0))
+    assert error.value.key == "model.rope_theta"
+    assert error.value.message == 'family "other" has no rope_theta; it has dim, depth'
+
+
+def test_a_name_is_registered_once_but_again_with_the_same_content() -> None:
+    mine = replace(LLAMA, name="mine")
+    register(mine)
+    register(replace(mine))
+    assert families()["mine"] == mine
+    with pytest.raises(ValueError, match='already registered as "mine"; choose another name'):
+        register(replace(mine, flavors={}))
+
+
+@pytest.mark.parametrize(
+    ("asked", "missing"),
+    [("no_pkg.my_family", "no_pkg"), ("titan_lite.models.typo", "titan_lite.models.typo")],
+)
+def test_a_module_that_does_not_exist_is_named(asked: str, missing: str) -> None:
+    with pytest.raises(ModelError) as error:
+        resolve(Model(module=asked))
+    assert error.value.key == "model.module"
+    assert error.value.message.startswith(f'no module named "{missing}", asked for "{asked}"')
+
+
+@pytest.mark.parametrize("module", ["../x", ".x", "x.", "a b", "my-pkg.family", "a/b.py", "."])
+def test_what_is_no_name_of_a_module_is_refused_in_words(module: str) -> None:
+    with pytest.raises(ModelError) as error:
+        resolve(Model(module=module))
+    assert error.value.key == "model.module"
+    assert error.value.message.startswith(f'"{module}" is no name of a module')
+
+
+def test_an_import_that_fails_inside_the_users_module_is_not_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "family_with_a_typo.py").write_text("import nunpy_typo\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="nunpy_typo") as error:
+        resolve(Model(module="family_with_a_typo"))
+    assert not isinstance(error.value, ModelError)
+    sys.modules.pop("family_with_a_typo", None)

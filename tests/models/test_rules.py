@@ -1,0 +1,120 @@
+"""Rules between the configuration and the model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from titan_lite.config.load import ConfigError, load_config, read_config
+from titan_lite.config.schema import Config
+from titan_lite.models.llama import LLAMA
+from titan_lite.models.rules import check, model_rules
+
+
+def problems(overrides: Sequence[str], world_size: int = 1) -> list[tuple[str, str, str]]:
+    with pytest.raises(ConfigError) as error:
+        check(load_config(None, overrides), world_size)
+    return [(p.key, p.source, p.message) for p in error.value.problems]
+
+
+def test_a_sound_configuration_gives_dims_family_and_args() -> None:
+    plan = check(load_config(None, ["--model.num_layers=2"]), world_size=4)
+    assert plan.dims.dp_shard == 4
+    assert plan.family is LLAMA
+    assert plan.args.num_layers == 2
+
+
+def test_a_sequence_longer_than_the_models_is_refused_with_both_numbers() -> None:
+    assert problems(["--training.seq_len=4096"]) == [
+        (
+            "training.seq_len",
+            "command line",
+            "seq_len (4096) is longer than the model's max_seq_len (2048)",
+        )
+    ]
+
+
+def test_the_key_that_somebody_set_is_blamed() -> None:
+    [(key, source, _)] = problems(["--model.max_seq_len=64"])
+    assert (key, source) == ("model.max_seq_len", "command line")
+
+
+def test_heads_that_do_not_divide_the_width_are_refused() -> None:
+    [(key, _, message)] = problems(["--model.num_heads=12"])
+    assert key == "model.num_heads"
+    assert message.startswith("dim (256) is not divisible by 2 x num_heads (12)")
+
+
+def test_odd_heads_are_refused() -> None:
+    [(key, _, message)] = problems(["--model.dim=24", "--model.num_heads=8"])
+    assert key == "model.num_heads"
+    assert message.startswith("dim (24) is not divisible by 2 x num_heads (8)")
+
+
+def test_query_heads_that_kv_heads_do_not_divide_are_refused() -> None:
+    assert problems(["--model.num_kv_heads=3"]) == [
+        (
+            "model.num_kv_heads",
+            "command line",
+            "num_heads (8) is not divisible by num_kv_heads (3)",
+        )
+    ]
+
+
+def test_heads_that_tp_does_not_divide_are_refused() -> None:
+    config = Config.model_validate({"parallel": {"tp": 8}})
+    assert list(model_rules(config, LLAMA.flavors["debug"])) == [
+        (
+            ("parallel.tp", "model.num_kv_heads"),
+            "num_kv_heads (4) is not divisible by parallel.tp (8)",
+        )
+    ]
+    config = Config.model_validate({"parallel": {"tp": 3}})
+    broken = [message for _, message in model_rules(config, LLAMA.flavors["debug"])]
+    assert broken[0] == "num_heads (8) is not divisible by parallel.tp (3)"
+
+
+def test_problems_of_the_configuration_and_of_the_model_come_together(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('[model]\nflavor = "debgu"\n[parallel]\ndp_shard = 3\n')
+    with pytest.raises(ConfigError) as error:
+        check(load_config(file), world_size=2)
+    found = {(p.key, p.source) for p in error.value.problems}
+    assert found == {("model.flavor", str(file)), ("parallel.dp_shard", str(file))}
+    assert 'did you mean "debug"?' in str(error.value)
+
+
+def together(overrides: Sequence[str], world_size: int = 1) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        check(read_config(None, overrides), world_size)
+    return [p.key for p in error.value.problems]
+
+
+def test_problems_of_loading_of_the_rules_and_of_the_model_come_together() -> None:
+    overrides = [
+        "--job.x=1",
+        "--data.dataset_path=nope",
+        "--parallel.dp_replicate=2",
+        "--model.name=foo",
+    ]
+    assert together(overrides, world_size=3) == [
+        "job.x",
+        "data.dataset_path",
+        "parallel.dp_replicate",
+        "model.name",
+    ]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["--model.module=3", "--model.name=mine"],
+        ["--model.nam=mine", "--model.flavor=mine_7b"],
+        ["--model.flavour=llama3_8b", "--training.seq_len=8192"],
+        ["--model.max_seq_len=x", "--training.seq_len=8192"],
+        ["--model.num_kv_heads=0", "--model.num_heads=2"],
+        ["--model={max_seq_len=8192}", "--training.seq_len=8192"],
+    ],
+)
+def test_a_key_that_has_a_problem_breaks_no_rule_of_the_model(overrides: list[str]) -> None:
+    assert len(together(overrides)) == 1

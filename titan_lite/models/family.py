@@ -1,0 +1,23 @@
+"""What the library knows about one model family."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from titan_lite.models.args import DecoderArgs
+from titan_lite.models.roles import PlanRow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family as data: its sizes, how it is built, split, and spelled elsewhere."""
+
+    name: str
+    """What model.name says."""
+    flavors: Mapping[str, DecoderArgs]
+    """Published sizes by the name that model.flavor says."""
+    build: str
+    """Where to build it: "module:function" of (args) -> nn.Module, imported only when built."""
+    tp_plan: tuple[PlanRow, ...]
+    """Tensor-parallel roles; the module of each parameter is matched by exactly one row."""
+    hf_key_map: Mapping[str, str]
+    """Our parameter names -> Hugging Face's, `*` being the layer's number."""

@@ -1,0 +1,27 @@
+"""The one pattern language of the model tables: dotted names in which `*` stands inside a part.
+
+`layers.*.attention.w[qkv]` matches `layers.3.attention.wq`; a `*` never spans a dot.
+"""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a dotted name has the pattern's number of parts and each part matches."""
+    patterns, parts = pattern.split("."), name.split(".")
+    return len(patterns) == len(parts) and all(map(fnmatchcase, parts, patterns))
+
+
+def translate(name: str, table: Mapping[str, str]) -> str:
+    """The name's other spelling by a table of patterns whose `*`, whole parts, keep their order.
+
+    Used with Family.hf_key_map for our name -> Hugging Face's, and with its inverse for the way
+    back. KeyError where no row matches.
+    """
+    for source, target in table.items():
+        if matches(source, name):
+            wildcards = zip(source.split("."), name.split("."), strict=True)
+            values = (part for pattern, part in wildcards if pattern == "*")
+            return ".".join(next(values) if part == "*" else part for part in target.split("."))
+    raise KeyError(f"{name} is matched by no row of {sorted(table)}")

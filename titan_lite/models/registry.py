@@ -1,0 +1,90 @@
+"""The table of model families: the built-in ones, and those that a user's module registers."""
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TypeVar
+
+from titan_lite.config.problems import did_you_mean, nearest, quote
+from titan_lite.config.schema import Model
+from titan_lite.models.args import DecoderArgs
+from titan_lite.models.family import Family
+from titan_lite.models.llama import LLAMA
+
+__all__ = ["Family", "ModelError", "families", "register", "resolve"]
+
+T = TypeVar("T")
+_FAMILIES: dict[str, Family] = {LLAMA.name: LLAMA}
+
+
+class ModelError(ValueError):
+    """[model] names something that does not exist; `key` is the dotted key at fault."""
+
+    def __init__(self, key: str, message: str) -> None:
+        self.key = key
+        self.message = message
+        super().__init__(f"{key}: {message}")
+
+
+def register(family: Family) -> None:
+    """Adds a family; ValueError where another one already has its name."""
+    known = _FAMILIES.setdefault(family.name, family)
+    if known != family:
+        raise ValueError(
+            f"another model family is already registered as {quote(family.name)}; "
+            "choose another name"
+        )
+
+
+def families() -> Mapping[str, Family]:
+    """All families registered so far, by name."""
+    return MappingProxyType(_FAMILIES)
+
+
+def resolve(section: Model) -> tuple[Family, DecoderArgs]:
+    """The family and the args that [model] asks for, its overrides applied.
+
+    Imports section.module first, which is expected to call `register`. ModelError names an
+    unknown module, family, flavor or override and the nearest one that exists.
+    """
+    if section.module:
+        _import(section.module)
+    family = _look_up("model.name", section.name, _FAMILIES)
+    args = _look_up("model.flavor", section.flavor, family.flavors)
+    overrides = section.model_dump(exclude={"name", "flavor", "module"}, exclude_none=True)
+    fields = [field.name for field in dataclasses.fields(args)]
+    for key in overrides:
+        if key not in fields:
+            raise ModelError(
+                f"model.{key}",
+                f"family {quote(family.name)} has no {key}; it has {', '.join(fields)}",
+            )
+    return family, dataclasses.replace(args, **overrides)
+
+
+def _look_up(key: str, name: str, known: Mapping[str, T]) -> T:
+    if name not in known:
+        hint = did_you_mean(nearest(name, known))
+        raise ModelError(key, f"no {quote(name)}{hint} (known: {', '.join(sorted(known))})")
+    return known[name]
+
+
+def _import(module: str) -> None:
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise ModelError(
+            "model.module",
+            f"{quote(module)} is no name of a module: expected words joined by dots, as in "
+            '"my_pkg.my_family", and the folder of my_pkg on PYTHONPATH',
+        )
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        # An import that fails inside the user's module is theirs to see in full.
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise ModelError(
+            "model.module",
+            f"no module named {quote(error.name)}, asked for {quote(module)}; "
+            "is its folder on PYTHONPATH, or the package installed?",
+        ) from error

@@ -1,0 +1,33 @@
+"""The closed set of roles a module can play under tensor parallelism, and the rows of a plan."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from titan_lite.models.patterns import matches
+
+Role = Literal[
+    # Embedding table split over the vocabulary; its output leaves split over the sequence.
+    "vocab",
+    # Linear split over output features; expects the whole sequence.
+    "colwise",
+    # Linear split over input features; its output is summed and leaves split over the sequence.
+    "rowwise",
+    # Kept whole on every rank, works on its own part of the sequence (norms).
+    "sequence",
+    # Has no parameters of its own: gathers its sequence-split input once for its colwise children.
+    "gather",
+    # Output projection split over the vocabulary; gathers the sequence, the logits stay split.
+    "head",
+]
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """All modules whose dotted name matches `pattern` (see models/patterns.py) play `role`."""
+
+    pattern: str
+    role: Role
+
+    def matches(self, module_name: str) -> bool:
+        """Whether this row speaks about the module."""
+        return matches(self.pattern, module_name)

@@ -1,0 +1,94 @@
+"""What a run may ask of its model: the configuration's rules together with the model's."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from titan_lite.config import rules
+from titan_lite.config.dims import ParallelDims
+from titan_lite.config.load import DEFAULT, ConfigError, LoadedConfig, Problem
+from titan_lite.config.schema import Config
+from titan_lite.models.args import DecoderArgs
+from titan_lite.models.registry import Family, ModelError, resolve
+
+# Together they choose the model, each within what the ones before it offer.
+CHOICE = ("model.module", "model.name", "model.flavor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a checked configuration means: the mesh degrees, and the model to build."""
+
+    dims: ParallelDims
+    family: Family
+    args: DecoderArgs
+
+
+def check(loaded: LoadedConfig, world_size: int) -> Plan:
+    """Checks everything that needs no hardware.
+
+    Raises ConfigError with the problems of loading (read_config keeps them) and every broken rule
+    between keys that are not in doubt.
+    """
+    problems: list[Problem] = []
+    broken: list[tuple[tuple[str, ...], str]] = []
+    try:
+        dims = rules.check(loaded, world_size)
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        family, args = resolve(loaded.config.model)
+        if loaded.in_doubt.isdisjoint(CHOICE):
+            broken += model_rules(loaded.config, args)
+    except ModelError as error:
+        needed = CHOICE[: CHOICE.index(error.key)] if error.key in CHOICE else CHOICE
+        if loaded.in_doubt.isdisjoint(needed):
+            broken.append(((error.key,), error.message))
+    for keys, message in broken:
+        if not loaded.in_doubt.isdisjoint(keys):
+            continue
+        # Blame the last key that somebody set; a flavor is to blame where nobody did.
+        given = [key for key in keys if loaded.origins[key] != DEFAULT]
+        key = given[-1] if given else keys[0]
+        problems.append(Problem(key, loaded.origins[key], message))
+    if problems:
+        raise ConfigError(problems)
+    return Plan(dims=dims, family=family, args=args)
+
+
+def model_rules(config: Config, args: DecoderArgs) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Broken rules between the model's numbers, the sequence and the degrees: (keys, message)."""
+    seq_len, tp = config.training.seq_len, config.parallel.tp
+    if seq_len > args.max_seq_len:
+        yield (
+            ("training.seq_len", "model.max_seq_len"),
+            f"seq_len ({seq_len}) is longer than the model's max_seq_len ({args.max_seq_len})",
+        )
+    section, layers = config.activation_checkpoint, args.num_layers
+    if section.mode == "first_k" and section.first_k > layers:
+        yield (
+            ("activation_checkpoint.first_k", "model.num_layers"),
+            f"first_k ({section.first_k}) is more than the model's num_layers ({layers})",
+        )
+    if section.mode == "fraction" and not section.layers(layers):
+        yield (
+            ("activation_checkpoint.fraction", "model.num_layers"),
+            f"fraction ({section.fraction:g}) of the model's num_layers ({layers}) is no layer",
+        )
+    if args.dim % (2 * args.num_heads):
+        yield (
+            ("model.flavor", "model.dim", "model.num_heads"),
+            f"dim ({args.dim}) is not divisible by 2 x num_heads ({args.num_heads}): rotary "
+            "embedding needs heads of one even size",
+        )
+    if args.num_heads % args.num_kv_heads:
+        yield (
+            ("model.flavor", "model.num_heads", "model.num_kv_heads"),
+            f"num_heads ({args.num_heads}) is not divisible by num_kv_heads ({args.num_kv_heads})",
+        )
+    for name in ("num_heads", "num_kv_heads"):
+        heads = getattr(args, name)
+        if heads % tp:
+            yield (
+                ("parallel.tp", f"model.{name}"),
+                f"{name} ({heads}) is not divisible by parallel.tp ({tp})",
+            )
