@@ -1,0 +1,1 @@
+"""Single-device model code: knows no rank and no mesh."""

@@ -1,0 +1,30 @@
+"""The pre-norm transformer block.
+
+Shape suffixes: B batch, S sequence, D model width.
+"""
+
+from torch import Tensor, nn
+
+from titan_lite.models.args import DecoderArgs
+from titan_lite.nn.attention import Attention
+from titan_lite.nn.feed_forward import FeedForward
+from titan_lite.nn.rope import RotaryEmbedding
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each normalised before and added to the residual stream.
+
+    Knows no layer number: equal blocks share one compiled graph.
+    """
+
+    def __init__(self, args: DecoderArgs, rope: RotaryEmbedding) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.attention = Attention(args.dim, args.num_heads, args.num_kv_heads, args.head_dim, rope)
+        self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.feed_forward = FeedForward(args.dim, args.ffn_dim)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        h_BSD: Tensor = x_BSD + self.attention(self.attention_norm(x_BSD))
+        out_BSD: Tensor = h_BSD + self.feed_forward(self.ffn_norm(h_BSD))
+        return out_BSD

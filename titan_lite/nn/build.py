@@ -1,0 +1,26 @@
+"""From a family's data to an nn.Module."""
+
+import importlib
+
+from titan_lite.models.args import DecoderArgs
+from titan_lite.models.family import Family
+from titan_lite.nn.decoder import Decoder
+
+
+def build(family: Family, args: DecoderArgs) -> Decoder:
+    """Imports the family's "module:function" and calls it; works under torch.device("meta")."""
+    module, separator, function = family.build.partition(":")
+    if not separator or not function:
+        raise ValueError(
+            f"family {family.name!r}: build must be 'module:function', not {family.build!r}"
+        )
+    builder = getattr(importlib.import_module(module), function, None)
+    if builder is None:
+        raise ValueError(f"family {family.name!r}: module {module!r} has no function {function!r}")
+    model: Decoder = builder(args)
+    return model
+
+
+def build_decoder(args: DecoderArgs) -> Decoder:
+    """The generic decoder."""
+    return Decoder(args)

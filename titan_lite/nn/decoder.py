@@ -1,0 +1,65 @@
+"""The decoder-only transformer.
+
+Shape suffixes: B batch, S sequence, D model width, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from titan_lite.models.args import DecoderArgs
+from titan_lite.nn.block import Block
+from titan_lite.nn.init import DECODER_RULES, InitRule, fill
+from titan_lite.nn.output_head import HeadLoss, OutputHead
+from titan_lite.nn.rope import RotaryEmbedding
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, norm and output head.
+
+    Children may be removed: a pipeline stage is this model with some blocks deleted from `layers`
+    and tok_embeddings, norm or output set to None.
+    """
+
+    init_rules: tuple[InitRule, ...] = DECODER_RULES
+    tok_embeddings: nn.Embedding | None
+    norm: nn.Module | None
+    output: OutputHead | None
+
+    def __init__(self, args: DecoderArgs) -> None:
+        super().__init__()
+        self.vocab_size = args.vocab_size
+        self.tok_embeddings = nn.Embedding(args.padded_vocab_size, args.dim)
+        self.rope = RotaryEmbedding(
+            args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling
+        )
+        # A ModuleDict keeps the names of the blocks that a pipeline stage keeps.
+        self.layers = nn.ModuleDict(
+            {str(index): Block(args, self.rope) for index in range(args.num_layers)}
+        )
+        self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.output = OutputHead(args.dim, args.padded_vocab_size, bias=False)
+
+    def forward(self, tokens_BS: Tensor, head_loss: HeadLoss | None = None) -> Tensor:
+        """Logits (B, S, V), or what head_loss(hidden_BSD, output_weight_VD) returns.
+
+        Without tok_embeddings the input is the previous stage's hidden states (B, S, D); without
+        output the result is this stage's.
+        """
+        x_BSD = self.tok_embeddings(tokens_BS) if self.tok_embeddings is not None else tokens_BS
+        for block in self.layers.values():
+            x_BSD = block(x_BSD)
+        x_BSD = self.norm(x_BSD) if self.norm is not None else x_BSD
+        return self.output(x_BSD, head_loss) if self.output is not None else x_BSD
+
+    @torch.no_grad()
+    def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        """Fills one whole parameter in place, by its name in this model."""
+        if name in ("tok_embeddings.weight", "output.weight"):
+            # Drawn without its padding, for the values not to depend on it.
+            tensor[self.vocab_size :] = 0
+            tensor = tensor[: self.vocab_size]
+        fill(self.init_rules, name, tensor, generator)
+
+    def init_buffers(self, device: torch.device | str) -> None:
+        """Computes the buffers anew on `device`, as is needed after a meta build."""
+        self.rope.init_buffers(device)

@@ -1,0 +1,86 @@
+"""How each parameter is drawn, by its name.
+
+The scheme is torchtitan's (torchtitan/models/llama3/model/model.py, init_weights), with two
+differences: every normal is cut at 3 standard deviations (cut at +-2 absolute, as there, a draw
+of one value in 2^24 lands exactly on the bound, 100 deviations out), and of the feed-forward
+only w2, which writes to the residual stream, is scaled with depth.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from titan_lite.models.patterns import matches
+
+Fill = Callable[[Tensor, torch.Generator, int], None]
+"""(whole parameter, generator, layer number or 0) -> fills the parameter in place."""
+
+
+@dataclass(frozen=True)
+class InitRule:
+    """Parameters whose name matches `pattern` (see models/patterns.py) are drawn by `fill`."""
+
+    pattern: str
+    fill: Fill
+
+
+def ones(tensor: Tensor, generator: torch.Generator, layer: int) -> None:
+    """Scales of norms."""
+    nn.init.ones_(tensor)
+
+
+def unit_normal(tensor: Tensor, generator: torch.Generator, layer: int) -> None:
+    """Embedding tables: std 1."""
+    nn.init.normal_(tensor, generator=generator)
+
+
+def linear(tensor: Tensor, generator: torch.Generator, layer: int) -> None:
+    """Inner projections: std 0.02."""
+    _trunc_normal(tensor, 0.02, generator)
+
+
+def residual(tensor: Tensor, generator: torch.Generator, layer: int) -> None:
+    """Projections into the residual stream: std 0.02 / sqrt(2 * (layer + 1)).
+
+    The stream's variance then grows with the logarithm of the depth.
+    """
+    _trunc_normal(tensor, 0.02 / (2 * (layer + 1)) ** 0.5, generator)
+
+
+def head(tensor: Tensor, generator: torch.Generator, layer: int) -> None:
+    """Output projection (V, D): std D ** -0.5, so that first logits have variance near 1."""
+    _trunc_normal(tensor, tensor.shape[1] ** -0.5, generator)
+
+
+DECODER_RULES = (
+    InitRule("tok_embeddings.weight", unit_normal),
+    InitRule("layers.*.attention_norm.weight", ones),
+    InitRule("layers.*.attention.w[qkv].weight", linear),
+    InitRule("layers.*.attention.wo.weight", residual),
+    InitRule("layers.*.ffn_norm.weight", ones),
+    InitRule("layers.*.feed_forward.w[13].weight", linear),
+    InitRule("layers.*.feed_forward.w2.weight", residual),
+    InitRule("norm.weight", ones),
+    InitRule("output.weight", head),
+)
+
+
+@torch.no_grad()
+def fill(
+    rules: tuple[InitRule, ...], name: str, tensor: Tensor, generator: torch.Generator
+) -> None:
+    """Fills one whole parameter by the one rule that matches its name; ValueError without one."""
+    found = [rule for rule in rules if matches(rule.pattern, name)]
+    if len(found) != 1:
+        raise ValueError(
+            f"parameter {name!r} is matched by {len(found)} init rules, not one: give the model "
+            "an init_rules row for it"
+        )
+    layer = next((int(part) for part in name.split(".") if part.isdecimal()), 0)
+    found[0].fill(tensor, generator, layer)
+
+
+def _trunc_normal(tensor: Tensor, std: float, generator: torch.Generator) -> None:
+    nn.init.trunc_normal_(tensor, std=std, a=-3 * std, b=3 * std, generator=generator)
