@@ -1,0 +1,173 @@
+"""Parameter counts and FLOPs per token against published numbers and closed forms."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.flop_counter import FlopCounterMode
+
+from titan_lite.models.args import DecoderArgs
+from titan_lite.models.llama import LLAMA
+from titan_lite.nn.build import build_decoder
+from titan_lite.planner.counts import (
+    flops_per_token,
+    megatron_flops_per_token,
+    num_block_params,
+    num_params,
+    num_params_non_embedding,
+)
+
+LLAMA2_7B = LLAMA.flavors["llama2_7b"]
+LLAMA2_70B = LLAMA.flavors["llama2_70b"]
+LLAMA3_8B = LLAMA.flavors["llama3_8b"]
+LLAMA3_70B = LLAMA.flavors["llama3_70b"]
+LLAMA3_405B = LLAMA.flavors["llama3.1_405b"]
+
+small = st.integers(1, 8)
+small_args = st.builds(
+    lambda kv, group, head, layers, ffn, vocab: DecoderArgs(
+        dim=kv * group * head * 2,
+        num_layers=layers,
+        num_heads=kv * group,
+        num_kv_heads=kv,
+        ffn_dim=ffn,
+        vocab_size=vocab,
+        max_seq_len=64,
+    ),
+    *[small] * 6,
+)
+
+
+def flops(args, seq_len, recomputed=0):
+    return flops_per_token(
+        num_params_non_embedding=num_params_non_embedding(args),
+        num_block_params=num_block_params(args),
+        num_layers=args.num_layers,
+        attention_dim=args.num_heads * args.head_dim,
+        seq_len=seq_len,
+        num_recomputed_layers=recomputed,
+        num_last_matmul_params=args.num_layers * args.dim * args.ffn_dim,
+    )
+
+
+def megatron(args, seq_len, **kwargs):
+    return megatron_flops_per_token(
+        dim=args.dim,
+        num_layers=args.num_layers,
+        attention_dim=args.num_heads * args.head_dim,
+        kv_dim=args.num_kv_heads * args.head_dim,
+        ffn_dim=args.ffn_dim,
+        vocab_size=args.vocab_size,
+        seq_len=seq_len,
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "total", "non_embedding"),
+    [
+        (LLAMA2_7B, 6_738_415_616, 6_607_343_616),
+        (LLAMA2_70B, 68_976_648_192, 68_714_504_192),
+        (LLAMA3_8B, 8_030_261_248, 7_504_924_672),
+        (LLAMA3_70B, 70_553_706_496, 69_503_033_344),
+        (LLAMA3_405B, 405_853_388_800, 403_752_042_496),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(args, total, non_embedding):
+    assert num_params(args) == total
+    assert num_params_non_embedding(args) == non_embedding
+
+
+@pytest.mark.parametrize(
+    ("args", "gflops", "causal_share"),
+    [(LLAMA3_8B, 57.91, 0.889), (LLAMA3_70B, 481.4, 0.933), (LLAMA3_405B, 2625.4, 0.961)],
+)
+def test_torchtitans_flops_per_token_at_8192(args, gflops, causal_share):
+    counted = flops(args, 8192)
+    assert counted.model / 1e9 == pytest.approx(gflops, rel=1e-4)
+    assert counted.causal / counted.model == pytest.approx(causal_share, abs=5e-4)
+    assert counted.hardware is None
+
+
+@pytest.mark.parametrize(("recompute", "gflops"), [(False, 44.411), (True, 58.370)])
+def test_internlm_7b_by_internlms_own_formula(recompute, gflops):
+    counted = megatron_flops_per_token(
+        dim=4096,
+        num_layers=32,
+        attention_dim=4096,
+        kv_dim=4096,
+        ffn_dim=4096 * 8 / 3,
+        vocab_size=103168,
+        seq_len=2048,
+        recompute=recompute,
+    )
+    assert counted / 1e9 == pytest.approx(gflops, abs=1e-3)
+
+
+def test_llama2_7b_by_nanotrons_formula():
+    assert megatron(LLAMA2_7B, 4096) / 1e9 == pytest.approx(46.085, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("args", "seq_len", "share"),
+    [(LLAMA2_7B, 4096, 0.930), (LLAMA2_70B, 32768, 0.808), (LLAMA2_70B, 65536, 0.722)],
+)
+def test_causal_share_of_megatrons_formula(args, seq_len, share):
+    causal, full = megatron(args, seq_len, causal=True), megatron(args, seq_len)
+    assert causal / full == pytest.approx(share, abs=1e-3)
+
+
+def test_gpt_175b_matches_the_closed_form_of_megatron_sc21():
+    h, layers, vocab, s = 12288, 96, 51200, 2048
+    counted = megatron_flops_per_token(
+        dim=h,
+        num_layers=layers,
+        attention_dim=h,
+        kv_dim=h,
+        ffn_dim=4 * h,
+        vocab_size=vocab,
+        seq_len=s,
+        gated=False,
+        recompute=True,
+    )
+    closed_form = 96 * layers * h**2 * (1 + s / (6 * h) + vocab / (16 * layers * h))
+    assert counted == pytest.approx(closed_form)
+
+
+@given(args=small_args, seq_len=st.integers(1, 64))
+def test_titans_count_exceeds_the_matmuls_by_the_norms_alone(args, seq_len):
+    norms = (2 * args.num_layers + 1) * args.dim
+    counted = flops(args, seq_len, recomputed=args.num_layers)
+    assert counted.model == megatron(args, seq_len) + 6 * norms
+    assert counted.causal == megatron(args, seq_len, causal=True) + 6 * norms
+    again = megatron(args, seq_len, recompute=True) - megatron(args, seq_len)
+    last_matmuls = 2 * args.num_layers * args.dim * args.ffn_dim
+    assert counted.hardware - counted.model == again - last_matmuls + 2 * (norms - args.dim)
+
+
+@settings(max_examples=20, deadline=None)
+@given(args=small_args)
+def test_parameters_are_those_of_the_model_that_is_built(args):
+    with torch.device("meta"):
+        model = build_decoder(args)
+    assert num_params(args) == sum(p.numel() for p in model.parameters())
+    assert num_block_params(args) == sum(p.numel() for p in model.layers.parameters())
+
+
+@pytest.mark.parametrize("checkpointed", [0, 1, 3, 4])
+def test_flops_are_those_that_torch_counts_in_a_training_step(checkpointed):
+    args, batch, seq_len = LLAMA.flavors["debug"], 2, 64
+    # On the meta device attention is counted as the full matmuls that it stands for.
+    with torch.device("meta"):
+        model = build_decoder(args)
+        tokens = torch.zeros(batch, seq_len, dtype=torch.long)
+    for name, block in list(model.layers.items())[:checkpointed]:
+        model.layers[name] = checkpoint_wrapper(block)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens).sum().backward()
+    assert args.num_layers == 4
+    ours = flops(args, seq_len, recomputed=checkpointed)
+    ours_of_matmuls = (ours.hardware or ours.model) - 6 * (2 * args.num_layers + 1) * args.dim
+    ours_of_matmuls -= 2 * 2 * checkpointed * args.dim
+    assert counter.get_total_flops() == batch * seq_len * ours_of_matmuls

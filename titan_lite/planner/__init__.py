@@ -1,0 +1,1 @@
+"""Hardware peaks and parameter and FLOP counts. Never imports torch."""
