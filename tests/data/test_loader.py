@@ -1,0 +1,361 @@
+"""Loader: the same samples for every layout, exact resume, read-ahead that cannot be seen."""
+
+import gzip
+import json
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from titan_lite.config.schema import Data
+from titan_lite.data.assets import bundled_asset
+from titan_lite.data.loader import DataLoader, merge_states
+from titan_lite.data.packing import join_documents
+from titan_lite.data.tokenizer import Tokenizer
+
+SEQ_LEN = 8
+TOKENIZER = Tokenizer.load()
+TEXTS = [f"{i} " + "whale " * (i % 7) for i in range(30)]
+NUM_STREAMS = st.sampled_from([1, 2, 3, 4, 6, 8])
+DEGREES = st.sampled_from([1, 2, 3, 4, 8])
+few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """30 documents in one file, and the same in 4 files."""
+    folder = tmp_path_factory.mktemp("documents")
+    write(folder / "one" / "all.jsonl", TEXTS)
+    for i in range(4):
+        write(folder / "four" / f"{i}.jsonl", TEXTS[i::4])
+    return folder
+
+
+def write(path, texts, field="text"):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts))
+    return path
+
+
+def loaders(section, degree=1, state=None, seed=0, batch=1):
+    made = [
+        DataLoader(
+            section,
+            seq_len=SEQ_LEN,
+            seed=seed,
+            local_batch_size=batch,
+            global_batch_size=batch * degree,
+            batch_rank=rank,
+            batch_degree=degree,
+            tokenizer=TOKENIZER,
+        )
+        for rank in range(degree)
+    ]
+    for loader in made:
+        if state is not None:
+            loader.load_state_dict(state)
+    return made
+
+
+def take(ranks, num_batches):
+    """The next samples of the job in global order, each as its S + 1 tokens."""
+    samples = []
+    for _ in range(num_batches):
+        # The rank whose turn it is gives the first sample of the step.
+        turn = ranks[0].state_dict()["num_samples"] % len(ranks)
+        batches = [next(loader) for loader in ranks[turn:] + ranks[:turn]]
+        for row in range(len(batches[0].inputs)):
+            for batch in batches:
+                samples.append([*batch.inputs[row].tolist(), batch.labels[row, -1].item()])
+                assert batch.inputs[row, 1:].tolist() == batch.labels[row, :-1].tolist()
+    return samples
+
+
+def merged(ranks):
+    return json.loads(json.dumps(merge_states([loader.state_dict() for loader in ranks])))
+
+
+def close(ranks):
+    for loader in ranks:
+        loader.close()
+
+
+def run(section, num_batches, **layout):
+    ranks = loaders(section, **layout)
+    samples = take(ranks, num_batches)
+    close(ranks)
+    return samples
+
+
+def data(folder, files="one", **settings):
+    return Data(dataset_path=str(folder / files), **{"shuffle_buffer": 12, **settings})
+
+
+@given(num_streams=NUM_STREAMS)
+@few
+def test_sample_g_is_sample_g_div_v_of_stream_g_mod_v(folder, num_streams):
+    samples = run(data(folder, num_streams=num_streams, shuffle=False), 60)
+    for v in range(num_streams):
+        documents = TOKENIZER.encode_documents(TEXTS[v::num_streams])
+        epoch = join_documents(documents, TOKENIZER.bos_id, TOKENIZER.eos_id)
+        mine = samples[v::num_streams]
+        tokens = np.tile(epoch, 2 + len(mine) * SEQ_LEN // len(epoch))
+        for item, sample in enumerate(mine):
+            assert sample == tokens[item * SEQ_LEN : (item + 1) * SEQ_LEN + 1].tolist()
+
+
+@given(
+    num_streams=NUM_STREAMS,
+    degree=DEGREES,
+    batch=st.integers(1, 3),
+    files=st.sampled_from(["one", "four"]),
+)
+@few
+def test_samples_and_merged_state_are_the_same_for_every_degree(
+    folder, num_streams, degree, batch, files
+):
+    section = data(folder, files, num_streams=num_streams)
+    ranks, alone = loaders(section, degree=degree, batch=batch), loaders(section)
+    steps = 72 // (degree * batch)
+    assert take(ranks, steps) == take(alone, steps * degree * batch)
+    assert merged(ranks) == merged(alone)
+    close([*ranks, *alone])
+
+
+@given(
+    num_streams=NUM_STREAMS,
+    degrees=st.lists(DEGREES, min_size=2, max_size=4),
+    steps=st.integers(0, 9),
+    files=st.sampled_from(["one", "four"]),
+)
+@few
+def test_resuming_at_any_point_and_any_degree_continues_the_same_samples(
+    folder, num_streams, degrees, steps, files
+):
+    section = data(folder, files, num_streams=num_streams)
+    samples, state = [], None
+    for degree in degrees:
+        ranks = loaders(section, degree=degree, state=state)
+        samples += take(ranks, steps)
+        state = merged(ranks)
+        close(ranks)
+    assert samples == run(section, steps * sum(degrees))
+
+
+def test_resume_is_exact_across_epochs(folder):
+    section = data(folder, num_streams=2, shuffle_buffer=8)
+    expected = run(section, 220)
+    for stop in range(0, 200, 13):
+        ranks = loaders(section)
+        take(ranks, stop)
+        state = merged(ranks)
+        close(ranks)
+        assert run(section, 20, state=state) == expected[stop : stop + 20]
+    assert max(position["epoch"] for position in state["streams"].values()) >= 2
+
+
+def test_read_ahead_does_not_show_in_the_state(folder):
+    eager, lazy = (data(folder, num_streams=2, prefetch=ahead) for ahead in (16, 1))
+    states = []
+    for section in (eager, lazy):
+        ranks = loaders(section)
+        before = merged(ranks)
+        take(ranks, 5)
+        states.append((before, merged(ranks)))
+        close(ranks)
+    assert states[0] == states[1]
+    assert states[0][1]["num_samples"] == 5
+
+
+def test_closing_and_reading_on_loses_nothing(folder):
+    section = data(folder, num_streams=2)
+    ranks = loaders(section)
+    samples = take(ranks, 3)
+    close(ranks)
+    samples += take(ranks, 3)
+    close(ranks)
+    assert samples == run(section, 6)
+
+
+def test_the_state_stays_a_few_numbers(folder):
+    ranks = loaders(data(folder, num_streams=2))
+    take(ranks, 40)
+    assert len(json.dumps(merged(ranks))) < 3000
+    close(ranks)
+
+
+def documents_of_epochs(section, num_epochs):
+    """Order of the document numbers in each epoch of a run with one stream."""
+    samples = run(section, 200)
+    tokens = samples[0] + [token for sample in samples[1:] for token in sample[1:]]
+    texts = TOKENIZER.decode(tokens).split("<|begin_of_text|>")[1:]
+    numbers = [int(text.split()[0]) for text in texts if " " in text]
+    return [numbers[i * 30 : (i + 1) * 30] for i in range(num_epochs)]
+
+
+def test_each_epoch_holds_every_document_once_in_an_order_of_its_own(folder):
+    section = data(folder, num_streams=1, shuffle_buffer=30)
+    first, second = documents_of_epochs(section, 2)
+    assert sorted(first) == sorted(second) == list(range(30))
+    assert first != second != list(range(30))
+
+
+def test_without_shuffle_documents_come_in_file_order(folder):
+    section = data(folder, num_streams=1, shuffle=False)
+    assert documents_of_epochs(section, 2) == [list(range(30))] * 2
+
+
+def test_another_seed_is_another_order_and_the_same_seed_the_same(folder):
+    section = data(folder, num_streams=2)
+    assert run(section, 30, seed=1) == run(section, 30, seed=1)
+    assert run(section, 30, seed=1) != run(section, 30, seed=2)
+
+
+def test_a_shuffle_buffer_smaller_than_the_streams_still_reads_everything(folder):
+    section = data(folder, num_streams=8, shuffle_buffer=1)
+    assert run(section, 30) == run(section.model_copy(update={"shuffle": False}), 30)
+
+
+def test_tokenizer_threads_do_not_change_the_samples(folder):
+    one, four = (data(folder, num_streams=2, tokenizer_threads=n) for n in (1, 4))
+    assert run(one, 30) == run(four, 30)
+
+
+def error_of(section, num_batches=1):
+    (loader,) = loaders(section)
+    with pytest.raises(ValueError) as error:  # noqa: PT011  (the caller reads the message)
+        take([loader], num_batches)
+    with pytest.raises(ValueError) as again:  # noqa: PT011
+        next(loader)
+    assert again.value is error.value
+    loader.close()
+    return str(error.value)
+
+
+def test_a_missing_text_field_names_the_fields_found(tmp_path):
+    path = write(tmp_path / "a.jsonl", TEXTS, field="txet")
+    message = error_of(Data(dataset_path=str(path)))
+    assert message.startswith("data.text_field='text' is not a field of")
+    assert "it has txet, did you mean 'txet'?" in message
+    assert str(path) in message
+
+
+def test_a_document_whose_text_is_not_text_is_named(tmp_path):
+    path = write(tmp_path / "a.jsonl", [1, 2])
+    message = error_of(Data(dataset_path=str(path), num_streams=1))
+    assert "data.text_field='text' of a document of" in message
+    assert "is 1, expected text" in message or "is 2, expected text" in message
+
+
+def test_too_few_documents_name_the_number_of_streams_that_would_do(folder):
+    message = error_of(data(folder, num_streams=64), num_batches=64)
+    assert "holds 30 documents, too few for data.num_streams=64: set data.num_streams" in message
+    assert message.endswith("to at most 30")
+
+
+def test_one_document_for_eight_streams_is_refused_in_good_english(tmp_path):
+    path = write(tmp_path / "a.jsonl", ["alone"])
+    message = error_of(Data(dataset_path=str(path), num_streams=8), num_batches=8)
+    assert "a.jsonl holds 1 document, too few for data.num_streams=8" in message
+
+
+def test_a_stream_whose_files_are_empty_is_named(tmp_path):
+    for i in range(4):
+        write(tmp_path / f"{i}.jsonl", TEXTS if i % 2 else [])
+    message = error_of(Data(dataset_path=str(tmp_path), num_streams=2))
+    assert "that stream 0 of data.num_streams=2 reads hold no documents" in message
+
+
+def test_an_empty_dataset_is_named(tmp_path):
+    path = write(tmp_path / "a.jsonl", [])
+    message = error_of(Data(dataset_path=str(path)))
+    assert message == f"data.dataset_path: {path} holds no documents"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("first.jsonl", b"not JSON\n"),
+        ("second.jsonl", b'{"text": "fine"}\n{"text": broken\n'),
+        ("late.jsonl", b'{"text": "%s"}\n' % (b"fine " * 100) * 25_000 + b'{"text": broken\n'),
+        ("latin1.jsonl", b'{"text": "\xe9"}\n'),
+        ("no.jsonl.gz", b"not gzip"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "fine"}\n' * 100)[:30]),
+        ("no.parquet", b"not Parquet"),
+    ],
+)
+def test_malformed_data_surfaces_with_its_source_and_does_not_hang(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    section = Data(dataset_path=str(tmp_path / name), num_streams=1, shuffle_buffer=50_000)
+    message = error_of(section)
+    assert message.startswith("data.dataset_path: cannot read ")
+    assert name in message
+    assert "\n" not in message
+
+
+def test_an_indivisible_global_batch_is_refused(folder):
+    with pytest.raises(ValueError, match=r"global_batch_size=7 is not .* = 2 \* 2"):
+        DataLoader(
+            data(folder),
+            seq_len=SEQ_LEN,
+            seed=0,
+            local_batch_size=2,
+            global_batch_size=7,
+            batch_rank=0,
+            batch_degree=2,
+            tokenizer=TOKENIZER,
+        )
+
+
+def test_the_state_of_a_run_with_other_settings_is_refused_naming_them(folder):
+    (state,) = [loader.state_dict() for loader in loaders(data(folder, num_streams=2))]
+    with pytest.raises(ValueError, match=r"data.num_streams was 2 and is 3"):
+        loaders(data(folder, num_streams=3), state=state)
+    with pytest.raises(ValueError, match=r"training.seed was 0 and is 5"):
+        loaders(data(folder, num_streams=2), state=state, seed=5)
+    with pytest.raises(ValueError, match=r"dataset was '1 json files .*' and is '4 json files"):
+        loaders(data(folder, "four", num_streams=2), state=state)
+
+
+def test_another_tokenizer_of_the_same_size_is_refused_on_resume(folder, tmp_path, monkeypatch):
+    (state,) = [loader.state_dict() for loader in loaders(data(folder))]
+    lines = bundled_asset("tokenizer/tokenizer.model").read_bytes().splitlines()
+    (a, _), (b, _) = lines[-2].split(), lines[-1].split()
+    lines[-2:] = [b"%b %d" % (b, len(lines) - 2), b"%b %d" % (a, len(lines) - 1)]
+    (tmp_path / "other.model").write_bytes(b"\n".join(lines))
+    other = Tokenizer.load(tmp_path / "other.model")
+    assert other.vocab_size == TOKENIZER.vocab_size
+    monkeypatch.setattr(sys.modules[__name__], "TOKENIZER", other)
+    with pytest.raises(ValueError, match=r"tokenizer was '2048 tokens .* and is '2048"):
+        loaders(data(folder), state=state)
+
+
+def test_close_ends_the_worker(folder):
+    ranks = loaders(data(folder, num_streams=2), degree=2)
+    take(ranks, 1)
+    names = [thread.name for thread in threading.enumerate()]
+    assert names.count("titan_lite data") == 2
+    close(ranks)
+    assert "titan_lite data" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_importing_the_loader_does_not_import_datasets():
+    code = "import sys, titan_lite.data.loader; sys.exit('datasets' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_process_that_forgets_to_close_has_no_worker_left_when_it_ends():
+    code = (
+        "import atexit, threading\n"
+        "atexit.register(lambda: print([thread.name for thread in threading.enumerate()]))\n"
+        "from tests.data.test_loader import Data, loaders\n"
+        "(loader,) = loaders(Data())\n"
+        "next(loader)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert b"titan_lite data" not in ended.stdout

@@ -1,0 +1,1 @@
+"""From documents to token batches, independent of the parallel layout."""

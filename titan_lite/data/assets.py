@@ -1,0 +1,21 @@
+"""Where the bundled corpus and tokenizer lie: in assets/, beside the package in the repository."""
+
+from pathlib import Path
+
+import titan_lite
+
+ASSETS = Path(titan_lite.__file__).resolve().parent.parent / "assets"
+
+
+def bundled_asset(name: str) -> Path:
+    """Path of a bundled file.
+
+    Raises ValueError naming the place looked at when it is not there.
+    """
+    path = ASSETS / name
+    if not path.is_file():
+        raise ValueError(
+            f"bundled file {path} does not exist: install titan_lite from a clone of its "
+            "repository (pip install -e .), or set data.dataset_path and data.tokenizer_path"
+        )
+    return path

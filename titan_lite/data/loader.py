@@ -1,0 +1,229 @@
+"""Batches of packed samples whose contents do not depend on the data-parallel degree.
+
+Global sample g of a run is sample g // V of stream g % V, with V = data.num_streams. Optimizer
+step b trains on samples [b * global_batch_size, (b + 1) * global_batch_size); of these, rank r of D
+takes those with g % D == r, in order, and reads only the streams that they come from.
+
+Legend: B = local_batch_size, S = seq_len.
+"""
+
+import atexit
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+
+from titan_lite.config.schema import Data
+from titan_lite.data.sources import open_dataset, resolve_source
+from titan_lite.data.streams import Position, Stream
+from titan_lite.data.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of one rank."""
+
+    inputs: torch.Tensor
+    """(B, S) int64"""
+    labels: torch.Tensor
+    """(B, S) int64: the token after each input; -100 is not counted in the loss."""
+
+
+class DataLoader:
+    """Endless micro-batches of one rank, in order, prepared ahead by a worker thread.
+
+    Raises ValueError at once for a source that cannot be found, and from next() what goes wrong in
+    the worker, in its place in the order.
+    """
+
+    def __init__(
+        self,
+        section: Data,
+        *,
+        seq_len: int,
+        seed: int,
+        local_batch_size: int,
+        global_batch_size: int,
+        batch_rank: int,
+        batch_degree: int,
+        tokenizer: Tokenizer,
+    ) -> None:
+        if global_batch_size % (local_batch_size * batch_degree):
+            raise ValueError(
+                f"training.global_batch_size={global_batch_size} is not a multiple of "
+                f"local_batch_size * data-parallel degree = {local_batch_size} * {batch_degree}"
+            )
+        assert 0 <= batch_rank < batch_degree
+        self._section, self._seq_len, self._seed = section, seq_len, seed
+        self._local_batch_size = local_batch_size
+        self._rank, self._degree = batch_rank, batch_degree
+        self._tokenizer = tokenizer
+        self._source = resolve_source(section)
+        self._num_samples = 0
+        self._positions: dict[int, Position] = {}
+        self._worker: _Worker[tuple[Batch, dict[int, Position]]] | None = None
+
+    def __iter__(self) -> "DataLoader":
+        """Start the worker, which from now on runs ahead."""
+        if self._worker is None:
+            batches = self._batches(self._num_samples, dict(self._positions))
+            self._worker = _Worker(batches, self._section.prefetch)
+        return self
+
+    def __next__(self) -> Batch:
+        worker = iter(self)._worker
+        assert worker is not None
+        batch, positions = worker.get()
+        self._positions |= positions
+        self._num_samples += self._local_batch_size * self._degree
+        return batch
+
+    def close(self) -> None:
+        """Stop the worker and forget what it prepared; next() would start it again."""
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the batches handed out so far end, over the streams this rank reads; small JSON.
+
+        The states of all ranks go through merge_states, whose result any rank of any degree loads.
+        """
+        return {
+            "num_samples": self._num_samples,
+            "settings": self._settings(),
+            "streams": {str(v): self._positions[v].state() for v in sorted(self._positions)},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after a merged state; what was prepared before is forgotten.
+
+        Raises ValueError naming each setting that differs from the state's, since with it the
+        positions mean nothing.
+        """
+        found, expected = self._settings(), state["settings"]
+        differing = [
+            f"{key} was {expected.get(key)!r} and is {value!r}"
+            for key, value in found.items()
+            if value != expected.get(key)
+        ]
+        if differing:
+            raise ValueError(f"cannot resume the data of another run: {'; '.join(differing)}")
+        self.close()
+        self._num_samples = state["num_samples"]
+        mine = {v: s for v, s in state["streams"].items() if self._reads(int(v))}
+        self._positions = {int(v): Position.from_state(s) for v, s in mine.items()}
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "dataset": self._source.identity,
+            "training.seq_len": self._seq_len,
+            "training.seed": self._seed,
+            "data.num_streams": self._section.num_streams,
+            "data.shuffle": self._section.shuffle,
+            "data.shuffle_buffer": self._section.shuffle_buffer,
+            "data.text_field": self._section.text_field,
+            "tokenizer": self._tokenizer.identity,
+        }
+
+    def _reads(self, stream: int) -> bool:
+        common = int(np.gcd(self._section.num_streams, self._degree))
+        return stream % common == self._rank % common
+
+    def _batches(
+        self, num_samples: int, positions: dict[int, Position]
+    ) -> Iterator[tuple[Batch, dict[int, Position]]]:
+        """Batches after the first `num_samples`, each with the new positions of its streams."""
+        streams: dict[int, Stream] = {}
+        dataset = open_dataset(self._source)
+        # This rank's first sample that has not been handed out.
+        sample = num_samples + (self._rank - num_samples) % self._degree
+        while True:
+            rows, moved = [], {}
+            for _ in range(self._local_batch_size):
+                item, v = divmod(sample, self._section.num_streams)
+                if v not in streams:
+                    streams[v] = Stream(
+                        dataset,
+                        self._source,
+                        self._section,
+                        stream=v,
+                        seq_len=self._seq_len,
+                        seed=self._seed,
+                        tokenizer=self._tokenizer,
+                        position=positions.get(v, Position()),
+                    )
+                rows.append(streams[v].sample(item))
+                moved[v] = streams[v].position
+                sample += self._degree
+            tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
+            yield Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()), moved
+
+
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One state of the whole job from the states of its ranks, the same for every layout.
+
+    Ranks that share a stream may differ in how far they have read it: the furthest counts.
+    """
+    num_samples = {state["num_samples"] for state in states}
+    assert len(num_samples) == 1, f"ranks are not at the same step: {num_samples}"
+    streams: dict[str, dict[str, Any]] = {}
+    for state in states:
+        for v, position in state["streams"].items():
+            if v not in streams or position["item"] > streams[v]["item"]:
+                streams[v] = position
+    ordered = {v: streams[v] for v in sorted(streams, key=int)}
+    return {**states[0], "streams": ordered}
+
+
+class _Worker(Generic[T]):
+    """A daemon thread that runs an iterator ahead, up to a bound."""
+
+    def __init__(self, items: Iterator[T], ahead: int) -> None:
+        self._queue: queue.Queue[T | _Failure] = queue.Queue(ahead)
+        self._stopped = threading.Event()
+        self._failure: _Failure | None = None
+        self._thread = threading.Thread(
+            target=self._run, args=(items,), name="titan_lite data", daemon=True
+        )
+        self._thread.start()
+        # A daemon thread that is inside pyarrow when the interpreter ends aborts the process.
+        atexit.register(self.close)
+
+    def get(self) -> T:
+        """The next item, or the exception that took its place, again at each call."""
+        item = self._failure or self._queue.get()
+        if isinstance(item, _Failure):
+            self._failure = item
+            raise item.error
+        return item
+
+    def close(self) -> None:
+        """Stop after the item in work; a read that hangs is left to its daemon thread."""
+        self._stopped.set()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
+        self._thread.join(timeout=5)
+        atexit.unregister(self.close)
+
+    def _run(self, items: Iterator[T]) -> None:
+        try:
+            for item in items:
+                if self._stopped.is_set():
+                    return
+                self._queue.put(item)
+        except BaseException as error:
+            self._queue.put(_Failure(error))
+
+
+@dataclass(frozen=True)
+class _Failure:
+    error: BaseException

@@ -1,0 +1,170 @@
+"""Where documents come from: the bundled corpus, local files, or a Hugging Face dataset by name.
+
+All are read by the streaming code of Hugging Face `datasets`, which is imported on first use.
+"""
+
+import contextlib
+import glob
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from titan_lite.config.schema import Data
+from titan_lite.data.assets import bundled_asset
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+# data.dataset -> (name on the hub, configuration)
+PRESETS = {"c4": ("allenai/c4", "en")}
+# File suffix, .gz apart -> builder of `datasets`
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+BUNDLED_SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A set of documents, not yet opened."""
+
+    name: str
+    """How messages call it."""
+    key: str
+    """The key that chose it, for messages."""
+    identity: str
+    """Same documents, same identity, wherever they lie: a resumed run compares it."""
+    arguments: dict[str, Any]
+    """Of datasets.load_dataset."""
+
+
+def resolve_source(section: Data) -> Source:
+    """Find the documents that a [data] table asks for.
+
+    Raises ValueError for files that are missing or of unknown or mixed format, and for a subset or
+    split that the source does not have. Nothing is read, a hub is not asked.
+    """
+    if section.dataset_path:
+        _refuse(section, ("subset", "split"), f"data.dataset_path={section.dataset_path!r}")
+        files = _local_files(section.dataset_path)
+        return _files_source(section.dataset_path, "data.dataset_path", files)
+    if section.dataset == "bundled":
+        _refuse(section, ("subset",), "data.dataset='bundled'")
+        if section.split not in BUNDLED_SPLITS:
+            raise ValueError(
+                f"data.split={section.split!r}: the bundled corpus has "
+                f"{' and '.join(BUNDLED_SPLITS)}"
+            )
+        path = bundled_asset(f"corpus/{section.split}.jsonl")
+        return _files_source(f"bundled corpus ({section.split})", "data.dataset", [path])
+    if Path(section.dataset).exists():
+        raise ValueError(
+            f"data.dataset={section.dataset!r} is a local path: set data.dataset_path to read it"
+        )
+    hub_name, subset = PRESETS.get(section.dataset, (section.dataset, ""))
+    subset = section.subset or subset
+    name = " ".join(filter(None, (hub_name, subset, section.split)))
+    arguments = {"path": hub_name, "name": subset or None, "split": section.split}
+    return Source(name=name, key="data.dataset", identity=name, arguments=arguments)
+
+
+def open_dataset(source: Source) -> "IterableDataset":
+    """Open a source for streaming; ValueError when it cannot be reached or read."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    with reading(source):
+        return datasets.load_dataset(**source.arguments, streaming=True)
+
+
+@contextlib.contextmanager
+def reading(source: Source) -> Iterator[None]:
+    """Whatever `datasets` raises becomes one sentence of ValueError that names source and key."""
+    try:
+        yield
+    except StopIteration:  # datasets looks for the fields in the first document
+        raise ValueError(f"{source.key}: {source.name} holds no documents") from None
+    except ConnectionError as error:
+        raise ValueError(
+            f"{source.key}: the Hugging Face hub could not be reached for {source.name}; "
+            "without a network, set data.dataset_path to local files"
+        ) from error
+    # Parsers, decompressors, file systems and HTTP clients each raise types of their own.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{source.key}: cannot read {source.name}: {reason:.300}") from error
+
+
+def stream_of(dataset: "IterableDataset", stream: int, num_streams: int) -> "IterableDataset":
+    """The documents of one stream out of `num_streams`, which together hold each document once.
+
+    With a file or more per stream, a stream reads whole files; with fewer, every stream reads all
+    files and keeps every num_streams-th document, so that no file weighs more than its size.
+    """
+    from datasets.distributed import split_dataset_by_node
+
+    if dataset.num_shards >= num_streams:
+        return dataset.shard(num_shards=num_streams, index=stream, contiguous=False)
+    return split_dataset_by_node(dataset, rank=stream, world_size=num_streams)
+
+
+def _refuse(section: Data, keys: tuple[str, ...], source: str) -> None:
+    for key in keys:
+        value, default = getattr(section, key), Data.model_fields[key].default
+        if value != default:
+            raise ValueError(f"data.{key}={value!r} cannot act with {source}: leave it {default!r}")
+
+
+def _local_files(dataset_path: str) -> list[Path]:
+    # os.path: leaves a ~user that does not exist, where Path raises.
+    path = Path(os.path.expanduser(dataset_path))  # noqa: PTH111
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        files = [file for file in path.rglob("*") if _format(file) and _is_data(file, path)]
+    else:
+        names = glob.glob(str(path), recursive=True)  # noqa: PTH207  (Path.glob: relative only)
+        files = [file for file in map(Path, names) if file.is_file()]
+    known = ", ".join(FORMATS)
+    if not files:
+        what = f"holds no file ending in {known}" if path.is_dir() else "matches no file"
+        raise ValueError(f"data.dataset_path={dataset_path!r} {what}")
+    unknown = [file.name for file in files if not _format(file)]
+    if unknown:
+        raise ValueError(
+            f"data.dataset_path={dataset_path!r}: unknown format of {unknown[0]!r}, "
+            f"expected a name ending in {known} (or these with .gz)"
+        )
+    return sorted(file.resolve() for file in files)
+
+
+def _is_data(file: Path, folder: Path) -> bool:
+    """Whether a file of a folder is meant to be read: . and _ mark what is not, as in Hive."""
+    hidden = any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
+    return not hidden and file.is_file()
+
+
+def _format(file: Path) -> str | None:
+    name = file.name.removesuffix(".gz")
+    return FORMATS.get(Path(name).suffix)
+
+
+def _files_source(name: str, key: str, files: list[Path]) -> Source:
+    formats = Counter(_format(file) for file in files)
+    if len(formats) > 1:
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(formats.items(), key=str))
+        raise ValueError(f"data.dataset_path={name!r} mixes formats ({counts}): name one by a glob")
+    kind = _format(files[0])
+    listing = "\n".join(f"{file.name} {file.stat().st_size}" for file in files)
+    digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
+    arguments: dict[str, Any] = {
+        "path": kind,
+        "data_files": [glob.escape(str(file)) for file in files],
+        "split": "train",
+    }
+    if kind == "text":
+        arguments["sample_by"] = "document"
+    identity = f"{len(files)} {kind} files {digest}"
+    return Source(name=name, key=key, identity=identity, arguments=arguments)
