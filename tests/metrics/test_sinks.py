@@ -1,0 +1,212 @@
+"""Each sink by reading back what it wrote."""
+
+import io
+import json
+import math
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from titan_lite.config.schema import Metrics
+from titan_lite.metrics.record import METRICS, format_duration
+from titan_lite.metrics.sinks import ConsoleSink, JsonlSink, TensorBoardSink, open_sinks
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def record(step, **changes):
+    values = {
+        "step": step,
+        "loss": 6.12341,
+        "grad_norm": 1.23451,
+        "lr": 3e-3,
+        "tokens": 5120 * step,
+        "wps": 4512.4,
+        "seconds_per_step": 0.5,
+        "tflops": 0.1234,
+        "mfu": 12.34,
+        "data_wait": 0.3,
+        "memory_gib": 0.61,
+    }
+    return values | changes
+
+
+def printed(*records, num_steps=100, stream=None):
+    stream = stream or io.StringIO()
+    sink = ConsoleSink(num_steps, stream)
+    for one in records:
+        sink.write(one)
+    return stream.getvalue()
+
+
+def test_console_prints_one_readable_line_per_record():
+    assert printed(record(10)) == (
+        "step  10/100  loss  6.1234  grad_norm   1.2345  lr 3.00e-03  wps     4,512  "
+        "tflops   0.123  mfu  12.3%  mem   0.61 GiB  data  0.3%  eta 0:00:45\n"
+    )
+
+
+def test_console_lines_are_aligned_from_the_first_step_to_the_last_and_from_cpu_to_gpu():
+    small = printed(record(1)).splitlines()[0]
+    large = printed(
+        record(100, loss=10.5, grad_norm=321.1, wps=45_120.0, tflops=412.3, memory_gib=70.1)
+    ).splitlines()[0]
+    assert small.index("eta") == large.index("eta")
+    assert small.index("lr") == large.index("lr")
+
+
+def test_console_marks_warm_up_instead_of_an_estimate_from_it():
+    line = printed(record(1, warmup=True))
+    assert line.endswith("  warm-up\n")
+    assert "eta" not in line
+
+
+def test_console_leaves_out_mfu_when_no_peak_is_known():
+    values = record(10)
+    del values["mfu"]
+    assert "mfu" not in printed(values)
+
+
+def test_console_shows_a_loss_that_is_not_finite():
+    assert "loss     nan  grad_norm      inf" in printed(
+        record(5, loss=math.nan, grad_norm=math.inf)
+    )
+
+
+def test_console_is_coloured_only_on_a_terminal_and_without_no_color(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\033[" not in printed(record(1))
+    assert "\033[" in printed(record(1), stream=Terminal())
+    monkeypatch.setenv("NO_COLOR", "")
+    assert "\033[" in printed(record(1), stream=Terminal())
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\033[" not in printed(record(1), stream=Terminal())
+
+
+def read_jsonl(path):
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def test_jsonl_holds_every_record_before_it_is_closed(tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    sink = JsonlSink(path)
+    sink.write(record(1, warmup=True))
+    sink.write(record(2))
+    assert read_jsonl(path) == [record(1, warmup=True), record(2)]
+    sink.close()
+
+
+def test_jsonl_stays_strict_json_with_values_that_are_not_finite(tmp_path):
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.write(record(1, loss=math.nan, grad_norm=math.inf, lr=-math.inf))
+    sink.close()
+    (read,) = read_jsonl(tmp_path / "metrics.jsonl")
+    assert (read["loss"], read["grad_norm"], read["lr"]) == ("nan", "inf", "-inf")
+    assert math.isnan(float(read["loss"]))
+
+
+def test_resuming_drops_the_lines_after_the_resumed_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    for step in (1, 10, 20, 30):
+        sink.write(record(step))
+    sink.close()
+    sink = JsonlSink(path, start_step=20)
+    sink.write(record(21))
+    sink.close()
+    assert [line["step"] for line in read_jsonl(path)] == [1, 10, 20, 21]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_resuming_drops_a_line_cut_short_by_a_crash_and_says_so(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    sink = JsonlSink(path, start_step=2)
+    sink.write(record(3))
+    sink.close()
+    assert [line["step"] for line in read_jsonl(path)] == [1, 3]
+    assert "line 2 is not JSON and was dropped" in caplog.text
+
+
+def test_a_run_that_starts_afresh_replaces_the_records_of_the_last(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 10}\n')
+    JsonlSink(path).close()
+    assert path.read_text() == ""
+
+
+def read_tensorboard(folder):
+    events = EventAccumulator(str(folder)).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_holds_each_key_under_its_tag(tmp_path):
+    sink = TensorBoardSink(tmp_path)
+    sink.write(record(10, validation_loss=7.0))
+    sink.close()
+    scalars = read_tensorboard(tmp_path)
+    keys = [key for key in record(10) if key != "step"]
+    assert set(scalars) == {METRICS[key].tag for key in keys} | {"validation_loss"}
+    for key in keys:
+        ((step, value),) = scalars[METRICS[key].tag]
+        assert step == 10
+        assert value == pytest.approx(record(10)[key])
+
+
+def test_tensorboard_leaves_out_the_speeds_of_the_warm_up(tmp_path):
+    sink = TensorBoardSink(tmp_path)
+    sink.write(record(1, warmup=True))
+    sink.close()
+    assert set(read_tensorboard(tmp_path)) == {
+        "train/loss",
+        "train/grad_norm",
+        "train/lr",
+        "train/tokens",
+        "memory/peak_gib",
+    }
+
+
+def test_tensorboard_hides_what_came_after_the_resumed_step(tmp_path):
+    first = TensorBoardSink(tmp_path)
+    for step in (1, 10, 20, 30):
+        first.write(record(step, loss=1.0))
+    first.close()
+    second = TensorBoardSink(tmp_path, start_step=20)
+    second.write(record(21, loss=2.0))
+    second.close()
+    assert read_tensorboard(tmp_path)["train/loss"] == [(1, 1), (10, 1), (20, 1), (21, 2)]
+
+
+def test_tensorboard_takes_values_that_are_not_finite(tmp_path):
+    sink = TensorBoardSink(tmp_path)
+    sink.write(record(1, loss=math.nan))
+    sink.close()
+    ((_, value),) = read_tensorboard(tmp_path)["train/loss"]
+    assert math.isnan(value)
+
+
+def test_tensorboard_can_be_switched_off(tmp_path):
+    off = open_sinks(Metrics(enable_tensorboard=False), tmp_path, num_steps=10, start_step=0)
+    assert [type(sink) for sink in off] == [ConsoleSink, JsonlSink]
+    on = open_sinks(Metrics(), tmp_path, num_steps=10, start_step=0)
+    assert [type(sink) for sink in on] == [ConsoleSink, JsonlSink, TensorBoardSink]
+    for sink in off + on:
+        sink.close()
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "tb"}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00:00"), (41.4, "0:00:41"), (59.6, "0:01:00"), (3661, "1:01:01"), (90000, "25:00:00")],
+)
+def test_durations_read_as_hours_minutes_seconds(seconds, text):
+    assert format_duration(seconds) == text

@@ -1,0 +1,123 @@
+"""What the device is called, its peak, and the memory it holds."""
+
+import platform
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from titan_lite.config.schema import Metrics
+from titan_lite.planner.hardware import NumberFormat, find_device
+
+GIB = 2**30
+
+# Large enough for a matmul to reach its best rate, and short enough (0.3 GFLOP, a few ms) for one
+# to end before the system gives the core to another process: 1,024 halves on a busy machine.
+_MATMUL_SIZE = 512
+_MATMUL_SECONDS = 0.2
+
+_FORMATS: dict[torch.dtype, NumberFormat] = {
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float32: "float32",
+}
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The rate that MFU divides by, in TFLOP/s of one device, and where it comes from.
+
+    Without a value `source` says why and which key supplies one.
+    """
+
+    tflops: float | None
+    source: str
+
+
+def find_peak(section: Metrics, device: torch.device, dtype: torch.dtype) -> Peak:
+    """The peak for matmuls in `dtype`: the configured one, measured on CPU, or the table's."""
+    if section.peak_tflops is not None:
+        return Peak(section.peak_tflops, "metrics.peak_tflops")
+    if device.type == "cpu":
+        source = f"{_FORMATS[dtype]} matmul measured at start, threads: {torch.get_num_threads()}"
+        return Peak(measured_peak_tflops(device, dtype), source)
+    name = device_name(device)
+    known = find_device(name)
+    if known is None:
+        return Peak(None, f"no peak is known for device {name!r}; metrics.peak_tflops supplies one")
+    number_format = _FORMATS[dtype]
+    if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        number_format = "tfloat32"
+    tflops = known.tflops(number_format)
+    if tflops is None:
+        return Peak(
+            None,
+            f"no {number_format} peak is known for {known.name} ({known.source}); "
+            "metrics.peak_tflops supplies one",
+        )
+    return Peak(tflops, f"{known.name}, dense {number_format}, {known.source}")
+
+
+def device_name(device: torch.device) -> str:
+    """The vendor's name, as torch reports it for accelerators, of the processor for the CPU."""
+    if device.type != "cpu":
+        return str(torch.get_device_module(device).get_device_name(device))
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def measured_peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """The best rate of a square matmul with the current threads, in TFLOP/s; takes about 0.2 s.
+
+    Values follow a generator of its own, so that the run's random numbers do not move.
+    """
+    n = _MATMUL_SIZE
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, n, generator=generator).to(device, dtype) for _ in range(2))
+    out = torch.mm(a, b)
+    best = float("inf")
+    deadline = time.perf_counter() + _MATMUL_SECONDS
+    while True:
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        end = time.perf_counter()
+        best = min(best, end - start)
+        if end >= deadline:
+            return 2 * n**3 / best / 1e12
+
+
+class DeviceMemory:
+    """The memory this process holds on its device.
+
+    Accelerators: the allocator's peaks since `reset_peak`. CPU: the peak resident set since the
+    process began, which the system does not reset.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def snapshot(self) -> dict[str, float]:
+        """Values by record key: GiB, and counts since the process began."""
+        if self._device.type == "cpu":
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            unit = 1 if sys.platform == "darwin" else 1024
+            return {"memory_gib": peak * unit / GIB}
+        stats = torch.get_device_module(self._device).memory_stats(self._device)
+        return {
+            "memory_gib": stats["active_bytes.all.peak"] / GIB,
+            "memory_reserved_gib": stats["reserved_bytes.all.peak"] / GIB,
+            "alloc_retries": stats["num_alloc_retries"],
+            "ooms": stats["num_ooms"],
+        }
+
+    def reset_peak(self) -> None:
+        """Starts the peaks of an accelerator anew."""
+        if self._device.type != "cpu":
+            torch.get_device_module(self._device).reset_peak_memory_stats(self._device)

@@ -1,0 +1,223 @@
+"""Speeds, utilisation and memory of a run, measured over windows of whole steps."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from titan_lite.config.schema import Metrics
+from titan_lite.metrics.device import DeviceMemory, Peak
+from titan_lite.metrics.record import METRICS, Record, format_duration
+from titan_lite.metrics.sinks import Sink
+from titan_lite.planner.counts import FlopsPerToken
+
+logger = logging.getLogger(__name__)
+
+AllReduce = Callable[[Tensor, str], Tensor]
+"""Reduces a tensor over all ranks with the named operation ("max") and returns the result."""
+
+
+@dataclass
+class _Window:
+    """The steps since the last log step; seconds are of the meter's clock."""
+
+    start: float
+    first_step: int
+    tokens: int = 0
+    samples: int = 0
+    waited: float = 0.0
+    excluded: float = 0.0
+
+
+class Meter:
+    """Measures whole steps between log steps; reads the device on log steps only.
+
+    A window runs from one log step to the next, less the time inside `excluded`. The first one,
+    which holds start-up (first batch, compilation), is marked `warmup` and kept out of the
+    summary's averages. Every rank calls `log`; the ranks that write pass sinks.
+    """
+
+    def __init__(
+        self,
+        *,
+        section: Metrics,
+        sinks: Sequence[Sink],
+        flops: FlopsPerToken,
+        peak: Peak,
+        device: torch.device,
+        num_devices: int,
+        num_steps: int,
+        start_step: int = 0,
+        all_reduce: AllReduce | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._log_freq = section.log_freq
+        self._sinks = sinks
+        self._flops = flops
+        self._peak = peak
+        self._device = device
+        self._memory = DeviceMemory(device)
+        self._num_devices = num_devices
+        self._num_steps = num_steps
+        self._start_step = start_step
+        self._all_reduce = all_reduce
+        self._clock = clock
+        self._start = clock()
+        self._window = _Window(start=self._start, first_step=start_step + 1)
+        self._first: Record = {}
+        self._last: Record = {}
+        self._measured_tokens = 0
+        self._measured_seconds = 0.0
+        self._excluded = 0.0
+        self._peak_memory_gib = 0.0
+        if peak.tflops is None:
+            logger.info("MFU is not measured: %s", peak.source)
+        else:
+            logger.info("MFU divides by %.4g TFLOP/s per device: %s", peak.tflops, peak.source)
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Counts the time inside as waiting for data; it stays part of the step."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._window.waited += self._clock() - start
+
+    @contextlib.contextmanager
+    def excluded(self) -> Iterator[None]:
+        """Leaves the time inside (saving a checkpoint) out of every speed."""
+        if self._device.type != "cpu":
+            # What the device still has to compute is not part of what follows.
+            torch.get_device_module(self._device).synchronize(self._device)
+        start = self._clock()
+        try:
+            yield
+        finally:
+            seconds = self._clock() - start
+            self._window.excluded += seconds
+            self._excluded += seconds
+
+    def add(self, tokens: int, samples: int) -> None:
+        """Counts a step's input tokens and samples, of the whole job."""
+        self._window.tokens += tokens
+        self._window.samples += samples
+
+    def should_log(self, step: int) -> bool:
+        """True for the first and the last step of this process and every `log_freq` steps."""
+        return step in (self._start_step + 1, self._num_steps) or step % self._log_freq == 0
+
+    def log(
+        self,
+        step: int,
+        *,
+        loss: Tensor | float,
+        grad_norm: Tensor | float,
+        lr: float,
+        tokens_seen: int,
+        extra: Mapping[str, float] | None = None,
+    ) -> Record:
+        """Ends the window at `step`, writes its record to the sinks and returns it; collective.
+
+        loss and grad_norm are those of the step, already global; tokens_seen counts since step 0.
+        """
+        # The host waits for the device here, so the clock is read after the step's last kernel.
+        record: Record = {
+            "step": step,
+            "loss": float(loss),
+            "grad_norm": float(grad_norm),
+            "lr": lr,
+            "tokens": tokens_seen,
+        }
+        now = self._clock()
+        window, self._window = self._window, _Window(start=now, first_step=step + 1)
+        seconds = now - window.start - window.excluded
+        record |= self._speeds(window, steps=step + 1 - window.first_step, seconds=seconds)
+        record |= self._worst_rank(
+            {"data_wait": 100 * window.waited / seconds, **self._memory.snapshot()}
+        )
+        self._memory.reset_peak()
+        for key, value in (extra or {}).items():
+            assert key not in record, f"{key} is a metric of the meter's own"
+            record[key] = value
+        if window.first_step == self._start_step + 1:
+            record["warmup"] = True
+        else:
+            self._measured_tokens += window.tokens
+            self._measured_seconds += seconds
+        self._first = self._first or record
+        self._last = record
+        self._peak_memory_gib = max(self._peak_memory_gib, record["memory_gib"])
+        for sink in self._sinks:
+            sink.write(record)
+        return record
+
+    def close(self) -> None:
+        """Closes the sinks."""
+        for sink in self._sinks:
+            sink.close()
+
+    def summary(self) -> str:
+        """Five lines: loss, WPS, MFU, memory, wall time; averages leave the warm-up window out."""
+        not_measured = "not measured: no step was logged after the warm-up step"
+        loss = "not measured: no step was logged"
+        memory = loss
+        if self._first:
+            loss = " -> ".join(
+                f"{r['loss']:.4f} (step {r['step']})" for r in (self._first, self._last)
+            )
+            kind = (
+                "resident in one process" if self._device.type == "cpu" else "active on one device"
+            )
+            memory = f"{self._peak_memory_gib:.2f} GiB {kind}"
+        wps_text = mfu = not_measured
+        if self._measured_seconds > 0:
+            wps = self._measured_tokens / (self._measured_seconds * self._num_devices)
+            wps_text = f"{wps:,.0f} tokens/s per device, devices: {self._num_devices}"
+            if self._peak.tflops is not None:
+                percent = self._percent_of_peak(self._flops.model, wps)
+                mfu = f"{percent:.1f}% of {self._peak.tflops:.4g} TFLOP/s ({self._peak.source})"
+        if self._peak.tflops is None:
+            mfu = f"not measured: {self._peak.source}"
+        wall = format_duration(self._clock() - self._start)
+        if self._excluded > 0:
+            wall += f", of which checkpoints {format_duration(self._excluded)}"
+        lines = {
+            "loss": loss,
+            "WPS": wps_text,
+            "MFU": mfu,
+            "peak memory": memory,
+            "wall time": wall,
+        }
+        return "\n".join(f"{label:<11}  {text}" for label, text in lines.items())
+
+    def _speeds(self, window: _Window, *, steps: int, seconds: float) -> Record:
+        wps = window.tokens / (seconds * self._num_devices)
+        speeds: Record = {
+            "wps": wps,
+            "samples_per_second": window.samples / seconds,
+            "seconds_per_step": seconds / steps,
+            "tflops": self._flops.model * wps / 1e12,
+        }
+        if self._peak.tflops is not None:
+            speeds["mfu"] = self._percent_of_peak(self._flops.model, wps)
+            speeds["mfu_causal"] = self._percent_of_peak(self._flops.causal, wps)
+            if self._flops.hardware is not None:
+                speeds["hfu"] = self._percent_of_peak(self._flops.hardware, wps)
+        return speeds
+
+    def _percent_of_peak(self, flops_per_token: float, wps: float) -> float:
+        assert self._peak.tflops is not None
+        return 100 * flops_per_token * wps / (self._peak.tflops * 1e12)
+
+    def _worst_rank(self, values: Mapping[str, float]) -> Record:
+        """The largest of each value over the ranks, in one collective."""
+        assert all(METRICS[key].reduction == "max" for key in values)
+        if self._all_reduce is None:
+            return dict(values)
+        packed = torch.tensor(list(values.values()), dtype=torch.float64, device=self._device)
+        return dict(zip(values, self._all_reduce(packed, "max").tolist(), strict=True))

@@ -1,0 +1,48 @@
+"""What a log record holds: unit, reduction across ranks and TensorBoard tag of each key."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Record = dict[str, float]
+"""Key to value, one per log step; `step` is always there, `warmup` only when it is true."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One key of a record.
+
+    reduction: "global" is the same number on every rank by construction, "max" is the worst rank's.
+    """
+
+    unit: str
+    reduction: Literal["global", "max"]
+    tag: str
+
+
+METRICS: dict[str, Metric] = {
+    "loss": Metric("nats per token", "global", "train/loss"),
+    "grad_norm": Metric("1", "global", "train/grad_norm"),
+    "lr": Metric("1", "global", "train/lr"),
+    "tokens": Metric("tokens since step 0", "global", "train/tokens"),
+    "wps": Metric("tokens/s per device", "global", "speed/wps"),
+    "samples_per_second": Metric(
+        "samples/s of the whole job", "global", "speed/samples_per_second"
+    ),
+    "seconds_per_step": Metric("s", "global", "speed/seconds_per_step"),
+    "tflops": Metric("TFLOP/s per device", "global", "speed/tflops"),
+    "mfu": Metric("% of peak", "global", "speed/mfu_percent"),
+    "mfu_causal": Metric("% of peak", "global", "speed/mfu_causal_percent"),
+    "hfu": Metric("% of peak", "global", "speed/hfu_percent"),
+    "data_wait": Metric("% of the time", "max", "speed/data_wait_percent"),
+    "memory_gib": Metric("GiB, peak", "max", "memory/peak_gib"),
+    "memory_reserved_gib": Metric("GiB, peak", "max", "memory/peak_reserved_gib"),
+    "alloc_retries": Metric("count since start", "max", "memory/alloc_retries"),
+    "ooms": Metric("count since start", "max", "memory/ooms"),
+}
+
+
+def format_duration(seconds: float) -> str:
+    """Hours, minutes and seconds as h:mm:ss; hours grow beyond a day."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -1,0 +1,145 @@
+"""Where records go: a line on the console, a JSON line, TensorBoard events."""
+
+import json
+import logging
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Protocol, TextIO
+
+from titan_lite.config.schema import Metrics
+from titan_lite.metrics.record import METRICS, Record, format_duration
+
+logger = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """Takes one record per log step."""
+
+    def write(self, record: Record) -> None:
+        """Writes one record."""
+
+    def close(self) -> None:
+        """Writes what is pending and lets go of files."""
+
+
+def open_sinks(section: Metrics, folder: Path, *, num_steps: int, start_step: int) -> list[Sink]:
+    """The sinks of a run below its folder, for the one rank that writes."""
+    sinks: list[Sink] = [
+        ConsoleSink(num_steps),
+        JsonlSink(folder / "metrics.jsonl", start_step=start_step),
+    ]
+    if section.enable_tensorboard:
+        sinks.append(TensorBoardSink(folder / "tb", start_step=start_step))
+    return sinks
+
+
+class ConsoleSink:
+    """Prints one aligned line per record, labels faint on a terminal unless NO_COLOR is set."""
+
+    def __init__(self, num_steps: int, stream: TextIO | None = None) -> None:
+        self._num_steps = num_steps
+        self._stream = stream or sys.stdout
+        # https://no-color.org: any non-empty value.
+        self._color = self._stream.isatty() and not os.environ.get("NO_COLOR")
+
+    def write(self, record: Record) -> None:
+        """Prints the record; keys it does not hold are left out."""
+        step, width = int(record["step"]), len(str(self._num_steps))
+        fields = [("step", f"{step:{width}}/{self._num_steps}")]
+        fields += [
+            (label, form.format(record[key]))
+            for key, label, form in (
+                ("loss", "loss", "{:7.4f}"),
+                ("grad_norm", "grad_norm", "{:8.4f}"),
+                ("lr", "lr", "{:.2e}"),
+                ("wps", "wps", "{:9,.0f}"),
+                ("tflops", "tflops", "{:7.3f}"),
+                ("mfu", "mfu", "{:5.1f}%"),
+                ("memory_gib", "mem", "{:6.2f} GiB"),
+                ("data_wait", "data", "{:4.1f}%"),
+            )
+            if key in record
+        ]
+        if record.get("warmup"):
+            fields.append(("warm-up", ""))
+        else:
+            eta = (self._num_steps - step) * record["seconds_per_step"]
+            fields.append(("eta", format_duration(eta)))
+        line = "  ".join(f"{self._faint(label)} {value}" for label, value in fields)
+        print(line.rstrip(), file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leaves the stream open: it is not this sink's."""
+
+    def _faint(self, label: str) -> str:
+        return f"\033[2m{label}\033[22m" if self._color else label
+
+
+class JsonlSink:
+    """Appends one strict JSON object per record and line.
+
+    Opening drops the records after `start_step`, which the run is about to write again (all of them
+    for a run that starts afresh), and a line cut short by a crash. Non-finite numbers, which JSON
+    does not have, are the strings "nan", "inf" and "-inf": Python's float() reads them back.
+    """
+
+    def __init__(self, path: Path, *, start_step: int = 0) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _drop_records_after(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        """Appends the record and hands it to the system, so that a crash loses nothing."""
+        values = {
+            key: value if math.isfinite(value) else str(value) for key, value in record.items()
+        }
+        self._file.write(json.dumps(values, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _drop_records_after(path: Path, step: int) -> None:
+    kept = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            logger.warning("%s: line %d is not JSON and was dropped: %.80r", path, number, line)
+            continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    # Written aside and renamed: a crash here must not lose the records of a long run.
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text("".join(kept), encoding="utf-8")
+    aside.replace(path)
+
+
+class TensorBoardSink:
+    """Writes a scalar per key; on resuming, TensorBoard hides what came after `start_step`.
+
+    Speeds of records that include start-up are left out: a curve cannot mark them.
+    """
+
+    def __init__(self, folder: Path, *, start_step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=10)
+
+    def write(self, record: Record) -> None:
+        """Adds the record's scalars; a key outside METRICS is its own tag."""
+        for key, value in record.items():
+            if key in ("step", "warmup"):
+                continue
+            tag = METRICS[key].tag if key in METRICS else key
+            if not (record.get("warmup") and tag.startswith("speed/")):
+                self._writer.add_scalar(tag, value, int(record["step"]))
+
+    def close(self) -> None:
+        """Writes pending events and closes the file."""
+        self._writer.close()
