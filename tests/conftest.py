@@ -1,0 +1,26 @@
+"""Fixtures shared by all rooms."""
+
+import os
+from collections.abc import Iterator, Mapping
+
+import pytest
+
+from tests.distributed import Workers, WorkersBySize
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One folder, kept between sessions, for what inductor compiles: half a minute per graph."""
+    folder = config.rootpath / ".pytest_cache" / "inductor"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
+@pytest.fixture(scope="session")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[int, Workers]]:
+    """`workers[n]`: n processes in one gloo group, started on first use, kept for the session."""
+    with WorkersBySize(tmp_path_factory) as by_size:
+        yield by_size
+
+
+@pytest.fixture(scope="session")
+def one_process(workers: Mapping[int, Workers]) -> Workers:
+    return workers[1]

@@ -1,0 +1,84 @@
+"""Seeds, garbage collection, timeouts and the run folder."""
+
+import gc
+import json
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed import Workers
+from titan_lite.runtime.distributed import set_timeout
+from titan_lite.runtime.garbage import collected_every
+from titan_lite.runtime.run_folder import git_commit, open_run_folder, write_run_file
+from titan_lite.runtime.seed import derive_seed
+
+
+def test_derived_seeds_never_change_and_differ_by_seed_and_name() -> None:
+    # A changed value would change the weights of every run that ever was.
+    assert derive_seed(0, "norm.weight") == 3125039522032665540
+    seeds = {derive_seed(s, name) for s in range(3) for name in ("a", "b", "1/a")}
+    assert len(seeds) == 9
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_garbage_is_collected_every_so_many_steps_and_not_in_between() -> None:
+    class Cycle:
+        pass
+
+    def is_collected_at(step: int) -> bool:
+        cycle = Cycle()
+        cycle.itself = cycle  # type: ignore[attr-defined]
+        reference = weakref.ref(cycle)
+        del cycle
+        collect(step)
+        return reference() is None
+
+    with collected_every(2) as collect:
+        assert not gc.isenabled()
+        assert not is_collected_at(1)
+        assert is_collected_at(2)
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+def _wait_in_vain() -> str:
+    set_timeout(1)
+    try:
+        if dist.get_rank() == 0:
+            dist.all_reduce(torch.zeros(1))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.distributed
+def test_the_timeout_that_was_set_ends_a_collective_that_waits_in_vain(tmp_path: Path) -> None:
+    # Workers of its own: a timeout leaves the group unusable.
+    lonely = Workers(2, tmp_path)
+    try:
+        answers = lonely.run(_wait_in_vain, timeout=30)
+    finally:
+        lonely.close()
+    assert "1000" in answers[0] or "imed out" in answers[0]
+
+
+def test_the_run_file_names_versions_and_commit(tmp_path: Path) -> None:
+    write_run_file(tmp_path, {"mesh": {"dp_shard": 2}})
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["versions"]["torch"] == torch.__version__
+    assert run["git_commit"] == git_commit()
+    assert run["mesh"] == {"dp_shard": 2}
+
+
+def test_only_what_a_run_wrote_is_moved_aside(tmp_path: Path) -> None:
+    for name in ("run.json", "metrics.jsonl", "notes.txt"):
+        (tmp_path / name).write_text("{}")
+    open_run_folder(tmp_path, resume_step=3)
+    assert (tmp_path / "run.json").exists()
+    open_run_folder(tmp_path, resume_step=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "previous"]
+    (earlier,) = (tmp_path / "previous").iterdir()
+    assert sorted(path.name for path in earlier.iterdir()) == ["metrics.jsonl", "run.json"]

@@ -1,0 +1,1 @@
+"""Process set-up: process groups, seeds, garbage collection, logging, profiling."""

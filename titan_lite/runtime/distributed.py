@@ -1,0 +1,69 @@
+"""The process group: device, backend, timeouts, shutdown."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from titan_lite.config.schema import Comm
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among all: global rank, rank on its node, number of processes, its device."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @classmethod
+    def from_environment(cls) -> "Process":
+        """Reads what torchrun sets; a process without RANK is alone."""
+        alone = "RANK" not in os.environ
+        local_rank = 0 if alone else int(os.environ["LOCAL_RANK"])
+        device = torch.device("cuda", local_rank) if torch.cuda.is_available() else "cpu"
+        return cls(
+            rank=0 if alone else int(os.environ["RANK"]),
+            local_rank=local_rank,
+            world_size=1 if alone else int(os.environ["WORLD_SIZE"]),
+            device=torch.device(device),
+        )
+
+
+def start_process_group(process: Process, comm: Comm) -> None:
+    """Joins the process group: NCCL (with gloo for host tensors) on GPUs, gloo on CPU."""
+    if dist.is_initialized():
+        return
+    on_gpu = process.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(process.device)
+    # A process that torchrun did not start has no rendezvous: an in-memory store serves it.
+    alone = "RANK" not in os.environ
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        timeout=timedelta(seconds=comm.init_timeout_seconds),
+        store=dist.HashStore() if alone else None,
+        rank=process.rank if alone else -1,
+        world_size=process.world_size if alone else -1,
+        device_id=process.device if on_gpu else None,
+    )
+
+
+def set_timeout(seconds: int) -> None:
+    """Sets the timeout of every process group this process belongs to.
+
+    All ranks wait for each other first, so that none is still busy under the former timeout.
+    """
+    dist.barrier()
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def stop_process_group() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,18 @@
+"""Logging to standard output: rank 0 speaks, the others only warn."""
+
+import logging
+import sys
+
+
+def set_up_logging(rank: int) -> None:
+    """Sends the package's log to standard output with the rank in each line."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(
+        logging.Formatter(f"%(asctime)s [rank{rank}] %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    )
+    logger = logging.getLogger("titan_lite")
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    # What the configuration is warned about is the same on every rank.
+    logging.getLogger("titan_lite.config").setLevel(logging.WARNING if rank == 0 else logging.ERROR)
