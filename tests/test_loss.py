@@ -1,0 +1,69 @@
+"""Chunked linear cross-entropy against torch's own."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from titan_lite.loss import IGNORE_INDEX, cross_entropy_sum
+
+
+def _inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden_BSD = torch.randn(2, 7, 16, generator=generator).to(dtype).requires_grad_()
+    weight_VD = torch.randn(50, 16, generator=generator).to(dtype).requires_grad_()
+    labels_BS = torch.randint(50, (2, 7), generator=generator)
+    labels_BS[0, 3:5] = IGNORE_INDEX
+    return hidden_BSD, weight_VD, labels_BS
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3, 8, 14, 100])
+def test_loss_and_gradients_equal_torch_for_any_number_of_chunks(num_chunks: int) -> None:
+    hidden, weight, labels = _inputs()
+    loss = cross_entropy_sum(hidden, weight, labels, num_chunks=num_chunks, vocab_size=len(weight))
+    (loss / 3).backward()
+    got = hidden.grad, weight.grad
+    hidden.grad = weight.grad = None
+
+    logits = (hidden @ weight.T).flatten(0, 1)
+    expected = F.cross_entropy(logits, labels.flatten(), reduction="sum")
+    (expected / 3).backward()
+
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(got, (hidden.grad, weight.grad), rtol=1e-5, atol=1e-6)
+
+
+def test_loss_of_bfloat16_inputs_is_float32_and_its_gradients_are_bfloat16() -> None:
+    hidden, weight, labels = _inputs(torch.bfloat16)
+    loss = cross_entropy_sum(hidden, weight, labels, num_chunks=4, vocab_size=len(weight))
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == torch.bfloat16
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.bfloat16
+
+
+def test_a_batch_without_valid_tokens_has_loss_and_gradients_of_zero() -> None:
+    hidden, weight, labels = _inputs()
+    loss = cross_entropy_sum(
+        hidden, weight, torch.full_like(labels, IGNORE_INDEX), num_chunks=2, vocab_size=len(weight)
+    )
+    loss.backward()
+    assert loss.item() == 0
+    assert hidden.grad is not None
+    assert not hidden.grad.any()
+
+
+def test_full_logits_never_exist() -> None:
+    hidden = torch.randn(512, 8, requires_grad=True)
+    weight = torch.randn(1000, 8, requires_grad=True)
+    labels = torch.randint(1000, (512,))
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        cross_entropy_sum(hidden, weight, labels, num_chunks=8, vocab_size=len(weight)).backward()
+    largest = max(
+        (event.cpu_memory_usage for event in profiler.events() if event.name == "aten::mm"),
+    )
+    assert largest <= 512 // 8 * 1000 * 4
+    with torch.no_grad():
+        assert cross_entropy_sum(hidden, weight, labels, num_chunks=8, vocab_size=len(weight)) > 0
