@@ -1,0 +1,1 @@
+"""Applies parallelism to a built model and reports what was applied."""

@@ -1,0 +1,112 @@
+"""Activation checkpointing: which activations are kept, and which computed again in backward."""
+
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import torch
+import torch._functorch.config as compiler_config
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointWrapper,
+    checkpoint_wrapper,
+)
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    create_selective_checkpoint_contexts,
+)
+
+from titan_lite.config.schema import ActivationCheckpoint, SavedOp
+from titan_lite.nn.decoder import Decoder
+
+aten, collectives = torch.ops.aten, torch.ops._c10d_functional
+
+MATMULS = (aten.mm.default, aten.addmm.default, aten._scaled_mm.default)
+OPS: dict[SavedOp, tuple[Any, ...]] = {
+    # Cost grows with the square of the sequence, the result only with its length.
+    "attention": (
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_fused_attention_overrideable.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.higher_order.flex_attention,
+    ),
+    "matmul": MATMULS,
+    "every_second_matmul": MATMULS,
+    # A collective repeated in backward is waited for twice.
+    "reduce_scatter": (collectives.reduce_scatter_tensor.default,),
+    "all_reduce": (collectives.all_reduce.default,),
+    # The largest magnitude of a tensor, from which float8 takes its scale: one number.
+    "max": (aten.max.default,),
+}
+"""The operations behind each name of `activation_checkpoint.save`, as the dispatcher sees them."""
+
+
+def apply_activation_checkpoint(model: Decoder, section: ActivationCheckpoint) -> None:
+    """Wraps the chosen blocks in place; for "memory_budget", tells the compiler instead.
+
+    The budget is one of the whole process, for what is compiled from here on.
+    """
+    with_budget = section.mode == "memory_budget"
+    compiler_config.activation_memory_budget = section.memory_budget if with_budget else 1.0
+    settings: dict[str, Any] = {}
+    if section.mode == "selective_op":
+        # One object for all blocks, which remain equal for the compiler: one graph serves them.
+        settings["context_fn"] = partial(_contexts, tuple(section.save))
+    blocks = list(model.layers.named_children())
+    for index in section.layers(len(blocks)):
+        name, block = blocks[index]
+        # The random state is restored for a recomputed dropout to drop the same: no model here
+        # has one, but one from model.module may, and its gradients would be wrong in silence.
+        wrapped = checkpoint_wrapper(block, preserve_rng_state=True, **settings)
+        model.layers.register_module(name, wrapped)
+
+
+class SavePolicy:
+    """Tells torch, for each operation of one forward of a block, whether its result is kept.
+
+    Of "every_second_matmul" the second, fourth, ... are kept: the last of an odd number is not, as
+    with a gated feed-forward's, whose result backward does not need.
+    """
+
+    def __init__(self, save: tuple[SavedOp, ...]) -> None:
+        self.saved = {op for name in save for op in OPS[name]}
+        self.every_second = set(MATMULS) if "every_second_matmul" in save else set()
+        # Separately for forward and recomputation, for both to find the same matmuls second:
+        # torch < 2.13 asks again in backward.
+        self.matmuls: Counter[bool] = Counter()
+
+    def __call__(
+        self, context: SelectiveCheckpointContext, op: Any, *_args: Any, **_kwargs: Any
+    ) -> CheckpointPolicy:
+        save = op in self.saved
+        if op in self.every_second:
+            self.matmuls[context.is_recompute] += 1
+            save = self.matmuls[context.is_recompute] % 2 == 0
+        # PREFER leaves it to the compiler to keep what is cheaper kept.
+        return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _contexts(save: tuple[SavedOp, ...]) -> Any:
+    """The context managers of one block's forward and of its recomputation."""
+    return create_selective_checkpoint_contexts(SavePolicy(save))
+
+
+def is_checkpointed(block: nn.Module) -> bool:
+    """Whether backward computes the block again."""
+    return isinstance(block, CheckpointWrapper)
+
+
+def saved_ops(block: nn.Module) -> tuple[str, ...]:
+    """Names of the operations whose results a checkpointed block keeps; none of any other."""
+    if not isinstance(block, CheckpointWrapper):
+        return ()
+    context_fn = block.checkpoint_fn.keywords.get("context_fn")
+    return () if context_fn is None else context_fn.args[0]
+
+
+def memory_budget() -> float:
+    """Share of the activation memory that the compiler may use, 1.0 without a budget."""
+    return float(compiler_config.activation_memory_budget)

@@ -1,0 +1,84 @@
+"""Async tensor parallel: inductor splits an all-gather and the matmuls that read it, or a matmul
+and its reduce-scatter, into chunks that overlap, over symmetric memory.
+
+The only file that knows these private names of torch.
+"""
+
+import warnings
+
+import torch
+import torch.distributed._symmetric_memory as symmetric_memory
+from torch.distributed.device_mesh import DeviceMesh
+
+ALL_GATHER_MATMUL = "fused_all_gather_matmul"
+MATMUL_REDUCE_SCATTER = "fused_matmul_reduce_scatter"
+FUSED = {
+    "symm_mem.fused_all_gather_matmul.default": ALL_GATHER_MATMUL,
+    "symm_mem.fused_all_gather_scaled_matmul.default": ALL_GATHER_MATMUL,
+    "symm_mem.fused_matmul_reduce_scatter.default": MATMUL_REDUCE_SCATTER,
+    "symm_mem.fused_scaled_matmul_reduce_scatter.default": MATMUL_REDUCE_SCATTER,
+}
+"""The operations that the rewrite puts into a graph, float8's scaled ones among them."""
+
+
+def check_async_tp(device: torch.device, tp: int) -> None:
+    """Raises ValueError where `device` and its tensor-parallel group have no symmetric memory."""
+    kernel = f"symm_mem::{ALL_GATHER_MATMUL}"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(kernel, device.type.upper()):
+        raise ValueError(
+            f"needs CUDA devices with symmetric memory over NVLink; this device is {device}"
+        )
+    if device.type != "cuda":
+        return
+    # The tensor-parallel axis is the innermost one: its ranks are neighbours.
+    first = device.index - device.index % tp
+    for peer in range(first, min(first + tp, torch.cuda.device_count())):
+        if peer != device.index and not torch.cuda.can_device_access_peer(device, peer):
+            raise ValueError(
+                f"{device} cannot reach the memory of cuda:{peer}, as symmetric memory needs in a "
+                f"tensor-parallel group of {tp}"
+            )
+
+
+def apply_async_tp(mesh: DeviceMesh, *, enable: bool) -> None:
+    """Turns the rewrite on for graphs with collectives of the 1D `mesh`, or off for all.
+
+    Inductor's settings are those of the whole process: a run without takes an earlier one's back.
+    """
+    from torch._dynamo.utils import counters
+    from torch._inductor import config
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class CountFused(CustomGraphPass):
+        """Adds the fused operations of a graph that was rewritten to inductor's counters.
+
+        A graph that comes from inductor's cache is not rewritten again, but what its compilation
+        added to the counters is kept with it, and added again.
+        """
+
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            for node in graph.nodes:
+                if name := FUSED.get(str(node.target)):
+                    counters["inductor"][name] += 1
+
+        def uuid(self) -> str:
+            # Part of inductor's cache key: a new one wherever this pass changes.
+            return "titan_lite.CountFused"
+
+    config._micro_pipeline_tp = enable
+    config.post_grad_custom_post_pass = CountFused() if enable else None
+    for name in (ALL_GATHER_MATMUL, MATMUL_REDUCE_SCATTER):
+        counters["inductor"].pop(name, None)
+    if enable:
+        with warnings.catch_warnings():
+            # Deprecated in torch 2.13, whose rewrite asks for it all the same.
+            warnings.simplefilter("ignore", FutureWarning)
+            symmetric_memory.enable_symm_mem_for_group(mesh.get_group().group_name)
+
+
+def count_fused() -> dict[str, int]:
+    """Fused operations in the graphs, forward and backward, compiled so far by this run."""
+    from torch._dynamo.utils import counters
+
+    names = (ALL_GATHER_MATMUL, MATMUL_REDUCE_SCATTER)
+    return {f"{name}s": counters["inductor"][name] for name in names}

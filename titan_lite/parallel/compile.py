@@ -1,0 +1,75 @@
+"""torch.compile per transformer block: equal blocks share one graph, so one is compiled.
+
+Dynamo's private names are wrapped here, and imported only by runs that compile.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from titan_lite.config.schema import Compile
+from titan_lite.nn.decoder import Decoder
+
+# The first step compiles; the second may once more, for what FSDP2 sets up lazily in the first.
+WARMUP_STEPS = 2
+
+
+def apply_compile(model: Decoder, section: Compile) -> None:
+    """Compiles each block in place, refusing graph breaks.
+
+    Forgets what earlier models of this process compiled: dynamo finds graphs by their code, so
+    that another model's shapes would be a reason to recompile this one's with dynamic ones.
+    """
+    if not section.enable:
+        return
+    torch.compiler.reset()
+    _untag_attention_on_cpu()
+    for block in model.layers.children():
+        block.compile(fullgraph=True)
+
+
+def _untag_attention_on_cpu() -> None:
+    """Takes back that torch calls the CPU's fused attention random: it refuses dropout.
+
+    Activation checkpointing would save a random state for it, which torch 2.13 puts behind the
+    device mesh among the saved values of a tensor-parallel block, and then takes for one of them.
+    """
+    tags = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default.tags
+    if torch.Tag.nondeterministic_seeded in tags:
+        tags.remove(torch.Tag.nondeterministic_seeded)
+
+
+@dataclass
+class Compilations:
+    """Watches dynamo from when it is made on.
+
+    recompilations: how many graphs were compiled anew after the warm-up steps.
+    """
+
+    recompilations: int = 0
+    _steps: int = 0
+    _earlier_graphs: int = field(default_factory=lambda: _num_graphs())
+
+    @property
+    def graphs(self) -> int:
+        """Graphs compiled so far: one for all equal blocks."""
+        return _num_graphs() - self._earlier_graphs
+
+    def after_step(self) -> list[str]:
+        """Dynamo's reason for each recompilation in the step just done, none in the warm-up."""
+        from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metrics
+
+        reasons = [metrics.recompile_reason for metrics in get_compilation_metrics()]
+        clear_compilation_metrics()
+        self._steps += 1
+        if self._steps <= WARMUP_STEPS:
+            return []
+        found = [" ".join(reason.split()) for reason in reasons if reason]
+        self.recompilations += len(found)
+        return found
+
+
+def _num_graphs() -> int:
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])

@@ -1,0 +1,290 @@
+"""Float8 by torchao: which linears compute in it, what stands against it, and fresh scales.
+
+A linear's three matrix products round their operands to 8 bits, scaled by their largest element
+(arXiv:2209.05433); weights, sums and everything between linears keep their precision. torchao is
+imported where it is used: a run without float8 need not wait for it.
+"""
+
+import dataclasses
+import logging
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+)
+
+from titan_lite.config.dims import ParallelDims
+from titan_lite.config.problems import quote
+from titan_lite.config.schema import Float8, Parallel
+from titan_lite.models.patterns import matches
+from titan_lite.models.roles import PlanRow, Role
+from titan_lite.nn.decoder import Decoder
+
+logger = logging.getLogger(__name__)
+
+# What torch._scaled_mm asks of rows and columns.
+MULTIPLE = 16
+# Ada, the first with float8 matrix products; Hopper is 9.0.
+MIN_CAPABILITY = (8, 9)
+TORCHAO_NAMES = {"rowwise_gw_hp": "rowwise_with_gw_hp"}
+
+
+def choose_linears(
+    model: Decoder, section: Float8, plan: tuple[PlanRow, ...]
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Names of the model's linears that become float8, and of the others with the reason."""
+    chosen, left_out = [], {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            if reason := _reason_against(name, module, section, plan):
+                left_out[name] = reason
+            else:
+                chosen.append(name)
+    return tuple(chosen), left_out
+
+
+def _reason_against(
+    name: str, linear: nn.Linear, section: Float8, plan: tuple[PlanRow, ...]
+) -> str | None:
+    shape = (linear.out_features, linear.in_features)
+    size = f"{shape[0]} x {shape[1]}"
+    if _role(name, plan) == "head":
+        return "the output head"
+    if type(linear) is not nn.Linear:
+        # torchao's linear would replace the class, and its forward with it.
+        return f"a {type(linear).__name__}"
+    if any(matches(pattern, name) for pattern in section.filter):
+        return "float8.filter"
+    if any(size % MULTIPLE for size in shape):
+        return f"{size}, not multiples of {MULTIPLE}"
+    if min(shape) < section.min_dim:
+        return f"{size}, float8.min_dim is {section.min_dim}"
+    return None
+
+
+def describe(left_out: Mapping[str, str]) -> str:
+    """Linears and reasons, the same in several layers named once."""
+    parts = dict.fromkeys(f"{_pattern(name)} ({reason})" for name, reason in left_out.items())
+    return ", ".join(parts)
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _role(name: str, plan: tuple[PlanRow, ...]) -> Role | None:
+    return next((row.role for row in plan if row.matches(name)), None)
+
+
+def float8_problems(
+    model: Decoder,
+    plan: tuple[PlanRow, ...],
+    *,
+    float8: Float8,
+    parallel: Parallel,
+    dims: ParallelDims,
+    device: torch.device,
+) -> Iterator[tuple[str, str]]:
+    """Why this model cannot train in float8 on this device and layout: (key, message)."""
+    if float8.recipe == "none":
+        return
+    yield from _device_problems(float8, parallel, dims, device)
+    yield from _choice_problems(model, float8, plan)
+    yield from _layout_problems(model, float8, plan, dims)
+
+
+def _device_problems(
+    float8: Float8, parallel: Parallel, dims: ParallelDims, device: torch.device
+) -> Iterator[tuple[str, str]]:
+    recipe = quote(float8.recipe)
+    if not float8.emulate and (lack := _lack_of_hardware(device)):
+        yield (
+            "float8.recipe",
+            f"{recipe} needs a GPU that multiplies float8 (CUDA capability 8.9 or higher), {lack}; "
+            "float8.emulate = true gives its numbers without its speed",
+        )
+    gathers_float8 = float8.recipe == "tensorwise" and dims.tp > 1 and parallel.sequence_parallel
+    if gathers_float8 and device.type == "cpu":
+        yield (
+            "float8.recipe",
+            f"under sequence parallel {recipe} gathers activations in float8, which gloo, the "
+            "backend of CPUs, cannot send; set parallel.sequence_parallel = false, or use "
+            '"rowwise"',
+        )
+
+
+def _choice_problems(
+    model: Decoder, float8: Float8, plan: tuple[PlanRow, ...]
+) -> Iterator[tuple[str, str]]:
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for pattern in float8.filter:
+        if not any(matches(pattern, name) for name in linears):
+            names = ", ".join(dict.fromkeys(map(_pattern, linears)))
+            yield "float8.filter", f"{quote(pattern)} matches no linear of {names}"
+    chosen, left_out = choose_linears(model, float8, plan)
+    if not chosen:
+        yield (
+            "float8.recipe",
+            f"{quote(float8.recipe)} finds no linear to convert: {describe(left_out)}",
+        )
+
+
+def _layout_problems(
+    model: Decoder, float8: Float8, plan: tuple[PlanRow, ...], dims: ParallelDims
+) -> Iterator[tuple[str, str]]:
+    chosen, _ = choose_linears(model, float8, plan)
+    # Equal linears of several layers get one sentence.
+    for pattern, name in {_pattern(name): name for name in reversed(chosen)}.items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        rows, by_columns = linear.out_features, _role(name, plan) == "rowwise"
+        size = linear.in_features if by_columns else rows
+        if size % (dims.tp * MULTIPLE):
+            yield (
+                "parallel.tp",
+                f"{pattern} has {size} {'columns' if by_columns else 'rows'}, {size / dims.tp:g} "
+                f"on each of tp ({dims.tp}) ranks: no multiple of {MULTIPLE}, as float8 needs; "
+                "name it in float8.filter",
+            )
+        local_rows = rows if by_columns else rows // dims.tp
+        if float8.fsdp_all_gather and local_rows % dims.fsdp:
+            yield (
+                "float8.fsdp_all_gather",
+                f"the {local_rows} rows of {pattern} do not divide over the {dims.fsdp} ranks of "
+                "FSDP, and torchao gathers no uneven shards; name it in float8.filter",
+            )
+
+
+def _lack_of_hardware(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"and this is a {device.type.upper()}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= MIN_CAPABILITY:
+        return None
+    return f"and {torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
+
+
+def convert(model: Decoder, section: Float8, plan: tuple[PlanRow, ...]) -> tuple[str, ...]:
+    """Replaces the chosen linears by torchao's in place, and returns their names.
+
+    Parameters keep their names, shapes and float32 masters; with fsdp_all_gather they are wrapped
+    in a tensor subclass that FSDP2 asks for what to send.
+    """
+    if section.recipe == "none":
+        return ()
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    if section.recipe != "tensorwise":
+        import torch._inductor.config as inductor
+
+        # What backward computes again must be rounded as in the forward: compiled, RMSNorm and
+        # rowwise scales gave NaN otherwise (github.com/pytorch/pytorch/issues/150859).
+        inductor.emulate_precision_casts = True
+    chosen, left_out = choose_linears(model, section, plan)
+    logger.info("Float8 leaves in high precision: %s", describe(left_out))
+    config = Float8LinearConfig.from_recipe_name(TORCHAO_NAMES.get(section.recipe, section.recipe))
+    convert_to_float8_training(
+        model,
+        config=dataclasses.replace(
+            config,
+            enable_fsdp_float8_all_gather=section.fsdp_all_gather,
+            emulate=section.emulate,
+        ),
+        module_filter_fn=lambda _, name: name in chosen,
+    )
+    if section.fsdp_all_gather:
+        for linear in float8_linears(model).values():
+            linear.register_state_dict_post_hook(_unwrap_weight)
+    return chosen
+
+
+@torch.no_grad()
+def _unwrap_weight(
+    _linear: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any
+) -> None:
+    """Gives checkpoints the tensor inside torchao's, for runs without torchao to read them."""
+    weight = state_dict[f"{prefix}weight"]
+    if isinstance(weight, DTensor) and is_gathered_in_float8(weight):
+        state_dict[f"{prefix}weight"] = DTensor.from_local(
+            weight.to_local()._tensor,  # type: ignore[attr-defined]
+            weight.device_mesh,
+            weight.placements,
+            run_check=False,
+            shape=weight.shape,
+            stride=weight.stride(),
+        )
+
+
+def float8_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The converted linears by name."""
+    if "torchao.float8" not in sys.modules:
+        return {}
+    from torchao.float8.float8_linear import Float8Linear
+
+    return {name: m for name, m in model.named_modules() if isinstance(m, Float8Linear)}
+
+
+def is_gathered_in_float8(weight: torch.Tensor) -> bool:
+    """Whether FSDP2 gathers this weight as its tensor subclass says, not in param_dtype."""
+    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    return hasattr(local, "fsdp_pre_all_gather")
+
+
+def refresh_scales(model: nn.Module) -> None:
+    """Computes the scales of the weights that are gathered in float8; collective.
+
+    To be called whenever weights have changed: one all-reduce of one number per weight, where
+    FSDP2 would otherwise wait for one all-reduce per weight.
+    """
+    from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+    precompute_float8_dynamic_scale_for_fsdp(model)
+
+
+def in_float8_styles(model: Decoder, plan: tuple[PlanRow, ...]) -> set[str]:
+    """Names of the modules that take torchao's styles: what they pass on is float8.
+
+    These are the linears with one scale per tensor, and the modules that gather for such linears
+    only: another linear beside them needs the input in high precision.
+    """
+    tensorwise = {
+        name
+        for name, linear in float8_linears(model).items()
+        if linear.config.cast_config_input.scaling_granularity.value == "tensorwise"  # type: ignore[union-attr]
+    }
+    colwise = {name for name, _ in model.named_modules() if _role(name, plan) == "colwise"}
+    gathers, mixed = set(), []
+    for name, _ in model.named_modules():
+        if _role(name, plan) == "gather":
+            fed = {linear for linear in colwise if linear.startswith(f"{name}.")}
+            if fed and fed <= tensorwise:
+                gathers.add(name)
+            elif fed & tensorwise:
+                mixed.append(name)
+    if mixed:
+        logger.warning(
+            "%s gathers in high precision: some of its linears are left out of float8",
+            ", ".join(dict.fromkeys(map(_pattern, mixed))),
+        )
+    return tensorwise | gathers
+
+
+def float8_styles() -> tuple[
+    type[ColwiseParallel], type[RowwiseParallel], type[PrepareModuleInput]
+]:
+    """torchao's colwise, rowwise and gathering styles, which cast before they gather."""
+    from torchao.float8.float8_tensor_parallel import (
+        Float8ColwiseParallel,
+        Float8RowwiseParallel,
+        PrepareFloat8ModuleInput,
+    )
+
+    return Float8ColwiseParallel, Float8RowwiseParallel, PrepareFloat8ModuleInput

@@ -1,0 +1,78 @@
+"""FSDP2 and HSDP: one unit per block, one for the embedding, one for the norm and the head."""
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+
+from titan_lite.config.schema import Parallel
+from titan_lite.nn.decoder import Decoder
+
+
+def set_gradient_sync(model: Decoder, section: Parallel, *, last: bool) -> None:
+    """Says, before a micro-batch, what its backward reduces; `last` of its optimizer step."""
+    assert isinstance(model, FSDPModule)
+    # Replicas add up their sums once: the shards of one replica suffice until then.
+    model.set_requires_all_reduce(last)
+    if section.gradient_sync == "last_micro_batch":
+        model.set_requires_gradient_sync(last)
+        if section.reshard_after_forward == "never":
+            model.set_reshard_after_backward(last)
+
+
+def apply_fsdp(
+    model: Decoder,
+    mesh: DeviceMesh,
+    section: Parallel,
+    *,
+    param_dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+) -> None:
+    """Shards the model in place over `mesh`: 1D (fsdp), or 2D (dp_replicate, fsdp) for HSDP.
+
+    Applied at degree 1 too, so that one device computes in the same precision as many.
+    Gradients are summed over the ranks, never averaged: the loss is already divided by the
+    tokens of the global batch.
+    """
+    offload: OffloadPolicy = OffloadPolicy()
+    if section.cpu_offload:
+        offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+
+    def shard(module: nn.Module | list[nn.Module], reshard_after_forward: bool | int) -> None:
+        fully_shard(
+            module,
+            mesh=mesh,
+            reshard_after_forward=reshard_after_forward,
+            mp_policy=policy,
+            offload_policy=offload,
+        )
+
+    choice = section.reshard_after_forward
+    reshard = choice if isinstance(choice, int) else choice != "never"
+    blocks = list(model.layers.children())
+    if model.tok_embeddings is not None:
+        shard(model.tok_embeddings, reshard)
+    for index, block in enumerate(blocks):
+        # Backward begins with the last block: freeing it would only gather it again at once.
+        kept = choice == "last_block_kept" and index == len(blocks) - 1
+        shard(block, False if kept else reshard)
+    head = [module for module in (model.norm, model.output) if module is not None]
+    if head:
+        shard(head, choice == "always")
+    shard(model, choice == "always")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Together a plain SUM on every backend; the factor alone would ask for
+            # PREMUL_SUM, which gloo does not have.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    if isinstance(model.tok_embeddings, FSDPModule):
+        # The gradient of a lookup does not need the table.
+        model.tok_embeddings.set_unshard_in_backward(False)

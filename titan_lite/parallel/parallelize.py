@@ -1,0 +1,52 @@
+"""The order in which parallelism is applied to a model, in one function."""
+
+import torch
+
+from titan_lite.config.schema import ActivationCheckpoint, Compile, Float8, Parallel, Training
+from titan_lite.models.roles import PlanRow
+from titan_lite.nn.decoder import Decoder
+from titan_lite.parallel.activation_checkpoint import apply_activation_checkpoint
+from titan_lite.parallel.async_tp import apply_async_tp
+from titan_lite.parallel.compile import apply_compile
+from titan_lite.parallel.float8 import convert
+from titan_lite.parallel.fsdp import apply_fsdp
+from titan_lite.parallel.mesh import Meshes
+from titan_lite.parallel.report import Applied, count_applied
+from titan_lite.parallel.tensor import apply_tp
+
+
+def parallelize(
+    model: Decoder,
+    meshes: Meshes,
+    tp_plan: tuple[PlanRow, ...],
+    *,
+    parallel: Parallel,
+    training: Training,
+    activation_checkpoint: ActivationCheckpoint,
+    compile: Compile,
+    float8: Float8,
+) -> Applied:
+    """Parallelizes a model built on the meta device, in place, and counts what was applied.
+
+    Float8 comes first, since tensor parallel gathers for its linears in it; activation
+    checkpointing before compile, so that the compiler sees what is recomputed; compile before
+    FSDP2, whose hooks and all-gathers stay outside the compiled graphs.
+    """
+    asked_float8 = convert(model, float8, tp_plan)
+    if parallel.tp > 1:
+        apply_tp(model, meshes.tp, tp_plan, sequence_parallel=parallel.sequence_parallel)
+    apply_activation_checkpoint(model, activation_checkpoint)
+    if compile.enable:
+        apply_async_tp(meshes.tp, enable=parallel.async_tp)
+    apply_compile(model, compile)
+    apply_fsdp(
+        model,
+        meshes.fsdp,
+        parallel,
+        param_dtype=getattr(torch, training.param_dtype),
+        reduce_dtype=getattr(torch, training.reduce_dtype),
+    )
+    applied = count_applied(model)
+    applied.check(activation_checkpoint=activation_checkpoint, compile=compile)
+    applied.check_float8(asked_float8, fsdp_all_gather=float8.fsdp_all_gather)
+    return applied

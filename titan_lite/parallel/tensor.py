@@ -1,0 +1,125 @@
+"""Tensor parallelism: a family's plan rows become DTensor styles, here and nowhere else.
+
+With sequence parallelism activations between blocks are split over the sequence, Shard(1) of
+(B, S, D): a block gathers them before its matmuls and scatters their sum (arXiv:2205.05198).
+Without it they are whole on every rank.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import (
+    DTensor,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from titan_lite.models.roles import PlanRow, Role
+from titan_lite.nn.decoder import Decoder
+from titan_lite.parallel.float8 import float8_styles, in_float8_styles
+
+
+class VocabParallelEmbedding(RowwiseParallel):
+    """Rowwise, with an output that has arrived: a compiled block cannot be handed a pending one."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module = super()._apply(module, device_mesh)
+        # clone() waits, and unlike wait() stays in the autograd graph.
+        module.register_forward_hook(
+            lambda _module, _inputs, output: (
+                output.clone() if isinstance(output, AsyncCollectiveTensor) else output
+            )
+        )
+        return module
+
+
+class ReplicateParallel(ParallelStyle):
+    """Computes the same on every rank, with weights that an optimizer holds beside split ones."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return distribute_module(
+            module,
+            device_mesh,
+            input_fn=_as_replicated,
+            output_fn=_to_local,
+        )
+
+
+class VocabParallelHead(ParallelStyle):
+    """Splits the output projection over the vocabulary; gathers its input, leaves its output split.
+
+    What the head computes, logits or a loss, gets DTensors: what a rank's share of the vocabulary
+    gives for the gradient of the input is Partial, and summed on the way back.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def split(_name: str, head: nn.Module, mesh: DeviceMesh) -> None:
+            for name, parameter in list(head.named_parameters(recurse=False)):
+                shard = distribute_tensor(parameter, mesh, [Shard(0)])
+                head.register_parameter(name, nn.Parameter(shard))
+
+        def gather(_head: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+            x_BSD, *rest = inputs
+            if not isinstance(x_BSD, DTensor):
+                x_BSD = DTensor.from_local(x_BSD, mesh, [Replicate()], run_check=False)
+            return x_BSD.redistribute(placements=[Replicate()]), *rest
+
+        return distribute_module(module, device_mesh, split, gather)
+
+
+def apply_tp(
+    model: Decoder, mesh: DeviceMesh, plan: tuple[PlanRow, ...], *, sequence_parallel: bool
+) -> None:
+    """Splits the model in place over the 1D `mesh`, each module by the role its plan row names."""
+    between: Placement = Shard(1) if sequence_parallel else Replicate()
+    parallelize_module(model, mesh, dict(_styles(model, plan, between)))
+
+
+def _styles(
+    model: Decoder, plan: tuple[PlanRow, ...], between: Placement
+) -> Iterator[tuple[str, ParallelStyle]]:
+    float8 = in_float8_styles(model, plan)
+    for name, _ in model.named_modules():
+        for row in plan:
+            if row.matches(name):
+                yield name, _style(row.role, between, float8=name in float8)
+
+
+def _style(role: Role, between: Placement, *, float8: bool) -> ParallelStyle:
+    styles = (ColwiseParallel, RowwiseParallel, PrepareModuleInput)
+    colwise, rowwise, gather = float8_styles() if float8 else styles
+    match role:
+        case "vocab":
+            return VocabParallelEmbedding(input_layouts=Replicate(), output_layouts=between)
+        case "colwise":
+            return colwise()
+        case "rowwise":
+            return rowwise(output_layouts=between)
+        case "sequence":
+            return SequenceParallel() if between.is_shard() else ReplicateParallel()
+        case "gather":
+            return gather(input_layouts=(between,), desired_input_layouts=(Replicate(),))
+        case "head":
+            return VocabParallelHead()
+
+
+def _as_replicated(_module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+    return DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False)
+
+
+def _to_local(_module: nn.Module, output: Any, _mesh: DeviceMesh) -> Any:
+    return output.to_local()
