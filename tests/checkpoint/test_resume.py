@@ -1,0 +1,166 @@
+"""Run N = run k + resume + run N - k, bit for bit on CPU."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed import Workers
+from tests.runs import build_trainer, read_metrics, train_and_gather
+from titan_lite.checkpoint.state import saved_steps, state_to_resume
+from titan_lite.config.load import ConfigError
+from titan_lite.config.schema import Checkpoint
+
+EVERY_4 = ("--checkpoint.enable=true", "--checkpoint.interval=4", "--training.steps=10")
+NUMERIC = ("step", "loss", "grad_norm", "lr", "tokens")
+
+
+def _interrupted(folder: Path, *overrides: str) -> None:
+    """Trains 6 of the 10 steps and is gone: the checkpoint of step 4 is the last one."""
+    trainer = build_trainer(folder, *EVERY_4, *overrides)
+    for step in range(1, 7):
+        trainer.train_step(step)
+        if step == 4:
+            trainer.save()
+    trainer.close()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("world_size", "settings"),
+    [
+        (1, ()),
+        (2, ("training.local_batch_size=2", "training.param_dtype=bfloat16")),
+        (2, ("training.local_batch_size=4", "parallel.dp_replicate=2", "optimizer.name=Adam")),
+        (4, ("training.local_batch_size=2", "activation_checkpoint.mode=full")),
+    ],
+)
+def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    workers: dict[int, Workers], tmp_path: Path, world_size: int, settings: tuple[str, ...]
+) -> None:
+    overrides = [f"--{setting}" for setting in settings]
+    processes = workers[world_size]
+    expected, expected_tensors = processes.run(
+        train_and_gather, tmp_path / "uninterrupted", *EVERY_4, *overrides
+    )[0]
+    processes.run(_interrupted, tmp_path / "resumed", *overrides)
+    got, tensors = processes.run(train_and_gather, tmp_path / "resumed", *EVERY_4, *overrides)[0]
+    assert [[record[key] for key in NUMERIC] for record in got] == [
+        [record[key] for key in NUMERIC] for record in expected
+    ]
+    for name, array in expected_tensors["final weights"].items():
+        np.testing.assert_array_equal(tensors["final weights"][name], array, err_msg=name)
+
+
+def test_only_the_latest_checkpoints_are_kept_and_the_last_step_is_always_saved(
+    one_process: Workers, tmp_path: Path
+) -> None:
+    settings = ("--checkpoint.interval=2", "--checkpoint.keep_latest_k=2", "--training.steps=7")
+    one_process.run(train_and_gather, tmp_path, "--checkpoint.enable=true", *settings)
+    assert saved_steps(tmp_path / "checkpoint") == [6, 7]
+
+
+def test_a_checkpoint_cut_short_while_it_was_written_is_not_resumed_from(tmp_path: Path) -> None:
+    for name, step in (("step-4", 4), ("step-8.incomplete", 8)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run_state.json").write_text(json.dumps({"step": step}))
+    assert state_to_resume(Checkpoint(enable=True), tmp_path).step == 4
+
+
+def test_a_missing_step_is_an_error_that_names_those_found(tmp_path: Path) -> None:
+    for step in (4, 12, 8):
+        (tmp_path / f"step-{step}").mkdir()
+    with pytest.raises(ValueError, match=r"no checkpoint of step 5 in .*steps found: 4, 8, 12"):
+        state_to_resume(Checkpoint(enable=True, load_step=5), tmp_path)
+    with pytest.raises(ConfigError, match=r"checkpoint.load_step +\(command line\).*found: none"):
+        build_trainer(tmp_path, "--checkpoint.enable=true", "--checkpoint.load_step=3")
+
+
+def test_resuming_with_another_data_order_is_refused(one_process: Workers, tmp_path: Path) -> None:
+    one_process.run(_interrupted, tmp_path)
+    with pytest.raises(AssertionError, match=r"data\.num_streams was 4 and is 2"):
+        one_process.run(train_and_gather, tmp_path, *EVERY_4, "--data.num_streams=2")
+
+
+def test_a_fresh_start_in_the_folder_of_an_earlier_run_moves_it_aside(
+    one_process: Workers, tmp_path: Path
+) -> None:
+    one_process.run(train_and_gather, tmp_path, *EVERY_4)
+    one_process.run(train_and_gather, tmp_path, *EVERY_4, "--checkpoint.load_step=0")
+    assert [record["step"] for record in read_metrics(tmp_path)] == list(range(1, 11))
+    (earlier,) = (tmp_path / "previous").iterdir()
+    assert read_metrics(earlier)[-1]["step"] == 10
+    (retired,) = (tmp_path / "checkpoint").glob("retired-*")
+    assert saved_steps(retired) == [4, 8, 10]
+
+
+def test_going_back_to_a_step_retires_the_later_checkpoints(
+    one_process: Workers, tmp_path: Path
+) -> None:
+    one_process.run(train_and_gather, tmp_path, *EVERY_4)
+    back = ("--checkpoint.load_step=4", "--training.steps=6", "--checkpoint.keep_latest_k=1")
+    one_process.run(train_and_gather, tmp_path, *EVERY_4, *back)
+    assert saved_steps(tmp_path / "checkpoint") == [6]
+    (retired,) = (tmp_path / "checkpoint").glob("retired-*")
+    assert saved_steps(retired) == [8, 10]
+    assert [record["step"] for record in read_metrics(tmp_path)] == list(range(1, 7))
+
+
+def test_a_run_without_checkpoints_leaves_those_of_others_alone(
+    one_process: Workers, tmp_path: Path
+) -> None:
+    one_process.run(train_and_gather, tmp_path, *EVERY_4)
+    one_process.run(train_and_gather, tmp_path, "--training.steps=1")
+    assert saved_steps(tmp_path / "checkpoint") == [4, 8, 10]
+
+
+def test_a_finished_run_that_is_started_again_has_nothing_to_do(
+    one_process: Workers, tmp_path: Path
+) -> None:
+    expected = one_process.run(train_and_gather, tmp_path, *EVERY_4)[0]
+    got = one_process.run(train_and_gather, tmp_path, *EVERY_4)[0]
+    assert got[0] == expected[0]
+    np.testing.assert_equal(got[1]["final weights"], expected[1]["final weights"])
+
+
+def _draw_after(folder: Path, step: int) -> float:
+    """A random number drawn after `step`, a checkpoint being saved there."""
+    trainer = build_trainer(folder, *EVERY_4, "--training.local_batch_size=4")
+    for number in range(trainer.state.step + 1, step + 1):
+        torch.rand(1000)
+        trainer.train_step(number)
+    trainer.save()
+    trainer.close()
+    return torch.rand(()).item()
+
+
+def test_generators_go_on_where_they_were(workers: dict[int, Workers], tmp_path: Path) -> None:
+    expected = workers[2].run(_draw_after, tmp_path, 3)
+    assert workers[2].run(_draw_after, tmp_path, 3) == expected
+
+
+@pytest.mark.distributed
+def test_a_run_goes_on_with_fewer_ranks(workers: dict[int, Workers], tmp_path: Path) -> None:
+    expected = workers[1].run(train_and_gather, tmp_path / "one", *EVERY_4)[0][0]
+    workers[2].run(_interrupted, tmp_path / "two", "--training.local_batch_size=4")
+    got = workers[1].run(train_and_gather, tmp_path / "two", *EVERY_4)[0][0]
+    for key in ("loss", "grad_norm"):
+        np.testing.assert_allclose([r[key] for r in got], [r[key] for r in expected], rtol=1e-5)
+
+
+def _with_folders_of_their_own(folder: Path) -> None:
+    _interrupted(folder / f"node{dist.get_rank()}", "--training.local_batch_size=4")
+
+
+@pytest.mark.distributed
+def test_a_folder_that_ranks_do_not_share_is_named_when_saving_and_when_resuming(
+    workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    with pytest.raises(AssertionError, match=r"ranks \[1\] do not see .*all nodes share"):
+        workers[2].run(_with_folders_of_their_own, tmp_path)
+    workers[1].run(_interrupted, tmp_path / "node0")
+    with pytest.raises(AssertionError, match=r"ranks found different .*by rank.*: \[4, 0\]"):
+        workers[2].run(_with_folders_of_their_own, tmp_path)

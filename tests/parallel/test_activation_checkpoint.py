@@ -1,0 +1,494 @@
+"""Each mode trains the same model, and really computes again what it says and nothing else."""
+
+import dataclasses
+import json
+import logging
+import re
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
+
+from tests.distributed import Workers
+from tests.runs import build_trainer, train, whole
+from titan_lite.config.load import ConfigError, LoadedConfig, load_config
+from titan_lite.config.schema import ActivationCheckpoint, Compile, SavedOp
+from titan_lite.loss import cross_entropy_sum
+from titan_lite.models import rules
+from titan_lite.models.args import DecoderArgs
+from titan_lite.nn.build import build_decoder
+from titan_lite.nn.decoder import Decoder
+from titan_lite.parallel.activation_checkpoint import (
+    MATMULS,
+    OPS,
+    SavePolicy,
+    apply_activation_checkpoint,
+)
+from titan_lite.parallel.report import Applied
+
+BLOCKS = 4
+# Recomputed (matmuls, attentions), of the 7 matmuls and the attention of each of 4 blocks. The
+# seventh is never repeated, since backward does not need its result.
+MODES: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
+    "none": ({}, (0, 0)),
+    "full": ({"mode": "full"}, (4 * 6, 4)),
+    "every_nth": ({"mode": "every_nth"}, (2 * 6, 2)),
+    "every_nth 3": ({"mode": "every_nth", "every_nth": 3}, (2 * 6, 2)),
+    "first_k": ({"mode": "first_k"}, (6, 1)),
+    "first_k 3": ({"mode": "first_k", "first_k": 3}, (3 * 6, 3)),
+    "fraction": ({"mode": "fraction"}, (2 * 6, 2)),
+    "fraction 0.4": ({"mode": "fraction", "fraction": 0.4}, (6, 1)),
+    "selective_op": ({"mode": "selective_op"}, (4 * 3, 0)),
+    "attention": ({"mode": "selective_op", "save": ["attention"]}, (4 * 6, 0)),
+    "matmul": ({"mode": "selective_op", "save": ["matmul"]}, (0, 4)),
+    "second matmul": ({"mode": "selective_op", "save": ["every_second_matmul"]}, (4 * 3, 4)),
+}
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations by name; those that a selective checkpoint answers from memory are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for name in ("matmul", "attention", "reduce_scatter", "all_reduce", "max"):
+            self.counts[name] += op in OPS[name]
+        return op(*args, **(kwargs or {}))
+
+
+def decoder(section: ActivationCheckpoint) -> Decoder:
+    args = DecoderArgs(
+        dim=64,
+        num_layers=BLOCKS,
+        num_heads=4,
+        num_kv_heads=2,
+        ffn_dim=128,
+        vocab_size=128,
+        max_seq_len=32,
+    )
+    torch.manual_seed(0)
+    model = build_decoder(args)
+    apply_activation_checkpoint(model, section)
+    return model
+
+
+def gradients_of(model: Decoder) -> tuple[list[torch.Tensor], Counter[str]]:
+    torch.manual_seed(1)
+    loss = model(torch.arange(64).view(2, 32)).square().sum()
+    with Operations() as operations:
+        loss.backward()
+    return [p.grad for p in model.parameters() if p.grad is not None], operations.counts
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_only_what_the_mode_names_is_recomputed_and_no_gradient_changes(mode: str) -> None:
+    settings, expected = MODES[mode]
+    plain, plain_counts = gradients_of(decoder(ActivationCheckpoint()))
+    gradients, counts = gradients_of(decoder(ActivationCheckpoint(**settings)))
+    recomputed = counts - plain_counts
+    assert (recomputed["matmul"], recomputed["attention"]) == expected
+    assert len(gradients) == len(plain) == 9 * BLOCKS + 3
+    for got, wanted in zip(gradients, plain, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_every_nth_begins_with_the_first_block() -> None:
+    section = ActivationCheckpoint(mode="every_nth", every_nth=3)
+    assert list(section.layers(8)) == [0, 3, 6]
+
+
+def test_a_pipeline_stage_with_fewer_blocks_checkpoints_those_it_has() -> None:
+    assert ActivationCheckpoint(mode="first_k", first_k=3).layers(2) == range(2)
+
+
+def test_a_recomputed_dropout_drops_the_same() -> None:
+    gradients = []
+    for mode in ("none", "full", "selective_op"):
+        model = decoder(ActivationCheckpoint(mode=mode))
+        for name, module in list(model.named_modules()):
+            if name.endswith("feed_forward"):
+                block = model.get_submodule(name.rpartition(".")[0])
+                # Before the matmuls, for gradients to need what was dropped.
+                block.feed_forward = nn.Sequential(nn.Dropout(0.5), module)
+        gradients.append(gradients_of(model)[0])
+    plain, *others = gradients
+    for other in others:
+        assert all(torch.equal(got, wanted) for got, wanted in zip(other, plain, strict=True))
+
+
+def test_matmuls_are_counted_apart_in_forward_and_recomputation() -> None:
+    policy = SavePolicy(("every_second_matmul",))
+    forward = SelectiveCheckpointContext(is_recompute=False)
+    again = SelectiveCheckpointContext(is_recompute=True)
+    saved = [
+        policy(context, MATMULS[0]) is CheckpointPolicy.MUST_SAVE
+        for context in (forward, again, again, forward, again)
+    ]
+    assert saved == [False, False, True, True, False]
+
+
+def test_every_name_has_operations() -> None:
+    assert set(OPS) == set(get_args(SavedOp))
+
+
+def test_max_keeps_the_scale_of_float8() -> None:
+    """torchao takes a tensor's scale from torch.max of its magnitudes."""
+
+    class Scaled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x / x.abs().max().detach())
+
+    def maxima(save: list[SavedOp]) -> int:
+        model = decoder(ActivationCheckpoint(mode="selective_op", save=save))
+        for block in model.layers.values():
+            block.feed_forward.w2 = Scaled(128, 64, bias=False)
+        return gradients_of(model)[1]["max"]
+
+    assert maxima(["attention"]) == BLOCKS
+    assert maxima(["attention", "max"]) == 0
+
+
+# Several processes, and the compiler.
+
+
+def one_backward(folder: str, *overrides: str) -> dict[str, Any]:
+    """Gradients of one micro-batch, what backward executed and what forward saved for it."""
+    trainer = build_trainer(folder, *overrides)
+    batch = next(trainer.batches)
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = trainer.model(
+            batch.inputs,
+            head_loss=partial(
+                cross_entropy_sum,
+                labels=batch.labels,
+                num_chunks=1,
+                vocab_size=trainer.vocab_size,
+            ),
+        )
+    saved_bytes = sum(storage.nbytes() for storage in storages.values())
+    counts: Counter[str] = Counter()
+    if trainer.config.compile.enable:
+        loss.backward()
+    else:
+        with Operations() as operations:
+            loss.backward()
+        counts = operations.counts
+    trainer.close()
+    return {
+        "gradients": whole(trainer.model, gradients=True),
+        "counts": counts,
+        "saved_bytes": saved_bytes,
+        "applied": trainer.applied,
+    }
+
+
+def overrides_of(settings: dict[str, Any]) -> list[str]:
+    return [f"--activation_checkpoint.{key}={json.dumps(v)}" for key, v in settings.items()]
+
+
+def assert_same_gradients(got: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert got["gradients"].keys() == wanted["gradients"].keys()
+    for name, expected in wanted["gradients"].items():
+        np.testing.assert_array_equal(got["gradients"][name], expected, err_msg=name)
+
+
+FOUR_BLOCKS = f"--model.num_layers={BLOCKS}"
+LAYOUTS = {
+    "fsdp 2": ["--training.local_batch_size=4"],
+    "tp 2": ["--parallel.tp=2"],
+    "tp 2 without sequence parallel": ["--parallel.tp=2", "--parallel.sequence_parallel=false"],
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_mode_changes_a_gradient_of_several_processes(
+    layout: str, workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    def run(settings: dict[str, Any]) -> dict[str, Any]:
+        overrides = [FOUR_BLOCKS, *LAYOUTS[layout], *overrides_of(settings)]
+        result: dict[str, Any] = workers[2].run(one_backward, mkdtemp(dir=tmp_path), *overrides)[0]
+        return result
+
+    plain = run({})
+    for mode in ("full", "every_nth", "first_k", "fraction", "selective_op", "second matmul"):
+        settings, (matmuls, attentions) = MODES[mode]
+        got = run(settings)
+        assert_same_gradients(got, plain)
+        recomputed = got["counts"] - plain["counts"]
+        assert (recomputed["matmul"], recomputed["attention"]) == (matmuls, attentions), mode
+        section = ActivationCheckpoint(**settings)
+        selective = section.mode == "selective_op"
+        layers = len(section.layers(BLOCKS))
+        assert got["applied"].checkpointed_blocks == (0 if selective else layers)
+        assert got["applied"].selective_blocks == (layers if selective else 0)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("sequence_parallel", "name"), [(True, "reduce_scatter"), (False, "all_reduce")]
+)
+def test_a_saved_sum_over_ranks_is_not_repeated(
+    sequence_parallel: bool, name: SavedOp, workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    def sums(save: list[SavedOp]) -> dict[str, Any]:
+        overrides = [
+            "--parallel.tp=2",
+            f"--parallel.sequence_parallel={str(sequence_parallel).lower()}",
+            *overrides_of({"mode": "selective_op", "save": save}),
+        ]
+        result: dict[str, Any] = workers[2].run(one_backward, mkdtemp(dir=tmp_path), *overrides)[0]
+        return result
+
+    repeated, saved = sums(["attention"]), sums(["attention", name])
+    # That of the attention's output, in each of two blocks; the other's is not needed again.
+    assert repeated["counts"][name] - saved["counts"][name] == 2
+    assert_same_gradients(saved, repeated)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", ["fsdp 2", "tp 2"])
+def test_the_compiler_keeps_to_the_policy(
+    layout: str, workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    def run(settings: dict[str, Any], *overrides: str) -> dict[str, Any]:
+        overrides = (*LAYOUTS[layout], *overrides_of(settings), *overrides)
+        result: dict[str, Any] = workers[2].run(
+            one_backward, mkdtemp(dir=tmp_path), *overrides, timeout=280
+        )[0]
+        return result
+
+    eager = run({})
+    compiled, attention, selective = (
+        run(settings, "--compile.enable=true")
+        for settings in ({}, MODES["attention"][0], MODES["selective_op"][0])
+    )
+    for name, expected in eager["gradients"].items():
+        for got in (compiled, attention, selective):
+            np.testing.assert_allclose(
+                got["gradients"][name],
+                expected,
+                rtol=0,
+                atol=1e-5 * np.abs(expected).max(),
+                err_msg=name,
+            )
+    assert attention["saved_bytes"] < 0.8 * selective["saved_bytes"]
+    assert selective["saved_bytes"] < 0.8 * compiled["saved_bytes"]
+
+
+def test_the_compiler_keeps_to_the_memory_budget(one_process: Workers, tmp_path: Path) -> None:
+    def run(settings: dict[str, Any]) -> dict[str, Any]:
+        overrides = ["--compile.enable=true", *overrides_of(settings)]
+        result: dict[str, Any] = one_process.run(
+            one_backward, mkdtemp(dir=tmp_path), *overrides, timeout=280
+        )[0]
+        return result
+
+    plain, half, none = (
+        run({}),
+        run({"mode": "memory_budget"}),
+        run({"mode": "memory_budget", "memory_budget": 0.0}),
+    )
+    assert none["saved_bytes"] < 0.8 * half["saved_bytes"]
+    assert half["saved_bytes"] < 0.8 * plain["saved_bytes"]
+    assert (
+        plain["applied"].activation_memory_budget,
+        half["applied"].activation_memory_budget,
+    ) == (1.0, 0.5)
+    for got in (half, none):
+        assert_same_gradients(got, plain)
+
+
+# What is refused, warned about and reported.
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "message"),
+    [
+        (["mode=memory_budget"], "mode", '"memory_budget" is kept by the compiler: set compile.en'),
+        (
+            ["mode=memory_budget", "memory_budget=1"],
+            "memory_budget",
+            '1 recomputes nothing: use less, or mode = "none"',
+        ),
+        (
+            ["mode=selective_op", 'save=["matmul", "every_second_matmul"]'],
+            "save",
+            'holds both "matmul" and "every_second_matmul"; use one of the two',
+        ),
+        (["mode=selective_op", "save=[]"], "save", 'names nothing to save: use mode = "full"'),
+        (
+            ["mode=first_k", "first_k=5"],
+            "first_k",
+            "first_k (5) is more than the model's num_layers (4)",
+        ),
+        (
+            ["mode=fraction", "fraction=0.2"],
+            "fraction",
+            "fraction (0.2) of the model's num_layers (4) is no layer",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused(settings: list[str], key: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        rules.check(load([], settings), 1)
+    found = {problem.key: problem.message for problem in error.value.problems}
+    assert message in found[f"activation_checkpoint.{key}"]
+
+
+def test_a_memory_budget_is_refused_with_tensor_parallel() -> None:
+    with pytest.raises(ConfigError, match=r"tensor-parallel activations \(parallel.tp is 2\)"):
+        rules.check(load(["--parallel.tp=2", "--compile.enable=true"], ["mode=memory_budget"]), 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "messages"),
+    [
+        (
+            ["every_nth=3"],
+            ['every_nth (command line) cannot act: activation_checkpoint.mode is "n'],
+        ),
+        (
+            ["mode=full", "first_k=3"],
+            ["first_k (command line) cannot act: activation_checkpoint.m"],
+        ),
+        (["mode=every_nth", "fraction=0.3"], ["fraction (command line) cannot act: activation_ch"]),
+        (["mode=full", 'save=["matmul"]'], ["save (command line) cannot act: activation_checkpoi"]),
+        (["memory_budget=0.3"], ["memory_budget (command line) cannot act: activation_checkpoint"]),
+        (
+            ["mode=selective_op", 'save=["attention", "reduce_scatter", "all_reduce", "max"]'],
+            [
+                '"reduce_scatter" cannot act: parallel.tp is 1, sequence_parallel true',
+                '"all_reduce" cannot act: parallel.tp is 1',
+                '"max" cannot act: float8.recipe is "none"',
+            ],
+        ),
+        (["mode=selective_op"], []),
+        (["mode=fraction", "fraction=0.3"], []),
+    ],
+)
+def test_what_cannot_act_is_warned_about(
+    settings: list[str], messages: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "titan_lite.config"):
+        rules.check(load([], settings), 1)
+    assert len(caplog.records) == len(messages)
+    for record, message in zip(caplog.records, messages, strict=True):
+        assert record.getMessage().startswith("activation_checkpoint.")
+        assert message in record.getMessage()
+
+
+def load(overrides: list[str], settings: list[str]) -> LoadedConfig:
+    return load_config(None, [*overrides, *(f"--activation_checkpoint.{s}" for s in settings)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "section", "message"),
+    [
+        (
+            {"checkpointed_blocks": 1},
+            {"mode": "every_nth"},
+            "1 checkpointed blocks where 2 were asked for",
+        ),
+        (
+            {"checkpointed_blocks": 4},
+            {"mode": "selective_op"},
+            "4 checkpointed blocks where 0 were asked for; 0 selectively checkpointed blocks "
+            "where 4 were asked for",
+        ),
+        (
+            {"selective_blocks": 4, "saved_ops": ("matmul",)},
+            {"mode": "selective_op", "save": ["max"]},
+            "saved operations ('matmul',) where ('max',) were asked for",
+        ),
+        (
+            {"activation_memory_budget": 0.5},
+            {"mode": "none"},
+            "an activation memory budget of 0.5 where 1.0 was asked for",
+        ),
+        (
+            {},
+            {"mode": "memory_budget", "memory_budget": 0.25},
+            "an activation memory budget of 1.0 where 0.25 was asked for",
+        ),
+    ],
+)
+def test_the_report_names_a_mismatch(
+    changes: dict[str, Any], section: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        check_applied(dataclasses.replace(NOTHING_APPLIED, **changes), section)
+
+
+@pytest.mark.parametrize(
+    ("changes", "section", "words"),
+    [
+        ({}, {}, "0 of 4 blocks checkpointed,"),
+        ({"checkpointed_blocks": 2}, {"mode": "fraction"}, "2 of 4 blocks checkpointed,"),
+        (
+            {"selective_blocks": 4, "saved_ops": ("attention", "max")},
+            {"mode": "selective_op", "save": ["attention", "max"]},
+            "4 of 4 blocks checkpointed but for attention, max,",
+        ),
+        (
+            {"activation_memory_budget": 0.5},
+            {"mode": "memory_budget"},
+            "activation memory kept to 0.5 by the compiler,",
+        ),
+    ],
+)
+def test_the_report_says_what_was_asked_for_and_applied(
+    changes: dict[str, Any], section: dict[str, Any], words: str
+) -> None:
+    applied = dataclasses.replace(NOTHING_APPLIED, **changes)
+    check_applied(applied, section)
+    assert words in str(applied)
+
+
+NOTHING_APPLIED = Applied(
+    blocks=4,
+    fsdp_units=8,
+    fsdp_candidates=8,
+    sharded_parameters=39,
+    unsharded_parameters=(),
+    checkpointed_blocks=0,
+    compiled_blocks=0,
+)
+
+
+def check_applied(applied: Applied, section: dict[str, Any]) -> None:
+    applied.check(activation_checkpoint=ActivationCheckpoint(**section), compile=Compile())
+
+
+def test_hfu_counts_the_blocks_recomputed_whole_and_is_left_out_elsewhere(
+    one_process: Workers, tmp_path: Path
+) -> None:
+    flops = {}
+    for mode in ("none", "full", "every_nth", "selective_op"):
+        folder = tmp_path / mode
+        records = one_process.run(
+            train, folder, "--training.steps=2", *overrides_of({"mode": mode})
+        )[0]
+        run = json.loads((folder / "run.json").read_text())
+        flops[mode] = run["flops_per_token"]
+        assert ("hfu" in records[-1]) == (mode in ("full", "every_nth"))
+    assert flops["none"]["hardware"] is flops["selective_op"]["hardware"] is None
+    extra = {mode: flops[mode]["hardware"] - flops[mode]["model"] for mode in ("full", "every_nth")}
+    assert extra["full"] == 2 * extra["every_nth"] > 0

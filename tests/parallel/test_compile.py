@@ -1,0 +1,98 @@
+"""Compiled blocks train the same model, as one graph, and a graph that is compiled anew is told."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import Workers
+from tests.runs import build_trainer, train
+from titan_lite.data.loader import Batch
+from titan_lite.parallel.compile import Compilations
+
+SETTINGS = ("--training.steps=4", "--model.num_layers=3", "--training.local_batch_size=4")
+TP2 = "--parallel.tp=2"
+
+
+# A graph costs half a minute of C++ compiler where its cache is empty: hence few of them.
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
+# With selective_op, whose graphs are others: test_activation_checkpoint.py.
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("--parallel.dp_replicate=2",),
+        (TP2,),
+        (TP2, "--activation_checkpoint.mode=full"),
+        (TP2, "--parallel.sequence_parallel=false"),
+    ],
+    ids=" ".join,
+)
+def test_equal_blocks_are_one_graph_that_trains_the_same_model(
+    settings: tuple[str, ...], workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    settings = (*SETTINGS, *settings)
+    eager = workers[2].run(train, tmp_path / "eager", *settings)[0]
+    compiled = workers[2].run(
+        train, tmp_path / "compiled", *settings, "--compile.enable=true", timeout=600
+    )[0]
+    for key in ("loss", "grad_norm"):
+        assert [r[key] for r in compiled] == pytest.approx([r[key] for r in eager], rel=1e-5)
+    applied = json.loads((tmp_path / "compiled" / "run.json").read_text())["applied"]
+    assert (applied["compiled_blocks"], applied["compiled_graphs"]) == (3, 1)
+
+
+def shortened(batches: Iterator[Batch], from_step: int) -> Iterator[Batch]:
+    """Batches of half the length from a step on."""
+    for step, batch in enumerate(batches, start=1):
+        length = batch.inputs.shape[1] // (2 if step >= from_step else 1)
+        yield dataclasses.replace(
+            batch, inputs=batch.inputs[:, :length], labels=batch.labels[:, :length]
+        )
+
+
+def _warnings_of_shortened(folder: Path, *overrides: str) -> list[str]:
+    warnings = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("titan_lite").addHandler(handler)
+    trainer = build_trainer(folder, *overrides)
+    trainer.batches = shortened(trainer.batches, from_step=4)
+    trainer.train()
+    trainer.close()
+    logging.getLogger("titan_lite").removeHandler(handler)
+    return warnings
+
+
+@pytest.mark.timeout(900)
+def test_a_recompilation_is_warned_about_with_its_reason(
+    one_process: Workers, tmp_path: Path
+) -> None:
+    settings = ("--training.steps=6", "--compile.enable=true")
+    (warning,) = one_process.run(_warnings_of_shortened, tmp_path, *settings, timeout=600)[0]
+    assert warning.startswith("Step 4 compiled anew (1 times so far since the warm-up): ")
+    assert "size mismatch at index 1. expected 64, actual 32" in warning
+
+
+def test_recompilations_of_the_warm_up_are_not_counted(one_process: Workers) -> None:
+    found, recompilations, graphs = one_process.run(_recompile_in_every_second_step)[0]
+    assert [len(reasons) for reasons in found] == [0, 0, 0, 1, 0, 1]
+    assert "expected 2, actual 3" in found[3][0]
+    assert (recompilations, graphs) == (2, 4)
+
+
+def _recompile_in_every_second_step() -> tuple[Any, ...]:
+    torch.compiler.reset()
+    compiled = torch.compile(torch.sin, backend="eager", dynamic=False)
+    compilations = Compilations()
+    found = []
+    for size in (1, 2, 2, 3, 3, 4):
+        compiled(torch.zeros(size))
+        found.append(compilations.after_step())
+    return found, compilations.recompilations, compilations.graphs

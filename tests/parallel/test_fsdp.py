@@ -1,0 +1,142 @@
+"""What FSDP2 is told: meshes, resharding, precision, offload, and when gradients are reduced."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+from tests.distributed import Workers
+from tests.runs import build_trainer
+from titan_lite.config.dims import ParallelDims
+from titan_lite.config.schema import Parallel
+from titan_lite.parallel.mesh import build_meshes
+
+
+def _groups() -> dict[str, Any]:
+    dims = ParallelDims.resolve(Parallel(dp_replicate=2), dist.get_world_size())
+    mesh = build_meshes(dims, "cpu").fsdp
+    return {
+        axis: dist.get_process_group_ranks(mesh.get_group(axis)) for axis in mesh.mesh_dim_names
+    }
+
+
+@pytest.mark.distributed
+def test_hsdp_shards_over_neighbours_and_replicates_over_the_rest(
+    workers: dict[int, Workers],
+) -> None:
+    assert workers[4].run(_groups) == [
+        {"dp_replicate": [0, 2], "fsdp": [0, 1]},
+        {"dp_replicate": [1, 3], "fsdp": [0, 1]},
+        {"dp_replicate": [0, 2], "fsdp": [2, 3]},
+        {"dp_replicate": [1, 3], "fsdp": [2, 3]},
+    ]
+
+
+def _gathered_after_forward(folder: Path, choice: str) -> dict[str, bool]:
+    """Which units still hold whole weights between forward and backward."""
+    trainer = build_trainer(
+        folder, f"--parallel.reshard_after_forward={choice}", "--training.local_batch_size=2"
+    )
+    model = trainer.model
+    rows = {name: p.shape[0] for name, p in model.named_parameters()}
+    model(next(trainer.batches).inputs).sum()
+    whole = {
+        name: p.shape[0] for name, p in model.named_parameters() if type(p).__name__ != "DTensor"
+    }
+    trainer.close()
+    units = ("tok_embeddings", "layers.0", "layers.1", "norm", "output")
+    assert all(rows[name] == whole[name] for name in whole)
+    return {unit: any(name.startswith(unit) for name in whole) for unit in units}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("choice", "gathered"),
+    [
+        ("always", set()),
+        ("last_block_kept", {"layers.1", "norm", "output"}),
+        ("never", {"tok_embeddings", "layers.0", "layers.1", "norm", "output"}),
+    ],
+)
+def test_resharding_frees_the_units_it_names(
+    workers: dict[int, Workers], tmp_path: Path, choice: str, gathered: set[str]
+) -> None:
+    for units in workers[4].run(_gathered_after_forward, tmp_path, choice):
+        assert {unit for unit, is_whole in units.items() if is_whole} == gathered
+
+
+def _policies(folder: Path, *overrides: str) -> tuple[set[str], set[str], set[int]]:
+    trainer = build_trainer(folder, "--training.local_batch_size=2", *overrides)
+    groups = [
+        group
+        for module in trainer.model.modules()
+        if isinstance(module, FSDPModule)
+        for group in module._get_fsdp_state()._fsdp_param_groups
+    ]
+    trainer.close()
+    offload = {type(group.offload_policy).__name__ for group in groups}
+    dtypes = {f"{g.mp_policy.param_dtype} {g.mp_policy.reduce_dtype}" for g in groups}
+    meshes = {
+        group.post_forward_mesh_info.shard_mesh_size
+        for group in groups
+        if group.post_forward_mesh_info is not None
+    }
+    return offload, dtypes, meshes
+
+
+@pytest.mark.distributed
+def test_precision_offload_and_integer_resharding_reach_every_unit(
+    workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    offload, dtypes, _ = workers[4].run(
+        _policies,
+        tmp_path,
+        "--parallel.cpu_offload=true",
+        "--training.param_dtype=bfloat16",
+        "--training.reduce_dtype=bfloat16",
+    )[0]
+    assert offload == {"CPUOffloadPolicy"}
+    assert dtypes == {"torch.bfloat16 torch.bfloat16"}
+    offload, dtypes, sizes = workers[4].run(
+        _policies, tmp_path, "--parallel.reshard_after_forward=2"
+    )[0]
+    assert offload == {"OffloadPolicy"}
+    assert dtypes == {"torch.float32 torch.float32"}
+    assert sizes == {2}
+
+
+def _collectives(folder: Path) -> tuple[list[str], int]:
+    """All-gathers of one optimizer step with 2 micro-batches by unit, and its large all-reduces."""
+    trainer = build_trainer(folder, "--training.local_batch_size=1", "--parallel.dp_replicate=2")
+    count, all_reduce = 0, dist.all_reduce
+
+    def counting(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        # Small ones carry token counts, norms and metrics.
+        count += tensor.numel() > 10
+        return all_reduce(tensor, *args, **kwargs)
+
+    dist.all_reduce = counting
+    try:
+        with torch.profiler.profile() as profiler:
+            trainer.train_step(1)
+    finally:
+        dist.all_reduce = all_reduce
+    trainer.close()
+    gathers = [e.name for e in profiler.events() if e.name.startswith("FSDP::all_gather (")]
+    return sorted(gathers), count
+
+
+@pytest.mark.distributed
+def test_replicas_add_up_gradients_once_per_step_and_embeddings_are_gathered_once(
+    workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    for gathers, all_reduces in workers[4].run(_collectives, tmp_path):
+        # 4 units: the embedding, 2 blocks, norm and head together.
+        assert all_reduces == 4
+        # In each micro-batch the first block again in backward: the second is kept.
+        expected = ["layers.0"] * 2 + ["layers.1", "norm, output", "tok_embeddings"]
+        assert gathers == sorted(f"FSDP::all_gather ({unit})" for unit in expected * 2)

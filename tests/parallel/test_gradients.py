@@ -1,0 +1,77 @@
+"""The norm of gradients in every placement, against float64."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+
+from tests.distributed import Workers
+from titan_lite.parallel.gradients import clip_grad_norm, global_norm
+
+
+def test_the_norm_of_many_elements_is_exact_to_a_millionth() -> None:
+    grad = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 1e-3
+    torch.testing.assert_close(
+        global_norm([grad]).double(), torch.linalg.vector_norm(grad.double()), rtol=1e-6, atol=0
+    )
+
+
+def _norm_of_placements() -> tuple[float, float]:
+    generator = torch.Generator().manual_seed(0)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "fsdp"))
+    placements: list[tuple[Placement, Placement]] = [
+        (Replicate(), Shard(0)),
+        (Replicate(), Replicate()),
+        (Shard(0), Shard(1)),
+        (Replicate(), Shard(0)),
+    ]
+    # The last one has fewer rows than ranks: some hold nothing of it.
+    shapes = [(6, 4), (3,), (5, 7), (1, 4)]
+    whole = [torch.randn(shape, generator=generator) for shape in shapes]
+    grads = [distribute_tensor(t, mesh, p) for t, p in zip(whole, placements, strict=True)]
+    expected = torch.cat([t.flatten() for t in whole]).double().norm()
+    return global_norm(grads).item(), expected.item()
+
+
+@pytest.mark.distributed
+def test_every_element_counts_once_whatever_its_placements(workers: dict[int, Workers]) -> None:
+    for norm, expected in workers[4].run(_norm_of_placements):
+        assert norm == pytest.approx(expected, rel=1e-6)
+
+
+def test_clipping_scales_to_the_norm_asked_for_and_0_leaves_gradients_alone() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3.0, 4.0])
+    assert clip_grad_norm([parameter], 0.0) == 5
+    assert parameter.grad.tolist() == [3, 4]
+    assert clip_grad_norm([parameter], 1.0) == 5
+    torch.testing.assert_close(parameter.grad, torch.tensor([0.6, 0.8]), rtol=1e-5, atol=0)
+
+
+def _fsdp_sum() -> float:
+    """The gradient of a model whose every rank has a loss of its own."""
+    from titan_lite.config.dims import ParallelDims
+    from titan_lite.config.schema import Model, Parallel
+    from titan_lite.models.registry import resolve
+    from titan_lite.nn.build import build
+    from titan_lite.parallel.fsdp import apply_fsdp
+    from titan_lite.parallel.mesh import build_meshes
+
+    section = Parallel(dp_replicate=2)
+    meshes = build_meshes(ParallelDims.resolve(section, dist.get_world_size()), "cpu")
+    torch.manual_seed(0)
+    model = build(*resolve(Model(dim=8, num_layers=1, num_heads=2, num_kv_heads=2, ffn_dim=8)))
+    dtype = torch.float32
+    apply_fsdp(model, meshes.fsdp, section, param_dtype=dtype, reduce_dtype=dtype)
+    model(torch.zeros(1, 4, dtype=torch.int64), head_loss=lambda h, w: w.sum() * 1.0).backward()
+    assert model.output is not None
+    grad = model.output.weight.grad
+    assert isinstance(grad, DTensor)
+    return grad.full_tensor().mean().item()
+
+
+@pytest.mark.distributed
+def test_gradients_are_summed_over_ranks_and_not_averaged(workers: dict[int, Workers]) -> None:
+    assert workers[4].run(_fsdp_sum) == [4.0] * 4

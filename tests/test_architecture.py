@@ -1,0 +1,133 @@
+"""The rows of the house: who may import whom, read from the source of every file."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "titan_lite"
+ROWS = (
+    {"config"},
+    {"models"},
+    {"nn", "runtime", "planner"},
+    {"parallel", "data", "optim", "loss", "metrics", "checkpoint"},
+    {"preflight"},
+    {"trainer"},
+    {"train", "cli", "regression", "tools"},
+)
+ROW_OF = {room: row for row, rooms in enumerate(ROWS, start=1) for room in rooms}
+# The command line hands over to other entry points, inside functions.
+DISPATCHER = "cli"
+TORCH_FREE = ("config", "models", "planner")
+FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
+
+
+def room_of(path: Path) -> str:
+    """'config' for titan_lite/config/load.py, 'loss' for titan_lite/loss.py."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_modules(source: str, package: str) -> Iterator[str]:
+    """Absolute dotted names of everything imported, at the top or inside functions.
+
+    `package` is that of the file, which relative imports start from.
+    """
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")
+                base = ".".join([*parents[: len(parents) - node.level + 1], *filter(None, [base])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def imported_rooms(source: str, package: str) -> set[str]:
+    names = (name.split(".") for name in imported_modules(source, package))
+    return {name[1] for name in names if name[0] == "titan_lite" and len(name) > 1} & ROW_OF.keys()
+
+
+def violations(source: str, room: str, package: str = "titan_lite") -> list[str]:
+    """One sentence per import that the rows forbid to a file of `room`."""
+    found = []
+    for other in sorted(imported_rooms(source, package) - {room}):
+        dispatches = room == DISPATCHER and ROW_OF[other] == ROW_OF[room]
+        if ROW_OF[other] >= ROW_OF[room] and not dispatches:
+            found.append(f"{room} (row {ROW_OF[room]}) imports {other} (row {ROW_OF[other]})")
+    modules = {f"{name}." for name in imported_modules(source, package)}
+    if room in TORCH_FREE and any(name.startswith("torch.") for name in modules):
+        found.append(f"{room} imports torch")
+    if room == "nn" and any(name.startswith("torch.distributed.") for name in modules):
+        found.append("nn imports torch.distributed")
+    return found
+
+
+def sources() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE) + sorted(
+        path for path in PACKAGE.glob("*.py") if path.name != "__init__.py"
+    )
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_imports_only_rooms_of_lower_rows(path: Path) -> None:
+    room = room_of(path)
+    assert room in ROW_OF, f"{room} has no row; give it one, or move it into a room"
+    package = ".".join(["titan_lite", *path.relative_to(PACKAGE).parent.parts])
+    assert violations(path.read_text(encoding="utf-8"), room, package) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "room", "violation"),
+    [
+        ("import titan_lite.trainer", "data", "data (row 4) imports trainer (row 6)"),
+        ("from titan_lite import trainer", "data", "data (row 4) imports trainer (row 6)"),
+        ("from titan_lite.optim.schedule import f", "data", "data (row 4) imports optim (row 4)"),
+        ("def f():\n    import titan_lite.nn", "models", "models (row 2) imports nn (row 3)"),
+        ("from ..nn import norm", "models", "models (row 2) imports nn (row 3)"),
+        ("from .. import nn", "models", "models (row 2) imports nn (row 3)"),
+        ("import titan_lite.train", "trainer", "trainer (row 6) imports train (row 7)"),
+        ("from titan_lite import cli", "train", "train (row 7) imports cli (row 7)"),
+        ("def f():\n    from torch import nn", "config", "config imports torch"),
+        ("import torch.nn.functional as F", "planner", "planner imports torch"),
+        ("import torch", "models", "models imports torch"),
+        ("from torch import distributed", "nn", "nn imports torch.distributed"),
+    ],
+)
+def test_a_planted_violation_is_caught(source: str, room: str, violation: str) -> None:
+    assert violations(source, room, f"titan_lite.{room}") == [violation]
+
+
+@pytest.mark.parametrize(
+    ("source", "room"),
+    [
+        ("import torch\nfrom titan_lite.nn import norm", "parallel"),
+        ("from titan_lite.config.load import f\nfrom . import schema", "config"),
+        ("def f():\n    from titan_lite import train", "cli"),
+        ("from titan_lite import __version__", "config"),
+        ("import torchgen", "config"),
+    ],
+)
+def test_what_the_rows_allow_is_not_a_violation(source: str, room: str) -> None:
+    assert violations(source, room, f"titan_lite.{room}") == []
+
+
+def test_no_file_is_a_drawer_for_everything() -> None:
+    folders = [ROOT / name for name in ("titan_lite", "tests", "scripts", "benchmarks")]
+    names = [
+        path for folder in folders for path in folder.rglob("*") if "__pycache__" not in str(path)
+    ]
+    assert [str(path) for path in names if path.stem in FORBIDDEN_NAMES] == []
+
+
+@pytest.mark.parametrize("room", [*TORCH_FREE, "cli"])
+def test_a_torch_free_room_loads_without_torch(room: str) -> None:
+    files = sorted((PACKAGE / room).glob("*.py")) if room != "cli" else [PACKAGE / "cli.py"]
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
+    program = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0

@@ -1,0 +1,60 @@
+"""Every file in train_configs/ loads, passes all rules at its world size, and builds its model."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from titan_lite.config.load import load_config
+from titan_lite.models import rules
+from titan_lite.nn.build import build
+from titan_lite.planner.counts import num_params
+
+FOLDER = Path(__file__).parent.parent / "train_configs"
+PRESETS = sorted(FOLDER.glob("*.toml"))
+# Billions of parameters that a preset is known by.
+SIZES = {"llama2_7b": 6.74, "llama3_8b": 8.03, "llama3_70b": 70.55, "llama3_405b": 405.85}
+
+
+def test_there_are_presets() -> None:
+    assert {"debug", *SIZES} <= {path.stem for path in PRESETS}
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_is_valid_and_builds_its_model_on_meta(
+    path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (match,) = re.findall(r"^# world_size = (\d+)$", path.read_text(), re.MULTILINE)
+    tokenizer = tmp_path / "tokenizer.model"
+    tokenizer.write_text("")
+    loaded = load_config(path)
+    if loaded.config.data.tokenizer_path:
+        loaded = load_config(path, [f"--data.tokenizer_path={tokenizer}"])
+    plan = rules.check(loaded, int(match))
+    assert not caplog.records, "a preset has no setting that cannot act"
+    with torch.device("meta"):
+        model = build(plan.family, plan.args)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count == num_params(plan.args)
+    if path.stem in SIZES:
+        assert round(count / 1e9, 2) == SIZES[path.stem]
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_says_its_hardware_layout_and_source_first(path: Path) -> None:
+    head = path.read_text().split("\n\n")[0]
+    for word in ("# Hardware: ", "# Layout: ", "# Source: ", "# world_size = "):
+        assert word in head
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_writes_only_what_differs(path: Path) -> None:
+    loaded = load_config(path)
+    text = path.read_text()
+    base = load_config(FOLDER / "llama3_8b.toml") if "\nextends" in text else load_config(None)
+    for dotted, origin in loaded.origins.items():
+        section, _, key = dotted.partition(".")
+        if origin == str(path):
+            value = getattr(getattr(loaded.config, section), key)
+            assert value != getattr(getattr(base.config, section), key), dotted

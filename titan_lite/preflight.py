@@ -1,0 +1,80 @@
+"""What a run needs from the disk, found out before any process exists to wait for; no torch."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from titan_lite.checkpoint.state import RunState, state_to_resume
+from titan_lite.config.load import DEFAULT, ConfigError, LoadedConfig, Problem
+from titan_lite.config.schema import Data
+from titan_lite.data.sources import resolve_source
+from titan_lite.data.tokenizer import Tokenizer
+from titan_lite.models.args import DecoderArgs
+from titan_lite.models.rules import Plan
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was found: the run's tokenizer and the state it continues from."""
+
+    tokenizer: Tokenizer
+    state: RunState
+
+
+def preflight(loaded: LoadedConfig, plan: Plan) -> Preflight:
+    """Reads the tokenizer and the checkpoint's state and finds the data, or raises ConfigError."""
+    config = loaded.config
+    problems: list[Problem] = []
+    tokenizer = state = None
+    try:
+        with blaming("data.tokenizer_path", loaded):
+            tokenizer = load_tokenizer(config.data, plan.args)
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        with blaming("data.dataset", loaded):
+            resolve_source(config.data)
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        with blaming("checkpoint.load_step", loaded):
+            state = state_to_resume(config.checkpoint, checkpoint_folder(loaded))
+    except ConfigError as error:
+        problems += error.problems
+    if tokenizer is None or state is None or problems:
+        raise ConfigError(problems)
+    return Preflight(tokenizer, state)
+
+
+def checkpoint_folder(loaded: LoadedConfig) -> Path:
+    """Where the run's checkpoints are."""
+    return Path(loaded.config.job.dump_folder) / loaded.config.checkpoint.folder
+
+
+def load_tokenizer(section: Data, args: DecoderArgs) -> Tokenizer:
+    """The run's tokenizer; ValueError if the model's vocabulary is too small for it."""
+    tokenizer = Tokenizer.load(section.tokenizer_path)
+    if tokenizer.vocab_size > args.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model a vocabulary of "
+            f"{args.vocab_size}: set model.vocab_size, or another data.tokenizer_path"
+        )
+    return tokenizer
+
+
+@contextlib.contextmanager
+def blaming(key: str, loaded: LoadedConfig) -> Iterator[None]:
+    """Turns what fails inside into a ConfigError about a key and where its value came from.
+
+    The key is one that the message names, one that somebody set before others; else `key`.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, OSError) as error:
+        named = [known for known in loaded.origins if known in str(error)]
+        given = [known for known in named if loaded.origins[known] != DEFAULT]
+        key = (given or named or [key])[0]
+        raise ConfigError([Problem(key, loaded.origins[key], str(error))]) from error

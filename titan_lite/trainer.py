@@ -1,0 +1,346 @@
+"""The table of contents of a run: builds everything in order, then trains."""
+
+import dataclasses
+import itertools
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from titan_lite.checkpoint.manager import CheckpointManager, agree_on_step
+from titan_lite.config.load import ConfigError, LoadedConfig, Problem
+from titan_lite.data.loader import DataLoader, merge_states
+from titan_lite.loss import IGNORE_INDEX, cross_entropy_sum
+from titan_lite.metrics.device import Peak, device_name, find_peak
+from titan_lite.metrics.meter import Meter
+from titan_lite.metrics.record import Record
+from titan_lite.metrics.sinks import open_sinks
+from titan_lite.models.args import DecoderArgs
+from titan_lite.models.rules import Plan
+from titan_lite.nn.build import build
+from titan_lite.optim.optimizer import build_optimizer, set_lr
+from titan_lite.optim.schedule import lr_factor
+from titan_lite.parallel.async_tp import check_async_tp, count_fused
+from titan_lite.parallel.compile import Compilations
+from titan_lite.parallel.float8 import float8_problems, refresh_scales
+from titan_lite.parallel.fsdp import set_gradient_sync
+from titan_lite.parallel.gradients import clip_grad_norm
+from titan_lite.parallel.init_weights import init_weights
+from titan_lite.parallel.mesh import build_meshes
+from titan_lite.parallel.parallelize import parallelize
+from titan_lite.planner.counts import FORMULA, FlopsPerToken, flops_per_token
+from titan_lite.preflight import blaming, checkpoint_folder, preflight
+from titan_lite.runtime.distributed import Process, set_timeout, start_process_group
+from titan_lite.runtime.garbage import collected_every
+from titan_lite.runtime.profiler import check_profiling, profiling
+from titan_lite.runtime.run_folder import open_run_folder, update_run_file, write_run_file
+from titan_lite.runtime.seed import set_determinism
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """One run. Building it is collective; `train` then does the steps that are left."""
+
+    def __init__(self, loaded: LoadedConfig, plan: Plan) -> None:
+        self.config = config = loaded.config
+        self.dims = plan.dims
+        self.vocab_size = plan.args.vocab_size
+        self.process = Process.from_environment()
+        self.run_folder = Path(config.job.dump_folder)
+        training = config.training
+        # What can be refused is refused before any process waits for another.
+        found = preflight(loaded, plan)
+        self.tokenizer, self.state = found.tokenizer, found.state
+        with torch.device("meta"):
+            args = dataclasses.replace(plan.args, vocab_multiple=self.dims.tp)
+            self.model = build(plan.family, args)
+        self._check_device(loaded, plan)
+        self.global_batch_size = training.global_batch_size
+        if self.global_batch_size == -1:
+            self.global_batch_size = training.local_batch_size * self.dims.batch
+        self._open_data(loaded)
+        resume_step = self.state.step
+
+        start_process_group(self.process, config.comm)
+        set_determinism(training.seed, deterministic=training.deterministic)
+        with blaming("checkpoint.load_step", loaded):
+            agree_on_step(resume_step, checkpoint_folder(loaded))
+        meshes = build_meshes(self.dims, self.process.device.type)
+        # The meshes' groups do not inherit the timeout of the first one.
+        set_timeout(config.comm.init_timeout_seconds)
+        self.loss_group = meshes.loss
+
+        self.applied = parallelize(
+            self.model,
+            meshes,
+            plan.family.tp_plan,
+            parallel=config.parallel,
+            training=training,
+            activation_checkpoint=config.activation_checkpoint,
+            compile=config.compile,
+            float8=config.float8,
+        )
+        self.compilations = Compilations() if config.compile.enable else None
+        init_weights(
+            self.model,
+            device=self.process.device,
+            seed=training.seed,
+            cpu_offload=config.parallel.cpu_offload,
+        )
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+
+        self.checkpoints = CheckpointManager(
+            config.checkpoint,
+            checkpoint_folder(loaded),
+            model=self.model,
+            optimizer=self.optimizer,
+            device=self.process.device,
+        )
+        if resume_step > 0:
+            self.checkpoints.load(resume_step)
+            logger.info("Resumed from step %d of %s", resume_step, checkpoint_folder(loaded))
+        if self.applied.float8_gathered_weights:
+            refresh_scales(self.model)
+        if self.process.rank == 0:
+            with blaming("job.dump_folder", loaded):
+                open_run_folder(self.run_folder, resume_step=resume_step)
+            self.checkpoints.leave_later_branch(resume_step)
+        self.meter = self._build_meter(plan.args)
+
+    def _check_device(self, loaded: LoadedConfig, plan: Plan) -> None:
+        """ConfigError for what this device, or float8 with this model, cannot do."""
+        config, device = loaded.config, self.process.device
+        with blaming("profiling.enable_memory_snapshot", loaded):
+            check_profiling(config.profiling, device)
+        if config.parallel.async_tp:
+            with blaming("parallel.async_tp", loaded):
+                check_async_tp(device, self.dims.tp)
+        broken = [
+            Problem(key, loaded.origins[key], message)
+            for key, message in float8_problems(
+                self.model,
+                plan.family.tp_plan,
+                float8=config.float8,
+                parallel=config.parallel,
+                dims=self.dims,
+                device=device,
+            )
+        ]
+        if broken:
+            raise ConfigError(broken)
+
+    def _open_data(self, loaded: LoadedConfig) -> None:
+        """Opens the data where the run's state says, and reads the first batch."""
+        self.loader = self.build_loader()
+        if self.state.step > 0:
+            with blaming("checkpoint.load_step", loaded):
+                self.loader.load_state_dict(self.state.data)
+        # Documents that cannot be read are a mistake to answer now, not in the first step.
+        with blaming("data.dataset", loaded):
+            batches = iter(self.loader)
+            self.batches = itertools.chain([next(batches)], batches)
+
+    def build_loader(self) -> DataLoader:
+        """A loader of this rank's share of the run's samples, from the first one on."""
+        training = self.config.training
+        return DataLoader(
+            self.config.data,
+            seq_len=training.seq_len,
+            seed=training.seed,
+            local_batch_size=training.local_batch_size,
+            global_batch_size=self.global_batch_size,
+            batch_rank=self.dims.batch_rank(self.process.rank),
+            batch_degree=self.dims.batch,
+            tokenizer=self.tokenizer,
+        )
+
+    def train(self) -> None:
+        """Trains up to `training.steps`, logging, saving and profiling on the way; collective."""
+        first, last = self.state.step + 1, self.config.training.steps
+        if first > last:
+            logger.info("Step %d of %d is done already: nothing is left to train", first - 1, last)
+            return
+        comm, profile_folder = self.config.comm, self.run_folder / "profile"
+        with (
+            collected_every(self.config.training.gc_freq) as collect,
+            profiling(self.config.profiling, profile_folder, self.process.rank) as profile,
+        ):
+            for step in range(first, last + 1):
+                self.train_step(step)
+                if step == first:
+                    set_timeout(comm.train_timeout_seconds)
+                    self._report_compiled()
+                if self.checkpoints.should_save(step, last):
+                    # The slowest disk of all is waited for: longer than a step may take.
+                    set_timeout(comm.init_timeout_seconds)
+                    with self.meter.excluded():
+                        self.save()
+                    set_timeout(comm.train_timeout_seconds)
+                collect(step)
+                profile(step)
+        logger.info("Everything is in %s\n%s", self.run_folder, self.meter.summary())
+
+    def close(self) -> None:
+        """Stops the loader's worker and closes the metric files."""
+        self.loader.close()
+        self.meter.close()
+
+    def train_step(self, step: int) -> Record | None:
+        """One optimizer step over the global batch; collective. Returns its record if logged."""
+        training, device = self.config.training, self.process.device
+        micro_steps = self.global_batch_size // (training.local_batch_size * self.dims.batch)
+        with self.meter.waiting_for_data():
+            micro_batches = [next(self.batches) for _ in range(micro_steps)]
+
+        # Every token of the global batch weighs the same, wherever it is: the sum over
+        # micro-batches and ranks is divided by the valid tokens of all of them.
+        valid = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in micro_batches)
+        num_valid = torch.full((), float(valid), device=device)
+        dist.all_reduce(num_valid, group=self.loss_group)
+        num_valid.clamp_(min=1)
+        loss = torch.zeros((), device=device)
+        for number, batch in enumerate(micro_batches, start=1):
+            set_gradient_sync(self.model, self.config.parallel, last=number == micro_steps)
+            inputs, labels = (_to_device(t, device) for t in (batch.inputs, batch.labels))
+            head_loss = partial(
+                cross_entropy_sum,
+                labels=labels,
+                num_chunks=training.loss_chunks,
+                vocab_size=self.vocab_size,
+            )
+            loss_sum = self.model(inputs, head_loss=head_loss)
+            share = loss_sum / num_valid
+            share.backward()
+            loss += share.detach()
+
+        grad_norm = clip_grad_norm(self.model.parameters(), training.max_norm)
+        lr = self.config.optimizer.lr * lr_factor(step, self.config.lr_scheduler, training.steps)
+        set_lr(self.optimizer, lr)
+        self.optimizer.step()
+        if self.applied.float8_gathered_weights:
+            refresh_scales(self.model)
+        self.optimizer.zero_grad()
+
+        if self.compilations is not None:
+            for reason in self.compilations.after_step():
+                logger.warning(
+                    "Step %d compiled anew (%d times so far since the warm-up): %s",
+                    step,
+                    self.compilations.recompilations,
+                    reason,
+                )
+
+        tokens = self.global_batch_size * training.seq_len
+        self.state.step = step
+        self.state.tokens += tokens
+        self.meter.add(tokens=tokens, samples=self.global_batch_size)
+        if not self.meter.should_log(step):
+            return None
+        dist.all_reduce(loss, group=self.loss_group)
+        return self.meter.log(
+            step,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=self.optimizer.param_groups[0]["lr"],
+            tokens_seen=self.state.tokens,
+        )
+
+    def _report_compiled(self) -> None:
+        """Adds to the report what only the first step could tell."""
+        if self.compilations is None:
+            return
+        found: dict[str, Any] = {"compiled_graphs": self.compilations.graphs}
+        if self.config.parallel.async_tp:
+            found |= count_fused()
+        self.applied = dataclasses.replace(self.applied, **found)
+        logger.info("The first step compiled %s", self.applied.compiled())
+        if self.config.parallel.async_tp:
+            self.applied.check_async_tp()
+        if self.process.rank == 0:
+            update_run_file(self.run_folder, {"applied": dataclasses.asdict(self.applied)})
+
+    def save(self) -> None:
+        """Saves a checkpoint of the step just done; collective."""
+        states: list[dict[str, Any]] = [{}] * self.process.world_size
+        dist.all_gather_object(states, self.loader.state_dict())
+        self.state.data = merge_states(states)
+        self.state.config = self.config.model_dump()
+        folder = self.checkpoints.save(self.state)
+        logger.info("Checkpoint written to %s", folder)
+
+    def _build_meter(self, args: DecoderArgs) -> Meter:
+        config, device = self.config, self.process.device
+        num_params = sum(p.numel() for p in self.model.parameters())
+        assert self.model.tok_embeddings is not None
+        flops = flops_per_token(
+            num_params_non_embedding=num_params - self.model.tok_embeddings.weight.numel(),
+            num_block_params=sum(p.numel() for p in self.model.layers.parameters()),
+            num_last_matmul_params=args.num_layers * args.dim * args.ffn_dim,
+            num_layers=args.num_layers,
+            attention_dim=args.num_heads * args.head_dim,
+            seq_len=config.training.seq_len,
+            num_recomputed_layers=self.applied.checkpointed_blocks,
+        )
+        if config.activation_checkpoint.mode in ("selective_op", "memory_budget"):
+            logger.info("HFU is not measured: only torch knows what it recomputes in this mode")
+        peak = find_peak(config.metrics, device, getattr(torch, config.training.param_dtype))
+        sinks = []
+        if self.process.rank == 0:
+            sinks = open_sinks(
+                config.metrics,
+                self.run_folder,
+                num_steps=config.training.steps,
+                start_step=self.state.step,
+            )
+            self._write_run_file(num_params, flops, peak)
+        logger.info(
+            "%s%s %s: %s parameters on %d x %s; %s",
+            f"{config.job.description}. " if config.job.description else "",
+            config.model.name,
+            config.model.flavor,
+            f"{num_params:,}",
+            self.dims.world_size,
+            device_name(device),
+            self.applied,
+        )
+        return Meter(
+            section=config.metrics,
+            sinks=sinks,
+            flops=flops,
+            peak=peak,
+            device=device,
+            num_devices=self.dims.world_size,
+            num_steps=config.training.steps,
+            start_step=self.state.step,
+            all_reduce=_all_reduce,
+        )
+
+    def _write_run_file(self, num_params: int, flops: FlopsPerToken, peak: Peak) -> None:
+        write_run_file(
+            self.run_folder,
+            {
+                "device": device_name(self.process.device),
+                "mesh": dataclasses.asdict(self.dims),
+                "applied": dataclasses.asdict(self.applied),
+                "parameters": num_params,
+                "flops_per_token": dataclasses.asdict(flops) | {"formula": FORMULA},
+                "peak": dataclasses.asdict(peak),
+                "resumed_from_step": self.state.step,
+                "config": self.config.model_dump(),
+            },
+        )
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    # Only from pinned memory does the copy leave the host free to go on.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _all_reduce(tensor: Tensor, operation: str) -> Tensor:
+    dist.all_reduce(tensor, op=getattr(dist.ReduceOp, operation.upper()))
+    return tensor
