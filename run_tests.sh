@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Lint, types, tests. Arguments go to pytest: ./run_tests.sh tests/config -k typo
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source scripts/environment.sh
+use_environment dev
+
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
+# One thread per process: the distributed tests start several.
+OMP_NUM_THREADS=1 exec "$PYTHON" -m pytest "$@"
