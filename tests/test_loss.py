@@ -55,6 +55,44 @@ def test_a_batch_without_valid_tokens_has_loss_and_gradients_of_zero() -> None:
     assert not hidden.grad.any()
 
 
+def test_a_factor_scales_the_loss_and_reaches_gradients_before_they_are_rounded() -> None:
+    # float16 has nothing between 0 and 6e-8: probabilities of 1 / 50 times 1e-7 would be lost.
+    hidden, weight, labels = _inputs(torch.float16)
+    options = {"num_chunks": 4, "vocab_size": len(weight)}
+    plain = cross_entropy_sum(hidden, weight, labels, **options)
+    factor = torch.tensor(1e-7 * 65536)
+    scaled = cross_entropy_sum(hidden, weight, labels, factor=factor, **options)
+    torch.testing.assert_close(scaled, plain * factor)
+    (plain * 1e-7).backward()
+    assert hidden.grad is not None
+    lost = (hidden.grad == 0).float().mean()
+    hidden.grad = None
+    scaled.backward()
+    assert lost > 0.3
+    assert (hidden.grad == 0).float().mean() < 0.25  # The tokens that are not counted: 2 of 14.
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_it_computes_the_same(dtype: torch.dtype) -> None:
+    def loss_and_gradients(compile: bool) -> tuple[Tensor, ...]:
+        hidden, weight, labels = _inputs(dtype)
+        options = {"num_chunks": 4, "vocab_size": 48, "factor": torch.tensor(0.3)}
+        labels = labels.clamp(max=47)
+        loss = cross_entropy_sum(hidden, weight, labels, compile=compile, **options)
+        loss.backward()
+        assert hidden.grad is not None
+        assert weight.grad is not None
+        return loss, hidden.grad, weight.grad
+
+    counters = torch._dynamo.utils.counters["stats"]
+    before = counters["unique_graphs"]
+    eager, compiled = loss_and_gradients(False), loss_and_gradients(True)
+    # 14 tokens in chunks of 4, 4, 4 and 2.
+    assert counters["unique_graphs"] == before + 2
+    torch.testing.assert_close(compiled, eager)
+
+
 def test_full_logits_never_exist() -> None:
     hidden = torch.randn(512, 8, requires_grad=True)
     weight = torch.randn(1000, 8, requires_grad=True)

@@ -26,8 +26,8 @@ def test_the_run_file_says_what_ran(one_process: Workers, tmp_path: Path) -> Non
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["versions"]["torch"] == torch.__version__
     assert run["mesh"] == {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1}
-    assert run["applied"]["checkpointed_blocks"] == 3
-    assert run["applied"]["fsdp_units"] == 3 + 4
+    assert len(run["applied"]["modules"]["checkpointed"]) == 3
+    assert len(run["applied"]["modules"]["FSDP unit"]) == 3 + 4
     assert run["parameters"] == 2 * 2048 * 64 + 64 + 3 * (
         2 * 64 + 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128
     )

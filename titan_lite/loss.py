@@ -1,12 +1,16 @@
 """Next-token cross-entropy, summed over the valid tokens, without ever holding the whole logits.
 
-Shape suffixes: N tokens, n tokens of a chunk, D model width, V vocabulary (this rank's part of it).
+Shape suffixes: N tokens, n tokens of a chunk, D model width, V vocabulary (this rank's part of it),
+P ranks whose logits are gathered.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial
@@ -15,15 +19,26 @@ IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default
 
 
 def cross_entropy_sum(
-    hidden: Tensor, weight_VD: Tensor, labels: Tensor, *, num_chunks: int, vocab_size: int
+    hidden: Tensor,
+    weight_VD: Tensor,
+    labels: Tensor,
+    *,
+    num_chunks: int,
+    vocab_size: int,
+    factor: Tensor | None = None,
+    loss_parallel: bool = True,
+    compile: bool = False,
 ) -> Tensor:
     """Sum over the valid tokens of the cross-entropy of hidden @ weight.T, as a float32 scalar.
 
     hidden: (..., D), labels: (...), equal leading dims; a label of -100 is not counted. Rows of
     the weight from `vocab_size` on are padding. The tokens are cut into `num_chunks`; each chunk's
     logits (float32, N / num_chunks x V) live only while its loss and gradients are computed, all
-    in the forward pass. A DTensor weight, split over the vocabulary, gives the same loss on each
-    of its ranks: two all-reduces of n numbers a chunk (arXiv:1909.08053, section 3).
+    in the forward pass. `factor`, a scalar, multiplies the sum, and its gradients before they are
+    rounded to the weight's dtype. A DTensor weight, split over the vocabulary, gives the same loss
+    on each of its ranks: two all-reduces of n numbers a chunk (arXiv:1909.08053, section 3), or
+    without `loss_parallel` an all-gather of its logits. With `compile` what a chunk computes
+    between its matmuls is one compiled graph.
     """
     group, first_row = None, 0
     if isinstance(weight_VD, DTensor):
@@ -38,10 +53,13 @@ def cross_entropy_sum(
         hidden.flatten(0, -2),
         weight_VD,
         labels.flatten(),
+        torch.ones((), device=hidden.device) if factor is None else factor,
         num_chunks,
         vocab_size - first_row,
         first_row,
         group,
+        loss_parallel,
+        compile,
     )
 
 
@@ -52,10 +70,13 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_VD: Tensor,
         labels_N: Tensor,
+        factor: Tensor,
         num_chunks: int,
         num_rows: int,
         first_row: int,
         group: dist.ProcessGroup | None,
+        loss_parallel: bool,
+        compile: bool,
     ) -> Tensor:
         need_grad = any(ctx.needs_input_grad)
         dtype = weight_VD.dtype
@@ -63,7 +84,11 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         # All chunks share these buffers: fresh ones would cost the CPU more than the arithmetic.
         rows = -(-len(hidden_ND) // num_chunks)
         logits = weight_VD.new_empty(rows, len(weight_VD))
-        log_probs = torch.empty_like(logits, dtype=torch.float32)
+        if compile:
+            to_gradient = _compiled()
+        else:
+            log_probs = torch.empty_like(logits, dtype=torch.float32)
+            to_gradient = functools.partial(_to_gradient, log_probs)
         if need_grad:
             grad_hidden_ND = torch.empty_like(hidden_ND)
             if num_chunks > 1:
@@ -75,20 +100,12 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             (grad_hidden_ND if need_grad else hidden_ND).split(rows),
             strict=True,
         ):
-            n = len(labels_n)
-            logits_nV = torch.mm(hidden_nD, weight_VD.T, out=logits[:n])
-            logits_nV[:, max(num_rows, 0) :] = -torch.inf
-            log_probs_nV = _log_softmax(logits_nV, log_probs[:n], group)
-            valid_n1 = (labels_n != IGNORE_INDEX).unsqueeze(1)
-            target_n1 = labels_n.unsqueeze(1) - first_row
-            here_n1 = valid_n1 & (target_n1 >= 0) & (target_n1 < len(weight_VD))
-            target_n1 = target_n1.clamp(0, len(weight_VD) - 1)
-            loss -= log_probs_nV.gather(1, target_n1).masked_fill(~here_n1, 0).sum()
+            logits_nV = torch.mm(hidden_nD, weight_VD.T, out=logits[: len(labels_n)])
+            loss += to_gradient(
+                logits_nV, labels_n, factor, num_rows, first_row, group, loss_parallel
+            )
             if need_grad:
-                # d loss / d logits = softmax - one_hot, zero where the label is not counted.
-                probs_nV = log_probs_nV.exp_()
-                probs_nV.scatter_add_(1, target_n1, -here_n1.to(torch.float32))
-                grad_nV = torch.mul(probs_nV, valid_n1, out=logits_nV)
+                grad_nV = logits_nV
                 torch.mm(grad_nV, weight_VD, out=grad_hidden_nD)
                 if num_chunks == 1:
                     grad_weight_VD = grad_nV.T @ hidden_nD
@@ -107,16 +124,82 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
         # In place: these two are the largest gradients of the model, and used once.
-        return grad_hidden_ND.mul_(grad_loss), grad_weight_VD.mul_(grad_loss), *(None,) * 5
+        return grad_hidden_ND.mul_(grad_loss), grad_weight_VD.mul_(grad_loss), *(None,) * 8
 
 
-def _log_softmax(logits_nV: Tensor, out_nV: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """float32 log-softmax over the whole vocabulary, this rank's columns of it, into out_nV."""
+def _to_gradient(
+    log_probs: Tensor,
+    logits_nV: Tensor,
+    labels_n: Tensor,
+    factor: Tensor,
+    num_rows: int,
+    first_row: int,
+    group: dist.ProcessGroup | None,
+    loss_parallel: bool,
+) -> Tensor:
+    """A chunk's loss; its logits become the gradient of the loss by them, log_probs is a buffer."""
+    log_probs_nV = log_probs[: len(labels_n)]
+    logits_nV[:, max(num_rows, 0) :] = -torch.inf
     if group is None:
-        return torch.log_softmax(logits_nV, 1, torch.float32, out=out_nV)
-    out_nV.copy_(logits_nV)
-    max_n1 = out_nV.amax(1, keepdim=True)
-    dist.all_reduce(max_n1, op=dist.ReduceOp.MAX, group=group)
-    sum_n1 = out_nV.sub_(max_n1).exp().sum(1, keepdim=True)
-    dist.all_reduce(sum_n1, group=group)
-    return out_nV.sub_(sum_n1.log_())
+        torch.log_softmax(logits_nV, 1, torch.float32, out=log_probs_nV)
+    else:
+        log_probs_nV.copy_(logits_nV)
+        max_n1, sum_n1 = _max_and_sum(log_probs_nV, group, loss_parallel)
+        log_probs_nV.sub_(max_n1).sub_(sum_n1.log())
+    valid_n1 = (labels_n != IGNORE_INDEX).unsqueeze(1)
+    target_n1 = labels_n.unsqueeze(1) - first_row
+    here_n1 = valid_n1 & (target_n1 >= 0) & (target_n1 < logits_nV.shape[1])
+    target_n1 = target_n1.clamp(0, logits_nV.shape[1] - 1)
+    loss = -log_probs_nV.gather(1, target_n1).masked_fill(~here_n1, 0).sum()
+    # d loss / d logits = softmax - one_hot, zero where the label is not counted.
+    probs_nV = log_probs_nV.exp_()
+    probs_nV.scatter_add_(1, target_n1, -here_n1.to(torch.float32))
+    torch.mul(probs_nV, valid_n1 * factor, out=logits_nV)
+    return loss * factor
+
+
+def _max_and_sum(
+    logits_nV: Tensor, group: dist.ProcessGroup | None, loss_parallel: bool
+) -> tuple[Tensor, Tensor]:
+    """The largest logit m and the sum of exp(logit - m), over the whole vocabulary: each (n, 1)."""
+    parts_PnV = logits_nV.unsqueeze(0)
+    if group is not None and not loss_parallel:
+        parts_PnV = logits_nV.new_empty(group.size(), *logits_nV.shape)
+        dist.all_gather_into_tensor(parts_PnV.flatten(0, 1), logits_nV, group)
+        group = None
+    max_n1 = parts_PnV.amax((0, 2)).unsqueeze(1)
+    if group is not None:
+        max_n1 = collectives.all_reduce(max_n1, "max", group)
+    sum_n1 = (parts_PnV - max_n1).exp().sum((0, 2)).unsqueeze(1)
+    if group is not None:
+        sum_n1 = collectives.all_reduce(sum_n1, "sum", group)
+    return max_n1, sum_n1
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    # A last, shorter chunk gets a graph of its own rather than all of them a dynamic one.
+    return torch.compile(_to_gradient_in_one_graph, fullgraph=True, dynamic=False)
+
+
+def _to_gradient_in_one_graph(
+    logits_nV: Tensor,
+    labels_n: Tensor,
+    factor: Tensor,
+    num_rows: int,
+    first_row: int,
+    group: dist.ProcessGroup | None,
+    loss_parallel: bool,
+) -> Tensor:
+    """As `_to_gradient`, written to be fused: no float32 copy of the logits is ever stored."""
+    column_V = torch.arange(logits_nV.shape[1], device=logits_nV.device)
+    label_n1 = labels_n.unsqueeze(1)
+    # A label of -100, or of another rank's columns, is none of these.
+    target_nV = column_V == label_n1 - first_row
+    wide_nV = logits_nV.float().masked_fill(column_V >= num_rows, -torch.inf)
+    max_n1, sum_n1 = _max_and_sum(wide_nV, group, loss_parallel)
+    log_probs_nV = wide_nV - max_n1 - sum_n1.log()
+    loss = -log_probs_nV.masked_fill(~target_nV, 0).sum()
+    gradient_nV = (log_probs_nV.exp() - target_nV.float()) * (label_n1 != IGNORE_INDEX)
+    logits_nV.copy_(gradient_nV * factor)
+    return loss * factor

@@ -22,6 +22,7 @@ from titan_lite.metrics.sinks import open_sinks
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.rules import Plan
 from titan_lite.nn.build import build
+from titan_lite.optim.loss_scaler import LossScaler
 from titan_lite.optim.optimizer import build_optimizer, set_lr
 from titan_lite.optim.schedule import lr_factor
 from titan_lite.parallel.async_tp import check_async_tp, count_fused
@@ -93,6 +94,9 @@ class Trainer:
             cpu_offload=config.parallel.cpu_offload,
         )
         self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.loss_scaler = None
+        if training.param_dtype == "float16":
+            self.loss_scaler = LossScaler(self.process.device)
 
         self.checkpoints = CheckpointManager(
             config.checkpoint,
@@ -103,8 +107,10 @@ class Trainer:
         )
         if resume_step > 0:
             self.checkpoints.load(resume_step)
+            if self.loss_scaler is not None and self.state.loss_scaler:
+                self.loss_scaler.load_state_dict(self.state.loss_scaler)
             logger.info("Resumed from step %d of %s", resume_step, checkpoint_folder(loaded))
-        if self.applied.float8_gathered_weights:
+        if self.applied.count("float8 all-gather"):
             refresh_scales(self.model)
         if self.process.rank == 0:
             with blaming("job.dump_folder", loaded):
@@ -203,6 +209,9 @@ class Trainer:
         num_valid = torch.full((), float(valid), device=device)
         dist.all_reduce(num_valid, group=self.loss_group)
         num_valid.clamp_(min=1)
+        factor = num_valid.reciprocal()
+        if self.loss_scaler is not None:
+            factor *= self.loss_scaler.scale
         loss = torch.zeros((), device=device)
         for number, batch in enumerate(micro_batches, start=1):
             set_gradient_sync(self.model, self.config.parallel, last=number == micro_steps)
@@ -212,17 +221,26 @@ class Trainer:
                 labels=labels,
                 num_chunks=training.loss_chunks,
                 vocab_size=self.vocab_size,
+                factor=factor,
+                loss_parallel=self.config.parallel.loss_parallel,
+                compile=self.config.compile.covers("loss"),
             )
-            loss_sum = self.model(inputs, head_loss=head_loss)
-            share = loss_sum / num_valid
+            share = self.model(inputs, head_loss=head_loss)
             share.backward()
             loss += share.detach()
 
-        grad_norm = clip_grad_norm(self.model.parameters(), training.max_norm)
+        loss_scale = None
+        if self.loss_scaler is not None:
+            loss_scale = self.loss_scaler.scale
+            loss /= loss_scale
+        grad_norm = clip_grad_norm(self.model.parameters(), training.max_norm, loss_scale)
         lr = self.config.optimizer.lr * lr_factor(step, self.config.lr_scheduler, training.steps)
         set_lr(self.optimizer, lr)
-        self.optimizer.step()
-        if self.applied.float8_gathered_weights:
+        if self.loss_scaler is None:
+            self.optimizer.step()
+        else:
+            self.loss_scaler.step(self.optimizer, is_finite=grad_norm.isfinite())
+        if self.applied.count("float8 all-gather"):
             refresh_scales(self.model)
         self.optimizer.zero_grad()
 
@@ -248,6 +266,7 @@ class Trainer:
             grad_norm=grad_norm,
             lr=self.optimizer.param_groups[0]["lr"],
             tokens_seen=self.state.tokens,
+            extra=None if self.loss_scaler is None else self.loss_scaler.metrics(),
         )
 
     def _report_compiled(self) -> None:
@@ -269,6 +288,8 @@ class Trainer:
         states: list[dict[str, Any]] = [{}] * self.process.world_size
         dist.all_gather_object(states, self.loader.state_dict())
         self.state.data = merge_states(states)
+        if self.loss_scaler is not None:
+            self.state.loss_scaler = self.loss_scaler.state_dict()
         self.state.config = self.config.model_dump()
         folder = self.checkpoints.save(self.state)
         logger.info("Checkpoint written to %s", folder)
@@ -284,7 +305,7 @@ class Trainer:
             num_layers=args.num_layers,
             attention_dim=args.num_heads * args.head_dim,
             seq_len=config.training.seq_len,
-            num_recomputed_layers=self.applied.checkpointed_blocks,
+            num_recomputed_layers=self.applied.count("checkpointed"),
         )
         if config.activation_checkpoint.mode in ("selective_op", "memory_budget"):
             logger.info("HFU is not measured: only torch knows what it recomputes in this mode")
@@ -299,7 +320,7 @@ class Trainer:
             )
             self._write_run_file(num_params, flops, peak)
         logger.info(
-            "%s%s %s: %s parameters on %d x %s; %s",
+            "%s%s %s: %s parameters on %d x %s. Applied:\n%s",
             f"{config.job.description}. " if config.job.description else "",
             config.model.name,
             config.model.flavor,

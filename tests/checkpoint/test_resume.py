@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tests.runs import build_trainer, read_metrics, train_and_gather
 from titan_lite.checkpoint.state import saved_steps, state_to_resume
 from titan_lite.config.load import ConfigError
 from titan_lite.config.schema import Checkpoint
+from titan_lite.optim import loss_scaler
 
 EVERY_4 = ("--checkpoint.enable=true", "--checkpoint.interval=4", "--training.steps=10")
 NUMERIC = ("step", "loss", "grad_norm", "lr", "tokens")
@@ -53,6 +55,23 @@ def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit
     ]
     for name, array in expected_tensors["final weights"].items():
         np.testing.assert_array_equal(tensors["final weights"][name], array, err_msg=name)
+
+
+def _with_overflows(function: Any, *arguments: Any) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_scaler, "INIT_SCALE", 2.0**26)
+        return function(*arguments)
+
+
+def test_a_float16_run_resumes_with_its_loss_scale(one_process: Workers, tmp_path: Path) -> None:
+    settings = (*EVERY_4, "--training.param_dtype=float16")
+    expected, _ = one_process.run(_with_overflows, train_and_gather, tmp_path / "a", *settings)[0]
+    one_process.run(_with_overflows, _interrupted, tmp_path / "b", *settings)
+    got, _ = one_process.run(_with_overflows, train_and_gather, tmp_path / "b", *settings)[0]
+    keys = ("loss", "loss_scale", "skipped_steps")
+    assert [[r[key] for key in keys] for r in got] == [[r[key] for key in keys] for r in expected]
+    assert expected[3]["skipped_steps"] == 4
+    assert 4 < expected[-1]["skipped_steps"] < 10
 
 
 def test_only_the_latest_checkpoints_are_kept_and_the_last_step_is_always_saved(

@@ -37,7 +37,6 @@ from titan_lite.parallel.float8 import (
     in_float8_styles,
     is_gathered_in_float8,
 )
-from titan_lite.parallel.report import Applied
 
 PLAN = LLAMA.tp_plan
 RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp")
@@ -269,19 +268,6 @@ def test_tensor_parallel_gathers_in_float8_for_linears_in_it_only(
     (record,) = caplog.records
     assert record.getMessage().startswith("layers.*.attention gathers in high precision: some of")
     assert gathers(recipe="rowwise") == set()
-
-
-def test_a_mismatch_with_what_was_asked_names_the_linear() -> None:
-    units = {"blocks": 1, "fsdp_units": 2, "fsdp_candidates": 2}
-    counts = units | {"sharded_parameters": 1, "unsharded_parameters": ()}
-    applied = Applied(
-        **counts, checkpointed_blocks=0, compiled_blocks=0, float8_linears=("layers.0.a", "output")
-    )
-    applied.check_float8(("output", "layers.0.a"), fsdp_all_gather=False)
-    with pytest.raises(RuntimeError, match=r"not in float8: layers\.0\.b; in float8 unasked: outp"):
-        applied.check_float8(("layers.0.a", "layers.0.b"), fsdp_all_gather=False)
-    with pytest.raises(RuntimeError, match="0 weights are gathered in float8 where 2 were asked"):
-        applied.check_float8(("layers.0.a", "output"), fsdp_all_gather=True)
 
 
 # What they compute.
@@ -624,7 +610,7 @@ def test_the_run_file_names_the_float8_linears(one_process: Workers, tmp_path: P
     settings = ("--training.steps=1", *TENSORWISE, "--float8.filter=['layers.*.feed_forward.*']")
     one_process.run(train, tmp_path, *settings, "--activation_checkpoint.mode=full")
     applied = json.loads((tmp_path / "run.json").read_text())["applied"]
-    assert applied["float8_linears"] == [
+    assert applied["modules"]["float8 linear"] == [
         f"layers.{layer}.attention.w{x}" for layer in (0, 1) for x in "qkvo"
     ]
-    assert applied["float8_gathered_weights"] == 0
+    assert "float8 all-gather" not in applied["modules"]

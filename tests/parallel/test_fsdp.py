@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from tests.distributed import Workers
-from tests.runs import build_trainer
+from tests.runs import build_trainer, read_metrics, train
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.schema import Parallel
 from titan_lite.parallel.mesh import build_meshes
@@ -106,6 +106,44 @@ def test_precision_offload_and_integer_resharding_reach_every_unit(
     assert offload == {"OffloadPolicy"}
     assert dtypes == {"torch.float32 torch.float32"}
     assert sizes == {2}
+
+
+def _dtypes(folder: Path, *overrides: str) -> tuple[list[dict[str, Any]], dict[str, torch.dtype]]:
+    """Records, and the types of the tensors that enter and leave modules."""
+    trainer = build_trainer(folder, "--training.param_dtype=bfloat16", *overrides)
+    found = {}
+    block = trainer.model.get_submodule("layers.1")
+    block.register_forward_pre_hook(lambda _, inputs: found.update(residual=inputs[0].dtype))
+    block.get_submodule("attention").register_forward_hook(
+        lambda _module, inputs, output: found.update(attention=inputs[0].dtype, sum=output.dtype)
+    )
+    trainer.model.get_submodule("output").register_forward_pre_hook(
+        lambda _, inputs: found.update(head=inputs[0].dtype)
+    )
+    trainer.train()
+    trainer.close()
+    return read_metrics(folder), found
+
+
+@pytest.mark.distributed
+def test_a_float32_residual_stream_leaves_blocks_in_bfloat16(
+    workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    half = torch.bfloat16
+    plain, dtypes = workers[1].run(_dtypes, tmp_path / "plain")[0]
+    assert dtypes == {"residual": half, "attention": half, "sum": half, "head": half}
+    asked = "--model.fp32_residual=true"
+    wide, dtypes = workers[1].run(_dtypes, tmp_path / "wide", asked)[0]
+    assert dtypes == {"residual": torch.float32, "attention": half, "sum": half, "head": half}
+    split, dtypes = workers[2].run(_dtypes, tmp_path / "tp", asked, "--parallel.tp=2")[0]
+    assert dtypes["residual"] == torch.float32
+    full = workers[1].run(train, tmp_path / "float32")[0]
+
+    def distance(records: list[dict[str, Any]]) -> float:
+        return max(abs(a["loss"] - b["loss"]) for a, b in zip(records, full, strict=True))
+
+    assert 0 < distance(wide) < distance(plain)
+    assert [r["loss"] for r in split] == pytest.approx([r["loss"] for r in wide], rel=1e-4)
 
 
 def _collectives(folder: Path) -> tuple[list[str], int]:

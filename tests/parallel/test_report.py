@@ -1,42 +1,152 @@
-"""A mismatch between what was asked and what was applied is an error that names it."""
+"""The report says what was found on the modules, and what is not as asked for is an error."""
 
 import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from titan_lite.config.schema import ActivationCheckpoint, Compile
+from tests.distributed import Workers
+from tests.runs import build_trainer
+from titan_lite.config.schema import ActivationCheckpoint
+from titan_lite.parallel import parallelize
 from titan_lite.parallel.report import Applied
 
+BLOCKS = ("layers.0", "layers.1")
 APPLIED = Applied(
-    blocks=4,
-    fsdp_units=8,
-    fsdp_candidates=8,
-    sharded_parameters=39,
-    unsharded_parameters=(),
-    checkpointed_blocks=0,
-    compiled_blocks=0,
+    blocks=2,
+    modules={"FSDP unit": ("model", *BLOCKS), "checkpointed": BLOCKS},
+    mesh={"fsdp": 2},
+    sharded_parameters=20,
+    whole_parameters=0,
+    precision="bfloat16 computation, float32 reduction",
+    sequence_parallel=True,
+    loss_parallel=True,
+    saved_ops=(),
+    activation_memory_budget=1.0,
+    compiled_loss=False,
 )
+FULL = ActivationCheckpoint(mode="full")
+SELECTIVE = ActivationCheckpoint(mode="selective_op", save=["max"])
 
 
 def test_what_was_asked_for_passes() -> None:
-    APPLIED.check(activation_checkpoint=ActivationCheckpoint(), compile=Compile())
+    APPLIED.check(APPLIED.modules, FULL)
 
 
 @pytest.mark.parametrize(
-    ("changes", "asked", "message"),
+    ("changes", "section", "message"),
     [
-        ({}, {"compile": Compile(enable=True)}, "0 compiled blocks where 4 were asked for"),
         (
-            {"checkpointed_blocks": 3},
-            {"activation_checkpoint": ActivationCheckpoint(mode="full")},
-            "3 checkpointed blocks where 4 were asked for",
+            {"modules": {**APPLIED.modules, "checkpointed": ()}},
+            FULL,
+            "not checkpointed: layers.0",
         ),
-        ({"compiled_blocks": 1}, {}, "1 compiled blocks where 0 were asked for"),
-        ({"unsharded_parameters": ("norm.weight",)}, {}, "parameters outside FSDP: norm.weight"),
-        ({"fsdp_units": 1}, {}, "1 FSDP units where 8 were asked for"),
+        ({"modules": {**APPLIED.modules, "compiled": BLOCKS}}, FULL, "unasked compiled: layers.0"),
+        ({"modules": {"checkpointed": BLOCKS}}, FULL, "not FSDP unit: layers.0, layers.1, model"),
+        ({}, SELECTIVE, "saved operations () where ('max',) were asked for"),
+        ({"saved_ops": ("max",)}, FULL, "saved operations ('max',) where () were asked for"),
+        (
+            {"activation_memory_budget": 0.5},
+            FULL,
+            "an activation memory budget of 0.5 where 1.0 was asked for",
+        ),
+        (
+            {},
+            ActivationCheckpoint(mode="memory_budget", memory_budget=0.25),
+            "an activation memory budget of 1.0 where 0.25 was asked for",
+        ),
     ],
 )
-def test_a_mismatch_is_named(changes: dict, asked: dict, message: str) -> None:
-    sections = {"activation_checkpoint": ActivationCheckpoint(), "compile": Compile()} | asked
-    with pytest.raises(RuntimeError, match=message):
-        dataclasses.replace(APPLIED, **changes).check(**sections)
+def test_a_mismatch_names_the_modules(
+    changes: dict[str, Any], section: ActivationCheckpoint, message: str
+) -> None:
+    applied = dataclasses.replace(APPLIED, **changes)
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        applied.check(APPLIED.modules, section)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "checkpointed     2 of 2 blocks\n"),
+        ({"saved_ops": ("max",)}, "checkpointed     2 of 2 blocks but for max\n"),
+        ({"activation_memory_budget": 0.5}, "activation memory kept to 0.5 by the compiler\n"),
+        ({"compiled_loss": True}, "compiled         0 of 2 blocks and the loss"),
+    ],
+)
+def test_the_table_has_a_line_for_each_technique(changes: dict[str, Any], words: str) -> None:
+    assert words in str(dataclasses.replace(APPLIED, **changes))
+
+
+def _report(folder: Path) -> str:
+    trainer = build_trainer(
+        folder,
+        "--parallel.tp=2",
+        "--training.local_batch_size=4",
+        "--float8.recipe=rowwise",
+        "--float8.emulate=true",
+        "--float8.filter=['layers.0.attention.*']",
+        "--activation_checkpoint.mode=every_nth",
+    )
+    trainer.close()
+    return str(trainer.applied)
+
+
+@pytest.mark.distributed
+def test_everything_is_counted_on_the_modules_of_a_run(
+    workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    assert workers[4].run(_report, tmp_path)[3].splitlines() == [
+        "  mesh             pp 1 x dp_replicate 1 x fsdp 2 x tp 2",
+        "  FSDP2            6 units; 21 parameters sharded, 0 whole; float32 computation, "
+        "float32 reduction",
+        "  tensor parallel  1 vocab, 10 colwise, 4 rowwise, 5 sequence, 4 gather, 1 head; "
+        "activations split over the sequence, logits split for the loss",
+        "  float8           10 linears, 0 of them gathered in it",
+        "  checkpointed     1 of 2 blocks",
+        "  compiled         0 of 2 blocks",
+    ]
+    modules = json.loads((tmp_path / "run.json").read_text())["applied"]["modules"]
+    assert modules["checkpointed"] == ["layers.0"]
+    assert modules["rowwise"][:2] == ["layers.0.attention.wo", "layers.1.attention.wo"]
+    assert "layers.0.attention.wq" not in modules["float8 linear"]
+
+
+def _skip(folder: Path, function: str, *overrides: str) -> str:
+    """The error of a run in which one step of `parallelize` is forgotten."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallelize, function, lambda *_args, **_kwargs: None)
+        try:
+            build_trainer(folder, *overrides)
+        except RuntimeError as error:
+            return str(error)
+    return "no error"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("function", "settings", "message"),
+    [
+        (
+            "apply_fsdp",
+            (),
+            "not FSDP unit: layers.0, layers.1, model, norm, output, tok_em",
+        ),
+        ("apply_activation_checkpoint", ("--activation_checkpoint.mode=full",), "not checkpointed"),
+        ("apply_compile", ("--compile.enable=true",), "not compiled: layers.0, layers.1"),
+        ("apply_tp", ("--parallel.tp=2",), "not vocab: tok_embeddings; not sequence: layers.0.att"),
+    ],
+)
+def test_what_was_forgotten_is_named(
+    function: str,
+    settings: tuple[str, ...],
+    message: str,
+    workers: dict[int, Workers],
+    tmp_path: Path,
+) -> None:
+    found = workers[2].run(_skip, tmp_path, function, "--training.local_batch_size=4", *settings)
+    assert message in found[1]
+    assert found[0] == found[1]

@@ -95,6 +95,12 @@ def _single(config: Config) -> Iterator[Broken]:
             f"{parallel.reshard_after_forward}: FSDP2 does not regroup parameters that "
             f'parallel.tp ({parallel.tp}) has split; use "always" or "never"',
         )
+    if training.param_dtype != "float16" and training.reduce_dtype == "float16":
+        yield (
+            ("training.reduce_dtype", "training.param_dtype"),
+            '"float16" gradients vanish without loss scaling, which comes with param_dtype = '
+            f'"float16"; param_dtype is {quote(training.param_dtype)}',
+        )
     for beta in ("beta1", "beta2"):
         if getattr(config.optimizer, beta) == 1:
             yield (f"optimizer.{beta}",), "1 never forgets, and divides by zero; use less than 1"
@@ -123,11 +129,11 @@ def _activation_checkpoint(config: Config) -> Iterator[Broken]:
     """What the modes of activation checkpointing need."""
     section = config.activation_checkpoint
     if section.mode == "memory_budget":
-        if not config.compile.enable:
+        if not config.compile.covers("model"):
             yield (
                 ("activation_checkpoint.mode",),
-                '"memory_budget" is kept by the compiler: set compile.enable = true, or use '
-                '"selective_op"',
+                '"memory_budget" is kept by the compiler: set compile.enable = true and '
+                'compile.components = ["model"], or use "selective_op"',
             )
         if config.parallel.tp > 1:
             yield (
@@ -154,6 +160,7 @@ def _async_tp(config: Config) -> Iterator[Broken]:
     parallel = config.parallel
     needs = (
         (not config.compile.enable, "compile.enable = true"),
+        ("model" not in config.compile.components, 'compile.components = ["model"]'),
         (parallel.tp == 1, "parallel.tp > 1"),
         (not parallel.sequence_parallel, "parallel.sequence_parallel = true"),
     )
@@ -320,6 +327,12 @@ def _idle(loaded: LoadedConfig, dims: ParallelDims) -> Iterator[str]:
             ("profiling.enable_profiling",) if profiling.enable_profiling else (),
         ),
         (dims.fsdp == 1, "nothing is sharded", ("parallel.reshard_after_forward",)),
+        (
+            dims.tp == 1,
+            "parallel.tp is 1",
+            ("parallel.sequence_parallel", "parallel.loss_parallel"),
+        ),
+        (not config.compile.enable, "compile.enable is false", ("compile.components",)),
         (
             config.float8.recipe == "none",
             'float8.recipe is "none"',

@@ -13,7 +13,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Timeout = Annotated[int, Field(ge=1, le=7 * 24 * 3600)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-DType = Literal["float32", "bfloat16"]
+DType = Literal["float32", "bfloat16", "float16"]
 SavedOp = Literal[
     "attention", "matmul", "every_second_matmul", "reduce_scatter", "all_reduce", "max"
 ]
@@ -68,6 +68,9 @@ class Model(Section):
     """Overrides the flavor's rotary base frequency."""
     norm_eps: PositiveFloat | None = None
     """Overrides the flavor's normalisation epsilon."""
+    fp32_residual: bool | None = None
+    """Overrides whether the flavor adds its blocks' outputs up in float32, whatever
+    training.param_dtype."""
 
 
 class Data(Section):
@@ -115,7 +118,8 @@ class Training(Section):
     """Clip the global gradient norm to this; 0 turns clipping off, the norm is logged all the
     same."""
     param_dtype: DType = "bfloat16"
-    """Parameters are gathered and activations computed in this type; masters stay float32."""
+    """Parameters are gathered and activations computed in this type; masters stay float32.
+    "float16", for devices without bfloat16, comes with dynamic loss scaling."""
     reduce_dtype: DType = "float32"
     """Gradients are reduced across ranks in this type."""
     loss_chunks: Positive = 8
@@ -180,6 +184,9 @@ class Parallel(Section):
     """Pipeline-parallel degree."""
     sequence_parallel: bool = True
     """Under tensor parallel, split activations between blocks over the sequence."""
+    loss_parallel: bool = True
+    """Under tensor parallel, compute the loss from logits split over the vocabulary; false gathers
+    each chunk's logits on every rank."""
     async_tp: bool = False
     """Under tensor parallel, overlap its collectives with the matmuls they feed; needs compile."""
     reshard_after_forward: Literal["always", "never", "last_block_kept"] | Positive = (
@@ -244,7 +251,14 @@ class Compile(Section):
     """[compile]: torch.compile, whose graphs are cached on disk between runs."""
 
     enable: bool = False
-    """Compile each transformer block with fullgraph=True; equal blocks share one graph."""
+    """Turns compilation on."""
+    components: Annotated[list[Literal["model", "loss"]], Field(min_length=1)] = ["model"]
+    """"model": each transformer block, with fullgraph=True; equal blocks share one graph. "loss":
+    what the loss computes between its matmuls."""
+
+    def covers(self, component: Literal["model", "loss"]) -> bool:
+        """Whether this part of a step is compiled."""
+        return self.enable and component in self.components
 
 
 class Float8(Section):

@@ -33,6 +33,8 @@ class DecoderArgs:
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
+    fp32_residual: bool = False
+    """Blocks add to a residual stream in float32, whatever they compute in."""
     vocab_multiple: int = 1
     """Embedding and head have rows up to a multiple of this; those past vocab_size are zero."""
 

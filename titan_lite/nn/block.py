@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from titan_lite.models.args import DecoderArgs
 from titan_lite.nn.attention import Attention
 from titan_lite.nn.feed_forward import FeedForward
+from titan_lite.nn.norm import RMSNorm
 from titan_lite.nn.rope import RotaryEmbedding
 
 
@@ -19,9 +20,9 @@ class Block(nn.Module):
 
     def __init__(self, args: DecoderArgs, rope: RotaryEmbedding) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.attention_norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.attention = Attention(args.dim, args.num_heads, args.num_kv_heads, args.head_dim, rope)
-        self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.feed_forward = FeedForward(args.dim, args.ffn_dim)
 
     def forward(self, x_BSD: Tensor) -> Tensor:

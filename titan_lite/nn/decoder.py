@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from titan_lite.models.args import DecoderArgs
 from titan_lite.nn.block import Block
 from titan_lite.nn.init import DECODER_RULES, InitRule, fill
+from titan_lite.nn.norm import RMSNorm
 from titan_lite.nn.output_head import HeadLoss, OutputHead
 from titan_lite.nn.rope import RotaryEmbedding
 
@@ -28,6 +29,7 @@ class Decoder(nn.Module):
     def __init__(self, args: DecoderArgs) -> None:
         super().__init__()
         self.vocab_size = args.vocab_size
+        self.fp32_residual = args.fp32_residual
         self.tok_embeddings = nn.Embedding(args.padded_vocab_size, args.dim)
         self.rope = RotaryEmbedding(
             args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling
@@ -36,7 +38,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleDict(
             {str(index): Block(args, self.rope) for index in range(args.num_layers)}
         )
-        self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.output = OutputHead(args.dim, args.padded_vocab_size, bias=False)
 
     def forward(self, tokens_BS: Tensor, head_loss: HeadLoss | None = None) -> Tensor:

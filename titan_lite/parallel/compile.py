@@ -23,9 +23,10 @@ def apply_compile(model: Decoder, section: Compile) -> None:
     if not section.enable:
         return
     torch.compiler.reset()
-    _untag_attention_on_cpu()
-    for block in model.layers.children():
-        block.compile(fullgraph=True)
+    if section.covers("model"):
+        _untag_attention_on_cpu()
+        for block in model.layers.children():
+            block.compile(fullgraph=True)
 
 
 def _untag_attention_on_cpu() -> None:

@@ -1,5 +1,7 @@
 """FSDP2 and HSDP: one unit per block, one for the embedding, one for the norm and the head."""
 
+import dataclasses
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -26,6 +28,17 @@ def set_gradient_sync(model: Decoder, section: Parallel, *, last: bool) -> None:
             model.set_reshard_after_backward(last)
 
 
+def precision(model: nn.Module) -> str:
+    """What FSDP2 computes and reduces in, as its units say."""
+    policies = {
+        f"{policy.param_dtype} computation, {policy.reduce_dtype} reduction"
+        for module in model.modules()
+        if isinstance(module, FSDPModule)
+        for policy in (module._get_fsdp_state()._mp_policy,)
+    }
+    return " and ".join(sorted(policies)).replace("torch.", "")
+
+
 def apply_fsdp(
     model: Decoder,
     mesh: DeviceMesh,
@@ -43,9 +56,21 @@ def apply_fsdp(
     offload: OffloadPolicy = OffloadPolicy()
     if section.cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    policy = MixedPrecisionPolicy(
+        param_dtype=param_dtype,
+        reduce_dtype=reduce_dtype,
+        # A residual stream in float32 enters each block as it is.
+        cast_forward_inputs=not model.fp32_residual,
+    )
+    embedding_policy = policy
+    if model.fp32_residual:
+        embedding_policy = dataclasses.replace(policy, output_dtype=torch.float32)
 
-    def shard(module: nn.Module | list[nn.Module], reshard_after_forward: bool | int) -> None:
+    def shard(
+        module: nn.Module | list[nn.Module],
+        reshard_after_forward: bool | int,
+        policy: MixedPrecisionPolicy = policy,
+    ) -> None:
         fully_shard(
             module,
             mesh=mesh,
@@ -58,7 +83,7 @@ def apply_fsdp(
     reshard = choice if isinstance(choice, int) else choice != "never"
     blocks = list(model.layers.children())
     if model.tok_embeddings is not None:
-        shard(model.tok_embeddings, reshard)
+        shard(model.tok_embeddings, reshard, embedding_policy)
     for index, block in enumerate(blocks):
         # Backward begins with the last block: freeing it would only gather it again at once.
         kept = choice == "last_block_kept" and index == len(blocks) - 1

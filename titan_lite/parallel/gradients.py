@@ -4,9 +4,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement
+from torch.distributed.tensor import DTensor, Placement
 
 # torch's CPU norm adds up one float32 per lane: 16 Mi elements at once are off by 7e-4, which
 # another sharding would change; 64 Ki are off by less than 1e-6.
@@ -14,10 +15,18 @@ CPU_CHUNK = 65_536
 
 
 @torch.no_grad()
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Returns the 2-norm of the gradient over all ranks, and clips to max_norm unless that is 0."""
+def clip_grad_norm(
+    parameters: Iterable[nn.Parameter], max_norm: float, loss_scale: Tensor | None = None
+) -> Tensor:
+    """Returns the 2-norm of the gradient over all ranks, and clips to max_norm unless that is 0.
+
+    loss_scale: what the gradients are too large by; they are divided by it first.
+    """
     parameters = [p for p in parameters if p.grad is not None]
-    norm = global_norm([p.grad for p in parameters if p.grad is not None])
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if loss_scale is not None:
+        torch._foreach_div_(grads, loss_scale)
+    norm = global_norm(grads)
     if max_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
@@ -26,7 +35,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 def global_norm(grads: Sequence[Tensor]) -> Tensor:
     """2-norm of all gradients together, each element counted once whatever its placements.
 
-    One all-reduce of a scalar per distinct (mesh, placements).
+    One all-reduce of a scalar per distinct (mesh, placements) and sharded axis.
     """
     local_shards: dict[tuple[DeviceMesh, tuple[Placement, ...]] | None, list[Tensor]]
     local_shards = defaultdict(list)
@@ -40,9 +49,11 @@ def global_norm(grads: Sequence[Tensor]) -> Tensor:
         square = nn.utils.get_total_norm(chunks).square()
         if layout is not None:
             mesh, placements = layout
-            # A shard adds its part of the sum of squares; replicas hold the same one.
-            summed = [p if p.is_replicate() else Partial("sum") for p in placements]
-            square = DTensor.from_local(square, mesh, summed, run_check=False).full_tensor()
+            for axis, placement in enumerate(placements):
+                assert not placement.is_partial(), placements
+                # A shard adds its part of the sum of squares; replicas hold the same one.
+                if not placement.is_replicate():
+                    dist.all_reduce(square, group=mesh.get_group(axis))
         squares.append(square)
     return torch.stack(squares).sum().sqrt()
 

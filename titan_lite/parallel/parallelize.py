@@ -11,7 +11,7 @@ from titan_lite.parallel.compile import apply_compile
 from titan_lite.parallel.float8 import convert
 from titan_lite.parallel.fsdp import apply_fsdp
 from titan_lite.parallel.mesh import Meshes
-from titan_lite.parallel.report import Applied, count_applied
+from titan_lite.parallel.report import Applied, asked_modules, count_applied
 from titan_lite.parallel.tensor import apply_tp
 
 
@@ -32,7 +32,7 @@ def parallelize(
     checkpointing before compile, so that the compiler sees what is recomputed; compile before
     FSDP2, whose hooks and all-gathers stay outside the compiled graphs.
     """
-    asked_float8 = convert(model, float8, tp_plan)
+    float8_linears = convert(model, float8, tp_plan)
     if parallel.tp > 1:
         apply_tp(model, meshes.tp, tp_plan, sequence_parallel=parallel.sequence_parallel)
     apply_activation_checkpoint(model, activation_checkpoint)
@@ -46,7 +46,15 @@ def parallelize(
         param_dtype=getattr(torch, training.param_dtype),
         reduce_dtype=getattr(torch, training.reduce_dtype),
     )
-    applied = count_applied(model)
-    applied.check(activation_checkpoint=activation_checkpoint, compile=compile)
-    applied.check_float8(asked_float8, fsdp_all_gather=float8.fsdp_all_gather)
+    applied = count_applied(model, tp_plan, meshes.model, parallel=parallel, compile=compile)
+    asked = asked_modules(
+        model,
+        tp_plan,
+        parallel=parallel,
+        activation_checkpoint=activation_checkpoint,
+        compile=compile,
+        float8=float8_linears,
+        float8_all_gather=float8.fsdp_all_gather,
+    )
+    applied.check(asked, activation_checkpoint)
     return applied

@@ -1,64 +1,74 @@
 """What was really applied, counted from the modules and checked against what was asked."""
 
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from titan_lite.config.schema import ActivationCheckpoint, Compile
+from titan_lite.config.schema import ActivationCheckpoint, Compile, Parallel
+from titan_lite.models.roles import PlanRow, Role
 from titan_lite.nn.decoder import Decoder
 from titan_lite.parallel.activation_checkpoint import is_checkpointed, memory_budget, saved_ops
 from titan_lite.parallel.float8 import float8_linears, is_gathered_in_float8
+from titan_lite.parallel.fsdp import precision
 from titan_lite.parallel.init_weights import CHECKPOINT_PREFIX
+from titan_lite.parallel.tensor import split_modules
+
+Modules = Mapping[str, Sequence[str]]
+"""Names of modules by the feature that is asked for, or applied to them."""
+MISMATCH = "what was applied is not what was asked: "
 
 
 @dataclass(frozen=True, kw_only=True)
 class Applied:
-    """Counts of modules and parameters after `parallelize`.
+    """What was found after `parallelize`.
 
-    checkpointed_blocks: recomputed whole. selective_blocks: recomputed but for the saved_ops.
+    modules: names by feature: "FSDP unit", tensor-parallel roles, "float8 linear",
+    "float8 all-gather", "checkpointed", "selectively checkpointed" but for saved_ops, "compiled".
+    mesh: degree of each axis that parameters are laid out over.
+    sharded_parameters: those of which a rank holds a part; whole_parameters: the others.
+    precision: what is computed in, and gradients reduced in.
     activation_memory_budget: the compiler's, 1.0 where it has none to keep.
     compiled_graphs and the fused operations of async tensor parallel in them: known only after
     the first step.
     """
 
     blocks: int
-    fsdp_units: int
-    fsdp_candidates: int
+    modules: Modules
+    mesh: Mapping[str, int]
     sharded_parameters: int
-    unsharded_parameters: tuple[str, ...]
-    checkpointed_blocks: int
-    selective_blocks: int = 0
-    saved_ops: tuple[str, ...] = ()
-    activation_memory_budget: float = 1.0
-    compiled_blocks: int
+    whole_parameters: int
+    precision: str
+    sequence_parallel: bool
+    loss_parallel: bool
+    saved_ops: tuple[str, ...]
+    activation_memory_budget: float
+    compiled_loss: bool
     compiled_graphs: int | None = None
     fused_all_gather_matmuls: int | None = None
     fused_matmul_reduce_scatters: int | None = None
-    float8_linears: tuple[str, ...] = ()
-    float8_gathered_weights: int = 0
 
-    def check(self, *, activation_checkpoint: ActivationCheckpoint, compile: Compile) -> None:
-        """Raises RuntimeError where the counts are not what the configuration asks for."""
+    def count(self, feature: str) -> int:
+        """Number of modules with this feature."""
+        return len(self.modules.get(feature, ()))
+
+    def check(self, asked: Modules, activation_checkpoint: ActivationCheckpoint) -> None:
+        """Raises RuntimeError naming the modules that lack what is `asked`, or have it unasked."""
         mismatches = []
-        if self.fsdp_units != self.fsdp_candidates:
-            mismatches.append(
-                f"{self.fsdp_units} FSDP units where {self.fsdp_candidates} were asked for"
-            )
-        if self.unsharded_parameters:
-            mismatches.append(f"parameters outside FSDP: {', '.join(self.unsharded_parameters)}")
+        for feature in dict.fromkeys((*asked, *self.modules)):
+            expected, found = set(asked.get(feature, ())), set(self.modules.get(feature, ()))
+            for words, names in (("not", expected - found), ("unasked", found - expected)):
+                if names:
+                    mismatches.append(f"{words} {feature}: {', '.join(sorted(names))}")
         selective = activation_checkpoint.mode == "selective_op"
-        asked = len(activation_checkpoint.layers(self.blocks))
-        for feature, expected, found in (
-            ("checkpointed", 0 if selective else asked, self.checkpointed_blocks),
-            ("selectively checkpointed", asked if selective else 0, self.selective_blocks),
-            ("compiled", self.blocks if compile.enable else 0, self.compiled_blocks),
-        ):
-            if found != expected:
-                mismatches.append(f"{found} {feature} blocks where {expected} were asked for")
-        names = tuple(activation_checkpoint.save) if selective else ()
-        if self.saved_ops != names:
-            mismatches.append(f"saved operations {self.saved_ops} where {names} were asked for")
+        saved = tuple(activation_checkpoint.save) if selective else ()
+        if self.saved_ops != saved:
+            mismatches.append(f"saved operations {self.saved_ops} where {saved} were asked for")
         with_budget = activation_checkpoint.mode == "memory_budget"
         budget = activation_checkpoint.memory_budget if with_budget else 1.0
         if self.activation_memory_budget != budget:
@@ -67,37 +77,19 @@ class Applied:
                 "was asked for"
             )
         if mismatches:
-            raise RuntimeError("what was applied is not what was asked: " + "; ".join(mismatches))
-
-    def check_float8(self, asked: tuple[str, ...], *, fsdp_all_gather: bool) -> None:
-        """Raises RuntimeError where not exactly the linears `asked` for are in float8."""
-        mismatches = []
-        for words, names in (
-            ("not in float8", set(asked) - set(self.float8_linears)),
-            ("in float8 unasked", set(self.float8_linears) - set(asked)),
-        ):
-            if names:
-                mismatches.append(f"{words}: {', '.join(sorted(names))}")
-        expected = len(asked) if fsdp_all_gather else 0
-        if self.float8_gathered_weights != expected:
-            mismatches.append(
-                f"{self.float8_gathered_weights} weights are gathered in float8 where {expected} "
-                "were asked for"
-            )
-        if mismatches:
-            raise RuntimeError("what was applied is not what was asked: " + "; ".join(mismatches))
+            raise RuntimeError(MISMATCH + "; ".join(mismatches))
 
     def check_async_tp(self) -> None:
         """Raises RuntimeError where the compiler found nothing to overlap."""
         if not (self.fused_all_gather_matmuls and self.fused_matmul_reduce_scatters):
             raise RuntimeError(
-                "what was applied is not what was asked: parallel.async_tp is true, but the first "
-                f"step compiled {self.compiled()}"
+                f"{MISMATCH}parallel.async_tp is true, but the first step compiled "
+                f"{self.compiled()}"
             )
 
     def compiled(self) -> str:
         """What the first step compiled, in words."""
-        text = f"{self.compiled_blocks} blocks into {self.compiled_graphs} graphs"
+        text = f"{self._compiled()} into {self.compiled_graphs} graphs"
         if self.fused_all_gather_matmuls is not None:
             text += (
                 f" with {self.fused_all_gather_matmuls} fused all-gather-matmuls and "
@@ -106,41 +98,127 @@ class Applied:
         return text
 
     def __str__(self) -> str:
-        return (
-            f"{self.fsdp_units} FSDP units holding {self.sharded_parameters} parameters, "
-            f"{self._checkpointing()}, {self.compiled_blocks} compiled, "
-            f"{len(self.float8_linears)} linears in float8, {self.float8_gathered_weights} of them "
-            "gathered in it"
-        )
+        """A line for each technique."""
+        lines = {
+            "mesh": " x ".join(f"{axis} {degree}" for axis, degree in self.mesh.items()),
+            "FSDP2": (
+                f"{self.count('FSDP unit')} units; {self.sharded_parameters} parameters sharded, "
+                f"{self.whole_parameters} whole; {self.precision}"
+            ),
+            "tensor parallel": self._tensor_parallel(),
+            "float8": (
+                f"{self.count('float8 linear')} linears, {self.count('float8 all-gather')} of "
+                "them gathered in it"
+            ),
+            "checkpointed": self._checkpointed(),
+            "compiled": self._compiled(),
+        }
+        return "\n".join(f"  {name:<15}  {text}" for name, text in lines.items())
 
-    def _checkpointing(self) -> str:
+    def _tensor_parallel(self) -> str:
+        roles = [f"{self.count(role)} {role}" for role in get_args(Role) if self.count(role)]
+        if not roles:
+            return "0 modules"
+        activations = "split over the sequence" if self.sequence_parallel else "whole"
+        logits = "split" if self.loss_parallel else "gathered"
+        return f"{', '.join(roles)}; activations {activations}, logits {logits} for the loss"
+
+    def _checkpointed(self) -> str:
         if self.activation_memory_budget < 1:
             return f"activation memory kept to {self.activation_memory_budget:g} by the compiler"
-        checkpointed, but_for = self.checkpointed_blocks + self.selective_blocks, ""
-        if self.saved_ops:
-            but_for = f" but for {', '.join(self.saved_ops)}"
-        return f"{checkpointed} of {self.blocks} blocks checkpointed{but_for}"
+        blocks = self.count("checkpointed") + self.count("selectively checkpointed")
+        but_for = f" but for {', '.join(self.saved_ops)}" if self.saved_ops else ""
+        return f"{blocks} of {self.blocks} blocks{but_for}"
+
+    def _compiled(self) -> str:
+        loss = " and the loss" if self.compiled_loss else ""
+        return f"{self.count('compiled')} of {self.blocks} blocks{loss}"
 
 
-def count_applied(model: Decoder) -> Applied:
-    """Counts FSDP units, sharded parameters, checkpointed and compiled blocks."""
-    blocks = list(model.layers.children())
-    ends = (model.tok_embeddings, model.norm, model.output)
-    parameters = dict(model.named_parameters())
-    unsharded = [name for name, p in parameters.items() if not isinstance(p, DTensor)]
-    float8 = float8_linears(model)
-    selective = [ops for ops in map(saved_ops, blocks) if ops]
-    return Applied(
-        blocks=len(blocks),
-        fsdp_units=sum(isinstance(module, FSDPModule) for module in model.modules()),
-        fsdp_candidates=1 + len(blocks) + sum(end is not None for end in ends),
-        sharded_parameters=len(parameters) - len(unsharded),
-        unsharded_parameters=tuple(unsharded),
-        checkpointed_blocks=sum(map(is_checkpointed, blocks)) - len(selective),
-        selective_blocks=len(selective),
-        saved_ops=selective[0] if selective else (),
-        activation_memory_budget=memory_budget(),
-        compiled_blocks=sum(block._compiled_call_impl is not None for block in blocks),
-        float8_linears=tuple(name.replace(CHECKPOINT_PREFIX, "") for name in float8),
-        float8_gathered_weights=sum(is_gathered_in_float8(m.weight) for m in float8.values()),
+def asked_modules(
+    model: Decoder,
+    tp_plan: tuple[PlanRow, ...],
+    *,
+    parallel: Parallel,
+    activation_checkpoint: ActivationCheckpoint,
+    compile: Compile,
+    float8: Sequence[str],
+    float8_all_gather: bool,
+) -> Modules:
+    """The modules that each feature is asked for; `float8` names the linears to be converted."""
+    blocks = [f"layers.{name}" for name, _ in model.layers.named_children()]
+    ends = [name for name in ("tok_embeddings", "norm", "output") if getattr(model, name)]
+    selective = activation_checkpoint.mode == "selective_op"
+    asked: dict[str, Sequence[str]] = {
+        "FSDP unit": ["model", *ends, *blocks],
+        "float8 linear": float8,
+        "float8 all-gather": float8 if float8_all_gather else (),
+        "selectively checkpointed" if selective else "checkpointed": [
+            blocks[index] for index in activation_checkpoint.layers(len(blocks))
+        ],
+        "compiled": blocks if compile.covers("model") else (),
+    }
+    if parallel.tp > 1:
+        for row in tp_plan:
+            names = [name for name in _by_name(model) if row.matches(name)]
+            asked[row.role] = [*asked.get(row.role, ()), *names]
+    return asked
+
+
+def count_applied(
+    model: Decoder,
+    tp_plan: tuple[PlanRow, ...],
+    mesh: DeviceMesh,
+    *,
+    parallel: Parallel,
+    compile: Compile,
+) -> Applied:
+    """Looks at every module and parameter of a parallelized model."""
+    modules = _by_name(model)
+    found: dict[str, list[str]] = defaultdict(list)
+    saved: tuple[str, ...] = ()
+    for name, module in modules.items():
+        if isinstance(module, FSDPModule):
+            found["FSDP unit"].append(name)
+        if is_checkpointed(module):
+            ops = saved_ops(module)
+            saved = saved or ops
+            found["selectively checkpointed" if ops else "checkpointed"].append(name)
+        if module._compiled_call_impl is not None:
+            found["compiled"].append(name)
+    for name, linear in float8_linears(model).items():
+        found["float8 linear"].append(_clean(name))
+        if is_gathered_in_float8(linear.weight):
+            found["float8 all-gather"].append(_clean(name))
+    for role, names in split_modules(modules, tp_plan).items():
+        found[role] += names
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    whole = sum(
+        part.numel() == p.numel() for part, p in zip(local, model.parameters(), strict=True)
     )
+    return Applied(
+        blocks=len(model.layers),
+        modules=dict(found),
+        mesh=dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),
+        sharded_parameters=len(local) - whole,
+        whole_parameters=whole,
+        precision=precision(model),
+        sequence_parallel=parallel.sequence_parallel,
+        loss_parallel=parallel.loss_parallel,
+        saved_ops=saved,
+        activation_memory_budget=memory_budget(),
+        compiled_loss=compile.covers("loss"),
+    )
+
+
+def _by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by the names they had when the model was built; the model itself is "model"."""
+    modules: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        # A block that is wrapped for checkpointing follows its wrapper, which took its name.
+        modules.setdefault(_clean(name) or "model", module)
+    return modules
+
+
+def _clean(name: str) -> str:
+    return f"{name}.".replace(CHECKPOINT_PREFIX, "").removesuffix(".")

@@ -5,7 +5,8 @@ With sequence parallelism activations between blocks are split over the sequence
 Without it they are whole on every rank.
 """
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -31,6 +32,15 @@ from torch.distributed.tensor.parallel import (
 from titan_lite.models.roles import PlanRow, Role
 from titan_lite.nn.decoder import Decoder
 from titan_lite.parallel.float8 import float8_styles, in_float8_styles
+
+WEIGHT_PLACEMENTS: dict[Role, Placement] = {
+    "vocab": Shard(0),
+    "colwise": Shard(0),
+    "rowwise": Shard(1),
+    "sequence": Replicate(),
+    "head": Shard(0),
+}
+"""How a weight (out, in) lies on the tensor-parallel axis."""
 
 
 class VocabParallelEmbedding(RowwiseParallel):
@@ -87,6 +97,27 @@ def apply_tp(
     """Splits the model in place over the 1D `mesh`, each module by the role its plan row names."""
     between: Placement = Shard(1) if sequence_parallel else Replicate()
     parallelize_module(model, mesh, dict(_styles(model, plan, between)))
+
+
+def split_modules(
+    modules: Mapping[str, nn.Module], plan: tuple[PlanRow, ...]
+) -> dict[Role, list[str]]:
+    """Names of the modules that are laid out over tensor-parallel ranks as their role says."""
+    found = defaultdict(list)
+    for row in plan:
+        for name, module in modules.items():
+            if row.matches(name) and _plays(module, row.role):
+                found[row.role].append(name)
+    return dict(found)
+
+
+def _plays(module: nn.Module, role: Role) -> bool:
+    if role == "gather":
+        return bool(module._forward_pre_hooks)
+    weight = module.weight
+    if not isinstance(weight, DTensor) or "tp" not in (weight.device_mesh.mesh_dim_names or ()):
+        return False
+    return weight.placements[-1] == WEIGHT_PLACEMENTS[role]
 
 
 def _styles(

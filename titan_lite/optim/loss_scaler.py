@@ -1,0 +1,54 @@
+"""Dynamic loss scaling, for gradients in float16 (arXiv:1710.03740)."""
+
+import torch
+from torch import Tensor
+
+# As torch.amp.GradScaler's.
+INIT_SCALE = 65536.0
+GROWTH_FACTOR = 2.0
+BACKOFF_FACTOR = 0.5
+GROWTH_INTERVAL = 2000
+
+
+class LossScaler:
+    """The factor that keeps small gradients above float16's smallest number.
+
+    Halved by a step whose gradient norm is not finite, and which is skipped; doubled after
+    GROWTH_INTERVAL others in a row. torch.amp.GradScaler looks at the gradients that one rank
+    holds; the norm is global, so that all ranks take the same decision. Its numbers stay on the
+    device: no step waits for the host.
+    """
+
+    STATE = ("scale", "good_steps", "skipped_steps")
+
+    def __init__(self, device: torch.device) -> None:
+        self.scale = torch.full((), INIT_SCALE, device=device)
+        self.good_steps = torch.zeros((), device=device)
+        self.skipped_steps = torch.zeros((), device=device)
+
+    def step(self, optimizer: torch.optim.Optimizer, *, is_finite: Tensor) -> None:
+        """Steps the optimizer if `is_finite`, a scalar, says so, and adapts the scale."""
+        if optimizer.defaults["fused"]:
+            # The kernels read it on the device, as they do for torch.amp.GradScaler.
+            optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+            optimizer.step()
+        elif is_finite:
+            optimizer.step()
+        self.skipped_steps = self.skipped_steps + ~is_finite
+        self.good_steps = torch.where(is_finite, self.good_steps + 1, 0)
+        grows = self.good_steps == GROWTH_INTERVAL
+        factor = torch.where(is_finite, torch.where(grows, GROWTH_FACTOR, 1.0), BACKOFF_FACTOR)
+        self.scale = self.scale * factor
+        self.good_steps = torch.where(grows, 0, self.good_steps)
+
+    def metrics(self) -> dict[str, float]:
+        """For a log record; waits for the device."""
+        return {"loss_scale": self.scale.item(), "skipped_steps": self.skipped_steps.item()}
+
+    def state_dict(self) -> dict[str, float]:
+        """Numbers for a checkpoint; waits for the device."""
+        return {name: getattr(self, name).item() for name in self.STATE}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        for name in self.STATE:
+            getattr(self, name).fill_(state[name])
