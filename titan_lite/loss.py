@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial
 
+from titan_lite.runtime.distributed import all_gather_single
+
 IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default
 
 
@@ -165,7 +167,7 @@ def _max_and_sum(
     parts_PnV = logits_nV.unsqueeze(0)
     if group is not None and not loss_parallel:
         parts_PnV = logits_nV.new_empty(group.size(), *logits_nV.shape)
-        dist.all_gather_into_tensor(parts_PnV.flatten(0, 1), logits_nV, group)
+        all_gather_single(parts_PnV.flatten(0, 1), logits_nV, group)
         group = None
     max_n1 = parts_PnV.amax((0, 2)).unsqueeze(1)
     if group is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from titan_lite.checkpoint.manager import CheckpointManager, agree_on_step
 from titan_lite.config.load import ConfigError, LoadedConfig, Problem
-from titan_lite.data.loader import DataLoader, merge_states
+from titan_lite.data.loader import Batch, DataLoader, merge_states
 from titan_lite.loss import IGNORE_INDEX, cross_entropy_sum
 from titan_lite.metrics.device import Peak, device_name, find_peak
 from titan_lite.metrics.meter import Meter
@@ -27,6 +27,7 @@ from titan_lite.optim.optimizer import build_optimizer, set_lr
 from titan_lite.optim.schedule import lr_factor
 from titan_lite.parallel.async_tp import check_async_tp, count_fused
 from titan_lite.parallel.compile import Compilations
+from titan_lite.parallel.context import check_cp, local_positions
 from titan_lite.parallel.float8 import float8_problems, refresh_scales
 from titan_lite.parallel.fsdp import set_gradient_sync
 from titan_lite.parallel.gradients import clip_grad_norm
@@ -75,6 +76,7 @@ class Trainer:
         # The meshes' groups do not inherit the timeout of the first one.
         set_timeout(config.comm.init_timeout_seconds)
         self.loss_group = meshes.loss
+        self.positions = self._local_positions()
 
         self.applied = parallelize(
             self.model,
@@ -126,6 +128,9 @@ class Trainer:
         if config.parallel.async_tp:
             with blaming("parallel.async_tp", loaded):
                 check_async_tp(device, self.dims.tp)
+        if self.dims.cp > 1:
+            with blaming("training.param_dtype", loaded):
+                check_cp(config.parallel.cp_method, device, config.training.param_dtype)
         broken = [
             Problem(key, loaded.origins[key], message)
             for key, message in float8_problems(
@@ -150,6 +155,17 @@ class Trainer:
         with blaming("data.dataset", loaded):
             batches = iter(self.loader)
             self.batches = itertools.chain([next(batches)], batches)
+
+    def _local_positions(self) -> Tensor | None:
+        """Of this rank's tokens in each sequence; None where it holds whole sequences."""
+        if self.dims.cp == 1:
+            return None
+        return local_positions(
+            self.config.parallel.cp_method,
+            self.config.training.seq_len,
+            rank=self.dims.coordinates(self.process.rank)["cp"],
+            size=self.dims.cp,
+        )
 
     def build_loader(self) -> DataLoader:
         """A loader of this rank's share of the run's samples, from the first one on."""
@@ -201,11 +217,11 @@ class Trainer:
         training, device = self.config.training, self.process.device
         micro_steps = self.global_batch_size // (training.local_batch_size * self.dims.batch)
         with self.meter.waiting_for_data():
-            micro_batches = [next(self.batches) for _ in range(micro_steps)]
+            micro_batches = [self._local(next(self.batches)) for _ in range(micro_steps)]
 
         # Every token of the global batch weighs the same, wherever it is: the sum over
         # micro-batches and ranks is divided by the valid tokens of all of them.
-        valid = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in micro_batches)
+        valid = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in micro_batches)
         num_valid = torch.full((), float(valid), device=device)
         dist.all_reduce(num_valid, group=self.loss_group)
         num_valid.clamp_(min=1)
@@ -213,9 +229,10 @@ class Trainer:
         if self.loss_scaler is not None:
             factor *= self.loss_scaler.scale
         loss = torch.zeros((), device=device)
-        for number, batch in enumerate(micro_batches, start=1):
+        positions = None if self.positions is None else self.positions.to(device)
+        for number, micro_batch in enumerate(micro_batches, start=1):
             set_gradient_sync(self.model, self.config.parallel, last=number == micro_steps)
-            inputs, labels = (_to_device(t, device) for t in (batch.inputs, batch.labels))
+            inputs, labels = (_to_device(tensor, device) for tensor in micro_batch)
             head_loss = partial(
                 cross_entropy_sum,
                 labels=labels,
@@ -225,7 +242,7 @@ class Trainer:
                 loss_parallel=self.config.parallel.loss_parallel,
                 compile=self.config.compile.covers("loss"),
             )
-            share = self.model(inputs, head_loss=head_loss)
+            share = self.model(inputs, head_loss=head_loss, positions_S=positions)
             share.backward()
             loss += share.detach()
 
@@ -268,6 +285,12 @@ class Trainer:
             tokens_seen=self.state.tokens,
             extra=None if self.loss_scaler is None else self.loss_scaler.metrics(),
         )
+
+    def _local(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Inputs and labels of this rank's part of each sequence."""
+        if self.positions is None:
+            return batch.inputs, batch.labels
+        return batch.inputs[:, self.positions], batch.labels[:, self.positions]
 
     def _report_compiled(self) -> None:
         """Adds to the report what only the first step could tell."""

@@ -38,7 +38,6 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             "2: FSDP2 does not regroup parameters that parallel.tp (2) has split",
         ),
         (["parallel.pp=4"], 4, "parallel.pp", "4: pipeline parallel is not available in this ver"),
-        (["parallel.cp=2"], 2, "parallel.cp", "2: context parallel is not available in this vers"),
         (
             ["parallel.dp_shard=4", "parallel.dp_replicate=2"],
             6,
@@ -133,12 +132,34 @@ def test_what_cannot_work_is_refused_with_the_numbers(
     assert message in problem.message
 
 
-def test_sequences_must_divide_over_the_context_and_tensor_axes() -> None:
-    found = broken("parallel.cp=4", "parallel.tp=3", "training.seq_len=100", world_size=12)
-    assert [p.message for p in found if p.key == "training.seq_len"] == [
-        "100 is not divisible by 2 x parallel.cp (4) = 8",
-        "100 is not divisible by parallel.tp (3)",
-    ]
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["parallel.cp=4"], "100 is not divisible by 2 x parallel.cp (4) = 8"),
+        (
+            ["parallel.cp=4", "parallel.cp_method=all_gather"],
+            "100 is not divisible by 2 x parallel.cp (4) = 8",
+        ),
+        (
+            ["parallel.cp=3", "parallel.cp_method=ulysses"],
+            "100 is not divisible by parallel.cp (3)",
+        ),
+        (["parallel.tp=3"], "100 is not divisible by parallel.tp (3)"),
+        (
+            ["parallel.cp=4", "parallel.cp_method=ulysses", "parallel.tp=2"],
+            "100 / parallel.cp (4) = 25 is not divisible by parallel.tp (2)",
+        ),
+    ],
+)
+def test_sequences_must_divide_over_the_context_and_tensor_axes(
+    settings: list[str], message: str
+) -> None:
+    (problem,) = broken(*settings, "training.seq_len=100", world_size=24)
+    assert (problem.key, problem.message) == ("training.seq_len", message)
+
+
+def test_ulysses_needs_no_halves_of_what_a_rank_holds() -> None:
+    check("parallel.cp=4", "parallel.cp_method=ulysses", "training.seq_len=100", world_size=4)
 
 
 def test_all_broken_rules_stand_together() -> None:
@@ -254,6 +275,7 @@ def test_what_can_work_gives_the_degrees() -> None:
         (["parallel.loss_parallel=false"], 2, "cannot act: parallel.tp is 1"),
         (["parallel.sequence_parallel=false"], 2, "cannot act: parallel.tp is 1"),
         (['compile.components=["loss"]'], 1, "cannot act: compile.enable is false"),
+        (["parallel.cp_method=ulysses"], 1, "parallel.cp_method (command line) cannot act: paral"),
         (["data.shuffle=false", "data.shuffle_buffer=500"], 1, "cannot act: data.shuffle is false"),
         (["data.dataset_path=.", "data.dataset=c4"], 1, "data.dataset (command line) cannot act"),
         (["data.subset=en"], 1, 'data.subset (command line) cannot act: data.dataset is "bundled"'),

@@ -74,6 +74,20 @@ def test_heads_that_tp_does_not_divide_are_refused() -> None:
     assert broken[0] == "num_heads (8) is not divisible by parallel.tp (3)"
 
 
+def test_heads_that_ulysses_cannot_deal_to_the_ranks_are_refused() -> None:
+    def broken(**parallel: object) -> list[str]:
+        config = Config.model_validate({"parallel": parallel})
+        return [message for _, message in model_rules(config, LLAMA.flavors["debug"])]
+
+    assert broken(cp=8, tp=2, cp_method="ulysses") == [
+        "num_heads (8) / parallel.tp (2) = 4 is not divisible by parallel.cp (8), as "
+        '"ulysses" deals heads to ranks; cp_method "ring" does not'
+    ]
+    assert not broken(cp=8, tp=2, cp_method="ring")
+    # 4 key/value heads: repeated for 8 ranks.
+    assert not broken(cp=8, cp_method="ulysses")
+
+
 def test_problems_of_the_configuration_and_of_the_model_come_together(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('[model]\nflavor = "debgu"\n[parallel]\ndp_shard = 3\n')

@@ -40,6 +40,25 @@ def assert_same_curves(got: list[dict[str, Any]], expected: list[dict[str, Any]]
         )
 
 
+def assert_same_run(got: Any, reference: Any) -> None:
+    """Of what `train_and_gather` returns: loss and norm of each step, gradients, weights."""
+    records, tensors = got
+    expected_records, expected_tensors = reference
+    assert_same_curves(records, expected_records)
+    for name, expected in expected_tensors["initial weights"].items():
+        np.testing.assert_array_equal(tensors["initial weights"][name], expected, err_msg=name)
+    for moment in ("gradients of step 1", "gradients of step 5", "final weights"):
+        for name, expected in expected_tensors[moment].items():
+            # Relative to the tensor's largest element: the smallest are sums that nearly cancel.
+            np.testing.assert_allclose(
+                tensors[moment][name],
+                expected,
+                rtol=0,
+                atol=TENSOR_TOLERANCE * np.abs(expected).max(),
+                err_msg=f"{moment}: {name}",
+            )
+
+
 TP2 = "parallel.tp=2"
 LAYOUTS = {
     "tp 2": (2, [TP2]),
@@ -106,21 +125,7 @@ def test_loss_norm_gradients_and_weights_equal_one_process(
 ) -> None:
     world_size, settings = LAYOUTS[layout]
     overrides = [f"--{setting}" for setting in settings]
-    records, tensors = workers[world_size].run(train_and_gather, tmp_path, *overrides)[0]
-    expected_records, expected_tensors = reference
-    assert_same_curves(records, expected_records)
-    for name, expected in expected_tensors["initial weights"].items():
-        np.testing.assert_array_equal(tensors["initial weights"][name], expected, err_msg=name)
-    for moment in ("gradients of step 1", "gradients of step 5", "final weights"):
-        for name, expected in expected_tensors[moment].items():
-            # Relative to the tensor's largest element: the smallest are sums that nearly cancel.
-            np.testing.assert_allclose(
-                tensors[moment][name],
-                expected,
-                rtol=0,
-                atol=TENSOR_TOLERANCE * np.abs(expected).max(),
-                err_msg=f"{moment}: {name}",
-            )
+    assert_same_run(workers[world_size].run(train_and_gather, tmp_path, *overrides)[0], reference)
 
 
 @pytest.mark.distributed

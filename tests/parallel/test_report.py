@@ -71,14 +71,24 @@ def test_a_mismatch_names_the_modules(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({}, "checkpointed     2 of 2 blocks\n"),
-        ({"saved_ops": ("max",)}, "checkpointed     2 of 2 blocks but for max\n"),
+        ({}, "checkpointed      2 of 2 blocks\n"),
+        ({"saved_ops": ("max",)}, "checkpointed      2 of 2 blocks but for max\n"),
         ({"activation_memory_budget": 0.5}, "activation memory kept to 0.5 by the compiler\n"),
-        ({"compiled_loss": True}, "compiled         0 of 2 blocks and the loss"),
+        ({"compiled_loss": True}, "compiled          0 of 2 blocks and the loss"),
     ],
 )
 def test_the_table_has_a_line_for_each_technique(changes: dict[str, Any], words: str) -> None:
     assert words in str(dataclasses.replace(APPLIED, **changes))
+
+
+def test_attentions_over_other_ranks_than_asked_for_are_named() -> None:
+    asked = {**APPLIED.modules, "ring attention over 2 ranks": ["layers.0.attention"]}
+    message = "not ring attention over 2 ranks: layers.0.attention"
+    with pytest.raises(RuntimeError, match=message):
+        APPLIED.check(asked, FULL)
+    applied = dataclasses.replace(APPLIED, modules=asked)
+    applied.check(asked, FULL)
+    assert "context parallel  1 ring attention over 2 ranks" in str(applied)
 
 
 def _report(folder: Path) -> str:
@@ -100,14 +110,15 @@ def test_everything_is_counted_on_the_modules_of_a_run(
     workers: dict[int, Workers], tmp_path: Path
 ) -> None:
     assert workers[4].run(_report, tmp_path)[3].splitlines() == [
-        "  mesh             pp 1 x dp_replicate 1 x fsdp 2 x tp 2",
-        "  FSDP2            6 units; 21 parameters sharded, 0 whole; float32 computation, "
+        "  mesh              pp 1 x dp_replicate 1 x fsdp 2 x tp 2",
+        "  FSDP2             6 units; 21 parameters sharded, 0 whole; float32 computation, "
         "float32 reduction",
-        "  tensor parallel  1 vocab, 10 colwise, 4 rowwise, 5 sequence, 4 gather, 1 head; "
+        "  tensor parallel   1 vocab, 10 colwise, 4 rowwise, 5 sequence, 4 gather, 1 head; "
         "activations split over the sequence, logits split for the loss",
-        "  float8           10 linears, 0 of them gathered in it",
-        "  checkpointed     1 of 2 blocks",
-        "  compiled         0 of 2 blocks",
+        "  context parallel  0 modules",
+        "  float8            10 linears, 0 of them gathered in it",
+        "  checkpointed      1 of 2 blocks",
+        "  compiled          0 of 2 blocks",
     ]
     modules = json.loads((tmp_path / "run.json").read_text())["applied"]["modules"]
     assert modules["checkpointed"] == ["layers.0"]

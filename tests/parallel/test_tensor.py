@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from tests.distributed import Workers
 from tests.runs import train
@@ -17,7 +16,7 @@ TP2 = "--parallel.tp=2"
 def _train_and_watch(folder: Path, *overrides: str) -> tuple[list[dict[str, Any]], set[torch.Size]]:
     """Records, and the shapes of the logits that a rank gathers."""
     gathered = set()
-    all_gather = dist.all_gather_into_tensor
+    all_gather = loss.all_gather_single
 
     def watching(output: torch.Tensor, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if tensor.dtype == torch.float32 and tensor.ndim == 2:
@@ -25,7 +24,7 @@ def _train_and_watch(folder: Path, *overrides: str) -> tuple[list[dict[str, Any]
         return all_gather(output, tensor, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss.dist, "all_gather_into_tensor", watching)
+        patch.setattr(loss, "all_gather_single", watching)
         return train(folder, "--training.steps=4", *overrides), gathered
 
 

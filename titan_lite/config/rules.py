@@ -9,7 +9,7 @@ from pathlib import Path
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import DEFAULT, ConfigError, LoadedConfig, Problem
 from titan_lite.config.problems import FIELDS, near_file, quote
-from titan_lite.config.schema import Config
+from titan_lite.config.schema import Config, Parallel
 
 logger = logging.getLogger("titan_lite.config")
 
@@ -72,23 +72,12 @@ def _degree_to_blame(loaded: LoadedConfig) -> str:
 def _single(config: Config) -> Iterator[Broken]:
     """Rules that need no world size."""
     training, parallel = config.training, config.parallel
-    for axis, words in (("cp", "context"), ("pp", "pipeline")):
-        if (degree := getattr(parallel, axis)) > 1:
-            yield (
-                (f"parallel.{axis}",),
-                f"{degree}: {words} parallel is not available in this version; use 1",
-            )
-    if parallel.cp > 1 and training.seq_len % (2 * parallel.cp):
+    if parallel.pp > 1:
         yield (
-            ("training.seq_len", "parallel.cp"),
-            f"{training.seq_len} is not divisible by 2 x parallel.cp ({parallel.cp}) "
-            f"= {2 * parallel.cp}",
+            ("parallel.pp",),
+            f"{parallel.pp}: pipeline parallel is not available in this version; use 1",
         )
-    if parallel.tp > 1 and training.seq_len % parallel.tp:
-        yield (
-            ("training.seq_len", "parallel.tp"),
-            f"{training.seq_len} is not divisible by parallel.tp ({parallel.tp})",
-        )
+    yield from _sequence(training.seq_len, parallel)
     if parallel.tp > 1 and isinstance(parallel.reshard_after_forward, int):
         yield (
             ("parallel.reshard_after_forward", "parallel.tp"),
@@ -122,6 +111,27 @@ def _single(config: Config) -> Iterator[Broken]:
             ("profiling.profile_freq", "profiling.enable_profiling"),
             f"{profiling.profile_freq} is shorter than the {PROFILED_STEPS} steps recorded "
             "in each period",
+        )
+
+
+def _sequence(seq_len: int, parallel: Parallel) -> Iterator[Broken]:
+    """The parts of a sequence that ranks hold are equal."""
+    cp, tp = parallel.cp, parallel.tp
+    if cp > 1 and parallel.cp_method == "ulysses" and seq_len % cp:
+        yield (
+            ("training.seq_len", "parallel.cp", "parallel.cp_method"),
+            f"{seq_len} is not divisible by parallel.cp ({cp})",
+        )
+    elif cp > 1 and parallel.cp_method != "ulysses" and seq_len % (2 * cp):
+        yield (
+            ("training.seq_len", "parallel.cp", "parallel.cp_method"),
+            f"{seq_len} is not divisible by 2 x parallel.cp ({cp}) = {2 * cp}",
+        )
+    elif tp > 1 and (seq_len // cp) % tp:
+        local = f" / parallel.cp ({cp}) = {seq_len // cp}" if cp > 1 else ""
+        yield (
+            ("training.seq_len", "parallel.tp", "parallel.cp"),
+            f"{seq_len}{local} is not divisible by parallel.tp ({tp})",
         )
 
 
@@ -327,6 +337,7 @@ def _idle(loaded: LoadedConfig, dims: ParallelDims) -> Iterator[str]:
             ("profiling.enable_profiling",) if profiling.enable_profiling else (),
         ),
         (dims.fsdp == 1, "nothing is sharded", ("parallel.reshard_after_forward",)),
+        (dims.cp == 1, "parallel.cp is 1", ("parallel.cp_method",)),
         (
             dims.tp == 1,
             "parallel.tp is 1",

@@ -177,7 +177,10 @@ class Parallel(Section):
     dp_shard: Positive | Literal[-1] = -1
     """Ranks over which FSDP2 shards; -1: the world size divided by the other degrees."""
     cp: Positive = 1
-    """Context-parallel degree."""
+    """Context-parallel degree: ranks that hold each sequence together."""
+    cp_method: Literal["ring", "all_gather", "ulysses"] = "ring"
+    """What attention exchanges under context parallel: keys and values, around a "ring" while it
+    computes, or all at once with "all_gather"; with "ulysses": tokens for heads, and back."""
     tp: Positive = 1
     """Tensor-parallel degree."""
     pp: Positive = 1

@@ -63,6 +63,13 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[tuple[tuple[str, 
             ("training.seq_len", "model.max_seq_len"),
             f"seq_len ({seq_len}) is longer than the model's max_seq_len ({args.max_seq_len})",
         )
+    heads, cp = args.num_heads // tp, config.parallel.cp
+    if config.parallel.cp_method == "ulysses" and args.num_heads % tp == 0 and heads % cp:
+        yield (
+            ("parallel.cp", "parallel.cp_method", "parallel.tp", "model.num_heads"),
+            f"num_heads ({args.num_heads}) / parallel.tp ({tp}) = {heads} is not divisible by "
+            f'parallel.cp ({cp}), as "ulysses" deals heads to ranks; cp_method "ring" does not',
+        )
     section, layers = config.activation_checkpoint, args.num_layers
     if section.mode == "first_k" and section.first_k > layers:
         yield (

@@ -25,7 +25,9 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.feed_forward = FeedForward(args.dim, args.ffn_dim)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        h_BSD: Tensor = x_BSD + self.attention(self.attention_norm(x_BSD))
+    def forward(self, x_BSD: Tensor, positions_S: Tensor | None = None) -> Tensor:
+        # By keyword: what tensor parallel gathers for the attention is its only positional input.
+        attended_BSD = self.attention(self.attention_norm(x_BSD), positions_S=positions_S)
+        h_BSD: Tensor = x_BSD + attended_BSD
         out_BSD: Tensor = h_BSD + self.feed_forward(self.ffn_norm(h_BSD))
         return out_BSD

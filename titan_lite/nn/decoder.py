@@ -41,15 +41,22 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.output = OutputHead(args.dim, args.padded_vocab_size, bias=False)
 
-    def forward(self, tokens_BS: Tensor, head_loss: HeadLoss | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        head_loss: HeadLoss | None = None,
+        positions_S: Tensor | None = None,
+    ) -> Tensor:
         """Logits (B, S, V), or what head_loss(hidden_BSD, output_weight_VD) returns.
+
+        positions_S: where in the sequence the tokens are; None: at 0 to S - 1.
 
         Without tok_embeddings the input is the previous stage's hidden states (B, S, D); without
         output the result is this stage's.
         """
         x_BSD = self.tok_embeddings(tokens_BS) if self.tok_embeddings is not None else tokens_BS
         for block in self.layers.values():
-            x_BSD = block(x_BSD)
+            x_BSD = block(x_BSD, positions_S=positions_S)
         x_BSD = self.norm(x_BSD) if self.norm is not None else x_BSD
         return self.output(x_BSD, head_loss) if self.output is not None else x_BSD
 

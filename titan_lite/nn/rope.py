@@ -43,10 +43,10 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("cos_SF", angle_SF.cos(), persistent=False)
         self.register_buffer("sin_SF", angle_SF.sin(), persistent=False)
 
-    def forward(self, x_BSNH: Tensor) -> Tensor:
-        """Rotates in float32, returns x's dtype and shape; x's first token is at position 0."""
-        S = x_BSNH.shape[1]
-        cos_S1F, sin_S1F = self.cos_SF[:S, None], self.sin_SF[:S, None]
+    def forward(self, x_BSNH: Tensor, positions_S: Tensor | None = None) -> Tensor:
+        """Rotates in float32, returns x's dtype and shape; None: x's tokens are at 0 to S - 1."""
+        rows = slice(x_BSNH.shape[1]) if positions_S is None else positions_S
+        cos_S1F, sin_S1F = self.cos_SF[rows, None], self.sin_SF[rows, None]
         a_BSNF, b_BSNF = x_BSNH.float().chunk(2, dim=-1)
         return torch.cat(
             (a_BSNF * cos_S1F - b_BSNF * sin_S1F, b_BSNF * cos_S1F + a_BSNF * sin_S1F), dim=-1

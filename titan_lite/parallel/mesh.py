@@ -15,12 +15,14 @@ class Meshes:
     model: axes pp, dp_replicate, fsdp (dp_shard x cp), tp: what parameters are laid out over.
     fsdp: the part of it that FSDP2 takes: (fsdp), or (dp_replicate, fsdp) for HSDP.
     loss: the ranks whose token sums add up to the global batch's (dp_replicate x dp_shard x cp).
+    cp: the ranks that hold one sequence together, None where each holds its own.
     """
 
     model: DeviceMesh
     fsdp: DeviceMesh
     tp: DeviceMesh
     loss: dist.ProcessGroup | None
+    cp: dist.ProcessGroup | None
 
 
 def build_meshes(dims: ParallelDims, device_type: str) -> Meshes:
@@ -37,4 +39,11 @@ def build_meshes(dims: ParallelDims, device_type: str) -> Meshes:
         loss = init_device_mesh(
             device_type, (dims.pp, dims.loss, dims.tp), mesh_dim_names=("pp", "loss", "tp")
         ).get_group("loss")
-    return Meshes(model=model, fsdp=fsdp, tp=model["tp"], loss=loss)
+    cp = None
+    if dims.cp > 1:
+        cp = init_device_mesh(
+            device_type,
+            (dims.pp * dims.batch, dims.cp, dims.tp),
+            mesh_dim_names=("pp_batch", "cp", "tp"),
+        ).get_group("cp")
+    return Meshes(model=model, fsdp=fsdp, tp=model["tp"], loss=loss, cp=cp)

@@ -8,6 +8,7 @@ from titan_lite.nn.decoder import Decoder
 from titan_lite.parallel.activation_checkpoint import apply_activation_checkpoint
 from titan_lite.parallel.async_tp import apply_async_tp
 from titan_lite.parallel.compile import apply_compile
+from titan_lite.parallel.context import apply_cp
 from titan_lite.parallel.float8 import convert
 from titan_lite.parallel.fsdp import apply_fsdp
 from titan_lite.parallel.mesh import Meshes
@@ -28,13 +29,16 @@ def parallelize(
 ) -> Applied:
     """Parallelizes a model built on the meta device, in place, and counts what was applied.
 
-    Float8 comes first, since tensor parallel gathers for its linears in it; activation
-    checkpointing before compile, so that the compiler sees what is recomputed; compile before
-    FSDP2, whose hooks and all-gathers stay outside the compiled graphs.
+    Float8 comes first, since tensor parallel gathers for its linears in it; context parallel after
+    tensor parallel, which leaves it this rank's heads; activation checkpointing before compile, so
+    that the compiler sees what is recomputed; compile before FSDP2, whose hooks and all-gathers
+    stay outside the compiled graphs.
     """
     float8_linears = convert(model, float8, tp_plan)
     if parallel.tp > 1:
         apply_tp(model, meshes.tp, tp_plan, sequence_parallel=parallel.sequence_parallel)
+    if meshes.cp is not None:
+        apply_cp(model, meshes.cp, parallel.cp_method)
     apply_activation_checkpoint(model, activation_checkpoint)
     if compile.enable:
         apply_async_tp(meshes.tp, enable=parallel.async_tp)

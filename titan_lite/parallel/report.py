@@ -12,8 +12,10 @@ from torch.distributed.tensor import DTensor
 
 from titan_lite.config.schema import ActivationCheckpoint, Compile, Parallel
 from titan_lite.models.roles import PlanRow, Role
+from titan_lite.nn.attention import Attention
 from titan_lite.nn.decoder import Decoder
 from titan_lite.parallel.activation_checkpoint import is_checkpointed, memory_budget, saved_ops
+from titan_lite.parallel.context import context_parallel
 from titan_lite.parallel.float8 import float8_linears, is_gathered_in_float8
 from titan_lite.parallel.fsdp import precision
 from titan_lite.parallel.init_weights import CHECKPOINT_PREFIX
@@ -29,7 +31,8 @@ class Applied:
     """What was found after `parallelize`.
 
     modules: names by feature: "FSDP unit", tensor-parallel roles, "float8 linear",
-    "float8 all-gather", "checkpointed", "selectively checkpointed" but for saved_ops, "compiled".
+    "float8 all-gather", "ring attention over 4 ranks" and the like, "checkpointed",
+    "selectively checkpointed" but for saved_ops, "compiled".
     mesh: degree of each axis that parameters are laid out over.
     sharded_parameters: those of which a rank holds a part; whole_parameters: the others.
     precision: what is computed in, and gradients reduced in.
@@ -106,6 +109,7 @@ class Applied:
                 f"{self.whole_parameters} whole; {self.precision}"
             ),
             "tensor parallel": self._tensor_parallel(),
+            "context parallel": self._context_parallel(),
             "float8": (
                 f"{self.count('float8 linear')} linears, {self.count('float8 all-gather')} of "
                 "them gathered in it"
@@ -113,7 +117,7 @@ class Applied:
             "checkpointed": self._checkpointed(),
             "compiled": self._compiled(),
         }
-        return "\n".join(f"  {name:<15}  {text}" for name, text in lines.items())
+        return "\n".join(f"  {name:<16}  {text}" for name, text in lines.items())
 
     def _tensor_parallel(self) -> str:
         roles = [f"{self.count(role)} {role}" for role in get_args(Role) if self.count(role)]
@@ -122,6 +126,10 @@ class Applied:
         activations = "split over the sequence" if self.sequence_parallel else "whole"
         logits = "split" if self.loss_parallel else "gathered"
         return f"{', '.join(roles)}; activations {activations}, logits {logits} for the loss"
+
+    def _context_parallel(self) -> str:
+        kinds = [f"{self.count(name)} {name}" for name in self.modules if " attention over" in name]
+        return ", ".join(kinds) or "0 modules"
 
     def _checkpointed(self) -> str:
         if self.activation_memory_budget < 1:
@@ -158,6 +166,10 @@ def asked_modules(
         ],
         "compiled": blocks if compile.covers("model") else (),
     }
+    if parallel.cp > 1:
+        asked[_attention_over(parallel.cp_method, parallel.cp)] = [
+            name for name, module in _by_name(model).items() if isinstance(module, Attention)
+        ]
     if parallel.tp > 1:
         for row in tp_plan:
             names = [name for name in _by_name(model) if row.matches(name)]
@@ -184,6 +196,8 @@ def count_applied(
             ops = saved_ops(module)
             saved = saved or ops
             found["selectively checkpointed" if ops else "checkpointed"].append(name)
+        if isinstance(module, Attention) and (kind := context_parallel(module)):
+            found[_attention_over(*kind)].append(name)
         if module._compiled_call_impl is not None:
             found["compiled"].append(name)
     for name, linear in float8_linears(model).items():
@@ -209,6 +223,10 @@ def count_applied(
         activation_memory_budget=memory_budget(),
         compiled_loss=compile.covers("loss"),
     )
+
+
+def _attention_over(method: str, degree: int) -> str:
+    return f"{method} attention over {degree} ranks"
 
 
 def _by_name(model: nn.Module) -> dict[str, nn.Module]:

@@ -10,6 +10,10 @@ from torch.distributed import distributed_c10d
 
 from titan_lite.config.schema import Comm
 
+# By the names that torch 2.13 gave them, or the ones before.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass(frozen=True)
 class Process:

@@ -1,0 +1,338 @@
+"""Sequences that several ranks hold together train the model that one process trains."""
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+
+from tests.distributed import Workers
+from tests.parallel.test_activation_checkpoint import Operations
+from tests.parallel.test_parity import assert_same_curves, assert_same_run
+from tests.runs import build_trainer, train, train_and_gather
+from titan_lite.config.schema import ActivationCheckpoint
+from titan_lite.models.llama import LLAMA
+from titan_lite.nn.attention import ScaledDotProductAttention
+from titan_lite.nn.build import build
+from titan_lite.parallel import context_attention
+from titan_lite.parallel.activation_checkpoint import apply_activation_checkpoint
+from titan_lite.parallel.context import (
+    ShardedAttention,
+    UlyssesAttention,
+    apply_cp,
+    check_cp,
+    local_positions,
+)
+
+METHODS = ("ring", "all_gather", "ulysses")
+CP2, CP4, TP2 = "parallel.cp=2", "parallel.cp=4", "parallel.tp=2"
+ALL_GATHER, ULYSSES = "parallel.cp_method=all_gather", "parallel.cp_method=ulysses"
+HALF_BATCH = "training.local_batch_size=4"
+B, N, S, H = 2, 8, 32, 16
+# float32: sums in another order. bfloat16: results of single pieces are rounded before they are
+# merged, and everything by 2^-9 in the end; values are at most about 3.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3e-2}
+
+
+def _world() -> dist.ProcessGroup:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
+def _module(method: str) -> nn.Module:
+    if method == "ulysses":
+        return UlyssesAttention(ScaledDotProductAttention(), _world())
+    return ShardedAttention(method, _world())
+
+
+def _attend(
+    method: str, num_kv_heads: int, dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor]]:
+    """This rank's part of the output and the gradients of q, k, v: of plain attention, and ours."""
+    torch.manual_seed(0)
+    q, k, v, grad = (
+        torch.randn(B, S, heads, H, dtype=dtype).transpose(1, 2)
+        for heads in (N, num_kv_heads, num_kv_heads, N)
+    )
+    positions = local_positions(method, S, dist.get_rank(), dist.get_world_size())
+    whole = [tensor.float().requires_grad_() for tensor in (q, k, v)]
+    out = scaled_dot_product_attention(*whole, is_causal=True, enable_gqa=True)
+    expected = [out.detach(), *torch.autograd.grad(out, whole, grad.float())]
+    local = [tensor[:, :, positions].requires_grad_() for tensor in (q, k, v)]
+    out = _module(method)(*local)
+    got = [out.detach(), *torch.autograd.grad(out, local, grad[:, :, positions])]
+    assert all(tensor.dtype == dtype for tensor in got)
+    return [tensor[:, :, positions] for tensor in expected], [tensor.float() for tensor in got]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("num_kv_heads", [8, 4, 2, 1])
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_gives_the_output_and_gradients_of_plain_causal_attention(
+    method: str, num_kv_heads: int, dtype: torch.dtype, workers: dict[int, Workers]
+) -> None:
+    tolerance = TOLERANCE[dtype]
+    for expected, got in workers[4].run(_attend, method, num_kv_heads, dtype):
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+LAYOUTS = {
+    "cp 2": (2, [CP2]),
+    "cp 2, all_gather": (2, [CP2, ALL_GATHER]),
+    "cp 2, ulysses": (2, [CP2, ULYSSES]),
+    "cp 4, accumulation": (4, [CP4, HALF_BATCH]),
+    "cp 4, all_gather, gradients synchronised once": (
+        4,
+        [CP4, ALL_GATHER, HALF_BATCH, "parallel.gradient_sync=last_micro_batch"],
+    ),
+    "cp 4, ulysses": (4, [CP4, ULYSSES]),
+    "fsdp 2 x cp 2, full checkpointing": (4, [CP2, HALF_BATCH, "activation_checkpoint.mode=full"]),
+    "fsdp 2 x cp 2, all_gather, selective_op": (
+        4,
+        [CP2, ALL_GATHER, HALF_BATCH, "activation_checkpoint.mode=selective_op"],
+    ),
+    "hsdp 2x1 x cp 2, ulysses, full checkpointing": (
+        4,
+        [CP2, ULYSSES, HALF_BATCH, "parallel.dp_replicate=2", "activation_checkpoint.mode=full"],
+    ),
+    "cp 2 x tp 2": (4, [CP2, TP2]),
+    "cp 2 x tp 2, all_gather, without sequence parallel": (
+        4,
+        [CP2, TP2, ALL_GATHER, "parallel.sequence_parallel=false"],
+    ),
+    "cp 2 x tp 2, ulysses, selective_op": (
+        4,
+        [CP2, TP2, ULYSSES, "activation_checkpoint.mode=selective_op"],
+    ),
+    "fsdp 2 x cp 2 x tp 2": (8, [CP2, TP2, HALF_BATCH]),
+    # 2 key/value heads on a rank of tp, for 4 ranks of cp.
+    "cp 4 x tp 2, ulysses": (8, [CP4, TP2, ULYSSES]),
+}
+
+
+@pytest.fixture(scope="module")
+def reference(workers: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return workers[1].run(train_and_gather, tmp_path_factory.mktemp("reference"))[0]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_norm_gradients_and_weights_equal_one_process(
+    layout: str, workers: dict[int, Workers], reference: Any, tmp_path: Path
+) -> None:
+    world_size, settings = LAYOUTS[layout]
+    overrides = [f"--{setting}" for setting in settings]
+    assert_same_run(workers[world_size].run(train_and_gather, tmp_path, *overrides)[0], reference)
+
+
+def _train_masked(folder: Path, overrides: tuple[str, ...]) -> list[dict[str, Any]]:
+    return train(folder, *overrides, mask_labels=True)
+
+
+@pytest.mark.distributed
+def test_uneven_valid_tokens_in_the_parts_of_a_sequence_weigh_the_same_as_in_one_process(
+    workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    expected = workers[1].run(_train_masked, tmp_path / "one", ())[0]
+    for method in METHODS:
+        overrides = (f"--{CP2}", f"--{HALF_BATCH}", f"--parallel.cp_method={method}")
+        got = workers[4].run(_train_masked, tmp_path / method, overrides)[0]
+        assert_same_curves(got, expected)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("--parallel.cp_method=all_gather", "--activation_checkpoint.mode=selective_op"),
+        ("--parallel.cp_method=ulysses",),
+        (f"--{TP2}", "--activation_checkpoint.mode=selective_op"),
+        (f"--{TP2}", "--parallel.cp_method=ulysses", "--activation_checkpoint.mode=full"),
+    ],
+    ids=" ".join,
+)
+def test_compiled_blocks_are_one_graph_that_trains_the_same_model(
+    settings: tuple[str, ...], workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    settings = ("--training.steps=4", "--model.num_layers=3", f"--{CP2}", *settings)
+    world = workers[4 if f"--{TP2}" in settings else 2]
+    eager = world.run(train, tmp_path / "eager", *settings)[0]
+    compiled = world.run(
+        train, tmp_path / "compiled", *settings, "--compile.enable=true", timeout=600
+    )[0]
+    for key in ("loss", "grad_norm"):
+        assert [r[key] for r in compiled] == pytest.approx([r[key] for r in eager], rel=1e-5)
+    applied = json.loads((tmp_path / "compiled" / "run.json").read_text())["applied"]
+    assert (applied["compiled_blocks"], applied["compiled_graphs"]) == (3, 1)
+    (method,) = [m for m in METHODS if f"--parallel.cp_method={m}" in settings] or ["ring"]
+    assert applied["cp"] == [[method, 2, 3]]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_positions_of_all_ranks_are_those_of_the_sequence_and_equal_work(method: str) -> None:
+    ranks = [local_positions(method, 64, rank, size=4) for rank in range(4)]
+    assert sorted(torch.cat(ranks).tolist()) == list(range(64))
+    # A token attends to itself and those before it; "ulysses" deals heads instead, all alike.
+    work = {int((positions + 1).sum()) for positions in ranks}
+    assert len(work) == 1 or method == "ulysses"
+    if method == "ulysses":
+        assert torch.cat(ranks).tolist() == list(range(64))
+
+
+def _logits(method: str) -> tuple[Tensor, Tensor]:
+    """Of this rank's tokens: from one model of whole sequences, and from one over the ranks."""
+    args = dataclasses.replace(LLAMA.flavors["debug"], dim=64, ffn_dim=128, num_layers=2)
+    torch.manual_seed(0)
+    model = build(LLAMA, args)
+    tokens = torch.randint(args.vocab_size, (B, S))
+    with torch.no_grad():
+        expected = model(tokens)
+        apply_cp(model, _world(), method)
+        positions = local_positions(method, S, dist.get_rank(), dist.get_world_size())
+        return expected[:, positions], model(tokens[:, positions], positions_S=positions)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_over_several_ranks_gives_each_token_its_logits(
+    method: str, workers: dict[int, Workers]
+) -> None:
+    for expected, got in workers[4].run(_logits, method):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def _what_the_model_gets(folder: Path, *overrides: str) -> dict[str, Any]:
+    trainer = build_trainer(folder, *overrides)
+    batch = next(trainer.batches)
+    trainer.batches = itertools.chain([batch], trainer.batches)
+    found = {"whole": (batch.inputs, batch.labels)}
+
+    def look(_model: nn.Module, inputs: Any, settings: dict[str, Any]) -> None:
+        labels = settings["head_loss"].keywords["labels"]
+        found["part"] = (inputs[0], labels)
+        found["positions"] = settings["positions_S"]
+
+    trainer.model.register_forward_pre_hook(look, with_kwargs=True)
+    trainer.train_step(1)
+    trainer.close()
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("method", METHODS)
+def test_ranks_of_a_sequence_get_its_tokens_their_labels_and_positions(
+    method: str, workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    overrides = (f"--{CP2}", f"--{HALF_BATCH}", f"--parallel.cp_method={method}")
+    ranks = workers[4].run(_what_the_model_gets, tmp_path, *overrides)
+    for rank, found in enumerate(ranks):
+        positions = found["positions"]
+        assert positions.tolist() == local_positions(method, 64, rank % 2, 2).tolist()
+        for part, whole in zip(found["part"], found["whole"], strict=True):
+            assert torch.equal(part, whole[:, positions])
+    # Ranks 0 and 1 hold the same sequences, 2 and 3 others.
+    inputs = [found["whole"][0] for found in ranks]
+    assert torch.equal(inputs[0], inputs[1])
+    assert not torch.equal(inputs[0], inputs[2])
+
+
+def _flops(method: str) -> int:
+    local = [torch.zeros(B, N, S // dist.get_world_size(), H, requires_grad=True) for _ in range(3)]
+    with FlopCounterMode(display=False) as counter:
+        _module(method)(*local).sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.distributed
+# What "ulysses" calls is torch's own.
+@pytest.mark.parametrize("method", ["ring", "all_gather"])
+def test_torch_counts_an_even_share_of_the_flops_on_each_rank(
+    method: str, workers: dict[int, Workers]
+) -> None:
+    shape = (B, N, S, H)
+    whole = sdpa_flop_count(shape, shape, shape)
+    whole += sdpa_backward_flop_count(shape, shape, shape, shape)
+    assert workers[4].run(_flops, method) == [whole // 4] * 4
+
+
+def _repeated_attentions(method: str, mode: str) -> int:
+    """Attentions in the backward pass of a checkpointed model."""
+    group = _world()
+    args = dataclasses.replace(LLAMA.flavors["debug"], dim=64, ffn_dim=128, num_layers=3)
+    model = build(LLAMA, args)
+    apply_cp(model, group, method)
+    apply_activation_checkpoint(model, ActivationCheckpoint(mode=mode))
+    positions = local_positions(method, S, group.rank(), group.size())
+    loss = model(positions.unsqueeze(0), positions_S=positions).sum()
+    with Operations() as operations:
+        loss.backward()
+    return operations.counts["attention"]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("method", METHODS)
+def test_a_kept_attention_is_not_repeated(method: str, workers: dict[int, Workers]) -> None:
+    assert workers[2].run(_repeated_attentions, method, "full") == [3, 3]
+    assert workers[2].run(_repeated_attentions, method, "selective_op") == [0, 0]
+
+
+def test_methods_that_merge_need_a_dtype_that_flash_attention_takes() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    with pytest.raises(ValueError, match=r'"ring" merges .* does not take training.param_dtype'):
+        check_cp("ring", cuda, "float32")
+    check_cp("ulysses", cuda, "float32")
+    check_cp("all_gather", cuda, "bfloat16")
+    check_cp("ring", cpu, "float32")
+
+
+def test_the_operators_of_cuda_are_called_as_they_are_declared() -> None:
+    with FakeTensorMode():
+        q, k, v = (
+            torch.empty(1, heads, 8, H, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2)
+        )
+        kv = torch.stack((k, v))
+        out, lse = context_attention._attend(q, kv, is_causal=True)
+        grads = context_attention._attend_backward(out, q, kv, out, lse, is_causal=True)
+    assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
+    assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
+
+
+@pytest.mark.distributed
+def test_float8_and_context_parallel_round_as_one_process_does(
+    workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    float8 = ("--training.steps=4", "--float8.recipe=rowwise", "--float8.emulate=true")
+    expected = workers[1].run(train, tmp_path / "one", *float8)[0]
+    got = workers[4].run(train, tmp_path / "cp", *float8, f"--{CP2}", f"--{TP2}")[0]
+    # One scale per row, that is per token: whichever rank has it.
+    for key in ("loss", "grad_norm"):
+        assert [r[key] for r in got] == pytest.approx([r[key] for r in expected], rel=1e-5)
+
+
+@pytest.mark.distributed
+def test_a_run_resumes_at_another_degree_and_method(
+    workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    settings = ("--checkpoint.enable=true", "--lr_scheduler.decay_type=constant")
+    three, six = ((*settings, f"--training.steps={steps}") for steps in (3, 6))
+    expected = workers[1].run(train, tmp_path / "one", *six)[0]
+    workers[2].run(train, tmp_path / "cp", *three, f"--{CP2}")
+    got = workers[4].run(train, tmp_path / "cp", *six, f"--{CP4}", f"--{ULYSSES}")[0]
+    assert [record["step"] for record in got] == [1, 2, 3, 4, 5, 6]
+    for key in ("loss", "grad_norm", "tokens"):
+        assert [r[key] for r in got[3:]] == pytest.approx([r[key] for r in expected[3:]], rel=1e-5)

@@ -1,0 +1,109 @@
+"""Context parallelism: ranks hold parts of each sequence, and exchange what attention needs.
+
+All else in the model works token by token, given the tokens' positions.
+
+Shape suffixes: R ranks, B batch, N query heads, K key/value heads, S this rank's tokens, H head
+dim.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+
+from titan_lite.nn.attention import Attention
+from titan_lite.nn.decoder import Decoder
+from titan_lite.parallel.context_attention import sharded_attention
+
+Method = Literal["ring", "all_gather", "ulysses"]
+
+
+def local_positions(method: Method, seq_len: int, rank: int, size: int) -> Tensor:
+    """Where in a sequence the tokens of a rank are, in the order in which it holds them.
+
+    Contiguous for "ulysses", whose ranks all attend from the first token to the last. Else a chunk
+    of the head and one of the tail: later tokens see more, and so each rank has the same to do.
+    """
+    if method == "ulysses":
+        return torch.arange(seq_len).chunk(size)[rank]
+    chunks = torch.arange(seq_len).chunk(2 * size)
+    return torch.cat((chunks[rank], chunks[2 * size - 1 - rank]))
+
+
+def check_cp(method: Method, device: torch.device, param_dtype: str) -> None:
+    """Raises ValueError where the device has no attention that gives its log-sum-exp."""
+    if method != "ulysses" and device.type == "cuda" and param_dtype == "float32":
+        raise ValueError(
+            f'parallel.cp_method "{method}" merges what torch\'s flash attention gives, which does '
+            'not take training.param_dtype "float32" on CUDA; use "bfloat16", or cp_method '
+            '"ulysses"'
+        )
+
+
+def apply_cp(model: Decoder, group: dist.ProcessGroup, method: Method) -> None:
+    """Replaces the inner attention of every block, in place, by one over the ranks of `group`."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.inner_attention = (
+                UlyssesAttention(module.inner_attention, group)
+                if method == "ulysses"
+                else ShardedAttention(method, group)
+            )
+
+
+def context_parallel(attention: Attention) -> tuple[Method, int] | None:
+    """Method and number of ranks over which a module attends, None for its own sequences only."""
+    inner = attention.inner_attention
+    if isinstance(inner, ShardedAttention | UlyssesAttention):
+        return inner.method, inner.degree
+    return None
+
+
+class ShardedAttention(nn.Module):
+    """Every rank attends for its own queries, to keys that others send."""
+
+    def __init__(self, method: Method, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.method = method
+        self.degree = group.size()
+        self.group_name = group.group_name
+
+    def forward(self, q_BNSH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor) -> Tensor:
+        out_BNSH: Tensor
+        out_BNSH, _ = sharded_attention(q_BNSH, k_BKSH, v_BKSH, self.method, self.group_name)
+        return out_BNSH
+
+
+class UlyssesAttention(nn.Module):
+    """Every rank attends for some of the heads, over the whole sequence (arXiv:2309.14509)."""
+
+    method: Method = "ulysses"
+
+    def __init__(self, inner_attention: nn.Module, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.inner_attention = inner_attention
+        self.degree = group.size()
+        self.group_name = group.group_name
+
+    def forward(self, q_BNSH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor) -> Tensor:
+        R = self.degree
+        # Key/value heads are repeated until each rank can have as many as another.
+        repeats = R // math.gcd(k_BKSH.shape[1], R)
+        if repeats > 1:
+            k_BKSH, v_BKSH = (t.repeat_interleave(repeats, dim=1) for t in (k_BKSH, v_BKSH))
+        # One exchange for all three: each rank's heads of q, k and v side by side.
+        parts = zip(*(tensor.chunk(R, dim=1) for tensor in (q_BNSH, k_BKSH, v_BKSH)), strict=True)
+        heads = self._exchange([torch.cat(part, dim=1) for part in parts])
+        sizes = [tensor.shape[1] // R for tensor in (q_BNSH, k_BKSH, v_BKSH)]
+        q, k, v = torch.cat(heads, dim=2).split(sizes, dim=1)
+        out = self.inner_attention(q, k, v)
+        return torch.cat(self._exchange(out.chunk(R, dim=2)), dim=1)
+
+    def _exchange(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Sends part i to rank i; returns what each rank sent here."""
+        sent = torch.stack(tuple(parts))
+        return all_to_all_single_autograd(sent, None, None, self.group_name).unbind()

@@ -1,0 +1,260 @@
+"""Causal attention over a sequence that the ranks of a group hold together, as one operator.
+
+Each rank holds two of 2R chunks, number r of the head and 2R - 1 - r of the tail, so that all
+compute the same amount. The keys of another rank are attended in one call without a mask: all
+queries of this rank see the head chunk of an earlier rank and nothing of its tail; of a later rank
+the queries of the tail chunk see everything, the others nothing (arXiv:2310.01889, 2310.03294).
+The calls' results are merged by their log-sum-exp, in float32. No S x S mask exists anywhere.
+
+An operator of torch.library, for the compiler to take it whole, and for activation checkpointing
+to keep its result without repeating the communication.
+
+Shape suffixes: R ranks, B batch, N query heads, K key/value heads, S this rank's tokens, T any
+number of them, H head dim; kv_2BKSH is keys and values stacked.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.utils.flop_counter import register_flop_formula
+
+from titan_lite.runtime.distributed import all_gather_single, reduce_scatter_single
+
+aten = torch.ops.aten
+
+# The queries that see something, the keys and values they see, and whether causally.
+Piece = tuple[slice, Tensor, bool]
+
+
+@torch.library.custom_op("titan_lite::sharded_attention", mutates_args=())
+def sharded_attention(
+    q_BNSH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, method: str, group_name: str
+) -> tuple[Tensor, Tensor]:
+    """This rank's rows of softmax(q k / sqrt(H)) v, and their log-sum-exp (B, N, S) in float32.
+
+    method "ring": keys and values travel around the group while those at hand are attended.
+    "all_gather": they are gathered at once, meanwhile this rank's own are attended.
+    """
+    group = _resolve_process_group(group_name)  # type: ignore[arg-type]
+    pieces = PIECES[method](torch.stack((k_BKSH, v_BKSH)), group)
+    # This rank's own keys come first, of which every query sees some.
+    _, kv_2BKTH, is_causal = next(pieces)
+    out_BNSH, lse_BNS = _attend(q_BNSH, kv_2BKTH, is_causal)
+    out_BNSH, lse_BNS = out_BNSH.float(), lse_BNS.contiguous()
+    for rows, kv_2BKTH, is_causal in pieces:
+        piece_out, piece_lse = _attend(q_BNSH[:, :, rows], kv_2BKTH, is_causal)
+        lse = lse_BNS[:, :, rows]
+        weight = torch.sigmoid(piece_lse - lse).unsqueeze(-1)
+        out_BNSH[:, :, rows].lerp_(piece_out.float(), weight)
+        lse.copy_(torch.logaddexp(lse, piece_lse))
+    return _token_major(out_BNSH, q_BNSH.dtype), lse_BNS
+
+
+@torch.library.custom_op("titan_lite::sharded_attention_backward", mutates_args=())
+def sharded_attention_backward(
+    grad_BNSH: Tensor,
+    q_BNSH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSH: Tensor,
+    out_BNSH: Tensor,
+    lse_BNS: Tensor,
+    method: str,
+    group_name: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, those of k and v summed over the ranks in float32.
+
+    Keys and values are sent once more: kept, they would be those of the whole sequence.
+    """
+    group = _resolve_process_group(group_name)  # type: ignore[arg-type]
+    kv_2BKSH = torch.stack((k_BKSH, v_BKSH))
+    grad_q_BNSH = torch.zeros_like(q_BNSH, dtype=torch.float32)
+
+    def grads_2BKTH() -> Iterator[Tensor]:
+        for rows, kv_2BKTH, is_causal in PIECES[method](kv_2BKSH, group):
+            grad_q, *grad_kv = _attend_backward(
+                grad_BNSH[:, :, rows],
+                q_BNSH[:, :, rows],
+                kv_2BKTH,
+                out_BNSH[:, :, rows],
+                # Some kernels take it to be contiguous.
+                lse_BNS[:, :, rows].contiguous(),
+                is_causal,
+            )
+            grad_q_BNSH[:, :, rows] += grad_q
+            yield torch.stack(grad_kv)
+
+    zeros_2BKSH = torch.zeros_like(kv_2BKSH, dtype=torch.float32)
+    grad_k_BKSH, grad_v_BKSH = SUMS[method](grads_2BKTH(), zeros_2BKSH, group)
+    return (
+        _token_major(grad_q_BNSH, q_BNSH.dtype),
+        _token_major(grad_k_BKSH, k_BKSH.dtype),
+        _token_major(grad_v_BKSH, v_BKSH.dtype),
+    )
+
+
+@sharded_attention.register_fake
+def _(q_BNSH: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    lse_BNS = q_BNSH.new_empty(q_BNSH.shape[:3], dtype=torch.float32)
+    return _token_major(q_BNSH, q_BNSH.dtype), lse_BNS
+
+
+@sharded_attention_backward.register_fake
+def _(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(_token_major(tensor, tensor.dtype) for tensor in inputs[:3])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *qkv, ctx.method, ctx.group_name = inputs
+    ctx.save_for_backward(*qkv, *output)
+
+
+def _backward(ctx: Any, grad_BNSH: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    grads = sharded_attention_backward(grad_BNSH, *ctx.saved_tensors, ctx.method, ctx.group_name)
+    return *grads, None, None
+
+
+sharded_attention.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.titan_lite.sharded_attention)
+def _flops(q: list[int], k: list[int], _v: Any, _method: str, group_name: str, **_: Any) -> int:
+    """Two matrix products with the whole sequence's keys, as torch counts: the mask saves none."""
+    group = _resolve_process_group(group_name)  # type: ignore[arg-type]
+    return 4 * math.prod(q) * k[2] * group.size()
+
+
+@register_flop_formula(torch.ops.titan_lite.sharded_attention_backward)
+def _backward_flops(_grad: Any, q: list[int], k: list[int], v: Any, *args: Any, **_: Any) -> int:
+    """Five matrix products where the forward has two."""
+    return _flops(q, k, v, *args[-2:]) * 5 // 2
+
+
+def _ring(kv_2BKSH: Tensor, group: dist.ProcessGroup) -> Iterator[Piece]:
+    """The ranks' keys and values as they come by, sent on before they are attended."""
+    rank, size = group.rank(), group.size()
+    S = kv_2BKSH.shape[-2]
+    for step in range(size):
+        if step < size - 1:
+            receive = _pass_on(kv_2BKSH, group)
+        source = (rank - step) % size
+        if source == rank:
+            # The head chunk is before the tail chunk here, too.
+            yield slice(None), kv_2BKSH, True
+        elif source < rank:
+            yield slice(None), kv_2BKSH[..., : S // 2, :], False
+        else:
+            yield slice(S // 2, None), kv_2BKSH, False
+        if step < size - 1:
+            kv_2BKSH = receive()
+
+
+def _sum_along_ring(
+    grads_2BKTH: Iterator[Tensor], sum_2BKSH: Tensor, group: dist.ProcessGroup
+) -> Tensor:
+    """The sums follow their keys, one step behind, and a last step brings them home."""
+    receive = None
+    for grad_2BKTH in grads_2BKTH:
+        if receive is not None:
+            sum_2BKSH = receive()
+        sum_2BKSH[..., : grad_2BKTH.shape[-2], :] += grad_2BKTH
+        receive = _pass_on(sum_2BKSH, group)
+    assert receive is not None
+    return receive()
+
+
+def _pass_on(tensor: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """Starts sending to the next rank of the ring; returns what waits for the previous one's."""
+    rank, size = group.rank(), group.size()
+    received = torch.empty_like(tensor)
+    works = dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, tensor, group=group, group_peer=(rank + 1) % size),
+            dist.P2POp(dist.irecv, received, group=group, group_peer=(rank - 1) % size),
+        ]
+    )
+
+    def wait() -> Tensor:
+        for work in works:
+            work.wait()
+        return received
+
+    return wait
+
+
+def _gathered(kv_2BKSH: Tensor, group: dist.ProcessGroup) -> Iterator[Piece]:
+    """This rank's own, then all earlier ranks' heads at once, then all of the later ranks'."""
+    kv_R2BKSH = kv_2BKSH.new_empty(group.size(), *kv_2BKSH.shape)
+    work = all_gather_single(kv_R2BKSH.flatten(0, 1), kv_2BKSH, group=group, async_op=True)
+    yield slice(None), kv_2BKSH, True
+    work.wait()
+    for rows, others in _others(kv_R2BKSH, group.rank()):
+        yield rows, others.movedim(0, -3).flatten(-3, -2), False
+
+
+def _sum_scattered(
+    grads_2BKTH: Iterator[Tensor], sum_2BKSH: Tensor, group: dist.ProcessGroup
+) -> Tensor:
+    sums_R2BKSH = sum_2BKSH.new_zeros(group.size(), *sum_2BKSH.shape)
+    sums_R2BKSH[group.rank()] = next(grads_2BKTH)
+    for (_, others), grad_2BKTH in zip(
+        _others(sums_R2BKSH, group.rank()), grads_2BKTH, strict=True
+    ):
+        others.copy_(grad_2BKTH.unflatten(-2, (len(others), -1)).movedim(-3, 0))
+    reduce_scatter_single(sum_2BKSH, sums_R2BKSH.flatten(0, 1), group=group)
+    return sum_2BKSH
+
+
+def _others(shards_R2BKSH: Tensor, rank: int) -> list[tuple[slice, Tensor]]:
+    """Views of what other ranks hold and this one's queries (the rows) see, none of them empty."""
+    half = shards_R2BKSH.shape[-2] // 2
+    views = (
+        (slice(None), shards_R2BKSH[:rank, ..., :half, :]),
+        (slice(half, None), shards_R2BKSH[rank + 1 :]),
+    )
+    return [(rows, view) for rows, view in views if len(view) > 0]
+
+
+PIECES = {"ring": _ring, "all_gather": _gathered}
+SUMS = {"ring": _sum_along_ring, "all_gather": _sum_scattered}
+
+
+def _attend(q_BNSH: Tensor, kv_2BKTH: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+    k_BKTH, v_BKTH = kv_2BKTH
+    flash = aten._scaled_dot_product_flash_attention
+    if q_BNSH.device.type == "cpu":
+        flash = aten._scaled_dot_product_flash_attention_for_cpu
+    out_BNSH, lse_BNS, *_ = flash(q_BNSH, k_BKTH, v_BKTH, is_causal=is_causal)
+    return out_BNSH, lse_BNS
+
+
+def _attend_backward(
+    grad_BNSH: Tensor,
+    q_BNSH: Tensor,
+    kv_2BKTH: Tensor,
+    out_BNSH: Tensor,
+    lse_BNS: Tensor,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With the output and log-sum-exp over all keys, the gradients of a piece are those of it."""
+    k_BKTH, v_BKTH = kv_2BKTH
+    saved = (grad_BNSH, q_BNSH, k_BKTH, v_BKTH, out_BNSH, lse_BNS)
+    if q_BNSH.device.type == "cpu":
+        backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return backward(*saved, 0.0, is_causal)
+    # No sequences of unequal length, and a random state that no dropout reads.
+    lengths = (None, None, q_BNSH.shape[2], k_BKTH.shape[2])
+    state = [q_BNSH.new_empty(size, dtype=torch.uint64) for size in ((2,), ())]
+    backward = aten._scaled_dot_product_flash_attention_backward
+    return backward(*saved, *lengths, 0.0, is_causal, *state)
+
+
+def _token_major(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy (B, heads, S, H), its memory laid out (B, S, heads, H) as the projections work."""
+    by_token = tensor.transpose(1, 2)
+    copy = torch.empty(by_token.shape, dtype=dtype, device=tensor.device)
+    return copy.copy_(by_token).transpose(1, 2)
