@@ -55,6 +55,17 @@ def test_a_batch_without_valid_tokens_has_loss_and_gradients_of_zero() -> None:
     assert not hidden.grad.any()
 
 
+def test_gradients_can_be_asked_for_one_after_the_other() -> None:
+    hidden, weight, labels = _inputs()
+    loss = cross_entropy_sum(hidden, weight, labels, num_chunks=4, vocab_size=len(weight)) / 3
+    (grad_hidden,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    (grad_weight,) = torch.autograd.grad(loss, weight)
+    again = cross_entropy_sum(hidden, weight, labels, num_chunks=4, vocab_size=len(weight)) / 3
+    torch.testing.assert_close(
+        (grad_hidden, grad_weight), torch.autograd.grad(again, (hidden, weight))
+    )
+
+
 def test_a_factor_scales_the_loss_and_reaches_gradients_before_they_are_rounded() -> None:
     # float16 has nothing between 0 and 6e-8: probabilities of 1 / 50 times 1e-7 would be lost.
     hidden, weight, labels = _inputs(torch.float16)

@@ -119,14 +119,20 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             dist.all_reduce(loss, group=group)
         if need_grad:
             ctx.save_for_backward(grad_hidden_ND, grad_weight_VD.to(dtype))
+            ctx.is_scaled = False
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
-        # In place: these two are the largest gradients of the model, and used once.
-        return grad_hidden_ND.mul_(grad_loss), grad_weight_VD.mul_(grad_loss), *(None,) * 8
+        grads = ctx.saved_tensors
+        # In place, since these are the largest gradients of the model. Once: pipeline schedules
+        # ask for the gradient of hidden first, and for the weight's in a second backward.
+        if not ctx.is_scaled:
+            for grad in grads:
+                grad.data.mul_(grad_loss)  # Not seen by autograd, which would refuse the second.
+            ctx.is_scaled = True
+        return *grads, *(None,) * 8
 
 
 def _to_gradient(

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from titan_lite.metrics.sinks import open_sinks
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.rules import Plan
 from titan_lite.nn.build import build
+from titan_lite.nn.decoder import Decoder
 from titan_lite.optim.loss_scaler import LossScaler
 from titan_lite.optim.optimizer import build_optimizer, set_lr
 from titan_lite.optim.schedule import lr_factor
@@ -34,6 +36,16 @@ from titan_lite.parallel.gradients import clip_grad_norm
 from titan_lite.parallel.init_weights import init_weights
 from titan_lite.parallel.mesh import build_meshes
 from titan_lite.parallel.parallelize import parallelize
+from titan_lite.parallel.pipeline import (
+    Pipeline,
+    Stage,
+    describe,
+    join,
+    keep,
+    local_stages,
+    split,
+)
+from titan_lite.parallel.report import together
 from titan_lite.planner.counts import FORMULA, FlopsPerToken, flops_per_token
 from titan_lite.preflight import blaming, checkpoint_folder, preflight
 from titan_lite.runtime.distributed import Process, set_timeout, start_process_group
@@ -61,10 +73,17 @@ class Trainer:
         with torch.device("meta"):
             args = dataclasses.replace(plan.args, vocab_multiple=self.dims.tp)
             self.model = build(plan.family, args)
+        self.stages = self._split(loaded, plan.args)
+        self.num_params = sum(stage.parameters for stage in self.stages)
+        self.flops = self._count_flops(plan.args)
         self._check_device(loaded, plan)
         self.global_batch_size = training.global_batch_size
         if self.global_batch_size == -1:
             self.global_batch_size = training.local_batch_size * self.dims.batch
+        self.micro_steps = self.global_batch_size // (training.local_batch_size * self.dims.batch)
+        self.num_micro_batches = self.micro_steps
+        if config.parallel.pp_micro_batches != -1:
+            self.num_micro_batches = config.parallel.pp_micro_batches
         self._open_data(loaded)
         resume_step = self.state.step
 
@@ -75,19 +94,32 @@ class Trainer:
         meshes = build_meshes(self.dims, self.process.device.type)
         # The meshes' groups do not inherit the timeout of the first one.
         set_timeout(config.comm.init_timeout_seconds)
-        self.loss_group = meshes.loss
+        self.loss_group, self.pp_group = meshes.loss, meshes.pp
         self.positions = self._local_positions()
 
-        self.applied = parallelize(
-            self.model,
-            meshes,
-            plan.family.tp_plan,
-            parallel=config.parallel,
-            training=training,
-            activation_checkpoint=config.activation_checkpoint,
-            compile=config.compile,
-            float8=config.float8,
+        local = self._local_stages(plan, args)
+        self.applied = together(
+            [
+                parallelize(
+                    stage,
+                    meshes,
+                    plan.family.tp_plan,
+                    parallel=config.parallel,
+                    training=training,
+                    activation_checkpoint=config.activation_checkpoint,
+                    compile=config.compile,
+                    float8=config.float8,
+                )
+                for stage in local.values()
+            ]
         )
+        if len(self.stages) > 1:
+            words = describe(self.stages, config.parallel.pp_schedule)
+            self.applied = dataclasses.replace(self.applied, pipeline=words)
+        self.pipeline = None
+        if meshes.pp is not None:
+            self.pipeline = self._build_pipeline(local, args, meshes.pp)
+            join(self.model, list(local.values()))
         self.compilations = Compilations() if config.compile.enable else None
         init_weights(
             self.model,
@@ -118,7 +150,65 @@ class Trainer:
             with blaming("job.dump_folder", loaded):
                 open_run_folder(self.run_folder, resume_step=resume_step)
             self.checkpoints.leave_later_branch(resume_step)
-        self.meter = self._build_meter(plan.args)
+        self.meter = self._build_meter()
+
+    def _split(self, loaded: LoadedConfig, args: DecoderArgs) -> list[Stage]:
+        """The pipeline stages of the whole model."""
+        parallel, seq_len = self.config.parallel, self.config.training.seq_len
+        key = "pp_stage_modules" if parallel.pp_split == "explicit" else "pp"
+        with blaming(f"parallel.{key}", loaded):
+            return split(
+                self.model,
+                parallel,
+                attention_flops=12 * args.num_heads * args.head_dim * seq_len,
+            )
+
+    def _count_flops(self, args: DecoderArgs) -> FlopsPerToken:
+        """Of the whole model, before any part of it is dropped."""
+        section = self.config.activation_checkpoint
+        assert self.model.tok_embeddings is not None
+        recomputed = [section.layers(stage.blocks) for stage in self.stages]
+        return flops_per_token(
+            num_params_non_embedding=self.num_params - self.model.tok_embeddings.weight.numel(),
+            num_block_params=sum(p.numel() for p in self.model.layers.parameters()),
+            num_last_matmul_params=args.num_layers * args.dim * args.ffn_dim,
+            num_layers=args.num_layers,
+            attention_dim=args.num_heads * args.head_dim,
+            seq_len=self.config.training.seq_len,
+            num_recomputed_layers=(
+                0 if section.mode == "selective_op" else sum(map(len, recomputed))
+            ),
+        )
+
+    def _local_stages(self, plan: Plan, args: DecoderArgs) -> dict[int, Decoder]:
+        """This rank's pipeline stages by their number, on the meta device."""
+        parallel = self.config.parallel
+        if parallel.pp == 1:
+            return {0: self.model}
+        place = self.dims.coordinates(self.process.rank)
+        with torch.device("meta"):
+            return {
+                number: keep(build(plan.family, args), self.stages[number].modules)
+                for number in local_stages(parallel, place["pp"])
+            }
+
+    def _build_pipeline(
+        self, local: dict[int, Decoder], args: DecoderArgs, group: dist.ProcessGroup
+    ) -> Pipeline:
+        parallel, training = self.config.parallel, self.config.training
+        tokens = training.seq_len // parallel.cp
+        split_over = parallel.tp if parallel.sequence_parallel else 1
+        dtype = "float32" if args.fp32_residual else training.param_dtype
+        return Pipeline(
+            local,
+            parallel,
+            num_micro_batches=self.num_micro_batches,
+            tokens_shape=(training.local_batch_size, tokens),
+            hidden_shape=(training.local_batch_size, tokens // split_over, args.dim),
+            hidden_dtype=getattr(torch, dtype),
+            device=self.process.device,
+            group=group,
+        )
 
     def _check_device(self, loaded: LoadedConfig, plan: Plan) -> None:
         """ConfigError for what this device, or float8 with this model, cannot do."""
@@ -215,9 +305,8 @@ class Trainer:
     def train_step(self, step: int) -> Record | None:
         """One optimizer step over the global batch; collective. Returns its record if logged."""
         training, device = self.config.training, self.process.device
-        micro_steps = self.global_batch_size // (training.local_batch_size * self.dims.batch)
         with self.meter.waiting_for_data():
-            micro_batches = [self._local(next(self.batches)) for _ in range(micro_steps)]
+            micro_batches = [self._local(next(self.batches)) for _ in range(self.micro_steps)]
 
         # Every token of the global batch weighs the same, wherever it is: the sum over
         # micro-batches and ranks is divided by the valid tokens of all of them.
@@ -228,29 +317,18 @@ class Trainer:
         factor = num_valid.reciprocal()
         if self.loss_scaler is not None:
             factor *= self.loss_scaler.scale
-        loss = torch.zeros((), device=device)
-        positions = None if self.positions is None else self.positions.to(device)
-        for number, micro_batch in enumerate(micro_batches, start=1):
-            set_gradient_sync(self.model, self.config.parallel, last=number == micro_steps)
-            inputs, labels = (_to_device(tensor, device) for tensor in micro_batch)
-            head_loss = partial(
-                cross_entropy_sum,
-                labels=labels,
-                num_chunks=training.loss_chunks,
-                vocab_size=self.vocab_size,
-                factor=factor,
-                loss_parallel=self.config.parallel.loss_parallel,
-                compile=self.config.compile.covers("loss"),
-            )
-            share = self.model(inputs, head_loss=head_loss, positions_S=positions)
-            share.backward()
-            loss += share.detach()
+        loss = self._forward_backward(micro_batches, factor)
 
         loss_scale = None
         if self.loss_scaler is not None:
             loss_scale = self.loss_scaler.scale
             loss /= loss_scale
-        grad_norm = clip_grad_norm(self.model.parameters(), training.max_norm, loss_scale)
+        grad_norm = clip_grad_norm(
+            self.model.parameters(),
+            training.max_norm,
+            loss_scale=loss_scale,
+            pp_group=self.pp_group,
+        )
         lr = self.config.optimizer.lr * lr_factor(step, self.config.lr_scheduler, training.steps)
         set_lr(self.optimizer, lr)
         if self.loss_scaler is None:
@@ -277,6 +355,9 @@ class Trainer:
         if not self.meter.should_log(step):
             return None
         dist.all_reduce(loss, group=self.loss_group)
+        if self.pp_group is not None:
+            # Only ranks that have the last stage know a part of it.
+            dist.all_reduce(loss, group=self.pp_group)
         return self.meter.log(
             step,
             loss=loss,
@@ -285,6 +366,38 @@ class Trainer:
             tokens_seen=self.state.tokens,
             extra=None if self.loss_scaler is None else self.loss_scaler.metrics(),
         )
+
+    def _forward_backward(
+        self, micro_batches: Sequence[tuple[Tensor, Tensor]], factor: Tensor
+    ) -> Tensor:
+        """Adds up the gradients of all micro-batches; returns this rank's part of the loss."""
+        config, device = self.config, self.process.device
+        positions = None if self.positions is None else self.positions.to(device)
+        calls = []
+        for micro_batch in micro_batches:
+            inputs, labels = (_to_device(tensor, device) for tensor in micro_batch)
+            head_loss = partial(
+                cross_entropy_sum,
+                labels=labels,
+                num_chunks=config.training.loss_chunks,
+                vocab_size=self.vocab_size,
+                factor=factor,
+                loss_parallel=config.parallel.loss_parallel,
+                compile=config.compile.covers("loss"),
+            )
+            calls.append((inputs, {"head_loss": head_loss, "positions_S": positions}))
+        loss = torch.zeros((), device=device)
+        if self.pipeline is not None:
+            for first in range(0, len(calls), self.num_micro_batches):
+                for share in self.pipeline.step(calls[first : first + self.num_micro_batches]):
+                    loss += share
+            return loss
+        for number, (inputs, kwargs) in enumerate(calls, start=1):
+            set_gradient_sync(self.model, config.parallel, last=number == len(calls))
+            share = self.model(inputs, **kwargs)
+            share.backward()
+            loss += share.detach()
+        return loss
 
     def _local(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Inputs and labels of this rank's part of each sequence."""
@@ -317,19 +430,8 @@ class Trainer:
         folder = self.checkpoints.save(self.state)
         logger.info("Checkpoint written to %s", folder)
 
-    def _build_meter(self, args: DecoderArgs) -> Meter:
+    def _build_meter(self) -> Meter:
         config, device = self.config, self.process.device
-        num_params = sum(p.numel() for p in self.model.parameters())
-        assert self.model.tok_embeddings is not None
-        flops = flops_per_token(
-            num_params_non_embedding=num_params - self.model.tok_embeddings.weight.numel(),
-            num_block_params=sum(p.numel() for p in self.model.layers.parameters()),
-            num_last_matmul_params=args.num_layers * args.dim * args.ffn_dim,
-            num_layers=args.num_layers,
-            attention_dim=args.num_heads * args.head_dim,
-            seq_len=config.training.seq_len,
-            num_recomputed_layers=self.applied.count("checkpointed"),
-        )
         if config.activation_checkpoint.mode in ("selective_op", "memory_budget"):
             logger.info("HFU is not measured: only torch knows what it recomputes in this mode")
         peak = find_peak(config.metrics, device, getattr(torch, config.training.param_dtype))
@@ -341,13 +443,13 @@ class Trainer:
                 num_steps=config.training.steps,
                 start_step=self.state.step,
             )
-            self._write_run_file(num_params, flops, peak)
+            self._write_run_file(peak)
         logger.info(
             "%s%s %s: %s parameters on %d x %s. Applied:\n%s",
             f"{config.job.description}. " if config.job.description else "",
             config.model.name,
             config.model.flavor,
-            f"{num_params:,}",
+            f"{self.num_params:,}",
             self.dims.world_size,
             device_name(device),
             self.applied,
@@ -355,7 +457,7 @@ class Trainer:
         return Meter(
             section=config.metrics,
             sinks=sinks,
-            flops=flops,
+            flops=self.flops,
             peak=peak,
             device=device,
             num_devices=self.dims.world_size,
@@ -364,15 +466,16 @@ class Trainer:
             all_reduce=_all_reduce,
         )
 
-    def _write_run_file(self, num_params: int, flops: FlopsPerToken, peak: Peak) -> None:
+    def _write_run_file(self, peak: Peak) -> None:
         write_run_file(
             self.run_folder,
             {
                 "device": device_name(self.process.device),
                 "mesh": dataclasses.asdict(self.dims),
                 "applied": dataclasses.asdict(self.applied),
-                "parameters": num_params,
-                "flops_per_token": dataclasses.asdict(flops) | {"formula": FORMULA},
+                "parameters": self.num_params,
+                "stages": [dataclasses.asdict(stage) for stage in self.stages],
+                "flops_per_token": dataclasses.asdict(self.flops) | {"formula": FORMULA},
                 "peak": dataclasses.asdict(peak),
                 "resumed_from_step": self.state.step,
                 "config": self.config.model_dump(),

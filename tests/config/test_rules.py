@@ -11,6 +11,8 @@ from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import ConfigError, Problem, load_config, read_config
 from titan_lite.config.render import to_toml
 
+PP2 = ("parallel.pp=2", "training.global_batch_size=8")
+
 
 @pytest.fixture(autouse=True)
 def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +39,53 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             "parallel.reshard_after_forward",
             "2: FSDP2 does not regroup parameters that parallel.tp (2) has split",
         ),
-        (["parallel.pp=4"], 4, "parallel.pp", "4: pipeline parallel is not available in this ver"),
+        (
+            ["parallel.pp=4", "training.global_batch_size=3"],
+            4,
+            "training.global_batch_size",
+            '"1F1B" on 4 ranks runs at least 4 micro-batches, and a step has 3 (3 samples / '
+            "(local_batch_size (1) x data-parallel degree (1))); a smaller local_batch_size or a",
+        ),
+        (
+            [*PP2, 'parallel.pp_schedule="Interleaved1F1B"', "parallel.pp_micro_batches=1"],
+            2,
+            "training.global_batch_size",
+            '"Interleaved1F1B" on 2 ranks runs a multiple of 2 micro-batches, and a pass has 1',
+        ),
+        (
+            [*PP2, "parallel.pp_schedule=DualPipeV", "parallel.pp_micro_batches=2"],
+            2,
+            "training.global_batch_size",
+            '"DualPipeV" on 2 ranks runs at least 4 micro-batches, and a pass has 2',
+        ),
+        (
+            [*PP2, "parallel.pp_micro_batches=3"],
+            2,
+            "parallel.pp_micro_batches",
+            "3 does not divide the 8 micro-batches of a step (8 samples",
+        ),
+        (
+            [*PP2, "parallel.pp_schedule=ZBVZeroBubble", "compile.enable=true"],
+            2,
+            "parallel.pp_schedule",
+            "the gradients of inputs and of weights apart, which torch does not do for compiled",
+        ),
+        (
+            [
+                *PP2,
+                "parallel.pp_schedule=InterleavedZeroBubble",
+                "activation_checkpoint.mode=selective_op",
+            ],
+            2,
+            "parallel.pp_schedule",
+            'recomputes a "selective_op" block only once; use activation_checkpoint.mode = "full"',
+        ),
+        (
+            [*PP2, "parallel.pp_split=explicit", 'parallel.pp_stage_modules=[["layers.0"], []]'],
+            2,
+            "parallel.pp_stage_modules",
+            '2 stages, of at least one module each, where "1F1B" on 2 ranks has 2',
+        ),
         (
             ["parallel.dp_shard=4", "parallel.dp_replicate=2"],
             6,
@@ -275,6 +323,9 @@ def test_what_can_work_gives_the_degrees() -> None:
         (["parallel.loss_parallel=false"], 2, "cannot act: parallel.tp is 1"),
         (["parallel.sequence_parallel=false"], 2, "cannot act: parallel.tp is 1"),
         (['compile.components=["loss"]'], 1, "cannot act: compile.enable is false"),
+        (["parallel.pp_split=uniform"], 1, "parallel.pp_split (command line) cannot act: paral"),
+        ([*PP2, "parallel.pp_stages_per_rank=3"], 2, 'act: parallel.pp_schedule is "1F1B"'),
+        ([*PP2, 'parallel.pp_stage_modules=[["a"]]'], 2, 'act: parallel.pp_split is "time"'),
         (["parallel.cp_method=ulysses"], 1, "parallel.cp_method (command line) cannot act: paral"),
         (["data.shuffle=false", "data.shuffle_buffer=500"], 1, "cannot act: data.shuffle is false"),
         (["data.dataset_path=.", "data.dataset=c4"], 1, "data.dataset (command line) cannot act"),

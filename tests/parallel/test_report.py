@@ -119,6 +119,7 @@ def test_everything_is_counted_on_the_modules_of_a_run(
         "  float8            10 linears, 0 of them gathered in it",
         "  checkpointed      1 of 2 blocks",
         "  compiled          0 of 2 blocks",
+        "  pipeline          1 stage",
     ]
     modules = json.loads((tmp_path / "run.json").read_text())["applied"]["modules"]
     assert modules["checkpointed"] == ["layers.0"]

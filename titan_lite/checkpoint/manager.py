@@ -11,12 +11,19 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 
 from titan_lite.checkpoint.state import RUN_STATE_FILE, RunState, retire_later_steps, saved_steps
 from titan_lite.config.schema import Checkpoint
 
 logger = logging.getLogger(__name__)
+
+# Optimizer state under the parameter's name alone: ranks of other pipeline stages have others.
+BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 class CheckpointManager:
@@ -88,6 +95,7 @@ class CheckpointManager:
             self.optimizer,
             model_state_dict=tensors["model"],
             optim_state_dict=tensors["optimizer"],
+            options=BY_NAME,
         )
         if has_rng:
             torch.set_rng_state(tensors[rng_key]["cpu"])
@@ -107,7 +115,7 @@ class CheckpointManager:
             )
 
     def _tensors(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.model, self.optimizer)
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=BY_NAME)
         generators = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             generators["cuda"] = torch.cuda.get_rng_state(self.device)

@@ -185,6 +185,28 @@ class Parallel(Section):
     """Tensor-parallel degree."""
     pp: Positive = 1
     """Pipeline-parallel degree."""
+    pp_schedule: Literal[
+        "GPipe",
+        "1F1B",
+        "Interleaved1F1B",
+        "LoopedBFS",
+        "InterleavedZeroBubble",
+        "ZBVZeroBubble",
+        "DualPipeV",
+    ] = "1F1B"
+    """Order in which a rank works on its micro-batches, as torch.distributed.pipelining names it. A
+    micro-batch is local_batch_size samples."""
+    pp_stages_per_rank: Annotated[int, Field(ge=2)] = 2
+    """Stages that each rank has in turn under Interleaved1F1B, LoopedBFS and InterleavedZeroBubble;
+    the others have one, or two in a V."""
+    pp_micro_batches: Positive | Literal[-1] = -1
+    """Micro-batches that are in the pipeline at once, before gradients are reduced; -1: all of an
+    optimizer step. Fewer take several passes, and less memory under GPipe."""
+    pp_split: Literal["uniform", "parameters", "time", "explicit"] = "time"
+    """How blocks are dealt to stages: equal numbers of blocks, of parameters (embedding and head
+    included), of FLOPs (head included), or as `pp_stage_modules` says."""
+    pp_stage_modules: list[list[str]] = []
+    """Modules of each stage for pp_split = "explicit", as [["tok_embeddings", "layers.0"], ...]."""
     sequence_parallel: bool = True
     """Under tensor parallel, split activations between blocks over the sequence."""
     loss_parallel: bool = True
@@ -202,6 +224,28 @@ class Parallel(Section):
     whole on each rank until then (ZeRO-1's communication, at 4 bytes per parameter)."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in host memory, moved to the device on use."""
+
+    @property
+    def stages_per_rank(self) -> int:
+        """Pipeline stages of each rank under the schedule."""
+        if self.pp_schedule in ("GPipe", "1F1B"):
+            return 1
+        return 2 if self.is_v_schedule else self.pp_stages_per_rank
+
+    @property
+    def is_v_schedule(self) -> bool:
+        """Whether the first rank has the first and the last stage, and so on inwards."""
+        return self.pp_schedule in ("ZBVZeroBubble", "DualPipeV")
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether the gradients of a stage's inputs are computed before those of its weights."""
+        return self.pp_schedule in ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages of all ranks, 1 without pipeline parallel."""
+        return self.pp * self.stages_per_rank if self.pp > 1 else 1
 
 
 class ActivationCheckpoint(Section):

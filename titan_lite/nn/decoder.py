@@ -71,4 +71,7 @@ class Decoder(nn.Module):
 
     def init_buffers(self, device: torch.device | str) -> None:
         """Computes the buffers anew on `device`, as is needed after a meta build."""
-        self.rope.init_buffers(device)
+        for module in self.modules():
+            # Several where this model was joined from pipeline stages.
+            if isinstance(module, RotaryEmbedding):
+                module.init_buffers(device)

@@ -16,23 +16,28 @@ CPU_CHUNK = 65_536
 
 @torch.no_grad()
 def clip_grad_norm(
-    parameters: Iterable[nn.Parameter], max_norm: float, loss_scale: Tensor | None = None
+    parameters: Iterable[nn.Parameter],
+    max_norm: float,
+    *,
+    loss_scale: Tensor | None = None,
+    pp_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Returns the 2-norm of the gradient over all ranks, and clips to max_norm unless that is 0.
 
     loss_scale: what the gradients are too large by; they are divided by it first.
+    pp_group: the ranks that have the other pipeline stages' parameters.
     """
     parameters = [p for p in parameters if p.grad is not None]
     grads = [p.grad for p in parameters if p.grad is not None]
     if loss_scale is not None:
         torch._foreach_div_(grads, loss_scale)
-    norm = global_norm(grads)
+    norm = global_norm(grads, pp_group)
     if max_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 
-def global_norm(grads: Sequence[Tensor]) -> Tensor:
+def global_norm(grads: Sequence[Tensor], pp_group: dist.ProcessGroup | None = None) -> Tensor:
     """2-norm of all gradients together, each element counted once whatever its placements.
 
     One all-reduce of a scalar per distinct (mesh, placements) and sharded axis.
@@ -55,7 +60,10 @@ def global_norm(grads: Sequence[Tensor]) -> Tensor:
                 if not placement.is_replicate():
                     dist.all_reduce(square, group=mesh.get_group(axis))
         squares.append(square)
-    return torch.stack(squares).sum().sqrt()
+    total = torch.stack(squares).sum()
+    if pp_group is not None:
+        dist.all_reduce(total, group=pp_group)
+    return total.sqrt()
 
 
 def _chunks(tensor: Tensor) -> Sequence[Tensor]:

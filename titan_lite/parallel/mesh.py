@@ -16,6 +16,7 @@ class Meshes:
     fsdp: the part of it that FSDP2 takes: (fsdp), or (dp_replicate, fsdp) for HSDP.
     loss: the ranks whose token sums add up to the global batch's (dp_replicate x dp_shard x cp).
     cp: the ranks that hold one sequence together, None where each holds its own.
+    pp: the ranks whose stages make one model, None where each has all of it.
     """
 
     model: DeviceMesh
@@ -23,6 +24,7 @@ class Meshes:
     tp: DeviceMesh
     loss: dist.ProcessGroup | None
     cp: dist.ProcessGroup | None
+    pp: dist.ProcessGroup | None
 
 
 def build_meshes(dims: ParallelDims, device_type: str) -> Meshes:
@@ -46,4 +48,5 @@ def build_meshes(dims: ParallelDims, device_type: str) -> Meshes:
             (dims.pp * dims.batch, dims.cp, dims.tp),
             mesh_dim_names=("pp_batch", "cp", "tp"),
         ).get_group("cp")
-    return Meshes(model=model, fsdp=fsdp, tp=model["tp"], loss=loss, cp=cp)
+    pp = model.get_group("pp") if dims.pp > 1 else None
+    return Meshes(model=model, fsdp=fsdp, tp=model["tp"], loss=loss, cp=cp, pp=pp)

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from torch import nn
@@ -37,6 +37,7 @@ class Applied:
     sharded_parameters: those of which a rank holds a part; whole_parameters: the others.
     precision: what is computed in, and gradients reduced in.
     activation_memory_budget: the compiler's, 1.0 where it has none to keep.
+    pipeline: the stages of all ranks, in words; all else is counted on this rank's.
     compiled_graphs and the fused operations of async tensor parallel in them: known only after
     the first step.
     """
@@ -52,6 +53,7 @@ class Applied:
     saved_ops: tuple[str, ...]
     activation_memory_budget: float
     compiled_loss: bool
+    pipeline: str = ""
     compiled_graphs: int | None = None
     fused_all_gather_matmuls: int | None = None
     fused_matmul_reduce_scatters: int | None = None
@@ -116,8 +118,12 @@ class Applied:
             ),
             "checkpointed": self._checkpointed(),
             "compiled": self._compiled(),
+            "pipeline": self.pipeline or "1 stage",
         }
-        return "\n".join(f"  {name:<16}  {text}" for name, text in lines.items())
+        indent = "\n" + " " * 20
+        return "\n".join(
+            f"  {name:<16}  {text.replace(chr(10), indent)}" for name, text in lines.items()
+        )
 
     def _tensor_parallel(self) -> str:
         roles = [f"{self.count(role)} {role}" for role in get_args(Role) if self.count(role)]
@@ -141,6 +147,22 @@ class Applied:
     def _compiled(self) -> str:
         loss = " and the loss" if self.compiled_loss else ""
         return f"{self.count('compiled')} of {self.blocks} blocks{loss}"
+
+
+def together(stages: Sequence[Applied]) -> Applied:
+    """What was applied to all pipeline stages of this rank."""
+    modules: dict[str, list[str]] = defaultdict(list)
+    for stage in stages:
+        for feature, names in stage.modules.items():
+            modules[feature] += names
+    return replace(
+        stages[0],
+        blocks=sum(stage.blocks for stage in stages),
+        modules=dict(modules),
+        sharded_parameters=sum(stage.sharded_parameters for stage in stages),
+        whole_parameters=sum(stage.whole_parameters for stage in stages),
+        saved_ops=max(stage.saved_ops for stage in stages),
+    )
 
 
 def asked_modules(

@@ -1,0 +1,232 @@
+"""Pipeline parallelism: stages of consecutive blocks, run by the schedules of torch.
+
+The only file that knows torch.distributed.pipelining's private names.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import get_schedule_class
+
+from titan_lite.config.schema import Parallel
+from titan_lite.nn.decoder import Decoder
+
+ENDS = ("tok_embeddings", "norm", "output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of a pipeline: what it holds and what that costs.
+
+    modules: names of the model's children and blocks. flops: of forward and backward, per token.
+    """
+
+    modules: tuple[str, ...]
+    parameters: int
+    flops: int
+
+    @property
+    def blocks(self) -> int:
+        """Number of transformer blocks."""
+        return sum(name.startswith("layers.") for name in self.modules)
+
+
+def split(model: Decoder, parallel: Parallel, attention_flops: int) -> list[Stage]:
+    """The stages of the whole model, first to last; a list of one without pipeline parallel.
+
+    attention_flops: of one block's products between tokens, per token, which have no parameters.
+    Raises ValueError where there are fewer blocks than stages, or `pp_stage_modules` does not name
+    every module once, in order.
+    """
+    first = ("tok_embeddings",) if model.tok_embeddings is not None else ()
+    last = tuple(name for name in ("norm", "output") if getattr(model, name) is not None)
+    blocks = [f"layers.{name}" for name in model.layers]
+    parameters = {
+        name: sum(p.numel() for p in model.get_submodule(name).parameters())
+        for name in (*first, *blocks, *last)
+    }
+    # A lookup multiplies nothing.
+    flops = {name: 6 * size for name, size in parameters.items() if name not in first}
+    for name in blocks:
+        flops[name] += attention_flops
+    num_stages = parallel.num_stages
+    if parallel.pp_split == "explicit":
+        stages = [tuple(names) for names in parallel.pp_stage_modules]
+        if list(itertools.chain(*stages)) != list(parameters):
+            raise ValueError(
+                f"must name each of these once, in this order: {', '.join(parameters)}"
+            )
+    elif len(blocks) < num_stages:
+        raise ValueError(
+            f"{parallel.pp} ranks with {parallel.stages_per_rank} stages each are too many for the "
+            f"model's {len(blocks)} blocks"
+        )
+    else:
+        # Embedding and head go with the blocks beside them.
+        groups = [[name] for name in blocks]
+        groups[0] = [*first, *groups[0]]
+        groups[-1] += last
+        costs = {
+            "uniform": dict.fromkeys(blocks, 1),
+            "parameters": parameters,
+            "time": flops,
+        }[parallel.pp_split]
+        bounds = _balanced([sum(costs.get(n, 0) for n in group) for group in groups], num_stages)
+        stages = [tuple(itertools.chain(*groups[start:end])) for start, end in bounds]
+    return [
+        Stage(
+            modules=names,
+            parameters=sum(parameters[name] for name in names),
+            flops=sum(flops.get(name, 0) for name in names),
+        )
+        for names in stages
+    ]
+
+
+def describe(stages: Sequence[Stage], schedule: str) -> str:
+    """A line for each stage, and how much the slowest has to do beyond an even share."""
+    mean = sum(stage.flops for stage in stages) / len(stages)
+    worst = max(stage.flops for stage in stages)
+    lines = [f"{schedule}, {len(stages)} stages, the largest {worst / mean:.2f} of an even share"]
+    for number, stage in enumerate(stages):
+        blocks = [name for name in stage.modules if name.startswith("layers.")]
+        ends = [name for name in stage.modules if name in ENDS]
+        span = " to ".join(dict.fromkeys((blocks[0], blocks[-1]))) if blocks else "no block"
+        lines.append(
+            f"stage {number}: {stage.parameters:,} parameters, {stage.flops / 1e6:,.1f} MFLOPs per "
+            f"token: {', '.join([span, *ends])}"
+        )
+    return "\n".join(lines)
+
+
+def _balanced(costs: Sequence[int], num_parts: int) -> list[tuple[int, int]]:
+    """Bounds of consecutive, non-empty parts, the largest cost of which is as small as can be.
+
+    Of several such cuts the most even one, the larger parts first: the last stage of a pipeline
+    has the loss to compute beside its blocks.
+    """
+    n, total = len(costs), list(itertools.accumulate(costs, initial=0))
+
+    @functools.cache
+    def largest(start: int, parts: int) -> int:
+        if parts == 1:
+            return total[n] - total[start]
+        return min(
+            max(total[end] - total[start], largest(end, parts - 1))
+            for end in range(start + 1, n - parts + 2)
+        )
+
+    limit = largest(0, num_parts)
+
+    @functools.cache
+    def most_even(start: int, parts: int) -> tuple[float, tuple[int, ...]]:
+        """(sum of squares, negated ends of the parts)."""
+        ends = [n] if parts == 1 else range(start + 1, n - parts + 2)
+        cuts: list[tuple[float, tuple[int, ...]]] = [(math.inf, ())]
+        for end in ends:
+            if (cost := total[end] - total[start]) <= limit:
+                squares, rest = most_even(end, parts - 1) if parts > 1 else (0, ())
+                cuts.append((cost**2 + squares, (-end, *rest)))
+        return min(cuts)
+
+    ends = [-end for end in most_even(0, num_parts)[1]]
+    return list(itertools.pairwise([0, *ends]))
+
+
+def keep(model: Decoder, modules: Sequence[str]) -> Decoder:
+    """Drops all children and blocks of a model but those named, in place."""
+    for end in ENDS:
+        if end not in modules:
+            setattr(model, end, None)
+    for name in list(model.layers):
+        if f"layers.{name}" not in modules:
+            del model.layers[name]
+    return model
+
+
+def join(model: Decoder, stages: Sequence[Decoder]) -> Decoder:
+    """Puts the children and blocks of this rank's stages in the place of a model's own.
+
+    The model then names this rank's parameters as the whole model does; it is not to be called.
+    """
+    for end in ENDS:
+        setattr(model, end, next((m for s in stages if (m := getattr(s, end)) is not None), None))
+    model.layers = nn.ModuleDict({name: b for s in stages for name, b in s.layers.items()})
+    return model
+
+
+def local_stages(parallel: Parallel, pp_rank: int) -> list[int]:
+    """Numbers of the stages of one rank: every pp-th, or for V schedules one from either end."""
+    if parallel.is_v_schedule:
+        return [pp_rank, parallel.num_stages - 1 - pp_rank]
+    return list(range(pp_rank, parallel.num_stages, parallel.pp))
+
+
+class Pipeline:
+    """The stages of this rank under a schedule; `step` runs the micro-batches of one pass."""
+
+    def __init__(
+        self,
+        stages: Mapping[int, Decoder],
+        parallel: Parallel,
+        *,
+        num_micro_batches: int,
+        tokens_shape: tuple[int, int],
+        hidden_shape: tuple[int, int, int],
+        hidden_dtype: torch.dtype,
+        device: torch.device,
+        group: dist.ProcessGroup,
+    ) -> None:
+        """stages: by their number; shapes: of a micro-batch's tokens, and of what stages send."""
+        num_stages = parallel.num_stages
+        # Told beforehand, for torch not to run the model once to find them out.
+        tokens = torch.empty(tokens_shape, dtype=torch.int64, device="meta")
+        hidden = torch.empty(hidden_shape, dtype=hidden_dtype, device="meta", requires_grad=True)
+        loss = torch.empty((), device="meta", requires_grad=True)
+        self.stages = [
+            PipelineStage(
+                module,
+                number,
+                num_stages,
+                device,
+                input_args=hidden if number > 0 else tokens,
+                output_args=hidden if number < num_stages - 1 else loss,
+                group=group,
+            )
+            for number, module in stages.items()
+        ]
+        schedule = get_schedule_class(parallel.pp_schedule)
+        self.schedule = schedule(
+            self.stages if parallel.stages_per_rank > 1 else self.stages[0],
+            num_micro_batches,
+            # The last stage returns its share of the loss.
+            loss_fn=lambda output, _target: output,
+            scale_grads=False,
+        )
+
+    def step(self, micro_batches: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> list[Tensor]:
+        """Forward and backward of (tokens, keyword arguments of the model) of each micro-batch.
+
+        Returns the losses of the micro-batches on the rank of the last stage, none elsewhere.
+        """
+        losses: list[Tensor] = []
+        for stage in self.stages:
+            stage.has_backward = True
+            stage.clear_runtime_states()
+        # What torch's own `step` does after it has cut a batch into micro-batches.
+        self.schedule._step_microbatches(
+            [(tokens,) for tokens, _ in micro_batches],
+            [dict(kwargs) for _, kwargs in micro_batches],
+            [None] * len(micro_batches),
+            losses,
+            return_outputs=False,
+        )
+        return [loss.detach() for loss in losses]
