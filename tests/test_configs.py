@@ -14,7 +14,13 @@ from titan_lite.planner.counts import num_params
 FOLDER = Path(__file__).parent.parent / "train_configs"
 PRESETS = sorted(FOLDER.glob("*.toml"))
 # Billions of parameters that a preset is known by.
-SIZES = {"llama2_7b": 6.74, "llama3_8b": 8.03, "llama3_70b": 70.55, "llama3_405b": 405.85}
+SIZES = {
+    "llama2_7b": 6.74,
+    "llama3_8b": 8.03,
+    "llama3_8b_cp8_256k": 8.03,
+    "llama3_70b": 70.55,
+    "llama3_405b": 405.85,
+}
 
 
 def test_there_are_presets() -> None:

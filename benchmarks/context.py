@@ -1,0 +1,119 @@
+"""Step time and activation memory of context parallel as the sequence grows 1x, 2x, 4x.
+
+    python -m benchmarks.context [CONFIG] [--seq-len 1024] [--degrees 1 2 4] [--methods ring ...]
+        [--warmup 2] [--rounds 4] [--steps 2] [--output FILE] [--section.key=value ...]
+
+One sequence per step, on as many processes as the degree; the degrees of one length take turns,
+and ratios are to the first of them. Activation memory is what forward and backward need on one
+rank beyond weights, gradients and optimizer state, gathered weights and what attention receives
+included: by the allocator's peak on CUDA, by the profiler's record of it on the CPU.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.manifest import DEVICE, report
+from benchmarks.measure import Run, Values, Variant, add_options, measure, positive
+from benchmarks.workers import BenchmarkError
+from titan_lite.loss import cross_entropy_sum
+
+METHODS = ("ring", "all_gather", "ulysses")
+
+
+def activation_memory() -> Values:
+    """Peak MiB of one forward and backward, beyond what is held before it."""
+    forward_and_backward()  # From now on gradients are held.
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        forward_and_backward()
+        peak = torch.cuda.max_memory_allocated() - held
+    else:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            forward_and_backward()
+        kineto = profiler.profiler
+        assert kineto is not None
+        assert kineto.kineto_results is not None
+        events = [e for e in kineto.kineto_results.events() if e.name() == "[memory]"]
+        events.sort(key=lambda event: event.start_ns())
+        peak = max(itertools.accumulate(event.nbytes() for event in events))
+    return {"activation_mib": round(peak / 2**20, 1)}
+
+
+def forward_and_backward() -> None:
+    trainer = Run.trainer
+    inputs, labels = (t.to(DEVICE) for t in trainer._local(next(trainer.batches)))
+    loss = trainer.model(
+        inputs,
+        head_loss=partial(
+            cross_entropy_sum,
+            labels=labels,
+            num_chunks=trainer.config.training.loss_chunks,
+            vocab_size=trainer.vocab_size,
+        ),
+        positions_S=None if trainer.positions is None else trainer.positions.to(DEVICE),
+    )
+    loss.backward()
+
+
+def variants(
+    config: str, seq_len: int, degrees: Sequence[int], methods: Sequence[str], rest: Sequence[str]
+) -> list[Variant]:
+    """One sequence of `seq_len` tokens on each degree, by each method where there is a choice."""
+    found = []
+    for degree in degrees:
+        for method in methods if degree > 1 else [""]:
+            settings = {
+                "training.seq_len": seq_len,
+                "training.local_batch_size": 1,
+                "training.global_batch_size": 1,
+                "parallel.cp": degree,
+                **({"parallel.cp_method": method} if method else {}),
+            }
+            overrides = (*(f"--{key}={value}" for key, value in settings.items()), *rest)
+            name = " ".join(filter(None, (f"{seq_len} tokens, cp {degree}", method)))
+            found.append(Variant(name, config, overrides, nproc=degree))
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table; returns 2 for a mistake in the arguments or in the configuration."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.context",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", nargs="?", default="train_configs/debug.toml")
+    parser.add_argument("--seq-len", type=positive, default=1024, help="the shortest, in tokens")
+    parser.add_argument("--degrees", type=positive, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--methods", nargs="+", default=["ring"], choices=METHODS)
+    add_options(parser, warmup=2, rounds=4, steps=2)
+    options, rest = parser.parse_known_args(argv)
+    rest = [f"--model.max_seq_len={4 * options.seq_len}", *rest]
+    results = []
+    try:
+        for factor in (1, 2, 4):
+            seq_len = factor * options.seq_len
+            results += measure(
+                variants(options.config, seq_len, options.degrees, options.methods, rest),
+                warmup=options.warmup,
+                rounds=options.rounds,
+                steps=options.steps,
+                extra=activation_memory,
+            )
+    except BenchmarkError as error:
+        print(error, file=sys.stderr)
+        return 2
+    report("context", results, options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
