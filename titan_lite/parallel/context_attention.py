@@ -71,11 +71,11 @@ def sharded_attention_backward(
     Keys and values are sent once more: kept, they would be those of the whole sequence.
     """
     group = _resolve_process_group(group_name)  # type: ignore[arg-type]
-    kv_2BKSH = torch.stack((k_BKSH, v_BKSH))
+    pieces = PIECES[method](torch.stack((k_BKSH, v_BKSH)), group)
     grad_q_BNSH = torch.zeros_like(q_BNSH, dtype=torch.float32)
 
-    def grads_2BKTH() -> Iterator[Tensor]:
-        for rows, kv_2BKTH, is_causal in PIECES[method](kv_2BKSH, group):
+    def grads() -> Iterator[list[Tensor]]:
+        for rows, kv_2BKTH, is_causal in pieces:
             grad_q, *grad_kv = _attend_backward(
                 grad_BNSH[:, :, rows],
                 q_BNSH[:, :, rows],
@@ -86,10 +86,11 @@ def sharded_attention_backward(
                 is_causal,
             )
             grad_q_BNSH[:, :, rows] += grad_q
-            yield torch.stack(grad_kv)
+            yield grad_kv
 
-    zeros_2BKSH = torch.zeros_like(kv_2BKSH, dtype=torch.float32)
-    grad_k_BKSH, grad_v_BKSH = SUMS[method](grads_2BKTH(), zeros_2BKSH, group)
+    grad_k_BKSH, grad_v_BKSH = SUMS[method](
+        grads(), k_BKSH.new_zeros(2, *k_BKSH.shape, dtype=torch.float32), group
+    )
     return (
         _token_major(grad_q_BNSH, q_BNSH.dtype),
         _token_major(grad_k_BKSH, k_BKSH.dtype),
@@ -154,14 +155,15 @@ def _ring(kv_2BKSH: Tensor, group: dist.ProcessGroup) -> Iterator[Piece]:
 
 
 def _sum_along_ring(
-    grads_2BKTH: Iterator[Tensor], sum_2BKSH: Tensor, group: dist.ProcessGroup
+    grads: Iterator[list[Tensor]], sum_2BKSH: Tensor, group: dist.ProcessGroup
 ) -> Tensor:
     """The sums follow their keys, one step behind, and a last step brings them home."""
     receive = None
-    for grad_2BKTH in grads_2BKTH:
+    for grad_kv in grads:
         if receive is not None:
             sum_2BKSH = receive()
-        sum_2BKSH[..., : grad_2BKTH.shape[-2], :] += grad_2BKTH
+        for sum_BKSH, grad_BKTH in zip(sum_2BKSH, grad_kv, strict=True):
+            sum_BKSH[..., : grad_BKTH.shape[-2], :] += grad_BKTH
         receive = _pass_on(sum_2BKSH, group)
     assert receive is not None
     return receive()
@@ -197,14 +199,15 @@ def _gathered(kv_2BKSH: Tensor, group: dist.ProcessGroup) -> Iterator[Piece]:
 
 
 def _sum_scattered(
-    grads_2BKTH: Iterator[Tensor], sum_2BKSH: Tensor, group: dist.ProcessGroup
+    grads: Iterator[list[Tensor]], sum_2BKSH: Tensor, group: dist.ProcessGroup
 ) -> Tensor:
     sums_R2BKSH = sum_2BKSH.new_zeros(group.size(), *sum_2BKSH.shape)
-    sums_R2BKSH[group.rank()] = next(grads_2BKTH)
-    for (_, others), grad_2BKTH in zip(
-        _others(sums_R2BKSH, group.rank()), grads_2BKTH, strict=True
-    ):
-        others.copy_(grad_2BKTH.unflatten(-2, (len(others), -1)).movedim(-3, 0))
+    own, others = sums_R2BKSH[group.rank()], _others(sums_R2BKSH, group.rank())
+    for part_BKSH, grad_BKSH in zip(own, next(grads), strict=True):
+        part_BKSH.copy_(grad_BKSH)
+    for (_, parts_R2BKTH), grad_kv in zip(others, grads, strict=True):
+        for parts_RBKTH, grad in zip(parts_R2BKTH.unbind(1), grad_kv, strict=True):
+            parts_RBKTH.copy_(grad.unflatten(-2, (len(parts_RBKTH), -1)).movedim(-3, 0))
     reduce_scatter_single(sum_2BKSH, sums_R2BKSH.flatten(0, 1), group=group)
     return sum_2BKSH
 
