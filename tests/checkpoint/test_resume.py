@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import Workers
-from tests.runs import build_trainer, read_metrics, train_and_gather
+from tests.runs import build_trainer, read_metrics, train, train_and_gather
 from titan_lite.checkpoint.state import saved_steps, state_to_resume
 from titan_lite.config.load import ConfigError
 from titan_lite.config.schema import Checkpoint
@@ -183,3 +183,29 @@ def test_a_folder_that_ranks_do_not_share_is_named_when_saving_and_when_resuming
     workers[1].run(_interrupted, tmp_path / "node0")
     with pytest.raises(AssertionError, match=r"ranks found different .*by rank.*: \[4, 0\]"):
         workers[2].run(_with_folders_of_their_own, tmp_path)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("saving", "loading"),
+    [
+        ((), ("--parallel.pp=2",)),
+        (("--parallel.pp=2",), ("--parallel.pp=2", "--parallel.pp_schedule=ZBVZeroBubble")),
+        (("--parallel.pp=2", "--parallel.pp_schedule=Interleaved1F1B"), ("--parallel.tp=2",)),
+    ],
+    ids=["fsdp 2 to pp 2", "pp 2 to 2 stages in a V", "pp 2 to tp 2"],
+)
+def test_a_run_goes_on_under_another_pipeline(
+    saving: tuple[str, ...],
+    loading: tuple[str, ...],
+    workers: dict[int, Workers],
+    tmp_path: Path,
+) -> None:
+    settings = ("--model.num_layers=4", "--training.local_batch_size=1")
+    one = workers[1].run(train, tmp_path / "one", "--model.num_layers=4", "--training.steps=10")
+    workers[2].run(_interrupted, tmp_path / "moved", *settings, *saving)
+    got = workers[2].run(train, tmp_path / "moved", *EVERY_4, *settings, *loading)[0]
+    assert [record["step"] for record in got] == list(range(1, 11))
+    for key in ("loss", "grad_norm", "lr", "tokens"):
+        expected = [record[key] for record in one[0]]
+        assert [record[key] for record in got] == pytest.approx(expected, rel=1e-5), key
