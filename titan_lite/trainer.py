@@ -39,6 +39,7 @@ from titan_lite.parallel.parallelize import parallelize
 from titan_lite.parallel.pipeline import (
     Pipeline,
     Stage,
+    add_tied_gradients,
     describe,
     join,
     keep,
@@ -74,7 +75,7 @@ class Trainer:
             args = dataclasses.replace(plan.args, vocab_multiple=self.dims.tp)
             self.model = build(plan.family, args)
         self.stages = self._split(loaded, plan.args)
-        self.num_params = sum(stage.parameters for stage in self.stages)
+        self.num_params = sum(p.numel() for p in self.model.parameters())
         self.flops = self._count_flops(plan.args)
         self._check_device(loaded, plan)
         self.global_batch_size = training.global_batch_size
@@ -167,9 +168,11 @@ class Trainer:
         """Of the whole model, before any part of it is dropped."""
         section = self.config.activation_checkpoint
         assert self.model.tok_embeddings is not None
+        # A tied one multiplies, as the head.
+        looked_up = 0 if args.tied_head else self.model.tok_embeddings.weight.numel()
         recomputed = [section.layers(stage.blocks) for stage in self.stages]
         return flops_per_token(
-            num_params_non_embedding=self.num_params - self.model.tok_embeddings.weight.numel(),
+            num_params_non_embedding=self.num_params - looked_up,
             num_block_params=sum(p.numel() for p in self.model.layers.parameters()),
             num_last_matmul_params=args.num_layers * args.dim * args.ffn_dim,
             num_layers=args.num_layers,
@@ -323,11 +326,17 @@ class Trainer:
         if self.loss_scaler is not None:
             loss_scale = self.loss_scaler.scale
             loss /= loss_scale
+        copy = None
+        if self.pp_group is not None and self.model.tied_head:
+            add_tied_gradients(self.model, self.pp_group)
+            if self.model.output is not None:
+                copy = self.model.get_parameter("output.weight")
         grad_norm = clip_grad_norm(
             self.model.parameters(),
             training.max_norm,
             loss_scale=loss_scale,
             pp_group=self.pp_group,
+            copy=copy,
         )
         lr = self.config.optimizer.lr * lr_factor(step, self.config.lr_scheduler, training.steps)
         set_lr(self.optimizer, lr)

@@ -35,6 +35,7 @@ def test_each_override_replaces_its_field_and_nothing_else() -> None:
         "max_seq_len": 32,
         "rope_theta": 7.0,
         "norm_eps": 0.5,
+        "tied_head": True,
         "fp32_residual": True,
     }
     overridable = Model.model_fields.keys() - {"name", "flavor", "module"}

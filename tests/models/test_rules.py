@@ -1,6 +1,7 @@
 """Rules between the configuration and the model."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,20 @@ def test_heads_that_tp_does_not_divide_are_refused() -> None:
     config = Config.model_validate({"parallel": {"tp": 3}})
     broken = [message for _, message in model_rules(config, LLAMA.flavors["debug"])]
     assert broken[0] == "num_heads (8) is not divisible by parallel.tp (3)"
+
+
+def test_a_tied_embedding_is_not_held_twice_by_a_rank() -> None:
+    def broken(schedule: str) -> list[str]:
+        parallel = {"pp": 2, "pp_schedule": schedule}
+        config = Config.model_validate({"parallel": parallel})
+        args = replace(LLAMA.flavors["debug"], tied_head=True)
+        return [message for _, message in model_rules(config, args)]
+
+    assert broken("DualPipeV") == [
+        '"DualPipeV" has the first and the last stage on one rank, which would hold the tied '
+        "embedding twice; use a schedule without a V"
+    ]
+    assert not broken("1F1B")
 
 
 def test_heads_that_ulysses_cannot_deal_to_the_ranks_are_refused() -> None:

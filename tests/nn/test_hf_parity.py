@@ -30,6 +30,7 @@ SCALING = RopeScaling(
 CASES = {
     "mha": MHA,
     "gqa": replace(MHA, num_kv_heads=2),
+    "tied head": replace(MHA, tied_head=True),
     "one kv head": replace(MHA, num_kv_heads=1),
     "theta and eps": replace(MHA, rope_theta=500_000.0, norm_eps=1e-3),
     "scaled rope": replace(MHA, num_kv_heads=2, rope_theta=500_000.0, rope_scaling=SCALING),
@@ -55,6 +56,7 @@ def hf_config(args: DecoderArgs):
         num_key_value_heads=args.num_kv_heads,
         max_position_embeddings=args.max_seq_len,
         rms_norm_eps=args.norm_eps,
+        tie_word_embeddings=args.tied_head,
         attn_implementation="eager",
     )
     # transformers 5 keeps theta and scaling together, 4 apart.

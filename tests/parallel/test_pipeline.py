@@ -134,6 +134,15 @@ def test_what_the_model_cannot_be_cut_into_is_refused_before_any_process_group(
         build_trainer(tmp_path, "--training.local_batch_size=1", *overrides)
 
 
+def test_a_tied_embedding_counts_once_in_one_stage_and_is_copied_to_the_last_of_several() -> None:
+    with torch.device("meta"):
+        whole = build(*resolve(Model(num_layers=6, tied_head=True)))
+    size = sum(p.numel() for p in whole.parameters())
+    assert [stage.parameters for stage in split(whole, Parallel(), attention_flops=0)] == [size]
+    stages = split(whole, Parallel(pp=2), attention_flops=0)
+    assert sum(stage.parameters for stage in stages) == size + 2048 * 256
+
+
 def _say(folder: Path) -> tuple[str, list[str]]:
     trainer = build_trainer(
         folder,

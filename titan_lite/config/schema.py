@@ -68,6 +68,8 @@ class Model(Section):
     """Overrides the flavor's rotary base frequency."""
     norm_eps: PositiveFloat | None = None
     """Overrides the flavor's normalisation epsilon."""
+    tied_head: bool | None = None
+    """Overrides whether the flavor's output projection is its embedding table."""
     fp32_residual: bool | None = None
     """Overrides whether the flavor adds its blocks' outputs up in float32, whatever
     training.param_dtype."""

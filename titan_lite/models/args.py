@@ -35,6 +35,8 @@ class DecoderArgs:
     norm_eps: float = 1e-5
     fp32_residual: bool = False
     """Blocks add to a residual stream in float32, whatever they compute in."""
+    tied_head: bool = False
+    """The output projection multiplies by the embedding table."""
     vocab_multiple: int = 1
     """Embedding and head have rows up to a multiple of this; those past vocab_size are zero."""
 

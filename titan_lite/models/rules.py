@@ -70,6 +70,13 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[tuple[tuple[str, 
             f"num_heads ({args.num_heads}) / parallel.tp ({tp}) = {heads} is not divisible by "
             f'parallel.cp ({cp}), as "ulysses" deals heads to ranks; cp_method "ring" does not',
         )
+    parallel = config.parallel
+    if args.tied_head and parallel.pp > 1 and parallel.is_v_schedule:
+        yield (
+            ("parallel.pp_schedule", "model.tied_head"),
+            f'"{parallel.pp_schedule}" has the first and the last stage on one rank, which would '
+            "hold the tied embedding twice; use a schedule without a V",
+        )
     section, layers = config.activation_checkpoint, args.num_layers
     if section.mode == "first_k" and section.first_k > layers:
         yield (

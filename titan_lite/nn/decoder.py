@@ -30,6 +30,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.vocab_size = args.vocab_size
         self.fp32_residual = args.fp32_residual
+        self.tied_head = args.tied_head
         self.tok_embeddings = nn.Embedding(args.padded_vocab_size, args.dim)
         self.rope = RotaryEmbedding(
             args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling
@@ -40,6 +41,7 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.output = OutputHead(args.dim, args.padded_vocab_size, bias=False)
+        self.tie()
 
     def forward(
         self,
@@ -60,6 +62,11 @@ class Decoder(nn.Module):
         x_BSD = self.norm(x_BSD) if self.norm is not None else x_BSD
         return self.output(x_BSD, head_loss) if self.output is not None else x_BSD
 
+    def tie(self) -> None:
+        """Makes the head's weight the embedding's again where it should be, and both are here."""
+        if self.tied_head and self.tok_embeddings is not None and self.output is not None:
+            self.output.weight = self.tok_embeddings.weight
+
     @torch.no_grad()
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Fills one whole parameter in place, by its name in this model."""
@@ -67,6 +74,8 @@ class Decoder(nn.Module):
             # Drawn without its padding, for the values not to depend on it.
             tensor[self.vocab_size :] = 0
             tensor = tensor[: self.vocab_size]
+            # An embedding of std 1 would give logits of std sqrt(D).
+            name = "output.weight" if self.tied_head else name
         fill(self.init_rules, name, tensor, generator)
 
     def init_buffers(self, device: torch.device | str) -> None:

@@ -25,8 +25,13 @@ def build_optimizer(model: nn.Module, section: Optimizer) -> torch.optim.Adam:
     """The optimizer of all parameters, in two groups: with and without weight decay."""
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
+    seen: set[nn.Parameter] = set()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
+            # One that two modules share is of the first one's kind.
+            if parameter in seen:
+                continue
+            seen.add(parameter)
             kind = parameter_kind(module, name)
             (kept if kind in section.no_decay else decayed).append(parameter)
     device_type = (decayed or kept)[0].device.type

@@ -1,7 +1,5 @@
 """FSDP2 and HSDP: one unit per block, one for the embedding, one for the norm and the head."""
 
-import dataclasses
-
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -62,15 +60,10 @@ def apply_fsdp(
         # A residual stream in float32 enters each block as it is.
         cast_forward_inputs=not model.fp32_residual,
     )
-    embedding_policy = policy
-    if model.fp32_residual:
-        embedding_policy = dataclasses.replace(policy, output_dtype=torch.float32)
+    if model.fp32_residual and model.tok_embeddings is not None:
+        model.tok_embeddings.register_forward_hook(lambda _module, _inputs, output: output.float())
 
-    def shard(
-        module: nn.Module | list[nn.Module],
-        reshard_after_forward: bool | int,
-        policy: MixedPrecisionPolicy = policy,
-    ) -> None:
+    def shard(module: nn.Module | list[nn.Module], reshard_after_forward: bool | int) -> None:
         fully_shard(
             module,
             mesh=mesh,
@@ -82,13 +75,17 @@ def apply_fsdp(
     choice = section.reshard_after_forward
     reshard = choice if isinstance(choice, int) else choice != "never"
     blocks = list(model.layers.children())
+    head = [module for module in (model.norm, model.output) if module is not None]
     if model.tok_embeddings is not None:
-        shard(model.tok_embeddings, reshard, embedding_policy)
+        if model.tied_head and model.output is not None:
+            # One weight is one unit's.
+            head = [model.tok_embeddings, *head]
+        else:
+            shard(model.tok_embeddings, reshard)
     for index, block in enumerate(blocks):
         # Backward begins with the last block: freeing it would only gather it again at once.
         kept = choice == "last_block_kept" and index == len(blocks) - 1
         shard(block, False if kept else reshard)
-    head = [module for module in (model.norm, model.output) if module is not None]
     if head:
         shard(head, choice == "always")
     shard(model, choice == "always")
@@ -98,6 +95,6 @@ def apply_fsdp(
             # PREMUL_SUM, which gloo does not have.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    if isinstance(model.tok_embeddings, FSDPModule):
+    if isinstance(model.tok_embeddings, FSDPModule) and model.tok_embeddings not in head:
         # The gradient of a lookup does not need the table.
         model.tok_embeddings.set_unshard_in_backward(False)

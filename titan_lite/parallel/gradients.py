@@ -21,17 +21,20 @@ def clip_grad_norm(
     *,
     loss_scale: Tensor | None = None,
     pp_group: dist.ProcessGroup | None = None,
+    copy: nn.Parameter | None = None,
 ) -> Tensor:
     """Returns the 2-norm of the gradient over all ranks, and clips to max_norm unless that is 0.
 
     loss_scale: what the gradients are too large by; they are divided by it first.
     pp_group: the ranks that have the other pipeline stages' parameters.
+    copy: the one of them that another stage has as well, and counts.
     """
     parameters = [p for p in parameters if p.grad is not None]
     grads = [p.grad for p in parameters if p.grad is not None]
     if loss_scale is not None:
         torch._foreach_div_(grads, loss_scale)
-    norm = global_norm(grads, pp_group)
+    counted = [p.grad for p in parameters if p.grad is not None and p is not copy]
+    norm = global_norm(counted, pp_group)
     if max_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm

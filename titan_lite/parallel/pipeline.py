@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
+from torch.distributed.tensor import DTensor
 
 from titan_lite.config.schema import Parallel
 from titan_lite.nn.decoder import Decoder
@@ -55,6 +56,8 @@ def split(model: Decoder, parallel: Parallel, attention_flops: int) -> list[Stag
     }
     # A lookup multiplies nothing.
     flops = {name: 6 * size for name, size in parameters.items() if name not in first}
+    if model.tied_head and parallel.pp == 1:
+        parameters["output"] = 0
     for name in blocks:
         flops[name] += attention_flops
     num_stages = parallel.num_stages
@@ -160,7 +163,35 @@ def join(model: Decoder, stages: Sequence[Decoder]) -> Decoder:
     for end in ENDS:
         setattr(model, end, next((m for s in stages if (m := getattr(s, end)) is not None), None))
     model.layers = nn.ModuleDict({name: b for s in stages for name, b in s.layers.items()})
+    if model.tied_head and model.output is not None and model.tok_embeddings is None:
+        # The last stage's copy has the name of the first one's: drawn, updated and saved the same.
+        model.tok_embeddings = nn.Embedding(0, 0)
+        model.tok_embeddings.weight = model.output.weight
     return model
+
+
+def add_tied_gradients(model: Decoder, group: dist.ProcessGroup) -> None:
+    """Gives both copies of a tied embedding, of the first and the last stage, their sum's gradient.
+
+    To be called on every rank of `group`, the pipeline's; other ranks have nothing to do.
+    """
+    first, last = 0, group.size() - 1
+    if group.rank() not in (first, last):
+        return
+    other = last if group.rank() == first else first
+    assert model.tok_embeddings is not None
+    grad = model.tok_embeddings.weight.grad
+    assert isinstance(grad, DTensor)
+    ours = grad.to_local()
+    theirs = torch.empty_like(ours)
+    operations = [
+        dist.P2POp(dist.isend, ours, group=group, group_peer=other),
+        dist.P2POp(dist.irecv, theirs, group=group, group_peer=other),
+    ]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+    # The same on both: a sum of two does not depend on their order.
+    ours += theirs
 
 
 def local_stages(parallel: Parallel, pp_rank: int) -> list[int]:

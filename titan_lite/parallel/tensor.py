@@ -97,6 +97,8 @@ def apply_tp(
     """Splits the model in place over the 1D `mesh`, each module by the role its plan row names."""
     between: Placement = Shard(1) if sequence_parallel else Replicate()
     parallelize_module(model, mesh, dict(_styles(model, plan, between)))
+    # Each style has split its own.
+    model.tie()
 
 
 def split_modules(
