@@ -1,32 +1,26 @@
 """Step time and peak activation memory of each mode of activation checkpointing, side by side.
 
-    python -m benchmarks.activation_checkpoint [CONFIG] [--rounds 8] [--steps 2]
-        [--modes none full ...] [--section.key=value ...]
+    python -m benchmarks.activation_checkpoint [CONFIG] [--modes none full ...] [--warmup 2]
+        [--rounds 8] [--steps 2] [--output FILE] [--section.key=value ...]
 
-One process per mode, since the compiler's memory budget is a process's; they take turns, `steps`
-at a time, and ratios to the first mode are medians over the rounds. Memory is what forward and
-backward need beyond weights, gradients and optimizer state: on CUDA by the allocator's peak, on
-the CPU by torch's MemTracker, which cannot look into compiled blocks: for those it is what is
-saved for backward.
+One process per mode, since the compiler's memory budget is a process's; ratios are to the first
+mode. Activation memory is what forward and backward need beyond weights, gradients and optimizer
+state: on CUDA by the allocator's peak, on the CPU by torch's MemTracker, which cannot look into
+compiled blocks: for those it is what is saved for backward.
 """
 
 import argparse
-import contextlib
-import multiprocessing
-import statistics
 import sys
-import tempfile
-import time
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from benchmarks.manifest import DEVICE, report
-from titan_lite.config.load import load_config
+from benchmarks.measure import Run, Values, Variant, add_options, measure
+from benchmarks.workers import BenchmarkError
 from titan_lite.loss import cross_entropy_sum
-from titan_lite.models.rules import check
-from titan_lite.trainer import Trainer
 
 EAGER: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -51,49 +45,21 @@ COMPILED = {
 MODES = EAGER | COMPILED
 
 
-class Run:
-    """The trainer of this process, and the number of its next step."""
-
-    trainer: Trainer
-    step = 1
-
-
-def build(config: str, mode: str, overrides: list[str]) -> None:
-    """Builds the trainer of `mode` and takes its first step, which compiles."""
-    settings = [f"--activation_checkpoint.{setting}" for setting in MODES[mode]]
-    settings.append(f"--compile.enable={str(mode in COMPILED).lower()}")
-    settings += ["--metrics.enable_tensorboard=false", "--metrics.peak_tflops=1.0"]
-    settings.append(f"--job.dump_folder={tempfile.mkdtemp()}")
-    loaded = load_config(config, [*settings, *overrides])
-    Run.trainer = Trainer(loaded, check(loaded, 1))
-    with contextlib.redirect_stdout(sys.stderr):  # The first step's line is no JSON.
-        seconds_per_step(1)
+def activation_memory() -> Values:
+    """MiB that one forward and backward take, and whether they are the peak or what is saved."""
+    saved = Run.trainer.config.compile.enable and DEVICE.type == "cpu"
+    mib = (saved_bytes() if saved else peak_bytes()) / 2**20
+    return {"activation_mib": round(mib, 2), "activation_memory": "saved" if saved else "peak"}
 
 
-def close() -> None:
-    Run.trainer.close()
-
-
-def seconds_per_step(steps: int) -> float:
-    start = time.perf_counter()
-    for _ in range(steps):
-        Run.trainer.train_step(Run.step)
-        Run.step += 1
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / steps
-
-
-def activation_bytes() -> int:
-    """What forward and backward need beyond what is held before and after."""
+def peak_bytes() -> int:
+    """Beyond what is held before and after."""
     forward_and_backward()  # From now on gradients are held.
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
         forward_and_backward()
         return torch.cuda.max_memory_allocated() - held
-    if Run.trainer.config.compile.enable:
-        return saved_bytes()
     with MemTracker() as tracker:
         tracker.track_external(Run.trainer.model)
         forward_and_backward()
@@ -130,37 +96,44 @@ def forward_and_backward() -> None:
     loss.backward()
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table; returns 2 for a mistake in the arguments or in the configuration."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.activation_checkpoint",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("config", nargs="?", default="train_configs/debug.toml")
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
-    options, overrides = parser.parse_known_args()
-    context = multiprocessing.get_context("spawn")
-    with contextlib.ExitStack() as stack:
-        pools = {mode: stack.enter_context(context.Pool(1)) for mode in options.modes}
-        for mode, pool in pools.items():
-            pool.apply(build, (options.config, mode, overrides))
-        seconds: dict[str, list[float]] = {mode: [] for mode in options.modes}
-        for _ in range(options.rounds):
-            for mode, pool in pools.items():
-                seconds[mode].append(pool.apply(seconds_per_step, (options.steps,)))
-        memory = {mode: pool.apply(activation_bytes) for mode, pool in pools.items()}
-        for pool in pools.values():
-            pool.apply(close)
-    first = options.modes[0]
-    table = []
-    for mode in options.modes:
-        ratios = [ours / base for ours, base in zip(seconds[mode], seconds[first], strict=True)]
-        table.append(
-            {
-                "mode": mode,
-                "seconds_per_step": round(statistics.median(seconds[mode]), 4),
-                "time_over_first": round(statistics.median(ratios), 3),
-                "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
-                "memory": "saved" if mode in COMPILED and DEVICE.type == "cpu" else "peak",
-                "activation_mib": round(memory[mode] / 2**20, 2),
-            }
+    add_options(parser, warmup=2, rounds=8, steps=2)
+    options, overrides = parser.parse_known_args(argv)
+    variants = [
+        Variant(
+            mode,
+            options.config,
+            (
+                *overrides,
+                f"--compile.enable={str(mode in COMPILED).lower()}",
+                *(f"--activation_checkpoint.{setting}" for setting in MODES[mode]),
+            ),
         )
-    report("activation_checkpoint", {"config": options.config, "with": overrides, "modes": table})
+        for mode in options.modes
+    ]
+    try:
+        results = measure(
+            variants,
+            warmup=options.warmup,
+            rounds=options.rounds,
+            steps=options.steps,
+            extra=activation_memory,
+        )
+    except BenchmarkError as error:
+        print(error, file=sys.stderr)
+        return 2
+    report("activation_checkpoint", results, options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,8 +1,11 @@
-"""Where and with what a benchmark ran; printed with every result."""
+"""Where and with what a benchmark ran; stored with every result."""
 
 import json
 import os
 import platform
+import shlex
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +15,16 @@ from titan_lite.metrics.device import device_name
 from titan_lite.runtime.run_folder import git_commit
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+RESULTS = Path(__file__).parent / "results"
 
 
-def report(benchmark: str, results: Any) -> None:
-    """Prints one JSON object: the results and the machine, versions and commit behind them."""
+def report(benchmark: str, results: Any, output: str | None = None) -> None:
+    """Prints one JSON object: the results and the machine, versions and commit behind them.
+
+    It is also written to the file `output`, a relative one below benchmarks/results/.
+    """
     manifest = {
+        "command": shlex.join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]]),
         "device": device_name(DEVICE),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -25,4 +33,8 @@ def report(benchmark: str, results: Any) -> None:
         "titan_lite": __version__,
         "git_commit": git_commit(),
     }
-    print(json.dumps({"benchmark": benchmark, "results": results, "manifest": manifest}, indent=2))
+    content = {"benchmark": benchmark, "results": results, "manifest": manifest}
+    text = json.dumps(content, indent=2)
+    print(text)
+    if output is not None:
+        (RESULTS / output).write_text(text + "\n")

@@ -1,36 +1,77 @@
 """Step time of the Trainer over a bare PyTorch loop: same model, weights, optimizer and batches.
 
-    python -m benchmarks.trainer_overhead [--rounds 8] [--steps 5]
+    python -m benchmarks.trainer_overhead [CONFIG] [--nproc N] [--dtypes float32 bfloat16]
+        [--same_loss] [--warmup 5] [--rounds 8] [--steps 5] [--output FILE]
+        [--section.key=value ...]
 
-One process. The two take turns, `steps` at a time; the ratio is the median over the rounds. In
-float32 the two losses must agree; in bfloat16 the bare loop uses autocast.
+Within the same processes the two take turns of `steps` steps; ratios are by round. In one process
+the bare loop is a plain module, under autocast in bfloat16; in several it calls fully_shard with
+the Trainer's units and policy. Its loss is torch's cross_entropy, or with --same_loss the
+library's chunked one, which leaves the Trainer's own cost alone. In float32 the two losses must
+agree.
 """
 
 import argparse
+import contextlib
+import math
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
 
 from benchmarks.manifest import DEVICE, report
-from titan_lite.config.load import load_config
+from benchmarks.measure import (
+    Run,
+    Values,
+    Variant,
+    add_options,
+    finish,
+    positive,
+    spread,
+    start,
+    take_turn,
+)
+from benchmarks.workers import BenchmarkError, Group
+from titan_lite.loss import cross_entropy_sum
 from titan_lite.models.registry import resolve
-from titan_lite.models.rules import check
 from titan_lite.nn.build import build
+from titan_lite.nn.decoder import Decoder
 from titan_lite.optim.schedule import lr_factor
 from titan_lite.trainer import Trainer
 
 
-def bare_loop(trainer: Trainer, dtype: torch.dtype) -> Callable[[int], float]:
-    """A step of a plain nn.Module on the very batches and weights that the trainer begins with."""
-    config = trainer.config
-    model = build(*resolve(config.model)).to(DEVICE)
+def shard(model: Decoder, dtype: torch.dtype) -> None:
+    """The units and resharding of parallel/fsdp.py, averages and all else being FSDP2's own."""
+    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    blocks = list(model.layers.children())
+    for module in (model.tok_embeddings, *blocks[:-1]):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    for kept in (blocks[-1], [model.norm, model.output], model):
+        fully_shard(kept, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def bare_loop(trainer: Trainer, dtype: torch.dtype, same_loss: bool) -> Callable[[int], Tensor]:
+    """A step on the very batches and weights that the trainer begins with; returns the loss."""
+    config, device = trainer.config, trainer.process.device
+    ranks = trainer.process.world_size
+    model = build(*resolve(config.model)).to(device)
     model.load_state_dict({n: p.full_tensor() for n, p in trainer.model.named_parameters()})
+    cast: Any = contextlib.nullcontext()
+    if ranks > 1:
+        shard(model, dtype)
+    elif dtype != torch.float32:
+        cast = torch.autocast(device.type, dtype)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     kept = [p for p in model.parameters() if p.ndim == 1]
     settings = config.optimizer
@@ -42,14 +83,24 @@ def bare_loop(trainer: Trainer, dtype: torch.dtype) -> Callable[[int], float]:
         fused=True,
     )
     batches = iter(trainer.build_loader())
-    cast = torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32)
 
-    def step(number: int) -> float:
-        batch = next(batches)
-        inputs, labels = batch.inputs.to(DEVICE), batch.labels.to(DEVICE)
-        with cast:
+    def mean_loss(model: Decoder, inputs: Tensor, labels: Tensor) -> Tensor:
+        if not same_loss:
             logits = model(inputs)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+            return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        head_loss = partial(
+            cross_entropy_sum,
+            labels=labels,
+            num_chunks=config.training.loss_chunks,
+            vocab_size=trainer.vocab_size,
+        )
+        return model(inputs, head_loss=head_loss) / labels.numel()
+
+    def step(number: int) -> Tensor:
+        batch = next(batches)
+        inputs, labels = batch.inputs.to(device), batch.labels.to(device)
+        with cast:
+            loss = mean_loss(model, inputs, labels)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.training.max_norm)
         factor = lr_factor(number, config.lr_scheduler, config.training.steps)
@@ -57,57 +108,82 @@ def bare_loop(trainer: Trainer, dtype: torch.dtype) -> Callable[[int], float]:
             group["lr"] = settings.lr * factor
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return loss.detach()
 
     return step
 
 
-def measure(dtype: str, rounds: int, steps: int) -> dict[str, Any]:
-    """Ratios of one dtype; the first round warms up."""
-    total = (rounds + 1) * steps
-    with tempfile.TemporaryDirectory() as folder:
-        overrides = (
-            f"--training.steps={total}",
-            f"--training.param_dtype={dtype}",
-            "--metrics.log_freq=1",
-            f"--job.dump_folder={folder}",
-        )
-        loaded = load_config("train_configs/debug.toml", overrides)
-        trainer = Trainer(loaded, check(loaded, 1))
-        bare = bare_loop(trainer, getattr(torch, dtype))
-        ratios, seconds, losses = [], [], []
-        for first in range(1, total + 1, steps):
-            numbers = range(first, first + steps)
-            ours, records = timed(trainer.train_step, numbers)
-            theirs, bare_losses = timed(bare, numbers)
-            losses += [(r["loss"], b) for r, b in zip(records, bare_losses, strict=True)]
-            if first > 1:
-                ratios.append(ours / theirs)
-                seconds.append(theirs / steps)
-        trainer.close()
+def alternate(config: str, overrides: list[str], options: argparse.Namespace, dtype: str) -> Values:
+    """Ratios of one dtype, measured in each process."""
+    steps, warmup_rounds = options.steps, math.ceil(options.warmup / options.steps)
+    start(config, overrides, steps, 0)
+    bare = bare_loop(Run.trainer, getattr(torch, dtype), options.same_loss)
+
+    def bare_turn() -> float:
+        first = Run.step - steps + 1
+        for number in range(first, first + steps):
+            loss = bare(number)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(loss)
+        return loss.item() / dist.get_world_size()
+
+    ratios, seconds, differences = [], [], []
+    for number in range(-warmup_rounds, options.rounds):
+        ours, record = timed(take_turn)
+        theirs, loss = timed(bare_turn)
+        differences.append(abs(record["loss"] - loss) / loss)
+        if number >= 0:
+            ratios.append(ours / theirs)
+            seconds.append(theirs / steps)
+    finish()
     return {
         "dtype": dtype,
-        "trainer_over_bare_loop": round(statistics.median(ratios), 4),
-        "ratio_range": [round(min(ratios), 4), round(max(ratios), 4)],
+        "processes": dist.get_world_size(),
+        "threads_per_process": torch.get_num_threads(),
+        "bare_loop": "fully_shard" if dist.get_world_size() > 1 else "plain",
+        "bare_loss": "cross_entropy_sum" if options.same_loss else "F.cross_entropy",
+        "trainer_over_bare_loop": spread(ratios),
         "bare_step_seconds": round(statistics.median(seconds), 4),
-        "largest_relative_loss_difference": max(abs(a - b) / b for a, b in losses),
+        "largest_relative_loss_difference": max(differences),
     }
 
 
-def timed(step: Callable[[int], Any], numbers: Iterable[int]) -> tuple[float, list[Any]]:
-    """Seconds and results of some steps, the device's work included."""
-    start = time.perf_counter()
-    results = [step(number) for number in numbers]
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, results
+def timed(turn: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds and result; both kinds of turn end with the host reading the loss."""
+    dist.barrier()
+    begin = time.perf_counter()
+    result = turn()
+    return time.perf_counter() - begin, result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the ratios; returns 2 for a mistake in the arguments or in the configuration."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.trainer_overhead",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", nargs="?", default="train_configs/debug.toml")
+    parser.add_argument("--nproc", type=positive, default=1)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--same_loss", action="store_true")
+    add_options(parser, warmup=5, rounds=8, steps=5)
+    options, overrides = parser.parse_known_args(argv)
+    results = []
+    try:
+        for dtype in options.dtypes:
+            settings = (*overrides, f"--training.param_dtype={dtype}")
+            variant = Variant(dtype, options.config, settings, options.nproc)
+            with tempfile.TemporaryDirectory() as folder, Group(options.nproc) as group:
+                run = variant.settings(folder, options.steps)
+                results.append(group.call(alternate, options.config, run, options, dtype)[0])
+    except BenchmarkError as error:
+        print(error, file=sys.stderr)
+        return 2
+    report("trainer_overhead", results, options.output)
+    return 0
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=5)
-    options = parser.parse_args()
-    dtypes = ("float32", "bfloat16")
-    results = [measure(dtype, options.rounds, options.steps) for dtype in dtypes]
-    report("trainer_overhead", results)
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""Variants of a run measured side by side: each has its own processes, and they take turns.
+
+Step time, WPS, MFU and memory are those of the library's own meter, one window per turn; the time
+in which the others have their turn is excluded.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from benchmarks.workers import BenchmarkError, Group
+from titan_lite.config.load import ConfigError, load_config
+from titan_lite.metrics.record import Record
+from titan_lite.models.rules import check
+from titan_lite.runtime.distributed import Process
+from titan_lite.runtime.garbage import collected_every
+from titan_lite.runtime.run_folder import RUN_FILE
+from titan_lite.trainer import Trainer
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A run of `config` with overrides (--section.key=value) on `nproc` processes."""
+
+    name: str
+    config: str
+    overrides: tuple[str, ...] = ()
+    nproc: int = 1
+
+    def settings(self, folder: str, turn: int) -> list[str]:
+        """All overrides of a run whose turns of `turn` steps are logged at their end.
+
+        Raises BenchmarkError for one that measuring needs for itself, and for what is refused.
+        """
+        own = {
+            "job.dump_folder": folder,
+            # Never reached.
+            "training.steps": 1_000_000,
+            "metrics.log_freq": turn,
+            "metrics.enable_tensorboard": "false",
+            "checkpoint.enable": "false",
+        }
+        for override in self.overrides:
+            if (key := override.removeprefix("--").partition("=")[0]) in own:
+                raise BenchmarkError(f"{self.name}: {key} is set by the benchmark itself")
+        settings = [*self.overrides, *(f"--{key}={value}" for key, value in own.items())]
+        try:
+            check(load_config(self.config, settings), self.nproc)
+        except ConfigError as error:
+            raise BenchmarkError(f"{self.name}: {error}") from error
+        return settings
+
+
+def measure(
+    variants: Sequence[Variant],
+    *,
+    warmup: int,
+    rounds: int,
+    steps: int,
+    extra: Callable[[], Values] | None = None,
+) -> list[Values]:
+    """One result per variant: at least `warmup` steps, then `rounds` turns of `steps` steps each.
+
+    Ratios to the first variant are medians over the rounds. `extra` is called in each process
+    after the last round; what it returns on rank 0 joins the result.
+    """
+    warmup_turns = math.ceil(warmup / steps)
+    with contextlib.ExitStack() as stack:
+        settings = [
+            variant.settings(folder, steps)
+            for variant in variants
+            for folder in [stack.enter_context(tempfile.TemporaryDirectory())]
+        ]
+        groups = [stack.enter_context(Group(variant.nproc)) for variant in variants]
+        for variant, group, overrides in zip(variants, groups, settings, strict=True):
+            with _named(variant):
+                group.call(start, variant.config, overrides, steps, warmup_turns)
+        records: list[list[Record]] = [[] for _ in variants]
+        for _ in range(rounds):
+            for group, windows in zip(groups, records, strict=True):
+                windows.append(group.call(take_turn)[0])
+        results = []
+        for variant, group, windows in zip(variants, groups, records, strict=True):
+            result = {"variant": variant.name, "config": variant.config}
+            result |= {"with": list(variant.overrides), "processes": variant.nproc}
+            result |= {"threads_per_process": group.threads, **summary(windows)}
+            if extra is not None:
+                result |= group.call(extra)[0]
+            result |= group.call(finish)[0]
+            if windows is not records[0]:
+                result["over_first"] = ratios(windows, records[0])
+            results.append(result)
+    return results
+
+
+def add_options(parser: argparse.ArgumentParser, *, warmup: int, rounds: int, steps: int) -> None:
+    """The options that every benchmark of steps has."""
+    parser.add_argument("--warmup", type=positive, default=warmup, help="steps at least")
+    parser.add_argument("--rounds", type=positive, default=rounds, help="turns of each variant")
+    parser.add_argument("--steps", type=positive, default=steps, help="steps of a turn")
+    parser.add_argument("--output", metavar="FILE", help="kept in benchmarks/results/")
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected an integer greater than 0, got {text!r}")
+    return int(text)
+
+
+@contextlib.contextmanager
+def _named(variant: Variant) -> Iterator[None]:
+    try:
+        yield
+    except BenchmarkError as error:
+        raise BenchmarkError(f"{variant.name}: {error}") from error
+
+
+def summary(windows: Sequence[Record]) -> Values:
+    """Medians over the turns, and the spread of the step time."""
+    seconds = [window["seconds_per_step"] for window in windows]
+    mfu = [window["mfu"] for window in windows if "mfu" in window]
+    return {
+        "seconds_per_step": spread(seconds),
+        "wps": round(statistics.median(window["wps"] for window in windows), 1),
+        "mfu": round(statistics.median(mfu), 2) if mfu else None,
+        "peak_memory_gib": round(max(window["memory_gib"] for window in windows), 3),
+    }
+
+
+def ratios(windows: Sequence[Record], first: Sequence[Record]) -> Values:
+    """Of this variant over the first one, by round."""
+    return {
+        key: spread([ours[key] / theirs[key] for ours, theirs in zip(windows, first, strict=True)])
+        for key in ("seconds_per_step", "wps")
+    }
+
+
+def spread(values: Sequence[float]) -> Values:
+    """Median, quartiles, smallest and largest."""
+    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values
+    return {
+        "median": round(statistics.median(values), 5),
+        "quartiles": [round(quartiles[0], 5), round(quartiles[-1], 5)],
+        "range": [round(min(values), 5), round(max(values), 5)],
+    }
+
+
+class Run:
+    """The run of this process, between its turns."""
+
+    trainer: Trainer
+    turn: int
+    step: int
+    collect: Callable[[int], None]
+    stack: contextlib.ExitStack
+    pause: contextlib.ExitStack
+
+
+def start(config: str, overrides: list[str], turn: int, warmup_turns: int) -> None:
+    """Builds the trainer of this process and warms it up."""
+    loaded = load_config(config, overrides)
+    Run.trainer = trainer = Trainer(loaded, check(loaded, Process.from_environment().world_size))
+    Run.turn, Run.step = turn, 0
+    Run.stack, Run.pause = contextlib.ExitStack(), contextlib.ExitStack()
+    Run.collect = Run.stack.enter_context(collected_every(loaded.config.training.gc_freq))
+    for _ in range(warmup_turns):
+        take_turn()
+    trainer._report_compiled()
+
+
+def take_turn() -> Record:
+    """Trains for one turn, as Trainer.train does, and returns its record."""
+    dist.barrier()
+    Run.pause.close()
+    for _ in range(Run.turn):
+        Run.step += 1
+        record = Run.trainer.train_step(Run.step)
+        Run.collect(Run.step)
+    Run.pause.enter_context(Run.trainer.meter.excluded())
+    assert record is not None, "the last step of a turn is logged"
+    return record
+
+
+def finish() -> Values:
+    """Ends the run; what was applied, and what its MFU divides by."""
+    trainer = Run.trainer
+    Run.stack.close()
+    trainer.close()
+    if trainer.process.rank != 0:
+        return {}
+    told = json.loads((trainer.run_folder / RUN_FILE).read_text())
+    # Names of hundreds of linears would hide the numbers.
+    applied = {
+        key: len(value) if key == "float8_linears" else value
+        for key, value in told["applied"].items()
+    }
+    return {"parameters": told["parameters"], "applied": applied, "peak": told["peak"]}

@@ -1,0 +1,72 @@
+"""Step time, WPS, MFU and peak memory of a run, or of two side by side, as JSON.
+
+    python -m benchmarks.step CONFIG [--vs CONFIG] [--nproc N] [--warmup 6] [--rounds 10]
+        [--steps 2] [--profile] [--output FILE] [--section.key=value ...]
+        [--a.section.key=value ...] [--b.section.key=value ...]
+
+With --vs the two, a and b, take turns of `steps` steps, each in N processes of its own (NCCL on
+GPUs, gloo on CPU); overrides that begin with a. or b. are for one of them. Ratios are b over a,
+round by round. --profile adds the share of the step in which no kernel ran. FILE is kept in
+benchmarks/results/.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from benchmarks.idle import kernel_time, with_idle_share
+from benchmarks.manifest import report
+from benchmarks.measure import Variant, add_options, measure, positive
+from benchmarks.workers import BenchmarkError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the results; returns 2 for a mistake in the arguments or in a configuration."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("--vs", metavar="CONFIG")
+    parser.add_argument("--nproc", type=positive, default=1, metavar="N")
+    parser.add_argument("--profile", action="store_true")
+    add_options(parser, warmup=6, rounds=10, steps=2)
+    options, overrides = parser.parse_known_args(argv)
+    try:
+        variants = sides(options.config, options.vs, options.nproc, overrides)
+        results = measure(
+            variants,
+            warmup=options.warmup,
+            rounds=options.rounds,
+            steps=options.steps,
+            extra=kernel_time if options.profile else None,
+        )
+    except BenchmarkError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.profile:
+        results = [with_idle_share(result) for result in results]
+    report("step", results, options.output)
+    return 0
+
+
+def sides(config: str, vs: str | None, nproc: int, overrides: Sequence[str]) -> list[Variant]:
+    """The one or two variants that the arguments mean."""
+    configs = {"a": config} if vs is None else {"a": config, "b": vs}
+    settings: dict[str, list[str]] = {side: [] for side in configs}
+    for override in overrides:
+        side, _, rest = override.removeprefix("--").partition(".")
+        if side in configs:
+            settings[side].append(f"--{rest}")
+        elif side == "b":
+            raise BenchmarkError(f"{override} is for side b, which --vs CONFIG adds")
+        else:
+            for both in settings.values():
+                both.append(override)
+    return [Variant(side, config, tuple(settings[side]), nproc) for side, config in configs.items()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

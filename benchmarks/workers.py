@@ -1,0 +1,131 @@
+"""The processes of one measured variant, which join a process group as torchrun's do."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from titan_lite.config.load import ConfigError
+from titan_lite.runtime.distributed import stop_process_group
+
+# Imported once, in the fork server, instead of once in every process.
+PRELOADED = ["titan_lite.trainer", "benchmarks.measure"]
+
+# A process that waits for others in a collective will not leave.
+SECONDS_TO_LEAVE = 5
+
+
+class BenchmarkError(Exception):
+    """What the user of a benchmark can put right; its text is all that is shown."""
+
+
+class Group:
+    """`call(function, *arguments)` calls it in every process and returns the results by rank.
+
+    Rank and rendezvous are in the environment; what is called makes the process group, or its
+    Trainer does. Without OMP_NUM_THREADS the processes share the cores.
+    """
+
+    def __init__(self, nproc: int) -> None:
+        on_gpu = torch.cuda.is_available()
+        if on_gpu and nproc > (gpus := torch.cuda.device_count()):
+            raise BenchmarkError(
+                f"{nproc} processes need {nproc} GPUs, and there are {gpus}; "
+                "with CUDA_VISIBLE_DEVICES= all is measured on the CPU"
+            )
+        # What is forked after CUDA was so much as looked for may not be able to use it.
+        context: Any = multiprocessing.get_context("spawn" if on_gpu else "forkserver")
+        if not on_gpu:
+            context.set_forkserver_preload(PRELOADED)
+        self.threads = threads_of_each(nproc)
+        self.connections: list[Connection] = []
+        self.processes = []
+        port = _free_port()
+        for rank in range(nproc):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, nproc, port, self.threads, theirs), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self.connections.append(ours)
+            self.processes.append(process)
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """BenchmarkError for a configuration that is refused, RuntimeError for what fails."""
+        for connection in self.connections:
+            connection.send((function, arguments))
+        results: list[Any] = [None] * len(self.connections)
+        waiting = dict(zip(self.connections, range(len(self.connections)), strict=True))
+        while waiting:
+            for connection in wait(list(waiting)):
+                assert isinstance(connection, Connection)
+                rank = waiting.pop(connection)
+                results[rank] = self._answer(rank)
+        return results
+
+    def _answer(self, rank: int) -> Any:
+        try:
+            outcome, result = self.connections[rank].recv()
+        except EOFError:
+            self.processes[rank].join()
+            code = self.processes[rank].exitcode
+            raise RuntimeError(f"process {rank} ended with exit code {code}") from None
+        if outcome == "refused":
+            raise BenchmarkError(result)
+        if outcome == "failed":
+            raise RuntimeError(f"process {rank}: {result}")
+        return result
+
+    def __enter__(self) -> "Group":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for connection in self.connections:
+            connection.close()
+        for process in self.processes:
+            process.join(timeout=SECONDS_TO_LEAVE)
+            process.kill()
+            process.join()
+
+
+def threads_of_each(nproc: int) -> int:
+    """Threads of a process: OMP_NUM_THREADS, else its share of the cores."""
+    asked = os.environ.get("OMP_NUM_THREADS")
+    return int(asked) if asked else max(1, (os.cpu_count() or 1) // nproc)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _serve(rank: int, nproc: int, port: int, threads: int, connection: Connection) -> None:
+    # Standard output is for the results alone.
+    os.dup2(2, 1)
+    torch.set_num_threads(threads)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(nproc),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    while True:
+        try:
+            function, arguments = connection.recv()
+        except EOFError:
+            return stop_process_group()
+        try:
+            connection.send(("done", function(*arguments)))
+        except ConfigError as error:
+            connection.send(("refused", str(error)))
+        except Exception:
+            connection.send(("failed", traceback.format_exc()))
