@@ -23,6 +23,11 @@ def report(benchmark: str, results: Any, output: str | None = None) -> None:
 
     It is also written to the file `output`, a relative one below benchmarks/results/.
     """
+    print(store(benchmark, results, output))
+
+
+def store(benchmark: str, results: Any, output: str | None) -> str:
+    """As report, but returns the text."""
     manifest = {
         "command": shlex.join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]]),
         "device": device_name(DEVICE),
@@ -35,6 +40,6 @@ def report(benchmark: str, results: Any, output: str | None = None) -> None:
     }
     content = {"benchmark": benchmark, "results": results, "manifest": manifest}
     text = json.dumps(content, indent=2)
-    print(text)
     if output is not None:
         (RESULTS / output).write_text(text + "\n")
+    return text

@@ -170,6 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--same_loss", action="store_true")
     add_options(parser, warmup=5, rounds=8, steps=5)
     options, overrides = parser.parse_known_args(argv)
+    if options.same_loss and options.nproc == 1:
+        parser.error("--same_loss is for --nproc 2 or more: autocast does not reach into that loss")
     results = []
     try:
         for dtype in options.dtypes:

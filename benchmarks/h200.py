@@ -1,0 +1,145 @@
+"""What compile, float8, activation checkpointing and the chunked loss give on one H200.
+
+    python -m benchmarks.h200 [--only WORD ...] [--limit 450] [--warmup 3] [--rounds 4]
+        [--steps 2] [--output h200.json] [--section.key=value ...]
+
+The variants run one after the other, since no two fit into the memory together; what is measured
+once more, last of its model, shows by how much the machine drifts. No variant begins later than
+`limit` seconds after the first. The file, in benchmarks/results/, is written after each of them;
+a table is printed at the end. --only keeps the variants whose names hold one of the words.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+from benchmarks.idle import kernel_time, with_idle_share
+from benchmarks.manifest import store
+from benchmarks.measure import Values, Variant, add_options, measure, positive
+from benchmarks.workers import BenchmarkError
+
+CONFIGS = "benchmarks/configs"
+# What the others of a model are compared with.
+BASE = "compile"
+COMPILE = "--compile.enable=true"
+TENSORWISE = "--float8.recipe=tensorwise"
+ROWWISE = "--float8.recipe=rowwise"
+
+SUITE: dict[str, dict[str, tuple[str, ...]]] = {
+    "llama3_1b": {
+        "eager": (),
+        BASE: (COMPILE,),
+        "compile, tensorwise": (COMPILE, TENSORWISE),
+        "compile, rowwise": (COMPILE, ROWWISE),
+        "compile, selective_op": (COMPILE, "--activation_checkpoint.mode=selective_op"),
+        "compile, loss in one chunk": (COMPILE, "--training.loss_chunks=1"),
+        "compile, once more": (COMPILE,),
+    },
+    "llama3_8b": {
+        "eager": (),
+        BASE: (COMPILE,),
+        "compile, tensorwise": (COMPILE, TENSORWISE),
+        "compile, rowwise": (COMPILE, ROWWISE),
+        "compile, once more": (COMPILE,),
+    },
+}
+
+
+def variants(words: Sequence[str], overrides: Sequence[str]) -> list[Variant]:
+    """The suite's variants that hold one of the words, all without words."""
+    found = [
+        Variant(f"{model}, {name}", f"{CONFIGS}/{model}.toml", (*settings, *overrides))
+        for model, ways in SUITE.items()
+        for name, settings in ways.items()
+    ]
+    kept = [v for v in found if not words or any(word in v.name for word in words)]
+    if not kept:
+        raise BenchmarkError(f"--only {' '.join(words)}: no variant's name holds that")
+    return kept
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, stores, prints the table; returns 2 for a mistake, 1 where a variant failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.h200",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD")
+    parser.add_argument("--limit", type=positive, default=450, help="in seconds")
+    add_options(parser, warmup=3, rounds=4, steps=2)
+    parser.set_defaults(output="h200.json")
+    options, overrides = parser.parse_known_args(argv)
+    results: list[Values] = []
+    begin = time.monotonic()
+    try:
+        chosen = variants(options.only, overrides)
+        for variant in chosen:
+            variant.settings("outputs", options.steps)
+    except BenchmarkError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for variant in chosen:
+        if time.monotonic() - begin > options.limit:
+            results.append({"variant": variant.name, "failed": "no time was left"})
+        else:
+            results.append(one(variant, options))
+        store("h200", with_ratios(results), options.output)
+    print(table(with_ratios(results)))
+    return int(any("failed" in result for result in results))
+
+
+def one(variant: Variant, options: argparse.Namespace) -> Values:
+    """The variant's result, or why there is none: another may fit, or work."""
+    try:
+        (result,) = measure(
+            [variant],
+            warmup=options.warmup,
+            rounds=options.rounds,
+            steps=options.steps,
+            extra=kernel_time,
+        )
+    except (BenchmarkError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return {"variant": variant.name, "failed": str(error).strip().splitlines()[-1]}
+    return with_idle_share(result)
+
+
+def with_ratios(results: Sequence[Values]) -> list[Values]:
+    """Adds each variant's WPS over that of its model's base."""
+    bases = {result["variant"]: result["wps"] for result in results if "wps" in result}
+    found = []
+    for result in results:
+        base = bases.get(f"{result['variant'].partition(', ')[0]}, {BASE}")
+        ratio = round(result["wps"] / base, 3) if base and "wps" in result else None
+        found.append(result | {"wps_over_compile": ratio})
+    return found
+
+
+def table(results: Sequence[Values]) -> str:
+    """The results in Markdown."""
+    lines = [
+        "| variant | s per step | WPS | over compile | MFU % | peak GiB | no kernel ran |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        if "failed" in result:
+            lines.append(f"| {result['variant']} | {result['failed']} | | | | | |")
+            continue
+        cells = (
+            result["variant"],
+            result["seconds_per_step"]["median"],
+            result["wps"],
+            result["wps_over_compile"] or "",
+            result["mfu"] or "",
+            result["peak_memory_gib"],
+            f"{result['idle_share']:.1%}",
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

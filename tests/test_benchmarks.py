@@ -1,0 +1,203 @@
+"""The measuring machinery of benchmarks/, on runs of a tiny model."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import activation_checkpoint, h200, idle, step, trainer_overhead
+from benchmarks.workers import BenchmarkError, Group
+from tests.runs import TINY
+
+ROOT = Path(__file__).parent.parent
+DEBUG = "train_configs/debug.toml"
+# What a benchmark sets itself, and a batch for one process only.
+LEFT_OUT = ("--training.steps=", "--metrics.", "--training.global_batch_size=")
+TINY_MODEL = [override for override in TINY if not override.startswith(LEFT_OUT)]
+TINY_MODEL.append("--metrics.peak_tflops=1.0")
+SHORT = ["--warmup=2", "--rounds=2", "--steps=1"]
+
+
+@pytest.fixture(autouse=True)
+def _in_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def results_of(benchmark: Any, output: Path, *arguments: str) -> list[dict[str, Any]]:
+    assert benchmark.main([*arguments, *SHORT, f"--output={output}", *TINY_MODEL]) == 0
+    stored = json.loads(output.read_text())
+    assert {"command", "device", "cores", "torch", "git_commit"} <= stored["manifest"].keys()
+    results: list[dict[str, Any]] = stored["results"]
+    return results
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("nproc", "setting", "applied"),
+    [
+        (1, "--b.activation_checkpoint.mode=full", {"checkpointed_blocks": 2}),
+        (2, "--b.parallel.reshard_after_forward=never", {"sharded_parameters": 21}),
+    ],
+)
+def test_two_sides_take_turns_and_are_compared_round_by_round(
+    nproc: int, setting: str, applied: dict[str, int], tmp_path: Path
+) -> None:
+    output = tmp_path / "step.json"
+    a, b = results_of(step, output, DEBUG, "--vs", DEBUG, setting, f"--nproc={nproc}", "--profile")
+    own = setting.replace("--b.", "--")
+    assert own in b["with"]
+    assert own not in a["with"]
+    assert b["applied"].items() >= applied.items()
+    for side in (a, b):
+        assert side["processes"] == nproc
+        low, high = side["seconds_per_step"]["range"]
+        assert 0 < low <= side["seconds_per_step"]["median"] <= high
+        # Two turns, and 8 samples of 64 tokens a step for each rank.
+        assert side["wps"] == pytest.approx(512 * (1 / low + 1 / high) / 2, rel=0.01)
+        assert side["mfu"] > 0
+        assert side["peak_memory_gib"] > 0.1
+        assert side["peak"]["source"] == "metrics.peak_tflops"
+        assert side["kernels_per_step"] > 100
+        assert side["idle_share"] < 1
+    assert "over_first" not in a
+    for key in ("seconds_per_step", "wps"):
+        assert b["over_first"][key]["range"][0] > 0
+
+
+def test_a_variant_alone_needs_no_second_side(tmp_path: Path) -> None:
+    (result,) = results_of(step, tmp_path / "step.json", DEBUG)
+    assert result["applied"]["fsdp_units"] == 6
+    assert "idle_share" not in result
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--b.parallel.tp=2"], "--b.parallel.tp=2 is for side b, which --vs CONFIG adds"),
+        (["--training.steps=3"], "a: training.steps is set by the benchmark itself"),
+        (["--vs", DEBUG, "--b.training.stpes=3"], "b: titan-lite: 1 problem in the configuration"),
+        (["--vs", DEBUG, "--b.training.stpes=3"], 'did you mean "training.steps"?'),
+        (["--vs", "no.toml"], "b: titan-lite: 1 problem in the configuration\n  no.toml: no such"),
+        (["--a.parallel.tp=3"], "a: titan-lite: "),
+        # What only the Trainer can find out.
+        (["--float8.recipe=rowwise"], "a: titan-lite: 1 problem in the configuration\n  float8.r"),
+    ],
+)
+def test_wrong_use_is_one_answer_that_names_the_side(
+    arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert step.main([DEBUG, *arguments]) == 2
+    out, err = capfd.readouterr()
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_counts_must_be_positive(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        step.main([DEBUG, "--rounds=0"])
+    assert "expected an integer greater than 0, got '0'" in capsys.readouterr().err
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(BenchmarkError, match="2 processes need 2 GPUs, and there are 1; with CUDA"):
+        Group(2)
+
+
+def test_a_process_that_fails_or_dies_is_named() -> None:
+    with Group(1) as group:
+        with pytest.raises(RuntimeError, match=r"(?s)process 0: Traceback.*invalid literal"):
+            group.call(int, "many")
+        assert group.call(int, "1") == [1]
+        with pytest.raises(RuntimeError, match="process 0 ended with exit code 3"):
+            group.call(os._exit, 3)
+
+
+def test_overlapping_kernels_are_counted_once() -> None:
+    assert idle.covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.5)]) == 4.0
+    result = {"kernel_seconds_per_step": 0.3, "seconds_per_step": {"median": 0.4}}
+    assert idle.with_idle_share(result)["idle_share"] == 0.25
+
+
+@pytest.mark.distributed
+def test_recomputing_all_blocks_takes_less_activation_memory(tmp_path: Path) -> None:
+    modes = ("--modes", "none", "full")
+    none, full = results_of(activation_checkpoint, tmp_path / "modes.json", DEBUG, *modes)
+    assert full["variant"] == "full"
+    assert full["activation_mib"] < 0.8 * none["activation_mib"]
+    assert full["activation_memory"] == "peak"
+    assert full["over_first"]["seconds_per_step"]["median"] > 0
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("loss", [[], ["--same_loss"]], ids=["torch", "same"])
+def test_the_bare_fully_shard_loop_trains_the_same_model(loss: list[str], tmp_path: Path) -> None:
+    arguments = ("--nproc=2", "--dtypes", "float32", *loss)
+    (result,) = results_of(trainer_overhead, tmp_path / "overhead.json", DEBUG, *arguments)
+    assert result["bare_loop"] == "fully_shard"
+    assert result["largest_relative_loss_difference"] < 1e-5
+    assert result["trainer_over_bare_loop"]["median"] > 0
+
+
+def test_the_chunked_loss_of_one_process_has_no_autocast(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        trainer_overhead.main(["--same_loss"])
+    assert "--same_loss is for --nproc 2 or more" in capsys.readouterr().err
+
+
+def test_every_variant_of_the_gpu_suite_is_a_valid_configuration() -> None:
+    chosen = h200.variants([], [])
+    assert len(chosen) == sum(map(len, h200.SUITE.values()))
+    for variant in chosen:
+        variant.settings("outputs", 2)
+
+
+@pytest.mark.distributed
+def test_the_gpu_suite_goes_on_after_a_variant_that_cannot_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "h200.json"
+    eager = ["--compile.enable=false", "--model.vocab_size=2048"]
+    arguments = ["--only", "8b, compile, rowwise", "8b, compile, once", f"--output={output}"]
+    assert h200.main([*arguments, *SHORT, *TINY_MODEL, *eager]) == 1
+    refused, measured = json.loads(output.read_text())["results"]
+    assert "needs a GPU that multiplies float8" in refused["failed"]
+    assert measured["variant"] == "llama3_8b, compile, once more"
+    assert measured["applied"]["selective_blocks"] == 2
+    assert measured["kernels_per_step"] > 100
+    table = capsys.readouterr().out
+    assert "| llama3_8b, compile, once more | 0." in table
+    assert "| llama3_8b, compile, rowwise |   " in table
+
+
+def test_wps_of_the_gpu_suite_are_over_the_compiled_model_in_bfloat16() -> None:
+    results = [
+        {"variant": "m, eager", "wps": 50.0},
+        {"variant": "m, compile", "wps": 100.0},
+        {"variant": "m, compile, tensorwise", "failed": "no"},
+        {"variant": "n, eager", "wps": 70.0},
+    ]
+    ratios = [result["wps_over_compile"] for result in h200.with_ratios(results)]
+    assert ratios == [0.5, 1.0, None, None]
+
+
+def test_the_gpu_suite_begins_nothing_after_its_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 100.0])
+    monkeypatch.setattr(h200.time, "monotonic", lambda: next(clock))
+    arguments = ["--only", "1b, eager", "--limit=99", f"--output={tmp_path / 'h200.json'}"]
+    assert h200.main(arguments) == 1
+    assert "| llama3_1b, eager | no time was left |" in capsys.readouterr().out
+
+
+def test_the_gpu_suite_needs_a_word_that_a_name_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert h200.main(["--only", "2b"]) == 2
+    assert capsys.readouterr().err == "--only 2b: no variant's name holds that\n"
