@@ -91,9 +91,14 @@ def measure(
                 windows.append(group.call(take_turn)[0])
         results = []
         for variant, group, windows in zip(variants, groups, records, strict=True):
-            result = {"variant": variant.name, "config": variant.config}
-            result |= {"with": list(variant.overrides), "processes": variant.nproc}
-            result |= {"threads_per_process": group.threads, **summary(windows)}
+            result: Values = {
+                "variant": variant.name,
+                "config": variant.config,
+                "with": list(variant.overrides),
+                "processes": variant.nproc,
+                "threads_per_process": group.threads,
+                **summary(windows),
+            }
             if extra is not None:
                 result |= group.call(extra)[0]
             result |= group.call(finish)[0]

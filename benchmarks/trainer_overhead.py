@@ -54,7 +54,7 @@ def shard(model: Decoder, dtype: torch.dtype) -> None:
     """The units and resharding of parallel/fsdp.py, averages and all else being FSDP2's own."""
     mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    blocks = list(model.layers.children())
+    blocks: list[Any] = list(model.layers.children())
     for module in (model.tok_embeddings, *blocks[:-1]):
         fully_shard(module, mesh=mesh, mp_policy=policy)
     for kept in (blocks[-1], [model.norm, model.output], model):

@@ -2,13 +2,13 @@
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore
 
 from titan_lite.config.load import ConfigError
 from titan_lite.runtime.distributed import stop_process_group
@@ -45,11 +45,14 @@ class Group:
         self.threads = threads_of_each(nproc)
         self.connections: list[Connection] = []
         self.processes = []
-        port = _free_port()
+        # As torchrun's agent does: a port that the processes would open may be taken by then.
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(nproc):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, nproc, port, self.threads, theirs), daemon=True
+                target=_serve,
+                args=(rank, nproc, self.store.port, self.threads, theirs),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -61,11 +64,10 @@ class Group:
         for connection in self.connections:
             connection.send((function, arguments))
         results: list[Any] = [None] * len(self.connections)
-        waiting = dict(zip(self.connections, range(len(self.connections)), strict=True))
+        waiting: dict[Any, int] = {c: rank for rank, c in enumerate(self.connections)}
         while waiting:
-            for connection in wait(list(waiting)):
-                assert isinstance(connection, Connection)
-                rank = waiting.pop(connection)
+            for ready in wait(list(waiting)):
+                rank = waiting.pop(ready)
                 results[rank] = self._answer(rank)
         return results
 
@@ -100,13 +102,6 @@ def threads_of_each(nproc: int) -> int:
     return int(asked) if asked else max(1, (os.cpu_count() or 1) // nproc)
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
 def _serve(rank: int, nproc: int, port: int, threads: int, connection: Connection) -> None:
     # Standard output is for the results alone.
     os.dup2(2, 1)
@@ -117,6 +112,8 @@ def _serve(rank: int, nproc: int, port: int, threads: int, connection: Connectio
         WORLD_SIZE=str(nproc),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        TORCHELASTIC_RESTART_COUNT="0",
     )
     while True:
         try:
