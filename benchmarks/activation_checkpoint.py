@@ -1,7 +1,7 @@
 """Step time and peak activation memory of each mode of activation checkpointing, side by side.
 
     python -m benchmarks.activation_checkpoint [CONFIG] [--modes none full ...] [--warmup 2]
-        [--rounds 8] [--steps 2] [--output FILE] [--section.key=value ...]
+        [--rounds 10] [--steps 1] [--output FILE] [--section.key=value ...]
 
 One process per mode, since the compiler's memory budget is a process's; ratios are to the first
 mode. Activation memory is what forward and backward need beyond weights, gradients and optimizer
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("config", nargs="?", default="train_configs/debug.toml")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
-    add_options(parser, warmup=2, rounds=8, steps=2)
+    add_options(parser, warmup=2, rounds=10, steps=1)
     options, overrides = parser.parse_known_args(argv)
     variants = [
         Variant(

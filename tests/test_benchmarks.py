@@ -2,13 +2,14 @@
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import activation_checkpoint, h200, idle, step, trainer_overhead
+from benchmarks import activation_checkpoint, h200, idle, measure, step, trainer_overhead
 from benchmarks.workers import BenchmarkError, Group
 from tests.runs import TINY
 
@@ -65,6 +66,30 @@ def test_two_sides_take_turns_and_are_compared_round_by_round(
     assert "over_first" not in a
     for key in ("seconds_per_step", "wps"):
         assert b["over_first"][key]["range"][0] > 0
+
+
+def test_the_turns_of_others_do_not_count(tmp_path: Path) -> None:
+    variant = measure.Variant("a", DEBUG, tuple(TINY_MODEL))
+    with Group(1) as group:
+        group.call(measure.start, DEBUG, variant.settings(str(tmp_path), 2), 2, 1)
+        time.sleep(3)
+        begin = time.perf_counter()
+        (record,) = group.call(measure.take_turn)
+        assert 2 * record["seconds_per_step"] < time.perf_counter() - begin
+
+
+def test_ratios_are_of_the_same_round() -> None:
+    first = [{"seconds_per_step": 1.0, "wps": 8.0}, {"seconds_per_step": 4.0, "wps": 2.0}]
+    second = [{"seconds_per_step": 2.0, "wps": 4.0}, {"seconds_per_step": 6.0, "wps": 1.0}]
+    found = measure.ratios(second, first)
+    assert found["seconds_per_step"]["median"] == 1.75
+    assert found["seconds_per_step"]["range"] == [1.5, 2.0]
+    assert found["wps"]["range"] == [0.5, 0.5]
+    assert measure.spread([4.0, 1.0, 2.0, 3.0, 9.0]) == {
+        "median": 3.0,
+        "quartiles": [2.0, 4.0],
+        "range": [1.0, 9.0],
+    }
 
 
 def test_a_variant_alone_needs_no_second_side(tmp_path: Path) -> None:
