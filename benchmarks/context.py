@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from benchmarks.measure import Run, Values, Variant, add_options, measure, positive
-from benchmarks.workers import BenchmarkError
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.manifest import DEVICE, report
+from benchmarks.measure import Run, Values, Variant, add_options, measure, positive
+from benchmarks.workers import BenchmarkError
 from titan_lite.loss import cross_entropy_sum
 
 METHODS = ("ring", "all_gather", "ulysses")

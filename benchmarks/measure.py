@@ -181,7 +181,7 @@ def start(config: str, overrides: list[str], turn: int, warmup_turns: int) -> No
     Run.collect = Run.stack.enter_context(collected_every(loaded.config.training.gc_freq))
     for _ in range(warmup_turns):
         take_turn()
-    trainer._report_compiled()
+    trainer.report_compiled()
 
 
 def take_turn() -> Record:
@@ -205,9 +205,7 @@ def finish() -> Values:
     if trainer.process.rank != 0:
         return {}
     told = json.loads((trainer.run_folder / RUN_FILE).read_text())
-    # Names of hundreds of linears would hide the numbers.
-    applied = {
-        key: len(value) if key == "float8_linears" else value
-        for key, value in told["applied"].items()
-    }
+    # Names of hundreds of modules would hide the numbers.
+    counts = {feature: len(names) for feature, names in told["applied"]["modules"].items()}
+    applied = told["applied"] | {"modules": counts}
     return {"parameters": told["parameters"], "applied": applied, "peak": told["peak"]}

@@ -39,8 +39,8 @@ def results_of(benchmark: Any, output: Path, *arguments: str) -> list[dict[str, 
 @pytest.mark.parametrize(
     ("nproc", "setting", "applied"),
     [
-        (1, "--b.activation_checkpoint.mode=full", {"checkpointed_blocks": 2}),
-        (2, "--b.parallel.reshard_after_forward=never", {"sharded_parameters": 21}),
+        (1, "--b.activation_checkpoint.mode=full", {"checkpointed": 2}),
+        (2, "--b.parallel.reshard_after_forward=never", {"FSDP unit": 6}),
     ],
 )
 def test_two_sides_take_turns_and_are_compared_round_by_round(
@@ -51,7 +51,7 @@ def test_two_sides_take_turns_and_are_compared_round_by_round(
     own = setting.replace("--b.", "--")
     assert own in b["with"]
     assert own not in a["with"]
-    assert b["applied"].items() >= applied.items()
+    assert b["applied"]["modules"].items() >= applied.items()
     for side in (a, b):
         assert side["processes"] == nproc
         low, high = side["seconds_per_step"]["range"]
@@ -94,7 +94,7 @@ def test_ratios_are_of_the_same_round() -> None:
 
 def test_a_variant_alone_needs_no_second_side(tmp_path: Path) -> None:
     (result,) = results_of(step, tmp_path / "step.json", DEBUG)
-    assert result["applied"]["fsdp_units"] == 6
+    assert result["applied"]["modules"]["FSDP unit"] == 6
     assert "idle_share" not in result
 
 
@@ -195,7 +195,7 @@ def test_the_gpu_suite_goes_on_after_a_variant_that_cannot_run(
     refused, measured = json.loads(output.read_text())["results"]
     assert "needs a GPU that multiplies float8" in refused["failed"]
     assert measured["variant"] == "llama3_8b, compile, once more"
-    assert measured["applied"]["selective_blocks"] == 2
+    assert measured["applied"]["modules"]["selectively checkpointed"] == 2
     assert measured["kernels_per_step"] > 100
     table = capsys.readouterr().out
     assert "| llama3_8b, compile, once more | 0." in table

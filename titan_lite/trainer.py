@@ -289,7 +289,7 @@ class Trainer:
                 self.train_step(step)
                 if step == first:
                     set_timeout(comm.train_timeout_seconds)
-                    self._report_compiled()
+                    self.report_compiled()
                 if self.checkpoints.should_save(step, last):
                     # The slowest disk of all is waited for: longer than a step may take.
                     set_timeout(comm.init_timeout_seconds)
@@ -414,7 +414,7 @@ class Trainer:
             return batch.inputs, batch.labels
         return batch.inputs[:, self.positions], batch.labels[:, self.positions]
 
-    def _report_compiled(self) -> None:
+    def report_compiled(self) -> None:
         """Adds to the report what only the first step could tell."""
         if self.compilations is None:
             return
