@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 
+import hypothesis
 import pytest
 
 from tests.distributed import Workers, WorkersBySize
@@ -12,6 +13,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """One folder, kept between sessions, for what inductor compiles: half a minute per graph."""
     folder = config.rootpath / ".pytest_cache" / "inductor"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    # A busy machine is no failure.
+    hypothesis.settings.register_profile("titan_lite", deadline=None)
+    hypothesis.settings.load_profile("titan_lite")
 
 
 @pytest.fixture(scope="session")

@@ -324,6 +324,7 @@ def test_what_can_work_gives_the_degrees() -> None:
         (["parallel.sequence_parallel=false"], 2, "cannot act: parallel.tp is 1"),
         (['compile.components=["loss"]'], 1, "cannot act: compile.enable is false"),
         (["parallel.pp_split=uniform"], 1, "parallel.pp_split (command line) cannot act: paral"),
+        ([*PP2, "parallel.gradient_sync=last_micro_batch"], 2, "act: a pipeline reduces gradi"),
         ([*PP2, "parallel.pp_stages_per_rank=3"], 2, 'act: parallel.pp_schedule is "1F1B"'),
         ([*PP2, 'parallel.pp_stage_modules=[["a"]]'], 2, 'act: parallel.pp_split is "time"'),
         (["parallel.cp_method=ulysses"], 1, "parallel.cp_method (command line) cannot act: paral"),

@@ -22,7 +22,7 @@ TOKENIZER = Tokenizer.load()
 TEXTS = [f"{i} " + "whale " * (i % 7) for i in range(30)]
 NUM_STREAMS = st.sampled_from([1, 2, 3, 4, 6, 8])
 DEGREES = st.sampled_from([1, 2, 3, 4, 8])
-few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.fixture(scope="module")

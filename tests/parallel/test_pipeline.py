@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.distributed import Workers
@@ -32,7 +32,6 @@ def modules(**parallel: Any) -> list[tuple[str, ...]]:
     return [stage.modules for stage in split(model(), Parallel(**parallel), attention_flops=0)]
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=9), st.data())
 def test_no_other_cut_has_a_smaller_largest_part(costs: list[int], data: st.DataObject) -> None:
     parts = data.draw(st.integers(1, len(costs)))

@@ -146,7 +146,7 @@ def test_titans_count_exceeds_the_matmuls_by_the_norms_alone(args, seq_len):
     assert counted.hardware - counted.model == again - last_matmuls + 2 * (norms - args.dim)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(args=small_args)
 def test_parameters_are_those_of_the_model_that_is_built(args):
     with torch.device("meta"):

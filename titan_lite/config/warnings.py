@@ -96,6 +96,11 @@ def _idle(loaded: LoadedConfig, dims: ParallelDims) -> Iterator[str]:
             ("parallel.pp_stages_per_rank",),
         ),
         (
+            dims.pp > 1,
+            "a pipeline reduces gradients at the end of each pass",
+            ("parallel.gradient_sync",),
+        ),
+        (
             dims.pp > 1 and config.parallel.pp_split != "explicit",
             f"parallel.pp_split is {quote(config.parallel.pp_split)}",
             ("parallel.pp_stage_modules",),
