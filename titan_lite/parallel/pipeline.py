@@ -100,12 +100,17 @@ def describe(stages: Sequence[Stage], schedule: str) -> str:
     worst = max(stage.flops for stage in stages)
     lines = [f"{schedule}, {len(stages)} stages, the largest {worst / mean:.2f} of an even share"]
     for number, stage in enumerate(stages):
-        blocks = [name for name in stage.modules if name.startswith("layers.")]
-        ends = [name for name in stage.modules if name in ENDS]
-        span = " to ".join(dict.fromkeys((blocks[0], blocks[-1]))) if blocks else "no block"
+        # The first and the last of the blocks stand for those between them.
+        words = [
+            " to ".join(dict.fromkeys((names[0], names[-1]))) if is_block else ", ".join(names)
+            for is_block, group in itertools.groupby(
+                stage.modules, lambda name: name.startswith("layers.")
+            )
+            for names in (list(group),)
+        ]
         lines.append(
             f"stage {number}: {stage.parameters:,} parameters, {stage.flops / 1e6:,.1f} MFLOPs per "
-            f"token: {', '.join([span, *ends])}"
+            f"token: {', '.join(words)}"
         )
     return "\n".join(lines)
 
