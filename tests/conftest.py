@@ -2,11 +2,21 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import hypothesis
 import pytest
 
 from tests.distributed import Workers, WorkersBySize
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--support-matrix",
+        metavar="PATH",
+        type=Path,
+        help="write what tests/parallel/test_matrix.py finds to this file, instead of comparing",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -22,6 +32,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[int, Workers]]:
     """`workers[n]`: n processes in one gloo group, started on first use, kept for the session."""
     with WorkersBySize(tmp_path_factory) as by_size:
+        yield by_size
+
+
+@pytest.fixture(scope="session")
+def gpu_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[int, Workers]]:
+    """As `workers`, each process with a GPU, over NCCL."""
+    with WorkersBySize(tmp_path_factory, "cuda") as by_size:
         yield by_size
 
 

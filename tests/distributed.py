@@ -1,10 +1,14 @@
-"""Several gloo processes that stay alive for a whole test session and run many cases each."""
+"""Several processes that stay alive for a whole test session and run many cases each.
+
+They talk over gloo, on the CPU, with GPUs hidden from them; or over NCCL, each on a GPU of its own.
+"""
 
 import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -15,22 +19,39 @@ PRELOADED = [
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint.state_dict",
     "titan_lite.trainer",
+    "torch._inductor.compile_fx",
 ]
 
 
-def _serve(rank: int, world_size: int, store: str, connection: Connection) -> None:
+def _serve(
+    rank: int, world_size: int, device_type: str, store: str, connection: Connection
+) -> None:
     import torch
     import torch.distributed as dist
 
+    from titan_lite import trainer
+
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
+    on_gpu = device_type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(rank)
+        # torch's default, which comparisons in float32 rely on: TF32 keeps 10 bits of a factor.
+        torch.set_float32_matmul_precision("highest")
+    else:
+        # Before CUDA is first asked, or it would not be heard.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     dist.init_process_group(
-        "gloo",
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         init_method=f"file://{store}",
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=60),
+        device_id=torch.device("cuda", rank) if on_gpu else None,
     )
+    # One set of groups per layout, not per run: gloo's threads, some 15 per run, poll as long as
+    # the process lives, and those of 40 runs take a fifth of a core from each process.
+    trainer.build_meshes = cache(trainer.build_meshes)
     while True:
         try:
             function, arguments = connection.recv()
@@ -45,7 +66,7 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection) -> No
 class Workers:
     """`run(function, *arguments)` calls it in every process and returns the results by rank."""
 
-    def __init__(self, world_size: int, folder: Path) -> None:
+    def __init__(self, world_size: int, folder: Path, device_type: str = "cpu") -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self.connections: list[Connection] = []
@@ -54,7 +75,7 @@ class Workers:
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(rank, world_size, str(folder / "store"), theirs),
+                args=(rank, world_size, device_type, str(folder / "store"), theirs),
                 daemon=True,
             )
             process.start()
@@ -79,6 +100,7 @@ class Workers:
                 try:
                     results[rank], failure = connection.recv()
                 except EOFError:
+                    self.processes[rank].join(timeout=10)
                     failure = f"the process died with {self.processes[rank].exitcode}"
                 if failure:
                     failures.append(f"rank {rank}: {failure}")
@@ -98,12 +120,14 @@ class Workers:
 class WorkersBySize(dict[int, Workers]):
     """Workers by world size, started when first asked for."""
 
-    def __init__(self, folders: Any) -> None:
+    def __init__(self, folders: Any, device_type: str = "cpu") -> None:
         super().__init__()
         self.folders = folders
+        self.device_type = device_type
 
     def __missing__(self, world_size: int) -> Workers:
-        self[world_size] = Workers(world_size, self.folders.mktemp(f"workers{world_size}"))
+        folder = self.folders.mktemp(f"workers{world_size}")
+        self[world_size] = Workers(world_size, folder, self.device_type)
         return self[world_size]
 
     def __enter__(self) -> "WorkersBySize":

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from titan_lite.config.load import load_config
@@ -38,11 +40,16 @@ TINY = (
 )
 
 
-def train(folder: Path | str, *overrides: str, mask_labels: bool = False) -> list[dict[str, Any]]:
+Tensors = dict[str, Any]
+Run = tuple[list[dict[str, Any]], dict[str, Tensors]]
+"""Records of metrics.jsonl, and whole tensors by moment and name."""
+Deviations = dict[str, tuple[float, str]]
+"""By quantity, how far off it is at worst, and where."""
+
+
+def train(folder: Path | str, *overrides: str) -> list[dict[str, Any]]:
     """Trains in every process of the group and returns the records of metrics.jsonl."""
     trainer = build_trainer(folder, *overrides)
-    if mask_labels:
-        trainer.batches = masked(trainer.batches)
     try:
         trainer.train()
     finally:
@@ -50,22 +57,24 @@ def train(folder: Path | str, *overrides: str, mask_labels: bool = False) -> lis
     return read_metrics(folder)
 
 
-def train_and_gather(
-    folder: Path | str, *overrides: str
-) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+def train_and_gather(folder: Path | str, *overrides: str, mask_labels: bool = False) -> Run:
     """As `train`, and whole tensors as arrays: weights before and after, gradients of two steps."""
     trainer = build_trainer(folder, *overrides)
-    gathered = {"initial weights": whole(trainer.model)}
+    if mask_labels:
+        trainer.batches = masked(trainer.batches)
+    gathered = {"initial weights": gather(trainer)}
 
     def gather_gradients(*_: Any) -> None:
         step = trainer.state.step + 1
         if step in (1, 5):
-            gathered[f"gradients of step {step}"] = whole(trainer.model, gradients=True)
+            gathered[f"gradients of step {step}"] = gather(trainer, gradients=True)
 
     trainer.optimizer.register_step_pre_hook(gather_gradients)
-    trainer.train()
-    trainer.close()
-    return read_metrics(folder), gathered | {"final weights": whole(trainer.model)}
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+    return read_metrics(folder), gathered | {"final weights": gather(trainer)}
 
 
 def build_trainer(folder: Path | str, *overrides: str) -> Trainer:
@@ -87,11 +96,59 @@ def read_metrics(folder: Path | str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def gather(trainer: Trainer, *, gradients: bool = False) -> Tensors:
+    """Whole tensors of the whole model, from all stages of a pipeline."""
+    arrays = whole(trainer.model, gradients=gradients)
+    if trainer.pp_group is None:
+        return arrays
+    stages: list[Tensors] = [{}] * trainer.dims.pp
+    dist.all_gather_object(stages, arrays, group=trainer.pp_group)
+    return {name: array for stage in stages for name, array in stage.items()}
+
+
 @torch.no_grad()
-def whole(model: torch.nn.Module, *, gradients: bool = False) -> dict[str, Any]:
+def whole(model: torch.nn.Module, *, gradients: bool = False) -> Tensors:
     arrays = {}
     for name, parameter in model.named_parameters():
         tensor = parameter.grad if gradients else parameter
         assert isinstance(tensor, DTensor), (name, tensor)
-        arrays[name.replace(CHECKPOINT_PREFIX, "")] = tensor.full_tensor().numpy().copy()
+        arrays[name.replace(CHECKPOINT_PREFIX, "")] = tensor.full_tensor().cpu().numpy().copy()
     return arrays
+
+
+def deviations(got: Run, expected: Run) -> Deviations:
+    """How far two runs are apart in each quantity, and where: the step, or the parameter.
+
+    Losses and gradient norms relative to the expected ones, tensors to their largest element.
+    """
+    (records, tensors), (expected_records, expected_tensors) = got, expected
+    for key in ("step", "lr", "tokens"):
+        assert [r[key] for r in records] == [r[key] for r in expected_records], key
+    found = {}
+    for key in ("loss", "grad_norm"):
+        off = [abs(r[key] / e[key] - 1) for r, e in zip(records, expected_records, strict=True)]
+        found[key] = _worst(off, [f"step {r['step']}" for r in records])
+        found[f"{key} of step 1"] = off[0], "step 1"
+    for moment, by_name in expected_tensors.items():
+        assert tensors[moment].keys() == by_name.keys()
+        off = [_distance(tensors[moment][name], array) for name, array in by_name.items()]
+        found[moment] = _worst(off, list(by_name))
+    return found
+
+
+def _distance(got: Any, expected: Any) -> float:
+    # Rows beyond the expected ones pad a vocabulary, and should be zero.
+    rows = [(0, len(got) - len(expected)), *[(0, 0)] * (got.ndim - 1)]
+    return float(np.abs(got - np.pad(expected, rows)).max() / np.abs(expected).max())
+
+
+def _worst(values: list[float], places: list[str]) -> tuple[float, str]:
+    index = int(np.argmax(values))  # the first NaN, where there is one
+    return values[index], places[index]
+
+
+def exceeding(
+    found: dict[str, tuple[float, str]], tolerances: dict[str, float]
+) -> dict[str, tuple[float, str]]:
+    """The quantities of `deviations` that are beyond their tolerances, or NaN."""
+    return {name: found[name] for name, most in tolerances.items() if not found[name][0] <= most}

@@ -20,8 +20,7 @@ from torch.utils.flop_counter import (
 
 from tests.distributed import Workers
 from tests.parallel.test_activation_checkpoint import Operations
-from tests.parallel.test_parity import assert_same_curves, assert_same_run
-from tests.runs import build_trainer, train, train_and_gather
+from tests.runs import build_trainer, train
 from titan_lite.config.schema import ActivationCheckpoint
 from titan_lite.models.llama import LLAMA
 from titan_lite.nn.attention import ScaledDotProductAttention
@@ -87,70 +86,6 @@ def test_each_method_gives_the_output_and_gradients_of_plain_causal_attention(
     tolerance = TOLERANCE[dtype]
     for expected, got in workers[4].run(_attend, method, num_kv_heads, dtype):
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
-
-
-LAYOUTS = {
-    "cp 2": (2, [CP2]),
-    "cp 2, all_gather": (2, [CP2, ALL_GATHER]),
-    "cp 2, ulysses": (2, [CP2, ULYSSES]),
-    "cp 4, accumulation": (4, [CP4, HALF_BATCH]),
-    "cp 4, all_gather, gradients synchronised once": (
-        4,
-        [CP4, ALL_GATHER, HALF_BATCH, "parallel.gradient_sync=last_micro_batch"],
-    ),
-    "cp 4, ulysses": (4, [CP4, ULYSSES]),
-    "fsdp 2 x cp 2, full checkpointing": (4, [CP2, HALF_BATCH, "activation_checkpoint.mode=full"]),
-    "fsdp 2 x cp 2, all_gather, selective_op": (
-        4,
-        [CP2, ALL_GATHER, HALF_BATCH, "activation_checkpoint.mode=selective_op"],
-    ),
-    "hsdp 2x1 x cp 2, ulysses, full checkpointing": (
-        4,
-        [CP2, ULYSSES, HALF_BATCH, "parallel.dp_replicate=2", "activation_checkpoint.mode=full"],
-    ),
-    "cp 2 x tp 2": (4, [CP2, TP2]),
-    "cp 2 x tp 2, all_gather, without sequence parallel": (
-        4,
-        [CP2, TP2, ALL_GATHER, "parallel.sequence_parallel=false"],
-    ),
-    "cp 2 x tp 2, ulysses, selective_op": (
-        4,
-        [CP2, TP2, ULYSSES, "activation_checkpoint.mode=selective_op"],
-    ),
-    "fsdp 2 x cp 2 x tp 2": (8, [CP2, TP2, HALF_BATCH]),
-    # 2 key/value heads on a rank of tp, for 4 ranks of cp.
-    "cp 4 x tp 2, ulysses": (8, [CP4, TP2, ULYSSES]),
-}
-
-
-@pytest.fixture(scope="module")
-def reference(workers: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return workers[1].run(train_and_gather, tmp_path_factory.mktemp("reference"))[0]
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_loss_norm_gradients_and_weights_equal_one_process(
-    layout: str, workers: dict[int, Workers], reference: Any, tmp_path: Path
-) -> None:
-    world_size, settings = LAYOUTS[layout]
-    overrides = [f"--{setting}" for setting in settings]
-    assert_same_run(workers[world_size].run(train_and_gather, tmp_path, *overrides)[0], reference)
-
-
-def _train_masked(folder: Path, overrides: tuple[str, ...]) -> list[dict[str, Any]]:
-    return train(folder, *overrides, mask_labels=True)
-
-
-@pytest.mark.distributed
-def test_uneven_valid_tokens_in_the_parts_of_a_sequence_weigh_the_same_as_in_one_process(
-    workers: dict[int, Workers], tmp_path: Path
-) -> None:
-    expected = workers[1].run(_train_masked, tmp_path / "one", ())[0]
-    for method in METHODS:
-        overrides = (f"--{CP2}", f"--{HALF_BATCH}", f"--parallel.cp_method={method}")
-        got = workers[4].run(_train_masked, tmp_path / method, overrides)[0]
-        assert_same_curves(got, expected)
 
 
 @pytest.mark.distributed

@@ -1,0 +1,251 @@
+"""The parity matrix as data: which runs must equal one process, how closely, and what is refused.
+
+A new parallel layout is an entry of LAYOUTS and a row of MATRIX; a new precision is a row of
+IN_PRECISION; a combination that the library refuses is a line of HOLES.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from titan_lite.config.dims import ParallelDims
+from titan_lite.config.load import load_config
+
+# One global batch for all of them.
+BATCH = 16
+EVERYWHERE = ("training.seq_len=32", f"training.global_batch_size={BATCH}")
+
+# Relative, of the element that is farthest off; a tensor's relative to its largest element, since
+# its smallest are sums that nearly cancel.
+TOLERANCES = {
+    "initial weights": 0.0,
+    # float32 sums in another order differ by some 1e-7; 20 steps of training let that grow.
+    "loss": 1e-5,
+    "grad_norm": 1e-5,
+    # AdamW divides by gradients that are nearly zero, which magnifies their rounding.
+    "gradients of step 1": 1e-4,
+    "gradients of step 5": 1e-4,
+    "final weights": 1e-4,
+}
+
+TP2, TP4, HSDP2 = "parallel.tp=2", "parallel.tp=4", "parallel.dp_replicate=2"
+CP2, CP4, PP2, PP4 = "parallel.cp=2", "parallel.cp=4", "parallel.pp=2", "parallel.pp=4"
+ALL_GATHER, ULYSSES = "parallel.cp_method=all_gather", "parallel.cp_method=ulysses"
+NO_SEQUENCE_PARALLEL = "parallel.sequence_parallel=false"
+SYNC_LAST = "parallel.gradient_sync=last_micro_batch"
+NEVER = "parallel.reshard_after_forward=never"
+
+# Processes, and the settings that lay them out.
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "1 process": (1, ()),
+    "dp2": (2, ()),
+    "dp4": (4, ()),
+    "hsdp 2x1": (2, (HSDP2,)),
+    "hsdp 2x2": (4, (HSDP2,)),
+    "tp2": (2, (TP2,)),
+    "tp4": (4, (TP4,)),
+    "dp2 x tp2": (4, (TP2,)),
+    "hsdp 2x2 x tp2": (8, (HSDP2, TP2)),
+    "cp2": (2, (CP2,)),
+    "cp4": (4, (CP4,)),
+    "dp2 x cp2": (4, (CP2,)),
+    "hsdp 2x1 x cp2": (4, (HSDP2, CP2)),
+    "cp2 x tp2": (4, (CP2, TP2)),
+    "dp2 x cp2 x tp2": (8, (CP2, TP2)),
+    "cp4 x tp2": (8, (CP4, TP2)),
+    "pp2": (2, (PP2,)),
+    "pp4": (4, (PP4,)),
+    "pp2 x dp2": (4, (PP2,)),
+    "pp2 x tp2": (4, (PP2, TP2)),
+    "pp2 x cp2": (4, (PP2, CP2)),
+    "pp2 x dp2 x tp2": (8, (PP2, TP2)),
+}
+
+MODES = ("none", "full", "selective_op")
+EXECUTIONS = ("eager", "compile")
+ACCUMULATIONS = (1, 4)
+
+# Execution and micro-batches under each mode of activation checkpointing: every two values of any
+# two axes meet. A compiled graph (of a local batch, a tensor-parallel degree and a mode) costs a
+# cold cache 10 to 30 seconds: dp4 and hsdp 2x2 share one, tp2 and hsdp 2x2 x tp2 another.
+MATRIX = {
+    #                  none           full           selective_op
+    "dp2":            ("compile x 1", "eager x 4",   "eager x 1"),
+    "dp4":            ("eager x 4",   "compile x 1", "eager x 1"),
+    "hsdp 2x2":       ("eager x 1",   "compile x 1", "eager x 4"),
+    "tp2":            ("eager x 1",   "eager x 1",   "compile x 4"),
+    "tp4":            ("eager x 4",   "eager x 1",   "compile x 1"),
+    "dp2 x tp2":      ("eager x 1",   "compile x 4", "eager x 1"),
+    "hsdp 2x2 x tp2": ("eager x 4",   "eager x 1",   "compile x 1"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run to compare with one process in eager mode, without checkpointing or accumulation.
+
+    more: settings of this run beside its layout. alike: settings that the one process gets as
+    well, since they make another model or precision.
+    """
+
+    layout: str
+    mode: str = "none"
+    execution: str = "eager"
+    micro_batches: int = 1
+    more: tuple[str, ...] = ()
+    alike: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = (self.layout, self.mode, self.cell, *self.more, *self.alike)
+        return ", ".join(parts)
+
+    @property
+    def cell(self) -> str:
+        """As in MATRIX."""
+        return f"{self.execution} x {self.micro_batches}"
+
+    @property
+    def world_size(self) -> int:
+        """Processes."""
+        return LAYOUTS[self.layout][0]
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """All that differs from the one process."""
+        world_size, layout = LAYOUTS[self.layout]
+        parallel = load_config(None, as_overrides(*layout)).config.parallel
+        ranks = ParallelDims.resolve(parallel, world_size).batch
+        return (
+            *layout,
+            f"training.local_batch_size={BATCH // (ranks * self.micro_batches)}",
+            f"activation_checkpoint.mode={self.mode}",
+            f"compile.enable={str(self.execution == 'compile').lower()}",
+            *self.more,
+        )
+
+
+def as_overrides(*settings: str) -> list[str]:
+    """Settings as arguments of the command line."""
+    return [f"--{setting}" for setting in settings]
+
+
+def _cases() -> Iterator[Case]:
+    for layout, cells in MATRIX.items():
+        for mode, cell in zip(MODES, cells, strict=True):
+            execution, _, micro_batches = cell.partition(" x ")
+            yield Case(layout, mode, execution, int(micro_batches))
+
+
+CASES = tuple(_cases())
+
+FOUR_LAYERS, TIED = ("model.num_layers=4",), ("model.tied_head=true",)
+
+
+def schedule(name: str) -> str:
+    """The setting of a pipeline's schedule."""
+    return f"parallel.pp_schedule={name}"
+
+
+FURTHER = (
+    Case("1 process", micro_batches=4),
+    Case("dp4", more=("parallel.reshard_after_forward=always",)),
+    Case("dp4", more=(NEVER,)),
+    Case("dp4", more=("parallel.reshard_after_forward=2",)),
+    Case("dp4", micro_batches=4, more=(NEVER, SYNC_LAST)),
+    Case("dp2", more=("parallel.cpu_offload=true",)),
+    Case("dp2", "full", more=("training.loss_chunks=1",)),
+    Case("tp2", more=(NO_SEQUENCE_PARALLEL,)),
+    Case("tp2", "full", more=(NO_SEQUENCE_PARALLEL,), execution="compile"),
+    Case("tp2", more=("parallel.cpu_offload=true",)),
+    Case("hsdp 2x1"),
+    Case("hsdp 2x1", micro_batches=4, more=(SYNC_LAST,)),
+    Case("tp2", micro_batches=2, more=(SYNC_LAST,)),
+    # Below the norm, which training.max_norm = 1 is not: a clipped gradient hides its scale.
+    Case("tp2", alike=("training.max_norm=0.2",)),
+    # Padded to 2050 rows, of which the last stays zero.
+    Case("tp2", alike=("model.vocab_size=2049",)),
+    Case("tp2", alike=TIED),
+    Case("cp2"),
+    Case("cp2", more=(ALL_GATHER,)),
+    Case("cp2", "selective_op", more=(ULYSSES,)),
+    Case("cp4", micro_batches=2),
+    Case("cp4", micro_batches=2, more=(ALL_GATHER, SYNC_LAST)),
+    Case("cp4", more=(ULYSSES,)),
+    Case("dp2 x cp2", "full"),
+    Case("dp2 x cp2", "selective_op", more=(ALL_GATHER,)),
+    Case("hsdp 2x1 x cp2", "full", more=(ULYSSES,)),
+    Case("cp2 x tp2"),
+    Case("cp2 x tp2", more=(ALL_GATHER, NO_SEQUENCE_PARALLEL)),
+    Case("cp2 x tp2", "selective_op", more=(ULYSSES,)),
+    Case("dp2 x cp2 x tp2"),
+    # 2 key/value heads on a rank of tp, for 4 ranks of cp.
+    Case("cp4 x tp2", more=(ULYSSES,)),
+    Case("pp2", "selective_op", "compile", micro_batches=4, alike=FOUR_LAYERS),
+    Case("pp2", micro_batches=4, more=(schedule("GPipe"),), alike=FOUR_LAYERS),
+    Case("pp2", "full", micro_batches=4, more=(schedule("Interleaved1F1B"),), alike=FOUR_LAYERS),
+    Case("pp2", micro_batches=4, more=(schedule("LoopedBFS"),), alike=FOUR_LAYERS),
+    Case("pp2", micro_batches=4, more=(schedule("InterleavedZeroBubble"),), alike=FOUR_LAYERS),
+    Case("pp2", "full", micro_batches=4, more=(schedule("ZBVZeroBubble"),), alike=FOUR_LAYERS),
+    Case("pp2", micro_batches=4, more=(schedule("DualPipeV"),), alike=FOUR_LAYERS),
+    # Two passes, each with a reduction of its own.
+    Case("pp2", micro_batches=8, more=("parallel.pp_micro_batches=4",), alike=FOUR_LAYERS),
+    Case("pp2", micro_batches=4, alike=(*FOUR_LAYERS, *TIED)),
+    Case("pp4", micro_batches=4, alike=("model.num_layers=5",)),
+    Case("pp2 x dp2", micro_batches=4, more=(NEVER,), alike=FOUR_LAYERS),
+    Case("pp2 x dp2", micro_batches=4, more=(schedule("ZBVZeroBubble"),), alike=FOUR_LAYERS),
+    Case("pp2 x tp2", micro_batches=4, more=(schedule("Interleaved1F1B"),), alike=FOUR_LAYERS),
+    Case("pp2 x cp2", micro_batches=4, alike=FOUR_LAYERS),
+    Case("pp2 x dp2 x tp2", "full", micro_batches=4, alike=(*FOUR_LAYERS, *TIED)),
+)
+
+BFLOAT16 = ("training.param_dtype=bfloat16",)
+FLOAT16 = ("training.param_dtype=float16",)
+IN_PRECISION = (
+    Case("dp2", micro_batches=4, alike=BFLOAT16),
+    Case("hsdp 2x2", alike=BFLOAT16),
+    Case("tp2", alike=BFLOAT16),
+    Case("tp2", "full", "compile", alike=BFLOAT16),
+    Case("dp2 x tp2", "selective_op", alike=BFLOAT16),
+    Case("dp2 x cp2", alike=BFLOAT16),
+    Case("pp2", micro_batches=4, alike=BFLOAT16),
+    Case("tp2", alike=(*BFLOAT16, "model.fp32_residual=true")),
+    Case("dp2 x tp2", micro_batches=4, alike=FLOAT16),
+)
+
+TENSORWISE = ("float8.recipe=tensorwise", "float8.emulate=true")
+GATHERED = (*TENSORWISE, "float8.fsdp_all_gather=true")
+ASYNC_TP = "parallel.async_tp=true"
+COMPILE = "compile.enable=true"
+PP2_BATCH = (PP2, "training.global_batch_size=4")
+MEMORY_BUDGET = "activation_checkpoint.mode=memory_budget"
+
+
+@dataclass(frozen=True)
+class Hole:
+    """Settings that do not go together, on a CPU."""
+
+    world_size: int
+    settings: tuple[str, ...]
+
+
+HOLES = (
+    Hole(1, (MEMORY_BUDGET,)),
+    Hole(2, (MEMORY_BUDGET, COMPILE, TP2)),
+    Hole(8, ("parallel.reshard_after_forward=2", TP2)),
+    Hole(8, ("parallel.tp=8",)),
+    Hole(2, (ASYNC_TP, TP2)),
+    Hole(2, (ASYNC_TP, COMPILE)),
+    Hole(2, (ASYNC_TP, COMPILE, TP2, NO_SEQUENCE_PARALLEL)),
+    Hole(2, (ASYNC_TP, COMPILE, TP2)),
+    Hole(16, (CP4, TP4, ULYSSES)),
+    Hole(2, (PP2, "training.global_batch_size=2", schedule("DualPipeV"))),
+    Hole(2, (*PP2_BATCH, schedule("ZBVZeroBubble"), COMPILE)),
+    Hole(2, (*PP2_BATCH, schedule("ZBVZeroBubble"), "activation_checkpoint.mode=selective_op")),
+    Hole(2, (*PP2_BATCH, schedule("ZBVZeroBubble"), *TIED)),
+    Hole(1, ("training.reduce_dtype=float16",)),
+    Hole(1, ("float8.recipe=tensorwise",)),
+    Hole(2, (*TENSORWISE, TP2)),
+    Hole(4, (*GATHERED, "parallel.reshard_after_forward=2")),
+    Hole(2, (*GATHERED, "parallel.cpu_offload=true")),
+    Hole(2, ("float8.recipe=rowwise", *GATHERED[1:])),
+    Hole(2, ("float8.recipe=rowwise_gw_hp", *GATHERED[1:])),
+)

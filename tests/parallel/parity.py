@@ -1,0 +1,66 @@
+"""Runs the cases of the matrix, on GPUs where there are enough, and compares them with one process.
+
+Valid tokens are uneven over samples, hence over ranks and micro-batches, in all of them.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import Workers
+from tests.parallel.matrix import BATCH, EVERYWHERE, Case, as_overrides
+from tests.runs import Deviations, Run, deviations, train_and_gather
+
+TRAIN = partial(train_and_gather, mask_labels=True)
+# A cold cache, every process compiling.
+TIMEOUT = 600
+
+
+class Parity:
+    """Holds the runs of one process, each of which serves many cases."""
+
+    def __init__(
+        self,
+        workers: Mapping[int, Workers],
+        gpu_workers: Mapping[int, Workers],
+        folders: pytest.TempPathFactory,
+    ) -> None:
+        self.workers, self.gpu_workers, self.folders = workers, gpu_workers, folders
+        self.one_process_runs: dict[Any, Run] = {}
+        self.num_gpus = torch.cuda.device_count()
+
+    def deviations(self, case: Case, train: Callable[..., Run] = TRAIN) -> Deviations:
+        """Of a case from one process; `train` is what each of its processes calls."""
+        on_gpus = case.world_size <= self.num_gpus
+        workers = (self.gpu_workers if on_gpus else self.workers)[case.world_size]
+        overrides = as_overrides(*EVERYWHERE, *case.settings, *case.alike)
+        folder = self.folders.mktemp("case")
+        got = workers.run(train, folder, *overrides, timeout=TIMEOUT)[0]
+        if case.execution == "compile":
+            assert _applied(folder)["compiled_graphs"] == 1, "equal blocks share a graph"
+        return deviations(got, self._one_process(case.alike, on_gpus))
+
+    def of_precision(self, alike: tuple[str, ...]) -> Deviations:
+        """Of one process with these settings from one without, in float32."""
+        on_gpu = self.num_gpus > 0
+        return deviations(self._one_process(alike, on_gpu), self._one_process((), on_gpu))
+
+    def _one_process(self, alike: tuple[str, ...], on_gpu: bool) -> Run:
+        # On the kind of device of the case: each kind draws other weights from a seed.
+        key = (alike, on_gpu)
+        if key not in self.one_process_runs:
+            worker = (self.gpu_workers if on_gpu else self.workers)[1]
+            settings = (*EVERYWHERE, f"training.local_batch_size={BATCH}", *alike)
+            run = worker.run(TRAIN, self.folders.mktemp("one_process"), *as_overrides(*settings))
+            self.one_process_runs[key] = run[0]
+        return self.one_process_runs[key]
+
+
+def _applied(folder: Path) -> dict[str, Any]:
+    applied: dict[str, Any] = json.loads((folder / "run.json").read_text())["applied"]
+    return applied

@@ -1,0 +1,140 @@
+"""docs/support_matrix.md, written from what the tests have found."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from tests.parallel.matrix import (
+    BATCH,
+    CASES,
+    FURTHER,
+    HOLES,
+    IN_PRECISION,
+    LAYOUTS,
+    MATRIX,
+    MODES,
+    TOLERANCES,
+    Case,
+    Hole,
+)
+from tests.runs import Deviations
+
+HEAD = f"""\
+# Support matrix
+
+Written by the tests from what they find, and compared with what they find whenever they run:
+
+```bash
+pytest tests/parallel/test_matrix.py --support-matrix docs/support_matrix.md
+```
+
+Each run trains 20 steps of {BATCH} samples, with uneven numbers of valid tokens, and is compared
+with one process without compile, checkpointing or accumulation: loss and gradient norm of each
+step, every gradient of steps 1 and 5, every weight before and after. Over gloo on CPUs; over NCCL
+where there are as many GPUs as processes. That the comparison catches faults is shown by
+[test_planted_bugs.py](../tests/parallel/test_planted_bugs.py).
+
+## float32
+"""
+
+LAYOUT = """\
+Of a tensor the largest difference counts, relative to the tensor's largest element.
+
+Under each mode of activation checkpointing: eager or compiled, x micro-batches of a step. Every two
+values of layout, mode, execution and accumulation meet in one of these runs.
+"""
+
+FURTHER_TEXT = """\
+With further settings; those of another model, or of clipping, are the one process's too:
+"""
+
+PRECISION = """\
+## Other precisions
+
+One process in that precision is compared with one process in float32. The largest difference of a
+loss, and of a gradient norm, is how far a layout may be at any step from one process in that
+precision. The float32 masters start with the same bits.
+"""
+
+REFUSED = """\
+## Refused
+
+On a CPU, in the message's words.
+"""
+
+
+@dataclass
+class Found:
+    """Which cases passed, how far off each quantity was at worst, and why holes are refused."""
+
+    passed: dict[Case, bool] = field(default_factory=dict)
+    worst: dict[str, tuple[float, str]] = field(default_factory=dict)
+    reasons: dict[Hole, str] = field(default_factory=dict)
+
+    def note(self, case: Case, deviations: Deviations) -> None:
+        """Keeps what is farther off than in the cases before."""
+        for name, (value, place) in deviations.items():
+            if name in TOLERANCES and not value <= self.worst.get(name, (-1.0,))[0]:
+                self.worst[name] = value, f"{place} of {case}"
+
+    def missing(self) -> list[str]:
+        """Cases and holes of the table that were not tried."""
+        cases = [case for case in (*CASES, *FURTHER, *IN_PRECISION) if case not in self.passed]
+        return [str(row) for row in (*cases, *(h for h in HOLES if h not in self.reasons))]
+
+
+def render(found: Found) -> str:
+    """The whole page; nothing of what passes depends on the machine."""
+    return "\n".join(_lines(found)) + "\n"
+
+
+def _lines(found: Found) -> Iterator[str]:
+    yield from HEAD.split("\n")
+    bounds = [f"{bound:g}" if bound else "the same bits" for bound in TOLERANCES.values()]
+    yield from _table(
+        ("quantity", "relative difference at most"), zip(TOLERANCES, bounds, strict=True)
+    )
+    yield ""
+    yield from LAYOUT.split("\n")
+    cells = {(case.layout, case.mode): _cell(case, found) for case in CASES}
+    rows = (
+        (layout, str(LAYOUTS[layout][0]), *(cells[layout, mode] for mode in MODES))
+        for layout in MATRIX
+    )
+    yield from _table(("layout", "processes", *MODES), rows)
+    yield ""
+    yield from FURTHER_TEXT.split("\n")
+    yield from _case_table(FURTHER, found)
+    yield ""
+    yield from PRECISION.split("\n")
+    yield from _case_table(IN_PRECISION, found)
+    yield ""
+    yield from REFUSED.split("\n")
+    refused = (
+        (str(hole.world_size), _code(hole.settings), found.reasons[hole].replace("|", "\\|"))
+        for hole in HOLES
+    )
+    yield from _table(("processes", "settings", "reason"), refused)
+
+
+def _case_table(cases: Iterable[Case], found: Found) -> Iterator[str]:
+    return _table(
+        ("layout", "checkpointing", "run", "settings"),
+        (
+            (case.layout, case.mode, _cell(case, found), _code((*case.more, *case.alike)))
+            for case in cases
+        ),
+    )
+
+
+def _cell(case: Case, found: Found) -> str:
+    return case.cell if found.passed[case] else f"**{case.cell} differs**"
+
+
+def _code(settings: Iterable[str]) -> str:
+    return ", ".join(f"`{setting}`" for setting in settings)
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
+    head = tuple(head)
+    for row in (head, ("---",) * len(head), *rows):
+        yield f"| {' | '.join(row)} |"

@@ -1,0 +1,92 @@
+"""Every layout, with every feature, trains the model that one process trains."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.parallel.matrix import (
+    ACCUMULATIONS,
+    CASES,
+    EXECUTIONS,
+    FURTHER,
+    HOLES,
+    IN_PRECISION,
+    MATRIX,
+    MODES,
+    TOLERANCES,
+    Case,
+    Hole,
+    as_overrides,
+)
+from tests.parallel.parity import Parity
+from tests.parallel.support_matrix import Found, render
+from tests.runs import build_trainer, exceeding
+from titan_lite.config.load import ConfigError
+
+COMMITTED = Path(__file__).parents[2] / "docs" / "support_matrix.md"
+
+
+@pytest.fixture(scope="module")
+def found() -> Found:
+    return Found()
+
+
+def test_every_two_values_of_any_two_axes_meet_in_a_case() -> None:
+    axes = (tuple(MATRIX), MODES, EXECUTIONS, ACCUMULATIONS)
+    rows = [(case.layout, case.mode, case.execution, case.micro_batches) for case in CASES]
+    for (i, first), (j, second) in itertools.combinations(enumerate(axes), 2):
+        met = {(row[i], row[j]) for row in rows}
+        assert set(itertools.product(first, second)) - met == set()
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("case", [*CASES, *FURTHER], ids=str)
+def test_a_layout_equals_one_process(case: Case, parity: Parity, found: Found) -> None:
+    found.passed[case] = False
+    deviations = parity.deviations(case)
+    found.note(case, deviations)
+    assert exceeding(deviations, TOLERANCES) == {}
+    found.passed[case] = True
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("case", IN_PRECISION, ids=str)
+def test_a_layout_is_no_farther_from_one_process_than_its_precision_from_float32(
+    case: Case, parity: Parity, found: Found
+) -> None:
+    found.passed[case] = False
+    yardstick = parity.of_precision(case.alike)
+    bounds = {key: yardstick[key][0] for key in ("loss", "grad_norm")}
+    assert exceeding(parity.deviations(case), bounds) == {}
+    found.passed[case] = True
+
+
+@pytest.mark.parametrize("hole", HOLES, ids=lambda hole: ", ".join(hole.settings))
+def test_what_does_not_go_together_is_refused(
+    hole: Hole, found: Found, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(hole.world_size)}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError) as error:
+        build_trainer(tmp_path, "--training.local_batch_size=1", *as_overrides(*hole.settings))
+    (problem,) = error.value.problems
+    assert problem.key in {setting.partition("=")[0] for setting in hole.settings}
+    found.reasons[hole] = f"{problem.key}: {problem.message}"
+
+
+def test_the_committed_support_matrix_is_what_was_found(
+    found: Found, request: pytest.FixtureRequest
+) -> None:
+    print(found.worst)
+    if missing := found.missing():
+        pytest.skip(f"{len(missing)} rows of the table were not tried, such as {missing[0]}")
+    if path := request.config.getoption("--support-matrix"):
+        path.write_text(render(found))
+    else:
+        assert COMMITTED.read_text() == render(found), "write it with --support-matrix"

@@ -1,0 +1,120 @@
+"""Faults put in on purpose: the comparison that the matrix passes does not let them through.
+
+Each is planted in a case of the matrix, which shows that the case passes without it. None changes
+the loss of step 1: a comparison that looks no further sees none of them.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import SequenceParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.parallel.matrix import CASES, TOLERANCES
+from tests.parallel.parity import TRAIN, Parity
+from tests.runs import Run, exceeding
+from titan_lite import loss
+from titan_lite.parallel import activation_checkpoint, tensor
+
+
+def average_over_ranks() -> AbstractContextManager[Any]:
+    """FSDP2's own averaging left on: gradients divided by the data-parallel degree."""
+    return mock.patch.object(FSDPModule, "set_gradient_divide_factor")
+
+
+def take_a_part_for_the_whole() -> AbstractContextManager[Any]:
+    """Each rank's part of the hidden states' gradient, from its vocabulary, taken for the sum."""
+    return mock.patch.object(loss, "Partial", Replicate)
+
+
+class Unsynchronised(SequenceParallel):
+    """A norm that multiplies by its weight as a plain tensor: no rank sees the others' gradient."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module = super()._apply(module, device_mesh)
+
+        def forward(x_BSD: DTensor) -> DTensor:
+            assert isinstance(module.weight, DTensor)
+            out_BSD = nn.functional.rms_norm(
+                x_BSD.to_local(), module.normalized_shape, module.weight.to_local(), module.eps
+            )
+            return DTensor.from_local(out_BSD, device_mesh, [Shard(1)])
+
+        module.forward = forward
+        return module
+
+
+def leave_norms_unsynchronised() -> AbstractContextManager[Any]:
+    return mock.patch.object(tensor, "SequenceParallel", Unsynchronised)
+
+
+class RoundedMatmuls(TorchDispatchMode):
+    """Matrix products as in bfloat16, in the type they were asked for in."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        return out.bfloat16().to(out.dtype) if op is torch.ops.aten.mm.default else out
+
+
+def recompute_in_another_precision() -> AbstractContextManager[Any]:
+    """Checkpointed blocks whose matrix products backward repeats in bfloat16."""
+    wrap = activation_checkpoint.checkpoint_wrapper
+    contexts = partial(_round_in_recomputation, ())
+    return mock.patch.object(
+        activation_checkpoint, "checkpoint_wrapper", partial(wrap, context_fn=contexts)
+    )
+
+
+def _round_in_recomputation(_saved: tuple[str, ...]) -> tuple[Any, Any]:
+    return nullcontext(), RoundedMatmuls()
+
+
+def train_with(
+    plant: Callable[[], AbstractContextManager[Any]], folder: Path, *overrides: str
+) -> Run:
+    with plant():
+        return TRAIN(folder, *overrides)
+
+
+GRADIENTS = {"gradients of step 1", "gradients of step 5", "final weights"}
+# Fault, the case of the matrix it is planted in, what catches it, and the worst gradient of step 1.
+PLANTED = (
+    # Adam divides a gradient by its size: not one of 20 losses moves.
+    (average_over_ranks, ("dp2", "selective_op"), {"grad_norm", *GRADIENTS}, "weight"),
+    (average_over_ranks, ("hsdp 2x2", "none"), {"grad_norm", *GRADIENTS}, "weight"),
+    (take_a_part_for_the_whole, ("tp2", "none"), {"loss", "grad_norm", *GRADIENTS}, "layers."),
+    (leave_norms_unsynchronised, ("tp2", "none"), {"loss", "grad_norm", *GRADIENTS}, "norm.weight"),
+    # Rounding turns gradients a little, and neither lengthens nor shortens them.
+    (recompute_in_another_precision, ("dp2", "full"), GRADIENTS, "layers."),
+)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("plant", "place", "caught_by", "worst"),
+    PLANTED,
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_planted_fault_is_caught_and_the_loss_of_step_1_does_not_show_it(
+    plant: Callable[[], AbstractContextManager[Any]],
+    place: tuple[str, str],
+    caught_by: set[str],
+    worst: str,
+    parity: Parity,
+) -> None:
+    (case,) = (case for case in CASES if (case.layout, case.mode) == place)
+    assert case.execution == "eager"
+    found = parity.deviations(case, partial(train_with, plant))
+    assert found["loss of step 1"][0] <= TOLERANCES["loss"]
+    assert exceeding(found, TOLERANCES).keys() == caught_by
+    assert worst in found["gradients of step 1"][1]
