@@ -50,7 +50,7 @@ def _serve(
         device_id=torch.device("cuda", rank) if on_gpu else None,
     )
     # One set of groups per layout, not per run: gloo's threads, some 15 per run, poll as long as
-    # the process lives, and those of 40 runs take a fifth of a core from each process.
+    # the process lives; those of 40 runs take a fifth of a core from each process.
     trainer.build_meshes = cache(trainer.build_meshes)
     while True:
         try:

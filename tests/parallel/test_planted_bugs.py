@@ -91,7 +91,6 @@ GRADIENTS = {"gradients of step 1", "gradients of step 5", "final weights"}
 PLANTED = (
     # Adam divides a gradient by its size: not one of 20 losses moves.
     (average_over_ranks, ("dp2", "selective_op"), {"grad_norm", *GRADIENTS}, "weight"),
-    (average_over_ranks, ("hsdp 2x2", "none"), {"grad_norm", *GRADIENTS}, "weight"),
     (take_a_part_for_the_whole, ("tp2", "none"), {"loss", "grad_norm", *GRADIENTS}, "layers."),
     (leave_norms_unsynchronised, ("tp2", "none"), {"loss", "grad_norm", *GRADIENTS}, "norm.weight"),
     # Rounding turns gradients a little, and neither lengthens nor shortens them.
