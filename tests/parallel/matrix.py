@@ -142,7 +142,10 @@ def _cases() -> Iterator[Case]:
 
 CASES = tuple(_cases())
 
-FOUR_LAYERS, TIED = ("model.num_layers=4",), ("model.tied_head=true",)
+FOUR_LAYERS = ("model.num_layers=4",)
+# With the default of 1e-8 AdamW lets the rounding of gradients near zero steer a tied embedding's
+# rows, and 20 steps make 5e-4 of it; with this 1e-5.
+TIED = ("model.tied_head=true", "optimizer.eps=1e-6")
 
 
 def schedule(name: str) -> str:
