@@ -45,10 +45,10 @@ class Parity:
             assert _applied(folder)["compiled_graphs"] == 1, "equal blocks share a graph"
         return deviations(got, self._one_process(case.alike, on_gpus))
 
-    def of_precision(self, alike: tuple[str, ...]) -> Deviations:
-        """Of one process with these settings from one without, in float32."""
-        on_gpu = self.num_gpus > 0
-        return deviations(self._one_process(alike, on_gpu), self._one_process((), on_gpu))
+    def of_precision(self, case: Case) -> Deviations:
+        """Of one process with the settings that a case shares from one without, in float32."""
+        on_gpu = case.world_size <= self.num_gpus
+        return deviations(self._one_process(case.alike, on_gpu), self._one_process((), on_gpu))
 
     def _one_process(self, alike: tuple[str, ...], on_gpu: bool) -> Run:
         # On the kind of device of the case: each kind draws other weights from a seed.

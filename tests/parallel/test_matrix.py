@@ -59,7 +59,7 @@ def test_a_layout_is_no_farther_from_one_process_than_its_precision_from_float32
     case: Case, parity: Parity, found: Found
 ) -> None:
     found.passed[case] = False
-    yardstick = parity.of_precision(case.alike)
+    yardstick = parity.of_precision(case)
     bounds = {key: yardstick[key][0] for key in ("loss", "grad_norm")}
     assert exceeding(parity.deviations(case), bounds) == {}
     found.passed[case] = True
