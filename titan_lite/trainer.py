@@ -49,7 +49,7 @@ from titan_lite.parallel.pipeline import (
 from titan_lite.parallel.report import together
 from titan_lite.planner.counts import FORMULA, FlopsPerToken, flops_per_token
 from titan_lite.preflight import blaming, checkpoint_folder, preflight
-from titan_lite.runtime.distributed import Process, set_timeout, start_process_group
+from titan_lite.runtime.distributed import Process, check_dtype, set_timeout, start_process_group
 from titan_lite.runtime.garbage import collected_every
 from titan_lite.runtime.profiler import check_profiling, profiling
 from titan_lite.runtime.run_folder import open_run_folder, update_run_file, write_run_file
@@ -75,7 +75,9 @@ class Trainer:
             args = dataclasses.replace(plan.args, vocab_multiple=self.dims.tp)
             self.model = build(plan.family, args)
         self.stages = self._split(loaded, plan.args)
-        self.num_params = sum(p.numel() for p in self.model.parameters())
+        padding = (args.padded_vocab_size - args.vocab_size) * args.dim
+        padding *= 1 if args.tied_head else 2
+        self.num_params = sum(p.numel() for p in self.model.parameters()) - padding
         self.flops = self._count_flops(plan.args)
         self._check_device(loaded, plan)
         self.global_batch_size = training.global_batch_size
@@ -131,7 +133,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.loss_scaler = None
         if training.param_dtype == "float16":
-            self.loss_scaler = LossScaler(self.process.device)
+            self.loss_scaler = LossScaler(next(self.model.parameters()).device)
 
         self.checkpoints = CheckpointManager(
             config.checkpoint,
@@ -158,18 +160,25 @@ class Trainer:
         parallel, seq_len = self.config.parallel, self.config.training.seq_len
         key = "pp_stage_modules" if parallel.pp_split == "explicit" else "pp"
         with blaming(f"parallel.{key}", loaded):
-            return split(
+            stages = split(
                 self.model,
                 parallel,
                 attention_flops=12 * args.num_heads * args.head_dim * seq_len,
             )
+        section = self.config.activation_checkpoint
+        if section.mode == "fraction" and not any(section.layers(s.blocks) for s in stages):
+            with blaming("activation_checkpoint.fraction", loaded):
+                raise ValueError(
+                    f"fraction ({section.fraction:g}) of the blocks of each pipeline stage "
+                    f"({', '.join(str(stage.blocks) for stage in stages)}) is no layer"
+                )
+        return stages
 
     def _count_flops(self, args: DecoderArgs) -> FlopsPerToken:
         """Of the whole model, before any part of it is dropped."""
         section = self.config.activation_checkpoint
-        assert self.model.tok_embeddings is not None
         # A tied one multiplies, as the head.
-        looked_up = 0 if args.tied_head else self.model.tok_embeddings.weight.numel()
+        looked_up = 0 if args.tied_head else args.vocab_size * args.dim
         recomputed = [section.layers(stage.blocks) for stage in self.stages]
         return flops_per_token(
             num_params_non_embedding=self.num_params - looked_up,
@@ -218,6 +227,8 @@ class Trainer:
         config, device = loaded.config, self.process.device
         with blaming("profiling.enable_memory_snapshot", loaded):
             check_profiling(config.profiling, device)
+        with blaming("training.param_dtype", loaded):
+            check_dtype(config.training.param_dtype, device)
         if config.parallel.async_tp:
             with blaming("parallel.async_tp", loaded):
                 check_async_tp(device, self.dims.tp)
@@ -319,13 +330,13 @@ class Trainer:
         num_valid.clamp_(min=1)
         factor = num_valid.reciprocal()
         if self.loss_scaler is not None:
-            factor *= self.loss_scaler.scale
+            factor *= self.loss_scaler.scale.to(device)
         loss = self._forward_backward(micro_batches, factor)
 
         loss_scale = None
         if self.loss_scaler is not None:
             loss_scale = self.loss_scaler.scale
-            loss /= loss_scale
+            loss /= loss_scale.to(device)
         copy = None
         if self.pp_group is not None and self.model.tied_head:
             add_tied_gradients(self.model, self.pp_group)
@@ -367,7 +378,7 @@ class Trainer:
         if self.pp_group is not None:
             # Only ranks that have the last stage know a part of it.
             dist.all_reduce(loss, group=self.pp_group)
-        return self.meter.log(
+        record = self.meter.log(
             step,
             loss=loss,
             grad_norm=grad_norm,
@@ -375,6 +386,9 @@ class Trainer:
             tokens_seen=self.state.tokens,
             extra=None if self.loss_scaler is None else self.loss_scaler.metrics(),
         )
+        if self.loss_scaler is not None:
+            self.loss_scaler.check(step, record["grad_norm"])
+        return record
 
     def _forward_backward(
         self, micro_batches: Sequence[tuple[Tensor, Tensor]], factor: Tensor
@@ -433,8 +447,7 @@ class Trainer:
         states: list[dict[str, Any]] = [{}] * self.process.world_size
         dist.all_gather_object(states, self.loader.state_dict())
         self.state.data = merge_states(states)
-        if self.loss_scaler is not None:
-            self.state.loss_scaler = self.loss_scaler.state_dict()
+        self.state.loss_scaler = {} if self.loss_scaler is None else self.loss_scaler.state_dict()
         self.state.config = self.config.model_dump()
         folder = self.checkpoints.save(self.state)
         logger.info("Checkpoint written to %s", folder)
@@ -443,7 +456,9 @@ class Trainer:
         config, device = self.config, self.process.device
         if config.activation_checkpoint.mode in ("selective_op", "memory_budget"):
             logger.info("HFU is not measured: only torch knows what it recomputes in this mode")
-        peak = find_peak(config.metrics, device, getattr(torch, config.training.param_dtype))
+        # Emulated float8 is rounded to 8 bits and multiplied in float32.
+        dtype = "float32" if config.float8.emulate else config.training.param_dtype
+        peak = find_peak(config.metrics, device, getattr(torch, dtype))
         sinks = []
         if self.process.rank == 0:
             sinks = open_sinks(

@@ -209,3 +209,22 @@ def test_a_run_goes_on_under_another_pipeline(
     for key in ("loss", "grad_norm", "lr", "tokens"):
         expected = [record[key] for record in one[0]]
         assert [record[key] for record in got] == pytest.approx(expected, rel=1e-5), key
+
+
+def _error_of_resuming(folder: Path, *overrides: str) -> str:
+    try:
+        build_trainer(folder, *overrides)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_of_another_padding_is_refused_by_name(
+    workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    settings = (*EVERY_4, "--model.vocab_size=2049", "--training.local_batch_size=4")
+    workers[2].run(_interrupted, tmp_path, *settings, "--parallel.tp=2")
+    for message in workers[2].run(_error_of_resuming, tmp_path, *settings):
+        assert message.startswith("tok_embeddings.weight is (2050, 64) in ")
+        assert "and (2049, 64) in this run: model and parallel.tp, which pads" in message

@@ -73,6 +73,11 @@ def test_heads_that_tp_does_not_divide_are_refused() -> None:
     config = Config.model_validate({"parallel": {"tp": 3}})
     broken = [message for _, message in model_rules(config, LLAMA.flavors["debug"])]
     assert broken[0] == "num_heads (8) is not divisible by parallel.tp (3)"
+    args = replace(LLAMA.flavors["debug"], ffn_dim=129)
+    config = Config.model_validate({"parallel": {"tp": 2}})
+    assert list(model_rules(config, args)) == [
+        (("parallel.tp", "model.ffn_dim"), "ffn_dim (129) is not divisible by parallel.tp (2)")
+    ]
 
 
 def test_a_tied_embedding_is_not_held_twice_by_a_rank() -> None:

@@ -50,6 +50,21 @@ def test_the_scale_grows_after_enough_finite_steps_in_a_row(
     assert scales == [1, 0.5, 0.5, 1, 1, 2, 2]
 
 
+def test_a_scale_that_can_fall_no_further_ends_a_run_that_has_diverged() -> None:
+    weight = torch.nn.Parameter(torch.ones(1))
+    weight.grad = torch.ones(1)
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    scaler = LossScaler(torch.device("cpu"))
+    for step in range(1, 18):
+        scaler.check(step, 1.0)
+        if step < 17:
+            scaler.check(step, torch.inf)
+        scaler.step(optimizer, is_finite=torch.tensor(False))
+    assert scaler.metrics() == {"loss_scale": 1, "skipped_steps": 17}
+    with pytest.raises(RuntimeError, match=r"step 18: the gradient norm is nan though the loss is"):
+        scaler.check(18, float("nan"))
+
+
 def test_float16_computes_close_to_float32(one_process: Workers, tmp_path: Path) -> None:
     expected = one_process.run(train, tmp_path / "a")[0]
     records = one_process.run(train, tmp_path / "b", FLOAT16)[0]

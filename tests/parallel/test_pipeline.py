@@ -122,6 +122,16 @@ def test_ranks_have_every_pp_th_stage_or_one_from_either_end() -> None:
             r"parallel.pp_stage_modules +\(command line\): must name each of these once, in this "
             "order: tok_embeddings, layers.0, layers.1, norm, output",
         ),
+        (
+            [
+                "--parallel.pp=2",
+                "--model.num_layers=4",
+                "--activation_checkpoint.mode=fraction",
+                "--activation_checkpoint.fraction=0.25",
+            ],
+            r"activation_checkpoint.fraction +\(command line\): fraction \(0.25\) of the blocks of "
+            r"each pipeline stage \(3, 1\) is no layer",
+        ),
     ],
 )
 def test_what_the_model_cannot_be_cut_into_is_refused_before_any_process_group(

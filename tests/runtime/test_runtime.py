@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import Workers
-from titan_lite.runtime.distributed import set_timeout
+from titan_lite.runtime.distributed import check_dtype, set_timeout
 from titan_lite.runtime.garbage import collected_every
 from titan_lite.runtime.run_folder import git_commit, open_run_folder, write_run_file
 from titan_lite.runtime.seed import derive_seed
@@ -82,3 +82,13 @@ def test_only_what_a_run_wrote_is_moved_aside(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "previous"]
     (earlier,) = (tmp_path / "previous").iterdir()
     assert sorted(path.name for path in earlier.iterdir()) == ["metrics.jsonl", "run.json"]
+
+
+def test_a_gpu_without_bfloat16_is_told_to_use_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100")
+    with pytest.raises(ValueError, match='Tesla V100 has no bfloat16; use "float16", which comes'):
+        check_dtype("bfloat16", cuda)
+    check_dtype("float16", cuda)
+    check_dtype("bfloat16", torch.device("cpu"))

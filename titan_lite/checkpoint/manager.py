@@ -89,6 +89,13 @@ class CheckpointManager:
         has_rng = all(f"{rng_key}.{kind}" in saved for kind in tensors[rng_key])
         if not has_rng:
             del tensors[rng_key]
+        for name, tensor in tensors["model"].items():
+            size = getattr(saved.get(f"model.{name}"), "size", tensor.shape)
+            if size != tensor.shape:
+                raise ValueError(
+                    f"{name} is {tuple(size)} in {source} and {tuple(tensor.shape)} in this run: "
+                    "model and parallel.tp, which pads the vocabulary, must be as they were"
+                )
         dcp.load(tensors, checkpoint_id=source)
         set_state_dict(
             self.model,

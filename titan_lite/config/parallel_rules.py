@@ -178,7 +178,9 @@ def _layout(config: Config, dims: ParallelDims | None) -> Iterator[Broken]:
         )
         yield from _micro_batches(config, samples // micro, words)
     reshard = config.parallel.reshard_after_forward
-    if isinstance(reshard, int) and not (1 < reshard < dims.fsdp and dims.fsdp % reshard == 0):
+    if config.parallel.tp > 1 or not isinstance(reshard, int):
+        return
+    if not (1 < reshard < dims.fsdp and dims.fsdp % reshard == 0):
         sizes = [n for n in range(2, dims.fsdp) if dims.fsdp % n == 0]
         use = f"use one of {', '.join(map(str, sizes))}" if sizes else 'use "always" or "never"'
         yield (

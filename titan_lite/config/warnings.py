@@ -78,7 +78,16 @@ def _idle(loaded: LoadedConfig, dims: ParallelDims) -> Iterator[str]:
             f"{profiling.profile_freq}",
             ("profiling.enable_profiling",) if profiling.enable_profiling else (),
         ),
-        (dims.fsdp == 1, "nothing is sharded", ("parallel.reshard_after_forward",)),
+        (
+            dims.fsdp == 1,
+            "nothing is sharded",
+            ("parallel.reshard_after_forward", "float8.fsdp_all_gather"),
+        ),
+        (
+            dims.fsdp * dims.dp_replicate == 1,
+            "no gradient is reduced",
+            ("parallel.gradient_sync",),
+        ),
         (dims.cp == 1, "parallel.cp is 1", ("parallel.cp_method",)),
         (
             dims.tp == 1,
@@ -160,7 +169,10 @@ def _idle_saved_ops(loaded: LoadedConfig) -> Iterator[str]:
             tp == 1 or not sequence_parallel,
             f"parallel.tp is {tp}, sequence_parallel {str(sequence_parallel).lower()}",
         ),
-        "all_reduce": (tp == 1, "parallel.tp is 1"),
+        "all_reduce": (
+            tp == 1 or (sequence_parallel and recipe != "tensorwise"),
+            f"parallel.tp is {tp}, sequence_parallel {str(sequence_parallel).lower()}",
+        ),
         "max": (recipe != "tensorwise", f"float8.recipe is {quote(recipe)}"),
     }
     for name in config.activation_checkpoint.save:

@@ -53,6 +53,7 @@ class ConsoleSink:
             for key, label, form in (
                 ("loss", "loss", "{:7.4f}"),
                 ("grad_norm", "grad_norm", "{:8.4f}"),
+                ("skipped_steps", "skipped", "{:.0f}"),
                 ("lr", "lr", "{:.2e}"),
                 ("wps", "wps", "{:9,.0f}"),
                 ("tflops", "tflops", "{:7.3f}"),

@@ -99,10 +99,10 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[tuple[tuple[str, 
             ("model.flavor", "model.num_heads", "model.num_kv_heads"),
             f"num_heads ({args.num_heads}) is not divisible by num_kv_heads ({args.num_kv_heads})",
         )
-    for name in ("num_heads", "num_kv_heads"):
-        heads = getattr(args, name)
-        if heads % tp:
+    for name in ("num_heads", "num_kv_heads", "ffn_dim"):
+        size = getattr(args, name)
+        if size % tp:
             yield (
                 ("parallel.tp", f"model.{name}"),
-                f"{name} ({heads}) is not divisible by parallel.tp ({tp})",
+                f"{name} ({size}) is not divisible by parallel.tp ({tp})",
             )

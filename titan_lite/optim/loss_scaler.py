@@ -1,5 +1,7 @@
 """Dynamic loss scaling, for gradients in float16 (arXiv:1710.03740)."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -8,15 +10,17 @@ INIT_SCALE = 65536.0
 GROWTH_FACTOR = 2.0
 BACKOFF_FACTOR = 0.5
 GROWTH_INTERVAL = 2000
+# Loss and gradients as they are: what overflows now has diverged.
+MIN_SCALE = 1.0
 
 
 class LossScaler:
     """The factor that keeps small gradients above float16's smallest number.
 
-    Halved by a step whose gradient norm is not finite, and which is skipped; doubled after
-    GROWTH_INTERVAL others in a row. torch.amp.GradScaler looks at the gradients that one rank
-    holds; the norm is global, so that all ranks take the same decision. Its numbers stay on the
-    device: no step waits for the host.
+    Halved, down to MIN_SCALE, by a step whose gradient norm is not finite, and which is skipped;
+    doubled after GROWTH_INTERVAL others in a row. torch.amp.GradScaler looks at the gradients that
+    one rank holds; the norm is global, so that all ranks take the same decision. Its numbers stay
+    on the parameters' device: with a fused optimizer no step waits for the host.
     """
 
     STATE = ("scale", "good_steps", "skipped_steps")
@@ -38,8 +42,16 @@ class LossScaler:
         self.good_steps = torch.where(is_finite, self.good_steps + 1, 0)
         grows = self.good_steps == GROWTH_INTERVAL
         factor = torch.where(is_finite, torch.where(grows, GROWTH_FACTOR, 1.0), BACKOFF_FACTOR)
-        self.scale = self.scale * factor
+        self.scale = (self.scale * factor).clamp(min=MIN_SCALE)
         self.good_steps = torch.where(grows, 0, self.good_steps)
+
+    def check(self, step: int, grad_norm: float) -> None:
+        """Raises RuntimeError where a smaller scale cannot help any more; waits for the device."""
+        if not math.isfinite(grad_norm) and self.scale.item() <= MIN_SCALE:
+            raise RuntimeError(
+                f"step {step}: the gradient norm is {grad_norm} though the loss is not scaled any "
+                f"more, after {self.skipped_steps.item():.0f} skipped steps: the run has diverged"
+            )
 
     def metrics(self) -> dict[str, float]:
         """For a log record; waits for the device."""

@@ -57,6 +57,17 @@ def start_process_group(process: Process, comm: Comm) -> None:
     )
 
 
+def check_dtype(name: str, device: torch.device) -> None:
+    """Raises ValueError where the device does not compute in this type."""
+    if name != "bfloat16" or device.type != "cuda":
+        return
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(
+            f'{torch.cuda.get_device_name(device)} has no bfloat16; use "float16", which comes '
+            'with loss scaling, or "float32"'
+        )
+
+
 def set_timeout(seconds: int) -> None:
     """Sets the timeout of every process group this process belongs to.
 
