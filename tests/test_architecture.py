@@ -17,7 +17,7 @@ ROWS = (
     {"parallel", "data", "optim", "loss", "metrics", "checkpoint"},
     {"preflight"},
     {"trainer"},
-    {"train", "cli", "regression", "tools"},
+    {"train", "cli", "dryrun", "regression", "tools"},
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS, start=1) for room in rooms}
 # The command line hands over to other entry points, inside functions.

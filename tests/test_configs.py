@@ -16,10 +16,14 @@ PRESETS = sorted(FOLDER.glob("*.toml"))
 # Billions of parameters that a preset is known by.
 SIZES = {
     "llama2_7b": 6.74,
+    "llama2_70b_tp4_pp8": 68.98,
+    "llama2_70b_tp8_pp8_32k": 68.98,
+    "llama2_70b_tp8_pp8_64k": 68.98,
     "llama3_8b": 8.03,
     "llama3_8b_cp8_256k": 8.03,
     "llama3_70b": 70.55,
     "llama3_405b": 405.85,
+    "llama3_405b_pp": 405.85,
 }
 
 
@@ -58,7 +62,8 @@ def test_a_preset_says_its_hardware_layout_and_source_first(path: Path) -> None:
 def test_a_preset_writes_only_what_differs(path: Path) -> None:
     loaded = load_config(path)
     text = path.read_text()
-    base = load_config(FOLDER / "llama3_8b.toml") if "\nextends" in text else load_config(None)
+    extends = re.search(r'^extends = "(.+)"$', text, re.MULTILINE)
+    base = load_config(FOLDER / extends[1] if extends else None)
     for dotted, origin in loaded.origins.items():
         section, _, key = dotted.partition(".")
         if origin == str(path):

@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from titan_lite import __version__
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import ConfigError, LoadedConfig, Problem, read_config
+from titan_lite.config.problems import did_you_mean, nearest
 from titan_lite.config.render import json_schema, to_toml
 from titan_lite.models import rules
+from titan_lite.planner import hardware
 
 OVERRIDES = """
 Every key of the TOML file can be overridden: --section.key=value, the value written as in TOML,
@@ -27,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, tuple[Callable[[list[str]], int], str]] = {
         "train": (_train, "train a model (in one process; torchrun or run_train.sh start many)"),
         "config": (_config, "check a configuration and print it with the origin of each value"),
+        "dryrun": (_dryrun, "memory, FLOPs and collectives of a step, on a machine without GPUs"),
     }
     parser = argparse.ArgumentParser(
         prog="titan-lite",
@@ -83,22 +86,15 @@ def _config(argv: list[str]) -> int:
         action="store_true",
         help="also find the data, read the tokenizer and look for checkpoints",
     )
-    # What stands behind "--" is overrides only: a launcher's user cannot mean these options.
-    end = argv.index("--") if "--" in argv else len(argv)
-    # CONFIG and the overrides may stand in any order, which argparse's positionals do not allow.
-    options, rest = parser.parse_known_args(argv[:end])
-    rest += argv[end + 1 :]
+    options, path, overrides = _parse(parser, argv)
     if options.schema:
         print(json.dumps(json_schema(), indent=2))
         return 0
-    path = next((argument for argument in rest if not argument.startswith("-")), None)
-    if path is not None:
-        rest.remove(path)
     logging.basicConfig(
         format="titan-lite: warning: %(message)s",
         level=logging.ERROR if options.quiet else logging.WARNING,
     )
-    loaded = read_config(path, rest)
+    loaded = read_config(path, overrides)
     if not options.quiet and not loaded.problems:
         print(to_toml(loaded), flush=True)
     plan = rules.check(loaded, _world_size(options.world_size, loaded))
@@ -107,6 +103,81 @@ def _config(argv: list[str]) -> int:
 
         preflight(loaded, plan)
     return 0
+
+
+def _dryrun(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="titan-lite dryrun",
+        usage="%(prog)s [CONFIG] [--section.key=value ...] [--world-size N] "
+        "[--rank R | all-stages] [--device NAME] [--json]",
+        description="Runs one training step as one rank of many, on fake tensors in a fake world: "
+        "prints what was applied, the memory, FLOPs and collectives of the step. Needs no GPU, no "
+        "data and no tokenizer.",
+        epilog=OVERRIDES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--world-size",
+        type=int,
+        metavar="N",
+        help="number of processes (default: $WORLD_SIZE, else what the degrees need)",
+    )
+    parser.add_argument(
+        "--rank",
+        metavar="R",
+        help='which one to run; "all-stages": one of each place in the pipeline (default: one of '
+        "the first, and of the last)",
+    )
+    parser.add_argument(
+        "--device", default="h100", metavar="NAME", help="whose memory to compare with (h100)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options, path, overrides = _parse(parser, argv)
+    logging.basicConfig(format="titan-lite: warning: %(message)s", level=logging.WARNING)
+    device = hardware.find_by_short_name(options.device)
+    if device is None:
+        names = [known.name for known in hardware.DEVICES]
+        hint = did_you_mean(nearest(options.device, names, limit=3))
+        message = f"no such device: {options.device!r}{hint}"
+        raise ConfigError([Problem("--device", "command line", message)])
+    # Files that only a run needs.
+    elsewhere = ['--data.tokenizer_path=""', '--data.dataset_path=""', '--job.dump_folder="."']
+    loaded = read_config(path, [*overrides, *elsewhere])
+    plan = rules.check(loaded, _world_size(options.world_size, loaded))
+    ranks = _ranks(options.rank, plan.dims)
+    from titan_lite.dryrun.report import report
+
+    print(report(loaded, plan, ranks, device, as_json=options.json))
+    return 0
+
+
+def _ranks(option: str | None, dims: ParallelDims) -> list[int]:
+    """The ranks to run: the one asked for, or the first ones at places of the pipeline."""
+    stages = [dims.rank(dict.fromkeys(dims.AXES, 0) | {"pp": place}) for place in range(dims.pp)]
+    if option is None:
+        return list(dict.fromkeys((stages[0], stages[-1])))
+    if option == "all-stages":
+        return stages
+    if option.isdecimal() and int(option) < dims.world_size:
+        return [int(option)]
+    message = f'expected 0 to {dims.world_size - 1}, or "all-stages", got {option!r}'
+    raise ConfigError([Problem("--rank", "command line", message)])
+
+
+def _parse(
+    parser: argparse.ArgumentParser, argv: list[str]
+) -> tuple[argparse.Namespace, str | None, list[str]]:
+    """The options, CONFIG and the overrides, which may stand in any order."""
+    # What stands behind "--" is overrides only: a launcher's user cannot mean these options.
+    end = argv.index("--") if "--" in argv else len(argv)
+    # argparse's positionals do not allow any order.
+    options, rest = parser.parse_known_args(argv[:end])
+    rest += argv[end + 1 :]
+    path = next((argument for argument in rest if not argument.startswith("-")), None)
+    if path is not None:
+        rest.remove(path)
+    return options, path, rest
 
 
 def _world_size(option: int | None, loaded: LoadedConfig) -> int:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,18 +59,21 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """One run. Building it is collective; `train` then does the steps that are left."""
+    """One run. Building it is collective; `train` then does the steps that are left.
 
-    def __init__(self, loaded: LoadedConfig, plan: Plan) -> None:
+    What a run takes from outside (files, data, the device, sinks) enters through methods of its
+    own, for the dry run to put others in their place.
+    """
+
+    def __init__(self, loaded: LoadedConfig, plan: Plan, process: Process | None = None) -> None:
         self.config = config = loaded.config
         self.dims = plan.dims
         self.vocab_size = plan.args.vocab_size
-        self.process = Process.from_environment()
+        self.process = process or Process.from_environment()
         self.run_folder = Path(config.job.dump_folder)
         training = config.training
         # What can be refused is refused before any process waits for another.
-        found = preflight(loaded, plan)
-        self.tokenizer, self.state = found.tokenizer, found.state
+        self._find_files(loaded, plan)
         with torch.device("meta"):
             args = dataclasses.replace(plan.args, vocab_multiple=self.dims.tp)
             self.model = build(plan.family, args)
@@ -88,12 +91,10 @@ class Trainer:
         if config.parallel.pp_micro_batches != -1:
             self.num_micro_batches = config.parallel.pp_micro_batches
         self._open_data(loaded)
-        resume_step = self.state.step
 
         start_process_group(self.process, config.comm)
         set_determinism(training.seed, deterministic=training.deterministic)
-        with blaming("checkpoint.load_step", loaded):
-            agree_on_step(resume_step, checkpoint_folder(loaded))
+        self._agree_on_step(loaded)
         meshes = build_meshes(self.dims, self.process.device.type)
         # The meshes' groups do not inherit the timeout of the first one.
         set_timeout(config.comm.init_timeout_seconds)
@@ -124,19 +125,38 @@ class Trainer:
             self.pipeline = self._build_pipeline(local, args, meshes.pp)
             join(self.model, list(local.values()))
         self.compilations = Compilations() if config.compile.enable else None
+        self._build_state()
+        self._resume(loaded)
+        self.meter = self._build_meter()
+
+    def _find_files(self, loaded: LoadedConfig, plan: Plan) -> None:
+        """The tokenizer, and the state to continue from."""
+        found = preflight(loaded, plan)
+        self.tokenizer, self.state = found.tokenizer, found.state
+
+    def _agree_on_step(self, loaded: LoadedConfig) -> None:
+        with blaming("checkpoint.load_step", loaded):
+            agree_on_step(self.state.step, checkpoint_folder(loaded))
+
+    def _build_state(self) -> None:
+        """Weights, optimizer and loss scaler, as they are at step 0."""
+        config = self.config
         init_weights(
             self.model,
             device=self.process.device,
-            seed=training.seed,
+            seed=config.training.seed,
             cpu_offload=config.parallel.cpu_offload,
         )
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.loss_scaler = None
-        if training.param_dtype == "float16":
+        if config.training.param_dtype == "float16":
             self.loss_scaler = LossScaler(next(self.model.parameters()).device)
 
+    def _resume(self, loaded: LoadedConfig) -> None:
+        """Loads the checkpoint to continue from, if there is one, and opens the run's folder."""
+        resume_step = self.state.step
         self.checkpoints = CheckpointManager(
-            config.checkpoint,
+            self.config.checkpoint,
             checkpoint_folder(loaded),
             model=self.model,
             optimizer=self.optimizer,
@@ -153,7 +173,6 @@ class Trainer:
             with blaming("job.dump_folder", loaded):
                 open_run_folder(self.run_folder, resume_step=resume_step)
             self.checkpoints.leave_later_branch(resume_step)
-        self.meter = self._build_meter()
 
     def _split(self, loaded: LoadedConfig, args: DecoderArgs) -> list[Stage]:
         """The pipeline stages of the whole model."""
@@ -258,7 +277,7 @@ class Trainer:
         # Documents that cannot be read are a mistake to answer now, not in the first step.
         with blaming("data.dataset", loaded):
             batches = iter(self.loader)
-            self.batches = itertools.chain([next(batches)], batches)
+            self.batches: Iterator[Batch] = itertools.chain([next(batches)], batches)
 
     def _local_positions(self) -> Tensor | None:
         """Of this rank's tokens in each sequence; None where it holds whole sequences."""
@@ -324,7 +343,7 @@ class Trainer:
 
         # Every token of the global batch weighs the same, wherever it is: the sum over
         # micro-batches and ranks is divided by the valid tokens of all of them.
-        valid = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in micro_batches)
+        valid = sum(self._count_valid(labels) for _, labels in micro_batches)
         num_valid = torch.full((), float(valid), device=device)
         dist.all_reduce(num_valid, group=self.loss_group)
         num_valid.clamp_(min=1)
@@ -389,6 +408,9 @@ class Trainer:
         if self.loss_scaler is not None:
             self.loss_scaler.check(step, record["grad_norm"])
         return record
+
+    def _count_valid(self, labels: Tensor) -> int:
+        return int((labels != IGNORE_INDEX).sum())
 
     def _forward_backward(
         self, micro_batches: Sequence[tuple[Tensor, Tensor]], factor: Tensor

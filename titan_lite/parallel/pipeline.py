@@ -248,6 +248,19 @@ class Pipeline:
             scale_grads=False,
         )
 
+    def take_shapes_for_granted(self) -> None:
+        """Keeps stages from asking each other, before the first step, whether all know shapes.
+
+        They do, having been told; a dry run's rank has nobody to ask.
+        """
+        from torch.distributed.pipelining._utils import InferenceMode
+
+        def agree(stages: Sequence[PipelineStage], *_: Any) -> None:
+            for stage in stages:
+                stage._inference_mode = InferenceMode.STATIC
+
+        self.schedule._warmup_p2p = agree
+
     def step(self, micro_batches: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> list[Tensor]:
         """Forward and backward of (tokens, keyword arguments of the model) of each micro-batch.
 

@@ -71,6 +71,13 @@ def find_device(device_name: str) -> Device | None:
     return _BY_NAME.get(_normalize(device_name))
 
 
+def find_by_short_name(name: str) -> Device | None:
+    """The first device whose name in the table begins with these words, in any case."""
+    words = name.lower().replace("-", " ").replace("_", " ").split()
+    names = ((device, device.name.lower().split()) for device in DEVICES)
+    return next((d for d, name in names if words and name[: len(words)] == words), None)
+
+
 def _normalize(name: str) -> str:
     words = name.lower().split()
     return " ".join(words[1:] if words[:1] in (["nvidia"], ["amd"]) else words)

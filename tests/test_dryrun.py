@@ -1,0 +1,180 @@
+"""The dry run tells what a real run of the same configuration does."""
+
+import json
+import math
+import multiprocessing
+from collections.abc import Iterator
+from multiprocessing.pool import Pool
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import PRELOADED, Workers
+from tests.runs import TINY
+from titan_lite import cli
+from titan_lite.config.dims import ParallelDims
+from titan_lite.config.load import load_config
+from titan_lite.models.rules import check
+from titan_lite.planner.hardware import DEVICES, find_by_short_name
+
+PRESETS = sorted((Path(__file__).parent.parent / "train_configs").glob("*.toml"))
+# Of the several steps of a real run, one is measured that is not logged.
+STEP = ("--metrics.log_freq=10", "--training.param_dtype=bfloat16", "--training.seq_len=256")
+SHARE = "--training.local_batch_size=4"
+LAYOUTS = {
+    "fsdp 2": (2, (SHARE,)),
+    "tp 2": (2, ("--parallel.tp=2",)),
+    "full checkpointing": (2, (SHARE, "--activation_checkpoint.mode=full")),
+    "pp 2": (2, ("--parallel.pp=2", "--training.local_batch_size=2")),
+    "ring of cp 2": (2, ("--parallel.cp=2",)),
+    "fsdp 2 x tp 2": (4, (SHARE, "--parallel.tp=2")),
+}
+
+
+@pytest.fixture(scope="module")
+def fresh() -> Iterator[Pool]:
+    """Processes that each serve one dry run: torch remembers the groups of an earlier world."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with context.Pool(1, maxtasksperchild=1) as pool:
+        yield pool
+
+
+def _dry(path: Path | None, world_size: int, rank: int, overrides: tuple[str, ...]) -> Any:
+    from titan_lite.dryrun.run import dry_run
+
+    loaded = load_config(path, overrides)
+    return dry_run(loaded, check(loaded, world_size), rank, on_gpu=path is not None)
+
+
+def _real(folder: Path, overrides: tuple[str, ...]) -> Any:
+    from titan_lite.dryrun.measure import measure_step, recorder
+    from titan_lite.runtime.distributed import Process
+    from titan_lite.trainer import Trainer
+
+    loaded = load_config(None, [*overrides, f"--job.dump_folder={folder}"])
+    plan = check(loaded, Process.from_environment().world_size)
+    with recorder(plan.dims) as record:
+        trainer = Trainer(loaded, plan)
+        # Logged, and with what is set up only once.
+        trainer.train_step(1)
+        measured = measure_step(trainer, record)
+        trainer.close()
+    return measured
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_flops_and_collectives_are_those_of_a_real_run(
+    layout: str, workers: dict[int, Workers], fresh: Pool, tmp_path: Path
+) -> None:
+    world_size, settings = LAYOUTS[layout]
+    overrides = (*TINY, *STEP, *settings)
+    real = workers[world_size].run(_real, tmp_path, overrides)
+    for rank in (0, world_size - 1):
+        dry = fresh.apply(_dry, (None, world_size, rank, overrides)).measured
+        assert dry.collectives == real[rank].collectives
+        assert any(collective.count > 1 for collective in dry.collectives)
+        assert dry.flops == real[rank].flops > 0
+        assert dry.held == real[rank].held
+        assert dry.peak.bytes == pytest.approx(real[rank].peak.bytes, rel=0.05)
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_is_dry_run_at_its_world_size(path: Path, fresh: Pool) -> None:
+    """With fewer layers and micro-batches, of the same width."""
+    parallel = load_config(path, [NO_FILE]).config.parallel
+    degrees = [getattr(parallel, axis) for axis in ParallelDims.AXES]
+    text = next(line for line in path.read_text().splitlines() if "world_size = " in line)
+    world_size = int(text.rpartition(" ")[2])
+    assert world_size % abs(math.prod(degrees)) == 0
+    small = (NO_FILE, f"--model.num_layers={max(2, parallel.num_stages)}")
+    if path.stem != "debug":
+        batch = world_size // (parallel.tp * parallel.cp * parallel.pp)
+        local = load_config(path, [NO_FILE]).config.training.local_batch_size
+        small += (f"--training.global_batch_size={local * batch * parallel.pp}",)
+    rank = fresh.apply(_dry, (path, world_size, world_size - 1, small))
+    assert rank.place["pp"] == parallel.pp - 1
+    assert rank.measured.peak.bytes > 4 * rank.measured.held["parameters"]
+    # Recomputation and attention's backward add less than a half.
+    # The formula counts all of attention, as flash attention's operators do; of a ring only what a
+    # causal mask keeps is computed.
+    least = 0.5 if rank.place["cp"] else 1
+    assert least <= rank.measured.flops / rank.formula_flops < 1.5
+    axes = {collective.axis for collective in rank.measured.collectives}
+    assert {axis for axis in ("tp", "pp", "cp") if getattr(parallel, axis) > 1} <= axes | {"cp"}
+
+
+NO_FILE = '--data.tokenizer_path=""'
+
+
+def test_the_command_prints_memory_against_the_device_and_what_it_leaves_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text("[compile]\nenable = true\n[data]\ntokenizer_path = 'not/there'\n")
+    assert cli.main(["dryrun", str(config), "--world-size=2", "--device=h200", *TINY[:3]]) == 0
+    text = capsys.readouterr().out
+    assert "on 2 x H200 SXM" in text
+    assert "of 141 GiB" in text
+    assert "DOES NOT FIT" not in text
+    assert "not as asked      compile.enable: the step is traced eagerly" in text
+    assert "reduce-scatter over dp_shard" in text
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_step_that_does_not_fit_is_reported_for_each_end_of_the_pipeline_as_json(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    big = ["--training.seq_len=65536", "--model.max_seq_len=65536", "--model.dim=8192"]
+    layout = ["--parallel.pp=2", "--training.global_batch_size=2", "--model.num_layers=2"]
+    assert cli.main(["dryrun", "--json", "--device=v100_sxm2_16gb", *big, *layout]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["memory_bytes"] == 16 * 2**30
+    assert [(rank["rank"], rank["stages"], rank["fits"]) for rank in facts["ranks"]] == [
+        (0, [0], False),
+        (1, [1], False),
+    ]
+
+
+def test_an_unknown_device_or_rank_is_a_mistake_to_answer_at_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["dryrun", "--device=h1000"]) == 2
+    assert "no such device: 'h1000'; did you mean \"H100" in capsys.readouterr().err
+    assert cli.main(["dryrun", "--rank=2", "--world-size=2"]) == 2
+    assert "expected 0 to 1, or \"all-stages\", got '2'" in capsys.readouterr().err
+
+
+def test_every_device_is_found_by_its_name_in_small_letters() -> None:
+    for device in DEVICES:
+        assert find_by_short_name(device.name.lower()) is device
+    h100 = find_by_short_name("h100")
+    assert h100 is not None
+    assert h100.name == "H100 SXM 80GB"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_peak_memory_is_what_cuda_allocates(fresh: Pool, tmp_path: Path) -> None:
+    from tests.runs import build_trainer
+
+    size = ("--model.dim=1024", "--model.num_layers=8", "--model.ffn_dim=4096")
+    overrides = (*TINY, *STEP, *size, "--training.seq_len=1024")
+    trainer = build_trainer(tmp_path, *overrides[len(TINY) :])
+    trainer.train_step(1)
+    torch.cuda.reset_peak_memory_stats()
+    trainer.train_step(2)
+    real = torch.cuda.max_memory_allocated()
+    trainer.close()
+    dry = fresh.apply(_dry_on_gpu, (overrides,))
+    assert dry.measured.peak.bytes == pytest.approx(real, rel=0.05)
+
+
+def _dry_on_gpu(overrides: tuple[str, ...]) -> Any:
+    from titan_lite.dryrun.run import dry_run
+
+    loaded = load_config(None, overrides)
+    return dry_run(loaded, check(loaded, 1), 0)

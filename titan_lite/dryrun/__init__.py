@@ -1,0 +1,1 @@
+"""One training step on fake tensors in a fake world: its memory, FLOPs and collectives."""

@@ -1,0 +1,54 @@
+"""Kernels of GPUs that keep other tensors for backward than the CPU's, as fake tensors see them."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
+
+from titan_lite.nn import norm
+
+
+@contextlib.contextmanager
+def gpu_kernels() -> Iterator[None]:
+    """RMSNorm in one kernel: the CPU takes it apart, and keeps its steps in float32."""
+    of_cpu = norm.rms_norm
+    norm.rms_norm = _rms_norm  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        norm.rms_norm = of_cpu
+
+
+def _rms_norm(
+    x: Tensor,
+    _shape: Sequence[int],
+    weight: Tensor | None = None,
+    _eps: float | None = None,
+) -> Tensor:
+    assert weight is not None
+    if not isinstance(x, DTensor):
+        out: Tensor = FusedRMSNorm.apply(x, weight)
+        return out
+    assert isinstance(weight, DTensor)
+    # Each rank has its tokens' part of the weight's gradient.
+    part = [Partial() if placement.is_shard() else placement for placement in x.placements]
+    local = FusedRMSNorm.apply(x.to_local(), weight.to_local(grad_placements=part))
+    return DTensor.from_local(local, x.device_mesh, x.placements, run_check=False)
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """What aten._fused_rms_norm and its backward allocate; they compute nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+        ctx.save_for_backward(x, weight, rstd)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)

@@ -1,0 +1,95 @@
+"""One training step of a trainer, measured: the same for a real run and for a dry one."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from titan_lite.config.dims import ParallelDims
+from titan_lite.dryrun.recorder import Category, Peak, Recorder
+from titan_lite.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Equal collectives of one step: bytes are those of the whole tensors, added up."""
+
+    operation: str
+    axis: str
+    count: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What one rank holds and does in a step, in bytes and FLOPs.
+
+    held: by category, between steps. peak: within the step.
+    """
+
+    held: dict[Category, int]
+    peak: Peak
+    flops: int
+    collectives: tuple[Collective, ...]
+
+
+def recorder(dims: ParallelDims) -> Recorder:
+    """A recorder that names process groups by the axes of the mesh over which they extend."""
+
+    @cache
+    def axis_of(group: dist.ProcessGroup) -> str:
+        places = [dims.coordinates(rank) for rank in dist.get_process_group_ranks(group)]
+        axes = [axis for axis in dims.AXES if len({place[axis] for place in places}) > 1]
+        return " x ".join(axes) or "one rank"
+
+    return Recorder(axis_of)
+
+
+def measure_step(trainer: Trainer, recorder: Recorder) -> Measured:
+    """Runs the trainer's next step within `recorder`, entered before the trainer was built.
+
+    The optimizer's state exists before, as from the second step on.
+    """
+    held: dict[Category, int] = {
+        "parameters": recorder.mark(trainer.model.parameters(), "parameters"),
+        "buffers": recorder.mark(trainer.model.buffers(), "buffers"),
+    }
+    _fill_optimizer(trainer.optimizer)
+    held["optimizer"] = recorder.mark(_state(trainer.optimizer), "optimizer")
+
+    def mark_gradients(*_: object) -> None:
+        grads = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+        held["gradients"] = recorder.mark(grads, "gradients")
+
+    hook = trainer.optimizer.register_step_pre_hook(mark_gradients)
+    recorder.restart()
+    start = recorder.now()
+    trainer.train_step(trainer.state.step + 1)
+    hook.remove()
+    return Measured(
+        held=held,
+        peak=recorder.peak(start),
+        flops=recorder.flops,
+        collectives=tuple(
+            Collective(operation, axis, count, recorder.bytes[operation, axis])
+            for (operation, axis), count in sorted(recorder.counts.items())
+        ),
+    )
+
+
+def _fill_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Makes the optimizer's state, by a step at learning rate 0 with gradients of 0."""
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    for state in optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, Tensor))

@@ -1,0 +1,218 @@
+"""Records what one process allocates, computes and sends, operation by operation.
+
+It stands below DTensor: sizes and FLOPs are this rank's. It works alike on real tensors and on
+fake ones, in a real world and in a fake one.
+"""
+
+import contextlib
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
+
+from titan_lite.dryrun.torch_private import (
+    BODIES,
+    FakeTensor,
+    TorchDispatchMode,
+    flops,
+    group_of,
+    resizes_seen,
+)
+
+Category = Literal[
+    "parameters", "gradients", "optimizer", "activations", "unsharded", "logits", "buffers"
+]
+CATEGORIES: tuple[Category, ...] = get_args(Category)
+# Who allocates, by the innermost source file on the stack that is one of these.
+ALLOCATORS: tuple[tuple[str, Category], ...] = (
+    ("/torch/distributed/fsdp/", "unsharded"),
+    ("/titan_lite/loss.py", "logits"),
+    ("/torch/optim/", "optimizer"),
+)
+# Where DTensor tries an operation on the global shapes, to know those of the result.
+SHARDING_PROPAGATION = "/torch/distributed/tensor/_sharding_prop.py"
+# Operations by words in the names that torch.distributed and its functional form give them.
+OPERATIONS = {
+    "all-gather": ("allgather", "all_gather"),
+    "reduce-scatter": ("reduce_scatter",),
+    "all-reduce": ("allreduce", "all_reduce"),
+    "all-to-all": ("alltoall", "all_to_all"),
+    "broadcast": ("broadcast",),
+    "send": ("send",),
+    "receive": ("recv",),
+}
+
+
+@dataclass(eq=False, slots=True)
+class Allocation:
+    """One storage: its bytes now, and what it is; the latter may become known only later."""
+
+    bytes: int
+    category: Category
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most bytes alive at once, and which ones they were."""
+
+    bytes: int
+    categories: dict[Category, int]
+
+
+class Recorder(TorchDispatchMode):
+    """Records while it is entered.
+
+    flops: of matrix products and attention. collectives: (operation, axis) -> (count, bytes), the
+    bytes being those of the whole tensor: what an all-gather returns, what a reduce-scatter takes.
+    """
+
+    def __init__(self, axis_of: Callable[[dist.ProcessGroup], str]) -> None:
+        super().__init__()
+        self.flops = 0
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.bytes: Counter[tuple[str, str]] = Counter()
+        self._axis_of = axis_of
+        self._live: dict[int, Allocation] = {}
+        # Every change of an allocation's size, in order.
+        self._changes: list[tuple[Allocation, int]] = []
+        self._references: dict[int, Any] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "Recorder":
+        self._stack.enter_context(resizes_seen(self._resized))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+        super().__exit__(*error)
+
+    def now(self) -> int:
+        """A moment, to give to `peak`."""
+        return len(self._changes)
+
+    def restart(self) -> None:
+        """Forgets FLOPs and collectives, not the memory that is held."""
+        self.flops = 0
+        self.counts.clear()
+        self.bytes.clear()
+
+    def peak(self, start: int = 0, end: int | None = None) -> Peak:
+        """Of the time between two moments."""
+        held: dict[Category, int] = dict.fromkeys(CATEGORIES, 0)
+        total = most = 0
+        at_most: dict[Category, int] = {}
+        for number, (allocation, change) in enumerate(self._changes[:end]):
+            held[allocation.category] += change
+            total += change
+            if number >= start - 1 and total > most:
+                most, at_most = total, dict(held)
+        return Peak(most, at_most)
+
+    def mark(self, tensors: Iterable[Tensor], category: Category) -> int:
+        """Says what tensors are, whenever they were allocated; returns their bytes."""
+        allocations = set()
+        for tensor in tensors:
+            for part in _parts(tensor):
+                allocation = self._see(part.untyped_storage())
+                allocation.category = category
+                allocations.add(allocation)
+        return sum(allocation.bytes for allocation in allocations)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not all(kind in (Tensor, FakeTensor) for kind in types):
+            return NotImplemented  # A DTensor, say, comes back as its local tensor.
+        if _is_called_by(SHARDING_PROPAGATION):
+            return func(*args, **kwargs)
+        if func in BODIES:
+            with self:
+                return BODIES[func](*args, **kwargs)
+        out = func(*args, **kwargs)
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self._count_collective(func, args, out)
+        if func.namespace == "fsdp" and "chunk_cat" in func.__name__:
+            # What FSDP2 reduces are the gradients of gathered weights.
+            self._name_gradients(args)
+        self.flops += flops(func, args, kwargs, out)
+        for tensor in _tensors(out):
+            if tensor.device.type != "meta":
+                self._see(tensor.untyped_storage())
+        return out
+
+    def _see(self, storage: torch.UntypedStorage) -> Allocation:
+        key = storage._cdata
+        if key in self._live:
+            return self._live[key]
+        allocation = self._live[key] = Allocation(storage.nbytes(), _category())
+        self._changes.append((allocation, allocation.bytes))
+
+        def freed(_: Any) -> None:
+            del self._live[key], self._references[key]
+            self._changes.append((allocation, -allocation.bytes))
+
+        self._references[key] = weakref.ref(storage, freed)
+        return allocation
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        allocation, size = self._live.get(storage._cdata), storage.nbytes()
+        if allocation is not None and size != allocation.bytes:
+            self._changes.append((allocation, size - allocation.bytes))
+            allocation.bytes = size
+
+    def _name_gradients(self, args: Any) -> None:
+        for tensor in _tensors(args):
+            allocation = self._see(tensor.untyped_storage())
+            if allocation.category == "activations":
+                allocation.category = "unsharded"
+
+    def _count_collective(self, func: Any, args: Any, out: Any) -> None:
+        name = func.__name__
+        for operation, words in OPERATIONS.items():
+            if any(word in name for word in words):
+                key = operation, self._axis_of(group_of(func, args))
+                self.counts[key] += 1
+                self.bytes[key] += max(
+                    sum(t.nbytes for t in _tensors(value)) for value in (*args, out)
+                )
+                return
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors with storages of their own inside a DTensor, or one of torchao's."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if hasattr(local, "__tensor_flatten__"):
+        yield from (part for part in vars(local).values() if isinstance(part, Tensor))
+    else:
+        yield local
+
+
+def _category() -> Category:
+    return next(
+        (category for name in _callers() for part, category in ALLOCATORS if part in name),
+        "activations",
+    )
+
+
+def _is_called_by(file: str) -> bool:
+    return any(name.endswith(file) for name in _callers())
+
+
+def _callers() -> Iterator[str]:
+    """The source files of the functions on the stack, innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame.f_code.co_filename
+        frame = frame.f_back

@@ -1,0 +1,111 @@
+"""What a dry run found, in words or as JSON."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from titan_lite.config.dims import ParallelDims
+from titan_lite.config.load import LoadedConfig
+from titan_lite.dryrun.run import DryRank, dry_runs, left_out
+from titan_lite.metrics.device import GIB
+from titan_lite.models.rules import Plan
+from titan_lite.planner.counts import FORMULA
+from titan_lite.planner.hardware import Device
+
+WORDS = {
+    "parameters": "parameters",
+    "gradients": "gradients, sharded",
+    "optimizer": "optimizer state",
+    "activations": "activations",
+    "unsharded": "gathered parameters, their gradients, and FSDP's buffers",
+    "logits": "logits and the loss",
+    "buffers": "rotary tables",
+}
+
+
+def report(
+    loaded: LoadedConfig, plan: Plan, ranks: Sequence[int], device: Device, *, as_json: bool
+) -> str:
+    """Dry-runs the ranks, and says what it found."""
+    found = dry_runs(loaded, plan, ranks)
+    notes = left_out(loaded.config)
+    if as_json:
+        return json.dumps(_facts(found, plan, device, notes), indent=2)
+    model = loaded.config.model
+    lines = [
+        f"{model.name} {model.flavor}: {found[0].parameters:,} parameters on "
+        f"{plan.dims.world_size} x {device.name}",
+        f"  mesh              {_mesh(plan.dims)}",
+        *(f"  not as asked      {note}" for note in notes),
+        "  counted           one step after the first, not logged; fake tensors, below DTensor",
+    ]
+    for rank in found:
+        lines += ["", *_rank(rank, device)]
+    return "\n".join(lines)
+
+
+def _rank(rank: DryRank, device: Device) -> list[str]:
+    measured, peak = rank.measured, rank.measured.peak
+    place = ", ".join(f"{axis} {number}" for axis, number in rank.place.items())
+    categories = sorted(peak.categories.items(), key=lambda item: -item[1])
+    lines = [
+        f"Rank {rank.rank} ({place}), pipeline stage {', '.join(map(str, rank.stages))}",
+        rank.applied,
+        f"  between steps     parameters {_gib(measured.held['parameters'])}, optimizer state "
+        f"{_gib(measured.held['optimizer'])}; gradients {_gib(measured.held['gradients'])} before "
+        "the optimizer's step",
+        f"  peak memory       {_of_capacity(peak.bytes, device)}",
+        *(f"    {_gib(size):>14}  {WORDS[name]}" for name, size in categories if size),
+        f"  FLOPs a step      {measured.flops / 1e12:,.2f} T, {_ratio(rank)} times the formula's "
+        f"{rank.formula_flops / 1e12:,.2f} T",
+        "  collectives          count         GiB",
+    ]
+    for collective in measured.collectives:
+        name = f"{collective.operation} over {collective.axis}"
+        lines.append(f"    {collective.count:>22,}  {collective.bytes / GIB:>10,.3f}  {name}")
+    return lines
+
+
+def _facts(
+    found: Sequence[DryRank], plan: Plan, device: Device, notes: Sequence[str]
+) -> dict[str, Any]:
+    memory = None if device.memory_gb is None else int(device.memory_gb * GIB)
+    return {
+        "torch": torch.__version__,
+        "device": device.name,
+        "memory_bytes": memory,
+        "world_size": plan.dims.world_size,
+        "mesh": dataclasses.asdict(plan.dims),
+        "parameters": found[0].parameters,
+        "formula": FORMULA,
+        "not_as_asked": list(notes),
+        "ranks": [
+            dataclasses.asdict(rank)
+            | {"fits": None if memory is None else rank.measured.peak.bytes <= memory}
+            for rank in found
+        ],
+    }
+
+
+def _of_capacity(size: int, device: Device) -> str:
+    if device.memory_gb is None:
+        return f"{_gib(size)}; the memory of {device.name} is not known"
+    text = f"{size / GIB:.1f} of {device.memory_gb:g} GiB"
+    if (beyond := size / GIB - device.memory_gb) > 0:
+        text += f": DOES NOT FIT, by {beyond:.1f} GiB"
+    return text
+
+
+def _mesh(dims: ParallelDims) -> str:
+    return " x ".join(f"{axis} {degree}" for axis, degree in dataclasses.asdict(dims).items())
+
+
+def _ratio(rank: DryRank) -> str:
+    return f"{rank.measured.flops / rank.formula_flops:.2f}" if rank.formula_flops else "no"
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB"

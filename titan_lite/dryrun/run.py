@@ -1,0 +1,197 @@
+"""The Trainer as one rank of a world that is not there."""
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titan_lite.checkpoint.state import RunState
+from titan_lite.config.load import ConfigError, LoadedConfig, Problem
+from titan_lite.config.schema import Config
+from titan_lite.data.loader import Batch
+from titan_lite.dryrun.gpu_kernels import gpu_kernels
+from titan_lite.dryrun.measure import Measured, measure_step, recorder
+from titan_lite.dryrun.torch_private import FakeTensorMode, fake_world
+from titan_lite.models.rules import Plan
+from titan_lite.parallel.float8 import float8_problems, refresh_scales
+from titan_lite.parallel.pipeline import local_stages
+from titan_lite.runtime.distributed import Process
+from titan_lite.trainer import Trainer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DryRank:
+    """What one rank of a run is, and its step. formula_flops: this rank's share of the planner's.
+
+    place: on each axis of the mesh. stages: numbers of its pipeline stages.
+    """
+
+    rank: int
+    place: dict[str, int]
+    stages: tuple[int, ...]
+    parameters: int
+    applied: str
+    formula_flops: int
+    measured: Measured
+
+
+class Silence:
+    """In the meter's place: nothing is measured in seconds, and fake numbers are not logged."""
+
+    def waiting_for_data(self) -> Any:
+        return contextlib.nullcontext()
+
+    def add(self, tokens: int, samples: int) -> None:
+        pass
+
+    def should_log(self, step: int) -> bool:
+        return False
+
+
+class DryTrainer(Trainer):
+    """A Trainer on fake tensors: reads no file, writes none, and takes its batches from nowhere."""
+
+    def __init__(self, loaded: LoadedConfig, plan: Plan, rank: int) -> None:
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        # Autograd refuses fake tensors of a GPU where there is none.
+        device = torch.device("cpu")
+        super().__init__(loaded, plan, Process(rank, 0, plan.dims.world_size, device))
+
+    def train_step(self, step: int) -> None:
+        with self.fake:
+            super().train_step(step)
+
+    def _find_files(self, loaded: LoadedConfig, plan: Plan) -> None:
+        self.state = RunState()
+
+    def _check_device(self, loaded: LoadedConfig, plan: Plan) -> None:
+        """What holds on any device; this machine's is not the run's."""
+        broken = float8_problems(
+            self.model,
+            plan.family.tp_plan,
+            float8=loaded.config.float8.model_copy(update={"emulate": True}),
+            parallel=loaded.config.parallel,
+            dims=self.dims,
+            device=torch.device("meta"),
+        )
+        if problems := [Problem(key, loaded.origins[key], text) for key, text in broken]:
+            raise ConfigError(problems)
+
+    def _open_data(self, loaded: LoadedConfig) -> None:
+        training = loaded.config.training
+        self.batches = _batches(training.local_batch_size, training.seq_len)
+
+    def _agree_on_step(self, loaded: LoadedConfig) -> None:
+        pass
+
+    def _build_state(self) -> None:
+        if self.pipeline is not None:
+            self.pipeline.take_shapes_for_granted()
+        # Drawing looks at the values, of which there are none.
+        self.model.init_parameter = _draw_nothing  # type: ignore[method-assign]
+        with self.fake:
+            super()._build_state()
+
+    def _resume(self, loaded: LoadedConfig) -> None:
+        if self.applied.count("float8 all-gather"):
+            with self.fake:
+                refresh_scales(self.model)
+
+    def _build_meter(self) -> Any:
+        return Silence()
+
+    def _count_valid(self, labels: Tensor) -> int:
+        return labels.numel()
+
+
+def dry_run(loaded: LoadedConfig, plan: Plan, rank: int, *, on_gpu: bool = True) -> DryRank:
+    """Builds one rank of the run and measures a step of it; once in a process.
+
+    torch keeps process groups by their names in caches, which another world would find.
+    on_gpu: with the kernels of GPUs where they keep other tensors than the CPU's.
+    """
+    loaded = dataclasses.replace(loaded, config=_eager(loaded.config))
+    kernels = gpu_kernels() if on_gpu else contextlib.nullcontext()
+    with fake_world(rank, plan.dims.world_size), recorder(plan.dims) as record:
+        trainer = DryTrainer(loaded, plan, rank)
+        with trainer.fake, kernels:
+            measured = measure_step(trainer, record)
+    dims, parallel = plan.dims, loaded.config.parallel
+    place = dims.coordinates(rank)
+    stages = local_stages(parallel, place["pp"]) if dims.pp > 1 else [0]
+    # Of the tokens of a replica, a rank has those of its part of the sequence and of the matrices.
+    tokens = trainer.global_batch_size * loaded.config.training.seq_len
+    flops = tokens * sum(trainer.stages[number].flops for number in stages)
+    return DryRank(
+        rank=rank,
+        place=place,
+        stages=tuple(stages),
+        parameters=trainer.num_params,
+        applied=str(trainer.applied),
+        formula_flops=flops // (dims.batch * dims.cp * dims.tp),
+        measured=measured,
+    )
+
+
+def dry_runs(loaded: LoadedConfig, plan: Plan, ranks: Sequence[int]) -> list[DryRank]:
+    """`dry_run` of several ranks, each in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    jobs = [(loaded, plan, rank) for rank in ranks]
+    with context.Pool(min(len(ranks), os.cpu_count() or 1), maxtasksperchild=1) as pool:
+        return pool.starmap(_quiet_dry_run, jobs, chunksize=1)
+
+
+def left_out(config: Config) -> list[str]:
+    """What the step is asked to do and the dry run does otherwise, in sentences."""
+    notes = []
+    if config.compile.enable:
+        notes.append(
+            "compile.enable: the step is traced eagerly; compiled, it keeps and computes less "
+            "between its matrix products"
+        )
+    if config.parallel.async_tp:
+        notes.append(
+            "parallel.async_tp: collectives are counted whole, which the compiler cuts into chunks"
+        )
+    if config.activation_checkpoint.mode == "memory_budget":
+        notes.append(
+            'activation_checkpoint.mode "memory_budget" is the compiler\'s: activations are those '
+            "of no recomputation"
+        )
+    if config.parallel.cpu_offload:
+        notes.append(
+            "parallel.cpu_offload: parameters, gradients and optimizer state are counted although "
+            "they are in host memory"
+        )
+    return notes
+
+
+def _eager(config: Config) -> Config:
+    off = {
+        "compile": config.compile.model_copy(update={"enable": False}),
+        "parallel": config.parallel.model_copy(update={"async_tp": False}),
+    }
+    return config.model_copy(update=off)
+
+
+def _quiet_dry_run(loaded: LoadedConfig, plan: Plan, rank: int) -> DryRank:
+    # What torch warns about is the fake world, or said by a real run, too.
+    warnings.simplefilter("ignore")
+    return dry_run(loaded, plan, rank)
+
+
+def _draw_nothing(name: str, tensor: Tensor, generator: torch.Generator) -> None:
+    pass
+
+
+def _batches(local_batch_size: int, seq_len: int) -> Iterator[Batch]:
+    # Drawn within a step: fake, too.
+    while True:
+        tokens = torch.zeros(local_batch_size, seq_len, dtype=torch.int64)
+        yield Batch(tokens, torch.zeros_like(tokens))

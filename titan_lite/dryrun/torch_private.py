@@ -1,0 +1,80 @@
+"""What torch keeps to itself and a dry run needs. The only file that knows these names.
+
+A fake tensor has a shape, a dtype and a storage of some size, but no memory behind it. A fake
+process group returns from every collective at once, with nothing received.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._tools.fake_collectives
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from titan_lite.parallel.context_attention import sharded_attention, sharded_attention_backward
+
+__all__ = ["FakeTensor", "FakeTensorMode", "TorchDispatchMode"]
+
+aten = torch.ops.aten
+
+# Operators of ours that communicate, by what they do inside.
+BODIES: dict[Any, Callable[..., Any]] = {
+    operator._opoverload: operator._init_fn
+    for operator in (sharded_attention, sharded_attention_backward)
+}
+# The CPU's fused attention, which torch has no formulas for, does what the GPU's does.
+SAME_FLOPS = {
+    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        aten._scaled_dot_product_flash_attention_backward
+    ),
+    aten.addmm_: aten.addmm,
+}
+
+
+def flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Multiplications and additions of an operation, by torch's formulas; 0 where it has none."""
+    packet = func._overloadpacket
+    formula = flop_registry.get(SAME_FLOPS.get(packet, packet))
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
+
+
+def group_of(func: Any, args: Any) -> dist.ProcessGroup:
+    """The process group of a collective, as the dispatcher sees it."""
+    if func.namespace == "c10d":
+        boxed = next(arg for arg in args if isinstance(arg, torch.ScriptObject))
+        return dist.ProcessGroup.unbox(boxed)
+    name = [arg for arg in args if isinstance(arg, str)][-1]
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def fake_world(rank: int, world_size: int) -> Iterator[None]:
+    """This process as one rank of a world in which nobody else is."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def resizes_seen(see: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
+    """Calls `see` after every change of a storage's size, by which FSDP2 frees what it gathered."""
+    resize = torch.UntypedStorage.resize_
+
+    def resize_and_tell(storage: Any, size: int) -> Any:
+        result = resize(storage, size)
+        see(storage)
+        return result
+
+    torch.UntypedStorage.resize_ = resize_and_tell  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
