@@ -10,18 +10,19 @@ import pytest
 
 from tests.distributed import Workers
 from tests.runs import build_trainer
-from titan_lite.config.schema import ActivationCheckpoint
+from titan_lite.config.schema import ActivationCheckpoint, Parallel
 from titan_lite.parallel import parallelize
 from titan_lite.parallel.report import Applied
 
 BLOCKS = ("layers.0", "layers.1")
+PRECISION = "bfloat16 computation, float32 reduction"
 APPLIED = Applied(
     blocks=2,
     modules={"FSDP unit": ("model", *BLOCKS), "checkpointed": BLOCKS},
-    mesh={"fsdp": 2},
+    mesh={"pp": 1, "dp_replicate": 1, "fsdp": 2, "tp": 1},
     sharded_parameters=20,
     whole_parameters=0,
-    precision="bfloat16 computation, float32 reduction",
+    precision=PRECISION,
     sequence_parallel=True,
     loss_parallel=True,
     saved_ops=(),
@@ -33,7 +34,7 @@ SELECTIVE = ActivationCheckpoint(mode="selective_op", save=["max"])
 
 
 def test_what_was_asked_for_passes() -> None:
-    APPLIED.check(APPLIED.modules, FULL)
+    APPLIED.check(APPLIED.modules, FULL, Parallel(dp_shard=2), PRECISION)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,9 @@ def test_what_was_asked_for_passes() -> None:
         ),
         ({"modules": {**APPLIED.modules, "compiled": BLOCKS}}, FULL, "unasked compiled: layers.0"),
         ({"modules": {"checkpointed": BLOCKS}}, FULL, "not FSDP unit: layers.0, layers.1, model"),
+        ({"precision": "float32 computation"}, FULL, "float32 computation where bfloat16 comp"),
+        ({"mesh": APPLIED.mesh | {"fsdp": 4}}, FULL, "fsdp 4 where 2 was asked for"),
+        ({"mesh": APPLIED.mesh | {"tp": 2}}, FULL, "tp 2 where 1 was asked for"),
         ({}, SELECTIVE, "saved operations () where ('max',) were asked for"),
         ({"saved_ops": ("max",)}, FULL, "saved operations ('max',) where () were asked for"),
         (
@@ -65,7 +69,7 @@ def test_a_mismatch_names_the_modules(
 ) -> None:
     applied = dataclasses.replace(APPLIED, **changes)
     with pytest.raises(RuntimeError, match=re.escape(message)):
-        applied.check(APPLIED.modules, section)
+        applied.check(APPLIED.modules, section, Parallel(dp_shard=2), PRECISION)
 
 
 @pytest.mark.parametrize(
@@ -85,9 +89,9 @@ def test_attentions_over_other_ranks_than_asked_for_are_named() -> None:
     asked = {**APPLIED.modules, "ring attention over 2 ranks": ["layers.0.attention"]}
     message = "not ring attention over 2 ranks: layers.0.attention"
     with pytest.raises(RuntimeError, match=message):
-        APPLIED.check(asked, FULL)
+        APPLIED.check(asked, FULL, Parallel(), PRECISION)
     applied = dataclasses.replace(APPLIED, modules=asked)
-    applied.check(asked, FULL)
+    applied.check(asked, FULL, Parallel(), PRECISION)
     assert "context parallel  1 ring attention over 2 ranks" in str(applied)
 
 

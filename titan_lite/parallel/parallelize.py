@@ -60,5 +60,6 @@ def parallelize(
         float8=float8_linears,
         float8_all_gather=float8.fsdp_all_gather,
     )
-    applied.check(asked, activation_checkpoint)
+    precision = f"{training.param_dtype} computation, {training.reduce_dtype} reduction"
+    applied.check(asked, activation_checkpoint, parallel, precision)
     return applied

@@ -62,9 +62,23 @@ class Applied:
         """Number of modules with this feature."""
         return len(self.modules.get(feature, ()))
 
-    def check(self, asked: Modules, activation_checkpoint: ActivationCheckpoint) -> None:
+    def check(
+        self,
+        asked: Modules,
+        activation_checkpoint: ActivationCheckpoint,
+        parallel: Parallel,
+        precision: str,
+    ) -> None:
         """Raises RuntimeError naming the modules that lack what is `asked`, or have it unasked."""
         mismatches = []
+        if self.precision != precision:
+            mismatches.append(f"{self.precision} where {precision} was asked for")
+        degrees = {axis: getattr(parallel, axis) for axis in ("pp", "dp_replicate", "tp")}
+        if parallel.dp_shard != -1:
+            degrees["fsdp"] = parallel.dp_shard * parallel.cp
+        for axis, degree in degrees.items():
+            if self.mesh[axis] != degree:
+                mismatches.append(f"{axis} {self.mesh[axis]} where {degree} was asked for")
         for feature in dict.fromkeys((*asked, *self.modules)):
             expected, found = set(asked.get(feature, ())), set(self.modules.get(feature, ()))
             for words, names in (("not", expected - found), ("unasked", found - expected)):
