@@ -78,10 +78,11 @@ def _idle(loaded: LoadedConfig, dims: ParallelDims) -> Iterator[str]:
             f"{profiling.profile_freq}",
             ("profiling.enable_profiling",) if profiling.enable_profiling else (),
         ),
+        (dims.fsdp == 1, "nothing is sharded", ("parallel.reshard_after_forward",)),
         (
-            dims.fsdp == 1,
+            dims.fsdp == 1 and config.float8.recipe != "none",
             "nothing is sharded",
-            ("parallel.reshard_after_forward", "float8.fsdp_all_gather"),
+            ("float8.fsdp_all_gather",),
         ),
         (
             dims.fsdp * dims.dp_replicate == 1,
