@@ -56,7 +56,6 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "hsdp 2x1 x cp2": (4, (HSDP2, CP2)),
     "cp2 x tp2": (4, (CP2, TP2)),
     "dp2 x cp2 x tp2": (8, (CP2, TP2)),
-    "cp4 x tp2": (8, (CP4, TP2)),
     "pp2": (2, (PP2,)),
     "pp4": (4, (PP4,)),
     "pp2 x dp2": (4, (PP2,)),
@@ -186,8 +185,6 @@ FURTHER = (
     Case("cp2 x tp2", more=(ALL_GATHER, NO_SEQUENCE_PARALLEL)),
     Case("cp2 x tp2", "selective_op", more=(ULYSSES,)),
     Case("dp2 x cp2 x tp2"),
-    # 2 key/value heads on a rank of tp, for 4 ranks of cp.
-    Case("cp4 x tp2", more=(ULYSSES,)),
     Case("pp2", "selective_op", "compile", micro_batches=4, alike=FOUR_LAYERS),
     Case("pp2", micro_batches=4, more=(schedule("GPipe"),), alike=FOUR_LAYERS),
     Case("pp2", "full", micro_batches=4, more=(schedule("Interleaved1F1B"),), alike=FOUR_LAYERS),
@@ -207,7 +204,6 @@ FURTHER = (
 )
 
 BFLOAT16 = ("training.param_dtype=bfloat16",)
-FLOAT16 = ("training.param_dtype=float16",)
 IN_PRECISION = (
     Case("dp2", micro_batches=4, alike=BFLOAT16),
     Case("hsdp 2x2", alike=BFLOAT16),
@@ -217,7 +213,6 @@ IN_PRECISION = (
     Case("dp2 x cp2", alike=BFLOAT16),
     Case("pp2", micro_batches=4, alike=BFLOAT16),
     Case("tp2", alike=(*BFLOAT16, "model.fp32_residual=true")),
-    Case("dp2 x tp2", micro_batches=4, alike=FLOAT16),
 )
 
 TENSORWISE = ("float8.recipe=tensorwise", "float8.emulate=true")
