@@ -95,8 +95,6 @@ def test_each_method_gives_the_output_and_gradients_of_plain_causal_attention(
     [
         (),
         ("--parallel.cp_method=all_gather", "--activation_checkpoint.mode=selective_op"),
-        ("--parallel.cp_method=ulysses",),
-        (f"--{TP2}", "--activation_checkpoint.mode=selective_op"),
         (f"--{TP2}", "--parallel.cp_method=ulysses", "--activation_checkpoint.mode=full"),
     ],
     ids=" ".join,
