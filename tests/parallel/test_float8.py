@@ -403,16 +403,14 @@ def test_compiled_and_checkpointed_blocks_compute_the_same(
     assert curve("compiled", "--compile.enable=true") == pytest.approx(eager, rel=1e-4)
 
 
-def test_rowwise_recipes_round_alike_in_forward_and_recomputation(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    import torch._inductor.config as inductor
+def test_rowwise_recipes_round_alike_in_forward_and_recomputation() -> None:
+    from torch._inductor import config as inductor
 
-    monkeypatch.setattr(inductor, "emulate_precision_casts", False)
-    convert(tiny(), Float8(recipe="tensorwise"), PLAN)
-    assert not inductor.emulate_precision_casts
-    convert(tiny(), Float8(recipe="rowwise"), PLAN)
-    assert inductor.emulate_precision_casts
+    with inductor.patch(emulate_precision_casts=False):
+        convert(tiny(), Float8(recipe="tensorwise"), PLAN)
+        assert not inductor.emulate_precision_casts
+        convert(tiny(), Float8(recipe="rowwise"), PLAN)
+        assert inductor.emulate_precision_casts
 
 
 # What travels.
