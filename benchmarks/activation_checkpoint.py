@@ -12,15 +12,13 @@ compiled blocks: for those it is what is saved for backward.
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from benchmarks.manifest import DEVICE, report
-from benchmarks.measure import Run, Values, Variant, add_options, measure
+from benchmarks.measure import Run, Values, Variant, add_options, forward_and_backward, measure
 from benchmarks.workers import BenchmarkError
-from titan_lite.loss import cross_entropy_sum
 
 EAGER: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -79,21 +77,6 @@ def saved_bytes() -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         forward_and_backward()
     return sum(storage.nbytes() for storage in storages.values())
-
-
-def forward_and_backward() -> None:
-    trainer = Run.trainer
-    batch = next(trainer.batches)
-    loss = trainer.model(
-        batch.inputs.to(DEVICE),
-        head_loss=partial(
-            cross_entropy_sum,
-            labels=batch.labels.to(DEVICE),
-            num_chunks=trainer.config.training.loss_chunks,
-            vocab_size=trainer.vocab_size,
-        ),
-    )
-    loss.backward()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

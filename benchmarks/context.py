@@ -13,15 +13,20 @@ import argparse
 import itertools
 import sys
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.manifest import DEVICE, report
-from benchmarks.measure import Run, Values, Variant, add_options, measure, positive
+from benchmarks.measure import (
+    Values,
+    Variant,
+    add_options,
+    forward_and_backward,
+    measure,
+    positive,
+)
 from benchmarks.workers import BenchmarkError
-from titan_lite.loss import cross_entropy_sum
 
 METHODS = ("ring", "all_gather", "ulysses")
 
@@ -44,22 +49,6 @@ def activation_memory() -> Values:
         events.sort(key=lambda event: event.start_ns())
         peak = max(itertools.accumulate(event.nbytes() for event in events))
     return {"activation_mib": round(peak / 2**20, 1)}
-
-
-def forward_and_backward() -> None:
-    trainer = Run.trainer
-    inputs, labels = (t.to(DEVICE) for t in trainer._local(next(trainer.batches)))
-    loss = trainer.model(
-        inputs,
-        head_loss=partial(
-            cross_entropy_sum,
-            labels=labels,
-            num_chunks=trainer.config.training.loss_chunks,
-            vocab_size=trainer.vocab_size,
-        ),
-        positions_S=None if trainer.positions is None else trainer.positions.to(DEVICE),
-    )
-    loss.backward()
 
 
 def variants(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from benchmarks.workers import BenchmarkError, Group
@@ -195,6 +196,14 @@ def take_turn() -> Record:
     Run.pause.enter_context(Run.trainer.meter.excluded())
     assert record is not None, "the last step of a turn is logged"
     return record
+
+
+def forward_and_backward() -> None:
+    """Of the next micro-batch, without a step of the optimizer."""
+    step = Run.trainer.step
+    step.forward_backward(
+        [step.local(next(Run.trainer.batches))], torch.ones((), device=step.device)
+    )
 
 
 def finish() -> Values:

@@ -15,7 +15,7 @@ ROWS = (
     {"models"},
     {"nn", "runtime", "planner"},
     {"parallel", "data", "optim", "loss", "metrics", "checkpoint"},
-    {"preflight"},
+    {"preflight", "step"},
     {"trainer"},
     {"train", "cli", "dryrun", "regression", "tools"},
 )

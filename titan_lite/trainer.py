@@ -3,8 +3,7 @@
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch import Tensor
 from titan_lite.checkpoint.manager import CheckpointManager, agree_on_step
 from titan_lite.config.load import ConfigError, LoadedConfig, Problem
 from titan_lite.data.loader import Batch, DataLoader, merge_states
-from titan_lite.loss import IGNORE_INDEX, cross_entropy_sum
 from titan_lite.metrics.device import Peak, device_name, find_peak
 from titan_lite.metrics.meter import Meter
 from titan_lite.metrics.record import Record
@@ -23,30 +21,17 @@ from titan_lite.metrics.sinks import open_sinks
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.rules import Plan
 from titan_lite.nn.build import build
-from titan_lite.nn.decoder import Decoder
 from titan_lite.optim.loss_scaler import LossScaler
-from titan_lite.optim.optimizer import build_optimizer, set_lr
+from titan_lite.optim.optimizer import build_optimizer
 from titan_lite.optim.schedule import lr_factor
 from titan_lite.parallel.async_tp import check_async_tp, count_fused
+from titan_lite.parallel.build import build_parallel
 from titan_lite.parallel.compile import Compilations
 from titan_lite.parallel.context import check_cp, local_positions
 from titan_lite.parallel.float8 import float8_problems, refresh_scales
-from titan_lite.parallel.fsdp import set_gradient_sync
-from titan_lite.parallel.gradients import clip_grad_norm
 from titan_lite.parallel.init_weights import init_weights
 from titan_lite.parallel.mesh import build_meshes
-from titan_lite.parallel.parallelize import parallelize
-from titan_lite.parallel.pipeline import (
-    Pipeline,
-    Stage,
-    add_tied_gradients,
-    describe,
-    join,
-    keep,
-    local_stages,
-    split,
-)
-from titan_lite.parallel.report import together
+from titan_lite.parallel.pipeline import Stage, split
 from titan_lite.planner.counts import FORMULA, FlopsPerToken, flops_per_token
 from titan_lite.preflight import blaming, checkpoint_folder, preflight
 from titan_lite.runtime.distributed import Process, check_dtype, set_timeout, start_process_group
@@ -54,6 +39,7 @@ from titan_lite.runtime.garbage import collected_every
 from titan_lite.runtime.profiler import check_profiling, profiling
 from titan_lite.runtime.run_folder import open_run_folder, update_run_file, write_run_file
 from titan_lite.runtime.seed import set_determinism
+from titan_lite.step import TrainStep
 
 logger = logging.getLogger(__name__)
 
@@ -68,28 +54,24 @@ class Trainer:
     def __init__(self, loaded: LoadedConfig, plan: Plan, process: Process | None = None) -> None:
         self.config = config = loaded.config
         self.dims = plan.dims
-        self.vocab_size = plan.args.vocab_size
         self.process = process or Process.from_environment()
         self.run_folder = Path(config.job.dump_folder)
         training = config.training
         # What can be refused is refused before any process waits for another.
         self._find_files(loaded, plan)
         with torch.device("meta"):
-            args = dataclasses.replace(plan.args, vocab_multiple=self.dims.tp)
-            self.model = build(plan.family, args)
-        self.stages = self._split(loaded, plan.args)
+            self.model = build(plan.family, plan.args)
+        args = plan.args
+        self.stages = self._split(loaded, args)
         padding = (args.padded_vocab_size - args.vocab_size) * args.dim
         padding *= 1 if args.tied_head else 2
         self.num_params = sum(p.numel() for p in self.model.parameters()) - padding
-        self.flops = self._count_flops(plan.args)
+        self.flops = self._count_flops(args)
         self._check_device(loaded, plan)
         self.global_batch_size = training.global_batch_size
         if self.global_batch_size == -1:
             self.global_batch_size = training.local_batch_size * self.dims.batch
         self.micro_steps = self.global_batch_size // (training.local_batch_size * self.dims.batch)
-        self.num_micro_batches = self.micro_steps
-        if config.parallel.pp_micro_batches != -1:
-            self.num_micro_batches = config.parallel.pp_micro_batches
         self._open_data(loaded)
 
         start_process_group(self.process, config.comm)
@@ -98,34 +80,29 @@ class Trainer:
         meshes = build_meshes(self.dims, self.process.device.type)
         # The meshes' groups do not inherit the timeout of the first one.
         set_timeout(config.comm.init_timeout_seconds)
-        self.loss_group, self.pp_group = meshes.loss, meshes.pp
         self.positions = self._local_positions()
-
-        local = self._local_stages(plan, args)
-        self.applied = together(
-            [
-                parallelize(
-                    stage,
-                    meshes,
-                    plan.family.tp_plan,
-                    parallel=config.parallel,
-                    training=training,
-                    activation_checkpoint=config.activation_checkpoint,
-                    compile=config.compile,
-                    float8=config.float8,
-                )
-                for stage in local.values()
-            ]
+        parallel_model = build_parallel(
+            self.model,
+            self.stages,
+            plan,
+            config,
+            meshes,
+            self.process,
+            micro_steps=self.micro_steps,
         )
-        if len(self.stages) > 1:
-            words = describe(self.stages, config.parallel.pp_schedule)
-            self.applied = dataclasses.replace(self.applied, pipeline=words)
-        self.pipeline = None
-        if meshes.pp is not None:
-            self.pipeline = self._build_pipeline(local, args, meshes.pp)
-            join(self.model, list(local.values()))
+        self.pipeline, self.applied = parallel_model.pipeline, parallel_model.applied
+        self.pp_group = meshes.pp
         self.compilations = Compilations() if config.compile.enable else None
         self._build_state()
+        self.step = TrainStep(
+            config,
+            parallel_model,
+            self.optimizer,
+            self.loss_scaler,
+            vocab_size=plan.args.vocab_size,
+            positions=self.positions,
+            device=self.process.device,
+        )
         self._resume(loaded)
         self.meter = self._build_meter()
 
@@ -209,36 +186,6 @@ class Trainer:
             num_recomputed_layers=(
                 0 if section.mode == "selective_op" else sum(map(len, recomputed))
             ),
-        )
-
-    def _local_stages(self, plan: Plan, args: DecoderArgs) -> dict[int, Decoder]:
-        """This rank's pipeline stages by their number, on the meta device."""
-        parallel = self.config.parallel
-        if parallel.pp == 1:
-            return {0: self.model}
-        place = self.dims.coordinates(self.process.rank)
-        with torch.device("meta"):
-            return {
-                number: keep(build(plan.family, args), self.stages[number].modules)
-                for number in local_stages(parallel, place["pp"])
-            }
-
-    def _build_pipeline(
-        self, local: dict[int, Decoder], args: DecoderArgs, group: dist.ProcessGroup
-    ) -> Pipeline:
-        parallel, training = self.config.parallel, self.config.training
-        tokens = training.seq_len // parallel.cp
-        split_over = parallel.tp if parallel.sequence_parallel else 1
-        dtype = "float32" if args.fp32_residual else training.param_dtype
-        return Pipeline(
-            local,
-            parallel,
-            num_micro_batches=self.num_micro_batches,
-            tokens_shape=(training.local_batch_size, tokens),
-            hidden_shape=(training.local_batch_size, tokens // split_over, args.dim),
-            hidden_dtype=getattr(torch, dtype),
-            device=self.process.device,
-            group=group,
         )
 
     def _check_device(self, loaded: LoadedConfig, plan: Plan) -> None:
@@ -337,47 +284,11 @@ class Trainer:
 
     def train_step(self, step: int) -> Record | None:
         """One optimizer step over the global batch; collective. Returns its record if logged."""
-        training, device = self.config.training, self.process.device
+        training = self.config.training
         with self.meter.waiting_for_data():
-            micro_batches = [self._local(next(self.batches)) for _ in range(self.micro_steps)]
-
-        # Every token of the global batch weighs the same, wherever it is: the sum over
-        # micro-batches and ranks is divided by the valid tokens of all of them.
-        valid = sum(self._count_valid(labels) for _, labels in micro_batches)
-        num_valid = torch.full((), float(valid), device=device)
-        dist.all_reduce(num_valid, group=self.loss_group)
-        num_valid.clamp_(min=1)
-        factor = num_valid.reciprocal()
-        if self.loss_scaler is not None:
-            factor *= self.loss_scaler.scale.to(device)
-        loss = self._forward_backward(micro_batches, factor)
-
-        loss_scale = None
-        if self.loss_scaler is not None:
-            loss_scale = self.loss_scaler.scale
-            loss /= loss_scale.to(device)
-        copy = None
-        if self.pp_group is not None and self.model.tied_head:
-            add_tied_gradients(self.model, self.pp_group)
-            if self.model.output is not None:
-                copy = self.model.get_parameter("output.weight")
-        grad_norm = clip_grad_norm(
-            self.model.parameters(),
-            training.max_norm,
-            loss_scale=loss_scale,
-            pp_group=self.pp_group,
-            copy=copy,
-        )
+            batches = [next(self.batches) for _ in range(self.micro_steps)]
         lr = self.config.optimizer.lr * lr_factor(step, self.config.lr_scheduler, training.steps)
-        set_lr(self.optimizer, lr)
-        if self.loss_scaler is None:
-            self.optimizer.step()
-        else:
-            self.loss_scaler.step(self.optimizer, is_finite=grad_norm.isfinite())
-        if self.applied.count("float8 all-gather"):
-            refresh_scales(self.model)
-        self.optimizer.zero_grad()
-
+        result = self.step(batches, lr)
         if self.compilations is not None:
             for reason in self.compilations.after_step():
                 logger.warning(
@@ -386,69 +297,23 @@ class Trainer:
                     self.compilations.recompilations,
                     reason,
                 )
-
         tokens = self.global_batch_size * training.seq_len
         self.state.step = step
         self.state.tokens += tokens
         self.meter.add(tokens=tokens, samples=self.global_batch_size)
         if not self.meter.should_log(step):
             return None
-        dist.all_reduce(loss, group=self.loss_group)
-        if self.pp_group is not None:
-            # Only ranks that have the last stage know a part of it.
-            dist.all_reduce(loss, group=self.pp_group)
         record = self.meter.log(
             step,
-            loss=loss,
-            grad_norm=grad_norm,
-            lr=self.optimizer.param_groups[0]["lr"],
+            loss=self.step.global_loss(result.loss),
+            grad_norm=result.grad_norm,
+            lr=lr,
             tokens_seen=self.state.tokens,
             extra=None if self.loss_scaler is None else self.loss_scaler.metrics(),
         )
         if self.loss_scaler is not None:
             self.loss_scaler.check(step, record["grad_norm"])
         return record
-
-    def _count_valid(self, labels: Tensor) -> int:
-        return int((labels != IGNORE_INDEX).sum())
-
-    def _forward_backward(
-        self, micro_batches: Sequence[tuple[Tensor, Tensor]], factor: Tensor
-    ) -> Tensor:
-        """Adds up the gradients of all micro-batches; returns this rank's part of the loss."""
-        config, device = self.config, self.process.device
-        positions = None if self.positions is None else self.positions.to(device)
-        calls = []
-        for micro_batch in micro_batches:
-            inputs, labels = (_to_device(tensor, device) for tensor in micro_batch)
-            head_loss = partial(
-                cross_entropy_sum,
-                labels=labels,
-                num_chunks=config.training.loss_chunks,
-                vocab_size=self.vocab_size,
-                factor=factor,
-                loss_parallel=config.parallel.loss_parallel,
-                compile=config.compile.covers("loss"),
-            )
-            calls.append((inputs, {"head_loss": head_loss, "positions_S": positions}))
-        loss = torch.zeros((), device=device)
-        if self.pipeline is not None:
-            for first in range(0, len(calls), self.num_micro_batches):
-                for share in self.pipeline.step(calls[first : first + self.num_micro_batches]):
-                    loss += share
-            return loss
-        for number, (inputs, kwargs) in enumerate(calls, start=1):
-            set_gradient_sync(self.model, config.parallel, last=number == len(calls))
-            share = self.model(inputs, **kwargs)
-            share.backward()
-            loss += share.detach()
-        return loss
-
-    def _local(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Inputs and labels of this rank's part of each sequence."""
-        if self.positions is None:
-            return batch.inputs, batch.labels
-        return batch.inputs[:, self.positions], batch.labels[:, self.positions]
 
     def report_compiled(self) -> None:
         """Adds to the report what only the first step could tell."""
@@ -527,11 +392,6 @@ class Trainer:
                 "config": self.config.model_dump(),
             },
         )
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    # Only from pinned memory does the copy leave the host free to go on.
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _all_reduce(tensor: Tensor, operation: str) -> Tensor:

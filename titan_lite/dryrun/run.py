@@ -106,9 +106,6 @@ class DryTrainer(Trainer):
     def _build_meter(self) -> Any:
         return Silence()
 
-    def _count_valid(self, labels: Tensor) -> int:
-        return labels.numel()
-
 
 def dry_run(loaded: LoadedConfig, plan: Plan, rank: int, *, on_gpu: bool = True) -> DryRank:
     """Builds one rank of the run and measures a step of it; once in a process.

@@ -1,5 +1,6 @@
 """What a run may ask of its model: the configuration's rules together with the model's."""
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -52,6 +53,8 @@ def check(loaded: LoadedConfig, world_size: int) -> Plan:
         problems.append(Problem(key, loaded.origins[key], message))
     if problems:
         raise ConfigError(problems)
+    # Each tensor rank has as many rows of the vocabulary as another.
+    args = dataclasses.replace(args, vocab_multiple=dims.tp)
     return Plan(dims=dims, family=family, args=args)
 
 

@@ -222,6 +222,7 @@ class Pipeline:
         group: dist.ProcessGroup,
     ) -> None:
         """stages: by their number; shapes: of a micro-batch's tokens, and of what stages send."""
+        self.num_micro_batches = num_micro_batches
         num_stages = parallel.num_stages
         # Told beforehand, for torch not to run the model once to find them out.
         tokens = torch.empty(tokens_shape, dtype=torch.int64, device="meta")

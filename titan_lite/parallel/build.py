@@ -1,0 +1,90 @@
+"""From a model on the meta device to this rank's part of it, parallelized and on a schedule."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from titan_lite.config.schema import Config
+from titan_lite.models.rules import Plan
+from titan_lite.nn.build import build
+from titan_lite.nn.decoder import Decoder
+from titan_lite.parallel.mesh import Meshes
+from titan_lite.parallel.parallelize import parallelize
+from titan_lite.parallel.pipeline import Pipeline, Stage, describe, join, keep, local_stages
+from titan_lite.parallel.report import Applied, together
+from titan_lite.runtime.distributed import Process
+
+
+@dataclass(frozen=True)
+class ParallelModel:
+    """This rank's part of a model: its parameters, by the names they have in the whole one.
+
+    pipeline: runs its stages; None where `model` itself is called.
+    """
+
+    model: Decoder
+    pipeline: Pipeline | None
+    applied: Applied
+    meshes: Meshes
+
+
+def build_parallel(
+    model: Decoder,
+    stages: Sequence[Stage],
+    plan: Plan,
+    config: Config,
+    meshes: Meshes,
+    process: Process,
+    *,
+    micro_steps: int,
+) -> ParallelModel:
+    """Parallelizes the whole `model`, or with pipeline parallel this rank's `stages` of it.
+
+    micro_steps: micro-batches of an optimizer step.
+    """
+    local = {0: model}
+    if meshes.pp is not None:
+        place = plan.dims.coordinates(process.rank)
+        with torch.device("meta"):
+            local = {
+                number: keep(build(plan.family, plan.args), stages[number].modules)
+                for number in local_stages(config.parallel, place["pp"])
+            }
+    applied = together(
+        [
+            parallelize(
+                stage,
+                meshes,
+                plan.family.tp_plan,
+                parallel=config.parallel,
+                training=config.training,
+                activation_checkpoint=config.activation_checkpoint,
+                compile=config.compile,
+                float8=config.float8,
+            )
+            for stage in local.values()
+        ]
+    )
+    if meshes.pp is None:
+        return ParallelModel(model, None, applied, meshes)
+    words = describe(stages, config.parallel.pp_schedule)
+    parallel, training = config.parallel, config.training
+    tokens = training.seq_len // parallel.cp
+    split_over = parallel.tp if parallel.sequence_parallel else 1
+    dtype = "float32" if plan.args.fp32_residual else training.param_dtype
+    pipeline = Pipeline(
+        local,
+        parallel,
+        num_micro_batches=(
+            micro_steps if parallel.pp_micro_batches == -1 else parallel.pp_micro_batches
+        ),
+        tokens_shape=(training.local_batch_size, tokens),
+        hidden_shape=(training.local_batch_size, tokens // split_over, plan.args.dim),
+        hidden_dtype=getattr(torch, dtype),
+        device=process.device,
+        group=meshes.pp,
+    )
+    join(model, list(local.values()))
+    return ParallelModel(model, pipeline, dataclasses.replace(applied, pipeline=words), meshes)

@@ -1,0 +1,153 @@
+"""One optimizer step: forward and backward, the global gradient norm, clipping, the update."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from titan_lite.config.schema import Config
+from titan_lite.data.loader import Batch
+from titan_lite.loss import IGNORE_INDEX, cross_entropy_sum
+from titan_lite.optim.loss_scaler import LossScaler
+from titan_lite.optim.optimizer import set_lr
+from titan_lite.parallel.build import ParallelModel
+from titan_lite.parallel.float8 import refresh_scales
+from titan_lite.parallel.fsdp import set_gradient_sync
+from titan_lite.parallel.gradients import clip_grad_norm
+from titan_lite.parallel.pipeline import add_tied_gradients
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Scalars on the device, for the host to read when it logs.
+
+    loss: this rank's part of the global mean. grad_norm: global, before clipping.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+
+
+class TrainStep:
+    """Steps the optimizer over micro-batches; collective, and never waits for the device."""
+
+    def __init__(
+        self,
+        config: Config,
+        parallel_model: ParallelModel,
+        optimizer: torch.optim.Optimizer,
+        loss_scaler: LossScaler | None,
+        *,
+        vocab_size: int,
+        positions: Tensor | None,
+        device: torch.device,
+    ) -> None:
+        """positions: of this rank's tokens in each sequence, None where it holds whole ones."""
+        self.config = config
+        self.model = parallel_model.model
+        self.pipeline = parallel_model.pipeline
+        self.meshes = parallel_model.meshes
+        self.has_float8_all_gather = parallel_model.applied.count("float8 all-gather") > 0
+        self.optimizer = optimizer
+        self.loss_scaler = loss_scaler
+        self.vocab_size = vocab_size
+        self.positions = positions
+        self.device = device
+
+    def __call__(self, batches: Sequence[Batch], lr: float) -> StepResult:
+        """`batches`: this rank's micro-batches of the step, whole sequences on the host."""
+        micro_batches = [self.local(batch) for batch in batches]
+        # Every token of the global batch weighs the same, wherever it is: the sum over
+        # micro-batches and ranks is divided by the valid tokens of all of them.
+        valid = torch.stack([(labels != IGNORE_INDEX).sum() for _, labels in micro_batches]).sum()
+        num_valid = self.to_device(valid.to(torch.float32))
+        dist.all_reduce(num_valid, group=self.meshes.loss)
+        factor = num_valid.clamp_(min=1).reciprocal()
+        loss_scale = None
+        if self.loss_scaler is not None:
+            loss_scale = self.loss_scaler.scale.to(self.device)
+            factor *= loss_scale
+        loss = self.forward_backward(micro_batches, factor)
+        if loss_scale is not None:
+            loss /= loss_scale
+        grad_norm = self._clip(loss_scale)
+        set_lr(self.optimizer, lr)
+        if self.loss_scaler is None:
+            self.optimizer.step()
+        else:
+            self.loss_scaler.step(self.optimizer, is_finite=grad_norm.isfinite())
+        if self.has_float8_all_gather:
+            refresh_scales(self.model)
+        self.optimizer.zero_grad()
+        return StepResult(loss, grad_norm)
+
+    def global_loss(self, loss: Tensor) -> Tensor:
+        """The mean over the global batch from every rank's part, in place; collective."""
+        dist.all_reduce(loss, group=self.meshes.loss)
+        if self.meshes.pp is not None:
+            # Only ranks that have the last stage know a part of it.
+            dist.all_reduce(loss, group=self.meshes.pp)
+        return loss
+
+    def forward_backward(
+        self, micro_batches: Sequence[tuple[Tensor, Tensor]], factor: Tensor
+    ) -> Tensor:
+        """Adds up the gradients of all micro-batches; returns this rank's part of the loss."""
+        config = self.config
+        positions = None if self.positions is None else self.positions.to(self.device)
+        calls = []
+        for micro_batch in micro_batches:
+            inputs, labels = (self.to_device(tensor) for tensor in micro_batch)
+            head_loss = partial(
+                cross_entropy_sum,
+                labels=labels,
+                num_chunks=config.training.loss_chunks,
+                vocab_size=self.vocab_size,
+                factor=factor,
+                loss_parallel=config.parallel.loss_parallel,
+                compile=config.compile.covers("loss"),
+            )
+            calls.append((inputs, {"head_loss": head_loss, "positions_S": positions}))
+        loss = torch.zeros((), device=self.device)
+        if self.pipeline is not None:
+            at_once = self.pipeline.num_micro_batches
+            for first in range(0, len(calls), at_once):
+                for share in self.pipeline.step(calls[first : first + at_once]):
+                    loss += share
+            return loss
+        for number, (inputs, kwargs) in enumerate(calls, start=1):
+            set_gradient_sync(self.model, config.parallel, last=number == len(calls))
+            share = self.model(inputs, **kwargs)
+            share.backward()
+            loss += share.detach()
+        return loss
+
+    def local(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Inputs and labels of this rank's part of each sequence."""
+        if self.positions is None:
+            return batch.inputs, batch.labels
+        return batch.inputs[:, self.positions], batch.labels[:, self.positions]
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """A host tensor's copy; only from pinned memory does it leave the host free to go on."""
+        if self.device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def _clip(self, loss_scale: Tensor | None) -> Tensor:
+        """The global norm of the gradients, which are clipped by it, and unscaled before."""
+        pp_group, copy = self.meshes.pp, None
+        if pp_group is not None and self.model.tied_head:
+            add_tied_gradients(self.model, pp_group)
+            if self.model.output is not None:
+                copy = self.model.get_parameter("output.weight")
+        return clip_grad_norm(
+            self.model.parameters(),
+            self.config.training.max_norm,
+            loss_scale=loss_scale,
+            pp_group=pp_group,
+            copy=copy,
+        )
