@@ -325,7 +325,13 @@ def test_what_can_work_gives_the_degrees() -> None:
         (['compile.components=["loss"]'], 1, "cannot act: compile.enable is false"),
         (["parallel.pp_split=uniform"], 1, "parallel.pp_split (command line) cannot act: paral"),
         (["parallel.gradient_sync=last_micro_batch"], 1, "act: no gradient is reduced"),
+        (["parallel.gradient_sync=last_micro_batch"], 2, "act: a step is one micro-batch"),
         ([*PP2, "parallel.gradient_sync=last_micro_batch"], 4, "act: a pipeline reduces gradi"),
+        (
+            ["model.fp32_residual=true", "training.param_dtype=float32"],
+            1,
+            'model.fp32_residual (command line) cannot act: param_dtype is "float32"',
+        ),
         ([*PP2, "parallel.pp_stages_per_rank=3"], 2, 'act: parallel.pp_schedule is "1F1B"'),
         ([*PP2, 'parallel.pp_stage_modules=[["a"]]'], 2, 'act: parallel.pp_split is "time"'),
         (["parallel.cp_method=ulysses"], 1, "parallel.cp_method (command line) cannot act: paral"),

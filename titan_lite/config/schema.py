@@ -261,7 +261,7 @@ class ActivationCheckpoint(Section):
     the compiler chooses, without tensor parallel. Each reads the key of its name, "selective_op"
     reads `save`."""
     every_nth: Positive = 2
-    """Recompute the first of every n blocks; 1 is "full"."""
+    """Recompute the first of every n blocks (of each pipeline stage); 1 is "full"."""
     first_k: Positive = 1
     """Recompute this many blocks, the first ones (of each pipeline stage)."""
     fraction: Fraction = 0.5

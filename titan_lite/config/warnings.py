@@ -59,7 +59,7 @@ def _wasteful(config: Config, dims: ParallelDims) -> Iterator[str]:
 def _idle(loaded: LoadedConfig, dims: ParallelDims) -> Iterator[str]:
     """Keys that somebody changed and another key switches off."""
     config = loaded.config
-    profiling, data = config.profiling, config.data
+    profiling, data, training = config.profiling, config.data, config.training
     mode = config.activation_checkpoint.mode
     off = (
         (
@@ -89,6 +89,14 @@ def _idle(loaded: LoadedConfig, dims: ParallelDims) -> Iterator[str]:
             "no gradient is reduced",
             ("parallel.gradient_sync",),
         ),
+        (
+            dims.pp == 1
+            and dims.fsdp * dims.dp_replicate > 1
+            and training.global_batch_size in (-1, training.local_batch_size * dims.batch),
+            "a step is one micro-batch",
+            ("parallel.gradient_sync",),
+        ),
+        (training.param_dtype == "float32", 'param_dtype is "float32"', ("model.fp32_residual",)),
         (dims.cp == 1, "parallel.cp is 1", ("parallel.cp_method",)),
         (
             dims.tp == 1,
