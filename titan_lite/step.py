@@ -1,8 +1,10 @@
 """One optimizer step: forward and backward, the global gradient norm, clipping, the update."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from torch import Tensor
 from titan_lite.config.schema import Config
 from titan_lite.data.loader import Batch
 from titan_lite.loss import IGNORE_INDEX, cross_entropy_sum
+from titan_lite.nn.documents import DocumentMask, Spans, dense_mask, document_spans, has_kernel
 from titan_lite.optim.loss_scaler import LossScaler
 from titan_lite.optim.optimizer import set_lr
 from titan_lite.parallel.build import ParallelModel
@@ -24,11 +27,13 @@ from titan_lite.parallel.pipeline import add_tied_gradients
 class StepResult:
     """Scalars on the device, for the host to read when it logs.
 
-    loss: this rank's part of the global mean. grad_norm: global, before clipping.
+    loss: this rank's part of the global mean. grad_norm: global, before clipping. num_valid: labels
+    that the global batch counts, int64.
     """
 
     loss: Tensor
     grad_norm: Tensor
+    num_valid: Tensor
 
 
 class TrainStep:
@@ -62,10 +67,10 @@ class TrainStep:
         micro_batches = [self.local(batch) for batch in batches]
         # Every token of the global batch weighs the same, wherever it is: the sum over
         # micro-batches and ranks is divided by the valid tokens of all of them.
-        valid = torch.stack([(labels != IGNORE_INDEX).sum() for _, labels in micro_batches]).sum()
-        num_valid = self.to_device(valid.to(torch.float32))
+        valid = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in micro_batches]).sum()
+        num_valid = self.to_device(valid)
         dist.all_reduce(num_valid, group=self.meshes.loss)
-        factor = num_valid.clamp_(min=1).reciprocal()
+        factor = num_valid.clamp(min=1).to(torch.float32).reciprocal()
         loss_scale = None
         if self.loss_scaler is not None:
             loss_scale = self.loss_scaler.scale.to(self.device)
@@ -82,7 +87,7 @@ class TrainStep:
         if self.has_float8_all_gather:
             refresh_scales(self.model)
         self.optimizer.zero_grad()
-        return StepResult(loss, grad_norm)
+        return StepResult(loss, grad_norm, num_valid)
 
     def global_loss(self, loss: Tensor) -> Tensor:
         """The mean over the global batch from every rank's part, in place; collective."""
@@ -92,44 +97,71 @@ class TrainStep:
             dist.all_reduce(loss, group=self.meshes.pp)
         return loss
 
-    def forward_backward(
-        self, micro_batches: Sequence[tuple[Tensor, Tensor]], factor: Tensor
-    ) -> Tensor:
+    def forward_backward(self, micro_batches: Sequence[Batch], factor: Tensor) -> Tensor:
         """Adds up the gradients of all micro-batches; returns this rank's part of the loss."""
-        config = self.config
-        positions = None if self.positions is None else self.positions.to(self.device)
-        calls = []
-        for micro_batch in micro_batches:
-            inputs, labels = (self.to_device(tensor) for tensor in micro_batch)
-            head_loss = partial(
-                cross_entropy_sum,
-                labels=labels,
-                num_chunks=config.training.loss_chunks,
-                vocab_size=self.vocab_size,
-                factor=factor,
-                loss_parallel=config.parallel.loss_parallel,
-                compile=config.compile.covers("loss"),
-            )
-            calls.append((inputs, {"head_loss": head_loss, "positions_S": positions}))
         loss = torch.zeros((), device=self.device)
         if self.pipeline is not None:
             at_once = self.pipeline.num_micro_batches
-            for first in range(0, len(calls), at_once):
-                for share in self.pipeline.step(calls[first : first + at_once]):
+            for first in range(0, len(micro_batches), at_once):
+                batches = micro_batches[first : first + at_once]
+                for share in self.pipeline.step([self._call(batch, factor) for batch in batches]):
                     loss += share
             return loss
-        for number, (inputs, kwargs) in enumerate(calls, start=1):
-            set_gradient_sync(self.model, config.parallel, last=number == len(calls))
+        for number, batch in enumerate(micro_batches, start=1):
+            last = number == len(micro_batches)
+            set_gradient_sync(self.model, self.config.parallel, last=last)
+            inputs, kwargs = self._call(batch, factor)
             share = self.model(inputs, **kwargs)
             share.backward()
             loss += share.detach()
         return loss
 
-    def local(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Inputs and labels of this rank's part of each sequence."""
+    def _call(self, batch: Batch, factor: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """What the model is called with for a micro-batch, on the device."""
+        config = self.config
+        head_loss = partial(
+            cross_entropy_sum,
+            labels=self.to_device(batch.labels),
+            num_chunks=config.training.loss_chunks,
+            vocab_size=self.vocab_size,
+            factor=factor,
+            loss_parallel=config.parallel.loss_parallel,
+            compile=config.compile.covers("loss"),
+        )
+        positions = None if batch.positions is None else self.to_device(batch.positions)
+        kwargs = {"head_loss": head_loss, "positions_S": positions, "mask": self._mask(batch)}
+        return self.to_device(batch.inputs), kwargs
+
+    def local(self, batch: Batch) -> Batch:
+        """This rank's part of each sequence, but the documents of whole ones."""
         if self.positions is None:
-            return batch.inputs, batch.labels
-        return batch.inputs[:, self.positions], batch.labels[:, self.positions]
+            return batch
+        positions = self.positions
+        if batch.positions is not None:
+            positions = batch.positions[:, positions]
+        return dataclasses.replace(
+            batch,
+            inputs=batch.inputs[:, self.positions],
+            labels=batch.labels[:, self.positions],
+            positions=positions,
+        )
+
+    def _mask(self, batch: Batch) -> DocumentMask | None:
+        """What all layers see of the micro-batch."""
+        if batch.documents is None:
+            return None
+        queries = self.positions
+        if queries is None or self.config.parallel.cp_method == "ulysses":
+            # Attention sees whole rows.
+            queries = torch.arange(batch.documents.shape[1])
+        dtype = getattr(torch, self.config.training.param_dtype)
+        if not has_kernel(self.device, dtype):
+            documents, queries = self.to_device(batch.documents), self.to_device(queries)
+            return dense_mask(documents, queries, dtype)
+        return tuple(
+            Spans(spans.num_queries, *map(self.to_device, spans[1:]))
+            for spans in document_spans(batch.documents, queries)
+        )
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """A host tensor's copy; only from pinned memory does it leave the host free to go on."""

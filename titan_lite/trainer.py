@@ -59,6 +59,7 @@ class Trainer:
         training = config.training
         # What can be refused is refused before any process waits for another.
         self._find_files(loaded, plan)
+        self.tokens: int | Tensor = self.state.tokens
         with torch.device("meta"):
             self.model = build(plan.family, plan.args)
         args = plan.args
@@ -297,9 +298,12 @@ class Trainer:
                     self.compilations.recompilations,
                     reason,
                 )
-        tokens = self.global_batch_size * training.seq_len
+        tokens: int | Tensor = self.global_batch_size * training.seq_len
+        if self.config.data.packing == "none":
+            # Without padding: the tokens that have a label, which the host does not wait for.
+            tokens = result.num_valid
         self.state.step = step
-        self.state.tokens += tokens
+        self.tokens += tokens
         self.meter.add(tokens=tokens, samples=self.global_batch_size)
         if not self.meter.should_log(step):
             return None
@@ -308,7 +312,7 @@ class Trainer:
             loss=self.step.global_loss(result.loss),
             grad_norm=result.grad_norm,
             lr=lr,
-            tokens_seen=self.state.tokens,
+            tokens_seen=int(self.tokens),
             extra=None if self.loss_scaler is None else self.loss_scaler.metrics(),
         )
         if self.loss_scaler is not None:
@@ -333,6 +337,7 @@ class Trainer:
         """Saves a checkpoint of the step just done; collective."""
         states: list[dict[str, Any]] = [{}] * self.process.world_size
         dist.all_gather_object(states, self.loader.state_dict())
+        self.state.tokens = int(self.tokens)
         self.state.data = merge_states(states)
         self.state.loss_scaler = {} if self.loss_scaler is None else self.loss_scaler.state_dict()
         self.state.config = self.config.model_dump()

@@ -101,7 +101,7 @@ def test_sample_g_is_sample_g_div_v_of_stream_g_mod_v(folder, num_streams):
     samples = run(data(folder, num_streams=num_streams, shuffle=False), 60)
     for v in range(num_streams):
         documents = TOKENIZER.encode_documents(TEXTS[v::num_streams])
-        epoch = join_documents(documents, TOKENIZER.bos_id, TOKENIZER.eos_id)
+        epoch = join_documents(documents, TOKENIZER.bos_id, TOKENIZER.eos_id)[:, 0]
         mine = samples[v::num_streams]
         tokens = np.tile(epoch, 2 + len(mine) * SEQ_LEN // len(epoch))
         for item, sample in enumerate(mine):
@@ -156,6 +156,37 @@ def test_resume_is_exact_across_epochs(folder):
         close(ranks)
         assert run(section, 20, state=state) == expected[stop : stop + 20]
     assert max(position["epoch"] for position in state["streams"].values()) >= 2
+
+
+def rows_of(ranks, num_batches):
+    """The next samples of the job in global order, each as all that the model gets of it."""
+    rows = []
+    for _ in range(num_batches):
+        turn = ranks[0].state_dict()["num_samples"] % len(ranks)
+        for batch in [next(loader) for loader in ranks[turn:] + ranks[:turn]]:
+            rows.append({k: None if t is None else t[0].tolist() for k, t in vars(batch).items()})
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("packing", "fields"),
+    [("document", 4), ("fixed", 4), ("none", 2)],
+)
+def test_every_packing_resumes_inside_documents_at_any_degree(folder, packing, fields):
+    section = data(folder, num_streams=2, packing=packing, packing_block=4)
+    ranks = loaders(section)
+    expected = rows_of(ranks, 60)
+    close(ranks)
+    found, state = [], None
+    for degree, steps in ((1, 7), (3, 5), (2, 19)):
+        ranks = loaders(section, degree=degree, state=state)
+        found += rows_of(ranks, steps)
+        state = merged(ranks)
+        close(ranks)
+    assert found == expected
+    assert all(len([v for v in row.values() if v is not None]) == fields for row in expected)
+    # Some of the samples end or begin inside a document.
+    assert len({row["inputs"][0] for row in expected}) > 1
 
 
 def test_read_ahead_does_not_show_in_the_state(folder):
@@ -315,6 +346,11 @@ def test_the_state_of_a_run_with_other_settings_is_refused_naming_them(folder):
     (state,) = [loader.state_dict() for loader in loaders(data(folder, num_streams=2))]
     with pytest.raises(ValueError, match=r"data.num_streams was 2 and is 3"):
         loaders(data(folder, num_streams=3), state=state)
+    with pytest.raises(
+        ValueError,
+        match=r"packing was 'concat' and is 'fixed'; data.packing_block was None and is 4",
+    ):
+        loaders(data(folder, num_streams=2, packing="fixed", packing_block=4), state=state)
     with pytest.raises(ValueError, match=r"training.seed was 0 and is 5"):
         loaders(data(folder, num_streams=2), state=state, seed=5)
     with pytest.raises(ValueError, match=r"dataset was '1 json files .*' and is '4 json files"):

@@ -14,6 +14,12 @@ def parallel_rules(config: Config, dims: ParallelDims | None) -> Iterator[Broken
     """Every broken rule; without degrees, of those that hold for all of them."""
     parallel = config.parallel
     yield from _sequence(config.training.seq_len, parallel)
+    if parallel.cp > 1 and parallel.cp_method == "ring" and config.data.masks_attention:
+        yield (
+            ("parallel.cp_method", "data.packing", "parallel.cp"),
+            f'"ring" attends to all of a sample, packing {quote(config.data.packing)} to parts of '
+            'it; use "ulysses" or "all_gather"',
+        )
     yield from _activation_checkpoint(config)
     yield from _async_tp(config)
     if parallel.tp > 1 and isinstance(parallel.reshard_after_forward, int):

@@ -68,6 +68,14 @@ def _single(config: Config) -> Iterator[Broken]:
             '"float16" gradients vanish without loss scaling, which comes with param_dtype = '
             f'"float16"; param_dtype is {quote(training.param_dtype)}',
         )
+    block, seq_len = config.data.packing_block, training.seq_len
+    if config.data.packing == "fixed" and (seq_len % block or seq_len == block):
+        wrong = "is all of" if seq_len == block else "does not divide"
+        yield (
+            ("data.packing_block", "data.packing", "training.seq_len"),
+            f'{block} {wrong} training.seq_len ({seq_len}), which packing "fixed" cuts into '
+            'several blocks; packing "concat" has samples of one',
+        )
     for beta in ("beta1", "beta2"):
         if getattr(config.optimizer, beta) == 1:
             yield (f"optimizer.{beta}",), "1 never forgets, and divides by zero; use less than 1"

@@ -91,6 +91,13 @@ class Data(Section):
     tokenizer_path: str = ""
     """A file in tiktoken's format (base64 token, rank), as Llama 3's tokenizer.model; empty: the
     bundled one."""
+    packing: Literal["concat", "document", "fixed", "none"] = "concat"
+    """What a sample of training.seq_len tokens is cut from, and what attends to what: "concat":
+    documents one after the other, attention crosses their borders; "document": the same, but
+    attention, positions and loss stay inside a document; "fixed": inside blocks of `packing_block`
+    tokens; "none": one document, padded, or a part of a longer one."""
+    packing_block: Positive = 2048
+    """Tokens of a block of packing = "fixed", several of which fill a sample."""
     shuffle: bool = True
     """Shuffle documents, seeded by training.seed, anew in each epoch."""
     shuffle_buffer: Positive = 8192
@@ -102,6 +109,11 @@ class Data(Section):
     """Threads that tokenize, per process."""
     prefetch: Positive = 4
     """Micro-batches prepared ahead of the training step, per process."""
+
+    @property
+    def masks_attention(self) -> bool:
+        """Whether a token attends to less than all that is before it in its sample."""
+        return self.packing in ("document", "fixed")
 
 
 class Training(Section):

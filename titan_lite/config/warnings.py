@@ -143,6 +143,11 @@ def _idle(loaded: LoadedConfig, dims: ParallelDims) -> Iterator[str]:
                 ("memory_budget", "memory_budget"),
             )
         ),
+        (
+            data.packing != "fixed",
+            f"data.packing is {quote(data.packing)}",
+            ("data.packing_block",),
+        ),
         (not data.shuffle, "data.shuffle is false", ("data.shuffle_buffer",)),
         (bool(data.dataset_path), "data.dataset_path is set", ("data.dataset", "data.subset")),
         (

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from titan_lite.config.schema import Data
+from titan_lite.data.packing import Row
 from titan_lite.data.sources import open_dataset, resolve_source
 from titan_lite.data.streams import Position, Stream
 from titan_lite.data.tokenizer import Tokenizer
@@ -34,6 +35,19 @@ class Batch:
     """(B, S) int64"""
     labels: torch.Tensor
     """(B, S) int64: the token after each input; -100 is not counted in the loss."""
+    positions: torch.Tensor | None = None
+    """(B, S) int64, in what goes together; None: 0 to S - 1 in each row."""
+    documents: torch.Tensor | None = None
+    """(B, S) int64: numbers of what attends to itself only, in order; None: each row is one."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> "Batch":
+        """Rows of one packing, one below the other."""
+        columns: dict[str, Any] = {}
+        for name in vars(rows[0]):
+            arrays = [getattr(row, name) for row in rows]
+            columns[name] = None if arrays[0] is None else torch.from_numpy(np.stack(arrays))
+        return cls(**columns)
 
 
 class DataLoader:
@@ -126,6 +140,10 @@ class DataLoader:
             "dataset": self._source.identity,
             "training.seq_len": self._seq_len,
             "training.seed": self._seed,
+            "data.packing": self._section.packing,
+            "data.packing_block": (
+                self._section.packing_block if self._section.packing == "fixed" else None
+            ),
             "data.num_streams": self._section.num_streams,
             "data.shuffle": self._section.shuffle,
             "data.shuffle_buffer": self._section.shuffle_buffer,
@@ -160,11 +178,10 @@ class DataLoader:
                         tokenizer=self._tokenizer,
                         position=positions.get(v, Position()),
                     )
-                rows.append(streams[v].sample(item))
+                rows.append(streams[v].row(item))
                 moved[v] = streams[v].position
                 sample += self._degree
-            tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
-            yield Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()), moved
+            yield Batch.of(rows), moved
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from titan_lite.config.schema import Data
-from titan_lite.data.packing import join_documents, pack
+from titan_lite.data.packing import Row, cut_documents, join_documents, pack, to_row
 from titan_lite.data.sources import Source, reading, stream_of
 from titan_lite.data.tokenizer import Tokenizer, Tokens
 
@@ -69,16 +69,18 @@ class Stream:
         self._tokenizer = tokenizer
         self._whole = dataset
         self._dataset = stream_of(dataset, stream, section.num_streams)
-        self._samples = pack(self._blocks(position.block), seq_len, position.offset)
+        self._seq_len = seq_len
+        cut = cut_documents if section.packing == "none" else pack
+        self._samples = cut(self._blocks(position.block), seq_len, position.offset)
 
-    def sample(self, item: int) -> Tokens:
-        """Sample number `item` of the stream, S + 1 tokens; never one before the position."""
+    def row(self, item: int) -> Row:
+        """Sample number `item` of the stream; never one before the position."""
         assert item >= self.position.item
         while True:
-            tokens, block, offset = next(self._samples)
+            sample, block, offset = next(self._samples)
             self.position = Position(self.position.item + 1, block, offset)
             if self.position.item > item:
-                return tokens
+                return to_row(sample, self._seq_len, self._section)
 
     def _blocks(self, block: Block) -> Iterator[tuple[Block, Tokens]]:
         size = max(1, self._section.shuffle_buffer // self._section.num_streams)

@@ -27,7 +27,7 @@ class _Window:
 
     start: float
     first_step: int
-    tokens: int = 0
+    tokens: int | Tensor = 0
     samples: int = 0
     waited: float = 0.0
     excluded: float = 0.0
@@ -102,8 +102,11 @@ class Meter:
             self._window.excluded += seconds
             self._excluded += seconds
 
-    def add(self, tokens: int, samples: int) -> None:
-        """Counts a step's input tokens and samples, of the whole job."""
+    def add(self, tokens: int | Tensor, samples: int) -> None:
+        """Counts a step's input tokens and samples, of the whole job.
+
+        Where only the device knows the tokens, a scalar on it.
+        """
         self._window.tokens += tokens
         self._window.samples += samples
 
@@ -147,7 +150,7 @@ class Meter:
         if window.first_step == self._start_step + 1:
             record["warmup"] = True
         else:
-            self._measured_tokens += window.tokens
+            self._measured_tokens += int(window.tokens)
             self._measured_seconds += seconds
         self._first = self._first or record
         self._last = record
@@ -196,7 +199,7 @@ class Meter:
         return "\n".join(f"{label:<11}  {text}" for label, text in lines.items())
 
     def _speeds(self, window: _Window, *, steps: int, seconds: float) -> Record:
-        wps = window.tokens / (seconds * self._num_devices)
+        wps = int(window.tokens) / (seconds * self._num_devices)
         speeds: Record = {
             "wps": wps,
             "samples_per_second": window.samples / seconds,

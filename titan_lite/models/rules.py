@@ -60,8 +60,14 @@ def check(loaded: LoadedConfig, world_size: int) -> Plan:
 
 def model_rules(config: Config, args: DecoderArgs) -> Iterator[tuple[tuple[str, ...], str]]:
     """Broken rules between the model's numbers, the sequence and the degrees: (keys, message)."""
-    seq_len, tp = config.training.seq_len, config.parallel.tp
-    if seq_len > args.max_seq_len:
+    seq_len, tp, data = config.training.seq_len, config.parallel.tp, config.data
+    if data.packing == "fixed" and data.packing_block > args.max_seq_len:
+        yield (
+            ("data.packing_block", "model.max_seq_len"),
+            f"packing_block ({data.packing_block}) is longer than the model's max_seq_len "
+            f"({args.max_seq_len})",
+        )
+    if data.packing != "fixed" and seq_len > args.max_seq_len:
         yield (
             ("training.seq_len", "model.max_seq_len"),
             f"seq_len ({seq_len}) is longer than the model's max_seq_len ({args.max_seq_len})",

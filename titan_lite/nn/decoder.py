@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from titan_lite.models.args import DecoderArgs
 from titan_lite.nn.block import Block
+from titan_lite.nn.documents import DocumentMask
 from titan_lite.nn.init import DECODER_RULES, InitRule, fill
 from titan_lite.nn.norm import RMSNorm
 from titan_lite.nn.output_head import HeadLoss, OutputHead
@@ -48,17 +49,19 @@ class Decoder(nn.Module):
         tokens_BS: Tensor,
         head_loss: HeadLoss | None = None,
         positions_S: Tensor | None = None,
+        mask: DocumentMask | None = None,
     ) -> Tensor:
         """Logits (B, S, V), or what head_loss(hidden_BSD, output_weight_VD) returns.
 
-        positions_S: where in the sequence the tokens are; None: at 0 to S - 1.
+        positions_S: where in the sequence the tokens are, (B, S) where rows differ; None: at 0 to
+        S - 1. mask: what they see of the past, as nn.documents.document_mask says; None: all.
 
         Without tok_embeddings the input is the previous stage's hidden states (B, S, D); without
         output the result is this stage's.
         """
         x_BSD = self.tok_embeddings(tokens_BS) if self.tok_embeddings is not None else tokens_BS
         for block in self.layers.values():
-            x_BSD = block(x_BSD, positions_S=positions_S)
+            x_BSD = block(x_BSD, positions_S=positions_S, mask=mask)
         x_BSD = self.norm(x_BSD) if self.norm is not None else x_BSD
         return self.output(x_BSD, head_loss) if self.output is not None else x_BSD
 

@@ -44,7 +44,10 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("sin_SF", angle_SF.sin(), persistent=False)
 
     def forward(self, x_BSNH: Tensor, positions_S: Tensor | None = None) -> Tensor:
-        """Rotates in float32, returns x's dtype and shape; None: x's tokens are at 0 to S - 1."""
+        """Rotates in float32, returns x's dtype and shape.
+
+        positions_S: of x's tokens, (B, S) where rows differ; None: they are at 0 to S - 1.
+        """
         rows = slice(x_BSNH.shape[1]) if positions_S is None else positions_S
         cos_S1F, sin_S1F = self.cos_SF[rows, None], self.sin_SF[rows, None]
         a_BSNF, b_BSNF = x_BSNH.float().chunk(2, dim=-1)

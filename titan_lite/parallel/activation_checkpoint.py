@@ -19,6 +19,7 @@ from torch.utils.checkpoint import (
 
 from titan_lite.config.schema import ActivationCheckpoint, SavedOp
 from titan_lite.nn.decoder import Decoder
+from titan_lite.nn.documents import VARLEN_OP
 from titan_lite.parallel import context_attention  # noqa: F401  registers sharded_attention
 
 aten, collectives = torch.ops.aten, torch.ops._c10d_functional
@@ -34,6 +35,7 @@ OPS: dict[SavedOp, tuple[Any, ...]] = {
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.titan_lite.sharded_attention.default,
         torch.ops.higher_order.flex_attention,
+        VARLEN_OP,
     ),
     "matmul": MATMULS,
     "every_second_matmul": MATMULS,

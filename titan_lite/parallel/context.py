@@ -13,10 +13,14 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed._functional_collectives import (
+    all_gather_tensor_autograd,
+    all_to_all_single_autograd,
+)
 
 from titan_lite.nn.attention import Attention
 from titan_lite.nn.decoder import Decoder
+from titan_lite.nn.documents import DocumentMask, attend_in_documents
 from titan_lite.parallel.context_attention import sharded_attention
 
 Method = Literal["ring", "all_gather", "ulysses"]
@@ -72,10 +76,22 @@ class ShardedAttention(nn.Module):
         self.degree = group.size()
         self.group_name = group.group_name
 
-    def forward(self, q_BNSH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor) -> Tensor:
+    def forward(
+        self, q_BNSH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: DocumentMask | None = None
+    ) -> Tensor:
+        if mask is not None:
+            assert self.method == "all_gather"
+            k_BKTH, v_BKTH = self._gather(torch.stack((k_BKSH, v_BKSH))).unbind()
+            return attend_in_documents(q_BNSH, k_BKTH, v_BKTH, mask)
         out_BNSH: Tensor
         out_BNSH, _ = sharded_attention(q_BNSH, k_BKSH, v_BKSH, self.method, self.group_name)
         return out_BNSH
+
+    def _gather(self, kv_2BKSH: Tensor) -> Tensor:
+        """The keys and values of whole sequences in their order, from head and tail chunks."""
+        kv_R2BKSH = all_gather_tensor_autograd(kv_2BKSH.unsqueeze(0), 0, self.group_name)
+        heads, tails = kv_R2BKSH.chunk(2, dim=-2)
+        return torch.cat((*heads.unbind(), *tails.flip(0).unbind()), dim=-2)
 
 
 class UlyssesAttention(nn.Module):
@@ -89,7 +105,9 @@ class UlyssesAttention(nn.Module):
         self.degree = group.size()
         self.group_name = group.group_name
 
-    def forward(self, q_BNSH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor) -> Tensor:
+    def forward(
+        self, q_BNSH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: DocumentMask | None = None
+    ) -> Tensor:
         R = self.degree
         # Key/value heads are repeated until each rank can have as many as another.
         repeats = R // math.gcd(k_BKSH.shape[1], R)
@@ -100,7 +118,7 @@ class UlyssesAttention(nn.Module):
         heads = self._exchange([torch.cat(part, dim=1) for part in parts])
         sizes = [tensor.shape[1] // R for tensor in (q_BNSH, k_BKSH, v_BKSH)]
         q, k, v = torch.cat(heads, dim=2).split(sizes, dim=1)
-        out = self.inner_attention(q, k, v)
+        out = self.inner_attention(q, k, v, mask)
         return torch.cat(self._exchange(out.chunk(R, dim=2)), dim=1)
 
     def _exchange(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:

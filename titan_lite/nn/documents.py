@@ -1,0 +1,110 @@
+"""Causal attention that stays inside documents.
+
+The only file that knows the names of torch's attention over sequences of several lengths.
+
+Shape suffixes: B batch, S sequence, Q the queries' part of it, N query heads, K key/value heads,
+H head dim, T all tokens of the batch in one row, D documents of the batch, and one.
+"""
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
+
+VARLEN_OP = torch.ops.torch_attn._varlen_attn.default
+# torch 2.11 takes any number of key/value heads without being told.
+TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+class Spans(NamedTuple):
+    """Queries next to each other in each row, and where in the batch those of a document begin.
+
+    Of document d, queries [query_starts_D[d], query_starts_D[d + 1]) see the keys from
+    key_starts_D[d] up to their own; int32, as the kernel takes them.
+    """
+
+    num_queries: int
+    query_starts_D: Tensor
+    key_starts_D: Tensor
+
+
+DocumentMask = Tensor | tuple[Spans, ...]
+"""What queries see: (B, 1, Q, S), added to their scores, 0 or -inf; or spans of all of them."""
+
+
+def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether attention takes spans there, and not only a dense mask, of memory Q x S."""
+    return device.type == "cuda" and dtype != torch.float32
+
+
+def dense_mask(documents_BS: Tensor, queries_Q: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of the document numbers of whole rows, for the queries at these places in them."""
+    positions_S = torch.arange(documents_BS.shape[1], device=documents_BS.device)
+    sees_BQS = documents_BS[:, queries_Q, None] == documents_BS[:, None]
+    sees_BQS &= queries_Q[:, None] >= positions_S
+    # Not boolean: SDPA would make this of it in every layer, and keep each for backward.
+    mask_BQS = torch.zeros(sees_BQS.shape, dtype=dtype, device=documents_BS.device)
+    return mask_BQS.masked_fill_(~sees_BQS, -torch.inf).unsqueeze(1)
+
+
+def document_spans(documents_BS: Tensor, queries_Q: Tensor) -> tuple[Spans, ...]:
+    """As `dense_mask`, on the host: one for each run of queries that are next to each other."""
+    jumps = (queries_Q.diff() != 1).nonzero().flatten() + 1
+    runs = queries_Q.tensor_split(jumps.tolist())
+    return tuple(_spans(documents_BS, int(run[0]), len(run)) for run in runs)
+
+
+def _spans(documents_BS: Tensor, first: int, count: int) -> Spans:
+    """Of the queries [first, first + count) of each row; documents without any have keys alone."""
+    B, S = documents_BS.shape
+    starts_BS = torch.ones_like(documents_BS, dtype=torch.bool)
+    starts_BS[:, 1:] = documents_BS.diff() != 0
+    # What follows the last query of a row is seen by none: a document of its own.
+    starts_BS[:, first + count :][:, :1] = True
+    row_D, key_D = starts_BS.nonzero(as_tuple=True)
+    query_starts_D = row_D * count + (key_D - first).clamp(0, count)
+    key_starts_D = row_D * S + key_D
+    return Spans(count, _closed(query_starts_D, B * count), _closed(key_starts_D, B * S))
+
+
+def _closed(starts_D: Tensor, end: int) -> Tensor:
+    return torch.cat((starts_D, torch.tensor([end]))).to(torch.int32)
+
+
+def attend_in_documents(
+    q_BNQH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: DocumentMask
+) -> Tensor:
+    """softmax(q k / sqrt(H)) v over what the mask lets through."""
+    has_gqa = q_BNQH.shape[1] != k_BKSH.shape[1]
+    if isinstance(mask, Tensor):
+        return scaled_dot_product_attention(
+            q_BNQH, k_BKSH, v_BKSH, attn_mask=mask, enable_gqa=has_gqa
+        )
+    settings: dict[str, Any] = {"enable_gqa": True} if has_gqa and TAKES_GQA else {}
+    k_TKH, v_TKH = _in_one_row(k_BKSH), _in_one_row(v_BKSH)
+    S = k_BKSH.shape[2]
+    outs = []
+    for part_BNQH, spans in zip(q_BNQH.split([s.num_queries for s in mask], 2), mask, strict=True):
+        out_TNH: Any = varlen_attn(
+            _in_one_row(part_BNQH),
+            k_TKH,
+            v_TKH,
+            spans.query_starts_D,
+            spans.key_starts_D,
+            # Of no document, but of none more: a number that stays is one graph for the compiler.
+            spans.num_queries,
+            S,
+            # Causal; where a document has more keys than queries, the last ones belong together.
+            window_size=(-1, 0),
+            **settings,
+        )
+        outs.append(out_TNH.unflatten(0, (len(q_BNQH), -1)).transpose(1, 2))
+    return torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]
+
+
+def _in_one_row(heads_BNSH: Tensor) -> Tensor:
+    """(B, N, S, H) as (B x S, N, H); a view of what the projections return."""
+    return heads_BNSH.transpose(1, 2).flatten(0, 1)
