@@ -61,16 +61,15 @@ document_blocks = st.lists(documents, max_size=4).map(
 
 @given(document_blocks, seq_lens)
 def test_cut_documents_are_whole_documents_that_overlap_by_one_token_where_cut(blocks, seq_len):
-    expected = []
-    for start, end in itertools.pairwise(
-        [i for i, (_, index) in enumerate(joined := list(itertools.chain(*blocks))) if index == 0]
-        + [len(joined)]
-    ):
-        # All but the last hold S + 1 tokens.
-        pieces = range(start, end - 1, seq_len)
-        expected += [joined[at : min(end, at + seq_len + 1)] for at in pieces]
-    samples = [sample for sample, _, _ in cut_documents(enumerate(blocks), seq_len)]
-    assert [s.tolist() for s in samples] == [np.array(e).tolist() for e in expected]
+    joined = [pair for block in blocks for pair in block.tolist()]
+    starts = [place for place, (_, index) in enumerate(joined) if index == 0]
+    expected = [
+        joined[at : min(end, at + seq_len + 1)]
+        for start, end in itertools.pairwise([*starts, len(joined)])
+        for at in range(start, end - 1, seq_len)
+    ]
+    samples = [sample.tolist() for sample, _, _ in cut_documents(enumerate(blocks), seq_len)]
+    assert samples == expected
 
 
 @given(document_blocks, seq_lens)
