@@ -114,13 +114,16 @@ def test_the_command_prints_memory_against_the_device_and_what_it_leaves_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "run.toml"
-    config.write_text("[compile]\nenable = true\n[data]\ntokenizer_path = 'not/there'\n")
+    config.write_text(
+        "[compile]\nenable = true\n[data]\ntokenizer_path = 'not/there'\npacking = 'document'\n"
+    )
     assert cli.main(["dryrun", str(config), "--world-size=2", "--device=h200", *TINY[:3]]) == 0
     text = capsys.readouterr().out
     assert "on 2 x H200 SXM" in text
     assert "of 141 GiB" in text
     assert "DOES NOT FIT" not in text
     assert "not as asked      compile.enable: the step is traced eagerly" in text
+    assert 'data.packing "document": attention is counted over whole samples' in text
     assert "reduce-scatter over dp_shard" in text
     assert not (tmp_path / "outputs").exists()
 

@@ -40,6 +40,24 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             "2: FSDP2 does not regroup parameters that parallel.tp (2) has split",
         ),
         (
+            ["parallel.cp=2", "data.packing=document"],
+            2,
+            "data.packing",
+            '"document" attends to parts of a sample, parallel.cp_method "ring" to all of it; use',
+        ),
+        (
+            ["data.packing=fixed", "data.packing_block=96"],
+            1,
+            "data.packing",
+            '"fixed" cuts a sample into several blocks: data.packing_block (96) does not divide',
+        ),
+        (
+            ["data.packing=fixed"],
+            1,
+            "data.packing",
+            "data.packing_block (2048) is all of training.seq_len (2048); samples of one block",
+        ),
+        (
             ["parallel.pp=4", "training.global_batch_size=3"],
             4,
             "training.global_batch_size",
@@ -322,6 +340,7 @@ def test_what_can_work_gives_the_degrees() -> None:
         (["parallel.reshard_after_forward=never"], 1, "cannot act: nothing is sharded"),
         (["parallel.loss_parallel=false"], 2, "cannot act: parallel.tp is 1"),
         (["parallel.sequence_parallel=false"], 2, "cannot act: parallel.tp is 1"),
+        (["data.packing_block=64"], 1, 'cannot act: data.packing is "concat"'),
         (['compile.components=["loss"]'], 1, "cannot act: compile.enable is false"),
         (["parallel.pp_split=uniform"], 1, "parallel.pp_split (command line) cannot act: paral"),
         (["parallel.gradient_sync=last_micro_batch"], 1, "act: no gradient is reduced"),

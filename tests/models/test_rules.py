@@ -35,6 +35,14 @@ def test_a_sequence_longer_than_the_models_is_refused_with_both_numbers() -> Non
     ]
 
 
+def test_a_long_row_of_blocks_is_as_long_as_its_blocks() -> None:
+    long = ("--training.seq_len=8192", "--data.packing=fixed")
+    check(load_config(None, [*long, "--data.packing_block=2048"]), world_size=1)
+    [(key, _, message)] = problems([*long, "--data.packing_block=4096"])
+    assert key == "data.packing_block"
+    assert message == "packing_block (4096) is longer than the model's max_seq_len (2048)"
+
+
 def test_the_key_that_somebody_set_is_blamed() -> None:
     [(key, source, _)] = problems(["--model.max_seq_len=64"])
     assert (key, source) == ("model.max_seq_len", "command line")

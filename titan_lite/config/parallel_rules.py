@@ -16,9 +16,9 @@ def parallel_rules(config: Config, dims: ParallelDims | None) -> Iterator[Broken
     yield from _sequence(config.training.seq_len, parallel)
     if parallel.cp > 1 and parallel.cp_method == "ring" and config.data.masks_attention:
         yield (
-            ("parallel.cp_method", "data.packing", "parallel.cp"),
-            f'"ring" attends to all of a sample, packing {quote(config.data.packing)} to parts of '
-            'it; use "ulysses" or "all_gather"',
+            ("data.packing", "parallel.cp_method", "parallel.cp"),
+            f"{quote(config.data.packing)} attends to parts of a sample, parallel.cp_method "
+            '"ring" to all of it; use "ulysses" or "all_gather"',
         )
     yield from _activation_checkpoint(config)
     yield from _async_tp(config)

@@ -72,9 +72,9 @@ def _single(config: Config) -> Iterator[Broken]:
     if config.data.packing == "fixed" and (seq_len % block or seq_len == block):
         wrong = "is all of" if seq_len == block else "does not divide"
         yield (
-            ("data.packing_block", "data.packing", "training.seq_len"),
-            f'{block} {wrong} training.seq_len ({seq_len}), which packing "fixed" cuts into '
-            'several blocks; packing "concat" has samples of one',
+            ("data.packing", "data.packing_block", "training.seq_len"),
+            f'"fixed" cuts a sample into several blocks: data.packing_block ({block}) {wrong} '
+            f'training.seq_len ({seq_len}); samples of one block are "concat"',
         )
     for beta in ("beta1", "beta2"):
         if getattr(config.optimizer, beta) == 1:

@@ -85,7 +85,11 @@ class DryTrainer(Trainer):
 
     def _open_data(self, loaded: LoadedConfig) -> None:
         training = loaded.config.training
-        self.batches = _batches(training.local_batch_size, training.seq_len)
+        self.batches = _batches(
+            training.local_batch_size,
+            training.seq_len,
+            with_positions=loaded.config.data.masks_attention,
+        )
 
     def _agree_on_step(self, loaded: LoadedConfig) -> None:
         pass
@@ -161,6 +165,14 @@ def left_out(config: Config) -> list[str]:
             'activation_checkpoint.mode "memory_budget" is the compiler\'s: activations are those '
             "of no recomputation"
         )
+    if config.data.masks_attention:
+        exchange = ""
+        if config.parallel.cp > 1 and config.parallel.cp_method == "all_gather":
+            exchange = ", keys and values are exchanged as for that, and kept in parts"
+        notes.append(
+            f'data.packing "{config.data.packing}": attention is counted over whole samples'
+            f"{exchange}"
+        )
     if config.parallel.cpu_offload:
         notes.append(
             "parallel.cpu_offload: parameters, gradients and optimizer state are counted although "
@@ -187,8 +199,10 @@ def _draw_nothing(name: str, tensor: Tensor, generator: torch.Generator) -> None
     pass
 
 
-def _batches(local_batch_size: int, seq_len: int) -> Iterator[Batch]:
-    # Drawn within a step: fake, too.
+def _batches(local_batch_size: int, seq_len: int, *, with_positions: bool) -> Iterator[Batch]:
+    # Drawn within a step: fake, too. Without documents, of which there is no telling where they
+    # end: attention inside them keeps what attention over all of a sample does.
     while True:
         tokens = torch.zeros(local_batch_size, seq_len, dtype=torch.int64)
-        yield Batch(tokens, torch.zeros_like(tokens))
+        positions = torch.zeros_like(tokens) if with_positions else None
+        yield Batch(tokens, torch.zeros_like(tokens), positions)

@@ -4,7 +4,10 @@ from dataclasses import dataclass
 
 from titan_lite.models.args import DecoderArgs
 
-FORMULA = "6 * (parameters - input embedding) + 12 * layers * attention_dim * seq_len"
+FORMULA = (
+    "6 * (parameters - input embedding) + 12 * layers * attention_dim * seq_len; what causal and "
+    "document masks hide is not subtracted, and padding is no token"
+)
 """What `mfu` counts: torchtitan's convention, full attention, nothing for recomputation."""
 
 

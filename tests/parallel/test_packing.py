@@ -1,0 +1,94 @@
+"""Each packing trains the same model in every layout, and counts the tokens it trains on."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import Workers
+from tests.runs import Run, deviations, exceeding, train_and_gather
+
+TOLERANCES = {"loss": 1e-5, "grad_norm": 1e-5, "gradients of step 1": 1e-4, "final weights": 1e-4}
+STEPS = ("--training.steps=3", "--data.num_streams=2", "--optimizer.eps=1e-6")
+HALF = "--training.local_batch_size=4"
+CP2, TP2, PP2 = (f"--parallel.{axis}=2" for axis in ("cp", "tp", "pp"))
+COMPILE, SELECTIVE = "--compile.enable=true", "--activation_checkpoint.mode=selective_op"
+ULYSSES, ALL_GATHER = (f"--parallel.cp_method={method}" for method in ("ulysses", "all_gather"))
+# Processes, packing and settings; micro-batches of 4 have other documents than those of 8.
+CASES = (
+    (1, "document", (HALF, COMPILE, SELECTIVE)),
+    (2, "document", (HALF,)),
+    (2, "document", (TP2, SELECTIVE)),
+    (2, "document", (CP2, ULYSSES)),
+    (2, "document", (CP2, ALL_GATHER, SELECTIVE)),
+    (2, "document", (PP2, HALF)),
+    (2, "fixed", (CP2, ALL_GATHER, HALF)),
+    (2, "none", (HALF,)),
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents of 1 to 37 words, several of which fill a row of 64 tokens."""
+    path = tmp_path_factory.mktemp("corpus") / "short.jsonl"
+    texts = (f"{i} " + "all that most maddens and torments " * (i % 7) for i in range(300))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def _settings(packing: str, corpus: Path) -> tuple[str, ...]:
+    packed = (f"--data.packing={packing}", f"--data.dataset_path={corpus}")
+    return (*STEPS, *packed, *(("--data.packing_block=16",) if packing == "fixed" else ()))
+
+
+@pytest.fixture(scope="module")
+def expected(
+    corpus: Path, workers: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Run]:
+    """Of one process, by packing."""
+    return {
+        packing: workers[1].run(
+            train_and_gather, tmp_path_factory.mktemp(packing), *_settings(packing, corpus)
+        )[0]
+        for packing in ("concat", "document", "fixed", "none")
+    }
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("world_size", "packing", "settings"), CASES)
+def test_every_layout_trains_what_one_process_does(
+    world_size: int,
+    packing: str,
+    settings: tuple[str, ...],
+    corpus: Path,
+    expected: dict[str, Run],
+    workers: dict[int, Workers],
+    tmp_path: Path,
+) -> None:
+    overrides = (*_settings(packing, corpus), *settings)
+    got = workers[world_size].run(train_and_gather, tmp_path, *overrides, timeout=280)[0]
+    assert exceeding(deviations(got, expected[packing]), TOLERANCES) == {}
+    applied = json.loads((tmp_path / "run.json").read_text())["applied"]
+    assert applied["compiled_graphs"] == (1 if COMPILE in settings else None)
+
+
+@pytest.mark.distributed
+def test_what_a_token_sees_and_what_is_counted_depend_on_the_packing(
+    expected: dict[str, Run],
+) -> None:
+    losses = {packing: records[0]["loss"] for packing, (records, _) in expected.items()}
+    # "concat", "document" and "fixed" have the same tokens, and see more or less of them.
+    assert len(set(losses.values())) == 4
+    tokens = {packing: records[-1]["tokens"] for packing, (records, _) in expected.items()}
+    assert tokens["concat"] == tokens["document"] == tokens["fixed"] == 3 * 8 * 64
+    assert 0 < tokens["none"] < 3 * 8 * 64
+    for record in expected["none"][0]:
+        assert record["wps"] == pytest.approx(
+            record["samples_per_second"] * _tokens_of(expected["none"], record["step"]) / 8
+        )
+
+
+def _tokens_of(run: Run, step: int) -> int:
+    """Tokens of one step."""
+    seen = [0, *(record["tokens"] for record in run[0])]
+    return int(seen[step] - seen[step - 1])
