@@ -1,19 +1,22 @@
 """Attention inside documents: as if each were alone."""
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy
 
 from titan_lite.config.schema import Data
 from titan_lite.data.loader import Batch
 from titan_lite.data.packing import join_documents, to_row
 from titan_lite.models.llama import LLAMA
-from titan_lite.nn import documents
 from titan_lite.nn.build import build
 from titan_lite.nn.decoder import Decoder
 from titan_lite.nn.documents import (
@@ -32,10 +35,8 @@ B, S = len(LENGTHS), sum(LENGTHS[0])
 NUMBERS_BS = torch.tensor([np.repeat(range(len(row)), row).tolist() for row in LENGTHS])
 
 
-def dense(queries_Q: Tensor | None = None) -> Tensor:
-    return dense_mask(
-        NUMBERS_BS, torch.arange(S) if queries_Q is None else queries_Q, torch.float32
-    )
+def dense(numbers_BS: Tensor, queries_Q: Tensor) -> Tensor:
+    return dense_mask(numbers_BS, queries_Q, torch.float32)
 
 
 def _packed(packing: str) -> Batch:
@@ -89,26 +90,62 @@ def test_positions_may_differ_between_rows() -> None:
     assert torch.equal(rope(x, positions), torch.cat(rows))
 
 
-def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, max_q: int, max_k: int,
-    *, window_size: tuple[int, int], enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
-    """What torch's varlen_attn says that it does, in a loop over documents."""
-    assert window_size == (-1, 0)
-    assert enable_gqa == (q.shape[1] != k.shape[1])
-    assert q_starts.dtype == k_starts.dtype == torch.int32
+def _parts(starts: list[Tensor]) -> list[tuple[slice, slice]]:
+    """Queries and keys of each document."""
+    assert all(tensor.dtype == torch.int32 for tensor in starts)
+    queries, keys = ([slice(*pair) for pair in itertools.pairwise(t.tolist())] for t in starts)
+    return list(zip(queries, keys, strict=True))
+
+
+def _weights(q_nNH: Tensor, k_mKH: Tensor) -> Tensor:
+    """Softmax of the scores, (N, n, m); the last query belongs to the last key, as in flash."""
+    k_mNH = k_mKH.repeat_interleave(q_nNH.shape[1] // k_mKH.shape[1], dim=1)
+    scores_Nnm = torch.einsum("nNH,mNH->Nnm", q_nNH, k_mNH) / q_nNH.shape[-1] ** 0.5
+    n, m = scores_Nnm.shape[1:]
+    hidden = torch.ones(n, m, dtype=torch.bool).triu(m - n + 1)
+    return scores_Nnm.masked_fill(hidden, -torch.inf).softmax(-1)
+
+
+def _flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, *rest: Any, **_: Any
+) -> tuple[Tensor, ...]:
+    max_q, max_k, dropout, is_causal, _debug = rest
     assert (int(q_starts[-1]), int(k_starts[-1])) == (len(q), len(k))
-    outs = []
-    for at, to, k_at, k_to in zip(q_starts, q_starts[1:], k_starts, k_starts[1:], strict=False):
-        num_q, num_k = int(to - at), int(k_to - k_at)
-        assert num_q <= max_q
-        assert num_k <= max_k
-        # The kernel's causal mask is aligned to the last query and the last key.
-        sees = torch.ones(num_q, num_k, dtype=torch.bool).tril(num_k - num_q)
-        part, *kv = (t.transpose(0, 1) for t in (q[at:to], k[k_at:k_to], v[k_at:k_to]))
-        out = scaled_dot_product_attention(part, *kv, attn_mask=sees, enable_gqa=enable_gqa)
-        outs.append(out.transpose(0, 1))
-    return torch.cat(outs)
+    assert q_starts.diff().max() <= max_q
+    assert k_starts.diff().max() <= max_k
+    assert (dropout, is_causal) == (0.0, True)
+    v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    out, lse = torch.empty_like(q), q.new_zeros(q.shape[1], len(q))
+    for i, j in _parts([q_starts, k_starts]):
+        out[i] = torch.einsum("Nnm,mNH->nNH", _weights(q[i], k[j]), v[j])
+    return out, lse, lse[:0], lse[:0], lse[:0]
+
+
+def _flash_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, _out: Tensor, _lse: Tensor, *rest: Any, **_: Any
+) -> tuple[Tensor, ...]:
+    repeats = q.shape[1] // k.shape[1]
+    wide_k, wide_v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))
+    grads = [torch.zeros_like(t) for t in (q, wide_k, wide_v)]
+    for i, j in _parts(list(rest[:2])):
+        weights = _weights(q[i], k[j])
+        of_weights = torch.einsum("nNH,mNH->Nnm", grad[i], wide_v[j])
+        of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True))
+        of_scores /= q.shape[-1] ** 0.5
+        grads[0][i] = torch.einsum("Nnm,mNH->nNH", of_scores, wide_k[j])
+        grads[1][j] = torch.einsum("Nnm,nNH->mNH", of_scores, q[i])
+        grads[2][j] = torch.einsum("Nnm,nNH->mNH", weights, grad[i])
+    return grads[0], *(t.unflatten(1, (-1, repeats)).sum(2) for t in grads[1:])
+
+
+@pytest.fixture
+def flash_on_cpu() -> Iterator[None]:
+    """The kernels of GPUs, by their description, for torch to call on a CPU."""
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_flash_attention_forward", _flash_forward, "CPU")
+    library.impl("_flash_attention_backward", _flash_backward, "CPU")
+    yield
+    library._destroy()
 
 
 def _attend(mask: DocumentMask, queries_Q: Tensor) -> list[Tensor]:
@@ -121,19 +158,43 @@ def _attend(mask: DocumentMask, queries_Q: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("rank", [None, 0, 1, 3])
-def test_spans_say_what_the_dense_mask_says(
-    rank: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(documents, "varlen_attn", _varlen)
+def test_spans_say_what_the_dense_mask_says(rank: int | None, flash_on_cpu: None) -> None:
     queries = torch.arange(S) if rank is None else local_positions("all_gather", S, rank, size=4)
     spans = document_spans(NUMBERS_BS, queries)
     # The last rank's head and tail lie side by side.
     assert len(spans) == (1 if rank in (None, 3) else 2)
-    torch.testing.assert_close(_attend(spans, queries), _attend(dense(queries), queries))
+    torch.testing.assert_close(
+        _attend(spans, queries), _attend(dense(NUMBERS_BS, queries), queries)
+    )
+
+
+def test_compiled_blocks_take_any_number_of_documents_in_two_graphs(flash_on_cpu: None) -> None:
+    graphs = []
+
+    def counting_backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    torch.manual_seed(0)
+    model = build(LLAMA, ARGS)
+    torch._dynamo.reset()
+    for block in model.layers.values():
+        block.compile(fullgraph=True, backend=counting_backend)
+    queries = torch.arange(S)
+    for numbers_BS in (NUMBERS_BS, NUMBERS_BS // 2, NUMBERS_BS.clamp(max=2)):
+        results = []
+        tokens = torch.randint(ARGS.vocab_size, (B, S))
+        for mask in (document_spans(numbers_BS, queries), dense(numbers_BS, queries)):
+            logits = model(tokens, mask=mask)
+            logits.square().sum().backward()
+            results.append([logits, *_gradients(model).values()])
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    # With spans two, the second for any number of them; with a dense mask one.
+    assert len(graphs) == 3
 
 
 def test_a_dense_mask_lets_a_token_see_its_document_up_to_itself() -> None:
-    mask = dense().squeeze(1) == 0
+    mask = dense(NUMBERS_BS, torch.arange(S)).squeeze(1) == 0
     for row, lengths in zip(mask, LENGTHS, strict=True):
         blocks = [torch.ones(size, size, dtype=torch.bool).tril() for size in lengths]
         assert torch.equal(row, torch.block_diag(*blocks).bool())

@@ -1,12 +1,24 @@
 """Each packing trains the same model in every layout, and counts the tokens it trains on."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.distributed import Workers
-from tests.runs import Run, deviations, exceeding, train_and_gather
+from tests.parallel.test_activation_checkpoint import Operations
+from tests.runs import Run, build_trainer, deviations, exceeding, train_and_gather
+from titan_lite.config.schema import ActivationCheckpoint
+from titan_lite.data.loader import Batch
+from titan_lite.models.llama import LLAMA
+from titan_lite.nn.build import build
+from titan_lite.nn.documents import dense_mask, document_spans
+from titan_lite.parallel.activation_checkpoint import apply_activation_checkpoint
+from titan_lite.parallel.context import Method, local_positions
 
 TOLERANCES = {"loss": 1e-5, "grad_norm": 1e-5, "gradients of step 1": 1e-4, "final weights": 1e-4}
 STEPS = ("--training.steps=3", "--data.num_streams=2", "--optimizer.eps=1e-6")
@@ -70,6 +82,54 @@ def test_every_layout_trains_what_one_process_does(
     assert exceeding(deviations(got, expected[packing]), TOLERANCES) == {}
     applied = json.loads((tmp_path / "run.json").read_text())["applied"]
     assert applied["compiled_graphs"] == (1 if COMPILE in settings else None)
+
+
+def _what_the_model_gets(folder: Path, *overrides: str) -> tuple[Batch, dict[str, Tensor]]:
+    trainer = build_trainer(folder, *overrides)
+    batch, found = next(trainer.batches), {}
+    trainer.batches = iter([batch])
+    trainer.model.register_forward_pre_hook(
+        lambda _model, _inputs, kwargs: found.update(
+            {name: kwargs[name] for name in ("positions_S", "mask")}
+        ),
+        with_kwargs=True,
+    )
+    trainer.train_step(1)
+    trainer.close()
+    return batch, found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("method", ["ulysses", "all_gather"])
+def test_ranks_of_a_sample_get_the_positions_in_its_documents_and_what_they_see(
+    method: Method, corpus: Path, workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    overrides = (*_settings("document", corpus), CP2, f"--parallel.cp_method={method}")
+    for rank, (batch, got) in enumerate(workers[2].run(_what_the_model_gets, tmp_path, *overrides)):
+        assert batch.positions is not None
+        assert batch.documents is not None
+        local = local_positions(method, 64, rank, size=2)
+        assert torch.equal(got["positions_S"], batch.positions[:, local])
+        queries = torch.arange(64) if method == "ulysses" else local
+        assert torch.equal(got["mask"], dense_mask(batch.documents, queries, torch.float32))
+
+
+def _repeated_attentions(mode: str) -> int:
+    """In the backward pass of a checkpointed model, with the kernel of GPUs, on fake tensors."""
+    args = dataclasses.replace(LLAMA.flavors["debug"], dim=64, ffn_dim=128, num_layers=3)
+    spans = document_spans(torch.tensor([[0, 0, 1, 1, 1, 2]]), torch.arange(6))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = build(LLAMA, args)
+        apply_activation_checkpoint(model, ActivationCheckpoint(mode=mode))
+        loss = model(torch.zeros(1, 6, dtype=torch.int64), mask=spans).sum()
+        with Operations() as operations:
+            loss.backward()
+    return operations.counts["attention"]
+
+
+def test_a_kept_attention_inside_documents_is_not_repeated() -> None:
+    assert _repeated_attentions("full") == 3
+    assert _repeated_attentions("selective_op") == 0
 
 
 @pytest.mark.distributed
