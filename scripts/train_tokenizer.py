@@ -78,9 +78,8 @@ def main() -> None:
     output.write_bytes(tiktoken_lines(train(texts["train"])))
     tokenizer = TiktokenTokenizer.load(output)
     for split, documents in texts.items():
-        tokens = join_documents(
-            tokenizer.encode_documents(documents), tokenizer.bos_id, tokenizer.eos_id
-        )
+        encoded = tokenizer.encode_documents(documents)
+        tokens = join_documents(encoded, tokenizer.bos_id, tokenizer.eos_id)[:, 0]
         size = sum(len(text.encode()) for text in documents)
         print(
             f"{split}: {len(tokens)} tokens, {size / len(tokens):.3f} bytes per token, "

@@ -28,11 +28,11 @@ COMPILE, SELECTIVE = "--compile.enable=true", "--activation_checkpoint.mode=sele
 ULYSSES, ALL_GATHER = (f"--parallel.cp_method={method}" for method in ("ulysses", "all_gather"))
 # Processes, packing and settings; micro-batches of 4 have other documents than those of 8.
 CASES = (
-    (1, "document", (HALF, COMPILE, SELECTIVE)),
+    (1, "document", (HALF,)),
     (2, "document", (HALF,)),
     (2, "document", (TP2, SELECTIVE)),
     (2, "document", (CP2, ULYSSES)),
-    (2, "document", (CP2, ALL_GATHER, SELECTIVE)),
+    (2, "document", (CP2, ALL_GATHER, COMPILE, SELECTIVE)),
     (2, "document", (PP2, HALF)),
     (2, "fixed", (CP2, ALL_GATHER, HALF)),
     (2, "none", (HALF,)),
