@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.distributed import Workers
 from tests.parallel.test_activation_checkpoint import Operations
-from tests.runs import Run, build_trainer, deviations, exceeding, train_and_gather
+from tests.runs import Run, build_trainer, deviations, exceeding, train, train_and_gather
 from titan_lite.config.schema import ActivationCheckpoint
 from titan_lite.data.loader import Batch
 from titan_lite.models.llama import LLAMA
@@ -152,3 +152,15 @@ def _tokens_of(run: Run, step: int) -> int:
     """Tokens of one step."""
     seen = [0, *(record["tokens"] for record in run[0])]
     return int(seen[step] - seen[step - 1])
+
+
+@pytest.mark.distributed
+def test_tokens_without_padding_are_counted_on_after_a_resume(
+    corpus: Path, expected: dict[str, Run], workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    settings = (*_settings("none", corpus), "--checkpoint.enable=true")
+    workers[1].run(train, tmp_path, *settings, "--training.steps=2")
+    (records,) = workers[1].run(train, tmp_path, *settings)
+    assert [record["tokens"] for record in records] == [
+        record["tokens"] for record in expected["none"][0]
+    ]
