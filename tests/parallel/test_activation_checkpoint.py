@@ -176,7 +176,7 @@ def one_backward(folder: str, *overrides: str) -> dict[str, Any]:
                 cross_entropy_sum,
                 labels=batch.labels,
                 num_chunks=1,
-                vocab_size=trainer.vocab_size,
+                vocab_size=trainer.step.vocab_size,
             ),
         )
     saved_bytes = sum(storage.nbytes() for storage in storages.values())
