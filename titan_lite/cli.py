@@ -29,13 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, tuple[Callable[[list[str]], int], str]] = {
         "train": (_train, "train a model (in one process; torchrun or run_train.sh start many)"),
         "config": (_config, "check a configuration and print it with the origin of each value"),
+        "checkpoint": (_checkpoint, "list the checkpoints of a run, or verify them"),
         "dryrun": (_dryrun, "memory, FLOPs and collectives of a step, on a machine without GPUs"),
     }
     parser = argparse.ArgumentParser(
         prog="titan-lite",
         description="FSDP2-native pre-training of transformer language models.",
         epilog="commands:\n"
-        + "\n".join(f"  {name:<8} {text}" for name, (_, text) in commands.items())
+        + "\n".join(f"  {name:<10} {text}" for name, (_, text) in commands.items())
         + "\n\n'titan-lite COMMAND --help' explains a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -103,6 +104,12 @@ def _config(argv: list[str]) -> int:
 
         preflight(loaded, plan)
     return 0
+
+
+def _checkpoint(argv: list[str]) -> int:
+    from titan_lite.checkpoint import command
+
+    return command.main(argv)
 
 
 def _dryrun(argv: list[str]) -> int:

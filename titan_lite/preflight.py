@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from titan_lite.checkpoint.state import RunState, state_to_resume
+from titan_lite.checkpoint.state import Start, find_start
 from titan_lite.config.load import DEFAULT, ConfigError, LoadedConfig, Problem
 from titan_lite.config.schema import Data
 from titan_lite.data.sources import resolve_source
@@ -16,17 +16,17 @@ from titan_lite.models.rules import Plan
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was found: the run's tokenizer and the state it continues from."""
+    """What was found: the run's tokenizer, and where it begins."""
 
     tokenizer: Tokenizer
-    state: RunState
+    start: Start
 
 
 def preflight(loaded: LoadedConfig, plan: Plan) -> Preflight:
     """Reads the tokenizer and the checkpoint's state and finds the data, or raises ConfigError."""
     config = loaded.config
     problems: list[Problem] = []
-    tokenizer = state = None
+    tokenizer = start = None
     try:
         with blaming("data.tokenizer_path", loaded):
             tokenizer = load_tokenizer(config.data, plan.args)
@@ -39,12 +39,12 @@ def preflight(loaded: LoadedConfig, plan: Plan) -> Preflight:
         problems += error.problems
     try:
         with blaming("checkpoint.load_step", loaded):
-            state = state_to_resume(config.checkpoint, checkpoint_folder(loaded))
+            start = find_start(config.checkpoint, checkpoint_folder(loaded))
     except ConfigError as error:
         problems += error.problems
-    if tokenizer is None or state is None or problems:
+    if tokenizer is None or start is None or problems:
         raise ConfigError(problems)
-    return Preflight(tokenizer, state)
+    return Preflight(tokenizer, start)
 
 
 def checkpoint_folder(loaded: LoadedConfig) -> Path:

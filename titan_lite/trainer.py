@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_lite.checkpoint.manager import CheckpointManager, agree_on_step
+from titan_lite.checkpoint.manager import CheckpointManager, agree_on_start
+from titan_lite.checkpoint.state import check_excluded
 from titan_lite.config.load import ConfigError, LoadedConfig, Problem
 from titan_lite.data.loader import Batch, DataLoader, merge_states
 from titan_lite.metrics.device import Peak, device_name, find_peak
@@ -62,6 +63,9 @@ class Trainer:
         self.tokens: int | Tensor = self.state.tokens
         with torch.device("meta"):
             self.model = build(plan.family, plan.args)
+        with blaming("checkpoint.exclude_from_loading", loaded):
+            names = [name for name, _ in self.model.named_parameters()]
+            check_excluded(config.checkpoint.exclude_from_loading, names)
         args = plan.args
         self.stages = self._split(loaded, args)
         padding = (args.padded_vocab_size - args.vocab_size) * args.dim
@@ -77,7 +81,7 @@ class Trainer:
 
         start_process_group(self.process, config.comm)
         set_determinism(training.seed, deterministic=training.deterministic)
-        self._agree_on_step(loaded)
+        self._agree_on_start(loaded)
         meshes = build_meshes(self.dims, self.process.device.type)
         # The meshes' groups do not inherit the timeout of the first one.
         set_timeout(config.comm.init_timeout_seconds)
@@ -108,13 +112,20 @@ class Trainer:
         self.meter = self._build_meter()
 
     def _find_files(self, loaded: LoadedConfig, plan: Plan) -> None:
-        """The tokenizer, and the state to continue from."""
+        """The tokenizer, and the state to begin from."""
         found = preflight(loaded, plan)
-        self.tokenizer, self.state = found.tokenizer, found.state
+        self.tokenizer, self.start = found.tokenizer, found.start
+        self.state = self.start.state
 
-    def _agree_on_step(self, loaded: LoadedConfig) -> None:
+    def _agree_on_start(self, loaded: LoadedConfig) -> None:
+        """Goes back to an earlier checkpoint where the contents of the latest are damaged."""
+        found = self.start
         with blaming("checkpoint.load_step", loaded):
-            agree_on_step(self.state.step, checkpoint_folder(loaded))
+            self.start = agree_on_start(found, self.config.checkpoint, checkpoint_folder(loaded))
+        if self.start is not found:
+            self.state = self.start.state
+            self.loader.close()
+            self._open_data(loaded)
 
     def _build_state(self) -> None:
         """Weights, optimizer and loss scaler, as they are at step 0."""
@@ -131,26 +142,30 @@ class Trainer:
             self.loss_scaler = LossScaler(next(self.model.parameters()).device)
 
     def _resume(self, loaded: LoadedConfig) -> None:
-        """Loads the checkpoint to continue from, if there is one, and opens the run's folder."""
-        resume_step = self.state.step
+        """Loads the checkpoint to begin from, if there is one, and opens the run's folder."""
+        config, start = self.config, self.start
         self.checkpoints = CheckpointManager(
-            self.config.checkpoint,
+            config.checkpoint,
             checkpoint_folder(loaded),
             model=self.model,
             optimizer=self.optimizer,
             device=self.process.device,
+            layout=dataclasses.asdict(self.dims),
+            config=config.model_dump(),
+            timeout_seconds=config.comm.init_timeout_seconds,
         )
-        if resume_step > 0:
-            self.checkpoints.load(resume_step)
+        if start.source is not None:
+            with blaming("checkpoint.load_step", loaded):
+                self.checkpoints.load(start)
             if self.loss_scaler is not None and self.state.loss_scaler:
                 self.loss_scaler.load_state_dict(self.state.loss_scaler)
-            logger.info("Resumed from step %d of %s", resume_step, checkpoint_folder(loaded))
+            logger.info("%s from %s", "Resumed" if start.resumes else "Begun", start.source)
         if self.applied.count("float8 all-gather"):
             refresh_scales(self.model)
         if self.process.rank == 0:
             with blaming("job.dump_folder", loaded):
-                open_run_folder(self.run_folder, resume_step=resume_step)
-            self.checkpoints.leave_later_branch(resume_step)
+                open_run_folder(self.run_folder, resume_step=start.own_step)
+            self.checkpoints.leave_later_branch(start.own_step)
 
     def _split(self, loaded: LoadedConfig, args: DecoderArgs) -> list[Stage]:
         """The pipeline stages of the whole model."""
@@ -276,11 +291,14 @@ class Trainer:
                     set_timeout(comm.train_timeout_seconds)
                 collect(step)
                 profile(step)
+            with self.meter.excluded():
+                self.checkpoints.wait()
         logger.info("Everything is in %s\n%s", self.run_folder, self.meter.summary())
 
     def close(self) -> None:
-        """Stops the loader's worker and closes the metric files."""
+        """Stops the loader's worker, lets a save end and closes the metric files."""
         self.loader.close()
+        self.checkpoints.close()
         self.meter.close()
 
     def train_step(self, step: int) -> Record | None:
@@ -307,13 +325,16 @@ class Trainer:
         self.meter.add(tokens=tokens, samples=self.global_batch_size)
         if not self.meter.should_log(step):
             return None
+        extra = self.checkpoints.metrics()
+        if self.loss_scaler is not None:
+            extra |= self.loss_scaler.metrics()
         record = self.meter.log(
             step,
             loss=self.step.global_loss(result.loss),
             grad_norm=result.grad_norm,
             lr=lr,
             tokens_seen=int(self.tokens),
-            extra=None if self.loss_scaler is None else self.loss_scaler.metrics(),
+            extra=extra,
         )
         if self.loss_scaler is not None:
             self.loss_scaler.check(step, record["grad_norm"])
@@ -334,15 +355,14 @@ class Trainer:
             update_run_file(self.run_folder, {"applied": dataclasses.asdict(self.applied)})
 
     def save(self) -> None:
-        """Saves a checkpoint of the step just done; collective."""
+        """Saves a checkpoint of the step just done, or begins to; collective."""
         states: list[dict[str, Any]] = [{}] * self.process.world_size
         dist.all_gather_object(states, self.loader.state_dict())
         self.state.tokens = int(self.tokens)
         self.state.data = merge_states(states)
         self.state.loss_scaler = {} if self.loss_scaler is None else self.loss_scaler.state_dict()
-        self.state.config = self.config.model_dump()
-        folder = self.checkpoints.save(self.state)
-        logger.info("Checkpoint written to %s", folder)
+        is_last = self.state.step == self.config.training.steps
+        self.checkpoints.save(self.state, is_last=is_last)
 
     def _build_meter(self) -> Meter:
         config, device = self.config, self.process.device

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from tests.distributed import Workers
 from tests.runs import build_trainer, read_metrics, train, train_and_gather
-from titan_lite.checkpoint.state import saved_steps, state_to_resume
+from titan_lite.checkpoint.state import saved_steps, find_start
 from titan_lite.config.load import ConfigError
 from titan_lite.config.schema import Checkpoint
 from titan_lite.optim import loss_scaler
@@ -86,14 +86,14 @@ def test_a_checkpoint_cut_short_while_it_was_written_is_not_resumed_from(tmp_pat
     for name, step in (("step-4", 4), ("step-8.incomplete", 8)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run_state.json").write_text(json.dumps({"step": step}))
-    assert state_to_resume(Checkpoint(enable=True), tmp_path).step == 4
+    assert find_start(Checkpoint(enable=True), tmp_path).state.step == 4
 
 
 def test_a_missing_step_is_an_error_that_names_those_found(tmp_path: Path) -> None:
     for step in (4, 12, 8):
         (tmp_path / f"step-{step}").mkdir()
     with pytest.raises(ValueError, match=r"no checkpoint of step 5 in .*steps found: 4, 8, 12"):
-        state_to_resume(Checkpoint(enable=True, load_step=5), tmp_path)
+        find_start(Checkpoint(enable=True, load_step=5), tmp_path)
     with pytest.raises(ConfigError, match=r"checkpoint.load_step +\(command line\).*found: none"):
         build_trainer(tmp_path, "--checkpoint.enable=true", "--checkpoint.load_step=3")
 

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,15 +12,48 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_state_dict,
 )
 
-from titan_lite.checkpoint.state import RUN_STATE_FILE, RunState, retire_later_steps, saved_steps
+from titan_lite import __version__
+from titan_lite.checkpoint.manifest import (
+    DamagedError,
+    Layout,
+    Manifest,
+    damaged_files,
+    read_manifest,
+    sync_folder,
+    write_manifest,
+    write_text,
+)
+from titan_lite.checkpoint.saving import Save, SaveError, Saver, local_bytes
+from titan_lite.checkpoint.state import (
+    RUN_STATE_FILE,
+    RunState,
+    Start,
+    delete_old,
+    excludes,
+    find_start,
+    retire_later_steps,
+    saved_steps,
+)
+from titan_lite.checkpoint.storage import (
+    Files,
+    LoadPlanner,
+    Reader,
+    SavePlanner,
+    Vocabulary,
+    Writer,
+    first_failure,
+)
 from titan_lite.config.schema import Checkpoint
+from titan_lite.nn.decoder import Decoder
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +65,8 @@ class CheckpointManager:
     """Checkpoints of one run, each a folder `step-N` below `folder`.
 
     A folder holds the files of torch.distributed.checkpoint (model, optimizer, generators of each
-    rank) and run_state.json; written as `step-N.incomplete`, renamed once every rank has finished.
+    rank), run_state.json and manifest.json; written as `step-N.incomplete`, renamed once every
+    rank has finished. Whatever saves, waits or loads is collective.
     """
 
     def __init__(
@@ -38,76 +74,116 @@ class CheckpointManager:
         section: Checkpoint,
         folder: Path,
         *,
-        model: nn.Module,
+        model: Decoder,
         optimizer: torch.optim.Optimizer,
         device: torch.device,
+        layout: Layout,
+        config: dict[str, Any],
+        timeout_seconds: int,
     ) -> None:
+        """layout, config: of the run, for the manifest. timeout_seconds: for the slowest disk."""
         self.section = section
         self.folder = folder
         self.model = model
         self.optimizer = optimizer
         self.device = device
+        self.layout = layout
+        self.config = config
         self.rank = dist.get_rank()
+        self.vocabulary = Vocabulary(model.vocab_parameters, model.vocab_size)
+        mode = section.async_mode if section.enable else "disabled"
+        self.saver = Saver(mode, device, timeout_seconds)
+        self.saving: Save | None = None
+        self.latest_step = 0
+        self.costs: dict[str, float] = {}
+        if mode == "async_pinned":
+            optimizer.register_step_pre_hook(self._wait_for_staging)
 
     def should_save(self, step: int, last_step: int) -> bool:
         return self.section.enable and (step % self.section.interval == 0 or step == last_step)
 
-    def save(self, state: RunState) -> Path:
-        """Saves `state` and what it belongs to; collective. Returns the new folder."""
-        target = self.folder / f"step-{state.step}"
-        aside = target.with_name(target.name + ".incomplete")
-        if self.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            (aside / RUN_STATE_FILE).write_text(json.dumps(asdict(state), indent=1))
-        dist.barrier()
-        everywhere: list[bool] = [False] * dist.get_world_size()
-        dist.all_gather_object(everywhere, (aside / RUN_STATE_FILE).exists())
-        if not all(everywhere):
-            blind = [rank for rank, seen in enumerate(everywhere) if not seen]
-            raise ValueError(
-                f"ranks {blind} do not see {aside}, which rank 0 made: job.dump_folder must be "
-                "on a file system that all nodes share"
-            )
-        # Returns on each rank once the coordinator has written the metadata of all.
-        dcp.save(self._tensors(), checkpoint_id=aside)
-        if self.rank == 0:
-            shutil.rmtree(target, ignore_errors=True)
-            aside.rename(target)
-        dist.barrier()
-        if self.rank == 0:
-            self._delete_old()
-        return target
+    def save(self, state: RunState, *, is_last: bool = False) -> None:
+        """Saves `state` and what it belongs to, or begins to; a saved step is not saved again.
 
-    def load(self, step: int) -> None:
-        """Restores model, optimizer and generators of `step` in place; collective."""
-        source = self.folder / f"step-{step}"
-        tensors = self._tensors()
-        saved = dcp.FileSystemReader(source).read_metadata().state_dict_metadata
-        # A rank that the saving run did not have keeps the generators it was seeded with.
+        is_last: no step follows, so that weights may do. Raises SaveError if this save, or the one
+        before it, fails.
+        """
+        if state.step == self.latest_step:
+            return
+        self.wait()
+        content = "model" if is_last and self.section.last_save_model_only else "run"
+        save = Save(state.step, content, self.folder / f"step-{state.step}")
+        with save.blocking():
+            tensors = self._tensors(content)
+            if content == "model":
+                dtype = getattr(torch, self.section.export_dtype)
+                tensors["model"] = {key: value.to(dtype) for key, value in tensors["model"].items()}
+            self._make_folder(save, state)
+            save.size = self._check_shared(save.aside, local_bytes(tensors))
+            writer = Writer(save.aside, lambda files: self._commit(save, files))
+            self.saving, self.latest_step = save, state.step
+            self.saver.start(save, tensors, writer, SavePlanner(self.vocabulary))
+        if self.saver.mode == "disabled":
+            self._end()
+
+    def wait(self) -> None:
+        """Waits for the save in the background, if there is one. Raises SaveError if it failed."""
+        if self.saving is not None:
+            with self.saving.blocking():
+                self.saving.written.exception()
+            self._end()
+
+    def metrics(self) -> dict[str, float]:
+        """Costs of the saves that ended since the last call, for a log record.
+
+        Raises SaveError if one failed in the background.
+        """
+        if self.saving is not None:
+            done = torch.tensor(self.saving.written.done())
+            dist.all_reduce(done, op=dist.ReduceOp.MIN)
+            if done:
+                self._end()
+        costs, self.costs = self.costs, {}
+        if costs:
+            costs["checkpoint_gb_per_second"] = (
+                costs["checkpoint_bytes"] / costs["checkpoint_seconds"] / 1e9
+            )
+        return costs
+
+    def load(self, start: Start) -> None:
+        """Restores in place what `start` names: model, optimizer and generators, or weights."""
+        assert start.source is not None
+        whole = self._tensors(start.content)
         rng_key = f"rng.rank{self.rank}"
-        has_rng = all(f"{rng_key}.{kind}" in saved for kind in tensors[rng_key])
-        if not has_rng:
-            del tensors[rng_key]
-        for name, tensor in tensors["model"].items():
-            size = getattr(saved.get(f"model.{name}"), "size", tensor.shape)
-            if size != tensor.shape:
-                raise ValueError(
-                    f"{name} is {tuple(size)} in {source} and {tuple(tensor.shape)} in this run: "
-                    "model and parallel.tp, which pads the vocabulary, must be as they were"
-                )
-        dcp.load(tensors, checkpoint_id=source)
+        rng = whole.pop(rng_key, {})
+        excluded = [] if start.resumes else self.section.exclude_from_loading
+        tensors = {part: _without(values, excluded) for part, values in whole.items()}
+        reader = Reader(start.source)
+        saved = reader.read_metadata().state_dict_metadata
+        # A rank that the saving run did not have keeps the generators it was seeded with.
+        has_rng = bool(rng) and all(f"{rng_key}.{kind}" in saved for kind in rng)
+        if has_rng:
+            tensors[rng_key] = rng
+        planner = LoadPlanner(self.vocabulary, start.source)
+        try:
+            dcp.load(tensors, storage_reader=reader, planner=planner)
+        except CheckpointException as error:
+            raise ValueError(str(first_failure(error)[1])) from error
+        if start.content == "model":
+            set_model_state_dict(self.model, whole["model"] | tensors["model"])
+            return
         set_state_dict(
             self.model,
             self.optimizer,
-            model_state_dict=tensors["model"],
-            optim_state_dict=tensors["optimizer"],
+            model_state_dict=whole["model"] | tensors["model"],
+            optim_state_dict=whole["optimizer"] | tensors["optimizer"],
             options=BY_NAME,
         )
         if has_rng:
-            torch.set_rng_state(tensors[rng_key]["cpu"])
+            torch.set_rng_state(rng["cpu"])
             if self.device.type == "cuda":
-                torch.cuda.set_rng_state(tensors[rng_key]["cuda"], self.device)
+                torch.cuda.set_rng_state(rng["cuda"], self.device)
+        self.latest_step = start.own_step
 
     def leave_later_branch(self, step: int) -> None:
         """Retires the checkpoints later than `step`, which the run goes on from; on one rank."""
@@ -121,28 +197,143 @@ class CheckpointManager:
                 self.folder,
             )
 
-    def _tensors(self) -> dict[str, Any]:
+    def close(self) -> None:
+        """Lets a save in the background end, and goes."""
+        if self.saving is not None and (error := self.saving.error()):
+            logger.error("%s", error)
+        self.saver.close()
+
+    def _tensors(self, content: str) -> dict[str, Any]:
+        if content == "model":
+            return {"model": get_model_state_dict(self.model)}
         model, optimizer = get_state_dict(self.model, self.optimizer, options=BY_NAME)
         generators = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             generators["cuda"] = torch.cuda.get_rng_state(self.device)
         return {"model": model, "optimizer": optimizer, f"rng.rank{self.rank}": generators}
 
-    def _delete_old(self) -> None:
-        for leftover in self.folder.glob("step-*.incomplete"):
-            shutil.rmtree(leftover)
-        keep = self.section.keep_latest_k
-        if keep > 0:
-            for step in saved_steps(self.folder)[:-keep]:
-                shutil.rmtree(self.folder / f"step-{step}")
+    def _make_folder(self, save: Save, state: RunState) -> None:
+        failure: list[str | None] = [None]
+        if self.rank == 0:
+            try:
+                shutil.rmtree(save.aside, ignore_errors=True)
+                save.aside.mkdir(parents=True)
+                text = json.dumps(asdict(state), indent=1)
+                save.files[RUN_STATE_FILE] = write_text(save.aside / RUN_STATE_FILE, text)
+            except OSError as error:
+                failure = [str(error)]
+        dist.broadcast_object_list(failure, src=0)
+        if failure[0] is not None:
+            raise SaveError(f"step {save.step} was not saved to {self.folder}: {failure[0]}")
 
+    def _check_shared(self, aside: Path, size: int) -> int:
+        """The sum of all ranks' sizes; ValueError unless all see what rank 0 has made."""
+        told: list[tuple[bool, int]] = [(False, 0)] * dist.get_world_size()
+        dist.all_gather_object(told, ((aside / RUN_STATE_FILE).exists(), size))
+        if blind := [rank for rank, (seen, _) in enumerate(told) if not seen]:
+            raise ValueError(
+                f"ranks {blind} do not see {aside}, which rank 0 made: job.dump_folder must be "
+                "on a file system that all nodes share"
+            )
+        return sum(size for _, size in told)
 
-def agree_on_step(step: int, folder: Path) -> None:
-    """ValueError on every rank unless all found the same step to resume from; collective."""
-    steps: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(steps, step)
-    if len(set(steps)) > 1:
-        raise ValueError(
-            f"ranks found different checkpoints in {folder} (by rank, 0 for none: {steps}): "
-            "job.dump_folder must be on a file system that all nodes share"
+    def _commit(self, save: Save, files: Files) -> None:
+        """On rank 0, once all ranks have finished: from the rename on the checkpoint exists."""
+        save.files.update(files)
+        versions = {
+            "titan_lite": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+        manifest = Manifest(
+            step=save.step,
+            content=save.content,
+            world_size=dist.get_world_size(),
+            layout=self.layout,
+            versions=versions,
+            config=self.config,
+            files=save.files,
         )
+        write_manifest(save.aside, manifest)
+        sync_folder(save.aside)
+        save.aside.rename(save.folder)
+        sync_folder(self.folder)
+        delete_old(self.section, self.folder)
+
+    def _wait_for_staging(self, *_: Any) -> None:
+        if self.saving is not None and not self.saving.staged.done():
+            with self.saving.blocking():
+                self.saving.staged.result()
+
+    def _end(self) -> None:
+        """Of a save that has ended on all ranks: its error, or its costs."""
+        save, self.saving = self.saving, None
+        assert save is not None
+        if error := save.error():
+            if self.rank == 0:
+                shutil.rmtree(save.aside, ignore_errors=True)
+            raise error
+        written = sum(file.bytes for file in save.files.values())
+        worst = torch.tensor([save.blocked, save.seconds, written], dtype=torch.float64)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        blocked, seconds, size = worst.tolist()
+        costs = {
+            "checkpoint_blocked_seconds": blocked,
+            "checkpoint_seconds": seconds,
+            "checkpoint_bytes": size,
+        }
+        self.costs = {key: value + self.costs.get(key, 0.0) for key, value in costs.items()}
+        logger.info(
+            "Checkpoint of step %d: %.3g GB in %.2f s (%.3g GB/s), training was blocked for %.2f "
+            "s: %s",
+            save.step,
+            size / 1e9,
+            seconds,
+            size / seconds / 1e9,
+            blocked,
+            save.folder,
+        )
+
+
+def agree_on_start(start: Start, section: Checkpoint, folder: Path) -> Start:
+    """What all ranks begin from, after reading all its files; collective.
+
+    Of load_step "latest", an earlier checkpoint where one is damaged. Raises ValueError on every
+    rank unless all found the same, and DamagedError.
+    """
+    starts: list[tuple[int, str]] = [(0, "")] * dist.get_world_size()
+    dist.all_gather_object(starts, (start.state.step, str(start.source)))
+    if len(set(starts)) > 1:
+        raise ValueError(
+            f"ranks found different checkpoints in {folder} (by rank, 0 for none: "
+            f"{[step for step, _ in starts]}): job.dump_folder must be on a file system that all "
+            "nodes share"
+        )
+    damaged: dict[Path, DamagedError] = {}
+    while start.source is not None and (sentences := _damage(start.source)):
+        damaged[start.source] = DamagedError("; ".join(sentences))
+        if not start.resumes or section.load_step != "latest":
+            raise damaged[start.source]
+        start = find_start(section, folder, damaged)
+    return start
+
+
+def _damage(source: Path) -> list[str]:
+    """What is wrong with a checkpoint's files, each of which one rank reads; collective."""
+    manifest = read_manifest(source)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    found: list[list[str]] = [[]] * size
+    dist.all_gather_object(
+        found, damaged_files(source, manifest, sorted(manifest.files)[rank::size])
+    )
+    return [sentence for sentences in found for sentence in sentences]
+
+
+def _without(tensors: dict[str, Any], patterns: Sequence[str]) -> dict[str, Any]:
+    """A part of a state dict less what belongs to the parameters that are excluded."""
+    return {key: value for key, value in tensors.items() if not excludes(patterns, _parameter(key))}
+
+
+def _parameter(key: str) -> str:
+    """Of "state.layers.0.wq.weight.exp_avg", an optimizer's, or of a name as a model has it."""
+    return key.removeprefix("state.").rpartition(".")[0] if key.startswith("state.") else key

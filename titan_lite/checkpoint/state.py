@@ -1,13 +1,21 @@
-"""Which checkpoints there are, and the few facts a run continues from; no torch."""
+"""Which checkpoints there are, where a run begins, and which are deleted; no torch."""
 
+import fnmatch
 import json
+import logging
 import re
+import shutil
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from titan_lite.checkpoint.manifest import MANIFEST_FILE, DamagedError, Manifest, read_manifest
+from titan_lite.config.problems import did_you_mean, nearest, quote
 from titan_lite.config.schema import Checkpoint
+
+logger = logging.getLogger(__name__)
 
 RUN_STATE_FILE = "run_state.json"
 STEP_FOLDER = re.compile(r"step-(\d+)")
@@ -18,45 +26,132 @@ class RunState:
     """Progress of a run, JSON-serialisable: written by rank 0, equal on all ranks.
 
     step: optimizer steps done; tokens: tokens trained on by the whole job;
-    data: the loader's merged state; loss_scaler: its numbers, in float16 only;
-    config: the resolved configuration, for people to read.
+    data: the loader's merged state; loss_scaler: its numbers, in float16 only.
     """
 
     step: int = 0
     tokens: int = 0
     data: dict[str, Any] = field(default_factory=dict)
     loss_scaler: dict[str, float] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run begins.
+
+    source: the checkpoint to load, None for fresh weights; content: what of it, "run" or "model".
+    resumes: whether it is the run's own.
+    """
+
+    state: RunState = field(default_factory=RunState)
+    source: Path | None = None
+    content: str = "run"
+    resumes: bool = False
+
+    @property
+    def own_step(self) -> int:
+        """Steps that the run has in its own folder already."""
+        return self.state.step if self.resumes else 0
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in `folder`, ascending."""
+    """Steps of the checkpoints in `folder`, ascending; a damaged one is among them."""
     if not folder.is_dir():
         return []
     matches = (STEP_FOLDER.fullmatch(path.name) for path in folder.iterdir())
     return sorted(int(match[1]) for match in matches if match)
 
 
-def state_to_resume(section: Checkpoint, folder: Path) -> RunState:
-    """The state to continue from, that of step 0 for a fresh start.
+def find_start(
+    section: Checkpoint, folder: Path, damaged: Mapping[Path, DamagedError] | None = None
+) -> Start:
+    """The run's own checkpoint to resume from, else the initial one, else a fresh start.
 
-    Raises ValueError if the step asked for is missing.
+    damaged: checkpoints that are known not to be what was written. Raises ValueError for what was
+    asked for and is missing, damaged (DamagedError) or holds no run.
     """
-    steps = saved_steps(folder) if section.enable else []
-    latest = steps[-1] if steps else 0
-    step = latest if section.load_step == "latest" else section.load_step
-    if step == 0:
-        return RunState()
-    if step not in steps:
+    if not section.enable:
+        return Start()
+    if section.load_step != 0:
+        found = _own_checkpoint(section.load_step, folder, dict(damaged or {}))
+        if found is not None:
+            return _start(*found, "run", resumes=True)
+    if not section.initial_load_path:
+        return Start()
+    source = Path(section.initial_load_path).expanduser()
+    if not (source / MANIFEST_FILE).exists() and (steps := saved_steps(source)):
+        raise ValueError(
+            f"checkpoint.initial_load_path must name one checkpoint, as {source}/step-{steps[-1]}"
+        )
+    content = "model" if section.initial_load_model_only else "run"
+    return _start(source, read_manifest(source), content, resumes=False)
+
+
+def _own_checkpoint(
+    step: int | str, folder: Path, damaged: dict[Path, DamagedError]
+) -> tuple[Path, Manifest] | None:
+    """The checkpoint of a step, or the newest complete one; None where there is none at all."""
+    steps = saved_steps(folder)
+    if step != "latest":
+        source = folder / f"step-{step}"
+        if step in steps:
+            return source, read_manifest(source)
         found = ", ".join(map(str, steps)) or "none"
         raise ValueError(f"no checkpoint of step {step} in {folder}; steps found: {found}")
-    return RunState(**json.loads((folder / f"step-{step}" / RUN_STATE_FILE).read_text()))
+    worse = []
+    for number in reversed(steps):
+        source = folder / f"step-{number}"
+        try:
+            if source in damaged:
+                raise damaged[source]
+            manifest = read_manifest(source)
+        except DamagedError as error:
+            worse.append(str(error))
+            continue
+        for sentence in worse:
+            logger.warning("Not resumed from: %s", sentence)
+        return source, manifest
+    if worse:
+        raise DamagedError(
+            f"no checkpoint in {folder} is complete: {'; '.join(worse)}. checkpoint.load_step = 0 "
+            "starts afresh"
+        )
+    return None
+
+
+def _start(source: Path, manifest: Manifest, content: str, *, resumes: bool) -> Start:
+    if content == "model":
+        return Start(source=source, content=content)
+    if manifest.content != "run":
+        raise ValueError(
+            f"{source} holds weights only (checkpoint.last_save_model_only), from which no run can "
+            "go on: checkpoint.load_step can name an earlier step, checkpoint.initial_load_path "
+            "begins another run with these weights"
+        )
+    state = RunState(**json.loads((source / RUN_STATE_FILE).read_text()))
+    return Start(state=state, source=source, resumes=resumes)
+
+
+def excludes(patterns: Sequence[str], name: str) -> bool:
+    """Whether a parameter's name matches one of checkpoint.exclude_from_loading."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def check_excluded(patterns: Sequence[str], names: Sequence[str]) -> None:
+    """Raises ValueError for a pattern that none of the model's parameters matches."""
+    for pattern in patterns:
+        if not any(excludes([pattern], name) for name in names):
+            raise ValueError(
+                f"{quote(pattern)} matches no parameter; the model has {names[0]} to {names[-1]}"
+                f"{did_you_mean(nearest(pattern, names))}"
+            )
 
 
 def retire_later_steps(folder: Path, step: int) -> Path | None:
-    """Moves checkpoints later than `step`, of a branch that is left, to `folder`/retired-TIME.
+    """Moves checkpoints later than `step`, damaged or of a branch that is left, out of the way.
 
-    Otherwise the next resume would take the newest of them. Returns where they went.
+    Otherwise the next resume would take the newest of them. Returns where they went,
+    `folder`/retired-TIME.
     """
     later = [other for other in saved_steps(folder) if other > step]
     if not later:
@@ -66,3 +161,16 @@ def retire_later_steps(folder: Path, step: int) -> Path | None:
     for other in later:
         (folder / f"step-{other}").rename(retired / f"step-{other}")
     return retired
+
+
+def delete_old(section: Checkpoint, folder: Path) -> None:
+    """Deletes what was never completed, and all but the checkpoints that are to be kept."""
+    steps = saved_steps(folder)
+    if section.keep_latest_k > 0:
+        for step in steps[: -section.keep_latest_k]:
+            if section.keep_every == 0 or step % section.keep_every != 0:
+                path = folder / f"step-{step}"
+                # Half deleted it is incomplete, too.
+                path.rename(path.with_name(path.name + ".incomplete"))
+    for leftover in folder.glob("step-*.incomplete"):
+        shutil.rmtree(leftover)

@@ -9,7 +9,7 @@ from pathlib import Path
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import DEFAULT, ConfigError, LoadedConfig, Problem
 from titan_lite.config.parallel_rules import Broken, parallel_rules
-from titan_lite.config.problems import near_file, quote
+from titan_lite.config.problems import literal, near_file, quote
 from titan_lite.config.schema import Config
 from titan_lite.config.warnings import find_warnings
 
@@ -79,24 +79,43 @@ def _single(config: Config) -> Iterator[Broken]:
     for beta in ("beta1", "beta2"):
         if getattr(config.optimizer, beta) == 1:
             yield (f"optimizer.{beta}",), "1 never forgets, and divides by zero; use less than 1"
-    load_step = config.checkpoint.load_step
-    if isinstance(load_step, int) and load_step > 0:
-        if not config.checkpoint.enable:
-            yield (
-                ("checkpoint.load_step", "checkpoint.enable"),
-                f"{load_step} cannot be loaded: checkpoint.enable is false",
-            )
-        if load_step >= training.steps:
-            yield (
-                ("checkpoint.load_step", "training.steps"),
-                f"{load_step} leaves nothing to train: training.steps is {training.steps}",
-            )
+    yield from _checkpoint(config)
     profiling = config.profiling
     if profiling.enable_profiling and profiling.profile_freq < PROFILED_STEPS:
         yield (
             ("profiling.profile_freq", "profiling.enable_profiling"),
             f"{profiling.profile_freq} is shorter than the {PROFILED_STEPS} steps recorded "
             "in each period",
+        )
+
+
+def _checkpoint(config: Config) -> Iterator[Broken]:
+    """Rules of [checkpoint]."""
+    section = config.checkpoint
+    load_step = section.load_step
+    asked = {"load_step": load_step, "initial_load_path": section.initial_load_path}
+    for key, value in asked.items():
+        if value not in ("latest", "", 0) and not section.enable:
+            yield (
+                (f"checkpoint.{key}", "checkpoint.enable"),
+                f"{literal(value)} cannot be loaded: checkpoint.enable is false",
+            )
+    if isinstance(load_step, int) and load_step >= config.training.steps:
+        yield (
+            ("checkpoint.load_step", "training.steps"),
+            f"{load_step} leaves nothing to train: training.steps is {config.training.steps}",
+        )
+    if section.keep_every % section.interval:
+        yield (
+            ("checkpoint.keep_every", "checkpoint.interval"),
+            f"{section.keep_every} is not a multiple of checkpoint.interval ({section.interval}): "
+            "most of these steps are never saved",
+        )
+    if os.path.normpath(section.folder).split(os.sep)[0] == os.pardir:
+        yield (
+            ("checkpoint.folder",),
+            f"{quote(section.folder)} is outside of job.dump_folder: write an absolute path if "
+            "that is what you want",
         )
 
 
@@ -110,6 +129,10 @@ def _files(config: Config) -> Iterator[Broken]:
     if dataset and not (found or glob.glob(dataset, recursive=True)):  # noqa: PTH207
         message = f"no such file: {quote(data.dataset_path)}{near_file(Path(dataset))}"
         yield ("data.dataset_path",), message
+    initial = os.path.expanduser(config.checkpoint.initial_load_path)  # noqa: PTH111
+    if initial and not os.path.isdir(initial):  # noqa: PTH112
+        message = f"no such folder: {quote(initial)}{near_file(Path(initial))}"
+        yield ("checkpoint.initial_load_path",), message
     tokenizer = os.path.expanduser(data.tokenizer_path)  # noqa: PTH111
     if os.path.isdir(tokenizer):  # noqa: PTH112
         message = f"a folder, where a file is expected: {quote(data.tokenizer_path)}"

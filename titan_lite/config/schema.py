@@ -14,6 +14,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Timeout = Annotated[int, Field(ge=1, le=7 * 24 * 3600)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 DType = Literal["float32", "bfloat16", "float16"]
+AsyncMode = Literal["disabled", "async", "async_pinned"]
 SavedOp = Literal[
     "attention", "matmul", "every_second_matmul", "reduce_scatter", "all_reduce", "max"
 ]
@@ -343,7 +344,7 @@ class Float8(Section):
 
 
 class Checkpoint(Section):
-    """[checkpoint]"""
+    """[checkpoint]: saving, resuming, and beginning from the weights of others."""
 
     enable: bool = False
     """Save checkpoints, and resume from them."""
@@ -351,11 +352,30 @@ class Checkpoint(Section):
     """Folder of the checkpoints, below job.dump_folder unless absolute."""
     interval: Positive = 500
     """Steps between saves; the last step is always saved."""
+    async_mode: AsyncMode = "disabled"
+    """What training waits for: "disabled": until all is on the disk; "async": until its state is
+    copied to host memory, at twice its size; "async_pinned": for nothing before the next optimizer
+    step, the copy being made meanwhile, to pinned memory that is kept."""
     keep_latest_k: NonNegative = 10
     """Checkpoints kept, oldest deleted first; 0 keeps all."""
+    keep_every: NonNegative = 0
+    """Checkpoints of steps that are a multiple of this are never deleted; 0: no such steps."""
+    last_save_model_only: bool = False
+    """Save nothing but weights, in export_dtype, after the last step: smaller, and no run can
+    resume from them."""
+    export_dtype: DType = "float32"
+    """Type of the weights that last_save_model_only saves."""
     load_step: NonNegative | Literal["latest"] = "latest"
-    """Step to resume from; "latest" starts afresh where there is no checkpoint, 0 always does, a
-    missing step is an error."""
+    """Step to resume from; "latest" is the newest that is complete, or a fresh start where there is
+    no checkpoint; 0 always starts afresh; a missing or damaged step is an error."""
+    initial_load_path: str = ""
+    """A checkpoint of another run, as runs/a/checkpoint/step-1000, to begin from where this run
+    does not resume."""
+    initial_load_model_only: bool = True
+    """Take the weights only from initial_load_path; false goes on from it: optimizer, step, data
+    position and generators."""
+    exclude_from_loading: list[str] = []
+    """Parameters that initial_load_path does not fill: names with "*", as "output.*"."""
 
 
 class Metrics(Section):

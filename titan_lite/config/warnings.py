@@ -65,7 +65,26 @@ def _idle(loaded: LoadedConfig, dims: ParallelDims) -> Iterator[str]:
         (
             not config.checkpoint.enable,
             "checkpoint.enable is false",
-            ("checkpoint.folder", "checkpoint.interval", "checkpoint.keep_latest_k"),
+            tuple(
+                f"checkpoint.{key}"
+                for key in FIELDS["checkpoint"]
+                if key not in ("enable", "load_step", "initial_load_path")
+            ),
+        ),
+        (
+            config.checkpoint.enable and config.checkpoint.keep_latest_k == 0,
+            "checkpoint.keep_latest_k = 0 keeps all",
+            ("checkpoint.keep_every",),
+        ),
+        (
+            config.checkpoint.enable and not config.checkpoint.last_save_model_only,
+            "checkpoint.last_save_model_only is false",
+            ("checkpoint.export_dtype",),
+        ),
+        (
+            config.checkpoint.enable and not config.checkpoint.initial_load_path,
+            "checkpoint.initial_load_path is not set",
+            ("checkpoint.initial_load_model_only", "checkpoint.exclude_from_loading"),
         ),
         (
             not (profiling.enable_profiling or profiling.enable_memory_snapshot),

@@ -91,7 +91,7 @@ class DryTrainer(Trainer):
             with_positions=loaded.config.data.masks_attention,
         )
 
-    def _agree_on_step(self, loaded: LoadedConfig) -> None:
+    def _agree_on_start(self, loaded: LoadedConfig) -> None:
         pass
 
     def _build_state(self) -> None:

@@ -40,6 +40,13 @@ METRICS: dict[str, Metric] = {
     "memory_reserved_gib": Metric("GiB, peak", "max", "memory/peak_reserved_gib"),
     "alloc_retries": Metric("count since start", "max", "memory/alloc_retries"),
     "ooms": Metric("count since start", "max", "memory/ooms"),
+    # Of the saves that ended since the last record, together.
+    "checkpoint_blocked_seconds": Metric(
+        "s that training waited", "max", "checkpoint/blocked_seconds"
+    ),
+    "checkpoint_seconds": Metric("s from begin to commit", "max", "checkpoint/seconds"),
+    "checkpoint_bytes": Metric("bytes of all files", "global", "checkpoint/bytes"),
+    "checkpoint_gb_per_second": Metric("GB/s", "global", "checkpoint/gb_per_second"),
 }
 
 

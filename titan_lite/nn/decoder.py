@@ -23,6 +23,8 @@ class Decoder(nn.Module):
     """
 
     init_rules: tuple[InitRule, ...] = DECODER_RULES
+    vocab_parameters: tuple[str, ...] = ("tok_embeddings.weight", "output.weight")
+    """Those with a row for each token, and some for padding."""
     tok_embeddings: nn.Embedding | None
     norm: nn.Module | None
     output: OutputHead | None
@@ -73,7 +75,7 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Fills one whole parameter in place, by its name in this model."""
-        if name in ("tok_embeddings.weight", "output.weight"):
+        if name in self.vocab_parameters:
             # Drawn without its padding, for the values not to depend on it.
             tensor[self.vocab_size :] = 0
             tensor = tensor[: self.vocab_size]

@@ -14,6 +14,9 @@ from titan_lite.config.schema import Comm
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
+# Description of groups that serve a thread beside training, and have timeouts of their own.
+BACKGROUND = "background"
+
 
 @dataclass(frozen=True)
 class Process:
@@ -69,12 +72,14 @@ def check_dtype(name: str, device: torch.device) -> None:
 
 
 def set_timeout(seconds: int) -> None:
-    """Sets the timeout of every process group this process belongs to.
+    """Sets the timeout of every process group that training waits for.
 
     All ranks wait for each other first, so that none is still busy under the former timeout.
     """
     dist.barrier()
     for group in list(distributed_c10d._world.pg_map):
+        if group.group_desc == BACKGROUND:
+            continue
         distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 

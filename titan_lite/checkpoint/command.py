@@ -1,0 +1,98 @@
+"""`titan-lite checkpoint ls|verify DIR`: what checkpoints there are, and whether they are whole.
+
+No torch: it answers on any machine that sees the files.
+"""
+
+import argparse
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from titan_lite.checkpoint.manifest import (
+    MANIFEST_FILE,
+    DamagedError,
+    Manifest,
+    damaged_files,
+    read_manifest,
+)
+from titan_lite.checkpoint.state import saved_steps
+from titan_lite.config.load import ConfigError, Problem
+from titan_lite.config.schema import Checkpoint
+
+NO_CHECKPOINT = "no checkpoint in this folder"
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns 1 where a checkpoint is not complete."""
+    parser = argparse.ArgumentParser(
+        prog="titan-lite checkpoint",
+        description="Shows the checkpoints of a run (ls), or reads all their files and compares "
+        "them with their checksums (verify). Exit code 1: a checkpoint is not complete.",
+    )
+    parser.add_argument("action", choices=("ls", "verify"))
+    parser.add_argument(
+        "folder",
+        metavar="DIR",
+        type=Path,
+        help="one checkpoint (step-N), the folder that holds them, or the folder of a run",
+    )
+    options = parser.parse_args(argv)
+    rows = [
+        _row(folder, contents=options.action == "verify") for folder in _checkpoints(options.folder)
+    ]
+    _print_table(["checkpoint", "holds", "size", "ranks", "layout", "torch", "state"], rows)
+    return int(any(row[-1] != _sound(options.action == "verify") for row in rows))
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The folders that are checkpoints, or were to become one, oldest first."""
+    default = Checkpoint().folder
+    for parent in (folder, folder / default):
+        found = [parent / f"step-{step}" for step in saved_steps(parent)]
+        if found := [*found, *sorted(parent.glob("step-*.incomplete"))]:
+            return found
+    if (folder / MANIFEST_FILE).exists() or folder.name.startswith("step-"):
+        return [folder]
+    message = f"{NO_CHECKPOINT}, nor in {default}/ below it"
+    raise ConfigError([Problem(str(folder), "command line", message)])
+
+
+def _row(folder: Path, *, contents: bool) -> list[str]:
+    try:
+        manifest = read_manifest(folder)
+    except DamagedError as error:
+        return [folder.name, *["-"] * 5, str(error)]
+    found = _read_all(folder, manifest) if contents else []
+    layout = " x ".join(f"{axis} {size}" for axis, size in manifest.layout.items() if size > 1)
+    return [
+        folder.name,
+        manifest.content,
+        f"{manifest.bytes / 1e9:.3g} GB",
+        str(manifest.world_size),
+        layout or "one process",
+        manifest.versions["torch"],
+        "; ".join(found) or _sound(contents),
+    ]
+
+
+def _sound(contents: bool) -> str:
+    return "verified" if contents else "complete"
+
+
+def _read_all(folder: Path, manifest: Manifest) -> list[str]:
+    """Sentences about damaged files, of which several are read at once."""
+
+    def read(name: str) -> list[str]:
+        return damaged_files(folder, manifest, [name])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [sentence for found in pool.map(read, sorted(manifest.files)) for sentence in found]
+
+
+def _print_table(heads: list[str], rows: Iterable[list[str]]) -> None:
+    table = [heads, *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        print("  ".join(cells).rstrip())

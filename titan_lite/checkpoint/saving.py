@@ -1,0 +1,179 @@
+"""One save at a time, in the background if wished: its staging, its end, and what it cost."""
+
+import contextlib
+import errno
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
+from torch.distributed.tensor import DTensor
+
+from titan_lite.checkpoint.storage import Files, SavePlanner, Writer, first_failure
+from titan_lite.config.schema import AsyncMode
+from titan_lite.runtime.distributed import BACKGROUND
+
+logger = logging.getLogger(__name__)
+
+# What a system says where there is no room: on the disk, in a quota, for one file.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+# Before, torch's was good for one save (pytorch/pytorch#183424).
+REUSABLE_STAGER = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)  # type: ignore[operator]
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be saved; raised on every rank."""
+
+
+@dataclass
+class Save:
+    """A save, and its costs on this rank.
+
+    folder: what it becomes; size: bytes of its tensors, on all ranks together; files: on rank 0,
+    those that are there. blocked: seconds that training waited; seconds: from begin to commit.
+    """
+
+    step: int
+    content: str
+    folder: Path
+    size: int = 0
+    files: Files = field(default_factory=dict)
+    blocked: float = 0.0
+    started: float = 0.0
+    seconds: float = 0.0
+    staged: "Future[None]" = field(default_factory=Future)
+    written: "Future[Any]" = field(default_factory=Future)
+
+    @property
+    def aside(self) -> Path:
+        """The folder while it is written."""
+        return self.folder.with_name(self.folder.name + ".incomplete")
+
+    @contextlib.contextmanager
+    def blocking(self) -> Iterator[None]:
+        """Counts the time inside as time that training waits."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.blocked += time.perf_counter() - began
+
+    def note_end(self, _: Any = None) -> None:
+        self.seconds = time.perf_counter() - self.started
+
+    def error(self) -> SaveError | None:
+        """Why it failed, in a sentence; waits for its end."""
+        error = self.written.exception()
+        if error is None:
+            return None
+        rank, cause = dist.get_rank(), error
+        if isinstance(error, CheckpointException):
+            rank, cause = first_failure(error)
+        message = f"step {self.step} was not saved to {self.folder.parent}: rank {rank}: {cause}"
+        if isinstance(cause, OSError) and cause.errno in NO_ROOM:
+            free = shutil.disk_usage(self.folder.parent).free
+            message += (
+                f": a checkpoint of this run takes {self.size / 1e9:.3g} GB, and "
+                f"{free / 1e9:.3g} GB are free there"
+            )
+        return SaveError(message)
+
+
+class Saver:
+    """Hands checkpoints to torch.distributed.checkpoint as `async_mode` says; collective."""
+
+    def __init__(self, mode: AsyncMode, device: torch.device, timeout_seconds: int) -> None:
+        self.mode = mode
+        self.device = device
+        self.group = None
+        self.stager: DefaultStager | None = None
+        if mode != "disabled":
+            # Of its own: what a thread sends must not come between what training sends.
+            self.group = dist.new_group(
+                backend="gloo",
+                timeout=timedelta(seconds=timeout_seconds),
+                group_desc=BACKGROUND,
+            )
+        if mode == "async_pinned" and device.type != "cuda" and dist.get_rank() == 0:
+            logger.warning(
+                'checkpoint.async_mode "async_pinned" has no memory to pin without a GPU: it '
+                "copies to plain memory, in a thread"
+            )
+
+    def start(self, save: Save, tensors: dict[str, Any], writer: Writer, plan: SavePlanner) -> None:
+        """Writes `tensors`, or begins to; `save.staged` and `save.written` tell how it goes."""
+        save.started = time.perf_counter()
+        if self.mode == "disabled":
+            try:
+                dcp.save(tensors, storage_writer=writer, planner=plan)
+                save.written.set_result(None)
+            except CheckpointException as error:
+                save.written.set_exception(error)
+            save.staged.set_result(None)
+            save.note_end()
+            return
+        response = dcp.async_save(
+            tensors,
+            storage_writer=writer,
+            planner=plan,
+            process_group=self.group,
+            # Without one, the writer copies to the host before this returns.
+            async_stager=self._stager() if self.mode == "async_pinned" else None,
+        )
+        if isinstance(response, AsyncSaveResponse):
+            save.staged, save.written = response.staging_completion, response.upload_completion
+        else:
+            save.staged.set_result(None)
+            save.written = response
+        save.written.add_done_callback(save.note_end)
+
+    def close(self) -> None:
+        """Lets go of staging memory and of the group; the last save has ended."""
+        if self.stager is not None:
+            self.stager.close()
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
+
+    def _stager(self) -> DefaultStager:
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            # The copies run on a stream that does not wait for the one of training.
+            torch.cuda.synchronize(self.device)
+        if self.stager is not None and not REUSABLE_STAGER:
+            self.stager.close()
+            self.stager = None
+        if self.stager is None:
+            self.stager = DefaultStager(
+                StagingOptions(
+                    use_pinned_memory=on_gpu,
+                    # No other process reads it.
+                    use_shared_memory=False,
+                    use_async_staging=True,
+                    use_non_blocking_copy=on_gpu,
+                )
+            )
+        return self.stager
+
+
+def local_bytes(tensors: Any) -> int:
+    """This rank's share of the bytes of a state dict, what several ranks hold counted once."""
+    if isinstance(tensors, dict):
+        return sum(map(local_bytes, tensors.values()))
+    if isinstance(tensors, DTensor):
+        copies = 1
+        for size, placement in zip(tensors.device_mesh.shape, tensors.placements, strict=True):
+            copies *= size if placement.is_replicate() else 1
+        return tensors.to_local().nbytes // copies
+    return tensors.nbytes if isinstance(tensors, torch.Tensor) else 0

@@ -1,0 +1,244 @@
+"""Files of torch.distributed.checkpoint: checksummed, read without running code, movable.
+
+The only file that knows torch.distributed.checkpoint's private names.
+"""
+
+import contextlib
+import dataclasses
+import io
+import pickle
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from titan_lite.checkpoint.manifest import StoredFile, hexadecimal
+
+Files = dict[str, StoredFile]
+
+# All that a file of metadata is made of, beside data types.
+METADATA_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"},
+}
+
+
+def first_failure(error: CheckpointException) -> tuple[int, BaseException]:
+    """The lowest rank that failed in a collective of torch's, which all ranks raise, and why."""
+    rank = min(error.failures)
+    return rank, error.failures[rank][0]
+
+
+class _ChecksummedFile(io.BufferedWriter):
+    """A file to write from its beginning to its end."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "wb"))
+        self.size = self.crc32 = 0
+
+    def write(self, data: Any) -> int:
+        self.size += memoryview(data).nbytes
+        self.crc32 = zlib.crc32(data, self.crc32)
+        return super().write(data)
+
+
+class _ChecksummedFiles(FileSystem):
+    """Remembers what it writes."""
+
+    def __init__(self) -> None:
+        self.written: Files = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[io.IOBase]:
+        assert mode == "wb"
+        with _ChecksummedFile(path) as file:
+            yield file
+        self.written[Path(path).name] = StoredFile(file.size, hexadecimal(file.crc32))
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        super().rename(path, new_path)
+        self.written[Path(new_path).name] = self.written.pop(Path(path).name)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What one rank tells the first one."""
+
+    items: list[WriteResult]
+    files: Files
+
+
+class Writer(dcp.FileSystemWriter):
+    """Writes into `folder`, waiting for the disk; once all ranks have, the first calls `commit`.
+
+    commit: gets size and checksum of every file, as the ranks that wrote them know them; if it
+    raises, saving fails on all ranks.
+    """
+
+    def __init__(self, folder: Path, commit: Callable[[Files], None]) -> None:
+        super().__init__(folder, sync_files=True)
+        self.fs = self.files = _ChecksummedFiles()
+        self.commit = commit
+
+    def storage_meta(self) -> StorageMeta:
+        # Torch's would hold the path, which is of no use where the checkpoint is moved to.
+        return StorageMeta(save_id=self.save_id)
+
+    def write_data(self, plan: SavePlan, planner: dcp.SavePlanner) -> Future[Any]:
+        items = super().write_data(plan, planner).wait()
+        future: Future[Any] = Future()
+        future.set_result(_Written(items, self.files.written))
+        return future
+
+    def finish(self, metadata: Metadata, results: list[Any]) -> None:
+        super().finish(metadata, [rank.items for rank in results])
+        # The first rank's have grown by the metadata.
+        files = [*(rank.files for rank in results), self.files.written]
+        self.commit({name: file for of_rank in files for name, file in of_rank.items()})
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        found = None
+        if name in METADATA_CLASSES.get(module, ()):
+            found = super().find_class(module, name)
+        elif module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            found = getattr(torch, name)
+        if found is None:
+            raise pickle.UnpicklingError(f"asks for {module}.{name}, which no checkpoint needs")
+        return found
+
+
+class Reader(dcp.FileSystemReader):
+    """Reads a checkpoint's files without executing anything that they say."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """ValueError for metadata that are not, or not only, metadata."""
+        path = Path(self.path) / ".metadata"
+        try:
+            with path.open("rb") as file:
+                metadata = _MetadataUnpickler(file).load()
+            assert isinstance(metadata, Metadata), type(metadata)
+        except Exception as error:
+            raise ValueError(f"{path} was not loaded: {error}") from error
+        metadata.storage_meta = dataclasses.replace(
+            metadata.storage_meta or StorageMeta(), load_id=self.load_id
+        )
+        return metadata
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The rows that count of some parameters; those beyond pad them, and are zero.
+
+    They are not saved, for another layout to pad by a number of its own.
+    """
+
+    parameters: tuple[str, ...]
+    size: int
+
+    def shape(self, key: str, shape: torch.Size) -> torch.Size:
+        """Of what is saved of a tensor, by its key in a state dict and its shape in this run."""
+        if len(shape) == 0 or not self._has(key):
+            return shape
+        return torch.Size((min(shape[0], self.size), *shape[1:]))
+
+    def _has(self, key: str) -> bool:
+        names = (
+            prefix + name for name in self.parameters for prefix in ("model.", "optimizer.state.")
+        )
+        return any(f"{key}.".startswith(f"{name}.") for name in names)
+
+
+class SavePlanner(dcp.DefaultSavePlanner):
+    """Leaves the padding of the vocabulary out."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+
+    def create_local_plan(self) -> SavePlan:
+        plan = super().create_local_plan()
+        items = [kept for item in plan.items if (kept := self._without_padding(item)) is not None]
+        self.plan = dataclasses.replace(plan, items=items)
+        return self.plan
+
+    def transform_object(self, write_item: WriteItem, object: Any) -> Any:
+        object = super().transform_object(write_item, object)
+        if write_item.tensor_data is None or object.ndim == 0:
+            return object
+        return object[: write_item.tensor_data.chunk.sizes[0]]
+
+    def _without_padding(self, item: WriteItem) -> WriteItem | None:
+        data = item.tensor_data
+        if data is None:
+            return item
+        size = self.vocabulary.shape(item.index.fqn, data.size)
+        if size == data.size:
+            return item
+        rows = min(data.chunk.sizes[0], size[0] - data.chunk.offsets[0])
+        if rows <= 0:
+            return None
+        sizes = torch.Size((rows, *data.chunk.sizes[1:]))
+        chunk = dataclasses.replace(data.chunk, sizes=sizes)
+        return dataclasses.replace(
+            item, tensor_data=dataclasses.replace(data, chunk=chunk, size=size)
+        )
+
+
+class LoadPlanner(dcp.DefaultLoadPlanner):
+    """Loads a vocabulary into one that is padded; tells by name what does not fit."""
+
+    def __init__(self, vocabulary: Vocabulary, source: Path) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.source = source
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        saved = dict(self.metadata.state_dict_metadata)
+        for key, value in self.state_dict.items():
+            name = key.removeprefix("model.")
+            if key not in saved:
+                raise ValueError(f"{name} is not in {self.source}: another model was saved there")
+            found = saved[key]
+            if not isinstance(found, TensorStorageMetadata) or not isinstance(value, Tensor):
+                continue
+            if found.size != self.vocabulary.shape(key, value.shape):
+                raise ValueError(
+                    f"{name} is {tuple(found.size)} in {self.source} and {tuple(value.shape)} in "
+                    "this run: the model must be as it was"
+                )
+            # Padding, which was not saved, stays as it is: zero.
+            saved[key] = dataclasses.replace(found, size=value.shape)
+        self.metadata = dataclasses.replace(self.metadata, state_dict_metadata=saved)
+        return super().create_local_plan()
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        # Torch's own would unpickle whatever is there.
+        key = read_item.dest_index.fqn
+        loaded = torch.load(value, weights_only=True)
+        set_element(self.original_state_dict, self.mappings[key], loaded)
