@@ -1,6 +1,5 @@
 """Run N = run k + resume + run N - k, bit for bit on CPU."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,8 @@ import torch.distributed as dist
 
 from tests.distributed import Workers
 from tests.runs import build_trainer, read_metrics, train, train_and_gather
-from titan_lite.checkpoint.state import saved_steps, find_start
+from titan_lite.checkpoint.state import saved_steps
 from titan_lite.config.load import ConfigError
-from titan_lite.config.schema import Checkpoint
 from titan_lite.optim import loss_scaler
 
 EVERY_4 = ("--checkpoint.enable=true", "--checkpoint.interval=4", "--training.steps=10")
@@ -82,18 +80,7 @@ def test_only_the_latest_checkpoints_are_kept_and_the_last_step_is_always_saved(
     assert saved_steps(tmp_path / "checkpoint") == [6, 7]
 
 
-def test_a_checkpoint_cut_short_while_it_was_written_is_not_resumed_from(tmp_path: Path) -> None:
-    for name, step in (("step-4", 4), ("step-8.incomplete", 8)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "run_state.json").write_text(json.dumps({"step": step}))
-    assert find_start(Checkpoint(enable=True), tmp_path).state.step == 4
-
-
-def test_a_missing_step_is_an_error_that_names_those_found(tmp_path: Path) -> None:
-    for step in (4, 12, 8):
-        (tmp_path / f"step-{step}").mkdir()
-    with pytest.raises(ValueError, match=r"no checkpoint of step 5 in .*steps found: 4, 8, 12"):
-        find_start(Checkpoint(enable=True, load_step=5), tmp_path)
+def test_a_missing_step_is_a_mistake_in_the_configuration(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"checkpoint.load_step +\(command line\).*found: none"):
         build_trainer(tmp_path, "--checkpoint.enable=true", "--checkpoint.load_step=3")
 

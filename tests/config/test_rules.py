@@ -154,6 +154,30 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             "20 leaves nothing to train: training.steps is 20",
         ),
         (
+            ["checkpoint.initial_load_path=."],
+            1,
+            "checkpoint.initial_load_path",
+            '"." cannot be loaded: checkpoint.enable is false',
+        ),
+        (
+            ["checkpoint.enable=true", "checkpoint.initial_load_path=no/such"],
+            1,
+            "checkpoint.initial_load_path",
+            'no such folder: "no/such", and no folder "no"',
+        ),
+        (
+            ["checkpoint.enable=true", "checkpoint.interval=4", "checkpoint.keep_every=6"],
+            1,
+            "checkpoint.keep_every",
+            "6 is not a multiple of checkpoint.interval (4)",
+        ),
+        (
+            ["checkpoint.folder=a/../../b"],
+            1,
+            "checkpoint.folder",
+            '"a/../../b" is outside of job.dump_folder',
+        ),
+        (
             ["profiling.enable_profiling=true", "profiling.profile_freq=2"],
             1,
             "profiling.profile_freq",
@@ -330,6 +354,22 @@ def test_what_can_work_gives_the_degrees() -> None:
             "training.steps (1000)",
         ),
         (["checkpoint.interval=5"], 1, "checkpoint.interval (command line) cannot act: checkpoint"),
+        (["checkpoint.async_mode=async"], 1, "act: checkpoint.enable is false"),
+        (
+            ["checkpoint.enable=true", "checkpoint.keep_latest_k=0", "checkpoint.keep_every=500"],
+            1,
+            "checkpoint.keep_every (command line) cannot act: checkpoint.keep_latest_k = 0 keeps",
+        ),
+        (
+            ["checkpoint.enable=true", "checkpoint.export_dtype=bfloat16"],
+            1,
+            "act: checkpoint.last_save_model_only is false",
+        ),
+        (
+            ["checkpoint.enable=true", 'checkpoint.exclude_from_loading=["output.*"]'],
+            1,
+            "act: checkpoint.initial_load_path is not set",
+        ),
         (["profiling.profile_freq=5"], 1, "profiling.profile_freq (command line) cannot act"),
         (
             ["profiling.enable_profiling=true", "training.steps=250", "profiling.profile_freq=300"],

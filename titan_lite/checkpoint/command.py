@@ -68,7 +68,7 @@ def _row(folder: Path, *, contents: bool) -> list[str]:
     return [
         folder.name,
         manifest.content,
-        f"{manifest.bytes / 1e9:.3g} GB",
+        f"{manifest.bytes / 1e9:.3f} GB",
         str(manifest.world_size),
         layout or "one process",
         manifest.versions["torch"],

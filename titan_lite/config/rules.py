@@ -111,7 +111,7 @@ def _checkpoint(config: Config) -> Iterator[Broken]:
             f"{section.keep_every} is not a multiple of checkpoint.interval ({section.interval}): "
             "most of these steps are never saved",
         )
-    if os.path.normpath(section.folder).split(os.sep)[0] == os.pardir:
+    if Path(os.path.normpath(section.folder)).parts[:1] == ("..",):
         yield (
             ("checkpoint.folder",),
             f"{quote(section.folder)} is outside of job.dump_folder: write an absolute path if "
