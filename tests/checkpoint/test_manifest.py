@@ -56,7 +56,7 @@ def _cut_short(checkpoint: Path) -> None:
     data.write_bytes(data.read_bytes()[:-1])
 
 
-def _flip_a_bit(path: Path, offset: int) -> None:
+def flip_a_bit(path: Path, offset: int) -> None:
     content = bytearray(path.read_bytes())
     content[offset] ^= 1
     path.write_bytes(content)
@@ -65,7 +65,7 @@ def _flip_a_bit(path: Path, offset: int) -> None:
 def _flip_the_manifest(checkpoint: Path) -> None:
     content = (checkpoint / "manifest.json").read_bytes()
     # In the description: what it says is valid still.
-    _flip_a_bit(checkpoint / "manifest.json", content.index(b"a test"))
+    flip_a_bit(checkpoint / "manifest.json", content.index(b"a test"))
 
 
 def _other_format(checkpoint: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_flipped_bit_is_found_by_reading(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path, 4)
     manifest = read_manifest(checkpoint)
     assert damaged_files(checkpoint, manifest, manifest.files) == []
-    _flip_a_bit(checkpoint / "__0_0.distcp", 300)
+    flip_a_bit(checkpoint / "__0_0.distcp", 300)
     (sentence,) = damaged_files(checkpoint, manifest, manifest.files)
     assert sentence.startswith(f"{checkpoint}/__0_0.distcp is damaged: its checksum is ")
 
@@ -190,7 +190,7 @@ def test_the_command_lists_and_verifies(tmp_path: Path, capsys: pytest.CaptureFi
         lines = capsys.readouterr().out.splitlines()
         assert lines[1].split()[:4] == ["step-4", "run", "0.000", "GB"]
         assert all("dp_shard 2 x tp 2" in line and word in line for line in lines[1:])
-    _flip_a_bit(folder / "step-8" / "__0_0.distcp", 5)
+    flip_a_bit(folder / "step-8" / "__0_0.distcp", 5)
     (folder / "step-12.incomplete").mkdir()
     assert cli.main(["checkpoint", "ls", str(folder / "step-8")]) == 0
     assert cli.main(["checkpoint", "ls", str(folder)]) == 1

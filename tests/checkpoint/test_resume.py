@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.checkpoint.test_manifest import flip_a_bit
 from tests.distributed import Workers
 from tests.runs import build_trainer, read_metrics, train, train_and_gather
 from titan_lite.checkpoint.state import saved_steps
@@ -207,11 +208,30 @@ def _error_of_resuming(folder: Path, *overrides: str) -> str:
 
 
 @pytest.mark.distributed
-def test_a_checkpoint_of_another_padding_is_refused_by_name(
+def test_a_checkpoint_of_another_model_is_refused_by_name(
     workers: dict[int, Workers], tmp_path: Path
 ) -> None:
-    settings = (*EVERY_4, "--model.vocab_size=2049", "--training.local_batch_size=4")
-    workers[2].run(_interrupted, tmp_path, *settings, "--parallel.tp=2")
-    for message in workers[2].run(_error_of_resuming, tmp_path, *settings):
-        assert message.startswith("tok_embeddings.weight is (2050, 64) in ")
-        assert "and (2049, 64) in this run: model and parallel.tp, which pads" in message
+    settings = (*EVERY_4, "--training.local_batch_size=4")
+    workers[2].run(_interrupted, tmp_path, *settings)
+    for message in workers[2].run(_error_of_resuming, tmp_path, *settings, "--model.ffn_dim=96"):
+        assert "layers.0.feed_forward.w1.weight is (128, 64) in " in message
+        assert "and (96, 64) in this run: the model must be as it was" in message
+    for message in workers[2].run(_error_of_resuming, tmp_path, *settings, "--model.num_layers=3"):
+        assert "layers.2.attention.wq.weight is not in " in message
+
+
+def test_a_flipped_bit_in_the_latest_is_found_on_loading_and_an_earlier_one_resumed_from(
+    one_process: Workers, tmp_path: Path
+) -> None:
+    expected = one_process.run(train_and_gather, tmp_path, *EVERY_4)[0][0]
+    for step in (8, 10):
+        flip_a_bit(tmp_path / "checkpoint" / f"step-{step}" / "__0_0.distcp", 5000)
+    (message,) = one_process.run(_error_of_resuming, tmp_path, *EVERY_4, "--checkpoint.load_step=8")
+    assert "step-8/__0_0.distcp is damaged: its checksum is" in message
+    got = one_process.run(train_and_gather, tmp_path, *EVERY_4)[0][0]
+    assert [[r[key] for key in NUMERIC] for r in got] == [
+        [r[key] for key in NUMERIC] for r in expected
+    ]
+    (retired,) = (tmp_path / "checkpoint").glob("retired-*")
+    assert saved_steps(retired) == [8, 10]
+    assert saved_steps(tmp_path / "checkpoint") == [4, 8, 10]

@@ -104,8 +104,8 @@ class Writer(dcp.FileSystemWriter):
         self.commit = commit
 
     def storage_meta(self) -> StorageMeta:
-        # Torch's would hold the path, which is of no use where the checkpoint is moved to.
-        return StorageMeta(save_id=self.save_id)
+        # Torch's would hold the path and a random number: of no use, and never the same twice.
+        return StorageMeta()
 
     def write_data(self, plan: SavePlan, planner: dcp.SavePlanner) -> Future[Any]:
         items = super().write_data(plan, planner).wait()

@@ -1,0 +1,149 @@
+"""Saving in the background: what is saved is the state of the step, and every second is counted."""
+
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from torch.distributed.checkpoint.staging import DefaultStager
+
+from tests.distributed import Workers
+from tests.runs import build_trainer, read_metrics
+from titan_lite.checkpoint import storage
+from titan_lite.checkpoint.manifest import read_manifest
+from titan_lite.checkpoint.saving import SaveError
+from titan_lite.checkpoint.state import saved_steps
+from titan_lite.trainer import Trainer
+
+EVERY_3 = (
+    "--checkpoint.enable=true",
+    "--checkpoint.interval=3",
+    "--training.steps=8",
+    "--training.local_batch_size=4",
+)
+SLOW = 0.5
+
+
+def _slowly(folder: Path, mode: str) -> list[dict[str, Any]]:
+    """Trains while every save takes half a second to copy, and another one to write."""
+    write, stage = storage.Writer.write_data, DefaultStager._stage
+
+    def slow_write(*arguments: Any) -> Any:
+        time.sleep(SLOW)
+        return write(*arguments)
+
+    def slow_stage(*arguments: Any, **options: Any) -> Any:
+        time.sleep(SLOW)
+        return stage(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage.Writer, "write_data", slow_write)
+        patch.setattr(DefaultStager, "_stage", slow_stage)
+        trainer = build_trainer(folder, *EVERY_3, f"--checkpoint.async_mode={mode}")
+        try:
+            trainer.train()
+        finally:
+            trainer.close()
+    return read_metrics(folder)
+
+
+@pytest.mark.distributed
+def test_in_the_background_the_same_is_saved_and_training_waits_less(
+    workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    records = {
+        mode: workers[2].run(_slowly, tmp_path / mode, mode)[0]
+        for mode in ("disabled", "async", "async_pinned")
+    }
+    costs = {mode: [r for r in found if "checkpoint_bytes" in r] for mode, found in records.items()}
+    # At the next logged step; the last save ends after the last one.
+    assert [record["step"] for record in costs["disabled"]] == [4, 7]
+    for mode, found in costs.items():
+        assert [record["loss"] for record in records[mode]] == [
+            record["loss"] for record in records["disabled"]
+        ]
+        for step in (3, 6, 8):
+            here, there = (
+                read_manifest(tmp_path / other / "checkpoint" / f"step-{step}").files
+                for other in (mode, "disabled")
+            )
+            # To the byte, of both ranks: what the optimizer did meanwhile is not in it.
+            assert here == there, (mode, step)
+        manifest = read_manifest(tmp_path / mode / "checkpoint" / "step-3")
+        for record in found:
+            assert record["checkpoint_bytes"] == pytest.approx(manifest.bytes, rel=0.01)
+            seconds = record["checkpoint_seconds"]
+            assert seconds >= SLOW * (2 if mode == "async_pinned" else 1)
+            speed = record["checkpoint_bytes"] / seconds / 1e9
+            assert record["checkpoint_gb_per_second"] == pytest.approx(speed)
+    first = {mode: found[0] for mode, found in costs.items()}
+    assert first["disabled"]["checkpoint_blocked_seconds"] >= SLOW
+    # Three steps go on before the next save has to wait for this one.
+    assert 0 < first["async"]["checkpoint_blocked_seconds"] < first["async"]["checkpoint_seconds"]
+    # The first optimizer step waits for the copy.
+    pinned = first["async_pinned"]
+    assert SLOW / 2 < pinned["checkpoint_blocked_seconds"] < pinned["checkpoint_seconds"]
+
+
+class _FullDisk:
+    """In io's place in storage.py: files of rank 1 go to a device that is always full."""
+
+    def __getattr__(self, name: str) -> Any:
+        import io
+
+        if name == "FileIO" and dist.get_rank() == 1:
+            return lambda path, mode: io.FileIO("/dev/full", mode)
+        return getattr(io, name)
+
+
+def _on_a_full_disk(folder: Path, mode: str) -> tuple[str, int]:
+    """The error, and the step after which it came; the disk is full after the first save."""
+    trainer = build_trainer(folder, *EVERY_3, f"--checkpoint.async_mode={mode}")
+    save = Trainer.save
+
+    def save_and_fill(self: Trainer) -> None:
+        if self.state.step == 6:
+            self.checkpoints.wait()
+            patch.setattr(storage, "io", _FullDisk())
+        save(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "save", save_and_fill)
+        try:
+            trainer.train()
+        except SaveError as error:
+            return str(error), trainer.state.step
+        finally:
+            trainer.close()
+    return "no error", 0
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full device")  # noqa: PTH110
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_a_full_disk_is_told_on_every_rank_with_the_folder_and_what_was_needed(
+    mode: str, workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    told = workers[2].run(_on_a_full_disk, tmp_path, mode)
+    assert told[0] == told[1]
+    message, step = told[0]
+    folder = tmp_path / "checkpoint"
+    assert message.startswith(f"step 6 was not saved to {folder}: rank 1: [Errno 28] No space left")
+    size = read_manifest(folder / "step-3").bytes / 1e9
+    numbers = re.search(r"of this run takes ([\d.e-]+) GB, and ([\d.e-]+) GB are free", message)
+    assert numbers
+    # Without what files of few bytes add.
+    assert float(numbers[1]) == pytest.approx(size, rel=0.2)
+    assert float(numbers[2]) > 0
+    assert step in ((6,) if mode == "disabled" else (7, 8))
+    assert saved_steps(folder) == [3]
+    assert [path.name for path in folder.iterdir()] == ["step-3"]
+
+
+def test_a_folder_that_cannot_be_made_is_told(one_process: Workers, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").touch()
+    with pytest.raises(AssertionError, match=r"SaveError: step 3 was not saved to .*checkpoint: "):
+        one_process.run(_slowly, tmp_path, "disabled")

@@ -1,0 +1,83 @@
+"""Loading a checkpoint runs no code from its files."""
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from titan_lite.checkpoint.storage import LoadPlanner, Reader, SavePlanner, Vocabulary, Writer
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+VOCABULARY = Vocabulary(("tokens.weight",), 5)
+
+
+class _Evil:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> object:
+        return os.mkdir, (str(self.marker),)
+
+
+def _save(folder: Path, **tensors: object) -> None:
+    writer = Writer(folder, lambda files: None)
+    dcp.save(dict(tensors), storage_writer=writer, planner=SavePlanner(VOCABULARY))
+
+
+def _load(folder: Path, **tensors: object) -> dict[str, object]:
+    loaded = dict(tensors)
+    dcp.load(loaded, storage_reader=Reader(folder), planner=LoadPlanner(VOCABULARY, folder))
+    return loaded
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    values = {"lr": 0.5, "betas": (0.9, 0.95), "fused": True}
+    _save(tmp_path, weight=torch.arange(4).bfloat16(), **values)
+    loaded = _load(tmp_path, weight=torch.zeros(4), **dict.fromkeys(values, 0))
+    assert torch.equal(loaded.pop("weight"), torch.arange(4).float())
+    assert loaded == values
+
+
+def test_code_in_the_metadata_is_refused_and_not_run(tmp_path: Path) -> None:
+    _save(tmp_path, weight=torch.ones(4))
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(_Evil(tmp_path / "marker")))
+    with pytest.raises(ValueError, match=r"\.metadata was not loaded: asks for posix.mkdir"):
+        Reader(tmp_path).read_metadata()
+    assert not (tmp_path / "marker").exists()
+    for name in ("load", "serialization.load", "Tensor"):
+        asked = pickle.dumps(torch.load).replace(b"load", name.encode())
+        (tmp_path / ".metadata").write_bytes(asked)
+        with pytest.raises(ValueError, match="was not loaded"):
+            Reader(tmp_path).read_metadata()
+
+
+def test_code_in_a_value_is_refused_and_not_run(tmp_path: Path) -> None:
+    _save(tmp_path, lr=_Evil(tmp_path / "marker"))
+    with pytest.raises(CheckpointException, match="Weights only load failed"):
+        _load(tmp_path, lr=0.0)
+    assert not (tmp_path / "marker").exists()
+
+
+def test_padding_is_not_saved_and_left_as_it_is(tmp_path: Path) -> None:
+    weight, state = torch.arange(24.0).view(8, 3), torch.arange(8.0)
+    _save(
+        tmp_path,
+        model={"tokens.weight": weight, "other.weight": weight},
+        optimizer={
+            "state.tokens.weight.exp_avg": state,
+            "state.tokens.weight.step": torch.ones(()),
+        },
+    )
+    saved = Reader(tmp_path).read_metadata().state_dict_metadata
+    assert saved["model.tokens.weight"].size == (5, 3)
+    assert saved["model.other.weight"].size == (8, 3)
+    assert saved["optimizer.state.tokens.weight.exp_avg"].size == (5,)
+    for rows in (5, 6, 9):
+        loaded = _load(tmp_path, model={"tokens.weight": torch.zeros(rows, 3)})
+        expected = torch.zeros(rows, 3)
+        expected[:5] = weight[:5]
+        assert torch.equal(loaded["model"]["tokens.weight"], expected)
