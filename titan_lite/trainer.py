@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_lite.checkpoint.manager import CheckpointManager, agree_on_start
+from titan_lite.checkpoint.agreement import agree_on_start
+from titan_lite.checkpoint.manager import CheckpointManager
 from titan_lite.checkpoint.state import check_excluded
 from titan_lite.config.load import ConfigError, LoadedConfig, Problem
 from titan_lite.data.loader import Batch, DataLoader, merge_states
@@ -120,7 +121,7 @@ class Trainer:
     def _agree_on_start(self, loaded: LoadedConfig) -> None:
         """Goes back to an earlier checkpoint where the contents of the latest are damaged."""
         found = self.start
-        with blaming("checkpoint.load_step", loaded):
+        with blaming(found.key, loaded):
             self.start = agree_on_start(found, self.config.checkpoint, checkpoint_folder(loaded))
         if self.start is not found:
             self.state = self.start.state
@@ -155,7 +156,7 @@ class Trainer:
             timeout_seconds=config.comm.init_timeout_seconds,
         )
         if start.source is not None:
-            with blaming("checkpoint.load_step", loaded):
+            with blaming(start.key, loaded):
                 self.checkpoints.load(start)
             if self.loss_scaler is not None and self.state.loss_scaler:
                 self.loss_scaler.load_state_dict(self.state.loss_scaler)

@@ -24,11 +24,11 @@ EVERY_3 = (
     "--training.steps=8",
     "--training.local_batch_size=4",
 )
-SLOW = 0.5
+SLOW = 0.3
 
 
 def _slowly(folder: Path, mode: str) -> list[dict[str, Any]]:
-    """Trains while every save takes half a second to copy, and another one to write."""
+    """Trains while every save takes a while to copy, and another one to write."""
     write, stage = storage.Writer.write_data, DefaultStager._stage
 
     def slow_write(*arguments: Any) -> Any:

@@ -23,11 +23,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 from titan_lite import __version__
 from titan_lite.checkpoint.manifest import (
-    DamagedError,
     Layout,
     Manifest,
-    damaged_files,
-    read_manifest,
     sync_folder,
     write_manifest,
     write_text,
@@ -39,7 +36,6 @@ from titan_lite.checkpoint.state import (
     Start,
     delete_old,
     excludes,
-    find_start,
     retire_later_steps,
     saved_steps,
 )
@@ -164,7 +160,7 @@ class CheckpointManager:
         has_rng = bool(rng) and all(f"{rng_key}.{kind}" in saved for kind in rng)
         if has_rng:
             tensors[rng_key] = rng
-        planner = LoadPlanner(self.vocabulary, start.source)
+        planner = LoadPlanner(self.vocabulary, start.source, excluded)
         try:
             dcp.load(tensors, storage_reader=reader, planner=planner)
         except CheckpointException as error:
@@ -258,7 +254,10 @@ class CheckpointManager:
         sync_folder(save.aside)
         save.aside.rename(save.folder)
         sync_folder(self.folder)
-        delete_old(self.section, self.folder)
+        try:
+            delete_old(self.section, self.folder)
+        except OSError as error:
+            logger.warning("Old checkpoints could not be deleted: %s", error)
 
     def _wait_for_staging(self, *_: Any) -> None:
         if self.saving is not None and not self.saving.staged.done():
@@ -293,40 +292,6 @@ class CheckpointManager:
             blocked,
             save.folder,
         )
-
-
-def agree_on_start(start: Start, section: Checkpoint, folder: Path) -> Start:
-    """What all ranks begin from, after reading all its files; collective.
-
-    Of load_step "latest", an earlier checkpoint where one is damaged. Raises ValueError on every
-    rank unless all found the same, and DamagedError.
-    """
-    starts: list[tuple[int, str]] = [(0, "")] * dist.get_world_size()
-    dist.all_gather_object(starts, (start.state.step, str(start.source)))
-    if len(set(starts)) > 1:
-        raise ValueError(
-            f"ranks found different checkpoints in {folder} (by rank, 0 for none: "
-            f"{[step for step, _ in starts]}): job.dump_folder must be on a file system that all "
-            "nodes share"
-        )
-    damaged: dict[Path, DamagedError] = {}
-    while start.source is not None and (sentences := _damage(start.source)):
-        damaged[start.source] = DamagedError("; ".join(sentences))
-        if not start.resumes or section.load_step != "latest":
-            raise damaged[start.source]
-        start = find_start(section, folder, damaged)
-    return start
-
-
-def _damage(source: Path) -> list[str]:
-    """What is wrong with a checkpoint's files, each of which one rank reads; collective."""
-    manifest = read_manifest(source)
-    rank, size = dist.get_rank(), dist.get_world_size()
-    found: list[list[str]] = [[]] * size
-    dist.all_gather_object(
-        found, damaged_files(source, manifest, sorted(manifest.files)[rank::size])
-    )
-    return [sentence for sentences in found for sentence in sentences]
 
 
 def _without(tensors: dict[str, Any], patterns: Sequence[str]) -> dict[str, Any]:

@@ -70,8 +70,13 @@ class Save:
         finally:
             self.blocked += time.perf_counter() - began
 
-    def note_end(self, _: Any = None) -> None:
+    def end(self, upload: "Future[Any]") -> None:
+        """Takes the time, and only then tells those who wait."""
         self.seconds = time.perf_counter() - self.started
+        if error := upload.exception():
+            self.written.set_exception(error)
+        else:
+            self.written.set_result(None)
 
     def error(self) -> SaveError | None:
         """Why it failed, in a sentence; waits for its end."""
@@ -116,13 +121,13 @@ class Saver:
         """Writes `tensors`, or begins to; `save.staged` and `save.written` tell how it goes."""
         save.started = time.perf_counter()
         if self.mode == "disabled":
+            upload: Future[Any] = Future()
             try:
-                dcp.save(tensors, storage_writer=writer, planner=plan)
-                save.written.set_result(None)
+                upload.set_result(dcp.save(tensors, storage_writer=writer, planner=plan))
             except CheckpointException as error:
-                save.written.set_exception(error)
+                upload.set_exception(error)
             save.staged.set_result(None)
-            save.note_end()
+            save.end(upload)
             return
         response = dcp.async_save(
             tensors,
@@ -133,11 +138,11 @@ class Saver:
             async_stager=self._stager() if self.mode == "async_pinned" else None,
         )
         if isinstance(response, AsyncSaveResponse):
-            save.staged, save.written = response.staging_completion, response.upload_completion
+            save.staged = response.staging_completion
+            response.upload_completion.add_done_callback(save.end)
         else:
             save.staged.set_result(None)
-            save.written = response
-        save.written.add_done_callback(save.note_end)
+            response.add_done_callback(save.end)
 
     def close(self) -> None:
         """Lets go of staging memory and of the group; the last save has ended."""

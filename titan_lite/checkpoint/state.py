@@ -53,6 +53,11 @@ class Start:
         """Steps that the run has in its own folder already."""
         return self.state.step if self.resumes else 0
 
+    @property
+    def key(self) -> str:
+        """The key that asks for the checkpoint."""
+        return "checkpoint.load_step" if self.resumes else "checkpoint.initial_load_path"
+
 
 def saved_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in `folder`, ascending; a damaged one is among them."""
@@ -84,7 +89,11 @@ def find_start(
             f"checkpoint.initial_load_path must name one checkpoint, as {source}/step-{steps[-1]}"
         )
     content = "model" if section.initial_load_model_only else "run"
-    return _start(source, read_manifest(source), content, resumes=False)
+    try:
+        manifest = read_manifest(source)
+    except DamagedError as error:
+        raise DamagedError(f"{error} (checkpoint.initial_load_path)") from error
+    return _start(source, manifest, content, resumes=False)
 
 
 def _own_checkpoint(

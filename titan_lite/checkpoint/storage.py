@@ -8,7 +8,7 @@ import dataclasses
 import io
 import pickle
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from titan_lite.checkpoint.manifest import StoredFile, hexadecimal
+from titan_lite.checkpoint.state import excludes
 
 Files = dict[str, StoredFile]
 
@@ -212,10 +213,12 @@ class SavePlanner(dcp.DefaultSavePlanner):
 class LoadPlanner(dcp.DefaultLoadPlanner):
     """Loads a vocabulary into one that is padded; tells by name what does not fit."""
 
-    def __init__(self, vocabulary: Vocabulary, source: Path) -> None:
+    def __init__(self, vocabulary: Vocabulary, source: Path, excluded: Sequence[str] = ()) -> None:
+        """excluded: names of parameters that are left as they are."""
         super().__init__()
         self.vocabulary = vocabulary
         self.source = source
+        self.excluded = excluded
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None
@@ -236,6 +239,15 @@ class LoadPlanner(dcp.DefaultLoadPlanner):
             saved[key] = dataclasses.replace(found, size=value.shape)
         self.metadata = dataclasses.replace(self.metadata, state_dict_metadata=saved)
         return super().create_local_plan()
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        assert self.metadata is not None
+        asked = {item.dest_index.fqn for plan in global_plan for item in plan.items}
+        for key in self.metadata.state_dict_metadata:
+            name = key.removeprefix("model.")
+            if name != key and key not in asked and not excludes(self.excluded, name):
+                raise ValueError(f"{self.source} has {name}, which this run's model has not")
+        return super().create_global_plan(global_plan)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         # Torch's own would unpickle whatever is there.

@@ -353,9 +353,9 @@ class Checkpoint(Section):
     interval: Positive = 500
     """Steps between saves; the last step is always saved."""
     async_mode: AsyncMode = "disabled"
-    """What training waits for: "disabled": until all is on the disk; "async": until its state is
-    copied to host memory, at twice its size; "async_pinned": for nothing before the next optimizer
-    step, the copy being made meanwhile, to pinned memory that is kept."""
+    """What training waits for: "disabled": until all is on the disk; "async": until all is copied
+    to host memory; "async_pinned": for nothing before the next optimizer step, the copy being made
+    meanwhile, to pinned host memory that is kept for the next save."""
     keep_latest_k: NonNegative = 10
     """Checkpoints kept, oldest deleted first; 0 keeps all."""
     keep_every: NonNegative = 0

@@ -14,5 +14,6 @@ def set_up_logging(rank: int) -> None:
     logger.handlers = [handler]
     logger.propagate = False
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    # What the configuration is warned about is the same on every rank.
-    logging.getLogger("titan_lite.config").setLevel(logging.WARNING if rank == 0 else logging.ERROR)
+    # What the configuration and the checkpoints are warned about is the same on every rank.
+    for name in ("titan_lite.config", "titan_lite.checkpoint.state"):
+        logging.getLogger(name).setLevel(logging.WARNING if rank == 0 else logging.ERROR)

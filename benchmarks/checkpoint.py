@@ -1,0 +1,205 @@
+"""What saving and resuming cost, for every checkpoint.async_mode, as JSON.
+
+    python -m benchmarks.checkpoint [CONFIG] [--nproc N] [--saves 3] [--interval 8]
+        [--modes disabled async async_pinned] [--folder DIR] [--output FILE]
+        [--section.key=value ...]
+
+Each mode trains a run of its own that saves every `interval` steps below DIR, after as many steps
+without. Then a file of the size of each rank's share is written to the same disk, as plainly as
+can be, and the run is resumed from files that are not in the system's memory any more. FILE is
+kept in benchmarks/results/.
+
+blocked_over_step: seconds that training waited for a save, over the median step without one.
+lost_over_step: the same and by how much the steps were slower while a save went on, together.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+import torch.distributed as dist
+
+from benchmarks.manifest import report
+from benchmarks.measure import Values, positive
+from benchmarks.workers import BenchmarkError, Group
+from titan_lite.checkpoint.agreement import agree_on_start
+from titan_lite.checkpoint.manifest import read_manifest
+from titan_lite.config.load import ConfigError, load_config
+from titan_lite.config.schema import AsyncMode
+from titan_lite.metrics.record import Record
+from titan_lite.models.rules import check
+from titan_lite.runtime.distributed import Process
+from titan_lite.trainer import Trainer
+
+CONFIG = "benchmarks/configs/llama_104m.toml"
+BLOCK = 16 * 2**20
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the results; returns 2 for a mistake in the arguments or in a configuration."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.checkpoint",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", nargs="?", default=CONFIG)
+    parser.add_argument("--nproc", type=positive, default=1, metavar="N")
+    parser.add_argument("--saves", type=positive, default=3, metavar="N")
+    parser.add_argument("--interval", type=positive, default=8, metavar="STEPS")
+    modes = get_args(AsyncMode)
+    parser.add_argument("--modes", nargs="+", choices=modes, default=modes)
+    parser.add_argument("--folder", metavar="DIR", help="on the disk that is measured")
+    parser.add_argument("--output", metavar="FILE", help="kept in benchmarks/results/")
+    options, overrides = parser.parse_known_args(argv)
+    results = []
+    try:
+        for mode in options.modes:
+            with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+                results.append(measure(mode, folder, options, overrides))
+    except (BenchmarkError, ConfigError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    report("checkpoint", results, options.output)
+    return 0
+
+
+def measure(
+    mode: str, folder: str, options: argparse.Namespace, overrides: Sequence[str]
+) -> Values:
+    """The run of one mode, in processes of its own."""
+    steps = options.interval * (options.saves + 1)
+    settings = [
+        "--lr_scheduler.warmup_steps=1",
+        *overrides,
+        f"--job.dump_folder={folder}",
+        f"--training.steps={steps}",
+        "--metrics.log_freq=1",
+        "--metrics.enable_tensorboard=false",
+        "--checkpoint.enable=true",
+        f"--checkpoint.interval={options.interval}",
+        "--checkpoint.keep_latest_k=1",
+        f"--checkpoint.async_mode={mode}",
+    ]
+    check(load_config(options.config, settings), options.nproc)
+    with Group(options.nproc) as group:
+        records: list[Record] = group.call(train, options.config, settings)[0]
+        plain = max(group.call(write_plainly, folder))
+        resumed = group.call(resume, options.config, settings)[0]
+    size = read_manifest(Path(folder) / "checkpoint" / f"step-{steps}").bytes
+    summary = summarize(records, options.interval)
+    return {
+        "mode": mode,
+        "config": options.config,
+        "with": list(overrides),
+        "processes": options.nproc,
+        "bytes": size,
+        **summary,
+        "plain_gb_per_second": round(size / plain / 1e9, 3),
+        "over_plain": round(summary["gb_per_second"] * 1e9 * plain / size, 3),
+        **resumed,
+    }
+
+
+def train(config: str, settings: list[str]) -> list[Record]:
+    """The records of a whole run."""
+    trainer = _build(config, settings)
+    records: list[Record] = []
+    log = trainer.meter.log
+    trainer.meter.log = lambda *args, **kwargs: _kept(records, log(*args, **kwargs))  # type: ignore[method-assign]
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+    return records
+
+
+def summarize(records: Sequence[Record], interval: int) -> Values:
+    """Medians over the saves; a save goes on from its step to the record that tells its costs."""
+    # The steps up to the first save, without those that warm up.
+    alone = statistics.median(r["seconds_per_step"] for r in records[2:interval])
+    told = [index for index, record in enumerate(records) if "checkpoint_bytes" in record]
+    slower = []
+    for number, index in enumerate(told, start=1):
+        # The first record is that of step 1.
+        during = records[number * interval : index + 1]
+        slower.append(sum(record["seconds_per_step"] - alone for record in during))
+    costs = [records[index] for index in told]
+    blocked = [record["checkpoint_blocked_seconds"] for record in costs]
+    lost = [sum(pair) for pair in zip(blocked, slower, strict=True)]
+    return {
+        "seconds_per_step": round(alone, 4),
+        "blocked_seconds": round(statistics.median(blocked), 4),
+        "blocked_over_step": round(statistics.median(blocked) / alone, 3),
+        "lost_over_step": round(statistics.median(lost) / alone, 3),
+        "save_seconds": round(statistics.median(r["checkpoint_seconds"] for r in costs), 3),
+        "gb_per_second": round(statistics.median(r["checkpoint_gb_per_second"] for r in costs), 3),
+    }
+
+
+def write_plainly(folder: str) -> float:
+    """Seconds to write this rank's share of the latest checkpoint to a file, and to the disk."""
+    (checkpoint,) = Path(folder, "checkpoint").glob("step-*")
+    size = read_manifest(checkpoint).bytes // dist.get_world_size()
+    block = os.urandom(min(BLOCK, size))
+    path = Path(folder, f"plain-{dist.get_rank()}")
+    dist.barrier()
+    began = time.perf_counter()
+    with path.open("wb", buffering=0) as file:
+        for _ in range(size // len(block)):
+            file.write(block)
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - began
+    path.unlink()
+    return seconds
+
+
+def resume(config: str, settings: list[str]) -> Values:
+    """Seconds to read and check all files, and to load them, in a run that goes on."""
+    settings = [*settings, "--training.steps=1000000"]
+    if dist.get_rank() == 0:
+        _forget(Path(load_config(config, settings).config.job.dump_folder))
+    dist.barrier()
+    began = time.perf_counter()
+    trainer = _build(config, settings)
+    built = time.perf_counter() - began
+    began = time.perf_counter()
+    agree_on_start(trainer.start, trainer.config.checkpoint, trainer.checkpoints.folder)
+    checksums = time.perf_counter() - began
+    began = time.perf_counter()
+    trainer.checkpoints.load(trainer.start)
+    load = time.perf_counter() - began
+    trainer.close()
+    return {
+        "resume_seconds": round(built, 3),
+        "of_which_checksums_from_memory": round(checksums, 3),
+        "of_which_loading_from_memory": round(load, 3),
+    }
+
+
+def _build(config: str, settings: list[str]) -> Trainer:
+    loaded = load_config(config, settings)
+    return Trainer(loaded, check(loaded, Process.from_environment().world_size))
+
+
+def _kept(records: list[Record], record: Record) -> Record:
+    records.append(record)
+    return record
+
+
+def _forget(folder: Path) -> None:
+    """Has the system drop what it keeps of files in memory."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

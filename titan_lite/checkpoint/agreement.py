@@ -1,0 +1,43 @@
+"""All ranks begin from the same checkpoint, all of whose files are as they were written."""
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from titan_lite.checkpoint.manifest import DamagedError, damaged_files, read_manifest
+from titan_lite.checkpoint.state import Start, find_start
+from titan_lite.config.schema import Checkpoint
+
+
+def agree_on_start(start: Start, section: Checkpoint, folder: Path) -> Start:
+    """What all ranks begin from, after reading all its files; collective.
+
+    Of load_step "latest", an earlier checkpoint where one is damaged. Raises ValueError on every
+    rank unless all found the same, and DamagedError.
+    """
+    starts: list[tuple[int, str]] = [(0, "")] * dist.get_world_size()
+    dist.all_gather_object(starts, (start.state.step, str(start.source)))
+    if len(set(starts)) > 1:
+        raise ValueError(
+            f"ranks found different checkpoints in {folder} (by rank, 0 for none: "
+            f"{[step for step, _ in starts]}): job.dump_folder must be on a file system that all "
+            "nodes share"
+        )
+    damaged: dict[Path, DamagedError] = {}
+    while start.source is not None and (sentences := _damage(start.source)):
+        damaged[start.source] = DamagedError("; ".join(sentences))
+        if not start.resumes or section.load_step != "latest":
+            raise damaged[start.source]
+        start = find_start(section, folder, damaged)
+    return start
+
+
+def _damage(source: Path) -> list[str]:
+    """What is wrong with a checkpoint's files, each of which one rank reads; collective."""
+    manifest = read_manifest(source)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    found: list[list[str]] = [[]] * size
+    dist.all_gather_object(
+        found, damaged_files(source, manifest, sorted(manifest.files)[rank::size])
+    )
+    return [sentence for sentences in found for sentence in sentences]
