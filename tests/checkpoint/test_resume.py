@@ -1,5 +1,6 @@
 """Run N = run k + resume + run N - k, bit for bit on CPU."""
 
+import re
 from pathlib import Path
 from typing import Any
 

@@ -30,7 +30,9 @@ def _save(folder: Path, **tensors: object) -> None:
 
 def _load(folder: Path, **tensors: object) -> dict[str, object]:
     loaded = dict(tensors)
-    dcp.load(loaded, storage_reader=Reader(folder), planner=LoadPlanner(VOCABULARY, folder))
+    dcp.load(
+        loaded, storage_reader=Reader(folder), planner=LoadPlanner(VOCABULARY, folder, ["other.*"])
+    )
     return loaded
 
 
