@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.staging import DefaultStager
 
@@ -27,7 +28,7 @@ EVERY_3 = (
 SLOW = 0.3
 
 
-def _slowly(folder: Path, mode: str) -> list[dict[str, Any]]:
+def _slowly(folder: Path, mode: str, *overrides: str) -> list[dict[str, Any]]:
     """Trains while every save takes a while to copy, and another one to write."""
     write, stage = storage.Writer.write_data, DefaultStager._stage
 
@@ -42,7 +43,7 @@ def _slowly(folder: Path, mode: str) -> list[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage.Writer, "write_data", slow_write)
         patch.setattr(DefaultStager, "_stage", slow_stage)
-        trainer = build_trainer(folder, *EVERY_3, f"--checkpoint.async_mode={mode}")
+        trainer = build_trainer(folder, *EVERY_3, f"--checkpoint.async_mode={mode}", *overrides)
         try:
             trainer.train()
         finally:
@@ -86,6 +87,21 @@ def test_in_the_background_the_same_is_saved_and_training_waits_less(
     # The first optimizer step waits for the copy.
     pinned = first["async_pinned"]
     assert SLOW / 2 < pinned["checkpoint_blocked_seconds"] < pinned["checkpoint_seconds"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pinned_copies_beside_training_are_those_of_the_step(
+    gpu_workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    for mode in ("disabled", "async", "async_pinned"):
+        gpu_workers[1].run(_slowly, tmp_path / mode, mode, "--training.deterministic=true")
+        for step in (3, 6, 8):
+            here, there = (
+                read_manifest(tmp_path / other / "checkpoint" / f"step-{step}").files
+                for other in (mode, "disabled")
+            )
+            assert here == there, (mode, step)
 
 
 class _FullDisk:

@@ -173,6 +173,8 @@ def test_every_key_has_its_unit_reduction_and_tag():
         "memory_reserved_gib",
         "alloc_retries",
         "ooms",
+        "checkpoint_blocked_seconds",
+        "checkpoint_seconds",
     }
 
 
