@@ -133,7 +133,7 @@ def _start(source: Path, manifest: Manifest, content: str, *, resumes: bool) -> 
         return Start(source=source, content=content)
     if manifest.content != "run":
         raise ValueError(
-            f"{source} holds weights only (checkpoint.last_save_model_only), from which no run can "
+            f"{source} holds weights only (last_save_model_only), from which no run can "
             "go on: checkpoint.load_step can name an earlier step, checkpoint.initial_load_path "
             "begins another run with these weights"
         )
