@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": (_train, "train a model (in one process; torchrun or run_train.sh start many)"),
         "config": (_config, "check a configuration and print it with the origin of each value"),
         "checkpoint": (_checkpoint, "list the checkpoints of a run, or verify them"),
+        "convert": (_convert, "weights from Hugging Face's safetensors to checkpoints, and back"),
         "dryrun": (_dryrun, "memory, FLOPs and collectives of a step, on a machine without GPUs"),
     }
     parser = argparse.ArgumentParser(
@@ -106,6 +107,12 @@ def _config(argv: list[str]) -> int:
     return 0
 
 
+def _convert(argv: list[str]) -> int:
+    from titan_lite.tools import convert
+
+    return convert.main(argv)
+
+
 def _checkpoint(argv: list[str]) -> int:
     from titan_lite.checkpoint import command
 
@@ -149,7 +156,12 @@ def _dryrun(argv: list[str]) -> int:
         message = f"no such device: {options.device!r}{hint}"
         raise ConfigError([Problem("--device", "command line", message)])
     # Files that only a run needs.
-    elsewhere = ['--data.tokenizer_path=""', '--data.dataset_path=""', '--job.dump_folder="."']
+    elsewhere = [
+        '--data.tokenizer_path=""',
+        '--data.dataset_path=""',
+        '--checkpoint.initial_load_hf=""',
+        '--job.dump_folder="."',
+    ]
     loaded = read_config(path, [*overrides, *elsewhere])
     plan = rules.check(loaded, _world_size(options.world_size, loaded))
     ranks = _ranks(options.rank, plan.dims)

@@ -12,9 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_lite.checkpoint.agreement import agree_on_start
+from titan_lite.checkpoint.hf import DCPToHF, load_hf
+from titan_lite.checkpoint.hf_files import HFFolder
+from titan_lite.checkpoint.hf_layout import HFModel, check_start
 from titan_lite.checkpoint.manager import CheckpointManager
 from titan_lite.checkpoint.state import check_excluded
 from titan_lite.config.load import ConfigError, LoadedConfig, Problem
+from titan_lite.data.hf_documents import hf_documents
 from titan_lite.data.loader import Batch, DataLoader, merge_states
 from titan_lite.metrics.device import Peak, device_name, find_peak
 from titan_lite.metrics.meter import Meter
@@ -55,7 +59,7 @@ class Trainer:
 
     def __init__(self, loaded: LoadedConfig, plan: Plan, process: Process | None = None) -> None:
         self.config = config = loaded.config
-        self.dims = plan.dims
+        self.plan, self.dims = plan, plan.dims
         self.process = process or Process.from_environment()
         self.run_folder = Path(config.job.dump_folder)
         training = config.training
@@ -74,6 +78,7 @@ class Trainer:
         self.num_params = sum(p.numel() for p in self.model.parameters()) - padding
         self.flops = self._count_flops(args)
         self._check_device(loaded, plan)
+        self._open_initial_weights(loaded, plan)
         self.global_batch_size = training.global_batch_size
         if self.global_batch_size == -1:
             self.global_batch_size = training.local_batch_size * self.dims.batch
@@ -161,12 +166,25 @@ class Trainer:
             if self.loss_scaler is not None and self.state.loss_scaler:
                 self.loss_scaler.load_state_dict(self.state.loss_scaler)
             logger.info("%s from %s", "Resumed" if start.resumes else "Begun", start.source)
+        elif self.hf_folder is not None:
+            load_hf(self.model, self.hf_folder, self.hf)
+            logger.info("Weights are those of %s", self.hf_folder.path)
         if self.applied.count("float8 all-gather"):
             refresh_scales(self.model)
         if self.process.rank == 0:
             with blaming("job.dump_folder", loaded):
                 open_run_folder(self.run_folder, resume_step=start.own_step)
             self.checkpoints.leave_later_branch(start.own_step)
+
+    def _open_initial_weights(self, loaded: LoadedConfig, plan: Plan) -> None:
+        """Finds the Hugging Face model to start from, if this is a start from one."""
+        self.hf_folder: HFFolder | None = None
+        path = self.config.checkpoint.initial_load_hf
+        if path and self.start.source is None:
+            with blaming("checkpoint.initial_load_hf", loaded):
+                self.hf_folder = HFFolder.open(Path(path).expanduser())
+                self.hf = HFModel.of(plan.family, plan.args)
+                check_start(self.hf_folder, self.hf, plan.family, plan.args)
 
     def _split(self, loaded: LoadedConfig, args: DecoderArgs) -> list[Stage]:
         """The pipeline stages of the whole model."""
@@ -273,6 +291,7 @@ class Trainer:
         first, last = self.state.step + 1, self.config.training.steps
         if first > last:
             logger.info("Step %d of %d is done already: nothing is left to train", first - 1, last)
+            self.save_hf()
             return
         comm, profile_folder = self.config.comm, self.run_folder / "profile"
         with (
@@ -294,6 +313,7 @@ class Trainer:
                 profile(step)
             with self.meter.excluded():
                 self.checkpoints.wait()
+        self.save_hf()
         logger.info("Everything is in %s\n%s", self.run_folder, self.meter.summary())
 
     def close(self) -> None:
@@ -364,6 +384,20 @@ class Trainer:
         self.state.loss_scaler = {} if self.loss_scaler is None else self.loss_scaler.state_dict()
         is_last = self.state.step == self.config.training.steps
         self.checkpoints.save(self.state, is_last=is_last)
+
+    def save_hf(self) -> None:
+        """Writes the last step's checkpoint for Hugging Face transformers, if asked; collective."""
+        if not self.config.checkpoint.last_save_hf or self.state.step < self.config.training.steps:
+            return
+        set_timeout(self.config.comm.init_timeout_seconds)
+        family, args = self.plan.family, self.plan.args
+        assert family.hf_config is not None
+        export = DCPToHF(self.checkpoints.folder / f"step-{self.state.step}", family, args)
+        target = self.checkpoints.folder / "hf"
+        export.write(
+            target, hf_documents(args, family.hf_config, self.tokenizer, dtype=export.dtype)
+        )
+        logger.info("Hugging Face model written to %s", target)
 
     def _build_meter(self) -> Meter:
         config, device = self.config, self.process.device

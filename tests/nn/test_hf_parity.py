@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from titan_lite.models.args import DecoderArgs, RopeScaling
+from titan_lite.models.hf_config import hf_config_from_args
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.patterns import translate
 from titan_lite.nn.build import build_decoder
@@ -37,37 +38,6 @@ CASES = {
 }
 
 
-def hf_config(args: DecoderArgs):
-    rope = {"rope_type": "default", "rope_theta": args.rope_theta}
-    if args.rope_scaling is not None:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": args.rope_scaling.factor,
-            "low_freq_factor": args.rope_scaling.low_freq_factor,
-            "high_freq_factor": args.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": args.rope_scaling.original_max_seq_len,
-        }
-    config = transformers.LlamaConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.dim,
-        intermediate_size=args.ffn_dim,
-        num_hidden_layers=args.num_layers,
-        num_attention_heads=args.num_heads,
-        num_key_value_heads=args.num_kv_heads,
-        max_position_embeddings=args.max_seq_len,
-        rms_norm_eps=args.norm_eps,
-        tie_word_embeddings=args.tied_head,
-        attn_implementation="eager",
-    )
-    # transformers 5 keeps theta and scaling together, 4 apart.
-    if hasattr(config, "rope_parameters"):
-        config.rope_parameters = rope
-    else:
-        config.rope_theta = args.rope_theta
-        config.rope_scaling = rope if args.rope_scaling is not None else None
-    return config
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_every_gradient_equal_hugging_face(case: str) -> None:
     args = CASES[case]
@@ -76,7 +46,12 @@ def test_logits_and_every_gradient_equal_hugging_face(case: str) -> None:
     # Larger than at init, so that attention is far from uniform and norms matter.
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    theirs = transformers.LlamaForCausalLM(hf_config(args))
+    assert LLAMA.hf_config is not None
+    # What we write to config.json is what describes the model to them.
+    config = hf_config_from_args(args, LLAMA.hf_config, dtype="float32")
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**config, attn_implementation="eager")
+    )
     theirs.load_state_dict(
         {translate(name, LLAMA.hf_key_map): value for name, value in ours.state_dict().items()}
     )

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import platform
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,7 +20,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from titan_lite import __version__
 from titan_lite.checkpoint.manifest import (
     Layout,
     Manifest,
@@ -47,6 +45,7 @@ from titan_lite.checkpoint.storage import (
     Vocabulary,
     Writer,
     first_failure,
+    versions,
 )
 from titan_lite.config.schema import Checkpoint
 from titan_lite.nn.decoder import Decoder
@@ -236,17 +235,12 @@ class CheckpointManager:
     def _commit(self, save: Save, files: Files) -> None:
         """On rank 0, once all ranks have finished: from the rename on the checkpoint exists."""
         save.files.update(files)
-        versions = {
-            "titan_lite": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
         manifest = Manifest(
             step=save.step,
             content=save.content,
             world_size=dist.get_world_size(),
             layout=self.layout,
-            versions=versions,
+            versions=versions(),
             config=self.config,
             files=save.files,
         )

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import io
 import pickle
+import platform
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, W
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from titan_lite import __version__
 from titan_lite.checkpoint.manifest import StoredFile, hexadecimal
 from titan_lite.checkpoint.state import excludes
 
@@ -45,6 +47,15 @@ METADATA_CLASSES = {
     "torch.serialization": {"_get_layout"},
     "torch": {"Size"},
 }
+
+
+def versions() -> dict[str, str]:
+    """What a checkpoint was written by."""
+    return {
+        "titan_lite": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def first_failure(error: CheckpointException) -> tuple[int, BaseException]:
@@ -99,8 +110,10 @@ class Writer(dcp.FileSystemWriter):
     raises, saving fails on all ranks.
     """
 
-    def __init__(self, folder: Path, commit: Callable[[Files], None]) -> None:
-        super().__init__(folder, sync_files=True)
+    def __init__(
+        self, folder: Path, commit: Callable[[Files], None], *, single_file_per_rank: bool = True
+    ) -> None:
+        super().__init__(folder, sync_files=True, single_file_per_rank=single_file_per_rank)
         self.fs = self.files = _ChecksummedFiles()
         self.commit = commit
 

@@ -105,6 +105,17 @@ def _checkpoint(config: Config) -> Iterator[Broken]:
             ("checkpoint.load_step", "training.steps"),
             f"{load_step} leaves nothing to train: training.steps is {config.training.steps}",
         )
+    if section.last_save_hf and not section.enable:
+        yield (
+            ("checkpoint.last_save_hf", "checkpoint.enable"),
+            "true takes the weights from the last checkpoint, and checkpoint.enable is false",
+        )
+    if section.initial_load_hf and section.initial_load_path:
+        yield (
+            ("checkpoint.initial_load_hf", "checkpoint.initial_load_path"),
+            f"the weights cannot be those of {quote(section.initial_load_path)} "
+            "(initial_load_path), too",
+        )
     if section.keep_every % section.interval:
         yield (
             ("checkpoint.keep_every", "checkpoint.interval"),
@@ -140,6 +151,10 @@ def _files(config: Config) -> Iterator[Broken]:
     elif tokenizer and not os.path.isfile(tokenizer):  # noqa: PTH113
         message = f"no such file: {quote(data.tokenizer_path)}{near_file(Path(tokenizer))}"
         yield ("data.tokenizer_path",), message
+    hf = os.path.expanduser(config.checkpoint.initial_load_hf)  # noqa: PTH111
+    if hf and not os.path.isdir(hf):  # noqa: PTH112
+        message = f"no such folder: {quote(hf)}{near_file(Path(hf))}"
+        yield ("checkpoint.initial_load_hf",), message
     dump_folder = Path(config.job.dump_folder)
     for folder in map(str, (dump_folder, *dump_folder.parents)):
         if os.path.exists(folder):  # noqa: PTH110

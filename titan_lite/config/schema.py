@@ -376,6 +376,12 @@ class Checkpoint(Section):
     position and generators."""
     exclude_from_loading: list[str] = []
     """Parameters that initial_load_path does not fill: names with "*", as "output.*"."""
+    initial_load_hf: str = ""
+    """Folder of a Hugging Face model in safetensors, whose weights a fresh start takes; the
+    optimizer starts at zero."""
+    last_save_hf: bool = False
+    """After the last step, also write the weights of its checkpoint to hf/ in the folder of the
+    checkpoints, for transformers to open."""
 
 
 class Metrics(Section):

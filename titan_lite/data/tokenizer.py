@@ -56,6 +56,7 @@ class Tokenizer:
             mergeable_ranks=ranks,
             special_tokens=special_tokens,
         )
+        self.ranks = ranks
         digest = hashlib.sha256(b"".join(b"%d %b" % (len(token), token) for token in ranks))
         self.identity = f"{self._encoding.n_vocab} tokens {digest.hexdigest()[:16]}"
         """Same tokens, same identity: a resumed run compares it."""

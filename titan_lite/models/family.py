@@ -1,9 +1,10 @@
 """What the library knows about one model family."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from titan_lite.models.args import DecoderArgs
+from titan_lite.models.hf_config import HFConfig, HFLayout
 from titan_lite.models.roles import PlanRow
 
 
@@ -21,3 +22,9 @@ class Family:
     """Tensor-parallel roles; the module of each parameter is matched by exactly one row."""
     hf_key_map: Mapping[str, str]
     """Our parameter names -> Hugging Face's, `*` being the layer's number."""
+    hf_config: HFConfig | None = None
+    """What config.json says of it; None: transformers has no such model."""
+    hf_layouts: Mapping[str, HFLayout] = field(default_factory=dict)
+    """Hugging Face's parameter names -> how they are stored, where not as ours."""
+    hf_ignored: tuple[str, ...] = ()
+    """Tensors in files of Hugging Face's that are no parameters."""

@@ -48,8 +48,7 @@ def resolve(section: Model) -> tuple[Family, DecoderArgs]:
     Imports section.module first, which is expected to call `register`. ModelError names an
     unknown module, family, flavor or override and the nearest one that exists.
     """
-    if section.module:
-        _import(section.module)
+    load_module(section.module)
     family = _look_up("model.name", section.name, _FAMILIES)
     args = _look_up("model.flavor", section.flavor, family.flavors)
     overrides = section.model_dump(exclude={"name", "flavor", "module"}, exclude_none=True)
@@ -70,7 +69,10 @@ def _look_up(key: str, name: str, known: Mapping[str, T]) -> T:
     return known[name]
 
 
-def _import(module: str) -> None:
+def load_module(module: str) -> None:
+    """Imports a user's module, which registers families; "" is none."""
+    if not module:
+        return
     if not all(part.isidentifier() for part in module.split(".")):
         raise ModelError(
             "model.module",

@@ -40,6 +40,7 @@ def check(loaded: LoadedConfig, world_size: int) -> Plan:
         family, args = resolve(loaded.config.model)
         if loaded.in_doubt.isdisjoint(CHOICE):
             broken += model_rules(loaded.config, args)
+            broken += hf_rules(loaded.config, family)
     except ModelError as error:
         needed = CHOICE[: CHOICE.index(error.key)] if error.key in CHOICE else CHOICE
         if loaded.in_doubt.isdisjoint(needed):
@@ -56,6 +57,18 @@ def check(loaded: LoadedConfig, world_size: int) -> Plan:
     # Each tensor rank has as many rows of the vocabulary as another.
     args = dataclasses.replace(args, vocab_multiple=dims.tp)
     return Plan(dims=dims, family=family, args=args)
+
+
+def hf_rules(config: Config, family: Family) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Broken rules between the model's family and Hugging Face's form of it: (keys, message)."""
+    if family.hf_config is None:
+        for key in ("initial_load_hf", "last_save_hf"):
+            if getattr(config.checkpoint, key):
+                yield (
+                    (f"checkpoint.{key}", "model.name"),
+                    f"model family {family.name} has no form in transformers (its hf_config is "
+                    "not set)",
+                )
 
 
 def model_rules(config: Config, args: DecoderArgs) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -1,0 +1,186 @@
+"""Runs that start from, and end in, folders that Hugging Face transformers reads and writes."""
+
+import functools
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed import Workers
+from tests.runs import TINY, Run, build_trainer, train_and_gather
+from titan_lite import cli, trainer
+from titan_lite.checkpoint import hf
+from titan_lite.checkpoint.hf_files import HFFolder
+from titan_lite.checkpoint.hf_layout import HFModel, check_start
+from titan_lite.config.load import ConfigError, load_config
+from titan_lite.models import registry, rules
+from titan_lite.models.args import DecoderArgs
+from titan_lite.models.hf_config import hf_config_from_args
+from titan_lite.models.llama import LLAMA
+from titan_lite.models.patterns import translate
+from titan_lite.nn.build import build_decoder
+
+transformers = pytest.importorskip("transformers")
+
+# An odd vocabulary, which tensor parallel pads.
+MODEL = ("--model.vocab_size=2049", "--model.tied_head=true", "--model.norm_eps=1e-3")
+SAVING = ("--checkpoint.enable=true", "--checkpoint.last_save_hf=true", "--training.steps=1")
+
+
+def _args(*overrides: str) -> DecoderArgs:
+    plan = rules.check(load_config(None, [*TINY, *overrides]), 1)
+    return replace(plan.args, vocab_multiple=1)
+
+
+def _run(folder: Path, *overrides: str) -> tuple[Run, list[str]]:
+    """A run with small files for Hugging Face, and the names of those that this rank wrote."""
+    written: list[str] = []
+    save_file = hf.save_file
+
+    def remember(tensors: Any, path: Path, **options: Any) -> None:
+        written.append(path.name)
+        save_file(tensors, path, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        small = functools.partial(hf.DCPToHF, max_shard_bytes=100_000)
+        patch.setattr(trainer, "DCPToHF", small)
+        patch.setattr(hf, "save_file", remember)
+        half = "--training.local_batch_size=4"
+        return train_and_gather(folder, *SAVING, *MODEL, half, *overrides), written
+
+
+def _check_folder(folder: Path, weights: dict[str, Any]) -> None:
+    """transformers opens the folder, and computes what our model does with these weights."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    args = _args(*MODEL)
+    ours = build_decoder(args)
+    for name, parameter in ours.named_parameters():
+        parameter.data = torch.from_numpy(weights[name][: len(parameter)])
+        stored = theirs.get_parameter(translate(name, LLAMA.hf_key_map))
+        assert torch.equal(stored, parameter), name
+    tokens = torch.randint(args.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits, expected = theirs(tokens).logits, ours(tokens)
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.distributed
+def test_a_run_goes_to_hugging_face_and_another_layout_starts_from_there(
+    workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    """dp 2 x tp 2 to pp 2 x tp 2, tied head and padded vocabulary."""
+    results = workers[4].run(_run, tmp_path / "a", "--parallel.tp=2")
+    (_, weights), _ = results[0]
+    folder = tmp_path / "a" / "checkpoint" / "hf"
+    _check_folder(folder, weights["final weights"])
+    # Each file was written once, by ranks in turn.
+    written = [names for _, names in results]
+    assert all(written)
+    on_disk = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert sorted(name for names in written for name in names) == on_disk
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert "lm_head.weight" not in index["weight_map"]
+    assert set(index["weight_map"].values()) == set(on_disk)
+    num_parameters = sum(p.numel() for p in build_decoder(_args(*MODEL)).parameters())
+    assert index["metadata"]["total_size"] == 4 * num_parameters
+    assert transformers.AutoTokenizer.from_pretrained(folder).bos_token_id == 1792
+
+    start = (f"--checkpoint.initial_load_hf={folder}", "--parallel.tp=2", "--parallel.pp=2")
+    # Saved in the background, which is waited for.
+    results = workers[4].run(_run, tmp_path / "b", *start, "--checkpoint.async_mode=async")
+    (_, moved), _ = results[0]
+    assert moved["initial weights"].keys() == weights["final weights"].keys()
+    for name, expected in weights["final weights"].items():
+        np.testing.assert_array_equal(moved["initial weights"][name], expected, err_msg=name)
+    _check_folder(tmp_path / "b" / "checkpoint" / "hf", moved["final weights"])
+
+
+def test_the_runs_own_checkpoint_comes_before_the_initial_weights(
+    one_process: Workers, hf_folder: Path, tmp_path: Path
+) -> None:
+    """And a finished run, started again, writes its folder for Hugging Face again."""
+    start = f"--checkpoint.initial_load_hf={hf_folder}"
+    (_, first), _ = one_process.run(_run, tmp_path, start)[0]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(hf_folder)
+    embedding = theirs.get_input_embeddings().weight.detach()
+    np.testing.assert_array_equal(first["initial weights"]["tok_embeddings.weight"], embedding)
+    written = tmp_path / "checkpoint" / "hf" / "config.json"
+    written.unlink()
+    # What is not there any more is not asked for.
+    (hf_folder / "model.safetensors").unlink()
+    (_, again), _ = one_process.run(_run, tmp_path, start)[0]
+    np.testing.assert_equal(again["initial weights"], first["final weights"])
+    assert written.exists()
+
+
+def test_a_run_begins_with_a_converted_checkpoint(
+    one_process: Workers, hf_folder: Path, tmp_path: Path
+) -> None:
+    assert cli.main(["convert", "hf-to-dcp", str(hf_folder), f"{tmp_path}/dcp"]) == 0
+    start = f"--checkpoint.initial_load_path={tmp_path}/dcp"
+    (_, weights), _ = one_process.run(_run, tmp_path / "run", start)[0]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(hf_folder)
+    for name, array in weights["initial weights"].items():
+        expected = theirs.get_parameter(translate(name, LLAMA.hf_key_map)).detach()
+        np.testing.assert_array_equal(array, expected, err_msg=name)
+
+
+@pytest.fixture
+def hf_folder(tmp_path: Path) -> Path:
+    """A model that transformers has drawn and saved."""
+    args = _args(*MODEL)
+    assert LLAMA.hf_config is not None
+    config = transformers.LlamaConfig(**hf_config_from_args(args, LLAMA.hf_config, dtype="float32"))
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "theirs")
+    return tmp_path / "theirs"
+
+
+def test_a_model_of_other_numbers_is_refused_before_any_process_group(
+    hf_folder: Path, tmp_path: Path
+) -> None:
+    start = f"--checkpoint.initial_load_hf={hf_folder}"
+    with pytest.raises(ConfigError, match=r"initial_load_hf \(command line\): the model of .* has"):
+        build_trainer(tmp_path, *MODEL, start, "--model.num_heads=4", "--model.ffn_dim=96")
+    with pytest.raises(ConfigError, match=r"num_heads 8, not 4, .*ffn_dim 128, not 96"):
+        build_trainer(tmp_path, *MODEL, start, "--model.num_heads=4", "--model.ffn_dim=96")
+    config = hf_folder / "config.json"
+    config.write_text(config.read_text().replace("LlamaForCausalLM", "MistralForCausalLM"))
+    with pytest.raises(ConfigError, match=r"of architectures \['Mistral.*\"llama\" is LlamaForCau"):
+        build_trainer(tmp_path, *MODEL, start)
+
+
+def test_numbers_that_a_run_may_change_on_purpose_are_warned_about(
+    hf_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = _args(*MODEL, "--model.rope_theta=2e6")
+    with caplog.at_level(logging.WARNING):
+        check_start(HFFolder.open(hf_folder), HFModel.of(LLAMA, args), LLAMA, args)
+    assert "was trained with rope_theta 10000.0, this run has 2000000.0" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("last_save_hf=true", r"last_save_hf .*true takes the weights from the last checkpoint"),
+        ("initial_load_hf=nowhere", r"initial_load_hf .*: no such folder: \"nowhere\""),
+        ("initial_load_hf=.", r"initial_load_hf .*: the weights cannot be those of \"\.\" \(init"),
+    ],
+)
+def test_settings_that_cannot_act_are_refused(setting: str, message: str) -> None:
+    other = ["--checkpoint.initial_load_path=."] if setting == "initial_load_hf=." else []
+    with pytest.raises(ConfigError, match=message):
+        rules.check(load_config(None, [f"--checkpoint.{setting}", *other]), 1)
+
+
+def test_a_family_without_a_form_in_transformers_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_FAMILIES", {"llama": replace(LLAMA, hf_config=None)})
+    settings = ["--checkpoint.enable=true", "--checkpoint.last_save_hf=true"]
+    with pytest.raises(ConfigError, match="model family llama has no form in transformers"):
+        rules.check(load_config(None, settings), 1)

@@ -1,0 +1,66 @@
+"""Our tokenizer, as Hugging Face transformers opens it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from titan_lite.data.assets import ASSETS
+from titan_lite.data.hf_documents import hf_documents
+from titan_lite.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from titan_lite.models.llama import LLAMA
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def ours() -> Tokenizer:
+    return Tokenizer.load()
+
+
+@pytest.fixture(scope="module")
+def theirs(ours: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return opened(ours, tmp_path_factory.mktemp("tokenizer"))
+
+
+def opened(tokenizer: Tokenizer, folder: Path) -> Any:
+    assert LLAMA.hf_config is not None
+    documents = hf_documents(LLAMA.flavors["debug"], LLAMA.hf_config, tokenizer, dtype="float32")
+    for name, document in documents.items():
+        (folder / name).write_text(json.dumps(document))
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def test_real_text_has_the_same_tokens(ours: Tokenizer, theirs: Any) -> None:
+    lines = (ASSETS / "corpus" / "validation.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    for text, tokens in zip(texts, theirs(texts, add_special_tokens=False).input_ids, strict=True):
+        assert tokens == ours.encode(text, bos=False, eos=False)
+        assert theirs.decode(tokens) == text
+
+
+@given(st.text(max_size=100).filter(lambda text: not any(map(text.count, SPECIAL_TOKENS))))
+def test_any_text_but_special_tokens_has_the_same_tokens(
+    ours: Tokenizer, theirs: Any, text: str
+) -> None:
+    assert theirs.encode(text, add_special_tokens=False) == ours.encode(text, bos=False, eos=False)
+
+
+def test_a_text_begins_as_documents_do_in_training(ours: Tokenizer, theirs: Any) -> None:
+    assert theirs("whale").input_ids == ours.encode("whale", bos=True, eos=False)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+    assert theirs.decode(theirs("whale").input_ids, skip_special_tokens=True) == "whale"
+    assert len(theirs) == ours.vocab_size
+    assert theirs.model_max_length == 2048
+
+
+def test_a_piece_that_is_a_token_needs_no_merges(tmp_path: Path) -> None:
+    """As some of Llama 3's, which no pair of other tokens makes."""
+    tokenizer = Tokenizer({bytes([value]): value for value in range(256)} | {b"xyz": 256})
+    theirs = opened(tokenizer, tmp_path)
+    for text, expected in (("xyz", [256]), ("axyz", [*b"axyz"])):
+        assert theirs.encode(text, add_special_tokens=False) == expected
+        assert tokenizer.encode(text, bos=False, eos=False) == expected

@@ -1,0 +1,321 @@
+"""`titan-lite convert`, there and back, and what it refuses."""
+
+import json
+import os
+import pickle
+import shutil
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from titan_lite import cli
+from titan_lite.checkpoint.manifest import read_manifest, write_manifest, write_text
+from titan_lite.config.load import load_config
+from titan_lite.models import registry
+from titan_lite.models.args import DecoderArgs, RopeScaling
+from titan_lite.models.hf_config import hf_config_from_args
+from titan_lite.models.llama import LLAMA
+from titan_lite.models.registry import resolve
+
+transformers = pytest.importorskip("transformers")
+
+ARGS = DecoderArgs(
+    dim=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    ffn_dim=48,
+    vocab_size=2048,
+    max_seq_len=64,
+    rope_theta=5e5,
+    rope_scaling=RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192
+    ),
+)
+
+
+def save_theirs(folder: Path, args: DecoderArgs = ARGS) -> Any:
+    """A model as transformers writes it, in several files."""
+    assert LLAMA.hf_config is not None
+    described = hf_config_from_args(args, LLAMA.hf_config, dtype="bfloat16")
+    config = transformers.LlamaConfig(**described)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="100KB")
+    return model
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+
+@pytest.mark.parametrize("tied_head", [False, True])
+def test_there_and_back_every_bit_is_the_same(
+    tied_head: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = replace(ARGS, tied_head=tied_head)
+    theirs = save_theirs(tmp_path / "theirs", args)
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    assert cli.main(["convert", "hf-to-dcp", f"{tmp_path}/theirs", f"{tmp_path}/dcp"]) == 0
+    printed = capsys.readouterr().out
+    count = sum(parameter.numel() for parameter in theirs.parameters())
+    assert f"LlamaForCausalLM, {count:,} parameters in bfloat16" in printed
+    # What it prints is a configuration that runs this model.
+    (tmp_path / "run.toml").write_text(printed[printed.index("[model]") :])
+    assert resolve(load_config(tmp_path / "run.toml").config.model) == (LLAMA, args)
+
+    back = ["convert", "dcp-to-hf", f"{tmp_path}/dcp", f"{tmp_path}/ours"]
+    assert cli.main([*back, "--max-shard-size=100KB"]) == 0
+    assert "Without tokenizer files" in capsys.readouterr().out
+    ours, expected = tensors(tmp_path / "ours"), tensors(tmp_path / "theirs")
+    assert ours.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert ours[name].dtype == torch.bfloat16
+        assert torch.equal(ours[name], tensor), name
+    index = json.loads((tmp_path / "ours" / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": 2 * count}
+    assert index["weight_map"].keys() == expected.keys()
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert again.dtype == torch.bfloat16
+    assert again.config.tie_word_embeddings is tied_head
+
+
+def test_another_dtype_and_a_tokenizer_can_be_asked_for(tmp_path: Path) -> None:
+    save_theirs(tmp_path / "theirs")
+    cli.main(["convert", "hf-to-dcp", f"{tmp_path}/theirs", f"{tmp_path}/dcp"])
+    back = ["convert", "dcp-to-hf", f"{tmp_path}/dcp", f"{tmp_path}/ours"]
+    assert cli.main([*back, "--dtype=float32", "--tokenizer="]) == 0
+    assert [path.name for path in tmp_path.glob("ours/*.safetensors")] == ["model.safetensors"]
+    # Whoever may read the one may read the other.
+    modes = {path.stat().st_mode for path in (tmp_path / "ours").iterdir()}
+    assert len(modes) == 1
+    expected = tensors(tmp_path / "theirs")
+    for name, tensor in tensors(tmp_path / "ours").items():
+        assert torch.equal(tensor, expected[name].float())
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert model.dtype == torch.float32
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert model.config.bos_token_id == tokenizer.bos_token_id == 1792
+
+
+class LivePeak(TorchDispatchMode):
+    """The most bytes that tensors have held at once, as far as operations show them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.device.type == "cpu":
+            storage = result.untyped_storage()
+            if storage._cdata not in self.live:
+                self.live[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, storage._cdata, None)
+                self.peak = max(self.peak, sum(self.live.values()))
+        return result
+
+
+def test_a_conversion_holds_one_tensor_or_one_file_at_a_time(tmp_path: Path) -> None:
+    save_theirs(tmp_path / "theirs", replace(ARGS, num_layers=16))
+    sizes = [tensor.nbytes for tensor in tensors(tmp_path / "theirs").values()]
+    with LivePeak() as to_dcp:
+        cli.main(["convert", "hf-to-dcp", f"{tmp_path}/theirs", f"{tmp_path}/dcp"])
+    assert max(sizes) <= to_dcp.peak < 3 * max(sizes)
+    back = ["convert", "dcp-to-hf", f"{tmp_path}/dcp", f"{tmp_path}/ours", "--max-shard-size=50KB"]
+    with LivePeak() as to_hf:
+        cli.main(back)
+    assert max(sizes) <= to_hf.peak < 3 * max(sizes)
+    assert sum(sizes) > 3.5 * max(sizes)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Puts all tensors into one file, with changes; None leaves one out."""
+    changed = tensors(folder) | {name.replace("__", "."): t for name, t in changes.items()}
+    for path in folder.glob("model*"):
+        path.unlink()
+    kept = {name: tensor for name, tensor in changed.items() if tensor is not None}
+    save_file(kept, folder / "model.safetensors")
+
+
+def edit_index(folder: Path, name: str) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["lm_head.weight"] = name
+    path.write_text(json.dumps(index))
+
+
+def only_pickles(folder: Path) -> None:
+    for path in folder.glob("model*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"")
+
+
+def cut_short(folder: Path) -> None:
+    path = min(folder.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model as transformers writes it, "theirs", and its checkpoint, "dcp"."""
+    folder = tmp_path_factory.mktemp("saved")
+    save_theirs(folder / "theirs")
+    assert cli.main(["convert", "hf-to-dcp", f"{folder}/theirs", f"{folder}/dcp"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (only_pickles, "holds pytorch_model.bin, which can run code when it is opened: only safet"),
+        (lambda f: [p.unlink() for p in f.glob("model*")], "holds neither model.safetensors nor "),
+        (lambda f: (f / "config.json").unlink(), "has no config.json: not the folder of a Hugging"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json is no JSON: Expecting"),
+        (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object, found list"),
+        (cut_short, ".safetensors is damaged, or no safetensors file: "),
+        (lambda f: edit_index(f, "gone.safetensors"), "names gone.safetensors, which is not the"),
+        (lambda f: edit_index(f, "../x.safetensors"), "'../x.safetensors' is no file of the same"),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text("{}"),
+            "model.safetensors.index.json: no weight_map that names files",
+        ),
+        (lambda f: edit_config(f, architectures=["Gemma"]), "no model family here is of archit"),
+        (lambda f: edit_config(f, attention_bias=True), "config.json: attention_bias is True; Ll"),
+        (
+            lambda f: edit_config(f, rope_parameters={**rope_of(f), "factor": 32.0}),
+            "no flavor of model family llama has RopeScaling(factor=32.0",
+        ),
+        (
+            lambda f: edit_tensors(f, lm_head__weight=None, model__norm__weight=None),
+            "theirs lacks model.norm.weight, lm_head.weight",
+        ),
+        (
+            lambda f: edit_tensors(f, **{f"extra{n}": torch.ones(2) for n in range(6)}),
+            "theirs holds what this model has not: extra0, extra1, extra2, extra3 and 2 more",
+        ),
+        (
+            lambda f: edit_tensors(f, model__norm__weight=torch.ones(33)),
+            "theirs has other shapes: model.norm.weight (33,), not (32,)",
+        ),
+        (
+            lambda f: edit_tensors(f, model__norm__weight=torch.ones(32, dtype=torch.int8)),
+            "theirs has numbers other than float32, bfloat16, float16: model.norm.weight I8",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_folder_that_is_no_model_of_ours_is_refused_in_one_sentence(
+    spoil: Any, message: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "theirs"
+    shutil.copytree(saved / "theirs", folder)
+    spoil(folder)
+    assert cli.main(["convert", "hf-to-dcp", str(folder), f"{tmp_path}/dcp"]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.startswith("titan-lite convert: ")
+    assert printed.count("\n") == 1
+    assert not list(tmp_path.glob("dcp*"))
+
+
+def rope_of(folder: Path) -> dict[str, Any]:
+    rope: dict[str, Any] = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    return rope
+
+
+def test_what_files_may_hold_beside_the_weights_is_passed_over(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    shutil.copytree(saved / "theirs", folder)
+    inv_freq = {f"model__layers__{n}__self_attn__rotary_emb__inv_freq": torch.ones(4) for n in "01"}
+    # A tied model's head is its embedding, whatever the file says.
+    edit_config(folder, tie_word_embeddings=True)
+    edit_tensors(folder, **inv_freq)
+    assert cli.main(["convert", "hf-to-dcp", str(folder), f"{tmp_path}/dcp"]) == 0
+
+
+def edit_model(folder: Path, **changes: Any) -> None:
+    manifest = read_manifest(folder)
+    model = manifest.config["model"] | changes if changes else None
+    write_manifest(folder, replace(manifest, config={"model": model}))
+
+
+def spoil_metadata(folder: Path) -> None:
+    """Metadata that would have a command run."""
+    manifest = read_manifest(folder)
+    spoilt = write_text(folder / ".metadata", pickle.dumps(os.system, protocol=0).decode())
+    write_manifest(folder, replace(manifest, files=manifest.files | {".metadata": spoilt}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "message"),
+    [
+        (
+            lambda f: (f / "manifest.json").unlink(),
+            [],
+            "has no manifest.json: no checkpoint that w",
+        ),
+        (edit_model, [], "dcp does not say what model it is: "),
+        (spoil_metadata, [], "asks for posix.system, which no checkpoint needs"),
+        (lambda f: edit_model(f, name="lama"), [], 'no "lama"; did you mean "llama"?'),
+        (lambda f: edit_model(f, num_layers=3), [], "has no weight layers.2.attention_norm.weig"),
+        (lambda f: edit_model(f, ffn_dim=49), [], "w1.weight is (48, 32) in "),
+        (lambda f: edit_model(f, module="mine"), [], "a module of yours, mine: name it with --mod"),
+        (lambda f: None, ["--module=mine"], 'no module named "mine"'),
+        (lambda f: None, ["--tokenizer=nowhere"], "nowhere does not exist"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_converted_is_refused(
+    spoil: Any,
+    options: list[str],
+    message: str,
+    saved: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "dcp"
+    shutil.copytree(saved / "dcp", folder)
+    spoil(folder)
+    assert cli.main(["convert", "dcp-to-hf", str(folder), f"{tmp_path}/ours", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("ours*"))
+
+
+def test_a_family_without_a_form_in_transformers_is_refused(
+    saved: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(registry, "_FAMILIES", {"llama": replace(LLAMA, hf_config=None)})
+    assert cli.main(["convert", "dcp-to-hf", f"{saved}/dcp", f"{tmp_path}/ours"]) == 2
+    assert "model family llama has no form in transformers" in capsys.readouterr().err
+
+
+def test_nothing_is_written_over(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["convert", "hf-to-dcp", f"{saved}/theirs", f"{saved}/dcp"]) == 2
+    assert "dcp exists already; name a folder that does not" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["5 apples", "0GB", "-1"])
+def test_a_size_that_is_none_is_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["convert", "dcp-to-hf", "a", "b", f"--max-shard-size={size}"])
+    assert exit.value.code == 2
+    assert f'expected a size as "5GB" or "200MB", got \'{size}\'' in capsys.readouterr().err

@@ -1,0 +1,282 @@
+"""Weights from and to Hugging Face's safetensors, of which no process ever holds all."""
+
+import contextlib
+import math
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.futures import Future
+
+from titan_lite.checkpoint.hf_files import HFFolder, plan_files, write_index, write_json
+from titan_lite.checkpoint.hf_layout import HFModel
+from titan_lite.checkpoint.manifest import Manifest, sync_folder, write_manifest
+from titan_lite.checkpoint.storage import Files, Reader, Writer, versions
+from titan_lite.models.args import DecoderArgs
+from titan_lite.models.family import Family
+
+# Where a checkpoint has the weights: "model.tok_embeddings.weight".
+PREFIX = "model."
+# The default of transformers' save_pretrained, up to its version 4.
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+def load_hf(model: nn.Module, folder: HFFolder, hf: HFModel) -> None:
+    """Fills a model's parameters, in place, each rank reading its own shards; collective."""
+    weights: dict[str, Any] = get_model_state_dict(model)
+    reader = HFReader(folder, hf, {name: tensor.shape for name, tensor in weights.items()})
+    dcp.load(weights, storage_reader=reader)
+    # In place as it is, torch asks for this after every load.
+    set_model_state_dict(model, weights)
+
+
+def hf_to_dcp(folder: HFFolder, hf: HFModel, target: Path, config: dict[str, Any]) -> None:
+    """Writes a checkpoint of the weights alone, in the dtypes they have; in one process.
+
+    It holds one tensor at a time, and writes each to a file of its own. config: for the manifest.
+    """
+
+    def stored_dtype(name: str) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, folder.tensors[hf.places[name][0]].dtype)
+        return dtype
+
+    weights = {
+        name: torch.empty(hf.shape(name), dtype=stored_dtype(name), device="meta")
+        for name in hf.places
+    }
+    aside = target.with_name(target.name + ".incomplete")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+
+    def commit(files: Files) -> None:
+        manifest = Manifest(
+            step=0,
+            content="model",
+            world_size=1,
+            layout={},
+            versions=versions(),
+            config=config,
+            files=files,
+        )
+        write_manifest(aside, manifest)
+        sync_folder(aside)
+        aside.rename(target)
+
+    # Of a file that it writes, torch keeps all tensors until the end.
+    writer = Writer(aside, commit, single_file_per_rank=False)
+    with _one_process():
+        dcp.save(
+            {PREFIX.removesuffix("."): weights},
+            storage_writer=writer,
+            planner=_ReadWhenWritten(folder, hf),
+            no_dist=True,
+        )
+
+
+class HFReader(dcp.StorageReader):
+    """What dcp.load needs to read parts of our tensors from a folder of Hugging Face's.
+
+    shapes: of our tensors as the model has them, a vocabulary's padding included.
+    """
+
+    def __init__(self, folder: HFFolder, hf: HFModel, shapes: Mapping[str, torch.Size]) -> None:
+        self.folder = folder
+        self.hf = hf
+        self.shapes = shapes
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return Metadata(
+            {
+                name: TensorStorageMetadata(
+                    TensorProperties(),
+                    shape,
+                    [ChunkStorageMetadata(torch.Size([0] * len(shape)), shape)],
+                )
+                for name, shape in self.shapes.items()
+            }
+        )
+
+    def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> "Future[None]":
+        for item in plan.items:
+            name = item.storage_index.fqn
+            box = _read(self.folder, self.hf, name, item.storage_offsets, item.lengths)
+            target = planner.resolve_tensor(item)
+            target.detach().copy_(box)
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        pass
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: dcp.LoadPlan) -> dcp.LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[dcp.LoadPlan]) -> list[dcp.LoadPlan]:
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return True
+
+
+class _ReadWhenWritten(dcp.DefaultSavePlanner):
+    """Gives dcp.save each tensor at the moment it is written."""
+
+    def __init__(self, folder: HFFolder, hf: HFModel) -> None:
+        super().__init__()
+        self.folder = folder
+        self.hf = hf
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        name = index.fqn.removeprefix(PREFIX)
+        shape = self.hf.shape(name)
+        return _read(self.folder, self.hf, name, [0] * len(shape), shape)
+
+
+class DCPToHF:
+    """The weights of a checkpoint on disk, to be written as Hugging Face's files.
+
+    dtype: as torch spells it; None: as saved. ValueError where the checkpoint's model is another.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        family: Family,
+        args: DecoderArgs,
+        *,
+        dtype: str | None = None,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+    ) -> None:
+        self.hf = HFModel.of(family, args)
+        self.reader = _ReadOnce(source)
+        self.saved = {
+            name.removeprefix(PREFIX): tensor
+            for name, tensor in self.reader.read_metadata().state_dict_metadata.items()
+            if name.startswith(PREFIX) and isinstance(tensor, TensorStorageMetadata)
+        }
+        self._check(source)
+        self.dtypes = {
+            name: getattr(torch, dtype)
+            if dtype
+            else self.saved[next(iter(tensor.parts))].properties.dtype
+            for name, tensor in self.hf.tensors.items()
+        }
+        self.files = plan_files(
+            {
+                name: math.prod(tensor.shape) * self.dtypes[name].itemsize
+                for name, tensor in self.hf.tensors.items()
+            },
+            max_shard_bytes,
+        )
+
+    @property
+    def dtype(self) -> str:
+        """The type that config.json names: that of the first tensor."""
+        return str(next(iter(self.dtypes.values()))).removeprefix("torch.")
+
+    def write(self, target: Path, documents: Mapping[str, Mapping[str, Any]]) -> None:
+        """Writes the folder `target`, with JSON `documents` by file name; collective in a group.
+
+        Ranks deal the files to each other, and each holds one at a time. The folder appears, and
+        takes the place of an earlier one, when it is complete.
+        """
+        rank, world_size = 0, 1
+        if dist.is_initialized():
+            rank, world_size = dist.get_rank(), dist.get_world_size()
+        aside = target.with_name(target.name + ".incomplete")
+        if rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        _barrier()
+        for file in self.files[rank::world_size]:
+            tensors = {name: self._tensor(name) for name in file.tensors}
+            save_file(tensors, aside / file.name, metadata={"format": "pt"})
+            # As any new file: safetensors lets nobody but its owner read it.
+            (aside / file.name).chmod(aside.stat().st_mode & 0o666)
+            # Before the next one's are there.
+            del tensors
+        _barrier()
+        if rank == 0:
+            write_index(aside, self.files)
+            for name, document in documents.items():
+                write_json(aside / name, document)
+            shutil.rmtree(target, ignore_errors=True)
+            aside.rename(target)
+        _barrier()
+
+    def _tensor(self, name: str) -> Tensor:
+        tensor = self.hf.tensors[name]
+        parts = {}
+        for part in tensor.parts:
+            saved = self.saved[part]
+            parts[PREFIX + part] = torch.empty(saved.size, dtype=saved.properties.dtype)
+        with _one_process():
+            dcp.load(parts, storage_reader=self.reader, no_dist=True)
+        return tensor.join(list(parts.values())).to(self.dtypes[name])
+
+    def _check(self, source: Path) -> None:
+        for tensor in self.hf.tensors.values():
+            for part, rows in tensor.parts.items():
+                if part not in self.saved:
+                    raise ValueError(f"{source} has no weight {part}")
+                size, expected = self.saved[part].size, self.hf.shape(part)
+                # More rows are a vocabulary's padding.
+                if size[1:] != expected[1:] or size[0] < rows:
+                    raise ValueError(
+                        f"{part} is {tuple(size)} in {source}, {expected} in the model"
+                    )
+
+
+class _ReadOnce(Reader):
+    """Keeps the metadata, which dcp.load asks for at every call."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._metadata = super().read_metadata()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._metadata
+
+
+def _read(folder: HFFolder, hf: HFModel, name: str, offsets: Any, lengths: Any) -> Tensor:
+    """A box of our tensor `name`."""
+    hf_name, part = hf.places[name]
+    with safe_open(folder.tensors[hf_name].file, framework="pt") as opened:
+        return hf.tensors[hf_name].read(opened.get_slice(hf_name), part, offsets, lengths)
+
+
+@contextlib.contextmanager
+def _one_process() -> Iterator[None]:
+    """Without torch's warning that what was asked for, no_dist, is so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,140 @@
+"""The files of a Hugging Face model: config.json, safetensors and their index; no torch."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+# Spelled as safetensors does; what else there is belongs to quantized models.
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a safetensors file; dtype as torch spells it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class HFFolder:
+    """What a folder holds: its config.json, and where each tensor is. No tensor is read."""
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+
+    @classmethod
+    def open(cls, path: Path) -> "HFFolder":
+        """ValueError naming the file that is missing, damaged or of a kind that is not read."""
+        config = _read_json(path / CONFIG_FILE)
+        tensors: dict[str, StoredTensor] = {}
+        for file in _weight_files(path):
+            tensors |= _read_header(file)
+        return cls(path, config, tensors)
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file to write, and the names of its tensors."""
+
+    name: str
+    tensors: tuple[str, ...]
+    num_bytes: int
+
+
+def plan_files(sizes: Mapping[str, int], max_bytes: int) -> list[PlannedFile]:
+    """Deals tensors, of `sizes` bytes, to files in order: none larger than max_bytes.
+
+    A tensor that is larger itself has a file of its own.
+    """
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if groups[-1] and used + size > max_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    names = [f"model-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
+    if len(groups) == 1:
+        names = [SINGLE_FILE]
+    return [
+        PlannedFile(name, tuple(group), sum(sizes[tensor] for tensor in group))
+        for name, group in zip(names, groups, strict=True)
+    ]
+
+
+def write_index(folder: Path, files: Iterable[PlannedFile]) -> None:
+    """Says which file holds which tensor; a single file needs no index."""
+    files = list(files)
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(file.num_bytes for file in files)},
+            "weight_map": {tensor: file.name for file in files for tensor in file.tensors},
+        }
+        write_json(folder / INDEX_FILE, index)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The files that the index names, or the only one."""
+    if (path / INDEX_FILE).exists():
+        weight_map = _read_json(path / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{path / INDEX_FILE}: no weight_map that names files")
+        names = sorted({str(name) for name in weight_map.values()})
+        for name in names:
+            if Path(name).name != name:
+                raise ValueError(f"{path / INDEX_FILE}: {name!r} is no file of the same folder")
+            if not (path / name).is_file():
+                raise ValueError(f"{path / INDEX_FILE} names {name}, which is not there")
+        return [path / name for name in names]
+    if (path / SINGLE_FILE).is_file():
+        return [path / SINGLE_FILE]
+    if pickles := sorted(file.name for file in path.iterdir() if file.suffix in (".bin", ".pth")):
+        raise ValueError(
+            f"{path} holds {pickles[0]}, which can run code when it is opened: only safetensors "
+            "are read; transformers' save_pretrained writes them"
+        )
+    raise ValueError(f"{path} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    try:
+        with safe_open(file, framework="np") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return {
+                name: StoredTensor(
+                    file, tuple(s.get_shape()), DTYPES.get(s.get_dtype(), s.get_dtype())
+                )
+                for name, s in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged, or no safetensors file: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        message = f"{path.parent} has no {path.name}: not the folder of a Hugging Face model"
+        raise ValueError(message) from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content

@@ -1,0 +1,212 @@
+"""Which tensors of ours are in which of Hugging Face's, and where.
+
+A tensor of Hugging Face's is made of parts, each one tensor of ours. The rows of a part are dealt
+to groups, and the groups follow each other, each with its rows of every part.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titan_lite.checkpoint.hf_files import DTYPES, HFFolder
+from titan_lite.models.args import DecoderArgs
+from titan_lite.models.family import Family
+from titan_lite.models.hf_config import HFLayout, differences
+from titan_lite.models.patterns import matches, translate
+from titan_lite.nn.build import build
+
+logger = logging.getLogger(__name__)
+
+TUNABLE = ("rope_theta", "rope_scaling", "norm_eps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HFTensor:
+    """One tensor of Hugging Face's; parts: our names, and how many rows each has there."""
+
+    name: str
+    parts: Mapping[str, int]
+    shape: tuple[int, ...]
+    groups: int = 1
+    transposed: bool = False
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The whole tensor from its parts, in order, without the padding of a vocabulary."""
+        parts = [part[:rows] for part, rows in zip(parts, self.parts.values(), strict=True)]
+        grouped = [part.unflatten(0, (self.groups, -1)) for part in parts]
+        whole = torch.cat(grouped, dim=1).flatten(0, 1) if len(parts) > 1 else parts[0]
+        return (whole.T if self.transposed else whole).contiguous()
+
+    def read(
+        self, stored: Any, part: str, offsets: Sequence[int], lengths: Sequence[int]
+    ) -> Tensor:
+        """The box of a part at `offsets`; `stored`: the slice that safe_open gives.
+
+        Rows past those of the part pad a vocabulary: they are zero.
+        """
+        last = min(offsets[0] + lengths[0], self.parts[part])
+        columns = tuple(
+            slice(offset, offset + size)
+            for offset, size in zip(offsets[1:], lengths[1:], strict=True)
+        )
+        boxes = [
+            stored[(*columns, rows)].T if self.transposed else stored[(rows, *columns)]
+            for rows in self._runs(part, offsets[0], last)
+        ]
+        if padding := lengths[0] - sum(map(len, boxes)):
+            boxes.append(torch.zeros(padding, *lengths[1:]))
+        return torch.cat(boxes) if len(boxes) > 1 else boxes[0]
+
+    def _runs(self, part: str, first: int, last: int) -> Iterator[slice]:
+        """Where the part's rows from `first` up to `last` are stored, in pieces without gaps."""
+        names = list(self.parts)
+        before = sum(self.parts[name] for name in names[: names.index(part)]) // self.groups
+        size = self.parts[part] // self.groups
+        stride = sum(self.parts.values()) // self.groups
+        while first < last:
+            group, row = divmod(first, size)
+            count = min(size - row, last - first)
+            start = group * stride + before + row
+            yield slice(start, start + count)
+            first += count
+
+
+@dataclass(frozen=True)
+class HFModel:
+    """All tensors of a model in Hugging Face's form, without the padding of a vocabulary.
+
+    tensors: by Hugging Face's name, in the order of the model. places: our names -> (Hugging
+    Face's name, the part's name), both names of a tied weight among them. ignored: patterns of
+    names that a file may hold as well.
+    """
+
+    tensors: Mapping[str, HFTensor]
+    places: Mapping[str, tuple[str, str]]
+    ignored: tuple[str, ...]
+
+    @classmethod
+    def of(cls, family: Family, args: DecoderArgs) -> "HFModel":
+        """Builds the model on the meta device, for its shapes."""
+        with torch.device("meta"):
+            model = build(family, replace(args, vocab_multiple=1))
+        parameters = dict(model.named_parameters())
+        first_name = {id(parameter): name for name, parameter in parameters.items()}
+        parts: dict[str, list[str]] = {}
+        places, tied = {}, []
+        for name, parameter in model.state_dict(keep_vars=True).items():
+            part = first_name[id(parameter)]
+            places[name] = (translate(part, family.hf_key_map), part)
+            if name == part:
+                parts.setdefault(places[name][0], []).append(name)
+            else:
+                tied.append(translate(name, family.hf_key_map))
+        rows = list(family.hf_key_map)
+        tensors = {}
+        for name, ours in parts.items():
+            # The order of the map is the order of the parts.
+            ours.sort(key=lambda part: next(n for n, row in enumerate(rows) if matches(row, part)))
+            tensors[name] = _hf_tensor(name, ours, parameters, family, args)
+        return cls(tensors, places, (*family.hf_ignored, *tied))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of our tensor, without the padding of a vocabulary."""
+        hf_name, part = self.places[name]
+        tensor = self.tensors[hf_name]
+        shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
+        return (tensor.parts[part], *shape[1:])
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in all tensors."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+    def check(self, folder: HFFolder) -> None:
+        """ValueError naming every kind of difference between this model and a folder's tensors."""
+        stored = folder.tensors
+        problems = [
+            *_listed("lacks", [name for name in self.tensors if name not in stored]),
+            *_listed(
+                "holds what this model has not:",
+                [
+                    name
+                    for name in stored
+                    if name not in self.tensors
+                    and not any(matches(pattern, name) for pattern in self.ignored)
+                ],
+            ),
+            *_listed(
+                "has other shapes:",
+                [
+                    f"{name} {stored[name].shape}, not {tensor.shape}"
+                    for name, tensor in self.tensors.items()
+                    if name in stored and stored[name].shape != tensor.shape
+                ],
+            ),
+            *_listed(
+                f"has numbers other than {', '.join(DTYPES.values())}:",
+                [
+                    f"{name} {stored[name].dtype}"
+                    for name in self.tensors
+                    if name in stored and stored[name].dtype not in DTYPES.values()
+                ],
+            ),
+        ]
+        if problems:
+            raise ValueError(f"{folder.path} {'; '.join(problems)}")
+
+
+def check_start(folder: HFFolder, hf: HFModel, family: Family, args: DecoderArgs) -> None:
+    """ValueError unless the folder's model is this one; a warning for numbers it was trained with.
+
+    A run may give those, of the rotary embedding and the norms, other values on purpose.
+    """
+    assert family.hf_config is not None
+    architecture = family.hf_config.architecture
+    if architecture not in (found := folder.config.get("architectures") or []):
+        raise ValueError(
+            f"{folder.path} is a model of architectures {found}; model.name = "
+            f'"{family.name}" is {architecture}'
+        )
+    different = differences(folder.config, family.hf_config, args)
+    tuned = {name: different.pop(name) for name in TUNABLE if name in different}
+    if different:
+        words = [f"{name} {theirs}, not {ours}" for name, (theirs, ours) in different.items()]
+        raise ValueError(f"the model of {folder.path} has other numbers: {', '.join(words)}")
+    for name, (theirs, ours) in tuned.items():
+        logger.warning(
+            "%s was trained with %s %s, this run has %s", folder.path, name, theirs, ours
+        )
+    hf.check(folder)
+
+
+def _hf_tensor(
+    name: str,
+    parts: Sequence[str],
+    parameters: Mapping[str, Tensor],
+    family: Family,
+    args: DecoderArgs,
+) -> HFTensor:
+    layouts = (layout for pattern, layout in family.hf_layouts.items() if matches(pattern, name))
+    layout = next(layouts, HFLayout())
+    rows = {part: len(parameters[part]) for part in parts}
+    shape = (sum(rows.values()), *parameters[parts[0]].shape[1:])
+    return HFTensor(
+        name=name,
+        parts=rows,
+        shape=shape[::-1] if layout.transposed else shape,
+        groups=getattr(args, layout.groups) if layout.groups else 1,
+        transposed=layout.transposed,
+    )
+
+
+def _listed(words: str, names: Sequence[str], most: int = 4) -> list[str]:
+    """One clause, naming the first few."""
+    if not names:
+        return []
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return [f"{words} {', '.join(names[:most])}{more}"]

@@ -1,0 +1,115 @@
+"""What lies beside the weights of a Hugging Face model: config.json and the tokenizer's files.
+
+The format of tokenizer.json is that of the `tokenizers` library, which need not be installed.
+"""
+
+from typing import Any
+
+from titan_lite.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
+from titan_lite.models.args import DecoderArgs
+from titan_lite.models.hf_config import HFConfig, hf_config_from_args
+
+_BOS, _EOS = "<|begin_of_text|>", "<|end_of_text|>"
+
+
+def hf_documents(
+    args: DecoderArgs, hf: HFConfig, tokenizer: Tokenizer | None, *, dtype: str
+) -> dict[str, dict[str, Any]]:
+    """JSON documents by file name; without a tokenizer, config.json alone.
+
+    dtype: of the weights, as torch spells it.
+    """
+    if tokenizer is None:
+        return {"config.json": hf_config_from_args(args, hf, dtype=dtype)}
+    return {
+        "config.json": hf_config_from_args(
+            args, hf, dtype=dtype, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id
+        ),
+        "tokenizer.json": _tokenizer_json(tokenizer),
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": _BOS,
+            "eos_token": _EOS,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": args.max_seq_len,
+        },
+    }
+
+
+def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Byte-level BPE that gives our tokens, after BOS; special tokens in a text are special."""
+    bos = {"SpecialToken": {"id": _BOS, "type_id": 0}}
+    text, pair = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": SPLIT_PATTERN},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": len(tokenizer.ranks) + number,
+                "content": token,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for number, token in enumerate(SPECIAL_TOKENS)
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [split, byte_level | {"use_regex": False}],
+        },
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [bos, text],
+            "pair": [bos, text, pair],
+            "special_tokens": {_BOS: {"id": _BOS, "ids": [tokenizer.bos_id], "tokens": [_BOS]}},
+        },
+        "decoder": byte_level | {"use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            # A piece that is a token is that token, as in tiktoken.
+            "ignore_merges": True,
+            "vocab": {_spell(token): rank for token, rank in tokenizer.ranks.items()},
+            "merges": _merges(tokenizer.ranks),
+        },
+    }
+
+
+def _merges(ranks: dict[bytes, int]) -> list[str]:
+    """Pairs of tokens that make a token, by its rank: tiktoken merges any such pair."""
+    splits = ((token[:i], token[i:]) for token in ranks for i in range(1, len(token)))
+    return [
+        f"{_spell(left)} {_spell(right)}"
+        for left, right in splits
+        if left in ranks and right in ranks
+    ]
+
+
+def _byte_letters() -> list[str]:
+    """GPT-2's letter for each byte: itself where it can be printed, else one from 256 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(b if b in printable else 256 + others.index(b)) for b in range(256)]
+
+
+_LETTERS = _byte_letters()
+
+
+def _spell(token: bytes) -> str:
+    return "".join(_LETTERS[byte] for byte in token)

@@ -1,0 +1,190 @@
+"""`titan-lite convert`: weights between Hugging Face's files and checkpoints, in one process.
+
+What needs torch is imported where it is used: a folder that is refused is refused at once.
+"""
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from titan_lite.checkpoint.hf_files import DTYPES, HFFolder
+from titan_lite.checkpoint.manifest import read_manifest
+from titan_lite.config.problems import literal
+from titan_lite.config.schema import Model
+from titan_lite.models.args import DecoderArgs
+from titan_lite.models.family import Family
+from titan_lite.models.hf_config import args_from_hf, family_of
+from titan_lite.models.registry import families, load_module, resolve
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one direction; returns 2 for what cannot be converted."""
+    options = _parser().parse_args(argv)
+    source, target = Path(options.source), Path(options.target)
+    try:
+        if target.exists():
+            raise ValueError(f"{target} exists already; name a folder that does not")
+        load_module(options.module)
+        if options.direction == "hf-to-dcp":
+            hf_to_dcp(source, target)
+        else:
+            dcp_to_hf(
+                source,
+                target,
+                module=options.module,
+                dtype=options.dtype,
+                max_shard_bytes=options.max_shard_size,
+                tokenizer_path=options.tokenizer,
+            )
+    except (ValueError, OSError) as error:
+        print(f"titan-lite convert: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def hf_to_dcp(source: Path, target: Path) -> None:
+    """Writes a checkpoint of the weights in `source`, and prints the [model] that runs them."""
+    folder = HFFolder.open(source)
+    family = family_of(folder.config, families())
+    assert family.hf_config is not None
+    args = args_from_hf(folder.config, family.hf_config)
+    model = model_section(family, args)
+
+    from titan_lite.checkpoint import hf
+    from titan_lite.checkpoint.hf_layout import HFModel
+
+    layout = HFModel.of(family, args)
+    layout.check(folder)
+    dtypes = sorted({folder.tensors[name].dtype for name in layout.tensors})
+    files = {folder.tensors[name].file for name in layout.tensors}
+    print(
+        f"{source}: {family.hf_config.architecture}, {layout.num_parameters:,} parameters in "
+        f"{' and '.join(dtypes)}, {len(files)} file{'s' * (len(files) > 1)}"
+    )
+    hf.hf_to_dcp(folder, layout, target, {"model": model})
+    settings = "\n".join(f"{key} = {literal(value)}" for key, value in model.items())
+    start = f"[checkpoint]\nenable = true\ninitial_load_path = {literal(str(target))}"
+    print(f"Written to {target}, for a run of\n\n[model]\n{settings}\n\n{start}")
+
+
+def dcp_to_hf(
+    source: Path,
+    target: Path,
+    *,
+    module: str,
+    dtype: str | None,
+    max_shard_bytes: int,
+    tokenizer_path: str | None,
+) -> None:
+    """Writes the weights of a checkpoint as a folder that transformers opens."""
+    config = _run_config(source)
+    section = config["model"]
+    if section.module and section.module != module:
+        raise ValueError(
+            f"the model of {source} is that of a module of yours, {section.module}: name it with "
+            "--module, to have it imported"
+        )
+    family, args = resolve(section)
+    if family.hf_config is None:
+        raise ValueError(f"model family {family.name} has no form in transformers")
+
+    from titan_lite.checkpoint.hf import DCPToHF
+    from titan_lite.data.hf_documents import hf_documents
+    from titan_lite.data.tokenizer import Tokenizer
+
+    export = DCPToHF(source, family, args, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    if tokenizer_path is None:
+        tokenizer_path = config["tokenizer_path"]
+    tokenizer = None if tokenizer_path is None else Tokenizer.load(tokenizer_path)
+    export.write(target, hf_documents(args, family.hf_config, tokenizer, dtype=export.dtype))
+    files = len(export.files)
+    print(
+        f"Written to {target}: {family.hf_config.architecture}, {export.hf.num_parameters:,} "
+        f"parameters in {export.dtype}, {files} file{'s' * (files > 1)}"
+    )
+    if tokenizer is None:
+        print("Without tokenizer files: --tokenizer names one in tiktoken's format")
+
+
+def model_section(family: Family, args: DecoderArgs) -> dict[str, Any]:
+    """The [model] that resolves to `args`: the nearest flavor, and what it has otherwise.
+
+    ValueError where no flavor comes near enough for [model] to say the rest.
+    """
+    assert family.hf_config is not None
+    said = [*family.hf_config.keys, "rope_scaling"]
+    fields = [field.name for field in dataclasses.fields(args) if field.name in said]
+    found: list[tuple[str, dict[str, Any]]] = []
+    for flavor, known in family.flavors.items():
+        values = {name: getattr(args, name) for name in fields}
+        differing = {name: v for name, v in values.items() if v != getattr(known, name)}
+        if differing.keys() <= Model.model_fields.keys():
+            found.append((flavor, differing))
+    if not found:
+        raise ValueError(
+            f"no flavor of model family {family.name} has {args.rope_scaling}, which [model] "
+            "cannot say: register one, as docs/adding_a_family.md shows, and name its module with "
+            "--module"
+        )
+    flavor, differing = min(found, key=lambda candidate: len(candidate[1]))
+    return {"name": family.name, "flavor": flavor, **differing}
+
+
+def _run_config(source: Path) -> dict[str, Any]:
+    """The model section that a checkpoint was saved with, and its tokenizer's path or None."""
+    config = read_manifest(source).config
+    try:
+        return {
+            "model": Model(**config["model"]),
+            "tokenizer_path": config.get("data", {}).get("tokenizer_path"),
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{source} does not say what model it is: {error}") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="titan-lite convert",
+        description="Converts weights between Hugging Face's safetensors and checkpoints, in one "
+        "process that holds one file of them at a time.",
+        allow_abbrev=False,
+    )
+    directions = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
+    to_dcp = directions.add_parser("hf-to-dcp", help="a Hugging Face model becomes a checkpoint")
+    to_hf = directions.add_parser("dcp-to-hf", help="a checkpoint becomes a Hugging Face model")
+    for direction, what in ((to_dcp, "folder with config.json"), (to_hf, "a checkpoint's folder")):
+        direction.add_argument("source", metavar="SRC", help=what)
+        direction.add_argument("target", metavar="DST", help="folder to write, not there yet")
+        direction.add_argument(
+            "--module", default="", help="import path of a module that registers the model family"
+        )
+    to_hf.add_argument(
+        "--dtype", choices=list(DTYPES.values()), help="type of the weights (default: as saved)"
+    )
+    to_hf.add_argument(
+        "--max-shard-size",
+        type=_bytes,
+        default="5GB",
+        metavar="SIZE",
+        help='largest file, as "5GB" (the default) or "200MB"',
+    )
+    to_hf.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        help="a file in tiktoken's format (default: the one the checkpoint was trained with)",
+    )
+    return parser
+
+
+def _bytes(text: str) -> int:
+    """ "5GB" as a number."""
+    match = re.fullmatch(r"(\d+)\s*([KMG]B|)", text.upper())
+    if match is None or int(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f'expected a size as "5GB" or "200MB", got {text!r}')
+    return int(match[1]) * _UNITS[match[2]]
