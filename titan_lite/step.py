@@ -15,25 +15,29 @@ from titan_lite.data.loader import Batch
 from titan_lite.loss import IGNORE_INDEX, cross_entropy_sum
 from titan_lite.nn.documents import DocumentMask, Spans, dense_mask, document_spans, has_kernel
 from titan_lite.optim.loss_scaler import LossScaler
+from titan_lite.optim.nonfinite import NonFiniteGuard
 from titan_lite.optim.optimizer import set_lr
 from titan_lite.parallel.build import ParallelModel
 from titan_lite.parallel.float8 import refresh_scales
 from titan_lite.parallel.fsdp import set_gradient_sync
-from titan_lite.parallel.gradients import clip_grad_norm
+from titan_lite.parallel.gradients import GradNorm, clip_grad_norm
 from titan_lite.parallel.pipeline import add_tied_gradients
+from titan_lite.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Scalars on the device, for the host to read when it logs.
+    """Scalars on the device, the same on all ranks, for the host to read when it can.
 
-    loss: this rank's part of the global mean. grad_norm: global, before clipping. num_valid: labels
-    that the global batch counts, int64.
+    loss: the global mean. grad_norm: global, before clipping. num_valid: labels that the global
+    batch counts, int64. is_finite: loss and norm are. num_stopping: ranks that were asked to stop.
     """
 
     loss: Tensor
     grad_norm: Tensor
     num_valid: Tensor
+    is_finite: Tensor
+    num_stopping: Tensor
 
 
 class TrainStep:
@@ -44,11 +48,12 @@ class TrainStep:
         config: Config,
         parallel_model: ParallelModel,
         optimizer: torch.optim.Optimizer,
-        loss_scaler: LossScaler | None,
+        guard: LossScaler | NonFiniteGuard,
         *,
         vocab_size: int,
         positions: Tensor | None,
         device: torch.device,
+        progress: Progress,
     ) -> None:
         """positions: of this rank's tokens in each sequence, None where it holds whole ones."""
         self.config = config
@@ -57,37 +62,55 @@ class TrainStep:
         self.meshes = parallel_model.meshes
         self.has_float8_all_gather = parallel_model.applied.count("float8 all-gather") > 0
         self.optimizer = optimizer
-        self.loss_scaler = loss_scaler
+        self.guard = guard
+        self.progress = progress
         self.vocab_size = vocab_size
         self.positions = positions
         self.device = device
 
-    def __call__(self, batches: Sequence[Batch], lr: float) -> StepResult:
-        """`batches`: this rank's micro-batches of the step, whole sequences on the host."""
+    def __call__(self, batches: Sequence[Batch], lr: float, *, stop: bool = False) -> StepResult:
+        """`batches`: this rank's micro-batches of the step, whole sequences on the host.
+
+        stop: whether this rank was asked to stop, for all of them to know.
+        """
+        self.progress.enter("forward")
         micro_batches = [self.local(batch) for batch in batches]
+        num_valid, num_stopping = self._agree(micro_batches, stop)
         # Every token of the global batch weighs the same, wherever it is: the sum over
         # micro-batches and ranks is divided by the valid tokens of all of them.
-        valid = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in micro_batches]).sum()
-        num_valid = self.to_device(valid)
-        dist.all_reduce(num_valid, group=self.meshes.loss)
         factor = num_valid.clamp(min=1).to(torch.float32).reciprocal()
         loss_scale = None
-        if self.loss_scaler is not None:
-            loss_scale = self.loss_scaler.scale.to(self.device)
+        if isinstance(self.guard, LossScaler):
+            loss_scale = self.guard.scale.to(self.device)
             factor *= loss_scale
         loss = self.forward_backward(micro_batches, factor)
         if loss_scale is not None:
             loss /= loss_scale
-        grad_norm = self._clip(loss_scale)
+        self.progress.enter("optimizer")
+        self.global_loss(loss)
+        norm = self._clip(loss_scale)
         set_lr(self.optimizer, lr)
-        if self.loss_scaler is None:
-            self.optimizer.step()
+        is_finite = norm.total.isfinite()
+        if isinstance(self.guard, LossScaler):
+            self.guard.step(self.optimizer, is_finite=is_finite)
         else:
-            self.loss_scaler.step(self.optimizer, is_finite=grad_norm.isfinite())
+            is_finite = is_finite & loss.to(is_finite.device).isfinite()
+            self.guard.step(
+                self.optimizer, is_finite=is_finite, norms=norm.parts, owners=norm.owners
+            )
         if self.has_float8_all_gather:
             refresh_scales(self.model)
         self.optimizer.zero_grad()
-        return StepResult(loss, grad_norm, num_valid)
+        return StepResult(loss, norm.total, num_valid, is_finite, num_stopping)
+
+    def _agree(self, micro_batches: Sequence[Batch], stop: bool) -> tuple[Tensor, Tensor]:
+        """Valid tokens of the global batch, and how many ranks are to stop; int64."""
+        valid = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in micro_batches]).sum()
+        counts = self.to_device(torch.stack([valid, torch.tensor(int(stop))]))
+        dist.all_reduce(counts)
+        # Ranks of one place in the data have the same tokens.
+        copies = dist.get_world_size() // dist.get_world_size(self.meshes.loss)
+        return counts[0] // copies, counts[1]
 
     def global_loss(self, loss: Tensor) -> Tensor:
         """The mean over the global batch from every rank's part, in place; collective."""
@@ -111,7 +134,9 @@ class TrainStep:
             last = number == len(micro_batches)
             set_gradient_sync(self.model, self.config.parallel, last=last)
             inputs, kwargs = self._call(batch, factor)
+            self.progress.enter("forward")
             share = self.model(inputs, **kwargs)
+            self.progress.enter("backward")
             share.backward()
             loss += share.detach()
         return loss
@@ -169,7 +194,7 @@ class TrainStep:
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def _clip(self, loss_scale: Tensor | None) -> Tensor:
+    def _clip(self, loss_scale: Tensor | None) -> GradNorm:
         """The global norm of the gradients, which are clipped by it, and unscaled before."""
         pp_group, copy = self.meshes.pp, None
         if pp_group is not None and self.model.tied_head:
@@ -177,7 +202,7 @@ class TrainStep:
             if self.model.output is not None:
                 copy = self.model.get_parameter("output.weight")
         return clip_grad_norm(
-            self.model.parameters(),
+            self.model.named_parameters(),
             self.config.training.max_norm,
             loss_scale=loss_scale,
             pp_group=pp_group,

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import logging
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from titan_lite.models.args import DecoderArgs
 from titan_lite.models.rules import Plan
 from titan_lite.nn.build import build
 from titan_lite.optim.loss_scaler import LossScaler
+from titan_lite.optim.nonfinite import NonFiniteError, NonFiniteGuard
 from titan_lite.optim.optimizer import build_optimizer
 from titan_lite.optim.schedule import lr_factor
 from titan_lite.parallel.async_tp import check_async_tp, count_fused
@@ -35,7 +37,7 @@ from titan_lite.parallel.build import build_parallel
 from titan_lite.parallel.compile import Compilations
 from titan_lite.parallel.context import check_cp, local_positions
 from titan_lite.parallel.float8 import float8_problems, refresh_scales
-from titan_lite.parallel.init_weights import init_weights
+from titan_lite.parallel.init_weights import CHECKPOINT_PREFIX, init_weights
 from titan_lite.parallel.mesh import build_meshes
 from titan_lite.parallel.pipeline import Stage, split
 from titan_lite.planner.counts import FORMULA, FlopsPerToken, flops_per_token
@@ -43,9 +45,12 @@ from titan_lite.preflight import blaming, checkpoint_folder, preflight
 from titan_lite.runtime.distributed import Process, check_dtype, set_timeout, start_process_group
 from titan_lite.runtime.garbage import collected_every
 from titan_lite.runtime.profiler import check_profiling, profiling
+from titan_lite.runtime.progress import Progress
+from titan_lite.runtime.readback import Readback
 from titan_lite.runtime.run_folder import open_run_folder, update_run_file, write_run_file
 from titan_lite.runtime.seed import set_determinism
-from titan_lite.step import TrainStep
+from titan_lite.runtime.stop import StopRequest
+from titan_lite.step import StepResult, TrainStep
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +62,18 @@ class Trainer:
     own, for the dry run to put others in their place.
     """
 
-    def __init__(self, loaded: LoadedConfig, plan: Plan, process: Process | None = None) -> None:
+    def __init__(
+        self,
+        loaded: LoadedConfig,
+        plan: Plan,
+        process: Process | None = None,
+        *,
+        stop: StopRequest | None = None,
+    ) -> None:
         self.config = config = loaded.config
         self.plan, self.dims = plan, plan.dims
+        self.stop = stop or StopRequest()
+        self.progress = Progress()
         self.process = process or Process.from_environment()
         self.run_folder = Path(config.job.dump_folder)
         training = config.training
@@ -72,6 +86,7 @@ class Trainer:
             names = [name for name, _ in self.model.named_parameters()]
             check_excluded(config.checkpoint.exclude_from_loading, names)
         args = plan.args
+        self.parameter_names = [name for name, _ in self.model.named_parameters()]
         self.stages = self._split(loaded, args)
         padding = (args.padded_vocab_size - args.vocab_size) * args.dim
         padding *= 1 if args.tied_head else 2
@@ -109,11 +124,15 @@ class Trainer:
             config,
             parallel_model,
             self.optimizer,
-            self.loss_scaler,
+            self.guard,
             vocab_size=plan.args.vocab_size,
             positions=self.positions,
             device=self.process.device,
+            progress=self.progress,
         )
+        # Steps whose outcome the host has not read yet.
+        self.unread: deque[tuple[int, Readback]] = deque()
+        self.is_stopping = False
         self._resume(loaded)
         self.meter = self._build_meter()
 
@@ -134,7 +153,7 @@ class Trainer:
             self._open_data(loaded)
 
     def _build_state(self) -> None:
-        """Weights, optimizer and loss scaler, as they are at step 0."""
+        """Weights, optimizer and what guards them, as they are at step 0."""
         config = self.config
         init_weights(
             self.model,
@@ -143,9 +162,12 @@ class Trainer:
             cpu_offload=config.parallel.cpu_offload,
         )
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.loss_scaler = None
+        device = next(self.model.parameters()).device
+        self.guard: LossScaler | NonFiniteGuard
         if config.training.param_dtype == "float16":
-            self.loss_scaler = LossScaler(next(self.model.parameters()).device)
+            self.guard = LossScaler(device)
+        else:
+            self.guard = NonFiniteGuard(config.training.nonfinite, device)
 
     def _resume(self, loaded: LoadedConfig) -> None:
         """Loads the checkpoint to begin from, if there is one, and opens the run's folder."""
@@ -163,8 +185,8 @@ class Trainer:
         if start.source is not None:
             with blaming(start.key, loaded):
                 self.checkpoints.load(start)
-            if self.loss_scaler is not None and self.state.loss_scaler:
-                self.loss_scaler.load_state_dict(self.state.loss_scaler)
+            if self.state.guard:
+                self.guard.load_state_dict(self.state.guard)
             logger.info("%s from %s", "Resumed" if start.resumes else "Begun", start.source)
         elif self.hf_folder is not None:
             load_hf(self.model, self.hf_folder, self.hf)
@@ -303,7 +325,10 @@ class Trainer:
                 if step == first:
                     set_timeout(comm.train_timeout_seconds)
                     self.report_compiled()
-                if self.checkpoints.should_save(step, last):
+                should_save = self.checkpoints.should_save(step, last)
+                if should_save:
+                    self._look_back()
+                if should_save or (self.is_stopping and self.config.checkpoint.enable):
                     # The slowest disk of all is waited for: longer than a step may take.
                     set_timeout(comm.init_timeout_seconds)
                     with self.meter.excluded():
@@ -311,8 +336,14 @@ class Trainer:
                     set_timeout(comm.train_timeout_seconds)
                 collect(step)
                 profile(step)
+                if self.is_stopping and step < last:
+                    break
             with self.meter.excluded():
                 self.checkpoints.wait()
+        if self.state.step < last:
+            self._say_stopped()
+            return
+        self.is_stopping = False
         self.save_hf()
         logger.info("Everything is in %s\n%s", self.run_folder, self.meter.summary())
 
@@ -325,10 +356,12 @@ class Trainer:
     def train_step(self, step: int) -> Record | None:
         """One optimizer step over the global batch; collective. Returns its record if logged."""
         training = self.config.training
+        self.progress.enter("data", step=step)
         with self.meter.waiting_for_data():
             batches = [next(self.batches) for _ in range(self.micro_steps)]
         lr = self.config.optimizer.lr * lr_factor(step, self.config.lr_scheduler, training.steps)
-        result = self.step(batches, lr)
+        result = self.step(batches, lr, stop=self.stop.signal is not None)
+        self.progress.enter("log")
         if self.compilations is not None:
             for reason in self.compilations.after_step():
                 logger.warning(
@@ -344,22 +377,72 @@ class Trainer:
         self.state.step = step
         self.tokens += tokens
         self.meter.add(tokens=tokens, samples=self.global_batch_size)
-        if not self.meter.should_log(step):
+        logs = self.meter.should_log(step)
+        self._read_outcome(step, result, late=self.process.device.type == "cuda" and not logs)
+        if not logs:
             return None
-        extra = self.checkpoints.metrics()
-        if self.loss_scaler is not None:
-            extra |= self.loss_scaler.metrics()
+        extra = self.checkpoints.metrics() | self.guard.metrics()
         record = self.meter.log(
             step,
-            loss=self.step.global_loss(result.loss),
+            loss=result.loss,
             grad_norm=result.grad_norm,
             lr=lr,
             tokens_seen=int(self.tokens),
             extra=extra,
         )
-        if self.loss_scaler is not None:
-            self.loss_scaler.check(step, record["grad_norm"])
+        if isinstance(self.guard, LossScaler):
+            self.guard.check(step, record["grad_norm"])
         return record
+
+    def _read_outcome(self, step: int, result: StepResult, *, late: bool) -> None:
+        """Looks at what has become of a step, or when `late` of those before it.
+
+        All ranks look after the same steps, so that they do the same about it. One step late, the
+        device has work while the host waits.
+        """
+        outcome = (result.is_finite, result.num_stopping, result.loss, result.grad_norm)
+        numbers = [number.to(self.process.device, torch.float32) for number in outcome]
+        self.unread.append((step, Readback(torch.stack(numbers))))
+        self._look_back(keep=int(late))
+
+    def _look_back(self, keep: int = 0) -> None:
+        """Reads how steps came out, but the last `keep`; NonFiniteError where one ends the run."""
+        while len(self.unread) > keep:
+            step, readback = self.unread.popleft()
+            is_finite, num_stopping, loss, grad_norm = readback.read()
+            self.is_stopping |= num_stopping > 0
+            if is_finite or isinstance(self.guard, LossScaler):
+                continue
+            numbers = f"the loss of step {step} is {loss:g}, its gradient norm {grad_norm:g}"
+            if self.guard.mode == "stop":
+                raise NonFiniteError(f"{numbers}. {self._blame(self.guard)}")
+            logger.warning("Skipped: %s", numbers)
+
+    def _blame(self, guard: NonFiniteGuard) -> str:
+        """Whose gradients were not finite, as a sentence; collective."""
+        mine = {name.replace(CHECKPOINT_PREFIX, "") for name in guard.bad_gradients()}
+        by_rank: list[set[str]] = [set()] * self.process.world_size
+        dist.all_gather_object(by_rank, mine)
+        bad = [name for name in self.parameter_names if any(name in names for names in by_rank)]
+        if not bad:
+            return "All gradients are finite; the step was not applied"
+        places = [
+            f"{name} (on rank {next(r for r, names in enumerate(by_rank) if name in names)})"
+            for name in dict.fromkeys((bad[0], bad[-1]))
+        ]
+        return (
+            f"Not finite are the gradients of {len(bad)} of {len(self.parameter_names)} "
+            f"parameters: {' to, the first in backward, '.join(places)}; the step was not applied"
+        )
+
+    def _say_stopped(self) -> None:
+        saved = "a checkpoint was saved" if self.config.checkpoint.enable else "nothing was saved"
+        logger.warning(
+            "Stopped after step %d, as %s asked: %s",
+            self.state.step,
+            self.stop.signal or "another rank",
+            saved,
+        )
 
     def report_compiled(self) -> None:
         """Adds to the report what only the first step could tell."""
@@ -377,11 +460,12 @@ class Trainer:
 
     def save(self) -> None:
         """Saves a checkpoint of the step just done, or begins to; collective."""
+        self.progress.enter("save")
         states: list[dict[str, Any]] = [{}] * self.process.world_size
         dist.all_gather_object(states, self.loader.state_dict())
         self.state.tokens = int(self.tokens)
         self.state.data = merge_states(states)
-        self.state.loss_scaler = {} if self.loss_scaler is None else self.loss_scaler.state_dict()
+        self.state.guard = self.guard.state_dict()
         is_last = self.state.step == self.config.training.steps
         self.checkpoints.save(self.state, is_last=is_last)
 

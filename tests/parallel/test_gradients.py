@@ -14,7 +14,10 @@ from titan_lite.parallel.gradients import clip_grad_norm, global_norm
 def test_the_norm_of_many_elements_is_exact_to_a_millionth() -> None:
     grad = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 1e-3
     torch.testing.assert_close(
-        global_norm([grad]).double(), torch.linalg.vector_norm(grad.double()), rtol=1e-6, atol=0
+        global_norm({"w": grad}).total.double(),
+        torch.linalg.vector_norm(grad.double()),
+        rtol=1e-6,
+        atol=0,
     )
 
 
@@ -32,7 +35,7 @@ def _norm_of_placements() -> tuple[float, float]:
     whole = [torch.randn(shape, generator=generator) for shape in shapes]
     grads = [distribute_tensor(t, mesh, p) for t, p in zip(whole, placements, strict=True)]
     expected = torch.cat([t.flatten() for t in whole]).double().norm()
-    return global_norm(grads).item(), expected.item()
+    return global_norm(dict(zip("abcd", grads, strict=True))).total.item(), expected.item()
 
 
 @pytest.mark.distributed
@@ -44,9 +47,9 @@ def test_every_element_counts_once_whatever_its_placements(workers: dict[int, Wo
 def test_clipping_scales_to_the_norm_asked_for_and_0_leaves_gradients_alone() -> None:
     parameter = nn.Parameter(torch.zeros(2))
     parameter.grad = torch.tensor([3.0, 4.0])
-    assert clip_grad_norm([parameter], 0.0) == 5
+    assert clip_grad_norm([("w", parameter)], 0.0).total == 5
     assert parameter.grad.tolist() == [3, 4]
-    assert clip_grad_norm([parameter], 1.0) == 5
+    assert clip_grad_norm([("w", parameter)], 1.0).total == 5
     torch.testing.assert_close(parameter.grad, torch.tensor([0.6, 0.8]), rtol=1e-5, atol=0)
 
 

@@ -26,13 +26,13 @@ class RunState:
     """Progress of a run, JSON-serialisable: written by rank 0, equal on all ranks.
 
     step: optimizer steps done; tokens: tokens trained on by the whole job;
-    data: the loader's merged state; loss_scaler: its numbers, in float16 only.
+    data: the loader's merged state; guard: numbers of what skips steps.
     """
 
     step: int = 0
     tokens: int = 0
     data: dict[str, Any] = field(default_factory=dict)
-    loss_scaler: dict[str, float] = field(default_factory=dict)
+    guard: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

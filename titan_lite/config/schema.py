@@ -132,6 +132,10 @@ class Training(Section):
     max_norm: NonNegativeFloat = 1.0
     """Clip the global gradient norm to this; 0 turns clipping off, the norm is logged all the
     same."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What a step does whose loss or gradient norm is not finite: "stop" ends the run before it is
+    applied and names the parameters at fault, "skip" drops it and counts it. float16 has a rule of
+    its own, that of loss scaling."""
     param_dtype: DType = "bfloat16"
     """Parameters are gathered and activations computed in this type; masters stay float32.
     "float16", for devices without bfloat16, comes with dynamic loss scaling."""

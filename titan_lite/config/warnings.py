@@ -97,6 +97,11 @@ def _idle(loaded: LoadedConfig, dims: ParallelDims) -> Iterator[str]:
             f"{profiling.profile_freq}",
             ("profiling.enable_profiling",) if profiling.enable_profiling else (),
         ),
+        (
+            config.training.param_dtype == "float16",
+            'param_dtype is "float16", which skips such steps and halves the loss scale',
+            ("training.nonfinite",),
+        ),
         (dims.fsdp == 1, "nothing is sharded", ("parallel.reshard_after_forward",)),
         (
             dims.fsdp == 1 and config.float8.recipe != "none",

@@ -22,6 +22,7 @@ from titan_lite.models.rules import Plan
 from titan_lite.parallel.float8 import float8_problems, refresh_scales
 from titan_lite.parallel.pipeline import local_stages
 from titan_lite.runtime.distributed import Process
+from titan_lite.step import StepResult
 from titan_lite.trainer import Trainer
 
 
@@ -101,6 +102,9 @@ class DryTrainer(Trainer):
         self.model.init_parameter = _draw_nothing  # type: ignore[method-assign]
         with self.fake:
             super()._build_state()
+
+    def _read_outcome(self, step: int, result: StepResult, *, late: bool) -> None:
+        pass
 
     def _resume(self, loaded: LoadedConfig) -> None:
         if self.applied.count("float8 all-gather"):

@@ -24,7 +24,7 @@ METRICS: dict[str, Metric] = {
     "grad_norm": Metric("1", "global", "train/grad_norm"),
     "lr": Metric("1", "global", "train/lr"),
     "loss_scale": Metric("1, float16 only", "global", "train/loss_scale"),
-    "skipped_steps": Metric("count since step 0, float16 only", "global", "train/skipped_steps"),
+    "skipped_steps": Metric("steps since step 0", "global", "train/skipped_steps"),
     "tokens": Metric("tokens since step 0", "global", "train/tokens"),
     "wps": Metric("tokens/s per device", "global", "speed/wps"),
     "samples_per_second": Metric(

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from titan_lite.optim.nonfinite import step_if
+
 # As torch.amp.GradScaler's.
 INIT_SCALE = 65536.0
 GROWTH_FACTOR = 2.0
@@ -32,12 +34,7 @@ class LossScaler:
 
     def step(self, optimizer: torch.optim.Optimizer, *, is_finite: Tensor) -> None:
         """Steps the optimizer if `is_finite`, a scalar, says so, and adapts the scale."""
-        if optimizer.defaults["fused"]:
-            # The kernels read it on the device, as they do for torch.amp.GradScaler.
-            optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
-            optimizer.step()
-        elif is_finite:
-            optimizer.step()
+        step_if(optimizer, is_finite)
         self.skipped_steps = self.skipped_steps + ~is_finite
         self.good_steps = torch.where(is_finite, self.good_steps + 1, 0)
         grows = self.good_steps == GROWTH_INTERVAL

@@ -1,7 +1,8 @@
 """The norm of the global gradient, and clipping by it."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -14,47 +15,59 @@ from torch.distributed.tensor import DTensor, Placement
 CPU_CHUNK = 65_536
 
 
+@dataclass(frozen=True)
+class GradNorm:
+    """The 2-norm of the global gradient, before clipping, and of the parts that this rank has.
+
+    total: scalar, the same on all ranks. parts: (P,), owners: P names of parameters.
+    """
+
+    total: Tensor
+    parts: Tensor
+    owners: list[str]
+
+
 @torch.no_grad()
 def clip_grad_norm(
-    parameters: Iterable[nn.Parameter],
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
     max_norm: float,
     *,
     loss_scale: Tensor | None = None,
     pp_group: dist.ProcessGroup | None = None,
     copy: nn.Parameter | None = None,
-) -> Tensor:
-    """Returns the 2-norm of the gradient over all ranks, and clips to max_norm unless that is 0.
+) -> GradNorm:
+    """Returns the norm of the gradient over all ranks, and clips to max_norm unless that is 0.
 
     loss_scale: what the gradients are too large by; they are divided by it first.
     pp_group: the ranks that have the other pipeline stages' parameters.
     copy: the one of them that another stage has as well, and counts.
     """
-    parameters = [p for p in parameters if p.grad is not None]
-    grads = [p.grad for p in parameters if p.grad is not None]
+    named = {name: p for name, p in named_parameters if p.grad is not None}
     if loss_scale is not None:
-        torch._foreach_div_(grads, loss_scale)
-    counted = [p.grad for p in parameters if p.grad is not None and p is not copy]
+        torch._foreach_div_([p.grad for p in named.values() if p.grad is not None], loss_scale)
+    counted = {n: p.grad for n, p in named.items() if p.grad is not None and p is not copy}
     norm = global_norm(counted, pp_group)
     if max_norm > 0:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        nn.utils.clip_grads_with_norm_(named.values(), max_norm, norm.total)
     return norm
 
 
-def global_norm(grads: Sequence[Tensor], pp_group: dist.ProcessGroup | None = None) -> Tensor:
+def global_norm(grads: Mapping[str, Tensor], pp_group: dist.ProcessGroup | None = None) -> GradNorm:
     """2-norm of all gradients together, each element counted once whatever its placements.
 
     One all-reduce of a scalar per distinct (mesh, placements) and sharded axis.
     """
-    local_shards: dict[tuple[DeviceMesh, tuple[Placement, ...]] | None, list[Tensor]]
+    local_shards: dict[tuple[DeviceMesh, tuple[Placement, ...]] | None, list[tuple[str, Tensor]]]
     local_shards = defaultdict(list)
-    for grad in grads:
-        if isinstance(grad, DTensor):
-            local_shards[grad.device_mesh, grad.placements] += _chunks(grad.to_local())
-        else:
-            local_shards[None] += _chunks(grad)
-    squares = []
-    for layout, chunks in local_shards.items():
-        square = nn.utils.get_total_norm(chunks).square()
+    for name, grad in grads.items():
+        layout = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
+        local = grad.to_local() if isinstance(grad, DTensor) else grad
+        local_shards[layout] += [(name, chunk) for chunk in _chunks(local)]
+    squares, parts = [], []
+    for layout, shards in local_shards.items():
+        norms = torch.stack(torch._foreach_norm([chunk for _, chunk in shards]))
+        parts.append(norms)
+        square = torch.linalg.vector_norm(norms).square()
         if layout is not None:
             mesh, placements = layout
             for axis, placement in enumerate(placements):
@@ -66,7 +79,8 @@ def global_norm(grads: Sequence[Tensor], pp_group: dist.ProcessGroup | None = No
     total = torch.stack(squares).sum()
     if pp_group is not None:
         dist.all_reduce(total, group=pp_group)
-    return total.sqrt()
+    owners = [name for shards in local_shards.values() for name, _ in shards]
+    return GradNorm(total.sqrt(), torch.cat(parts), owners)
 
 
 def _chunks(tensor: Tensor) -> Sequence[Tensor]:

@@ -1,0 +1,132 @@
+"""Steps that are not finite: stopped before they are applied, or dropped, by all ranks alike."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import Workers
+from tests.runs import build_trainer, train, whole
+from titan_lite.config.load import load_config
+from titan_lite.models.rules import check
+from titan_lite.optim.nonfinite import NonFiniteError, NonFiniteGuard
+from titan_lite.trainer import Trainer
+
+SKIP = "--training.nonfinite=skip"
+
+
+def _spoil(trainer: Trainer, name: str, bad_step: int) -> None:
+    """Puts an infinity into a gradient, on the last of the ranks that have some of it."""
+    parameters = dict(trainer.model.named_parameters())
+    if name not in parameters or trainer.process.rank < trainer.process.world_size - 1:
+        return
+
+    def spoil(owner: Any) -> None:
+        if trainer.state.step + 1 == bad_step:
+            owner.grad.to_local()[0, 0] = torch.inf
+
+    parameters[name].register_post_accumulate_grad_hook(spoil)
+
+
+def _stop(folder: Path, *overrides: str) -> tuple[str, bool]:
+    """The message, and whether the weights are as after the step before."""
+    trainer = build_trainer(folder, "--training.local_batch_size=4", *overrides)
+    _spoil(trainer, "layers.1.attention.wo.weight", bad_step=2)
+    trainer.train_step(1)
+    before = whole(trainer.model)
+    with pytest.raises(NonFiniteError) as error:
+        trainer.train_step(2)
+    trainer.close()
+    after = whole(trainer.model)
+    return str(error.value), all((after[name] == before[name]).all() for name in before)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("axis", ["dp_shard", "tp", "pp"])
+def test_a_gradient_that_is_not_finite_ends_the_run_on_all_ranks_before_the_step_is_applied(
+    workers: dict[int, Workers], tmp_path: Path, axis: str
+) -> None:
+    answers = workers[2].run(_stop, tmp_path, f"--parallel.{axis}=2")
+    assert [unchanged for _, unchanged in answers] == [True, True]
+    (message,) = {message for message, _ in answers}
+    assert message.startswith("the loss of step 2 is 8.09")
+    assert "its gradient norm inf. Not finite are the gradients of 1 of 21 parameters" in message
+    assert ": layers.1.attention.wo.weight (on rank 1); the step was not" in message
+
+
+def _infinite_loss(folder: Path, *overrides: str) -> list[dict[str, Any]]:
+    """A loss that is infinite on one rank, in one step, with gradients that are not."""
+    from titan_lite import step as module
+
+    loss = module.cross_entropy_sum
+    trainer = build_trainer(folder, "--training.local_batch_size=4", *overrides)
+
+    def spoiled(*args: Any, **kwargs: Any) -> torch.Tensor:
+        is_bad = trainer.state.step == 1 and trainer.process.rank == 1
+        return loss(*args, **kwargs) + (torch.inf if is_bad else 0)
+
+    module.cross_entropy_sum = spoiled  # type: ignore[assignment]
+    records = []
+    try:
+        for step in (1, 2, 3):
+            record = trainer.train_step(step)
+            assert record is not None
+            weight = whole(trainer.model)["output.weight"]
+            records.append({**record, "weight": weight})
+        return [*records, trainer.guard.state_dict()]
+    finally:
+        module.cross_entropy_sum = loss
+        trainer.close()
+
+
+@pytest.mark.distributed
+def test_skip_drops_and_counts_a_step_that_is_infinite_on_one_rank(
+    workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    for first, second, third, state in workers[2].run(_infinite_loss, tmp_path, SKIP):
+        assert (first["weight"] == second["weight"]).all()
+        assert (second["weight"] != third["weight"]).any()
+        assert [r["skipped_steps"] for r in (first, second, third)] == [0, 1, 1]
+        assert second["loss"] == float("inf")
+        assert state == {"skipped_steps": 1}
+    with pytest.raises(AssertionError, match=r"loss of step 2 is inf.*All gradients are finite"):
+        workers[2].run(_infinite_loss, tmp_path / "stop")
+
+
+@pytest.mark.parametrize("implementation", ["fused", "foreach"])
+def test_no_step_after_a_bad_one_is_applied_before_the_host_has_heard(implementation: str) -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, **{implementation: True})
+    guard = NonFiniteGuard("stop", torch.device("cpu"))
+    for norms in ([1.0, torch.inf], [torch.nan, 1.0], [1.0, 1.0]):
+        weight.grad = torch.ones(2)
+        guard.step(
+            optimizer,
+            is_finite=torch.tensor(norms).isfinite().all(),
+            norms=torch.tensor(norms),
+            owners=["a", "b"],
+        )
+    assert weight.tolist() == [1, 1]
+    assert guard.bad_gradients() == {"b"}
+
+
+def test_the_count_of_dropped_steps_is_resumed() -> None:
+    guard = NonFiniteGuard("skip", torch.device("cpu"))
+    guard.load_state_dict({"skipped_steps": 3})
+    assert guard.metrics() == {"skipped_steps": 3}
+
+
+def test_float16_says_that_loss_scaling_decides(caplog: pytest.LogCaptureFixture) -> None:
+    check(load_config(None, [SKIP, "--training.param_dtype=float16"]), world_size=1)
+    assert "training.nonfinite (command line) cannot act: param_dtype" in caplog.text
+
+
+def test_a_guarded_run_is_the_same_whatever_it_would_do(
+    one_process: Workers, tmp_path: Path
+) -> None:
+    few = "--training.steps=3"
+    stop = one_process.run(train, tmp_path / "stop", few)[0]
+    skip = one_process.run(train, tmp_path / "skip", few, SKIP)[0]
+    assert [r["loss"] for r in stop] == [r["loss"] for r in skip]
+    assert [r["skipped_steps"] for r in skip] == [0, 0, 0]

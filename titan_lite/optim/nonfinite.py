@@ -1,0 +1,78 @@
+"""What becomes of a step whose loss or gradient norm is not finite."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+class NonFiniteError(RuntimeError):
+    """A step was not finite, and the run ends; raised by every rank after the same step."""
+
+
+def step_if(optimizer: torch.optim.Optimizer, is_finite: Tensor) -> None:
+    """Steps the optimizer if a scalar on the parameters' device says so.
+
+    With a fused optimizer the host does not wait for it: the kernels read it on the device, as they
+    do for torch.amp.GradScaler.
+    """
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif is_finite:
+        optimizer.step()
+
+
+class NonFiniteGuard:
+    """Keeps a step that is not finite from the weights: "skip" counts it, "stop" ends the run.
+
+    What `is_finite` says is global, so that all ranks take the same decision. The numbers stay on
+    the parameters' device. The host may learn of a bad step when the device has begun the next
+    one, so that under "stop" no later step is applied either.
+    """
+
+    def __init__(self, mode: Literal["stop", "skip"], device: torch.device) -> None:
+        self.mode = mode
+        self.skipped_steps = torch.zeros((), device=device)
+        self._norms: Tensor | None = None
+        self._owners: Sequence[str] = ()
+
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        is_finite: Tensor,
+        norms: Tensor,
+        owners: Sequence[str],
+    ) -> None:
+        """Steps the optimizer if `is_finite`, a scalar, says so.
+
+        norms: (P,), of this rank's parts of the gradients, owners: P names of parameters; the same
+        in each step.
+        """
+        if self.mode == "stop":
+            is_good_so_far = self.skipped_steps == 0
+            former = norms if self._norms is None else self._norms
+            self._norms = torch.where(is_good_so_far, norms, former)
+            self._owners = owners
+            is_finite = is_finite & is_good_so_far
+        step_if(optimizer, is_finite)
+        self.skipped_steps = self.skipped_steps + ~is_finite
+
+    def bad_gradients(self) -> set[str]:
+        """Under "stop", whose gradients on this rank were not finite in the first bad step."""
+        assert self._norms is not None
+        return {self._owners[i] for i in (~self._norms.isfinite()).nonzero().flatten().tolist()}
+
+    def metrics(self) -> dict[str, float]:
+        """For a log record; waits for the device."""
+        return {"skipped_steps": self.skipped_steps.item()} if self.mode == "skip" else {}
+
+    def state_dict(self) -> dict[str, float]:
+        """Numbers for a checkpoint; waits for the device."""
+        return self.metrics()
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        if self.mode == "skip":
+            self.skipped_steps.fill_(state.get("skipped_steps", 0))

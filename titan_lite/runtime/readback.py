@@ -1,0 +1,23 @@
+"""Numbers on their way from the device to the host."""
+
+import torch
+from torch import Tensor
+
+
+class Readback:
+    """A copy of a tensor for the host, which is not held up before it asks for it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event = None
+        self._copy = tensor
+        if tensor.device.type == "cuda":
+            self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._copy.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> list[float]:
+        """The numbers; waits until the device has computed them."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._copy.tolist()
