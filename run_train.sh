@@ -5,7 +5,9 @@
 # NGPU         processes per node                    one per GPU, 2 without GPUs
 # NNODES       nodes; all of them run this script    1
 # RDZV_ENDPOINT, RDZV_ID  where nodes meet           MASTER_ADDR:MASTER_PORT, titan_lite
+# MAX_RESTARTS how often torchrun starts anew after a process died: from the last checkpoint  0
 # PYTHON       interpreter that makes .venv          python3
+# SIGTERM and SIGUSR1 end the run after the step in hand, with a checkpoint; its exit code is then 75.
 set -euo pipefail
 
 case " $* " in *" --help "* | *" -h "*)
@@ -50,5 +52,35 @@ else
     endpoint=${RDZV_ENDPOINT:-${MASTER_ADDR:?set RDZV_ENDPOINT or MASTER_ADDR}:${MASTER_PORT:-29500}}
     rendezvous=(--rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-id "${RDZV_ID:-titan_lite}")
 fi
-exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$NGPU" \
-    "${rendezvous[@]}" -m titan_lite.train "$CONFIG_FILE" "$@"
+if [ "$NNODES" != 1 ] && [ "${MAX_RESTARTS:-0}" != 0 ]; then
+    # In the former one, processes that are started anew would find the addresses of dead ones.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+fi
+# A process that stops as asked says so in this file, for torchrun not to start it again.
+TITAN_LITE_EXIT_CODE_FILE=$(mktemp)
+# The signals that ask to stop are for the processes: torchrun would kill them 30 s after its own.
+export TITAN_LITE_EXIT_CODE_FILE PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT
+(
+    trap '' TERM USR1
+    exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$NGPU" \
+        --max-restarts "${MAX_RESTARTS:-0}" "${rendezvous[@]}" \
+        -m titan_lite.train "$CONFIG_FILE" "$@"
+) &
+launcher=$!
+stop() {
+    # Asked once, the processes end between steps; asked again, torchrun ends them.
+    if [ "$asked" = 0 ]; then pkill -USR1 -P "$launcher"; else kill -INT "$launcher"; fi || true
+    asked=1
+    waiting=1
+}
+asked=0
+trap stop TERM USR1
+trap 'waiting=1' INT
+waiting=1
+while [ "$waiting" = 1 ]; do
+    waiting=0
+    wait "$launcher" && code=0 || code=$?
+done
+[ ! -s "$TITAN_LITE_EXIT_CODE_FILE" ] || code=$(cat "$TITAN_LITE_EXIT_CODE_FILE")
+rm -f "$TITAN_LITE_EXIT_CODE_FILE"
+exit "$code"

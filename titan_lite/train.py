@@ -8,16 +8,27 @@ from collections.abc import Sequence
 from titan_lite.config.load import ConfigError, Problem, read_config
 from titan_lite.models.rules import check
 from titan_lite.runtime.log import set_up_logging
+from titan_lite.runtime.stop import (
+    EXIT_STOPPED,
+    EXIT_STOPPED_UNSAVED,
+    StopRequest,
+    exit_code_for_launcher,
+)
 
 USAGE = "usage: python -m titan_lite.train CONFIG [--section.key=value ...]"
 # What torchrun gives each process; without it a process is alone.
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-logger = logging.getLogger(__name__)
+# Not __name__, which is "__main__" here.
+logger = logging.getLogger("titan_lite.train")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains as the configuration says; returns 2 for a mistake in it, 130 when interrupted."""
+    """Trains as the configuration says.
+
+    Returns 2 for a mistake in it, 1 for a failure, 75 when a signal asked to stop and a checkpoint
+    was saved, 143 when none was, 130 when interrupted.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0].startswith("-"):
         asked = bool({"-h", "--help"} & set(argv))
@@ -25,27 +36,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if asked else 2
     rank = int(os.environ.get("RANK", 0))
     set_up_logging(rank)
-    try:
-        loaded = read_config(argv[0], argv[1:])
-        plan = check(loaded, world_size())
-        # torch takes seconds to import: a mistake is answered before.
-        from titan_lite.runtime.distributed import stop_process_group
-        from titan_lite.trainer import Trainer
+    stop = StopRequest()
+    with stop.listening():
+        try:
+            return _train(argv, rank, stop)
+        except ConfigError as error:
+            # Once per node: what is wrong may be wrong on one node only.
+            if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+                print(error, file=sys.stderr)
+            return 2
 
-        trainer = Trainer(loaded, plan)
-    except ConfigError as error:
-        # Once per node: what is wrong may be wrong on one node only.
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(error, file=sys.stderr)
-        return 2
+
+def _train(argv: Sequence[str], rank: int, stop: StopRequest) -> int:
+    loaded = read_config(argv[0], argv[1:])
+    plan = check(loaded, world_size())
+    # torch takes seconds to import: a mistake is answered before.
+    from titan_lite.optim.nonfinite import NonFiniteError
+    from titan_lite.runtime.distributed import leave_at_once, stop_process_group
+    from titan_lite.trainer import Trainer
+
+    trainer = Trainer(loaded, plan, stop=stop)
     try:
         trainer.train()
+    except NonFiniteError as error:
+        if rank == 0:
+            logger.error("%s", error)
+        return 1
     except KeyboardInterrupt:
         logger.warning("Interrupted after step %d", trainer.state.step)
         return 130
+    except Exception as error:
+        logger.exception("Failed in step %d (%s)", stop.progress.step, stop.progress.phase)
+        leave_at_once(error)
+        return 1
     finally:
         trainer.close()
     stop_process_group()
+    if trainer.is_stopping:
+        saved = loaded.config.checkpoint.enable
+        return exit_code_for_launcher(EXIT_STOPPED if saved else EXIT_STOPPED_UNSAVED)
     return 0
 
 

@@ -45,7 +45,6 @@ from titan_lite.preflight import blaming, checkpoint_folder, preflight
 from titan_lite.runtime.distributed import Process, check_dtype, set_timeout, start_process_group
 from titan_lite.runtime.garbage import collected_every
 from titan_lite.runtime.profiler import check_profiling, profiling
-from titan_lite.runtime.progress import Progress
 from titan_lite.runtime.readback import Readback
 from titan_lite.runtime.run_folder import open_run_folder, update_run_file, write_run_file
 from titan_lite.runtime.seed import set_determinism
@@ -73,7 +72,7 @@ class Trainer:
         self.config = config = loaded.config
         self.plan, self.dims = plan, plan.dims
         self.stop = stop or StopRequest()
-        self.progress = Progress()
+        self.progress = self.stop.progress
         self.process = process or Process.from_environment()
         self.run_folder = Path(config.job.dump_folder)
         training = config.training

@@ -1,12 +1,14 @@
 """The process group: device, backend, timeouts, shutdown."""
 
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from titan_lite.config.schema import Comm
 
@@ -48,14 +50,23 @@ def start_process_group(process: Process, comm: Comm) -> None:
     on_gpu = process.device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(process.device)
+    timeout = timedelta(seconds=comm.init_timeout_seconds)
     # A process that torchrun did not start has no rendezvous: an in-memory store serves it.
-    alone = "RANK" not in os.environ
+    store: dist.Store = dist.HashStore()
+    if "RANK" in os.environ:
+        store, _, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        store.set_timeout(timeout)
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun keeps its store when it starts processes anew, who would find in it the
+            # addresses of those that have gone. Nodes count restarts each for itself: there
+            # run_train.sh asks for a new store.
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        timeout=timedelta(seconds=comm.init_timeout_seconds),
-        store=dist.HashStore() if alone else None,
-        rank=process.rank if alone else -1,
-        world_size=process.world_size if alone else -1,
+        timeout=timeout,
+        store=store,
+        rank=process.rank,
+        world_size=process.world_size,
         device_id=process.device if on_gpu else None,
     )
 
@@ -87,3 +98,17 @@ def stop_process_group() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave_at_once(error: BaseException) -> None:
+    """Ends a process of several that has failed, with code 1 and the error for torchrun's summary.
+
+    Others may wait for this one until torchrun ends them, so nothing may hold it up: no group that
+    wants to be left in order, no thread that writes.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    get_error_handler().record_exception(error)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(1)

@@ -16,6 +16,10 @@ class Progress:
         self.phase: Phase = "start"
         self.since = time.monotonic()
 
+    def seconds(self) -> float:
+        """Since the phase began."""
+        return time.monotonic() - self.since
+
     def enter(self, phase: Phase, *, step: int | None = None) -> None:
         """Begins a phase, of the step in hand unless one is given."""
         if step is not None:

@@ -1,0 +1,171 @@
+"""What a run survives, and how it ends: real processes, signals and files."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.distributed import Workers
+from tests.runs import TINY, build_trainer, read_metrics, train
+from titan_lite.checkpoint.state import saved_steps
+from titan_lite.runtime.stop import EXIT_STOPPED
+
+ROOT = Path(__file__).parent.parent
+STEPS = 40
+SETTINGS = (
+    *TINY,
+    "--training.local_batch_size=4",
+    f"--training.steps={STEPS}",
+    "--checkpoint.enable=true",
+    "--checkpoint.interval=5",
+    "--metrics.enable_tensorboard=true",
+)
+NUMERIC = ("step", "loss", "grad_norm", "lr", "tokens")
+
+
+class Launch:
+    """run_train.sh on two processes, whose output goes to a file."""
+
+    def __init__(self, folder: Path, *overrides: str, **environment: str) -> None:
+        self.folder, self.log = folder, folder.with_suffix(".log")
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        variables = {"PATH": path, "OMP_NUM_THREADS": "1", "NGPU": "2", "CUDA_VISIBLE_DEVICES": ""}
+        with self.log.open("a") as output:
+            self.process = subprocess.Popen(
+                ["./run_train.sh", *SETTINGS, f"--job.dump_folder={folder}", *overrides],
+                cwd=ROOT,
+                env={**os.environ, **variables, **environment},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> "Launch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leaves no process behind."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def wait(self, timeout: float = 120) -> int:
+        return self.process.wait(timeout)
+
+    def wait_until(self, condition: Callable[[], bool], timeout: float = 60) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.005)
+
+    def wait_for_step(self, step: int) -> None:
+        metrics = self.folder / "metrics.jsonl"
+        self.wait_until(lambda: metrics.exists() and f'"step": {step},' in metrics.read_text())
+
+    def pid(self, rank: int) -> int:
+        (found,) = (
+            int(process.name)
+            for process in Path("/proc").iterdir()
+            if process.name.isdecimal() and self._is(process, rank)
+        )
+        return found
+
+    def _is(self, process: Path, rank: int) -> bool:
+        try:
+            arguments = (process / "cmdline").read_bytes().split(b"\0")
+            variables = (process / "environ").read_bytes().split(b"\0")
+        except OSError:
+            return False
+        return (
+            f"--job.dump_folder={self.folder}".encode() in arguments
+            and f"RANK={rank}".encode() in variables
+        )
+
+
+def numbers(records: list[dict[str, Any]]) -> list[list[float]]:
+    return [[record[key] for key in NUMERIC] for record in records]
+
+
+@pytest.mark.distributed
+def test_killed_restarted_stopped_and_resumed_a_run_is_the_undisturbed_one_bit_for_bit(
+    workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    expected = workers[2].run(train, tmp_path / "undisturbed", *SETTINGS)[0]
+    folder = tmp_path / "run"
+    with Launch(folder, MAX_RESTARTS="1") as first:
+        first.wait_for_step(7)
+        os.kill(first.pid(1), signal.SIGKILL)
+        first.wait_until(lambda: "Resumed from step" in first.log.read_text())
+        first.wait_for_step(18)
+        os.kill(first.process.pid, signal.SIGTERM)
+        asked = time.monotonic()
+        assert first.wait() == EXIT_STOPPED, first.log.read_text()
+        assert time.monotonic() - asked < 15
+    stopped_at = saved_steps(folder / "checkpoint")[-1]
+    assert 18 <= stopped_at < STEPS
+    assert f"Stopped after step {stopped_at}, as SIGUSR1 asked" in first.log.read_text()
+    with Launch(folder) as second:
+        assert second.wait() == 0, second.log.read_text()
+
+    assert numbers(read_metrics(folder)) == numbers(expected)
+    events = EventAccumulator(str(folder / "tb"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, STEPS + 1))
+
+
+def _asked_on_one_rank(folder: Path, *overrides: str) -> tuple[int, bool]:
+    """The step after which this rank stopped when rank 1 was asked to after step 3."""
+    trainer = build_trainer(folder, "--training.local_batch_size=4", *overrides)
+
+    def ask(*_: object) -> None:
+        if trainer.process.rank == 1 and trainer.state.step + 1 == 3:
+            trainer.stop.signal = "SIGUSR1"
+
+    trainer.optimizer.register_step_post_hook(ask)
+    trainer.train()
+    trainer.close()
+    return trainer.state.step, trainer.is_stopping
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("axis", ["dp_shard", "tp", "pp"])
+def test_a_signal_that_one_rank_gets_stops_all_after_the_same_step(
+    workers: dict[int, Workers], tmp_path: Path, axis: str
+) -> None:
+    settings = (f"--parallel.{axis}=2", "--checkpoint.enable=true", "--training.steps=8")
+    assert workers[2].run(_asked_on_one_rank, tmp_path, *settings) == [(4, True)] * 2
+    assert saved_steps(tmp_path / "checkpoint") == [4]
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(75, True), (0, False), (1, False)])
+def test_the_slurm_script_asks_for_the_signal_and_requeues_what_it_stopped(
+    tmp_path: Path, code: int, requeued: bool
+) -> None:
+    script = ROOT / "scripts" / "multinode_trainer.slurm"
+    assert "#SBATCH --signal=USR1@" in script.read_text()
+    programs = {
+        "srun": 'shift; exec "$@"',
+        "scontrol": 'echo "$@" >>scontrol.log; echo node0',
+        "run_train.sh": f"exit {code}",
+    }
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"SLURM_JOB_NODELIST": "node0", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "42"}
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(
+        ["bash", str(script)],
+        cwd=tmp_path,
+        env={**os.environ, **variables, "PATH": path},
+        check=False,
+    )
+    assert result.returncode == code
+    assert ("requeue 42" in (tmp_path / "scontrol.log").read_text()) == requeued
