@@ -1,5 +1,7 @@
 """What a run survives, and how it ends: real processes, signals and files."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -7,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import pytest
@@ -14,7 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.distributed import Workers
 from tests.runs import TINY, build_trainer, read_metrics, train
+from tests.test_launcher import launch
 from titan_lite.checkpoint.state import saved_steps
+from titan_lite.runtime.folder_lock import FolderLock
 from titan_lite.runtime.stop import EXIT_STOPPED
 
 ROOT = Path(__file__).parent.parent
@@ -119,6 +124,35 @@ def test_killed_restarted_stopped_and_resumed_a_run_is_the_undisturbed_one_bit_f
     events = EventAccumulator(str(folder / "tb"))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.distributed
+def test_two_runs_in_one_folder_are_refused_and_a_killed_one_leaves_no_lock(
+    tmp_path: Path,
+) -> None:
+    command = [sys.executable, "-m", "titan_lite.train", "train_configs/debug.toml"]
+    command += [*SETTINGS, f"--job.dump_folder={tmp_path}"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as holder:
+        while not (tmp_path / "lock").exists() or not (tmp_path / "lock").read_text():
+            time.sleep(0.05)
+        os.kill(holder.pid, signal.SIGSTOP)
+        second = launch("--training.steps=1", f"--job.dump_folder={tmp_path}")
+        assert second.returncode == 2
+        expected = f"another run writes to {tmp_path}: process {holder.pid} on {gethostname()}; end"
+        assert expected in second.stderr
+        holder.kill()
+    FolderLock(tmp_path).release()
+
+
+def test_a_file_system_without_locks_is_warned_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    FolderLock(tmp_path).release()
+    assert "is on a file system without locks (No locks available)" in caplog.text
 
 
 def _asked_on_one_rank(folder: Path, *overrides: str) -> tuple[int, bool]:

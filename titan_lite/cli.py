@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from titan_lite import __version__
 from titan_lite.config.dims import ParallelDims
@@ -101,9 +102,14 @@ def _config(argv: list[str]) -> int:
         print(to_toml(loaded), flush=True)
     plan = rules.check(loaded, _world_size(options.world_size, loaded))
     if options.preflight:
-        from titan_lite.preflight import preflight
+        from titan_lite.preflight import blaming, preflight
+        from titan_lite.runtime.folder_lock import FolderLock
 
         preflight(loaded, plan)
+        folder = Path(loaded.config.job.dump_folder)
+        if folder.is_dir():
+            with blaming("job.dump_folder", loaded):
+                FolderLock(folder).release()
     return 0
 
 

@@ -43,10 +43,15 @@ from titan_lite.parallel.pipeline import Stage, split
 from titan_lite.planner.counts import FORMULA, FlopsPerToken, flops_per_token
 from titan_lite.preflight import blaming, checkpoint_folder, preflight
 from titan_lite.runtime.distributed import Process, check_dtype, set_timeout, start_process_group
+from titan_lite.runtime.folder_lock import FolderLock
 from titan_lite.runtime.garbage import collected_every
 from titan_lite.runtime.profiler import check_profiling, profiling
 from titan_lite.runtime.readback import Readback
-from titan_lite.runtime.run_folder import open_run_folder, update_run_file, write_run_file
+from titan_lite.runtime.run_folder import (
+    open_run_folder,
+    update_run_file,
+    write_run_file,
+)
 from titan_lite.runtime.seed import set_determinism
 from titan_lite.runtime.stop import StopRequest
 from titan_lite.step import StepResult, TrainStep
@@ -77,6 +82,7 @@ class Trainer:
         self.run_folder = Path(config.job.dump_folder)
         training = config.training
         # What can be refused is refused before any process waits for another.
+        self._lock_folder(loaded)
         self._find_files(loaded, plan)
         self.tokens: int | Tensor = self.state.tokens
         with torch.device("meta"):
@@ -134,6 +140,12 @@ class Trainer:
         self.is_stopping = False
         self._resume(loaded)
         self.meter = self._build_meter()
+
+    def _lock_folder(self, loaded: LoadedConfig) -> None:
+        self.lock = None
+        if self.process.rank == 0:
+            with blaming("job.dump_folder", loaded):
+                self.lock = FolderLock(self.run_folder)
 
     def _find_files(self, loaded: LoadedConfig, plan: Plan) -> None:
         """The tokenizer, and the state to begin from."""
@@ -347,10 +359,12 @@ class Trainer:
         logger.info("Everything is in %s\n%s", self.run_folder, self.meter.summary())
 
     def close(self) -> None:
-        """Stops the loader's worker, lets a save end and closes the metric files."""
+        """Stops the loader's worker, lets a save end, closes metric files, leaves the folder."""
         self.loader.close()
         self.checkpoints.close()
         self.meter.close()
+        if self.lock is not None:
+            self.lock.release()
 
     def train_step(self, step: int) -> Record | None:
         """One optimizer step over the global batch; collective. Returns its record if logged."""

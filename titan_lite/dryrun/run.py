@@ -68,6 +68,9 @@ class DryTrainer(Trainer):
         with self.fake:
             super().train_step(step)
 
+    def _lock_folder(self, loaded: LoadedConfig) -> None:
+        pass
+
     def _find_files(self, loaded: LoadedConfig, plan: Plan) -> None:
         self.state = RunState()
 

@@ -1,0 +1,70 @@
+"""One run at a time in a folder; no torch."""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+from typing import TextIO
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = "lock"
+# A process of the same run may just be ending: torchrun starts the next one on any node.
+LOCK_SECONDS = 5.0
+
+
+class FolderLock:
+    """Holds a run's folder against other runs, until it is released or the process is gone.
+
+    The kernel's lock, not the file, is what counts: a killed process leaves none behind. On network
+    file systems it holds between nodes where these pass locks on (NFS 4; Lustre with -o flock).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ValueError naming host and process of the run that has the folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO = (folder / LOCK_FILE).open("a+")
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not self._try(folder):
+            if time.monotonic() > deadline:
+                holder = holder_of(self._file)
+                self._file.close()
+                raise ValueError(
+                    f"another run writes to {folder}: {holder}; end it, or set another "
+                    "job.dump_folder"
+                )
+            time.sleep(0.1)
+        self._file.truncate(0)
+        json.dump({"host": socket.gethostname(), "pid": os.getpid()}, self._file)
+        self._file.flush()
+
+    def release(self) -> None:
+        """Lets another run have the folder."""
+        self._file.close()
+
+    def _try(self, folder: Path) -> bool:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                return False
+            logger.warning(
+                "%s is on a file system without locks (%s): another run there would not be noticed",
+                folder,
+                error.strerror,
+            )
+        return True
+
+
+def holder_of(file: TextIO) -> str:
+    """Who holds a lock, from what it wrote into the file."""
+    file.seek(0)
+    try:
+        holder = json.loads(file.read())
+        return f"process {holder['pid']} on {holder['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "a process that has not yet said who it is"
