@@ -14,6 +14,7 @@ import tiktoken
 
 from benchmarks.manifest import report
 from titan_lite.config.schema import Data
+from titan_lite.data.documents import text_of
 from titan_lite.data.loader import DataLoader
 from titan_lite.data.packing import join_documents, pack
 from titan_lite.data.sources import open_dataset, resolve_source
@@ -54,7 +55,8 @@ def main() -> None:
     tokenizer = Tokenizer.load()
     cold = first_batch_seconds(tokenizer, arguments.seq_len)
     warm = first_batch_seconds(tokenizer, arguments.seq_len)
-    texts = [document["text"] for document in open_dataset(resolve_source(Data()))]
+    source = resolve_source(Data())
+    texts = [text_of(row, source.kind, "text") for row in open_dataset(source)]
     encoding: tiktoken.Encoding = tokenizer._encoding
 
     def ours() -> int:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from tests.distributed import Workers
 from tests.runs import TINY, build_trainer, read_metrics, train
 from tests.test_launcher import launch
 from titan_lite.checkpoint.state import saved_steps
+from titan_lite.metrics.sinks import JsonlSink
 from titan_lite.runtime.folder_lock import FolderLock
 from titan_lite.runtime.stop import EXIT_STOPPED
 
@@ -153,6 +155,49 @@ def test_a_file_system_without_locks_is_warned_about(
     monkeypatch.setattr(fcntl, "flock", flock)
     FolderLock(tmp_path).release()
     assert "is on a file system without locks (No locks available)" in caplog.text
+
+
+@pytest.mark.distributed
+def test_a_document_that_one_rank_cannot_read_ends_the_job_at_once_with_file_and_line(
+    tmp_path: Path,
+) -> None:
+    lines = [json.dumps({"text": f"document {number} " * 100}) for number in range(200)]
+    lines[30] = '{"text": broken'
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(lines))
+    settings = (f"--data.dataset_path={data}", "--data.num_streams=2", "--data.shuffle_buffer=8")
+    with Launch(tmp_path / "run", *settings) as run:
+        run.wait_for_step(1)
+        began = time.monotonic()
+        assert run.wait() == 1
+        # The process-group timeout is 100 s.
+        assert time.monotonic() - began < 20
+    log = run.log.read_text()
+    assert f"ERROR data.dataset_path: {data}, line 31: not JSON" in log
+    assert "[rank0] ERROR" in log  # Line 31 is the first stream's.
+
+
+def test_metrics_that_cannot_be_written_end_the_run_with_the_reason(tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk."""
+    program = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600));"
+        "from tests.test_failures import write_metrics; write_metrics(sys.argv[1])"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "metrics.jsonl")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert f"{tmp_path / 'metrics.jsonl'} cannot be written: File too large" in result.stderr
+    # The record that was cut short is dropped when the run goes on.
+    JsonlSink(tmp_path / "metrics.jsonl", start_step=99).close()
+    records = read_metrics(tmp_path)
+    assert records == [{"step": step, "x": 0.5} for step in range(len(records))]
+    assert len(records) > 10
+
+
+def write_metrics(path: str) -> None:
+    sink = JsonlSink(Path(path))
+    for step in range(100):
+        sink.write({"step": step, "x": 0.5})
 
 
 def _asked_on_one_rank(folder: Path, *overrides: str) -> tuple[int, bool]:

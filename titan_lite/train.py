@@ -66,6 +66,7 @@ def _train(argv: Sequence[str], rank: int, stop: StopRequest) -> int:
         logger.warning("Interrupted after step %d", trainer.state.step)
         return 130
     except Exception as error:
+        logger.error("%s", error)
         logger.exception("Failed in step %d (%s)", stop.progress.step, stop.progress.phase)
         leave_at_once(error)
         return 1

@@ -394,7 +394,7 @@ class Trainer:
         self._read_outcome(step, result, late=self.process.device.type == "cuda" and not logs)
         if not logs:
             return None
-        extra = self.checkpoints.metrics() | self.guard.metrics()
+        extra = self.checkpoints.metrics() | self.guard.metrics() | self._skipped_documents()
         record = self.meter.log(
             step,
             loss=result.loss,
@@ -406,6 +406,14 @@ class Trainer:
         if isinstance(self.guard, LossScaler):
             self.guard.check(step, record["grad_norm"])
         return record
+
+    def _skipped_documents(self) -> dict[str, float]:
+        """For a log record; collective."""
+        if self.config.data.on_bad_document == "raise":
+            return {}
+        # Ranks that share a stream may differ in how far they have read it.
+        counts = torch.tensor(self.loader.num_skipped(), device=self.process.device)
+        return {"skipped_documents": _all_reduce(counts, "max").sum().item()}
 
     def _read_outcome(self, step: int, result: StepResult, *, late: bool) -> None:
         """Looks at what has become of a step, or when `late` of those before it.

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from titan_lite.config.schema import Data
+from titan_lite.data import streams
 from titan_lite.data.assets import bundled_asset
 from titan_lite.data.loader import DataLoader, merge_states
 from titan_lite.data.packing import join_documents
@@ -272,16 +273,14 @@ def error_of(section, num_batches=1):
 def test_a_missing_text_field_names_the_fields_found(tmp_path):
     path = write(tmp_path / "a.jsonl", TEXTS, field="txet")
     message = error_of(Data(dataset_path=str(path)))
-    assert message.startswith("data.text_field='text' is not a field of")
+    assert message.startswith(f"data.dataset_path: {path}, line 1: data.text_field='text' is not")
     assert "it has txet, did you mean 'txet'?" in message
-    assert str(path) in message
 
 
 def test_a_document_whose_text_is_not_text_is_named(tmp_path):
     path = write(tmp_path / "a.jsonl", [1, 2])
     message = error_of(Data(dataset_path=str(path), num_streams=1))
-    assert "data.text_field='text' of a document of" in message
-    assert "is 1, expected text" in message or "is 2, expected text" in message
+    assert f"{path}, line 1: data.text_field='text' is 1, expected text" in message
 
 
 def test_too_few_documents_name_the_number_of_streams_that_would_do(folder):
@@ -325,7 +324,10 @@ def test_malformed_data_surfaces_with_its_source_and_does_not_hang(tmp_path, nam
     (tmp_path / name).write_bytes(content)
     section = Data(dataset_path=str(tmp_path / name), num_streams=1, shuffle_buffer=50_000)
     message = error_of(section)
-    assert message.startswith("data.dataset_path: cannot read ")
+    line = {"second": 2, "late": 25_001}.get(name.partition(".")[0], 1)
+    is_read = name.endswith(".jsonl")
+    where = f"{tmp_path / name}, line {line}: not " if is_read else "cannot read "
+    assert message.startswith(f"data.dataset_path: {where}")
     assert name in message
     assert "\n" not in message
 
@@ -397,3 +399,72 @@ def test_a_process_that_forgets_to_close_has_no_worker_left_when_it_ends():
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert (ended.returncode, ended.stderr) == (0, b"")
     assert b"titan_lite data" not in ended.stdout
+
+
+GOOD = [f"document {i} " * 20 for i in range(40)]
+NUM = 900  # samples: more than an epoch
+BAD = [
+    b'{"text": broken',
+    b'["a list"]',
+    b'{"txt": "another field"}',
+    b'{"text": null}',
+    b'{"text": ""}',
+    b'{"text": "\xe9"}',
+]
+
+
+def write_with_bad_ones(path):
+    """A bad document after every sixth good one, and blank lines, which are none."""
+    lines = [json.dumps({"text": text}).encode() for text in GOOD]
+    for i, bad in enumerate(BAD):
+        lines[7 * i : 7 * i] = [bad, b""]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+def test_bad_documents_are_left_out_and_counted_the_same_after_resuming(tmp_path, caplog):
+    caplog.set_level("WARNING")
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    bad = Data(
+        dataset_path=str(write_with_bad_ones(folder / "a.jsonl")),
+        on_bad_document="skip",
+        num_streams=1,
+        shuffle_buffer=5,
+    )
+    (loader,) = loaders(bad)
+    counts, states = [], []
+    expected = []
+    for _ in range(NUM):
+        expected += take([loader], 1)
+        counts.append(loader.num_skipped()[0])
+        states.append(json.loads(json.dumps(loader.state_dict())))
+    loader.close()
+    assert counts == sorted(counts)
+    assert counts[0] == 0
+    assert counts[-1] >= len(BAD)
+    middle = counts.index(3)
+    (resumed,) = loaders(bad)
+    resumed.load_state_dict(states[middle])
+    rest = take([resumed], NUM - 1 - middle)
+    assert resumed.num_skipped()[0] == counts[-1]
+    resumed.close()
+    np.testing.assert_array_equal(rest, expected[middle + 1 :])
+    assert "was skipped: not JSON" in caplog.text
+
+
+def test_a_source_of_bad_documents_only_is_an_error_though_they_are_skipped(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"no\n" * 50)
+    section = Data(dataset_path=str(path), num_streams=1, on_bad_document="skip")
+    assert "none of the 50 documents of stream 0" in error_of(section)
+    monkeypatch.setattr(streams, "MAX_BAD_IN_A_ROW", 20)
+    assert error_of(section).endswith("20 in a row")
+
+
+def test_an_empty_text_file_and_one_of_other_bytes_are_bad_documents(tmp_path):
+    for name, content, reason in (("a.txt", b"", "is empty"), ("b.txt", b"ab\xff", "byte 0xff")):
+        (tmp_path / name).write_bytes(content)
+        message = error_of(Data(dataset_path=str(tmp_path / name), num_streams=1))
+        assert f"data.dataset_path: {tmp_path / name}: " in message
+        assert reason in message

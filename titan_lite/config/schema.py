@@ -89,6 +89,11 @@ class Data(Section):
     """Split of the dataset."""
     text_field: str = "text"
     """Field of a document that holds its text."""
+    on_bad_document: Literal["raise", "skip"] = "raise"
+    """What happens at a document that is not JSON or not UTF-8, or whose text is missing, empty or
+    no text: "raise" ends the run with its file and line, "skip" leaves it out and counts it. Of
+    Parquet and datasets by name only the text can be judged: a file that cannot be parsed ends the
+    run."""
     tokenizer_path: str = ""
     """A file in tiktoken's format (base64 token, rank), as Llama 3's tokenizer.model; empty: the
     bundled one."""

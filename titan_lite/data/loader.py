@@ -105,6 +105,11 @@ class DataLoader:
             self._worker.close()
             self._worker = None
 
+    def num_skipped(self) -> list[int]:
+        """Of each stream, the documents left out so far; 0 where this rank does not read it."""
+        streams = range(self._section.num_streams)
+        return [self._positions.get(v, Position()).block.skipped for v in streams]
+
     def state_dict(self) -> dict[str, Any]:
         """Where the batches handed out so far end, over the streams this rank reads; small JSON.
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from titan_lite.config.schema import Data
 from titan_lite.data.assets import bundled_asset
+from titan_lite.data.documents import RAW_ENCODING, Kind
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -38,6 +39,10 @@ class Source:
     """Same documents, same identity, wherever they lie: a resumed run compares it."""
     arguments: dict[str, Any]
     """Of datasets.load_dataset."""
+    kind: Kind = "rows"
+    """Of what it hands out."""
+    files: tuple[Path, ...] = ()
+    """Local files, in their order."""
 
 
 def resolve_source(section: Data) -> Source:
@@ -164,7 +169,12 @@ def _files_source(name: str, key: str, files: list[Path]) -> Source:
         "data_files": [glob.escape(str(file)) for file in files],
         "split": "train",
     }
+    handed_out: Kind = "rows"
     if kind == "text":
-        arguments["sample_by"] = "document"
+        handed_out = "files"
+        arguments |= {"sample_by": "document", "encoding": RAW_ENCODING}
+    elif all(".jsonl" in file.suffixes for file in files):
+        handed_out = "lines"
+        arguments |= {"path": "text", "encoding": RAW_ENCODING}
     identity = f"{len(files)} {kind} files {digest}"
-    return Source(name=name, key=key, identity=identity, arguments=arguments)
+    return Source(name, key, identity, arguments, handed_out, tuple(files))

@@ -1,7 +1,7 @@
 """A stream: one virtual shard of the documents as an endless run of samples, with its position."""
 
-import difflib
 import itertools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,12 +9,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from titan_lite.config.schema import Data
+from titan_lite.data.documents import BadDocument, is_blank, place_of, text_of
 from titan_lite.data.packing import Row, cut_documents, join_documents, pack, to_row
 from titan_lite.data.sources import Source, reading, stream_of
 from titan_lite.data.tokenizer import Tokenizer, Tokens
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
+
+logger = logging.getLogger(__name__)
+
+SKIP_HINT = 'data.on_bad_document = "skip" leaves such documents out'
+# Not some bad documents any more, but a source that is not what the configuration says.
+MAX_BAD_IN_A_ROW = 1000
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,8 @@ class Block:
     """Number of the block in its epoch."""
     cursor: dict[str, Any] | None = None
     """State of the Hugging Face iterable before the block; None: the start of the epoch."""
+    skipped: int = 0
+    """Documents of the stream before it that could not be used."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ class Position:
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Position":
         """The inverse of state()."""
-        block = Block(state["epoch"], state["index"], state["cursor"])
+        block = Block(state["epoch"], state["index"], state["cursor"], state["skipped"])
         return cls(state["item"], block, state["offset"])
 
 
@@ -67,6 +76,7 @@ class Stream:
         self.position = position
         self._source, self._section, self._stream, self._seed = source, section, stream, seed
         self._tokenizer = tokenizer
+        self._num_bad = 0  # in a row
         self._whole = dataset
         self._dataset = stream_of(dataset, stream, section.num_streams)
         self._seq_len = seq_len
@@ -87,16 +97,22 @@ class Stream:
         while True:
             self._dataset.load_state_dict(block.cursor)
             iterator = iter(self._dataset)
+            num_good = block.index  # A block before, if there was one, had some.
             while documents := self._read(iterator, size):
-                yield block, self._tokens(block, [self._text(document) for document in documents])
-                block = Block(block.epoch, block.index + 1, self._dataset.state_dict())
-            if block.index == 0:
-                raise ValueError(self._empty())
-            block = Block(block.epoch + 1)
+                texts = self._texts(documents)
+                num_good += len(texts)
+                yield block, self._tokens(block, texts)
+                skipped = block.skipped + len(documents) - len(texts)
+                cursor = self._dataset.state_dict()
+                block = Block(block.epoch, block.index + 1, cursor, skipped)
+            if num_good == 0:
+                raise ValueError(self._empty(block.skipped))
+            block = Block(block.epoch + 1, skipped=block.skipped)
 
     def _read(self, iterator: Iterator[dict[str, Any]], size: int) -> list[dict[str, Any]]:
         with reading(self._source):
-            return list(itertools.islice(iterator, size))
+            documents = (row for row in iterator if not is_blank(row, self._source.kind))
+            return list(itertools.islice(documents, size))
 
     def _tokens(self, block: Block, texts: list[str]) -> Tokens:
         if self._section.shuffle:
@@ -108,27 +124,37 @@ class Stream:
         documents = self._tokenizer.encode_documents(texts, threads=threads)
         return join_documents(documents, self._tokenizer.bos_id, self._tokenizer.eos_id)
 
-    def _text(self, document: dict[str, Any]) -> str:
-        field = self._section.text_field
-        if field not in document:
-            near = difflib.get_close_matches(field, document, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"data.text_field={field!r} is not a field of {self._source.name}: "
-                f"it has {', '.join(document)}{hint}"
-            )
-        text = document[field]
-        if not isinstance(text, str):
-            raise ValueError(
-                f"data.text_field={field!r} of a document of {self._source.name} is "
-                f"{text!r:.60}, expected text"
-            )
-        return text
+    def _texts(self, documents: list[dict[str, Any]]) -> list[str]:
+        """Of the documents that have one; the others raise or are left out, as configured."""
+        texts, source = [], self._source
+        for document in documents:
+            try:
+                texts.append(text_of(document, source.kind, self._section.text_field))
+                self._num_bad = 0
+            except BadDocument as error:
+                self._num_bad += 1
+                too_many = self._num_bad == MAX_BAD_IN_A_ROW
+                if self._section.on_bad_document == "skip" and not too_many:
+                    if self._num_bad == 1:
+                        logger.warning("A document of %s was skipped: %s", source.name, error)
+                    continue
+                place = place_of(document, source.kind, source.files)
+                raise ValueError(
+                    f"{source.key}: {place or f'a document of {source.name}'}: {error}; "
+                    + (f"{self._num_bad} in a row" if too_many else SKIP_HINT)
+                ) from None
+        return texts
 
-    def _empty(self) -> str:
+    def _empty(self, num_skipped: int) -> str:
+        if num_skipped > 0:
+            return (
+                f"{self._source.key}: none of the {num_skipped} documents of stream {self._stream} "
+                f"of {self._source.name} could be used"
+            )
         name, num_streams = self._source.name, self._section.num_streams
         with reading(self._source):
-            total = sum(1 for _ in itertools.islice(self._whole, num_streams))
+            rows = (row for row in self._whole if not is_blank(row, self._source.kind))
+            total = sum(1 for _ in itertools.islice(rows, num_streams))
         if total == 0:
             return f"{self._source.key}: {name} holds no documents"
         if total < num_streams:

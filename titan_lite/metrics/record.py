@@ -25,6 +25,7 @@ METRICS: dict[str, Metric] = {
     "lr": Metric("1", "global", "train/lr"),
     "loss_scale": Metric("1, float16 only", "global", "train/loss_scale"),
     "skipped_steps": Metric("steps since step 0", "global", "train/skipped_steps"),
+    "skipped_documents": Metric("documents since step 0", "global", "train/skipped_documents"),
     "tokens": Metric("tokens since step 0", "global", "train/tokens"),
     "wps": Metric("tokens/s per device", "global", "speed/wps"),
     "samples_per_second": Metric(

@@ -1,5 +1,6 @@
 """Where records go: a line on the console, a JSON line, TensorBoard events."""
 
+import contextlib
 import json
 import logging
 import math
@@ -90,6 +91,7 @@ class JsonlSink:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             _drop_records_after(path, start_step)
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
@@ -97,12 +99,17 @@ class JsonlSink:
         values = {
             key: value if math.isfinite(value) else str(value) for key, value in record.items()
         }
-        self._file.write(json.dumps(values, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(values, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            message = f"{self._path} cannot be written: {error.strerror}"
+            raise RuntimeError(message) from error
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Closes the file; what could not be written has been told before."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def _drop_records_after(path: Path, step: int) -> None:

@@ -1,0 +1,82 @@
+"""The text of a document, or why it has none."""
+
+import difflib
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+Kind = Literal["lines", "files", "rows"]
+"""Of what `datasets` hands out: JSON lines and whole text files, both undecoded, or rows."""
+
+# One character per byte: what is not UTF-8 is found here, document by document, and not by
+# `datasets`, which would give up the whole file.
+RAW_ENCODING = "latin-1"
+
+
+class BadDocument(ValueError):
+    """A document that cannot be trained on; its text is the reason."""
+
+
+def text_of(row: dict[str, Any], kind: Kind, field: str) -> str:
+    """The text of what `datasets` hands out; raises BadDocument."""
+    if kind == "rows":
+        return _field(row, field)
+    try:
+        text = row["text"].encode(RAW_ENCODING).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise BadDocument(f"not UTF-8: byte 0x{byte:02x} at position {error.start}") from None
+    if kind == "files":
+        return _field({field: text}, field)
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadDocument(f"not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise BadDocument(f"expected a JSON object, found {text:.60}")
+    return _field(document, field)
+
+
+def is_blank(row: dict[str, Any], kind: Kind) -> bool:
+    """Whether this is an empty line, which is no document."""
+    return kind == "lines" and not row["text"].strip()
+
+
+def place_of(row: dict[str, Any], kind: Kind, files: tuple[Path, ...]) -> str:
+    """File and line of a raw document, found by reading the files; "" where that is not known."""
+    if kind == "rows":
+        return ""
+    wanted = row["text"].encode(RAW_ENCODING)
+    for file in files:
+        for number, raw in enumerate(_raw(file, kind), start=1):
+            if raw == wanted:
+                return f"{file}, line {number}" if kind == "lines" else str(file)
+    return ""
+
+
+def _raw(file: Path, kind: Kind) -> Iterator[bytes]:
+    # The same newlines as `datasets` makes of them.
+    open_file = gzip.open if file.suffix == ".gz" else open
+    with open_file(file, "rt", encoding=RAW_ENCODING) as text:
+        if kind == "lines":
+            yield from (line.rstrip("\n").encode(RAW_ENCODING) for line in text)
+        else:
+            yield text.read().encode(RAW_ENCODING)
+
+
+def _field(document: dict[str, Any], field: str) -> str:
+    if field not in document:
+        near = difflib.get_close_matches(field, document, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise BadDocument(
+            f"data.text_field={field!r} is not one of its fields: it has "
+            f"{', '.join(document)}{hint}"
+        )
+    text = document[field]
+    if not isinstance(text, str):
+        raise BadDocument(f"data.text_field={field!r} is {text!r:.60}, expected text")
+    if not text:
+        raise BadDocument(f"data.text_field={field!r} is empty")
+    return text
