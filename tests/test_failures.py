@@ -1,9 +1,11 @@
 """What a run survives, and how it ends: real processes, signals and files."""
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from socket import gethostname
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.distributed import Workers
@@ -21,8 +24,11 @@ from tests.runs import TINY, build_trainer, read_metrics, train
 from tests.test_launcher import launch
 from titan_lite.checkpoint.state import saved_steps
 from titan_lite.metrics.sinks import JsonlSink
+from titan_lite.runtime.distributed import record_flights, store_of_its_own
 from titan_lite.runtime.folder_lock import FolderLock
+from titan_lite.runtime.progress import Progress
 from titan_lite.runtime.stop import EXIT_STOPPED
+from titan_lite.runtime.watchdog import Watchdog
 
 ROOT = Path(__file__).parent.parent
 STEPS = 40
@@ -51,17 +57,16 @@ class Launch:
                 env={**os.environ, **variables, **environment},
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
             )
 
     def __enter__(self) -> "Launch":
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leaves no process behind."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        """Leaves no process behind: torchrun gives each a session of its own."""
+        for process in self._processes():
+            os.kill(int(process.name), signal.SIGKILL)
+        self.process.wait()
 
     def wait(self, timeout: float = 120) -> int:
         return self.process.wait(timeout)
@@ -78,23 +83,23 @@ class Launch:
         self.wait_until(lambda: metrics.exists() and f'"step": {step},' in metrics.read_text())
 
     def pid(self, rank: int) -> int:
-        (found,) = (
+        of_rank = [
             int(process.name)
-            for process in Path("/proc").iterdir()
-            if process.name.isdecimal() and self._is(process, rank)
-        )
-        return found
+            for process in self._processes()
+            if f"RANK={rank}".encode() in (process / "environ").read_bytes().split(b"\0")
+        ]
+        # The first: what a process forks looks like itself for a moment.
+        return min(of_rank)
 
-    def _is(self, process: Path, rank: int) -> bool:
-        try:
-            arguments = (process / "cmdline").read_bytes().split(b"\0")
-            variables = (process / "environ").read_bytes().split(b"\0")
-        except OSError:
-            return False
-        return (
-            f"--job.dump_folder={self.folder}".encode() in arguments
-            and f"RANK={rank}".encode() in variables
-        )
+    def _processes(self) -> list[Path]:
+        """Those of this run that are there, in /proc."""
+        argument = f"--job.dump_folder={self.folder}".encode()
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if argument in (process / "cmdline").read_bytes().split(b"\0"):
+                    found.append(process)
+        return found
 
 
 def numbers(records: list[dict[str, Any]]) -> list[list[float]]:
@@ -198,6 +203,85 @@ def write_metrics(path: str) -> None:
     sink = JsonlSink(Path(path))
     for step in range(100):
         sink.write({"step": step, "x": 0.5})
+
+
+@pytest.mark.distributed
+def test_a_rank_that_hangs_is_named_with_its_phase_and_ends_the_job_by_the_timeout(
+    tmp_path: Path,
+) -> None:
+    # Saving has a longer timeout.
+    settings = ("--comm.train_timeout_seconds=4", "--checkpoint.enable=false")
+    with Launch(tmp_path / "run", *settings, "--training.steps=999") as run:
+        run.wait_for_step(50)
+        os.kill(hung := run.pid(1), signal.SIGSTOP)
+        run.wait_until(lambda: "Failed in step" in run.log.read_text(), timeout=15)
+        run.wait_until(lambda: run.log.read_text().count("rank 1: ") == 2, timeout=5)
+        # For torchrun's SIGTERM to end it, instead of SIGKILL half a minute later.
+        os.kill(hung, signal.SIGCONT)
+        assert run.wait() == 1
+    log = run.log.read_text()
+    assert re.search(r"WARNING No progress for \d s. The ranks, those furthest behind first:", log)
+    assert re.search(r"Timed out waiting 4000ms", log)
+    first, second = log.split("The ranks, those furthest behind first:\n")[2].splitlines()[:2]
+    phases = "data|forward|backward|optimizer|log|save"
+    assert re.match(rf"  rank 1: ({phases}) of step \d+ for .* silent for \d s", first)
+    assert re.match(rf"  rank 0: ({phases}) of step \d+ for \d s, in \w+, from titan_lite/", second)
+
+
+def _report(phase_by_rank: list[Any]) -> str:
+    """What rank 0 tells when the ranks are in these phases of these steps."""
+    rank = dist.get_rank()
+    progress = Progress()
+    progress.enter(phase_by_rank[rank][1], step=phase_by_rank[rank][0])
+    watchdog = Watchdog(
+        progress,
+        dist.PrefixStore("test", store_of_its_own()),
+        rank=rank,
+        world_size=dist.get_world_size(),
+        timeout=1,
+        tells=True,
+    )
+    try:
+        time.sleep(0.3)
+        dist.barrier()
+        return watchdog.report()
+    finally:
+        watchdog.close()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("phases", "behind"),
+    [
+        ([(7, "backward"), (7, "data")], 1),
+        ([(7, "optimizer"), (8, "data")], 0),
+        ([(7, "save"), (7, "log")], 1),
+    ],
+)
+def test_the_report_begins_with_the_rank_that_is_furthest_behind(
+    workers: dict[int, Workers], phases: list[Any], behind: int
+) -> None:
+    for report in workers[2].run(_report, phases):
+        _, first, second = report.splitlines()
+        step, phase = phases[behind]
+        assert re.match(
+            rf"  rank {behind}: {phase} of step {step} for \d s, (at _report|in b)", first
+        )
+        assert second.startswith(f"  rank {1 - behind}: ")
+
+
+def test_the_flight_recorder_writes_below_the_run_folder_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "7")
+    for name in ("TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    record_flights(tmp_path)
+    assert (tmp_path / "flight_recorder").is_dir()
+    assert os.environ["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "7"
+    assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    path = str(tmp_path / "flight_recorder" / "rank")
+    assert os.environ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == path
 
 
 def _asked_on_one_rank(folder: Path, *overrides: str) -> tuple[int, bool]:

@@ -68,6 +68,8 @@ def _train(argv: Sequence[str], rank: int, stop: StopRequest) -> int:
     except Exception as error:
         logger.error("%s", error)
         logger.exception("Failed in step %d (%s)", stop.progress.step, stop.progress.phase)
+        if trainer.watchdog.tells and "timed out" in str(error).lower():
+            logger.error("%s", trainer.watchdog.report())
         leave_at_once(error)
         return 1
     finally:

@@ -42,7 +42,14 @@ from titan_lite.parallel.mesh import build_meshes
 from titan_lite.parallel.pipeline import Stage, split
 from titan_lite.planner.counts import FORMULA, FlopsPerToken, flops_per_token
 from titan_lite.preflight import blaming, checkpoint_folder, preflight
-from titan_lite.runtime.distributed import Process, check_dtype, set_timeout, start_process_group
+from titan_lite.runtime.distributed import (
+    Process,
+    check_dtype,
+    record_flights,
+    set_timeout,
+    start_process_group,
+    store_of_its_own,
+)
 from titan_lite.runtime.folder_lock import FolderLock
 from titan_lite.runtime.garbage import collected_every
 from titan_lite.runtime.profiler import check_profiling, profiling
@@ -54,6 +61,7 @@ from titan_lite.runtime.run_folder import (
 )
 from titan_lite.runtime.seed import set_determinism
 from titan_lite.runtime.stop import StopRequest
+from titan_lite.runtime.watchdog import Watchdog
 from titan_lite.step import StepResult, TrainStep
 
 logger = logging.getLogger(__name__)
@@ -105,12 +113,12 @@ class Trainer:
         self.micro_steps = self.global_batch_size // (training.local_batch_size * self.dims.batch)
         self._open_data(loaded)
 
-        start_process_group(self.process, config.comm)
+        self._start_process_group()
         set_determinism(training.seed, deterministic=training.deterministic)
         self._agree_on_start(loaded)
         meshes = build_meshes(self.dims, self.process.device.type)
         # The meshes' groups do not inherit the timeout of the first one.
-        set_timeout(config.comm.init_timeout_seconds)
+        self._set_timeout(config.comm.init_timeout_seconds)
         self.positions = self._local_positions()
         parallel_model = build_parallel(
             self.model,
@@ -140,6 +148,24 @@ class Trainer:
         self.is_stopping = False
         self._resume(loaded)
         self.meter = self._build_meter()
+
+    def _start_process_group(self) -> None:
+        comm = self.config.comm
+        if self.process.device.type == "cuda":
+            record_flights(self.run_folder)
+        start_process_group(self.process, comm)
+        self.watchdog = Watchdog(
+            self.progress,
+            store_of_its_own(),
+            rank=self.process.rank,
+            world_size=self.process.world_size,
+            timeout=comm.init_timeout_seconds,
+            tells=self.process.local_rank == 0,
+        )
+
+    def _set_timeout(self, seconds: int) -> None:
+        set_timeout(seconds)
+        self.watchdog.timeout = seconds
 
     def _lock_folder(self, loaded: LoadedConfig) -> None:
         self.lock = None
@@ -334,17 +360,17 @@ class Trainer:
             for step in range(first, last + 1):
                 self.train_step(step)
                 if step == first:
-                    set_timeout(comm.train_timeout_seconds)
+                    self._set_timeout(comm.train_timeout_seconds)
                     self.report_compiled()
                 should_save = self.checkpoints.should_save(step, last)
                 if should_save:
                     self._look_back()
                 if should_save or (self.is_stopping and self.config.checkpoint.enable):
                     # The slowest disk of all is waited for: longer than a step may take.
-                    set_timeout(comm.init_timeout_seconds)
+                    self._set_timeout(comm.init_timeout_seconds)
                     with self.meter.excluded():
                         self.save()
-                    set_timeout(comm.train_timeout_seconds)
+                    self._set_timeout(comm.train_timeout_seconds)
                 collect(step)
                 profile(step)
                 if self.is_stopping and step < last:
@@ -363,6 +389,7 @@ class Trainer:
         self.loader.close()
         self.checkpoints.close()
         self.meter.close()
+        self.watchdog.close()
         if self.lock is not None:
             self.lock.release()
 

@@ -71,6 +71,12 @@ class DryTrainer(Trainer):
     def _lock_folder(self, loaded: LoadedConfig) -> None:
         pass
 
+    def _start_process_group(self) -> None:
+        pass
+
+    def _set_timeout(self, seconds: int) -> None:
+        pass
+
     def _find_files(self, loaded: LoadedConfig, plan: Plan) -> None:
         self.state = RunState()
 

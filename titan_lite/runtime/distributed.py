@@ -4,6 +4,7 @@ import os
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -69,6 +70,27 @@ def start_process_group(process: Process, comm: Comm) -> None:
         world_size=process.world_size,
         device_id=process.device if on_gpu else None,
     )
+
+
+def store_of_its_own() -> dist.Store:
+    """Another connection to the process group's store, for a thread."""
+    return distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+
+
+def record_flights(folder: Path) -> None:
+    """Has NCCL write down each rank's last collectives below `folder` when one times out.
+
+    To be called before the process group is there; what the environment says goes first.
+    """
+    path = folder / "flight_recorder"
+    settings = {
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(path.absolute() / "rank"),
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    path.mkdir(parents=True, exist_ok=True)
 
 
 def check_dtype(name: str, device: torch.device) -> None:

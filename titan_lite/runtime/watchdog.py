@@ -1,0 +1,163 @@
+"""Who was where, for the message when some ranks wait for one that does not come."""
+
+import contextlib
+import json
+import logging
+import math
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch.distributed as dist
+
+import titan_lite
+from titan_lite.runtime.progress import PHASES, Phase, Progress
+
+logger = logging.getLogger(__name__)
+
+# Of the timeout: told before NCCL ends the process, which leaves Python no time.
+TOLD_AFTER = 0.8
+MAX_SECONDS_BETWEEN_BEATS = 5.0
+MAX_RANKS_TOLD = 8
+PACKAGE = Path(titan_lite.__file__).parent
+# Files of torch whose functions are collectives.
+COLLECTIVES = ("distributed_c10d.py", "_functional_collectives.py")
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank last said of itself; seconds: in its phase; at: when, by its clock."""
+
+    step: int
+    phase: Phase
+    seconds: float
+    place: str
+    at: float
+
+    def describe(self, now: float, beat_seconds: float) -> str:
+        """In words, with how long it has been silent if that is too long."""
+        silence = now - self.at
+        silent = f", silent for {silence:.0f} s" if silence > 3 * beat_seconds else ""
+        seconds = self.seconds + max(silence, 0)
+        return f"{self.phase} of step {self.step} for {seconds:.0f} s, {self.place}{silent}"
+
+
+class Watchdog:
+    """A thread that tells the store where this rank is, and the log where all are if it is stuck.
+
+    `timeout`: seconds after which a collective that waits gives up.
+    """
+
+    def __init__(
+        self,
+        progress: Progress,
+        store: dist.Store,
+        *,
+        rank: int,
+        world_size: int,
+        timeout: float,
+        tells: bool,
+    ) -> None:
+        """store: of its own, since one that waits for a key keeps others from it.
+
+        tells: whether this rank is one of those, a few for all, that write to the log.
+        """
+        self.tells = tells
+        self.timeout = timeout
+        self._progress, self._store = progress, store
+        self._rank, self._world_size = rank, world_size
+        self._main_thread = threading.get_ident()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="titan_lite watchdog", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._stopped.set()
+        self._thread.join(timeout=1)
+
+    def report(self) -> str:
+        """Where every rank is, those furthest behind first."""
+        now = time.time()
+        beats: dict[int, Beat] = {}
+        for rank in range(self._world_size):
+            with contextlib.suppress(RuntimeError):
+                if self._store.check([_key(rank)]):
+                    beats[rank] = Beat(**json.loads(self._store.get(_key(rank))))
+        # Who waits in a collective is not the one who is waited for.
+        order = sorted(
+            beats,
+            key=lambda rank: (
+                beats[rank].step,
+                PHASES.index(beats[rank].phase),
+                beats[rank].at > now - 3 * self._beat_seconds,
+                beats[rank].place.startswith("in "),
+            ),
+        )
+        lines = [
+            f"  rank {rank}: {beats[rank].describe(now, self._beat_seconds)}"
+            for rank in order[:MAX_RANKS_TOLD]
+        ]
+        if len(order) > MAX_RANKS_TOLD:
+            lines.append(f"  and {len(order) - MAX_RANKS_TOLD} more")
+        if unknown := [rank for rank in range(self._world_size) if rank not in beats]:
+            lines.append(f"  never heard of: {unknown}")
+        return "\n".join(["The ranks, those furthest behind first:", *lines])
+
+    @property
+    def _beat_seconds(self) -> float:
+        return min(MAX_SECONDS_BETWEEN_BEATS, self.timeout / 10)
+
+    def _run(self) -> None:
+        told, beaten = None, -math.inf
+        while True:
+            try:
+                if time.monotonic() - beaten >= self._beat_seconds:
+                    self._beat()
+                    beaten = time.monotonic()
+                since = self._progress.since
+                is_stuck = self._progress.seconds() > TOLD_AFTER * self.timeout
+                if self.tells and is_stuck and since != told:
+                    told = since
+                    seconds = self._progress.seconds()
+                    logger.warning("No progress for %.0f s. %s", seconds, self.report())
+            except RuntimeError:
+                return  # The store has gone, with the process or the launcher that held it.
+            # Often: the timeout, and with it the time between beats, may have become shorter.
+            if self._stopped.wait(min(1, self._beat_seconds)):
+                return
+
+    def _beat(self) -> None:
+        progress = self._progress
+        place = place_of(sys._current_frames().get(self._main_thread))
+        beat = Beat(progress.step, progress.phase, progress.seconds(), place, time.time())
+        self._store.set(_key(self._rank), json.dumps(asdict(beat)))
+
+
+def place_of(frame: FrameType | None) -> str:
+    """The collective that a thread is in, if any, and the line of this package that led there."""
+    collective, line, innermost = "", "", ""
+    for outer in _outwards(frame):
+        path = Path(outer.f_code.co_filename)
+        innermost = innermost or f"{outer.f_code.co_name} ({path.name}:{outer.f_lineno})"
+        if path.name in COLLECTIVES:
+            collective = outer.f_code.co_name
+        if PACKAGE in path.parents:
+            line = f"{path.relative_to(PACKAGE.parent)}:{outer.f_lineno}"
+            break
+    what = f"in {collective}" if collective else f"at {innermost}"
+    return f"{what}, from {line}" if line else what
+
+
+def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _key(rank: int) -> str:
+    return f"titan_lite/progress/{rank}"
