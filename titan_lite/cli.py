@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -33,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "checkpoint": (_checkpoint, "list the checkpoints of a run, or verify them"),
         "convert": (_convert, "weights from Hugging Face's safetensors to checkpoints, and back"),
         "dryrun": (_dryrun, "memory, FLOPs and collectives of a step, on a machine without GPUs"),
+        "compare": (_compare, "whether two runs follow the same curve, at every step"),
     }
     parser = argparse.ArgumentParser(
         prog="titan-lite",
@@ -177,6 +177,12 @@ def _dryrun(argv: list[str]) -> int:
     return 0
 
 
+def _compare(argv: list[str]) -> int:
+    from titan_lite.regression.commands import compare_command
+
+    return compare_command(argv)
+
+
 def _ranks(option: str | None, dims: ParallelDims) -> list[int]:
     """The ranks to run: the one asked for, or the first ones at places of the pipeline."""
     stages = [dims.rank(dict.fromkeys(dims.AXES, 0) | {"pp": place}) for place in range(dims.pp)]
@@ -213,8 +219,7 @@ def _world_size(option: int | None, loaded: LoadedConfig) -> int:
         if not text.isdecimal():
             raise ConfigError([Problem("WORLD_SIZE", "environment", f"not a number: {text!r}")])
         return int(text)
-    parallel = loaded.config.parallel
-    return math.prod(max(1, getattr(parallel, axis)) for axis in ParallelDims.AXES)
+    return ParallelDims.smallest_world(loaded.config.parallel)
 
 
 if __name__ == "__main__":

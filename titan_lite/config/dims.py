@@ -43,6 +43,11 @@ class ParallelDims:
             )
         return cls(**{"dp_shard": world_size // product, **given})
 
+    @classmethod
+    def smallest_world(cls, parallel: Parallel) -> int:
+        """The smallest number of ranks that the degrees allow."""
+        return math.prod(max(1, getattr(parallel, axis)) for axis in cls.AXES)
+
     @property
     def world_size(self) -> int:
         """Ranks of the run."""

@@ -1,0 +1,324 @@
+"""titan-lite compare, from the arguments to the exit code, on run folders made for it."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.regression.folders import facts, write_run
+from titan_lite import cli
+from titan_lite.regression.compare import compare
+from titan_lite.regression.curves import Mistake, read_curve
+
+LOSS = [8.0, 7.5, 7.0, 6.5, 6.25]
+NORM = [0.5, 0.6, 0.7, 0.6, 0.5]
+FILE = "metrics.jsonl"
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    write_run(Path("a"), LOSS, NORM)
+
+
+def changed(values: list, step: int, value: float | str) -> list:
+    return [value if index == step else old for index, old in enumerate(values, start=1)]
+
+
+def run(*argv: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
+    code = cli.main(["compare", *argv])
+    captured = capsys.readouterr()
+    return code, (captured.out + captured.err).splitlines()
+
+
+def test_equal_runs_are_within_the_bitwise_tier(capsys) -> None:
+    write_run(Path("b"), LOSS, NORM, "--training.gc_freq=7")
+    code, lines = run("a", "b", "--tier=bitwise", capsys=capsys)
+    assert code == 0
+    assert lines[0] == "within: 5 steps agree, tier bitwise (every digit)"
+    # What differed all the same is said.
+    assert lines[-1] == "training.gc_freq: 50 and 7"
+
+
+def test_one_digit_is_outside_bitwise_and_within_layout(capsys) -> None:
+    write_run(Path("b"), changed(LOSS, 4, 6.500001), NORM)
+    code, lines = run("a", "b", "--tier=bitwise", capsys=capsys)
+    assert code == 1
+    assert lines[0] == (
+        "OUTSIDE: loss leaves the band of tier bitwise at step 4: 6.5 and 6.500001, 1.5e-07 apart "
+        "where 0 is allowed"
+    )
+    code, lines = run("a", "b", capsys=capsys)
+    assert code == 0
+    assert lines[0].startswith("within: 5 steps agree, tier layout (float32: loss 1e-05")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_layout_tier_allows_what_it_states_for_the_precision(dtype: str, capsys) -> None:
+    override = f"--training.param_dtype={dtype}"
+    write_run(Path("x"), LOSS, NORM, override)
+    write_run(Path("y"), changed(LOSS, 3, 7.0 * 1.001), NORM, override)
+    code, lines = run("x", "y", capsys=capsys)
+    assert code == (1 if dtype == "float32" else 0)
+    loss = lines[2].split()
+    assert loss[:4] == [
+        "loss",
+        "1.0e-03",
+        "3",
+        {"float32": "1.0e-05", "bfloat16": "1.0e-02"}[dtype],
+    ]
+
+
+def test_the_gradient_norm_alone_is_enough(capsys) -> None:
+    write_run(Path("b"), LOSS, [2 * norm for norm in NORM])
+    code, lines = run("a", "b", capsys=capsys)
+    assert code == 1
+    assert "grad_norm leaves the band of tier layout at step 1: 0.5 and 1" in lines[0]
+    assert lines[3].split() == ["grad_norm", "1.0e+00", "1", "1.0e-04", "step", "1"]
+
+
+def test_a_loss_that_is_not_finite_is_outside_unless_every_digit_agrees(capsys) -> None:
+    for name in ("x", "y"):
+        write_run(Path(name), changed(LOSS, 5, "nan"), NORM)
+    assert run("x", "y", "--tier=bitwise", capsys=capsys)[0] == 0
+    code, lines = run("x", "y", "--json=found.json", capsys=capsys)
+    assert code == 1
+    assert "at step 5: nan and nan, nan apart" in lines[0]
+    found = json.loads(Path("found.json").read_text())
+    assert found["quantities"]["loss"]["largest_deviation"] == "nan"
+    assert run("a", "x", "--tier=bitwise", capsys=capsys)[0] == 1
+
+
+def test_json_holds_what_was_found(capsys) -> None:
+    write_run(Path("b"), LOSS, changed(NORM, 2, 0.61), "--training.gc_freq=7")
+    run("a", "b", "--json=found.json", capsys=capsys)
+    found = json.loads(Path("found.json").read_text())
+    norm = found["quantities"].pop("grad_norm")
+    assert norm.pop("largest_deviation") == pytest.approx(0.01 / 0.6)
+    assert norm == {
+        "at_step": 2,
+        "allowed_there": 1e-4,
+        "steps_outside": 1,
+        "first_step_outside": 2,
+    }
+    assert found["quantities"].keys() == {"loss", "lr", "tokens"}
+    assert {key: found[key] for key in found if key != "quantities"} == {
+        "verdict": "outside",
+        "tier": "layout",
+        "a": "a",
+        "b": "b",
+        "dtypes": ["float32", "float32"],
+        "steps": 5,
+        "first_step": 1,
+        "last_step": 5,
+        "first_outside": {"quantity": "grad_norm", "step": 2},
+        "different_settings": {"training.gc_freq": [50, 7]},
+    }
+
+
+def test_the_picture_needs_the_extra_and_says_so(monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, lines = run("a", "a", "--plot=curves.png", capsys=capsys)
+    assert code == 2
+    assert "pip install 'titan_lite[plot]'" in lines[0]
+
+
+def test_the_picture_is_a_png(capsys) -> None:
+    pytest.importorskip("matplotlib")
+    write_run(Path("b"), LOSS, changed(NORM, 2, 0.61))
+    assert run("a", "b", "--plot=curves.png", capsys=capsys)[0] == 1
+    assert Path("curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_other_data_is_a_mistake_that_names_the_keys(capsys) -> None:
+    write_run(Path("b"), LOSS, NORM, "--data.shuffle=false", "--training.local_batch_size=2")
+    code, lines = run("a", "b", capsys=capsys)
+    assert code == 2
+    assert lines == [
+        "titan-lite compare: the runs saw different data: data.shuffle is true and false; "
+        "training.global_batch_size is 1 and 2"
+    ]
+
+
+def test_the_same_global_batch_in_another_layout_is_the_same_data(capsys) -> None:
+    mesh = dict.fromkeys(("pp", "cp", "tp", "dp_shard"), 1) | {"dp_replicate": 2}
+    write_run(Path("x"), LOSS, NORM, "--training.local_batch_size=2")
+    write_run(Path("y"), LOSS, NORM, mesh=mesh)
+    assert run("x", "y", capsys=capsys)[0] == 0
+
+
+def test_a_file_of_the_same_name_in_another_folder_is_the_same_data(capsys) -> None:
+    for name, path in (("x", "/data/text.jsonl"), ("y", "/mnt/text.jsonl"), ("z", "/mnt/b.jsonl")):
+        write_run(Path(name), LOSS, NORM, f"--data.dataset_path={path}")
+    assert run("x", "y", capsys=capsys)[0] == 0
+    assert run("y", "z", capsys=capsys)[0] == 2
+
+
+def test_an_older_run_without_a_key_of_today_had_its_default(capsys) -> None:
+    old = facts()["config"]
+    del old["data"]["shuffle_buffer"]
+    write_run(Path("b"), LOSS, NORM, config=old)
+    assert run("a", "b", capsys=capsys)[0] == 0
+
+
+def test_only_the_statistical_tier_compares_seeds_and_precisions(capsys) -> None:
+    write_run(Path("b"), LOSS, NORM, "--training.seed=1")
+    code, lines = run("a", "b", capsys=capsys)
+    assert code == 2
+    assert (
+        "training.seed is 0 and 1; --tier statistical compares runs of different seeds" in lines[0]
+    )
+    write_run(Path("c"), LOSS, NORM, "--training.param_dtype=bfloat16")
+    code, lines = run("a", "c", capsys=capsys)
+    assert code == 2
+    assert "compute in float32 and bfloat16: --tier statistical" in lines[0]
+    code, lines = run("a", "c", "--tier=statistical", capsys=capsys)
+    assert code == 2
+    assert "at least 100 logged steps, and these are 5" in lines[0]
+
+
+def test_the_statistical_tier_compares_smoothed_curves_and_every_learning_rate(capsys) -> None:
+    seeds = json.loads((Path(__file__).parent / "seeds.json").read_text())
+    for seed in (0, 1):
+        values = [seeds[name][seed] for name in ("loss", "grad_norm")]
+        write_run(Path(f"seed{seed}"), *values, f"--training.seed={seed}")
+    code, lines = run("seed0", "seed1", "--tier=statistical", capsys=capsys)
+    assert code == 0
+    assert lines[0] == "within: 300 steps agree, tier statistical (false alarms: 1%)"
+    records = [json.loads(line) for line in Path("seed1/metrics.jsonl").read_text().splitlines()]
+    records[9]["lr"] *= 1.001
+    records[250]["loss"] = "inf"
+    Path("seed1/metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    code, lines = run("seed0", "seed1", "--tier=statistical", capsys=capsys)
+    assert code == 1
+    assert "lr leaves the band of tier statistical at step 10" in lines[0]
+    assert lines[2].split()[-2:] == ["step", "251"]
+
+
+def test_float8_or_a_coarse_reduction_has_a_precision_of_its_own() -> None:
+    for name, override in (
+        ("float8", "--float8.recipe=rowwise"),
+        ("bfloat16", "--training.reduce_dtype=bfloat16"),
+    ):
+        assert read_curve(write_run(Path(name), LOSS, NORM, override)).dtype == name
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda: Path("b/run.json").unlink(), "b: not a run folder, it has no run.json"),
+        (lambda: Path("b/run.json").write_text("{"), "b/run.json is not JSON"),
+        (lambda: Path("b/run.json").write_text("{}"), "b/run.json has no config and mesh"),
+        (lambda: Path("b/metrics.jsonl").write_text(""), "b: no step was logged"),
+        (
+            lambda: Path("b/metrics.jsonl").write_text('{"step": 1, "loss": 8, "lr": 1}'),
+            "b: no grad_norm in the record of step 1",
+        ),
+        (
+            lambda: Path("b/metrics.jsonl").write_text('{"step": 1, "lo'),
+            "b/metrics.jsonl: line 1 is not JSON",
+        ),
+        (
+            lambda: Path("b/metrics.jsonl").write_text(2 * Path("a/metrics.jsonl").read_text()),
+            "b: step 1 is not after the one before",
+        ),
+        (
+            lambda: write_run(Path("c"), LOSS[:3]).rename("d").joinpath(FILE).replace("b/" + FILE),
+            "different steps: a 5 from 1 to 5 (metrics.log_freq 1), b 3 from 1 to 3",
+        ),
+    ],
+)
+def test_a_run_that_cannot_be_compared_is_a_mistake(spoil, message: str, capsys) -> None:
+    write_run(Path("b"), LOSS, NORM)
+    spoil()
+    code, lines = run("a", "b", capsys=capsys)
+    assert code == 2
+    assert message in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("a",), "expected two runs to compare, got 1"),
+        (("a", "aa"), 'aa: no such run folder or golden file; did you mean "a"?'),
+        (("a", "a/metrics.jsonl"), "a/metrics.jsonl: not a golden file, and no folder of a run"),
+        (("a", "a", "--training.steps=3"), "--training.steps=3 cannot act: a and a is no TOML"),
+        (("run.toml", "a", "--b.nproc=2"), "--b.nproc=2 cannot act: a is no TOML file"),
+        (("run.toml", "a", "--nproc=none"), "expected a number of processes, got 'none'"),
+        (("run.toml", "a", "--training.stebs=3"), "did you mean"),
+        (("run.toml", "a", "--nproc=3", "--parallel.tp=2"), "world size 3 is not a multiple"),
+        (("run.toml", "a", "--keep=."), "--keep: a exists already"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_answered_before_any_run(
+    argv: tuple[str, ...], message: str, capsys
+) -> None:
+    Path("run.toml").write_text("[training]\nsteps = 5\n")
+    start = time.perf_counter()
+    code, lines = run(*argv, capsys=capsys)
+    assert code == 2
+    assert message in "\n".join(lines)
+    assert time.perf_counter() - start < 1
+
+
+def test_two_long_runs_are_compared_in_a_blink_without_torch() -> None:
+    loss = [6 + 1 / step for step in range(1, 10_001)]
+    for name in ("x", "y"):
+        write_run(Path(name), loss)
+    program = (
+        "import sys; from titan_lite import cli\n"
+        "code = cli.main(['compare', 'x', 'y', '--tier', 'statistical', '--json', 'found.json'])\n"
+        "sys.exit(code or 'torch' in sys.modules)"
+    )
+    before = os.times()
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+    after = os.times()
+    seconds = after.children_user + after.children_system
+    assert seconds - before.children_user - before.children_system < 2
+
+
+@pytest.mark.distributed
+def test_toml_files_are_trained_on_the_spot_each_in_a_world_of_its_own(capfd) -> None:
+    Path("run.toml").write_text(
+        """
+        [model]
+        dim = 64
+        num_layers = 1
+        ffn_dim = 128
+        [training]
+        steps = 3
+        seq_len = 32
+        local_batch_size = 4
+        global_batch_size = 4
+        param_dtype = "float32"
+        [metrics]
+        peak_tflops = 1.0
+        """
+    )
+    argv = ("run.toml", "run.toml", "--keep=runs", "--b.nproc=2", "--b.training.local_batch_size=2")
+    code, lines = run(*argv, capsys=capfd)
+    assert code == 0
+    assert lines[0].startswith("within: 3 steps agree, tier layout")
+    assert "training.local_batch_size: 4 and 2" in lines
+    assert compare(*map(read_curve, (Path("runs/a"), Path("runs/b"))), "layout")
+    mesh = json.loads(Path("runs/b/run.json").read_text())["mesh"]
+    assert mesh["dp_shard"] == 2
+
+
+def test_a_run_that_fails_is_a_mistake_and_the_run_says_why(capfd) -> None:
+    Path("empty.jsonl").touch()
+    Path("run.toml").write_text("[training]\nsteps = 5\n")
+    assert cli.main(["compare", "run.toml", "a", "--a.data.dataset_path=empty.jsonl"]) == 2
+    error = capfd.readouterr().err
+    assert "the run of run.toml ended with exit code" in error
+    assert "data.dataset_path" in error
+
+
+def test_mistakes_are_values_to_catch() -> None:
+    with pytest.raises(Mistake, match="no such run folder"):
+        read_curve(Path("nowhere/at/all"))

@@ -1,0 +1,142 @@
+"""`titan-lite compare`: arguments in, a verdict out."""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from titan_lite.config.dims import ParallelDims
+from titan_lite.config.load import ConfigError, Problem, read_config
+from titan_lite.config.problems import literal
+from titan_lite.models.rules import check
+from titan_lite.regression.compare import TIERS, Comparison, compare
+from titan_lite.regression.curves import Curve, Mistake, changed_settings, read_curve
+from titan_lite.regression.launch import launch
+from titan_lite.regression.plot import check_plot, plot
+
+WITHIN, OUTSIDE, MISTAKE = 0, 1, 2
+
+COMPARE = """
+A and B are run folders, golden files, or TOML files, which are trained on the spot. Of the latter:
+  --section.key=value     overrides a key of both, --a.section.key=value of A, --b. ... of B
+  --nproc=N               processes of each, --a.nproc=N of A, --b.nproc=N of B
+                          (default: what the parallel degrees need)
+tiers:
+  bitwise      every digit is the same
+  layout       each step within a relative tolerance, which depends on the precision (default)
+  statistical  the smoothed curves no further apart than their noise explains
+exit code: 0 within, 1 outside, 2 for a mistake
+"""
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One of the two things compared."""
+
+    path: Path
+    overrides: tuple[str, ...]
+    nproc: int | None
+
+    @property
+    def is_config(self) -> bool:
+        return self.path.suffix == ".toml"
+
+    def world_size(self) -> int:
+        """Processes to start; ConfigError for what they cannot run."""
+        loaded = read_config(self.path, self.overrides)
+        nproc = self.nproc or ParallelDims.smallest_world(loaded.config.parallel)
+        check(loaded, nproc)
+        return nproc
+
+
+def compare_command(argv: Sequence[str]) -> int:
+    """Runs `titan-lite compare`; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="titan-lite compare",
+        usage="%(prog)s A B [--tier TIER] [--json FILE] [--plot FILE] [--keep FOLDER] "
+        "[--[a.|b.]nproc=N] [--[a.|b.]section.key=value ...]",
+        description="Compares loss, gradient norm, learning rate and tokens of two runs at every "
+        "step that they logged.",
+        epilog=COMPARE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--tier", choices=TIERS, default="layout", help="how close they must be")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw curves, difference and band (a PNG)"
+    )
+    parser.add_argument(
+        "--keep", type=Path, metavar="FOLDER", help="keep the runs of TOML files there, as a and b"
+    )
+    options, rest = parser.parse_known_args(argv)
+    try:
+        sides = _sides(rest)
+        if options.plot:
+            check_plot()
+        a, b = _curves(sides, options.keep)
+        comparison = compare(a, b, options.tier)
+    except Mistake as error:
+        print(f"titan-lite compare: {error}", file=sys.stderr)
+        return MISTAKE
+    show(comparison)
+    if options.json:
+        options.json.write_text(json.dumps(comparison.report(), indent=2) + "\n")
+    if options.plot:
+        plot(comparison, options.plot)
+    return OUTSIDE if comparison.first_outside else WITHIN
+
+
+def show(comparison: Comparison) -> None:
+    """Prints the verdict, the table, and the settings that differ."""
+    print(comparison.verdict())
+    print(comparison.table())
+    for key, (a, b) in changed_settings(comparison.a, comparison.b).items():
+        print(f"{key}: {literal(a)} and {literal(b)}")
+
+
+def _sides(rest: Sequence[str]) -> tuple[_Side, _Side]:
+    paths = [Path(argument) for argument in rest if not argument.startswith("-")]
+    if len(paths) != 2:
+        raise Mistake(f"expected two runs to compare, got {len(paths)}")
+    given: tuple[list[str], list[str]] = ([], [])
+    for argument in rest:
+        if argument.startswith("-"):
+            # "--a." or "--b." is for one side, anything else for both.
+            side = {"--a.": 0, "--b.": 1}.get(argument[:4])
+            meant = (0, 1) if side is None else (side,)
+            if not any(paths[index].suffix == ".toml" for index in meant):
+                names = " and ".join(str(paths[index]) for index in meant)
+                raise Mistake(f"{argument} cannot act: {names} is no TOML file to train")
+            for index in meant:
+                given[index].append(argument if side is None else f"--{argument[4:]}")
+    return _side(paths[0], given[0]), _side(paths[1], given[1])
+
+
+def _side(path: Path, arguments: Sequence[str]) -> _Side:
+    overrides = [a for a in arguments if not a.startswith("--nproc=")]
+    sizes = [a.removeprefix("--nproc=") for a in arguments if a.startswith("--nproc=")]
+    if not sizes:
+        return _Side(path, tuple(overrides), None)
+    if not (sizes[-1].isdecimal() and int(sizes[-1])):
+        message = f"expected a number of processes, got {sizes[-1]!r}"
+        raise ConfigError([Problem("--nproc", "command line", message)])
+    return _Side(path, tuple(overrides), int(sizes[-1]))
+
+
+def _curves(sides: tuple[_Side, _Side], keep: Path | None) -> list[Curve]:
+    """Reads what is there, then runs what is not: a mistake is answered before any run."""
+    sizes = [side.world_size() if side.is_config else 0 for side in sides]
+    curves = [None if side.is_config else read_curve(side.path) for side in sides]
+    with tempfile.TemporaryDirectory(prefix="titan-lite-") as temporary:
+        for index, (side, nproc) in enumerate(zip(sides, sizes, strict=True)):
+            if side.is_config:
+                folder = (keep or Path(temporary)) / "ab"[index]
+                if folder.exists():
+                    raise Mistake(f"--keep: {folder} exists already")
+                launch(side.path, side.overrides, nproc, folder)
+                curves[index] = read_curve(folder)
+    return [curve for curve in curves if curve is not None]

@@ -1,0 +1,196 @@
+"""Whether one curve follows another: three tiers, each with the distance that it allows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from titan_lite.regression import noise
+from titan_lite.regression.curves import (
+    QUANTITIES,
+    Array,
+    Curve,
+    Mistake,
+    changed_settings,
+    check_comparable,
+)
+
+Tier = Literal["bitwise", "layout", "statistical"]
+TIERS: tuple[Tier, ...] = get_args(Tier)
+
+# Of the layout tier, relative, at every step; measured in docs/numerics.md.
+LAYOUT_TOLERANCES: Mapping[str, Mapping[str, float]] = {
+    "float32": {"loss": 1e-5, "grad_norm": 1e-4},
+    # Rounding is magnified wherever the gradient is steep: to 15 % of its norm, for some steps.
+    "bfloat16": {"loss": 1e-2, "grad_norm": 0.25},
+    "float16": {"loss": 1e-2, "grad_norm": 0.25},
+    "float8": {"loss": 1e-2, "grad_norm": 0.25},
+}
+# The host computes it in double precision, from the step alone: another machine's cosine may round
+# otherwise.
+LR_TOLERANCE = 1e-12
+
+
+@dataclass(frozen=True)
+class Track:
+    """One quantity of two curves, at each step.
+
+    a, b: the curves, smoothed in the statistical tier. difference: of b from a, relative; NaN where
+    one is not finite. band: what it may be.
+    """
+
+    a: Array
+    b: Array
+    difference: Array
+    band: Array
+
+    @property
+    def outside(self) -> list[int]:
+        """The indices where the difference exceeds the band, or is NaN."""
+        return np.flatnonzero(~(np.abs(self.difference) <= self.band)).tolist()
+
+    @property
+    def worst(self) -> int:
+        """The index of the largest difference, the first NaN before all others."""
+        return int(np.argmax(np.abs(self.difference)))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two curves and what was found of each quantity."""
+
+    a: Curve
+    b: Curve
+    tier: Tier
+    tracks: Mapping[str, Track]
+
+    @property
+    def first_outside(self) -> tuple[str, int] | None:
+        """The quantity that leaves its band first, and the index of the step."""
+        first = [(t.outside[0], name) for name, t in self.tracks.items() if len(t.outside)]
+        return min(first)[::-1] if first else None
+
+    def verdict(self) -> str:
+        """One line."""
+        count = f"{len(self.a.steps)} steps"
+        found = self.first_outside
+        if found is None:
+            return f"within: {count} agree, tier {self.tier} ({self._allowed()})"
+        name, index = found
+        track, a, b = self.tracks[name], self.a.values[name], self.b.values[name]
+        return (
+            f"OUTSIDE: {name} leaves the band of tier {self.tier} at step {self.a.steps[index]}: "
+            f"{a[index]:.9g} and {b[index]:.9g}, {_relative(track.difference[index])} apart where "
+            f"{_relative(track.band[index])} is allowed"
+        )
+
+    def _allowed(self) -> str:
+        if self.tier == "bitwise":
+            return "every digit"
+        if self.tier == "layout":
+            of_type = LAYOUT_TOLERANCES[self.a.dtype]
+            words = ", ".join(f"{name} {value:g}" for name, value in of_type.items())
+            return f"{self.a.dtype}: {words} relative"
+        return f"false alarms: {noise.ALPHA:.0%}"
+
+    def table(self) -> str:
+        """A line for each quantity: its largest deviation, and where it is first outside."""
+        rows = [("quantity", "largest deviation", "at step", "allowed there", "first outside")]
+        for name, track in self.tracks.items():
+            worst, outside = track.worst, track.outside
+            rows.append(
+                (
+                    name,
+                    _relative(track.difference[worst]),
+                    str(self.a.steps[worst]),
+                    _relative(track.band[worst]),
+                    f"step {self.a.steps[outside[0]]}" if len(outside) else "-",
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        )
+
+    def report(self) -> dict[str, Any]:
+        """All that was found, for JSON; what is not finite is text."""
+        found = self.first_outside
+        return {
+            "verdict": "within" if found is None else "outside",
+            "tier": self.tier,
+            "a": self.a.name,
+            "b": self.b.name,
+            "dtypes": [self.a.dtype, self.b.dtype],
+            "steps": len(self.a.steps),
+            "first_step": int(self.a.steps[0]),
+            "last_step": int(self.a.steps[-1]),
+            "first_outside": found and {"quantity": found[0], "step": int(self.a.steps[found[1]])},
+            "quantities": {name: self._summary(track) for name, track in self.tracks.items()},
+            "different_settings": {
+                key: list(values) for key, values in changed_settings(self.a, self.b).items()
+            },
+        }
+
+    def _summary(self, track: Track) -> dict[str, Any]:
+        worst, outside = track.worst, track.outside
+        return {
+            "largest_deviation": _number(track.difference[worst]),
+            "at_step": int(self.a.steps[worst]),
+            "allowed_there": _number(track.band[worst]),
+            "steps_outside": len(outside),
+            "first_step_outside": int(self.a.steps[outside[0]]) if len(outside) else None,
+        }
+
+
+def compare(a: Curve, b: Curve, tier: Tier) -> Comparison:
+    """Holds b against a; Mistake where the tier says nothing of two such runs."""
+    check_comparable(a, b, other_seeds=tier == "statistical")
+    if tier == "layout" and a.dtype != b.dtype:
+        raise Mistake(
+            f"the runs compute in {a.dtype} and {b.dtype}: --tier statistical compares precisions"
+        )
+    if tier == "statistical" and len(a.steps) < noise.MIN_STEPS:
+        raise Mistake(
+            f"--tier statistical estimates the noise from at least {noise.MIN_STEPS} logged steps, "
+            f"and these are {len(a.steps)}"
+        )
+    tracks = {}
+    for name in QUANTITIES:
+        pair = a.values[name], b.values[name]
+        if tier == "statistical" and name in ("loss", "grad_norm"):
+            tracks[name] = _statistical(*pair)
+        else:
+            allowed = {"tokens": 0.0, "lr": LR_TOLERANCE, **LAYOUT_TOLERANCES[a.dtype]}
+            tracks[name] = _stepwise(*pair, 0.0 if tier == "bitwise" else allowed[name])
+    return Comparison(a, b, tier, tracks)
+
+
+def _stepwise(a: Array, b: Array, tolerance: float) -> Track:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        difference = (b - a) / np.abs(a)
+    same = a == b
+    if tolerance == 0:
+        same |= np.isnan(a) & np.isnan(b)
+    difference[same] = 0.0
+    return Track(a, b, difference, np.full(len(a), tolerance))
+
+
+def _statistical(a: Array, b: Array) -> Track:
+    sane = np.isfinite(a) & np.isfinite(b) & (a > 0) & (b > 0)
+    end = len(a) if sane.all() else int(np.argmin(sane))
+    smooth_a, smooth_b, difference, band = (np.full(len(a), np.nan) for _ in range(4))
+    if end >= noise.MIN_STEPS:
+        found = noise.distance(a[:end], b[:end])
+        smooth_a[:end], smooth_b[:end] = found.smooth_a, found.smooth_b
+        difference[:end], band[:end] = found.difference, found.band
+    return Track(smooth_a, smooth_b, difference, band)
+
+
+def _relative(value: float) -> str:
+    return f"{value:.1e}" if value else "0"
+
+
+def _number(value: float) -> float | str:
+    return float(value) if np.isfinite(value) else str(value)

@@ -1,0 +1,207 @@
+"""The curve of a run, read from its folder or from a golden file; without torch."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from titan_lite.config.problems import FIELDS, literal, near_file
+from titan_lite.config.schema import Config
+
+QUANTITIES = ("loss", "grad_norm", "lr", "tokens")
+METRICS_FILE, RUN_FILE = "metrics.jsonl", "run.json"
+
+# Keys of [data] that say how fast, not what, is read.
+_SPEED_KEYS = frozenset({"prefetch", "tokenizer_threads"})
+# The folder that a file lies in differs from machine to machine.
+_PATH_KEYS = frozenset({"dataset_path", "tokenizer_path"})
+
+Array = NDArray[np.float64]
+Record = dict[str, Any]
+
+
+class Mistake(ValueError):
+    """What makes a comparison meaningless, in a sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a run logged of each quantity.
+
+    values: by quantity, one for each of `steps`. data: the settings that say what it was trained
+    on. dtype: of its arithmetic. facts: what run.json says of it.
+    """
+
+    name: str
+    steps: NDArray[np.int64]
+    values: Mapping[str, Array]
+    data: Mapping[str, Any]
+    dtype: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_curve(path: Path) -> Curve:
+    """The curve in a run folder or a golden file; Mistake where there is none."""
+    if not path.exists():
+        raise Mistake(f"{path}: no such run folder or golden file{near_file(path)}")
+    if not path.is_dir():
+        return _read_golden(path)
+    for name in (METRICS_FILE, RUN_FILE):
+        if not (path / name).exists():
+            raise Mistake(f"{path}: not a run folder, it has no {name}")
+    return make_curve(str(path), read_records(path), read_facts(path))
+
+
+def read_records(folder: Path) -> list[Record]:
+    """The records of a run folder's metrics.jsonl."""
+    path = folder / METRICS_FILE
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            raise Mistake(f"{path}: line {number} is not JSON: {line[:60]!r}") from None
+    return records
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What a run folder's run.json says."""
+    path = folder / RUN_FILE
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise Mistake(f"{path} is not JSON: {error}") from None
+    if not {"config", "mesh"} <= facts.keys():
+        raise Mistake(f"{path} has no config and mesh: it is not of titan_lite")
+    return facts
+
+
+def make_curve(name: str, records: Sequence[Record], facts: Mapping[str, Any]) -> Curve:
+    """A curve from the records and the facts of a run; Mistake where a column is missing."""
+    if not records:
+        raise Mistake(f"{name}: no step was logged")
+    for key in ("step", *QUANTITIES):
+        lacking = [record.get("step", "?") for record in records if key not in record]
+        if lacking:
+            raise Mistake(f"{name}: no {key} in the record of step {lacking[0]}")
+    # "nan" and "inf" stand for what JSON does not have: float() reads them.
+    values = {key: np.array([float(r[key]) for r in records]) for key in QUANTITIES}
+    steps = np.array([int(record["step"]) for record in records])
+    if (np.diff(steps) <= 0).any():
+        raise Mistake(
+            f"{name}: step {steps[1:][np.diff(steps) <= 0][0]} is not after the one before"
+        )
+    config = facts["config"]
+    return Curve(name, steps, values, _data(config, facts["mesh"]), dtype(config), facts)
+
+
+def _read_golden(path: Path) -> Curve:
+    golden = read_golden(path)
+    return make_curve(str(path), golden["records"], golden["manifest"])
+
+
+def read_golden(path: Path) -> dict[str, Any]:
+    """The manifest and records of a golden file; Mistake where it is none."""
+    try:
+        golden: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest, records = golden["manifest"], golden["records"]
+        digest = manifest["records_sha256"]
+    except (ValueError, KeyError, TypeError):
+        raise Mistake(f"{path}: not a golden file, and no folder of a run") from None
+    if digest != records_digest(records):
+        raise Mistake(
+            f"{path}: its records are not those that were accepted; only titan-lite golden accept "
+            "changes a golden"
+        )
+    return golden
+
+
+def records_digest(records: Sequence[Record]) -> str:
+    """SHA-256 of records, however their text is laid out."""
+    from hashlib import sha256
+
+    return sha256(json.dumps(records).encode()).hexdigest()
+
+
+def setting(config: Mapping[str, Any], key: str) -> Any:
+    """The value of section.key in a stored configuration, which an older version may lack."""
+    section, _, name = key.partition(".")
+    return config.get(section, {}).get(name, FIELDS[section][name].default)
+
+
+def dtype(config: Mapping[str, Any]) -> str:
+    """The coarsest type that a run computes in: float8, or that of parameters or reductions."""
+    if setting(config, "float8.recipe") != "none":
+        return "float8"
+    types = {setting(config, f"training.{key}") for key in ("param_dtype", "reduce_dtype")}
+    return next((name for name in ("bfloat16", "float16") if name in types), "float32")
+
+
+def _data(config: Mapping[str, Any], mesh: Mapping[str, int]) -> dict[str, Any]:
+    """By key, what decides which tokens each step sees."""
+    keys = [name for name in FIELDS["data"] if name not in _SPEED_KEYS]
+    data = {f"data.{name}": setting(config, f"data.{name}") for name in keys}
+    for name in _PATH_KEYS:
+        data[f"data.{name}"] = PurePath(data[f"data.{name}"]).name
+    for key in ("training.seq_len", "training.seed"):
+        data[key] = setting(config, key)
+    batch = setting(config, "training.global_batch_size")
+    if batch == -1:
+        ranks = mesh["dp_replicate"] * mesh["dp_shard"]
+        batch = setting(config, "training.local_batch_size") * ranks
+    return data | {"training.global_batch_size": batch}
+
+
+def check_comparable(a: Curve, b: Curve, *, other_seeds: bool) -> None:
+    """Mistake naming every difference in data, or the first in steps.
+
+    other_seeds: whether seeds may differ.
+    """
+    keys = [key for key in a.data if not (other_seeds and key == "training.seed")]
+    differing = [
+        f"{key} is {literal(a.data[key])} and {literal(b.data[key])}"
+        for key in keys
+        if a.data[key] != b.data[key]
+    ]
+    if differing:
+        hint = ""
+        if differing[0].startswith("training.seed"):
+            hint = "; --tier statistical compares runs of different seeds"
+        raise Mistake(f"the runs saw different data: {'; '.join(differing)}{hint}")
+    if not np.array_equal(a.steps, b.steps):
+        raise Mistake(f"the runs logged different steps: {_steps(a)}, {_steps(b)}")
+
+
+def _steps(curve: Curve) -> str:
+    first, last, count = int(curve.steps[0]), int(curve.steps[-1]), len(curve.steps)
+    every = setting(curve.facts["config"], "metrics.log_freq")
+    return f"{curve.name} {count} from {first} to {last} (metrics.log_freq {every})"
+
+
+def changed_settings(a: Curve, b: Curve) -> dict[str, tuple[Any, Any]]:
+    """The keys whose values differ, but for where the runs write."""
+    found = {}
+    for section, fields in FIELDS.items():
+        for name in fields:
+            key = f"{section}.{name}"
+            values = tuple(setting(curve.facts["config"], key) for curve in (a, b))
+            if values[0] != values[1] and key != "job.dump_folder":
+                found[key] = values
+    return found
+
+
+def non_default(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The part of a stored configuration that differs from the defaults."""
+    defaults = Config().model_dump()
+    changed = {
+        section: {
+            key: value for key, value in values.items() if value != defaults[section].get(key)
+        }
+        for section, values in config.items()
+        if section in defaults
+    }
+    return {section: values for section, values in changed.items() if values}

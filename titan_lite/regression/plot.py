@@ -1,0 +1,50 @@
+"""A picture of a comparison, by matplotlib, which the extra `plot` brings."""
+
+from pathlib import Path
+
+from titan_lite.regression.compare import Comparison
+from titan_lite.regression.curves import Mistake
+
+
+def check_plot() -> None:
+    """Mistake where matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise Mistake(
+            "--plot needs matplotlib, which is not installed: pip install 'titan_lite[plot]'"
+        ) from None
+
+
+def plot(comparison: Comparison, path: Path) -> None:
+    """Writes loss and gradient norm, both curves above, their difference and the band below."""
+    from matplotlib.figure import Figure
+
+    names = ("loss", "grad_norm")
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    axes = figure.subplots(2, len(names), sharex=True, height_ratios=(2, 1))
+    steps = comparison.a.steps
+    for name, (above, below) in zip(names, axes.T, strict=True):
+        track = comparison.tracks[name]
+        smoothed = comparison.tier == "statistical"
+        for curve, line, color in (
+            (comparison.a, track.a, "C0"),
+            (comparison.b, track.b, "C1"),
+        ):
+            if smoothed:
+                above.plot(steps, curve.values[name], color=color, linewidth=0.5, alpha=0.4)
+            style = "-" if curve is comparison.a else "--"
+            above.plot(steps, line, style, color=color, linewidth=1.3, label=curve.name)
+        if name == "grad_norm":
+            above.set_yscale("log")
+        above.set_title(f"{name}, smoothed" if smoothed else name)
+        above.legend()
+        band = 100 * track.band
+        below.fill_between(steps, -band, band, color="0.85", label="allowed")
+        below.plot(steps, 100 * track.difference, color="C3", linewidth=1.0)
+        if len(track.outside):
+            below.axvline(steps[track.outside[0]], color="C3", linestyle=":", linewidth=1.0)
+        below.set_ylabel("B from A, %")
+        below.set_xlabel("step")
+    figure.suptitle(comparison.verdict(), fontsize="medium", wrap=True)
+    figure.savefig(path, dpi=110)
