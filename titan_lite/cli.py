@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "convert": (_convert, "weights from Hugging Face's safetensors to checkpoints, and back"),
         "dryrun": (_dryrun, "memory, FLOPs and collectives of a step, on a machine without GPUs"),
         "compare": (_compare, "whether two runs follow the same curve, at every step"),
+        "golden": (_golden, "whether runs still follow the curves that were accepted"),
     }
     parser = argparse.ArgumentParser(
         prog="titan-lite",
@@ -181,6 +182,12 @@ def _compare(argv: list[str]) -> int:
     from titan_lite.regression.commands import compare_command
 
     return compare_command(argv)
+
+
+def _golden(argv: list[str]) -> int:
+    from titan_lite.regression.commands import golden_command
+
+    return golden_command(argv)
 
 
 def _ranks(option: str | None, dims: ParallelDims) -> list[int]:

@@ -14,6 +14,7 @@ def facts(*overrides: str, **more: Any) -> dict[str, Any]:
         "started": "2026-01-02T03:04:05+0000",
         "versions": {"titan_lite": "0.1.0", "torch": "2.13.0", "python": "3.12.1"},
         "git_commit": "0123456789abcdef",
+        "environment": {"system": "Linux x86_64", "cpu_capability": "AVX2", "threads": 1},
         "device": "AMD EPYC",
         "mesh": dict.fromkeys(("pp", "dp_replicate", "dp_shard", "cp", "tp"), 1),
         "applied": {"blocks": 2, "modules": {"FSDP unit": ["model"]}, "precision": "float32"},

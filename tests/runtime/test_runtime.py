@@ -70,6 +70,7 @@ def test_the_run_file_names_versions_and_commit(tmp_path: Path) -> None:
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["versions"]["torch"] == torch.__version__
     assert run["git_commit"] == git_commit()
+    assert run["environment"]["threads"] == torch.get_num_threads()
     assert run["mesh"] == {"dp_shard": 2}
 
 

@@ -1,4 +1,4 @@
-"""`titan-lite compare`: arguments in, a verdict out."""
+"""`titan-lite compare` and `titan-lite golden`: arguments in, a verdict out."""
 
 import argparse
 import json
@@ -14,6 +14,7 @@ from titan_lite.config.problems import literal
 from titan_lite.models.rules import check
 from titan_lite.regression.compare import TIERS, Comparison, compare
 from titan_lite.regression.curves import Curve, Mistake, changed_settings, read_curve
+from titan_lite.regression.golden import Case
 from titan_lite.regression.launch import launch
 from titan_lite.regression.plot import check_plot, plot
 
@@ -29,6 +30,19 @@ tiers:
   layout       each step within a relative tolerance, which depends on the precision (default)
   statistical  the smoothed curves no further apart than their noise explains
 exit code: 0 within, 1 outside, 2 for a mistake
+"""
+
+GOLDEN = """
+A case is a TOML file:
+  config = "debug.toml"   what to train, relative to the case
+  nproc = 2               processes
+  device = "cpu"          or "cuda", with a golden curve for each kind of device
+  tier = "layout"         as of titan-lite compare
+  why = "..."             why it need not be closer
+  [tolerance]             closer than the tier, as: loss = 1e-6, grad_norm = 1e-5
+  [overrides]             keys that differ, as: training.steps = 20
+Its golden curve stands beside it, as NAME.golden.json.
+exit code: 0 within (or skipped, for want of a device), 1 outside, 2 for a mistake
 """
 
 
@@ -140,3 +154,55 @@ def _curves(sides: tuple[_Side, _Side], keep: Path | None) -> list[Curve]:
                 launch(side.path, side.overrides, nproc, folder)
                 curves[index] = read_curve(folder)
     return [curve for curve in curves if curve is not None]
+
+
+def golden_command(argv: Sequence[str]) -> int:
+    """Runs `titan-lite golden`; returns its exit code, the worst of its cases."""
+    parser = argparse.ArgumentParser(
+        prog="titan-lite golden",
+        description="Trains each case and holds its curve against the golden one (run), or makes "
+        "it the golden one (accept), which is how a golden is changed.",
+        epilog=GOLDEN,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("action", choices=("run", "accept"))
+    parser.add_argument("cases", nargs="+", type=Path, metavar="CASE", help="a case's TOML file")
+    options = parser.parse_args(argv)
+    codes = []
+    for path in options.cases:
+        try:
+            codes.append(_golden(Case(path), options.action))
+        except Mistake as error:
+            print(f"titan-lite golden: {error}", file=sys.stderr)
+            codes.append(MISTAKE)
+    return max(codes)
+
+
+def _golden(case: Case, action: str) -> int:
+    file = case.file
+    if file.device == "cuda" and (lack := _lack_of_devices(file.nproc)):
+        if action == "accept":
+            raise Mistake(f"{case.path}: {lack}")
+        print(f"{case.path}: skipped, {lack}")
+        return WITHIN
+    _Side(case.config, case.overrides, file.nproc).world_size()
+    with tempfile.TemporaryDirectory(prefix="titan-lite-") as temporary:
+        folder = Path(temporary) / case.path.stem
+        launch(case.config, case.overrides, file.nproc, folder, on_cpu=file.device == "cpu")
+        if action == "accept":
+            golden, changed = case.accept(folder)
+            if changed is not None:
+                show(changed)
+            print(f"{golden}: {'changed' if changed and changed.first_outside else 'written'}")
+            return WITHIN
+        comparison = case.check(folder)
+    print(f"{case.path}: ", end="")
+    show(comparison)
+    return OUTSIDE if comparison.first_outside else WITHIN
+
+
+def _lack_of_devices(needed: int) -> str:
+    import torch
+
+    found = torch.cuda.device_count()
+    return f"it needs {needed} CUDA devices and there are {found}" if found < needed else ""

@@ -64,6 +64,7 @@ class Comparison:
     b: Curve
     tier: Tier
     tracks: Mapping[str, Track]
+    tolerances: Mapping[str, float]
 
     @property
     def first_outside(self) -> tuple[str, int] | None:
@@ -89,8 +90,7 @@ class Comparison:
         if self.tier == "bitwise":
             return "every digit"
         if self.tier == "layout":
-            of_type = LAYOUT_TOLERANCES[self.a.dtype]
-            words = ", ".join(f"{name} {value:g}" for name, value in of_type.items())
+            words = ", ".join(f"{name} {value:g}" for name, value in self.tolerances.items())
             return f"{self.a.dtype}: {words} relative"
         return f"false alarms: {noise.ALPHA:.0%}"
 
@@ -144,8 +144,13 @@ class Comparison:
         }
 
 
-def compare(a: Curve, b: Curve, tier: Tier) -> Comparison:
-    """Holds b against a; Mistake where the tier says nothing of two such runs."""
+def compare(
+    a: Curve, b: Curve, tier: Tier, tolerances: Mapping[str, float] | None = None
+) -> Comparison:
+    """Holds b against a; Mistake where the tier says nothing of two such runs.
+
+    tolerances: of loss and grad_norm in the layout tier, in place of LAYOUT_TOLERANCES.
+    """
     check_comparable(a, b, other_seeds=tier == "statistical")
     if tier == "layout" and a.dtype != b.dtype:
         raise Mistake(
@@ -156,15 +161,16 @@ def compare(a: Curve, b: Curve, tier: Tier) -> Comparison:
             f"--tier statistical estimates the noise from at least {noise.MIN_STEPS} logged steps, "
             f"and these are {len(a.steps)}"
         )
+    tolerances = tolerances or LAYOUT_TOLERANCES[a.dtype]
     tracks = {}
     for name in QUANTITIES:
         pair = a.values[name], b.values[name]
         if tier == "statistical" and name in ("loss", "grad_norm"):
             tracks[name] = _statistical(*pair)
         else:
-            allowed = {"tokens": 0.0, "lr": LR_TOLERANCE, **LAYOUT_TOLERANCES[a.dtype]}
+            allowed = {"tokens": 0.0, "lr": LR_TOLERANCE, **tolerances}
             tracks[name] = _stepwise(*pair, 0.0 if tier == "bitwise" else allowed[name])
-    return Comparison(a, b, tier, tracks)
+    return Comparison(a, b, tier, tracks, tolerances)
 
 
 def _stepwise(a: Array, b: Array, tolerance: float) -> Track:

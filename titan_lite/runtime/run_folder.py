@@ -38,7 +38,7 @@ def open_run_folder(folder: Path, *, resume_step: int) -> None:
 
 
 def write_run_file(folder: Path, facts: dict[str, Any]) -> None:
-    """Writes run.json: `facts` after the versions and the commit that produced the run."""
+    """Writes run.json: `facts` after the versions, commit and machine that produced the run."""
     versions = {
         "titan_lite": titan_lite.__version__,
         "torch": torch.__version__,
@@ -48,6 +48,11 @@ def write_run_file(folder: Path, facts: dict[str, Any]) -> None:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": versions,
         "git_commit": git_commit(),
+        "environment": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+        },
         **facts,
     }
     (folder / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")

@@ -1,0 +1,152 @@
+"""Golden curves: runs whose curve is kept as text beside the case that describes them."""
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from titan_lite.config.problems import literal, near_file
+from titan_lite.config.schema import Positive, PositiveFloat, Section
+from titan_lite.regression.compare import LAYOUT_TOLERANCES, Comparison, Tier, compare
+from titan_lite.regression.curves import (
+    QUANTITIES,
+    Mistake,
+    Record,
+    dtype,
+    make_curve,
+    non_default,
+    read_curve,
+    read_facts,
+    read_records,
+    records_digest,
+)
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+# Of run.json, what a golden keeps: neither when nor where it was made.
+_KEPT_FACTS = ("versions", "environment", "device", "mesh")
+
+
+class Tolerance(Section):
+    """[tolerance]"""
+
+    loss: PositiveFloat
+    grad_norm: PositiveFloat
+
+
+class CaseFile(Section):
+    """A case: one run, and how closely it must follow its golden curve."""
+
+    config: str
+    """TOML file of the run, relative to the case."""
+    nproc: Positive
+    """Processes."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where it runs; "cuda" has a golden for each kind of device."""
+    tier: Tier
+    """As of titan-lite compare."""
+    why: str
+    """Why no closer."""
+    tolerance: Tolerance | None = None
+    """Relative, of each step, where tier "layout" would allow more."""
+    overrides: dict[str, dict[str, Any]] = Field(default={})
+    """Keys that differ from the file's, as tables."""
+
+
+class Case:
+    """A case file, with its paths resolved."""
+
+    def __init__(self, path: Path) -> None:
+        """Mistake where there is no such case, or it says what a case cannot."""
+        self.path = path
+        try:
+            self.file = CaseFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise Mistake(f"{path}: no such case{near_file(path, '*.toml')}") from None
+        except OSError as error:
+            raise Mistake(f"{path}: cannot be read: {error.strerror}") from None
+        except tomllib.TOMLDecodeError as error:
+            raise Mistake(f"{path}: not valid TOML: {error}") from None
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+            raise Mistake(f"{path}: not a golden case: {'; '.join(wrong)}") from None
+
+    @property
+    def config(self) -> Path:
+        """The TOML file of the run."""
+        return self.path.parent / self.file.config
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """As on the command line."""
+        return tuple(
+            f"--{section}.{key}={literal(value)}"
+            for section, table in self.file.overrides.items()
+            for key, value in table.items()
+        )
+
+    def golden(self, device_name: str) -> Path:
+        """The golden file, of this kind of device where the case runs on an accelerator."""
+        kind = ""
+        if self.file.device != "cpu":
+            kind = "." + re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+        return self.path.with_name(f"{self.path.stem}{kind}.golden.json")
+
+    def check(self, run: Path) -> Comparison:
+        """The golden curve against that of a run folder of this case."""
+        golden = self.golden(read_facts(run)["device"])
+        if not golden.exists():
+            raise Mistake(
+                f"{golden}: there is no golden curve yet; titan-lite golden accept {self.path} "
+                "makes it"
+            )
+        a, b = read_curve(golden), read_curve(run)
+        return compare(a, b, self.file.tier, self._tolerances(b.dtype))
+
+    def _tolerances(self, dtype: str) -> Mapping[str, float]:
+        own = self.file.tolerance
+        return LAYOUT_TOLERANCES[dtype] if own is None else own.model_dump()
+
+    def accept(self, run: Path) -> tuple[Path, Comparison | None]:
+        """Writes the curve of a run folder as the golden one; what changed, if it could be told."""
+        facts = read_facts(run)
+        path = self.golden(facts["device"])
+        changed = None
+        if path.exists():
+            try:
+                changed = self.check(run)
+            except Mistake as mistake:
+                print(f"{path}: {mistake}", file=sys.stderr)
+        records = [{key: r[key] for key in ("step", *QUANTITIES)} for r in read_records(run)]
+        make_curve(str(run), records, facts)
+        path.write_text(_golden_text(self._manifest(facts, records), records), encoding="utf-8")
+        return path, changed
+
+    def _manifest(self, facts: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
+        config = non_default(facts["config"])
+        config.get("job", {}).pop("dump_folder", None)
+        of_type = dtype(facts["config"])
+        return {
+            "case": self.path.name,
+            "tier": self.file.tier,
+            "tolerance": self._tolerances(of_type) if self.file.tier == "layout" else None,
+            "why": self.file.why,
+            "dtype": of_type,
+            **{key: facts[key] for key in _KEPT_FACTS},
+            "config": {section: table for section, table in config.items() if table},
+            "records_sha256": records_digest(records),
+        }
+
+
+def _golden_text(manifest: Mapping[str, Any], records: Sequence[Record]) -> str:
+    """JSON with a line for each step, for a change to be read as a diff."""
+    lines = ",\n".join(f"    {json.dumps(record)}" for record in records)
+    head = json.dumps(manifest, indent=2).replace("\n", "\n  ")
+    return f'{{\n  "manifest": {head},\n  "records": [\n{lines}\n  ]\n}}\n'
