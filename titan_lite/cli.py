@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "dryrun": (_dryrun, "memory, FLOPs and collectives of a step, on a machine without GPUs"),
         "compare": (_compare, "whether two runs follow the same curve, at every step"),
         "golden": (_golden, "whether runs still follow the curves that were accepted"),
+        "report": (_report, "a page on one or several runs, to look at in a browser"),
     }
     parser = argparse.ArgumentParser(
         prog="titan-lite",
@@ -188,6 +189,12 @@ def _golden(argv: list[str]) -> int:
     from titan_lite.regression.commands import golden_command
 
     return golden_command(argv)
+
+
+def _report(argv: list[str]) -> int:
+    from titan_lite.regression.commands import report_command
+
+    return report_command(argv)
 
 
 def _ranks(option: str | None, dims: ParallelDims) -> list[int]:

@@ -94,6 +94,16 @@ def test_a_loss_that_is_not_finite_is_outside_unless_every_digit_agrees(capsys) 
     assert run("a", "x", "--tier=bitwise", capsys=capsys)[0] == 1
 
 
+def test_a_step_that_float16_skipped_in_both_runs_is_no_difference(capsys) -> None:
+    override = "--training.param_dtype=float16"
+    for name, norm in (("x", "inf"), ("y", "nan"), ("z", 0.5)):
+        write_run(Path(name), LOSS, changed(NORM, 1, norm), override)
+    assert run("x", "y", capsys=capsys)[0] == 0
+    code, lines = run("x", "z", capsys=capsys)
+    assert code == 1
+    assert "grad_norm leaves the band of tier layout at step 1: inf and 0.5" in lines[0]
+
+
 def test_json_holds_what_was_found(capsys) -> None:
     write_run(Path("b"), LOSS, changed(NORM, 2, 0.61), "--training.gc_freq=7")
     run("a", "b", "--json=found.json", capsys=capsys)

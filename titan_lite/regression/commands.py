@@ -1,4 +1,4 @@
-"""`titan-lite compare` and `titan-lite golden`: arguments in, a verdict out."""
+"""`titan-lite compare`, `golden` and `report`: arguments in, a verdict or a page out."""
 
 import argparse
 import json
@@ -17,6 +17,7 @@ from titan_lite.regression.curves import Curve, Mistake, changed_settings, read_
 from titan_lite.regression.golden import Case
 from titan_lite.regression.launch import launch
 from titan_lite.regression.plot import check_plot, plot
+from titan_lite.regression.report import MAX_RUNS, read_run, report
 
 WITHIN, OUTSIDE, MISTAKE = 0, 1, 2
 
@@ -206,3 +207,25 @@ def _lack_of_devices(needed: int) -> str:
 
     found = torch.cuda.device_count()
     return f"it needs {needed} CUDA devices and there are {found}" if found < needed else ""
+
+
+def report_command(argv: Sequence[str]) -> int:
+    """Runs `titan-lite report`; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="titan-lite report",
+        description="Writes one HTML page, which needs no network, on one or several runs: curves, "
+        "speeds, memory, stalls, settings, what was applied, the environment.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE")
+    options = parser.parse_args(argv)
+    if len(options.runs) > MAX_RUNS:
+        parser.error(f"at most {MAX_RUNS} runs fit on one page, got {len(options.runs)}")
+    try:
+        page = report([read_run(folder) for folder in options.runs])
+    except Mistake as error:
+        print(f"titan-lite report: {error}", file=sys.stderr)
+        return MISTAKE
+    options.output.write_text(page, encoding="utf-8")
+    print(f"{options.output}: {len(page) / 1e6:.1f} MB")
+    return WITHIN

@@ -165,11 +165,13 @@ def compare(
     tracks = {}
     for name in QUANTITIES:
         pair = a.values[name], b.values[name]
+        if tier != "bitwise" and name == "grad_norm":
+            pair = _fill_skipped(*pair)
         if tier == "statistical" and name in ("loss", "grad_norm"):
             tracks[name] = _statistical(*pair)
         else:
-            allowed = {"tokens": 0.0, "lr": LR_TOLERANCE, **tolerances}
-            tracks[name] = _stepwise(*pair, 0.0 if tier == "bitwise" else allowed[name])
+            allowed = {"tokens": 0.0, "lr": LR_TOLERANCE, **tolerances}[name]
+            tracks[name] = _stepwise(*pair, 0.0 if tier == "bitwise" else allowed)
     return Comparison(a, b, tier, tracks, tolerances)
 
 
@@ -181,6 +183,15 @@ def _stepwise(a: Array, b: Array, tolerance: float) -> Track:
         same |= np.isnan(a) & np.isnan(b)
     difference[same] = 0.0
     return Track(a, b, difference, np.full(len(a), tolerance))
+
+
+def _fill_skipped(a: Array, b: Array) -> tuple[Array, Array]:
+    """Steps whose gradient overflowed in both runs: a's neighbours stand for both norms."""
+    skipped, finite = ~np.isfinite(a) & ~np.isfinite(b), np.isfinite(a)
+    if not finite.any():
+        return a, b
+    between = np.interp(np.arange(len(a)), np.flatnonzero(finite), a[finite])
+    return np.where(skipped, between, a), np.where(skipped, between, b)
 
 
 def _statistical(a: Array, b: Array) -> Track:
