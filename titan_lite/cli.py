@@ -169,6 +169,7 @@ def _dryrun(argv: list[str]) -> int:
         '--data.dataset_path=""',
         '--checkpoint.initial_load_hf=""',
         '--job.dump_folder="."',
+        "--metrics.enable_wandb=false",
     ]
     loaded = read_config(path, [*overrides, *elsewhere])
     plan = rules.check(loaded, _world_size(options.world_size, loaded))

@@ -545,6 +545,7 @@ class Trainer:
                 self.run_folder,
                 num_steps=config.training.steps,
                 start_step=self.state.step,
+                settings=config.model_dump(),
             )
             self._write_run_file(peak)
         logger.info(

@@ -1,7 +1,9 @@
 """Rules between keys: refused with the numbers, or warned about where a setting cannot act."""
 
+import importlib
 import logging
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -430,3 +432,25 @@ def test_a_written_configuration_gives_no_more_warnings_than_it_had(
     Path("all.toml").write_text(to_toml(load_config(None)))
     rules.check(load_config("all.toml"), 1)
     assert not caplog.records
+
+
+def test_wandb_must_be_installed_and_have_its_token_in_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    # A folder that wandb left behind is no package.
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "path", [str(tmp_path)])
+        (problem,) = broken("metrics.enable_wandb=true")
+    assert problem.key == "metrics.enable_wandb"
+    assert problem.message.endswith("not installed: pip install 'titan_lite[wandb]'")
+    (tmp_path / "wandb" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    (problem,) = broken("metrics.enable_wandb=true")
+    assert "WANDB_API_KEY, or WANDB_MODE=offline" in problem.message
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check("metrics.enable_wandb=true")

@@ -3,6 +3,10 @@
 import io
 import json
 import math
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -202,6 +206,72 @@ def test_tensorboard_can_be_switched_off(tmp_path):
     for sink in off + on:
         sink.close()
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "tb"}
+
+
+def test_tags_keep_their_names():
+    """A tag that was published stays: dashboards are built on it."""
+    published = {
+        "loss": "train/loss",
+        "grad_norm": "train/grad_norm",
+        "lr": "train/lr",
+        "loss_scale": "train/loss_scale",
+        "skipped_steps": "train/skipped_steps",
+        "tokens": "train/tokens",
+        "wps": "speed/wps",
+        "samples_per_second": "speed/samples_per_second",
+        "seconds_per_step": "speed/seconds_per_step",
+        "tflops": "speed/tflops",
+        "mfu": "speed/mfu_percent",
+        "mfu_causal": "speed/mfu_causal_percent",
+        "hfu": "speed/hfu_percent",
+        "data_wait": "speed/data_wait_percent",
+        "memory_gib": "memory/peak_gib",
+        "memory_reserved_gib": "memory/peak_reserved_gib",
+        "alloc_retries": "memory/alloc_retries",
+        "ooms": "memory/ooms",
+    }
+    assert {key: METRICS[key].tag for key in published} == published
+
+
+def test_every_metric_is_documented():
+    page = (Path(__file__).parent.parent.parent / "docs/metrics.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| `(\S+)` \| (.+?) \| (\w+) \|$", page, re.MULTILINE)
+    assert rows == [(key, m.tag, m.unit, m.reduction) for key, m in METRICS.items()]
+
+
+class FakeWandb:
+    """Takes what wandb.init and its run are given."""
+
+    def __init__(self):
+        self.logged, self.given, self.finished = [], {}, False
+
+    def init(self, **given):
+        self.given = given
+        return SimpleNamespace(
+            log=lambda values, step: self.logged.append((step, values)), finish=self._finish
+        )
+
+    def _finish(self):
+        self.finished = True
+
+
+def test_wandb_gets_the_scalars_of_tensorboard_and_the_settings(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    section = Metrics(enable_wandb=True)
+    settings = {"training": {"steps": 100}}
+    sinks = open_sinks(section, tmp_path, num_steps=100, start_step=0, settings=settings)
+    for sink in sinks:
+        sink.write(record(1, warmup=True))
+        sink.write(record(2))
+        sink.close()
+    in_tensorboard = read_tensorboard(tmp_path / "tb")
+    assert [step for step, _ in fake.logged] == [1, 2]
+    assert fake.logged[1][1].keys() == in_tensorboard.keys()
+    assert "speed/wps" not in fake.logged[0][1]
+    assert fake.given["config"] == settings
+    assert fake.given["dir"] == str(tmp_path)
+    assert fake.finished
 
 
 @pytest.mark.parametrize(

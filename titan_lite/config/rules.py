@@ -1,6 +1,7 @@
 """What a configuration may ask for as a whole: rules between keys, checked before any start."""
 
 import glob
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator
@@ -87,6 +88,20 @@ def _single(config: Config) -> Iterator[Broken]:
             f"{profiling.profile_freq} is shorter than the {PROFILED_STEPS} steps recorded "
             "in each period",
         )
+    if config.metrics.enable_wandb and (lack := _lack_of_wandb()):
+        yield ("metrics.enable_wandb",), lack
+
+
+def _lack_of_wandb() -> str:
+    """Why nothing could be logged to Weights & Biases from here."""
+    spec = importlib.util.find_spec("wandb")
+    # A folder of that name, as wandb itself leaves behind, looks like a package without a file.
+    if spec is None or spec.origin is None:
+        return "needs wandb, which is not installed: pip install 'titan_lite[wandb]'"
+    offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
+    if not (offline or os.environ.get("WANDB_API_KEY")):
+        return "needs its token in the variable WANDB_API_KEY, or WANDB_MODE=offline"
+    return ""
 
 
 def _checkpoint(config: Config) -> Iterator[Broken]:

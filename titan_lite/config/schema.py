@@ -400,6 +400,9 @@ class Metrics(Section):
     """Steps between log lines; step 1 is always logged."""
     enable_tensorboard: bool = True
     """Write TensorBoard events to tb/."""
+    enable_wandb: bool = False
+    """Log to Weights & Biases, under TensorBoard's names; where, and the token, its environment
+    variables say (WANDB_PROJECT, WANDB_API_KEY, WANDB_MODE)."""
     peak_tflops: PositiveFloat | None = None
     """Peak TFLOP/s per device that MFU divides by, for a device the table does not know or a
     capped one."""

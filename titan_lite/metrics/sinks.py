@@ -1,4 +1,4 @@
-"""Where records go: a line on the console, a JSON line, TensorBoard events."""
+"""Where records go: a line on the console, a JSON line, TensorBoard events, W&B."""
 
 import contextlib
 import json
@@ -6,10 +6,12 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from titan_lite.config.schema import Metrics
+from titan_lite.metrics.progress_line import ProgressLine
 from titan_lite.metrics.record import METRICS, Record, format_duration
 
 logger = logging.getLogger(__name__)
@@ -25,25 +27,56 @@ class Sink(Protocol):
         """Writes what is pending and lets go of files."""
 
 
-def open_sinks(section: Metrics, folder: Path, *, num_steps: int, start_step: int) -> list[Sink]:
-    """The sinks of a run below its folder, for the one rank that writes."""
+def open_sinks(
+    section: Metrics,
+    folder: Path,
+    *,
+    num_steps: int,
+    start_step: int,
+    settings: Mapping[str, Any] | None = None,
+) -> list[Sink]:
+    """The sinks of a run below its folder, for the one rank that writes.
+
+    settings: the run's, by section, for a sink that stores them.
+    """
     sinks: list[Sink] = [
         ConsoleSink(num_steps),
         JsonlSink(folder / "metrics.jsonl", start_step=start_step),
     ]
     if section.enable_tensorboard:
         sinks.append(TensorBoardSink(folder / "tb", start_step=start_step))
+    if section.enable_wandb:
+        sinks.append(WandbSink(folder, settings or {}))
     return sinks
 
 
+def scalars(record: Record) -> dict[str, float]:
+    """The record's values by tag; a key outside METRICS is its own tag.
+
+    Speeds that include start-up are left out: a curve cannot mark them.
+    """
+    values = {}
+    for key, value in record.items():
+        tag = METRICS[key].tag if key in METRICS else key
+        if key not in ("step", "warmup") and not (
+            record.get("warmup") and tag.startswith("speed/")
+        ):
+            values[tag] = value
+    return values
+
+
 class ConsoleSink:
-    """Prints one aligned line per record, labels faint on a terminal unless NO_COLOR is set."""
+    """Prints one aligned line per record; on a terminal, a line of progress below the last one.
+
+    Labels are faint on a terminal unless NO_COLOR is set.
+    """
 
     def __init__(self, num_steps: int, stream: TextIO | None = None) -> None:
         self._num_steps = num_steps
         self._stream = stream or sys.stdout
         # https://no-color.org: any non-empty value.
         self._color = self._stream.isatty() and not os.environ.get("NO_COLOR")
+        self._progress = ProgressLine(num_steps, self._stream) if self._stream.isatty() else None
 
     def write(self, record: Record) -> None:
         """Prints the record; keys it does not hold are left out."""
@@ -70,10 +103,16 @@ class ConsoleSink:
             eta = (self._num_steps - step) * record["seconds_per_step"]
             fields.append(("eta", format_duration(eta)))
         line = "  ".join(f"{self._faint(label)} {value}" for label, value in fields)
+        if self._progress:
+            self._progress.erase()
         print(line.rstrip(), file=self._stream, flush=True)
+        if self._progress:
+            self._progress.draw(record)
 
     def close(self) -> None:
         """Leaves the stream open: it is not this sink's."""
+        if self._progress:
+            self._progress.close()
 
     def _faint(self, label: str) -> str:
         return f"\033[2m{label}\033[22m" if self._color else label
@@ -129,10 +168,7 @@ def _drop_records_after(path: Path, step: int) -> None:
 
 
 class TensorBoardSink:
-    """Writes a scalar per key; on resuming, TensorBoard hides what came after `start_step`.
-
-    Speeds of records that include start-up are left out: a curve cannot mark them.
-    """
+    """Writes a scalar per key; on resuming, TensorBoard hides what came after `start_step`."""
 
     def __init__(self, folder: Path, *, start_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -140,14 +176,33 @@ class TensorBoardSink:
         self._writer = SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=10)
 
     def write(self, record: Record) -> None:
-        """Adds the record's scalars; a key outside METRICS is its own tag."""
-        for key, value in record.items():
-            if key in ("step", "warmup"):
-                continue
-            tag = METRICS[key].tag if key in METRICS else key
-            if not (record.get("warmup") and tag.startswith("speed/")):
-                self._writer.add_scalar(tag, value, int(record["step"]))
+        """Adds the record's scalars."""
+        for tag, value in scalars(record).items():
+            self._writer.add_scalar(tag, value, int(record["step"]))
 
     def close(self) -> None:
         """Writes pending events and closes the file."""
         self._writer.close()
+
+
+class WandbSink:
+    """Logs the same scalars to Weights & Biases, as its own environment variables say.
+
+    WANDB_API_KEY, WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE; a run that crashed is continued by the
+    next one in its folder.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            dir=str(folder), name=folder.name, config=dict(settings), resume="auto"
+        )
+
+    def write(self, record: Record) -> None:
+        """Logs the record's scalars at its step."""
+        self._run.log(scalars(record), step=int(record["step"]))
+
+    def close(self) -> None:
+        """Waits until everything is sent."""
+        self._run.finish()

@@ -10,7 +10,11 @@ from titan_lite.config.problems import quote
 from titan_lite.regression.curves import Mistake
 
 # What a comparison needs, and without what would only cost time; overrides stand above.
-_DEFAULTS = ("--metrics.log_freq=1", "--metrics.enable_tensorboard=false")
+_DEFAULTS = (
+    "--metrics.log_freq=1",
+    "--metrics.enable_tensorboard=false",
+    "--metrics.enable_wandb=false",
+)
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
