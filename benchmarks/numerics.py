@@ -1,0 +1,164 @@
+"""Pairs of runs that should follow one curve, each held against its tier of titan-lite compare.
+
+    python -m benchmarks.numerics [--steps 300] [--only NAME ...] [--write]
+
+Trains train_configs/debug.toml, in float32 unless a pair says otherwise, 8 samples a step. Runs are
+kept below --folder and not repeated. Prints a Markdown table; --write puts it into
+docs/numerics.md, and with matplotlib a picture of each pair into docs/numerics/.
+"""
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.manifest import report
+from titan_lite.regression.compare import Comparison, Tier, compare
+from titan_lite.regression.curves import METRICS_FILE, Mistake, read_curve, read_records
+from titan_lite.regression.launch import launch
+from titan_lite.regression.plot import plot
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "train_configs" / "debug.toml"
+DOCS = ROOT / "docs" / "numerics.md"
+TABLE = re.compile(r"(<!-- table -->\n).*(<!-- end of table -->)", re.DOTALL)
+RESUMED = "resumed"
+
+
+@dataclass(frozen=True)
+class Side:
+    """A run: processes, and settings beyond those of all runs."""
+
+    nproc: int = 1
+    settings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two runs and the tier that they should be within."""
+
+    name: str
+    tier: Tier
+    b: Side
+    a: Side = Side()
+
+
+def _dp(ranks: int, *settings: str) -> Side:
+    return Side(ranks, (f"training.local_batch_size={8 // ranks}", *settings))
+
+
+BFLOAT16 = ("training.param_dtype=bfloat16",)
+FULL, SELECTIVE = "activation_checkpoint.mode=full", "activation_checkpoint.mode=selective_op"
+PAIRS = (
+    Pair("the same again", "bitwise", Side(settings=("job.description=again",))),
+    Pair(RESUMED, "bitwise", Side(settings=("checkpoint.enable=true",))),
+    Pair("dp2", "layout", _dp(2)),
+    Pair("dp4", "layout", _dp(4)),
+    Pair("hsdp 2x2", "layout", _dp(4, "parallel.dp_replicate=2")),
+    Pair("tp2", "layout", Side(2, ("parallel.tp=2",))),
+    Pair("accumulation x 4", "layout", Side(1, ("training.local_batch_size=2",))),
+    Pair("checkpointing full", "layout", Side(settings=(FULL,))),
+    Pair("checkpointing selective_op", "layout", Side(settings=(SELECTIVE,))),
+    Pair("compile", "layout", Side(settings=("compile.enable=true",))),
+    Pair("dp2 in bfloat16", "layout", _dp(2, *BFLOAT16), Side(settings=BFLOAT16)),
+    Pair("bfloat16", "statistical", Side(settings=BFLOAT16)),
+    Pair("another seed", "statistical", Side(settings=("training.seed=1",))),
+)
+
+
+def run(side: Side, steps: int, folder: Path) -> Path:
+    """The folder of a run of `side`, trained unless it is there whole."""
+    words = "_".join([str(side.nproc), *side.settings]) or "1"
+    target = folder / f"{steps}_{re.sub(r'[^a-z0-9_.=]+', '-', words)}"
+    if (target / METRICS_FILE).exists() and read_records(target)[-1]["step"] == steps:
+        return target
+    settings = [
+        f"training.steps={steps}",
+        "training.global_batch_size=8",
+        "training.param_dtype=float32",
+        "metrics.peak_tflops=1.0",
+        *side.settings,
+    ]
+    overrides = [f"--{setting}" for setting in settings]
+    if "checkpoint.enable=true" not in side.settings:
+        launch(CONFIG, overrides, side.nproc, target)
+        return target
+    overrides.append(f"--checkpoint.interval={max(steps // 2, 1)}")
+    launch(CONFIG, overrides, side.nproc, target)
+    # As after a crash in the second half: what it wrote is there, but for the last checkpoint.
+    shutil.rmtree(target / "checkpoint" / f"step-{steps}")
+    launch(CONFIG, overrides, side.nproc, target)
+    return target
+
+
+def row(pair: Pair, found: Comparison | Mistake) -> str:
+    """A line of the table."""
+    label = f"| {pair.name} | {pair.tier} |"
+    if isinstance(found, Mistake):
+        return f"{label} {found} | | |"
+    outside = found.first_outside
+    verdict = "within"
+    if outside is not None:
+        verdict = f"**outside** at step {found.a.steps[outside[1]]}"
+    cells = []
+    for name in ("loss", "grad_norm"):
+        track = found.tracks[name]
+        worst = track.worst
+        cells.append(f"{abs(track.difference[worst]):.1e} of {track.band[worst]:.1e}")
+    return f"{label} {verdict} | {cells[0]} | {cells[1]} |"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the pairs; returns 1 if one of them is outside."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--only", nargs="+", choices=[pair.name for pair in PAIRS], metavar="NAME")
+    parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "numerics")
+    parser.add_argument("--write", action="store_true", help="into docs/")
+    options = parser.parse_args(argv)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    pictures = options.folder
+    if options.write:
+        pictures = DOCS.with_suffix("")
+    pictures.mkdir(parents=True, exist_ok=True)
+    lines = [
+        f"{options.steps} steps of {CONFIG.name}, each held against one process, in float32 unless "
+        "its name says otherwise (the largest deviation, of what is allowed there):",
+        "",
+        "| run | tier | verdict | loss | gradient norm |",
+        "|---|---|---|---|---|",
+    ]
+    failed, reports = False, {}
+    for pair in PAIRS:
+        if options.only and pair.name not in options.only:
+            continue
+        folders = [run(side, options.steps, options.folder) for side in (pair.a, pair.b)]
+        try:
+            found: Comparison | Mistake = compare(*map(read_curve, folders), pair.tier)
+        except Mistake as mistake:
+            found = mistake
+        if isinstance(found, Comparison):
+            failed |= found.first_outside is not None
+            reports[pair.name] = found.report()
+            if importlib.util.find_spec("matplotlib"):
+                plot(found, pictures / f"{pair.name.replace(' ', '_')}.png")
+        lines.append(row(pair, found))
+        print(lines[-1], file=sys.stderr, flush=True)
+    report("numerics", reports, "numerics.json" if options.write else None)
+    table = "\n".join(lines) + "\n"
+    print(table)
+    if options.write:
+        text = TABLE.sub(lambda match: match[1] + table + match[2], DOCS.read_text())
+        DOCS.write_text(text)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
