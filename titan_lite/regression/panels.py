@@ -106,7 +106,7 @@ def panel(title: str, unit: str, lines: Sequence[Line], scale: Scale) -> str:
     axes = [LEFT, WIDTH - RIGHT, across.low, across.high]
     cursor = f'<line class="cursor" visibility="hidden" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
     return (
-        f'<figure data-axes="{axes}" data-lines="{html.escape(json.dumps(data))}">{caption}'
+        f'<figure data-axes="{axes}" data-lines="{json.dumps(data)}">{caption}'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">'
         f"{''.join(_grid(across, up))}{curves}{cursor}</svg>{_not_finite(lines)}</figure>"
     )
