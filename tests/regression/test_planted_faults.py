@@ -54,7 +54,7 @@ def divide_by_the_ranks_own_tokens() -> AbstractContextManager[Any]:
     forward_backward = TrainStep.forward_backward
 
     def wrong(self: TrainStep, micro_batches: Any, factor: Tensor) -> Tensor:
-        valid = sum((labels != IGNORE_INDEX).sum() for _, labels in micro_batches)
+        valid = sum((batch.labels != IGNORE_INDEX).sum() for batch in micro_batches)
         assert self.meshes.loss is not None
         return forward_backward(self, micro_batches, 1 / (valid * self.meshes.loss.size()))
 
