@@ -75,7 +75,7 @@ def _train(argv: Sequence[str], rank: int, stop: StopRequest) -> int:
     finally:
         trainer.close()
     stop_process_group()
-    if trainer.is_stopping:
+    if trainer.outcomes.is_stopping:
         saved = loaded.config.checkpoint.enable
         return exit_code_for_launcher(EXIT_STOPPED if saved else EXIT_STOPPED_UNSAVED)
     return 0

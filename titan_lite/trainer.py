@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import logging
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from titan_lite.checkpoint.hf_layout import HFModel, check_start
 from titan_lite.checkpoint.manager import CheckpointManager
 from titan_lite.checkpoint.state import check_excluded
 from titan_lite.config.load import ConfigError, LoadedConfig, Problem
+from titan_lite.config.memory_advice import memory_advice
 from titan_lite.data.hf_documents import hf_documents
 from titan_lite.data.loader import Batch, DataLoader, merge_states
 from titan_lite.metrics.device import Peak, device_name, find_peak
@@ -29,15 +29,16 @@ from titan_lite.models.args import DecoderArgs
 from titan_lite.models.rules import Plan
 from titan_lite.nn.build import build
 from titan_lite.optim.loss_scaler import LossScaler
-from titan_lite.optim.nonfinite import NonFiniteError, NonFiniteGuard
+from titan_lite.optim.nonfinite import NonFiniteGuard
 from titan_lite.optim.optimizer import build_optimizer
 from titan_lite.optim.schedule import lr_factor
+from titan_lite.outcomes import Outcomes
 from titan_lite.parallel.async_tp import check_async_tp, count_fused
 from titan_lite.parallel.build import build_parallel
 from titan_lite.parallel.compile import Compilations
 from titan_lite.parallel.context import check_cp, local_positions
 from titan_lite.parallel.float8 import float8_problems, refresh_scales
-from titan_lite.parallel.init_weights import CHECKPOINT_PREFIX, init_weights
+from titan_lite.parallel.init_weights import init_weights
 from titan_lite.parallel.mesh import build_meshes
 from titan_lite.parallel.pipeline import Stage, split
 from titan_lite.planner.counts import FORMULA, FlopsPerToken, flops_per_token
@@ -52,8 +53,8 @@ from titan_lite.runtime.distributed import (
 )
 from titan_lite.runtime.folder_lock import FolderLock
 from titan_lite.runtime.garbage import collected_every
+from titan_lite.runtime.out_of_memory import describe_out_of_memory
 from titan_lite.runtime.profiler import check_profiling, profiling
-from titan_lite.runtime.readback import Readback
 from titan_lite.runtime.run_folder import (
     open_run_folder,
     update_run_file,
@@ -62,7 +63,7 @@ from titan_lite.runtime.run_folder import (
 from titan_lite.runtime.seed import set_determinism
 from titan_lite.runtime.stop import StopRequest
 from titan_lite.runtime.watchdog import Watchdog
-from titan_lite.step import StepResult, TrainStep
+from titan_lite.step import TrainStep
 
 logger = logging.getLogger(__name__)
 
@@ -143,9 +144,7 @@ class Trainer:
             device=self.process.device,
             progress=self.progress,
         )
-        # Steps whose outcome the host has not read yet.
-        self.unread: deque[tuple[int, Readback]] = deque()
-        self.is_stopping = False
+        self.outcomes = self._build_outcomes()
         self._resume(loaded)
         self.meter = self._build_meter()
 
@@ -364,8 +363,8 @@ class Trainer:
                     self.report_compiled()
                 should_save = self.checkpoints.should_save(step, last)
                 if should_save:
-                    self._look_back()
-                if should_save or (self.is_stopping and self.config.checkpoint.enable):
+                    self.outcomes.read()
+                if should_save or (self.outcomes.is_stopping and self.config.checkpoint.enable):
                     # The slowest disk of all is waited for: longer than a step may take.
                     self._set_timeout(comm.init_timeout_seconds)
                     with self.meter.excluded():
@@ -373,14 +372,14 @@ class Trainer:
                     self._set_timeout(comm.train_timeout_seconds)
                 collect(step)
                 profile(step)
-                if self.is_stopping and step < last:
+                if self.outcomes.is_stopping and step < last:
                     break
             with self.meter.excluded():
                 self.checkpoints.wait()
         if self.state.step < last:
             self._say_stopped()
             return
-        self.is_stopping = False
+        self.outcomes.is_stopping = False
         self.save_hf()
         logger.info("Everything is in %s\n%s", self.run_folder, self.meter.summary())
 
@@ -400,7 +399,12 @@ class Trainer:
         with self.meter.waiting_for_data():
             batches = [next(self.batches) for _ in range(self.micro_steps)]
         lr = self.config.optimizer.lr * lr_factor(step, self.config.lr_scheduler, training.steps)
-        result = self.step(batches, lr, stop=self.stop.signal is not None)
+        try:
+            result = self.step(batches, lr, stop=self.stop.signal is not None)
+        except torch.OutOfMemoryError as error:
+            advice = memory_advice(self.config, self.dims)
+            logger.error("%s", describe_out_of_memory(error, self.process.device, advice))
+            raise
         self.progress.enter("log")
         if self.compilations is not None:
             for reason in self.compilations.after_step():
@@ -418,7 +422,10 @@ class Trainer:
         self.tokens += tokens
         self.meter.add(tokens=tokens, samples=self.global_batch_size)
         logs = self.meter.should_log(step)
-        self._read_outcome(step, result, late=self.process.device.type == "cuda" and not logs)
+        # One step late, the device has work while the host waits.
+        late = self.process.device.type == "cuda" and not logs
+        self.outcomes.add(step, result)
+        self.outcomes.read(keep=int(late))
         if not logs:
             return None
         extra = self.checkpoints.metrics() | self.guard.metrics() | self._skipped_documents()
@@ -441,47 +448,6 @@ class Trainer:
         # Ranks that share a stream may differ in how far they have read it.
         counts = torch.tensor(self.loader.num_skipped(), device=self.process.device)
         return {"skipped_documents": _all_reduce(counts, "max").sum().item()}
-
-    def _read_outcome(self, step: int, result: StepResult, *, late: bool) -> None:
-        """Looks at what has become of a step, or when `late` of those before it.
-
-        All ranks look after the same steps, so that they do the same about it. One step late, the
-        device has work while the host waits.
-        """
-        outcome = (result.is_finite, result.num_stopping, result.loss, result.grad_norm)
-        numbers = [number.to(self.process.device, torch.float32) for number in outcome]
-        self.unread.append((step, Readback(torch.stack(numbers))))
-        self._look_back(keep=int(late))
-
-    def _look_back(self, keep: int = 0) -> None:
-        """Reads how steps came out, but the last `keep`; NonFiniteError where one ends the run."""
-        while len(self.unread) > keep:
-            step, readback = self.unread.popleft()
-            is_finite, num_stopping, loss, grad_norm = readback.read()
-            self.is_stopping |= num_stopping > 0
-            if is_finite or isinstance(self.guard, LossScaler):
-                continue
-            numbers = f"the loss of step {step} is {loss:g}, its gradient norm {grad_norm:g}"
-            if self.guard.mode == "stop":
-                raise NonFiniteError(f"{numbers}. {self._blame(self.guard)}")
-            logger.warning("Skipped: %s", numbers)
-
-    def _blame(self, guard: NonFiniteGuard) -> str:
-        """Whose gradients were not finite, as a sentence; collective."""
-        mine = {name.replace(CHECKPOINT_PREFIX, "") for name in guard.bad_gradients()}
-        by_rank: list[set[str]] = [set()] * self.process.world_size
-        dist.all_gather_object(by_rank, mine)
-        bad = [name for name in self.parameter_names if any(name in names for names in by_rank)]
-        if not bad:
-            return "All gradients are finite; the step was not applied"
-        places = [
-            f"{name} (on rank {next(r for r, names in enumerate(by_rank) if name in names)})"
-            for name in dict.fromkeys((bad[0], bad[-1]))
-        ]
-        return (
-            f"Not finite are the gradients of {len(bad)} of {len(self.parameter_names)} "
-            f"parameters: {' to, the first in backward, '.join(places)}; the step was not applied"
-        )
 
     def _say_stopped(self) -> None:
         saved = "a checkpoint was saved" if self.config.checkpoint.enable else "nothing was saved"
@@ -530,6 +496,9 @@ class Trainer:
             target, hf_documents(args, family.hf_config, self.tokenizer, dtype=export.dtype)
         )
         logger.info("Hugging Face model written to %s", target)
+
+    def _build_outcomes(self) -> Outcomes:
+        return Outcomes(self.guard, self.parameter_names)
 
     def _build_meter(self) -> Meter:
         config, device = self.config, self.process.device

@@ -130,3 +130,42 @@ def test_a_guarded_run_is_the_same_whatever_it_would_do(
     skip = one_process.run(train, tmp_path / "skip", few, SKIP)[0]
     assert [r["loss"] for r in stop] == [r["loss"] for r in skip]
     assert [r["skipped_steps"] for r in skip] == [0, 0, 0]
+
+
+def _late_on_gpu(folder: Path, *overrides: str) -> tuple[str, bool]:
+    """The message about step 3, heard of after step 4, and whether step 3 and 4 changed nothing.
+
+    No step but the first waits for the device before it is enqueued whole.
+    """
+    trainer = build_trainer(folder, "--metrics.log_freq=100", *overrides)
+    _spoil(trainer, "layers.1.attention.wo.weight", bad_step=3)
+    for step in (1, 2):
+        trainer.train_step(step)
+    before = whole(trainer.model)
+    step, trainer_step = 3, trainer.step
+
+    def without_waiting(*arguments: Any, **kwargs: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return trainer_step(*arguments, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    trainer.step = without_waiting  # type: ignore[assignment]
+    trainer.train_step(step)
+    with pytest.raises(NonFiniteError) as error:
+        trainer.train_step(step + 1)
+    trainer.close()
+    after = whole(trainer.model)
+    return str(error.value), all((after[name] == before[name]).all() for name in before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_host_hears_of_a_bad_step_one_step_late_and_nothing_of_it_is_applied(
+    gpu_workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    ((message, unchanged),) = gpu_workers[1].run(_late_on_gpu, tmp_path)
+    assert "loss of step 3 is" in message
+    assert "of 1 of 21 parameters: layers.1.attention.wo.weight" in message
+    assert unchanged

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 LOCK_FILE = "lock"
 # A process of the same run may just be ending: torchrun starts the next one on any node.
-LOCK_SECONDS = 5.0
+LOCK_SECONDS = 3.0
 
 
 class FolderLock:

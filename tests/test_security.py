@@ -1,0 +1,31 @@
+"""What a run may write where, and that files are data."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from titan_lite.config.load import ConfigError, load_config
+from titan_lite.data.tokenizer import Tokenizer
+from titan_lite.models.rules import check
+
+
+@pytest.mark.parametrize("folder", ["../elsewhere", "a/../../b", ".."])
+def test_checkpoints_stay_in_the_run_folder_unless_the_path_is_absolute(folder: str) -> None:
+    with pytest.raises(ConfigError, match=r"checkpoint\.folder .* leads out of job\.dump_folder"):
+        check(load_config(None, [f"--checkpoint.folder={folder}"]), world_size=1)
+    for allowed in ("/somewhere/else", "a/../b", "..b"):
+        check(load_config(None, [f"--checkpoint.folder={allowed}"]), world_size=1)
+
+
+def test_a_tokenizer_file_with_code_in_it_is_refused_and_not_run(tmp_path: Path) -> None:
+    class Code:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    (tmp_path / "tokenizer.model").write_bytes(pickle.dumps(Code()))
+    with pytest.raises(ValueError, match="line 1: expected a new base64 token"):
+        Tokenizer.load(tmp_path / "tokenizer.model")
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,36 @@
+"""What to say when a device has no memory left."""
+
+import re
+from collections.abc import Sequence
+
+import torch
+
+GIB = 2**30
+
+
+def describe_out_of_memory(
+    error: torch.OutOfMemoryError, device: torch.device, advice: Sequence[str]
+) -> str:
+    """The device's numbers and what would help, in some lines."""
+    request = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+    asked = f" for a request of {request[1]}" if request else ""
+    lines = [f"Out of memory on {device}{asked}.", *_numbers(device), "What would help, cheapest:"]
+    return "\n".join([*lines, *(f"  {line}" for line in advice)])
+
+
+def _numbers(device: torch.device) -> list[str]:
+    if device.type != "cuda":
+        return []
+    statistics = torch.cuda.memory_stats(device)
+    free, total = torch.cuda.mem_get_info(device)
+    return [
+        f"  {label} {value / GIB:.2f} GiB"
+        for label, value in (
+            ("allocated", statistics["allocated_bytes.all.current"]),
+            ("allocated at most", statistics["allocated_bytes.all.peak"]),
+            ("reserved", statistics["reserved_bytes.all.current"]),
+            ("reserved, but in pieces", statistics["inactive_split_bytes.all.current"]),
+            ("free on the device", free),
+            ("total", total),
+        )
+    ]
