@@ -25,6 +25,7 @@ from titan_lite.metrics.device import Peak, device_name, find_peak
 from titan_lite.metrics.meter import Meter
 from titan_lite.metrics.record import Record
 from titan_lite.metrics.sinks import open_sinks
+from titan_lite.metrics.warnings import LossWatch, starving_ranks
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.rules import Plan
 from titan_lite.nn.build import build
@@ -145,6 +146,8 @@ class Trainer:
             progress=self.progress,
         )
         self.outcomes = self._build_outcomes()
+        self.loss_watch = LossWatch()
+        self.logged_step = self.state.step
         self._resume(loaded)
         self.meter = self._build_meter()
 
@@ -429,6 +432,7 @@ class Trainer:
         if not logs:
             return None
         extra = self.checkpoints.metrics() | self.guard.metrics() | self._skipped_documents()
+        waits = self._data_waits()
         record = self.meter.log(
             step,
             loss=result.loss,
@@ -439,7 +443,26 @@ class Trainer:
         )
         if isinstance(self.guard, LossScaler):
             self.guard.check(step, record["grad_norm"])
+        self._warn(record, waits)
         return record
+
+    def _data_waits(self) -> list[float]:
+        """Seconds for which each rank waited for data since the last log step; collective."""
+        waits = torch.zeros(self.process.world_size, device=self.process.device)
+        waits[self.process.rank] = self.meter.data_wait
+        return _all_reduce(waits, "sum").tolist()
+
+    def _warn(self, record: Record, waits: list[float]) -> None:
+        """Of what somebody should look at; once, by rank 0."""
+        step, first = int(record["step"]), self.logged_step + 1
+        self.logged_step = step
+        if self.process.rank > 0 or record.get("warmup"):
+            return
+        spike = self.loss_watch.look(step, record["loss"])
+        per_step = [wait / (step + 1 - first) for wait in waits]
+        starving = starving_ranks(step, per_step, record["seconds_per_step"])
+        for sentence in [*filter(None, [spike]), *starving]:
+            logger.warning("%s", sentence)
 
     def _skipped_documents(self) -> dict[str, float]:
         """For a log record; collective."""

@@ -110,6 +110,11 @@ class Meter:
         self._window.tokens += tokens
         self._window.samples += samples
 
+    @property
+    def data_wait(self) -> float:
+        """Seconds that this rank has waited for data since the last log step."""
+        return self._window.waited
+
     def should_log(self, step: int) -> bool:
         """True for the first and the last step of this process and every `log_freq` steps."""
         return step in (self._start_step + 1, self._num_steps) or step % self._log_freq == 0

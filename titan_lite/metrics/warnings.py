@@ -1,0 +1,47 @@
+"""What a log record says that somebody should look at: a loss that jumps, a rank that starves."""
+
+import statistics
+from collections.abc import Sequence
+
+# Of the running averages, per record.
+DECAY = 0.9
+RECORDS_BEFORE_WARNING = 10
+# A spike is this many times further off than records usually are, and this share of the loss.
+SPIKE_DEVIATIONS = 5.0
+SPIKE_SHARE = 0.05
+# A rank starves if it waits for data this share of a step longer than the median rank.
+DATA_WAIT_SHARE = 0.2
+
+
+class LossWatch:
+    """Compares each loss with a running average of those before, in records."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._average = self._deviation = 0.0
+
+    def look(self, step: int, loss: float) -> str | None:
+        """A sentence if the loss is far above the average, which a spike does not move."""
+        far = max(SPIKE_DEVIATIONS * self._deviation, SPIKE_SHARE * self._average)
+        if self._count >= RECORDS_BEFORE_WARNING and not loss - self._average <= far:
+            return (
+                f"The loss of step {step}, {loss:.4f}, is far above its running average of "
+                f"{self._average:.4f}"
+            )
+        # Plain averages at first.
+        share = max(1 - DECAY, 1 / (self._count + 1))
+        self._deviation += share * (abs(loss - self._average) * (self._count > 0) - self._deviation)
+        self._average += share * (loss - self._average)
+        self._count += 1
+        return None
+
+
+def starving_ranks(step: int, waits: Sequence[float], seconds_per_step: float) -> list[str]:
+    """A sentence for each rank that waits for data much longer than most; seconds per step."""
+    median = statistics.median_low(waits)
+    return [
+        f"Rank {rank} waits {wait:.2f} s per step for data, up to step {step}; the median rank "
+        f"{median:.2f} s, and a step takes {seconds_per_step:.2f} s"
+        for rank, wait in enumerate(waits)
+        if wait - median > DATA_WAIT_SHARE * seconds_per_step
+    ]
