@@ -468,3 +468,22 @@ def test_an_empty_text_file_and_one_of_other_bytes_are_bad_documents(tmp_path):
         message = error_of(Data(dataset_path=str(tmp_path / name), num_streams=1))
         assert f"data.dataset_path: {tmp_path / name}: " in message
         assert reason in message
+
+
+def test_a_document_longer_than_what_is_read_at_once_is_trained_on_whole(tmp_path):
+    text = "a whale of a document " * 550_000  # 12 MB; datasets reads 10 MiB at a time
+    path = write(tmp_path / "a.jsonl", [text, "short"])
+    section = Data(dataset_path=str(path), num_streams=1, shuffle=False)
+    stream = DataLoader(
+        section,
+        seq_len=2_000_000,
+        seed=0,
+        local_batch_size=1,
+        global_batch_size=1,
+        batch_rank=0,
+        batch_degree=1,
+        tokenizer=TOKENIZER,
+    )
+    tokens = next(stream).inputs[0].tolist()
+    stream.close()
+    assert TOKENIZER.decode(tokens[1:]) == text[: len(TOKENIZER.decode(tokens[1:]))]

@@ -22,7 +22,7 @@ def test_a_loss_far_above_its_running_average_is_a_spike_and_what_falls_is_not()
     falling = [8 * 0.99**i + 0.05 * (-1) ** i for i in range(60)]
     assert _spikes(falling) == []
     spiked = [*falling]
-    spiked[30] *= 1.5
+    spiked[30] *= 2
     spiked[40] = float("nan")
     assert _spikes(spiked) == [30, 40]
     assert _spikes([8.0, 20.0, 8.0]) == [], "too early to tell"
