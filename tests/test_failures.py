@@ -182,6 +182,23 @@ def test_a_document_that_one_rank_cannot_read_ends_the_job_at_once_with_file_and
     assert "[rank0] ERROR" in log  # Line 31 is the first stream's.
 
 
+@pytest.mark.distributed
+def test_documents_left_out_are_counted_in_the_metrics_once_whichever_rank_reads_them(
+    workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    lines = [json.dumps({"text": f"document {number} " * 30}) for number in range(60)]
+    lines[::10] = ["broken"] * 6
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    settings = (f"--data.dataset_path={tmp_path / 'data.jsonl'}", "--data.on_bad_document=skip")
+    # One stream, which both ranks read.
+    streams = ("--data.num_streams=1", "--data.shuffle_buffer=5", "--training.local_batch_size=4")
+    records = workers[2].run(train, tmp_path, "--training.steps=9", *settings, *streams)[0]
+    counts = [record["skipped_documents"] for record in records]
+    assert counts == sorted(counts)
+    # 9 x 8 x 64 tokens are some 50 documents of 100.
+    assert 3 <= counts[-1] <= 6
+
+
 def test_metrics_that_cannot_be_written_end_the_run_with_the_reason(tmp_path: Path) -> None:
     """A limit on the size of files stands for a full disk."""
     program = (
