@@ -14,7 +14,7 @@ from titan_lite.models.rules import check
 
 @pytest.mark.parametrize("folder", ["../elsewhere", "a/../../b", ".."])
 def test_checkpoints_stay_in_the_run_folder_unless_the_path_is_absolute(folder: str) -> None:
-    with pytest.raises(ConfigError, match=r"checkpoint\.folder .* leads out of job\.dump_folder"):
+    with pytest.raises(ConfigError, match=r"checkpoint\.folder .* is outside of job\.dump_folder"):
         check(load_config(None, [f"--checkpoint.folder={folder}"]), world_size=1)
     for allowed in ("/somewhere/else", "a/../b", "..b"):
         check(load_config(None, [f"--checkpoint.folder={allowed}"]), world_size=1)

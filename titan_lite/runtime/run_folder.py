@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 # Everything that a run writes directly below its folder; a file of the user's stays where it is.
-RUN_FILES = (RUN_FILE, "metrics.jsonl", "tb", "profile")
+RUN_FILES = (RUN_FILE, "metrics.jsonl", "tb", "wandb", "profile")
 
 
 def open_run_folder(folder: Path, *, resume_step: int) -> None:
