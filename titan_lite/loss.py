@@ -51,6 +51,9 @@ def cross_entropy_sum(
         assert isinstance(hidden, DTensor)
         # A rank's part of the vocabulary gives a part of the sum that is this gradient.
         hidden = hidden.to_local(grad_placements=[Partial()])
+    if not torch.is_grad_enabled():
+        # Asked inside, autograd would say that they need gradients all the same.
+        hidden, weight_VD = hidden.detach(), weight_VD.detach()
     return _ChunkedLinearCrossEntropy.apply(
         hidden.flatten(0, -2),
         weight_VD,

@@ -8,6 +8,7 @@ from pathlib import Path
 from titan_lite.checkpoint.state import Start, find_start
 from titan_lite.config.load import DEFAULT, ConfigError, LoadedConfig, Problem
 from titan_lite.config.schema import Data
+from titan_lite.data.held_out import resolve_held_out
 from titan_lite.data.sources import resolve_source
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.models.args import DecoderArgs
@@ -35,6 +36,12 @@ def preflight(loaded: LoadedConfig, plan: Plan) -> Preflight:
     try:
         with blaming("data.dataset", loaded):
             resolve_source(config.data)
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        with blaming("validation.dataset", loaded):
+            if config.validation.enable:
+                resolve_held_out(config.validation, config.data)
     except ConfigError as error:
         problems += error.problems
     try:

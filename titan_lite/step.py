@@ -19,7 +19,7 @@ from titan_lite.optim.nonfinite import NonFiniteGuard
 from titan_lite.optim.optimizer import set_lr
 from titan_lite.parallel.build import ParallelModel
 from titan_lite.parallel.float8 import refresh_scales
-from titan_lite.parallel.fsdp import set_gradient_sync
+from titan_lite.parallel.fsdp import free_gathered, set_gradient_sync
 from titan_lite.parallel.gradients import GradNorm, clip_grad_norm
 from titan_lite.parallel.pipeline import add_tied_gradients
 from titan_lite.runtime.progress import Progress
@@ -113,7 +113,7 @@ class TrainStep:
         return counts[0] // copies, counts[1]
 
     def global_loss(self, loss: Tensor) -> Tensor:
-        """The mean over the global batch from every rank's part, in place; collective."""
+        """The sum of every rank's part, in place; collective."""
         dist.all_reduce(loss, group=self.meshes.loss)
         if self.meshes.pp is not None:
             # Only ranks that have the last stage know a part of it.
@@ -140,6 +140,26 @@ class TrainStep:
             share.backward()
             loss += share.detach()
         return loss
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+        """Sum of the token losses of this and all other ranks' micro-batches; collective.
+
+        A float64 scalar. Leaves no trace in what the next step does.
+        """
+        factor = torch.ones((), device=self.device)
+        at_once = 1 if self.pipeline is None else self.pipeline.num_micro_batches
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for first in range(0, len(batches), at_once):
+            calls = [self._call(self.local(b), factor) for b in batches[first : first + at_once]]
+            if self.pipeline is not None:
+                losses = self.pipeline.evaluate(calls)
+            else:
+                losses = [self.model(inputs, **kwargs) for inputs, kwargs in calls]
+            for share in losses:
+                loss += share
+        free_gathered(self.model)
+        return self.global_loss(loss)
 
     def _call(self, batch: Batch, factor: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """What the model is called with for a micro-batch, on the device."""

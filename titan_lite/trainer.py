@@ -19,6 +19,7 @@ from titan_lite.checkpoint.manager import CheckpointManager
 from titan_lite.checkpoint.state import check_excluded
 from titan_lite.config.load import ConfigError, LoadedConfig, Problem
 from titan_lite.config.memory_advice import memory_advice
+from titan_lite.data.held_out import HeldOut, read_held_out
 from titan_lite.data.hf_documents import hf_documents
 from titan_lite.data.loader import Batch, DataLoader, merge_states
 from titan_lite.metrics.device import Peak, device_name, find_peak
@@ -75,6 +76,8 @@ class Trainer:
     What a run takes from outside (files, data, the device, sinks) enters through methods of its
     own, for the dry run to put others in their place.
     """
+
+    held_out: HeldOut | None = None
 
     def __init__(
         self,
@@ -321,6 +324,9 @@ class Trainer:
         with blaming("data.dataset", loaded):
             batches = iter(self.loader)
             self.batches: Iterator[Batch] = itertools.chain([next(batches)], batches)
+        if self.config.validation.enable:
+            with blaming("validation.dataset", loaded):
+                self.held_out = self._read_held_out()
 
     def _local_positions(self) -> Tensor | None:
         """Of this rank's tokens in each sequence; None where it holds whole sequences."""
@@ -340,6 +346,20 @@ class Trainer:
             self.config.data,
             seq_len=training.seq_len,
             seed=training.seed,
+            local_batch_size=training.local_batch_size,
+            global_batch_size=self.global_batch_size,
+            batch_rank=self.dims.batch_rank(self.process.rank),
+            batch_degree=self.dims.batch,
+            tokenizer=self.tokenizer,
+        )
+
+    def _read_held_out(self) -> HeldOut:
+        """This rank's share of what is validated on."""
+        training = self.config.training
+        return read_held_out(
+            self.config.validation,
+            self.config.data,
+            seq_len=training.seq_len,
             local_batch_size=training.local_batch_size,
             global_batch_size=self.global_batch_size,
             batch_rank=self.dims.batch_rank(self.process.rank),
@@ -424,11 +444,12 @@ class Trainer:
         self.state.step = step
         self.tokens += tokens
         self.meter.add(tokens=tokens, samples=self.global_batch_size)
-        logs = self.meter.should_log(step)
+        logs = self.meter.should_log(step) or self.validates(step)
         # One step late, the device has work while the host waits.
         late = self.process.device.type == "cuda" and not logs
         self.outcomes.add(step, result)
         self.outcomes.read(keep=int(late))
+        validated = self.validate(step)
         if not logs:
             return None
         extra = self.checkpoints.metrics() | self.guard.metrics() | self._skipped_documents()
@@ -439,7 +460,7 @@ class Trainer:
             grad_norm=result.grad_norm,
             lr=lr,
             tokens_seen=int(self.tokens),
-            extra=extra,
+            extra=extra | validated,
         )
         if isinstance(self.guard, LossScaler):
             self.guard.check(step, record["grad_norm"])
@@ -480,6 +501,27 @@ class Trainer:
             self.stop.signal or "another rank",
             saved,
         )
+
+    def validates(self, step: int) -> bool:
+        """Whether the loss over held-out documents is computed after this step."""
+        if self.held_out is None:
+            return False
+        return step % self.config.validation.interval == 0 or step == self.config.training.steps
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Metrics over the held-out documents, of the steps that have any; collective."""
+        if self.held_out is None or not self.validates(step):
+            return {}
+        comm = self.config.comm
+        self.progress.enter("validation")
+        # The first one compiles.
+        self._set_timeout(comm.init_timeout_seconds)
+        with self.meter.excluded():
+            metrics = self.held_out.metrics(self.step.evaluate(self.held_out.batches))
+        self._set_timeout(comm.train_timeout_seconds)
+        if self.compilations is not None:
+            self.compilations.after_validation()
+        return metrics
 
     def report_compiled(self) -> None:
         """Adds to the report what only the first step could tell."""

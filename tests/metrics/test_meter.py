@@ -267,7 +267,7 @@ def test_the_summary_leaves_the_warm_up_out_of_its_averages():
     assert lines[2] == "MFU          6551.7% of 0.01 TFLOP/s (the test)"
     assert lines[3].startswith("peak memory  ")
     assert lines[3].endswith(" GiB resident in one process")
-    assert lines[4] == "wall time    0:01:34, of which checkpoints 0:00:18"
+    assert lines[4] == "wall time    0:01:34, of which checkpoints and validation 0:00:18"
     assert len(lines) == 5
 
 

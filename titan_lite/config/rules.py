@@ -77,6 +77,17 @@ def _single(config: Config) -> Iterator[Broken]:
             f'"fixed" cuts a sample into several blocks: data.packing_block ({block}) {wrong} '
             f'training.seq_len ({seq_len}); samples of one block are "concat"',
         )
+    validation, data = config.validation, config.data
+    if (
+        validation.enable
+        and data.dataset_path
+        and not (validation.dataset or validation.dataset_path)
+    ):
+        yield (
+            ("validation.enable", "validation.dataset_path", "data.dataset_path"),
+            "nothing is held out: data.dataset_path has no splits; set validation.dataset_path, "
+            "or validation.dataset",
+        )
     for beta in ("beta1", "beta2"):
         if getattr(config.optimizer, beta) == 1:
             yield (f"optimizer.{beta}",), "1 never forgets, and divides by zero; use less than 1"
@@ -147,14 +158,16 @@ def _checkpoint(config: Config) -> Iterator[Broken]:
 
 def _files(config: Config) -> Iterator[Broken]:
     """Paths that must exist, or must not."""
+    for table in ("data", "validation"):
+        path = getattr(config, table).dataset_path
+        # os.path.exists: unlike Path's, it answers for a name that no file can have.
+        dataset = os.path.expanduser(path)  # noqa: PTH111
+        found = os.path.exists(dataset)  # noqa: PTH110
+        # Path.glob refuses absolute patterns.
+        if dataset and not (found or glob.glob(dataset, recursive=True)):  # noqa: PTH207
+            message = f"no such file: {quote(path)}{near_file(Path(dataset))}"
+            yield (f"{table}.dataset_path",), message
     data = config.data
-    # os.path.exists: unlike Path's, it answers for a name that no file can have.
-    dataset = os.path.expanduser(data.dataset_path)  # noqa: PTH111
-    found = os.path.exists(dataset)  # noqa: PTH110
-    # Path.glob refuses absolute patterns.
-    if dataset and not (found or glob.glob(dataset, recursive=True)):  # noqa: PTH207
-        message = f"no such file: {quote(data.dataset_path)}{near_file(Path(dataset))}"
-        yield ("data.dataset_path",), message
     initial = os.path.expanduser(config.checkpoint.initial_load_path)  # noqa: PTH111
     if initial and not os.path.isdir(initial):  # noqa: PTH112
         message = f"no such folder: {quote(initial)}{near_file(Path(initial))}"

@@ -76,8 +76,8 @@ class Model(Section):
     training.param_dtype."""
 
 
-class Data(Section):
-    """[data]: documents, tokenizer, packing order and read-ahead."""
+class Documents(Section):
+    """Which documents are read: the keys that several tables have."""
 
     dataset: str = "bundled"
     """"bundled" (the corpus in assets/), "c4", or any Hugging Face dataset name, streamed."""
@@ -89,6 +89,11 @@ class Data(Section):
     """Split of the dataset."""
     text_field: str = "text"
     """Field of a document that holds its text."""
+
+
+class Data(Documents):
+    """[data]: documents, tokenizer, packing order and read-ahead."""
+
     on_bad_document: Literal["raise", "skip"] = "raise"
     """What happens at a document that is not JSON or not UTF-8, or whose text is missing, empty or
     no text: "raise" ends the run with its file and line, "skip" leaves it out and counts it. Of
@@ -120,6 +125,21 @@ class Data(Section):
     def masks_attention(self) -> bool:
         """Whether a token attends to less than all that is before it in its sample."""
         return self.packing in ("document", "fixed")
+
+
+class Validation(Documents):
+    """[validation]: the loss over held-out documents, the same ones from their start each time."""
+
+    dataset: str = ""
+    """As data.dataset; empty: the same, of which `split` is held out."""
+    split: str = "validation"
+    """Split of the dataset."""
+    enable: bool = False
+    """Validate every `interval` steps and after the last one."""
+    interval: Positive = 500
+    """Steps between validations."""
+    steps: Positive = 10
+    """Batches of training.global_batch_size samples in each."""
 
 
 class Training(Section):
@@ -435,6 +455,7 @@ class Config(Section):
     job: Job = Job()
     model: Model = Model()
     data: Data = Data()
+    validation: Validation = Validation()
     training: Training = Training()
     optimizer: Optimizer = Optimizer()
     lr_scheduler: LRScheduler = LRScheduler()

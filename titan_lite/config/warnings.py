@@ -60,6 +60,7 @@ def _idle(loaded: LoadedConfig, dims: ParallelDims) -> Iterator[str]:
     """Keys that somebody changed and another key switches off."""
     config = loaded.config
     profiling, data, training = config.profiling, config.data, config.training
+    validation = config.validation
     mode = config.activation_checkpoint.mode
     off = (
         (
@@ -178,6 +179,16 @@ def _idle(loaded: LoadedConfig, dims: ParallelDims) -> Iterator[str]:
             data.dataset == "bundled" and not data.dataset_path,
             'data.dataset is "bundled"',
             ("data.subset",),
+        ),
+        (
+            not validation.enable,
+            "validation.enable is false",
+            tuple(f"validation.{key}" for key in FIELDS["validation"] if key != "enable"),
+        ),
+        (
+            validation.enable and bool(validation.dataset_path),
+            "validation.dataset_path is set",
+            ("validation.dataset",),
         ),
         (config.optimizer.weight_decay == 0, "weight_decay is 0", ("optimizer.no_decay",)),
         (

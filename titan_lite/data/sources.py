@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titan_lite.config.schema import Data
+from titan_lite.config.schema import Documents
 from titan_lite.data.assets import bundled_asset
 from titan_lite.data.documents import RAW_ENCODING, Kind
 
@@ -45,34 +45,34 @@ class Source:
     """Local files, in their order."""
 
 
-def resolve_source(section: Data) -> Source:
-    """Find the documents that a [data] table asks for.
+def resolve_source(section: Documents, table: str = "data") -> Source:
+    """Find the documents that a table, by default [data], asks for.
 
     Raises ValueError for files that are missing or of unknown or mixed format, and for a subset or
     split that the source does not have. Nothing is read, a hub is not asked.
     """
     if section.dataset_path:
-        _refuse(section, ("subset", "split"), f"data.dataset_path={section.dataset_path!r}")
-        files = _local_files(section.dataset_path)
-        return _files_source(section.dataset_path, "data.dataset_path", files)
+        key = f"{table}.dataset_path"
+        _refuse(section, ("subset", "split"), f"{key}={section.dataset_path!r}", table)
+        files = _local_files(section.dataset_path, key)
+        return _files_source(section.dataset_path, key, files)
+    key = f"{table}.dataset"
     if section.dataset == "bundled":
-        _refuse(section, ("subset",), "data.dataset='bundled'")
+        _refuse(section, ("subset",), f"{key}='bundled'", table)
         if section.split not in BUNDLED_SPLITS:
             raise ValueError(
-                f"data.split={section.split!r}: the bundled corpus has "
+                f"{table}.split={section.split!r}: the bundled corpus has "
                 f"{' and '.join(BUNDLED_SPLITS)}"
             )
         path = bundled_asset(f"corpus/{section.split}.jsonl")
-        return _files_source(f"bundled corpus ({section.split})", "data.dataset", [path])
+        return _files_source(f"bundled corpus ({section.split})", key, [path])
     if Path(section.dataset).exists():
-        raise ValueError(
-            f"data.dataset={section.dataset!r} is a local path: set data.dataset_path to read it"
-        )
+        raise ValueError(f"{key}={section.dataset!r} is a local path: set {key}_path to read it")
     hub_name, subset = PRESETS.get(section.dataset, (section.dataset, ""))
     subset = section.subset or subset
     name = " ".join(filter(None, (hub_name, subset, section.split)))
     arguments = {"path": hub_name, "name": subset or None, "split": section.split}
-    return Source(name=name, key="data.dataset", identity=name, arguments=arguments)
+    return Source(name=name, key=key, identity=name, arguments=arguments)
 
 
 def open_dataset(source: Source) -> "IterableDataset":
@@ -115,14 +115,16 @@ def stream_of(dataset: "IterableDataset", stream: int, num_streams: int) -> "Ite
     return split_dataset_by_node(dataset, rank=stream, world_size=num_streams)
 
 
-def _refuse(section: Data, keys: tuple[str, ...], source: str) -> None:
+def _refuse(section: Documents, keys: tuple[str, ...], source: str, table: str) -> None:
     for key in keys:
-        value, default = getattr(section, key), Data.model_fields[key].default
+        value, default = getattr(section, key), type(section).model_fields[key].default
         if value != default:
-            raise ValueError(f"data.{key}={value!r} cannot act with {source}: leave it {default!r}")
+            raise ValueError(
+                f"{table}.{key}={value!r} cannot act with {source}: leave it {default!r}"
+            )
 
 
-def _local_files(dataset_path: str) -> list[Path]:
+def _local_files(dataset_path: str, key: str) -> list[Path]:
     # os.path: leaves a ~user that does not exist, where Path raises.
     path = Path(os.path.expanduser(dataset_path))  # noqa: PTH111
     if path.is_file():
@@ -135,11 +137,11 @@ def _local_files(dataset_path: str) -> list[Path]:
     known = ", ".join(FORMATS)
     if not files:
         what = f"holds no file ending in {known}" if path.is_dir() else "matches no file"
-        raise ValueError(f"data.dataset_path={dataset_path!r} {what}")
+        raise ValueError(f"{key}={dataset_path!r} {what}")
     unknown = [file.name for file in files if not _format(file)]
     if unknown:
         raise ValueError(
-            f"data.dataset_path={dataset_path!r}: unknown format of {unknown[0]!r}, "
+            f"{key}={dataset_path!r}: unknown format of {unknown[0]!r}, "
             f"expected a name ending in {known} (or these with .gz)"
         )
     return sorted(file.resolve() for file in files)
@@ -160,7 +162,7 @@ def _files_source(name: str, key: str, files: list[Path]) -> Source:
     formats = Counter(_format(file) for file in files)
     if len(formats) > 1:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(formats.items(), key=str))
-        raise ValueError(f"data.dataset_path={name!r} mixes formats ({counts}): name one by a glob")
+        raise ValueError(f"{key}={name!r} mixes formats ({counts}): name one by a glob")
     kind = _format(files[0])
     listing = "\n".join(f"{file.name} {file.stat().st_size}" for file in files)
     digest = hashlib.sha256(listing.encode()).hexdigest()[:16]

@@ -63,6 +63,8 @@ class Tokenizer:
         self.vocab_size: int = self._encoding.n_vocab
         self.bos_id: int = special_tokens["<|begin_of_text|>"]
         self.eos_id: int = special_tokens["<|end_of_text|>"]
+        self.bytes_per_token = np.array([*map(len, ranks), *(0 for _ in SPECIAL_TOKENS)])
+        """Of the text that each token spells: none for special tokens."""
 
     @classmethod
     def load(cls, path: str | Path = "") -> "Tokenizer":

@@ -90,7 +90,7 @@ class Meter:
 
     @contextlib.contextmanager
     def excluded(self) -> Iterator[None]:
-        """Leaves the time inside (saving a checkpoint) out of every speed."""
+        """Leaves the time inside (saving a checkpoint, validating) out of every speed."""
         if self._device.type != "cpu":
             # What the device still has to compute is not part of what follows.
             torch.get_device_module(self._device).synchronize(self._device)
@@ -193,7 +193,7 @@ class Meter:
             mfu = f"not measured: {self._peak.source}"
         wall = format_duration(self._clock() - self._start)
         if self._excluded > 0:
-            wall += f", of which checkpoints {format_duration(self._excluded)}"
+            wall += f", of which checkpoints and validation {format_duration(self._excluded)}"
         lines = {
             "loss": loss,
             "WPS": wps_text,

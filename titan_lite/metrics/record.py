@@ -27,6 +27,9 @@ METRICS: dict[str, Metric] = {
     "skipped_steps": Metric("steps since step 0", "global", "train/skipped_steps"),
     "skipped_documents": Metric("documents since step 0", "global", "train/skipped_documents"),
     "tokens": Metric("tokens since step 0", "global", "train/tokens"),
+    "validation/loss": Metric("nats per token", "global", "validation/loss"),
+    "validation/perplexity": Metric("1", "global", "validation/perplexity"),
+    "validation/bits_per_byte": Metric("bits per byte", "global", "validation/bits_per_byte"),
     "wps": Metric("tokens/s per device", "global", "speed/wps"),
     "samples_per_second": Metric(
         "samples/s of the whole job", "global", "speed/samples_per_second"

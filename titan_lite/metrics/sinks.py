@@ -86,6 +86,7 @@ class ConsoleSink:
             (label, form.format(record[key]))
             for key, label, form in (
                 ("loss", "loss", "{:7.4f}"),
+                ("validation/loss", "validation", "{:7.4f}"),
                 ("grad_norm", "grad_norm", "{:8.4f}"),
                 ("skipped_steps", "skipped", "{:.0f}"),
                 ("lr", "lr", "{:.2e}"),

@@ -56,6 +56,12 @@ class Compilations:
         """Graphs compiled so far: one for all equal blocks."""
         return _num_graphs() - self._earlier_graphs
 
+    def after_validation(self) -> None:
+        """Forgets what was compiled in it: graphs without a backward, in the first one."""
+        from torch._dynamo.utils import clear_compilation_metrics
+
+        clear_compilation_metrics()
+
     def after_step(self) -> list[str]:
         """Dynamo's reason for each recompilation in the step just done, none in the warm-up."""
         from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metrics

@@ -26,6 +26,13 @@ def set_gradient_sync(model: Decoder, section: Parallel, *, last: bool) -> None:
             model.set_reshard_after_backward(last)
 
 
+def free_gathered(model: nn.Module) -> None:
+    """Frees what a forward without backward has left gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def precision(model: nn.Module) -> str:
     """What FSDP2 computes and reduces in, as its units say."""
     policies = {

@@ -206,6 +206,31 @@ def local_stages(parallel: Parallel, pp_rank: int) -> list[int]:
     return list(range(pp_rank, parallel.num_stages, parallel.pp))
 
 
+def rank_of_stage(parallel: Parallel, number: int) -> int:
+    """The rank that has a stage, among those of the pipeline."""
+    if parallel.is_v_schedule:
+        return min(number, parallel.num_stages - 1 - number)
+    return number % parallel.pp
+
+
+def forward_ticks(parallel: Parallel, rank: int, count: int) -> dict[int, tuple[int, int]]:
+    """When a rank does which stage of which of `count` micro-batches, without backward.
+
+    Every rank does one at a time, and a stage follows the one before it by one tick, so that what
+    is sent at the end of a tick is what its receiver works on in the next one.
+    """
+    pp, num_stages = parallel.pp, parallel.num_stages
+    ticks = {}
+    for index in range(count):
+        # As many micro-batches as ranks fill these for one round of the stages; a V has both of a
+        # rank's stages an odd number of ticks apart.
+        group, place = divmod(index, pp)
+        start = 2 * index if parallel.is_v_schedule else group * num_stages + place
+        for number in local_stages(parallel, rank):
+            ticks[start + number] = number, index
+    return ticks
+
+
 class Pipeline:
     """The stages of this rank under a schedule; `step` runs the micro-batches of one pass."""
 
@@ -223,10 +248,13 @@ class Pipeline:
     ) -> None:
         """stages: by their number; shapes: of a micro-batch's tokens, and of what stages send."""
         self.num_micro_batches = num_micro_batches
+        self.parallel = parallel
+        self.group = group
         num_stages = parallel.num_stages
         # Told beforehand, for torch not to run the model once to find them out.
         tokens = torch.empty(tokens_shape, dtype=torch.int64, device="meta")
         hidden = torch.empty(hidden_shape, dtype=hidden_dtype, device="meta", requires_grad=True)
+        self.hidden, self.device = hidden, device
         loss = torch.empty((), device="meta", requires_grad=True)
         self.stages = [
             PipelineStage(
@@ -280,3 +308,36 @@ class Pipeline:
             return_outputs=False,
         )
         return [loss.detach() for loss in losses]
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> list[Tensor]:
+        """As `step`, forward only, whatever the schedule."""
+        modules = {stage.stage_index: stage.submod for stage in self.stages}
+        rank, last = self.group.rank(), self.parallel.num_stages - 1
+        jobs = forward_ticks(self.parallel, rank, len(micro_batches))
+        losses: list[Tensor] = []
+        received: Tensor | None = None
+        for tick in range(max(jobs) + 1):
+            operations, output = [], None
+            if tick in jobs:
+                number, index = jobs[tick]
+                tokens, kwargs = micro_batches[index]
+                output = modules[number](tokens if number == 0 else received, **kwargs)
+                if number == last:
+                    losses.append(output)
+                elif number + 1 not in modules:
+                    peer = rank_of_stage(self.parallel, number + 1)
+                    operations.append(
+                        dist.P2POp(dist.isend, output, group=self.group, group_peer=peer)
+                    )
+            received = output
+            number, _ = jobs.get(tick + 1, (0, 0))
+            if number > 0 and number - 1 not in modules:
+                received = torch.empty_like(self.hidden, device=self.device, requires_grad=False)
+                peer = rank_of_stage(self.parallel, number - 1)
+                operations.append(
+                    dist.P2POp(dist.irecv, received, group=self.group, group_peer=peer)
+                )
+            for work in dist.batch_isend_irecv(operations) if operations else ():
+                work.wait()
+        return losses

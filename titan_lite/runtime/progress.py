@@ -3,9 +3,18 @@
 import time
 from typing import Literal
 
-Phase = Literal["start", "data", "forward", "backward", "optimizer", "log", "save"]
+Phase = Literal["start", "data", "forward", "backward", "optimizer", "validation", "log", "save"]
 # In the order of a step.
-PHASES: tuple[Phase, ...] = ("start", "data", "forward", "backward", "optimizer", "log", "save")
+PHASES: tuple[Phase, ...] = (
+    "start",
+    "data",
+    "forward",
+    "backward",
+    "optimizer",
+    "validation",
+    "log",
+    "save",
+)
 
 
 class Progress:

@@ -1,0 +1,109 @@
+"""The batches of a validation: the first ones of a held-out dataset, the same every time.
+
+Legend: as in loader.py. Sample g is the g-th of one stream over all documents, in their order;
+global batches and what ranks get of them are cut as in training.
+"""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from titan_lite.config.schema import Data, Documents, Validation
+from titan_lite.data.loader import Batch
+from titan_lite.data.packing import IGNORED, Row
+from titan_lite.data.sources import Source, open_dataset, resolve_source
+from titan_lite.data.streams import Position, Stream
+from titan_lite.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What is validated on, kept in host memory for the whole run.
+
+    batches: this rank's micro-batches. num_tokens: labels counted in those of all ranks; num_bytes:
+    of text that these labels spell, where BOS and EOS spell none.
+    """
+
+    batches: list[Batch]
+    num_tokens: int
+    num_bytes: int
+
+    def metrics(self, nats: Tensor) -> dict[str, float]:
+        """For a log record, from the sum of the losses of all tokens; the host waits for it."""
+        total = nats.cpu()
+        loss = total / self.num_tokens
+        return {
+            "validation/loss": loss.item(),
+            "validation/perplexity": loss.exp().item(),
+            "validation/bits_per_byte": (total / math.log(2) / self.num_bytes).item(),
+        }
+
+
+def documents_held_out(validation: Validation, data: Data) -> Documents:
+    """What [validation] reads, without a dataset of its own another split of [data]'s."""
+    if validation.dataset or validation.dataset_path:
+        own = validation.dataset or "bundled"
+        return validation.model_copy(update={"dataset": own})
+    subset = validation.subset or data.subset
+    return validation.model_copy(update={"dataset": data.dataset, "subset": subset})
+
+
+def resolve_held_out(validation: Validation, data: Data) -> Source:
+    """Finds the documents; ValueError where they are those that are trained on."""
+    source = resolve_source(documents_held_out(validation, data), "validation")
+    if source.identity == resolve_source(data).identity:
+        raise ValueError(f"{source.key}: {source.name} is what [data] trains on, not held out")
+    return source
+
+
+def read_held_out(
+    validation: Validation,
+    data: Data,
+    *,
+    seq_len: int,
+    local_batch_size: int,
+    global_batch_size: int,
+    batch_rank: int,
+    batch_degree: int,
+    tokenizer: Tokenizer,
+) -> HeldOut:
+    """Reads and tokenizes all of it, on every rank, packed as [data] says.
+
+    Raises ValueError where the documents are too few for `validation.steps` batches.
+    """
+    documents = documents_held_out(validation, data)
+    read = {key: getattr(documents, key) for key in Documents.model_fields}
+    # In order, a few at a time.
+    section = data.model_copy(
+        update={**read, "shuffle": False, "num_streams": 1, "shuffle_buffer": 64}
+    )
+    source = resolve_held_out(validation, data)
+    stream = Stream(
+        open_dataset(source),
+        source,
+        section,
+        stream=0,
+        seq_len=seq_len,
+        seed=0,
+        tokenizer=tokenizer,
+        position=Position(),
+    )
+    rows: list[Row] = []
+    num_tokens = num_bytes = 0
+    for sample in range(validation.steps * global_batch_size):
+        row = stream.row(sample)
+        if stream.position.block.epoch > 0:
+            raise ValueError(
+                f"validation.steps={validation.steps} batches of {global_batch_size} samples of "
+                f"{seq_len} tokens are more than {source.name} holds: it has "
+                f"{sample // global_batch_size}"
+            )
+        counted = row.labels[row.labels != IGNORED]
+        num_tokens += len(counted)
+        num_bytes += int(tokenizer.bytes_per_token[counted].sum())
+        if sample % batch_degree == batch_rank:
+            rows.append(row)
+    starts = range(0, len(rows), local_batch_size)
+    batches = [Batch.of(rows[start : start + local_batch_size]) for start in starts]
+    return HeldOut(batches, num_tokens, num_bytes)
