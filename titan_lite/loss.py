@@ -30,6 +30,8 @@ def cross_entropy_sum(
     factor: Tensor | None = None,
     loss_parallel: bool = True,
     compile: bool = False,
+    groups: Tensor | None = None,
+    group_losses: Tensor | None = None,
 ) -> Tensor:
     """Sum over the valid tokens of the cross-entropy of hidden @ weight.T, as a float32 scalar.
 
@@ -40,7 +42,9 @@ def cross_entropy_sum(
     rounded to the weight's dtype. A DTensor weight, split over the vocabulary, gives the same loss
     on each of its ranks: two all-reduces of n numbers a chunk (arXiv:1909.08053, section 3), or
     without `loss_parallel` an all-gather of its logits. With `compile` what a chunk computes
-    between its matmuls is one compiled graph.
+    between its matmuls is one compiled graph. `groups`, int64 with the shape of the labels, numbers
+    what each token belongs to: to `group_losses`, float32, their losses are added, without
+    `factor`, and of a split vocabulary those of the labels in this rank's part.
     """
     group, first_row = None, 0
     if isinstance(weight_VD, DTensor):
@@ -65,6 +69,8 @@ def cross_entropy_sum(
         group,
         loss_parallel,
         compile,
+        None if groups is None else groups.flatten(),
+        group_losses,
     )
 
 
@@ -82,6 +88,8 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         loss_parallel: bool,
         compile: bool,
+        groups_N: Tensor | None,
+        group_losses: Tensor | None,
     ) -> Tensor:
         need_grad = any(ctx.needs_input_grad)
         dtype = weight_VD.dtype
@@ -99,16 +107,20 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             if num_chunks > 1:
                 # float32, since bfloat16 sums over chunks would lose the small terms.
                 grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        for hidden_nD, labels_n, grad_hidden_nD in zip(
+        for hidden_nD, labels_n, grad_hidden_nD, groups_n in zip(
             hidden_ND.split(rows),
             labels_N.split(rows),
             (grad_hidden_ND if need_grad else hidden_ND).split(rows),
+            (labels_N if groups_N is None else groups_N).split(rows),
             strict=True,
         ):
             logits_nV = torch.mm(hidden_nD, weight_VD.T, out=logits[: len(labels_n)])
-            loss += to_gradient(
+            loss_n = to_gradient(
                 logits_nV, labels_n, factor, num_rows, first_row, group, loss_parallel
             )
+            loss += loss_n.sum() * factor
+            if group_losses is not None:
+                group_losses.index_add_(0, groups_n, loss_n)
             if need_grad:
                 grad_nV = logits_nV
                 torch.mm(grad_nV, weight_VD, out=grad_hidden_nD)
@@ -135,7 +147,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             for grad in grads:
                 grad.data.mul_(grad_loss)  # Not seen by autograd, which would refuse the second.
             ctx.is_scaled = True
-        return *grads, *(None,) * 8
+        return *grads, *(None,) * 10
 
 
 def _to_gradient(
@@ -148,7 +160,7 @@ def _to_gradient(
     group: dist.ProcessGroup | None,
     loss_parallel: bool,
 ) -> Tensor:
-    """A chunk's loss; its logits become the gradient of the loss by them, log_probs is a buffer."""
+    """A chunk's losses; its logits become the gradients by them, log_probs is a buffer."""
     log_probs_nV = log_probs[: len(labels_n)]
     logits_nV[:, max(num_rows, 0) :] = -torch.inf
     if group is None:
@@ -161,12 +173,12 @@ def _to_gradient(
     target_n1 = labels_n.unsqueeze(1) - first_row
     here_n1 = valid_n1 & (target_n1 >= 0) & (target_n1 < logits_nV.shape[1])
     target_n1 = target_n1.clamp(0, logits_nV.shape[1] - 1)
-    loss = -log_probs_nV.gather(1, target_n1).masked_fill(~here_n1, 0).sum()
+    loss_n = -log_probs_nV.gather(1, target_n1).masked_fill(~here_n1, 0).squeeze(1)
     # d loss / d logits = softmax - one_hot, zero where the label is not counted.
     probs_nV = log_probs_nV.exp_()
     probs_nV.scatter_add_(1, target_n1, -here_n1.to(torch.float32))
     torch.mul(probs_nV, valid_n1 * factor, out=logits_nV)
-    return loss * factor
+    return loss_n
 
 
 def _max_and_sum(
@@ -210,7 +222,7 @@ def _to_gradient_in_one_graph(
     wide_nV = logits_nV.float().masked_fill(column_V >= num_rows, -torch.inf)
     max_n1, sum_n1 = _max_and_sum(wide_nV, group, loss_parallel)
     log_probs_nV = wide_nV - max_n1 - sum_n1.log()
-    loss = -log_probs_nV.masked_fill(~target_nV, 0).sum()
+    loss_n = -log_probs_nV.masked_fill(~target_nV, 0).sum(1)
     gradient_nV = (log_probs_nV.exp() - target_nV.float()) * (label_n1 != IGNORE_INDEX)
     logits_nV.copy_(gradient_nV * factor)
-    return loss * factor
+    return loss_n

@@ -9,7 +9,7 @@ from titan_lite.checkpoint.state import Start, find_start
 from titan_lite.config.load import DEFAULT, ConfigError, LoadedConfig, Problem
 from titan_lite.config.schema import Data
 from titan_lite.data.held_out import resolve_held_out
-from titan_lite.data.sources import resolve_source
+from titan_lite.data.sources import resolve_sources
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.rules import Plan
@@ -35,7 +35,7 @@ def preflight(loaded: LoadedConfig, plan: Plan) -> Preflight:
         problems += error.problems
     try:
         with blaming("data.dataset", loaded):
-            resolve_source(config.data)
+            resolve_sources(config.data)
     except ConfigError as error:
         problems += error.problems
     try:

@@ -31,6 +31,8 @@ class StepResult:
 
     loss: the global mean. grad_norm: global, before clipping. num_valid: labels that the global
     batch counts, int64. is_finite: loss and norm are. num_stopping: ranks that were asked to stop.
+    With data.sources, for each of them: source_valid, as num_valid, and source_losses, this rank's
+    part of the sum of the losses.
     """
 
     loss: Tensor
@@ -38,6 +40,8 @@ class StepResult:
     num_valid: Tensor
     is_finite: Tensor
     num_stopping: Tensor
+    source_valid: Tensor | None = None
+    source_losses: Tensor | None = None
 
 
 class TrainStep:
@@ -64,6 +68,8 @@ class TrainStep:
         self.optimizer = optimizer
         self.guard = guard
         self.progress = progress
+        self.num_sources = len(config.data.sources)
+        self.source_losses: Tensor | None = None
         self.vocab_size = vocab_size
         self.positions = positions
         self.device = device
@@ -75,9 +81,12 @@ class TrainStep:
         """
         self.progress.enter("forward")
         micro_batches = [self.local(batch) for batch in batches]
-        num_valid, num_stopping = self._agree(micro_batches, stop)
+        valid, num_stopping = self._agree(micro_batches, stop)
         # Every token of the global batch weighs the same, wherever it is: the sum over
         # micro-batches and ranks is divided by the valid tokens of all of them.
+        num_valid = valid.sum()
+        if self.num_sources:
+            self.source_losses = torch.zeros(self.num_sources, device=self.device)
         factor = num_valid.clamp(min=1).to(torch.float32).reciprocal()
         loss_scale = None
         if isinstance(self.guard, LossScaler):
@@ -101,16 +110,24 @@ class TrainStep:
         if self.has_float8_all_gather:
             refresh_scales(self.model)
         self.optimizer.zero_grad()
-        return StepResult(loss, norm.total, num_valid, is_finite, num_stopping)
+        by_source = (valid, self.source_losses) if self.num_sources else ()
+        return StepResult(loss, norm.total, num_valid, is_finite, num_stopping, *by_source)
 
     def _agree(self, micro_batches: Sequence[Batch], stop: bool) -> tuple[Tensor, Tensor]:
-        """Valid tokens of the global batch, and how many ranks are to stop; int64."""
-        valid = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in micro_batches]).sum()
-        counts = self.to_device(torch.stack([valid, torch.tensor(int(stop))]))
+        """`_count_valid` of the global batch, and how many ranks are to stop; int64."""
+        valid = torch.stack([*map(self._count_valid, micro_batches)]).sum(0)
+        counts = self.to_device(torch.cat([valid, torch.tensor([int(stop)])]))
         dist.all_reduce(counts)
         # Ranks of one place in the data have the same tokens.
         copies = dist.get_world_size() // dist.get_world_size(self.meshes.loss)
-        return counts[0] // copies, counts[1]
+        return counts[:-1] // copies, counts[-1]
+
+    def _count_valid(self, batch: Batch) -> Tensor:
+        """Labels that count, of each source, or of all where there are none."""
+        valid_B = (batch.labels != IGNORE_INDEX).sum(1)
+        if batch.sources is None:
+            return valid_B.sum(0, keepdim=True)
+        return valid_B.new_zeros(self.num_sources).index_add_(0, batch.sources, valid_B)
 
     def global_loss(self, loss: Tensor) -> Tensor:
         """The sum of every rank's part, in place; collective."""
@@ -173,6 +190,9 @@ class TrainStep:
             loss_parallel=config.parallel.loss_parallel,
             compile=config.compile.covers("loss"),
         )
+        if batch.sources is not None:
+            groups = self.to_device(batch.sources).unsqueeze(1).expand_as(batch.labels)
+            head_loss = partial(head_loss, groups=groups, group_losses=self.source_losses)
         positions = None if batch.positions is None else self.to_device(batch.positions)
         kwargs = {"head_loss": head_loss, "positions_S": positions, "mask": self._mask(batch)}
         return self.to_device(batch.inputs), kwargs

@@ -22,6 +22,7 @@ from titan_lite.config.memory_advice import memory_advice
 from titan_lite.data.held_out import HeldOut, read_held_out
 from titan_lite.data.hf_documents import hf_documents
 from titan_lite.data.loader import Batch, DataLoader, merge_states
+from titan_lite.metrics.by_source import SourceMeter
 from titan_lite.metrics.device import Peak, device_name, find_peak
 from titan_lite.metrics.meter import Meter
 from titan_lite.metrics.record import Record
@@ -65,7 +66,7 @@ from titan_lite.runtime.run_folder import (
 from titan_lite.runtime.seed import set_determinism
 from titan_lite.runtime.stop import StopRequest
 from titan_lite.runtime.watchdog import Watchdog
-from titan_lite.step import TrainStep
+from titan_lite.step import StepResult, TrainStep
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +154,10 @@ class Trainer:
         self.logged_step = self.state.step
         self._resume(loaded)
         self.meter = self._build_meter()
+        self.source_meter = None
+        if sources := config.data.sources:
+            names = [source.name for source in sources]
+            self.source_meter = SourceMeter(names, self.state.source_tokens, _all_reduce)
 
     def _start_process_group(self) -> None:
         comm = self.config.comm
@@ -444,6 +449,8 @@ class Trainer:
         self.state.step = step
         self.tokens += tokens
         self.meter.add(tokens=tokens, samples=self.global_batch_size)
+        if self.source_meter is not None and result.source_valid is not None:
+            self.source_meter.add(result.source_valid)
         logs = self.meter.should_log(step) or self.validates(step)
         # One step late, the device has work while the host waits.
         late = self.process.device.type == "cuda" and not logs
@@ -453,6 +460,7 @@ class Trainer:
         if not logs:
             return None
         extra = self.checkpoints.metrics() | self.guard.metrics() | self._skipped_documents()
+        extra |= validated | self._by_source(result)
         waits = self._data_waits()
         record = self.meter.log(
             step,
@@ -460,7 +468,7 @@ class Trainer:
             grad_norm=result.grad_norm,
             lr=lr,
             tokens_seen=int(self.tokens),
-            extra=extra | validated,
+            extra=extra,
         )
         if isinstance(self.guard, LossScaler):
             self.guard.check(step, record["grad_norm"])
@@ -508,6 +516,16 @@ class Trainer:
             return False
         return step % self.config.validation.interval == 0 or step == self.config.training.steps
 
+    def _by_source(self, result: StepResult) -> dict[str, float]:
+        """For a log record; collective."""
+        if self.source_meter is None:
+            return {}
+        assert result.source_losses is not None
+        assert result.source_valid is not None
+        return self.source_meter.metrics(
+            result.source_losses, result.source_valid, self.loader.epochs()
+        )
+
     def validate(self, step: int) -> dict[str, float]:
         """Metrics over the held-out documents, of the steps that have any; collective."""
         if self.held_out is None or not self.validates(step):
@@ -543,6 +561,8 @@ class Trainer:
         states: list[dict[str, Any]] = [{}] * self.process.world_size
         dist.all_gather_object(states, self.loader.state_dict())
         self.state.tokens = int(self.tokens)
+        if self.source_meter is not None:
+            self.state.source_tokens = self.source_meter.tokens()
         self.state.data = merge_states(states)
         self.state.guard = self.guard.state_dict()
         is_last = self.state.step == self.config.training.steps

@@ -26,13 +26,15 @@ class RunState:
     """Progress of a run, JSON-serialisable: written by rank 0, equal on all ranks.
 
     step: optimizer steps done; tokens: tokens trained on by the whole job;
-    data: the loader's merged state; guard: numbers of what skips steps.
+    data: the loader's merged state; guard: numbers of what skips steps;
+    source_tokens: labels counted of each of data.sources.
     """
 
     step: int = 0
     tokens: int = 0
     data: dict[str, Any] = field(default_factory=dict)
     guard: dict[str, float] = field(default_factory=dict)
+    source_tokens: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from titan_lite.config.problems import (
     FIELDS,
     KEYS,
+    SOURCES,
     ConfigError,
     Problem,
     did_you_mean,
@@ -23,6 +24,7 @@ from titan_lite.config.problems import (
     quote,
     unknown_key,
     unknown_table,
+    wrong_source,
     wrong_value,
 )
 from titan_lite.config.schema import Config
@@ -192,22 +194,26 @@ def _parse_value(text: str) -> Any:
 
 def _take_problems(source: str, tables: Tables) -> list[Problem]:
     """Takes what is wrong out of a layer: its problems, in words of problems.py, not pydantic's."""
-    places: dict[tuple[str, ...], str] = {}
+    places: dict[tuple[str, ...], tuple[str, tuple[int | str, ...]]] = {}
     try:
         Config.model_validate(tables)
     except ValidationError as error:
         # A union reports one error per alternative: the first stands for all.
         for details in error.errors(include_url=False, include_context=False):
             place = tuple(str(part) for part in details["loc"][:2])
-            places.setdefault(place, details["type"])
+            # A misspelt key of a source explains the one that it lacks.
+            if place not in places or details["type"] == "extra_forbidden":
+                places[place] = details["type"], details["loc"][2:]
     problems = []
-    for place, kind in places.items():
+    for place, (kind, inside) in places.items():
         section, *key = place
         meant: list[str] = []
         match key:
             case [name]:
                 content = tables[section].pop(name)
-                if kind == "extra_forbidden":
+                if FIELDS[section].get(name) is SOURCES:
+                    message = wrong_source(content, inside, kind)
+                elif kind == "extra_forbidden":
                     message, meant = unknown_key(section, name)
                 else:
                     message = wrong_value(section, name, content)

@@ -12,12 +12,13 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from titan_lite.config.schema import Config
+from titan_lite.config.schema import Config, DataSource
 
 SECTIONS = {name: field.annotation for name, field in Config.model_fields.items()}
 FIELDS = {
     section: dict(model.model_fields) for section, model in SECTIONS.items() if model is not None
 }
+SOURCES = FIELDS["data"]["sources"]
 KEYS = tuple(f"{section}.{key}" for section, fields in FIELDS.items() for key in fields)
 
 
@@ -145,6 +146,23 @@ def wrong_value(section: str, key: str, value: Any) -> str:
     words = value if isinstance(value, list) else [value]
     wrong = [word for word in words if isinstance(word, str) and word not in choices]
     return message + did_you_mean(nearest(wrong[0], choices) if wrong else [])
+
+
+def wrong_source(value: Any, place: Sequence[int | str], kind: str) -> str:
+    """What is wrong, at a place inside of it, with the tables of [[data.sources]]."""
+    fields = DataSource.model_fields
+    match place:
+        case [int(index), str(key), *_]:
+            entry, names = f"table {index + 1}", list(fields)
+            if kind == "missing":
+                return f"{entry}: {key} is missing"
+            if kind == "extra_forbidden":
+                hint = did_you_mean(nearest(key, names)) or f"; it has {', '.join(names)}"
+                return f"{entry}: unknown key {key}{hint}"
+            got = literal(value[index][key])
+            return f"{entry}: {key}: expected {expected(fields[key])}, got {got}"
+        case _:
+            return f"expected tables, as [[data.sources]] makes them, got {literal(value)}"
 
 
 def expected(field: FieldInfo) -> str:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from titan_lite.config.load import LoadedConfig
-from titan_lite.config.problems import FIELDS, literal
+from titan_lite.config.problems import FIELDS, SOURCES, literal
 from titan_lite.config.schema import Config
 
 # The newest draft that the TOML language servers (Taplo, Even Better TOML) read.
@@ -17,11 +17,19 @@ def to_toml(loaded: LoadedConfig) -> str:
         rows.append((f"\n[{section}]" if rows else f"[{section}]", ""))
         for key in fields:
             value = getattr(getattr(loaded.config, section), key)
-            line = f"# {key} is not set" if value is None else f"{key} = {literal(value)}"
+            if fields[key] is SOURCES:
+                line = f"{key} = {_inline([source.model_dump() for source in value])}"
+            else:
+                line = f"# {key} is not set" if value is None else f"{key} = {literal(value)}"
             rows.append((line, loaded.origins[f"{section}.{key}"]))
     # A long value pushes its own comment, not everybody's.
     width = max(len(line) for line, _ in rows if len(line) <= 50)
     return "\n".join(f"{line:<{width}}  # {origin}" if origin else line for line, origin in rows)
+
+
+def _inline(tables: list[dict[str, Any]]) -> str:
+    rows = (", ".join(f"{k} = {literal(v)}" for k, v in table.items()) for table in tables)
+    return f"[{', '.join(f'{{{row}}}' for row in rows)}]"
 
 
 def json_schema() -> dict[str, Any]:
@@ -40,6 +48,7 @@ def json_schema() -> dict[str, Any]:
             key: _without_null(field) for key, field in section["properties"].items()
         }
         properties[name] = section
+    properties["data"]["properties"]["sources"]["items"] = sections["DataSource"]
     return {"$schema": SCHEMA_DRAFT, **schema, "properties": properties}
 
 

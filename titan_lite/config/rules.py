@@ -11,7 +11,7 @@ from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import DEFAULT, ConfigError, LoadedConfig, Problem
 from titan_lite.config.parallel_rules import Broken, parallel_rules
 from titan_lite.config.problems import literal, near_file, quote
-from titan_lite.config.schema import Config
+from titan_lite.config.schema import Config, Documents
 from titan_lite.config.warnings import find_warnings
 
 logger = logging.getLogger("titan_lite.config")
@@ -30,6 +30,7 @@ def check(loaded: LoadedConfig, world_size: int) -> ParallelDims:
     config = loaded.config
     broken = [
         *_single(config),
+        *_documents(config),
         *_files(config),
     ]
     dims = None
@@ -76,17 +77,6 @@ def _single(config: Config) -> Iterator[Broken]:
             ("data.packing", "data.packing_block", "training.seq_len"),
             f'"fixed" cuts a sample into several blocks: data.packing_block ({block}) {wrong} '
             f'training.seq_len ({seq_len}); samples of one block are "concat"',
-        )
-    validation, data = config.validation, config.data
-    if (
-        validation.enable
-        and data.dataset_path
-        and not (validation.dataset or validation.dataset_path)
-    ):
-        yield (
-            ("validation.enable", "validation.dataset_path", "data.dataset_path"),
-            "nothing is held out: data.dataset_path has no splits; set validation.dataset_path, "
-            "or validation.dataset",
         )
     for beta in ("beta1", "beta2"):
         if getattr(config.optimizer, beta) == 1:
@@ -156,17 +146,46 @@ def _checkpoint(config: Config) -> Iterator[Broken]:
         )
 
 
+def _documents(config: Config) -> Iterator[Broken]:
+    """What is read, and what is held out of it."""
+    data, validation = config.data, config.validation
+    mixed_or_files = "data.dataset_path" if data.dataset_path else "data.sources"
+    if (
+        validation.enable
+        and (data.dataset_path or data.sources)
+        and not (validation.dataset or validation.dataset_path)
+    ):
+        yield (
+            ("validation.enable", "validation.dataset_path", mixed_or_files),
+            f"nothing is held out: {mixed_or_files} has no other split; set "
+            "validation.dataset_path, or validation.dataset",
+        )
+    names = [source.name for source in data.sources]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield ("data.sources",), f"{names.count(name)} sources have the name {quote(name)}"
+    for key, field in Documents.model_fields.items():
+        value = getattr(data, key)
+        if data.sources and value != field.default:
+            yield (
+                (f"data.{key}", "data.sources"),
+                f"{quote(value)} is not read beside data.sources: make it a key of one of them",
+            )
+
+
 def _files(config: Config) -> Iterator[Broken]:
     """Paths that must exist, or must not."""
-    for table in ("data", "validation"):
-        path = getattr(config, table).dataset_path
+    paths: list[tuple[str, Documents]] = [("data.dataset_path", config.data)]
+    paths.append(("validation.dataset_path", config.validation))
+    paths += [("data.sources", source) for source in config.data.sources]
+    for key, documents in paths:
+        path = documents.dataset_path
         # os.path.exists: unlike Path's, it answers for a name that no file can have.
         dataset = os.path.expanduser(path)  # noqa: PTH111
         found = os.path.exists(dataset)  # noqa: PTH110
         # Path.glob refuses absolute patterns.
         if dataset and not (found or glob.glob(dataset, recursive=True)):  # noqa: PTH207
             message = f"no such file: {quote(path)}{near_file(Path(dataset))}"
-            yield (f"{table}.dataset_path",), message
+            yield (key,), message
     data = config.data
     initial = os.path.expanduser(config.checkpoint.initial_load_path)  # noqa: PTH111
     if initial and not os.path.isdir(initial):  # noqa: PTH112

@@ -91,9 +91,21 @@ class Documents(Section):
     """Field of a document that holds its text."""
 
 
+class DataSource(Documents):
+    """[[data.sources]]: documents that are mixed with those of other sources."""
+
+    name: Annotated[str, Field(min_length=1)]
+    """What the metrics call it: source/NAME/loss."""
+    weight: PositiveFloat
+    """Share of the samples, relative to the other weights."""
+
+
 class Data(Documents):
     """[data]: documents, tokenizer, packing order and read-ahead."""
 
+    sources: list[DataSource] = []
+    """Several sets of documents, read instead of the one that the keys above name: a table
+    [[data.sources]] for each, with these keys, a `name` and a `weight`."""
     on_bad_document: Literal["raise", "skip"] = "raise"
     """What happens at a document that is not JSON or not UTF-8, or whose text is missing, empty or
     no text: "raise" ends the run with its file and line, "skip" leaves it out and counts it. Of

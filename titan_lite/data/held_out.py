@@ -12,7 +12,7 @@ from torch import Tensor
 from titan_lite.config.schema import Data, Documents, Validation
 from titan_lite.data.loader import Batch
 from titan_lite.data.packing import IGNORED, Row
-from titan_lite.data.sources import Source, open_dataset, resolve_source
+from titan_lite.data.sources import Source, open_dataset, resolve_source, resolve_sources
 from titan_lite.data.streams import Position, Stream
 from titan_lite.data.tokenizer import Tokenizer
 
@@ -52,7 +52,7 @@ def documents_held_out(validation: Validation, data: Data) -> Documents:
 def resolve_held_out(validation: Validation, data: Data) -> Source:
     """Finds the documents; ValueError where they are those that are trained on."""
     source = resolve_source(documents_held_out(validation, data), "validation")
-    if source.identity == resolve_source(data).identity:
+    if source.identity in [trained.identity for trained in resolve_sources(data)]:
         raise ValueError(f"{source.key}: {source.name} is what [data] trains on, not held out")
     return source
 
@@ -76,7 +76,7 @@ def read_held_out(
     read = {key: getattr(documents, key) for key in Documents.model_fields}
     # In order, a few at a time.
     section = data.model_copy(
-        update={**read, "shuffle": False, "num_streams": 1, "shuffle_buffer": 64}
+        update={**read, "shuffle": False, "num_streams": 1, "shuffle_buffer": 64, "sources": []}
     )
     source = resolve_held_out(validation, data)
     stream = Stream(

@@ -4,11 +4,15 @@ Global sample g of a run is sample g // V of stream g % V, with V = data.num_str
 step b trains on samples [b * global_batch_size, (b + 1) * global_batch_size); of these, rank r of D
 takes those with g % D == r, in order, and reads only the streams that they come from.
 
+With several sources each has V streams of its own, and stream g % V is dealt from those of this
+number: sample g is the next one of the stream of its source, which mixture.py tells.
+
 Legend: B = local_batch_size, S = seq_len.
 """
 
 import atexit
 import contextlib
+import dataclasses
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,9 +22,10 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
-from titan_lite.config.schema import Data
+from titan_lite.config.schema import Data, Documents
+from titan_lite.data.mixture import Mixture
 from titan_lite.data.packing import Row
-from titan_lite.data.sources import open_dataset, resolve_source
+from titan_lite.data.sources import open_dataset, resolve_sources
 from titan_lite.data.streams import Position, Stream
 from titan_lite.data.tokenizer import Tokenizer
 
@@ -39,6 +44,8 @@ class Batch:
     """(B, S) int64, in what goes together; None: 0 to S - 1 in each row."""
     documents: torch.Tensor | None = None
     """(B, S) int64: numbers of what attends to itself only, in order; None: each row is one."""
+    sources: torch.Tensor | None = None
+    """(B,) int64: which of data.sources each row is from; None without them."""
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> "Batch":
@@ -79,7 +86,8 @@ class DataLoader:
         self._local_batch_size = local_batch_size
         self._rank, self._degree = batch_rank, batch_degree
         self._tokenizer = tokenizer
-        self._source = resolve_source(section)
+        self._sources = resolve_sources(section)
+        self._mixture = Mixture([source.weight for source in section.sources] or [1])
         self._num_samples = 0
         self._positions: dict[int, Position] = {}
         self._worker: _Worker[tuple[Batch, dict[int, Position]]] | None = None
@@ -140,9 +148,23 @@ class DataLoader:
         mine = {v: s for v, s in state["streams"].items() if self._reads(int(v))}
         self._positions = {int(v): Position.from_state(s) for v, s in mine.items()}
 
+    def epochs(self) -> list[list[int]]:
+        """Of each source, how often each stream was read to its end; 0 where others read it."""
+        num_streams = self._section.num_streams
+        return [
+            [
+                self._positions.get(source * num_streams + v, Position()).block.epoch
+                for v in range(num_streams)
+            ]
+            for source in range(len(self._sources))
+        ]
+
     def _settings(self) -> dict[str, Any]:
+        identities = [source.identity for source in self._sources]
+        mixed = self._section.sources
         return {
-            "dataset": self._source.identity,
+            "dataset": identities if mixed else identities[0],
+            "data.sources": [[s.name, s.weight, s.text_field] for s in mixed],
             "training.seq_len": self._seq_len,
             "training.seed": self._seed,
             "data.packing": self._section.packing,
@@ -158,35 +180,48 @@ class DataLoader:
 
     def _reads(self, stream: int) -> bool:
         common = int(np.gcd(self._section.num_streams, self._degree))
-        return stream % common == self._rank % common
+        return stream % self._section.num_streams % common == self._rank % common
 
     def _batches(
         self, num_samples: int, positions: dict[int, Position]
     ) -> Iterator[tuple[Batch, dict[int, Position]]]:
         """Batches after the first `num_samples`, each with the new positions of its streams."""
         streams: dict[int, Stream] = {}
-        dataset = open_dataset(self._source)
+        datasets = [open_dataset(source) for source in self._sources]
+        mixed: Sequence[Documents] = self._section.sources or [self._section]
+        sections = [
+            self._section.model_copy(update={"text_field": documents.text_field})
+            for documents in mixed
+        ]
+        num_streams = self._section.num_streams
         # This rank's first sample that has not been handed out.
         sample = num_samples + (self._rank - num_samples) % self._degree
         while True:
-            rows, moved = [], {}
+            rows, sources, moved = [], [], {}
             for _ in range(self._local_batch_size):
-                item, v = divmod(sample, self._section.num_streams)
-                if v not in streams:
-                    streams[v] = Stream(
-                        dataset,
-                        self._source,
-                        self._section,
+                before, v = divmod(sample, num_streams)
+                source = self._mixture.source(sample)
+                item = self._mixture.count(source, before, start=v, stride=num_streams)
+                number = source * num_streams + v
+                if number not in streams:
+                    streams[number] = Stream(
+                        datasets[source],
+                        self._sources[source],
+                        sections[source],
                         stream=v,
                         seq_len=self._seq_len,
                         seed=self._seed,
                         tokenizer=self._tokenizer,
-                        position=positions.get(v, Position()),
+                        position=positions.get(number, Position()),
                     )
-                rows.append(streams[v].row(item))
-                moved[v] = streams[v].position
+                rows.append(streams[number].row(item))
+                sources.append(source)
+                moved[number] = streams[number].position
                 sample += self._degree
-            yield Batch.of(rows), moved
+            batch = Batch.of(rows)
+            if self._section.sources:
+                batch = dataclasses.replace(batch, sources=torch.tensor(sources))
+            yield batch, moved
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titan_lite.config.schema import Documents
+from titan_lite.config.schema import Data, Documents
 from titan_lite.data.assets import bundled_asset
 from titan_lite.data.documents import RAW_ENCODING, Kind
 
@@ -43,6 +43,13 @@ class Source:
     """Of what it hands out."""
     files: tuple[Path, ...] = ()
     """Local files, in their order."""
+
+
+def resolve_sources(section: Data) -> list[Source]:
+    """As resolve_source, of each of `data.sources`, or of the one that [data] itself names."""
+    if not section.sources:
+        return [resolve_source(section)]
+    return [resolve_source(source, f"data.sources.{source.name}") for source in section.sources]
 
 
 def resolve_source(section: Documents, table: str = "data") -> Source:
