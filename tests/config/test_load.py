@@ -103,7 +103,11 @@ def test_an_integer_serves_as_a_float_but_nothing_else_is_converted() -> None:
     [
         ("[training]\nstpes = 1", "training.stpes", 'unknown key; did you mean "training.steps"?'),
         ("[training]\nlr = 1", "training.lr", 'unknown key; did you mean "optimizer.lr"?'),
-        ('[training]\ndataset = "c4"', "training.dataset", 'did you mean "data.dataset"?'),
+        (
+            '[training]\ndataset = "c4"',
+            "training.dataset",
+            'did you mean "data.dataset" or "validation.dataset"?',
+        ),
         ("[training]\ntokenizer_pth = 1", "training.tokenizer_pth", '"data.tokenizer_path"?'),
         ("[compile]\nzzzzz = 1", "compile.zzzzz", "unknown key; [compile] has enable"),
         ("[parallel]\nTP = 1", "parallel.TP", 'did you mean "parallel.tp"'),
@@ -114,7 +118,7 @@ def test_an_integer_serves_as_a_float_but_nothing_else_is_converted() -> None:
         (
             "steps = 1",
             "steps",
-            'a key outside of any table; did you mean "training.steps"?',
+            'a key outside of any table; did you mean "training.steps" or',
         ),
         ('"training.steps" = 1', "training.steps", 'did you mean "training.steps"?'),
         ("compile = true", "compile", "expected a table, got true"),
@@ -201,7 +205,7 @@ def test_a_mistake_is_named_in_human_words(text: str, key: str, message: str) ->
     [
         ("--training.steps", "expected --section.key=value; the value is missing"),
         ("--training.stpes", 'section.key=value; did you mean "--training.steps="?'),
-        ("--steps=3", 'expected --section.key=value; did you mean "--training.steps="?'),
+        ("--steps=3", 'expected --section.key=value; did you mean "--training.steps=" or'),
         ("training.steps=3", 'section.key=value; did you mean "--training.steps="?'),
         ("-training.steps=3", 'section.key=value; did you mean "--training.steps="?'),
         ("--model={dim=5}", "the table model cannot be overridden as a whole"),

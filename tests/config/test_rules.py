@@ -398,6 +398,12 @@ def test_what_can_work_gives_the_degrees() -> None:
         (["parallel.cp_method=ulysses"], 1, "parallel.cp_method (command line) cannot act: paral"),
         (["data.shuffle=false", "data.shuffle_buffer=500"], 1, "cannot act: data.shuffle is false"),
         (["data.dataset_path=.", "data.dataset=c4"], 1, "data.dataset (command line) cannot act"),
+        (["validation.steps=3"], 1, "validation.steps (command line) cannot act: validation.enab"),
+        (
+            ["validation.enable=true", "validation.dataset_path=.", "validation.dataset=c4"],
+            1,
+            "validation.dataset (command line) cannot act: validation.dataset_path is set",
+        ),
         (["data.subset=en"], 1, 'data.subset (command line) cannot act: data.dataset is "bundled"'),
         (
             ["optimizer.weight_decay=0", 'optimizer.no_decay=["norm"]'],

@@ -139,21 +139,6 @@ class Data(Documents):
         return self.packing in ("document", "fixed")
 
 
-class Validation(Documents):
-    """[validation]: the loss over held-out documents, the same ones from their start each time."""
-
-    dataset: str = ""
-    """As data.dataset; empty: the same, of which `split` is held out."""
-    split: str = "validation"
-    """Split of the dataset."""
-    enable: bool = False
-    """Validate every `interval` steps and after the last one."""
-    interval: Positive = 500
-    """Steps between validations."""
-    steps: Positive = 10
-    """Batches of training.global_batch_size samples in each."""
-
-
 class Training(Section):
     """[training]: length, batch, precision, determinism."""
 
@@ -188,6 +173,21 @@ class Training(Section):
     """Use deterministic algorithms only; slower on GPUs."""
     gc_freq: Positive = 50
     """Steps between manual garbage collections, the automatic one being off."""
+
+
+class Validation(Documents):
+    """[validation]: the loss over held-out documents, the same ones from their start each time."""
+
+    dataset: str = ""
+    """As data.dataset; empty: the same, of which `split` is held out."""
+    split: str = "validation"
+    """Split of the dataset."""
+    enable: bool = False
+    """Validate every `interval` steps and after the last one."""
+    interval: Positive = 500
+    """Steps between validations."""
+    steps: Positive = 10
+    """Batches of training.global_batch_size samples in each."""
 
 
 class Optimizer(Section):
@@ -467,8 +467,8 @@ class Config(Section):
     job: Job = Job()
     model: Model = Model()
     data: Data = Data()
-    validation: Validation = Validation()
     training: Training = Training()
+    validation: Validation = Validation()
     optimizer: Optimizer = Optimizer()
     lr_scheduler: LRScheduler = LRScheduler()
     parallel: Parallel = Parallel()
