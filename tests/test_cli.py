@@ -50,7 +50,7 @@ def test_config_prints_toml_that_loads_back_to_the_same() -> None:
 def test_config_prints_the_origin_of_each_value_in_one_column() -> None:
     lines = titan_lite("config", "run.toml", "--optimizer.lr=1e-3").stdout.splitlines()
     origins = {line.split(" = ")[0]: line.rpartition("  # ")[2] for line in lines if " = " in line}
-    assert origins["steps"] == "run.toml"
+    assert origins["description"] == "run.toml"
     assert origins["lr"] == "command line"
     assert origins["seed"] == "default"
     # A line too long for the column keeps its comment behind it.

@@ -320,7 +320,10 @@ class Trainer:
             raise ConfigError(broken)
 
     def _open_data(self, loaded: LoadedConfig) -> None:
-        """Opens the data where the run's state says, and reads the first batch."""
+        """Reads what is held out, opens the data where the run's state says: the first batch."""
+        if self.config.validation.enable and self.held_out is None:
+            with blaming("validation.dataset", loaded):
+                self.held_out = self._read_held_out()
         self.loader = self.build_loader()
         if self.state.step > 0:
             with blaming("checkpoint.load_step", loaded):
@@ -329,9 +332,6 @@ class Trainer:
         with blaming("data.dataset", loaded):
             batches = iter(self.loader)
             self.batches: Iterator[Batch] = itertools.chain([next(batches)], batches)
-        if self.config.validation.enable:
-            with blaming("validation.dataset", loaded):
-                self.held_out = self._read_held_out()
 
     def _local_positions(self) -> Tensor | None:
         """Of this rank's tokens in each sequence; None where it holds whole sequences."""
