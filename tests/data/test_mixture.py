@@ -101,15 +101,26 @@ def test_batches_say_which_source_their_rows_are_from(mixed: Data) -> None:
     loader.close()
 
 
-@pytest.mark.parametrize(("first", "then"), [(1, 3), (3, 2)])
-def test_resuming_at_another_degree_continues_the_mixture(
-    mixed: Data, whole: list[list[int]], first: int, then: int
+def test_each_stream_of_a_source_is_read_as_in_a_run_of_this_source_alone(
+    mixed: Data, whole: list[list[int]]
 ) -> None:
-    ranks = loaders(mixed, degree=first)
-    samples = take(ranks, 18 // first)
+    mixture = Mixture([3, 2, 1])
+    for number, source in enumerate(mixed.sources):
+        alone = mixed.model_copy(update={**source.model_dump(), "sources": []})
+        samples = run(alone, 36)
+        for v in range(4):
+            ours = [whole[g] for g in range(v, 36, 4) if mixture.source(g) == number]
+            assert ours == samples[v::4][: len(ours)]
+
+
+def test_resuming_at_another_degree_continues_the_mixture(
+    mixed: Data, whole: list[list[int]]
+) -> None:
+    ranks = loaders(mixed, degree=3)
+    samples = take(ranks, 6)
     state = merged(ranks)
     close(ranks)
-    assert samples + run(mixed, 18 // then, degree=then, state=state) == whole
+    assert samples + run(mixed, 9, degree=2, state=state) == whole
 
 
 def test_epochs_are_counted_for_each_source(mixed: Data) -> None:

@@ -180,7 +180,7 @@ class DataLoader:
 
     def _reads(self, stream: int) -> bool:
         common = int(np.gcd(self._section.num_streams, self._degree))
-        return stream % self._section.num_streams % common == self._rank % common
+        return stream % common == self._rank % common
 
     def _batches(
         self, num_samples: int, positions: dict[int, Position]
