@@ -164,7 +164,7 @@ class DataLoader:
         mixed = self._section.sources
         return {
             "dataset": identities if mixed else identities[0],
-            "data.sources": [[s.name, s.weight, s.text_field] for s in mixed],
+            "data.sources": [[s.name, s.weight, s.text_field] for s in mixed] or None,
             "training.seq_len": self._seq_len,
             "training.seed": self._seed,
             "data.packing": self._section.packing,
