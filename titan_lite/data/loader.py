@@ -115,7 +115,7 @@ class DataLoader:
 
     def num_skipped(self) -> list[int]:
         """Of each stream, the documents left out so far; 0 where this rank does not read it."""
-        streams = range(self._section.num_streams)
+        streams = range(len(self._sources) * self._section.num_streams)
         return [self._positions.get(v, Position()).block.skipped for v in streams]
 
     def state_dict(self) -> dict[str, Any]:
