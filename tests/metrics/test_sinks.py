@@ -235,7 +235,7 @@ def test_tags_keep_their_names():
 
 def test_every_metric_is_documented():
     page = (Path(__file__).parent.parent.parent / "docs/metrics.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \| `(\S+)` \| (.+?) \| (\w+) \|$", page, re.MULTILINE)
+    rows = re.findall(r"^\| `([\w/]+)` \| `(\S+)` \| (.+?) \| (\w+) \|$", page, re.MULTILINE)
     assert rows == [(key, m.tag, m.unit, m.reduction) for key, m in METRICS.items()]
 
 
