@@ -44,7 +44,13 @@ from titan_lite.parallel.float8 import float8_problems, refresh_scales
 from titan_lite.parallel.init_weights import init_weights
 from titan_lite.parallel.mesh import build_meshes
 from titan_lite.parallel.pipeline import Stage, split
-from titan_lite.planner.counts import FORMULA, FlopsPerToken, flops_per_token
+from titan_lite.parallel.tensor import check_plan
+from titan_lite.planner.counts import (
+    FORMULA,
+    FlopsPerToken,
+    flops_per_token,
+    num_looked_up_params,
+)
 from titan_lite.preflight import blaming, checkpoint_folder, preflight
 from titan_lite.runtime.distributed import (
     Process,
@@ -107,6 +113,9 @@ class Trainer:
         args = plan.args
         self.parameter_names = [name for name, _ in self.model.named_parameters()]
         self.stages = self._split(loaded, args)
+        if self.dims.tp > 1:
+            with blaming("parallel.tp", loaded):
+                check_plan(self.model, plan.family.tp_plan)
         padding = (args.padded_vocab_size - args.vocab_size) * args.dim
         padding *= 1 if args.tied_head else 2
         self.num_params = sum(p.numel() for p in self.model.parameters()) - padding
@@ -263,7 +272,7 @@ class Trainer:
             stages = split(
                 self.model,
                 parallel,
-                attention_flops=12 * args.num_heads * args.head_dim * seq_len,
+                attention_flops=12 * args.attention_dim * seq_len,
             )
         section = self.config.activation_checkpoint
         if section.mode == "fraction" and not any(section.layers(s.blocks) for s in stages):
@@ -277,15 +286,13 @@ class Trainer:
     def _count_flops(self, args: DecoderArgs) -> FlopsPerToken:
         """Of the whole model, before any part of it is dropped."""
         section = self.config.activation_checkpoint
-        # A tied one multiplies, as the head.
-        looked_up = 0 if args.tied_head else args.vocab_size * args.dim
         recomputed = [section.layers(stage.blocks) for stage in self.stages]
         return flops_per_token(
-            num_params_non_embedding=self.num_params - looked_up,
+            num_params_non_embedding=self.num_params - num_looked_up_params(args),
             num_block_params=sum(p.numel() for p in self.model.layers.parameters()),
             num_last_matmul_params=args.num_layers * args.dim * args.ffn_dim,
             num_layers=args.num_layers,
-            attention_dim=args.num_heads * args.head_dim,
+            attention_dim=args.attention_dim,
             seq_len=self.config.training.seq_len,
             num_recomputed_layers=(
                 0 if section.mode == "selective_op" else sum(map(len, recomputed))

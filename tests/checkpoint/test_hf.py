@@ -184,3 +184,9 @@ def test_a_family_without_a_form_in_transformers_is_refused(
     settings = ["--checkpoint.enable=true", "--checkpoint.last_save_hf=true"]
     with pytest.raises(ConfigError, match="model family llama has no form in transformers"):
         rules.check(load_config(None, settings), 1)
+
+
+def test_a_form_that_transformers_class_has_not_is_refused() -> None:
+    settings = ["--checkpoint.enable=true", "--checkpoint.last_save_hf=true"]
+    with pytest.raises(ConfigError, match="LlamaForCausalLM cannot have norm layernorm, not rmsn"):
+        rules.check(load_config(None, [*settings, "--model.norm=layernorm"]), 1)

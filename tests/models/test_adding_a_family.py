@@ -11,7 +11,7 @@ import torch
 from tests.models.test_families import tp_plan_violations
 from titan_lite.config.load import load_config
 from titan_lite.models import registry
-from titan_lite.models.patterns import matches
+from titan_lite.models.patterns import matches, translate
 from titan_lite.models.rules import check
 from titan_lite.nn.build import build
 
@@ -45,8 +45,18 @@ def test_another_size_is_resolved_from_the_users_module(tomls: list[Path]) -> No
     assert not list(tp_plan_violations(model, plan.family.tp_plan))
 
 
+def test_another_form_is_built_with_a_row_for_each_parameter(tomls: list[Path]) -> None:
+    plan = check(load_config(tomls[1]), world_size=1)
+    with torch.device("meta"):
+        model = build(plan.family, plan.args)
+    assert not list(tp_plan_violations(model, plan.family.tp_plan))
+    names = [name for name, _ in model.named_parameters()]
+    assert len({translate(name, plan.family.hf_key_map) for name in names}) == len(names)
+    assert "layers.0.attention.k_norm.weight" in names
+
+
 def test_another_architecture_is_built_and_trains(tomls: list[Path]) -> None:
-    plan = check(load_config(tomls[1], ["--model.num_layers=2"]), world_size=1)
+    plan = check(load_config(tomls[2], ["--model.num_layers=2"]), world_size=1)
     assert "my_pkg.my_model" not in sys.modules  # torch code waits for the build
     with torch.device("meta"):
         model = build(plan.family, plan.args)

@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 
+from titan_lite.models.args import DecoderArgs
+from titan_lite.models.family import Family
 from titan_lite.models.hf_config import (
     HFConfig,
     args_from_hf,
     differences,
     family_of,
     hf_config_from_args,
+    unsaid_in_hf,
 )
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.registry import families
@@ -27,13 +30,52 @@ def config(**changes: Any) -> dict[str, Any]:
     return {key: value for key, value in written.items() if value is not None}
 
 
-@pytest.mark.parametrize("flavor", LLAMA.flavors)
-def test_every_flavor_survives_the_way_there_and_back(flavor: str) -> None:
-    args = LLAMA.flavors[flavor]
-    written = hf_config_from_args(args, HF, dtype="float32")
-    assert family_of(written, families()) is LLAMA
-    assert args_from_hf(written, HF) == args
-    assert differences(written, HF, args) == {}
+FLAVORS = [
+    pytest.param(family, args, id=f"{family.name}-{flavor}")
+    for family in families().values()
+    if family.hf_config is not None
+    for flavor, args in family.flavors.items()
+]
+
+
+@pytest.mark.parametrize(("family", "args"), FLAVORS)
+def test_every_flavor_survives_the_way_there_and_back(family: Family, args: DecoderArgs) -> None:
+    assert family.hf_config is not None
+    written = hf_config_from_args(args, family.hf_config, dtype="float32")
+    # InternLM without biases is a Llama.
+    is_llama = family.name == "internlm" and not args.qkv_bias
+    assert family_of(written, families()) is (LLAMA if is_llama else family)
+    read = args_from_hf(written, family.hf_config)
+    assert replace(read, head_dim=args.head_dim) == args
+    assert read.head_size == args.head_size
+    assert differences(written, family.hf_config, args) == {}
+    assert not unsaid_in_hf(args, family.hf_config)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama", {"qk_norm": True}, "LlamaForCausalLM cannot have qk_norm True, not False"),
+        ("internlm", {"out_bias": False}, "LlamaForCausalLM cannot have qkv_bias True, not False"),
+        ("gpt", {"head_dim": 64}, "GPT2LMHeadModel cannot have head_dim 64, not 32"),
+        ("gpt", {"ffn": "gelu"}, "GPT2LMHeadModel cannot have ffn gelu, not gelu_tanh"),
+    ],
+)
+def test_a_form_that_the_class_has_not_is_named(
+    name: str, changes: dict[str, Any], message: str
+) -> None:
+    family = families()[name]
+    assert family.hf_config is not None
+    args = replace(family.flavors["debug"], **changes)
+    assert unsaid_in_hf(args, family.hf_config) == message
+
+
+def test_transformers_default_of_gpt_neox_is_the_20b() -> None:
+    transformers = pytest.importorskip("transformers")
+    written = transformers.GPTNeoXConfig(architectures=["GPTNeoXForCausalLM"]).to_dict()
+    family = family_of(written, families())
+    assert family.hf_config is not None
+    assert args_from_hf(written, family.hf_config) == families()["gpt_neox"].flavors["20b"]
 
 
 def test_what_transformers_5_writes_of_the_rotary_embedding_is_read() -> None:
@@ -51,6 +93,7 @@ def test_keys_left_out_have_the_values_that_transformers_takes() -> None:
     args = args_from_hf(config(**dict.fromkeys(left_out), head_dim=None), HF)
     assert (args.num_kv_heads, args.norm_eps, args.rope_theta) == (32, 1e-6, 1e4)
     assert not args.tied_head
+    assert args_from_hf(config(head_dim=96), HF).head_size == 96
 
 
 @pytest.mark.parametrize(
@@ -59,7 +102,6 @@ def test_keys_left_out_have_the_values_that_transformers_takes() -> None:
         ({"hidden_size": None}, "config.json has no hidden_size"),
         ({"attention_bias": True}, "attention_bias is True; LlamaForCausalLM here is built for Fa"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; LlamaForCausalLM here is built for 'silu'"),
-        ({"head_dim": 96}, "head_dim is 96, and 128 is the only value that its other numbers"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling is of type 'linear'; only \"llama3\""),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling lacks low_freq"),
     ],

@@ -37,6 +37,16 @@ def test_each_override_replaces_its_field_and_nothing_else() -> None:
         "norm_eps": 0.5,
         "tied_head": True,
         "fp32_residual": True,
+        "head_dim": 32,
+        "ffn": "gelu",
+        "norm": "layernorm",
+        "qkv_bias": True,
+        "out_bias": True,
+        "ffn_bias": True,
+        "qk_norm": True,
+        "parallel_residual": True,
+        "positions": "learned",
+        "rotary_fraction": 0.5,
     }
     overridable = Model.model_fields.keys() - {"name", "flavor", "module"}
     assert given.keys() == overridable
@@ -48,7 +58,10 @@ def test_each_override_replaces_its_field_and_nothing_else() -> None:
 def test_an_unknown_family_names_the_nearest_and_all() -> None:
     with pytest.raises(ModelError) as error:
         resolve(Model(name="lama"))
-    assert str(error.value) == 'model.name: no "lama"; did you mean "llama"? (known: llama)'
+    assert str(error.value) == (
+        'model.name: no "lama"; did you mean "llama"? '
+        "(known: gpt, gpt_neox, internlm, llama, qwen, qwen2.5, qwen3)"
+    )
 
 
 def test_an_unknown_flavor_names_the_nearest_and_all() -> None:

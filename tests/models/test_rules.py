@@ -51,13 +51,40 @@ def test_the_key_that_somebody_set_is_blamed() -> None:
 def test_heads_that_do_not_divide_the_width_are_refused() -> None:
     [(key, _, message)] = problems(["--model.num_heads=12"])
     assert key == "model.num_heads"
-    assert message.startswith("dim (256) is not divisible by 2 x num_heads (12)")
+    assert message == (
+        "dim (256) is not divisible by num_heads (12): set model.head_dim for heads of another size"
+    )
+    check(load_config(None, ["--model.num_heads=12", "--model.head_dim=16"]), world_size=1)
 
 
-def test_odd_heads_are_refused() -> None:
-    [(key, _, message)] = problems(["--model.dim=24", "--model.num_heads=8"])
-    assert key == "model.num_heads"
-    assert message.startswith("dim (24) is not divisible by 2 x num_heads (8)")
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["--model.dim=24", "--model.num_heads=8"],
+            "rotary_fraction (1) of the 3 features of a head is 3: pairs of features are rotated, "
+            "at least one",
+        ),
+        (
+            ["--model.num_heads=8", "--model.rotary_fraction=0.01"],
+            "rotary_fraction (0.01) of the 32 features of a head is 0: pairs of features are "
+            "rotated, at least one",
+        ),
+    ],
+)
+def test_heads_that_cannot_be_rotated_in_pairs_are_refused(
+    overrides: list[str], message: str
+) -> None:
+    [(key, _, found)] = problems(overrides)
+    assert (key, found) == (overrides[-1].removeprefix("--").partition("=")[0], message)
+
+
+def test_rotation_cannot_be_set_where_positions_are_learned() -> None:
+    found = problems(["--model.name=gpt", "--model.rope_theta=1e6", "--model.rotary_fraction=0.5"])
+    assert {(key, message) for key, _, message in found} == {
+        (f"model.{key}", f'{key} cannot act: positions are "learned", nothing is rotated')
+        for key in ("rope_theta", "rotary_fraction")
+    }
 
 
 def test_query_heads_that_kv_heads_do_not_divide_are_refused() -> None:

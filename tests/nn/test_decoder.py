@@ -97,7 +97,7 @@ def test_a_meta_build_after_init_equals_a_direct_one() -> None:
 def test_the_rope_tables_exist_once_and_are_not_saved() -> None:
     model = initialised()
     assert {name for name, _ in model.named_buffers()} == {"rope.cos_SF", "rope.sin_SF"}
-    assert model.rope.cos_SF.shape == (ARGS.max_seq_len, ARGS.head_dim // 2)
+    assert model.rope.cos_SF.shape == (ARGS.max_seq_len, ARGS.head_size // 2)
     assert not any("rope" in name for name in model.state_dict())
     with torch.device("meta"):
         model = build_decoder(ARGS)
@@ -114,7 +114,7 @@ def test_any_length_up_to_the_longest_sees_the_same_past(seq_len: int) -> None:
 
 def test_rotated_scores_depend_on_the_distance_only() -> None:
     rope = build_decoder(replace(ARGS, rope_scaling=None)).rope
-    q, k = torch.randn(2, 1, 1, 1, ARGS.head_dim).expand(2, 1, 32, 1, ARGS.head_dim)
+    q, k = torch.randn(2, 1, 1, 1, ARGS.head_size).expand(2, 1, 32, 1, ARGS.head_size)
     scores = rope(q)[0, :, 0] @ rope(k)[0, :, 0].T
     for distance in range(-5, 6):
         diagonal = scores.diagonal(distance)

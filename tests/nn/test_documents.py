@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -57,10 +58,20 @@ def _gradients(model: Decoder) -> dict[str, Tensor]:
     return found
 
 
+FORMS: dict[str, dict[str, Any]] = {
+    "one after the other": {},
+    "beside each other": {"parallel_residual": True},
+    "learned positions": {"positions": "learned"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("packing", ["document", "fixed"])
-def test_a_packed_batch_gives_the_logits_and_gradients_of_each_part_alone(packing: str) -> None:
+def test_a_packed_batch_gives_the_logits_and_gradients_of_each_part_alone(
+    packing: str, form: str
+) -> None:
     torch.manual_seed(0)
-    model, batch = build(LLAMA, ARGS), _packed(packing)
+    model, batch = build(LLAMA, replace(ARGS, **FORMS[form])), _packed(packing)
     assert batch.positions is not None
     assert batch.documents is not None
     mask = dense_mask(batch.documents, torch.arange(40), torch.float32)
@@ -84,7 +95,7 @@ def test_a_packed_batch_gives_the_logits_and_gradients_of_each_part_alone(packin
 
 def test_positions_may_differ_between_rows() -> None:
     rope = build(LLAMA, ARGS).rope
-    x = torch.randn(2, 5, 4, ARGS.head_dim)
+    x = torch.randn(2, 5, 4, ARGS.head_size)
     positions = torch.tensor([[0, 1, 2, 0, 1], [3, 4, 5, 6, 7]])
     rows = [rope(row[None], places) for row, places in zip(x, positions, strict=True)]
     assert torch.equal(rope(x, positions), torch.cat(rows))

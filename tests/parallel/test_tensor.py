@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tests.distributed import Workers
-from tests.runs import train
+from tests.runs import build_trainer, train
 from titan_lite import loss
+from titan_lite.config.load import ConfigError
 
 TP2 = "--parallel.tp=2"
 
@@ -61,3 +62,16 @@ def test_a_compiled_loss_is_the_same_over_a_split_vocabulary(
     )[0]
     for key in ("loss", "grad_norm"):
         assert [r[key] for r in compiled] == pytest.approx([r[key] for r in eager], rel=1e-6)
+
+
+def test_a_parameter_that_no_row_of_the_plan_splits_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ConfigError,
+        match=r"parallel.tp +\(command line\): parallel.tp does not know how to split "
+        r"layers.0.attention.q_norm.weight: 0 rows of the family's tp_plan are about its module",
+    ):
+        build_trainer(tmp_path, TP2, "--model.qk_norm=true")

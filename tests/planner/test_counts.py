@@ -1,5 +1,8 @@
 """Parameter counts and FLOPs per token against published numbers and closed forms."""
 
+import dataclasses
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,8 +10,11 @@ from hypothesis import strategies as st
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.flop_counter import FlopCounterMode
 
+from titan_lite.config.schema import FFNKind, NormKind, PositionKind
 from titan_lite.models.args import DecoderArgs
+from titan_lite.models.gpt import GPT, GPT_NEOX
 from titan_lite.models.llama import LLAMA
+from titan_lite.models.qwen import QWEN3
 from titan_lite.nn.build import build_decoder
 from titan_lite.planner.counts import (
     flops_per_token,
@@ -25,8 +31,10 @@ LLAMA3_70B = LLAMA.flavors["llama3_70b"]
 LLAMA3_405B = LLAMA.flavors["llama3.1_405b"]
 
 small = st.integers(1, 8)
-small_args = st.builds(
-    lambda kv, group, head, layers, ffn, vocab: DecoderArgs(
+
+
+def sizes(kv, group, head, layers, ffn, vocab):
+    return DecoderArgs(
         dim=kv * group * head * 2,
         num_layers=layers,
         num_heads=kv * group,
@@ -34,8 +42,21 @@ small_args = st.builds(
         ffn_dim=ffn,
         vocab_size=vocab,
         max_seq_len=64,
+    )
+
+
+small_args = st.builds(sizes, *[small] * 6)
+any_args = st.builds(
+    dataclasses.replace,
+    small_args,
+    head_dim=st.none() | small.map(lambda half: 2 * half),
+    ffn=st.sampled_from(get_args(FFNKind)),
+    norm=st.sampled_from(get_args(NormKind)),
+    positions=st.sampled_from(get_args(PositionKind)),
+    **dict.fromkeys(
+        ("qkv_bias", "out_bias", "ffn_bias", "qk_norm", "parallel_residual", "tied_head"),
+        st.booleans(),
     ),
-    *[small] * 6,
 )
 
 
@@ -44,7 +65,7 @@ def flops(args, seq_len, recomputed=0):
         num_params_non_embedding=num_params_non_embedding(args),
         num_block_params=num_block_params(args),
         num_layers=args.num_layers,
-        attention_dim=args.num_heads * args.head_dim,
+        attention_dim=args.attention_dim,
         seq_len=seq_len,
         num_recomputed_layers=recomputed,
         num_last_matmul_params=args.num_layers * args.dim * args.ffn_dim,
@@ -55,8 +76,8 @@ def megatron(args, seq_len, **kwargs):
     return megatron_flops_per_token(
         dim=args.dim,
         num_layers=args.num_layers,
-        attention_dim=args.num_heads * args.head_dim,
-        kv_dim=args.num_kv_heads * args.head_dim,
+        attention_dim=args.attention_dim,
+        kv_dim=args.kv_dim,
         ffn_dim=args.ffn_dim,
         vocab_size=args.vocab_size,
         seq_len=seq_len,
@@ -146,18 +167,25 @@ def test_titans_count_exceeds_the_matmuls_by_the_norms_alone(args, seq_len):
     assert counted.hardware - counted.model == again - last_matmuls + 2 * (norms - args.dim)
 
 
-@settings(max_examples=20)
-@given(args=small_args)
+@settings(max_examples=40)
+@given(args=any_args)
 def test_parameters_are_those_of_the_model_that_is_built(args):
     with torch.device("meta"):
         model = build_decoder(args)
     assert num_params(args) == sum(p.numel() for p in model.parameters())
     assert num_block_params(args) == sum(p.numel() for p in model.layers.parameters())
+    lookups = [model.pos_embeddings] + ([] if args.tied_head else [model.tok_embeddings])
+    looked_up = sum(p.numel() for module in lookups if module for p in module.parameters())
+    assert num_params(args) - num_params_non_embedding(args) == looked_up
 
 
-@pytest.mark.parametrize("checkpointed", [0, 1, 3, 4])
-def test_flops_are_those_that_torch_counts_in_a_training_step(checkpointed):
-    args, batch, seq_len = LLAMA.flavors["debug"], 2, 64
+@pytest.mark.parametrize(
+    ("family", "checkpointed"),
+    [(LLAMA, 0), (LLAMA, 1), (LLAMA, 3), (LLAMA, 4), (QWEN3, 3), (GPT, 3), (GPT_NEOX, 3)],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_flops_are_those_that_torch_counts_in_a_training_step(family, checkpointed):
+    args, batch, seq_len = family.flavors["debug"], 2, 64
     # On the meta device attention is counted as the full matmuls that it stands for.
     with torch.device("meta"):
         model = build_decoder(args)
@@ -168,6 +196,8 @@ def test_flops_are_those_that_torch_counts_in_a_training_step(checkpointed):
         model(tokens).sum().backward()
     assert args.num_layers == 4
     ours = flops(args, seq_len, recomputed=checkpointed)
-    ours_of_matmuls = (ours.hardware or ours.model) - 6 * (2 * args.num_layers + 1) * args.dim
-    ours_of_matmuls -= 2 * 2 * checkpointed * args.dim
+    # Norms and biases, which the formula counts.
+    vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    of_a_block = sum(p.numel() for p in block.parameters() if p.ndim == 1) if checkpointed else 0
+    ours_of_matmuls = (ours.hardware or ours.model) - 6 * vectors - 2 * checkpointed * of_a_block
     assert counter.get_total_flops() == batch * seq_len * ours_of_matmuls

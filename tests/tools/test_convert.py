@@ -90,6 +90,30 @@ def test_there_and_back_every_bit_is_the_same(
     assert again.config.tie_word_embeddings is tied_head
 
 
+@pytest.mark.parametrize("name", ["internlm", "qwen2.5", "qwen3", "gpt_neox", "gpt"])
+def test_every_family_goes_there_and_back(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family = registry.families()[name]
+    small = {"dim": 32, "num_layers": 2, "ffn_dim": 48, "vocab_size": 160, "max_seq_len": 64}
+    args = replace(family.flavors["debug"], **small)
+    assert family.hf_config is not None
+    architecture: Any = getattr(transformers, family.hf_config.architecture)
+    described = hf_config_from_args(args, family.hf_config, dtype="float32")
+    torch.manual_seed(0)
+    architecture(architecture.config_class(**described)).save_pretrained(tmp_path / "theirs")
+    assert cli.main(["convert", "hf-to-dcp", f"{tmp_path}/theirs", f"{tmp_path}/dcp"]) == 0
+    printed = capsys.readouterr().out
+    (tmp_path / "run.toml").write_text(printed[printed.index("[model]") :])
+    assert resolve(load_config(tmp_path / "run.toml").config.model) == (family, args)
+    assert cli.main(["convert", "dcp-to-hf", f"{tmp_path}/dcp", f"{tmp_path}/ours"]) == 0
+    ours, expected = tensors(tmp_path / "ours"), tensors(tmp_path / "theirs")
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[key], tensor) for key, tensor in expected.items())
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert type(again) is architecture
+
+
 def test_another_dtype_and_a_tokenizer_can_be_asked_for(tmp_path: Path) -> None:
     save_theirs(tmp_path / "theirs")
     cli.main(["convert", "hf-to-dcp", f"{tmp_path}/theirs", f"{tmp_path}/dcp"])
@@ -197,7 +221,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "model.safetensors.index.json: no weight_map that names files",
         ),
         (lambda f: edit_config(f, architectures=["Gemma"]), "no model family here is of archit"),
-        (lambda f: edit_config(f, attention_bias=True), "config.json: attention_bias is True; Ll"),
+        (lambda f: edit_config(f, mlp_bias=True), "config.json: mlp_bias is True; Llama"),
         (
             lambda f: edit_config(f, rope_parameters={**rope_of(f), "factor": 32.0}),
             "no flavor of model family llama has RopeScaling(factor=32.0",
@@ -306,6 +330,19 @@ def test_a_family_without_a_form_in_transformers_is_refused(
     monkeypatch.setattr(registry, "_FAMILIES", {"llama": replace(LLAMA, hf_config=None)})
     assert cli.main(["convert", "dcp-to-hf", f"{saved}/dcp", f"{tmp_path}/ours"]) == 2
     assert "model family llama has no form in transformers" in capsys.readouterr().err
+
+
+def test_a_form_that_the_class_has_not_is_refused(
+    saved: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flavors = {name: replace(args, parallel_residual=True) for name, args in LLAMA.flavors.items()}
+    monkeypatch.setattr(registry, "_FAMILIES", {"llama": replace(LLAMA, flavors=flavors)})
+    assert cli.main(["convert", "dcp-to-hf", f"{saved}/dcp", f"{tmp_path}/ours"]) == 2
+    message = "LlamaForCausalLM cannot have parallel_residual True, not False"
+    assert message in capsys.readouterr().err
 
 
 def test_nothing_is_written_over(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,9 @@ Timeout = Annotated[int, Field(ge=1, le=7 * 24 * 3600)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 DType = Literal["float32", "bfloat16", "float16"]
 AsyncMode = Literal["disabled", "async", "async_pinned"]
+NormKind = Literal["rmsnorm", "layernorm"]
+FFNKind = Literal["swiglu", "gelu", "gelu_tanh"]
+PositionKind = Literal["rotary", "learned"]
 SavedOp = Literal[
     "attention", "matmul", "every_second_matmul", "reduce_scatter", "all_reduce", "max"
 ]
@@ -59,8 +62,32 @@ class Model(Section):
     """Overrides the flavor's number of query heads."""
     num_kv_heads: Positive | None = None
     """Overrides the flavor's number of key and value heads."""
+    head_dim: Positive | None = None
+    """Overrides the features of a head, for flavors and models whose heads are not dim / num_heads
+    wide."""
     ffn_dim: Positive | None = None
     """Overrides the flavor's feed-forward width."""
+    ffn: FFNKind | None = None
+    """Overrides the flavor's feed-forward: "swiglu", gated; "gelu", "gelu_tanh": plain, with the
+    exact GELU or its tanh approximation."""
+    norm: NormKind | None = None
+    """Overrides the flavor's normalisation."""
+    qkv_bias: bool | None = None
+    """Overrides whether the flavor's query, key and value projections have biases."""
+    out_bias: bool | None = None
+    """Overrides whether the flavor's attention output projection has a bias."""
+    ffn_bias: bool | None = None
+    """Overrides whether the flavor's feed-forward projections have biases."""
+    qk_norm: bool | None = None
+    """Overrides whether the flavor normalises each head of queries and keys."""
+    parallel_residual: bool | None = None
+    """Overrides whether attention and feed-forward of a flavor's block both read the block's input,
+    instead of the feed-forward reading what attention has added to it."""
+    positions: PositionKind | None = None
+    """Overrides how the flavor knows the order of tokens: "rotary", or a "learned" embedding of
+    max_seq_len positions."""
+    rotary_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Overrides the share of each head that the flavor rotates."""
     vocab_size: Positive | None = None
     """Overrides the flavor's vocabulary size; at least the tokenizer's."""
     max_seq_len: Positive | None = None

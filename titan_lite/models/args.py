@@ -1,7 +1,9 @@
-"""The numbers that define one decoder: sizes, rotary embedding, normalisation."""
+"""The numbers and choices that define one decoder."""
 
 import math
 from dataclasses import dataclass
+
+from titan_lite.config.schema import FFNKind, NormKind, PositionKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,10 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderArgs:
-    """Sizes of a decoder-only transformer; `dim` and `ffn_dim` in features, lengths in tokens."""
+    """A decoder-only transformer; `dim` and `ffn_dim` in features, lengths in tokens.
+
+    The choices that have a default are Llama's; [model] documents them.
+    """
 
     dim: int
     num_layers: int
@@ -30,9 +35,20 @@ class DecoderArgs:
     ffn_dim: int
     vocab_size: int
     max_seq_len: int
+    head_dim: int | None = None
+    """None: dim / num_heads; `head_size` is what heads have."""
+    ffn: FFNKind = "swiglu"
+    norm: NormKind = "rmsnorm"
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False
+    out_bias: bool = False
+    ffn_bias: bool = False
+    qk_norm: bool = False
+    parallel_residual: bool = False
+    positions: PositionKind = "rotary"
+    rotary_fraction: float = 1.0
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
-    norm_eps: float = 1e-5
     fp32_residual: bool = False
     """Blocks add to a residual stream in float32, whatever they compute in."""
     tied_head: bool = False
@@ -46,6 +62,21 @@ class DecoderArgs:
         return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
 
     @property
-    def head_dim(self) -> int:
+    def head_size(self) -> int:
         """Features of one attention head."""
-        return self.dim // self.num_heads
+        return self.head_dim or self.dim // self.num_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Features of a head that are rotated."""
+        return int(self.head_size * self.rotary_fraction)
+
+    @property
+    def attention_dim(self) -> int:
+        """Features of all query heads."""
+        return self.num_heads * self.head_size
+
+    @property
+    def kv_dim(self) -> int:
+        """Features of all key heads, or of all value heads."""
+        return self.num_kv_heads * self.head_size

@@ -26,7 +26,9 @@ class HFConfig:
     """The class in transformers, which `architectures` names."""
     model_type: str
     keys: Mapping[str, str]
-    """Fields and properties of the args -> keys of config.json."""
+    """Fields of the args -> keys of config.json; several fields of one key have one value."""
+    choices: Mapping[str, object] = field(default_factory=dict)
+    """Fields of the args that have this value in every model of the class."""
     defaults: Mapping[str, object] = field(default_factory=dict)
     """What transformers takes where config.json lacks a key, or has null."""
     fallbacks: Mapping[str, str] = field(default_factory=dict)
@@ -51,49 +53,50 @@ class HFLayout:
 
 
 def family_of(config: Mapping[str, Any], families: Mapping[str, "Family"]) -> "Family":
-    """The family of a config.json; ValueError naming the architecture where there is none."""
+    """The family of a config.json; ValueError naming the architecture where there is none.
+
+    Of several families of one class it is the first whose constants config.json has.
+    """
     wanted = config.get("architectures") or []
-    by_architecture: dict[str, Family] = {}
-    for family in families.values():
-        if family.hf_config is not None:
-            # Those of a user's module come later.
-            by_architecture.setdefault(family.hf_config.architecture, family)
-    found = [by_architecture[name] for name in wanted if name in by_architecture]
+    known = {
+        name: family.hf_config.architecture
+        for name, family in families.items()
+        if family.hf_config is not None
+    }
+    # Those of a user's module come later.
+    found = [families[name] for name, architecture in known.items() if architecture in wanted]
     if not found:
         raise ValueError(
             f"config.json: no model family here is of architectures {wanted} "
-            f"(known: {', '.join(sorted(by_architecture))})"
+            f"(known: {', '.join(sorted({*known.values()}))})"
         )
-    return found[0]
+    fitting = (
+        family for family in found if family.hf_config and not _unfit(config, family.hf_config)
+    )
+    return next(fitting, found[0])
 
 
 def args_from_hf(config: Mapping[str, Any], hf: HFConfig) -> DecoderArgs:
     """The args that a config.json describes; ValueError naming the key at fault."""
     config = _flatten_rope(config, hf)
-    for key, value in hf.constants.items():
-        found = config.get(key)
-        if found is not None and found != value:
-            raise ValueError(
-                f"config.json: {key} is {found!r}; {hf.architecture} here is built for {value!r}"
-            )
+    for key in _unfit(config, hf):
+        raise ValueError(
+            f"config.json: {key} is {config[key]!r}; {hf.architecture} here is built for "
+            f"{hf.constants[key]!r}"
+        )
     known = {known.name: known for known in dataclasses.fields(DecoderArgs)}
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(hf.choices)
     for name, key in hf.keys.items():
         value = _look_up(config, key, hf)
-        if name in known:
-            if value is None and known[name].default is dataclasses.MISSING:
-                raise ValueError(f"config.json has no {key}")
-            if value is not None:
-                values[name] = value
+        if value is None and known[name].default is dataclasses.MISSING:
+            raise ValueError(f"config.json has no {key}")
+        if value is not None:
+            values[name] = value
     values["rope_scaling"] = _read_scaling(config.get("rope_scaling"))
     args = DecoderArgs(**values)
-    for name, key in hf.keys.items():
-        if config.get(key) not in (None, getattr(args, name)):
-            raise ValueError(
-                f"config.json: {key} is {config[key]!r}, and {getattr(args, name)!r} is the only "
-                "value that its other numbers allow here"
-            )
-    return args
+    # As flavors have it: None where it follows from the other numbers.
+    follows = args.head_size * args.num_heads == args.dim
+    return dataclasses.replace(args, head_dim=None) if follows else args
 
 
 def differences(
@@ -101,13 +104,14 @@ def differences(
 ) -> dict[str, tuple[object, object]]:
     """Fields of the args -> (config.json's value, the args'), where they differ.
 
-    The longest sequence is left out: no weight knows it.
+    What is no part of the model is left out, and the longest sequence: no weight knows it, or the
+    shape of learned positions does.
     """
     theirs = args_from_hf(config, hf)
     pairs = {
-        name: (getattr(theirs, name), getattr(args, name))
-        for name in (*hf.keys, "rope_scaling")
-        if name != "max_seq_len"
+        known.name: (_value(theirs, known.name), _value(args, known.name))
+        for known in dataclasses.fields(DecoderArgs)
+        if known.name not in ("max_seq_len", "vocab_multiple", "fp32_residual")
     }
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
@@ -124,7 +128,7 @@ def hf_config_from_args(
     config: dict[str, Any] = {
         "architectures": [hf.architecture],
         "model_type": hf.model_type,
-        **{key: getattr(args, name) for name, key in hf.keys.items()},
+        **{key: _value(args, name) for name, key in hf.keys.items()},
         **hf.constants,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
@@ -139,6 +143,23 @@ def hf_config_from_args(
     return config
 
 
+def unsaid_in_hf(args: DecoderArgs, hf: HFConfig) -> str:
+    """What of a model config.json has no words for, or nothing."""
+    different = differences(hf_config_from_args(args, hf, dtype="float32"), hf, args)
+    words = [f"{name} {ours}, not {theirs}" for name, (theirs, ours) in different.items()]
+    return f"{hf.architecture} cannot have {', '.join(words)}" if words else ""
+
+
+def _value(args: DecoderArgs, name: str) -> Any:
+    """The field of the args, which for head_dim may be said by other fields."""
+    return args.head_size if name == "head_dim" else getattr(args, name)
+
+
+def _unfit(config: Mapping[str, Any], hf: HFConfig) -> list[str]:
+    """Keys whose value is another one than the class here is built for."""
+    return [key for key, value in hf.constants.items() if config.get(key) not in (None, value)]
+
+
 def _look_up(config: Mapping[str, Any], key: str, hf: HFConfig) -> Any:
     for candidate in (key, hf.fallbacks.get(key, key)):
         if config.get(candidate) is not None:
@@ -151,8 +172,15 @@ def _flatten_rope(config: Mapping[str, Any], hf: HFConfig) -> Mapping[str, Any]:
     rope = dict(config.get("rope_parameters") or {})
     if not rope:
         return config
-    theta = rope.pop("rope_theta", None)
-    return {**config, hf.keys.get("rope_theta", "rope_theta"): theta, "rope_scaling": rope}
+    found = {
+        hf.keys.get(name, key): rope.pop(key)
+        for name, key in (
+            ("rope_theta", "rope_theta"),
+            ("rotary_fraction", "partial_rotary_factor"),
+        )
+        if key in rope
+    }
+    return {**config, **found, "rope_scaling": rope}
 
 
 def _read_scaling(scaling: Mapping[str, Any] | None) -> RopeScaling | None:

@@ -48,6 +48,33 @@ def _llama3_1(args: DecoderArgs) -> DecoderArgs:
     return replace(args, max_seq_len=131_072, rope_scaling=scaling)
 
 
+LLAMA_CONFIG = HFConfig(
+    architecture="LlamaForCausalLM",
+    model_type="llama",
+    keys={
+        "dim": "hidden_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "ffn_dim": "intermediate_size",
+        "vocab_size": "vocab_size",
+        "max_seq_len": "max_position_embeddings",
+        "rope_theta": "rope_theta",
+        "norm_eps": "rms_norm_eps",
+        "tied_head": "tie_word_embeddings",
+    },
+    # transformers/models/llama/configuration_llama.py
+    defaults={
+        "max_position_embeddings": 2048,
+        "rope_theta": 10_000.0,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    },
+    fallbacks={"num_key_value_heads": "num_attention_heads"},
+    constants={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+)
+
 LLAMA = Family(
     name="llama",
     build="titan_lite.nn.build:build_decoder",
@@ -100,32 +127,7 @@ LLAMA = Family(
         "norm.weight": "model.norm.weight",
         "output.weight": "lm_head.weight",
     },
-    hf_config=HFConfig(
-        architecture="LlamaForCausalLM",
-        model_type="llama",
-        keys={
-            "dim": "hidden_size",
-            "num_layers": "num_hidden_layers",
-            "num_heads": "num_attention_heads",
-            "num_kv_heads": "num_key_value_heads",
-            "head_dim": "head_dim",
-            "ffn_dim": "intermediate_size",
-            "vocab_size": "vocab_size",
-            "max_seq_len": "max_position_embeddings",
-            "rope_theta": "rope_theta",
-            "norm_eps": "rms_norm_eps",
-            "tied_head": "tie_word_embeddings",
-        },
-        # transformers/models/llama/configuration_llama.py
-        defaults={
-            "max_position_embeddings": 2048,
-            "rope_theta": 10_000.0,
-            "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": False,
-        },
-        fallbacks={"num_key_value_heads": "num_attention_heads"},
-        constants={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
-    ),
+    hf_config=LLAMA_CONFIG,
     # Files of Llama 2 hold the frequencies of the rotary embedding.
     hf_ignored=("model.layers.*.self_attn.rotary_emb.inv_freq",),
 )

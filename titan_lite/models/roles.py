@@ -14,6 +14,10 @@ Role = Literal[
     "rowwise",
     # Kept whole on every rank, works on its own part of the sequence (norms).
     "sequence",
+    # Kept whole on every rank, works on its own heads (norms of queries and keys).
+    "heads",
+    # Embedding table kept whole on every rank, looks up its own part of the sequence's positions.
+    "positions",
     # Has no parameters of its own: gathers its sequence-split input once for its colwise children.
     "gather",
     # Output projection split over the vocabulary; gathers the sequence, the logits stay split.

@@ -9,6 +9,7 @@ from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import DEFAULT, ConfigError, LoadedConfig, Problem
 from titan_lite.config.schema import Config
 from titan_lite.models.args import DecoderArgs
+from titan_lite.models.hf_config import unsaid_in_hf
 from titan_lite.models.registry import Family, ModelError, resolve
 
 # Together they choose the model, each within what the ones before it offer.
@@ -40,7 +41,7 @@ def check(loaded: LoadedConfig, world_size: int) -> Plan:
         family, args = resolve(loaded.config.model)
         if loaded.in_doubt.isdisjoint(CHOICE):
             broken += model_rules(loaded.config, args)
-            broken += hf_rules(loaded.config, family)
+            broken += hf_rules(loaded.config, family, args)
     except ModelError as error:
         needed = CHOICE[: CHOICE.index(error.key)] if error.key in CHOICE else CHOICE
         if loaded.in_doubt.isdisjoint(needed):
@@ -59,16 +60,19 @@ def check(loaded: LoadedConfig, world_size: int) -> Plan:
     return Plan(dims=dims, family=family, args=args)
 
 
-def hf_rules(config: Config, family: Family) -> Iterator[tuple[tuple[str, ...], str]]:
+def hf_rules(
+    config: Config, family: Family, args: DecoderArgs
+) -> Iterator[tuple[tuple[str, ...], str]]:
     """Broken rules between the model's family and Hugging Face's form of it: (keys, message)."""
     if family.hf_config is None:
-        for key in ("initial_load_hf", "last_save_hf"):
-            if getattr(config.checkpoint, key):
-                yield (
-                    (f"checkpoint.{key}", "model.name"),
-                    f"model family {family.name} has no form in transformers (its hf_config is "
-                    "not set)",
-                )
+        message = (
+            f"model family {family.name} has no form in transformers (its hf_config is not set)"
+        )
+    else:
+        message = unsaid_in_hf(args, family.hf_config)
+    for key in ("initial_load_hf", "last_save_hf"):
+        if message and getattr(config.checkpoint, key):
+            yield (f"checkpoint.{key}", "model.name"), message
 
 
 def model_rules(config: Config, args: DecoderArgs) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -110,17 +114,19 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[tuple[tuple[str, 
             ("activation_checkpoint.fraction", "model.num_layers"),
             f"fraction ({section.fraction:g}) of the model's num_layers ({layers}) is no layer",
         )
-    if args.dim % (2 * args.num_heads):
-        yield (
-            ("model.flavor", "model.dim", "model.num_heads"),
-            f"dim ({args.dim}) is not divisible by 2 x num_heads ({args.num_heads}): rotary "
-            "embedding needs heads of one even size",
-        )
+    yield from _head_rules(args)
     if args.num_heads % args.num_kv_heads:
         yield (
             ("model.flavor", "model.num_heads", "model.num_kv_heads"),
             f"num_heads ({args.num_heads}) is not divisible by num_kv_heads ({args.num_kv_heads})",
         )
+    if args.positions == "learned":
+        for key in ("rotary_fraction", "rope_theta"):
+            if getattr(config.model, key) is not None:
+                yield (
+                    (f"model.{key}", "model.positions"),
+                    f'{key} cannot act: positions are "learned", nothing is rotated',
+                )
     for name in ("num_heads", "num_kv_heads", "ffn_dim"):
         size = getattr(args, name)
         if size % tp:
@@ -128,3 +134,19 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[tuple[tuple[str, 
                 ("parallel.tp", f"model.{name}"),
                 f"{name} ({size}) is not divisible by parallel.tp ({tp})",
             )
+
+
+def _head_rules(args: DecoderArgs) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Heads are of one size, of which an even number is rotated."""
+    if args.head_dim is None and args.dim % args.num_heads:
+        yield (
+            ("model.flavor", "model.dim", "model.num_heads"),
+            f"dim ({args.dim}) is not divisible by num_heads ({args.num_heads}): set model.head_dim"
+            " for heads of another size",
+        )
+    elif args.positions == "rotary" and (args.rotary_dim % 2 or not args.rotary_dim):
+        yield (
+            ("model.flavor", "model.dim", "model.num_heads", "model.rotary_fraction"),
+            f"rotary_fraction ({args.rotary_fraction:g}) of the {args.head_size} features of a "
+            f"head is {args.rotary_dim}: pairs of features are rotated, at least one",
+        )

@@ -6,8 +6,9 @@ Shape suffixes: B batch, S sequence, D model width, N query heads, K key/value h
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from titan_lite.models.args import DecoderArgs
 from titan_lite.nn.documents import DocumentMask, attend_in_documents
-from titan_lite.nn.rope import RotaryEmbedding
+from titan_lite.nn.norm import RMSNorm
 
 
 class ScaledDotProductAttention(nn.Module):
@@ -29,21 +30,24 @@ class ScaledDotProductAttention(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections without biases and rotary embedding around `inner_attention`.
+    """Projections, normalisation of heads and rotary embedding around `inner_attention`.
 
     The inner attention has no parameters and sees heads only: what splits a sequence over devices
     puts its own in its place.
     """
 
-    def __init__(
-        self, dim: int, num_heads: int, num_kv_heads: int, head_dim: int, rope: RotaryEmbedding
-    ) -> None:
+    def __init__(self, args: DecoderArgs, rope: nn.Module) -> None:
+        """rope: of (heads, positions), see nn/rope.py."""
         super().__init__()
-        self.head_dim = head_dim
-        self.wq = nn.Linear(dim, num_heads * head_dim, bias=False)
-        self.wk = nn.Linear(dim, num_kv_heads * head_dim, bias=False)
-        self.wv = nn.Linear(dim, num_kv_heads * head_dim, bias=False)
-        self.wo = nn.Linear(num_heads * head_dim, dim, bias=False)
+        self.head_size = args.head_size
+        self.wq = nn.Linear(args.dim, args.attention_dim, bias=args.qkv_bias)
+        self.wk = nn.Linear(args.dim, args.kv_dim, bias=args.qkv_bias)
+        self.wv = nn.Linear(args.dim, args.kv_dim, bias=args.qkv_bias)
+        self.wo = nn.Linear(args.attention_dim, args.dim, bias=args.out_bias)
+        self.q_norm, self.k_norm = (
+            RMSNorm(args.head_size, eps=args.norm_eps) if args.qk_norm else nn.Identity()
+            for _ in range(2)
+        )
         self.rope = rope
         self.inner_attention: nn.Module = ScaledDotProductAttention()
 
@@ -54,9 +58,9 @@ class Attention(nn.Module):
         mask: DocumentMask | None = None,
     ) -> Tensor:
         # -1: under tensor parallelism the projections return this rank's heads only.
-        heads = (*x_BSD.shape[:2], -1, self.head_dim)
-        q_BSNH = self.rope(self.wq(x_BSD).view(heads), positions_S)
-        k_BSKH = self.rope(self.wk(x_BSD).view(heads), positions_S)
+        heads = (*x_BSD.shape[:2], -1, self.head_size)
+        q_BSNH = self.rope(self.q_norm(self.wq(x_BSD).view(heads)), positions_S)
+        k_BSKH = self.rope(self.k_norm(self.wk(x_BSD).view(heads)), positions_S)
         v_BSKH = self.wv(x_BSD).view(heads)
         out_BNSH = self.inner_attention(
             q_BSNH.transpose(1, 2), k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2), mask

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from titan_lite.models.args import DecoderArgs
 from titan_lite.nn.attention import Attention
 from titan_lite.nn.documents import DocumentMask
-from titan_lite.nn.feed_forward import FeedForward
-from titan_lite.nn.norm import RMSNorm
-from titan_lite.nn.rope import RotaryEmbedding
+from titan_lite.nn.feed_forward import build_feed_forward
+from titan_lite.nn.norm import NORMS
 
 
 class Block(nn.Module):
@@ -19,12 +18,13 @@ class Block(nn.Module):
     Knows no layer number: equal blocks share one compiled graph.
     """
 
-    def __init__(self, args: DecoderArgs, rope: RotaryEmbedding) -> None:
+    def __init__(self, args: DecoderArgs, rope: nn.Module) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(args.dim, eps=args.norm_eps)
-        self.attention = Attention(args.dim, args.num_heads, args.num_kv_heads, args.head_dim, rope)
-        self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
-        self.feed_forward = FeedForward(args.dim, args.ffn_dim)
+        norm = NORMS[args.norm]
+        self.attention_norm = norm(args.dim, eps=args.norm_eps)
+        self.attention = Attention(args, rope)
+        self.ffn_norm = norm(args.dim, eps=args.norm_eps)
+        self.feed_forward = build_feed_forward(args)
 
     def forward(
         self,
@@ -38,4 +38,20 @@ class Block(nn.Module):
         )
         h_BSD: Tensor = x_BSD + attended_BSD
         out_BSD: Tensor = h_BSD + self.feed_forward(self.ffn_norm(h_BSD))
+        return out_BSD
+
+
+class ParallelBlock(Block):
+    """Attention and feed-forward beside each other, on the same input (GPT-J, GPT-NeoX)."""
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        positions_S: Tensor | None = None,
+        mask: DocumentMask | None = None,
+    ) -> Tensor:
+        attended_BSD = self.attention(
+            self.attention_norm(x_BSD), positions_S=positions_S, mask=mask
+        )
+        out_BSD: Tensor = x_BSD + attended_BSD + self.feed_forward(self.ffn_norm(x_BSD))
         return out_BSD

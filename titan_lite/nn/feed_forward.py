@@ -1,4 +1,4 @@
-"""The gated feed-forward network.
+"""The feed-forward networks, gated and plain.
 
 Shape suffixes: B batch, S sequence, D model width.
 """
@@ -6,16 +6,37 @@ Shape suffixes: B batch, S sequence, D model width.
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from titan_lite.models.args import DecoderArgs
 
-class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) * w3 x), without biases."""
 
-    def __init__(self, dim: int, ffn_dim: int) -> None:
+class GatedFeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, args: DecoderArgs) -> None:
         super().__init__()
-        self.w1 = nn.Linear(dim, ffn_dim, bias=False)
-        self.w2 = nn.Linear(ffn_dim, dim, bias=False)
-        self.w3 = nn.Linear(dim, ffn_dim, bias=False)
+        self.w1 = nn.Linear(args.dim, args.ffn_dim, bias=args.ffn_bias)
+        self.w2 = nn.Linear(args.ffn_dim, args.dim, bias=args.ffn_bias)
+        self.w3 = nn.Linear(args.dim, args.ffn_dim, bias=args.ffn_bias)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         out_BSD: Tensor = self.w2(silu(self.w1(x_BSD)) * self.w3(x_BSD))
         return out_BSD
+
+
+class PlainFeedForward(nn.Module):
+    """w2(gelu(w1 x)), exact or with GELU's tanh approximation (arXiv 1606.08415)."""
+
+    def __init__(self, args: DecoderArgs) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(args.dim, args.ffn_dim, bias=args.ffn_bias)
+        self.w2 = nn.Linear(args.ffn_dim, args.dim, bias=args.ffn_bias)
+        self.gelu = nn.GELU("tanh" if args.ffn == "gelu_tanh" else "none")
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        out_BSD: Tensor = self.w2(self.gelu(self.w1(x_BSD)))
+        return out_BSD
+
+
+def build_feed_forward(args: DecoderArgs) -> nn.Module:
+    """What model.ffn names."""
+    return GatedFeedForward(args) if args.ffn == "swiglu" else PlainFeedForward(args)

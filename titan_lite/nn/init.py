@@ -31,6 +31,11 @@ def ones(tensor: Tensor, generator: torch.Generator, layer: int) -> None:
     nn.init.ones_(tensor)
 
 
+def zeros(tensor: Tensor, generator: torch.Generator, layer: int) -> None:
+    """Biases."""
+    nn.init.zeros_(tensor)
+
+
 def unit_normal(tensor: Tensor, generator: torch.Generator, layer: int) -> None:
     """Embedding tables: std 1."""
     nn.init.normal_(tensor, generator=generator)
@@ -56,13 +61,18 @@ def head(tensor: Tensor, generator: torch.Generator, layer: int) -> None:
 
 DECODER_RULES = (
     InitRule("tok_embeddings.weight", unit_normal),
+    InitRule("pos_embeddings.weight", unit_normal),
     InitRule("layers.*.attention_norm.weight", ones),
+    InitRule("layers.*.attention.[qk]_norm.weight", ones),
     InitRule("layers.*.attention.w[qkv].weight", linear),
     InitRule("layers.*.attention.wo.weight", residual),
     InitRule("layers.*.ffn_norm.weight", ones),
     InitRule("layers.*.feed_forward.w[13].weight", linear),
     InitRule("layers.*.feed_forward.w2.weight", residual),
+    InitRule("layers.*.*.bias", zeros),
+    InitRule("layers.*.*.*.bias", zeros),
     InitRule("norm.weight", ones),
+    InitRule("norm.bias", zeros),
     InitRule("output.weight", head),
 )
 

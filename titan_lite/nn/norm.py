@@ -1,7 +1,9 @@
 """Normalisation of a residual stream that may be wider than what the block computes in."""
 
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
+from torch.nn.functional import layer_norm, rms_norm
+
+from titan_lite.config.schema import NormKind
 
 
 class RMSNorm(nn.RMSNorm):
@@ -10,3 +12,15 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
         return rms_norm(x, self.normalized_shape, weight, self.eps).to(self.weight.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm (arXiv:1607.06450) in its input's dtype; its output has its weight's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
+
+
+NORMS: dict[NormKind, type[RMSNorm | LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+"""The classes by the name that model.norm says."""

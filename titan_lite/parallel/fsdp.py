@@ -1,4 +1,4 @@
-"""FSDP2 and HSDP: one unit per block, one for the embedding, one for the norm and the head."""
+"""FSDP2 and HSDP: one unit per block, one for the embeddings, one for the norm and the head."""
 
 import torch
 from torch import nn
@@ -82,13 +82,13 @@ def apply_fsdp(
     choice = section.reshard_after_forward
     reshard = choice if isinstance(choice, int) else choice != "never"
     blocks = list(model.layers.children())
-    head = [module for module in (model.norm, model.output) if module is not None]
-    if model.tok_embeddings is not None:
-        if model.tied_head and model.output is not None:
-            # One weight is one unit's.
-            head = [model.tok_embeddings, *head]
-        else:
-            shard(model.tok_embeddings, reshard)
+    embeddings = [model.get_submodule(name) for name in model.ends if name in model.first]
+    head = [model.get_submodule(name) for name in model.ends if name in model.last]
+    if model.tied_head and embeddings and model.output is not None:
+        # One weight is one unit's.
+        embeddings, head = [], [*embeddings, *head]
+    if embeddings:
+        shard(embeddings, reshard)
     for index, block in enumerate(blocks):
         # Backward begins with the last block: freeing it would only gather it again at once.
         kept = choice == "last_block_kept" and index == len(blocks) - 1
@@ -102,6 +102,7 @@ def apply_fsdp(
             # PREMUL_SUM, which gloo does not have.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    if isinstance(model.tok_embeddings, FSDPModule) and model.tok_embeddings not in head:
+    for module in embeddings:
         # The gradient of a lookup does not need the table.
-        model.tok_embeddings.set_unshard_in_backward(False)
+        assert isinstance(module, FSDPModule)
+        module.set_unshard_in_backward(False)

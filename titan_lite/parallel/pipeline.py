@@ -20,8 +20,6 @@ from torch.distributed.tensor import DTensor
 from titan_lite.config.schema import Parallel
 from titan_lite.nn.decoder import Decoder
 
-ENDS = ("tok_embeddings", "norm", "output")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -47,8 +45,8 @@ def split(model: Decoder, parallel: Parallel, attention_flops: int) -> list[Stag
     Raises ValueError where there are fewer blocks than stages, or `pp_stage_modules` does not name
     every module once, in order.
     """
-    first = ("tok_embeddings",) if model.tok_embeddings is not None else ()
-    last = tuple(name for name in ("norm", "output") if getattr(model, name) is not None)
+    first = [name for name in model.ends if name in model.first]
+    last = [name for name in model.ends if name in model.last]
     blocks = [f"layers.{name}" for name in model.layers]
     parameters = {
         name: sum(p.numel() for p in model.get_submodule(name).parameters())
@@ -75,7 +73,7 @@ def split(model: Decoder, parallel: Parallel, attention_flops: int) -> list[Stag
     else:
         # Embedding and head go with the blocks beside them.
         groups = [[name] for name in blocks]
-        groups[0] = [*first, *groups[0]]
+        groups[0][:0] = first
         groups[-1] += last
         costs = {
             "uniform": dict.fromkeys(blocks, 1),
@@ -151,7 +149,7 @@ def _balanced(costs: Sequence[int], num_parts: int) -> list[tuple[int, int]]:
 
 def keep(model: Decoder, modules: Sequence[str]) -> Decoder:
     """Drops all children and blocks of a model but those named, in place."""
-    for end in ENDS:
+    for end in model.ends:
         if end not in modules:
             setattr(model, end, None)
     for name in list(model.layers):
@@ -165,7 +163,7 @@ def join(model: Decoder, stages: Sequence[Decoder]) -> Decoder:
 
     The model then names this rank's parameters as the whole model does; it is not to be called.
     """
-    for end in ENDS:
+    for end in model.ends:
         setattr(model, end, next((m for s in stages if (m := getattr(s, end)) is not None), None))
     model.layers = nn.ModuleDict({name: b for s in stages for name, b in s.layers.items()})
     if model.tied_head and model.output is not None and model.tok_embeddings is None:

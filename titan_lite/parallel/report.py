@@ -191,10 +191,9 @@ def asked_modules(
 ) -> Modules:
     """The modules that each feature is asked for; `float8` names the linears to be converted."""
     blocks = [f"layers.{name}" for name, _ in model.layers.named_children()]
-    ends = [name for name in ("tok_embeddings", "norm", "output") if getattr(model, name)]
     selective = activation_checkpoint.mode == "selective_op"
     asked: dict[str, Sequence[str]] = {
-        "FSDP unit": ["model", *ends, *blocks],
+        "FSDP unit": ["model", *model.ends, *blocks],
         "float8 linear": float8,
         "float8 all-gather": float8 if float8_all_gather else (),
         "selectively checkpointed" if selective else "checkpointed": [

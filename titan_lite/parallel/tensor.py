@@ -38,6 +38,8 @@ WEIGHT_PLACEMENTS: dict[Role, Placement] = {
     "colwise": Shard(0),
     "rowwise": Shard(1),
     "sequence": Replicate(),
+    "heads": Replicate(),
+    "positions": Replicate(),
     "head": Shard(0),
 }
 """How a weight (out, in) lies on the tensor-parallel axis."""
@@ -64,9 +66,29 @@ class ReplicateParallel(ParallelStyle):
         return distribute_module(
             module,
             device_mesh,
+            _replicate,
             input_fn=_as_replicated,
             output_fn=_to_local,
         )
+
+
+class PositionsParallel(ParallelStyle):
+    """Looks the positions up that this rank's part of the sequence has, in a whole table."""
+
+    def __init__(self, between: Placement) -> None:
+        self.is_split = between.is_shard()
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def take(_module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+            positions_S = DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False)
+            own = Shard(positions_S.ndim - 1) if self.is_split else Replicate()
+            return positions_S.redistribute(placements=[own])
+
+        def give(_module: nn.Module, output: Any, _mesh: DeviceMesh) -> Any:
+            # FSDP warns of outputs that are views.
+            return output.to_local().clone()
+
+        return distribute_module(module, device_mesh, _replicate, take, give)
 
 
 class VocabParallelHead(ParallelStyle):
@@ -89,6 +111,17 @@ class VocabParallelHead(ParallelStyle):
             return x_BSD.redistribute(placements=[Replicate()]), *rest
 
         return distribute_module(module, device_mesh, split, gather)
+
+
+def check_plan(model: Decoder, plan: tuple[PlanRow, ...]) -> None:
+    """Raises ValueError naming a parameter whose module is not that of exactly one row."""
+    for name, _ in model.named_parameters():
+        rows = [row.pattern for row in plan if row.matches(name.rpartition(".")[0])]
+        if len(rows) != 1:
+            raise ValueError(
+                f"parallel.tp does not know how to split {name}: {len(rows)} rows of the family's "
+                "tp_plan are about its module, not one"
+            )
 
 
 def apply_tp(
@@ -146,8 +179,21 @@ def _style(role: Role, between: Placement, *, float8: bool) -> ParallelStyle:
             return SequenceParallel() if between.is_shard() else ReplicateParallel()
         case "gather":
             return gather(input_layouts=(between,), desired_input_layouts=(Replicate(),))
+        case "heads":
+            # Of (B, S, heads, features).
+            return SequenceParallel(sequence_dim=2, use_local_output=True)
+        case "positions":
+            return PositionsParallel(between)
         case "head":
             return VocabParallelHead()
+
+
+def _replicate(_name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+    # Parameters are filled later, the same on every rank: nothing is to be sent, and the fake
+    # tensors of a dry run could not be.
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        whole = DTensor.from_local(parameter, mesh, [Replicate()], run_check=False)
+        module.register_parameter(name, nn.Parameter(whole))
 
 
 def _as_replicated(_module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:

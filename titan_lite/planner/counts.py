@@ -27,21 +27,47 @@ class FlopsPerToken:
 
 
 def num_params(args: DecoderArgs) -> int:
-    """Parameters of the decoder, untied input embedding and head included."""
-    return args.vocab_size * args.dim + num_params_non_embedding(args)
+    """Parameters of the decoder; a head that is tied to the input embedding adds none."""
+    head = 0 if args.tied_head else args.dim * args.vocab_size
+    embeddings = args.vocab_size * args.dim + num_position_params(args)
+    return embeddings + num_block_params(args) + _norm(args, args.dim) + head
 
 
 def num_params_non_embedding(args: DecoderArgs) -> int:
-    """Parameters less the input embedding, which is a lookup and multiplies nothing."""
-    return num_block_params(args) + args.dim + args.dim * args.vocab_size
+    """Parameters less those that are only looked up, and multiply nothing."""
+    return num_params(args) - num_looked_up_params(args)
+
+
+def num_looked_up_params(args: DecoderArgs) -> int:
+    """Parameters of the input embeddings; a tied one multiplies, as the head."""
+    tokens = 0 if args.tied_head else args.vocab_size * args.dim
+    return tokens + num_position_params(args)
+
+
+def num_position_params(args: DecoderArgs) -> int:
+    """Parameters of the embedding of learned positions."""
+    return args.max_seq_len * args.dim if args.positions == "learned" else 0
 
 
 def num_block_params(args: DecoderArgs) -> int:
-    """Parameters of all transformer blocks: attention, gated feed-forward, two RMSNorms each."""
-    query, key_value = args.num_heads * args.head_dim, args.num_kv_heads * args.head_dim
-    attention = 2 * args.dim * query + 2 * args.dim * key_value
-    feed_forward = 3 * args.dim * args.ffn_dim
-    return args.num_layers * (attention + feed_forward + 2 * args.dim)
+    """Parameters of all transformer blocks: attention, feed-forward and norms."""
+    attention = _linear(args.dim, args.attention_dim, args.qkv_bias)
+    attention += 2 * _linear(args.dim, args.kv_dim, args.qkv_bias)
+    attention += _linear(args.attention_dim, args.dim, args.out_bias)
+    if args.qk_norm:
+        attention += 2 * args.head_size
+    inner = 2 if args.ffn == "swiglu" else 1
+    feed_forward = inner * _linear(args.dim, args.ffn_dim, args.ffn_bias)
+    feed_forward += _linear(args.ffn_dim, args.dim, args.ffn_bias)
+    return args.num_layers * (attention + feed_forward + 2 * _norm(args, args.dim))
+
+
+def _linear(features_in: int, features_out: int, bias: bool) -> int:
+    return features_in * features_out + (features_out if bias else 0)
+
+
+def _norm(args: DecoderArgs, features: int) -> int:
+    return features * (2 if args.norm == "layernorm" else 1)
 
 
 def flops_per_token(

@@ -17,7 +17,7 @@ from titan_lite.config.problems import literal
 from titan_lite.config.schema import Model
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.family import Family
-from titan_lite.models.hf_config import args_from_hf, family_of
+from titan_lite.models.hf_config import args_from_hf, family_of, unsaid_in_hf
 from titan_lite.models.registry import families, load_module, resolve
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -93,6 +93,8 @@ def dcp_to_hf(
     family, args = resolve(section)
     if family.hf_config is None:
         raise ValueError(f"model family {family.name} has no form in transformers")
+    if unsaid := unsaid_in_hf(args, family.hf_config):
+        raise ValueError(unsaid)
 
     from titan_lite.checkpoint.hf import DCPToHF
     from titan_lite.data.hf_documents import hf_documents
@@ -123,6 +125,8 @@ def model_section(family: Family, args: DecoderArgs) -> dict[str, Any]:
     found: list[tuple[str, dict[str, Any]]] = []
     for flavor, known in family.flavors.items():
         values = {name: getattr(args, name) for name in fields}
+        if known.head_dim is not None:
+            values["head_dim"] = args.head_size
         differing = {name: v for name, v in values.items() if v != getattr(known, name)}
         if differing.keys() <= Model.model_fields.keys():
             found.append((flavor, differing))
