@@ -139,7 +139,9 @@ def deviations(got: Run, expected: Run) -> Deviations:
 def _distance(got: Any, expected: Any) -> float:
     # Rows beyond the expected ones pad a vocabulary, and should be zero.
     rows = [(0, len(got) - len(expected)), *[(0, 0)] * (got.ndim - 1)]
-    return float(np.abs(got - np.pad(expected, rows)).max() / np.abs(expected).max())
+    # Biases begin as zeros.
+    largest = np.abs(expected).max() or 1.0
+    return float(np.abs(got - np.pad(expected, rows)).max() / largest)
 
 
 def _worst(values: list[float], places: list[str]) -> tuple[float, str]:

@@ -19,13 +19,24 @@ from titan_lite.config.load import load_config
 from titan_lite.models.rules import check
 from titan_lite.planner.hardware import DEVICES, find_by_short_name
 
-PRESETS = sorted((Path(__file__).parent.parent / "train_configs").glob("*.toml"))
+TRAIN_CONFIGS = Path(__file__).parent.parent / "train_configs"
+# Of the families beside Llama hybrid ZeRO x tensor parallel; the others' layouts are Llama's.
+PRESETS = sorted(
+    path
+    for path in TRAIN_CONFIGS.glob("*.toml")
+    if path.stem == "internlm_7b_tp2_1024"
+    or (path.stem.startswith(("debug", "llama")) and path.stem != "llama2_7b_tp4")
+)
 # Of the several steps of a real run, one is measured that is not logged.
 STEP = ("--metrics.log_freq=10", "--training.param_dtype=bfloat16", "--training.seq_len=256")
 SHARE = "--training.local_batch_size=4"
 LAYOUTS = {
     "fsdp 2": (2, (SHARE,)),
     "tp 2": (2, ("--parallel.tp=2",)),
+    "gpt, whole activations": (
+        2,
+        ("--model.name=gpt", "--parallel.tp=2", "--parallel.sequence_parallel=false"),
+    ),
     "full checkpointing": (2, (SHARE, "--activation_checkpoint.mode=full")),
     "pp 2": (2, ("--parallel.pp=2", "--training.local_batch_size=2")),
     "ring of cp 2": (2, ("--parallel.cp=2",)),

@@ -188,6 +188,32 @@ FURTHER = (
     Case("pp2 x dp2 x tp2", "full", micro_batches=4, alike=(*FOUR_LAYERS, *TIED)),
 )
 
+
+def family(name: str, *more: str) -> tuple[str, ...]:
+    """The settings of a family's debug flavor, and `more` of them."""
+    return f"model.name={name}", *more
+
+
+# Softmax does not see what is added to all keys: where they are not rotated, the gradient of their
+# bias is rounding, of which AdamW makes steps.
+GPT = family("gpt", "model.qkv_bias=false")
+FAMILIES = (
+    Case("dp2 x tp2", "selective_op", alike=family("internlm", LARGER_EPS)),
+    Case("dp2", alike=family("qwen", LARGER_EPS)),
+    Case("pp2", "full", micro_batches=4, alike=family("qwen2.5", LARGER_EPS)),
+    # Norms of heads, and what else has a gradient of its own under tensor parallel.
+    Case(
+        "tp2",
+        "selective_op",
+        "compile",
+        alike=family("qwen3", "model.norm=layernorm", "model.out_bias=true"),
+    ),
+    Case("cp2", "full", alike=family("gpt_neox", LARGER_EPS)),
+    Case("tp2", more=(NO_SEQUENCE_PARALLEL,), alike=GPT),
+    Case("cp2 x tp2", alike=GPT),
+    Case("pp2", micro_batches=4, alike=GPT),
+)
+
 BFLOAT16 = ("training.param_dtype=bfloat16",)
 IN_PRECISION = (
     Case("dp2", micro_batches=4, alike=BFLOAT16),

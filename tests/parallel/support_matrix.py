@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from tests.parallel.matrix import (
     BATCH,
     CASES,
+    FAMILIES,
     FURTHER,
     HOLES,
     IN_PRECISION,
@@ -47,6 +48,11 @@ FURTHER_TEXT = """\
 With further settings; those of another model, or of clipping, are the one process's too:
 """
 
+FAMILIES_TEXT = """\
+Debug flavors of the other families, with settings that the one process has too, but for
+`parallel.sequence_parallel`. The rows above are Llama's.
+"""
+
 PRECISION = """\
 ## Other precisions
 
@@ -78,7 +84,9 @@ class Found:
 
     def missing(self) -> list[str]:
         """Cases and holes of the table that were not tried."""
-        cases = [case for case in (*CASES, *FURTHER, *IN_PRECISION) if case not in self.passed]
+        cases = [
+            case for case in (*CASES, *FURTHER, *FAMILIES, *IN_PRECISION) if case not in self.passed
+        ]
         return [str(row) for row in (*cases, *(h for h in HOLES if h not in self.reasons))]
 
 
@@ -104,6 +112,9 @@ def _lines(found: Found) -> Iterator[str]:
     yield ""
     yield from FURTHER_TEXT.split("\n")
     yield from _case_table(FURTHER, found)
+    yield ""
+    yield from FAMILIES_TEXT.split("\n")
+    yield from _case_table(FAMILIES, found)
     yield ""
     yield from PRECISION.split("\n")
     yield from _case_table(IN_PRECISION, found)

@@ -10,6 +10,7 @@ from tests.parallel.matrix import (
     ACCUMULATIONS,
     CASES,
     EXECUTIONS,
+    FAMILIES,
     FURTHER,
     HOLES,
     IN_PRECISION,
@@ -43,7 +44,7 @@ def test_every_two_values_of_any_two_axes_meet_in_a_case() -> None:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("case", [*CASES, *FURTHER], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *FURTHER, *FAMILIES], ids=str)
 def test_a_layout_equals_one_process(case: Case, parity: Parity, found: Found) -> None:
     found.passed[case] = False
     deviations = parity.deviations(case)
