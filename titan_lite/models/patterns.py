@@ -16,7 +16,8 @@ def matches(pattern: str, name: str) -> bool:
 def translate(name: str, table: Mapping[str, str]) -> str:
     """The name's other spelling by a table of patterns whose `*`, whole parts, keep their order.
 
-    KeyError where no row matches.
+    Used with Family.hf_key_map for our name -> Hugging Face's, and with its inverse for the way
+    back. KeyError where no row matches.
     """
     for source, target in table.items():
         if matches(source, name):
