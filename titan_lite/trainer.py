@@ -104,7 +104,6 @@ class Trainer:
         # What can be refused is refused before any process waits for another.
         self._lock_folder(loaded)
         self._find_files(loaded, plan)
-        self.tokens: int | Tensor = self.state.tokens
         with torch.device("meta"):
             self.model = build(plan.family, plan.args)
         with blaming("checkpoint.exclude_from_loading", loaded):
@@ -131,6 +130,7 @@ class Trainer:
         self._start_process_group()
         set_determinism(training.seed, deterministic=training.deterministic)
         self._agree_on_start(loaded)
+        self.tokens: int | Tensor = self.state.tokens
         meshes = build_meshes(self.dims, self.process.device.type)
         # The meshes' groups do not inherit the timeout of the first one.
         self._set_timeout(config.comm.init_timeout_seconds)
