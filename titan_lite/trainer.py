@@ -94,15 +94,22 @@ class Trainer:
         *,
         stop: StopRequest | None = None,
     ) -> None:
-        self.config = config = loaded.config
+        self.config = loaded.config
         self.plan, self.dims = plan, plan.dims
         self.stop = stop or StopRequest()
         self.progress = self.stop.progress
         self.process = process or Process.from_environment()
-        self.run_folder = Path(config.job.dump_folder)
-        training = config.training
-        # What can be refused is refused before any process waits for another.
+        self.run_folder = Path(self.config.job.dump_folder)
         self._lock_folder(loaded)
+        try:
+            self._build(loaded, plan)
+        except BaseException:
+            self._unlock_folder()
+            raise
+
+    def _build(self, loaded: LoadedConfig, plan: Plan) -> None:
+        config, training = self.config, self.config.training
+        # What can be refused is refused before any process waits for another.
         self._find_files(loaded, plan)
         with torch.device("meta"):
             self.model = build(plan.family, plan.args)
@@ -191,6 +198,10 @@ class Trainer:
         if self.process.rank == 0:
             with blaming("job.dump_folder", loaded):
                 self.lock = FolderLock(self.run_folder)
+
+    def _unlock_folder(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
 
     def _find_files(self, loaded: LoadedConfig, plan: Plan) -> None:
         """The tokenizer, and the state to begin from."""
@@ -424,8 +435,7 @@ class Trainer:
         self.checkpoints.close()
         self.meter.close()
         self.watchdog.close()
-        if self.lock is not None:
-            self.lock.release()
+        self._unlock_folder()
 
     def train_step(self, step: int) -> Record | None:
         """One optimizer step over the global batch; collective. Returns its record if logged."""
