@@ -127,6 +127,8 @@ def test_the_command_prints_memory_against_the_device_and_what_it_leaves_out(
     config = tmp_path / "run.toml"
     config.write_text(
         "[compile]\nenable = true\n[data]\ntokenizer_path = 'not/there'\npacking = 'document'\n"
+        "[validation]\nenable = true\ndataset_path = 'not/there'\n"
+        "[[data.sources]]\nname = 'a'\nweight = 1.0\ndataset_path = 'not/there'\n"
     )
     assert cli.main(["dryrun", str(config), "--world-size=2", "--device=h200", *TINY[:3]]) == 0
     text = capsys.readouterr().out
@@ -135,6 +137,7 @@ def test_the_command_prints_memory_against_the_device_and_what_it_leaves_out(
     assert "DOES NOT FIT" not in text
     assert "not as asked      compile.enable: the step is traced eagerly" in text
     assert 'data.packing "document": attention is counted over whole samples' in text
+    assert "validation.enable: forward passes without backward, which are left out" in text
     assert "reduce-scatter over dp_shard" in text
     assert not (tmp_path / "outputs").exists()
 

@@ -102,7 +102,7 @@ def _config(argv: list[str]) -> int:
     loaded = read_config(path, overrides)
     if not options.quiet and not loaded.problems:
         print(to_toml(loaded), flush=True)
-    plan = rules.check(loaded, _world_size(options.world_size, loaded))
+    plan = rules.check(loaded, _world_size(options.world_size, loaded), with_files=False)
     if options.preflight:
         from titan_lite.preflight import blaming, preflight
         from titan_lite.runtime.folder_lock import FolderLock
@@ -163,16 +163,10 @@ def _dryrun(argv: list[str]) -> int:
         hint = did_you_mean(nearest(options.device, names, limit=3))
         message = f"no such device: {options.device!r}{hint}"
         raise ConfigError([Problem("--device", "command line", message)])
-    # Files that only a run needs.
-    elsewhere = [
-        '--data.tokenizer_path=""',
-        '--data.dataset_path=""',
-        '--checkpoint.initial_load_hf=""',
-        '--job.dump_folder="."',
-        "--metrics.enable_wandb=false",
-    ]
+    # What only a run needs, or writes.
+    elsewhere = ('--checkpoint.initial_load_hf=""', "--metrics.enable_wandb=false")
     loaded = read_config(path, [*overrides, *elsewhere])
-    plan = rules.check(loaded, _world_size(options.world_size, loaded))
+    plan = rules.check(loaded, _world_size(options.world_size, loaded), with_files=False)
     ranks = _ranks(options.rank, plan.dims)
     from titan_lite.dryrun.report import report
 

@@ -168,6 +168,7 @@ class TrainStep:
         at_once = 1 if self.pipeline is None else self.pipeline.num_micro_batches
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for first in range(0, len(batches), at_once):
+            self.progress.enter("validation")
             calls = [self._call(self.local(b), factor) for b in batches[first : first + at_once]]
             if self.pipeline is not None:
                 losses = self.pipeline.evaluate(calls)

@@ -344,7 +344,7 @@ class Trainer:
                 self.held_out = self._read_held_out()
         self.loader = self.build_loader()
         if self.state.step > 0:
-            with blaming("checkpoint.load_step", loaded):
+            with blaming(self.start.key, loaded):
                 self.loader.load_state_dict(self.state.data)
         # Documents that cannot be read are a mistake to answer now, not in the first step.
         with blaming("data.dataset", loaded):
@@ -407,10 +407,9 @@ class Trainer:
                 if step == first:
                     self._set_timeout(comm.train_timeout_seconds)
                     self.report_compiled()
-                should_save = self.checkpoints.should_save(step, last)
-                if should_save:
+                stops = self.outcomes.is_stopping and self.config.checkpoint.enable
+                if stops or self.checkpoints.should_save(step, last):
                     self.outcomes.read()
-                if should_save or (self.outcomes.is_stopping and self.config.checkpoint.enable):
                     # The slowest disk of all is waited for: longer than a step may take.
                     self._set_timeout(comm.init_timeout_seconds)
                     with self.meter.excluded():
@@ -420,6 +419,7 @@ class Trainer:
                 profile(step)
                 if self.outcomes.is_stopping and step < last:
                     break
+            self._set_timeout(comm.init_timeout_seconds)
             with self.meter.excluded():
                 self.checkpoints.wait()
         if self.state.step < last:
@@ -548,7 +548,6 @@ class Trainer:
         if self.held_out is None or not self.validates(step):
             return {}
         comm = self.config.comm
-        self.progress.enter("validation")
         # The first one compiles.
         self._set_timeout(comm.init_timeout_seconds)
         with self.meter.excluded():
@@ -589,7 +588,8 @@ class Trainer:
         """Writes the last step's checkpoint for Hugging Face transformers, if asked; collective."""
         if not self.config.checkpoint.last_save_hf or self.state.step < self.config.training.steps:
             return
-        set_timeout(self.config.comm.init_timeout_seconds)
+        self.progress.enter("save")
+        self._set_timeout(self.config.comm.init_timeout_seconds)
         family, args = self.plan.family, self.plan.args
         assert family.hf_config is not None
         export = DCPToHF(self.checkpoints.folder / f"step-{self.state.step}", family, args)

@@ -114,6 +114,12 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             "dp_shard (4) x cp (1) x tp (1)",
         ),
         (["parallel.dp_replicate=4"], 6, "parallel.dp_replicate", "6 is not a multiple of pp (1)"),
+        (
+            ["checkpoint.initial_load_hf=.", 'checkpoint.exclude_from_loading=["output.*"]'],
+            1,
+            "checkpoint.exclude_from_loading",
+            "initial_load_hf loads all parameters: titan-lite convert hf-to-dcp makes a checkpoint",
+        ),
         (["data.dataset_path=none[0].txt"], 1, "data.dataset_path", "no such file"),
         (["data.dataset_path=~/no/such/x.txt"], 1, "data.dataset_path", "and no folder"),
         ([f"data.dataset_path={'x' * 300}"], 1, "data.dataset_path", "no such file"),
@@ -424,6 +430,11 @@ def test_what_cannot_act_is_warned_about(
         check(*settings, world_size=world_size)
     (record,) = caplog.records
     assert message in record.getMessage()
+
+
+def test_weights_from_hugging_face_need_no_checkpoints(caplog: pytest.LogCaptureFixture) -> None:
+    check("checkpoint.initial_load_hf=.")
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 64])

@@ -137,7 +137,7 @@ def _start(source: Path, manifest: Manifest, content: str, *, resumes: bool) -> 
         raise ValueError(
             f"{source} holds weights only (last_save_model_only), from which no run can "
             "go on: checkpoint.load_step can name an earlier step, checkpoint.initial_load_path "
-            "begins another run with these weights"
+            "begins another run with these weights, titan-lite convert dcp-to-hf exports them"
         )
     state = RunState(**json.loads((source / RUN_STATE_FILE).read_text()))
     return Start(state=state, source=source, resumes=resumes)

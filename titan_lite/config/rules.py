@@ -21,17 +21,18 @@ PROFILED_STEPS = 3
 DEGREES = tuple(f"parallel.{axis}" for axis in ParallelDims.AXES)
 
 
-def check(loaded: LoadedConfig, world_size: int) -> ParallelDims:
+def check(loaded: LoadedConfig, world_size: int, *, with_files: bool = True) -> ParallelDims:
     """The degrees of the run, after checking the configuration against itself and the world size.
 
-    Settings that cannot act are logged as warnings. Raises ConfigError with every problem of
-    loading and every broken rule between keys that are not in doubt.
+    with_files: whether the files that a run reads must be here. Settings that cannot act are
+    logged as warnings. Raises ConfigError with every problem of loading and every broken rule
+    between keys that are not in doubt.
     """
     config = loaded.config
     broken = [
         *_single(config),
         *_documents(config),
-        *_files(config),
+        *(_files(config) if with_files else ()),
     ]
     dims = None
     if loaded.in_doubt.isdisjoint(DEGREES):
@@ -131,6 +132,12 @@ def _checkpoint(config: Config) -> Iterator[Broken]:
             ("checkpoint.initial_load_hf", "checkpoint.initial_load_path"),
             f"the weights cannot be those of {quote(section.initial_load_path)} "
             "(initial_load_path), too",
+        )
+    if section.initial_load_hf and section.exclude_from_loading:
+        yield (
+            ("checkpoint.exclude_from_loading", "checkpoint.initial_load_hf"),
+            "initial_load_hf loads all parameters: titan-lite convert hf-to-dcp makes a checkpoint "
+            "of them, for initial_load_path",
         )
     if section.keep_every % section.interval:
         yield (

@@ -69,7 +69,7 @@ def _idle(loaded: LoadedConfig, dims: ParallelDims) -> Iterator[str]:
             tuple(
                 f"checkpoint.{key}"
                 for key in FIELDS["checkpoint"]
-                if key not in ("enable", "load_step", "initial_load_path")
+                if key not in ("enable", "load_step", "initial_load_path", "initial_load_hf")
             ),
         ),
         (

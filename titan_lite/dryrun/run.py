@@ -110,6 +110,7 @@ class DryTrainer(Trainer):
             training.local_batch_size,
             training.seq_len,
             with_positions=loaded.config.data.masks_attention,
+            with_sources=bool(loaded.config.data.sources),
         )
 
     def _agree_on_start(self, loaded: LoadedConfig) -> None:
@@ -197,6 +198,8 @@ def left_out(config: Config) -> list[str]:
             f'data.packing "{config.data.packing}": attention is counted over whole samples'
             f"{exchange}"
         )
+    if config.validation.enable:
+        notes.append("validation.enable: forward passes without backward, which are left out")
     if config.parallel.cpu_offload:
         notes.append(
             "parallel.cpu_offload: parameters, gradients and optimizer state are counted although "
@@ -223,10 +226,13 @@ def _draw_nothing(name: str, tensor: Tensor, generator: torch.Generator) -> None
     pass
 
 
-def _batches(local_batch_size: int, seq_len: int, *, with_positions: bool) -> Iterator[Batch]:
+def _batches(
+    local_batch_size: int, seq_len: int, *, with_positions: bool, with_sources: bool
+) -> Iterator[Batch]:
     # Drawn within a step: fake, too. Without documents, of which there is no telling where they
     # end: attention inside them keeps what attention over all of a sample does.
     while True:
         tokens = torch.zeros(local_batch_size, seq_len, dtype=torch.int64)
         positions = torch.zeros_like(tokens) if with_positions else None
-        yield Batch(tokens, torch.zeros_like(tokens), positions)
+        sources = tokens.new_zeros(local_batch_size) if with_sources else None
+        yield Batch(tokens, torch.zeros_like(tokens), positions, sources=sources)

@@ -25,8 +25,8 @@ class Plan:
     args: DecoderArgs
 
 
-def check(loaded: LoadedConfig, world_size: int) -> Plan:
-    """Checks everything that needs no hardware.
+def check(loaded: LoadedConfig, world_size: int, *, with_files: bool = True) -> Plan:
+    """Checks everything that needs no hardware, and unless told otherwise the files to read.
 
     Raises ConfigError with the problems of loading (read_config keeps them) and every broken rule
     between keys that are not in doubt.
@@ -34,7 +34,7 @@ def check(loaded: LoadedConfig, world_size: int) -> Plan:
     problems: list[Problem] = []
     broken: list[tuple[tuple[str, ...], str]] = []
     try:
-        dims = rules.check(loaded, world_size)
+        dims = rules.check(loaded, world_size, with_files=with_files)
     except ConfigError as error:
         problems += error.problems
     try:

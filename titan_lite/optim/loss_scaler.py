@@ -59,5 +59,6 @@ class LossScaler:
         return {name: getattr(self, name).item() for name in self.STATE}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        for name in self.STATE:
+        # A run in another precision leaves the number of skipped steps alone.
+        for name in state:
             getattr(self, name).fill_(state[name])

@@ -18,7 +18,7 @@ EXIT_STOPPED_UNSAVED = 128 + signal.SIGTERM
 EXIT_CODE_FILE = "TITAN_LITE_EXIT_CODE_FILE"
 # Seconds without progress after which SIGTERM ends a process after all. torchrun sends it to the
 # processes that a dead one has left waiting, and kills them after 30 s.
-TERM_GRACE = 10.0
+TERM_GRACE = 25.0
 
 
 class StopRequest:
