@@ -67,6 +67,7 @@ class Workers:
     """`run(function, *arguments)` calls it in every process and returns the results by rank."""
 
     def __init__(self, world_size: int, folder: Path, device_type: str = "cpu") -> None:
+        self.is_closed = False  # as after a call that was not answered
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self.connections: list[Connection] = []
@@ -110,6 +111,7 @@ class Workers:
         return results
 
     def close(self) -> None:
+        self.is_closed = True
         for connection in self.connections:
             connection.close()
         for process in self.processes:
@@ -124,6 +126,11 @@ class WorkersBySize(dict[int, Workers]):
         super().__init__()
         self.folders = folders
         self.device_type = device_type
+
+    def __getitem__(self, world_size: int) -> Workers:
+        if world_size in self and self.get(world_size).is_closed:
+            del self[world_size]
+        return super().__getitem__(world_size)
 
     def __missing__(self, world_size: int) -> Workers:
         folder = self.folders.mktemp(f"workers{world_size}")

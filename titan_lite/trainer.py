@@ -422,6 +422,7 @@ class Trainer:
             self._set_timeout(comm.init_timeout_seconds)
             with self.meter.excluded():
                 self.checkpoints.wait()
+            self._set_timeout(comm.train_timeout_seconds)
         if self.state.step < last:
             self._say_stopped()
             return
