@@ -102,7 +102,7 @@ def _config(argv: list[str]) -> int:
     loaded = read_config(path, overrides)
     if not options.quiet and not loaded.problems:
         print(to_toml(loaded), flush=True)
-    plan = rules.check(loaded, _world_size(options.world_size, loaded), with_files=False)
+    plan = rules.check(loaded, _world_size(options.world_size, loaded))
     if options.preflight:
         from titan_lite.preflight import blaming, preflight
         from titan_lite.runtime.folder_lock import FolderLock
