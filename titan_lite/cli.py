@@ -70,19 +70,10 @@ def _train(argv: list[str]) -> int:
 
 
 def _config(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="titan-lite config",
-        usage="%(prog)s [CONFIG] [--section.key=value ...] [--world-size N] [--quiet] | --schema",
-        description="Checks a configuration, and prints it with the origin of each value.",
-        epilog=OVERRIDES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--world-size",
-        type=int,
-        metavar="N",
-        help="number of processes to check for (default: $WORLD_SIZE, else what the degrees need)",
+    parser = _parser(
+        "config",
+        "[--world-size N] [--quiet] | --schema",
+        "Checks a configuration, and prints it with the origin of each value.",
     )
     parser.add_argument("--quiet", action="store_true", help="print nothing but problems")
     parser.add_argument("--schema", action="store_true", help="print a JSON schema for editors")
@@ -128,22 +119,12 @@ def _checkpoint(argv: list[str]) -> int:
 
 
 def _dryrun(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="titan-lite dryrun",
-        usage="%(prog)s [CONFIG] [--section.key=value ...] [--world-size N] "
-        "[--rank R | all-stages] [--device NAME] [--json]",
-        description="Runs one training step as one rank of many, on fake tensors in a fake world: "
-        "prints what was applied, the memory, FLOPs and collectives of the step. Needs no GPU, no "
-        "data and no tokenizer.",
-        epilog=OVERRIDES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--world-size",
-        type=int,
-        metavar="N",
-        help="number of processes (default: $WORLD_SIZE, else what the degrees need)",
+    parser = _parser(
+        "dryrun",
+        "[--world-size N] [--rank R | all-stages] [--device NAME] [--json]",
+        "Runs one training step as one rank of many, on fake tensors in a fake world: prints what "
+        "was applied, the memory, FLOPs and collectives of the step. Needs no GPU, no data and no "
+        "tokenizer.",
     )
     parser.add_argument(
         "--rank",
@@ -203,6 +184,25 @@ def _ranks(option: str | None, dims: ParallelDims) -> list[int]:
         return [int(option)]
     message = f'expected 0 to {dims.world_size - 1}, or "all-stages", got {option!r}'
     raise ConfigError([Problem("--rank", "command line", message)])
+
+
+def _parser(command: str, options: str, description: str) -> argparse.ArgumentParser:
+    """Of a subcommand on one configuration, for a world of some size."""
+    parser = argparse.ArgumentParser(
+        prog=f"titan-lite {command}",
+        usage=f"%(prog)s [CONFIG] [--section.key=value ...] {options}",
+        description=description,
+        epilog=OVERRIDES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--world-size",
+        type=int,
+        metavar="N",
+        help="number of processes (default: $WORLD_SIZE, else what the degrees need)",
+    )
+    return parser
 
 
 def _parse(

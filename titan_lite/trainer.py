@@ -113,11 +113,10 @@ class Trainer:
         self._find_files(loaded, plan)
         with torch.device("meta"):
             self.model = build(plan.family, plan.args)
-        with blaming("checkpoint.exclude_from_loading", loaded):
-            names = [name for name, _ in self.model.named_parameters()]
-            check_excluded(config.checkpoint.exclude_from_loading, names)
-        args = plan.args
         self.parameter_names = [name for name, _ in self.model.named_parameters()]
+        with blaming("checkpoint.exclude_from_loading", loaded):
+            check_excluded(config.checkpoint.exclude_from_loading, self.parameter_names)
+        args = plan.args
         self.stages = self._split(loaded, args)
         if self.dims.tp > 1:
             with blaming("parallel.tp", loaded):
@@ -364,31 +363,23 @@ class Trainer:
 
     def build_loader(self) -> DataLoader:
         """A loader of this rank's share of the run's samples, from the first one on."""
-        training = self.config.training
-        return DataLoader(
-            self.config.data,
-            seq_len=training.seq_len,
-            seed=training.seed,
-            local_batch_size=training.local_batch_size,
-            global_batch_size=self.global_batch_size,
-            batch_rank=self.dims.batch_rank(self.process.rank),
-            batch_degree=self.dims.batch,
-            tokenizer=self.tokenizer,
-        )
+        return DataLoader(self.config.data, seed=self.config.training.seed, **self._share())
 
     def _read_held_out(self) -> HeldOut:
         """This rank's share of what is validated on."""
+        return read_held_out(self.config.validation, self.config.data, **self._share())
+
+    def _share(self) -> dict[str, Any]:
+        """How global batches are cut, and which part of them is this rank's."""
         training = self.config.training
-        return read_held_out(
-            self.config.validation,
-            self.config.data,
-            seq_len=training.seq_len,
-            local_batch_size=training.local_batch_size,
-            global_batch_size=self.global_batch_size,
-            batch_rank=self.dims.batch_rank(self.process.rank),
-            batch_degree=self.dims.batch,
-            tokenizer=self.tokenizer,
-        )
+        return {
+            "seq_len": training.seq_len,
+            "local_batch_size": training.local_batch_size,
+            "global_batch_size": self.global_batch_size,
+            "batch_rank": self.dims.batch_rank(self.process.rank),
+            "batch_degree": self.dims.batch,
+            "tokenizer": self.tokenizer,
+        }
 
     def train(self) -> None:
         """Trains up to `training.steps`, logging, saving and profiling on the way; collective."""

@@ -26,17 +26,23 @@ class Block(nn.Module):
         self.ffn_norm = norm(args.dim, eps=args.norm_eps)
         self.feed_forward = build_feed_forward(args)
 
+    def attend(
+        self, x_BSD: Tensor, positions_S: Tensor | None, mask: DocumentMask | None
+    ) -> Tensor:
+        """What attention adds to the residual stream."""
+        # By keyword: what tensor parallel gathers for the attention is its only positional input.
+        attended_BSD: Tensor = self.attention(
+            self.attention_norm(x_BSD), positions_S=positions_S, mask=mask
+        )
+        return attended_BSD
+
     def forward(
         self,
         x_BSD: Tensor,
         positions_S: Tensor | None = None,
         mask: DocumentMask | None = None,
     ) -> Tensor:
-        # By keyword: what tensor parallel gathers for the attention is its only positional input.
-        attended_BSD = self.attention(
-            self.attention_norm(x_BSD), positions_S=positions_S, mask=mask
-        )
-        h_BSD: Tensor = x_BSD + attended_BSD
+        h_BSD = x_BSD + self.attend(x_BSD, positions_S, mask)
         out_BSD: Tensor = h_BSD + self.feed_forward(self.ffn_norm(h_BSD))
         return out_BSD
 
@@ -50,8 +56,6 @@ class ParallelBlock(Block):
         positions_S: Tensor | None = None,
         mask: DocumentMask | None = None,
     ) -> Tensor:
-        attended_BSD = self.attention(
-            self.attention_norm(x_BSD), positions_S=positions_S, mask=mask
-        )
+        attended_BSD = self.attend(x_BSD, positions_S, mask)
         out_BSD: Tensor = x_BSD + attended_BSD + self.feed_forward(self.ffn_norm(x_BSD))
         return out_BSD
