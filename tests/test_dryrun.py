@@ -20,13 +20,7 @@ from titan_lite.models.rules import check
 from titan_lite.planner.hardware import DEVICES, find_by_short_name
 
 TRAIN_CONFIGS = Path(__file__).parent.parent / "train_configs"
-# Of the families beside Llama hybrid ZeRO x tensor parallel; the others' layouts are Llama's.
-PRESETS = sorted(
-    path
-    for path in TRAIN_CONFIGS.glob("*.toml")
-    if path.stem == "internlm_7b_tp2_1024"
-    or (path.stem.startswith(("debug", "llama")) and path.stem != "llama2_7b_tp4")
-)
+PRESETS = sorted(TRAIN_CONFIGS.glob("*.toml"))
 # Of the several steps of a real run, one is measured that is not logged.
 STEP = ("--metrics.log_freq=10", "--training.param_dtype=bfloat16", "--training.seq_len=256")
 SHARE = "--training.local_batch_size=4"
