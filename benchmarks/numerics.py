@@ -2,7 +2,7 @@
 
     python -m benchmarks.numerics [--steps 300] [--only NAME ...] [--write]
 
-Trains train_configs/debug.toml, in float32 unless a pair says otherwise, 8 samples a step. Runs are
+Trains train_configs/debug.toml, in float32 unless a pair says otherwise, 4 samples a step. Runs are
 kept below --folder and not repeated. Prints a Markdown table; --write puts it into
 docs/numerics.md, and with matplotlib a picture of each pair into docs/numerics/.
 """
@@ -48,8 +48,11 @@ class Pair:
     a: Side = Side()
 
 
+BATCH = ("training.global_batch_size=4", "training.local_batch_size=4")
+
+
 def _dp(ranks: int, *settings: str) -> Side:
-    return Side(ranks, (f"training.local_batch_size={8 // ranks}", *settings))
+    return Side(ranks, (f"training.local_batch_size={4 // ranks}", *settings))
 
 
 BFLOAT16 = ("training.param_dtype=bfloat16",)
@@ -61,7 +64,7 @@ PAIRS = (
     Pair("dp4", "layout", _dp(4)),
     Pair("hsdp 2x2", "layout", _dp(4, "parallel.dp_replicate=2")),
     Pair("tp2", "layout", Side(2, ("parallel.tp=2",))),
-    Pair("accumulation x 4", "layout", Side(1, ("training.local_batch_size=2",))),
+    Pair("accumulation x 4", "layout", Side(1, ("training.local_batch_size=1",))),
     Pair("checkpointing full", "layout", Side(settings=(FULL,))),
     Pair("checkpointing selective_op", "layout", Side(settings=(SELECTIVE,))),
     Pair("compile", "layout", Side(settings=("compile.enable=true",))),
@@ -79,7 +82,7 @@ def run(side: Side, steps: int, folder: Path) -> Path:
         return target
     settings = [
         f"training.steps={steps}",
-        "training.global_batch_size=8",
+        *BATCH,
         "training.param_dtype=float32",
         "metrics.peak_tflops=1.0",
         *side.settings,
