@@ -16,7 +16,7 @@ from titan_lite.regression.noise import ALPHA, WINDOWS, _student_t
 @pytest.mark.parametrize("pair", numerics.PAIRS, ids=lambda pair: pair.name)
 def test_each_side_of_a_pair_is_a_run_of_one_global_batch(pair: numerics.Pair) -> None:
     for side in (pair.a, pair.b):
-        settings = [*numerics.BATCH, *side.settings]
+        settings = [*numerics.RUN, *side.settings]
         loaded = load_config(numerics.CONFIG, [f"--{setting}" for setting in settings])
         check(loaded, side.nproc)
 
