@@ -18,7 +18,7 @@ from titan_lite.data.documents import text_of
 from titan_lite.data.loader import DataLoader
 from titan_lite.data.packing import join_documents, pack
 from titan_lite.data.sources import open_dataset, resolve_source
-from titan_lite.data.tokenizer import Tokenizer
+from titan_lite.data.tokenizer import Tokenizer, load_tokenizer
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seq_len", type=int, default=256)
     arguments = parser.parse_args()
-    tokenizer = Tokenizer.load()
+    tokenizer = load_tokenizer()
     cold = first_batch_seconds(tokenizer, arguments.seq_len)
     warm = first_batch_seconds(tokenizer, arguments.seq_len)
     source = resolve_source(Data())

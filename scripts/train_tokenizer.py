@@ -17,8 +17,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from titan_lite.data.assets import ASSETS
 from titan_lite.data.packing import join_documents
-from titan_lite.data.tokenizer import SPLIT_PATTERN
-from titan_lite.data.tokenizer import Tokenizer as TiktokenTokenizer
+from titan_lite.data.tiktoken_tokenizer import SPLIT_PATTERN
+from titan_lite.data.tokenizer import load_tokenizer
 
 NUM_RANKS = 1792  # with the 256 special tokens: a vocabulary of 2,048
 
@@ -76,7 +76,7 @@ def main() -> None:
     texts = {split: read_texts(ASSETS / "corpus" / f"{split}.jsonl") for split in SPLITS}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(tiktoken_lines(train(texts["train"])))
-    tokenizer = TiktokenTokenizer.load(output)
+    tokenizer = load_tokenizer(output)
     for split, documents in texts.items():
         encoded = tokenizer.encode_documents(documents)
         tokens = join_documents(encoded, tokenizer.bos_id, tokenizer.eos_id)[:, 0]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from titan_lite.config.load import ConfigError, load_config
-from titan_lite.data.tokenizer import Tokenizer
+from titan_lite.data.tokenizer import load_tokenizer
 from titan_lite.models.rules import check
 
 
@@ -27,5 +27,5 @@ def test_a_tokenizer_file_with_code_in_it_is_refused_and_not_run(tmp_path: Path)
 
     (tmp_path / "tokenizer.model").write_bytes(pickle.dumps(Code()))
     with pytest.raises(ValueError, match="line 1: expected a new base64 token"):
-        Tokenizer.load(tmp_path / "tokenizer.model")
+        load_tokenizer(tmp_path / "tokenizer.model")
     assert not (tmp_path / "ran").exists()

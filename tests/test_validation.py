@@ -20,7 +20,7 @@ from titan_lite.data.assets import bundled_asset
 from titan_lite.data.held_out import HeldOut, read_held_out, resolve_held_out
 from titan_lite.data.loader import Batch
 from titan_lite.data.packing import IGNORED
-from titan_lite.data.tokenizer import Tokenizer
+from titan_lite.data.tokenizer import load_tokenizer
 from titan_lite.nn.block import Block
 from titan_lite.parallel.pipeline import forward_ticks, local_stages, rank_of_stage
 
@@ -182,7 +182,7 @@ def test_each_stage_runs_each_micro_batch_once_right_after_the_stage_before(
 
 def _read(validation: Validation, data: Data, **settings: Any) -> HeldOut:
     defaults = {"seq_len": 32, "local_batch_size": 1, "global_batch_size": 4}
-    ranks = {"batch_rank": 0, "batch_degree": 1, "tokenizer": Tokenizer.load()}
+    ranks = {"batch_rank": 0, "batch_degree": 1, "tokenizer": load_tokenizer()}
     return read_held_out(validation, data, **(defaults | ranks | settings))
 
 
@@ -193,9 +193,9 @@ def _tokens(batches: list[Batch]) -> list[int]:
 def test_the_held_out_stream_is_the_documents_in_order_from_the_first() -> None:
     held_out = _read(Validation(steps=3), Data(num_streams=7))
     lines = bundled_asset("corpus/validation.jsonl").read_text().splitlines()
-    first = Tokenizer.load().encode(json.loads(lines[0])["text"], bos=True, eos=True)
+    first = load_tokenizer().encode(json.loads(lines[0])["text"], bos=True, eos=True)
     assert _tokens(held_out.batches) == first[: 3 * 4 * 32]
-    spelt = Tokenizer.load().decode(first[1 : 3 * 4 * 32 + 1])
+    spelt = load_tokenizer().decode(first[1 : 3 * 4 * 32 + 1])
     assert held_out.num_bytes == len(spelt.encode())
 
 

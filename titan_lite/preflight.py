@@ -10,7 +10,7 @@ from titan_lite.config.load import DEFAULT, ConfigError, LoadedConfig, Problem
 from titan_lite.config.schema import Data
 from titan_lite.data.held_out import resolve_held_out
 from titan_lite.data.sources import resolve_sources
-from titan_lite.data.tokenizer import Tokenizer
+from titan_lite.data.tokenizer import Tokenizer, load_tokenizer
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.rules import Plan
 
@@ -30,7 +30,7 @@ def preflight(loaded: LoadedConfig, plan: Plan) -> Preflight:
     tokenizer = start = None
     try:
         with blaming("data.tokenizer_path", loaded):
-            tokenizer = load_tokenizer(config.data, plan.args)
+            tokenizer = fitting_tokenizer(config.data, plan.args)
     except ConfigError as error:
         problems += error.problems
     try:
@@ -59,9 +59,9 @@ def checkpoint_folder(loaded: LoadedConfig) -> Path:
     return Path(loaded.config.job.dump_folder) / loaded.config.checkpoint.folder
 
 
-def load_tokenizer(section: Data, args: DecoderArgs) -> Tokenizer:
+def fitting_tokenizer(section: Data, args: DecoderArgs) -> Tokenizer:
     """The run's tokenizer; ValueError if the model's vocabulary is too small for it."""
-    tokenizer = Tokenizer.load(section.tokenizer_path)
+    tokenizer = load_tokenizer(section.tokenizer_path)
     if tokenizer.vocab_size > args.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model a vocabulary of "

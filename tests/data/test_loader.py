@@ -16,10 +16,10 @@ from titan_lite.data import streams
 from titan_lite.data.assets import bundled_asset
 from titan_lite.data.loader import DataLoader, merge_states
 from titan_lite.data.packing import join_documents
-from titan_lite.data.tokenizer import Tokenizer
+from titan_lite.data.tokenizer import load_tokenizer
 
 SEQ_LEN = 8
-TOKENIZER = Tokenizer.load()
+TOKENIZER = load_tokenizer()
 TEXTS = [f"{i} " + "whale " * (i % 7) for i in range(30)]
 NUM_STREAMS = st.sampled_from([1, 2, 3, 4, 6, 8])
 DEGREES = st.sampled_from([1, 2, 3, 4, 8])
@@ -367,7 +367,7 @@ def test_another_tokenizer_of_the_same_size_is_refused_on_resume(folder, tmp_pat
     (a, _), (b, _) = lines[-2].split(), lines[-1].split()
     lines[-2:] = [b"%b %d" % (b, len(lines) - 2), b"%b %d" % (a, len(lines) - 1)]
     (tmp_path / "other.model").write_bytes(b"\n".join(lines))
-    other = Tokenizer.load(tmp_path / "other.model")
+    other = load_tokenizer(tmp_path / "other.model")
     assert other.vocab_size == TOKENIZER.vocab_size
     monkeypatch.setattr(sys.modules[__name__], "TOKENIZER", other)
     with pytest.raises(ValueError, match=r"tokenizer was '2048 tokens .* and is '2048"):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.data.test_loader import close, loaders, merged, run, take
 from titan_lite.config.schema import Data, DataSource
 from titan_lite.data.mixture import Mixture
-from titan_lite.data.tokenizer import Tokenizer
+from titan_lite.data.tokenizer import load_tokenizer
 
 weights = st.lists(st.floats(0.01, 100), min_size=1, max_size=6)
 big = st.integers(0, 10**9)
@@ -72,7 +72,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
 def _letters(samples: list[list[int]]) -> list[str]:
     """The only letter of each sample."""
-    tokenizer = Tokenizer.load()
+    tokenizer = load_tokenizer()
     texts = [tokenizer.decode(t for t in sample if t < tokenizer.bos_id) for sample in samples]
     found = [{*text} - {" "} for text in texts]
     assert all(len(letters) == 1 for letters in found)

@@ -9,14 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from titan_lite.data.assets import ASSETS
-from titan_lite.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from titan_lite.data.tiktoken_tokenizer import SPECIAL_TOKENS
+from titan_lite.data.tokenizer import load_tokenizer
 
 BYTES = [base64.b64encode(bytes([value])) + b" %d" % value for value in range(256)]
 
 
 @pytest.fixture(scope="module")
 def bundled():
-    return Tokenizer.load()
+    return load_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_validation_text_round_trips(bundled, corpus):
 
 @given(st.text(max_size=200))
 def test_any_text_round_trips(text):
-    tokenizer = Tokenizer.load()
+    tokenizer = load_tokenizer()
     assert tokenizer.decode(tokenizer.encode(text, bos=False, eos=False)) == text
 
 
@@ -104,7 +105,7 @@ def test_a_malformed_line_is_named_with_its_file(tmp_path, line, found):
     path = tmp_path / "broken.model"
     path.write_bytes(b"\n".join([*BYTES, line]) + b"\n")
     with pytest.raises(ValueError, match=r"broken\.model, line 257: expected .* rank 256") as error:
-        Tokenizer.load(path)
+        load_tokenizer(path)
     assert repr(found) in str(error.value)
 
 
@@ -112,32 +113,32 @@ def test_a_token_that_stands_twice_is_named(tmp_path):
     path = tmp_path / "twice.model"
     path.write_bytes(b"\n".join([*BYTES, b"YQ== 256"]))
     with pytest.raises(ValueError, match=r"twice\.model, line 257: expected a new base64 token"):
-        Tokenizer.load(path)
+        load_tokenizer(path)
 
 
 def test_a_file_without_every_single_byte_is_refused(tmp_path):
     path = tmp_path / "short.model"
     path.write_bytes(b"\n".join(BYTES[:200]))
     with pytest.raises(ValueError, match=r"short\.model: 56 of the 256 single bytes.*first is 200"):
-        Tokenizer.load(path)
+        load_tokenizer(path)
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"data\.tokenizer_path: .*nowhere\.model does not exist"):
-        Tokenizer.load(tmp_path / "nowhere.model")
+        load_tokenizer(tmp_path / "nowhere.model")
 
 
 def test_missing_bundled_files_name_the_place_looked_at(tmp_path, monkeypatch):
     monkeypatch.setattr("titan_lite.data.assets.ASSETS", tmp_path / "assets")
     with pytest.raises(ValueError, match=r"assets/tokenizer/tokenizer\.model does not exist"):
-        Tokenizer.load()
+        load_tokenizer()
 
 
 def test_metas_llama_3_file_gives_metas_tokens():
     package = importlib.util.find_spec("llama_models")
     if package is None or package.origin is None:
         pytest.skip("the llama-models package, which carries Meta's file, is not installed")
-    llama = Tokenizer.load(Path(package.origin).parent / "llama3" / "tokenizer.model")
+    llama = load_tokenizer(Path(package.origin).parent / "llama3" / "tokenizer.model")
     assert (llama.vocab_size, llama.bos_id, llama.eos_id) == (128_256, 128_000, 128_001)
     assert llama.encode("Hello world", bos=True, eos=False) == [128_000, 9906, 1917]
     # From llama_models' own tests.

@@ -5,7 +5,12 @@ The format of tokenizer.json is that of the `tokenizers` library, which need not
 
 from typing import Any
 
-from titan_lite.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
+from titan_lite.data.tiktoken_tokenizer import (
+    SPECIAL_TOKENS,
+    SPLIT_PATTERN,
+    TiktokenTokenizer,
+)
+from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.hf_config import HFConfig, hf_config_from_args
 
@@ -21,6 +26,7 @@ def hf_documents(
     """
     if tokenizer is None:
         return {"config.json": hf_config_from_args(args, hf, dtype=dtype)}
+    assert isinstance(tokenizer, TiktokenTokenizer)
     return {
         "config.json": hf_config_from_args(
             args, hf, dtype=dtype, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id
@@ -36,7 +42,7 @@ def hf_documents(
     }
 
 
-def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+def _tokenizer_json(tokenizer: TiktokenTokenizer) -> dict[str, Any]:
     """Byte-level BPE that gives our tokens, after BOS; special tokens in a text are special."""
     bos = {"SpecialToken": {"id": _BOS, "type_id": 0}}
     text, pair = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))

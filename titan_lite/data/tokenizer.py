@@ -1,80 +1,42 @@
-"""Byte-level BPE tokenizers in tiktoken's file format, with the special tokens of Llama 3."""
+"""What every tokenizer does, and which one reads a file."""
 
-import base64
-import binascii
-import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import tiktoken
 
 from titan_lite.data.assets import bundled_asset
 
 Tokens = npt.NDArray[np.uint32]
 
-# Llama 3's split of text into pieces that are merged independently (llama_models.llama3.tokenizer).
-SPLIT_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Words of other scripts than ASCII's letters are cut nowhere.
+_INSIDE_WORD = frozenset(range(0x80, 0x100)) | frozenset(
+    b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 )
-_NAMED_SPECIAL_TOKENS = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|reserved_special_token_0|>",
-    "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>",
-    "<|step_id|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-    "<|python_tag|>",
-    "<|image|>",
-)
-SPECIAL_TOKENS = _NAMED_SPECIAL_TOKENS + tuple(
-    f"<|reserved_special_token_{i}|>" for i in range(2, 256 - len(_NAMED_SPECIAL_TOKENS) + 2)
-)
-# A run of about a million spaces exhausts the regex engine's stack: such a document is cut.
-_CUT_CHARS = 100_000
 
 
-class Tokenizer:
-    """Text to tokens and back: the ranks of a file, then the 256 special tokens of Llama 3.
+class Tokenizer(ABC):
+    """Text to tokens and back."""
 
-    `ranks` holds its tokens in the order of their ranks.
-    """
-
-    def __init__(self, ranks: dict[bytes, int]) -> None:
-        special_tokens = {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
-        self._encoding = tiktoken.Encoding(
-            "titan_lite",
-            pat_str=SPLIT_PATTERN,
-            mergeable_ranks=ranks,
-            special_tokens=special_tokens,
-        )
-        self.ranks = ranks
-        digest = hashlib.sha256(b"".join(b"%d %b" % (len(token), token) for token in ranks))
-        self.identity = f"{self._encoding.n_vocab} tokens {digest.hexdigest()[:16]}"
-        """Same tokens, same identity: a resumed run compares it."""
-        self.vocab_size: int = self._encoding.n_vocab
-        self.bos_id: int = special_tokens["<|begin_of_text|>"]
-        self.eos_id: int = special_tokens["<|end_of_text|>"]
-        self.bytes_per_token = np.array([*map(len, ranks), *(0 for _ in SPECIAL_TOKENS)])
-        """Of the text that each token spells: none for special tokens."""
-
-    @classmethod
-    def load(cls, path: str | Path = "") -> "Tokenizer":
-        """Read a file of "base64-token rank" lines; no path: the bundled tokenizer.
-
-        Raises ValueError naming file and line when the file is missing or malformed.
-        """
-        # os.path: leaves a ~user that does not exist, where Path raises.
-        given = Path(os.path.expanduser(path))  # noqa: PTH111
-        return cls(_read_ranks(given if path else bundled_asset("tokenizer/tokenizer.model")))
+    identity: str
+    """Same tokens, same identity: a resumed run compares it."""
+    vocab_size: int
+    bos_id: int
+    """Put before each document; [CLS] of a tokenizer as BERT's."""
+    eos_id: int
+    """Put after each document; [SEP] of a tokenizer as BERT's."""
+    pad_id: int
+    """The EOS where a tokenizer has no token for padding."""
+    mask_id: int | None
+    """None where a tokenizer has no token for what is masked."""
+    bytes_per_token: npt.NDArray[np.int64]
+    """(vocab_size,) Of the text that each token spells: none for special tokens."""
+    starts_word: npt.NDArray[np.bool_]
+    """(vocab_size,) Whether a token begins a word instead of continuing the one before it."""
 
     def encode(self, text: str, *, bos: bool, eos: bool) -> list[int]:
         """Tokens of a text; the spelling of a special token inside it is ordinary text."""
@@ -88,48 +50,30 @@ class Tokenizer:
         with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(self._encode, texts))
 
+    @abstractmethod
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of the tokens; bytes that are not UTF-8 become U+FFFD."""
-        return self._encoding.decode(list(tokens))
 
+    @abstractmethod
     def _encode(self, text: str) -> Tokens:
-        try:
-            return self._encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:
-            return self._encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-        except ValueError:
-            if len(text) <= _CUT_CHARS:
-                raise
-            cuts = range(0, len(text), _CUT_CHARS)
-            return np.concatenate([self._encode(text[cut : cut + _CUT_CHARS]) for cut in cuts])
+        """Tokens of a text, without BOS and EOS."""
 
 
-def _read_ranks(path: Path) -> dict[bytes, int]:
-    if not path.is_file():
-        raise ValueError(f"data.tokenizer_path: {path} does not exist")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"data.tokenizer_path: cannot read {path}: {error.strerror}") from error
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(content.splitlines(), start=1):
-        try:
-            token, rank = line.split()
-            token_bytes = base64.b64decode(token, validate=True)
-            well_formed = int(rank) == len(ranks) and token_bytes not in ranks
-        except (ValueError, binascii.Error):
-            well_formed = False
-        if not well_formed:
-            raise ValueError(
-                f"data.tokenizer_path: {path}, line {number}: expected a new base64 token and its "
-                f"rank {len(ranks)} (tiktoken's format), found "
-                f"{line[:60].decode('ascii', 'replace')!r}"
-            )
-        ranks[token_bytes] = len(ranks)
-    missing = [value for value in range(256) if bytes([value]) not in ranks]
-    if missing:
-        raise ValueError(
-            f"data.tokenizer_path: {path}: {len(missing)} of the 256 single bytes have no rank, "
-            f"the first is {missing[0]}: not a byte-level tokenizer"
-        )
-    return ranks
+def load_tokenizer(path: str | Path = "") -> Tokenizer:
+    """The tokenizer of a file, by what the file holds; no path: the bundled one.
+
+    Raises ValueError naming data.tokenizer_path and the file when it is missing or malformed.
+    """
+    # os.path: leaves a ~user that does not exist, where Path raises.
+    given = Path(os.path.expanduser(path))  # noqa: PTH111
+    file = given if path else bundled_asset("tokenizer/tokenizer.model")
+    if not file.is_file():
+        raise ValueError(f"data.tokenizer_path: {file} does not exist")
+    from titan_lite.data.tiktoken_tokenizer import TiktokenTokenizer
+
+    return TiktokenTokenizer.load(file)
+
+
+def begins_word(spelling: bytes) -> bool:
+    """Whether a token of this text does: one that begins with a letter or digit continues."""
+    return not spelling or spelling[0] not in _INSIDE_WORD

@@ -98,12 +98,12 @@ def dcp_to_hf(
 
     from titan_lite.checkpoint.hf import DCPToHF
     from titan_lite.data.hf_documents import hf_documents
-    from titan_lite.data.tokenizer import Tokenizer
+    from titan_lite.data.tokenizer import load_tokenizer
 
     export = DCPToHF(source, family, args, dtype=dtype, max_shard_bytes=max_shard_bytes)
     if tokenizer_path is None:
         tokenizer_path = config["tokenizer_path"]
-    tokenizer = None if tokenizer_path is None else Tokenizer.load(tokenizer_path)
+    tokenizer = None if tokenizer_path is None else load_tokenizer(tokenizer_path)
     export.write(target, hf_documents(args, family.hf_config, tokenizer, dtype=export.dtype))
     files = len(export.files)
     print(

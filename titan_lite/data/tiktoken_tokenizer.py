@@ -1,0 +1,112 @@
+"""Byte-level BPE tokenizers in tiktoken's file format, with the special tokens of Llama 3."""
+
+import base64
+import binascii
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from titan_lite.data.tokenizer import Tokenizer, Tokens, begins_word
+
+# Llama 3's split of text into pieces that are merged independently (llama_models.llama3.tokenizer).
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_NAMED_SPECIAL_TOKENS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|step_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+    "<|image|>",
+)
+SPECIAL_TOKENS = _NAMED_SPECIAL_TOKENS + tuple(
+    f"<|reserved_special_token_{i}|>" for i in range(2, 256 - len(_NAMED_SPECIAL_TOKENS) + 2)
+)
+# A run of about a million spaces exhausts the regex engine's stack: such a document is cut.
+_CUT_CHARS = 100_000
+
+
+class TiktokenTokenizer(Tokenizer):
+    """The ranks of a file, then the 256 special tokens of Llama 3.
+
+    `ranks` holds its tokens in the order of their ranks.
+    """
+
+    def __init__(self, ranks: dict[bytes, int]) -> None:
+        special_tokens = {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
+        self._encoding = tiktoken.Encoding(
+            "titan_lite",
+            pat_str=SPLIT_PATTERN,
+            mergeable_ranks=ranks,
+            special_tokens=special_tokens,
+        )
+        self.ranks = ranks
+        digest = hashlib.sha256(b"".join(b"%d %b" % (len(token), token) for token in ranks))
+        self.identity = f"{self._encoding.n_vocab} tokens {digest.hexdigest()[:16]}"
+        self.vocab_size = self._encoding.n_vocab
+        self.bos_id = special_tokens["<|begin_of_text|>"]
+        self.eos_id = special_tokens["<|end_of_text|>"]
+        self.pad_id = special_tokens["<|finetune_right_pad_id|>"]
+        self.mask_id = special_tokens["<|reserved_special_token_0|>"]
+        spellings = [*ranks, *(b"" for _ in SPECIAL_TOKENS)]
+        self.bytes_per_token = np.array(list(map(len, spellings)))
+        self.starts_word = np.array(list(map(begins_word, spellings)))
+
+    @classmethod
+    def load(cls, path: Path) -> "TiktokenTokenizer":
+        """Read a file of "base64-token rank" lines; ValueError naming file and line."""
+        return cls(_read_ranks(path))
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return self._encoding.decode(list(tokens))
+
+    def _encode(self, text: str) -> Tokens:
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:
+            return self._encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        except ValueError:
+            if len(text) <= _CUT_CHARS:
+                raise
+            cuts = range(0, len(text), _CUT_CHARS)
+            return np.concatenate([self._encode(text[cut : cut + _CUT_CHARS]) for cut in cuts])
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"data.tokenizer_path: cannot read {path}: {error.strerror}") from error
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            token, rank = line.split()
+            token_bytes = base64.b64decode(token, validate=True)
+            well_formed = int(rank) == len(ranks) and token_bytes not in ranks
+        except (ValueError, binascii.Error):
+            well_formed = False
+        if not well_formed:
+            raise ValueError(
+                f"data.tokenizer_path: {path}, line {number}: expected a new base64 token and its "
+                f"rank {len(ranks)} (tiktoken's format), found "
+                f"{line[:60].decode('ascii', 'replace')!r}"
+            )
+        ranks[token_bytes] = len(ranks)
+    missing = [value for value in range(256) if bytes([value]) not in ranks]
+    if missing:
+        raise ValueError(
+            f"data.tokenizer_path: {path}: {len(missing)} of the 256 single bytes have no rank, "
+            f"the first is {missing[0]}: not a byte-level tokenizer"
+        )
+    return ranks
