@@ -31,7 +31,7 @@ def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 def chunked(num_chunks: int) -> Loss:
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return cross_entropy_sum(
-            hidden, weight, labels, num_chunks=num_chunks, vocab_size=len(weight)
+            hidden, weight, labels=labels, num_chunks=num_chunks, vocab_size=len(weight)
         )
 
     return loss

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from titan_lite.loss import IGNORE_INDEX, cross_entropy_sum
+from titan_lite.loss import IGNORE_INDEX, cross_entropy_sum, pair_cross_entropy_sum
 
 
 def _inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -20,7 +20,9 @@ def _inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]
 @pytest.mark.parametrize("num_chunks", [1, 3, 8, 14, 100])
 def test_loss_and_gradients_equal_torch_for_any_number_of_chunks(num_chunks: int) -> None:
     hidden, weight, labels = _inputs()
-    loss = cross_entropy_sum(hidden, weight, labels, num_chunks=num_chunks, vocab_size=len(weight))
+    loss = cross_entropy_sum(
+        hidden, weight, labels=labels, num_chunks=num_chunks, vocab_size=len(weight)
+    )
     (loss / 3).backward()
     got = hidden.grad, weight.grad
     hidden.grad = weight.grad = None
@@ -35,7 +37,7 @@ def test_loss_and_gradients_equal_torch_for_any_number_of_chunks(num_chunks: int
 
 def test_loss_of_bfloat16_inputs_is_float32_and_its_gradients_are_bfloat16() -> None:
     hidden, weight, labels = _inputs(torch.bfloat16)
-    loss = cross_entropy_sum(hidden, weight, labels, num_chunks=4, vocab_size=len(weight))
+    loss = cross_entropy_sum(hidden, weight, labels=labels, num_chunks=4, vocab_size=len(weight))
     loss.backward()
     assert loss.dtype == torch.float32
     assert hidden.grad is not None
@@ -47,7 +49,11 @@ def test_loss_of_bfloat16_inputs_is_float32_and_its_gradients_are_bfloat16() -> 
 def test_a_batch_without_valid_tokens_has_loss_and_gradients_of_zero() -> None:
     hidden, weight, labels = _inputs()
     loss = cross_entropy_sum(
-        hidden, weight, torch.full_like(labels, IGNORE_INDEX), num_chunks=2, vocab_size=len(weight)
+        hidden,
+        weight,
+        labels=torch.full_like(labels, IGNORE_INDEX),
+        num_chunks=2,
+        vocab_size=len(weight),
     )
     loss.backward()
     assert loss.item() == 0
@@ -57,10 +63,14 @@ def test_a_batch_without_valid_tokens_has_loss_and_gradients_of_zero() -> None:
 
 def test_gradients_can_be_asked_for_one_after_the_other() -> None:
     hidden, weight, labels = _inputs()
-    loss = cross_entropy_sum(hidden, weight, labels, num_chunks=4, vocab_size=len(weight)) / 3
+    loss = (
+        cross_entropy_sum(hidden, weight, labels=labels, num_chunks=4, vocab_size=len(weight)) / 3
+    )
     (grad_hidden,) = torch.autograd.grad(loss, hidden, retain_graph=True)
     (grad_weight,) = torch.autograd.grad(loss, weight)
-    again = cross_entropy_sum(hidden, weight, labels, num_chunks=4, vocab_size=len(weight)) / 3
+    again = (
+        cross_entropy_sum(hidden, weight, labels=labels, num_chunks=4, vocab_size=len(weight)) / 3
+    )
     torch.testing.assert_close(
         (grad_hidden, grad_weight), torch.autograd.grad(again, (hidden, weight))
     )
@@ -70,9 +80,9 @@ def test_a_factor_scales_the_loss_and_reaches_gradients_before_they_are_rounded(
     # float16 has nothing between 0 and 6e-8: probabilities of 1 / 50 times 1e-7 would be lost.
     hidden, weight, labels = _inputs(torch.float16)
     options = {"num_chunks": 4, "vocab_size": len(weight)}
-    plain = cross_entropy_sum(hidden, weight, labels, **options)
+    plain = cross_entropy_sum(hidden, weight, labels=labels, **options)
     factor = torch.tensor(1e-7 * 65536)
-    scaled = cross_entropy_sum(hidden, weight, labels, factor=factor, **options)
+    scaled = cross_entropy_sum(hidden, weight, labels=labels, factor=factor, **options)
     torch.testing.assert_close(scaled, plain * factor)
     (plain * 1e-7).backward()
     assert hidden.grad is not None
@@ -90,7 +100,7 @@ def test_compiled_it_computes_the_same(dtype: torch.dtype) -> None:
         hidden, weight, labels = _inputs(dtype)
         options = {"num_chunks": 4, "vocab_size": 48, "factor": torch.tensor(0.3)}
         labels = labels.clamp(max=47)
-        loss = cross_entropy_sum(hidden, weight, labels, compile=compile, **options)
+        loss = cross_entropy_sum(hidden, weight, labels=labels, compile=compile, **options)
         loss.backward()
         assert hidden.grad is not None
         assert weight.grad is not None
@@ -109,10 +119,68 @@ def test_full_logits_never_exist() -> None:
     weight = torch.randn(1000, 8, requires_grad=True)
     labels = torch.randint(1000, (512,))
     with torch.profiler.profile(profile_memory=True) as profiler:
-        cross_entropy_sum(hidden, weight, labels, num_chunks=8, vocab_size=len(weight)).backward()
+        cross_entropy_sum(
+            hidden, weight, labels=labels, num_chunks=8, vocab_size=len(weight)
+        ).backward()
     largest = max(
         (event.cpu_memory_usage for event in profiler.events() if event.name == "aten::mm"),
     )
     assert largest <= 512 // 8 * 1000 * 4
     with torch.no_grad():
-        assert cross_entropy_sum(hidden, weight, labels, num_chunks=8, vocab_size=len(weight)) > 0
+        assert (
+            cross_entropy_sum(hidden, weight, labels=labels, num_chunks=8, vocab_size=len(weight))
+            > 0
+        )
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3])
+@pytest.mark.parametrize("selects", [False, True])
+def test_with_a_bias_and_with_labelled_rows_alone_it_equals_torch(
+    num_chunks: int, selects: bool
+) -> None:
+    hidden, weight, labels = _inputs()
+    labels[1, ::2] = IGNORE_INDEX
+    bias = torch.randn(50, requires_grad=True)
+    # The last two rows pad the vocabulary.
+    labels = labels.where(labels == IGNORE_INDEX, labels.clamp(max=47))
+    positions = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1) if selects else None
+    factor = torch.tensor(0.3)
+    options = {"num_chunks": num_chunks, "vocab_size": 48, "factor": factor}
+    loss = cross_entropy_sum(hidden, weight, bias, labels=labels, positions=positions, **options)
+    got = torch.autograd.grad(loss / 3, (hidden, weight, bias))
+
+    logits = (hidden @ weight.T + bias)[..., :48].flatten(0, 1)
+    expected = F.cross_entropy(logits, labels.flatten(), reduction="sum") * factor
+    torch.testing.assert_close(loss, expected)
+    wanted = torch.autograd.grad(expected / 3, (hidden, weight, bias))
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    assert not got[2][48:].any()
+
+
+def test_selected_rows_are_cut_into_chunks_of_the_size_that_all_would_have() -> None:
+    hidden, weight, labels = _inputs()
+    positions = torch.tensor([0, 8, 9, 13, 2])
+    with torch.profiler.profile() as profiler:
+        cross_entropy_sum(
+            hidden, weight, labels=labels, positions=positions, num_chunks=4, vocab_size=50
+        )
+    # Of 14 tokens, chunks of 4: these 5 need two, each with a matmul for logits and one for hidden.
+    products = [event for event in profiler.events() if event.name == "aten::mm"]
+    assert len(products) == 4
+    nothing = cross_entropy_sum(
+        hidden, weight, labels=labels, positions=positions[:0], num_chunks=4, vocab_size=50
+    )
+    grads = torch.autograd.grad(nothing, (hidden, weight))
+    assert nothing == 0
+    assert not any(grad.any() for grad in grads)
+
+
+def test_the_loss_of_pairs_equals_torch_and_counts_those_told_right() -> None:
+    logits = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.5], [9.0, 0.0]], requires_grad=True)
+    labels, found = torch.tensor([0, 1, 1, IGNORE_INDEX]), torch.ones(2)
+    loss = pair_cross_entropy_sum(logits, labels=labels, factor=torch.tensor(0.25), found=found)
+    expected = F.cross_entropy(logits[:3], labels[:3], reduction="sum")
+    torch.testing.assert_close(loss, expected / 4)
+    torch.testing.assert_close(found, torch.stack([1 + expected.detach(), torch.tensor(3.0)]))
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert not grad[3].any()

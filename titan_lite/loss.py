@@ -1,4 +1,4 @@
-"""Next-token cross-entropy, summed over the valid tokens, without ever holding the whole logits.
+"""Cross-entropy of tokens, summed over the valid ones, without ever holding the whole logits.
 
 Shape suffixes: N tokens, n tokens of a chunk, D model width, V vocabulary (this rank's part of it),
 P ranks whose logits are gathered.
@@ -14,6 +14,7 @@ import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial
+from torch.nn import functional
 
 from titan_lite.runtime.distributed import all_gather_single
 
@@ -23,34 +24,39 @@ IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default
 def cross_entropy_sum(
     hidden: Tensor,
     weight_VD: Tensor,
-    labels: Tensor,
+    bias_V: Tensor | None = None,
     *,
+    labels: Tensor,
     num_chunks: int,
     vocab_size: int,
+    positions: Tensor | None = None,
     factor: Tensor | None = None,
     loss_parallel: bool = True,
     compile: bool = False,
     groups: Tensor | None = None,
     group_losses: Tensor | None = None,
 ) -> Tensor:
-    """Sum over the valid tokens of the cross-entropy of hidden @ weight.T, as a float32 scalar.
+    """Sum over valid tokens of the cross-entropy of hidden @ weight.T + bias, a float32 scalar.
 
     hidden: (..., D), labels: (...), equal leading dims; a label of -100 is not counted. Rows of
     the weight from `vocab_size` on are padding. The tokens are cut into `num_chunks`; each chunk's
     logits (float32, N / num_chunks x V) live only while its loss and gradients are computed, all
-    in the forward pass. `factor`, a scalar, multiplies the sum, and its gradients before they are
-    rounded to the weight's dtype. A DTensor weight, split over the vocabulary, gives the same loss
-    on each of its ranks: two all-reduces of n numbers a chunk (arXiv:1909.08053, section 3), or
-    without `loss_parallel` an all-gather of its logits. With `compile` what a chunk computes
-    between its matmuls is one compiled graph. `groups`, int64 with the shape of the labels, numbers
-    what each token belongs to: to `group_losses`, float32, their losses are added, without
-    `factor`, and of a split vocabulary those of the labels in this rank's part.
+    in the forward pass. `positions`, int64 (M,), are the only ones of the flattened tokens that are
+    computed, in as few chunks of the same size as hold them. `factor`, a scalar, multiplies the
+    sum, and its gradients before they are rounded to the weight's dtype. A DTensor weight, split
+    over the vocabulary, gives the same loss on each of its ranks: two all-reduces of n numbers a
+    chunk (arXiv:1909.08053, section 3), or without `loss_parallel` an all-gather of its logits.
+    With `compile` what a chunk computes between its matmuls is one compiled graph. `groups`, int64
+    with the shape of the labels, numbers what each token belongs to: to `group_losses`, float32,
+    their losses are added, without `factor`, and of a split vocabulary those of the labels in this
+    rank's part.
     """
     group, first_row = None, 0
     if isinstance(weight_VD, DTensor):
         mesh = weight_VD.device_mesh
         group = mesh.get_group()
         weight_VD = weight_VD.to_local()
+        bias_V = bias_V.to_local() if isinstance(bias_V, DTensor) else bias_V
         first_row = mesh.get_local_rank() * len(weight_VD)
         assert isinstance(hidden, DTensor)
         # A rank's part of the vocabulary gives a part of the sum that is this gradient.
@@ -58,18 +64,25 @@ def cross_entropy_sum(
     if not torch.is_grad_enabled():
         # Asked inside, autograd would say that they need gradients all the same.
         hidden, weight_VD = hidden.detach(), weight_VD.detach()
+        bias_V = None if bias_V is None else bias_V.detach()
+    hidden_ND, per_token = hidden.flatten(0, -2), [labels.flatten()]
+    per_token += [] if groups is None else [groups.flatten()]
+    chunk = -(-len(hidden_ND) // num_chunks)
+    if positions is not None:
+        hidden_ND, *per_token = (tensor[positions] for tensor in (hidden_ND, *per_token))
     return _ChunkedLinearCrossEntropy.apply(
-        hidden.flatten(0, -2),
+        hidden_ND,
         weight_VD,
-        labels.flatten(),
+        bias_V,
+        per_token[0],
         torch.ones((), device=hidden.device) if factor is None else factor,
-        num_chunks,
+        chunk,
         vocab_size - first_row,
         first_row,
         group,
         loss_parallel,
-        compile,
-        None if groups is None else groups.flatten(),
+        _compiled(any_size=positions is not None) if compile else None,
+        per_token[-1],
         group_losses,
     )
 
@@ -80,41 +93,45 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden_ND: Tensor,
         weight_VD: Tensor,
+        bias_V: Tensor | None,
         labels_N: Tensor,
         factor: Tensor,
-        num_chunks: int,
+        chunk: int,
         num_rows: int,
         first_row: int,
         group: dist.ProcessGroup | None,
         loss_parallel: bool,
-        compile: bool,
-        groups_N: Tensor | None,
+        compiled: Callable[..., Tensor] | None,
+        groups_N: Tensor,
         group_losses: Tensor | None,
     ) -> Tensor:
         need_grad = any(ctx.needs_input_grad)
         dtype = weight_VD.dtype
         loss = hidden_ND.new_zeros((), dtype=torch.float32)
         # All chunks share these buffers: fresh ones would cost the CPU more than the arithmetic.
-        rows = -(-len(hidden_ND) // num_chunks)
-        logits = weight_VD.new_empty(rows, len(weight_VD))
-        if compile:
-            to_gradient = _compiled()
-        else:
+        logits = weight_VD.new_empty(min(chunk, len(hidden_ND)), len(weight_VD))
+        to_gradient = compiled
+        if to_gradient is None:
             log_probs = torch.empty_like(logits, dtype=torch.float32)
             to_gradient = functools.partial(_to_gradient, log_probs)
         if need_grad:
             grad_hidden_ND = torch.empty_like(hidden_ND)
-            if num_chunks > 1:
-                # float32, since bfloat16 sums over chunks would lose the small terms.
+            # float32, since bfloat16 sums over chunks would lose the small terms.
+            if chunk < len(hidden_ND):
                 grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+            grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
         for hidden_nD, labels_n, grad_hidden_nD, groups_n in zip(
-            hidden_ND.split(rows),
-            labels_N.split(rows),
-            (grad_hidden_ND if need_grad else hidden_ND).split(rows),
-            (labels_N if groups_N is None else groups_N).split(rows),
+            hidden_ND.split(chunk),
+            labels_N.split(chunk),
+            (grad_hidden_ND if need_grad else hidden_ND).split(chunk),
+            groups_N.split(chunk),
             strict=True,
         ):
-            logits_nV = torch.mm(hidden_nD, weight_VD.T, out=logits[: len(labels_n)])
+            out_nV = logits[: len(labels_n)]
+            if bias_V is None:
+                logits_nV = torch.mm(hidden_nD, weight_VD.T, out=out_nV)
+            else:
+                logits_nV = torch.addmm(bias_V, hidden_nD, weight_VD.T, out=out_nV)
             loss_n = to_gradient(
                 logits_nV, labels_n, factor, num_rows, first_row, group, loss_parallel
             )
@@ -124,7 +141,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             if need_grad:
                 grad_nV = logits_nV
                 torch.mm(grad_nV, weight_VD, out=grad_hidden_nD)
-                if num_chunks == 1:
+                if grad_bias_V is not None:
+                    grad_bias_V += grad_nV.sum(0, dtype=torch.float32)
+                if chunk >= len(hidden_ND):
                     grad_weight_VD = grad_nV.T @ hidden_nD
                 elif dtype == torch.float32:
                     grad_weight_VD.addmm_(grad_nV.T, hidden_nD)
@@ -133,7 +152,8 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         if group is not None:
             dist.all_reduce(loss, group=group)
         if need_grad:
-            ctx.save_for_backward(grad_hidden_ND, grad_weight_VD.to(dtype))
+            grad_bias_V = None if grad_bias_V is None else grad_bias_V.to(dtype)
+            ctx.save_for_backward(grad_hidden_ND, grad_weight_VD.to(dtype), grad_bias_V)
             ctx.is_scaled = False
         return loss
 
@@ -144,7 +164,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         # In place, since these are the largest gradients of the model. Once: pipeline schedules
         # ask for the gradient of hidden first, and for the weight's in a second backward.
         if not ctx.is_scaled:
-            for grad in grads:
+            for grad in filter(lambda grad: grad is not None, grads):
                 grad.data.mul_(grad_loss)  # Not seen by autograd, which would refuse the second.
             ctx.is_scaled = True
         return *grads, *(None,) * 10
@@ -200,9 +220,10 @@ def _max_and_sum(
 
 
 @functools.cache
-def _compiled() -> Callable[..., Tensor]:
-    # A last, shorter chunk gets a graph of its own rather than all of them a dynamic one.
-    return torch.compile(_to_gradient_in_one_graph, fullgraph=True, dynamic=False)
+def _compiled(any_size: bool) -> Callable[..., Tensor]:
+    # A last, shorter chunk gets a graph of its own rather than all of them a dynamic one, unless
+    # each micro-batch has another one.
+    return torch.compile(_to_gradient_in_one_graph, fullgraph=True, dynamic=any_size)
 
 
 def _to_gradient_in_one_graph(
@@ -226,3 +247,18 @@ def _to_gradient_in_one_graph(
     gradient_nV = (log_probs_nV.exp() - target_nV.float()) * (label_n1 != IGNORE_INDEX)
     logits_nV.copy_(gradient_nV * factor)
     return loss_n
+
+
+def pair_cross_entropy_sum(
+    logits_B2: Tensor, *, labels: Tensor, factor: Tensor, found: Tensor
+) -> Tensor:
+    """Sum over pairs of the cross-entropy of their logits, times `factor`, as a float32 scalar.
+
+    labels: (B,), -100 is not counted. To `found`, float32 (2,), the sum without `factor` is added,
+    and how many of the pairs the logits tell right.
+    """
+    loss = functional.cross_entropy(
+        logits_B2.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    found += torch.stack([loss.detach(), (logits_B2.argmax(1) == labels).sum()])
+    return loss * factor

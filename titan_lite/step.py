@@ -14,6 +14,7 @@ from titan_lite.config.schema import Config
 from titan_lite.data.loader import Batch
 from titan_lite.loss import IGNORE_INDEX, cross_entropy_sum
 from titan_lite.nn.documents import DocumentMask, Spans, dense_mask, document_spans, has_kernel
+from titan_lite.objective import Objective
 from titan_lite.optim.loss_scaler import LossScaler
 from titan_lite.optim.nonfinite import NonFiniteGuard
 from titan_lite.optim.optimizer import set_lr
@@ -29,15 +30,20 @@ from titan_lite.runtime.progress import Progress
 class StepResult:
     """Scalars on the device, the same on all ranks, for the host to read when it can.
 
-    loss: the global mean. grad_norm: global, before clipping. num_valid: labels that the global
-    batch counts, int64. is_finite: loss and norm are. num_stopping: ranks that were asked to stop.
+    loss: the global mean. sums: what the objective adds up beside it, global. grad_norm: global,
+    before clipping. Of the global batch, int64: num_valid, labels that count, num_pairs, pairs that
+    do, num_tokens, inputs but padding. is_finite: loss and norm are. num_stopping: ranks that were
+    asked to stop.
     With data.sources, for each of them: source_valid, as num_valid, and source_losses, this rank's
     part of the sum of the losses.
     """
 
     loss: Tensor
+    sums: Tensor
     grad_norm: Tensor
     num_valid: Tensor
+    num_pairs: Tensor
+    num_tokens: Tensor
     is_finite: Tensor
     num_stopping: Tensor
     source_valid: Tensor | None = None
@@ -53,8 +59,10 @@ class TrainStep:
         parallel_model: ParallelModel,
         optimizer: torch.optim.Optimizer,
         guard: LossScaler | NonFiniteGuard,
+        objective: Objective,
         *,
         vocab_size: int,
+        is_causal: bool,
         positions: Tensor | None,
         device: torch.device,
         progress: Progress,
@@ -68,11 +76,15 @@ class TrainStep:
         self.optimizer = optimizer
         self.guard = guard
         self.progress = progress
+        self.objective = objective
         self.num_sources = len(config.data.sources)
         self.source_losses: Tensor | None = None
         self.vocab_size = vocab_size
+        self.is_causal = is_causal
         self.positions = positions
         self.device = device
+        self.pair_factor = torch.ones((), device=device)
+        self.sums = self._zeros(torch.float32)
 
     def __call__(self, batches: Sequence[Batch], lr: float, *, stop: bool = False) -> StepResult:
         """`batches`: this rank's micro-batches of the step, whole sequences on the host.
@@ -81,22 +93,25 @@ class TrainStep:
         """
         self.progress.enter("forward")
         micro_batches = [self.local(batch) for batch in batches]
-        valid, num_stopping = self._agree(micro_batches, stop)
+        valid, (num_pairs, num_tokens, num_stopping) = self._agree(micro_batches, stop)
         # Every token of the global batch weighs the same, wherever it is: the sum over
         # micro-batches and ranks is divided by the valid tokens of all of them.
         num_valid = valid.sum()
         if self.num_sources:
             self.source_losses = torch.zeros(self.num_sources, device=self.device)
-        factor = num_valid.clamp(min=1).to(torch.float32).reciprocal()
+        factor, self.pair_factor = (
+            count.clamp(min=1).to(torch.float32).reciprocal() for count in (num_valid, num_pairs)
+        )
+        self.sums = self._zeros(torch.float32)
         loss_scale = None
         if isinstance(self.guard, LossScaler):
             loss_scale = self.guard.scale.to(self.device)
-            factor *= loss_scale
+            factor, self.pair_factor = factor * loss_scale, self.pair_factor * loss_scale
         loss = self.forward_backward(micro_batches, factor)
         if loss_scale is not None:
             loss /= loss_scale
         self.progress.enter("optimizer")
-        self.global_loss(loss)
+        loss, *_ = sums = self.global_loss(torch.cat([loss.unsqueeze(0), self.sums]))
         norm = self._clip(loss_scale)
         set_lr(self.optimizer, lr)
         is_finite = norm.total.isfinite()
@@ -111,16 +126,35 @@ class TrainStep:
             refresh_scales(self.model)
         self.optimizer.zero_grad()
         by_source = (valid, self.source_losses) if self.num_sources else ()
-        return StepResult(loss, norm.total, num_valid, is_finite, num_stopping, *by_source)
+        return StepResult(
+            loss,
+            sums[1:],
+            norm.total,
+            num_valid,
+            num_pairs,
+            num_tokens,
+            is_finite,
+            num_stopping,
+            *by_source,
+        )
 
     def _agree(self, micro_batches: Sequence[Batch], stop: bool) -> tuple[Tensor, Tensor]:
-        """`_count_valid` of the global batch, and how many ranks are to stop; int64."""
-        valid = torch.stack([*map(self._count_valid, micro_batches)]).sum(0)
-        counts = self.to_device(torch.cat([valid, torch.tensor([int(stop)])]))
+        """`_count_valid` of the global batch, and its pairs, tokens and ranks to stop; int64."""
+        counted = [
+            torch.cat([self._count_valid(batch), self._count_pairs(batch)])
+            for batch in micro_batches
+        ]
+        counts = torch.cat([torch.stack(counted).sum(0), torch.tensor([int(stop)])])
+        counts = self.to_device(counts)
         dist.all_reduce(counts)
         # Ranks of one place in the data have the same tokens.
-        copies = dist.get_world_size() // dist.get_world_size(self.meshes.loss)
-        return counts[:-1] // copies, counts[-1]
+        counts[:-1] //= dist.get_world_size() // dist.get_world_size(self.meshes.loss)
+        return counts[:-3], counts[-3:]
+
+    def _count_pairs(self, batch: Batch) -> Tensor:
+        """Pairs that count, and tokens but padding."""
+        pairs = batch.labels[:0] if batch.pair_labels is None else batch.pair_labels
+        return torch.stack([(pairs != IGNORE_INDEX).sum(), self.objective.num_tokens(batch)])
 
     def _count_valid(self, batch: Batch) -> Tensor:
         """Labels that count, of each source, or of all where there are none."""
@@ -160,11 +194,13 @@ class TrainStep:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
-        """Sum of the token losses of this and all other ranks' micro-batches; collective.
+        """Sum of the losses of this and all other ranks' micro-batches; collective.
 
-        A float64 scalar. Leaves no trace in what the next step does.
+        Float64: of all losses, and after it what the objective adds up. Leaves no trace in what the
+        next step does.
         """
-        factor = torch.ones((), device=self.device)
+        factor = self.pair_factor = torch.ones((), device=self.device)
+        self.sums = self._zeros(torch.float64)
         at_once = 1 if self.pipeline is None else self.pipeline.num_micro_batches
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for first in range(0, len(batches), at_once):
@@ -177,14 +213,17 @@ class TrainStep:
             for share in losses:
                 loss += share
         free_gathered(self.model)
-        return self.global_loss(loss)
+        return self.global_loss(torch.cat([loss.unsqueeze(0), self.sums]))
 
     def _call(self, batch: Batch, factor: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """What the model is called with for a micro-batch, on the device."""
-        config = self.config
+        config, labelled = self.config, None
+        if config.training.loss_positions == "labelled":
+            labelled = self.to_device(self.labelled(batch))
         head_loss = partial(
             cross_entropy_sum,
             labels=self.to_device(batch.labels),
+            positions=labelled,
             num_chunks=config.training.loss_chunks,
             vocab_size=self.vocab_size,
             factor=factor,
@@ -196,7 +235,15 @@ class TrainStep:
             head_loss = partial(head_loss, groups=groups, group_losses=self.source_losses)
         positions = None if batch.positions is None else self.to_device(batch.positions)
         kwargs = {"head_loss": head_loss, "positions_S": positions, "mask": self._mask(batch)}
+        kwargs |= self.objective.arguments(batch, self.pair_factor, self.sums, self.to_device)
         return self.to_device(batch.inputs), kwargs
+
+    def _zeros(self, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(self.objective.num_sums, dtype=dtype, device=self.device)
+
+    def labelled(self, batch: Batch) -> Tensor:
+        """Of the flattened tokens, those whose label counts; the host knows how many."""
+        return (batch.labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)
 
     def local(self, batch: Batch) -> Batch:
         """This rank's part of each sequence, but the documents of whole ones."""
@@ -223,7 +270,7 @@ class TrainStep:
         dtype = getattr(torch, self.config.training.param_dtype)
         if not has_kernel(self.device, dtype):
             documents, queries = self.to_device(batch.documents), self.to_device(queries)
-            return dense_mask(documents, queries, dtype)
+            return dense_mask(documents, queries, dtype, causal=self.is_causal)
         return tuple(
             Spans(spans.num_queries, *map(self.to_device, spans[1:]))
             for spans in document_spans(batch.documents, queries)

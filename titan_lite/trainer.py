@@ -31,6 +31,7 @@ from titan_lite.metrics.warnings import LossWatch, starving_ranks
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.rules import Plan
 from titan_lite.nn.build import build
+from titan_lite.objective import OBJECTIVES
 from titan_lite.optim.loss_scaler import LossScaler
 from titan_lite.optim.nonfinite import NonFiniteGuard
 from titan_lite.optim.optimizer import build_optimizer
@@ -109,6 +110,7 @@ class Trainer:
 
     def _build(self, loaded: LoadedConfig, plan: Plan) -> None:
         config, training = self.config, self.config.training
+        self.objective = OBJECTIVES[plan.family.objective](config)
         # What can be refused is refused before any process waits for another.
         self._find_files(loaded, plan)
         with torch.device("meta"):
@@ -159,7 +161,9 @@ class Trainer:
             parallel_model,
             self.optimizer,
             self.guard,
+            self.objective,
             vocab_size=plan.args.vocab_size,
+            is_causal=plan.args.causal,
             positions=self.positions,
             device=self.process.device,
             progress=self.progress,
@@ -338,6 +342,8 @@ class Trainer:
 
     def _open_data(self, loaded: LoadedConfig) -> None:
         """Reads what is held out, opens the data where the run's state says: the first batch."""
+        with blaming("data.tokenizer_path", loaded):
+            self.rows = self.objective.rows(self.tokenizer)
         if self.config.validation.enable and self.held_out is None:
             with blaming("validation.dataset", loaded):
                 self.held_out = self._read_held_out()
@@ -379,6 +385,7 @@ class Trainer:
             "batch_rank": self.dims.batch_rank(self.process.rank),
             "batch_degree": self.dims.batch,
             "tokenizer": self.tokenizer,
+            "rows": self.rows,
         }
 
     def train(self) -> None:
@@ -452,9 +459,9 @@ class Trainer:
                     reason,
                 )
         tokens: int | Tensor = self.global_batch_size * training.seq_len
-        if self.config.data.packing == "none":
-            # Without padding: the tokens that have a label, which the host does not wait for.
-            tokens = result.num_valid
+        if self.objective.has_padding:
+            # A number that the host does not wait for.
+            tokens = result.num_tokens
         self.state.step = step
         self.tokens += tokens
         self.meter.add(tokens=tokens, samples=self.global_batch_size)
@@ -470,6 +477,7 @@ class Trainer:
             return None
         extra = self.checkpoints.metrics() | self.guard.metrics() | self._skipped_documents()
         extra |= validated | self._by_source(result)
+        extra |= self.objective.metrics(result.loss, result.sums, result.num_pairs)
         waits = self._data_waits()
         record = self.meter.log(
             step,
@@ -543,7 +551,8 @@ class Trainer:
         # The first one compiles.
         self._set_timeout(comm.init_timeout_seconds)
         with self.meter.excluded():
-            metrics = self.held_out.metrics(self.step.evaluate(self.held_out.batches))
+            sums = self.step.evaluate(self.held_out.batches)
+            metrics = self.objective.validation(sums, self.held_out)
         self._set_timeout(comm.train_timeout_seconds)
         if self.compilations is not None:
             self.compilations.after_validation()

@@ -166,6 +166,21 @@ class Data(Documents):
         return self.packing in ("document", "fixed")
 
 
+class MaskedLM(Section):
+    """[masked_lm]: how documents become the samples of a masked language model, as bert."""
+
+    mask_prob: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of a sample's tokens that are predicted; of these 80 % are replaced by the mask, 10 %
+    by any other token, and 10 % stay as they are."""
+    whole_word_masking: bool = False
+    """Choose whole words instead of single tokens."""
+    short_seq_prob: Fraction = 0.1
+    """Share of the samples that are cut to a length drawn from all below training.seq_len."""
+    next_sentence: bool = True
+    """Samples are pairs, half of which do not belong together, and telling which is trained, too;
+    false: samples are of one part."""
+
+
 class Training(Section):
     """[training]: length, batch, precision, determinism."""
 
@@ -190,6 +205,9 @@ class Training(Section):
     "float16", for devices without bfloat16, comes with dynamic loss scaling."""
     reduce_dtype: DType = "float32"
     """Gradients are reduced across ranks in this type."""
+    loss_positions: Literal["all", "labelled"] = "all"
+    """Which positions the output projection multiplies: "all", or the "labelled" ones alone, whose
+    loss counts; for masked language models and padded samples."""
     loss_chunks: Positive = 8
     """Chunks of the output projection and cross-entropy, so that full logits never exist. Beyond 1
     the weight's gradient is summed in float32: that pays where a micro-batch has more tokens than
@@ -494,6 +512,7 @@ class Config(Section):
     job: Job = Job()
     model: Model = Model()
     data: Data = Data()
+    masked_lm: MaskedLM = MaskedLM()
     training: Training = Training()
     validation: Validation = Validation()
     optimizer: Optimizer = Optimizer()

@@ -4,14 +4,11 @@ Legend: as in loader.py. Sample g is the g-th of one stream over all documents, 
 global batches and what ranks get of them are cut as in training.
 """
 
-import math
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from titan_lite.config.schema import Data, Documents, Validation
 from titan_lite.data.loader import Batch
-from titan_lite.data.packing import IGNORED, Row
+from titan_lite.data.packing import IGNORED, Packing, Row, Rows
 from titan_lite.data.sources import Source, open_dataset, resolve_source, resolve_sources
 from titan_lite.data.streams import Position, Stream
 from titan_lite.data.tokenizer import Tokenizer
@@ -22,22 +19,14 @@ class HeldOut:
     """What is validated on, kept in host memory for the whole run.
 
     batches: this rank's micro-batches. num_tokens: labels counted in those of all ranks; num_bytes:
-    of text that these labels spell, where BOS and EOS spell none.
+    of text that these labels spell, where BOS and EOS spell none; num_pairs: samples of two parts
+    whose label counts.
     """
 
     batches: list[Batch]
     num_tokens: int
     num_bytes: int
-
-    def metrics(self, nats: Tensor) -> dict[str, float]:
-        """For a log record, from the sum of the losses of all tokens; the host waits for it."""
-        total = nats.cpu()
-        loss = total / self.num_tokens
-        return {
-            "validation/loss": loss.item(),
-            "validation/perplexity": loss.exp().item(),
-            "validation/bits_per_byte": (total / math.log(2) / self.num_bytes).item(),
-        }
+    num_pairs: int
 
 
 def documents_held_out(validation: Validation, data: Data) -> Documents:
@@ -67,8 +56,9 @@ def read_held_out(
     batch_rank: int,
     batch_degree: int,
     tokenizer: Tokenizer,
+    rows: Rows | None = None,
 ) -> HeldOut:
-    """Reads and tokenizes all of it, on every rank, packed as [data] says.
+    """Reads and tokenizes all of it, on every rank; rows: None: packed as [data] says.
 
     Raises ValueError where the documents are too few for `validation.steps` batches.
     """
@@ -84,13 +74,13 @@ def read_held_out(
         source,
         section,
         stream=0,
-        seq_len=seq_len,
         seed=0,
         tokenizer=tokenizer,
+        rows=rows or Packing(data, seq_len),
         position=Position(),
     )
-    rows: list[Row] = []
-    num_tokens = num_bytes = 0
+    mine: list[Row] = []
+    num_tokens = num_bytes = num_pairs = 0
     for sample in range(validation.steps * global_batch_size):
         row = stream.row(sample)
         if stream.position.block.epoch > 0:
@@ -102,8 +92,9 @@ def read_held_out(
         counted = row.labels[row.labels != IGNORED]
         num_tokens += len(counted)
         num_bytes += int(tokenizer.bytes_per_token[counted].sum())
+        num_pairs += row.pair_labels not in (None, IGNORED)
         if sample % batch_degree == batch_rank:
-            rows.append(row)
-    starts = range(0, len(rows), local_batch_size)
-    batches = [Batch.of(rows[start : start + local_batch_size]) for start in starts]
-    return HeldOut(batches, num_tokens, num_bytes)
+            mine.append(row)
+    starts = range(0, len(mine), local_batch_size)
+    batches = [Batch.of(mine[start : start + local_batch_size]) for start in starts]
+    return HeldOut(batches, num_tokens, num_bytes, num_pairs)

@@ -24,7 +24,7 @@ import torch
 
 from titan_lite.config.schema import Data, Documents
 from titan_lite.data.mixture import Mixture
-from titan_lite.data.packing import Row
+from titan_lite.data.packing import Packing, Row, Rows
 from titan_lite.data.sources import open_dataset, resolve_sources
 from titan_lite.data.streams import Position, Stream
 from titan_lite.data.tokenizer import Tokenizer
@@ -39,11 +39,16 @@ class Batch:
     inputs: torch.Tensor
     """(B, S) int64"""
     labels: torch.Tensor
-    """(B, S) int64: the token after each input; -100 is not counted in the loss."""
+    """(B, S) int64: the token to predict at each input; -100 is not counted in the loss."""
     positions: torch.Tensor | None = None
     """(B, S) int64, in what goes together; None: 0 to S - 1 in each row."""
     documents: torch.Tensor | None = None
     """(B, S) int64: numbers of what attends to itself only, in order; None: each row is one."""
+    token_types: torch.Tensor | None = None
+    """(B, S) int64: 0 or 1, the part of a pair; None: samples have no parts."""
+    pair_labels: torch.Tensor | None = None
+    """(B,) int64: 0 where a sample's second part follows the first, 1 where it does not; -100 is
+    not counted."""
     sources: torch.Tensor | None = None
     """(B,) int64: which of data.sources each row is from; None without them."""
 
@@ -75,7 +80,9 @@ class DataLoader:
         batch_rank: int,
         batch_degree: int,
         tokenizer: Tokenizer,
+        rows: Rows | None = None,
     ) -> None:
+        """rows: how documents become rows; None: packed as `section` says."""
         if global_batch_size % (local_batch_size * batch_degree):
             raise ValueError(
                 f"training.global_batch_size={global_batch_size} is not a multiple of "
@@ -86,6 +93,7 @@ class DataLoader:
         self._local_batch_size = local_batch_size
         self._rank, self._degree = batch_rank, batch_degree
         self._tokenizer = tokenizer
+        self._rows = rows or Packing(section, seq_len)
         self._sources = resolve_sources(section)
         self._mixture = Mixture([source.weight for source in section.sources] or [1])
         self._num_samples = 0
@@ -167,10 +175,7 @@ class DataLoader:
             "data.sources": [[s.name, s.weight, s.text_field] for s in mixed] or None,
             "training.seq_len": self._seq_len,
             "training.seed": self._seed,
-            "data.packing": self._section.packing,
-            "data.packing_block": (
-                self._section.packing_block if self._section.packing == "fixed" else None
-            ),
+            **self._rows.settings(),
             "data.num_streams": self._section.num_streams,
             "data.shuffle": self._section.shuffle,
             "data.shuffle_buffer": self._section.shuffle_buffer,
@@ -209,9 +214,9 @@ class DataLoader:
                         self._sources[source],
                         sections[source],
                         stream=v,
-                        seq_len=self._seq_len,
                         seed=self._seed,
                         tokenizer=self._tokenizer,
+                        rows=self._rows,
                         position=positions.get(number, Position()),
                     )
                 rows.append(streams[number].row(item))

@@ -5,10 +5,11 @@ token comes with its index in its document: an array (n, 2) of uint32, so that a
 where a document starts.
 """
 
+import functools
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,13 +27,57 @@ IGNORED = -100
 class Row:
     """One sample as the model gets it; every array is (S,).
 
-    positions and documents (numbers, in order) are None where all of a row goes together.
+    positions and documents (numbers, in order) are None where all of a row goes together. Of a
+    masked language model: token_types, 0 or 1 by the part of the pair; pair_labels, a number.
     """
 
     inputs: Ints
     labels: Ints
     positions: Ints | None = None
     documents: Ints | None = None
+    token_types: Ints | None = None
+    pair_labels: np.int64 | None = None
+
+
+MakeRow = Callable[[], Row]
+
+
+class Rows(Protocol):
+    """How the documents of a stream become its rows."""
+
+    def settings(self) -> dict[str, Any]:
+        """What must not change on the way."""
+
+    def rows(
+        self, blocks: Iterable[tuple[Mark, Tokens]], offset: int, *, key: tuple[int, int], item: int
+    ) -> Iterator[tuple[MakeRow, Mark, int]]:
+        """Of the samples from number `item` on, each with the place after it, as those of `pack`.
+
+        key: the run's seed, and the stream's number.
+        """
+
+
+class Packing:
+    """Rows as data.packing says."""
+
+    def __init__(self, section: Data, seq_len: int) -> None:
+        self._section, self._seq_len = section, seq_len
+
+    def settings(self) -> dict[str, Any]:
+        """What must not change on the way."""
+        packing, block = self._section.packing, self._section.packing_block
+        return {
+            "data.packing": packing,
+            "data.packing_block": block if packing == "fixed" else None,
+        }
+
+    def rows(
+        self, blocks: Iterable[tuple[Mark, Tokens]], offset: int, *, key: tuple[int, int], item: int
+    ) -> Iterator[tuple[MakeRow, Mark, int]]:
+        """As Rows says; nothing is drawn."""
+        cut = cut_documents if self._section.packing == "none" else pack
+        for sample, mark, place in cut(blocks, self._seq_len, offset):
+            yield functools.partial(to_row, sample, self._seq_len, self._section), mark, place
 
 
 def join_documents(documents: Sequence[Tokens], bos_id: int, eos_id: int) -> Tokens:

@@ -10,7 +10,7 @@ import numpy as np
 
 from titan_lite.config.schema import Data
 from titan_lite.data.documents import BadDocument, is_blank, place_of, text_of
-from titan_lite.data.packing import Row, cut_documents, join_documents, pack, to_row
+from titan_lite.data.packing import Row, Rows, join_documents
 from titan_lite.data.sources import Source, reading, stream_of
 from titan_lite.data.tokenizer import Tokenizer, Tokens
 
@@ -68,9 +68,9 @@ class Stream:
         section: Data,
         *,
         stream: int,
-        seq_len: int,
         seed: int,
         tokenizer: Tokenizer,
+        rows: Rows,
         position: Position,
     ) -> None:
         self.position = position
@@ -79,18 +79,18 @@ class Stream:
         self._num_bad = 0  # in a row
         self._whole = dataset
         self._dataset = stream_of(dataset, stream, section.num_streams)
-        self._seq_len = seq_len
-        cut = cut_documents if section.packing == "none" else pack
-        self._samples = cut(self._blocks(position.block), seq_len, position.offset)
+        blocks = self._blocks(position.block)
+        key = (seed, stream)
+        self._rows = rows.rows(blocks, position.offset, key=key, item=position.item)
 
     def row(self, item: int) -> Row:
         """Sample number `item` of the stream; never one before the position."""
         assert item >= self.position.item
         while True:
-            sample, block, offset = next(self._samples)
+            make_row, block, offset = next(self._rows)
             self.position = Position(self.position.item + 1, block, offset)
             if self.position.item > item:
-                return to_row(sample, self._seq_len, self._section)
+                return make_row()
 
     def _blocks(self, block: Block) -> Iterator[tuple[Block, Tokens]]:
         size = max(1, self._section.shuffle_buffer // self._section.num_streams)

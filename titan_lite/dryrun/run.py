@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import multiprocessing
 import os
 import warnings
@@ -74,6 +75,7 @@ class DryTrainer(Trainer):
         # Autograd refuses fake tensors of a GPU where there is none.
         device = torch.device("cpu")
         super().__init__(loaded, plan, Process(rank, 0, plan.dims.world_size, device))
+        self.step.labelled = self._labelled  # type: ignore[method-assign]
 
     def train_step(self, step: int) -> None:
         with self.fake:
@@ -111,6 +113,7 @@ class DryTrainer(Trainer):
             training.seq_len,
             with_positions=loaded.config.data.masks_attention,
             with_sources=bool(loaded.config.data.sources),
+            with_pairs=self.objective.has_pairs,
         )
 
     def _agree_on_start(self, loaded: LoadedConfig) -> None:
@@ -123,6 +126,11 @@ class DryTrainer(Trainer):
         self.model.init_parameter = _draw_nothing  # type: ignore[method-assign]
         with self.fake:
             super()._build_state()
+
+    def _labelled(self, batch: Batch) -> Tensor:
+        """Their number is what matters: labels are fake, too."""
+        share = self.config.masked_lm.mask_prob if self.objective.has_pairs else 1
+        return batch.labels.new_zeros(math.ceil(share * batch.labels.numel()))
 
     def _build_outcomes(self) -> Any:
         return Unread()
@@ -227,7 +235,12 @@ def _draw_nothing(name: str, tensor: Tensor, generator: torch.Generator) -> None
 
 
 def _batches(
-    local_batch_size: int, seq_len: int, *, with_positions: bool, with_sources: bool
+    local_batch_size: int,
+    seq_len: int,
+    *,
+    with_positions: bool,
+    with_sources: bool,
+    with_pairs: bool,
 ) -> Iterator[Batch]:
     # Drawn within a step: fake, too. Without documents, of which there is no telling where they
     # end: attention inside them keeps what attention over all of a sample does.
@@ -235,4 +248,5 @@ def _batches(
         tokens = torch.zeros(local_batch_size, seq_len, dtype=torch.int64)
         positions = torch.zeros_like(tokens) if with_positions else None
         sources = tokens.new_zeros(local_batch_size) if with_sources else None
-        yield Batch(tokens, torch.zeros_like(tokens), positions, sources=sources)
+        types, pairs = (tokens, tokens[:, 0]) if with_pairs else (None, None)
+        yield Batch(tokens, torch.zeros_like(tokens), positions, None, types, pairs, sources)

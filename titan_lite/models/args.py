@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from titan_lite.config.schema import FFNKind, NormKind, PositionKind
 
@@ -28,6 +29,8 @@ class DecoderArgs:
     The choices that have a default are Llama's; [model] documents them.
     """
 
+    causal: ClassVar[bool] = True
+    """A token sees those before it alone."""
     dim: int
     num_layers: int
     num_heads: int

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.hf_config import HFConfig, HFLayout
@@ -22,6 +23,8 @@ class Family:
     """Tensor-parallel roles; the module of each parameter is matched by exactly one row."""
     hf_key_map: Mapping[str, str]
     """Our parameter names -> Hugging Face's, `*` being the layer's number."""
+    objective: Literal["causal_lm", "masked_lm"] = "causal_lm"
+    """What it learns from: the next token, or hidden ones and whether two texts belong together."""
     hf_config: HFConfig | None = None
     """What config.json says of it; None: transformers has no such model."""
     hf_layouts: Mapping[str, HFLayout] = field(default_factory=dict)

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from titan_lite.config import rules
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import DEFAULT, ConfigError, LoadedConfig, Problem
-from titan_lite.config.schema import Config
+from titan_lite.config.problems import quote
+from titan_lite.config.schema import Config, MaskedLM
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.hf_config import unsaid_in_hf
 from titan_lite.models.registry import Family, ModelError, resolve
 
 # Together they choose the model, each within what the ones before it offer.
 CHOICE = ("model.module", "model.name", "model.flavor")
+# Special tokens, and a few of text in each part.
+SHORTEST_PAIR = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,7 @@ def check(loaded: LoadedConfig, world_size: int, *, with_files: bool = True) -> 
         family, args = resolve(loaded.config.model)
         if loaded.in_doubt.isdisjoint(CHOICE):
             broken += model_rules(loaded.config, args)
+            broken += objective_rules(loaded.config, family)
             broken += hf_rules(loaded.config, family, args)
     except ModelError as error:
         needed = CHOICE[: CHOICE.index(error.key)] if error.key in CHOICE else CHOICE
@@ -73,6 +77,43 @@ def hf_rules(
     for key in ("initial_load_hf", "last_save_hf"):
         if message and getattr(config.checkpoint, key):
             yield (f"checkpoint.{key}", "model.name"), message
+
+
+def objective_rules(config: Config, family: Family) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Broken rules between what the family learns and the data: (keys, message)."""
+    masked, data = config.masked_lm, config.data
+    if family.objective == "causal_lm":
+        for key, field in MaskedLM.model_fields.items():
+            if getattr(masked, key) != field.default:
+                yield (
+                    (f"masked_lm.{key}", "model.name"),
+                    f"{key} cannot act: family {quote(family.name)} learns the next token",
+                )
+        if config.training.loss_positions == "labelled" and data.packing in ("concat", "fixed"):
+            yield (
+                ("training.loss_positions", "data.packing"),
+                f'"labelled" cannot act: with data.packing {quote(data.packing)} every position '
+                "has a label that counts",
+            )
+        return
+    if data.packing != "concat":
+        yield (
+            ("data.packing", "model.name"),
+            f"{quote(data.packing)} cannot act: samples of {quote(family.name)} are made as "
+            "[masked_lm] says",
+        )
+    if config.training.seq_len < SHORTEST_PAIR:
+        yield (
+            ("training.seq_len", "model.name"),
+            f"{config.training.seq_len} tokens are too few for two parts and what is put around "
+            f"them; {quote(family.name)} needs {SHORTEST_PAIR}",
+        )
+    if masked.next_sentence and data.shuffle_buffer < 2 * data.num_streams:
+        yield (
+            ("data.shuffle_buffer", "data.num_streams", "masked_lm.next_sentence"),
+            f"{data.shuffle_buffer} documents leave fewer than 2 to each of the data.num_streams "
+            f"({data.num_streams}): there is no other one to take a part from that does not follow",
+        )
 
 
 def model_rules(config: Config, args: DecoderArgs) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -40,11 +40,14 @@ def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype != torch.float32
 
 
-def dense_mask(documents_BS: Tensor, queries_Q: Tensor, dtype: torch.dtype) -> Tensor:
+def dense_mask(
+    documents_BS: Tensor, queries_Q: Tensor, dtype: torch.dtype, *, causal: bool = True
+) -> Tensor:
     """Of the document numbers of whole rows, for the queries at these places in them."""
-    positions_S = torch.arange(documents_BS.shape[1], device=documents_BS.device)
     sees_BQS = documents_BS[:, queries_Q, None] == documents_BS[:, None]
-    sees_BQS &= queries_Q[:, None] >= positions_S
+    if causal:
+        positions_S = torch.arange(documents_BS.shape[1], device=documents_BS.device)
+        sees_BQS &= queries_Q[:, None] >= positions_S
     # Not boolean: SDPA would make this of it in every layer, and keep each for backward.
     mask_BQS = torch.zeros(sees_BQS.shape, dtype=dtype, device=documents_BS.device)
     return mask_BQS.masked_fill_(~sees_BQS, -torch.inf).unsqueeze(1)

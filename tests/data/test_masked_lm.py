@@ -1,0 +1,296 @@
+"""Samples of masked language models: what is hidden, what belongs together, and every resume."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from titan_lite.config.schema import Data, MaskedLM
+from titan_lite.data.loader import DataLoader, merge_states
+from titan_lite.data.masked_lm import FOLLOWS, MAX_EMPTY_BLOCKS, OTHER, MaskedPairs
+from titan_lite.data.packing import IGNORED, join_documents
+from titan_lite.data.tokenizer import load_tokenizer
+
+TOKENIZER = load_tokenizer()
+CLS, SEP, MASK, PAD = (
+    TOKENIZER.bos_id,
+    TOKENIZER.eos_id,
+    TOKENIZER.mask_id,
+    TOKENIZER.pad_id,
+)
+SEQ_LEN = 128
+
+
+def batch_of(section, count=600, seq_len=SEQ_LEN, data=None):
+    """Samples of the bundled corpus."""
+    loader = DataLoader(
+        data or Data(num_streams=4, prefetch=1),
+        seq_len=seq_len,
+        seed=0,
+        local_batch_size=count,
+        global_batch_size=count,
+        batch_rank=0,
+        batch_degree=1,
+        tokenizer=TOKENIZER,
+        rows=MaskedPairs(section, seq_len, TOKENIZER),
+    )
+    batch = next(loader)
+    loader.close()
+    return batch
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["tokens", "words"])
+def batch(request):
+    return batch_of(MaskedLM(whole_word_masking=request.param))
+
+
+def original(batch):
+    """The tokens before they were hidden."""
+    return torch.where(batch.labels == IGNORED, batch.inputs, batch.labels)
+
+
+def parts_of(batch, row):
+    """Tokens of the two parts of a sample, its special tokens checked and taken off."""
+    content = original(batch)[row][batch.documents[row] == 0].tolist()
+    types = batch.token_types[row][: len(content)].tolist()
+    first, second = content[: types.index(1)], content[types.index(1) :]
+    assert (first[0], first[-1], second[-1]) == (CLS, SEP, SEP)
+    assert types == [0] * len(first) + [1] * len(second)
+    return first[1:-1], second[:-1]
+
+
+def test_15_of_100_tokens_are_predicted_of_which_80_are_masked_and_10_replaced(batch):
+    is_text = batch.documents == 0
+    is_label = batch.labels != IGNORED
+    text = is_text.sum() - 3 * len(batch.inputs)
+    assert is_label.sum() / text == pytest.approx(0.15, abs=0.003)
+    masked = batch.inputs[is_label] == MASK
+    kept = batch.inputs[is_label] == batch.labels[is_label]
+    assert masked.float().mean() == pytest.approx(0.8, abs=0.02)
+    assert kept.float().mean() == pytest.approx(0.1, abs=0.02)
+    # What replaces a token is any other token of text.
+    replaced = batch.inputs[is_label][~masked & ~kept]
+    assert len(replaced.unique()) > 400
+    assert replaced.max() < CLS
+    # Nothing else is changed, and every sample has something to predict.
+    assert not (batch.inputs == MASK)[~is_label].any()
+    assert is_label.any(1).all()
+
+
+def test_special_tokens_are_never_predicted_and_padding_is_a_document_of_its_own(batch):
+    assert batch.labels.max() < CLS
+    padding = batch.documents == 1
+    assert (batch.inputs[padding] == PAD).all()
+    assert (batch.labels[padding] == IGNORED).all()
+    assert not batch.token_types[padding].any()
+    assert (batch.documents.diff() >= 0).all()
+    for row in range(50):
+        parts_of(batch, row)
+
+
+def test_whole_words_are_hidden_or_none_of_their_tokens():
+    batch = batch_of(MaskedLM(whole_word_masking=True, mask_prob=0.3), count=100)
+    several = 0
+    for row in range(100):
+        first, second = parts_of(batch, row)
+        hidden = (batch.labels[row] != IGNORED).tolist()
+        for part, start in ((first, 1), (second, len(first) + 2)):
+            starts = [0, *(i for i in range(1, len(part)) if TOKENIZER.starts_word[part[i]])]
+            for begin, end in itertools.pairwise([*starts, len(part)]):
+                word = set(hidden[start + begin : start + end])
+                assert len(word) == 1
+                several += end - begin > 1 and word == {True}
+    assert several > 200
+
+
+def test_one_in_ten_samples_is_short_and_of_any_length():
+    none, every = (batch_of(MaskedLM(short_seq_prob=p)) for p in (0.0, 1.0))
+    lengths = {name: (b.documents == 0).sum(1) for name, b in (("none", none), ("every", every))}
+    # What is shorter is the end of a document, or comes from a short one.
+    assert (lengths["none"] == SEQ_LEN).float().mean() > 0.85
+    assert lengths["every"].float().mean() == pytest.approx(SEQ_LEN / 2, abs=6)
+    assert {5, 6, 7} & set(lengths["every"].tolist())
+    full = {p: (batch_of(MaskedLM(short_seq_prob=p)).documents == 0).all(1) for p in (0.0, 0.1)}
+    difference = full[0.0].float().mean() - full[0.1].float().mean()
+    assert difference == pytest.approx(0.1, abs=0.04)
+
+
+def test_half_of_the_second_parts_do_not_follow_and_lengths_do_not_tell_which(batch):
+    follows = batch.pair_labels == FOLLOWS
+    assert follows.float().mean() == pytest.approx(0.5, abs=0.05)
+    assert set(batch.pair_labels.tolist()) == {FOLLOWS, OTHER}
+    for what in (batch.token_types.sum(1).float(), (batch.documents == 0).sum(1).float()):
+        assert what[follows].mean() == pytest.approx(what[~follows].mean().item(), rel=0.1)
+
+
+DOCUMENT = st.integers(1, 40)
+
+
+def documents_of(lengths):
+    """A block whose tokens tell their document and place: 100 x document + place."""
+    docs = [np.arange(100 * d, 100 * d + n, dtype=np.uint32) for d, n in enumerate(lengths, 1)]
+    return join_documents(docs, CLS, SEP)
+
+
+def pairs_of(blocks, offset=0, item=0, section=None, seq_len=16):
+    maker = MaskedPairs(section or MaskedLM(), seq_len, TOKENIZER)
+    for make, mark, place in maker.rows(blocks, offset, key=(7, 3), item=item):
+        yield make(), mark, place
+
+
+@given(st.lists(st.lists(DOCUMENT, min_size=1, max_size=6), min_size=1, max_size=4))
+@settings(max_examples=30)
+def test_what_follows_follows_what_does_not_is_of_another_document_and_nothing_is_lost(blocks):
+    seen = {}
+    for row, mark, _ in pairs_of([(n, documents_of(d)) for n, d in enumerate(blocks)]):
+        tokens = np.where(row.labels == IGNORED, row.inputs, row.labels)
+        second = row.token_types == 1
+        a = tokens[(row.documents == 0) & ~second][1:-1].tolist()
+        b = tokens[second][:-1].tolist()
+        assert a == list(range(a[0], a[0] + len(a)))
+        assert b == list(range(b[0], b[0] + len(b)))
+        used = seen.setdefault(mark, [])
+        if row.pair_labels == FOLLOWS:
+            assert b[0] == a[-1] + 1
+            used += a + b
+        elif len(blocks[mark]) == 1:
+            # There is no other document: the parts have changed places.
+            assert a[0] == b[-1] + 1
+            used += b + a
+        else:
+            assert a[0] // 100 != b[0] // 100
+            used += a
+    for mark, lengths in enumerate(blocks):
+        every = [t for t in documents_of(lengths)[:, 0].tolist() if t < CLS]
+        used = seen.get(mark, [])
+        # Each once and in order, but for a last one of a document that is alone.
+        ends = {100 * d + n - 1 for d, n in enumerate(lengths, 1)}
+        assert [t for t in every if t in set(used) or t not in ends] == used
+
+
+@given(
+    st.lists(st.lists(DOCUMENT, min_size=1, max_size=6), min_size=1, max_size=4),
+    st.booleans(),
+)
+@settings(max_examples=20)
+def test_going_on_from_the_place_after_a_sample_gives_the_samples_that_follow(blocks, pairs):
+    section = MaskedLM(next_sentence=pairs)
+    blocks = [(n, documents_of(d)) for n, d in enumerate(blocks)]
+    samples = list(pairs_of(blocks, section=section))
+    for done, (_, mark, place) in enumerate(samples, start=1):
+        rest = pairs_of(blocks[mark:], place, done, section)
+        for got, expected in itertools.zip_longest(rest, samples[done:]):
+            assert got[1:] == expected[1:]
+            for name, array in vars(expected[0]).items():
+                assert np.array_equal(getattr(got[0], name), array)
+
+
+def test_without_next_sentence_a_sample_is_one_part_whose_pair_is_not_counted():
+    batch = batch_of(MaskedLM(next_sentence=False, short_seq_prob=0.0), count=50)
+    assert (batch.pair_labels == IGNORED).all()
+    assert not batch.token_types.any()
+    tokens = original(batch)
+    full = (batch.documents == 0).all(1)
+    assert (tokens[:, 0] == CLS).all()
+    assert (tokens[full][:, -1] == SEP).all()
+    assert not (tokens[full][:, 1:-1] >= CLS).any()
+
+
+def loaders(section, degree, state, files):
+    made = [
+        DataLoader(
+            Data(dataset_path=files, num_streams=2, shuffle_buffer=8),
+            seq_len=24,
+            seed=5,
+            local_batch_size=1,
+            global_batch_size=degree,
+            batch_rank=rank,
+            batch_degree=degree,
+            tokenizer=TOKENIZER,
+            rows=MaskedPairs(section, 24, TOKENIZER),
+        )
+        for rank in range(degree)
+    ]
+    for loader in made:
+        if state is not None:
+            loader.load_state_dict(state)
+    return made
+
+
+def rows_of(ranks, num_batches):
+    rows = []
+    for _ in range(num_batches):
+        turn = ranks[0].state_dict()["num_samples"] % len(ranks)
+        for batch in [next(loader) for loader in ranks[turn:] + ranks[:turn]]:
+            rows.append({k: None if t is None else t[0].tolist() for k, t in vars(batch).items()})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    path = tmp_path_factory.mktemp("documents") / "all.jsonl"
+    texts = [f"{i} " + "all that most maddens " * (i % 5) for i in range(30)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def expected(files):
+    ranks = loaders(MaskedLM(), 1, None, files)
+    rows = rows_of(ranks, 160)
+    ranks[0].close()
+    return rows
+
+
+@given(st.lists(st.sampled_from([1, 2, 3, 4]), min_size=2, max_size=4), st.integers(0, 12))
+@settings(max_examples=8)
+def test_samples_are_the_same_at_every_degree_and_after_every_resume(
+    files, expected, degrees, steps
+):
+    found, state = [], None
+    for degree in degrees:
+        ranks = loaders(MaskedLM(), degree, state, files)
+        found += rows_of(ranks, steps)
+        state = json.loads(json.dumps(merge_states([rank.state_dict() for rank in ranks])))
+        for rank in ranks:
+            rank.close()
+    assert found == expected[: len(found)]
+
+
+def test_the_next_epoch_hides_other_tokens(expected):
+    texts = {}
+    for row in expected:
+        both = zip(row["inputs"], row["labels"], strict=True)
+        tokens = [token if label == IGNORED else label for token, label in both]
+        texts.setdefault(tuple(tokens[1:5]), []).append(row["labels"])
+    again = [labels for labels in texts.values() if len(labels) > 1]
+    assert len(again) > 5
+    assert any(labels[0] != labels[1] for labels in again)
+
+
+def test_another_masking_cannot_resume_the_samples(files):
+    (loader,) = loaders(MaskedLM(), 1, None, files)
+    rows_of([loader], 2)
+    state = merge_states([loader.state_dict()])
+    loader.close()
+    with pytest.raises(ValueError, match=r"masked_lm\.mask_prob was 0\.15 and is 0\.2"):
+        loaders(MaskedLM(mask_prob=0.2), 1, state, files)
+
+
+def test_a_tokenizer_without_a_mask_is_refused(monkeypatch):
+    tokenizer = load_tokenizer()
+    monkeypatch.setattr(tokenizer, "mask_id", None)
+    with pytest.raises(ValueError, match=r"^data\.tokenizer_path: this tokenizer has no token for"):
+        MaskedPairs(MaskedLM(), 16, tokenizer)
+
+
+def test_documents_that_are_all_too_short_end_the_run():
+    blocks = [(n, documents_of([1, 1])) for n in range(MAX_EMPTY_BLOCKS)]
+    with pytest.raises(ValueError, match="no document in 100 blocks of them has 2 tokens"):
+        list(pairs_of(blocks))
+    # One that is long enough among them does not.
+    assert list(pairs_of([*blocks[:-1], (99, documents_of([1, 2])), *blocks[:9]]))
