@@ -3,8 +3,11 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 
+from tests.distributed import Workers
 from titan_lite.loss import IGNORE_INDEX, cross_entropy_sum, pair_cross_entropy_sum
 
 
@@ -114,6 +117,24 @@ def test_compiled_it_computes_the_same(dtype: torch.dtype) -> None:
     torch.testing.assert_close(compiled, eager)
 
 
+@pytest.mark.timeout(900)
+def test_compiled_it_takes_any_number_of_labelled_rows_in_one_graph() -> None:
+    counters, graphs = torch._dynamo.utils.counters["stats"], []
+    for number in (9, 5, 11):
+        hidden, weight, labels = _inputs()
+        options = {"num_chunks": 4, "vocab_size": 48, "positions": torch.arange(number)}
+        losses = []
+        for compile in (False, True):
+            loss = cross_entropy_sum(
+                hidden, weight, labels=labels.clamp(max=47), compile=compile, **options
+            )
+            losses.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+        torch.testing.assert_close(*losses)
+        graphs.append(counters["unique_graphs"])
+    # Of 9 the last chunk is a single row, which has a graph of its own.
+    assert len(set(graphs)) == 1
+
+
 def test_full_logits_never_exist() -> None:
     hidden = torch.randn(512, 8, requires_grad=True)
     weight = torch.randn(1000, 8, requires_grad=True)
@@ -184,3 +205,43 @@ def test_the_loss_of_pairs_equals_torch_and_counts_those_told_right() -> None:
     torch.testing.assert_close(found, torch.stack([1 + expected.detach(), torch.tensor(3.0)]))
     (grad,) = torch.autograd.grad(loss, logits)
     assert not grad[3].any()
+
+
+def _over_a_split_vocabulary(num_chunks: int, loss_parallel: bool) -> list[tuple[Tensor, ...]]:
+    """Loss and whole gradients, with all positions and with the labelled ones alone."""
+    mesh = init_device_mesh("cpu", (2,))
+    hidden, weight, labels = _inputs()
+    generator = torch.Generator().manual_seed(1)
+    bias = torch.randn(50, generator=generator, requires_grad=True)
+    labelled = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)
+    found = []
+    for positions in (None, labelled):
+        whole = DTensor.from_local(hidden, mesh, [Replicate()], run_check=False)
+        parts = [distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in (weight, bias)]
+        loss = cross_entropy_sum(
+            whole,
+            *parts,
+            labels=labels,
+            positions=positions,
+            num_chunks=num_chunks,
+            vocab_size=50,
+            loss_parallel=loss_parallel,
+        )
+        grads = torch.autograd.grad(loss, (whole, *parts))
+        found.append((loss.detach(), *(grad.full_tensor() for grad in grads)))
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("loss_parallel", [True, False])
+def test_a_split_vocabulary_with_a_bias_gives_the_same(
+    loss_parallel: bool, workers: dict[int, Workers]
+) -> None:
+    hidden, weight, labels = _inputs()
+    bias = torch.randn(50, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    logits = (hidden @ weight.T + bias).flatten(0, 1)
+    loss = F.cross_entropy(logits, labels.flatten(), reduction="sum")
+    expected = (loss.detach(), *torch.autograd.grad(loss, (hidden, weight, bias)))
+    for both in workers[2].run(_over_a_split_vocabulary, 4, loss_parallel):
+        for got in both:
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from titan_lite.config.load import ConfigError, load_config, read_config
 from titan_lite.config.schema import Config
 from titan_lite.models.llama import LLAMA
-from titan_lite.models.rules import check, model_rules
+from titan_lite.models.rules import check, model_rules, objective_rules
 
 
 def problems(overrides: Sequence[str], world_size: int = 1) -> list[tuple[str, str, str]]:
@@ -187,3 +188,52 @@ def test_problems_of_loading_of_the_rules_and_of_the_model_come_together() -> No
 )
 def test_a_key_that_has_a_problem_breaks_no_rule_of_the_model(overrides: list[str]) -> None:
     assert len(together(overrides)) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "message"),
+    [
+        (
+            {"data": {"packing": "none"}},
+            "data.packing",
+            '"none" cannot act: samples of "fill" are made as [masked_lm] says',
+        ),
+        (
+            {"training": {"seq_len": 7}},
+            "training.seq_len",
+            '7 tokens are too few for two parts and what is put around them; "fill" needs 8',
+        ),
+        (
+            {"data": {"num_streams": 8, "shuffle_buffer": 15}},
+            "data.shuffle_buffer",
+            "15 documents leave fewer than 2 to each of the data.num_streams (8): there is no "
+            "other one to take a part from that does not follow",
+        ),
+    ],
+)
+def test_what_a_masked_language_model_cannot_make_samples_of_is_refused(
+    settings: dict[str, dict[str, Any]], key: str, message: str
+) -> None:
+    family = replace(LLAMA, name="fill", objective="masked_lm")
+    config = Config.model_validate(settings)
+    [((found, *_), text)] = objective_rules(config, family)
+    assert (found, text) == (key, message)
+    assert not list(objective_rules(Config(), family))
+
+
+def test_keys_of_another_objective_are_refused() -> None:
+    assert problems(["--masked_lm.mask_prob=0.2", "--training.loss_positions=labelled"]) == [
+        (
+            "masked_lm.mask_prob",
+            "command line",
+            'mask_prob cannot act: family "llama" learns the next token',
+        ),
+        (
+            "training.loss_positions",
+            "command line",
+            '"labelled" cannot act: with data.packing "concat" every position has a label that '
+            "counts",
+        ),
+    ]
+    padded = ["--data.packing=none", "--training.loss_positions=labelled"]
+    check(load_config(None, padded), world_size=1)

@@ -208,6 +208,7 @@ class Meter:
         speeds: Record = {
             "wps": wps,
             "samples_per_second": window.samples / seconds,
+            "iterations_per_second": steps / seconds,
             "seconds_per_step": seconds / steps,
             "tflops": self._flops.model * wps / 1e12,
         }

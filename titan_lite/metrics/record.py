@@ -22,18 +22,32 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "loss": Metric("nats per token", "global", "train/loss"),
     "grad_norm": Metric("1", "global", "train/grad_norm"),
+    # Of families with a masked language model, beside their sum, the loss.
+    "masked_lm_loss": Metric("nats per hidden token", "global", "train/masked_lm_loss"),
+    "next_sentence_loss": Metric("nats per pair", "global", "train/next_sentence_loss"),
+    "next_sentence_accuracy": Metric("share of pairs", "global", "train/next_sentence_accuracy"),
     "lr": Metric("1", "global", "train/lr"),
     "loss_scale": Metric("1, float16 only", "global", "train/loss_scale"),
     "skipped_steps": Metric("steps since step 0", "global", "train/skipped_steps"),
     "skipped_documents": Metric("documents since step 0", "global", "train/skipped_documents"),
     "tokens": Metric("tokens since step 0", "global", "train/tokens"),
     "validation/loss": Metric("nats per token", "global", "validation/loss"),
+    "validation/masked_lm_loss": Metric(
+        "nats per hidden token", "global", "validation/masked_lm_loss"
+    ),
+    "validation/next_sentence_loss": Metric(
+        "nats per pair", "global", "validation/next_sentence_loss"
+    ),
+    "validation/next_sentence_accuracy": Metric(
+        "share of pairs", "global", "validation/next_sentence_accuracy"
+    ),
     "validation/perplexity": Metric("1", "global", "validation/perplexity"),
     "validation/bits_per_byte": Metric("bits per byte", "global", "validation/bits_per_byte"),
     "wps": Metric("tokens/s per device", "global", "speed/wps"),
     "samples_per_second": Metric(
         "samples/s of the whole job", "global", "speed/samples_per_second"
     ),
+    "iterations_per_second": Metric("optimizer steps/s", "global", "speed/iterations_per_second"),
     "seconds_per_step": Metric("s", "global", "speed/seconds_per_step"),
     "tflops": Metric("TFLOP/s per device", "global", "speed/tflops"),
     "mfu": Metric("% of peak", "global", "speed/mfu_percent"),
