@@ -50,7 +50,8 @@ from titan_lite.planner.counts import (
     FORMULA,
     FlopsPerToken,
     flops_per_token,
-    num_looked_up_params,
+    num_last_matmul_params,
+    num_unused_params,
 )
 from titan_lite.preflight import blaming, checkpoint_folder, preflight
 from titan_lite.runtime.distributed import (
@@ -123,9 +124,7 @@ class Trainer:
         if self.dims.tp > 1:
             with blaming("parallel.tp", loaded):
                 check_plan(self.model, plan.family.tp_plan)
-        padding = (args.padded_vocab_size - args.vocab_size) * args.dim
-        padding *= 1 if args.tied_head else 2
-        self.num_params = sum(p.numel() for p in self.model.parameters()) - padding
+        self.num_params = self.model.num_parameters
         self.flops = self._count_flops(args)
         self._check_device(loaded, plan)
         self._open_initial_weights(loaded, plan)
@@ -302,12 +301,13 @@ class Trainer:
         section = self.config.activation_checkpoint
         recomputed = [section.layers(stage.blocks) for stage in self.stages]
         return flops_per_token(
-            num_params_non_embedding=self.num_params - num_looked_up_params(args),
+            num_params_non_embedding=self.num_params - num_unused_params(args),
             num_block_params=sum(p.numel() for p in self.model.layers.parameters()),
-            num_last_matmul_params=args.num_layers * args.dim * args.ffn_dim,
+            num_last_matmul_params=num_last_matmul_params(args),
             num_layers=args.num_layers,
             attention_dim=args.attention_dim,
             seq_len=self.config.training.seq_len,
+            is_causal=args.causal,
             num_recomputed_layers=(
                 0 if section.mode == "selective_op" else sum(map(len, recomputed))
             ),

@@ -19,8 +19,8 @@ FLAVORS = [
     for family in families().values()
     for flavor in family.flavors
 ]
-# Llama, InternLM, Qwen-14B, GPT: counts that are published or follow from published layers and
-# widths (GPT-NeoX's 16B: a guess of both); the others are those of transformers' classes.
+# Llama, InternLM, Qwen-14B, GPT, Megatron's BERT: counts that are published or follow from published
+# layers and widths (GPT-NeoX's 16B: a guess of both); the others are those of transformers' classes.
 PARAMETERS = {
     ("llama", "llama2_7b"): 6_738_415_616,
     ("llama", "llama2_13b"): 13_015_864_320,
@@ -53,6 +53,10 @@ PARAMETERS = {
     ("gpt_neox", "1t"): 1_009_297_049_600,
     ("gpt", "175b"): 174_615_846_912,
     ("gpt", "1t"): 1_008_038_758_400,
+    ("bert", "base"): 110_106_428,
+    ("bert", "large"): 336_226_108,
+    ("megatron_bert", "base"): 137_030_658,
+    ("megatron_bert", "large"): 372_113_922,
 }
 # Billions on the model cards: all parameters, and those of neither embedding nor head.
 QWEN_CARDS = {

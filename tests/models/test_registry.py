@@ -60,7 +60,7 @@ def test_an_unknown_family_names_the_nearest_and_all() -> None:
         resolve(Model(name="lama"))
     assert str(error.value) == (
         'model.name: no "lama"; did you mean "llama"? '
-        "(known: gpt, gpt_neox, internlm, llama, qwen, qwen2.5, qwen3)"
+        "(known: bert, gpt, gpt_neox, internlm, llama, megatron_bert, qwen, qwen2.5, qwen3)"
     )
 
 

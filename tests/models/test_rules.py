@@ -9,6 +9,7 @@ import pytest
 
 from titan_lite.config.load import ConfigError, load_config, read_config
 from titan_lite.config.schema import Config
+from titan_lite.models.bert import BERT, MEGATRON_BERT
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.rules import check, model_rules, objective_rules
 
@@ -142,6 +143,36 @@ def test_heads_that_ulysses_cannot_deal_to_the_ranks_are_refused() -> None:
     assert not broken(cp=8, tp=2, cp_method="ring")
     # 4 key/value heads: repeated for 8 ranks.
     assert not broken(cp=8, cp_method="ulysses")
+
+
+def test_an_encoder_is_not_split_over_the_sequences_of_causal_attention() -> None:
+    config = Config.model_validate({"parallel": {"cp": 2}, "training": {"seq_len": 512}})
+    assert list(model_rules(config, BERT.flavors["base"])) == [
+        (
+            ("parallel.cp", "model.name"),
+            "2 ranks exchange keys and values for causal attention, and an encoder attends to what "
+            "follows as well: use parallel.cp = 1",
+        )
+    ]
+
+
+@pytest.mark.parametrize("name", ["parallel_residual", "fp32_residual"])
+def test_a_residual_stream_that_is_normalised_is_neither_parallel_nor_kept_wide(name: str) -> None:
+    config = Config.model_validate({"training": {"seq_len": 512}})
+    given = {name: True}
+    assert list(model_rules(config, replace(BERT.flavors["base"], **given))) == [
+        (
+            (f"model.{name}", "model.flavor", "model.name"),
+            f"{name} cannot act: the residual stream of this model is what its norms give",
+        )
+    ]
+    assert not list(model_rules(config, replace(MEGATRON_BERT.flavors["base"], **given)))
+
+
+def test_a_sequence_longer_than_the_table_of_positions_is_refused_with_both_numbers() -> None:
+    found = problems(["--model.name=bert", "--model.flavor=base", "--training.seq_len=1024"])
+    messages = [message for _, _, message in found]
+    assert "seq_len (1024) is longer than the model's max_seq_len (512)" in messages
 
 
 def test_problems_of_the_configuration_and_of_the_model_come_together(tmp_path: Path) -> None:

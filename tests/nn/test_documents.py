@@ -108,13 +108,13 @@ def _parts(starts: list[Tensor]) -> list[tuple[slice, slice]]:
     return list(zip(queries, keys, strict=True))
 
 
-def _weights(q_nNH: Tensor, k_mKH: Tensor) -> Tensor:
+def _weights(q_nNH: Tensor, k_mKH: Tensor, is_causal: bool) -> Tensor:
     """Softmax of the scores, (N, n, m); the last query belongs to the last key, as in flash."""
     k_mNH = k_mKH.repeat_interleave(q_nNH.shape[1] // k_mKH.shape[1], dim=1)
     scores_Nnm = torch.einsum("nNH,mNH->Nnm", q_nNH, k_mNH) / q_nNH.shape[-1] ** 0.5
     n, m = scores_Nnm.shape[1:]
     hidden = torch.ones(n, m, dtype=torch.bool).triu(m - n + 1)
-    return scores_Nnm.masked_fill(hidden, -torch.inf).softmax(-1)
+    return scores_Nnm.masked_fill(hidden & is_causal, -torch.inf).softmax(-1)
 
 
 def _flash_forward(
@@ -124,11 +124,11 @@ def _flash_forward(
     assert (int(q_starts[-1]), int(k_starts[-1])) == (len(q), len(k))
     assert q_starts.diff().max() <= max_q
     assert k_starts.diff().max() <= max_k
-    assert (dropout, is_causal) == (0.0, True)
+    assert dropout == 0.0
     v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     out, lse = torch.empty_like(q), q.new_zeros(q.shape[1], len(q))
     for i, j in _parts([q_starts, k_starts]):
-        out[i] = torch.einsum("Nnm,mNH->nNH", _weights(q[i], k[j]), v[j])
+        out[i] = torch.einsum("Nnm,mNH->nNH", _weights(q[i], k[j], is_causal), v[j])
     return out, lse, lse[:0], lse[:0], lse[:0]
 
 
@@ -139,7 +139,7 @@ def _flash_backward(
     wide_k, wide_v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))
     grads = [torch.zeros_like(t) for t in (q, wide_k, wide_v)]
     for i, j in _parts(list(rest[:2])):
-        weights = _weights(q[i], k[j])
+        weights = _weights(q[i], k[j], rest[5])
         of_weights = torch.einsum("nNH,mNH->Nnm", grad[i], wide_v[j])
         of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True))
         of_scores /= q.shape[-1] ** 0.5
@@ -159,13 +159,26 @@ def flash_on_cpu() -> Iterator[None]:
     library._destroy()
 
 
-def _attend(mask: DocumentMask, queries_Q: Tensor) -> list[Tensor]:
+def _attend(mask: DocumentMask, queries_Q: Tensor, *, causal: bool = True) -> list[Tensor]:
     """Output and gradients."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(B, S, heads, 16).transpose(1, 2) for heads in (4, 2, 2))
     whole = [tensor.requires_grad_() for tensor in (q[:, :, queries_Q], k, v)]
-    out = attend_in_documents(*whole, mask)
+    out = attend_in_documents(*whole, mask, causal=causal)
     return [out, *torch.autograd.grad(out, whole, torch.randn(out.shape))]
+
+
+def test_spans_and_the_dense_mask_say_the_same_where_all_of_a_document_is_seen(
+    flash_on_cpu: None,
+) -> None:
+    queries = torch.arange(S)
+    mask = dense_mask(NUMBERS_BS, queries, torch.float32, causal=False)
+    for row, lengths in zip(mask.squeeze(1) == 0, LENGTHS, strict=True):
+        assert torch.equal(row, torch.block_diag(*(torch.ones(n, n) for n in lengths)).bool())
+    spans = document_spans(NUMBERS_BS, queries)
+    torch.testing.assert_close(
+        _attend(spans, queries, causal=False), _attend(mask, queries, causal=False)
+    )
 
 
 @pytest.mark.parametrize("rank", [None, 0, 1, 3])

@@ -11,15 +11,17 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.flop_counter import FlopCounterMode
 
 from titan_lite.config.schema import FFNKind, NormKind, PositionKind
-from titan_lite.models.args import DecoderArgs
+from titan_lite.models.args import DecoderArgs, EncoderArgs
+from titan_lite.models.bert import BERT, MEGATRON_BERT
 from titan_lite.models.gpt import GPT, GPT_NEOX
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.qwen import QWEN3
-from titan_lite.nn.build import build_decoder
+from titan_lite.nn.build import build, build_decoder, build_encoder
 from titan_lite.planner.counts import (
     flops_per_token,
     megatron_flops_per_token,
     num_block_params,
+    num_last_matmul_params,
     num_params,
     num_params_non_embedding,
 )
@@ -68,7 +70,8 @@ def flops(args, seq_len, recomputed=0):
         attention_dim=args.attention_dim,
         seq_len=seq_len,
         num_recomputed_layers=recomputed,
-        num_last_matmul_params=args.num_layers * args.dim * args.ffn_dim,
+        num_last_matmul_params=num_last_matmul_params(args),
+        is_causal=args.causal,
     )
 
 
@@ -179,16 +182,55 @@ def test_parameters_are_those_of_the_model_that_is_built(args):
     assert num_params(args) - num_params_non_embedding(args) == looked_up
 
 
+@settings(max_examples=20)
+@given(args=any_args, post_norm=st.booleans(), num_token_types=small)
+def test_parameters_are_those_of_the_encoder_that_is_built(args, post_norm, num_token_types):
+    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
+    args = EncoderArgs(**fields, post_norm=post_norm, num_token_types=num_token_types)
+    with torch.device("meta"):
+        model = build_encoder(args)
+    assert num_params(args) == model.num_parameters
+    lookups = [model.pos_embeddings, model.type_embeddings]
+    lookups += [] if args.tied_head else [model.tok_embeddings]
+    unused = [*lookups, model.pair_head]
+    unused = sum(p.numel() for module in unused if module for p in module.parameters())
+    assert num_params(args) - num_params_non_embedding(args) == unused
+
+
+@pytest.mark.parametrize(("flavor", "seq_len"), [("base", 512), ("base", 2048), ("large", 512)])
+def test_bert_exceeds_nemos_formula_by_the_transform_and_what_is_no_matrix(flavor, seq_len):
+    args = MEGATRON_BERT.flavors[flavor]
+    h, layers, vocab = args.dim, args.num_layers, args.vocab_size
+    nemo = 72 * layers * h**2 * (1 + seq_len / (6 * h) + vocab / (12 * layers * h))
+    assert megatron(args, seq_len, gated=False) == pytest.approx(nemo)
+    counted = flops(args, seq_len)
+    # Of a block 2 norms, and biases of 4 h, 4 h and h features; a norm after all, and the head's.
+    vectors = layers * (4 * h + 9 * h) + 2 * h + vocab
+    transform = h * h + 3 * h
+    assert counted.model == round(nemo) + 6 * (transform + vectors)
+    assert counted.causal == counted.model
+
+
 @pytest.mark.parametrize(
     ("family", "checkpointed"),
-    [(LLAMA, 0), (LLAMA, 1), (LLAMA, 3), (LLAMA, 4), (QWEN3, 3), (GPT, 3), (GPT_NEOX, 3)],
+    [
+        (LLAMA, 0),
+        (LLAMA, 1),
+        (LLAMA, 3),
+        (LLAMA, 4),
+        (QWEN3, 3),
+        (GPT, 3),
+        (GPT_NEOX, 3),
+        (BERT, 3),
+        (MEGATRON_BERT, 3),
+    ],
     ids=lambda value: getattr(value, "name", None),
 )
 def test_flops_are_those_that_torch_counts_in_a_training_step(family, checkpointed):
     args, batch, seq_len = family.flavors["debug"], 2, 64
     # On the meta device attention is counted as the full matmuls that it stands for.
     with torch.device("meta"):
-        model = build_decoder(args)
+        model = build(family, args)
         tokens = torch.zeros(batch, seq_len, dtype=torch.long)
     for name, block in list(model.layers.items())[:checkpointed]:
         model.layers[name] = checkpoint_wrapper(block)
@@ -197,7 +239,8 @@ def test_flops_are_those_that_torch_counts_in_a_training_step(family, checkpoint
     assert args.num_layers == 4
     ours = flops(args, seq_len, recomputed=checkpointed)
     # Norms and biases, which the formula counts.
-    vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    counted = [p for name, p in model.named_parameters() if not name.startswith("pair_head")]
+    vectors = sum(p.numel() for p in counted if p.ndim == 1)
     of_a_block = sum(p.numel() for p in block.parameters() if p.ndim == 1) if checkpointed else 0
     ours_of_matmuls = (ours.hardware or ours.model) - 6 * vectors - 2 * checkpointed * of_a_block
     assert counter.get_total_flops() == batch * seq_len * ours_of_matmuls

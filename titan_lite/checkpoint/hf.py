@@ -265,8 +265,9 @@ class _ReadOnce(Reader):
 def _read(folder: HFFolder, hf: HFModel, name: str, offsets: Any, lengths: Any) -> Tensor:
     """A box of our tensor `name`."""
     hf_name, part = hf.places[name]
-    with safe_open(folder.tensors[hf_name].file, framework="pt") as opened:
-        return hf.tensors[hf_name].read(opened.get_slice(hf_name), part, offsets, lengths)
+    stored = folder.tensors[hf_name]
+    with safe_open(stored.file, framework="pt") as opened:
+        return hf.tensors[hf_name].read(opened.get_slice(stored.name), part, offsets, lengths)
 
 
 @contextlib.contextmanager

@@ -13,13 +13,15 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # Spelled as safetensors does; what else there is belongs to quantized models.
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_TENSORFLOW = {"gamma": "weight", "beta": "bias"}
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a safetensors file; dtype as torch spells it."""
+    """A tensor of a safetensors file, and its name there; dtype as torch spells it."""
 
     file: Path
+    name: str
     shape: tuple[int, ...]
     dtype: str
 
@@ -116,13 +118,19 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
         with safe_open(file, framework="np") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {
-                name: StoredTensor(
-                    file, tuple(s.get_shape()), DTYPES.get(s.get_dtype(), s.get_dtype())
+                _modern(name): StoredTensor(
+                    file, name, tuple(s.get_shape()), DTYPES.get(s.get_dtype(), s.get_dtype())
                 )
                 for name, s in slices.items()
             }
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged, or no safetensors file: {error}") from error
+
+
+def _modern(name: str) -> str:
+    """What transformers reads a name as: files from TensorFlow, Google's BERT, have older ones."""
+    module, _, kind = name.rpartition(".")
+    return f"{module}.{_TENSORFLOW[kind]}" if kind in _TENSORFLOW else name
 
 
 def _read_json(path: Path) -> dict[str, Any]:

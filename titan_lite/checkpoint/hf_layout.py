@@ -167,7 +167,7 @@ def check_start(folder: HFFolder, hf: HFModel, family: Family, args: DecoderArgs
     """
     assert family.hf_config is not None
     architecture = family.hf_config.architecture
-    if architecture not in (found := folder.config.get("architectures") or []):
+    if not family.hf_config.is_called(found := folder.config.get("architectures") or []):
         raise ValueError(
             f"{folder.path} is a model of architectures {found}; model.name = "
             f'"{family.name}" is {architecture}'

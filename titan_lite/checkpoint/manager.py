@@ -48,7 +48,7 @@ from titan_lite.checkpoint.storage import (
     versions,
 )
 from titan_lite.config.schema import Checkpoint
-from titan_lite.nn.decoder import Decoder
+from titan_lite.nn.transformer import Transformer
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class CheckpointManager:
         section: Checkpoint,
         folder: Path,
         *,
-        model: Decoder,
+        model: Transformer,
         optimizer: torch.optim.Optimizer,
         device: torch.device,
         layout: Layout,

@@ -1,4 +1,4 @@
-"""The numbers and choices that define one decoder."""
+"""The numbers and choices that define one model."""
 
 import math
 from dataclasses import dataclass
@@ -83,3 +83,15 @@ class DecoderArgs:
     def kv_dim(self) -> int:
         """Features of all key heads, or of all value heads."""
         return self.num_kv_heads * self.head_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderArgs(DecoderArgs):
+    """An encoder of pairs of texts, after BERT (arXiv:1810.04805): every token sees all others."""
+
+    causal: ClassVar[bool] = False
+    num_token_types: int = 2
+    """Rows of the embedding that tells the texts of a pair apart."""
+    post_norm: bool = False
+    """Blocks normalise after they add to the residual stream, the embeddings are normalised, and
+    there is no final norm: the original BERT. Otherwise blocks are those of a decoder."""

@@ -1,7 +1,7 @@
 """Between a family's args and the config.json of Hugging Face transformers."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,11 @@ class HFConfig:
 
     architecture: str
     """The class in transformers, which `architectures` names."""
+    aliases: tuple[str, ...] = ()
+    """Other classes that files name which hold all of this one's weights."""
     model_type: str
+    args: type[DecoderArgs] = DecoderArgs
+    """What the numbers become."""
     keys: Mapping[str, str]
     """Fields of the args -> keys of config.json; several fields of one key have one value."""
     choices: Mapping[str, object] = field(default_factory=dict)
@@ -35,6 +39,10 @@ class HFConfig:
     """Keys that have another key's value where config.json lacks them, or has null."""
     constants: Mapping[str, object] = field(default_factory=dict)
     """Keys that can have no other value in this family, which is also transformers' default."""
+
+    def is_called(self, architectures: Collection[str]) -> bool:
+        """Whether the `architectures` of a config.json name it."""
+        return not {self.architecture, *self.aliases}.isdisjoint(architectures)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +67,14 @@ def family_of(config: Mapping[str, Any], families: Mapping[str, "Family"]) -> "F
     """
     wanted = config.get("architectures") or []
     known = {
-        name: family.hf_config.architecture
-        for name, family in families.items()
-        if family.hf_config is not None
+        name: family.hf_config for name, family in families.items() if family.hf_config is not None
     }
     # Those of a user's module come later.
-    found = [families[name] for name, architecture in known.items() if architecture in wanted]
+    found = [families[name] for name, hf in known.items() if hf.is_called(wanted)]
     if not found:
         raise ValueError(
             f"config.json: no model family here is of architectures {wanted} "
-            f"(known: {', '.join(sorted({*known.values()}))})"
+            f"(known: {', '.join(sorted({hf.architecture for hf in known.values()}))})"
         )
     fitting = (
         family for family in found if family.hf_config and not _unfit(config, family.hf_config)
@@ -84,7 +90,7 @@ def args_from_hf(config: Mapping[str, Any], hf: HFConfig) -> DecoderArgs:
             f"config.json: {key} is {config[key]!r}; {hf.architecture} here is built for "
             f"{hf.constants[key]!r}"
         )
-    known = {known.name: known for known in dataclasses.fields(DecoderArgs)}
+    known = {known.name: known for known in dataclasses.fields(hf.args)}
     values: dict[str, Any] = dict(hf.choices)
     for name, key in hf.keys.items():
         value = _look_up(config, key, hf)
@@ -93,7 +99,7 @@ def args_from_hf(config: Mapping[str, Any], hf: HFConfig) -> DecoderArgs:
         if value is not None:
             values[name] = value
     values["rope_scaling"] = _read_scaling(config.get("rope_scaling"))
-    args = DecoderArgs(**values)
+    args = hf.args(**values)
     # As flavors have it: None where it follows from the other numbers.
     follows = args.head_size * args.num_heads == args.dim
     return dataclasses.replace(args, head_dim=None) if follows else args
@@ -110,7 +116,7 @@ def differences(
     theirs = args_from_hf(config, hf)
     pairs = {
         known.name: (_value(theirs, known.name), _value(args, known.name))
-        for known in dataclasses.fields(DecoderArgs)
+        for known in dataclasses.fields(args)
         if known.name not in ("max_seq_len", "vocab_multiple", "fp32_residual")
     }
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

@@ -9,6 +9,7 @@ from typing import TypeVar
 from titan_lite.config.problems import did_you_mean, nearest, quote
 from titan_lite.config.schema import Model
 from titan_lite.models.args import DecoderArgs
+from titan_lite.models.bert import BERT, MEGATRON_BERT
 from titan_lite.models.family import Family
 from titan_lite.models.gpt import GPT, GPT_NEOX
 from titan_lite.models.internlm import INTERNLM
@@ -19,7 +20,8 @@ __all__ = ["Family", "ModelError", "families", "register", "resolve"]
 
 T = TypeVar("T")
 _FAMILIES: dict[str, Family] = {
-    family.name: family for family in (LLAMA, INTERNLM, QWEN, QWEN2_5, QWEN3, GPT_NEOX, GPT)
+    family.name: family
+    for family in (LLAMA, INTERNLM, QWEN, QWEN2_5, QWEN3, GPT_NEOX, GPT, BERT, MEGATRON_BERT)
 }
 
 

@@ -12,13 +12,16 @@ Role = Literal[
     "colwise",
     # Linear split over input features; its output is summed and leaves split over the sequence.
     "rowwise",
-    # Kept whole on every rank, works on its own part of the sequence (norms).
+    # Kept whole on every rank, works on its own part of the sequence (norms, small linears).
     "sequence",
+    # Kept whole on every rank, computes the same as on the others.
+    "whole",
     # Kept whole on every rank, works on its own heads (norms of queries and keys).
     "heads",
-    # Embedding table kept whole on every rank, looks up its own part of the sequence's positions.
+    # Embedding table kept whole on every rank, looks up its own part of the sequence (positions,
+    # token types).
     "positions",
-    # Has no parameters of its own: gathers its sequence-split input once for its colwise children.
+    # Has no parameters of its own: gathers its sequence-split input once for its children.
     "gather",
     # Output projection split over the vocabulary; gathers the sequence, the logits stay split.
     "head",

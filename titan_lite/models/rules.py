@@ -9,7 +9,7 @@ from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import DEFAULT, ConfigError, LoadedConfig, Problem
 from titan_lite.config.problems import quote
 from titan_lite.config.schema import Config, MaskedLM
-from titan_lite.models.args import DecoderArgs
+from titan_lite.models.args import DecoderArgs, EncoderArgs
 from titan_lite.models.hf_config import unsaid_in_hf
 from titan_lite.models.registry import Family, ModelError, resolve
 
@@ -156,6 +156,8 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[tuple[tuple[str, 
             f"fraction ({section.fraction:g}) of the model's num_layers ({layers}) is no layer",
         )
     yield from _head_rules(args)
+    if isinstance(args, EncoderArgs):
+        yield from _encoder_rules(config, args)
     if args.num_heads % args.num_kv_heads:
         yield (
             ("model.flavor", "model.num_heads", "model.num_kv_heads"),
@@ -174,6 +176,22 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[tuple[tuple[str, 
             yield (
                 ("parallel.tp", f"model.{name}"),
                 f"{name} ({size}) is not divisible by parallel.tp ({tp})",
+            )
+
+
+def _encoder_rules(config: Config, args: EncoderArgs) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What only decoders can do, or only pre-norm blocks."""
+    if (cp := config.parallel.cp) > 1:
+        yield (
+            ("parallel.cp", "model.name"),
+            f"{cp} ranks exchange keys and values for causal attention, and an encoder attends to "
+            "what follows as well: use parallel.cp = 1",
+        )
+    for name in ("parallel_residual", "fp32_residual"):
+        if args.post_norm and getattr(args, name):
+            yield (
+                (f"model.{name}", "model.flavor", "model.name"),
+                f"{name} cannot act: the residual stream of this model is what its norms give",
             )
 
 

@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped key and value heads.
+"""Self-attention with grouped key and value heads.
 
 Shape suffixes: B batch, S sequence, D model width, N query heads, K key/value heads, H head dim.
 """
@@ -12,18 +12,25 @@ from titan_lite.nn.norm import RMSNorm
 
 
 class ScaledDotProductAttention(nn.Module):
-    """softmax(q k / sqrt(H)) v over the past, by torch's fused kernels; masked, over part of it."""
+    """softmax(q k / sqrt(H)) v, by torch's fused kernels; masked, over part of what there is.
+
+    causal: over the past alone.
+    """
+
+    def __init__(self, *, causal: bool) -> None:
+        super().__init__()
+        self.causal = causal
 
     def forward(
         self, q_BNSH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: DocumentMask | None = None
     ) -> Tensor:
         if mask is not None:
-            return attend_in_documents(q_BNSH, k_BKSH, v_BKSH, mask)
+            return attend_in_documents(q_BNSH, k_BKSH, v_BKSH, mask, causal=self.causal)
         return scaled_dot_product_attention(
             q_BNSH,
             k_BKSH,
             v_BKSH,
-            is_causal=True,
+            is_causal=self.causal,
             # Only where needed: some fused kernels refuse the flag even with equal head counts.
             enable_gqa=q_BNSH.shape[1] != k_BKSH.shape[1],
         )
@@ -49,7 +56,7 @@ class Attention(nn.Module):
             for _ in range(2)
         )
         self.rope = rope
-        self.inner_attention: nn.Module = ScaledDotProductAttention()
+        self.inner_attention: nn.Module = ScaledDotProductAttention(causal=args.causal)
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""The pre-norm transformer block.
+"""The transformer block, with its norms before what it adds or after.
 
 Shape suffixes: B batch, S sequence, D model width.
 """
@@ -58,4 +58,19 @@ class ParallelBlock(Block):
     ) -> Tensor:
         attended_BSD = self.attend(x_BSD, positions_S, mask)
         out_BSD: Tensor = x_BSD + attended_BSD + self.feed_forward(self.ffn_norm(x_BSD))
+        return out_BSD
+
+
+class PostNormBlock(Block):
+    """Attention and feed-forward, each added to its input and the sum normalised (the original)."""
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        positions_S: Tensor | None = None,
+        mask: DocumentMask | None = None,
+    ) -> Tensor:
+        attended_BSD = self.attention(x_BSD, positions_S=positions_S, mask=mask)
+        h_BSD = self.attention_norm(x_BSD + attended_BSD)
+        out_BSD: Tensor = self.ffn_norm(h_BSD + self.feed_forward(h_BSD))
         return out_BSD

@@ -1,4 +1,4 @@
-"""Causal attention that stays inside documents.
+"""Attention that stays inside documents.
 
 The only file that knows the names of torch's attention over sequences of several lengths.
 
@@ -23,7 +23,8 @@ class Spans(NamedTuple):
     """Queries next to each other in each row, and where in the batch those of a document begin.
 
     Of document d, queries [query_starts_D[d], query_starts_D[d + 1]) see the keys from
-    key_starts_D[d] up to their own; int32, as the kernel takes them.
+    key_starts_D[d] up to their own, or all of them without causality, for which the queries have to
+    be whole rows; int32, as the kernel takes them.
     """
 
     num_queries: int
@@ -78,9 +79,14 @@ def _closed(starts_D: Tensor, end: int) -> Tensor:
 
 
 def attend_in_documents(
-    q_BNQH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: DocumentMask
+    q_BNQH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSH: Tensor,
+    mask: DocumentMask,
+    *,
+    causal: bool = True,
 ) -> Tensor:
-    """softmax(q k / sqrt(H)) v over what the mask lets through."""
+    """softmax(q k / sqrt(H)) v over what the mask lets through; `causal` as for the mask."""
     has_gqa = q_BNQH.shape[1] != k_BKSH.shape[1]
     if isinstance(mask, Tensor):
         return scaled_dot_product_attention(
@@ -100,8 +106,8 @@ def attend_in_documents(
             # Of no document, but of none more: a number that stays is one graph for the compiler.
             spans.num_queries,
             S,
-            # Causal; where a document has more keys than queries, the last ones belong together.
-            window_size=(-1, 0),
+            # Where a document has more keys than queries, the last ones belong together.
+            window_size=(-1, 0 if causal else -1),
             **settings,
         )
         outs.append(out_TNH.unflatten(0, (len(q_BNQH), -1)).transpose(1, 2))

@@ -24,17 +24,22 @@ class GatedFeedForward(nn.Module):
 
 
 class PlainFeedForward(nn.Module):
-    """w2(gelu(w1 x)), exact or with GELU's tanh approximation (arXiv 1606.08415)."""
+    """w2(gelu(w1 x))."""
 
     def __init__(self, args: DecoderArgs) -> None:
         super().__init__()
         self.w1 = nn.Linear(args.dim, args.ffn_dim, bias=args.ffn_bias)
         self.w2 = nn.Linear(args.ffn_dim, args.dim, bias=args.ffn_bias)
-        self.gelu = nn.GELU("tanh" if args.ffn == "gelu_tanh" else "none")
+        self.gelu = build_gelu(args)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         out_BSD: Tensor = self.w2(self.gelu(self.w1(x_BSD)))
         return out_BSD
+
+
+def build_gelu(args: DecoderArgs) -> nn.GELU:
+    """The exact one, unless model.ffn names its tanh approximation (arXiv 1606.08415)."""
+    return nn.GELU("tanh" if args.ffn == "gelu_tanh" else "none")
 
 
 def build_feed_forward(args: DecoderArgs) -> nn.Module:

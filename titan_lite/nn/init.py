@@ -76,6 +76,24 @@ DECODER_RULES = (
     InitRule("output.weight", head),
 )
 
+ENCODER_RULES = (
+    InitRule("tok_embeddings.weight", linear),
+    InitRule("pos_embeddings.weight", linear),
+    InitRule("type_embeddings.weight", linear),
+    InitRule("embedding_norm.weight", ones),
+    InitRule("embedding_norm.bias", zeros),
+    *(rule for rule in DECODER_RULES if rule.pattern.startswith(("layers.", "norm."))),
+    InitRule("transform.dense.weight", linear),
+    InitRule("transform.norm.weight", ones),
+    InitRule("transform.*.bias", zeros),
+    # Also for a tied embedding.
+    InitRule("output.weight", linear),
+    InitRule("output.bias", zeros),
+    InitRule("pair_head.*.weight", linear),
+    InitRule("pair_head.*.bias", zeros),
+)
+"""BERT's std of 0.02 (arXiv:1810.04805), but for what writes to the residual stream."""
+
 
 @torch.no_grad()
 def fill(

@@ -7,19 +7,20 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-HeadLoss = Callable[[Tensor, Tensor], Tensor]
-"""(hidden_BSD, output_weight_VD) -> whatever the loss returns."""
+HeadLoss = Callable[..., Tensor]
+"""(hidden_BSD, output_weight_VD[, output_bias_V]) -> whatever the loss returns."""
 
 
 class OutputHead(nn.Linear):
-    """A Linear whose forward can hand its input and weight to a loss instead of multiplying."""
+    """A Linear whose forward can hand its input and parameters to a loss instead of multiplying."""
 
     def forward(self, x_BSD: Tensor, head_loss: HeadLoss | None = None) -> Tensor:
-        """Logits (B, S, V), or head_loss(x_BSD, weight_VD).
+        """Logits (B, S, V), or head_loss(x_BSD, weight_VD), with a bias_V where there is one.
 
         A loss called in here sees the weight that FSDP has gathered for this forward, and need
         never hold all logits at once.
         """
         if head_loss is None:
             return super().forward(x_BSD)
-        return head_loss(x_BSD, self.weight)
+        bias = () if self.bias is None else (self.bias,)
+        return head_loss(x_BSD, self.weight, *bias)

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import (
 )
 
 from titan_lite.config.schema import ActivationCheckpoint, SavedOp
-from titan_lite.nn.decoder import Decoder
 from titan_lite.nn.documents import VARLEN_OP
+from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel import context_attention  # noqa: F401  registers sharded_attention
 
 aten, collectives = torch.ops.aten, torch.ops._c10d_functional
@@ -48,7 +48,7 @@ OPS: dict[SavedOp, tuple[Any, ...]] = {
 """The operations behind each name of `activation_checkpoint.save`, as the dispatcher sees them."""
 
 
-def apply_activation_checkpoint(model: Decoder, section: ActivationCheckpoint) -> None:
+def apply_activation_checkpoint(model: Transformer, section: ActivationCheckpoint) -> None:
     """Wraps the chosen blocks in place; for "memory_budget", tells the compiler instead.
 
     The budget is one of the whole process, for what is compiled from here on.

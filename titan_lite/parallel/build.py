@@ -9,7 +9,7 @@ import torch
 from titan_lite.config.schema import Config
 from titan_lite.models.rules import Plan
 from titan_lite.nn.build import build
-from titan_lite.nn.decoder import Decoder
+from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.mesh import Meshes
 from titan_lite.parallel.parallelize import parallelize
 from titan_lite.parallel.pipeline import Pipeline, Stage, describe, join, keep, local_stages
@@ -24,14 +24,14 @@ class ParallelModel:
     pipeline: runs its stages; None where `model` itself is called.
     """
 
-    model: Decoder
+    model: Transformer
     pipeline: Pipeline | None
     applied: Applied
     meshes: Meshes
 
 
 def build_parallel(
-    model: Decoder,
+    model: Transformer,
     stages: Sequence[Stage],
     plan: Plan,
     config: Config,

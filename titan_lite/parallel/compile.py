@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import torch
 
 from titan_lite.config.schema import Compile
-from titan_lite.nn.decoder import Decoder
+from titan_lite.nn.transformer import Transformer
 
 # The first step compiles; the second may once more, for what FSDP2 sets up lazily in the first.
 WARMUP_STEPS = 2
 
 
-def apply_compile(model: Decoder, section: Compile) -> None:
+def apply_compile(model: Transformer, section: Compile) -> None:
     """Compiles each block in place, refusing graph breaks.
 
     Forgets what earlier models of this process compiled: dynamo finds graphs by their code, so

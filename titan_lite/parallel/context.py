@@ -19,8 +19,8 @@ from torch.distributed._functional_collectives import (
 )
 
 from titan_lite.nn.attention import Attention
-from titan_lite.nn.decoder import Decoder
 from titan_lite.nn.documents import DocumentMask, attend_in_documents
+from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.context_attention import sharded_attention
 
 Method = Literal["ring", "all_gather", "ulysses"]
@@ -48,7 +48,7 @@ def check_cp(method: Method, device: torch.device, param_dtype: str) -> None:
         )
 
 
-def apply_cp(model: Decoder, group: dist.ProcessGroup, method: Method) -> None:
+def apply_cp(model: Transformer, group: dist.ProcessGroup, method: Method) -> None:
     """Replaces the inner attention of every block, in place, by one over the ranks of `group`."""
     for module in model.modules():
         if isinstance(module, Attention):

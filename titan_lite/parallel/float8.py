@@ -26,7 +26,7 @@ from titan_lite.config.problems import quote
 from titan_lite.config.schema import Float8, Parallel
 from titan_lite.models.patterns import matches
 from titan_lite.models.roles import PlanRow, Role
-from titan_lite.nn.decoder import Decoder
+from titan_lite.nn.transformer import Transformer
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ TORCHAO_NAMES = {"rowwise_gw_hp": "rowwise_with_gw_hp"}
 
 
 def choose_linears(
-    model: Decoder, section: Float8, plan: tuple[PlanRow, ...]
+    model: Transformer, section: Float8, plan: tuple[PlanRow, ...]
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """Names of the model's linears that become float8, and of the others with the reason."""
     chosen, left_out = [], {}
@@ -58,6 +58,8 @@ def _reason_against(
     size = f"{shape[0]} x {shape[1]}"
     if _role(name, plan) == "head":
         return "the output head"
+    if _role(name, plan) in ("sequence", "whole"):
+        return "a head's, whole on every rank"
     if type(linear) is not nn.Linear:
         # torchao's linear would replace the class, and its forward with it.
         return f"a {type(linear).__name__}"
@@ -85,7 +87,7 @@ def _role(name: str, plan: tuple[PlanRow, ...]) -> Role | None:
 
 
 def float8_problems(
-    model: Decoder,
+    model: Transformer,
     plan: tuple[PlanRow, ...],
     *,
     float8: Float8,
@@ -122,7 +124,7 @@ def _device_problems(
 
 
 def _choice_problems(
-    model: Decoder, float8: Float8, plan: tuple[PlanRow, ...]
+    model: Transformer, float8: Float8, plan: tuple[PlanRow, ...]
 ) -> Iterator[tuple[str, str]]:
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for pattern in float8.filter:
@@ -138,7 +140,7 @@ def _choice_problems(
 
 
 def _layout_problems(
-    model: Decoder, float8: Float8, plan: tuple[PlanRow, ...], dims: ParallelDims
+    model: Transformer, float8: Float8, plan: tuple[PlanRow, ...], dims: ParallelDims
 ) -> Iterator[tuple[str, str]]:
     chosen, _ = choose_linears(model, float8, plan)
     # Equal linears of several layers get one sentence.
@@ -172,7 +174,7 @@ def _lack_of_hardware(device: torch.device) -> str | None:
     return f"and {torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
 
 
-def convert(model: Decoder, section: Float8, plan: tuple[PlanRow, ...]) -> tuple[str, ...]:
+def convert(model: Transformer, section: Float8, plan: tuple[PlanRow, ...]) -> tuple[str, ...]:
     """Replaces the chosen linears by torchao's in place, and returns their names.
 
     Parameters keep their names, shapes and float32 masters; with fsdp_all_gather they are wrapped
@@ -249,7 +251,7 @@ def refresh_scales(model: nn.Module) -> None:
     precompute_float8_dynamic_scale_for_fsdp(model)
 
 
-def in_float8_styles(model: Decoder, plan: tuple[PlanRow, ...]) -> set[str]:
+def in_float8_styles(model: Transformer, plan: tuple[PlanRow, ...]) -> set[str]:
     """Names of the modules that take torchao's styles: what they pass on is float8.
 
     These are the linears with one scale per tensor, and the modules that gather for such linears

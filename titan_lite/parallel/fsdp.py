@@ -1,4 +1,4 @@
-"""FSDP2 and HSDP: one unit per block, one for the embeddings, one for the norm and the head."""
+"""FSDP2 and HSDP: one unit per block, one for the embeddings, one for the norm and each head."""
 
 import torch
 from torch import nn
@@ -12,10 +12,10 @@ from torch.distributed.fsdp import (
 )
 
 from titan_lite.config.schema import Parallel
-from titan_lite.nn.decoder import Decoder
+from titan_lite.nn.transformer import Transformer
 
 
-def set_gradient_sync(model: Decoder, section: Parallel, *, last: bool) -> None:
+def set_gradient_sync(model: Transformer, section: Parallel, *, last: bool) -> None:
     """Says, before a micro-batch, what its backward reduces; `last` of its optimizer step."""
     assert isinstance(model, FSDPModule)
     # Replicas add up their sums once: the shards of one replica suffice until then.
@@ -45,7 +45,7 @@ def precision(model: nn.Module) -> str:
 
 
 def apply_fsdp(
-    model: Decoder,
+    model: Transformer,
     mesh: DeviceMesh,
     section: Parallel,
     *,
@@ -83,7 +83,11 @@ def apply_fsdp(
     reshard = choice if isinstance(choice, int) else choice != "never"
     blocks = list(model.layers.children())
     embeddings = [model.get_submodule(name) for name in model.ends if name in model.first]
-    head = [model.get_submodule(name) for name in model.ends if name in model.last]
+    head = [
+        model.get_submodule(name)
+        for name in model.ends
+        if name in model.last and name not in model.per_sample
+    ]
     if model.tied_head and embeddings and model.output is not None:
         # One weight is one unit's.
         embeddings, head = [], [*embeddings, *head]
@@ -95,6 +99,10 @@ def apply_fsdp(
         shard(block, False if kept else reshard)
     if head:
         shard(head, choice == "always")
+    for name in model.ends:
+        if name in model.per_sample:
+            # Not the head's: a unit is done when all of it has run.
+            shard(model.get_submodule(name), choice == "always")
     shard(model, choice == "always")
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -102,7 +110,8 @@ def apply_fsdp(
             # PREMUL_SUM, which gloo does not have.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    for module in embeddings:
+    lookups = embeddings if all(isinstance(m, nn.Embedding) for m in embeddings) else []
+    for module in lookups:
         # The gradient of a lookup does not need the table.
         assert isinstance(module, FSDPModule)
         module.set_unshard_in_backward(False)

@@ -3,7 +3,7 @@
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from titan_lite.nn.decoder import Decoder
+from titan_lite.nn.transformer import Transformer
 from titan_lite.runtime.seed import derive_seed
 
 # What activation checkpointing inserts into module names.
@@ -12,7 +12,7 @@ CHECKPOINT_PREFIX = "_checkpoint_wrapped_module."
 
 @torch.no_grad()
 def init_weights(
-    model: Decoder, *, device: torch.device, seed: int, cpu_offload: bool = False
+    model: Transformer, *, device: torch.device, seed: int, cpu_offload: bool = False
 ) -> None:
     """Allocates a model built on meta and fills it, one whole parameter at a time.
 

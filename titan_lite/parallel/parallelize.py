@@ -4,7 +4,7 @@ import torch
 
 from titan_lite.config.schema import ActivationCheckpoint, Compile, Float8, Parallel, Training
 from titan_lite.models.roles import PlanRow
-from titan_lite.nn.decoder import Decoder
+from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.activation_checkpoint import apply_activation_checkpoint
 from titan_lite.parallel.async_tp import apply_async_tp
 from titan_lite.parallel.compile import apply_compile
@@ -17,7 +17,7 @@ from titan_lite.parallel.tensor import apply_tp
 
 
 def parallelize(
-    model: Decoder,
+    model: Transformer,
     meshes: Meshes,
     tp_plan: tuple[PlanRow, ...],
     *,

@@ -18,7 +18,7 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from torch.distributed.tensor import DTensor
 
 from titan_lite.config.schema import Parallel
-from titan_lite.nn.decoder import Decoder
+from titan_lite.nn.transformer import Transformer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +38,12 @@ class Stage:
         return sum(name.startswith("layers.") for name in self.modules)
 
 
-def split(model: Decoder, parallel: Parallel, attention_flops: int) -> list[Stage]:
+def split(model: Transformer, parallel: Parallel, attention_flops: int) -> list[Stage]:
     """The stages of the whole model, first to last; a list of one without pipeline parallel.
 
     attention_flops: of one block's products between tokens, per token, which have no parameters.
     Raises ValueError where there are fewer blocks than stages, or `pp_stage_modules` does not name
-    every module once, in order.
+    every module once, in order, those that cannot be separated in the last stage.
     """
     first = [name for name in model.ends if name in model.first]
     last = [name for name in model.ends if name in model.last]
@@ -52,8 +52,9 @@ def split(model: Decoder, parallel: Parallel, attention_flops: int) -> list[Stag
         name: sum(p.numel() for p in model.get_submodule(name).parameters())
         for name in (*first, *blocks, *last)
     }
-    # A lookup multiplies nothing.
-    flops = {name: 6 * size for name, size in parameters.items() if name not in first}
+    # A lookup multiplies nothing, and what sees one token of a sample next to nothing.
+    free = (*first, *model.per_sample)
+    flops = {name: 6 * size for name, size in parameters.items() if name not in free}
     if model.tied_head and parallel.pp == 1:
         parameters["output"] = 0
     for name in blocks:
@@ -65,6 +66,8 @@ def split(model: Decoder, parallel: Parallel, attention_flops: int) -> list[Stag
             raise ValueError(
                 f"must name each of these once, in this order: {', '.join(parameters)}"
             )
+        if not set(model.inseparable) <= set(stages[-1]):
+            raise ValueError(f"must have all of {', '.join(model.inseparable)} in the last stage")
     elif len(blocks) < num_stages:
         raise ValueError(
             f"{parallel.pp} ranks with {parallel.stages_per_rank} stages each are too many for the "
@@ -147,7 +150,7 @@ def _balanced(costs: Sequence[int], num_parts: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise([0, *ends]))
 
 
-def keep(model: Decoder, modules: Sequence[str]) -> Decoder:
+def keep(model: Transformer, modules: Sequence[str]) -> Transformer:
     """Drops all children and blocks of a model but those named, in place."""
     for end in model.ends:
         if end not in modules:
@@ -158,7 +161,7 @@ def keep(model: Decoder, modules: Sequence[str]) -> Decoder:
     return model
 
 
-def join(model: Decoder, stages: Sequence[Decoder]) -> Decoder:
+def join(model: Transformer, stages: Sequence[Transformer]) -> Transformer:
     """Puts the children and blocks of this rank's stages in the place of a model's own.
 
     The model then names this rank's parameters as the whole model does; it is not to be called.
@@ -173,7 +176,7 @@ def join(model: Decoder, stages: Sequence[Decoder]) -> Decoder:
     return model
 
 
-def add_tied_gradients(model: Decoder, group: dist.ProcessGroup) -> None:
+def add_tied_gradients(model: Transformer, group: dist.ProcessGroup) -> None:
     """Gives both copies of a tied embedding, of the first and the last stage, their sum's gradient.
 
     To be called on every rank of `group`, the pipeline's; other ranks have nothing to do.
@@ -234,7 +237,7 @@ class Pipeline:
 
     def __init__(
         self,
-        stages: Mapping[int, Decoder],
+        stages: Mapping[int, Transformer],
         parallel: Parallel,
         *,
         num_micro_batches: int,

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from titan_lite.config.schema import ActivationCheckpoint, Compile, Parallel
 from titan_lite.models.roles import PlanRow, Role
 from titan_lite.nn.attention import Attention
-from titan_lite.nn.decoder import Decoder
+from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.activation_checkpoint import is_checkpointed, memory_budget, saved_ops
 from titan_lite.parallel.context import context_parallel
 from titan_lite.parallel.float8 import float8_linears, is_gathered_in_float8
@@ -180,7 +180,7 @@ def together(stages: Sequence[Applied]) -> Applied:
 
 
 def asked_modules(
-    model: Decoder,
+    model: Transformer,
     tp_plan: tuple[PlanRow, ...],
     *,
     parallel: Parallel,
@@ -213,7 +213,7 @@ def asked_modules(
 
 
 def count_applied(
-    model: Decoder,
+    model: Transformer,
     tp_plan: tuple[PlanRow, ...],
     mesh: DeviceMesh,
     *,

@@ -2,7 +2,7 @@
 
 With sequence parallelism activations between blocks are split over the sequence, Shard(1) of
 (B, S, D): a block gathers them before its matmuls and scatters their sum (arXiv:2205.05198).
-Without it they are whole on every rank.
+Without it they are whole on every rank. Between modules they are plain tensors.
 """
 
 from collections import defaultdict
@@ -30,7 +30,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from titan_lite.models.roles import PlanRow, Role
-from titan_lite.nn.decoder import Decoder
+from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.float8 import float8_styles, in_float8_styles
 
 WEIGHT_PLACEMENTS: dict[Role, Placement] = {
@@ -38,6 +38,7 @@ WEIGHT_PLACEMENTS: dict[Role, Placement] = {
     "colwise": Shard(0),
     "rowwise": Shard(1),
     "sequence": Replicate(),
+    "whole": Replicate(),
     "heads": Replicate(),
     "positions": Replicate(),
     "head": Shard(0),
@@ -73,16 +74,16 @@ class ReplicateParallel(ParallelStyle):
 
 
 class PositionsParallel(ParallelStyle):
-    """Looks the positions up that this rank's part of the sequence has, in a whole table."""
+    """Looks up what this rank's part of the sequence has, in a whole table."""
 
     def __init__(self, between: Placement) -> None:
         self.is_split = between.is_shard()
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         def take(_module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
-            positions_S = DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False)
-            own = Shard(positions_S.ndim - 1) if self.is_split else Replicate()
-            return positions_S.redistribute(placements=[own])
+            rows_S = DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False)
+            own = Shard(rows_S.ndim - 1) if self.is_split else Replicate()
+            return rows_S.redistribute(placements=[own])
 
         def give(_module: nn.Module, output: Any, _mesh: DeviceMesh) -> Any:
             # FSDP warns of outputs that are views.
@@ -98,6 +99,9 @@ class VocabParallelHead(ParallelStyle):
     gives for the gradient of the input is Partial, and summed on the way back.
     """
 
+    def __init__(self, between: Placement) -> None:
+        self.between = between
+
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         def split(_name: str, head: nn.Module, mesh: DeviceMesh) -> None:
             for name, parameter in list(head.named_parameters(recurse=False)):
@@ -106,14 +110,13 @@ class VocabParallelHead(ParallelStyle):
 
         def gather(_head: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
             x_BSD, *rest = inputs
-            if not isinstance(x_BSD, DTensor):
-                x_BSD = DTensor.from_local(x_BSD, mesh, [Replicate()], run_check=False)
+            x_BSD = DTensor.from_local(x_BSD, mesh, [self.between], run_check=False)
             return x_BSD.redistribute(placements=[Replicate()]), *rest
 
         return distribute_module(module, device_mesh, split, gather)
 
 
-def check_plan(model: Decoder, plan: tuple[PlanRow, ...]) -> None:
+def check_plan(model: Transformer, plan: tuple[PlanRow, ...]) -> None:
     """Raises ValueError naming a parameter whose module is not that of exactly one row."""
     for name, _ in model.named_parameters():
         rows = [row.pattern for row in plan if row.matches(name.rpartition(".")[0])]
@@ -125,7 +128,7 @@ def check_plan(model: Decoder, plan: tuple[PlanRow, ...]) -> None:
 
 
 def apply_tp(
-    model: Decoder, mesh: DeviceMesh, plan: tuple[PlanRow, ...], *, sequence_parallel: bool
+    model: Transformer, mesh: DeviceMesh, plan: tuple[PlanRow, ...], *, sequence_parallel: bool
 ) -> None:
     """Splits the model in place over the 1D `mesh`, each module by the role its plan row names."""
     between: Placement = Shard(1) if sequence_parallel else Replicate()
@@ -156,7 +159,7 @@ def _plays(module: nn.Module, role: Role) -> bool:
 
 
 def _styles(
-    model: Decoder, plan: tuple[PlanRow, ...], between: Placement
+    model: Transformer, plan: tuple[PlanRow, ...], between: Placement
 ) -> Iterator[tuple[str, ParallelStyle]]:
     float8 = in_float8_styles(model, plan)
     for name, _ in model.named_modules():
@@ -176,7 +179,12 @@ def _style(role: Role, between: Placement, *, float8: bool) -> ParallelStyle:
         case "rowwise":
             return rowwise(output_layouts=between)
         case "sequence":
-            return SequenceParallel() if between.is_shard() else ReplicateParallel()
+            # Whose parts the rows are is all the same to it: those of the first dimension are what
+            # a linear of three dimensions can flatten.
+            split = SequenceParallel(sequence_dim=0, use_local_output=True)
+            return split if between.is_shard() else ReplicateParallel()
+        case "whole":
+            return ReplicateParallel()
         case "gather":
             return gather(input_layouts=(between,), desired_input_layouts=(Replicate(),))
         case "heads":
@@ -185,7 +193,7 @@ def _style(role: Role, between: Placement, *, float8: bool) -> ParallelStyle:
         case "positions":
             return PositionsParallel(between)
         case "head":
-            return VocabParallelHead()
+            return VocabParallelHead(between)
 
 
 def _replicate(_name: str, module: nn.Module, mesh: DeviceMesh) -> None:
@@ -197,6 +205,8 @@ def _replicate(_name: str, module: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def _as_replicated(_module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+    if isinstance(inputs[0], DTensor):
+        return inputs[0]
     return DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False)
 
 

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from titan_lite.models.args import DecoderArgs
+from titan_lite.models.args import DecoderArgs, EncoderArgs
 
 FORMULA = (
-    "6 * (parameters - input embedding) + 12 * layers * attention_dim * seq_len; what causal and "
-    "document masks hide is not subtracted, and padding is no token"
+    "6 * (parameters - input embedding - head of pairs) + 12 * layers * attention_dim * seq_len; "
+    "what causal and document masks hide is not subtracted, and padding is no token"
 )
 """What `mfu` counts: torchtitan's convention, full attention, nothing for recomputation."""
 
@@ -16,7 +16,7 @@ class FlopsPerToken:
     """FLOPs of forward and backward per token of the whole model.
 
     model: full attention (torchtitan), for comparison with published tables.
-    causal: only the half of the attention scores that a causal mask keeps.
+    causal: only the half of the attention scores that a causal mask keeps, if there is one.
     hardware: what is executed, recomputation included; None when no block is recomputed whole:
         what a policy of single operations, or the compiler, recomputes is not counted here.
     """
@@ -27,26 +27,45 @@ class FlopsPerToken:
 
 
 def num_params(args: DecoderArgs) -> int:
-    """Parameters of the decoder; a head that is tied to the input embedding adds none."""
-    head = 0 if args.tied_head else args.dim * args.vocab_size
-    embeddings = args.vocab_size * args.dim + num_position_params(args)
-    return embeddings + num_block_params(args) + _norm(args, args.dim) + head
+    """Parameters of the model; a head that is tied to the input embedding adds none."""
+    # A decoder's norm is after its blocks, a post-norm encoder's after its embeddings.
+    rest = num_block_params(args) + _norm(args, args.dim) + args.dim * args.vocab_size
+    if isinstance(args, EncoderArgs):
+        transform = _linear(args.dim, args.dim, bias=True) + _norm(args, args.dim)
+        rest += transform + args.vocab_size + num_pair_head_params(args)
+    return rest + num_looked_up_params(args)
 
 
 def num_params_non_embedding(args: DecoderArgs) -> int:
-    """Parameters less those that are only looked up, and multiply nothing."""
-    return num_params(args) - num_looked_up_params(args)
+    """Parameters less those that no token is multiplied by."""
+    return num_params(args) - num_unused_params(args)
+
+
+def num_unused_params(args: DecoderArgs) -> int:
+    """Parameters that are looked up, or see one token of a sample: next to nothing per token."""
+    return num_looked_up_params(args) + num_pair_head_params(args)
 
 
 def num_looked_up_params(args: DecoderArgs) -> int:
     """Parameters of the input embeddings; a tied one multiplies, as the head."""
-    tokens = 0 if args.tied_head else args.vocab_size * args.dim
-    return tokens + num_position_params(args)
+    rows = 0 if args.tied_head else args.vocab_size
+    rows += args.max_seq_len if args.positions == "learned" else 0
+    rows += args.num_token_types if isinstance(args, EncoderArgs) else 0
+    return rows * args.dim
 
 
-def num_position_params(args: DecoderArgs) -> int:
-    """Parameters of the embedding of learned positions."""
-    return args.max_seq_len * args.dim if args.positions == "learned" else 0
+def num_pair_head_params(args: DecoderArgs) -> int:
+    """Parameters of an encoder's pooler and classifier of pairs."""
+    if not isinstance(args, EncoderArgs):
+        return 0
+    return _linear(args.dim, args.dim, bias=True) + _linear(args.dim, 2, bias=True)
+
+
+def num_last_matmul_params(args: DecoderArgs) -> int:
+    """Parameters of the matmuls that end all blocks; of none, where a norm ends them."""
+    if isinstance(args, EncoderArgs) and args.post_norm:
+        return 0
+    return args.num_layers * args.dim * args.ffn_dim
 
 
 def num_block_params(args: DecoderArgs) -> int:
@@ -79,14 +98,14 @@ def flops_per_token(
     seq_len: int,
     num_recomputed_layers: int = 0,
     num_last_matmul_params: int = 0,
+    is_causal: bool = True,
 ) -> FlopsPerToken:
-    """The numbers that the meter needs, for any decoder whose parameters were counted.
+    """The numbers that the meter needs, for any model whose parameters were counted.
 
     attention_dim: heads times head_dim. num_recomputed_layers: blocks that are checkpointed whole,
     of equal ones. A head tied to the input embedding multiplies, so its parameters stay in
-    `num_params_non_embedding`. num_last_matmul_params: parameters of the matmuls that end all
-    blocks (dim * ffn_dim each); they are not repeated, for torch.utils.checkpoint stops once the
-    last saved tensor is back.
+    `num_params_non_embedding`. num_last_matmul_params: as above; they are not repeated, for
+    torch.utils.checkpoint stops once the last saved tensor is back.
     """
     attention = 12 * num_layers * attention_dim * seq_len
     model = 6 * num_params_non_embedding + attention
@@ -96,7 +115,7 @@ def flops_per_token(
     again = again * num_recomputed_layers // num_layers
     return FlopsPerToken(
         model=model,
-        causal=model - attention // 2,
+        causal=model - attention // 2 if is_causal else model,
         hardware=model + again if num_recomputed_layers else None,
     )
 

@@ -1,0 +1,165 @@
+"""The encoder under every kind of parallelism against one process, on batches of its own."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import cross_entropy, linear
+
+from tests.distributed import Workers
+from tests.parallel.matrix import as_overrides
+from tests.runs import TINY, whole
+from titan_lite import trainer
+from titan_lite.config.load import load_config
+from titan_lite.models.rules import check
+from titan_lite.nn.build import build
+from titan_lite.nn.documents import dense_mask
+from titan_lite.parallel.build import build_parallel
+from titan_lite.parallel.gradients import clip_grad_norm
+from titan_lite.parallel.init_weights import init_weights
+from titan_lite.parallel.pipeline import add_tied_gradients, split
+from titan_lite.runtime.distributed import Process
+
+# An odd vocabulary, which two tensor-parallel ranks pad.
+SAMPLES, SEQ_LEN, VOCAB = 4, 32, 2047
+ALIKE = (f"model.vocab_size={VOCAB}", f"training.seq_len={SEQ_LEN}", "data.packing=none")
+LAYOUTS = {
+    "tp2": ("parallel.tp=2",),
+    "tp2 without sequence parallel": ("parallel.tp=2", "parallel.sequence_parallel=false"),
+    "dp2": (),
+    "dp2, gathered again": ("parallel.reshard_after_forward=always",),
+    "pp2": ("parallel.pp=2",),
+}
+
+
+def _samples() -> dict[str, Tensor]:
+    """Pairs of texts and padding; labels, and samples with one, uneven over ranks."""
+    generator = torch.Generator().manual_seed(0)
+    lengths_B1 = torch.tensor([[SEQ_LEN], [9], [25], [17]])
+    places_S = torch.arange(SEQ_LEN)
+    padding_BS = places_S >= lengths_B1
+    tokens, labels = torch.randint(VOCAB, (2, SAMPLES, SEQ_LEN), generator=generator)
+    labels[(torch.rand(labels.shape, generator=generator) > 0.3) | padding_BS] = -100
+    return {
+        "tokens": tokens,
+        "labels": labels,
+        "types": (places_S >= lengths_B1 // 2).long(),
+        "documents": padding_BS.long(),
+        "pair_labels": torch.tensor([1, 0, 1, 1]),
+    }
+
+
+def _head_loss(labels_BS: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    logits = linear(hidden, weight, bias)
+    if isinstance(logits, DTensor):
+        logits = logits.full_tensor()
+    return cross_entropy(logits[..., :VOCAB].flatten(0, 1), labels_BS.flatten(), reduction="sum")
+
+
+def _pair_loss(labels_B: Tensor, logits_B2: Tensor) -> Tensor:
+    return 7 * cross_entropy(logits_B2, labels_B, reduction="sum")
+
+
+def _call(part: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+    return part["tokens"], {
+        "head_loss": partial(_head_loss, part["labels"]),
+        "pair_loss": partial(_pair_loss, part["pair_labels"]),
+        "mask": dense_mask(part["documents"], torch.arange(SEQ_LEN), torch.float32, causal=False),
+        "token_types_BS": part["types"],
+    }
+
+
+def _step_twice(*overrides: str) -> list[dict[str, Any]]:
+    """Loss, norm and every gradient of two steps, of plain gradient descent."""
+    process = Process.from_environment()
+    loaded = load_config(None, [*TINY, *as_overrides(*ALIKE, *overrides)])
+    plan, config = check(loaded, process.world_size), loaded.config
+    with torch.device("meta"):
+        model = build(plan.family, plan.args)
+    stages = split(model, config.parallel, attention_flops=0)
+    meshes = trainer.build_meshes(plan.dims, "cpu")
+    micro_steps = SAMPLES // (config.training.local_batch_size * plan.dims.batch)
+    built = build_parallel(model, stages, plan, config, meshes, process, micro_steps=micro_steps)
+    init_weights(model, device=process.device, seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.003)
+    samples, steps = _samples(), []
+    first = plan.dims.batch_rank(process.rank) * SAMPLES // plan.dims.batch
+    for _ in range(2):
+        calls = [
+            _call(
+                {n: t[start : start + config.training.local_batch_size] for n, t in samples.items()}
+            )
+            for start in range(
+                first, first + SAMPLES // plan.dims.batch, config.training.local_batch_size
+            )
+        ]
+        if built.pipeline is not None:
+            losses = built.pipeline.step(calls)
+            if built.model.tied_head:
+                add_tied_gradients(model, meshes.pp)
+        else:
+            losses = []
+            for tokens, kwargs in calls:
+                losses.append(model(tokens, **kwargs))
+                losses[-1].backward()
+        loss = torch.stack([*losses, torch.zeros(())]).sum().detach()
+        dist.all_reduce(loss)
+        copy = None
+        if built.pipeline is not None and model.output is not None:
+            copy = model.get_parameter("output.weight")
+        norm = clip_grad_norm(model.named_parameters(), 0, pp_group=meshes.pp, copy=copy).total
+        gradients: list[dict[str, Any]] = [whole(model, gradients=True)]
+        if meshes.pp is not None:
+            gradients *= 2
+            dist.all_gather_object(gradients, dict(gradients[0]), group=meshes.pp)
+        steps.append(
+            # Tensor-parallel ranks have the same loss.
+            {"loss": loss.item() / plan.dims.tp, "norm": norm.item()}
+            | {name: grad for stage in gradients for name, grad in stage.items()}
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+    return steps
+
+
+@pytest.fixture(scope="module")
+def alone(workers: Mapping[int, Workers]) -> dict[str, list[dict[str, Any]]]:
+    """The steps of one process, by family."""
+    return {
+        name: workers[1].run(_step_twice, f"model.name={name}", "training.local_batch_size=4")[0]
+        for name in ("bert", "megatron_bert")
+    }
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ["bert", "megatron_bert"])
+def test_a_parallel_encoder_has_the_loss_and_every_gradient_of_one_process(
+    family: str, layout: str, alone: dict[str, Any], workers: Mapping[int, Workers]
+) -> None:
+    size = 4 if layout.startswith("tp") else 2
+    got = workers[2].run(
+        _step_twice,
+        f"model.name={family}",
+        f"training.local_batch_size={size}",
+        f"training.global_batch_size={SAMPLES}",
+        *LAYOUTS[layout],
+    )[0]
+    for step, expected in zip(got, alone[family], strict=True):
+        assert step.keys() == expected.keys()
+        for name in ("loss", "norm"):
+            assert step[name] == pytest.approx(expected[name], rel=1e-5), name
+        largest = max(np.abs(g).max() for n, g in expected.items() if n not in ("loss", "norm"))
+        for name in step.keys() - {"loss", "norm"}:
+            found, reference = step[name], expected[name]
+            # Softmax does not see what is added to all keys: that gradient is rounding.
+            scale = largest if name.endswith("wk.bias") else np.abs(reference).max()
+            assert np.abs(found[: len(reference)] - reference).max() <= 2e-5 * scale, name
+            # Rows beyond pad a vocabulary.
+            assert not found[len(reference) :].any(), name
