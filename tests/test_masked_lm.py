@@ -120,6 +120,22 @@ def test_the_loss_is_the_mean_over_hidden_tokens_and_the_mean_over_pairs(
     assert mask[0, 0, 0, 2] == 0
 
 
+def _flops(folder: Path, *overrides: str) -> int:
+    trainer = build_trainer(folder, *overrides)
+    trainer.close()
+    return trainer.flops.model
+
+
+@pytest.mark.distributed
+def test_flops_of_positions_without_a_label_are_counted_only_where_they_are_computed(
+    workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    every, labelled = (
+        workers[1].run(_flops, tmp_path, *BERT, *settings)[0] for settings in ((), (LABELLED,))
+    )
+    assert every - labelled == 6 * round(0.85 * 2048 * 64)
+
+
 def _train_in_two(folder: Path) -> list[dict[str, Any]]:
     settings = (*BERT, "--training.steps=4", LABELLED)
     train(folder / "whole", *settings)

@@ -24,11 +24,13 @@ class Objective(Protocol):
     """Data and loss that belong together.
 
     has_pairs: whether samples have two parts and a label for both. has_padding: whether some of a
-    batch's tokens are none. num_sums: numbers that `arguments` adds up over a step.
+    batch's tokens are none. labelled_share: of the tokens, those whose label counts. num_sums:
+    numbers that `arguments` adds up over a step.
     """
 
     has_pairs: bool
     has_padding: bool
+    labelled_share: float
     num_sums: int
 
     def __init__(self, config: Config) -> None: ...
@@ -58,6 +60,7 @@ class CausalLM:
     """The next token, from those before it."""
 
     has_pairs = False
+    labelled_share = 1.0  # but for a sample's last one
     num_sums = 0
 
     def __init__(self, config: Config) -> None:
@@ -100,6 +103,7 @@ class MaskedLM:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self.labelled_share = config.masked_lm.mask_prob
 
     def rows(self, tokenizer: Tokenizer) -> Rows:
         return MaskedPairs(self._config.masked_lm, self._config.training.seq_len, tokenizer)

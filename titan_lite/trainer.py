@@ -300,8 +300,13 @@ class Trainer:
         """Of the whole model, before any part of it is dropped."""
         section = self.config.activation_checkpoint
         recomputed = [section.layers(stage.blocks) for stage in self.stages]
+        num_params = self.num_params - num_unused_params(args)
+        if self.config.training.loss_positions == "labelled":
+            # The head multiplies no other tokens.
+            share = 1 - self.objective.labelled_share
+            num_params -= round(share * args.vocab_size * args.dim)
         return flops_per_token(
-            num_params_non_embedding=self.num_params - num_unused_params(args),
+            num_params_non_embedding=num_params,
             num_block_params=sum(p.numel() for p in self.model.layers.parameters()),
             num_last_matmul_params=num_last_matmul_params(args),
             num_layers=args.num_layers,

@@ -129,8 +129,8 @@ class DryTrainer(Trainer):
 
     def _labelled(self, batch: Batch) -> Tensor:
         """Their number is what matters: labels are fake, too."""
-        share = self.config.masked_lm.mask_prob if self.objective.has_pairs else 1
-        return batch.labels.new_zeros(math.ceil(share * batch.labels.numel()))
+        number = math.ceil(self.objective.labelled_share * batch.labels.numel())
+        return batch.labels.new_zeros(number)
 
     def _build_outcomes(self) -> Any:
         return Unread()

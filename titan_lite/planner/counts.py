@@ -6,7 +6,8 @@ from titan_lite.models.args import DecoderArgs, EncoderArgs
 
 FORMULA = (
     "6 * (parameters - input embedding - head of pairs) + 12 * layers * attention_dim * seq_len; "
-    "what causal and document masks hide is not subtracted, and padding is no token"
+    "what causal and document masks hide is not subtracted, and padding is no token; of positions "
+    "that training.loss_positions leaves out, the head is subtracted"
 )
 """What `mfu` counts: torchtitan's convention, full attention, nothing for recomputation."""
 

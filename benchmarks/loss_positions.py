@@ -1,0 +1,134 @@
+"""The output projection at every position against the labelled ones alone, as JSON.
+
+    python -m benchmarks.loss_positions [--tokens 1024] [--rounds 4] [--output FILE]
+        [--section.key=value ...]
+
+Head and loss of BERT-base, forward and backward: 64,000 x 768, 15 of 100 positions labelled. Each
+way has a process of its own and they take turns; the peak is what a way adds to its process's
+resident memory on CPU, to the allocator's peak on a GPU. Then whole steps of BERT-base with 2 of
+its 12 layers; settings are for those. Ratios are labelled over all, medians of the rounds.
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+
+import torch
+
+from benchmarks.loss_memory import peak_bytes
+from benchmarks.manifest import DEVICE, report
+from benchmarks.measure import Values, Variant, measure, positive
+from benchmarks.workers import BenchmarkError
+from titan_lite.loss import IGNORE_INDEX, cross_entropy_sum
+
+DIM, VOCAB, SHARE = 768, 64_000, 0.15
+CONFIG = "train_configs/megatron_bert_base_512.toml"
+SMALL = (
+    "--model.num_layers=2",
+    "--data.dataset=bundled",
+    "--data.num_streams=8",
+    "--data.shuffle_buffer=512",
+    "--parallel.dp_replicate=1",
+    "--training.local_batch_size=4",
+    "--training.global_batch_size=4",
+    "--training.param_dtype=float32",
+    "--metrics.peak_tflops=1.0",
+)
+
+
+def serve(connection: Connection, selects: bool, num_chunks: int, tokens: int) -> None:
+    """Sends the seconds of one forward and backward each time it is asked, at last the MiB."""
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, DIM, device=DEVICE, requires_grad=True)
+    weight = torch.randn(VOCAB, DIM, device=DEVICE, requires_grad=True)
+    bias = torch.zeros(VOCAB, device=DEVICE, requires_grad=True)
+    labels = torch.randint(VOCAB, (tokens,), device=DEVICE)
+    labels[torch.rand(tokens, device=DEVICE) >= SHARE] = IGNORE_INDEX
+    positions = (labels != IGNORE_INDEX).nonzero().squeeze(1) if selects else None
+    for parameter in (hidden, weight, bias):
+        parameter.grad = torch.zeros_like(parameter)
+    (hidden[:8] @ weight[:8].T).sum().backward()
+    before = peak_bytes()
+    while connection.recv():
+        start = time.perf_counter()
+        cross_entropy_sum(
+            hidden,
+            weight,
+            bias,
+            labels=labels,
+            positions=positions,
+            num_chunks=num_chunks,
+            vocab_size=VOCAB,
+        ).backward()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        connection.send(time.perf_counter() - start)
+    connection.send((peak_bytes() - before) / 2**20)
+
+
+def head(num_chunks: int, tokens: int, rounds: int) -> Values:
+    """Seconds and MiB of both ways, after a round that warms up."""
+    context = multiprocessing.get_context("spawn")
+    connections = []
+    for selects in (False, True):
+        ours, theirs = context.Pipe()
+        context.Process(
+            target=serve, args=(theirs, selects, num_chunks, tokens), daemon=True
+        ).start()
+        connections.append(ours)
+    seconds = [[_ask(connection, True) for connection in connections] for _ in range(1 + rounds)]
+    mib = [_ask(connection, False) for connection in connections]
+    whole, labelled = zip(*seconds[1:], strict=True)
+    return {
+        "chunks": num_chunks,
+        "seconds": {
+            "all": round(statistics.median(whole), 4),
+            "labelled": round(statistics.median(labelled), 4),
+        },
+        "time_ratio": round(
+            statistics.median(b / a for a, b in zip(whole, labelled, strict=True)), 3
+        ),
+        "peak_mib": {"all": round(mib[0], 1), "labelled": round(mib[1], 1)},
+        "peak_ratio": round(mib[1] / mib[0], 3),
+    }
+
+
+def _ask(connection: Connection, another: bool) -> float:
+    connection.send(another)
+    answer: float = connection.recv()
+    return answer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the results; returns 2 for a mistake in a configuration."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.loss_positions",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--tokens", type=positive, default=1024)
+    parser.add_argument("--rounds", type=positive, default=4)
+    parser.add_argument("--output", metavar="FILE", help="kept in benchmarks/results/")
+    options, overrides = parser.parse_known_args(argv)
+    variants = [
+        Variant(way, CONFIG, (*SMALL, *overrides, f"--training.loss_positions={way}"))
+        for way in ("all", "labelled")
+    ]
+    try:
+        steps = measure(variants, warmup=1, rounds=options.rounds, steps=1)
+    except BenchmarkError as error:
+        print(error, file=sys.stderr)
+        return 2
+    heads = [head(chunks, options.tokens, options.rounds) for chunks in (1, 8)]
+    sizes = {"tokens": options.tokens, "vocab": VOCAB, "dim": DIM, "labelled": SHARE}
+    report("loss_positions", {"head": {**sizes, "ways": heads}, "steps": steps}, options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
