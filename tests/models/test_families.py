@@ -19,8 +19,9 @@ FLAVORS = [
     for family in families().values()
     for flavor in family.flavors
 ]
-# Llama, InternLM, Qwen-14B, GPT, Megatron's BERT: counts that are published or follow from published
-# layers and widths (GPT-NeoX's 16B: a guess of both); the others are those of transformers' classes.
+# Llama, InternLM, Qwen-14B, GPT, Megatron's BERT: counts that are published or follow from
+# published layers and widths (GPT-NeoX's 16B: a guess of both); the others are those of
+# transformers' classes.
 PARAMETERS = {
     ("llama", "llama2_7b"): 6_738_415_616,
     ("llama", "llama2_13b"): 13_015_864_320,

@@ -20,7 +20,7 @@ from titan_lite.config.load import load_config
 from titan_lite.models.rules import check
 from titan_lite.nn.build import build
 from titan_lite.nn.documents import dense_mask
-from titan_lite.parallel.build import build_parallel
+from titan_lite.parallel.build import ParallelModel, build_parallel
 from titan_lite.parallel.gradients import clip_grad_norm
 from titan_lite.parallel.init_weights import init_weights
 from titan_lite.parallel.pipeline import add_tied_gradients, split
@@ -66,7 +66,8 @@ def _pair_loss(labels_B: Tensor, logits_B2: Tensor) -> Tensor:
     return 7 * cross_entropy(logits_B2, labels_B, reduction="sum")
 
 
-def _call(part: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+def _call(samples: Mapping[str, Tensor], rows: slice) -> tuple[Tensor, dict[str, Any]]:
+    part = {name: tensor[rows] for name, tensor in samples.items()}
     return part["tokens"], {
         "head_loss": partial(_head_loss, part["labels"]),
         "pair_loss": partial(_pair_loss, part["pair_labels"]),
@@ -75,54 +76,61 @@ def _call(part: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
     }
 
 
+def _forward_backward(built: ParallelModel, calls: list[tuple[Tensor, dict[str, Any]]]) -> float:
+    """The loss of all micro-batches of all ranks."""
+    losses = [torch.zeros(())]
+    if built.pipeline is not None:
+        losses += built.pipeline.step(calls)
+        assert built.meshes.pp is not None
+        add_tied_gradients(built.model, built.meshes.pp)
+    else:
+        for tokens, kwargs in calls:
+            losses.append(built.model(tokens, **kwargs))
+            losses[-1].backward()
+    loss = torch.stack(losses).sum().detach()
+    dist.all_reduce(loss)
+    return loss.item()
+
+
+def _gradients(built: ParallelModel) -> dict[str, Any]:
+    """Those of all stages, and their norm."""
+    pp, copy = built.meshes.pp, None
+    if pp is not None and built.model.output is not None:
+        copy = built.model.get_parameter("output.weight")
+    norm = clip_grad_norm(built.model.named_parameters(), 0, pp_group=pp, copy=copy).total
+    stages = [whole(built.model, gradients=True)]
+    if pp is not None:
+        stages *= 2
+        dist.all_gather_object(stages, dict(stages[0]), group=pp)
+    return {"norm": norm.item()} | {name: grad for stage in stages for name, grad in stage.items()}
+
+
 def _step_twice(*overrides: str) -> list[dict[str, Any]]:
-    """Loss, norm and every gradient of two steps, of plain gradient descent."""
+    """Loss, norm and every gradient of two steps of plain gradient descent."""
     process = Process.from_environment()
     loaded = load_config(None, [*TINY, *as_overrides(*ALIKE, *overrides)])
     plan, config = check(loaded, process.world_size), loaded.config
     with torch.device("meta"):
         model = build(plan.family, plan.args)
-    stages = split(model, config.parallel, attention_flops=0)
-    meshes = trainer.build_meshes(plan.dims, "cpu")
-    micro_steps = SAMPLES // (config.training.local_batch_size * plan.dims.batch)
-    built = build_parallel(model, stages, plan, config, meshes, process, micro_steps=micro_steps)
+    size, per_rank = config.training.local_batch_size, SAMPLES // plan.dims.batch
+    built = build_parallel(
+        model,
+        split(model, config.parallel, attention_flops=0),
+        plan,
+        config,
+        trainer.build_meshes(plan.dims, "cpu"),
+        process,
+        micro_steps=per_rank // size,
+    )
     init_weights(model, device=process.device, seed=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.003)
     samples, steps = _samples(), []
-    first = plan.dims.batch_rank(process.rank) * SAMPLES // plan.dims.batch
+    first = plan.dims.batch_rank(process.rank) * per_rank
     for _ in range(2):
-        calls = [
-            _call(
-                {n: t[start : start + config.training.local_batch_size] for n, t in samples.items()}
-            )
-            for start in range(
-                first, first + SAMPLES // plan.dims.batch, config.training.local_batch_size
-            )
-        ]
-        if built.pipeline is not None:
-            losses = built.pipeline.step(calls)
-            if built.model.tied_head:
-                add_tied_gradients(model, meshes.pp)
-        else:
-            losses = []
-            for tokens, kwargs in calls:
-                losses.append(model(tokens, **kwargs))
-                losses[-1].backward()
-        loss = torch.stack([*losses, torch.zeros(())]).sum().detach()
-        dist.all_reduce(loss)
-        copy = None
-        if built.pipeline is not None and model.output is not None:
-            copy = model.get_parameter("output.weight")
-        norm = clip_grad_norm(model.named_parameters(), 0, pp_group=meshes.pp, copy=copy).total
-        gradients: list[dict[str, Any]] = [whole(model, gradients=True)]
-        if meshes.pp is not None:
-            gradients *= 2
-            dist.all_gather_object(gradients, dict(gradients[0]), group=meshes.pp)
-        steps.append(
-            # Tensor-parallel ranks have the same loss.
-            {"loss": loss.item() / plan.dims.tp, "norm": norm.item()}
-            | {name: grad for stage in gradients for name, grad in stage.items()}
-        )
+        starts = range(first, first + per_rank, size)
+        loss = _forward_backward(built, [_call(samples, slice(s, s + size)) for s in starts])
+        # Tensor-parallel ranks have the same one.
+        steps.append({"loss": loss / plan.dims.tp} | _gradients(built))
         optimizer.step()
         optimizer.zero_grad()
     return steps

@@ -90,7 +90,10 @@ def test_there_and_back_every_bit_is_the_same(
     assert again.config.tie_word_embeddings is tied_head
 
 
-@pytest.mark.parametrize("name", ["internlm", "qwen2.5", "qwen3", "gpt_neox", "gpt"])
+NAMES = ("internlm", "qwen2.5", "qwen3", "gpt_neox", "gpt", "bert", "megatron_bert")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_family_goes_there_and_back(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,8 +113,38 @@ def test_every_family_goes_there_and_back(
     ours, expected = tensors(tmp_path / "ours"), tensors(tmp_path / "theirs")
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[key], tensor) for key, tensor in expected.items())
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    is_causal = family.objective == "causal_lm"
+    auto = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModelForPreTraining
+    again = auto.from_pretrained(tmp_path / "ours")
     assert type(again) is architecture
+
+
+def test_files_as_google_wrote_them_are_read(tmp_path: Path) -> None:
+    given = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 8}
+    config = transformers.BertConfig(**given, intermediate_size=48, vocab_size=160)
+    theirs = transformers.BertForPreTraining(config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    # Of no class that has both heads, names of TensorFlow, a second bias, a buffer.
+    described = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    described["architectures"] = ["BertForMaskedLM"]
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(described))
+    stored = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): tensor
+        for name, tensor in tensors(tmp_path / "theirs").items()
+    }
+    assert any(name.endswith("gamma") for name in stored)
+    stored["cls.predictions.decoder.bias"] = stored["cls.predictions.bias"].clone()
+    stored["bert.embeddings.position_ids"] = torch.arange(512)
+    save_file(stored, tmp_path / "theirs" / "model.safetensors")
+    assert cli.main(["convert", "hf-to-dcp", f"{tmp_path}/theirs", f"{tmp_path}/dcp"]) == 0
+    assert cli.main(["convert", "dcp-to-hf", f"{tmp_path}/dcp", f"{tmp_path}/ours"]) == 0
+    ours = tensors(tmp_path / "ours")
+    expected = {n: p for n, p in theirs.named_parameters() if n in ours}
+    assert len(ours) == len(stored) - 2
+    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
+    assert expected.keys() == ours.keys()
 
 
 def test_another_dtype_and_a_tokenizer_can_be_asked_for(tmp_path: Path) -> None:
