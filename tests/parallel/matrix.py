@@ -197,6 +197,8 @@ def family(name: str, *more: str) -> tuple[str, ...]:
 # Softmax does not see what is added to all keys: where they are not rotated, the gradient of their
 # bias is rounding, of which AdamW makes steps.
 GPT = family("gpt", "model.qkv_bias=false")
+BERT = family("bert", "model.qkv_bias=false", LARGER_EPS)
+MEGATRON_BERT = family("megatron_bert", "model.qkv_bias=false", LARGER_EPS)
 FAMILIES = (
     Case("dp2 x tp2", "selective_op", alike=family("internlm", LARGER_EPS)),
     Case("dp2", alike=family("qwen", LARGER_EPS)),
@@ -212,6 +214,12 @@ FAMILIES = (
     Case("tp2", more=(NO_SEQUENCE_PARALLEL,), alike=GPT),
     Case("cp2 x tp2", alike=GPT),
     Case("pp2", micro_batches=4, alike=GPT),
+    Case("tp2", "full", more=(NO_SEQUENCE_PARALLEL,), alike=MEGATRON_BERT),
+    Case("tp2", "selective_op", "compile", alike=MEGATRON_BERT),
+    Case("dp2 x tp2", micro_batches=4, alike=MEGATRON_BERT),
+    Case("pp2", "full", micro_batches=4, alike=MEGATRON_BERT),
+    Case("dp2 x tp2", "full", alike=BERT),
+    Case("pp2", micro_batches=4, alike=BERT),
 )
 
 BFLOAT16 = ("training.param_dtype=bfloat16",)
@@ -251,6 +259,7 @@ HOLES = (
     Hole(2, (ASYNC_TP, COMPILE, TP2, NO_SEQUENCE_PARALLEL)),
     Hole(2, (ASYNC_TP, COMPILE, TP2)),
     Hole(16, (CP4, TP4, ULYSSES)),
+    Hole(2, (CP2, "model.name=megatron_bert")),
     Hole(2, (PP2, "training.global_batch_size=2", schedule("DualPipeV"))),
     Hole(2, (*PP2_BATCH, schedule("ZBVZeroBubble"), COMPILE)),
     Hole(2, (*PP2_BATCH, schedule("ZBVZeroBubble"), "activation_checkpoint.mode=selective_op")),

@@ -28,7 +28,7 @@ from titan_lite.runtime.distributed import Process
 
 # An odd vocabulary, which two tensor-parallel ranks pad.
 SAMPLES, SEQ_LEN, VOCAB = 4, 32, 2047
-ALIKE = (f"model.vocab_size={VOCAB}", f"training.seq_len={SEQ_LEN}", "data.packing=none")
+ALIKE = (f"model.vocab_size={VOCAB}", f"training.seq_len={SEQ_LEN}")
 LAYOUTS = {
     "tp2": ("parallel.tp=2",),
     "tp2 without sequence parallel": ("parallel.tp=2", "parallel.sequence_parallel=false"),

@@ -125,6 +125,17 @@ def test_ranks_have_every_pp_th_stage_or_one_from_either_end() -> None:
         (
             [
                 "--parallel.pp=2",
+                "--model.name=bert",
+                "--parallel.pp_split=explicit",
+                '--parallel.pp_stage_modules=[["tok_embeddings","pos_embeddings","type_embeddings",'
+                '"embedding_norm","layers.0","layers.1","transform"],["output","pair_head"]]',
+            ],
+            r"parallel.pp_stage_modules +\(command line\): must have all of transform, output, "
+            "pair_head in the last stage",
+        ),
+        (
+            [
+                "--parallel.pp=2",
                 "--model.num_layers=4",
                 "--activation_checkpoint.mode=fraction",
                 "--activation_checkpoint.fraction=0.25",

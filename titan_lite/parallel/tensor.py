@@ -151,7 +151,9 @@ def split_modules(
 
 def _plays(module: nn.Module, role: Role) -> bool:
     if role == "gather":
-        return bool(module._forward_pre_hooks)
+        # FSDP2's own hook is on each of its units.
+        hooks = module._forward_pre_hooks.values()
+        return any(not hook.__module__.startswith("torch.distributed.fsdp") for hook in hooks)
     weight = module.weight
     if not isinstance(weight, DTensor) or "tp" not in (weight.device_mesh.mesh_dim_names or ()):
         return False
