@@ -149,7 +149,7 @@ def test_an_encoder_is_not_split_over_the_sequences_of_causal_attention() -> Non
     config = Config.model_validate({"parallel": {"cp": 2}, "training": {"seq_len": 512}})
     assert list(model_rules(config, BERT.flavors["base"])) == [
         (
-            ("parallel.cp", "model.name"),
+            ("model.name", "parallel.cp"),
             "2 ranks exchange keys and values for causal attention, and an encoder attends to what "
             "follows as well: use parallel.cp = 1",
         )
@@ -162,7 +162,7 @@ def test_a_residual_stream_that_is_normalised_is_neither_parallel_nor_kept_wide(
     given = {name: True}
     assert list(model_rules(config, replace(BERT.flavors["base"], **given))) == [
         (
-            (f"model.{name}", "model.flavor", "model.name"),
+            ("model.name", "model.flavor", f"model.{name}"),
             f"{name} cannot act: the residual stream of this model is what its norms give",
         )
     ]

@@ -183,14 +183,14 @@ def _encoder_rules(config: Config, args: EncoderArgs) -> Iterator[tuple[tuple[st
     """What only decoders can do, or only pre-norm blocks."""
     if (cp := config.parallel.cp) > 1:
         yield (
-            ("parallel.cp", "model.name"),
+            ("model.name", "parallel.cp"),
             f"{cp} ranks exchange keys and values for causal attention, and an encoder attends to "
             "what follows as well: use parallel.cp = 1",
         )
     for name in ("parallel_residual", "fp32_residual"):
         if args.post_norm and getattr(args, name):
             yield (
-                (f"model.{name}", "model.flavor", "model.name"),
+                ("model.name", "model.flavor", f"model.{name}"),
                 f"{name} cannot act: the residual stream of this model is what its norms give",
             )
 
