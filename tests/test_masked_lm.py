@@ -50,6 +50,15 @@ def expected(workers: dict[int, Workers], tmp_path_factory: pytest.TempPathFacto
     return workers[1].run(train_and_gather, folder, *BERT, *VALIDATE)[0]
 
 
+def _told(run: Run) -> Run:
+    """Without the biases of keys: a softmax does not see them, and their gradient is rounding."""
+    records, gathered = run
+    return records, {
+        moment: {name: array for name, array in arrays.items() if not name.endswith("wk.bias")}
+        for moment, arrays in gathered.items()
+    }
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(("world_size", "settings"), LAYOUTS)
 def test_every_layout_trains_and_validates_what_one_process_does(
@@ -61,7 +70,7 @@ def test_every_layout_trains_and_validates_what_one_process_does(
 ) -> None:
     overrides = (*BERT, *VALIDATE, *settings)
     got = workers[world_size].run(train_and_gather, tmp_path, *overrides, timeout=280)[0]
-    assert exceeding(deviations(got, expected), TOLERANCES) == {}
+    assert exceeding(deviations(_told(got), _told(expected)), TOLERANCES) == {}
     keys = [key for key in expected[0][-1] if key in OWN or key.startswith("validation/")]
     assert len(keys) == len(OWN) + 5
     for key in keys:
@@ -82,14 +91,15 @@ def _first_step(folder: Path, *overrides: str) -> dict[str, Any]:
         others = {key: value for key, value in kwargs.items() if key not in ("head_loss",)}
         others["pair_loss"] = lambda logits: kept.append(logits) or torch.zeros(())
         logits = trainer.model(inputs, **others)
-    hook.remove()
     trainer.train()
+    hook.remove()
     trainer.close()
     (pairs,) = kept
     assert batch.pair_labels is not None
     return {
         "batch": batch,
-        "call": calls[0],
+        "inputs": calls[1][0],
+        "call": {name: calls[1][1][name] for name in ("token_types_BS", "mask")},
         "tokens": F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten()).item(),
         "pairs": F.cross_entropy(pairs, batch.pair_labels).item(),
         "right": (pairs.argmax(1) == batch.pair_labels).float().mean().item(),
@@ -112,11 +122,10 @@ def test_the_loss_is_the_mean_over_hidden_tokens_and_the_mean_over_pairs(
     assert record["tokens"] == (batch.documents == 0).sum() < batch.inputs.numel()
     assert record["iterations_per_second"] == pytest.approx(1 / record["seconds_per_step"])
     # Content sees content on both sides, and padding sees padding.
-    inputs, kwargs = found["call"]
-    assert torch.equal(inputs, batch.inputs)
-    assert torch.equal(kwargs["token_types_BS"], batch.token_types)
+    assert torch.equal(found["inputs"], batch.inputs)
+    assert torch.equal(found["call"]["token_types_BS"], batch.token_types)
     mask = dense_mask(batch.documents, torch.arange(64), torch.float32, causal=False)
-    assert torch.equal(kwargs["mask"], mask)
+    assert torch.equal(found["call"]["mask"], mask)
     assert mask[0, 0, 0, 2] == 0
 
 
