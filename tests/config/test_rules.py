@@ -211,7 +211,6 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             "data.tokenizer_path",
             'no such file: "tokenizer.model"; did you mean "tokeniser.model"?',
         ),
-        (["data.tokenizer_path=."], 1, "data.tokenizer_path", "a folder, where a file is expected"),
         (
             ["job.dump_folder=tokeniser.model/run"],
             1,

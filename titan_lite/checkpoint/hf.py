@@ -198,8 +198,8 @@ class DCPToHF:
         """The type that config.json names: that of the first tensor."""
         return str(next(iter(self.dtypes.values()))).removeprefix("torch.")
 
-    def write(self, target: Path, documents: Mapping[str, Mapping[str, Any]]) -> None:
-        """Writes the folder `target`, with JSON `documents` by file name; collective in a group.
+    def write(self, target: Path, documents: Mapping[str, Mapping[str, Any] | bytes]) -> None:
+        """Writes the folder `target`, with JSON or bytes by file name; collective in a group.
 
         Ranks deal the files to each other, and each holds one at a time. The folder appears, and
         takes the place of an earlier one, when it is complete.
@@ -223,7 +223,10 @@ class DCPToHF:
         if rank == 0:
             write_index(aside, self.files)
             for name, document in documents.items():
-                write_json(aside / name, document)
+                if isinstance(document, bytes):
+                    (aside / name).write_bytes(document)
+                else:
+                    write_json(aside / name, document)
             shutil.rmtree(target, ignore_errors=True)
             aside.rename(target)
         _barrier()

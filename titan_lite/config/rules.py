@@ -199,10 +199,7 @@ def _files(config: Config) -> Iterator[Broken]:
         message = f"no such folder: {quote(initial)}{near_file(Path(initial))}"
         yield ("checkpoint.initial_load_path",), message
     tokenizer = os.path.expanduser(data.tokenizer_path)  # noqa: PTH111
-    if os.path.isdir(tokenizer):  # noqa: PTH112
-        message = f"a folder, where a file is expected: {quote(data.tokenizer_path)}"
-        yield ("data.tokenizer_path",), message
-    elif tokenizer and not os.path.isfile(tokenizer):  # noqa: PTH113
+    if tokenizer and not os.path.exists(tokenizer):  # noqa: PTH110
         message = f"no such file: {quote(data.tokenizer_path)}{near_file(Path(tokenizer))}"
         yield ("data.tokenizer_path",), message
     hf = os.path.expanduser(config.checkpoint.initial_load_hf)  # noqa: PTH111

@@ -139,8 +139,10 @@ class Data(Documents):
     Parquet and datasets by name only the text can be judged: a file that cannot be parsed ends the
     run."""
     tokenizer_path: str = ""
-    """A file in tiktoken's format (base64 token, rank), as Llama 3's tokenizer.model; empty: the
-    bundled one."""
+    """A file, or a folder that has it: a tokenizer.json of Hugging Face, a sentencepiece model, or
+    a table in tiktoken's format (base64 token, rank), as Llama 3's tokenizer.model. BOS and EOS are
+    those that tokenizer_config.json or special_tokens_map.json beside it name, else found by their
+    usual spellings. Empty: the bundled tokenizer."""
     packing: Literal["concat", "document", "fixed", "none"] = "concat"
     """What a sample of training.seq_len tokens is cut from, and what attends to what: "concat":
     documents one after the other, attention crosses their borders; "document": the same, but

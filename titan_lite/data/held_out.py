@@ -89,9 +89,9 @@ def read_held_out(
                 f"{seq_len} tokens are more than {source.name} holds: it has "
                 f"{sample // global_batch_size}"
             )
-        counted = row.labels[row.labels != IGNORED]
-        num_tokens += len(counted)
-        num_bytes += int(tokenizer.bytes_per_token[counted].sum())
+        counted = row.labels != IGNORED
+        num_tokens += int(counted.sum())
+        num_bytes += tokenizer.num_bytes(row.labels[counted], row.inputs[counted])
         num_pairs += row.pair_labels not in (None, IGNORED)
         if sample % batch_degree == batch_rank:
             mine.append(row)

@@ -1,10 +1,11 @@
 """What lies beside the weights of a Hugging Face model: config.json and the tokenizer's files.
 
-The format of tokenizer.json is that of the `tokenizers` library, which need not be installed.
+A tokenizer that was read from such files is written as it was; tiktoken's becomes a tokenizer.json.
 """
 
 from typing import Any
 
+from titan_lite.data.hf_tokenizer import BYTE_LETTERS
 from titan_lite.data.tiktoken_tokenizer import (
     SPECIAL_TOKENS,
     SPLIT_PATTERN,
@@ -19,18 +20,20 @@ _BOS, _EOS = "<|begin_of_text|>", "<|end_of_text|>"
 
 def hf_documents(
     args: DecoderArgs, hf: HFConfig, tokenizer: Tokenizer | None, *, dtype: str
-) -> dict[str, dict[str, Any]]:
-    """JSON documents by file name; without a tokenizer, config.json alone.
+) -> dict[str, dict[str, Any] | bytes]:
+    """JSON documents, or contents, by file name; without a tokenizer, config.json alone.
 
     dtype: of the weights, as torch spells it.
     """
     if tokenizer is None:
         return {"config.json": hf_config_from_args(args, hf, dtype=dtype)}
-    assert isinstance(tokenizer, TiktokenTokenizer)
+    config = hf_config_from_args(
+        args, hf, dtype=dtype, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id
+    )
+    if not isinstance(tokenizer, TiktokenTokenizer):
+        return {"config.json": config, **tokenizer.files}
     return {
-        "config.json": hf_config_from_args(
-            args, hf, dtype=dtype, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id
-        ),
+        "config.json": config,
         "tokenizer.json": _tokenizer_json(tokenizer),
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -107,15 +110,5 @@ def _merges(ranks: dict[bytes, int]) -> list[str]:
     ]
 
 
-def _byte_letters() -> list[str]:
-    """GPT-2's letter for each byte: itself where it can be printed, else one from 256 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(b if b in printable else 256 + others.index(b)) for b in range(256)]
-
-
-_LETTERS = _byte_letters()
-
-
 def _spell(token: bytes) -> str:
-    return "".join(_LETTERS[byte] for byte in token)
+    return "".join(BYTE_LETTERS[byte] for byte in token)

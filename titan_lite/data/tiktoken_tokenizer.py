@@ -64,9 +64,9 @@ class TiktokenTokenizer(Tokenizer):
         self.starts_word = np.array(list(map(begins_word, spellings)))
 
     @classmethod
-    def load(cls, path: Path) -> "TiktokenTokenizer":
-        """Read a file of "base64-token rank" lines; ValueError naming file and line."""
-        return cls(_read_ranks(path))
+    def load(cls, file: Path, content: bytes) -> "TiktokenTokenizer":
+        """Read "base64-token rank" lines; ValueError naming file and line."""
+        return cls(_read_ranks(file, content))
 
     def decode(self, tokens: Iterable[int]) -> str:
         return self._encoding.decode(list(tokens))
@@ -74,8 +74,6 @@ class TiktokenTokenizer(Tokenizer):
     def _encode(self, text: str) -> Tokens:
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:
-            return self._encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         except ValueError:
             if len(text) <= _CUT_CHARS:
                 raise
@@ -83,11 +81,7 @@ class TiktokenTokenizer(Tokenizer):
             return np.concatenate([self._encode(text[cut : cut + _CUT_CHARS]) for cut in cuts])
 
 
-def _read_ranks(path: Path) -> dict[bytes, int]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"data.tokenizer_path: cannot read {path}: {error.strerror}") from error
+def _read_ranks(path: Path, content: bytes) -> dict[bytes, int]:
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(content.splitlines(), start=1):
         try:

@@ -2,9 +2,11 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +14,10 @@ import numpy.typing as npt
 from titan_lite.data.assets import bundled_asset
 
 Tokens = npt.NDArray[np.uint32]
+Ints = npt.NDArray[np.int64]
 
+# In a folder, the first of these that it has; as Hugging Face's repositories name them.
+FILE_NAMES = ("tokenizer.json", "tokenizer.model")
 # Words of other scripts than ASCII's letters are cut nowhere.
 _INSIDE_WORD = frozenset(range(0x80, 0x100)) | frozenset(
     b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -37,18 +42,33 @@ class Tokenizer(ABC):
     """(vocab_size,) Of the text that each token spells: none for special tokens."""
     starts_word: npt.NDArray[np.bool_]
     """(vocab_size,) Whether a token begins a word instead of continuing the one before it."""
+    prefix_bytes: int = 0
+    """Of the space that is put before each document's text, and which its first tokens spell."""
+    files: Mapping[str, bytes] = MappingProxyType({})
+    """The files it was read from, by name, where Hugging Face transformers reads the same ones."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The smallest that holds each token."""
+        return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
 
     def encode(self, text: str, *, bos: bool, eos: bool) -> list[int]:
         """Tokens of a text; the spelling of a special token inside it is ordinary text."""
-        tokens: list[int] = self._encode(text).tolist()
+        tokens: list[int] = self._encode(_encodable(text)).tolist()
         return [self.bos_id] * bos + tokens + [self.eos_id] * eos
 
     def encode_documents(self, texts: Sequence[str], *, threads: int = 1) -> list[Tokens]:
         """Tokens of each text, without BOS and EOS."""
+        encodable = map(_encodable, texts)
         if threads == 1:
-            return [self._encode(text) for text in texts]
+            return [self._encode(text) for text in encodable]
         with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(self._encode, texts))
+            return list(pool.map(self._encode, encodable))
+
+    def num_bytes(self, tokens: Ints, before: Ints) -> int:
+        """Of the text that tokens spell, each the one after a token of `before`."""
+        prefixes = self.prefix_bytes * np.count_nonzero(before == self.bos_id)
+        return int(self.bytes_per_token[tokens].sum() - prefixes)
 
     @abstractmethod
     def decode(self, tokens: Iterable[int]) -> str:
@@ -56,22 +76,56 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _encode(self, text: str) -> Tokens:
-        """Tokens of a text, without BOS and EOS."""
+        """Tokens of a text, without BOS and EOS; tokenizes without Python's lock."""
 
 
 def load_tokenizer(path: str | Path = "") -> Tokenizer:
-    """The tokenizer of a file, by what the file holds; no path: the bundled one.
+    """The tokenizer of a file, or of the one in a folder; no path: the bundled one.
 
-    Raises ValueError naming data.tokenizer_path and the file when it is missing or malformed.
+    What the file holds says which kind it is: Llama 3's tokenizer.model is a table of tiktoken's,
+    that of others a sentencepiece model. Loading runs no code of the file's.
+    Raises ValueError naming data.tokenizer_path and the file when it is missing or cannot be used.
     """
     # os.path: leaves a ~user that does not exist, where Path raises.
     given = Path(os.path.expanduser(path))  # noqa: PTH111
-    file = given if path else bundled_asset("tokenizer/tokenizer.model")
+    file = _file_of(given) if path else bundled_asset("tokenizer/tokenizer.model")
     if not file.is_file():
         raise ValueError(f"data.tokenizer_path: {file} does not exist")
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"data.tokenizer_path: cannot read {file}: {error.strerror}") from error
+    if file.suffix == ".json" or content.lstrip()[:1] == b"{":
+        from titan_lite.data.hf_tokenizer import HFTokenizer
+
+        return HFTokenizer.load(file, content)
+    # The first field of a message that has its pieces there; no line of a table begins so.
+    if content[:1] == b"\n":
+        from titan_lite.data.sentencepiece_tokenizer import SentencePieceTokenizer
+
+        return SentencePieceTokenizer.load(file, content)
     from titan_lite.data.tiktoken_tokenizer import TiktokenTokenizer
 
-    return TiktokenTokenizer.load(file)
+    return TiktokenTokenizer.load(file, content)
+
+
+def _file_of(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    found = [path / name for name in FILE_NAMES if (path / name).is_file()]
+    if not found:
+        names = " nor ".join(FILE_NAMES)
+        raise ValueError(f"data.tokenizer_path: the folder {path} has neither {names}")
+    return found[0]
+
+
+def _encodable(text: str) -> str:
+    """The text, with U+FFFD for what is half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def begins_word(spelling: bytes) -> bool:

@@ -111,7 +111,7 @@ def dcp_to_hf(
         f"parameters in {export.dtype}, {files} file{'s' * (files > 1)}"
     )
     if tokenizer is None:
-        print("Without tokenizer files: --tokenizer names one in tiktoken's format")
+        print("Without tokenizer files: --tokenizer names one")
 
 
 def model_section(family: Family, args: DecoderArgs) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     to_hf.add_argument(
         "--tokenizer",
         metavar="FILE",
-        help="a file in tiktoken's format (default: the one the checkpoint was trained with)",
+        help="a tokenizer's file, or its folder (default: that of the checkpoint's run)",
     )
     return parser
 

@@ -1,0 +1,365 @@
+"""Tokenizers of Hugging Face and of sentencepiece, trained here on a part of the corpus."""
+
+import io
+import itertools
+import json
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+from tokenizers import (
+    Tokenizer as Backend,
+)
+from tokenizers import (
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+from titan_lite.data.assets import ASSETS
+from titan_lite.data.hf_documents import hf_documents
+from titan_lite.data.tokenizer import Tokenizer, load_tokenizer
+from titan_lite.models.llama import LLAMA
+
+
+def read_texts(split: str) -> list[str]:
+    lines = (ASSETS / "corpus" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["text"] for line in lines]
+
+
+TEXTS = read_texts("validation")
+TRAINED_ON = TEXTS[:12]
+# Letters, bytes and spaces that the training text has nowhere.
+STRANGE = [
+    "  two  spaces\n\n\ttab ",
+    "na\u00efve \u2603 \U0001f40b",
+    "\u4e00\u4e8c\u4e09",
+    "x\u0000y",
+]
+
+
+def byte_level(*, prefix: bool = False) -> Backend:
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    specials = ["<|endoftext|>", "<|pad|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(TRAINED_ON, trainer)
+    backend.add_tokens(["    "])  # As GPT-NeoX's runs of spaces: in the vocabulary, not special.
+    return backend
+
+
+def metaspace() -> Backend:
+    """As Llama 2's, converted."""
+    backend = Backend(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=specials, show_progress=False, max_token_length=8
+    )
+    backend.train_from_iterator([text[:2000].split() for text in TRAINED_ON], trainer)
+    document = json.loads(backend.to_str())
+    document["added_tokens"] = document["added_tokens"][:3]
+    return Backend.from_str(json.dumps(document))
+
+
+def word_piece() -> Backend:
+    """As BERT's."""
+    backend = Backend(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=600, special_tokens=specials, show_progress=False
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    backend.enable_truncation(16)
+    backend.enable_padding(pad_id=0, pad_token="[PAD]", length=16)
+    return backend
+
+
+def pieces(**settings: Any) -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in TRAINED_ON for line in text.splitlines() if line),
+        model_writer=model,
+        vocab_size=600,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+        num_threads=1,
+        **settings,
+    )
+    return model.getvalue()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    made: dict[str, bytes] = {
+        "byte_level": byte_level().to_str().encode(),
+        "byte_level_prefix": byte_level(prefix=True).to_str().encode(),
+        "metaspace": metaspace().to_str().encode(),
+        "word_piece": word_piece().to_str().encode(),
+        "pieces": pieces(model_type="bpe"),
+        "pieces_unigram": pieces(model_type="unigram", pad_id=3),
+        "pieces_plain": pieces(model_type="bpe", add_dummy_prefix=False, bos_id=-1),
+    }
+    paths = {}
+    for name, content in made.items():
+        (folder / name).mkdir()
+        file = "tokenizer.model" if name.startswith("pieces") else "tokenizer.json"
+        paths[name] = folder / name / file
+        paths[name].write_bytes(content)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def tokenizers(files: dict[str, Path]) -> dict[str, Tokenizer]:
+    return {name: load_tokenizer(file) for name, file in files.items()}
+
+
+LOSSLESS = (
+    "byte_level",
+    "byte_level_prefix",
+    "metaspace",
+    "pieces",
+    "pieces_unigram",
+    "pieces_plain",
+)
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_the_bytes_of_tokens_add_up_to_those_of_the_text(
+    tokenizers: dict[str, Tokenizer], kind: str
+) -> None:
+    tokenizer = tokenizers[kind]
+    assert tokenizer.prefix_bytes == (kind not in ("byte_level", "pieces_plain"))
+    for text in [*TEXTS, *STRANGE[1 if kind == "byte_level_prefix" else 0 :]]:
+        document = np.array(tokenizer.encode(text, bos=True, eos=True))
+        assert tokenizer.num_bytes(document[1:], document[:-1]) == len(text.encode())
+        # Of a part that begins inside the document, which has no prefix.
+        spelt = tokenizer.num_bytes(document[4:], document[3:-1])
+        assert spelt == tokenizer.bytes_per_token[document[4:]].sum()
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_text_round_trips(tokenizers: dict[str, Tokenizer], kind: str) -> None:
+    tokenizer = tokenizers[kind]
+    for text in [*TEXTS[::5], *STRANGE[1:3]]:
+        assert tokenizer.decode(tokenizer.encode(text, bos=False, eos=False)).lstrip(" ") == text
+
+
+def test_a_word_piece_spells_its_letters_and_no_space(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers["word_piece"]
+    for text in TEXTS:
+        document = np.array(tokenizer.encode(text, bos=True, eos=True))
+        letters = "".join(text.lower().split())
+        assert tokenizer.num_bytes(document[1:], document[:-1]) == len(letters.encode())
+
+
+def test_which_tokens_begin_a_word(tokenizers: dict[str, Tokenizer]) -> None:
+    text = "the white whales, unbelievably"
+    for name in ("byte_level", "pieces", "word_piece"):
+        tokenizer = tokenizers[name]
+        ids = tokenizer.encode(text, bos=True, eos=True)
+        begun = [i for i, token in enumerate(ids) if tokenizer.starts_word[token]]
+        words = [tokenizer.decode(ids[i:j]) for i, j in itertools.pairwise(begun)]
+        joined = [word.strip().replace(" ##", "").replace("##", "") for word in words[1:]]
+        first = 1 if name == "byte_level" else 0  # "the", without a space, continues the BOS.
+        expected = ["the", "white", "whales", ",", "unbelievably"][first:]
+        assert joined == expected, name
+    assert all(tokenizers[name].starts_word[t.bos_id] for name, t in tokenizers.items())
+
+
+def test_the_template_padding_and_truncation_of_a_file_are_not_applied(
+    tokenizers: dict[str, Tokenizer],
+) -> None:
+    tokenizer = tokenizers["word_piece"]
+    tokens = tokenizer.encode(TEXTS[0], bos=True, eos=True)
+    assert (tokens[0], tokens[-1]) == (tokenizer.bos_id, tokenizer.eos_id) == (2, 3)
+    assert len(tokens) > 16
+    assert not {0, 2, 3} & set(tokens[1:-1])
+
+
+def test_special_tokens_are_found_by_their_usual_spellings(
+    tokenizers: dict[str, Tokenizer],
+) -> None:
+    found = {name: (t.bos_id, t.eos_id, t.pad_id, t.mask_id) for name, t in tokenizers.items()}
+    assert found["word_piece"] == (2, 3, 0, 4)
+    assert found["byte_level"] == (0, 0, 0, None)
+    assert found["metaspace"] == (1, 2, 2, None)
+    assert found["pieces"] == (1, 2, 2, None)
+    assert found["pieces_unigram"] == (1, 2, 3, None)
+    assert found["pieces_plain"] == (2, 2, 2, None)  # No BOS: the EOS stands for it.
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("tokenizer_config.json", {"bos_token": None, "pad_token": {"content": "<|pad|>"}}),
+        ("special_tokens_map.json", {"pad_token": "<|pad|>", "mask_token": "!"}),
+    ],
+)
+def test_files_beside_it_name_the_special_tokens(
+    files: dict[str, Path], tmp_path: Path, name: str, named: dict[str, Any]
+) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(files["byte_level"].read_bytes())
+    (tmp_path / name).write_text(json.dumps(named))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 0, 1)
+    assert (tokenizer.mask_id is None) == ("mask_token" not in named)
+
+
+def test_the_spelling_of_a_special_token_inside_a_document_is_ordinary_text(
+    tokenizers: dict[str, Tokenizer],
+) -> None:
+    for name, tokenizer in tokenizers.items():
+        text = "a <|endoftext|> [SEP] </s> b"
+        tokens = tokenizer.encode(text, bos=False, eos=False)
+        assert not {tokenizer.bos_id, tokenizer.eos_id} & set(tokens), name
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "pieces", "word_piece"])
+def test_threads_do_not_change_the_tokens(tokenizers: dict[str, Tokenizer], kind: str) -> None:
+    one, three = (tokenizers[kind].encode_documents(TEXTS[:8], threads=n) for n in (1, 3))
+    assert [tokens.tolist() for tokens in one] == [tokens.tolist() for tokens in three]
+    assert all(tokens.dtype == np.uint32 for tokens in one)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "pieces"])
+def test_a_lone_surrogate_becomes_the_replacement_character(
+    tokenizers: dict[str, Tokenizer], kind: str
+) -> None:
+    tokens = tokenizers[kind].encode("a\ud800b", bos=False, eos=False)
+    assert tokenizers[kind].decode(tokens).strip() == "a\ufffdb"
+
+
+def test_the_same_tokens_have_the_same_identity(files: dict[str, Path], tmp_path: Path) -> None:
+    document = json.loads(files["byte_level"].read_bytes())
+    reordered = dict(reversed(document.items())) | {"truncation": None}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(reordered, indent=4))
+    same = load_tokenizer(tmp_path / "tokenizer.json")
+    assert same.identity == load_tokenizer(files["byte_level"]).identity
+    document["added_tokens"].pop()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    assert load_tokenizer(tmp_path / "tokenizer.json").identity != same.identity
+    identities = {load_tokenizer(file).identity for file in files.values()}
+    assert len(identities) == len(files)
+
+
+def refused(file: Path) -> str:
+    with pytest.raises(ValueError, match=r"^data\.tokenizer_path: ") as error:
+        load_tokenizer(file)
+    assert str(file) in str(error.value) or str(file.parent) in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is no tokenizer.json of Hugging Face: EOF while parsing"),
+        ("{}", "is no tokenizer.json of Hugging Face: Model missing"),
+        ("[1]", "is no tokenizer.json of Hugging Face: invalid type: sequence"),
+        ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}', "out of vocabulary"),
+        ('{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}', "no tokens"),
+        (
+            '{"version": "1.0", "model": {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": '
+            '"[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}}',
+            "is no tokenizer.json of Hugging Face: WordPiece error: Missing [UNK] token",
+        ),
+        (
+            '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}',
+            "has no token for the end of a document: name it in a tokenizer_config.json beside it, "
+            '{"eos_token": "..."}',
+        ),
+    ],
+)
+def test_a_tokenizer_json_that_cannot_be_used_is_refused(
+    tmp_path: Path, content: str, message: str
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    assert message in refused(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("beside", "message"),
+    [
+        ('{"eos_token": "<eot>"}', "eos_token is '<eot>', which tokenizer.json does not have"),
+        ("{", "tokenizer_config.json is not JSON: "),
+        ("[]", "tokenizer_config.json holds no JSON object"),
+    ],
+)
+def test_a_file_beside_a_tokenizer_that_cannot_be_used_is_named(
+    files: dict[str, Path], tmp_path: Path, beside: str, message: str
+) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(files["byte_level"].read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(beside)
+    assert message in refused(tmp_path / "tokenizer.json")
+
+
+def test_bytes_that_are_no_tokenizer_are_refused(files: dict[str, Path], tmp_path: Path) -> None:
+    binary = tmp_path / "tokenizer.json"
+    binary.write_bytes(pickle.dumps({"model": 1}))
+    assert "is not UTF-8" in refused(binary)
+    cut = tmp_path / "tokenizer.model"
+    cut.write_bytes(files["pieces"].read_bytes()[:3000])
+    assert "begins as a sentencepiece model and is none: damaged, or cut short" in refused(cut)
+    (tmp_path / "empty").mkdir()
+    message = refused(tmp_path / "empty")
+    assert message.endswith("has neither tokenizer.json nor tokenizer.model")
+
+
+def test_without_sentencepiece_its_models_name_the_extra(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    message = refused(files["pieces"])
+    assert message.endswith(
+        "is a sentencepiece model: pip install titan_lite[sentencepiece] to read it"
+    )
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "word_piece", "pieces"])
+def test_an_exported_model_has_the_tokenizer_as_it_was(
+    files: dict[str, Path], tokenizers: dict[str, Tokenizer], tmp_path: Path, kind: str
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    ours = tokenizers[kind]
+    assert LLAMA.hf_config is not None
+    documents = hf_documents(LLAMA.flavors["debug"], LLAMA.hf_config, ours, dtype="float32")
+    for name, document in documents.items():
+        raw = document if isinstance(document, bytes) else json.dumps(document).encode()
+        (tmp_path / name).write_bytes(raw)
+    assert (tmp_path / files[kind].name).read_bytes() == files[kind].read_bytes()
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = TEXTS[1][:500].replace("\n", " ")
+    expected = ours.encode(text, bos=False, eos=False)
+    assert theirs(text, add_special_tokens=False, truncation=False).input_ids[: len(expected)] == (
+        expected
+    )
+    assert theirs.eos_token_id == ours.eos_id
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == ours.eos_id

@@ -1,0 +1,170 @@
+"""Tokenizers of Hugging Face: a tokenizer.json, read by the library `tokenizers`."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer as Backend
+
+from titan_lite.data.special_tokens import read_beside, special_tokens
+from titan_lite.data.tokenizer import Tokenizer, Tokens, begins_word
+
+# What of tokenizer.json makes tokens of a text: no template, padding or truncation is applied.
+_IDENTIFYING = ("normalizer", "pre_tokenizer", "model", "added_tokens")
+_SPACE = "\u2581"
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+# A text that any tokenizer takes, and one that few have tokens for.
+_PROBES = ("a", "\U0010fffd")
+
+
+class HFTokenizer(Tokenizer):
+    """A tokenizer.json with the special tokens that the files beside it name.
+
+    Special tokens inside a text are ordinary text; BOS and EOS come from the data code, not from
+    the file's template.
+    """
+
+    def __init__(self, file: Path, content: bytes, beside: dict[str, bytes]) -> None:
+        """Raises ValueError naming the file when it cannot be used."""
+        self._backend = _read(file, content)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = True
+        special = special_tokens(file, beside, self._backend.token_to_id)
+        self.bos_id, self.eos_id = special.bos_id, special.eos_id
+        self.pad_id, self.mask_id = special.pad_id, special.mask_id
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        document = json.loads(content)
+        spellings = [b""] * self.vocab_size
+        self.starts_word = np.ones(self.vocab_size, bool)
+        spell = _Spelling(document)
+        for token, number in vocabulary.items():
+            spellings[number] = spell.text(token)
+            self.starts_word[number] = spell.begins_word(token)
+        for number, added in self._backend.get_added_tokens_decoder().items():
+            spellings[number] = b"" if added.special else added.content.encode()
+            self.starts_word[number] = added.special or begins_word(spellings[number])
+        if (unknown := _unknown(document["model"])) in vocabulary:
+            spellings[vocabulary[unknown]] = b""
+        self.bytes_per_token = np.array(list(map(len, spellings)))
+        # A prefix that only tokens know: how many more bytes a letter has with it.
+        probe = self._encode(_PROBES[0])
+        self.prefix_bytes = max(0, int(self.bytes_per_token[probe].sum()) - len(_PROBES[0]))
+        self.identity = f"{self.vocab_size} tokens {_digest(document, self.bos_id, self.eos_id)}"
+        self.files = {
+            "tokenizer.json": content,
+            "tokenizer_config.json": self._config(),
+            **beside,
+        }
+
+    @classmethod
+    def load(cls, file: Path, content: bytes) -> "HFTokenizer":
+        """A file's content, with what lies beside the file."""
+        return cls(file, content, read_beside(file))
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        text: str = self._backend.decode(list(tokens), skip_special_tokens=False)
+        return text
+
+    def _config(self) -> bytes:
+        """For transformers, where the file came without."""
+        names = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        tokens = {name: self._backend.id_to_token(number) for name, number in names.items()}
+        return json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **tokens}).encode()
+
+    def _encode(self, text: str) -> Tokens:
+        # A batch, since encode() keeps Python's lock; without the offsets, which nothing needs.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        return np.array(encoding.ids, np.uint32)
+
+
+class _Spelling:
+    """What a token of the vocabulary stands for in a text, by the kind of its tokenizer."""
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        components = [
+            component
+            for key in ("normalizer", "pre_tokenizer", "decoder")
+            for component in _components(document.get(key))
+        ]
+        self._byte_level = any(component["type"] == "ByteLevel" for component in components)
+        # By Metaspace, Replace or Prepend.
+        self._space_marked = any(_SPACE in component.values() for component in components)
+        model = document["model"]
+        self._has_bytes = model.get("byte_fallback", False)
+        self._continuing = model.get("continuing_subword_prefix") or ""
+        self._ending = model.get("end_of_word_suffix") or ""
+
+    def text(self, token: str) -> bytes:
+        if self._byte_level:
+            return bytes(_BYTE_OF[letter] for letter in token if letter in _BYTE_OF)
+        if self._has_bytes and (byte := _BYTE.fullmatch(token)):
+            return bytes.fromhex(byte[1])
+        token = token.removeprefix(self._continuing).removesuffix(self._ending)
+        return (token.replace(_SPACE, " ") if self._space_marked else token).encode()
+
+    def begins_word(self, token: str) -> bool:
+        if self._continuing:
+            return not token.startswith(self._continuing)
+        return begins_word(self.text(token))
+
+
+def _read(file: Path, content: bytes) -> Backend:
+    """The library's tokenizer, after it has shown that it works."""
+    try:
+        backend = Backend.from_str(content.decode())
+        for text in _PROBES:
+            backend.encode(text, add_special_tokens=False)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data.tokenizer_path: {file} is not UTF-8: {error.reason}") from None
+    # The library raises nothing more specific.
+    except Exception as error:
+        raise ValueError(
+            f"data.tokenizer_path: {file} is no tokenizer.json of Hugging Face: {error}"
+        ) from None
+    if not backend.get_vocab_size():
+        raise ValueError(f"data.tokenizer_path: {file} has no tokens")
+    return backend
+
+
+def _components(part: Any) -> Iterator[dict[str, Any]]:
+    """A part of a tokenizer.json, and what it is a sequence of."""
+    if isinstance(part, dict):
+        if "type" in part:
+            yield part
+        for value in part.values():
+            yield from _components(value)
+    elif isinstance(part, list):
+        for value in part:
+            yield from _components(value)
+
+
+def _unknown(model: dict[str, Any]) -> str | None:
+    """The token of what no other token spells."""
+    if model.get("unk_id") is not None:
+        token: str = model["vocab"][model["unk_id"]][0]
+        return token
+    return model.get("unk_token")
+
+
+def _digest(document: dict[str, Any], *ids: int) -> str:
+    """Of what makes tokens: the same in whatever order and with whatever else a file has it."""
+    parts = {key: document.get(key) for key in _IDENTIFYING}
+    text = json.dumps([parts, ids], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _byte_letters() -> list[str]:
+    """GPT-2's letter for each byte: itself where it can be printed, else one from 256 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(b if b in printable else 256 + others.index(b)) for b in range(256)]
+
+
+BYTE_LETTERS = _byte_letters()
+_BYTE_OF = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}

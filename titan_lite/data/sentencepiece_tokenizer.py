@@ -1,0 +1,87 @@
+"""Tokenizers of sentencepiece: its model file, as Llama 2's tokenizer.model."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from titan_lite.data.special_tokens import read_beside, special_tokens
+from titan_lite.data.tokenizer import Tokenizer, Tokens, begins_word
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+_SPACE = "\u2581"
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A model of pieces; files beside it, as Hugging Face's, may name other special tokens."""
+
+    def __init__(self, file: Path, content: bytes, beside: dict[str, bytes]) -> None:
+        """Raises ValueError naming the file when it cannot be used."""
+        self._model = _read(file, content)
+        special = special_tokens(file, beside, self._id_of, self._own_ids())
+        self.bos_id, self.eos_id = special.bos_id, special.eos_id
+        self.pad_id, self.mask_id = special.pad_id, special.mask_id
+        self.vocab_size = self._model.vocab_size()
+        spellings = list(map(self._spelling, range(self.vocab_size)))
+        self.bytes_per_token = np.array(list(map(len, spellings)))
+        self.starts_word = np.array(list(map(begins_word, spellings)))
+        self.prefix_bytes = max(0, int(self.bytes_per_token[self._encode("a")].sum()) - 1)
+        digest = hashlib.sha256(content + f"{self.bos_id} {self.eos_id}".encode()).hexdigest()
+        self.identity = f"{self.vocab_size} tokens {digest[:16]}"
+        self.files = {
+            "tokenizer.model": content,
+            "tokenizer_config.json": b'{"tokenizer_class": "LlamaTokenizer"}\n',
+            **beside,
+        }
+
+    @classmethod
+    def load(cls, file: Path, content: bytes) -> "SentencePieceTokenizer":
+        """A file's content, with what lies beside the file."""
+        return cls(file, content, read_beside(file))
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        text: str = self._model.decode(list(tokens))
+        return text
+
+    def _encode(self, text: str) -> Tokens:
+        return np.array(self._model.encode(text), np.uint32)
+
+    def _spelling(self, number: int) -> bytes:
+        model = self._model
+        if model.is_control(number) or model.is_unknown(number) or model.is_unused(number):
+            return b""
+        piece: str = model.id_to_piece(number)
+        if model.is_byte(number):
+            return bytes.fromhex(piece[3:5])  # <0x0A>
+        return piece.replace(_SPACE, " ").encode()
+
+    def _id_of(self, piece: str) -> int | None:
+        number: int = self._model.piece_to_id(piece)
+        return number if self._model.id_to_piece(number) == piece else None
+
+    def _own_ids(self) -> dict[str, int]:
+        """By use, what the model itself says; it has -1 for none."""
+        model = self._model
+        own = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id()}
+        return {use: number for use, number in own.items() if number >= 0}
+
+
+def _read(file: Path, content: bytes) -> "SentencePieceProcessor":
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError:
+        raise ValueError(
+            f"data.tokenizer_path: {file} is a sentencepiece model: pip install "
+            "titan_lite[sentencepiece] to read it"
+        ) from None
+    try:
+        return SentencePieceProcessor(model_proto=content)
+    except RuntimeError:
+        raise ValueError(
+            f"data.tokenizer_path: {file} begins as a sentencepiece model and is none: damaged, or "
+            "cut short"
+        ) from None
