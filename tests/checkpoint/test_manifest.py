@@ -11,9 +11,7 @@ import pytest
 
 from titan_lite import cli
 from titan_lite.checkpoint.manifest import (
-    DamagedError,
     Manifest,
-    damaged_files,
     read_manifest,
     write_manifest,
     write_text,
@@ -26,6 +24,7 @@ from titan_lite.checkpoint.state import (
     saved_steps,
 )
 from titan_lite.config.schema import Checkpoint
+from titan_lite.runtime.stored_files import DamagedError, damaged_files
 
 SECTION = Checkpoint(enable=True)
 
@@ -126,9 +125,9 @@ def test_a_missing_step_is_an_error_that_names_those_found(tmp_path: Path) -> No
 def test_a_flipped_bit_is_found_by_reading(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path, 4)
     manifest = read_manifest(checkpoint)
-    assert damaged_files(checkpoint, manifest, manifest.files) == []
+    assert damaged_files(checkpoint, manifest.files, manifest.files) == []
     flip_a_bit(checkpoint / "__0_0.distcp", 300)
-    (sentence,) = damaged_files(checkpoint, manifest, manifest.files)
+    (sentence,) = damaged_files(checkpoint, manifest.files, manifest.files)
     assert sentence.startswith(f"{checkpoint}/__0_0.distcp is damaged: its checksum is ")
 
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from titan_lite.checkpoint.manifest import DamagedError, damaged_files, read_manifest
+from titan_lite.checkpoint.manifest import read_manifest
 from titan_lite.checkpoint.state import Start, find_start
 from titan_lite.config.schema import Checkpoint
+from titan_lite.runtime.stored_files import DamagedError, damaged_files
 
 
 def agree_on_start(start: Start, section: Checkpoint, folder: Path) -> Start:
@@ -38,6 +39,6 @@ def _damage(source: Path) -> list[str]:
     rank, size = dist.get_rank(), dist.get_world_size()
     found: list[list[str]] = [[]] * size
     dist.all_gather_object(
-        found, damaged_files(source, manifest, sorted(manifest.files)[rank::size])
+        found, damaged_files(source, manifest.files, sorted(manifest.files)[rank::size])
     )
     return [sentence for sentences in found for sentence in sentences]

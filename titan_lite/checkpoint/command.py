@@ -11,14 +11,13 @@ from pathlib import Path
 
 from titan_lite.checkpoint.manifest import (
     MANIFEST_FILE,
-    DamagedError,
     Manifest,
-    damaged_files,
     read_manifest,
 )
 from titan_lite.checkpoint.state import saved_steps
 from titan_lite.config.load import ConfigError, Problem
 from titan_lite.config.schema import Checkpoint
+from titan_lite.runtime.stored_files import DamagedError, damaged_files
 
 NO_CHECKPOINT = "no checkpoint in this folder"
 
@@ -84,7 +83,7 @@ def _read_all(folder: Path, manifest: Manifest) -> list[str]:
     """Sentences about damaged files, of which several are read at once."""
 
     def read(name: str) -> list[str]:
-        return damaged_files(folder, manifest, [name])
+        return damaged_files(folder, manifest.files, [name])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return [sentence for found in pool.map(read, sorted(manifest.files)) for sentence in found]

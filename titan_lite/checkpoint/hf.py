@@ -26,10 +26,11 @@ from torch.futures import Future
 
 from titan_lite.checkpoint.hf_files import HFFolder, plan_files, write_index, write_json
 from titan_lite.checkpoint.hf_layout import HFModel
-from titan_lite.checkpoint.manifest import Manifest, sync_folder, write_manifest
+from titan_lite.checkpoint.manifest import Manifest, write_manifest
 from titan_lite.checkpoint.storage import Files, Reader, Writer, versions
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.family import Family
+from titan_lite.runtime.stored_files import sync_folder
 
 # Where a checkpoint has the weights: "model.tok_embeddings.weight".
 PREFIX = "model."

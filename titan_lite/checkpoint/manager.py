@@ -23,7 +23,6 @@ from torch.distributed.checkpoint.state_dict import (
 from titan_lite.checkpoint.manifest import (
     Layout,
     Manifest,
-    sync_folder,
     write_manifest,
     write_text,
 )
@@ -49,6 +48,7 @@ from titan_lite.checkpoint.storage import (
 )
 from titan_lite.config.schema import Checkpoint
 from titan_lite.nn.transformer import Transformer
+from titan_lite.runtime.stored_files import sync_folder
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from titan_lite.checkpoint.manifest import MANIFEST_FILE, DamagedError, Manifest, read_manifest
+from titan_lite.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
 from titan_lite.config.problems import did_you_mean, nearest, quote
 from titan_lite.config.schema import Checkpoint
+from titan_lite.runtime.stored_files import DamagedError
 
 logger = logging.getLogger(__name__)
 

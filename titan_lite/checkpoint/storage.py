@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from titan_lite import __version__
-from titan_lite.checkpoint.manifest import StoredFile, hexadecimal
 from titan_lite.checkpoint.state import excludes
+from titan_lite.runtime.stored_files import StoredFile, hexadecimal
 
 Files = dict[str, StoredFile]
 

@@ -1,0 +1,75 @@
+"""Files whose size and checksum are kept in a manifest beside them; no torch."""
+
+import os
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+_CHUNK = 4 * 2**20
+
+
+class DamagedError(ValueError):
+    """A folder is not complete; the message names it, and the file that is wrong."""
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file as it was written. crc32: of its content, 8 hexadecimal digits."""
+
+    bytes: int
+    crc32: str
+
+
+def write_text(path: Path, text: str) -> StoredFile:
+    """Writes a file, and waits until it is on the disk."""
+    content = text.encode()
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return StoredFile(len(content), hexadecimal(zlib.crc32(content)))
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on the disk, too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_size(path: Path, file: StoredFile) -> None:
+    """DamagedError for a file that is missing or of another size; reads nothing."""
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise DamagedError(f"{path} is missing, or cannot be read: {error.strerror}") from error
+    if size != file.bytes:
+        raise DamagedError(f"{path} has {size:,} bytes, and was written with {file.bytes:,}")
+
+
+def damaged_files(folder: Path, files: Mapping[str, StoredFile], names: Iterable[str]) -> list[str]:
+    """A sentence for each of the named files whose content is not what was written; reads all."""
+    found = []
+    for name in names:
+        checksum, path = 0, folder / name
+        try:
+            with path.open("rb", buffering=0) as file:
+                while chunk := file.read(_CHUNK):
+                    checksum = zlib.crc32(chunk, checksum)
+        except OSError as error:
+            found.append(f"{path} cannot be read: {error}")
+            continue
+        expected = files[name].crc32
+        if hexadecimal(checksum) != expected:
+            found.append(
+                f"{path} is damaged: its checksum is {hexadecimal(checksum)}, and was {expected}"
+            )
+    return found
+
+
+def hexadecimal(crc32: int) -> str:
+    """A checksum as manifests have it."""
+    return f"{crc32:08x}"
