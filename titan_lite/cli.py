@@ -10,7 +10,7 @@ from pathlib import Path
 
 from titan_lite import __version__
 from titan_lite.config.dims import ParallelDims
-from titan_lite.config.load import ConfigError, LoadedConfig, Problem, read_config
+from titan_lite.config.load import ConfigError, LoadedConfig, Problem, load_config, read_config
 from titan_lite.config.problems import did_you_mean, nearest
 from titan_lite.config.render import json_schema, to_toml
 from titan_lite.models import rules
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": (_train, "train a model (in one process; torchrun or run_train.sh start many)"),
         "config": (_config, "check a configuration and print it with the origin of each value"),
         "checkpoint": (_checkpoint, "list the checkpoints of a run, or verify them"),
+        "tokenize": (_tokenize, "documents become token files, which runs read without tokenizing"),
         "convert": (_convert, "weights from Hugging Face's safetensors to checkpoints, and back"),
         "dryrun": (_dryrun, "memory, FLOPs and collectives of a step, on a machine without GPUs"),
         "compare": (_compare, "whether two runs follow the same curve, at every step"),
@@ -112,6 +113,55 @@ def _convert(argv: list[str]) -> int:
     return convert.main(argv)
 
 
+def _tokenize(argv: list[str]) -> int:
+    parser = _parser(
+        "tokenize",
+        "--output DIR [--processes N] [--shard-tokens N] | --verify DIR",
+        "Writes what [data] reads (dataset, dataset_path, subset, split, text_field) as token "
+        "files by its tokenizer, for data.dataset_path of other runs. Broken off, the same command "
+        "goes on.",
+        world=False,
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--processes",
+        type=_positive,
+        default=os.cpu_count(),
+        metavar="N",
+        help="that tokenize (default: one per core)",
+    )
+    parser.add_argument(
+        "--shard-tokens",
+        type=_positive,
+        default=2**27,
+        metavar="N",
+        help="after which a file is followed by the next (134217728)",
+    )
+    parser.add_argument(
+        "--verify", type=Path, metavar="DIR", help="compare a folder's files with their checksums"
+    )
+    options, path, overrides = _parse(parser, argv)
+    from titan_lite.tools import tokenize
+
+    if options.verify:
+        return tokenize.verify(options.verify)
+    if options.output is None:
+        parser.error("--output says where to, --verify what to check: one of the two is needed")
+    logging.basicConfig(format="titan-lite: warning: %(message)s", level=logging.WARNING)
+    return tokenize.write(
+        load_config(path, overrides),
+        options.output,
+        processes=options.processes,
+        shard_tokens=options.shard_tokens,
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 on, got {text!r}")
+    return int(text)
+
+
 def _checkpoint(argv: list[str]) -> int:
     from titan_lite.checkpoint import command
 
@@ -186,8 +236,10 @@ def _ranks(option: str | None, dims: ParallelDims) -> list[int]:
     raise ConfigError([Problem("--rank", "command line", message)])
 
 
-def _parser(command: str, options: str, description: str) -> argparse.ArgumentParser:
-    """Of a subcommand on one configuration, for a world of some size."""
+def _parser(
+    command: str, options: str, description: str, *, world: bool = True
+) -> argparse.ArgumentParser:
+    """Of a subcommand on one configuration, by default for a world of some size."""
     parser = argparse.ArgumentParser(
         prog=f"titan-lite {command}",
         usage=f"%(prog)s [CONFIG] [--section.key=value ...] {options}",
@@ -196,12 +248,13 @@ def _parser(command: str, options: str, description: str) -> argparse.ArgumentPa
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--world-size",
-        type=int,
-        metavar="N",
-        help="number of processes (default: $WORLD_SIZE, else what the degrees need)",
-    )
+    if world:
+        parser.add_argument(
+            "--world-size",
+            type=int,
+            metavar="N",
+            help="number of processes (default: $WORLD_SIZE, else what the degrees need)",
+        )
     return parser
 
 

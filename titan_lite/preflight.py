@@ -9,7 +9,7 @@ from titan_lite.checkpoint.state import Start, find_start
 from titan_lite.config.load import DEFAULT, ConfigError, LoadedConfig, Problem
 from titan_lite.config.schema import Data
 from titan_lite.data.held_out import resolve_held_out
-from titan_lite.data.sources import resolve_sources
+from titan_lite.data.sources import check_tokens, resolve_sources
 from titan_lite.data.tokenizer import Tokenizer, load_tokenizer
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.rules import Plan
@@ -35,13 +35,17 @@ def preflight(loaded: LoadedConfig, plan: Plan) -> Preflight:
         problems += error.problems
     try:
         with blaming("data.dataset", loaded):
-            resolve_sources(config.data)
+            sources = resolve_sources(config.data)
+            if tokenizer is not None:
+                check_tokens(sources, tokenizer)
     except ConfigError as error:
         problems += error.problems
     try:
         with blaming("validation.dataset", loaded):
             if config.validation.enable:
-                resolve_held_out(config.validation, config.data)
+                held_out = resolve_held_out(config.validation, config.data)
+                if tokenizer is not None:
+                    check_tokens([held_out], tokenizer)
     except ConfigError as error:
         problems += error.problems
     try:

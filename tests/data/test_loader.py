@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from titan_lite.config.schema import Data
-from titan_lite.data import streams
+from titan_lite.data import readers
 from titan_lite.data.assets import bundled_asset
 from titan_lite.data.loader import DataLoader, merge_states
 from titan_lite.data.packing import join_documents
@@ -458,7 +458,7 @@ def test_a_source_of_bad_documents_only_is_an_error_though_they_are_skipped(tmp_
     path.write_bytes(b"no\n" * 50)
     section = Data(dataset_path=str(path), num_streams=1, on_bad_document="skip")
     assert "none of the 50 documents of stream 0" in error_of(section)
-    monkeypatch.setattr(streams, "MAX_BAD_IN_A_ROW", 20)
+    monkeypatch.setattr(readers, "MAX_BAD_IN_A_ROW", 20)
     assert error_of(section).endswith("20 in a row")
 
 

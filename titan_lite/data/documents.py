@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-Kind = Literal["lines", "files", "rows"]
-"""Of what `datasets` hands out: JSON lines and whole text files, both undecoded, or rows."""
+Kind = Literal["lines", "files", "rows", "tokens"]
+"""Of what `datasets` hands out: JSON lines and whole text files, both undecoded, or rows; "tokens"
+of token files, which are read without it."""
 
 # One character per byte: what is not UTF-8 is found here, document by document, and not by
 # `datasets`, which would give up the whole file.

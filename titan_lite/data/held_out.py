@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from titan_lite.config.schema import Data, Documents, Validation
 from titan_lite.data.loader import Batch
 from titan_lite.data.packing import IGNORED, Packing, Row, Rows
-from titan_lite.data.sources import Source, open_dataset, resolve_source, resolve_sources
+from titan_lite.data.sources import (
+    Source,
+    check_tokens,
+    open_dataset,
+    resolve_source,
+    resolve_sources,
+)
 from titan_lite.data.streams import Position, Stream
 from titan_lite.data.tokenizer import Tokenizer
 
@@ -41,7 +47,7 @@ def documents_held_out(validation: Validation, data: Data) -> Documents:
 def resolve_held_out(validation: Validation, data: Data) -> Source:
     """Finds the documents; ValueError where they are those that are trained on."""
     source = resolve_source(documents_held_out(validation, data), "validation")
-    if source.identity in [trained.identity for trained in resolve_sources(data)]:
+    if source.documents in [trained.documents for trained in resolve_sources(data)]:
         raise ValueError(f"{source.key}: {source.name} is what [data] trains on, not held out")
     return source
 
@@ -69,6 +75,7 @@ def read_held_out(
         update={**read, "shuffle": False, "num_streams": 1, "shuffle_buffer": 64, "sources": []}
     )
     source = resolve_held_out(validation, data)
+    check_tokens([source], tokenizer)
     stream = Stream(
         open_dataset(source),
         source,

@@ -25,7 +25,7 @@ import torch
 from titan_lite.config.schema import Data, Documents
 from titan_lite.data.mixture import Mixture
 from titan_lite.data.packing import Packing, Row, Rows
-from titan_lite.data.sources import open_dataset, resolve_sources
+from titan_lite.data.sources import check_tokens, open_dataset, resolve_sources
 from titan_lite.data.streams import Position, Stream
 from titan_lite.data.tokenizer import Tokenizer
 
@@ -95,6 +95,7 @@ class DataLoader:
         self._tokenizer = tokenizer
         self._rows = rows or Packing(section, seq_len)
         self._sources = resolve_sources(section)
+        check_tokens(self._sources, tokenizer)
         self._mixture = Mixture([source.weight for source in section.sources] or [1])
         self._num_samples = 0
         self._positions: dict[int, Position] = {}

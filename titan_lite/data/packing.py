@@ -80,7 +80,7 @@ class Packing:
             yield functools.partial(to_row, sample, self._seq_len, self._section), mark, place
 
 
-def join_documents(documents: Sequence[Tokens], bos_id: int, eos_id: int) -> Tokens:
+def join_documents(documents: Sequence[npt.NDArray[Any]], bos_id: int, eos_id: int) -> Tokens:
     """[BOS] document [EOS] of each document, one after the other, with the indices: (n, 2)."""
     joined = [np.empty((0, 2), np.uint32)]
     for document in documents:

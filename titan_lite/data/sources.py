@@ -8,7 +8,7 @@ import glob
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from titan_lite.config.schema import Data, Documents
 from titan_lite.data.assets import bundled_asset
 from titan_lite.data.documents import RAW_ENCODING, Kind
+from titan_lite.data.token_files import TokenFolder, is_token_folder
+from titan_lite.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -43,6 +45,13 @@ class Source:
     """Of what it hands out."""
     files: tuple[Path, ...] = ()
     """Local files, in their order."""
+    stored: TokenFolder | None = None
+    """What is tokenized already."""
+
+    @property
+    def documents(self) -> str:
+        """Same documents, same text: tokenized or not."""
+        return self.stored.manifest.source if self.stored else self.identity
 
 
 def resolve_sources(section: Data) -> list[Source]:
@@ -60,8 +69,14 @@ def resolve_source(section: Documents, table: str = "data") -> Source:
     """
     if section.dataset_path:
         key = f"{table}.dataset_path"
-        _refuse(section, ("subset", "split"), f"{key}={section.dataset_path!r}", table)
-        files = _local_files(section.dataset_path, key)
+        chosen = f"{key}={section.dataset_path!r}"
+        _refuse(section, ("subset", "split"), chosen, table)
+        # os.path: leaves a ~user that does not exist, where Path raises.
+        path = Path(os.path.expanduser(section.dataset_path))  # noqa: PTH111
+        if is_token_folder(path):
+            _refuse(section, ("text_field",), chosen, table)
+            return _stored_source(path, key)
+        files = _local_files(path, chosen)
         return _files_source(section.dataset_path, key, files)
     key = f"{table}.dataset"
     if section.dataset == "bundled":
@@ -82,8 +97,17 @@ def resolve_source(section: Documents, table: str = "data") -> Source:
     return Source(name=name, key=key, identity=name, arguments=arguments)
 
 
-def open_dataset(source: Source) -> "IterableDataset":
+def check_tokens(sources: Iterable[Source], tokenizer: Tokenizer) -> None:
+    """ValueError where what is tokenized already is not so by a run's tokenizer."""
+    for source in sources:
+        if source.stored:
+            source.stored.check(tokenizer, source.key)
+
+
+def open_dataset(source: Source) -> "IterableDataset | TokenFolder":
     """Open a source for streaming; ValueError when it cannot be reached or read."""
+    if source.stored:
+        return source.stored
     import datasets
 
     datasets.disable_progress_bars()
@@ -131,9 +155,7 @@ def _refuse(section: Documents, keys: tuple[str, ...], source: str, table: str) 
             )
 
 
-def _local_files(dataset_path: str, key: str) -> list[Path]:
-    # os.path: leaves a ~user that does not exist, where Path raises.
-    path = Path(os.path.expanduser(dataset_path))  # noqa: PTH111
+def _local_files(path: Path, chosen: str) -> list[Path]:
     if path.is_file():
         files = [path]
     elif path.is_dir():
@@ -144,11 +166,11 @@ def _local_files(dataset_path: str, key: str) -> list[Path]:
     known = ", ".join(FORMATS)
     if not files:
         what = f"holds no file ending in {known}" if path.is_dir() else "matches no file"
-        raise ValueError(f"{key}={dataset_path!r} {what}")
+        raise ValueError(f"{chosen} {what}")
     unknown = [file.name for file in files if not _format(file)]
     if unknown:
         raise ValueError(
-            f"{key}={dataset_path!r}: unknown format of {unknown[0]!r}, "
+            f"{chosen}: unknown format of {unknown[0]!r}, "
             f"expected a name ending in {known} (or these with .gz)"
         )
     return sorted(file.resolve() for file in files)
@@ -163,6 +185,15 @@ def _is_data(file: Path, folder: Path) -> bool:
 def _format(file: Path) -> str | None:
     name = file.name.removesuffix(".gz")
     return FORMATS.get(Path(name).suffix)
+
+
+def _stored_source(path: Path, key: str) -> Source:
+    try:
+        stored = TokenFolder(path)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    identity = f"tokens of {stored.manifest.source}"
+    return Source(str(path), key, identity, {}, "tokens", stored=stored)
 
 
 def _files_source(name: str, key: str, files: list[Path]) -> Source:

@@ -1,0 +1,152 @@
+"""How a stream gets its documents: from text, tokenized on the way, or from token files."""
+
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+import numpy.typing as npt
+
+from titan_lite.config.schema import Data
+from titan_lite.data.documents import BadDocument, is_blank, place_of, text_of
+from titan_lite.data.sources import Source, reading, stream_of
+from titan_lite.data.token_files import BLANK, GOOD, RowsOfStream, TokenFolder
+from titan_lite.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+logger = logging.getLogger(__name__)
+
+SKIP_HINT = 'data.on_bad_document = "skip" leaves such documents out'
+# Not some bad documents any more, but a source that is not what the configuration says.
+MAX_BAD_IN_A_ROW = 1000
+
+Document = TypeVar("Document")
+
+
+class Reader(Protocol, Generic[Document]):
+    """The documents of one stream, once."""
+
+    def start(self, cursor: dict[str, Any] | None) -> None:
+        """Go to a place; None: before the first document."""
+
+    def cursor(self) -> dict[str, Any]:
+        """The place after what was read; small JSON."""
+
+    def read(self, size: int) -> tuple[int, list[Document]]:
+        """Number of the next documents, up to `size`, and those that can be used; 0 at the end."""
+
+    def encode(self, documents: Sequence[Document]) -> Sequence[npt.NDArray[Any]]:
+        """Tokens of documents, without BOS and EOS."""
+
+    def count(self, limit: int) -> int:
+        """Documents of all streams, counted up to a limit; those that cannot be used are some."""
+
+
+class TextReader:
+    """Text of a Hugging Face dataset or local files."""
+
+    def __init__(
+        self,
+        dataset: "IterableDataset",
+        source: Source,
+        section: Data,
+        stream: int,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self._whole, self._source, self._section = dataset, source, section
+        self._dataset = stream_of(dataset, stream, section.num_streams)
+        self._tokenizer = tokenizer
+        self._judge = Judge(source, skip=section.on_bad_document == "skip")
+        self._rows: Iterator[dict[str, Any]] = iter(())
+
+    def start(self, cursor: dict[str, Any] | None) -> None:
+        self._dataset.load_state_dict(cursor)
+        rows = iter(self._dataset)
+        self._rows = (row for row in rows if not is_blank(row, self._source.kind))
+
+    def cursor(self) -> dict[str, Any]:
+        state: dict[str, Any] = self._dataset.state_dict()
+        return state
+
+    def read(self, size: int) -> tuple[int, list[str]]:
+        with reading(self._source):
+            rows = list(itertools.islice(self._rows, size))
+        texts = []
+        for row in rows:
+            try:
+                texts.append(text_of(row, self._source.kind, self._section.text_field))
+                self._judge.good()
+            except BadDocument as error:
+                self._judge.bad(row, str(error))
+        return len(rows), texts
+
+    def encode(self, documents: Sequence[str]) -> Sequence[npt.NDArray[Any]]:
+        threads = self._section.tokenizer_threads
+        return self._tokenizer.encode_documents(documents, threads=threads)
+
+    def count(self, limit: int) -> int:
+        with reading(self._source):
+            rows = (row for row in self._whole if not is_blank(row, self._source.kind))
+            return sum(1 for _ in itertools.islice(rows, limit))
+
+
+class TokenReader:
+    """Rows of a folder that `titan-lite tokenize` wrote."""
+
+    def __init__(self, folder: TokenFolder, stream: int, num_streams: int) -> None:
+        self._folder = folder
+        self._rows = RowsOfStream(folder, stream, num_streams)
+        self._next = 0
+
+    def start(self, cursor: dict[str, Any] | None) -> None:
+        self._next = cursor["row"] if cursor else 0
+
+    def cursor(self) -> dict[str, Any]:
+        return {"row": self._next}
+
+    def read(self, size: int) -> tuple[int, list[int]]:
+        num_read, good = 0, []
+        while num_read < size and self._next < self._rows.size:
+            row = self._rows[self._next]
+            use = self._folder.use(row)
+            num_read += use != BLANK
+            if use == GOOD:
+                good.append(row)
+            self._next += 1
+        return num_read, good
+
+    def encode(self, documents: Sequence[int]) -> Sequence[npt.NDArray[Any]]:
+        return [self._folder.tokens(row) for row in documents]
+
+    def count(self, limit: int) -> int:
+        manifest = self._folder.manifest
+        return min(limit, manifest.documents + manifest.skipped)
+
+
+class Judge:
+    """What happens at a document that cannot be used, as `data.on_bad_document` says."""
+
+    def __init__(self, source: Source, *, skip: bool) -> None:
+        self._source, self._skip = source, skip
+        self._in_a_row = 0
+
+    def good(self) -> None:
+        """A document can be used."""
+        self._in_a_row = 0
+
+    def bad(self, row: dict[str, Any], reason: str) -> None:
+        """One cannot: raises ValueError naming its place, unless it is to be left out."""
+        source = self._source
+        self._in_a_row += 1
+        too_many = self._in_a_row == MAX_BAD_IN_A_ROW
+        if self._skip and not too_many:
+            if self._in_a_row == 1:
+                logger.warning("A document of %s was skipped: %s", source.name, reason)
+            return
+        place = place_of(row, source.kind, source.files)
+        raise ValueError(
+            f"{source.key}: {place or f'a document of {source.name}'}: {reason}; "
+            + (f"{self._in_a_row} in a row" if too_many else SKIP_HINT)
+        )
