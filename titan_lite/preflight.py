@@ -1,6 +1,7 @@
 """What a run needs from the disk, found out before any process exists to wait for; no torch."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from titan_lite.data.sources import check_tokens, resolve_sources
 from titan_lite.data.tokenizer import Tokenizer, load_tokenizer
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.rules import Plan
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ def preflight(loaded: LoadedConfig, plan: Plan) -> Preflight:
             sources = resolve_sources(config.data)
             if tokenizer is not None:
                 check_tokens(sources, tokenizer)
+            if config.data.tokenizer_threads > 1 and all(source.stored for source in sources):
+                logger.warning("data.tokenizer_threads cannot act: the data is tokenized already")
     except ConfigError as error:
         problems += error.problems
     try:

@@ -23,7 +23,9 @@ from tokenizers import (
     trainers,
 )
 
+from titan_lite.config.schema import Data, Validation
 from titan_lite.data.assets import ASSETS
+from titan_lite.data.held_out import read_held_out
 from titan_lite.data.hf_documents import hf_documents
 from titan_lite.data.tokenizer import Tokenizer, load_tokenizer
 from titan_lite.models.llama import LLAMA
@@ -171,6 +173,23 @@ def test_text_round_trips(tokenizers: dict[str, Tokenizer], kind: str) -> None:
     tokenizer = tokenizers[kind]
     for text in [*TEXTS[::5], *STRANGE[1:3]]:
         assert tokenizer.decode(tokenizer.encode(text, bos=False, eos=False)).lstrip(" ") == text
+
+
+def test_bits_per_byte_divide_by_the_bytes_of_the_text(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers["pieces"]
+    held_out = read_held_out(
+        Validation(steps=5),
+        Data(),
+        seq_len=64,
+        local_batch_size=1,
+        global_batch_size=2,
+        batch_rank=0,
+        batch_degree=1,
+        tokenizer=tokenizer,
+    )
+    first = tokenizer.encode(TEXTS[0], bos=True, eos=True)
+    assert len(first) > 5 * 2 * 64
+    assert held_out.num_bytes == len(tokenizer.decode(first[1 : 5 * 2 * 64 + 1]).encode())
 
 
 def test_a_word_piece_spells_its_letters_and_no_space(tokenizers: dict[str, Tokenizer]) -> None:

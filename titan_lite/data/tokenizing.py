@@ -38,6 +38,7 @@ from titan_lite.data.token_files import (
     UNFINISHED,
     Manifest,
     Shard,
+    TokenFolder,
     shard_files,
 )
 from titan_lite.data.tokenizer import Tokenizer, load_tokenizer
@@ -51,6 +52,10 @@ CHUNK_ROWS = 256
 CHUNK_CHARS = 500_000
 # Chunks that wait for or after each process.
 _AHEAD = 3
+
+
+class TargetError(ValueError):
+    """A folder that cannot be written, or whose content does not belong to what is asked for."""
 
 
 @dataclass
@@ -111,15 +116,17 @@ def tokenize(
     """Writes the folder `target`, or goes on where an earlier call was broken off.
 
     `report` is called after each chunk, with what is done and the number of the source's files.
-    Raises ValueError where the folder cannot be written, holds the beginning of something else, or
-    a document cannot be used.
+    Raises TargetError, and ValueError where a document or the tokenizer cannot be used.
     """
     if target.exists():
-        raise ValueError(f"{target} exists already: name a folder that does not")
+        raise TargetError(f"{target} exists already: name a folder that does not")
     if source.stored:
         raise ValueError(f"{source.key}: {source.name} is tokenized already")
     aside = target.with_name(target.name + UNFINISHED)
-    lock = FolderLock(aside, "end it, or name another folder")
+    try:
+        lock = FolderLock(aside, "end it, or name another folder")
+    except (ValueError, OSError) as error:
+        raise TargetError(str(error)) from error
     try:
         tokenizer = load_tokenizer(section.tokenizer_path)
         settings = _settings(source, section, tokenizer, shard_tokens)
@@ -141,8 +148,8 @@ def tokenize(
                 writer.add(chunk, encoded)
                 report(done, dataset.num_shards)
             writer.finish()
-        manifest = _manifest(source, section, tokenizer, done)
-        manifest.write(aside)
+        _manifest(source, section, tokenizer, done).write(aside)
+        manifest = TokenFolder(aside).manifest
         (aside / PROGRESS_FILE).unlink()
         (aside / LOCK_FILE).unlink()
         sync_folder(aside)
@@ -266,7 +273,7 @@ class _Writer:
             file = (self._folder / name).open("ab")
             files.append(file)
             if file.tell() < count * size:
-                raise ValueError(
+                raise TargetError(
                     f"{self._folder / name} has {file.tell():,} bytes where {count * size:,} were "
                     f"written: remove {self._folder} to begin again"
                 )
@@ -288,7 +295,7 @@ class _Writer:
 
 
 def _resume(folder: Path, settings: dict[str, Any]) -> Done:
-    """What an earlier call did in a folder; ValueError where it was asked for something else."""
+    """What an earlier call did in a folder; TargetError where it was asked for something else."""
     path = folder / PROGRESS_FILE
     if not path.exists():
         return Done()
@@ -298,14 +305,16 @@ def _resume(folder: Path, settings: dict[str, Any]) -> Done:
         shards = [Shard(s["rows"], s["tokens"], tuple(s["crc32"])) for s in done.pop("shards")]
         resumed = Done(**done, shards=shards)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): remove {folder} to begin again") from None
+        raise TargetError(
+            f"{path} is damaged ({error!r}): remove {folder} to begin again"
+        ) from None
     differing = [
         f"{key} was {found.get(key)!r} and is {value!r}"
         for key, value in settings.items()
         if value != found.get(key)
     ]
     if differing:
-        raise ValueError(
+        raise TargetError(
             f"{folder} holds the beginning of something else: {'; '.join(differing)}; remove it, "
             "or name another folder"
         )

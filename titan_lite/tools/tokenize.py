@@ -29,7 +29,7 @@ def write(loaded: LoadedConfig, target: Path, *, processes: int, shard_tokens: i
     if data.sources:
         message = "several sources: tokenize each by itself, with the keys of [data]"
         raise ConfigError([Problem("data.sources", loaded.origins["data.sources"], message)])
-    from titan_lite.data.tokenizing import tokenize
+    from titan_lite.data.tokenizing import TargetError, tokenize
 
     with blaming("data.dataset", loaded):
         source = resolve_source(data)
@@ -43,6 +43,8 @@ def write(loaded: LoadedConfig, target: Path, *, processes: int, shard_tokens: i
                 shard_tokens=shard_tokens,
                 report=progress.update,
             )
+        except TargetError as error:
+            raise ConfigError([Problem("--output", "command line", str(error))]) from error
         except BrokenProcessPool:
             raise ValueError(
                 "a process that tokenizes was killed, by the system if memory was short: the same "
@@ -111,7 +113,7 @@ class _Progress:
         fields = [
             f"file {file}/{num_files}",
             f"{done.documents:,} documents",
-            f"{done.tokens / 1e6:,.1f}M tokens",
+            f"{done.tokens:,} tokens",
             f"{(done.tokens - tokens) / seconds:,.0f} tokens/s",
         ]
         if self._total and done.read > read:

@@ -1,0 +1,484 @@
+"""Token files: written the same however often the work is broken off, read as the text would be."""
+
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from tests.data.test_loader import (
+    BAD,
+    DEGREES,
+    NUM_STREAMS,
+    TOKENIZER,
+    close,
+    loaders,
+    merged,
+    rows_of,
+    run,
+    take,
+)
+from titan_lite.cli import main
+from titan_lite.config.schema import Data, DataSource, Validation
+from titan_lite.data import tokenizing
+from titan_lite.data.held_out import read_held_out, resolve_held_out
+from titan_lite.data.sources import resolve_source
+from titan_lite.data.token_files import Manifest, TokenFolder
+from titan_lite.data.tokenizing import Done, tokenize
+from titan_lite.runtime.folder_lock import FolderLock
+
+ROOT = Path(__file__).parent.parent.parent
+few = settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
+TEXTS = [f"{i} " + "whale " * (i % 7) for i in range(30)]
+
+
+def lines(texts: list[str]) -> list[bytes]:
+    return [json.dumps({"text": text}).encode() for text in texts]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents with bad ones and blank lines between, in one file and in four; tokenized, too."""
+    folder = tmp_path_factory.mktemp("documents")
+    mixed = lines(TEXTS)
+    for i, bad in enumerate(BAD):
+        mixed[5 * i : 5 * i] = [b"", bad]
+    for name, count in (("one", 1), ("four", 4)):
+        (folder / name).mkdir()
+        for i in range(count):
+            (folder / name / f"{i}.jsonl").write_bytes(b"\n".join(mixed[i::count]) + b"\n\n")
+        write(folder / name, folder / f"{name}.tokens")
+    return folder
+
+
+def text_data(path: Path, **keys: Any) -> Data:
+    keys = {"shuffle_buffer": 12, "on_bad_document": "skip", **keys}
+    return Data(dataset_path=str(path), **keys)
+
+
+def write(
+    source: Path,
+    target: Path,
+    *,
+    processes: int = 1,
+    shard_tokens: int = 60,
+    report: Callable[[Done, int], None] = lambda *_: None,
+    **keys: Any,
+) -> Manifest:
+    section = text_data(source, **keys)
+    return tokenize(
+        resolve_source(section),
+        section,
+        target,
+        processes=processes,
+        shard_tokens=shard_tokens,
+        report=report,
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@given(
+    num_streams=NUM_STREAMS,
+    degree=DEGREES,
+    batch=st.integers(1, 3),
+    files=st.sampled_from(["one", "four"]),
+    shuffle=st.booleans(),
+)
+@few
+def test_samples_are_those_of_the_text_for_every_degree(
+    folder: Path, num_streams: int, degree: int, batch: int, files: str, shuffle: bool
+) -> None:
+    text, stored = (
+        text_data(folder / name, num_streams=num_streams, shuffle=shuffle)
+        for name in (files, f"{files}.tokens")
+    )
+    steps = 96 // (degree * batch)
+    ranks = loaders(stored, degree=degree, batch=batch)
+    alone = loaders(text)
+    assert take(ranks, steps) == take(alone, steps * degree * batch)
+    skipped = np.max([loader.num_skipped() for loader in ranks], axis=0)
+    assert skipped.tolist() == alone[0].num_skipped()
+    close([*ranks, *alone])
+
+
+@given(
+    num_streams=NUM_STREAMS,
+    degrees=st.lists(DEGREES, min_size=2, max_size=4),
+    steps=st.integers(0, 9),
+    files=st.sampled_from(["one", "four"]),
+)
+@few
+def test_resuming_at_any_point_and_any_degree_continues_the_same_samples(
+    folder: Path, num_streams: int, degrees: list[int], steps: int, files: str
+) -> None:
+    section = text_data(folder / f"{files}.tokens", num_streams=num_streams)
+    samples, state = [], None
+    for degree in degrees:
+        ranks = loaders(section, degree=degree, state=state)
+        samples += take(ranks, steps)
+        state = merged(ranks)
+        close(ranks)
+    assert samples == run(section, steps * sum(degrees))
+
+
+def test_resume_is_exact_across_epochs(folder: Path) -> None:
+    section = text_data(folder / "one.tokens", num_streams=2)
+    expected = run(section, 220)
+    for stop in range(0, 200, 27):
+        ranks = loaders(section)
+        take(ranks, stop)
+        state = merged(ranks)
+        close(ranks)
+        assert run(section, 20, state=state) == expected[stop : stop + 20]
+    assert max(position["epoch"] for position in state["streams"].values()) >= 2
+
+
+@pytest.mark.parametrize("packing", ["document", "fixed", "none"])
+def test_every_packing_gives_the_rows_of_the_text(folder: Path, packing: str) -> None:
+    found = []
+    for name in ("four", "four.tokens"):
+        section = text_data(folder / name, num_streams=2, packing=packing, packing_block=4)
+        ranks = loaders(section)
+        found.append(rows_of(ranks, 40))
+        close(ranks)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "txt", "jsonl.gz"])
+def test_every_format_gives_the_samples_of_its_text(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / "text").mkdir()
+    for i in range(3):
+        file = tmp_path / "text" / f"{i}.{suffix}"
+        if suffix == "parquet":
+            parquet.write_table(pyarrow.table({"text": TEXTS[i::3]}), file)
+        elif suffix == "txt":
+            file.write_text("\n".join(TEXTS[i::3]))
+        else:
+            file.write_bytes(gzip.compress(b"\n".join(lines(TEXTS[i::3]))))
+    write(tmp_path / "text", tmp_path / "tokens")
+    for num_streams in (1, 3) if suffix == "txt" else (2, 3, 5):
+        text, stored = (
+            run(text_data(tmp_path / name, num_streams=num_streams), 60)
+            for name in ("text", "tokens")
+        )
+        assert text == stored
+
+
+def test_tokens_and_text_are_mixed_as_text_is(folder: Path) -> None:
+    found = []
+    for name in ("one", "one.tokens"):
+        sources = [
+            DataSource(name="a", weight=2, dataset_path=str(folder / name)),
+            DataSource(name="b", weight=1, dataset_path=str(folder / "four")),
+        ]
+        section = Data(sources=sources, num_streams=2, on_bad_document="skip", shuffle_buffer=12)
+        found.append(run(section, 40))
+    assert found[0] == found[1]
+
+
+def test_validation_reads_them_and_not_what_is_trained_on(folder: Path, tmp_path: Path) -> None:
+    validation = Validation(steps=4, dataset_path=str(folder / "one.tokens"))
+    data = text_data(folder / "four")
+    settings: dict[str, Any] = {"seq_len": 8, "local_batch_size": 2, "global_batch_size": 2}
+    settings |= {"batch_rank": 0, "batch_degree": 1, "tokenizer": TOKENIZER}
+    stored = read_held_out(validation, data, **settings)
+    text = validation.model_copy(update={"dataset_path": str(folder / "one")})
+    read = read_held_out(text, data, **settings)
+    assert (stored.num_tokens, stored.num_bytes) == (read.num_tokens, read.num_bytes)
+    for ours, theirs in zip(stored.batches, read.batches, strict=True):
+        assert torch.equal(ours.labels, theirs.labels)
+    trained = text_data(folder / "one")
+    with pytest.raises(ValueError, match=r"one\.tokens is what \[data\] trains on, not held out"):
+        resolve_held_out(validation, trained)
+
+
+def test_a_run_on_text_is_not_resumed_on_tokens(folder: Path) -> None:
+    (state,) = [loader.state_dict() for loader in loaders(text_data(folder / "one"))]
+    with pytest.raises(ValueError, match=r"dataset was '1 json .*' and is 'tokens of 1 json"):
+        loaders(text_data(folder / "one.tokens"), state=state)
+
+
+def test_documents_are_views_of_the_file(folder: Path) -> None:
+    stored = TokenFolder(folder / "one.tokens")
+    documents = [stored.tokens(row) for row in range(sum(stored.manifest.rows_per_file))]
+    assert {document.dtype for document in documents} == {np.dtype("<u2")}
+    assert not any(document.flags.owndata for document in documents)
+    good = [document for row, document in enumerate(documents) if stored.use(row) == 0]
+    assert list(map(TOKENIZER.decode, good)) == TEXTS
+    assert len(stored.manifest.shards) > 2
+
+
+def test_the_manifest_counts_what_there_is(folder: Path) -> None:
+    manifest = TokenFolder(folder / "four.tokens").manifest
+    assert (manifest.documents, manifest.skipped) == (len(TEXTS), len(BAD))
+    assert manifest.bytes == sum(map(len, TEXTS))
+    assert manifest.tokens == sum(map(len, TOKENIZER.encode_documents(TEXTS)))
+    assert (manifest.tokenizer, manifest.dtype) == (TOKENIZER.identity, "uint16")
+
+
+def test_two_processes_write_what_one_does(folder: Path, tmp_path: Path) -> None:
+    write(folder / "four", tmp_path / "two", processes=2)
+    assert contents(tmp_path / "two") == contents(folder / "four.tokens")
+
+
+class Killed(BaseException):
+    """As a signal, at a moment of the test's choosing."""
+
+
+@pytest.mark.parametrize("commit_seconds", [0.0, 1e9])
+def test_work_broken_off_anywhere_goes_on_to_the_same_bytes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commit_seconds: float
+) -> None:
+    monkeypatch.setattr(tokenizing, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(tokenizing, "COMMIT_SECONDS", commit_seconds)
+    target, calls = tmp_path / "tokens", 0
+
+    def report(done: Done, _num_files: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls % 4 == 0:
+            raise Killed
+
+    for _ in range(4):
+        with pytest.raises(Killed):
+            write(folder / "four", target, report=report)
+    progress = tmp_path / "tokens.incomplete" / "progress.json"
+    # Four times four chunks, or four times the first four.
+    assert progress.exists() == (commit_seconds == 0)
+    if commit_seconds == 0:
+        assert json.loads(progress.read_bytes())["done"]["documents"] > 12
+    write(folder / "four", target)
+    assert contents(target) == contents(folder / "four.tokens")
+    assert not target.with_name("tokens.incomplete").exists()
+
+
+def test_a_killed_command_leaves_no_process_and_goes_on_to_the_same_bytes(
+    folder: Path, tmp_path: Path
+) -> None:
+    program = (
+        "import sys, time\n"
+        "from titan_lite.data import tokenizing\n"
+        "from titan_lite.cli import main\n"
+        "tokenizing.COMMIT_SECONDS, tokenizing.CHUNK_ROWS = 0, 2\n"
+        "add = tokenizing._Writer.add\n"
+        "tokenizing._Writer.add = lambda *a: (add(*a), time.sleep(0.2))\n"
+        "main(sys.argv[1:])\n"
+    )
+    command = ["tokenize", f"--data.dataset_path={folder / 'four'}", "--processes=2"]
+    command += ["--data.on_bad_document=skip", "--shard-tokens=60", f"--output={tmp_path / 'x'}"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *command], stderr=subprocess.PIPE, cwd=ROOT
+    )
+    progress = tmp_path / "x.incomplete" / "progress.json"
+    wait_for(lambda: progress.exists() and json.loads(progress.read_bytes())["done"]["documents"])
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) >= 2
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    wait_for(lambda: not any(is_alive(int(child)) for child in children))
+    assert main(command) == 0
+    assert contents(tmp_path / "x") == contents(folder / "four.tokens")
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_the_command_writes_says_so_and_verifies(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "tokens"
+    command = ["tokenize", f"--data.dataset_path={folder / 'one'}", "--processes=1"]
+    assert main([*command, "--data.on_bad_document=skip", f"--output={target}"]) == 0
+    written = capsys.readouterr().out
+    assert written.startswith(f"Written to {target}: 30 documents, 6 bad ones left out, ")
+    assert main(["tokenize", f"--verify={target}"]) == 0
+    assert capsys.readouterr().out.startswith(f"{target} is verified: 30 documents, ")
+    content = bytearray((target / "00000.tokens").read_bytes())
+    content[7] ^= 1
+    (target / "00000.tokens").write_bytes(content)
+    assert main(["tokenize", f"--verify={target}"]) == 1
+    assert f"{target}/00000.tokens is damaged: its checksum is " in capsys.readouterr().err
+    (target / "00000.rows").write_bytes(b"")
+    assert main(["tokenize", f"--verify={target}"]) == 1
+    assert "00000.rows has 0 bytes, and was written with 3" in capsys.readouterr().err
+    assert main(["tokenize", f"--verify={tmp_path}"]) == 1
+    assert "has no manifest.json: no tokenization that was completed" in capsys.readouterr().err
+
+
+def test_progress_is_a_line_of_a_log_or_one_of_a_terminal(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from titan_lite.tools import tokenize as command
+
+    monkeypatch.setattr(command, "_LOG_SECONDS", 0.0)
+    monkeypatch.setattr(command, "_DRAW_SECONDS", 0.0)
+    monkeypatch.setattr(tokenizing, "CHUNK_ROWS", 10)
+    arguments = ["tokenize", f"--data.dataset_path={folder / 'one'}", "--processes=1"]
+    arguments.append("--data.on_bad_document=skip")
+    main([*arguments, f"--output={tmp_path / 'a'}"])
+    log = capsys.readouterr().err.splitlines()
+    assert log[1].split("  ")[1:3] == ["file 1/1", "12 documents"]
+    assert log[1].startswith(" 39%")
+    assert "\r" not in "".join(log)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    main([*arguments, f"--output={tmp_path / 'b'}"])
+    drawn = capsys.readouterr().err
+    assert "\r 39%  file 1/1  12 documents" in drawn
+    assert drawn.rpartition("\r")[2] == ""
+    assert "\n" not in drawn
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["tokenize", *arguments]) == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_what_cannot_be_tokenized_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*arguments: str, source: str = "one") -> str:
+        first = (f"--data.dataset_path={folder / source}", "--processes=1")
+        return refusal(capsys, *first, f"--output={tmp_path / 'x'}", *arguments)
+
+    assert "one/0.jsonl, line 2: not JSON: " in refused()
+    message = refused(f"--output={folder / 'one.tokens'}")
+    assert f"--output (command line): {folder}/one.tokens exists already: name" in message
+    assert "one.tokens is tokenized already" in refused(source="one.tokens")
+    skip = "--data.on_bad_document=skip"
+    assert "nowhere does not exist" in refused(skip, "--data.tokenizer_path=nowhere")
+    lock = FolderLock(tmp_path / "x.incomplete")
+    assert f"another run writes to {tmp_path}/x.incomplete: process {os.getpid()} " in refused(skip)
+    lock.release()
+    sources = '--data.sources=[{name="a", weight=1.0}]'
+    message = refusal(capsys, sources, f"--output={tmp_path / 'x'}")
+    assert "data.sources" in message
+    assert "several sources: tokenize each by itself" in message
+
+
+def test_the_beginning_of_something_else_is_not_gone_on_with(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def report(*_: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(tokenizing, "COMMIT_SECONDS", 0.0)
+    with pytest.raises(Killed):
+        write(folder / "one", tmp_path / "x", report=report)
+    with pytest.raises(
+        ValueError,
+        match=r"x\.incomplete holds the beginning of something else: dataset was '1 json files .*' "
+        r"and is '4 json files .*'; tokens of a shard was 60 and is 61; remove it, or name another",
+    ):
+        write(folder / "four", tmp_path / "x", shard_tokens=61)
+    aside = tmp_path / "x.incomplete"
+    (sorted(aside.glob("*.rows"))[-1]).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"\.rows has 0 bytes where \d+ were written: remove"):
+        write(folder / "one", tmp_path / "x")
+    (aside / "progress.json").write_text("{")
+    with pytest.raises(ValueError, match=r"progress\.json is damaged .* remove .* to begin again"):
+        write(folder / "one", tmp_path / "x")
+
+
+def test_a_process_that_dies_is_said_so(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(tokenizing, "_start_worker", os._exit)
+    message = refusal(
+        capsys,
+        f"--data.dataset_path={folder / 'one'}",
+        "--data.on_bad_document=skip",
+        f"--output={tmp_path / 'x'}",
+        "--processes=2",
+    )
+    assert "a process that tokenizes was killed, by the system if memory was short" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--output says where to, --verify what to check: one of the two is needed"),
+        (["--processes=0"], "expected a number from 1 on, got '0'"),
+        (["--shard-tokens=1.5"], "expected a number from 1 on, got '1.5'"),
+    ],
+)
+def test_options_that_are_missing_or_wrong_are_named(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["tokenize", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_tokens_of_another_tokenizer_are_refused_before_the_run(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (ROOT / "assets/tokenizer/tokenizer.model").read_bytes().splitlines()
+    (tmp_path / "short.model").write_bytes(b"\n".join(lines[:-1]) + b"\n")
+    shutil.copytree(folder / "one.tokens", tmp_path / "tokens")
+    keys = [f"--data.dataset_path={tmp_path / 'tokens'}", "--model.flavor=debug"]
+    keys += [f"--data.tokenizer_path={tmp_path / 'short.model'}", "--quiet", "--preflight"]
+    assert main(["config", *keys]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"{tmp_path}/tokens was tokenized with the bundled tokenizer (2048 tokens " in message
+    assert "data.tokenizer_path is another tokenizer (2047 tokens " in message
+
+
+def test_a_folder_that_is_not_whole_is_refused(folder: Path, tmp_path: Path) -> None:
+    def refused(**keys: Any) -> str:
+        with pytest.raises(ValueError) as error:  # noqa: PT011  (the caller reads the message)
+            resolve_source(text_data(tmp_path / "tokens", **keys))
+        return str(error.value)
+
+    shutil.copytree(folder / "one.tokens", tmp_path / "tokens")
+    assert "data.text_field='x' cannot act with data.dataset_path=" in refused(text_field="x")
+    content = (tmp_path / "tokens" / "00001.tokens").read_bytes()
+    (tmp_path / "tokens" / "00001.tokens").write_bytes(content[:-2])
+    message = f"{tmp_path}/tokens/00001.tokens has {len(content) - 2} bytes, and was written with"
+    assert refused() == f"data.dataset_path: {message} {len(content)}"
+    (tmp_path / "tokens" / "00001.tokens").unlink()
+    assert "00001.tokens is missing, or cannot be read" in refused()
+    manifest = json.loads((tmp_path / "tokens" / "manifest.json").read_bytes())
+    del manifest["shards"]
+    (tmp_path / "tokens" / "manifest.json").write_text(json.dumps(manifest))
+    assert "manifest.json is damaged: KeyError('shards')" in refused()
+
+
+def test_too_few_documents_name_the_number_of_streams_that_would_do(folder: Path) -> None:
+    ranks = loaders(text_data(folder / "one.tokens", num_streams=64))
+    with pytest.raises(ValueError, match=r"holds 36 documents, too few for data.num_streams=64"):
+        take(ranks, 64)
+    close(ranks)
