@@ -1,24 +1,35 @@
-"""Tokenize-and-pack throughput over tiktoken's encode_ordinary_batch, on the same text and threads.
+"""What the data costs, on the bundled corpus; medians of runs in turn, printed as one JSON object.
 
-    python -m benchmarks.data [--threads 1] [--rounds 9]
+    python -m benchmarks.data [--threads 1] [--rounds 9] [--copies 16] [--output data.json]
 
-Both run in turn, in one process; the medians are compared and printed as one JSON object.
+- tokenize-and-pack throughput over tiktoken's encode_ordinary_batch, on the same text and threads;
+- batches read from token files over the same batches tokenized on the way;
+- `titan-lite tokenize` with 2 processes over 1, on `copies` of the corpus, one file each; process
+  start included.
 """
 
 import argparse
+import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import tiktoken
 
 from benchmarks.manifest import report
 from titan_lite.config.schema import Data
+from titan_lite.data.assets import bundled_asset
 from titan_lite.data.documents import text_of
 from titan_lite.data.loader import DataLoader
 from titan_lite.data.packing import join_documents, pack
 from titan_lite.data.sources import open_dataset, resolve_source
+from titan_lite.data.token_files import Manifest
 from titan_lite.data.tokenizer import Tokenizer, load_tokenizer
+from titan_lite.data.tokenizing import tokenize
+
+BATCH = 8
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -46,11 +57,83 @@ def first_batch_seconds(tokenizer: Tokenizer, seq_len: int) -> float:
     return taken
 
 
+def tokenized(section: Data, target: Path, processes: int) -> Manifest:
+    return tokenize(
+        resolve_source(section),
+        section,
+        target,
+        processes=processes,
+        shard_tokens=2**27,
+        report=lambda *_: None,
+    )
+
+
+def reading(tokenizer: Tokenizer, seq_len: int, rounds: int) -> dict[str, float]:
+    """Tokens/s of one epoch's batches, of text and of token files in the page cache."""
+    seconds_of: dict[str, list[float]] = {"text": [], "tokens": []}
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = tokenized(Data(), Path(folder) / "tokens", 1)
+        num_batches = manifest.tokens // (BATCH * seq_len)
+        sections = {"text": Data(), "tokens": Data(dataset_path=f"{folder}/tokens")}
+        for _ in range(rounds):
+            for form, section in sections.items():
+                loader = DataLoader(
+                    section,
+                    seq_len=seq_len,
+                    seed=0,
+                    local_batch_size=BATCH,
+                    global_batch_size=BATCH,
+                    batch_rank=0,
+                    batch_degree=1,
+                    tokenizer=tokenizer,
+                )
+                start = time.perf_counter()
+                for _ in range(num_batches):
+                    next(loader)
+                seconds_of[form].append(time.perf_counter() - start)
+                loader.close()
+    count = num_batches * BATCH * seq_len
+    text, tokens = (count / statistics.median(times) for times in seconds_of.values())
+    return {
+        "batches_of_text_tokens_per_s": round(text),
+        "batches_of_token_files_tokens_per_s": round(tokens),
+        "token_files_over_text": round(tokens / text, 2),
+    }
+
+
+def tokenizing(copies: int, rounds: int) -> dict[str, float]:
+    """Tokens/s of `titan-lite tokenize`, by number of processes."""
+    seconds_of: dict[int, list[float]] = {1: [], 2: []}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "text").mkdir()
+        for number in range(copies):
+            shutil.copy(
+                bundled_asset("corpus/train.jsonl"), Path(folder) / f"text/{number:03}.jsonl"
+            )
+        section = Data(dataset_path=f"{folder}/text")
+        target = Path(folder) / "tokens"
+        for _ in range(rounds):
+            for processes, times in seconds_of.items():
+                start = time.perf_counter()
+                manifest = tokenized(section, target, processes)
+                times.append(time.perf_counter() - start)
+                shutil.rmtree(target)
+    one, two = (manifest.tokens / statistics.median(times) for times in seconds_of.values())
+    return {
+        "tokenize_megabytes": round(manifest.bytes / 1e6, 1),
+        "tokenize_1_process_tokens_per_s": round(one),
+        "tokenize_2_processes_tokens_per_s": round(two),
+        "tokenize_2_over_1": round(two / one, 2),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seq_len", type=int, default=256)
+    parser.add_argument("--copies", type=int, default=16)
+    parser.add_argument("--output")
     arguments = parser.parse_args()
     tokenizer = load_tokenizer()
     cold = first_batch_seconds(tokenizer, arguments.seq_len)
@@ -82,7 +165,10 @@ def main() -> None:
             "throughput_ratio": round(theirs_median / ours_median, 3),
             "first_batch_seconds": round(cold, 3),
             "first_batch_seconds_datasets_imported": round(warm, 3),
+            **reading(tokenizer, arguments.seq_len, arguments.rounds),
+            **tokenizing(arguments.copies, 3),
         },
+        arguments.output,
     )
 
 

@@ -34,11 +34,12 @@ from tests.data.test_loader import (
 )
 from titan_lite.cli import main
 from titan_lite.config.schema import Data, DataSource, Validation
-from titan_lite.data import tokenizing
+from titan_lite.data import token_writer, tokenizing
 from titan_lite.data.held_out import read_held_out, resolve_held_out
 from titan_lite.data.sources import resolve_source
 from titan_lite.data.token_files import Manifest, TokenFolder
-from titan_lite.data.tokenizing import Done, tokenize
+from titan_lite.data.token_writer import Done
+from titan_lite.data.tokenizing import tokenize
 from titan_lite.runtime.folder_lock import FolderLock
 
 ROOT = Path(__file__).parent.parent.parent
@@ -247,7 +248,7 @@ def test_work_broken_off_anywhere_goes_on_to_the_same_bytes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commit_seconds: float
 ) -> None:
     monkeypatch.setattr(tokenizing, "CHUNK_ROWS", 3)
-    monkeypatch.setattr(tokenizing, "COMMIT_SECONDS", commit_seconds)
+    monkeypatch.setattr(token_writer, "COMMIT_SECONDS", commit_seconds)
     target, calls = tmp_path / "tokens", 0
 
     def report(done: Done, _num_files: int) -> None:
@@ -274,11 +275,11 @@ def test_a_killed_command_leaves_no_process_and_goes_on_to_the_same_bytes(
 ) -> None:
     program = (
         "import sys, time\n"
-        "from titan_lite.data import tokenizing\n"
+        "from titan_lite.data import token_writer, tokenizing\n"
         "from titan_lite.cli import main\n"
-        "tokenizing.COMMIT_SECONDS, tokenizing.CHUNK_ROWS = 0, 2\n"
-        "add = tokenizing._Writer.add\n"
-        "tokenizing._Writer.add = lambda *a: (add(*a), time.sleep(0.2))\n"
+        "token_writer.COMMIT_SECONDS, tokenizing.CHUNK_ROWS = 0, 2\n"
+        "add = token_writer.Writer.add\n"
+        "token_writer.Writer.add = lambda *a: (add(*a), time.sleep(0.2))\n"
         "main(sys.argv[1:])\n"
     )
     command = ["tokenize", f"--data.dataset_path={folder / 'four'}", "--processes=2"]
@@ -392,7 +393,7 @@ def test_the_beginning_of_something_else_is_not_gone_on_with(
     def report(*_: object) -> None:
         raise Killed
 
-    monkeypatch.setattr(tokenizing, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(token_writer, "COMMIT_SECONDS", 0.0)
     with pytest.raises(Killed):
         write(folder / "one", tmp_path / "x", report=report)
     with pytest.raises(

@@ -145,8 +145,11 @@ def to_row(sample: Tokens, seq_len: int, section: Data) -> Row:
     """
     tokens, indices = sample.astype(np.int64).T
     padding = seq_len + 1 - len(tokens)
-    inputs = np.pad(tokens, (0, padding), mode="edge")[:-1]
-    labels = np.pad(tokens[1:], (0, padding), constant_values=IGNORED)
+    inputs, labels = tokens[:-1], tokens[1:].copy()
+    # np.pad takes longer than all else here together.
+    if padding:
+        inputs = np.pad(tokens, (0, padding - 1), mode="edge")
+        labels = np.pad(labels, (0, padding), constant_values=IGNORED)
     place = np.arange(seq_len)
     if section.packing == "document":
         labels[indices[1:] == 0] = IGNORED

@@ -16,7 +16,7 @@ from titan_lite.preflight import blaming
 from titan_lite.runtime.stored_files import damaged_files
 
 if TYPE_CHECKING:
-    from titan_lite.data.tokenizing import Done
+    from titan_lite.data.token_writer import Done
 
 # A line of a terminal is drawn anew, one of a log file is added.
 _DRAW_SECONDS = 0.5
@@ -29,7 +29,8 @@ def write(loaded: LoadedConfig, target: Path, *, processes: int, shard_tokens: i
     if data.sources:
         message = "several sources: tokenize each by itself, with the keys of [data]"
         raise ConfigError([Problem("data.sources", loaded.origins["data.sources"], message)])
-    from titan_lite.data.tokenizing import TargetError, tokenize
+    from titan_lite.data.token_writer import TargetError
+    from titan_lite.data.tokenizing import tokenize
 
     with blaming("data.dataset", loaded):
         source = resolve_source(data)
@@ -43,7 +44,7 @@ def write(loaded: LoadedConfig, target: Path, *, processes: int, shard_tokens: i
                 shard_tokens=shard_tokens,
                 report=progress.update,
             )
-        except TargetError as error:
+        except (TargetError, OSError) as error:
             raise ConfigError([Problem("--output", "command line", str(error))]) from error
         except BrokenProcessPool:
             raise ValueError(
