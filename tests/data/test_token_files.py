@@ -428,6 +428,45 @@ def test_a_process_that_dies_is_said_so(
     assert "a process that tokenizes was killed, by the system if memory was short" in message
 
 
+def test_a_command_that_is_interrupted_says_how_to_go_on(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("titan_lite.tools.tokenize._Progress.update", interrupt)
+    keys = [f"--data.dataset_path={folder / 'one'}", "--data.on_bad_document=skip"]
+    assert main(["tokenize", *keys, "--processes=1", f"--output={tmp_path / 'x'}"]) == 130
+    expected = f"Stopped; the same command goes on from {tmp_path / 'x'}.incomplete"
+    assert expected in capsys.readouterr().err
+
+
+def test_empty_files_among_others_are_read_over(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for number, texts in enumerate(([], TEXTS[:10], [], TEXTS[10:], [])):
+        (tmp_path / "text" / f"{number}.jsonl").write_bytes(b"\n".join(lines(texts)))
+    manifest = write(tmp_path / "text", tmp_path / "tokens")
+    assert manifest.rows_per_file == [0, 10, 0, 20, 0]
+    for num_streams in (1, 2, 6):
+        with_text, stored = (
+            [*loaders(text_data(tmp_path / name, num_streams=num_streams))]
+            for name in ("text", "tokens")
+        )
+        if num_streams == 2:  # One of the two has empty files only.
+            messages = []
+            for ranks in (with_text, stored):
+                with pytest.raises(ValueError, match=r"stream 0 of data\.num_streams=2") as error:
+                    take(ranks, 10)
+                messages.append(str(error.value).replace("tokens", "text"))
+            assert messages[0] == messages[1]
+        else:
+            assert take(with_text, 60) == take(stored, 60)
+        close([*with_text, *stored])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -43,6 +43,7 @@ STRANGE = [
     "  two  spaces\n\n\ttab ",
     "na\u00efve \u2603 \U0001f40b",
     "\u4e00\u4e8c\u4e09",
+    "a    b",
     "x\u0000y",
 ]
 
@@ -57,7 +58,9 @@ def byte_level(*, prefix: bool = False) -> Backend:
         vocab_size=700, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(TRAINED_ON, trainer)
-    backend.add_tokens(["    "])  # As GPT-NeoX's runs of spaces: in the vocabulary, not special.
+    if not prefix:
+        # As GPT-NeoX's runs of spaces: in the vocabulary, not special.
+        backend.add_tokens(["    "])
     return backend
 
 
@@ -83,6 +86,21 @@ def metaspace() -> Backend:
     document = json.loads(backend.to_str())
     document["added_tokens"] = document["added_tokens"][:3]
     return Backend.from_str(json.dumps(document))
+
+
+def unigram() -> Backend:
+    """As T5's."""
+    backend = Backend(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=400,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        unk_token="<unk>",
+        show_progress=False,
+    )
+    backend.train_from_iterator([text[:3000] for text in TEXTS[:6]], trainer)
+    return backend
 
 
 def word_piece() -> Backend:
@@ -125,6 +143,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "byte_level": byte_level().to_str().encode(),
         "byte_level_prefix": byte_level(prefix=True).to_str().encode(),
         "metaspace": metaspace().to_str().encode(),
+        "unigram": unigram().to_str().encode(),
         "word_piece": word_piece().to_str().encode(),
         "pieces": pieces(model_type="bpe"),
         "pieces_unigram": pieces(model_type="unigram", pad_id=3),
@@ -160,7 +179,7 @@ def test_the_bytes_of_tokens_add_up_to_those_of_the_text(
 ) -> None:
     tokenizer = tokenizers[kind]
     assert tokenizer.prefix_bytes == (kind not in ("byte_level", "pieces_plain"))
-    for text in [*TEXTS, *STRANGE[1 if kind == "byte_level_prefix" else 0 :]]:
+    for text in [*TEXTS, *STRANGE[kind == "byte_level_prefix" :]]:
         document = np.array(tokenizer.encode(text, bos=True, eos=True))
         assert tokenizer.num_bytes(document[1:], document[:-1]) == len(text.encode())
         # Of a part that begins inside the document, which has no prefix.
@@ -190,6 +209,14 @@ def test_bits_per_byte_divide_by_the_bytes_of_the_text(tokenizers: dict[str, Tok
     first = tokenizer.encode(TEXTS[0], bos=True, eos=True)
     assert len(first) > 5 * 2 * 64
     assert held_out.num_bytes == len(tokenizer.decode(first[1 : 5 * 2 * 64 + 1]).encode())
+
+
+def test_an_unknown_token_spells_nothing(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers["unigram"]
+    text = TEXTS[0][:2000]
+    for known, unknown in ((text, ""), (text, "\U0001f40b"), (text + " ", "\u4e00")):
+        document = np.array(tokenizer.encode(known + unknown, bos=True, eos=True))
+        assert tokenizer.num_bytes(document[1:], document[:-1]) == len(known.encode())
 
 
 def test_a_word_piece_spells_its_letters_and_no_space(tokenizers: dict[str, Tokenizer]) -> None:
@@ -231,6 +258,7 @@ def test_special_tokens_are_found_by_their_usual_spellings(
     assert found["word_piece"] == (2, 3, 0, 4)
     assert found["byte_level"] == (0, 0, 0, None)
     assert found["metaspace"] == (1, 2, 2, None)
+    assert found["unigram"] == (1, 1, 0, None)
     assert found["pieces"] == (1, 2, 2, None)
     assert found["pieces_unigram"] == (1, 2, 3, None)
     assert found["pieces_plain"] == (2, 2, 2, None)  # No BOS: the EOS stands for it.

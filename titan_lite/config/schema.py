@@ -109,7 +109,8 @@ class Documents(Section):
     dataset: str = "bundled"
     """"bundled" (the corpus in assets/), "c4", or any Hugging Face dataset name, streamed."""
     dataset_path: str = ""
-    """Local file, folder or glob of JSONL, Parquet or text, read instead of `dataset`."""
+    """Local file, folder or glob of JSONL, Parquet or text, or a folder that `titan-lite tokenize`
+    wrote, read instead of `dataset`."""
     subset: str = ""
     """Configuration name of a Hugging Face dataset, e.g. "en"."""
     split: str = "train"

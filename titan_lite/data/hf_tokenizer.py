@@ -1,6 +1,7 @@
 """Tokenizers of Hugging Face: a tokenizer.json, read by the library `tokenizers`."""
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -46,11 +47,17 @@ class HFTokenizer(Tokenizer):
         for token, number in vocabulary.items():
             spellings[number] = spell.text(token)
             self.starts_word[number] = spell.begins_word(token)
+        self._is_special = np.zeros(self.vocab_size, bool)
+        special_texts = []
         for number, added in self._backend.get_added_tokens_decoder().items():
             spellings[number] = b"" if added.special else added.content.encode()
             self.starts_word[number] = added.special or begins_word(spellings[number])
+            self._is_special[number] = added.special
+            special_texts += [re.escape(added.content)] * added.special
         if (unknown := _unknown(document["model"])) in vocabulary:
             spellings[vocabulary[unknown]] = b""
+            self._is_special[vocabulary[unknown]] = False
+        self._special_text = re.compile("|".join(special_texts))
         self.bytes_per_token = np.array(list(map(len, spellings)))
         # A prefix that only tokens know: how many more bytes a letter has with it.
         probe = self._encode(_PROBES[0])
@@ -78,9 +85,19 @@ class HFTokenizer(Tokenizer):
         return json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **tokens}).encode()
 
     def _encode(self, text: str) -> Tokens:
+        tokens = self._tokens([text])
+        if not self._is_special[tokens].any():
+            return tokens
+        # Unigram models know special tokens as pieces: none is whole in a text that is cut there.
+        cuts = [match.start() + 1 for match in self._special_text.finditer(text)]
+        parts = [text[i:j] for i, j in itertools.pairwise([0, *cuts, len(text)])]
+        return self._tokens(parts)
+
+    def _tokens(self, texts: list[str]) -> Tokens:
+        """Of texts, one after the other."""
         # A batch, since encode() keeps Python's lock; without the offsets, which nothing needs.
-        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
-        return np.array(encoding.ids, np.uint32)
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return np.concatenate([np.array(encoding.ids, np.uint32) for encoding in encodings])
 
 
 class _Spelling:
