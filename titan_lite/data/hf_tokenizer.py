@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from tokenizers import Tokenizer as Backend
 from titan_lite.data.special_tokens import read_beside, special_tokens
 from titan_lite.data.tokenizer import Tokenizer, Tokens, begins_word
 
+# Threads are those of data.tokenizer_threads; the library's own warn in every process that forks.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What of tokenizer.json makes tokens of a text: no template, padding or truncation is applied.
 _IDENTIFYING = ("normalizer", "pre_tokenizer", "model", "added_tokens")
 _SPACE = "\u2581"

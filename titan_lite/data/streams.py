@@ -25,7 +25,7 @@ class Block:
     index: int = 0
     """Number of the block in its epoch."""
     cursor: dict[str, Any] | None = None
-    """State of the Hugging Face iterable before the block; None: the start of the epoch."""
+    """Where the reader stands before the block; None: at the start of the epoch."""
     skipped: int = 0
     """Documents of the stream before it that could not be used."""
 
