@@ -70,16 +70,16 @@ def tokenize(
         raise TargetError(f"{target} exists already: name a folder that does not")
     if source.stored:
         raise ValueError(f"{source.key}: {source.name} is tokenized already")
+    tokenizer = load_tokenizer(section.tokenizer_path)
+    dataset: Any = open_dataset(source)
     aside = target.with_name(target.name + UNFINISHED)
     try:
         lock = FolderLock(aside, "end it, or name another folder")
     except (ValueError, OSError) as error:
         raise TargetError(str(error)) from error
     try:
-        tokenizer = load_tokenizer(section.tokenizer_path)
         settings = _settings(source, section, tokenizer, shard_tokens)
         done = resume(aside, settings)
-        dataset: Any = open_dataset(source)
         judge = Judge(source, skip=section.on_bad_document == "skip")
         encoder = _Encoder(tokenizer, source.kind, section.text_field)
         chunks = _chunks(source, dataset, done)
