@@ -33,9 +33,11 @@ from tests.data.test_loader import (
     take,
 )
 from titan_lite.cli import main
-from titan_lite.config.schema import Data, DataSource, Validation
+from titan_lite.config.schema import Data, DataSource, MaskedLM, Validation
 from titan_lite.data import token_writer, tokenizing
 from titan_lite.data.held_out import read_held_out, resolve_held_out
+from titan_lite.data.loader import DataLoader
+from titan_lite.data.masked_lm import MaskedPairs
 from titan_lite.data.sources import resolve_source
 from titan_lite.data.token_files import Manifest, TokenFolder
 from titan_lite.data.token_writer import Done
@@ -180,6 +182,29 @@ def test_every_format_gives_the_samples_of_its_text(tmp_path: Path, suffix: str)
             for name in ("text", "tokens")
         )
         assert text == stored
+
+
+def test_masked_language_models_get_the_samples_of_the_text(tmp_path: Path) -> None:
+    texts = [text * 9 for text in TEXTS]
+    (tmp_path / "text.jsonl").write_bytes(b"\n".join(lines(texts)))
+    write(tmp_path / "text.jsonl", tmp_path / "tokens")
+    found = []
+    for name in ("text.jsonl", "tokens"):
+        loader = DataLoader(
+            text_data(tmp_path / name, num_streams=2),
+            seq_len=32,
+            seed=0,
+            local_batch_size=60,
+            global_batch_size=60,
+            batch_rank=0,
+            batch_degree=1,
+            tokenizer=TOKENIZER,
+            rows=MaskedPairs(MaskedLM(), 32, TOKENIZER),
+        )
+        found.append({key: t.tolist() for key, t in vars(next(loader)).items() if t is not None})
+        loader.close()
+    assert found[0] == found[1]
+    assert set(found[0]) >= {"token_types", "pair_labels"}
 
 
 def test_tokens_and_text_are_mixed_as_text_is(folder: Path) -> None:
