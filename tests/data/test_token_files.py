@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow
 import pytest
@@ -205,6 +206,33 @@ def test_masked_language_models_get_the_samples_of_the_text(tmp_path: Path) -> N
         loader.close()
     assert found[0] == found[1]
     assert set(found[0]) >= {"token_types", "pair_labels"}
+
+
+def rows_of_shards(shards: list[int]) -> Iterator[dict[str, str]]:
+    for shard in shards:
+        yield from ({"text": text} for text in TEXTS[shard::3])
+
+
+def test_a_dataset_by_name_gives_the_samples_of_its_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = datasets.IterableDataset.from_generator(rows_of_shards, gen_kwargs={"shards": [0, 1, 2]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda **_: hub)
+    section = Data(dataset="someone/corpus", shuffle_buffer=12)
+    tokenize(
+        resolve_source(section),
+        section,
+        tmp_path / "tokens",
+        processes=1,
+        shard_tokens=60,
+        report=lambda *_: None,
+    )
+    for num_streams in (2, 3, 5):
+        stream = section.model_copy(update={"num_streams": num_streams})
+        stored = text_data(tmp_path / "tokens", num_streams=num_streams)
+        assert run(stream, 60) == run(stored, 60)
+    manifest = TokenFolder(tmp_path / "tokens").manifest
+    assert (manifest.source, manifest.rows_per_file) == ("someone/corpus train", [10, 10, 10])
 
 
 def test_tokens_and_text_are_mixed_as_text_is(folder: Path) -> None:
