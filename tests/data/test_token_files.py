@@ -470,7 +470,7 @@ def test_a_process_that_dies_is_said_so(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(tokenizing, "_start_worker", os._exit)
+    monkeypatch.setattr(tokenizing, "start_worker", os._exit)
     message = refusal(
         capsys,
         f"--data.dataset_path={folder / 'one'}",

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from titan_lite.data.encoding import Encoded
 from titan_lite.data.token_files import GOOD, ROW, Shard, shard_files
 from titan_lite.runtime.stored_files import hexadecimal, write_text
 
@@ -59,18 +60,6 @@ class Chunk:
     """Characters."""
     cursor: dict[str, Any] | None
     """None: the file has no more."""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What became of a chunk."""
-
-    uses: npt.NDArray[np.uint8]
-    lengths: npt.NDArray[np.int64]
-    tokens: npt.NDArray[Any]
-    bytes: int
-    reasons: dict[int, str]
-    """Why rows cannot be used, by their index."""
 
 
 class Writer:

@@ -5,28 +5,23 @@ off: the folder NAME.incomplete holds what is done.
 """
 
 import contextlib
-import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import tokenizers
 
 from titan_lite import __version__
 from titan_lite.config.schema import Data
-from titan_lite.data.documents import BadDocument, Kind, is_blank, text_of
+from titan_lite.data.encoding import Encoded, Encoder, encode_in_worker, start_worker
 from titan_lite.data.readers import Judge
 from titan_lite.data.sources import Source, open_dataset, reading
 from titan_lite.data.token_files import (
     BAD,
-    BLANK,
     GOOD,
     UNFINISHED,
     Manifest,
@@ -36,7 +31,6 @@ from titan_lite.data.token_writer import (
     PROGRESS_FILE,
     Chunk,
     Done,
-    Encoded,
     TargetError,
     Writer,
     resume,
@@ -81,7 +75,7 @@ def tokenize(
         settings = _settings(source, section, tokenizer, shard_tokens)
         done = resume(aside, settings)
         judge = Judge(source, skip=section.on_bad_document == "skip")
-        encoder = _Encoder(tokenizer, source.kind, section.text_field)
+        encoder = Encoder(tokenizer, source.kind, section.text_field)
         chunks = _chunks(source, dataset, done)
         with (
             Writer(aside, done, settings, tokenizer.dtype) as writer,
@@ -106,31 +100,6 @@ def tokenize(
     finally:
         lock.release()
     return manifest
-
-
-class _Encoder:
-    """Tokenizes chunks, in whatever process."""
-
-    def __init__(self, tokenizer: Tokenizer, kind: Kind, text_field: str) -> None:
-        self._tokenizer, self.kind, self._field = tokenizer, kind, text_field
-
-    def __call__(self, rows: list[dict[str, Any]]) -> Encoded:
-        uses = np.full(len(rows), GOOD, np.uint8)
-        texts, reasons = [], {}
-        for index, row in enumerate(rows):
-            try:
-                if is_blank(row, self.kind):
-                    uses[index] = BLANK
-                else:
-                    texts.append(text_of(row, self.kind, self._field))
-            except BadDocument as error:
-                uses[index], reasons[index] = BAD, str(error)
-        documents = self._tokenizer.encode_documents(texts)
-        lengths = np.zeros(len(rows), np.int64)
-        lengths[uses == GOOD] = [len(document) for document in documents]
-        tokens = np.concatenate([np.empty(0, np.uint32), *documents])
-        num_bytes = sum(len(text.encode(errors="replace")) for text in texts)
-        return Encoded(uses, lengths, tokens.astype(self._tokenizer.dtype), num_bytes, reasons)
 
 
 def _settings(
@@ -193,7 +162,7 @@ def _chunks(source: Source, dataset: Any, done: Done) -> Iterator[Chunk]:
 
 
 def _encoded(
-    chunks: Iterable[Chunk], encoder: _Encoder, section: Data, processes: int
+    chunks: Iterable[Chunk], encoder: Encoder, section: Data, processes: int
 ) -> Generator[tuple[Chunk, Encoded], None, None]:
     """Chunks in their order, with what became of them."""
     if processes == 1:
@@ -204,13 +173,13 @@ def _encoded(
     with ProcessPoolExecutor(
         processes,
         get_context("spawn"),
-        initializer=_start_worker,
+        initializer=start_worker,
         initargs=(section.tokenizer_path, encoder.kind, section.text_field),
     ) as pool:
         waiting: deque[tuple[Chunk, Future[Encoded]]] = deque()
         try:
             for chunk in chunks:
-                waiting.append((chunk, pool.submit(_encode_in_worker, chunk.rows)))
+                waiting.append((chunk, pool.submit(encode_in_worker, chunk.rows)))
                 if len(waiting) == _AHEAD * processes:
                     first, encoded = waiting.popleft()
                     yield first, encoded.result()
@@ -218,25 +187,3 @@ def _encoded(
                 yield chunk, encoded.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-_worker: _Encoder
-
-
-def _start_worker(tokenizer_path: str, kind: Kind, text_field: str) -> None:
-    global _worker
-    # The parent answers Ctrl-C. A worker whose parent was killed would wait for it forever.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = _Encoder(load_tokenizer(tokenizer_path), kind, text_field)
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _encode_in_worker(rows: list[dict[str, Any]]) -> Encoded:
-    return _worker(rows)
