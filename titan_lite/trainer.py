@@ -24,10 +24,11 @@ from titan_lite.data.hf_documents import hf_documents
 from titan_lite.data.loader import Batch, DataLoader, merge_states
 from titan_lite.metrics.by_source import SourceMeter
 from titan_lite.metrics.device import Peak, device_name, find_peak
+from titan_lite.metrics.forward_times import ForwardTimes
 from titan_lite.metrics.meter import Meter
 from titan_lite.metrics.record import Record
 from titan_lite.metrics.sinks import open_sinks
-from titan_lite.metrics.warnings import LossWatch, starving_ranks
+from titan_lite.metrics.warnings import LossWatch, slow_ranks, starving_ranks
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.rules import Plan
 from titan_lite.nn.build import build
@@ -169,6 +170,7 @@ class Trainer:
         )
         self.outcomes = self._build_outcomes()
         self.loss_watch = LossWatch()
+        self.forward_times = ForwardTimes(self.model.layers.children(), self.process.device)
         self.logged_step = self.state.step
         self._resume(loaded)
         self.meter = self._build_meter()
@@ -448,6 +450,7 @@ class Trainer:
         with self.meter.waiting_for_data():
             batches = [next(self.batches) for _ in range(self.micro_steps)]
         lr = self.config.optimizer.lr * lr_factor(step, self.config.lr_scheduler, training.steps)
+        self.forward_times.start_step()
         try:
             result = self.step(batches, lr, stop=self.stop.signal is not None)
         except torch.OutOfMemoryError as error:
@@ -483,7 +486,7 @@ class Trainer:
         extra = self.checkpoints.metrics() | self.guard.metrics() | self._skipped_documents()
         extra |= validated | self._by_source(result)
         extra |= self.objective.metrics(result.loss, result.sums, result.num_pairs)
-        waits = self._data_waits()
+        times = self._times_by_rank()
         record = self.meter.log(
             step,
             loss=result.loss,
@@ -494,16 +497,21 @@ class Trainer:
         )
         if isinstance(self.guard, LossScaler):
             self.guard.check(step, record["grad_norm"])
-        self._warn(record, waits)
+        self._warn(record, *times)
         return record
 
-    def _data_waits(self) -> list[float]:
-        """Seconds for which each rank waited for data since the last log step; collective."""
-        waits = torch.zeros(self.process.world_size, device=self.process.device)
-        waits[self.process.rank] = self.meter.data_wait
-        return _all_reduce(waits, "sum").tolist()
+    def _times_by_rank(self) -> tuple[list[float], list[float]]:
+        """Seconds that each rank waited for data since the last log step, and of a step's forward.
 
-    def _warn(self, record: Record, waits: list[float]) -> None:
+        Collective.
+        """
+        mine = (self.meter.data_wait, self.forward_times.seconds() * self.micro_steps)
+        times = torch.zeros(len(mine), self.process.world_size, device=self.process.device)
+        times[:, self.process.rank] = torch.tensor(mine)
+        waits, forward = _all_reduce(times, "sum").tolist()
+        return waits, forward
+
+    def _warn(self, record: Record, waits: list[float], forward: list[float]) -> None:
         """Of what somebody should look at; once, by rank 0."""
         step, first = int(record["step"]), self.logged_step + 1
         self.logged_step = step
@@ -512,7 +520,9 @@ class Trainer:
         spike = self.loss_watch.look(step, record["loss"])
         per_step = [wait / (step + 1 - first) for wait in waits]
         starving = starving_ranks(step, per_step, record["seconds_per_step"])
-        for sentence in [*filter(None, [spike]), *starving]:
+        stages = [self.dims.coordinates(rank)["pp"] for rank in range(self.dims.world_size)]
+        slow = slow_ranks(step, forward, stages, record["seconds_per_step"])
+        for sentence in [*filter(None, [spike]), *starving, *slow]:
             logger.warning("%s", sentence)
 
     def _skipped_documents(self) -> dict[str, float]:

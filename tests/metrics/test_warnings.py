@@ -1,6 +1,7 @@
-"""Warnings: a loss that jumps, a rank that waits for data while the others do not."""
+"""Warnings: a loss that jumps, a rank that waits for data or computes while others do not."""
 
 import logging
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from tests.distributed import Workers
 from tests.runs import build_trainer
-from titan_lite.metrics.warnings import LossWatch
+from titan_lite.metrics.warnings import LossWatch, slow_ranks
 
 
 def _spikes(losses: list[float]) -> list[int]:
@@ -28,18 +29,21 @@ def test_a_loss_far_above_its_running_average_is_a_spike_and_what_falls_is_not()
     assert _spikes([8.0, 20.0, 8.0]) == [], "too early to tell"
 
 
-def _slow_data(folder: Path) -> list[str]:
-    """What rank 0 warns of when rank 1 waits for data and a loss is ten times what it was."""
-    trainer = build_trainer(folder, "--training.local_batch_size=4", "--training.steps=14")
+def _disturbed(folder: Path) -> list[str]:
+    """What rank 0 warns of when rank 1 waits for data, a loss jumps, and rank 1 becomes slow."""
+    trainer = build_trainer(folder, "--training.local_batch_size=4", "--training.steps=30")
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("titan_lite.trainer").addHandler(handler)
     batches, train_step = trainer.batches, trainer.step
 
+    def is_it(rank: int, *steps: int) -> bool:
+        return trainer.process.rank == rank and trainer.state.step + 1 in steps
+
     def slow() -> Iterator[Any]:
         for batch in batches:
-            if trainer.process.rank == 1 and trainer.state.step + 1 == 6:
+            if is_it(1, 6):
                 time.sleep(1)
             yield batch
 
@@ -49,6 +53,11 @@ def _slow_data(folder: Path) -> list[str]:
             result.loss.mul_(10)
         return result
 
+    def linger(*_: Any) -> None:
+        if is_it(1, *range(15, 26)):
+            time.sleep(0.1)
+
+    trainer.model.get_submodule("layers.1.feed_forward").register_forward_pre_hook(linger)
     trainer.batches = slow()
     trainer.step = spiky  # type: ignore[assignment]
     try:
@@ -56,14 +65,33 @@ def _slow_data(folder: Path) -> list[str]:
     finally:
         logging.getLogger("titan_lite.trainer").removeHandler(handler)
         trainer.close()
-    return [message for message in messages if "step 6" in message or "step 13" in message]
+    return [line for line in messages if line.startswith(("Rank", "The loss"))]
 
 
 @pytest.mark.distributed
-def test_a_rank_that_waits_for_data_and_a_spike_are_named_on_log_steps(
+def test_a_rank_that_waits_for_data_a_spike_and_a_slow_rank_are_named_on_log_steps(
     workers: dict[int, Workers], tmp_path: Path
 ) -> None:
-    first, second = workers[2].run(_slow_data, tmp_path)[0]
+    by_rank = workers[2].run(_disturbed, tmp_path)
+    assert by_rank[1] == []
+    first, second = (s for step in (6, 13) for s in by_rank[0] if f"step {step}" in s)
     assert first.startswith("Rank 1 waits 1.0")
     assert "up to step 6; the median rank 0.0" in first
     assert second.startswith("The loss of step 13, ")
+    # While most of the last ten steps were slow ones.
+    told = re.findall(
+        r"Rank (\d) is slow: .* takes (0\.\d+) s .* step (\d+); ", "\n".join(by_rank[0])
+    )
+    told = [(rank, float(seconds) > 0.1) for rank, seconds, step in told if 20 <= int(step) < 30]
+    assert told == [("1", True)] * 10
+
+
+def test_only_ranks_of_one_stage_are_compared_and_small_differences_are_none() -> None:
+    assert slow_ranks(9, [0.1, 0.12, 0.3, 0.31], [0, 0, 1, 1], 1.0) == []
+    (sentence,) = slow_ranks(9, [0.1, 0.2, 0.3, 0.31], [0, 0, 1, 1], 1.0)
+    assert sentence == (
+        "Rank 1 is slow: the forward of its blocks takes 0.2 s per step, up to step 9; of the "
+        "median rank 0.1 s, and a step takes 1 s"
+    )
+    assert slow_ranks(9, [0.01, 0.02], [0, 0], 1.0) == []
+    assert slow_ranks(9, [0.0, 0.0], [0, 0], 1.0) == [], "before there are ten steps"

@@ -1,4 +1,4 @@
-"""What a log record says that somebody should look at: a loss that jumps, a rank that starves."""
+"""What somebody should look at: a loss that jumps, a rank that starves, a rank that is slow."""
 
 import statistics
 from collections.abc import Sequence
@@ -11,6 +11,10 @@ SPIKE_DEVIATIONS = 5.0
 SPIKE_SHARE = 0.05
 # A rank starves if it waits for data this share of a step longer than the median rank.
 DATA_WAIT_SHARE = 0.2
+# A rank is slow if its blocks take this many times as long as those of the median rank, and this
+# share of a step longer.
+SLOW_FACTOR = 1.3
+SLOW_SHARE = 0.05
 
 
 class LossWatch:
@@ -45,3 +49,25 @@ def starving_ranks(step: int, waits: Sequence[float], seconds_per_step: float) -
         for rank, wait in enumerate(waits)
         if wait - median > DATA_WAIT_SHARE * seconds_per_step
     ]
+
+
+def slow_ranks(
+    step: int, forward: Sequence[float], stages: Sequence[int], seconds_per_step: float
+) -> list[str]:
+    """A sentence for each rank whose blocks take much longer than those of most.
+
+    forward: seconds per step. stages: of a pipeline, by rank: those of one have the same to do.
+    """
+    sentences = []
+    for stage in sorted(set(stages)):
+        ranks = [rank for rank, its in enumerate(stages) if its == stage]
+        median = statistics.median_low(forward[rank] for rank in ranks)
+        least = max(SLOW_FACTOR * median, median + SLOW_SHARE * seconds_per_step)
+        sentences += [
+            f"Rank {rank} is slow: the forward of its blocks takes {forward[rank]:.3g} s per step, "
+            f"up to step {step}; of the median rank {median:.3g} s, and a step takes "
+            f"{seconds_per_step:.3g} s"
+            for rank in ranks
+            if forward[rank] > least
+        ]
+    return sentences
