@@ -1,5 +1,7 @@
 """Who was where when a rank hangs, and where NCCL writes what it knows."""
 
+import itertools
+import mmap
 import os
 import re
 import time
@@ -7,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.distributed import Workers
-from titan_lite.runtime.distributed import record_flights, store_of_its_own
+from titan_lite.runtime.distributed import FLIGHT_RECORDER, record_flights, store_of_its_own
 from titan_lite.runtime.progress import Progress
 from titan_lite.runtime.watchdog import Watchdog
 
@@ -27,6 +30,7 @@ def _report(phase_by_rank: list[Any]) -> str:
         world_size=dist.get_world_size(),
         timeout=1,
         tells=True,
+        hint="Look elsewhere, too",
     )
     try:
         time.sleep(0.3)
@@ -49,23 +53,38 @@ def test_the_report_begins_with_the_rank_that_is_furthest_behind(
     workers: dict[int, Workers], phases: list[Any], behind: int
 ) -> None:
     for report in workers[2].run(_report, phases):
-        _, first, second = report.splitlines()
+        _, first, second, last = report.splitlines()
         step, phase = phases[behind]
         assert re.match(
             rf"  rank {behind}: {phase} of step {step} for \d s, (at _report|in b)", first
         )
         assert second.startswith(f"  rank {1 - behind}: ")
+        assert last == "Look elsewhere, too"
 
 
 def test_the_flight_recorder_writes_below_the_run_folder_unless_told_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in itertools.chain(*FLIGHT_RECORDER):
+        monkeypatch.setenv(name, "")  # for it to be as it was after the test
+        monkeypatch.delenv(name)
+    # By the name it had before.
     monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "7")
-    for name in ("TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
-        monkeypatch.delenv(name, raising=False)
-    record_flights(tmp_path)
-    assert (tmp_path / "flight_recorder").is_dir()
-    assert os.environ["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "7"
+    hint = record_flights(tmp_path)
+    folder = tmp_path / "flight_recorder"
+    assert folder.is_dir()
+    assert f"to {folder}/rankRANK: torchfrtrace {folder} compares" in hint
+    assert "TORCH_FR_BUFFER_SIZE" not in os.environ
     assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
-    path = str(tmp_path / "flight_recorder" / "rank")
-    assert os.environ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == path
+    assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == f"{folder}/rank"
+    monkeypatch.delenv("TORCH_FR_DUMP_TEMP_FILE")
+    monkeypatch.setenv("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "/elsewhere/r")
+    assert "to /elsewhere/rRANK: torchfrtrace /elsewhere compares" in record_flights(tmp_path)
+
+
+def test_the_flight_recorders_variables_are_those_that_torch_reads() -> None:
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
+        for name, *_ in FLIGHT_RECORDER:
+            # This one is read by NCCL's part, which is in GPU builds.
+            assert name == "TORCH_NCCL_DUMP_ON_TIMEOUT" or content.find(name.encode()) > 0, name

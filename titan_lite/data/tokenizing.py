@@ -68,7 +68,7 @@ def tokenize(
     dataset: Any = open_dataset(source)
     aside = target.with_name(target.name + UNFINISHED)
     try:
-        lock = FolderLock(aside, "end it, or name another folder")
+        lock = FolderLock(aside, "folder")
     except (ValueError, OSError) as error:
         raise TargetError(str(error)) from error
     try:

@@ -17,6 +17,13 @@ from titan_lite.config.schema import Comm
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
+# Variables of the environment, each with the name it had before, and what they are set to.
+FLIGHT_RECORDER = {
+    ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): "2000",
+    ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"): "{}/rank",
+    ("TORCH_NCCL_DUMP_ON_TIMEOUT",): "1",
+}
+
 # Description of groups that serve a thread beside training, and have timeouts of their own.
 BACKGROUND = "background"
 
@@ -77,20 +84,23 @@ def store_of_its_own() -> dist.Store:
     return distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
 
 
-def record_flights(folder: Path) -> None:
+def record_flights(folder: Path) -> str:
     """Has NCCL write down each rank's last collectives below `folder` when one times out.
 
-    To be called before the process group is there; what the environment says goes first.
+    To be called before the process group is there; what the environment says goes first. Returns
+    a sentence on where to look.
     """
-    path = folder / "flight_recorder"
-    settings = {
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
-        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(path.absolute() / "rank"),
-    }
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)
+    path = folder.absolute() / "flight_recorder"
     path.mkdir(parents=True, exist_ok=True)
+    for names, value in FLIGHT_RECORDER.items():
+        if not any(name in os.environ for name in names):
+            os.environ[names[0]] = value.format(path)
+    new, old = "TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
+    file = os.environ.get(new) or os.environ[old]
+    return (
+        f"When NCCL times out, each rank writes its last collectives to {file}RANK: "
+        f"torchfrtrace {Path(file).parent} compares them"
+    )
 
 
 def check_dtype(name: str, device: torch.device) -> None:

@@ -24,10 +24,11 @@ class FolderLock:
     file systems it holds between nodes where these pass locks on (NFS 4; Lustre with -o flock).
     """
 
-    def __init__(
-        self, folder: Path, advice: str = "end it, or set another job.dump_folder"
-    ) -> None:
-        """Raises ValueError naming host and process of the run that has the folder."""
+    def __init__(self, folder: Path, key: str = "job.dump_folder") -> None:
+        """Raises ValueError naming host and process of the run that has the folder.
+
+        key: what names the folder.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self._file: TextIO = (folder / LOCK_FILE).open("a+")
         deadline = time.monotonic() + LOCK_SECONDS
@@ -35,7 +36,9 @@ class FolderLock:
             if time.monotonic() > deadline:
                 holder = holder_of(self._file)
                 self._file.close()
-                raise ValueError(f"another run writes to {folder}: {holder}; {advice}")
+                raise ValueError(
+                    f"another run writes to {folder}: {holder}; end it, or set another {key}"
+                )
             time.sleep(0.1)
         self._file.truncate(0)
         json.dump({"host": socket.gethostname(), "pid": os.getpid()}, self._file)

@@ -61,12 +61,15 @@ class Watchdog:
         world_size: int,
         timeout: float,
         tells: bool,
+        hint: str = "",
     ) -> None:
         """store: of its own, since one that waits for a key keeps others from it.
 
-        tells: whether this rank is one of those, a few for all, that write to the log.
+        tells: whether this rank is one of those, a few for all, that write to the log. hint: where
+        else to look, with which a report ends.
         """
         self.tells = tells
+        self._hint = hint
         self.timeout = timeout
         self._progress, self._store = progress, store
         self._rank, self._world_size = rank, world_size
@@ -106,6 +109,8 @@ class Watchdog:
             lines.append(f"  and {len(order) - MAX_RANKS_TOLD} more")
         if unknown := [rank for rank in range(self._world_size) if rank not in beats]:
             lines.append(f"  never heard of: {unknown}")
+        if self._hint:
+            lines.append(self._hint)
         return "\n".join(["The ranks, those furthest behind first:", *lines])
 
     @property
