@@ -22,7 +22,9 @@ from tests.distributed import Workers
 from tests.runs import TINY, build_trainer, read_metrics, train
 from tests.test_launcher import launch
 from titan_lite.checkpoint.state import saved_steps
+from titan_lite.config.load import ConfigError
 from titan_lite.metrics.sinks import JsonlSink
+from titan_lite.runtime import folder_lock
 from titan_lite.runtime.folder_lock import FolderLock
 from titan_lite.runtime.stop import EXIT_STOPPED
 
@@ -149,6 +151,24 @@ def test_two_runs_in_one_folder_are_refused_and_a_killed_one_leaves_no_lock(
         assert expected in second.stderr
         holder.kill()
     FolderLock(tmp_path).release()
+
+
+def test_two_runs_that_share_a_folder_of_checkpoints_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_lock, "LOCK_SECONDS", 0.0)
+    shared = tmp_path / "shared"
+    lock = FolderLock(shared, "checkpoint.folder")
+    settings = ("--checkpoint.enable=true", f"--checkpoint.folder={shared}")
+    with pytest.raises(ConfigError, match=rf"another run writes to {shared}: .* set another check"):
+        build_trainer(tmp_path / "second", *settings)
+    lock.release()
+    # What the refused run held is free, and a run does not stand in its own way.
+    FolderLock(tmp_path / "second").release()
+    for folder in (tmp_path / "own", tmp_path / "own" / "checkpoint"):
+        own = (f"--checkpoint.folder={folder}", "--checkpoint.enable=true")
+        with pytest.raises(ConfigError, match="tokenizer"):
+            build_trainer(tmp_path / "own", *own, "--data.tokenizer_path=none")
 
 
 def test_a_file_system_without_locks_is_warned_about(

@@ -55,7 +55,11 @@ def preflight(loaded: LoadedConfig, plan: Plan) -> Preflight:
         problems += error.problems
     try:
         with blaming("checkpoint.load_step", loaded):
-            start = find_start(config.checkpoint, checkpoint_folder(loaded))
+            start = find_start(
+                config.checkpoint,
+                checkpoint_folder(loaded),
+                last_step=config.training.steps,
+            )
     except ConfigError as error:
         problems += error.problems
     if tokenizer is None or start is None or problems:

@@ -103,11 +103,11 @@ class Trainer:
         self.progress = self.stop.progress
         self.process = process or Process.from_environment()
         self.run_folder = Path(self.config.job.dump_folder)
-        self._lock_folder(loaded)
+        self._lock_folders(loaded)
         try:
             self._build(loaded, plan)
         except BaseException:
-            self._unlock_folder()
+            self._unlock_folders()
             raise
 
     def _build(self, loaded: LoadedConfig, plan: Plan) -> None:
@@ -180,9 +180,9 @@ class Trainer:
             self.source_meter = SourceMeter(names, self.state.source_tokens, _all_reduce)
 
     def _start_process_group(self) -> None:
-        comm = self.config.comm
+        comm, hint = self.config.comm, ""
         if self.process.device.type == "cuda":
-            record_flights(self.run_folder)
+            hint = record_flights(self.run_folder)
         start_process_group(self.process, comm)
         self.watchdog = Watchdog(
             self.progress,
@@ -191,21 +191,34 @@ class Trainer:
             world_size=self.process.world_size,
             timeout=comm.init_timeout_seconds,
             tells=self.process.local_rank == 0,
+            hint=hint,
         )
 
     def _set_timeout(self, seconds: int) -> None:
         set_timeout(seconds)
         self.watchdog.timeout = seconds
 
-    def _lock_folder(self, loaded: LoadedConfig) -> None:
-        self.lock = None
-        if self.process.rank == 0:
-            with blaming("job.dump_folder", loaded):
-                self.lock = FolderLock(self.run_folder)
+    def _lock_folders(self, loaded: LoadedConfig) -> None:
+        self.locks: list[FolderLock] = []
+        if self.process.rank > 0:
+            return
+        folders = {"job.dump_folder": self.run_folder}
+        checkpoints = checkpoint_folder(loaded)
+        # Two runs may share one that is not below their own folders.
+        is_elsewhere = not checkpoints.resolve().is_relative_to(self.run_folder.resolve())
+        if self.config.checkpoint.enable and is_elsewhere:
+            folders["checkpoint.folder"] = checkpoints
+        try:
+            for key, folder in folders.items():
+                with blaming(key, loaded):
+                    self.locks.append(FolderLock(folder, key))
+        except BaseException:
+            self._unlock_folders()
+            raise
 
-    def _unlock_folder(self) -> None:
-        if self.lock is not None:
-            self.lock.release()
+    def _unlock_folders(self) -> None:
+        for lock in self.locks:
+            lock.release()
 
     def _find_files(self, loaded: LoadedConfig, plan: Plan) -> None:
         """The tokenizer, and the state to begin from."""
@@ -217,7 +230,12 @@ class Trainer:
         """Goes back to an earlier checkpoint where the contents of the latest are damaged."""
         found = self.start
         with blaming(found.key, loaded):
-            self.start = agree_on_start(found, self.config.checkpoint, checkpoint_folder(loaded))
+            self.start = agree_on_start(
+                found,
+                self.config.checkpoint,
+                checkpoint_folder(loaded),
+                last_step=self.config.training.steps,
+            )
         if self.start is not found:
             self.state = self.start.state
             self.loader.close()
@@ -441,7 +459,7 @@ class Trainer:
         self.checkpoints.close()
         self.meter.close()
         self.watchdog.close()
-        self._unlock_folder()
+        self._unlock_folders()
 
     def train_step(self, step: int) -> Record | None:
         """One optimizer step over the global batch; collective. Returns its record if logged."""

@@ -1,5 +1,6 @@
 """Runs that start from, and end in, folders that Hugging Face transformers reads and writes."""
 
+import errno
 import functools
 import json
 import logging
@@ -116,6 +117,32 @@ def test_the_runs_own_checkpoint_comes_before_the_initial_weights(
     (_, again), _ = one_process.run(_run, tmp_path, start)[0]
     np.testing.assert_equal(again["initial weights"], first["final weights"])
     assert written.exists()
+
+
+def _without_room(folder: Path, *overrides: str) -> str:
+    """How a run fails whose last checkpoint is saved, but not what is for Hugging Face."""
+
+    def save_file(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf, "save_file", save_file)
+        with pytest.raises(OSError, match="No space left") as raised:
+            train_and_gather(folder, *SAVING, *MODEL, *overrides)
+    return str(raised.value)
+
+
+def test_a_run_whose_export_failed_finishes_it_when_started_again(
+    one_process: Workers, tmp_path: Path
+) -> None:
+    weights_last = ("--checkpoint.last_save_model_only=true", "--checkpoint.export_dtype=bfloat16")
+    one_process.run(_without_room, tmp_path, *weights_last)
+    assert not (tmp_path / "checkpoint" / "hf").exists()
+    (records, weights), _ = one_process.run(_run, tmp_path, *weights_last)[0]
+    assert [record["step"] for record in records] == [1]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint" / "hf")
+    embedding = theirs.get_input_embeddings().weight.detach().float()
+    np.testing.assert_array_equal(weights["final weights"]["tok_embeddings.weight"], embedding)
 
 
 def test_a_run_begins_with_a_converted_checkpoint(

@@ -136,6 +136,9 @@ def test_no_run_goes_on_from_weights_only(tmp_path: Path) -> None:
     weights = make_checkpoint(tmp_path, 8, content="model")
     with pytest.raises(ValueError, match=rf"{weights} holds weights only .*initial_load_path"):
         find_start(SECTION, tmp_path)
+    # Unless no step is left to do.
+    start = find_start(SECTION, tmp_path, last_step=8)
+    assert (start.source, start.content, start.own_step) == (weights, "model", 8)
     other = {"initial_load_path": str(weights)}
     start = find_start(SECTION.model_copy(update=other), tmp_path / "another run")
     assert (start.source, start.content, start.state.step) == (weights, "model", 0)

@@ -10,15 +10,15 @@ from tests.distributed import Workers
 from tests.runs import build_trainer, read_metrics, train, train_and_gather
 
 # The vocabulary is padded by tp 2 to 2050 rows, and by no other layout.
-SETTINGS = ("--checkpoint.enable=true", "--model.vocab_size=2049", "--training.steps=14")
+SETTINGS = ("--checkpoint.enable=true", "--model.vocab_size=2049", "--training.steps=34")
 # Processes, layout, and the step that is the last under it.
 JOURNEY = (
     (4, ("--training.local_batch_size=2",), 2),
-    (4, ("--parallel.tp=2", "--training.local_batch_size=4"), 5),
-    (4, ("--parallel.pp=2", "--training.local_batch_size=2"), 8),
-    (4, ("--parallel.cp=2", "--parallel.dp_replicate=2", "--training.local_batch_size=4"), 11),
-    (2, ("--parallel.tp=2",), 12),
-    (1, (), 14),
+    (4, ("--parallel.tp=2", "--training.local_batch_size=4"), 12),
+    (4, ("--parallel.pp=2", "--training.local_batch_size=2"), 22),
+    (4, ("--parallel.cp=2", "--parallel.dp_replicate=2", "--training.local_batch_size=4"), 23),
+    (2, ("--parallel.tp=2",), 24),
+    (1, (), 34),
 )
 
 
@@ -40,7 +40,7 @@ def test_a_run_that_moves_from_layout_to_layout_equals_one_that_stays(
     for processes, layout, last in JOURNEY:
         workers[processes].run(_train_until, tmp_path / "moves", last, *layout)
     got = read_metrics(tmp_path / "moves")
-    assert [record["step"] for record in got] == list(range(1, 15))
+    assert [record["step"] for record in got] == list(range(1, 35))
     for key in ("loss", "grad_norm", "lr", "tokens"):
         wanted = [record[key] for record in expected]
         assert [record[key] for record in got] == pytest.approx(wanted, rel=1e-5), key

@@ -7,6 +7,8 @@ import sys
 import threading
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -330,6 +332,17 @@ def test_malformed_data_surfaces_with_its_source_and_does_not_hang(tmp_path, nam
     assert message.startswith(f"data.dataset_path: {where}")
     assert name in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("on_bad_document", ["raise", "skip"])
+def test_a_parquet_file_that_was_cut_short_is_named_among_good_ones(tmp_path, on_bad_document):
+    for name in ("a", "b", "c"):
+        table = pyarrow.table({"text": TEXTS})
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+    cut = tmp_path / "b.parquet"
+    cut.write_bytes(cut.read_bytes()[:-20])
+    section = Data(dataset_path=str(tmp_path), num_streams=1, on_bad_document=on_bad_document)
+    assert error_of(section).startswith(f"data.dataset_path: cannot read {cut}: Parquet magic")
 
 
 def test_an_indivisible_global_batch_is_refused(folder):

@@ -10,8 +10,10 @@ from titan_lite.config.schema import Checkpoint
 from titan_lite.runtime.stored_files import DamagedError, damaged_files
 
 
-def agree_on_start(start: Start, section: Checkpoint, folder: Path) -> Start:
-    """What all ranks begin from, after reading all its files; collective.
+def agree_on_start(
+    start: Start, section: Checkpoint, folder: Path, *, last_step: int | None = None
+) -> Start:
+    """What all ranks begin from, after reading all its files; collective. As find_start.
 
     Of load_step "latest", an earlier checkpoint where one is damaged. Raises ValueError on every
     rank unless all found the same, and DamagedError.
@@ -29,7 +31,7 @@ def agree_on_start(start: Start, section: Checkpoint, folder: Path) -> Start:
         damaged[start.source] = DamagedError("; ".join(sentences))
         if not start.resumes or section.load_step != "latest":
             raise damaged[start.source]
-        start = find_start(section, folder, damaged)
+        start = find_start(section, folder, damaged, last_step=last_step)
     return start
 
 

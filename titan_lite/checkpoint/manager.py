@@ -164,6 +164,7 @@ class CheckpointManager:
             dcp.load(tensors, storage_reader=reader, planner=planner)
         except CheckpointException as error:
             raise ValueError(str(first_failure(error)[1])) from error
+        self.latest_step = start.own_step
         if start.content == "model":
             set_model_state_dict(self.model, whole["model"] | tensors["model"])
             return
@@ -178,7 +179,6 @@ class CheckpointManager:
             torch.set_rng_state(rng["cpu"])
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(rng["cuda"], self.device)
-        self.latest_step = start.own_step
 
     def leave_later_branch(self, step: int) -> None:
         """Retires the checkpoints later than `step`, which the run goes on from; on one rank."""

@@ -71,11 +71,16 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def find_start(
-    section: Checkpoint, folder: Path, damaged: Mapping[Path, DamagedError] | None = None
+    section: Checkpoint,
+    folder: Path,
+    damaged: Mapping[Path, DamagedError] | None = None,
+    *,
+    last_step: int | None = None,
 ) -> Start:
     """The run's own checkpoint to resume from, else the initial one, else a fresh start.
 
-    damaged: checkpoints that are known not to be what was written. Raises ValueError for what was
+    damaged: checkpoints that are known not to be what was written. last_step: the run's, of which
+    weights are enough: nothing is left to train. Raises ValueError for what was
     asked for and is missing, damaged (DamagedError) or holds no run.
     """
     if not section.enable:
@@ -83,7 +88,8 @@ def find_start(
     if section.load_step != 0:
         found = _own_checkpoint(section.load_step, folder, dict(damaged or {}))
         if found is not None:
-            return _start(*found, "run", resumes=True)
+            is_done = found[1].step == last_step
+            return _start(*found, found[1].content if is_done else "run", resumes=True)
     if not section.initial_load_path:
         return Start()
     source = Path(section.initial_load_path).expanduser()
@@ -132,16 +138,16 @@ def _own_checkpoint(
 
 
 def _start(source: Path, manifest: Manifest, content: str, *, resumes: bool) -> Start:
-    if content == "model":
+    if content == "model" and not resumes:
         return Start(source=source, content=content)
-    if manifest.content != "run":
+    if content == "run" and manifest.content != "run":
         raise ValueError(
             f"{source} holds weights only (last_save_model_only), from which no run can "
             "go on: checkpoint.load_step can name an earlier step, checkpoint.initial_load_path "
             "begins another run with these weights, titan-lite convert dcp-to-hf exports them"
         )
     state = RunState(**json.loads((source / RUN_STATE_FILE).read_text()))
-    return Start(state=state, source=source, resumes=resumes)
+    return Start(state=state, source=source, content=content, resumes=resumes)
 
 
 def excludes(patterns: Sequence[str], name: str) -> bool:

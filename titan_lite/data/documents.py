@@ -20,24 +20,24 @@ class BadDocument(ValueError):
     """A document that cannot be trained on; its text is the reason."""
 
 
-def text_of(row: dict[str, Any], kind: Kind, field: str) -> str:
-    """The text of what `datasets` hands out; raises BadDocument."""
+def text_of(row: dict[str, Any], kind: Kind, field: str, key: str = "data.text_field") -> str:
+    """The text of what `datasets` hands out; raises BadDocument. key: that chose the field."""
     if kind == "rows":
-        return _field(row, field)
+        return _field(row, field, key)
     try:
         text = row["text"].encode(RAW_ENCODING).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise BadDocument(f"not UTF-8: byte 0x{byte:02x} at position {error.start}") from None
     if kind == "files":
-        return _field({field: text}, field)
+        return _field({field: text}, field, key)
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadDocument(f"not JSON: {error}") from None
     if not isinstance(document, dict):
         raise BadDocument(f"expected a JSON object, found {text:.60}")
-    return _field(document, field)
+    return _field(document, field, key)
 
 
 def is_blank(row: dict[str, Any], kind: Kind) -> bool:
@@ -67,17 +67,16 @@ def _raw(file: Path, kind: Kind) -> Iterator[bytes]:
             yield text.read().encode(RAW_ENCODING)
 
 
-def _field(document: dict[str, Any], field: str) -> str:
+def _field(document: dict[str, Any], field: str, key: str) -> str:
     if field not in document:
         near = difflib.get_close_matches(field, document, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
         raise BadDocument(
-            f"data.text_field={field!r} is not one of its fields: it has "
-            f"{', '.join(document)}{hint}"
+            f"{key}={field!r} is not one of its fields: it has {', '.join(document)}{hint}"
         )
     text = document[field]
     if not isinstance(text, str):
-        raise BadDocument(f"data.text_field={field!r} is {text!r:.60}, expected text")
+        raise BadDocument(f"{key}={field!r} is {text!r:.60}, expected text")
     if not text:
-        raise BadDocument(f"data.text_field={field!r} is empty")
+        raise BadDocument(f"{key}={field!r} is empty")
     return text

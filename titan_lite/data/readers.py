@@ -73,10 +73,12 @@ class TextReader:
     def read(self, size: int) -> tuple[int, list[str]]:
         with reading(self._source):
             rows = list(itertools.islice(self._rows, size))
-        texts = []
+        texts, source = [], self._source
+        # The table of the key that chose the source has the field's, too.
+        key = f"{source.key.rpartition('.')[0]}.text_field"
         for row in rows:
             try:
-                texts.append(text_of(row, self._source.kind, self._section.text_field))
+                texts.append(text_of(row, source.kind, self._section.text_field, key))
                 self._judge.good()
             except BadDocument as error:
                 self._judge.bad(row, str(error))

@@ -130,7 +130,20 @@ def reading(source: Source) -> Iterator[None]:
     # Parsers, decompressors, file systems and HTTP clients each raise types of their own.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{source.key}: cannot read {source.name}: {reason:.300}") from error
+        raise ValueError(f"{source.key}: cannot read {_blamed(source)}: {reason:.300}") from error
+
+
+def _blamed(source: Source) -> str:
+    """The first Parquet file that is not whole, where there is one; else the source."""
+    from pyarrow import parquet
+
+    for file in source.files:
+        if file.suffix == ".parquet":
+            try:
+                parquet.read_metadata(file)
+            except (OSError, ValueError):
+                return str(file)
+    return source.name
 
 
 def stream_of(dataset: "IterableDataset", stream: int, num_streams: int) -> "IterableDataset":
