@@ -103,6 +103,7 @@ class Trainer:
         self.progress = self.stop.progress
         self.process = process or Process.from_environment()
         self.run_folder = Path(self.config.job.dump_folder)
+        self.locks: list[FolderLock] = []
         self._lock_folders(loaded)
         try:
             self._build(loaded, plan)
@@ -199,7 +200,6 @@ class Trainer:
         self.watchdog.timeout = seconds
 
     def _lock_folders(self, loaded: LoadedConfig) -> None:
-        self.locks: list[FolderLock] = []
         if self.process.rank > 0:
             return
         folders = {"job.dump_folder": self.run_folder}

@@ -81,7 +81,7 @@ class DryTrainer(Trainer):
         with self.fake:
             super().train_step(step)
 
-    def _lock_folder(self, loaded: LoadedConfig) -> None:
+    def _lock_folders(self, loaded: LoadedConfig) -> None:
         pass
 
     def _start_process_group(self) -> None:
