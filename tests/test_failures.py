@@ -153,7 +153,7 @@ def test_two_runs_in_one_folder_are_refused_and_a_killed_one_leaves_no_lock(
     FolderLock(tmp_path).release()
 
 
-def test_two_runs_that_share_a_folder_of_checkpoints_are_refused(
+def test_a_folder_of_checkpoints_that_another_run_has_or_nobody_can_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folder_lock, "LOCK_SECONDS", 0.0)
@@ -163,6 +163,10 @@ def test_two_runs_that_share_a_folder_of_checkpoints_are_refused(
     with pytest.raises(ConfigError, match=rf"another run writes to {shared}: .* set another check"):
         build_trainer(tmp_path / "second", *settings)
     lock.release()
+    (tmp_path / "file").touch()
+    nowhere = f"--checkpoint.folder={tmp_path}/file/below"
+    with pytest.raises(ConfigError, match=r"checkpoint\.folder .*Not a directory"):
+        build_trainer(tmp_path / "second", settings[0], nowhere)
     # What the refused run held is free, and a run does not stand in its own way.
     FolderLock(tmp_path / "second").release()
     for folder in (tmp_path / "own", tmp_path / "own" / "checkpoint"):
