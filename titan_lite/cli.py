@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from titan_lite import __version__
 from titan_lite.config.dims import ParallelDims
@@ -96,11 +95,11 @@ def _config(argv: list[str]) -> int:
         print(to_toml(loaded), flush=True)
     plan = rules.check(loaded, _world_size(options.world_size, loaded))
     if options.preflight:
-        from titan_lite.preflight import blaming, preflight
+        from titan_lite.preflight import blaming, preflight, run_folder
         from titan_lite.runtime.folder_lock import FolderLock
 
         preflight(loaded, plan)
-        folder = Path(loaded.config.job.dump_folder)
+        folder = run_folder(loaded)
         if folder.is_dir():
             with blaming("job.dump_folder", loaded):
                 FolderLock(folder).release()

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,9 +68,15 @@ def preflight(loaded: LoadedConfig, plan: Plan) -> Preflight:
     return Preflight(tokenizer, start)
 
 
+def run_folder(loaded: LoadedConfig) -> Path:
+    """Where a run writes."""
+    # os.path: leaves a ~user that does not exist, where Path raises.
+    return Path(os.path.expanduser(loaded.config.job.dump_folder))  # noqa: PTH111
+
+
 def checkpoint_folder(loaded: LoadedConfig) -> Path:
     """Where the run's checkpoints are."""
-    return Path(loaded.config.job.dump_folder) / loaded.config.checkpoint.folder
+    return run_folder(loaded) / os.path.expanduser(loaded.config.checkpoint.folder)  # noqa: PTH111
 
 
 def fitting_tokenizer(section: Data, args: DecoderArgs) -> Tokenizer:

@@ -54,7 +54,7 @@ from titan_lite.planner.counts import (
     num_last_matmul_params,
     num_unused_params,
 )
-from titan_lite.preflight import blaming, checkpoint_folder, preflight
+from titan_lite.preflight import blaming, checkpoint_folder, preflight, run_folder
 from titan_lite.runtime.distributed import (
     Process,
     check_dtype,
@@ -102,7 +102,7 @@ class Trainer:
         self.stop = stop or StopRequest()
         self.progress = self.stop.progress
         self.process = process or Process.from_environment()
-        self.run_folder = Path(self.config.job.dump_folder)
+        self.run_folder = run_folder(loaded)
         self.locks: list[FolderLock] = []
         self._lock_folders(loaded)
         try:

@@ -206,7 +206,9 @@ def _files(config: Config) -> Iterator[Broken]:
     if hf and not os.path.isdir(hf):  # noqa: PTH112
         message = f"no such folder: {quote(hf)}{near_file(Path(hf))}"
         yield ("checkpoint.initial_load_hf",), message
-    dump_folder = Path(config.job.dump_folder)
+    if not config.job.dump_folder:
+        yield ("job.dump_folder",), 'is empty: "." is the folder in which the run is started'
+    dump_folder = Path(os.path.expanduser(config.job.dump_folder))  # noqa: PTH111
     for folder in map(str, (dump_folder, *dump_folder.parents)):
         if os.path.exists(folder):  # noqa: PTH110
             if not os.path.isdir(folder):  # noqa: PTH112
