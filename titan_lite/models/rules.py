@@ -156,8 +156,7 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[tuple[tuple[str, 
             f"fraction ({section.fraction:g}) of the model's num_layers ({layers}) is no layer",
         )
     yield from _head_rules(args)
-    if isinstance(args, EncoderArgs):
-        yield from _encoder_rules(config, args)
+    yield from _encoder_rules(config, args)
     if args.num_heads % args.num_kv_heads:
         yield (
             ("model.flavor", "model.num_heads", "model.num_kv_heads"),
@@ -179,8 +178,10 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[tuple[tuple[str, 
             )
 
 
-def _encoder_rules(config: Config, args: EncoderArgs) -> Iterator[tuple[tuple[str, ...], str]]:
+def _encoder_rules(config: Config, args: DecoderArgs) -> Iterator[tuple[tuple[str, ...], str]]:
     """What only decoders can do, or only pre-norm blocks."""
+    if not isinstance(args, EncoderArgs):
+        return
     if (cp := config.parallel.cp) > 1:
         yield (
             ("model.name", "parallel.cp"),

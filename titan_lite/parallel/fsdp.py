@@ -82,12 +82,11 @@ def apply_fsdp(
     choice = section.reshard_after_forward
     reshard = choice if isinstance(choice, int) else choice != "never"
     blocks = list(model.layers.children())
-    embeddings = [model.get_submodule(name) for name in model.ends if name in model.first]
-    head = [
-        model.get_submodule(name)
-        for name in model.ends
-        if name in model.last and name not in model.per_sample
-    ]
+    ends = {name: model.get_submodule(name) for name in model.ends}
+    embeddings = [ends[name] for name in ends if name in model.first]
+    # Not the head's: a unit is done when all of it has run.
+    apart = [ends[name] for name in ends if name in model.per_sample]
+    head = [module for module in ends.values() if module not in (*embeddings, *apart)]
     if model.tied_head and embeddings and model.output is not None:
         # One weight is one unit's.
         embeddings, head = [], [*embeddings, *head]
@@ -99,19 +98,20 @@ def apply_fsdp(
         shard(block, False if kept else reshard)
     if head:
         shard(head, choice == "always")
-    for name in model.ends:
-        if name in model.per_sample:
-            # Not the head's: a unit is done when all of it has run.
-            shard(model.get_submodule(name), choice == "always")
-    shard(model, choice == "always")
+    for module in (*apart, model):
+        shard(module, choice == "always")
+    _reduce_by_sum(model)
+    lookups = embeddings if all(isinstance(m, nn.Embedding) for m in embeddings) else []
+    for module in lookups:
+        # The gradient of a lookup does not need the table.
+        assert isinstance(module, FSDPModule)
+        module.set_unshard_in_backward(False)
+
+
+def _reduce_by_sum(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Together a plain SUM on every backend; the factor alone would ask for
             # PREMUL_SUM, which gloo does not have.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    lookups = embeddings if all(isinstance(m, nn.Embedding) for m in embeddings) else []
-    for module in lookups:
-        # The gradient of a lookup does not need the table.
-        assert isinstance(module, FSDPModule)
-        module.set_unshard_in_backward(False)
