@@ -11,19 +11,20 @@ for (const figure of document.querySelectorAll("figure[data-lines]")) {
     const box = svg.getBoundingClientRect();
     const x = ((event.clientX - box.left) / box.width) * svg.viewBox.baseVal.width;
     const wanted = first + ((x - left) / (right - left)) * (last - first);
-    tip.replaceChildren();
-    let step = null;
-    lines.forEach(([steps, values], run) => {
-      const index = nearest(steps, wanted);
-      if (index < 0) return;
-      step ??= steps[index];
+    const found = lines.map(([steps]) => nearest(steps, wanted));
+    const steps = found.map((index, run) => lines[run][0][index]).filter((step) => step !== undefined);
+    const step = steps.reduce((a, b) => (Math.abs(b - wanted) < Math.abs(a - wanted) ? b : a));
+    tip.replaceChildren(`step ${step.toLocaleString("en")}`);
+    found.forEach((index, run) => {
+      const [ofRun, values] = lines[run];
+      // A run that had ended, or not begun, there has no value.
+      const reach = (last - first) / 100;
+      if (index < 0 || step > ofRun.at(-1) + reach || step < ofRun[0] - reach) return;
       const span = document.createElement("span");
       span.className = `run${run}`;
-      span.textContent = values[index].toPrecision(6).replace(/\.?0+$/, "");
+      span.textContent = values[index].toLocaleString("en", { maximumSignificantDigits: 6 });
       tip.append(span);
     });
-    if (step === null) return;
-    tip.prepend(`step ${step}`);
     const place = left + ((step - first) / (last - first)) * (right - left);
     cursor.setAttribute("x1", place);
     cursor.setAttribute("x2", place);
@@ -43,5 +44,6 @@ function nearest(sorted, wanted) {
     if (sorted[middle] < wanted) low = middle + 1;
     else high = middle;
   }
-  return low > 0 && wanted - sorted[low - 1] < sorted[low] - wanted ? low - 1 : low;
+  const isBefore = low > 0 && wanted - sorted[low - 1] < sorted[low] - wanted;
+  return sorted.length ? low - isBefore : -1;
 }

@@ -19,23 +19,24 @@ from titan_lite.regression.curves import (
     read_records,
     setting,
 )
-from titan_lite.regression.panels import Line, Scale, panel
+from titan_lite.regression.panels import Line, Scale, Style, panel
 
 # As many as report.css has colours.
 MAX_RUNS = 6
-# Title, key of the records, scale.
-PANELS: tuple[tuple[str, str, Scale], ...] = (
-    ("Loss", "loss", "free"),
-    ("Gradient norm", "grad_norm", "log"),
-    ("Learning rate", "lr", "from zero"),
-    ("WPS", "wps", "from zero"),
-    ("MFU", "mfu", "from zero"),
-    ("Memory", "memory_gib", "from zero"),
-    ("Data wait", "data_wait", "from zero"),
-    ("Checkpoint stalls", "checkpoint_blocked_seconds", "from zero"),
+# Title, key of the records, scale, style.
+PANELS: tuple[tuple[str, str, Scale, Style], ...] = (
+    ("Loss", "loss", "free", "smoothed"),
+    ("Gradient norm", "grad_norm", "log", "smoothed"),
+    ("Validation loss", "validation/loss", "free", "line"),
+    ("Learning rate", "lr", "from zero", "line"),
+    ("WPS", "wps", "from zero", "smoothed"),
+    ("MFU", "mfu", "from zero", "smoothed"),
+    ("Memory", "memory_gib", "from zero", "line"),
+    ("Data wait", "data_wait", "from zero", "smoothed"),
+    ("Checkpoint stalls", "checkpoint_blocked_seconds", "from zero", "events"),
 )
 # Measured over a window that, in the first record, holds start-up.
-_SPEEDS = ("wps", "mfu", "data_wait")
+_SPEEDS = ("wps", "mfu", "data_wait", "seconds_per_step")
 
 
 @dataclass(frozen=True)
@@ -69,28 +70,50 @@ def read_run(folder: Path) -> Run:
 def report(runs: Sequence[Run]) -> str:
     """HTML that needs nothing but itself."""
     here = Path(__file__)
-    panels = "".join(
-        panel(title, _unit(key), [run.line(key) for run in runs], scale)
-        for title, key, scale in PANELS
-    )
     title = ", ".join(run.name for run in runs)
     settings = "Settings that differ" if len(runs) > 1 else "Settings other than the defaults"
-    tables = (
-        ("Runs", _table(runs, _summary)),
-        ("Curves", f'<div class="panels">{panels}</div>'),
+    sections = (
+        ("Runs", _overview(runs)),
+        ("Curves", _curves(runs)),
         (settings, _table(runs, _settings(runs))),
         ("Applied", _table(runs, _applied)),
         ("Environment", _table(runs, _environment)),
     )
-    body = "".join(f"<section><h2>{name}</h2>{content}</section>" for name, content in tables)
+    body = "".join(f"<section><h2>{name}</h2>{content}</section>" for name, content in sections)
+    legend = "".join(f"<li>{_name(number, run)}</li>" for number, run in enumerate(runs))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(title)}</title>"
+        f"<title>{html.escape(title)} - titan_lite</title>"
         f"<style>{here.with_suffix('.css').read_text(encoding='utf-8')}</style></head>"
-        f"<body><h1>titan_lite: {html.escape(title)}</h1>{body}"
+        f"<body><header><h1>titan_lite</h1><ul>{legend}</ul></header>{body}"
         f"<script>{here.with_suffix('.js').read_text(encoding='utf-8')}</script></body></html>\n"
     )
+
+
+def _name(number: int, run: Run) -> str:
+    """A run's name behind a piece of its line."""
+    key = f'<svg class="key" viewBox="0 0 24 8"><line class="run{number}" x2="24" y1="4" y2="4"/>'
+    return f'<span class="run{number}">{key}</svg>{html.escape(run.name)}</span>'
+
+
+def _curves(runs: Sequence[Run]) -> str:
+    """All panels over the same steps; what no run logged is only named."""
+    steps = [float(record["step"]) for run in runs for record in run.records] or [0.0]
+    panels, lacking = [], []
+    for title, key, scale, style in PANELS:
+        lines = [run.line(key) for run in runs]
+        if any(len(line.finite.steps) for line in lines):
+            panels.append(panel(title, _unit(key), lines, scale, style, min(steps), max(steps)))
+        else:
+            lacking.append(title)
+    page = (
+        '<p class="faint">Of noisy curves, each value is faint and a running mean bold.</p>'
+        f'<div class="panels">{"".join(panels)}</div>'
+    )
+    if lacking:
+        page += f'<p class="faint">Nothing was logged of: {", ".join(lacking)}</p>'
+    return page
 
 
 def _unit(key: str) -> str:
@@ -101,13 +124,10 @@ def _unit(key: str) -> str:
 def _table(runs: Sequence[Run], rows: Callable[[Run], Mapping[str, str]]) -> str:
     """A column for each run, a row for each key that any of them has."""
     columns = [rows(run) for run in runs]
-    keys = dict.fromkeys(key for column in columns for key in column)
+    keys = dict.fromkeys(key for column in columns for key, value in column.items() if value)
     if not keys:
         return '<p class="faint">none</p>'
-    head = "".join(
-        f'<th class="key run{number}">{html.escape(run.name)}</th>'
-        for number, run in enumerate(runs)
-    )
+    head = "".join(f"<th>{_name(number, run)}</th>" for number, run in enumerate(runs))
     body = "".join(
         f"<tr><th>{html.escape(key)}</th>"
         + "".join(f"<td>{html.escape(column.get(key, ''))}</td>" for column in columns)
@@ -120,33 +140,47 @@ def _table(runs: Sequence[Run], rows: Callable[[Run], Mapping[str, str]]) -> str
     )
 
 
+def _overview(runs: Sequence[Run]) -> str:
+    """A row for each run."""
+    summaries = [_summary(run) for run in runs]
+    head = "".join(f"<th>{html.escape(key)}</th>" for key in summaries[0])
+    body = ""
+    for number, (run, summary) in enumerate(zip(runs, summaries, strict=True)):
+        description = str(setting(run.facts["config"], "job.description"))
+        more = f"<br><small>{html.escape(description)}</small>" if description else ""
+        cells = "".join(f"<td>{html.escape(value)}</td>" for value in summary.values())
+        body += f'<tr><th class="name">{_name(number, run)}{more}</th>{cells}</tr>'
+    return (
+        f'<div class="scroll"><table class="runs"><thead><tr><th></th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
 def _summary(run: Run) -> dict[str, str]:
     config, mesh = run.facts["config"], run.facts["mesh"]
     devices = int(np.prod(list(mesh.values())))
-    seconds = run.line("seconds_per_step").values
-    numbers = {
-        "loss, last": ("loss", "{:.4f}"),
-        "gradient norm, last": ("grad_norm", "{:.4f}"),
-        "tokens": ("tokens", "{:,.0f}"),
-    }
-    means = {"WPS, mean": ("wps", "{:,.0f}"), "MFU, mean": ("mfu", "{:.1f} %")}
+    done = run.records[-1]["step"] if run.records else 0
     rows = {
-        "description": str(setting(config, "job.description")),
-        "model": f"{setting(config, 'model.name')} {setting(config, 'model.flavor')}, "
-        f"{run.facts.get('parameters', 0):,} parameters",
+        "model": f"{setting(config, 'model.name')} {setting(config, 'model.flavor')}",
+        "parameters": f"{run.facts.get('parameters', 0):,}",
         "devices": f"{devices} x {run.facts.get('device', '?')}",
-        "steps": f"{run.records[-1]['step'] if run.records else 0} of "
-        f"{setting(config, 'training.steps')}",
+        "steps": f"{done:,} of {setting(config, 'training.steps'):,}",
     }
-    for label, (key, form) in numbers.items():
+    for label, key, form in (
+        ("tokens", "tokens", "{:,.0f}"),
+        ("last loss", "loss", "{:.4f}"),
+        ("last gradient norm", "grad_norm", "{:.4f}"),
+    ):
         value = run.last(key)
         rows[label] = "" if value is None else form.format(value)
-    for label, (key, form) in means.items():
+    for label, key, mean, form in (
+        ("WPS, mean", "wps", np.mean, "{:,.0f}"),
+        ("MFU, mean", "mfu", np.mean, "{:.1f} %"),
+        ("step, median", "seconds_per_step", np.median, "{:.3f} s"),
+        ("memory, peak", "memory_gib", np.max, "{:.2f} GiB"),
+    ):
         values = run.line(key).values
-        rows[label] = form.format(values.mean()) if len(values) else "not measured"
-    memory = run.line("memory_gib").values
-    rows["memory, peak"] = f"{memory.max():.2f} GiB" if len(memory) else ""
-    rows["step time, median"] = f"{np.median(seconds):.3f} s" if len(seconds) else ""
+        rows[label] = form.format(mean(values)) if len(values) else "not measured"
     return rows
 
 
@@ -158,7 +192,9 @@ def _settings(runs: Sequence[Run]) -> Callable[[Run], dict[str, str]]:
             key = f"{section}.{name}"
             values = [setting(run.facts["config"], key) for run in runs]
             others = values[1:] or [field.default]
-            if any(value != values[0] for value in others):
+            # Each run has a folder of its own.
+            same = len(runs) > 1 and key == "job.dump_folder"
+            if not same and any(value != values[0] for value in others):
                 chosen.append(key)
 
     def rows(run: Run) -> dict[str, str]:
@@ -180,7 +216,10 @@ def _applied(run: Run) -> dict[str, str]:
 
 def _environment(run: Run) -> dict[str, str]:
     facts = run.facts
-    rows = {"started": str(facts.get("started", "")), "commit": str(facts.get("git_commit", ""))}
+    rows = {
+        "started": str(facts.get("started", "")),
+        "commit": str(facts.get("git_commit", ""))[:12],
+    }
     for group in ("versions", "environment"):
         rows |= {key.replace("_", " "): str(v) for key, v in facts.get(group, {}).items()}
     rows["device"] = str(facts.get("device", ""))
@@ -194,4 +233,6 @@ def _words(value: Any) -> str:
         return ", ".join(f"{key} {_words(part)}" for key, part in value.items())
     if isinstance(value, list):
         return ", ".join(map(_words, value))
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
