@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from titan_lite.config.schema import Metrics
 from titan_lite.metrics.record import METRICS, format_duration
-from titan_lite.metrics.sinks import ConsoleSink, JsonlSink, TensorBoardSink, open_sinks
+from titan_lite.metrics.sinks import ConsoleSink, JsonlSink, TensorBoardSink, WandbSink, open_sinks
 
 
 class Terminal(io.StringIO):
@@ -248,7 +248,9 @@ class FakeWandb:
     def init(self, **given):
         self.given = given
         return SimpleNamespace(
-            log=lambda values, step: self.logged.append((step, values)), finish=self._finish
+            log=lambda values, step: self.logged.append((step, values)),
+            finish=self._finish,
+            id=given["id"] or "drawn",
         )
 
     def _finish(self):
@@ -272,6 +274,11 @@ def test_wandb_gets_the_scalars_of_tensorboard_and_the_settings(tmp_path, monkey
     assert fake.given["config"] == settings
     assert fake.given["dir"] == str(tmp_path)
     assert fake.finished
+    # The next process of this run folder goes on in the same run.
+    assert fake.given["id"] is None
+    WandbSink(tmp_path, settings)
+    assert fake.given["id"] == "drawn"
+    assert fake.given["resume"] == "allow"
 
 
 @pytest.mark.parametrize(

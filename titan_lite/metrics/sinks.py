@@ -189,16 +189,20 @@ class TensorBoardSink:
 class WandbSink:
     """Logs the same scalars to Weights & Biases, as its own environment variables say.
 
-    WANDB_API_KEY, WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE; a run that crashed is continued by the
-    next one in its folder.
+    WANDB_API_KEY, WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE. A run that resumes in its folder goes on
+    in the same run there, which keeps the first value of a step that is logged twice.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         import wandb
 
+        id_file = folder / "wandb" / "run_id"
+        known = id_file.read_text(encoding="utf-8") if id_file.exists() else None
         self._run = wandb.init(
-            dir=str(folder), name=folder.name, config=dict(settings), resume="auto"
+            dir=str(folder), name=folder.name, config=dict(settings), id=known, resume="allow"
         )
+        id_file.parent.mkdir(exist_ok=True)
+        id_file.write_text(self._run.id, encoding="utf-8")
 
     def write(self, record: Record) -> None:
         """Logs the record's scalars at its step."""
