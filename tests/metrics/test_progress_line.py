@@ -37,8 +37,7 @@ def test_a_terminal_shows_progress_below_the_last_record() -> None:
     assert first.startswith("step  10/100")
     assert second.startswith("step  20/100")
     assert progress == (
-        "[====                ]  20%  20/100 steps  24.7M tokens  loss 6.1234 smoothed  "
-        "0:00:40 left"
+        "[====                ] 20/100 steps  24.7M tokens  smoothed loss 6.1234  0:00:40 left"
     )
 
 
@@ -58,7 +57,7 @@ def test_the_loss_is_smoothed_and_a_step_that_is_not_finite_left_out() -> None:
         line.erase()
         line.draw(record(step, loss=loss))
     # Weights 0.9 x 0.1 and 0.1.
-    assert f"loss {(0.09 * 8 + 0.1 * 6) / 0.19:.4f} smoothed" in screen(stream)[-1]
+    assert f"smoothed loss {(0.09 * 8 + 0.1 * 6) / 0.19:.4f}" in screen(stream)[-1]
 
 
 def test_the_warm_up_gives_no_estimate() -> None:
@@ -98,8 +97,20 @@ def test_a_log_message_finds_the_line_empty() -> None:
     assert handler.filters == []
 
 
-def test_the_line_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "40")
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (80, "[=====     ] 5000/10000 steps  2.56M tokens  smoothed loss 6.1234  0:41:40 left"),
+        (60, "5000/10000 steps  smoothed loss 6.1234  0:41:40 left"),
+        (40, "[===   ] 5000/10000 steps  0:41:40 left"),
+        (20, "5000/10000 steps  0"),
+    ],
+)
+def test_a_narrow_terminal_shows_what_matters_most(
+    columns: int, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
     stream = Terminal()
-    ProgressLine(100, stream).draw(record(10))
-    assert len(stream.getvalue()) == 39
+    ProgressLine(10_000, stream).draw(record(5_000, tokens=2_560_000))
+    assert stream.getvalue() == shown
+    assert len(shown) < columns

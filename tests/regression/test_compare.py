@@ -11,6 +11,7 @@ import pytest
 
 from tests.regression.folders import facts, write_run
 from titan_lite import cli
+from titan_lite.regression import commands
 from titan_lite.regression.curves import Mistake, read_curve
 
 LOSS = [8.0, 7.5, 7.0, 6.5, 6.25]
@@ -137,6 +138,13 @@ def test_the_picture_needs_the_extra_and_says_so(monkeypatch, capsys) -> None:
     assert "pip install 'titan_lite[plot]'" in lines[0]
 
 
+def test_a_picture_of_no_kind_is_a_mistake(capsys) -> None:
+    pytest.importorskip("matplotlib")
+    code, lines = run("a", "a", "--plot=curves.xyz", capsys=capsys)
+    assert code == 2
+    assert "curves.xyz: no kind of picture that matplotlib writes" in lines[0]
+
+
 def test_the_picture_is_a_png(capsys) -> None:
     pytest.importorskip("matplotlib")
     write_run(Path("b"), LOSS, changed(NORM, 2, 0.61))
@@ -217,12 +225,26 @@ def test_float8_or_a_coarse_reduction_has_a_precision_of_its_own() -> None:
         assert read_curve(write_run(Path(name), LOSS, NORM, override)).dtype == name
 
 
+def spoil_loss(value: object) -> None:
+    record = {"step": 1, "loss": value, "grad_norm": 1, "lr": 1, "tokens": 1}
+    Path("b/metrics.jsonl").write_text(json.dumps(record))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda: Path("b/run.json").unlink(), "b: not a run folder, it has no run.json"),
         (lambda: Path("b/run.json").write_text("{"), "b/run.json is not JSON"),
         (lambda: Path("b/run.json").write_text("{}"), "b/run.json has no config and mesh"),
+        (lambda: Path("b/run.json").write_text("[]"), "b/run.json has no config and mesh"),
+        (
+            lambda: Path("b/run.json").write_text('{"config": {"data": 1}, "mesh": {}}'),
+            "b/run.json has no config and mesh",
+        ),
+        (lambda: Path("b/metrics.jsonl").write_text("[1]"), "line 1 is no record of a step"),
+        (lambda: Path("b/metrics.jsonl").write_bytes(b"\xff"), "b/metrics.jsonl: not UTF-8 text"),
+        (lambda: spoil_loss(None), "b: loss of step 1 is no number: None"),
+        (lambda: spoil_loss("high"), "b: loss of step 1 is no number: 'high'"),
         (lambda: Path("b/metrics.jsonl").write_text(""), "b: no step was logged"),
         (
             lambda: Path("b/metrics.jsonl").write_text('{"step": 1, "loss": 8, "lr": 1}'),
@@ -262,6 +284,13 @@ def test_a_run_that_cannot_be_compared_is_a_mistake(spoil, message: str, capsys)
         (("run.toml", "a", "--training.stebs=3"), "did you mean"),
         (("run.toml", "a", "--nproc=3", "--parallel.tp=2"), "world size 3 is not a multiple"),
         (("run.toml", "a", "--keep=."), "--keep: a exists already"),
+        (("a", "a", "--keep=k"), "--keep cannot act: there is no TOML file"),
+        (("a", "run.toml", "--nproc", "2"), "got 3: a, run.toml, 2 (a setting is one word"),
+        (("a", "run.toml", "--b.job.dump_folder=x"), "--b.job.dump_folder=x cannot act: --keep"),
+        (("a", "run.toml", "--b.training.steps=7"), "steps: a at 5 and run.toml at 7"),
+        (("a", "run.toml", "--b.data.shuffle=false"), "data.shuffle is true and false"),
+        (("a", "run.toml", "--json=no/found.json"), "--json: no is no folder that can be written"),
+        (("a", "run.toml", "--json=."), "--json: . is a folder"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_answered_before_any_run(
@@ -310,10 +339,26 @@ def test_a_toml_file_is_trained_on_the_spot_in_processes_of_its_own(capfd) -> No
     assert json.loads(Path("runs/b/run.json").read_text())["mesh"]["dp_shard"] == 2
 
 
+def test_what_is_trained_on_the_spot_logs_as_often_as_the_run_that_is_there(
+    monkeypatch, capsys
+) -> None:
+    every_second = "--metrics.log_freq=2"
+    write_run(Path("x"), LOSS, NORM, every_second)
+    Path("run.toml").write_text("[training]\nsteps = 5\nparam_dtype = 'float32'\n")
+
+    def launch(config: Path, overrides: list[str], nproc: int, folder: Path) -> None:
+        assert overrides == [every_second, "--training.gc_freq=7"]
+        write_run(folder, LOSS, NORM, *overrides)
+
+    monkeypatch.setattr(commands, "launch", launch)
+    assert run("x", "run.toml", "--b.training.gc_freq=7", capsys=capsys)[0] == 0
+
+
 def test_a_run_that_fails_is_a_mistake_and_the_run_says_why(capfd) -> None:
     Path("empty.jsonl").touch()
     Path("run.toml").write_text("[training]\nsteps = 5\n")
-    assert cli.main(["compare", "run.toml", "a", "--a.data.dataset_path=empty.jsonl"]) == 2
+    argv = ["compare", "run.toml", "run.toml", "--data.dataset_path=empty.jsonl"]
+    assert cli.main(argv) == 2
     error = capfd.readouterr().err
     assert "the run of run.toml ended with exit code" in error
     assert "data.dataset_path" in error

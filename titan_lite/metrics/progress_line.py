@@ -7,7 +7,7 @@ from typing import TextIO
 
 from titan_lite.metrics.record import Record, format_duration
 
-_BAR = 20
+_LONGEST_BAR, _SHORTEST_BAR = 20, 5
 # Weight of the last record in what is smoothed.
 _NEWEST = 0.1
 
@@ -50,20 +50,30 @@ class ProgressLine:
         if step >= self._num_steps:
             return
         self._loss.add(record["loss"])
-        fields = [
-            f"[{'=' * (_BAR * step // self._num_steps):<{_BAR}}] {step / self._num_steps:4.0%}",
-            f"{step}/{self._num_steps} steps",
-            f"{_short(record['tokens'])} tokens",
-            f"loss {self._loss} smoothed",
-        ]
+        fields = {
+            "steps": f"{step}/{self._num_steps} steps",
+            "tokens": f"{_short(record['tokens'])} tokens",
+            "loss": f"smoothed loss {self._loss}",
+        }
         if not record.get("warmup"):
             self._seconds.add(record["seconds_per_step"])
             left = (self._num_steps - step) * self._seconds.value
-            fields.append(f"{format_duration(left)} left")
-        text = "  ".join(fields)[: shutil.get_terminal_size().columns - 1]
+            fields["left"] = f"{format_duration(left)} left"
+        text = self._fit(fields, step, shutil.get_terminal_size().columns - 1)
         self._stream.write(text)
         self._stream.flush()
         self._drawn = len(text)
+
+    def _fit(self, fields: dict[str, str], step: int, room: int) -> str:
+        """What is least missed goes first, and the bar takes what is left."""
+        for name in ("tokens", "loss"):
+            if len("  ".join(fields.values())) > room:
+                del fields[name]
+        text = "  ".join(fields.values())[:room]
+        length = min(_LONGEST_BAR, room - len(text) - len("[] "))
+        if length < _SHORTEST_BAR:
+            return text
+        return f"[{'=' * (length * step // self._num_steps):<{length}}] {text}"
 
     def erase(self) -> None:
         """Leaves the cursor at the begin of an empty line."""

@@ -2,18 +2,28 @@
 
 import argparse
 import json
+import os
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import ConfigError, Problem, read_config
 from titan_lite.config.problems import literal
 from titan_lite.models.rules import check
-from titan_lite.regression.compare import TIERS, Comparison, compare
-from titan_lite.regression.curves import Curve, Mistake, changed_settings, read_curve
+from titan_lite.regression.compare import TIERS, Comparison, Tier, compare
+from titan_lite.regression.curves import (
+    Curve,
+    Mistake,
+    changed_settings,
+    check_same_data,
+    read_curve,
+    setting,
+    trained_on,
+)
 from titan_lite.regression.golden import Case
 from titan_lite.regression.launch import launch
 from titan_lite.regression.plot import check_plot, plot
@@ -59,12 +69,28 @@ class _Side:
     def is_config(self) -> bool:
         return self.path.suffix == ".toml"
 
-    def world_size(self) -> int:
-        """Processes to start; ConfigError for what they cannot run."""
+    def planned(self) -> "_Planned":
+        """What a run of it will be; ConfigError for what cannot run."""
         loaded = read_config(self.path, self.overrides)
         nproc = self.nproc or ParallelDims.smallest_world(loaded.config.parallel)
-        check(loaded, nproc)
-        return nproc
+        dims = check(loaded, nproc).dims
+        data = trained_on(loaded.config.model_dump(), asdict(dims))
+        return _Planned(self, nproc, data, loaded.config.training.steps)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A run that is still to be trained."""
+
+    side: _Side
+    nproc: int
+    data: Mapping[str, Any]
+    last_step: int
+
+    def train(self, folder: Path, like: Sequence[str]) -> Curve:
+        """like: overrides below the side's own."""
+        launch(self.side.path, [*like, *self.side.overrides], self.nproc, folder)
+        return read_curve(folder)
 
 
 def compare_command(argv: Sequence[str]) -> int:
@@ -90,9 +116,11 @@ def compare_command(argv: Sequence[str]) -> int:
     options, rest = parser.parse_known_args(argv)
     try:
         sides = _sides(rest)
+        _check_output("--json", options.json)
+        _check_output("--plot", options.plot)
         if options.plot:
-            check_plot()
-        a, b = _curves(sides, options.keep)
+            check_plot(options.plot)
+        a, b = _curves(sides, options.keep, options.tier)
         comparison = compare(a, b, options.tier)
     except Mistake as error:
         print(f"titan-lite compare: {error}", file=sys.stderr)
@@ -116,9 +144,15 @@ def show(comparison: Comparison) -> None:
 def _sides(rest: Sequence[str]) -> tuple[_Side, _Side]:
     paths = [Path(argument) for argument in rest if not argument.startswith("-")]
     if len(paths) != 2:
-        raise Mistake(f"expected two runs to compare, got {len(paths)}")
+        names = f": {', '.join(map(str, paths))}" if paths else ""
+        raise Mistake(
+            f"expected two runs to compare, got {len(paths)}{names} (a setting is one word, "
+            "as --nproc=2)"
+        )
     given: tuple[list[str], list[str]] = ([], [])
     for argument in rest:
+        if "job.dump_folder=" in argument:
+            raise Mistake(f"{argument} cannot act: --keep FOLDER says where runs are kept")
         if argument.startswith("-"):
             # "--a." or "--b." is for one side, anything else for both.
             side = {"--a.": 0, "--b.": 1}.get(argument[:4])
@@ -142,19 +176,37 @@ def _side(path: Path, arguments: Sequence[str]) -> _Side:
     return _Side(path, tuple(overrides), int(sizes[-1]))
 
 
-def _curves(sides: tuple[_Side, _Side], keep: Path | None) -> list[Curve]:
+def _curves(sides: tuple[_Side, _Side], keep: Path | None, tier: Tier) -> list[Curve]:
     """Reads what is there, then runs what is not: a mistake is answered before any run."""
-    sizes = [side.world_size() if side.is_config else 0 for side in sides]
-    curves = [None if side.is_config else read_curve(side.path) for side in sides]
+    if keep and not any(side.is_config for side in sides):
+        raise Mistake("--keep cannot act: there is no TOML file to train")
+    found = [side.planned() if side.is_config else read_curve(side.path) for side in sides]
+    check_same_data(*(one.data for one in found), other_seeds=tier == "statistical")
+    there = [one for one in found if isinstance(one, Curve)]
+    if len(there) < 2 and found[0].last_step != found[1].last_step:
+        ends = " and ".join(f"{s.path} at {f.last_step}" for s, f in zip(sides, found, strict=True))
+        raise Mistake(f"the runs would end at different steps: {ends}")
+    # As often as the run that is there.
+    like = [f"--metrics.log_freq={setting(x.facts['config'], 'metrics.log_freq')}" for x in there]
     with tempfile.TemporaryDirectory(prefix="titan-lite-") as temporary:
-        for index, (side, nproc) in enumerate(zip(sides, sizes, strict=True)):
-            if side.is_config:
-                folder = (keep or Path(temporary)) / "ab"[index]
-                if folder.exists():
-                    raise Mistake(f"--keep: {folder} exists already")
-                launch(side.path, side.overrides, nproc, folder)
-                curves[index] = read_curve(folder)
-    return [curve for curve in curves if curve is not None]
+        folders = [(keep or Path(temporary)) / name for name in "ab"]
+        for folder, one in zip(folders, found, strict=True):
+            if isinstance(one, _Planned) and folder.exists():
+                raise Mistake(f"--keep: {folder} exists already")
+        return [
+            one if isinstance(one, Curve) else one.train(folder, like)
+            for folder, one in zip(folders, found, strict=True)
+        ]
+
+
+def _check_output(option: str, path: Path | None) -> None:
+    """Mistake where a file cannot be written, before it costs a run to find out."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise Mistake(f"{option}: {path} is a folder")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise Mistake(f"{option}: {path.parent} is no folder that can be written to")
 
 
 def golden_command(argv: Sequence[str]) -> int:
@@ -186,7 +238,7 @@ def _golden(case: Case, action: str) -> int:
             raise Mistake(f"{case.path}: {lack}")
         print(f"{case.path}: skipped, {lack}")
         return WITHIN
-    _Side(case.config, case.overrides, file.nproc).world_size()
+    _Side(case.config, case.overrides, file.nproc).planned()
     with tempfile.TemporaryDirectory(prefix="titan-lite-") as temporary:
         folder = Path(temporary) / case.path.stem
         launch(case.config, case.overrides, file.nproc, folder, on_cpu=file.device == "cpu")
@@ -222,6 +274,7 @@ def report_command(argv: Sequence[str]) -> int:
     if len(options.runs) > MAX_RUNS:
         parser.error(f"at most {MAX_RUNS} runs fit on one page, got {len(options.runs)}")
     try:
+        _check_output("--output", options.output)
         page = report([read_run(folder) for folder in options.runs])
     except Mistake as error:
         print(f"titan-lite report: {error}", file=sys.stderr)

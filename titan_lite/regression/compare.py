@@ -13,7 +13,8 @@ from titan_lite.regression.curves import (
     Curve,
     Mistake,
     changed_settings,
-    check_comparable,
+    check_same_data,
+    check_same_steps,
 )
 
 Tier = Literal["bitwise", "layout", "statistical"]
@@ -151,7 +152,8 @@ def compare(
 
     tolerances: of loss and grad_norm in the layout tier, in place of LAYOUT_TOLERANCES.
     """
-    check_comparable(a, b, other_seeds=tier == "statistical")
+    check_same_data(a.data, b.data, other_seeds=tier == "statistical")
+    check_same_steps(a, b)
     if tier == "layout" and a.dtype != b.dtype:
         raise Mistake(
             f"the runs compute in {a.dtype} and {b.dtype}: --tier statistical compares precisions"

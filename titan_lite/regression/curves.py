@@ -43,6 +43,11 @@ class Curve:
     dtype: str
     facts: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def last_step(self) -> int:
+        """The last one logged."""
+        return int(self.steps[-1])
+
 
 def read_curve(path: Path) -> Curve:
     """The curve in a run folder or a golden file; Mistake where there is none."""
@@ -60,11 +65,14 @@ def read_records(folder: Path) -> list[Record]:
     """The records of a run folder's metrics.jsonl."""
     path = folder / METRICS_FILE
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             raise Mistake(f"{path}: line {number} is not JSON: {line[:60]!r}") from None
+        if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
+            raise Mistake(f"{path}: line {number} is no record of a step: {line[:60]!r}")
+        records.append(record)
     return records
 
 
@@ -72,42 +80,76 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """What a run folder's run.json says."""
     path = folder / RUN_FILE
     try:
-        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        facts: dict[str, Any] = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise Mistake(f"{path} is not JSON: {error}") from None
-    if not {"config", "mesh"} <= facts.keys():
-        raise Mistake(f"{path} has no config and mesh: it is not of titan_lite")
+    _check_facts(str(path), facts)
     return facts
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise Mistake(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise Mistake(f"{path}: not UTF-8 text") from None
+
+
+def _check_facts(name: str, facts: Any) -> None:
+    """Mistake where there is no configuration of sections and no mesh of degrees."""
+    config, mesh = (
+        (facts.get("config"), facts.get("mesh")) if isinstance(facts, dict) else (None, None)
+    )
+    if not (
+        isinstance(config, dict)
+        and isinstance(mesh, dict)
+        and all(isinstance(section, dict) for section in config.values())
+        and {"dp_replicate", "dp_shard"} <= mesh.keys()
+    ):
+        raise Mistake(f"{name} has no config and mesh: it is not of titan_lite")
 
 
 def make_curve(name: str, records: Sequence[Record], facts: Mapping[str, Any]) -> Curve:
     """A curve from the records and the facts of a run; Mistake where a column is missing."""
     if not records:
         raise Mistake(f"{name}: no step was logged")
-    for key in ("step", *QUANTITIES):
-        lacking = [record.get("step", "?") for record in records if key not in record]
-        if lacking:
-            raise Mistake(f"{name}: no {key} in the record of step {lacking[0]}")
-    # "nan" and "inf" stand for what JSON does not have: float() reads them.
-    values = {key: np.array([float(r[key]) for r in records]) for key in QUANTITIES}
-    steps = np.array([int(record["step"]) for record in records])
+    values = {key: column(name, records, key) for key in QUANTITIES}
+    steps = np.array([record["step"] for record in records])
     if (np.diff(steps) <= 0).any():
         raise Mistake(
             f"{name}: step {steps[1:][np.diff(steps) <= 0][0]} is not after the one before"
         )
     config = facts["config"]
-    return Curve(name, steps, values, _data(config, facts["mesh"]), dtype(config), facts)
+    return Curve(name, steps, values, trained_on(config, facts["mesh"]), dtype(config), facts)
+
+
+def column(name: str, records: Sequence[Record], key: str) -> Array:
+    """The values of a key; Mistake where a record of the named run does not have it as a number."""
+    values = []
+    for record in records:
+        try:
+            # "nan" and "inf" stand for what JSON does not have: float() reads them.
+            values.append(float(record[key]))
+        except KeyError:
+            raise Mistake(f"{name}: no {key} in the record of step {record['step']}") from None
+        except (TypeError, ValueError):
+            message = f"{name}: {key} of step {record['step']} is no number: {record[key]!r}"
+            raise Mistake(message) from None
+    return np.array(values)
 
 
 def _read_golden(path: Path) -> Curve:
     golden = read_golden(path)
+    _check_facts(str(path), golden["manifest"])
     return make_curve(str(path), golden["records"], golden["manifest"])
 
 
 def read_golden(path: Path) -> dict[str, Any]:
     """The manifest and records of a golden file; Mistake where it is none."""
+    text = _read_text(path)
     try:
-        golden: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        golden: dict[str, Any] = json.loads(text)
         manifest, records = golden["manifest"], golden["records"]
         digest = manifest["records_sha256"]
     except (ValueError, KeyError, TypeError):
@@ -141,7 +183,7 @@ def dtype(config: Mapping[str, Any]) -> str:
     return next((name for name in ("bfloat16", "float16") if name in types), "float32")
 
 
-def _data(config: Mapping[str, Any], mesh: Mapping[str, int]) -> dict[str, Any]:
+def trained_on(config: Mapping[str, Any], mesh: Mapping[str, int]) -> dict[str, Any]:
     """By key, what decides which tokens each step sees."""
     keys = [name for name in FIELDS["data"] if name not in _SPEED_KEYS]
     data = {f"data.{name}": setting(config, f"data.{name}") for name in keys}
@@ -156,22 +198,25 @@ def _data(config: Mapping[str, Any], mesh: Mapping[str, int]) -> dict[str, Any]:
     return data | {"training.global_batch_size": batch}
 
 
-def check_comparable(a: Curve, b: Curve, *, other_seeds: bool) -> None:
-    """Mistake naming every difference in data, or the first in steps.
+def check_same_data(a: Mapping[str, Any], b: Mapping[str, Any], *, other_seeds: bool) -> None:
+    """Mistake naming every difference in what two runs are trained on.
 
     other_seeds: whether seeds may differ.
     """
-    keys = [key for key in a.data if not (other_seeds and key == "training.seed")]
     differing = [
-        f"{key} is {literal(a.data[key])} and {literal(b.data[key])}"
-        for key in keys
-        if a.data[key] != b.data[key]
+        f"{key} is {literal(a[key])} and {literal(b[key])}"
+        for key in a
+        if a[key] != b[key] and not (other_seeds and key == "training.seed")
     ]
     if differing:
         hint = ""
         if differing[0].startswith("training.seed"):
             hint = "; --tier statistical compares runs of different seeds"
         raise Mistake(f"the runs saw different data: {'; '.join(differing)}{hint}")
+
+
+def check_same_steps(a: Curve, b: Curve) -> None:
+    """Mistake where two runs logged different steps."""
     if not np.array_equal(a.steps, b.steps):
         raise Mistake(f"the runs logged different steps: {_steps(a)}, {_steps(b)}")
 

@@ -6,14 +6,16 @@ from titan_lite.regression.compare import Comparison
 from titan_lite.regression.curves import Mistake
 
 
-def check_plot() -> None:
-    """Mistake where matplotlib is not installed."""
+def check_plot(path: Path) -> None:
+    """Mistake where matplotlib is not installed, or does not know what to write."""
     try:
-        import matplotlib  # noqa: F401
+        from matplotlib.figure import Figure
     except ImportError:
         raise Mistake(
             "--plot needs matplotlib, which is not installed: pip install 'titan_lite[plot]'"
         ) from None
+    if path.suffix.removeprefix(".") not in Figure().canvas.get_supported_filetypes():
+        raise Mistake(f"--plot: {path}: no kind of picture that matplotlib writes, as .png is")
 
 
 def plot(comparison: Comparison, path: Path) -> None:

@@ -15,6 +15,7 @@ from titan_lite.regression.curves import (
     RUN_FILE,
     Mistake,
     Record,
+    column,
     read_facts,
     read_records,
     setting,
@@ -50,8 +51,8 @@ class Run:
     def line(self, key: str) -> Line:
         """The records that hold the key, without the warm-up's speeds."""
         held = [r for r in self.records if key in r and not (key in _SPEEDS and r.get("warmup"))]
-        values = [float(record[key]) for record in held]
-        return Line(self.name, np.array([float(r["step"]) for r in held]), np.array(values))
+        steps, values = (column(self.name, held, name) for name in ("step", key))
+        return Line(self.name, steps, values)
 
     def last(self, key: str) -> float | None:
         """The value of the last record that holds the key."""
