@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.manifest import report
@@ -37,6 +37,11 @@ class Side:
 
     nproc: int = 1
     settings: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """As in a picture's legend."""
+        return ", ".join((f"{self.nproc} process{'es' * (self.nproc > 1)}", *self.settings))
 
 
 @dataclass(frozen=True)
@@ -145,9 +150,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for pair in PAIRS:
         if options.only and pair.name not in options.only:
             continue
-        folders = [run(side, options.steps, options.folder) for side in (pair.a, pair.b)]
+        sides = [(side, run(side, options.steps, options.folder)) for side in (pair.a, pair.b)]
         try:
-            found: Comparison | Mistake = compare(*map(read_curve, folders), pair.tier)
+            curves = [replace(read_curve(folder), name=side.label) for side, folder in sides]
+            found: Comparison | Mistake = compare(*curves, pair.tier)
         except Mistake as mistake:
             found = mistake
         if isinstance(found, Comparison):

@@ -109,6 +109,7 @@ def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def launch(config: Path, overrides: tuple[str, ...], *args: object, on_cpu: bool) -> None:
         assert overrides == ("--training.steps=3", '--training.param_dtype="float32"')
         assert on_cpu
+        Path(f"trained-{config.stem}").touch()
         shutil.copytree("next", args[1])
 
     monkeypatch.setattr(commands, "launch", launch)
@@ -124,6 +125,7 @@ def change(loss: list[float], norm: list[float], *overrides: str) -> None:
 def test_accept_writes_a_golden_that_run_holds_to(case: Path, capsys) -> None:
     assert cli.main(["golden", "run", "case.toml"]) == 2
     assert "no golden curve yet; titan-lite golden accept case.toml" in capsys.readouterr().err
+    assert not list(Path().glob("trained-*")), "said before it is trained"
     assert cli.main(["golden", "accept", "case.toml"]) == 0
     assert cli.main(["golden", "run", "case.toml"]) == 0
     assert "case.toml: within: 3 steps agree" in capsys.readouterr().out

@@ -41,6 +41,8 @@ def test_pairs_become_a_table_and_each_run_is_trained_once(
     assert "| hsdp 2x2 | layout | **outside** at step 2 | 1.4e-02 of 1.0e-05 |" in out
     assert "| bfloat16 | statistical | --tier statistical estimates the noise from" in out
     assert launched == [1, 2, 4, 1]
+    drawn = json.loads((tmp_path / "dp2.png").read_text())
+    assert (drawn["a"], drawn["b"]) == ("1 process", "2 processes, training.local_batch_size=4")
     numerics.main(argv)
     assert launched == [1, 2, 4, 1]
 

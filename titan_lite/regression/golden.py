@@ -99,14 +99,19 @@ class Case:
             kind = "." + re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
         return self.path.with_name(f"{self.path.stem}{kind}.golden.json")
 
-    def check(self, run: Path) -> Comparison:
-        """The golden curve against that of a run folder of this case."""
-        golden = self.golden(read_facts(run)["device"])
+    def accepted(self, device_name: str) -> Path:
+        """The golden file; Mistake where there is none yet."""
+        golden = self.golden(device_name)
         if not golden.exists():
             raise Mistake(
                 f"{golden}: there is no golden curve yet; titan-lite golden accept {self.path} "
                 "makes it"
             )
+        return golden
+
+    def check(self, run: Path) -> Comparison:
+        """The golden curve against that of a run folder of this case."""
+        golden = self.accepted(read_facts(run)["device"])
         a, b = read_curve(golden), read_curve(run)
         return compare(a, b, self.file.tier, self._tolerances(b.dtype))
 

@@ -22,7 +22,7 @@ LEFT, RIGHT, TOP, BOTTOM = 62, 18, 10, 24
 # The widest of the usual fonts at the size of report.css.
 _CHARACTER = 7.5
 # The largest value over the smallest, beyond which a logarithmic scale is taken.
-_LOG_RATIO = 20
+LOG_RATIO = 20
 # Of values: with fewer, each is a dot; a running mean covers one part of them in so many.
 _FEW, _MEANS = 40, 50
 
@@ -140,7 +140,7 @@ def panel(
 def _up(values: Array, scale: Scale) -> Axis:
     """The axis of values, with a margin around them."""
     low, high = float(values.min()), float(values.max())
-    log = scale == "log" and low > 0 and high / low > _LOG_RATIO
+    log = scale == "log" and low > 0 and high / low > LOG_RATIO
     if not log:
         if scale == "from zero":
             low = min(low, 0.0)

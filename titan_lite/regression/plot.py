@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from titan_lite.regression.compare import Comparison
 from titan_lite.regression.curves import Mistake
+from titan_lite.regression.panels import LOG_RATIO
 
 
 def check_plot(path: Path) -> None:
@@ -37,7 +40,8 @@ def plot(comparison: Comparison, path: Path) -> None:
                 above.plot(steps, curve.values[name], color=color, linewidth=0.5, alpha=0.4)
             style = "-" if curve is comparison.a else "--"
             above.plot(steps, line, style, color=color, linewidth=1.3, label=curve.name)
-        if name == "grad_norm":
+        drawn = np.concatenate([track.a, track.b])
+        if name == "grad_norm" and np.nanmax(drawn) > LOG_RATIO * np.nanmin(drawn) > 0:
             above.set_yscale("log")
         above.set_title(f"{name}, smoothed" if smoothed else name)
         above.legend()
@@ -48,5 +52,6 @@ def plot(comparison: Comparison, path: Path) -> None:
             below.axvline(steps[track.outside[0]], color="C3", linestyle=":", linewidth=1.0)
         below.set_ylabel("B from A, %")
         below.set_xlabel("step")
+        below.xaxis.get_major_locator().set_params(integer=True)
     figure.suptitle(comparison.verdict(), fontsize="medium", wrap=True)
     figure.savefig(path, dpi=110)
