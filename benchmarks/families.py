@@ -1,0 +1,331 @@
+"""The debug flavor of every family: its loss curve, and its speed beside transformers' own model.
+
+    python -m benchmarks.families curves [--only NAME ...] [--folder DIR] [--write]
+    python -m benchmarks.families speed [--only NAME ...] [--dtypes float32 bfloat16]
+        [--batch 8] [--seq-len 256] [--warmup 4] [--rounds 12] [--steps 2] [--write]
+
+`curves` trains each as train_configs/debug.toml says, in 2 processes; runs are kept below --folder
+and not repeated. `speed` trains our model and transformers' with the same weights in the same bare
+loop: torch's cross_entropy, clipping and fused AdamW, under autocast in bfloat16. Each of the two
+has a process of its own; they take turns of `steps` steps, and ratios are by round. Families that
+transformers has no class for, and those that are no causal language models, have no speed here.
+--write keeps the result in benchmarks/results/ and puts it into docs/families.md.
+"""
+
+import argparse
+import contextlib
+import math
+import re
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.manifest import DEVICE, store
+from benchmarks.measure import Values, add_options, positive, spread
+from benchmarks.workers import Group
+from titan_lite.checkpoint.hf_layout import HFModel
+from titan_lite.models.family import Family
+from titan_lite.models.hf_config import hf_config_from_args
+from titan_lite.models.registry import families
+from titan_lite.nn.build import build
+from titan_lite.planner.counts import num_params
+from titan_lite.regression.curves import Mistake, read_facts, read_records
+from titan_lite.regression.launch import launch
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "families.md"
+PICTURE = PAGE.with_suffix(".png")
+CURVES, SPEED = "family_curves.json", "families.json"
+CONFIGS = ROOT / "train_configs"
+# Of families that are no causal language models; of all others: debug.toml.
+PRESETS = {"bert": "debug_bert.toml", "megatron_bert": "debug_bert.toml"}
+# Nats, of the corpus' training tokens: scripts/train_tokenizer.py prints it.
+UNIGRAM_ENTROPY = 6.32
+OURS, THEIRS = "titan_lite", "transformers"
+
+Curves = dict[str, dict[str, list[float]]]
+
+
+def train(name: str, folder: Path, overrides: Sequence[str] = ()) -> dict[str, list[float]]:
+    """Steps and losses of a family's run in `folder`, which is trained unless it is there whole."""
+    target = folder / name
+    records: list[dict[str, Any]] = []
+    with contextlib.suppress(FileNotFoundError):
+        steps = read_facts(target)["config"]["training"]["steps"]
+        records = [record for record in read_records(target) if record["step"] <= steps]
+    if not records or records[-1]["step"] != steps:
+        preset = CONFIGS / PRESETS.get(name, "debug.toml")
+        settings = [f"--model.name={name}", "--metrics.log_freq=5", *overrides]
+        launch(preset, settings, 2, target)
+        records = read_records(target)
+    return {
+        "steps": [record["step"] for record in records],
+        "loss": [round(record["loss"], 4) for record in records],
+    }
+
+
+def draw(curves: Curves, path: Path) -> None:
+    """Writes a picture of all curves, each with its name and its last loss at its end."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    last = max(curve["steps"][-1] for curve in curves.values())
+    lowest = min(min(curve["loss"]) for curve in curves.values())
+    highest = max(max(curve["loss"]) for curve in curves.values())
+    axes.set_xlim(1, 1.23 * last)
+    axes.set_ylim(lowest - 0.3, highest + 0.2)
+    axes.axhline(UNIGRAM_ENTROPY, color="0.45", linestyle="--", linewidth=1)
+    words = f"unigram entropy of the corpus, {UNIGRAM_ENTROPY} nats"
+    axes.text(last, UNIGRAM_ENTROPY + 0.06, words, color="0.35", ha="right", fontsize=9)
+    ends = {name: curve["loss"][-1] for name, curve in curves.items()}
+    places = apart(ends, gap=(highest - lowest) / 20)
+    for index, (name, curve) in enumerate(curves.items()):
+        color = f"C{index}"
+        style = ":" if name in PRESETS else "-"
+        axes.plot(curve["steps"], curve["loss"], style, color=color, linewidth=1.2)
+        label = f"{name}  {ends[name]:.2f}" + (" (masked tokens)" if name in PRESETS else "")
+        x = 1.02 * last
+        axes.plot([last, x], [ends[name], places[name]], color=color, linewidth=0.5)
+        axes.text(x, places[name], f" {label}", color=color, va="center", fontsize=9)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats per token")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def apart(heights: Mapping[str, float], gap: float) -> dict[str, float]:
+    """The heights, in the same order, moved until no two are nearer than `gap`."""
+    names = sorted(heights, key=lambda name: heights[name])
+    places: list[float] = []
+    for name in names:
+        places.append(max(heights[name], places[-1] + gap if places else -math.inf))
+    # As much too high as too low, all together.
+    shift = statistics.fmean(
+        place - heights[name] for name, place in zip(names, places, strict=True)
+    )
+    return {name: place - shift for name, place in zip(names, places, strict=True)}
+
+
+def comparable(family: Family) -> bool:
+    """Whether transformers has the same causal language model."""
+    hf = family.hf_config
+    return hf is not None and hf.architecture.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def their_model(family: Family, ours: nn.Module) -> nn.Module:
+    """What transformers builds from the debug flavor's config.json, with the weights of `ours`."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    args, hf = family.flavors["debug"], family.hf_config
+    assert hf is not None
+    state = ours.state_dict()
+    weights = {
+        name: tensor.join([state[part] for part in tensor.parts])
+        for name, tensor in HFModel.of(family, args).tensors.items()
+    }
+    theirs: Any = getattr(transformers, hf.architecture)
+    described = hf_config_from_args(args, hf, dtype="float32")
+    # No keys and values for a generation that does not follow.
+    config = theirs.config_class(**described, use_cache=False)
+    model: nn.Module = theirs.from_pretrained(None, config=config, state_dict=weights)
+    # GPT-2's default is dropout, which ours has not; else nothing depends on the mode.
+    return model.eval()
+
+
+class Loop:
+    """The bare loop of this process."""
+
+    model: nn.Module
+    is_theirs: bool
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+    dtype: torch.dtype
+    shape: tuple[int, int]
+    vocab_size: int
+
+
+def start(side: str, name: str, dtype: str, shape: tuple[int, int]) -> None:
+    """Builds a side's model, of weights and batches (samples, tokens) that both sides share."""
+    family = families()[name]
+    args = family.flavors["debug"]
+    generator = torch.Generator().manual_seed(0)
+    model = build(family, args)
+    for key, parameter in model.named_parameters():
+        model.init_parameter(key, parameter, generator)
+    Loop.is_theirs = side == THEIRS
+    Loop.model = (their_model(family, model) if Loop.is_theirs else model).to(DEVICE)
+    Loop.optimizer = torch.optim.AdamW(Loop.model.parameters(), lr=1e-3, fused=True)
+    Loop.generator, Loop.dtype, Loop.shape = generator, getattr(torch, dtype), shape
+    Loop.vocab_size = args.vocab_size
+
+
+def take_turn(steps: int) -> tuple[float, float]:
+    """Seconds of a turn, and the loss of its last step."""
+    batches = [
+        torch.randint(Loop.vocab_size, Loop.shape, generator=Loop.generator).to(DEVICE)
+        for _ in range(steps)
+    ]
+    begin = time.perf_counter()
+    for tokens in batches:
+        with _autocast():
+            # Tokens are predicted from those before, over the row's end as well.
+            loss = F.cross_entropy(_logits(tokens).flatten(0, 1).float(), tokens.roll(-1).flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(Loop.model.parameters(), 1.0)
+        Loop.optimizer.step()
+        Loop.optimizer.zero_grad()
+    last = loss.item()
+    return time.perf_counter() - begin, last
+
+
+def _logits(tokens: Tensor) -> Tensor:
+    logits: Tensor = Loop.model(tokens).logits if Loop.is_theirs else Loop.model(tokens)
+    return logits
+
+
+def _autocast() -> Any:
+    if Loop.dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(DEVICE.type, Loop.dtype)
+
+
+def race(groups: Mapping[str, Group], name: str, dtype: str, options: Any) -> Values:
+    """Tokens per second of both sides of one family, and their ratios by round."""
+    shape = (options.batch, options.seq_len)
+    for side, group in groups.items():
+        group.call(start, side, name, dtype, shape)
+        group.call(take_turn, options.warmup)
+    seconds: dict[str, list[float]] = {side: [] for side in groups}
+    differences = []
+    for _ in range(options.rounds):
+        losses = {}
+        for side, group in groups.items():
+            ((taken, losses[side]),) = group.call(take_turn, options.steps)
+            seconds[side].append(taken)
+        differences.append(abs(losses[OURS] / losses[THEIRS] - 1))
+    tokens = options.batch * options.seq_len * options.steps
+    pairs = zip(seconds[THEIRS], seconds[OURS], strict=True)
+    return {
+        "family": name,
+        "dtype": dtype,
+        "tokens_per_second": {
+            side: round(tokens / statistics.median(taken), 1) for side, taken in seconds.items()
+        },
+        "over_transformers": spread([theirs / ours for theirs, ours in pairs]),
+        "largest_relative_loss_difference": max(differences),
+    }
+
+
+def measure_speed(options: argparse.Namespace) -> Values:
+    """Every family that transformers has, in every dtype."""
+    import transformers
+
+    names = [name for name in options.only if comparable(families()[name])]
+    results = []
+    with Group(1) as ours, Group(1) as theirs:
+        for name in names:
+            for dtype in options.dtypes:
+                results.append(race({OURS: ours, THEIRS: theirs}, name, dtype, options))
+                print(speed_row(results[-1]), file=sys.stderr, flush=True)
+        threads = ours.threads
+    return {
+        "transformers": transformers.__version__,
+        "samples": options.batch,
+        "seq_len": options.seq_len,
+        "threads_per_process": threads,
+        "families": results,
+    }
+
+
+def flavors_table() -> str:
+    """Every family's flavors and their exact numbers of parameters, as Markdown."""
+    columns = ("layers", "width", "heads, of keys", "vocabulary", "positions", "parameters")
+    lines = [f"| family | flavor | {' | '.join(columns)} |", "|---|---|" + "---:|" * len(columns)]
+    for name, family in families().items():
+        for flavor, args in family.flavors.items():
+            heads = f"{args.num_heads}, {args.num_kv_heads}"
+            numbers = (args.num_layers, args.dim, heads, args.vocab_size, args.max_seq_len)
+            cells = [number if isinstance(number, str) else f"{number:,}" for number in numbers]
+            cells += [f"{num_params(args):,}"]
+            lines.append(f"| `{name}` | `{flavor}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def speed_table(found: Values) -> str:
+    """The result of `speed` as Markdown."""
+    lines = [
+        f"titan_lite over transformers {found['transformers']}, {found['samples']} samples of "
+        f"{found['seq_len']} tokens a step, threads: {found['threads_per_process']}.",
+        "",
+        "| family | dtype | titan_lite, tokens/s | transformers, tokens/s | ratio | quartiles |",
+        "|---|---|---:|---:|---:|---|",
+        *map(speed_row, found["families"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def speed_row(result: Values) -> str:
+    """A line of the table."""
+    ours, theirs = (f"{result['tokens_per_second'][side]:,.0f}" for side in (OURS, THEIRS))
+    ratio = result["over_transformers"]
+    low, high = ratio["quartiles"]
+    return (
+        f"| `{result['family']}` | {result['dtype']} | {ours} | {theirs} | {ratio['median']:.2f} "
+        f"| {low:.2f} to {high:.2f} |"
+    )
+
+
+def put(page: str, name: str, text: str) -> str:
+    """The page with `text` in the place of that name."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    pattern = re.compile(f"({re.escape(begin)}).*({re.escape(end)})", re.DOTALL)
+    return pattern.sub(lambda match: match[1] + text + match[2], page)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the result as JSON; returns 1 where a run fails."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.families",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    known = list(families())
+    parser.add_argument("what", choices=("curves", "speed"))
+    parser.add_argument("--only", nargs="+", choices=known, default=known, metavar="NAME")
+    parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "families")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--batch", type=positive, default=8, help="samples of a step")
+    parser.add_argument("--seq-len", type=positive, default=256, help="in tokens")
+    add_options(parser, warmup=4, rounds=12, steps=2)
+    parser.add_argument("--write", action="store_true", help="into benchmarks/results/ and docs/")
+    options = parser.parse_args(argv)
+    page = put(PAGE.read_text(), "flavors", flavors_table())
+    if options.what == "curves":
+        try:
+            curves = {name: train(name, options.folder) for name in options.only}
+        except Mistake as mistake:
+            print(mistake, file=sys.stderr)
+            return 1
+        output = options.output or (CURVES if options.write else None)
+        print(store("families", curves, output))
+        draw(curves, PICTURE if options.write else options.folder / "families.png")
+    else:
+        found = measure_speed(options)
+        print(store("families", found, options.output or (SPEED if options.write else None)))
+        page = put(page, "speed", speed_table(found))
+    if options.write:
+        PAGE.write_text(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
