@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains CONFIG_FILE with torchrun; arguments override its keys:
-#   ./run_train.sh --training.steps=20 --job.description="first try"
-# CONFIG_FILE  the TOML                              train_configs/debug.toml
+# Trains a TOML with torchrun; further arguments override its keys:
+#   ./run_train.sh my.toml --training.steps=20 --job.description="first try"
+# CONFIG_FILE  the TOML where none is given          train_configs/debug.toml
 # NGPU         processes per node                    one per GPU, 2 without GPUs
 # NNODES       nodes; all of them run this script    1
 # RDZV_ENDPOINT, RDZV_ID  where nodes meet           MASTER_ADDR:MASTER_PORT, titan_lite
@@ -27,6 +27,10 @@ count_gpus() {
 }
 
 CONFIG_FILE=${CONFIG_FILE:-$ROOT/train_configs/debug.toml}
+if [[ ${1:-} == *.toml ]]; then
+    CONFIG_FILE=$1
+    shift
+fi
 NNODES=${NNODES:-1}
 if has_nvidia_gpu; then
     NGPU=${NGPU:-$(count_gpus)}

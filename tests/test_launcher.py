@@ -49,9 +49,12 @@ def test_the_default_command_trains_and_reports_where_everything_is(tmp_path: Pa
         assert line.startswith(start)
 
 
-def test_mistakes_in_the_configuration_give_one_block_and_exit_code_2() -> None:
-    result = launch("--training.stpes=3", "--training.seq_len=-5", "--parallel.tp=two")
+def test_mistakes_in_the_configuration_give_one_block_and_exit_code_2(tmp_path: Path) -> None:
+    config = tmp_path / "my.toml"
+    config.write_text("[training]\nstpes = 3\n")
+    result = launch(str(config), "--training.seq_len=-5", "--parallel.tp=two")
     assert result.returncode == 2
+    assert f"training.stpes   ({config})" in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stderr.startswith("titan-lite: 3 problems in the configuration")
     assert 'did you mean "training.steps"' in result.stderr
