@@ -192,7 +192,7 @@ class Meter:
         if self._peak.tflops is None:
             mfu = f"not measured: {self._peak.source}"
         wall = format_duration(self._clock() - self._start)
-        if self._excluded > 0:
+        if self._excluded >= 1:
             wall += f", of which checkpoints and validation {format_duration(self._excluded)}"
         lines = {
             "loss": loss,
