@@ -1,13 +1,18 @@
 """How parameters are drawn."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
+from titan_lite.models.family import Family
+from titan_lite.models.gpt import GPT
 from titan_lite.models.llama import LLAMA
-from titan_lite.nn.build import build_decoder
+from titan_lite.models.qwen import QWEN2_5
+from titan_lite.nn.build import build, build_decoder
 from titan_lite.nn.decoder import Decoder
 from titan_lite.nn.init import DECODER_RULES, InitRule, fill, linear
 
@@ -62,6 +67,19 @@ def test_the_same_generator_seed_gives_the_same_tensor(model: Decoder) -> None:
     for name, _ in model.named_parameters():
         assert torch.equal(drawn(model, name, seed=3), drawn(model, name, seed=3))
         assert "norm" in name or not torch.equal(drawn(model, name, 3), drawn(model, name, 4))
+
+
+@pytest.mark.parametrize("family", [LLAMA, QWEN2_5, GPT], ids=lambda family: family.name)
+def test_the_first_loss_is_hardly_above_that_of_even_chances(family: Family) -> None:
+    """A tied head drawn like others has tokens predict themselves: Qwen 2.5 began at 13.5."""
+    model = build(family, family.flavors["debug"])
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        model.init_parameter(name, parameter, generator)
+    tokens = torch.randint(2048, (2, 128), generator=generator)
+    with torch.no_grad():
+        loss = cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    assert math.log(2048) < loss < math.log(2048) + (0.1 if model.tied_head else 0.6)
 
 
 def test_the_global_generator_is_neither_read_nor_moved(model: Decoder) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from titan_lite.models.args import DecoderArgs
 from titan_lite.nn.block import Block
-from titan_lite.nn.init import InitRule, fill
+from titan_lite.nn.init import InitRule, fill, linear
 from titan_lite.nn.output_head import OutputHead
 from titan_lite.nn.rope import NoRotation, RotaryEmbedding
 
@@ -90,8 +90,10 @@ class Transformer(nn.Module):
             tensor[self.vocab_size :] = 0
             tensor = tensor[: self.vocab_size]
         if self.tied_head and name in ("tok_embeddings.weight", "pos_embeddings.weight"):
-            # An embedding of std 1 would give logits of std sqrt(D), and drown positions of less.
-            name = "output.weight"
+            # As GPT-2's and Qwen's: of std 1 logits would have std sqrt(D); of the head's own std
+            # the stream is little but the embedding, whose largest logit is the token's own.
+            linear(tensor, generator, 0)
+            return
         fill(self.init_rules, name, tensor, generator)
 
     def init_buffers(self, device: torch.device | str) -> None:
