@@ -1,14 +1,17 @@
 """The parity matrix as data: which runs must equal one process, how closely, and what is refused.
 
 A new parallel layout is an entry of LAYOUTS and a row of MATRIX; a new precision is a row of
-IN_PRECISION; a combination that the library refuses is a line of HOLES.
+IN_PRECISION; a new family has to meet each of FEATURES in a row of FAMILIES; a combination that the
+library refuses is a line of HOLES.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import load_config
+from titan_lite.config.schema import Config
 
 # One global batch for all of them. Few chunks of the loss, each of which waits twice for the other
 # tensor-parallel ranks.
@@ -197,12 +200,26 @@ def family(name: str, *more: str) -> tuple[str, ...]:
 # Softmax does not see what is added to all keys: where they are not rotated, the gradient of their
 # bias is rounding, of which AdamW makes steps.
 GPT = family("gpt", "model.qkv_bias=false")
+INTERNLM = family("internlm", LARGER_EPS)
+QWEN = family("qwen", LARGER_EPS)
+# With as many heads of keys as qwen has, whose compiled graph it can take.
+QWEN2_5 = family("qwen2.5", "model.num_kv_heads=8", LARGER_EPS)
+QWEN3 = family("qwen3", LARGER_EPS)
+GPT_NEOX = family("gpt_neox", LARGER_EPS)
 BERT = family("bert", "model.qkv_bias=false", LARGER_EPS)
 MEGATRON_BERT = family("megatron_bert", "model.qkv_bias=false", LARGER_EPS)
 FAMILIES = (
-    Case("dp2 x tp2", "selective_op", alike=family("internlm", LARGER_EPS)),
-    Case("dp2", alike=family("qwen", LARGER_EPS)),
-    Case("pp2", "full", micro_batches=4, alike=family("qwen2.5", LARGER_EPS)),
+    Case("hsdp 2x1", "none", "compile", 4, alike=INTERNLM),
+    Case("dp2 x tp2", "selective_op", alike=INTERNLM),
+    Case("pp2 x cp2", "full", micro_batches=4, alike=INTERNLM),
+    Case("hsdp 2x1", "none", "compile", 4, alike=QWEN),
+    Case("pp2 x tp2", "selective_op", micro_batches=4, alike=QWEN),
+    Case("cp2", "full", alike=QWEN),
+    Case("hsdp 2x1", "none", "compile", 4, alike=QWEN2_5),
+    Case("cp2 x tp2", "selective_op", alike=QWEN2_5),
+    Case("pp2", "full", micro_batches=4, alike=QWEN2_5),
+    Case("hsdp 2x1", micro_batches=4, alike=QWEN3),
+    Case("pp2 x cp2", "full", micro_batches=4, alike=QWEN3),
     # Norms of heads, and what else has a gradient of its own under tensor parallel.
     Case(
         "tp2",
@@ -210,16 +227,21 @@ FAMILIES = (
         "compile",
         alike=family("qwen3", "model.norm=layernorm", "model.out_bias=true"),
     ),
-    Case("cp2", "full", alike=family("gpt_neox", LARGER_EPS)),
+    Case("hsdp 2x1", "none", "compile", 4, alike=GPT_NEOX),
+    Case("pp2 x tp2", "selective_op", micro_batches=4, alike=GPT_NEOX),
+    Case("cp2", "full", alike=GPT_NEOX),
+    Case("hsdp 2x1", "none", "compile", 4, alike=GPT),
     Case("tp2", more=(NO_SEQUENCE_PARALLEL,), alike=GPT),
-    Case("cp2 x tp2", alike=GPT),
-    Case("pp2", micro_batches=4, alike=GPT),
+    Case("cp2 x tp2", "selective_op", alike=GPT),
+    Case("pp2", "full", micro_batches=4, alike=GPT),
+    Case("hsdp 2x1", micro_batches=4, alike=MEGATRON_BERT),
     Case("tp2", "full", more=(NO_SEQUENCE_PARALLEL,), alike=MEGATRON_BERT),
     Case("tp2", "selective_op", "compile", alike=MEGATRON_BERT),
     Case("dp2 x tp2", micro_batches=4, alike=MEGATRON_BERT),
     Case("pp2", "full", micro_batches=4, alike=MEGATRON_BERT),
+    Case("hsdp 2x1", "none", "compile", 4, alike=BERT),
     Case("dp2 x tp2", "full", alike=BERT),
-    Case("pp2", micro_batches=4, alike=BERT),
+    Case("pp2", "selective_op", micro_batches=4, alike=BERT),
 )
 
 BFLOAT16 = ("training.param_dtype=bfloat16",)
@@ -260,6 +282,7 @@ HOLES = (
     Hole(2, (ASYNC_TP, COMPILE, TP2)),
     Hole(16, (CP4, TP4, ULYSSES)),
     Hole(2, (CP2, "model.name=megatron_bert")),
+    Hole(2, (CP2, "model.name=bert")),
     Hole(2, (PP2, "training.global_batch_size=2", schedule("DualPipeV"))),
     Hole(2, (*PP2_BATCH, schedule("ZBVZeroBubble"), COMPILE)),
     Hole(2, (*PP2_BATCH, schedule("ZBVZeroBubble"), "activation_checkpoint.mode=selective_op")),
@@ -272,3 +295,35 @@ HOLES = (
     Hole(2, ("float8.recipe=rowwise", *GATHERED[1:])),
     Hole(2, ("float8.recipe=rowwise_gw_hp", *GATHERED[1:])),
 )
+
+# What every family must have been trained with, in one row or another.
+FEATURES: dict[str, Callable[[Config, ParallelDims], bool]] = {
+    "FSDP": lambda _, dims: dims.dp_shard * dims.cp > 1,
+    "HSDP": lambda _, dims: dims.dp_replicate > 1,
+    "TP, SP, loss parallel": lambda config, dims: (
+        dims.tp > 1 and config.parallel.sequence_parallel and config.parallel.loss_parallel
+    ),
+    "CP": lambda _, dims: dims.cp > 1,
+    "PP": lambda _, dims: dims.pp > 1,
+    "full": lambda config, _: config.activation_checkpoint.mode == "full",
+    "selective_op": lambda config, _: config.activation_checkpoint.mode == "selective_op",
+    "compile": lambda config, _: config.compile.enable,
+    # The micro-batches of a pipeline are another thing.
+    "accumulation": lambda config, dims: (
+        dims.pp == 1 and config.training.global_batch_size > _at_once(config, dims)
+    ),
+}
+
+
+def _at_once(config: Config, dims: ParallelDims) -> int:
+    """Samples of one micro-batch of every rank."""
+    return config.training.local_batch_size * dims.batch
+
+
+@cache
+def features(world_size: int, settings: tuple[str, ...]) -> tuple[str, frozenset[str]]:
+    """The family of a run, and which of FEATURES it has."""
+    config = load_config(None, as_overrides(*EVERYWHERE, *settings)).config
+    dims = ParallelDims.resolve(config.parallel, world_size)
+    found = frozenset(name for name, has in FEATURES.items() if has(config, dims))
+    return config.model.name, found

@@ -7,6 +7,7 @@ from tests.parallel.matrix import (
     BATCH,
     CASES,
     FAMILIES,
+    FEATURES,
     FURTHER,
     HOLES,
     IN_PRECISION,
@@ -16,8 +17,10 @@ from tests.parallel.matrix import (
     TOLERANCES,
     Case,
     Hole,
+    features,
 )
 from tests.runs import Deviations
+from titan_lite.models.registry import families
 
 HEAD = f"""\
 # Support matrix
@@ -50,7 +53,15 @@ With further settings; those of another model, or of clipping, are the one proce
 
 FAMILIES_TEXT = """\
 Debug flavors of the other families, with settings that the one process has too, but for
-`parallel.sequence_parallel`. The rows above are Llama's.
+`parallel.sequence_parallel`. The rows above are Llama's. GPT is here without the biases of queries,
+keys and values: softmax does not see what is added to all keys, so that, without rotation, the
+gradient of that bias is rounding, of which AdamW makes steps.
+"""
+
+FEATURES_TEXT = """\
+## Families
+
+For each family and feature the layout of a run above that has both, or why there is none.
 """
 
 PRECISION = """\
@@ -116,6 +127,10 @@ def _lines(found: Found) -> Iterator[str]:
     yield from FAMILIES_TEXT.split("\n")
     yield from _case_table(FAMILIES, found)
     yield ""
+    yield from FEATURES_TEXT.split("\n")
+    rows = ((f"`{name}`", *(proof(name, key, found) for key in FEATURES)) for name in families())
+    yield from _table(("family", *FEATURES), rows)
+    yield ""
     yield from PRECISION.split("\n")
     yield from _case_table(IN_PRECISION, found)
     yield ""
@@ -125,6 +140,21 @@ def _lines(found: Found) -> Iterator[str]:
         for hole in HOLES
     )
     yield from _table(("processes", "settings", "reason"), refused)
+
+
+def proof(family: str, feature: str, found: Found | None = None) -> str:
+    """What the page says of a family and a feature; nothing where no row has both."""
+    wanted = family, feature
+    for case in (*CASES, *FURTHER, *FAMILIES):
+        name, has = features(case.world_size, (*case.settings, *case.alike))
+        if wanted == (name, feature) and feature in has:
+            differs = found is not None and not found.passed[case]
+            return f"**{case.layout} differs**" if differs else case.layout
+    for hole in HOLES:
+        name, has = features(hole.world_size, hole.settings)
+        if name == family != "llama" and feature in has:
+            return "refused: see below"
+    return ""
 
 
 def _case_table(cases: Iterable[Case], found: Found) -> Iterator[str]:

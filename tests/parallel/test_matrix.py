@@ -11,6 +11,7 @@ from tests.parallel.matrix import (
     CASES,
     EXECUTIONS,
     FAMILIES,
+    FEATURES,
     FURTHER,
     HOLES,
     IN_PRECISION,
@@ -22,9 +23,10 @@ from tests.parallel.matrix import (
     as_overrides,
 )
 from tests.parallel.parity import Parity
-from tests.parallel.support_matrix import Found, render
+from tests.parallel.support_matrix import Found, proof, render
 from tests.runs import build_trainer, exceeding
 from titan_lite.config.load import ConfigError
+from titan_lite.models.registry import families
 
 COMMITTED = Path(__file__).parents[2] / "docs" / "support_matrix.md"
 
@@ -40,6 +42,11 @@ def test_every_two_values_of_any_two_axes_meet_in_a_case() -> None:
     for (i, first), (j, second) in itertools.combinations(enumerate(axes), 2):
         met = {(row[i], row[j]) for row in rows}
         assert set(itertools.product(first, second)) - met == set()
+
+
+@pytest.mark.parametrize("name", families())
+def test_every_family_meets_every_feature_in_a_case_or_is_refused(name: str) -> None:
+    assert [feature for feature in FEATURES if not proof(name, feature)] == []
 
 
 @pytest.mark.distributed
