@@ -96,6 +96,8 @@ def test_a_preset_is_dry_run_at_its_world_size(path: Path, fresh: Pool) -> None:
     world_size = int(text.rpartition(" ")[2])
     assert world_size % abs(math.prod(degrees)) == 0
     small = (NO_FILE, f"--model.num_layers={max(2, parallel.num_stages)}")
+    if "first_k = " in path.read_text():
+        small += ("--activation_checkpoint.first_k=1",)
     if path.stem != "debug":
         batch = world_size // (parallel.tp * parallel.cp * parallel.pp)
         local = load_config(path, [NO_FILE]).config.training.local_batch_size
@@ -148,6 +150,17 @@ def test_a_step_that_does_not_fit_is_reported_for_each_end_of_the_pipeline_as_js
         (0, [0], False),
         (1, [1], False),
     ]
+
+
+def test_what_only_the_built_model_refuses_is_answered_as_in_a_run(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    stages = '--parallel.pp_stage_modules=[["norm"],["output"]]'
+    layout = ["--parallel.pp=2", "--training.global_batch_size=2", "--parallel.pp_split=explicit"]
+    assert cli.main(["dryrun", "--rank=0", *layout, stages]) == 2
+    error = capfd.readouterr().err
+    assert "parallel.pp_stage_modules (command line): must name each of these once" in error
+    assert "Traceback" not in error
 
 
 def test_an_unknown_device_or_rank_is_a_mistake_to_answer_at_once(

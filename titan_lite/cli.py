@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from titan_lite import __version__
 from titan_lite.config.dims import ParallelDims

@@ -1,5 +1,6 @@
 """Loading: layers, origins, and what each mistake is called."""
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -385,3 +386,10 @@ def test_a_missing_file_and_a_bad_override_are_reported_together() -> None:
     with pytest.raises(ConfigError) as error:
         load_config("missing.toml", ["--training.steps=0"])
     assert [p.source for p in error.value.problems] == ["missing.toml", "command line"]
+
+
+def test_all_problems_reach_the_process_that_asked_another() -> None:
+    """A pool waits for ever for an exception that it cannot read."""
+    error = ConfigError([Problem("parallel.pp", "command line", "too many")])
+    sent = pickle.loads(pickle.dumps(error))
+    assert (sent.problems, str(sent)) == (error.problems, str(error))

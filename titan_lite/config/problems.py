@@ -40,6 +40,10 @@ class ConfigError(ValueError):
         self.problems = tuple(dict.fromkeys(problems))
         super().__init__(self._block())
 
+    def __reduce__(self) -> Any:
+        # Exceptions pass between processes by their arguments, here the text alone.
+        return type(self), (self.problems,)
+
     def _block(self) -> str:
         count = len(self.problems)
         # A long key, as of a malformed override, pushes its own source, not everybody's.
