@@ -247,7 +247,8 @@ def test_the_template_padding_and_truncation_of_a_file_are_not_applied(
     tokenizer = tokenizers["word_piece"]
     tokens = tokenizer.encode(TEXTS[0], bos=True, eos=True)
     assert (tokens[0], tokens[-1]) == (tokenizer.bos_id, tokenizer.eos_id) == (2, 3)
-    assert len(tokens) > 16
+    assert len(tokens) > 100
+    assert len(tokenizer.encode("whale", bos=True, eos=True)) < 16
     assert not {0, 2, 3} & set(tokens[1:-1])
 
 
