@@ -80,20 +80,21 @@ def draw(curves: Curves, path: Path) -> None:
     last = max(curve["steps"][-1] for curve in curves.values())
     lowest = min(min(curve["loss"]) for curve in curves.values())
     highest = max(max(curve["loss"]) for curve in curves.values())
-    axes.set_xlim(1, 1.23 * last)
-    axes.set_ylim(lowest - 0.3, highest + 0.2)
+    axes.set_xlim(1, last)
     axes.axhline(UNIGRAM_ENTROPY, color="0.45", linestyle="--", linewidth=1)
     words = f"unigram entropy of the corpus, {UNIGRAM_ENTROPY} nats"
     axes.text(last, UNIGRAM_ENTROPY + 0.06, words, color="0.35", ha="right", fontsize=9)
     ends = {name: curve["loss"][-1] for name, curve in curves.items()}
-    places = apart(ends, gap=(highest - lowest) / 20)
+    gap = (highest - lowest) / 20
+    places = apart(ends, gap)
+    axes.set_ylim(min(lowest, *places.values()) - gap, highest + gap)
     for index, (name, curve) in enumerate(curves.items()):
         color = f"C{index}"
         style = ":" if name in PRESETS else "-"
         axes.plot(curve["steps"], curve["loss"], style, color=color, linewidth=1.2)
         label = f"{name}  {ends[name]:.2f}" + (" (masked tokens)" if name in PRESETS else "")
         x = 1.02 * last
-        axes.plot([last, x], [ends[name], places[name]], color=color, linewidth=0.5)
+        axes.plot([last, x], [ends[name], places[name]], color=color, linewidth=0.5, clip_on=False)
         axes.text(x, places[name], f" {label}", color=color, va="center", fontsize=9)
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per token")
