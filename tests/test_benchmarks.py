@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import activation_checkpoint, h200, idle, measure, step, trainer_overhead
+from benchmarks import (
+    activation_checkpoint,
+    families,
+    h200,
+    idle,
+    measure,
+    step,
+    trainer_overhead,
+)
+from benchmarks.manifest import RESULTS
 from benchmarks.workers import BenchmarkError, Group
 from tests.runs import TINY
 
@@ -226,3 +235,33 @@ def test_the_gpu_suite_begins_nothing_after_its_limit(
 def test_the_gpu_suite_needs_a_word_that_a_name_holds(capsys: pytest.CaptureFixture[str]) -> None:
     assert h200.main(["--only", "2b"]) == 2
     assert capsys.readouterr().err == "--only 2b: no variant's name holds that\n"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_bare_loop_trains_our_model_and_transformers_alike(dtype: str) -> None:
+    pytest.importorskip("transformers")
+    losses = {}
+    for side in (families.OURS, families.THEIRS):
+        families.start(side, "gpt", dtype, (2, 32))
+        losses[side] = [families.take_turn(2)[1] for _ in range(2)]
+    tolerance = 1e-5 if dtype == "float32" else 1e-2
+    assert losses[families.OURS] == pytest.approx(losses[families.THEIRS], rel=tolerance)
+    assert losses[families.OURS][0] != losses[families.OURS][1]
+
+
+def test_the_page_of_families_lists_every_flavor_and_the_speeds_that_are_kept() -> None:
+    page = families.PAGE.read_text()
+    again = families.put(page, "flavors", families.flavors_table())
+    if (results := RESULTS / families.SPEED).exists():
+        found = json.loads(results.read_text())["results"]
+        again = families.put(again, "speed", families.speed_table(found))
+    assert page == again, "python -m benchmarks.families curves --write"
+
+
+def test_curves_are_drawn_with_labels_apart(tmp_path: Path) -> None:
+    curve = {"steps": [1, 50, 100], "loss": [8.0, 6.0, 4.6]}
+    families.draw({"llama": curve, "bert": curve}, tmp_path / "picture.png")
+    assert 0 < (tmp_path / "picture.png").stat().st_size < 150_000
+    assert families.apart({"a": 1.0, "b": 1.0, "c": 5.0}, gap=0.5) == pytest.approx(
+        {"a": 0.833, "b": 1.333, "c": 4.833}, abs=1e-3
+    )

@@ -39,11 +39,14 @@ SIZES = {
     "gpt_175b_tp8_pp8": 174.62,
     "gpt_1t_fsdp": 1009.3,
     "gpt_1t_tp8_pp64": 1008.04,
+    "megatron_bert_base_512": 0.14,
+    "megatron_bert_base_2048": 0.14,
+    "megatron_bert_large_tp4": 0.37,
 }
 
 
 def test_there_are_presets() -> None:
-    assert {"debug", *SIZES} == {path.stem for path in PRESETS}
+    assert {"debug", "debug_bert", *SIZES} == {path.stem for path in PRESETS}
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)

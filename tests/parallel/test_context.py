@@ -88,13 +88,13 @@ def test_each_method_gives_the_output_and_gradients_of_plain_causal_attention(
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
+# By all_gather, with documents: test_packing.py.
 @pytest.mark.distributed
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "settings",
     [
         (),
-        ("--parallel.cp_method=all_gather", "--activation_checkpoint.mode=selective_op"),
         (f"--{TP2}", "--parallel.cp_method=ulysses", "--activation_checkpoint.mode=full"),
     ],
     ids=" ".join,
