@@ -114,7 +114,11 @@ def test_an_integer_serves_as_a_float_but_nothing_else_is_converted() -> None:
         ("[parallel]\nTP = 1", "parallel.TP", 'did you mean "parallel.tp"'),
         ("[parallelism]\ntp = 1", "parallelism", 'unknown table; did you mean "parallel"?'),
         ("[mesh]\ntp = 1\ncp = 2", "mesh", 'unknown table; did you mean "parallel"?'),
-        ("[qqq]\nwww = 1", "qqq", "unknown table; the tables are job, model, data, masked_lm, training"),
+        (
+            "[qqq]\nwww = 1",
+            "qqq",
+            "unknown table; the tables are job, model, data, masked_lm, training",
+        ),
         ("[qqq]", "qqq", "unknown table; the tables are job"),
         (
             "steps = 1",
