@@ -67,7 +67,8 @@ def train(name: str, folder: Path, overrides: Sequence[str] = ()) -> dict[str, l
         records = read_records(target)
     return {
         "steps": [record["step"] for record in records],
-        "loss": [round(record["loss"], 4) for record in records],
+        # Of tokens alone where there are pairs as well.
+        "loss": [round(record.get("masked_lm_loss", record["loss"]), 4) for record in records],
     }
 
 
