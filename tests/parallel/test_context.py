@@ -52,7 +52,7 @@ def _world() -> dist.ProcessGroup:
 
 def _module(method: str) -> nn.Module:
     if method == "ulysses":
-        return UlyssesAttention(ScaledDotProductAttention(), _world())
+        return UlyssesAttention(ScaledDotProductAttention(causal=True), _world())
     return ShardedAttention(method, _world())
 
 
