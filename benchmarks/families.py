@@ -57,7 +57,7 @@ def train(name: str, folder: Path, overrides: Sequence[str] = ()) -> dict[str, l
     """Steps and losses of a family's run in `folder`, which is trained unless it is there whole."""
     target = folder / name
     records: list[dict[str, Any]] = []
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(Mistake):
         steps = read_facts(target)["config"]["training"]["steps"]
         records = [record for record in read_records(target) if record["step"] <= steps]
     if not records or records[-1]["step"] != steps:
