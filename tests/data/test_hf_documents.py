@@ -1,6 +1,7 @@
 """Our tokenizer, as Hugging Face transformers opens it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from titan_lite.data.assets import ASSETS
 from titan_lite.data.hf_documents import hf_documents
 from titan_lite.data.tiktoken_tokenizer import SPECIAL_TOKENS, TiktokenTokenizer
 from titan_lite.data.tokenizer import Tokenizer, load_tokenizer
+from titan_lite.models.bert import MEGATRON_BERT
 from titan_lite.models.llama import LLAMA
 
 transformers = pytest.importorskip("transformers")
@@ -65,3 +67,20 @@ def test_a_piece_that_is_a_token_needs_no_merges(tmp_path: Path) -> None:
     for text, expected in (("xyz", [256]), ("axyz", [*b"axyz"])):
         assert theirs.encode(text, add_special_tokens=False) == expected
         assert tokenizer.encode(text, bos=False, eos=False) == expected
+
+
+@pytest.mark.parametrize("has_padding", [True, False])
+def test_only_padding_has_an_embedding_without_gradient(
+    has_padding: bool, ours: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As BERT's token 0 has in transformers where config.json does not say."""
+    if not has_padding:
+        monkeypatch.setattr(ours, "pad_id", ours.eos_id)
+    args = replace(MEGATRON_BERT.flavors["debug"], dim=32, num_layers=1, ffn_dim=32)
+    assert MEGATRON_BERT.hf_config is not None
+    for tokenizer in (None, ours):
+        documents = hf_documents(args, MEGATRON_BERT.hf_config, tokenizer, dtype="float32")
+        config = transformers.MegatronBertConfig(**documents["config.json"])
+        embedding = transformers.MegatronBertModel(config).get_input_embeddings()
+        padding = ours.pad_id if tokenizer and has_padding else None
+        assert embedding.padding_idx == padding

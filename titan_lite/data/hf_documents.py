@@ -27,8 +27,15 @@ def hf_documents(
     """
     if tokenizer is None:
         return {"config.json": hf_config_from_args(args, hf, dtype=dtype)}
+    eos_id, pad_id = tokenizer.eos_id, tokenizer.pad_id
     config = hf_config_from_args(
-        args, hf, dtype=dtype, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id
+        args,
+        hf,
+        dtype=dtype,
+        bos_id=tokenizer.bos_id,
+        eos_id=eos_id,
+        # An EOS that stands in for padding is a token that learns.
+        pad_id=None if pad_id == eos_id else pad_id,
     )
     if not isinstance(tokenizer, TiktokenTokenizer):
         return {"config.json": config, **tokenizer.files}

@@ -129,6 +129,7 @@ def hf_config_from_args(
     dtype: str,
     bos_id: int | None = None,
     eos_id: int | None = None,
+    pad_id: int | None = None,
 ) -> dict[str, Any]:
     """What config.json says of a model; `dtype` as torch spells it, ids None without tokenizer."""
     config: dict[str, Any] = {
@@ -138,6 +139,8 @@ def hf_config_from_args(
         **hf.constants,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
+        # Its embedding gets no gradient in transformers; without the key, BERT's token 0.
+        "pad_token_id": pad_id,
         # transformers 5 calls it dtype, and reads both.
         "torch_dtype": dtype,
     }
