@@ -86,7 +86,7 @@ def objective_rules(config: Config, family: Family) -> Iterator[tuple[tuple[str,
         for key, field in MaskedLM.model_fields.items():
             if getattr(masked, key) != field.default:
                 yield (
-                    (f"masked_lm.{key}", "model.name"),
+                    ("model.name", f"masked_lm.{key}"),
                     f"{key} cannot act: family {quote(family.name)} learns the next token",
                 )
         if config.training.loss_positions == "labelled" and data.packing in ("concat", "fixed"):
@@ -98,21 +98,22 @@ def objective_rules(config: Config, family: Family) -> Iterator[tuple[tuple[str,
         return
     if data.packing != "concat":
         yield (
-            ("data.packing", "model.name"),
+            ("model.name", "data.packing"),
             f"{quote(data.packing)} cannot act: samples of {quote(family.name)} are made as "
             "[masked_lm] says",
         )
     if config.training.seq_len < SHORTEST_PAIR:
         yield (
-            ("training.seq_len", "model.name"),
+            ("model.name", "training.seq_len"),
             f"{config.training.seq_len} tokens are too few for two parts and what is put around "
             f"them; {quote(family.name)} needs {SHORTEST_PAIR}",
         )
     if masked.next_sentence and data.shuffle_buffer < 2 * data.num_streams:
         yield (
-            ("data.shuffle_buffer", "data.num_streams", "masked_lm.next_sentence"),
-            f"{data.shuffle_buffer} documents leave fewer than 2 to each of the data.num_streams "
-            f"({data.num_streams}): there is no other one to take a part from that does not follow",
+            ("masked_lm.next_sentence", "data.num_streams", "data.shuffle_buffer"),
+            f"data.shuffle_buffer ({data.shuffle_buffer}) leaves fewer than 2 documents to each of "
+            f"the data.num_streams ({data.num_streams}): there is no other one to take a part from "
+            "that does not follow",
         )
 
 
