@@ -11,9 +11,9 @@ from titan_lite.checkpoint.state import Start, find_start
 from titan_lite.config.load import DEFAULT, ConfigError, LoadedConfig, Problem
 from titan_lite.config.schema import Data
 from titan_lite.data.held_out import resolve_held_out
+from titan_lite.data.masked_lm import mask_of
 from titan_lite.data.sources import check_tokens, resolve_sources
 from titan_lite.data.tokenizer import Tokenizer, load_tokenizer
-from titan_lite.models.args import DecoderArgs
 from titan_lite.models.rules import Plan
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def preflight(loaded: LoadedConfig, plan: Plan) -> Preflight:
     tokenizer = start = None
     try:
         with blaming("data.tokenizer_path", loaded):
-            tokenizer = fitting_tokenizer(config.data, plan.args)
+            tokenizer = fitting_tokenizer(config.data, plan)
     except ConfigError as error:
         problems += error.problems
     try:
@@ -79,14 +79,16 @@ def checkpoint_folder(loaded: LoadedConfig) -> Path:
     return run_folder(loaded) / os.path.expanduser(loaded.config.checkpoint.folder)  # noqa: PTH111
 
 
-def fitting_tokenizer(section: Data, args: DecoderArgs) -> Tokenizer:
-    """The run's tokenizer; ValueError if the model's vocabulary is too small for it."""
-    tokenizer = load_tokenizer(section.tokenizer_path)
-    if tokenizer.vocab_size > args.vocab_size:
+def fitting_tokenizer(section: Data, plan: Plan) -> Tokenizer:
+    """The run's tokenizer; ValueError if it lacks a token, or the model's vocabulary some of it."""
+    tokenizer, vocab_size = load_tokenizer(section.tokenizer_path), plan.args.vocab_size
+    if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model a vocabulary of "
-            f"{args.vocab_size}: set model.vocab_size, or another data.tokenizer_path"
+            f"{vocab_size}: set model.vocab_size, or another data.tokenizer_path"
         )
+    if plan.family.objective == "masked_lm":
+        mask_of(tokenizer)
     return tokenizer
 
 

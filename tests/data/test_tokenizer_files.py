@@ -23,6 +23,7 @@ from tokenizers import (
     trainers,
 )
 
+from titan_lite import cli
 from titan_lite.config.schema import Data, Validation
 from titan_lite.data.assets import ASSETS
 from titan_lite.data.held_out import read_held_out
@@ -280,6 +281,17 @@ def test_files_beside_it_name_the_special_tokens(
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 0, 1)
     assert (tokenizer.mask_id is None) == ("mask_token" not in named)
+
+
+def test_a_masked_language_model_is_refused_a_tokenizer_without_a_mask_before_any_process(
+    files: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["--model.name=bert", "--training.seq_len=128", "--quiet", "--preflight"]
+    path = files["byte_level"]
+    assert cli.main(["config", *settings, f"--data.tokenizer_path={path}"]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "this tokenizer has no token for what is masked" in message
+    assert 'tokenizer_config.json beside it, {"mask_token": "..."}' in message
 
 
 def test_the_spelling_of_a_special_token_inside_a_document_is_ordinary_text(

@@ -50,6 +50,17 @@ class Draws:
         return int(self.uniform(1)[0] * limit)
 
 
+def mask_of(tokenizer: Tokenizer) -> int:
+    """The token for what is masked; ValueError where a tokenizer has none."""
+    if tokenizer.mask_id is None:
+        raise ValueError(
+            "data.tokenizer_path: this tokenizer has no token for what is masked, which a masked "
+            'language model needs: name one in a tokenizer_config.json beside it, {"mask_token": '
+            '"..."}'
+        )
+    return tokenizer.mask_id
+
+
 class MaskedPairs:
     """Makes rows as [masked_lm] says; a Rows, as packing.Packing is.
 
@@ -57,13 +68,8 @@ class MaskedPairs:
     """
 
     def __init__(self, section: MaskedLM, seq_len: int, tokenizer: Tokenizer) -> None:
-        if tokenizer.mask_id is None:
-            raise ValueError(
-                "data.tokenizer_path: this tokenizer has no token for what is masked, which a "
-                "masked language model needs"
-            )
         self._section, self._seq_len, self._tokenizer = section, seq_len, tokenizer
-        self._mask_id: int = tokenizer.mask_id
+        self._mask_id = mask_of(tokenizer)
         self._text_tokens = np.flatnonzero(tokenizer.bytes_per_token)
         num_parts = 2 if section.next_sentence else 1
         self._least, self._most = num_parts, seq_len - 1 - num_parts
