@@ -14,6 +14,7 @@ from titan_lite.data.hf_documents import hf_documents
 from titan_lite.data.tiktoken_tokenizer import SPECIAL_TOKENS, TiktokenTokenizer
 from titan_lite.data.tokenizer import Tokenizer, load_tokenizer
 from titan_lite.models.bert import MEGATRON_BERT
+from titan_lite.models.family import Family
 from titan_lite.models.llama import LLAMA
 
 transformers = pytest.importorskip("transformers")
@@ -29,9 +30,9 @@ def theirs(ours: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return opened(ours, tmp_path_factory.mktemp("tokenizer"))
 
 
-def opened(tokenizer: Tokenizer, folder: Path) -> Any:
-    assert LLAMA.hf_config is not None
-    documents = hf_documents(LLAMA.flavors["debug"], LLAMA.hf_config, tokenizer, dtype="float32")
+def opened(tokenizer: Tokenizer, folder: Path, family: Family = LLAMA) -> Any:
+    assert family.hf_config is not None
+    documents = hf_documents(family.flavors["debug"], family.hf_config, tokenizer, dtype="float32")
     for name, document in documents.items():
         (folder / name).write_text(json.dumps(document))
     return transformers.AutoTokenizer.from_pretrained(folder)
@@ -67,6 +68,22 @@ def test_a_piece_that_is_a_token_needs_no_merges(tmp_path: Path) -> None:
     for text, expected in (("xyz", [256]), ("axyz", [*b"axyz"])):
         assert theirs.encode(text, add_special_tokens=False) == expected
         assert tokenizer.encode(text, bos=False, eos=False) == expected
+
+
+def test_an_encoders_tokenizer_makes_pairs_as_in_training_pads_and_masks(
+    ours: Tokenizer, tmp_path: Path
+) -> None:
+    theirs = opened(ours, tmp_path, MEGATRON_BERT)
+    cls, sep, pad = ours.bos_id, ours.eos_id, ours.pad_id
+    first, second = (ours.encode(text, bos=False, eos=False) for text in ("whale", "the sea"))
+    batch = theirs(["whale", "whale"], ["the sea", "the sea the sea"], padding=True)
+    pair = [cls, *first, sep, *second, sep]
+    more = len(batch.input_ids[1]) - len(pair)
+    assert batch.input_ids[0] == pair + [pad] * more
+    types = [0] * (len(first) + 2) + [1] * (len(second) + 1)
+    assert batch.token_type_ids[0] == types + [0] * more
+    assert theirs("whale").input_ids == [cls, *first, sep]
+    assert theirs.mask_token_id == ours.mask_id
 
 
 @pytest.mark.parametrize("has_padding", [True, False])

@@ -15,7 +15,7 @@ from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.hf_config import HFConfig, hf_config_from_args
 
-_BOS, _EOS = "<|begin_of_text|>", "<|end_of_text|>"
+_BOS, _EOS, _PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
 
 
 def hf_documents(
@@ -41,21 +41,41 @@ def hf_documents(
         return {"config.json": config, **tokenizer.files}
     return {
         "config.json": config,
-        "tokenizer.json": _tokenizer_json(tokenizer),
+        "tokenizer.json": _tokenizer_json(tokenizer, of_pairs=not args.causal),
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": _BOS,
             "eos_token": _EOS,
+            "pad_token": _PAD,
+            **({} if args.causal else _names_of_pairs(tokenizer)),
             "clean_up_tokenization_spaces": False,
             "model_max_length": args.max_seq_len,
         },
     }
 
 
-def _tokenizer_json(tokenizer: TiktokenTokenizer) -> dict[str, Any]:
-    """Byte-level BPE that gives our tokens, after BOS; special tokens in a text are special."""
+def _names_of_pairs(tokenizer: TiktokenTokenizer) -> dict[str, Any]:
+    """For an encoder, of what masked_lm.py makes samples of."""
+    assert tokenizer.mask_id is not None
+    return {
+        "cls_token": _BOS,
+        "sep_token": _EOS,
+        "mask_token": SPECIAL_TOKENS[tokenizer.mask_id - len(tokenizer.ranks)],
+        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+    }
+
+
+def _tokenizer_json(tokenizer: TiktokenTokenizer, *, of_pairs: bool) -> dict[str, Any]:
+    """Byte-level BPE that gives our tokens, after BOS; special tokens in a text are special.
+
+    of_pairs: [BOS] A [EOS], or [BOS] A [EOS] B [EOS], with types; otherwise BOS alone is put there.
+    """
     bos = {"SpecialToken": {"id": _BOS, "type_id": 0}}
-    text, pair = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    text, pair = (
+        [{"Sequence": {"id": name, "type_id": i}}]
+        + [{"SpecialToken": {"id": _EOS, "type_id": i}}] * of_pairs
+        for i, name in enumerate("AB")
+    )
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     split = {
         "type": "Split",
@@ -86,9 +106,12 @@ def _tokenizer_json(tokenizer: TiktokenTokenizer) -> dict[str, Any]:
         },
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [bos, text],
-            "pair": [bos, text, pair],
-            "special_tokens": {_BOS: {"id": _BOS, "ids": [tokenizer.bos_id], "tokens": [_BOS]}},
+            "single": [bos, *text],
+            "pair": [bos, *text, *pair],
+            "special_tokens": {
+                token: {"id": token, "ids": [number], "tokens": [token]}
+                for token, number in ((_BOS, tokenizer.bos_id), (_EOS, tokenizer.eos_id))
+            },
         },
         "decoder": byte_level | {"use_regex": True},
         "model": {
