@@ -16,7 +16,7 @@ ROWS = (
     {"nn", "runtime", "planner"},
     {"parallel", "data", "optim", "loss", "metrics", "checkpoint"},
     {"preflight", "objective"},
-    {"step"},
+    {"step", "meta_model"},
     {"outcomes"},
     {"trainer"},
     {"train", "cli", "dryrun", "regression", "tools"},

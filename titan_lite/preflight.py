@@ -15,6 +15,7 @@ from titan_lite.data.masked_lm import mask_of
 from titan_lite.data.sources import check_tokens, resolve_sources
 from titan_lite.data.tokenizer import Tokenizer, load_tokenizer
 from titan_lite.models.rules import Plan
+from titan_lite.runtime.folder_lock import FolderLock
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,21 @@ def preflight(loaded: LoadedConfig, plan: Plan) -> Preflight:
     if tokenizer is None or start is None or problems:
         raise ConfigError(problems)
     return Preflight(tokenizer, start)
+
+
+def lock_folders(loaded: LoadedConfig) -> contextlib.ExitStack:
+    """Keeps other runs from the run's folder and its checkpoints' until closed, or ConfigError."""
+    folders = {"job.dump_folder": run_folder(loaded)}
+    checkpoints = checkpoint_folder(loaded)
+    # Two runs may share one that is not below their own folders.
+    is_elsewhere = not checkpoints.resolve().is_relative_to(run_folder(loaded).resolve())
+    if loaded.config.checkpoint.enable and is_elsewhere:
+        folders["checkpoint.folder"] = checkpoints
+    with contextlib.ExitStack() as locks:
+        for key, folder in folders.items():
+            with blaming(key, loaded):
+                locks.callback(FolderLock(folder, key).release)
+        return locks.pop_all()
 
 
 def run_folder(loaded: LoadedConfig) -> Path:

@@ -63,11 +63,9 @@ class TrainStep:
         *,
         vocab_size: int,
         is_causal: bool,
-        positions: Tensor | None,
         device: torch.device,
         progress: Progress,
     ) -> None:
-        """positions: of this rank's tokens in each sequence, None where it holds whole ones."""
         self.config = config
         self.model = parallel_model.model
         self.pipeline = parallel_model.pipeline
@@ -81,7 +79,7 @@ class TrainStep:
         self.source_losses: Tensor | None = None
         self.vocab_size = vocab_size
         self.is_causal = is_causal
-        self.positions = positions
+        self.positions = parallel_model.positions
         self.device = device
         self.pair_factor = torch.ones((), device=device)
         self.sums = self._zeros(torch.float32)

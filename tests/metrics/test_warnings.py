@@ -35,7 +35,7 @@ def _disturbed(folder: Path) -> list[str]:
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("titan_lite.trainer").addHandler(handler)
+    logging.getLogger("titan_lite.metrics.warnings").addHandler(handler)
     batches, train_step = trainer.batches, trainer.step
 
     def is_it(rank: int, *steps: int) -> bool:
@@ -63,7 +63,7 @@ def _disturbed(folder: Path) -> list[str]:
     try:
         trainer.train()
     finally:
-        logging.getLogger("titan_lite.trainer").removeHandler(handler)
+        logging.getLogger("titan_lite.metrics.warnings").removeHandler(handler)
         trainer.close()
     return [line for line in messages if line.startswith(("Rank", "The loss"))]
 

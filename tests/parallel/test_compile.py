@@ -68,7 +68,7 @@ def _recompile_in_every_second_step() -> tuple[Any, ...]:
     compiled = torch.compile(torch.sin, backend="eager", dynamic=False)
     compilations = Compilations()
     found = []
-    for size in (1, 2, 2, 3, 3, 4):
+    for step, size in enumerate((1, 2, 2, 3, 3, 4), start=1):
         compiled(torch.zeros(size))
-        found.append(compilations.after_step())
+        found.append(compilations.after_step(step))
     return found, compilations.recompilations, compilations.graphs

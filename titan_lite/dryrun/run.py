@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from titan_lite.checkpoint.state import RunState
-from titan_lite.config.load import ConfigError, LoadedConfig, Problem
+from titan_lite.config.load import LoadedConfig
 from titan_lite.config.schema import Config
 from titan_lite.data.loader import Batch
 from titan_lite.dryrun.gpu_kernels import gpu_kernels
 from titan_lite.dryrun.measure import Measured, measure_step, recorder
 from titan_lite.dryrun.torch_private import FakeTensorMode, fake_world
+from titan_lite.meta_model import check_float8
 from titan_lite.models.rules import Plan
-from titan_lite.parallel.float8 import float8_problems, refresh_scales
+from titan_lite.parallel.float8 import refresh_scales
 from titan_lite.parallel.pipeline import local_stages
 from titan_lite.runtime.distributed import Process
 from titan_lite.trainer import Trainer
@@ -81,30 +82,13 @@ class DryTrainer(Trainer):
         with self.fake:
             super().train_step(step)
 
-    def _lock_folders(self, loaded: LoadedConfig) -> None:
-        pass
-
-    def _start_process_group(self) -> None:
-        pass
-
-    def _set_timeout(self, seconds: int) -> None:
-        pass
-
     def _find_files(self, loaded: LoadedConfig, plan: Plan) -> None:
         self.state = RunState()
 
     def _check_device(self, loaded: LoadedConfig, plan: Plan) -> None:
         """What holds on any device; this machine's is not the run's."""
-        broken = float8_problems(
-            self.model,
-            plan.family.tp_plan,
-            float8=loaded.config.float8.model_copy(update={"emulate": True}),
-            parallel=loaded.config.parallel,
-            dims=self.dims,
-            device=torch.device("meta"),
-        )
-        if problems := [Problem(key, loaded.origins[key], text) for key, text in broken]:
-            raise ConfigError(problems)
+        section = loaded.config.float8.model_copy(update={"emulate": True})
+        check_float8(loaded, plan, self.model, section, torch.device("meta"))
 
     def _open_data(self, loaded: LoadedConfig) -> None:
         training = loaded.config.training
@@ -116,7 +100,10 @@ class DryTrainer(Trainer):
             with_pairs=self.objective.has_pairs,
         )
 
-    def _agree_on_start(self, loaded: LoadedConfig) -> None:
+    def _join(self, loaded: LoadedConfig) -> None:
+        pass
+
+    def _set_timeout(self, seconds: int) -> None:
         pass
 
     def _build_state(self) -> None:
@@ -132,16 +119,14 @@ class DryTrainer(Trainer):
         number = math.ceil(self.objective.labelled_share * batch.labels.numel())
         return batch.labels.new_zeros(number)
 
-    def _build_outcomes(self) -> Any:
-        return Unread()
-
     def _resume(self, loaded: LoadedConfig) -> None:
         if self.applied.count("float8 all-gather"):
             with self.fake:
                 refresh_scales(self.model)
 
-    def _build_meter(self) -> Any:
-        return Silence()
+    def _start_measuring(self) -> None:
+        self.outcomes: Any = Unread()
+        self.meter: Any = Silence()
 
 
 def dry_run(loaded: LoadedConfig, plan: Plan, rank: int, *, on_gpu: bool = True) -> DryRank:

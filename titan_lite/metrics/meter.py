@@ -58,7 +58,7 @@ class Meter:
         self._log_freq = section.log_freq
         self._sinks = sinks
         self._flops = flops
-        self._peak = peak
+        self.peak = peak
         self._device = device
         self._memory = DeviceMemory(device)
         self._num_devices = num_devices
@@ -186,11 +186,11 @@ class Meter:
         if self._measured_seconds > 0:
             wps = self._measured_tokens / (self._measured_seconds * self._num_devices)
             wps_text = f"{wps:,.0f} tokens/s per device, devices: {self._num_devices}"
-            if self._peak.tflops is not None:
+            if self.peak.tflops is not None:
                 percent = self._percent_of_peak(self._flops.model, wps)
-                mfu = f"{percent:.1f}% of {self._peak.tflops:.4g} TFLOP/s ({self._peak.source})"
-        if self._peak.tflops is None:
-            mfu = f"not measured: {self._peak.source}"
+                mfu = f"{percent:.1f}% of {self.peak.tflops:.4g} TFLOP/s ({self.peak.source})"
+        if self.peak.tflops is None:
+            mfu = f"not measured: {self.peak.source}"
         wall = format_duration(self._clock() - self._start)
         if self._excluded >= 1:
             wall += f", of which checkpoints and validation {format_duration(self._excluded)}"
@@ -212,7 +212,7 @@ class Meter:
             "seconds_per_step": seconds / steps,
             "tflops": self._flops.model * wps / 1e12,
         }
-        if self._peak.tflops is not None:
+        if self.peak.tflops is not None:
             speeds["mfu"] = self._percent_of_peak(self._flops.model, wps)
             speeds["mfu_causal"] = self._percent_of_peak(self._flops.causal, wps)
             if self._flops.hardware is not None:
@@ -220,8 +220,8 @@ class Meter:
         return speeds
 
     def _percent_of_peak(self, flops_per_token: float, wps: float) -> float:
-        assert self._peak.tflops is not None
-        return 100 * flops_per_token * wps / (self._peak.tflops * 1e12)
+        assert self.peak.tflops is not None
+        return 100 * flops_per_token * wps / (self.peak.tflops * 1e12)
 
     def _worst_rank(self, values: Mapping[str, float]) -> Record:
         """The largest of each value over the ranks, in one collective."""

@@ -1,7 +1,15 @@
 """What somebody should look at: a loss that jumps, a rank that starves, a rank that is slow."""
 
+import logging
 import statistics
 from collections.abc import Sequence
+
+import torch
+
+from titan_lite.metrics.record import Record
+from titan_lite.runtime.distributed import Process, all_reduce
+
+logger = logging.getLogger(__name__)
 
 # Of the running averages, per record.
 DECAY = 0.9
@@ -15,6 +23,36 @@ DATA_WAIT_SHARE = 0.2
 # share of a step longer.
 SLOW_FACTOR = 1.3
 SLOW_SHARE = 0.05
+
+
+class RecordWatch:
+    """Looks at each record, and at how long the ranks take; rank 0 warns."""
+
+    def __init__(self, process: Process, stages: Sequence[int], *, start_step: int) -> None:
+        """stages: of a pipeline, by rank."""
+        self._process, self._stages = process, stages
+        self._last_step = start_step
+        self._loss_watch = LossWatch()
+
+    def look(self, record: Record, waited: float, forward: float) -> None:
+        """Warns of what somebody should look at; collective.
+
+        Seconds of this rank: waited, for data, since the last record; forward, of its blocks, per
+        step.
+        """
+        process, step = self._process, int(record["step"])
+        times = torch.zeros(2, process.world_size, device=process.device)
+        times[:, process.rank] = torch.tensor((waited, forward))
+        waits, forwards = all_reduce(times, "sum").tolist()
+        num_steps, self._last_step = step - self._last_step, step
+        if process.rank > 0 or record.get("warmup"):
+            return
+        seconds_per_step = record["seconds_per_step"]
+        spike = self._loss_watch.look(step, record["loss"])
+        starving = starving_ranks(step, [wait / num_steps for wait in waits], seconds_per_step)
+        slow = slow_ranks(step, forwards, self._stages, seconds_per_step)
+        for sentence in [*filter(None, [spike]), *starving, *slow]:
+            logger.warning("%s", sentence)
 
 
 class LossWatch:

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from titan_lite.config.schema import Config
 from titan_lite.models.rules import Plan
 from titan_lite.nn.build import build
 from titan_lite.nn.transformer import Transformer
+from titan_lite.parallel.context import local_positions
 from titan_lite.parallel.mesh import Meshes
 from titan_lite.parallel.parallelize import parallelize
 from titan_lite.parallel.pipeline import Pipeline, Stage, describe, join, keep, local_stages
@@ -21,13 +23,15 @@ from titan_lite.runtime.distributed import Process
 class ParallelModel:
     """This rank's part of a model: its parameters, by the names they have in the whole one.
 
-    pipeline: runs its stages; None where `model` itself is called.
+    pipeline: runs its stages; None where `model` itself is called. positions: of this rank's tokens
+    in each sequence; None where it holds whole sequences.
     """
 
     model: Transformer
     pipeline: Pipeline | None
     applied: Applied
     meshes: Meshes
+    positions: Tensor | None
 
 
 def build_parallel(
@@ -44,13 +48,16 @@ def build_parallel(
 
     micro_steps: micro-batches of an optimizer step.
     """
-    local = {0: model}
+    parallel, training = config.parallel, config.training
+    place = plan.dims.coordinates(process.rank)
+    local, positions = {0: model}, None
+    if parallel.cp > 1:
+        positions = local_positions(parallel.cp_method, training.seq_len, place["cp"], parallel.cp)
     if meshes.pp is not None:
-        place = plan.dims.coordinates(process.rank)
         with torch.device("meta"):
             local = {
                 number: keep(build(plan.family, plan.args), stages[number].modules)
-                for number in local_stages(config.parallel, place["pp"])
+                for number in local_stages(parallel, place["pp"])
             }
     applied = together(
         [
@@ -58,8 +65,8 @@ def build_parallel(
                 stage,
                 meshes,
                 plan.family.tp_plan,
-                parallel=config.parallel,
-                training=config.training,
+                parallel=parallel,
+                training=training,
                 activation_checkpoint=config.activation_checkpoint,
                 compile=config.compile,
                 float8=config.float8,
@@ -68,9 +75,8 @@ def build_parallel(
         ]
     )
     if meshes.pp is None:
-        return ParallelModel(model, None, applied, meshes)
-    words = describe(stages, config.parallel.pp_schedule)
-    parallel, training = config.parallel, config.training
+        return ParallelModel(model, None, applied, meshes, positions)
+    applied = dataclasses.replace(applied, pipeline=describe(stages, parallel.pp_schedule))
     tokens = training.seq_len // parallel.cp
     split_over = parallel.tp if parallel.sequence_parallel else 1
     dtype = "float32" if plan.args.fp32_residual else training.param_dtype
@@ -87,4 +93,4 @@ def build_parallel(
         group=meshes.pp,
     )
     join(model, list(local.values()))
-    return ParallelModel(model, pipeline, dataclasses.replace(applied, pipeline=words), meshes)
+    return ParallelModel(model, pipeline, applied, meshes, positions)

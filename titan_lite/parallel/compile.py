@@ -3,12 +3,15 @@
 Dynamo's private names are wrapped here, and imported only by runs that compile.
 """
 
+import logging
 from dataclasses import dataclass, field
 
 import torch
 
 from titan_lite.config.schema import Compile
 from titan_lite.nn.transformer import Transformer
+
+logger = logging.getLogger(__name__)
 
 # The first step compiles; the second may once more, for what FSDP2 sets up lazily in the first.
 WARMUP_STEPS = 2
@@ -62,8 +65,8 @@ class Compilations:
 
         clear_compilation_metrics()
 
-    def after_step(self) -> list[str]:
-        """Dynamo's reason for each recompilation in the step just done, none in the warm-up."""
+    def after_step(self, step: int) -> list[str]:
+        """Warns of dynamo's reason for each recompilation in the step; of none in the warm-up."""
         from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metrics
 
         reasons = [metrics.recompile_reason for metrics in get_compilation_metrics()]
@@ -73,6 +76,13 @@ class Compilations:
             return []
         found = [" ".join(reason.split()) for reason in reasons if reason]
         self.recompilations += len(found)
+        for reason in found:
+            logger.warning(
+                "Step %d compiled anew (%d times so far since the warm-up): %s",
+                step,
+                self.recompilations,
+                reason,
+            )
         return found
 
 

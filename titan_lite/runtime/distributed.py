@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -124,6 +125,12 @@ def set_timeout(seconds: int) -> None:
         if group.group_desc == BACKGROUND:
             continue
         distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def all_reduce(tensor: Tensor, operation: str) -> Tensor:
+    """Reduces a tensor over all ranks, in place, with the named operation ("max")."""
+    dist.all_reduce(tensor, op=getattr(dist.ReduceOp, operation.upper()))
+    return tensor
 
 
 def stop_process_group() -> None:

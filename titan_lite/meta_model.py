@@ -1,0 +1,140 @@
+"""The whole model on the meta device: what it is, and what is refused of it before anybody waits.
+
+Each function raises ConfigError about the key whose value cannot be.
+"""
+
+from pathlib import Path
+
+import torch
+
+from titan_lite.checkpoint.hf_files import HFFolder
+from titan_lite.checkpoint.hf_layout import HFModel, check_start
+from titan_lite.checkpoint.state import check_excluded
+from titan_lite.config.load import ConfigError, LoadedConfig, Problem
+from titan_lite.config.schema import Config, Float8
+from titan_lite.models.args import DecoderArgs
+from titan_lite.models.rules import Plan
+from titan_lite.nn.build import build
+from titan_lite.nn.transformer import Transformer
+from titan_lite.parallel.async_tp import check_async_tp
+from titan_lite.parallel.context import check_cp
+from titan_lite.parallel.float8 import float8_problems
+from titan_lite.parallel.pipeline import Stage, split
+from titan_lite.parallel.tensor import check_plan
+from titan_lite.planner.counts import (
+    FlopsPerToken,
+    flops_per_token,
+    num_last_matmul_params,
+    num_unused_params,
+)
+from titan_lite.preflight import blaming
+from titan_lite.runtime.distributed import check_dtype
+from titan_lite.runtime.profiler import check_profiling
+
+
+def build_meta_model(loaded: LoadedConfig, plan: Plan) -> Transformer:
+    """Builds the model, all of whose parameters the configuration's names and plan must fit."""
+    with torch.device("meta"):
+        model = build(plan.family, plan.args)
+    with blaming("checkpoint.exclude_from_loading", loaded):
+        names = [name for name, _ in model.named_parameters()]
+        check_excluded(loaded.config.checkpoint.exclude_from_loading, names)
+    if plan.dims.tp > 1:
+        with blaming("parallel.tp", loaded):
+            check_plan(model, plan.family.tp_plan)
+    return model
+
+
+def pipeline_stages(loaded: LoadedConfig, plan: Plan, model: Transformer) -> list[Stage]:
+    """The stages of the whole model; a list of one without pipeline parallel."""
+    config, parallel = loaded.config, loaded.config.parallel
+    key = "pp_stage_modules" if parallel.pp_split == "explicit" else "pp"
+    with blaming(f"parallel.{key}", loaded):
+        stages = split(
+            model,
+            parallel,
+            attention_flops=12 * plan.args.attention_dim * config.training.seq_len,
+        )
+    section = config.activation_checkpoint
+    if section.mode == "fraction" and not any(section.layers(s.blocks) for s in stages):
+        with blaming("activation_checkpoint.fraction", loaded):
+            raise ValueError(
+                f"fraction ({section.fraction:g}) of the blocks of each pipeline stage "
+                f"({', '.join(str(stage.blocks) for stage in stages)}) is no layer"
+            )
+    return stages
+
+
+def count_flops(
+    config: Config,
+    args: DecoderArgs,
+    model: Transformer,
+    stages: list[Stage],
+    labelled_share: float,
+) -> FlopsPerToken:
+    """Of the whole model. labelled_share: of the tokens, those whose label counts."""
+    section = config.activation_checkpoint
+    recomputed = [section.layers(stage.blocks) for stage in stages]
+    num_params = model.num_parameters - num_unused_params(args)
+    if config.training.loss_positions == "labelled":
+        # The head multiplies no other tokens.
+        num_params -= round((1 - labelled_share) * args.vocab_size * args.dim)
+    return flops_per_token(
+        num_params_non_embedding=num_params,
+        num_block_params=sum(p.numel() for p in model.layers.parameters()),
+        num_last_matmul_params=num_last_matmul_params(args),
+        num_layers=args.num_layers,
+        attention_dim=args.attention_dim,
+        seq_len=config.training.seq_len,
+        is_causal=args.causal,
+        num_recomputed_layers=0 if section.mode == "selective_op" else sum(map(len, recomputed)),
+    )
+
+
+def check_device(
+    loaded: LoadedConfig, plan: Plan, model: Transformer, device: torch.device
+) -> None:
+    """Refuses what this device, or float8 with this model, cannot do."""
+    config = loaded.config
+    with blaming("profiling.enable_memory_snapshot", loaded):
+        check_profiling(config.profiling, device)
+    with blaming("training.param_dtype", loaded):
+        check_dtype(config.training.param_dtype, device)
+    if config.parallel.async_tp:
+        with blaming("parallel.async_tp", loaded):
+            check_async_tp(device, plan.dims.tp)
+    if plan.dims.cp > 1:
+        with blaming("training.param_dtype", loaded):
+            check_cp(config.parallel.cp_method, device, config.training.param_dtype)
+    check_float8(loaded, plan, model, config.float8, device)
+
+
+def check_float8(
+    loaded: LoadedConfig, plan: Plan, model: Transformer, section: Float8, device: torch.device
+) -> None:
+    """Refuses what cannot train in float8, all of it together."""
+    broken = [
+        Problem(key, loaded.origins[key], message)
+        for key, message in float8_problems(
+            model,
+            plan.family.tp_plan,
+            float8=section,
+            parallel=loaded.config.parallel,
+            dims=plan.dims,
+            device=device,
+        )
+    ]
+    if broken:
+        raise ConfigError(broken)
+
+
+def open_hf_weights(loaded: LoadedConfig, plan: Plan) -> tuple[HFFolder, HFModel] | None:
+    """The Hugging Face model to start from, which must be this one; None if none is asked for."""
+    path = loaded.config.checkpoint.initial_load_hf
+    if not path:
+        return None
+    with blaming("checkpoint.initial_load_hf", loaded):
+        folder = HFFolder.open(Path(path).expanduser())
+        hf = HFModel.of(plan.family, plan.args)
+        check_start(folder, hf, plan.family, plan.args)
+    return folder, hf

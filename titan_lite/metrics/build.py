@@ -1,0 +1,46 @@
+"""The meter of a run: what it divides by, and where it writes."""
+
+import logging
+from pathlib import Path
+
+import torch
+
+from titan_lite.config.schema import Config
+from titan_lite.metrics.device import find_peak
+from titan_lite.metrics.meter import Meter
+from titan_lite.metrics.sinks import open_sinks
+from titan_lite.planner.counts import FlopsPerToken
+from titan_lite.runtime.distributed import Process, all_reduce
+
+logger = logging.getLogger(__name__)
+
+
+def build_meter(
+    config: Config, process: Process, folder: Path, flops: FlopsPerToken, *, start_step: int
+) -> Meter:
+    """Every rank measures, the first writes below `folder`; start_step: steps done already."""
+    if config.activation_checkpoint.mode in ("selective_op", "memory_budget"):
+        logger.info("HFU is not measured: only torch knows what it recomputes in this mode")
+    # Emulated float8 is rounded to 8 bits and multiplied in float32.
+    dtype = "float32" if config.float8.emulate else config.training.param_dtype
+    peak = find_peak(config.metrics, process.device, getattr(torch, dtype))
+    sinks = []
+    if process.rank == 0:
+        sinks = open_sinks(
+            config.metrics,
+            folder,
+            num_steps=config.training.steps,
+            start_step=start_step,
+            settings=config.model_dump(),
+        )
+    return Meter(
+        section=config.metrics,
+        sinks=sinks,
+        flops=flops,
+        peak=peak,
+        device=process.device,
+        num_devices=process.world_size,
+        num_steps=config.training.steps,
+        start_step=start_step,
+        all_reduce=all_reduce,
+    )
