@@ -1,7 +1,9 @@
 """Loading a checkpoint runs no code from its files."""
 
+import errno
 import os
 import pickle
+import resource
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from titan_lite.checkpoint.storage import LoadPlanner, Reader, SavePlanner, Vocabulary, Writer
+from titan_lite.checkpoint.storage import (
+    LoadPlanner,
+    Reader,
+    SavePlanner,
+    Vocabulary,
+    Writer,
+    first_failure,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 VOCABULARY = Vocabulary(("tokens.weight",), 5)
@@ -62,6 +71,22 @@ def test_code_in_a_value_is_refused_and_not_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointException, match="Weights only load failed"):
         _load(tmp_path, lr=0.0)
     assert not (tmp_path / "marker").exists()
+
+
+def test_a_full_disk_is_told_as_the_system_tells_it(tmp_path: Path) -> None:
+    """A limit on the size of files stands for it."""
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    tensors = {f"w{i}": torch.ones(size) for i, size in enumerate([4096, 64, 16384, 3] * 3)}
+    for limit in range(20_000, 220_000, 20_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, former[1]))
+        try:
+            with pytest.raises(CheckpointException) as error:
+                _save(tmp_path / str(limit), **tensors)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, former)
+        cause = first_failure(error.value)[1]
+        assert isinstance(cause, OSError)
+        assert cause.errno == errno.EFBIG
 
 
 def test_padding_is_not_saved_and_left_as_it_is(tmp_path: Path) -> None:

@@ -71,11 +71,16 @@ class _ChecksummedFile(io.BufferedWriter):
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path, "wb"))
         self.size = self.crc32 = 0
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self.size += memoryview(data).nbytes
         self.crc32 = zlib.crc32(data, self.crc32)
-        return super().write(data)
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 class _ChecksummedFiles(FileSystem):
@@ -88,7 +93,11 @@ class _ChecksummedFiles(FileSystem):
     def create_stream(self, path: Any, mode: str) -> Iterator[io.IOBase]:
         assert mode == "wb"
         with _ChecksummedFile(path) as file:
-            yield file
+            try:
+                yield file
+            except RuntimeError as error:
+                # Torch closes its archive where the disk was full, and then only tells of that.
+                raise file.error or error from None
         self.written[Path(path).name] = StoredFile(file.size, hexadecimal(file.crc32))
 
     def rename(self, path: Any, new_path: Any) -> None:
