@@ -3,6 +3,7 @@
 import json
 import math
 import multiprocessing
+import os
 from collections.abc import Iterator
 from multiprocessing.pool import Pool
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.runs import TINY
 from titan_lite import cli
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import load_config
+from titan_lite.dryrun import run
 from titan_lite.models.rules import check
 from titan_lite.planner.hardware import DEVICES, find_by_short_name
 
@@ -161,6 +163,21 @@ def test_what_only_the_built_model_refuses_is_answered_as_in_a_run(
     error = capfd.readouterr().err
     assert "parallel.pp_stage_modules (command line): must name each of these once" in error
     assert "Traceback" not in error
+
+
+class Deadly:
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self) -> Any:
+        return os.abort, ()
+
+
+def test_a_process_that_is_killed_is_said_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "_quiet_dry_run", Deadly())
+    assert cli.main(["dryrun", "--rank=1", "--world-size=2"]) == 2
+    assert "the process of rank 1 was killed, by the system if" in capsys.readouterr().err
 
 
 def test_an_unknown_device_or_rank_is_a_mistake_to_answer_at_once(

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import torch
@@ -159,11 +161,22 @@ def dry_run(loaded: LoadedConfig, plan: Plan, rank: int, *, on_gpu: bool = True)
 
 
 def dry_runs(loaded: LoadedConfig, plan: Plan, ranks: Sequence[int]) -> list[DryRank]:
-    """`dry_run` of several ranks, each in a process of its own."""
+    """`dry_run` of several ranks, each in a process of its own; ConfigError if one is killed."""
     context = multiprocessing.get_context("spawn")
-    jobs = [(loaded, plan, rank) for rank in ranks]
-    with context.Pool(min(len(ranks), os.cpu_count() or 1), maxtasksperchild=1) as pool:
-        return pool.starmap(_quiet_dry_run, jobs, chunksize=1)
+
+    def run(rank: int) -> DryRank:
+        try:
+            with ProcessPoolExecutor(1, context) as process:
+                return process.submit(_quiet_dry_run, loaded, plan, rank).result()
+        except BrokenProcessPool:
+            message = (
+                f"the process of rank {rank} was killed, by the system if memory was short: one "
+                "rank at a time, by --rank, needs less"
+            )
+            raise ConfigError([Problem("--rank", "command line", message)]) from None
+
+    with ThreadPoolExecutor(min(len(ranks), os.cpu_count() or 1)) as threads:
+        return list(threads.map(run, ranks))
 
 
 def left_out(config: Config) -> list[str]:
