@@ -23,7 +23,7 @@ from tests.runs import TINY, build_trainer, read_metrics, train
 from tests.test_launcher import launch
 from titan_lite.checkpoint.state import saved_steps
 from titan_lite.config.load import ConfigError
-from titan_lite.metrics.sinks import JsonlSink
+from titan_lite.metrics.sinks import JsonlSink, TensorBoardSink
 from titan_lite.runtime import folder_lock
 from titan_lite.runtime.folder_lock import FolderLock
 from titan_lite.runtime.stop import EXIT_STOPPED
@@ -221,6 +221,12 @@ def test_documents_left_out_are_counted_in_the_metrics_once_whichever_rank_reads
     assert counts == sorted(counts)
     # 9 x 8 x 64 tokens are some 50 documents of 100.
     assert 3 <= counts[-1] <= 6
+
+
+def test_curves_that_cannot_be_written_end_the_run_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RuntimeError, match=r"file/tb cannot be written: Not a directory"):
+        TensorBoardSink(tmp_path / "file" / "tb")
 
 
 def test_metrics_that_cannot_be_written_end_the_run_with_the_reason(tmp_path: Path) -> None:

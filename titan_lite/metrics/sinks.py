@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -139,17 +139,23 @@ class JsonlSink:
         values = {
             key: value if math.isfinite(value) else str(value) for key, value in record.items()
         }
-        try:
+        with _telling(self._path):
             self._file.write(json.dumps(values, allow_nan=False) + "\n")
             self._file.flush()
-        except OSError as error:
-            message = f"{self._path} cannot be written: {error.strerror}"
-            raise RuntimeError(message) from error
 
     def close(self) -> None:
         """Closes the file; what could not be written has been told before."""
         with contextlib.suppress(OSError):
             self._file.close()
+
+
+@contextlib.contextmanager
+def _telling(path: Path) -> Iterator[None]:
+    """Says what could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _drop_records_after(path: Path, step: int) -> None:
@@ -174,12 +180,15 @@ class TensorBoardSink:
     def __init__(self, folder: Path, *, start_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=10)
+        self._folder = folder
+        with _telling(folder):
+            self._writer = SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=10)
 
     def write(self, record: Record) -> None:
         """Adds the record's scalars."""
-        for tag, value in scalars(record).items():
-            self._writer.add_scalar(tag, value, int(record["step"]))
+        with _telling(self._folder):
+            for tag, value in scalars(record).items():
+                self._writer.add_scalar(tag, value, int(record["step"]))
 
     def close(self) -> None:
         """Writes pending events and closes the file."""
