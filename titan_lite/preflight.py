@@ -9,6 +9,7 @@ from pathlib import Path
 
 from titan_lite.checkpoint.state import Start, find_start
 from titan_lite.config.load import DEFAULT, ConfigError, LoadedConfig, Problem
+from titan_lite.config.problems import FIELDS
 from titan_lite.config.schema import Data
 from titan_lite.data.held_out import resolve_held_out
 from titan_lite.data.masked_lm import mask_of
@@ -43,8 +44,8 @@ def preflight(loaded: LoadedConfig, plan: Plan) -> Preflight:
             sources = resolve_sources(config.data)
             if tokenizer is not None:
                 check_tokens(sources, tokenizer)
-            if config.data.tokenizer_threads > 1 and all(source.stored for source in sources):
-                logger.warning("data.tokenizer_threads cannot act: the data is tokenized already")
+            if all(source.stored for source in sources):
+                _warn_of_idle_keys(loaded)
     except ConfigError as error:
         problems += error.problems
     try:
@@ -82,6 +83,16 @@ def lock_folders(loaded: LoadedConfig) -> contextlib.ExitStack:
             with blaming(key, loaded):
                 locks.callback(FolderLock(folder, key).release)
         return locks.pop_all()
+
+
+def _warn_of_idle_keys(loaded: LoadedConfig) -> None:
+    """Says which keys were set that only text needs."""
+    for name in ("on_bad_document", "tokenizer_threads"):
+        key = f"data.{name}"
+        if getattr(loaded.config.data, name) != FIELDS["data"][name].default:
+            logger.warning(
+                "%s (%s) cannot act: the data is tokenized already", key, loaded.origins[key]
+            )
 
 
 def run_folder(loaded: LoadedConfig) -> Path:
@@ -122,4 +133,5 @@ def blaming(key: str, loaded: LoadedConfig) -> Iterator[None]:
         named = [known for known in loaded.origins if known in str(error)]
         given = [known for known in named if loaded.origins[known] != DEFAULT]
         key = (given or named or [key])[0]
-        raise ConfigError([Problem(key, loaded.origins[key], str(error))]) from error
+        message = str(error).removeprefix(f"{key}: ")
+        raise ConfigError([Problem(key, loaded.origins[key], message)]) from error

@@ -431,6 +431,9 @@ def test_what_cannot_be_tokenized_is_refused(
     assert "one.tokens is tokenized already" in refused(source="one.tokens")
     skip = "--data.on_bad_document=skip"
     assert "nowhere does not exist" in refused(skip, "--data.tokenizer_path=nowhere")
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    empty = f"--data.dataset_path={tmp_path / 'blank.jsonl'}"
+    assert "blank.jsonl holds no documents" in refused(empty, f"--output={tmp_path / 'y'}")
     lock = FolderLock(tmp_path / "x.incomplete")
     assert f"another run writes to {tmp_path}/x.incomplete: process {os.getpid()} " in refused(skip)
     lock.release()
@@ -568,6 +571,29 @@ def test_a_folder_that_is_not_whole_is_refused(folder: Path, tmp_path: Path) -> 
     del manifest["shards"]
     (tmp_path / "tokens" / "manifest.json").write_text(json.dumps(manifest))
     assert "manifest.json is damaged: KeyError('shards')" in refused()
+    manifest = json.loads((folder / "one.tokens" / "manifest.json").read_bytes())
+    for changes, reason in (
+        ({"dtype": "uint17"}, "data type 'uint17' not understood"),
+        ({"rows_per_file": [1]}, "rows_per_file and shards differ in the number of rows"),
+    ):
+        (tmp_path / "tokens" / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+        assert reason in refused()
+    # Its name ends as that of documents does.
+    (tmp_path / "tokens" / "manifest.json").write_text(json.dumps(manifest)[:-9])
+    assert "manifest.json is damaged: JSONDecodeError" in refused()
+    (tmp_path / "tokens" / "manifest.json").rename(tmp_path / "tokens" / "progress.json")
+    assert "tokens has no manifest.json: no tokenization that was completed" in refused()
+
+
+def test_what_only_text_needs_is_warned_about(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = [f"--data.dataset_path={folder / 'one.tokens'}", "--model.flavor=debug", "--preflight"]
+    keys += ["--data.on_bad_document=skip", "--data.tokenizer_threads=2"]
+    assert main(["config", *keys]) == 0
+    for key in ("on_bad_document", "tokenizer_threads"):
+        message = f"data.{key} (command line) cannot act: the data is tokenized already"
+        assert message in caplog.text
 
 
 def test_too_few_documents_name_the_number_of_streams_that_would_do(folder: Path) -> None:

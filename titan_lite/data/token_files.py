@@ -87,7 +87,9 @@ def shard_files(number: int) -> tuple[str, str]:
 
 
 def is_token_folder(path: Path) -> bool:
-    """Whether a folder has such a manifest."""
+    """Whether a folder has such a manifest, or shards: its own files are no documents."""
+    if (path / shard_files(0)[0]).exists():
+        return True
     try:
         return bool(json.loads((path / MANIFEST_FILE).read_bytes())["format"] == FORMAT)
     except (OSError, ValueError, KeyError, TypeError):
@@ -100,16 +102,21 @@ class TokenFolder:
     def __init__(self, folder: Path) -> None:
         """Raises ValueError naming the file that is missing, of another size or no manifest."""
         self.folder = folder
+        if not (folder / MANIFEST_FILE).exists():
+            raise ValueError(f"{folder} has no {MANIFEST_FILE}: no tokenization that was completed")
         try:
             content = json.loads((folder / MANIFEST_FILE).read_bytes())
             del content["format"]
             shards = [Shard(s["rows"], s["tokens"], tuple(s["crc32"])) for s in content["shards"]]
             self.manifest = Manifest(**{**content, "shards": shards})
+            files = self.manifest.files()
+            self._first_rows = np.cumsum([0, *(shard.rows for shard in shards)])
+            if self.first_rows[-1] != self._first_rows[-1]:
+                raise ValueError("rows_per_file and shards differ in the number of rows")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder / MANIFEST_FILE} is damaged: {error!r}") from None
-        for name, file in self.manifest.files().items():
+        for name, file in files.items():
             check_size(folder / name, file)
-        self._first_rows = np.cumsum([0, *(shard.rows for shard in shards)])
         self._mapped: dict[int, tuple[npt.NDArray[Any], Rows]] = {}
 
     @cached_property

@@ -89,6 +89,8 @@ def tokenize(
                         judge.bad(chunk.rows[index], encoded.reasons[index])
                 writer.add(chunk, encoded)
                 report(done, dataset.num_shards)
+            if not done.documents:
+                raise ValueError(f"{source.key}: {source.name} holds no documents")
             writer.finish()
         _manifest(source, section, tokenizer, done).write(aside)
         manifest = TokenFolder(aside).manifest

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from titan_lite.config.load import ConfigError, LoadedConfig, Problem
 from titan_lite.data.sources import Source, resolve_source
-from titan_lite.data.token_files import MANIFEST_FILE, UNFINISHED, Manifest, TokenFolder
+from titan_lite.data.token_files import UNFINISHED, Manifest, TokenFolder
 from titan_lite.preflight import blaming
 from titan_lite.runtime.stored_files import damaged_files
 
@@ -63,8 +63,6 @@ def write(loaded: LoadedConfig, target: Path, *, processes: int, shard_tokens: i
 def verify(folder: Path) -> int:
     """Compares all files of a folder with their checksums; returns 1 where one differs."""
     try:
-        if not (folder / MANIFEST_FILE).exists():
-            raise ValueError(f"{folder} has no {MANIFEST_FILE}: no tokenization that was completed")
         manifest = TokenFolder(folder).manifest
         files = manifest.files()
 
