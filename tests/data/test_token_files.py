@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -437,6 +438,14 @@ def test_what_cannot_be_tokenized_is_refused(
     lock = FolderLock(tmp_path / "x.incomplete")
     assert f"another run writes to {tmp_path}/x.incomplete: process {os.getpid()} " in refused(skip)
     lock.release()
+    # A limit on the size of files stands for a full disk.
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (99, former[1]))
+    try:
+        message = refused(skip)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    assert f"{tmp_path}/x.incomplete cannot be written: File too large; the same " in message
     sources = '--data.sources=[{name="a", weight=1.0}]'
     message = refusal(capsys, sources, f"--output={tmp_path / 'x'}")
     assert "data.sources" in message

@@ -44,8 +44,14 @@ def write(loaded: LoadedConfig, target: Path, *, processes: int, shard_tokens: i
                 shard_tokens=shard_tokens,
                 report=progress.update,
             )
-        except (TargetError, OSError) as error:
+        except TargetError as error:
             raise ConfigError([Problem("--output", "command line", str(error))]) from error
+        except OSError as error:
+            message = (
+                f"{error.filename or f'{target}{UNFINISHED}'} cannot be written: {error.strerror}; "
+                "the same command goes on"
+            )
+            raise ConfigError([Problem("--output", "command line", message)]) from error
         except BrokenProcessPool:
             raise ValueError(
                 "a process that tokenizes was killed, by the system if memory was short: the same "
