@@ -281,6 +281,16 @@ def test_another_masking_cannot_resume_the_samples(files):
         loaders(MaskedLM(mask_prob=0.2), 1, state, files)
 
 
+def test_another_token_for_what_is_masked_cannot_resume_the_samples(files, monkeypatch):
+    (loader,) = loaders(MaskedLM(), 1, None, files)
+    rows_of([loader], 2)
+    state = merge_states([loader.state_dict()])
+    loader.close()
+    monkeypatch.setattr(TOKENIZER, "mask_id", MASK + 1)
+    with pytest.raises(ValueError, match=f"mask_id was {MASK} and is {MASK + 1}"):
+        loaders(MaskedLM(), 1, state, files)
+
+
 def test_a_tokenizer_without_a_mask_is_refused(monkeypatch):
     tokenizer = load_tokenizer()
     monkeypatch.setattr(tokenizer, "mask_id", None)

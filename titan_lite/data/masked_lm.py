@@ -76,9 +76,9 @@ class MaskedPairs:
 
     def settings(self) -> dict[str, Any]:
         """What must not change on the way."""
-        return {"data.packing": None, "data.packing_block": None} | {
-            f"masked_lm.{key}": value for key, value in self._section.model_dump().items()
-        }
+        own = {f"masked_lm.{key}": value for key, value in self._section.model_dump().items()}
+        # The identity of a tokenizer leaves it out.
+        return {"data.packing": None, "data.packing_block": None, "mask_id": self._mask_id} | own
 
     def rows(
         self, blocks: Iterable[tuple[Mark, Tokens]], offset: int, *, key: tuple[int, int], item: int

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from titan_lite.checkpoint.state import RunState
-from titan_lite.config.load import LoadedConfig
+from titan_lite.config.load import ConfigError, LoadedConfig, Problem
 from titan_lite.config.schema import Config
 from titan_lite.data.loader import Batch
 from titan_lite.dryrun.gpu_kernels import gpu_kernels
