@@ -130,9 +130,9 @@ def test_a_resumed_run_counts_on(
     assert _by_source(records) == _by_source(expected)
 
 
-def _problems(*overrides: str) -> list[tuple[str, str]]:
+def _problems(folder: Path, *overrides: str) -> list[tuple[str, str]]:
     with pytest.raises(ConfigError) as error:
-        build_trainer("unused", *overrides)
+        build_trainer(folder, *overrides)
     return [(problem.key, problem.message) for problem in error.value.problems]
 
 
@@ -187,8 +187,10 @@ A, B = '{name = "a", weight = 1}', '{name = "b", weight = 2.5}'
         ),
     ],
 )
-def test_what_cannot_be_mixed_is_refused(settings: list[str], key: str, message: str) -> None:
-    ((found_key, found_message),) = _problems(*settings)
+def test_what_cannot_be_mixed_is_refused(
+    settings: list[str], key: str, message: str, tmp_path: Path
+) -> None:
+    ((found_key, found_message),) = _problems(tmp_path, *settings)
     assert found_key == key
     assert message in found_message
 
