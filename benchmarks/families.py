@@ -84,7 +84,7 @@ def draw(curves: Curves, path: Path) -> None:
     axes.set_xlim(1, last)
     axes.axhline(UNIGRAM_ENTROPY, color="0.45", linestyle="--", linewidth=1)
     words = f"unigram entropy of the corpus, {UNIGRAM_ENTROPY} nats"
-    axes.text(last, UNIGRAM_ENTROPY + 0.06, words, color="0.35", ha="right", fontsize=9)
+    axes.text(last, UNIGRAM_ENTROPY - 0.05, words, color="0.35", ha="right", va="top", fontsize=9)
     ends = {name: curve["loss"][-1] for name, curve in curves.items()}
     gap = (highest - lowest) / 20
     places = apart(ends, gap)
