@@ -36,7 +36,6 @@ LABELLED, HALF = "--training.loss_positions=labelled", "--training.local_batch_s
 QUARTER = "--training.local_batch_size=2"
 LAYOUTS = (
     (1, (LABELLED, HALF)),
-    (2, (HALF,)),
     (2, (LABELLED, "--parallel.tp=2")),
     (2, (LABELLED, "--parallel.pp=2", QUARTER)),
 )

@@ -171,9 +171,8 @@ def test_a_folder_that_ranks_do_not_share_is_named_when_saving_and_when_resuming
     [
         ((), ("--parallel.pp=2",)),
         (("--parallel.pp=2",), ("--parallel.pp=2", "--parallel.pp_schedule=ZBVZeroBubble")),
-        (("--parallel.pp=2", "--parallel.pp_schedule=Interleaved1F1B"), ("--parallel.tp=2",)),
     ],
-    ids=["fsdp 2 to pp 2", "pp 2 to 2 stages in a V", "pp 2 to tp 2"],
+    ids=["fsdp 2 to pp 2", "pp 2 to 2 stages in a V"],
 )
 def test_a_run_goes_on_under_another_pipeline(
     saving: tuple[str, ...],

@@ -237,7 +237,7 @@ FAMILIES = (
     Case("hsdp 2x1", micro_batches=4, alike=MEGATRON_BERT),
     Case("tp2", "full", more=(NO_SEQUENCE_PARALLEL,), alike=MEGATRON_BERT),
     Case("tp2", "selective_op", "compile", alike=MEGATRON_BERT),
-    Case("dp2 x tp2", micro_batches=4, alike=MEGATRON_BERT),
+    Case("dp2", micro_batches=4, alike=MEGATRON_BERT),
     Case("pp2", "full", micro_batches=4, alike=MEGATRON_BERT),
     Case("hsdp 2x1", "none", "compile", 4, alike=BERT),
     Case("dp2 x tp2", "full", alike=BERT),
@@ -248,8 +248,7 @@ BFLOAT16 = ("training.param_dtype=bfloat16",)
 IN_PRECISION = (
     Case("dp2", micro_batches=4, alike=BFLOAT16),
     Case("hsdp 2x2", alike=BFLOAT16),
-    Case("tp2", alike=BFLOAT16),
-    Case("tp2", "full", "compile", alike=BFLOAT16),
+    Case("tp2", "full", alike=BFLOAT16),
     Case("dp2 x tp2", "selective_op", alike=BFLOAT16),
     Case("pp2", micro_batches=4, alike=BFLOAT16),
     Case("tp2", alike=(*BFLOAT16, "model.fp32_residual=true")),

@@ -42,7 +42,7 @@ def test_pairs_become_a_table_and_each_run_is_trained_once(
     assert "| bfloat16 | statistical | --tier statistical estimates the noise from" in out
     assert launched == [1, 2, 4, 1]
     drawn = json.loads((tmp_path / "dp2.png").read_text())
-    assert (drawn["a"], drawn["b"]) == ("1 process", "2 processes, training.local_batch_size=4")
+    assert (drawn["a"], drawn["b"]) == ("1 process", "2 processes, training.local_batch_size=2")
     numerics.main(argv)
     assert launched == [1, 2, 4, 1]
 
