@@ -1,5 +1,7 @@
 """FSDP2 and HSDP: one unit per block, one for the embeddings, one for the norm and each head."""
 
+import warnings
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -100,6 +102,10 @@ def apply_fsdp(
         shard(head, choice == "always")
     for module in (*apart, model):
         shard(module, choice == "always")
+    # The output of a unit that ends in a norm is a view under tensor parallel, and no model here
+    # changes one in place.
+    units = "PostNormBlock|LayerNorm"
+    warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \(FSDP({units})\) returned a view")
     _reduce_by_sum(model)
     lookups = embeddings if all(isinstance(m, nn.Embedding) for m in embeddings) else []
     for module in lookups:
