@@ -85,9 +85,13 @@ def build_trainer(folder: Path | str, *overrides: str) -> Trainer:
 def masked(batches: Iterator[Batch]) -> Iterator[Batch]:
     """Leaves labels uncounted by the token they follow: another number of them in every sample."""
     for batch in batches:
-        labels = batch.labels.masked_fill(batch.inputs % 3 == 0, IGNORE_INDEX)
+        tokens, chosen = batch.inputs, batch.inputs[:, 0]
+        if batch.pair_labels is not None:
+            # Of a masked language model first tokens are all the same, as are hidden ones.
+            tokens, chosen = batch.labels, batch.labels.sum(1)
+        labels = batch.labels.masked_fill(tokens % 3 == 0, IGNORE_INDEX)
         # One sample in four has hardly anything left.
-        labels[batch.inputs[:, 0] % 4 == 0, 2:] = IGNORE_INDEX
+        labels[chosen % 4 == 0, 2:] = IGNORE_INDEX
         yield dataclasses.replace(batch, labels=labels)
 
 
