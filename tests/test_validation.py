@@ -151,7 +151,9 @@ def _validate_by_hand(folder: Path, *overrides: str) -> tuple[list[Any], list[fl
 def test_the_metrics_are_those_of_whole_logits_and_the_time_is_excluded(
     workers: dict[int, Workers], tmp_path: Path
 ) -> None:
-    settings = ("--metrics.enable_tensorboard=true",)
+    # Nothing is dropped in validation.
+    dropout = ("--model.hidden_dropout=0.3", "--model.attention_dropout=0.3")
+    settings = ("--metrics.enable_tensorboard=true", *dropout)
     records, by_hand, num_tokens = workers[1].run(_validate_by_hand, tmp_path, *settings)[0]
     assert _validations(records) == pytest.approx(by_hand, rel=1e-6)
     assert num_tokens == 2 * 8 * 64

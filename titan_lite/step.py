@@ -13,7 +13,9 @@ from torch import Tensor
 from titan_lite.config.schema import Config
 from titan_lite.data.loader import Batch
 from titan_lite.loss import IGNORE_INDEX, cross_entropy_sum
+from titan_lite.models.args import DecoderArgs
 from titan_lite.nn.documents import DocumentMask, Spans, dense_mask, document_spans, has_kernel
+from titan_lite.nn.dropout import token_keys
 from titan_lite.objective import Objective
 from titan_lite.optim.loss_scaler import LossScaler
 from titan_lite.optim.nonfinite import NonFiniteGuard
@@ -61,8 +63,7 @@ class TrainStep:
         guard: LossScaler | NonFiniteGuard,
         objective: Objective,
         *,
-        vocab_size: int,
-        is_causal: bool,
+        args: DecoderArgs,
         device: torch.device,
         progress: Progress,
     ) -> None:
@@ -77,8 +78,7 @@ class TrainStep:
         self.objective = objective
         self.num_sources = len(config.data.sources)
         self.source_losses: Tensor | None = None
-        self.vocab_size = vocab_size
-        self.is_causal = is_causal
+        self.args = args
         self.positions = parallel_model.positions
         self.device = device
         self.pair_factor = torch.ones((), device=device)
@@ -223,7 +223,7 @@ class TrainStep:
             labels=self.to_device(batch.labels),
             positions=labelled,
             num_chunks=config.training.loss_chunks,
-            vocab_size=self.vocab_size,
+            vocab_size=self.args.vocab_size,
             factor=factor,
             loss_parallel=config.parallel.loss_parallel,
             compile=config.compile.covers("loss"),
@@ -234,7 +234,19 @@ class TrainStep:
         positions = None if batch.positions is None else self.to_device(batch.positions)
         kwargs = {"head_loss": head_loss, "positions_S": positions, "mask": self._mask(batch)}
         kwargs |= self.objective.arguments(batch, self.pair_factor, self.sums, self.to_device)
+        kwargs |= self._dropout(batch)
         return self.to_device(batch.inputs), kwargs
+
+    def _dropout(self, batch: Batch) -> dict[str, Tensor]:
+        """What tells the model what to drop; nothing in `evaluate`, which has no gradients."""
+        if not (self.args.has_dropout and torch.is_grad_enabled()):
+            return {}
+        assert batch.samples is not None
+        places = self.positions
+        if places is None:
+            places = torch.arange(batch.inputs.shape[1])
+        keys = token_keys(self.config.training.seed, batch.samples, places)
+        return {"dropout_keys_BS": self.to_device(keys)}
 
     def _zeros(self, dtype: torch.dtype) -> Tensor:
         return torch.zeros(self.objective.num_sums, dtype=dtype, device=self.device)
@@ -266,9 +278,9 @@ class TrainStep:
             # Attention sees whole rows.
             queries = torch.arange(batch.documents.shape[1])
         dtype = getattr(torch, self.config.training.param_dtype)
-        if not has_kernel(self.device, dtype):
+        if self.args.attention_dropout or not has_kernel(self.device, dtype):
             documents, queries = self.to_device(batch.documents), self.to_device(queries)
-            return dense_mask(documents, queries, dtype, causal=self.is_causal)
+            return dense_mask(documents, queries, dtype, causal=self.args.causal)
         return tuple(
             Spans(spans.num_queries, *map(self.to_device, spans[1:]))
             for spans in document_spans(batch.documents, queries)

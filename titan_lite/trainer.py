@@ -141,8 +141,7 @@ class Trainer:
             self.optimizer,
             self.guard,
             self.objective,
-            vocab_size=plan.args.vocab_size,
-            is_causal=plan.args.causal,
+            args=plan.args,
             device=self.process.device,
             progress=self.progress,
         )

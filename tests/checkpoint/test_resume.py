@@ -36,7 +36,16 @@ def _interrupted(folder: Path, *overrides: str) -> None:
     [
         (1, ()),
         (2, ("training.local_batch_size=2", "training.param_dtype=bfloat16")),
-        (2, ("training.local_batch_size=4", "parallel.dp_replicate=2", "optimizer.name=Adam")),
+        (
+            2,
+            (
+                "training.local_batch_size=4",
+                "parallel.dp_replicate=2",
+                "optimizer.name=Adam",
+                "model.hidden_dropout=0.1",
+                "model.attention_dropout=0.1",
+            ),
+        ),
         (4, ("training.local_batch_size=2", "activation_checkpoint.mode=full")),
     ],
 )

@@ -47,6 +47,8 @@ def test_each_override_replaces_its_field_and_nothing_else() -> None:
         "parallel_residual": True,
         "positions": "learned",
         "rotary_fraction": 0.5,
+        "hidden_dropout": 0.25,
+        "attention_dropout": 0.75,
     }
     overridable = Model.model_fields.keys() - {"name", "flavor", "module"}
     assert given.keys() == overridable

@@ -144,6 +144,19 @@ def test_heads_that_ulysses_cannot_deal_to_the_ranks_are_refused() -> None:
     assert not broken(cp=8, cp_method="ulysses")
 
 
+def test_weights_of_attention_are_not_dropped_where_no_rank_has_all_of_a_sequence() -> None:
+    config = Config.model_validate({"parallel": {"cp": 2}})
+    dropping = replace(LLAMA.flavors["debug"], hidden_dropout=0.1, attention_dropout=0.1)
+    assert list(model_rules(config, dropping)) == [
+        (
+            ("parallel.cp", "model.flavor", "model.attention_dropout"),
+            "attention_dropout (0.1) needs whole sequences, which parallel.cp (2) splits: use 0; "
+            "hidden_dropout acts all the same",
+        )
+    ]
+    assert not list(model_rules(config, replace(dropping, attention_dropout=0.0)))
+
+
 def test_an_encoder_is_not_split_over_the_sequences_of_causal_attention() -> None:
     config = Config.model_validate({"parallel": {"cp": 2}, "training": {"seq_len": 512}})
     assert list(model_rules(config, BERT.flavors["base"])) == [

@@ -148,6 +148,8 @@ FOUR_LAYERS = ("model.num_layers=4",)
 # head, or more layers, 20 steps make up to 5e-4 of it; with this 1e-5.
 LARGER_EPS = "optimizer.eps=1e-6"
 TIED = ("model.tied_head=true", LARGER_EPS)
+HIDDEN_DROPOUT = ("model.hidden_dropout=0.1",)
+DROPOUT = (*HIDDEN_DROPOUT, "model.attention_dropout=0.1")
 
 
 def schedule(name: str) -> str:
@@ -175,6 +177,7 @@ FURTHER = (
     Case("dp2 x cp2", "full"),
     Case("cp2 x tp2", "selective_op", more=(ULYSSES,)),
     Case("dp2 x cp2 x tp2"),
+    Case("cp2 x tp2", "full", micro_batches=2, alike=HIDDEN_DROPOUT),
     Case("pp2", "selective_op", "compile", micro_batches=4, alike=FOUR_LAYERS),
     Case("pp2", micro_batches=4, more=(schedule("GPipe"),), alike=FOUR_LAYERS),
     Case("pp2", "full", micro_batches=4, more=(schedule("Interleaved1F1B"),), alike=FOUR_LAYERS),
@@ -235,10 +238,11 @@ FAMILIES = (
     Case("cp2 x tp2", "selective_op", alike=GPT),
     Case("pp2", "full", micro_batches=4, alike=GPT),
     Case("hsdp 2x1", micro_batches=4, alike=MEGATRON_BERT),
-    Case("tp2", "full", more=(NO_SEQUENCE_PARALLEL,), alike=MEGATRON_BERT),
-    Case("tp2", "selective_op", "compile", alike=MEGATRON_BERT),
     Case("dp2", micro_batches=4, alike=MEGATRON_BERT),
-    Case("pp2", "full", micro_batches=4, alike=MEGATRON_BERT),
+    Case("tp2", "full", more=(NO_SEQUENCE_PARALLEL,), alike=(*MEGATRON_BERT, *DROPOUT)),
+    Case("tp2", "selective_op", "compile", alike=(*MEGATRON_BERT, *DROPOUT)),
+    Case("dp2 x tp2", micro_batches=2, alike=(*MEGATRON_BERT, *DROPOUT)),
+    Case("pp2", "full", micro_batches=4, alike=(*MEGATRON_BERT, *DROPOUT)),
     Case("hsdp 2x1", "none", "compile", 4, alike=BERT),
     Case("dp2 x tp2", "full", alike=BERT),
     Case("pp2", "selective_op", micro_batches=4, alike=BERT),

@@ -27,6 +27,7 @@ APPLIED = Applied(
     loss_parallel=True,
     saved_ops=(),
     activation_memory_budget=1.0,
+    dropout={},
     compiled_loss=False,
 )
 FULL = ActivationCheckpoint(mode="full")
@@ -104,6 +105,8 @@ def _report(folder: Path) -> str:
         "--float8.emulate=true",
         "--float8.filter=['layers.0.attention.*']",
         "--activation_checkpoint.mode=every_nth",
+        "--model.hidden_dropout=0.1",
+        "--model.attention_dropout=0.05",
     )
     trainer.close()
     return str(trainer.applied)
@@ -124,6 +127,8 @@ def test_everything_is_counted_on_the_modules_of_a_run(
         "  checkpointed      1 of 2 blocks",
         "  compiled          0 of 2 blocks",
         "  pipeline          1 stage",
+        "  dropout           0.1 of hidden features in 5 places, 0.05 of attention's weights in 2 "
+        "places",
     ]
     modules = json.loads((tmp_path / "run.json").read_text())["applied"]["modules"]
     assert modules["checkpointed"] == ["layers.0"]

@@ -13,6 +13,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Timeout = Annotated[int, Field(ge=1, le=7 * 24 * 3600)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Dropped = Annotated[float, Field(ge=0, lt=1)]
 DType = Literal["float32", "bfloat16", "float16"]
 AsyncMode = Literal["disabled", "async", "async_pinned"]
 NormKind = Literal["rmsnorm", "layernorm"]
@@ -98,6 +99,12 @@ class Model(Section):
     """Overrides the flavor's normalisation epsilon."""
     tied_head: bool | None = None
     """Overrides whether the flavor's output projection is its embedding table."""
+    hidden_dropout: Dropped | None = None
+    """Overrides the share of features that training drops of what the flavor's embeddings give, and
+    of what attention and feed-forward add; the same in every layout."""
+    attention_dropout: Dropped | None = None
+    """Overrides the share of attention's weights that training drops, which no fused attention then
+    computes: memory grows with seq_len squared."""
     fp32_residual: bool | None = None
     """Overrides whether the flavor adds its blocks' outputs up in float32, whatever
     training.param_dtype."""

@@ -51,6 +51,8 @@ class Batch:
     not counted."""
     sources: torch.Tensor | None = None
     """(B,) int64: which of data.sources each row is from; None without them."""
+    samples: torch.Tensor | None = None
+    """(B,) int64: the number of each row in the run; None where it is no sample of one."""
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> "Batch":
@@ -204,6 +206,7 @@ class DataLoader:
         sample = num_samples + (self._rank - num_samples) % self._degree
         while True:
             rows, sources, moved = [], [], {}
+            samples = sample + self._degree * torch.arange(self._local_batch_size)
             for _ in range(self._local_batch_size):
                 before, v = divmod(sample, num_streams)
                 source = self._mixture.source(sample)
@@ -224,7 +227,7 @@ class DataLoader:
                 sources.append(source)
                 moved[number] = streams[number].position
                 sample += self._degree
-            batch = Batch.of(rows)
+            batch = dataclasses.replace(Batch.of(rows), samples=samples)
             if self._section.sources:
                 batch = dataclasses.replace(batch, sources=torch.tensor(sources))
             yield batch, moved

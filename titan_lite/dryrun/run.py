@@ -247,4 +247,5 @@ def _batches(
         positions = torch.zeros_like(tokens) if with_positions else None
         sources = tokens.new_zeros(local_batch_size) if with_sources else None
         types, pairs = (tokens, tokens[:, 0]) if with_pairs else (None, None)
-        yield Batch(tokens, torch.zeros_like(tokens), positions, None, types, pairs, sources)
+        labels, samples = torch.zeros_like(tokens), tokens[:, 0]
+        yield Batch(tokens, labels, positions, None, types, pairs, sources, samples)

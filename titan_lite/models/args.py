@@ -54,6 +54,10 @@ class DecoderArgs:
     rope_scaling: RopeScaling | None = None
     fp32_residual: bool = False
     """Blocks add to a residual stream in float32, whatever they compute in."""
+    hidden_dropout: float = 0.0
+    """Of what the embeddings give, and of what attention and feed-forward add."""
+    attention_dropout: float = 0.0
+    """Of the weights of what is attended to."""
     tied_head: bool = False
     """The output projection multiplies by the embedding table."""
     vocab_multiple: int = 1
@@ -63,6 +67,11 @@ class DecoderArgs:
     def padded_vocab_size(self) -> int:
         """Rows of the embedding and of the head."""
         return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training drops anything."""
+        return max(self.hidden_dropout, self.attention_dropout) > 0
 
     @property
     def head_size(self) -> int:

@@ -5,7 +5,7 @@ each sum. Megatron: arXiv:1909.08053, section 5.3, which moves the norms before 
 feed-forward and adds a final one; its flavors are those of the BERT-base and BERT-large that NeMo
 trained on a 64,000-token vocabulary with a table of 2,048 positions and LayerNorm epsilon 1e-5.
 Both predict hidden tokens through a transform and the tied embedding with a bias of its own, and
-whether the second text follows the first. There is no dropout.
+whether the second text follows the first. Both train with dropout of 0.1.
 """
 
 from dataclasses import replace
@@ -34,6 +34,8 @@ def _bert(dim: int, num_layers: int, num_heads: int) -> EncoderArgs:
         ffn_bias=True,
         positions="learned",
         tied_head=True,
+        hidden_dropout=0.1,
+        attention_dropout=0.1,
         post_norm=True,
     )
 
@@ -48,8 +50,14 @@ def _parameters(ours: str, theirs: str) -> dict[str, str]:
 
 
 _BASE, _LARGE = _bert(768, 12, 12), _bert(1024, 24, 16)
-# Runs on two CPU cores; the vocabulary is the bundled tokenizer's.
-_DEBUG = replace(_bert(256, 4, 8), vocab_size=2048, max_seq_len=2048)
+# Runs on two CPU cores, without dropout; the vocabulary is the bundled tokenizer's.
+_DEBUG = replace(
+    _bert(256, 4, 8),
+    vocab_size=2048,
+    max_seq_len=2048,
+    hidden_dropout=0.0,
+    attention_dropout=0.0,
+)
 _LAYER = "bert.encoder.layer.*"
 _KEY_MAP = {
     "tok_embeddings.weight": "bert.embeddings.word_embeddings.weight",
@@ -83,6 +91,8 @@ _CONFIG = HFConfig(
         "vocab_size": "vocab_size",
         "max_seq_len": "max_position_embeddings",
         "norm_eps": "layer_norm_eps",
+        "hidden_dropout": "hidden_dropout_prob",
+        "attention_dropout": "attention_probs_dropout_prob",
     },
     choices={
         "ffn": "gelu",
@@ -95,7 +105,12 @@ _CONFIG = HFConfig(
         "post_norm": True,
     },
     # transformers/models/bert/configuration_bert.py
-    defaults={"max_position_embeddings": 512, "layer_norm_eps": 1e-12},
+    defaults={
+        "max_position_embeddings": 512,
+        "layer_norm_eps": 1e-12,
+        "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.1,
+    },
     constants={
         "hidden_act": "gelu",
         "type_vocab_size": 2,

@@ -95,6 +95,8 @@ GPT_NEOX = Family(
             "rotary_fraction": "rotary_pct",
             "rope_theta": "rotary_emb_base",
             "tied_head": "tie_word_embeddings",
+            "hidden_dropout": "hidden_dropout",
+            "attention_dropout": "attention_dropout",
         },
         choices={"ffn": "gelu", "norm": "layernorm", "ffn_bias": True},
         # transformers/models/gpt_neox/configuration_gpt_neox.py

@@ -10,6 +10,13 @@ from titan_lite.models.args import DecoderArgs, RopeScaling
 if TYPE_CHECKING:
     from titan_lite.models.family import Family
 
+UNCOMPARED = (
+    "max_seq_len",
+    "vocab_multiple",
+    "fp32_residual",
+    "hidden_dropout",
+    "attention_dropout",
+)
 _SCALING_KEYS = {
     "factor": "factor",
     "low_freq_factor": "low_freq_factor",
@@ -110,14 +117,14 @@ def differences(
 ) -> dict[str, tuple[object, object]]:
     """Fields of the args -> (config.json's value, the args'), where they differ.
 
-    What is no part of the model is left out, and the longest sequence: no weight knows it, or the
-    shape of learned positions does.
+    What is no part of the model is left out, as are dropout and the longest sequence: no weight
+    knows it, or the shape of learned positions does.
     """
     theirs = args_from_hf(config, hf)
     pairs = {
         known.name: (_value(theirs, known.name), _value(args, known.name))
         for known in dataclasses.fields(args)
-        if known.name not in ("max_seq_len", "vocab_multiple", "fp32_residual")
+        if known.name not in UNCOMPARED
     }
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 

@@ -163,6 +163,12 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[tuple[tuple[str, 
             ("model.flavor", "model.num_heads", "model.num_kv_heads"),
             f"num_heads ({args.num_heads}) is not divisible by num_kv_heads ({args.num_kv_heads})",
         )
+    if args.causal and args.attention_dropout and cp > 1:
+        yield (
+            ("parallel.cp", "model.flavor", "model.attention_dropout"),
+            f"attention_dropout ({args.attention_dropout:g}) needs whole sequences, which "
+            f"parallel.cp ({cp}) splits: use 0; hidden_dropout acts all the same",
+        )
     if args.positions == "learned":
         for key in ("rotary_fraction", "rope_theta"):
             if getattr(config.model, key) is not None:

@@ -3,11 +3,13 @@
 Shape suffixes: B batch, S sequence, D model width, N query heads, K key/value heads, H head dim.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from titan_lite.models.args import DecoderArgs
 from titan_lite.nn.documents import DocumentMask, attend_in_documents
+from titan_lite.nn.dropout import drop, scramble
 from titan_lite.nn.norm import RMSNorm
 
 
@@ -22,7 +24,12 @@ class ScaledDotProductAttention(nn.Module):
         self.causal = causal
 
     def forward(
-        self, q_BNSH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: DocumentMask | None = None
+        self,
+        q_BNSH: Tensor,
+        k_BKSH: Tensor,
+        v_BKSH: Tensor,
+        mask: DocumentMask | None = None,
+        dropout_keys_BS: Tensor | None = None,
     ) -> Tensor:
         if mask is not None:
             return attend_in_documents(q_BNSH, k_BKSH, v_BKSH, mask, causal=self.causal)
@@ -34,6 +41,45 @@ class ScaledDotProductAttention(nn.Module):
             # Only where needed: some fused kernels refuse the flag even with equal head counts.
             enable_gqa=q_BNSH.shape[1] != k_BKSH.shape[1],
         )
+
+
+class DropoutAttention(ScaledDotProductAttention):
+    """The same with dropout of the softmax' results, which exist as a whole: (B, N, S, S).
+
+    No fused kernel drops the same whoever has the head. site: as of Dropout. shard: which of as
+    many equal parts of the heads as there are this device has.
+    """
+
+    shard = 0
+
+    def __init__(self, p: float, site: int, *, causal: bool) -> None:
+        super().__init__(causal=causal)
+        self.p = p
+        self.site = site
+
+    def forward(
+        self,
+        q_BNSH: Tensor,
+        k_BKSH: Tensor,
+        v_BKSH: Tensor,
+        mask: DocumentMask | None = None,
+        dropout_keys_BS: Tensor | None = None,
+    ) -> Tensor:
+        if dropout_keys_BS is None:
+            return super().forward(q_BNSH, k_BKSH, v_BKSH, mask)
+        N, S, H = q_BNSH.shape[1:]
+        k_BNSH, v_BNSH = (t.repeat_interleave(N // t.shape[1], dim=1) for t in (k_BKSH, v_BKSH))
+        scores_BNSS = q_BNSH @ k_BNSH.transpose(-1, -2) * H**-0.5
+        if mask is not None:
+            assert isinstance(mask, Tensor)
+            scores_BNSS = scores_BNSS + mask
+        elif self.causal:
+            future_SS = torch.ones(S, S, dtype=torch.bool, device=q_BNSH.device).triu(1)
+            scores_BNSS = scores_BNSS.masked_fill(future_SS, -torch.inf)
+        weights_BNSS = scores_BNSS.softmax(-1, dtype=torch.float32).type_as(v_BNSH)
+        heads_N = torch.arange(self.shard * N, (self.shard + 1) * N, device=q_BNSH.device)
+        keys_BNS = scramble(scramble(dropout_keys_BS ^ self.site)[:, None] ^ heads_N[:, None])
+        return drop(weights_BNSS, keys_BNS, self.p) @ v_BNSH
 
 
 class Attention(nn.Module):
@@ -56,13 +102,18 @@ class Attention(nn.Module):
             for _ in range(2)
         )
         self.rope = rope
-        self.inner_attention: nn.Module = ScaledDotProductAttention(causal=args.causal)
+        self.inner_attention: nn.Module = (
+            DropoutAttention(args.attention_dropout, site=1, causal=args.causal)
+            if args.attention_dropout
+            else ScaledDotProductAttention(causal=args.causal)
+        )
 
     def forward(
         self,
         x_BSD: Tensor,
         positions_S: Tensor | None = None,
         mask: DocumentMask | None = None,
+        dropout_keys_BS: Tensor | None = None,
     ) -> Tensor:
         # -1: under tensor parallelism the projections return this rank's heads only.
         heads = (*x_BSD.shape[:2], -1, self.head_size)
@@ -70,7 +121,11 @@ class Attention(nn.Module):
         k_BSKH = self.rope(self.k_norm(self.wk(x_BSD).view(heads)), positions_S)
         v_BSKH = self.wv(x_BSD).view(heads)
         out_BNSH = self.inner_attention(
-            q_BSNH.transpose(1, 2), k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2), mask
+            q_BSNH.transpose(1, 2),
+            k_BSKH.transpose(1, 2),
+            v_BSKH.transpose(1, 2),
+            mask,
+            dropout_keys_BS,
         )
         out_BSD: Tensor = self.wo(out_BNSH.transpose(1, 2).flatten(2))
         return out_BSD

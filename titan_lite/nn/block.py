@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from titan_lite.models.args import DecoderArgs
 from titan_lite.nn.attention import Attention
 from titan_lite.nn.documents import DocumentMask
+from titan_lite.nn.dropout import build_dropout
 from titan_lite.nn.feed_forward import build_feed_forward
 from titan_lite.nn.norm import NORMS
 
@@ -25,26 +26,39 @@ class Block(nn.Module):
         self.attention = Attention(args, rope)
         self.ffn_norm = norm(args.dim, eps=args.norm_eps)
         self.feed_forward = build_feed_forward(args)
+        self.attention_dropout = build_dropout(args.hidden_dropout, site=2)
+        self.ffn_dropout = build_dropout(args.hidden_dropout, site=3)
 
     def attend(
-        self, x_BSD: Tensor, positions_S: Tensor | None, mask: DocumentMask | None
+        self,
+        x_BSD: Tensor,
+        positions_S: Tensor | None,
+        mask: DocumentMask | None,
+        dropout_keys_BS: Tensor | None,
     ) -> Tensor:
         """What attention adds to the residual stream."""
         # By keyword: what tensor parallel gathers for the attention is its only positional input.
-        attended_BSD: Tensor = self.attention(
-            self.attention_norm(x_BSD), positions_S=positions_S, mask=mask
+        out_BSD = self.attention(
+            x_BSD, positions_S=positions_S, mask=mask, dropout_keys_BS=dropout_keys_BS
         )
-        return attended_BSD
+        dropped_BSD: Tensor = self.attention_dropout(out_BSD, dropout_keys_BS)
+        return dropped_BSD
+
+    def feed(self, x_BSD: Tensor, dropout_keys_BS: Tensor | None) -> Tensor:
+        """What the feed-forward adds to the residual stream."""
+        dropped_BSD: Tensor = self.ffn_dropout(self.feed_forward(x_BSD), dropout_keys_BS)
+        return dropped_BSD
 
     def forward(
         self,
         x_BSD: Tensor,
         positions_S: Tensor | None = None,
         mask: DocumentMask | None = None,
+        dropout_keys_BS: Tensor | None = None,
     ) -> Tensor:
-        h_BSD = x_BSD + self.attend(x_BSD, positions_S, mask)
-        out_BSD: Tensor = h_BSD + self.feed_forward(self.ffn_norm(h_BSD))
-        return out_BSD
+        normed_BSD = self.attention_norm(x_BSD)
+        h_BSD = x_BSD + self.attend(normed_BSD, positions_S, mask, dropout_keys_BS)
+        return h_BSD + self.feed(self.ffn_norm(h_BSD), dropout_keys_BS)
 
 
 class ParallelBlock(Block):
@@ -55,10 +69,11 @@ class ParallelBlock(Block):
         x_BSD: Tensor,
         positions_S: Tensor | None = None,
         mask: DocumentMask | None = None,
+        dropout_keys_BS: Tensor | None = None,
     ) -> Tensor:
-        attended_BSD = self.attend(x_BSD, positions_S, mask)
-        out_BSD: Tensor = x_BSD + attended_BSD + self.feed_forward(self.ffn_norm(x_BSD))
-        return out_BSD
+        normed_BSD = self.attention_norm(x_BSD)
+        attended_BSD = self.attend(normed_BSD, positions_S, mask, dropout_keys_BS)
+        return x_BSD + attended_BSD + self.feed(self.ffn_norm(x_BSD), dropout_keys_BS)
 
 
 class PostNormBlock(Block):
@@ -69,8 +84,9 @@ class PostNormBlock(Block):
         x_BSD: Tensor,
         positions_S: Tensor | None = None,
         mask: DocumentMask | None = None,
+        dropout_keys_BS: Tensor | None = None,
     ) -> Tensor:
-        attended_BSD = self.attention(x_BSD, positions_S=positions_S, mask=mask)
+        attended_BSD = self.attend(x_BSD, positions_S, mask, dropout_keys_BS)
         h_BSD = self.attention_norm(x_BSD + attended_BSD)
-        out_BSD: Tensor = self.ffn_norm(h_BSD + self.feed_forward(h_BSD))
+        out_BSD: Tensor = self.ffn_norm(h_BSD + self.feed(h_BSD, dropout_keys_BS))
         return out_BSD

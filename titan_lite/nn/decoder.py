@@ -33,17 +33,21 @@ class Decoder(Transformer):
         head_loss: HeadLoss | None = None,
         positions_S: Tensor | None = None,
         mask: DocumentMask | None = None,
+        dropout_keys_BS: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, S, V), or what head_loss(hidden_BSD, output_weight_VD) returns.
 
         positions_S: where in the sequence the tokens are, (B, S) where rows differ; None: at 0 to
-        S - 1. mask: what they see of the past, as nn.documents.document_mask says; None: all.
+        S - 1. mask: what they see of the past, as nn.documents.DocumentMask says; None: all.
+        dropout_keys_BS: of the tokens, as nn.dropout.token_keys gives them; None: nothing is
+        dropped.
 
         Without tok_embeddings the input is the previous stage's hidden states (B, S, D); without
         output the result is this stage's.
         """
         x_BSD = self.embed(tokens_BS, positions_S)
-        for block in self.layers.values():
-            x_BSD = block(x_BSD, positions_S=positions_S, mask=mask)
+        if self.tok_embeddings is not None:
+            x_BSD = self.embedding_dropout(x_BSD, dropout_keys_BS)
+        x_BSD = self.run_blocks(x_BSD, positions_S, mask, dropout_keys_BS)
         x_BSD = self.norm(x_BSD) if self.norm is not None else x_BSD
         return self.output(x_BSD, head_loss) if self.output is not None else x_BSD

@@ -84,12 +84,14 @@ class Encoder(Transformer):
         mask: DocumentMask | None = None,
         token_types_BS: Tensor | None = None,
         pair_loss: PairLoss | None = None,
+        dropout_keys_BS: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, S, V), or the sum of what the two losses return: scalars.
 
         head_loss is called as (hidden_BSD, output_weight_VD, output_bias_V), pair_loss, where there
         is one, as (pair_logits_B2). token_types_BS: which text of the pair a token is of; None: all
-        of the first. positions_S and mask, and the stages of a pipeline: as for Decoder.
+        of the first. positions_S, mask and dropout_keys_BS, and the stages of a pipeline: as for
+        Decoder.
         """
         x_BSD = self.embed(tokens_BS, positions_S)
         if self.type_embeddings is not None:
@@ -97,8 +99,9 @@ class Encoder(Transformer):
                 token_types_BS = torch.zeros_like(tokens_BS)
             x_BSD = x_BSD + self.type_embeddings(token_types_BS)
         x_BSD = self.embedding_norm(x_BSD) if self.embedding_norm is not None else x_BSD
-        for block in self.layers.values():
-            x_BSD = block(x_BSD, positions_S=positions_S, mask=mask)
+        if self.tok_embeddings is not None:
+            x_BSD = self.embedding_dropout(x_BSD, dropout_keys_BS)
+        x_BSD = self.run_blocks(x_BSD, positions_S, mask, dropout_keys_BS)
         x_BSD = self.norm(x_BSD) if self.norm is not None else x_BSD
         if self.transform is None or self.output is None or self.pair_head is None:
             return x_BSD

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from titan_lite.models.args import DecoderArgs
 from titan_lite.nn.block import Block
+from titan_lite.nn.documents import DocumentMask
+from titan_lite.nn.dropout import build_dropout, scramble
 from titan_lite.nn.init import InitRule, fill, linear
 from titan_lite.nn.output_head import OutputHead
 from titan_lite.nn.rope import NoRotation, RotaryEmbedding
@@ -46,6 +48,7 @@ class Transformer(nn.Module):
         learned = args.positions == "learned"
         self.pos_embeddings = nn.Embedding(args.max_seq_len, args.dim) if learned else None
         self.rope = NoRotation() if learned else RotaryEmbedding(args)
+        self.embedding_dropout = build_dropout(args.hidden_dropout, site=0)
 
     def make_layers(self, block: type[Block], args: DecoderArgs) -> nn.ModuleDict:
         """Equal blocks; a ModuleDict keeps the names of those that a pipeline stage keeps."""
@@ -75,6 +78,22 @@ class Transformer(nn.Module):
         if self.pos_embeddings is not None:
             every_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
             x_BSD = x_BSD + self.pos_embeddings(every_S if positions_S is None else positions_S)
+        return x_BSD
+
+    def run_blocks(
+        self,
+        x_BSD: Tensor,
+        positions_S: Tensor | None,
+        mask: DocumentMask | None,
+        dropout_keys_BS: Tensor | None,
+    ) -> Tensor:
+        """What the last of the blocks gives."""
+        for name, block in self.layers.items():
+            keys_BS = None
+            if dropout_keys_BS is not None:
+                # A block knows no number, for equal ones to share a compiled graph.
+                keys_BS = scramble(dropout_keys_BS ^ (int(name) + 1))
+            x_BSD = block(x_BSD, positions_S=positions_S, mask=mask, dropout_keys_BS=keys_BS)
         return x_BSD
 
     def tie(self) -> None:

@@ -77,7 +77,12 @@ class ShardedAttention(nn.Module):
         self.group_name = group.group_name
 
     def forward(
-        self, q_BNSH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: DocumentMask | None = None
+        self,
+        q_BNSH: Tensor,
+        k_BKSH: Tensor,
+        v_BKSH: Tensor,
+        mask: DocumentMask | None = None,
+        dropout_keys_BS: Tensor | None = None,
     ) -> Tensor:
         if mask is not None:
             assert self.method == "all_gather"
@@ -106,7 +111,12 @@ class UlyssesAttention(nn.Module):
         self.group_name = group.group_name
 
     def forward(
-        self, q_BNSH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: DocumentMask | None = None
+        self,
+        q_BNSH: Tensor,
+        k_BKSH: Tensor,
+        v_BKSH: Tensor,
+        mask: DocumentMask | None = None,
+        dropout_keys_BS: Tensor | None = None,
     ) -> Tensor:
         R = self.degree
         # Key/value heads are repeated until each rank can have as many as another.

@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from titan_lite.config.schema import ActivationCheckpoint, Compile, Parallel
 from titan_lite.models.roles import PlanRow, Role
-from titan_lite.nn.attention import Attention
+from titan_lite.nn.attention import Attention, DropoutAttention
+from titan_lite.nn.dropout import Dropout
 from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.activation_checkpoint import is_checkpointed, memory_budget, saved_ops
 from titan_lite.parallel.context import context_parallel
@@ -35,6 +36,7 @@ class Applied:
     "selectively checkpointed" but for saved_ops, "compiled".
     mesh: degree of each axis that parameters are laid out over.
     sharded_parameters: those of which a rank holds a part; whole_parameters: the others.
+    dropout: number of places by what is dropped there.
     precision: what is computed in, and gradients reduced in.
     activation_memory_budget: the compiler's, 1.0 where it has none to keep.
     pipeline: the stages of all ranks, in words; all else is counted on this rank's.
@@ -52,6 +54,7 @@ class Applied:
     loss_parallel: bool
     saved_ops: tuple[str, ...]
     activation_memory_budget: float
+    dropout: Mapping[str, int]
     compiled_loss: bool
     pipeline: str = ""
     compiled_graphs: int | None = None
@@ -134,6 +137,9 @@ class Applied:
             "compiled": self._compiled(),
             "pipeline": self.pipeline or "1 stage",
         }
+        if self.dropout:
+            places = [f"{what} in {number} places" for what, number in self.dropout.items()]
+            lines["dropout"] = ", ".join(places)
         indent = "\n" + " " * 20
         return "\n".join(
             f"  {name:<16}  {text.replace(chr(10), indent)}" for name, text in lines.items()
@@ -166,9 +172,12 @@ class Applied:
 def together(stages: Sequence[Applied]) -> Applied:
     """What was applied to all pipeline stages of this rank."""
     modules: dict[str, list[str]] = defaultdict(list)
+    dropout: dict[str, int] = defaultdict(int)
     for stage in stages:
         for feature, names in stage.modules.items():
             modules[feature] += names
+        for what, number in stage.dropout.items():
+            dropout[what] += number
     return replace(
         stages[0],
         blocks=sum(stage.blocks for stage in stages),
@@ -176,6 +185,7 @@ def together(stages: Sequence[Applied]) -> Applied:
         sharded_parameters=sum(stage.sharded_parameters for stage in stages),
         whole_parameters=sum(stage.whole_parameters for stage in stages),
         saved_ops=max(stage.saved_ops for stage in stages),
+        dropout=dict(dropout),
     )
 
 
@@ -224,7 +234,12 @@ def count_applied(
     modules = _by_name(model)
     found: dict[str, list[str]] = defaultdict(list)
     saved: tuple[str, ...] = ()
+    dropout: dict[str, int] = defaultdict(int)
     for name, module in modules.items():
+        if isinstance(module, Dropout):
+            dropout[f"{module.p:g} of hidden features"] += 1
+        if isinstance(module, DropoutAttention):
+            dropout[f"{module.p:g} of attention's weights"] += 1
         if isinstance(module, FSDPModule):
             found["FSDP unit"].append(name)
         if is_checkpointed(module):
@@ -256,6 +271,7 @@ def count_applied(
         loss_parallel=parallel.loss_parallel,
         saved_ops=saved,
         activation_memory_budget=memory_budget(),
+        dropout=dict(dropout),
         compiled_loss=compile.covers("loss"),
     )
 

@@ -30,6 +30,8 @@ from torch.distributed.tensor.parallel import (
 )
 
 from titan_lite.models.roles import PlanRow, Role
+from titan_lite.nn.attention import DropoutAttention
+from titan_lite.nn.dropout import Dropout
 from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.float8 import float8_styles, in_float8_styles
 
@@ -135,6 +137,11 @@ def apply_tp(
     parallelize_module(model, mesh, dict(_styles(model, plan, between)))
     # Each style has split its own.
     model.tie()
+    for module in model.modules():
+        if isinstance(module, DropoutAttention) or (
+            isinstance(module, Dropout) and sequence_parallel
+        ):
+            module.shard = mesh.get_local_rank()
 
 
 def split_modules(

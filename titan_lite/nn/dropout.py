@@ -1,0 +1,78 @@
+"""Dropout that is the same in every layout.
+
+A generator's draws depend on who draws, how much, and in which order. Here each token brings a key,
+a number that follows from the seed, its sample's number in the run and its place in the sample, and
+what is dropped follows from keys by a hash: alike in any split of the batch, the sequence, the
+heads or the blocks, on any device, and whenever it is computed again.
+
+Shape suffixes: B batch, S sequence, D model width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+# Keys are numbers below 2**32, in int64: products may wrap around, their low half is right.
+_LOW = 2**32 - 1
+
+
+def scramble(keys: Tensor) -> Tensor:
+    """One to one on the keys; each bit changes about half of those of the result.
+
+    Source: lowbias32 of github.com/skeeto/hash-prospector.
+    """
+    keys = ((keys ^ (keys >> 16)) * 0x7FEB352D) & _LOW
+    keys = ((keys ^ (keys >> 15)) * 0x846CA68B) & _LOW
+    return keys ^ (keys >> 16)
+
+
+def token_keys(seed: int, samples_B: Tensor, places_S: Tensor) -> Tensor:
+    """Keys (B, S) of the tokens at these places of samples with these numbers."""
+    keys_BS = torch.zeros(len(samples_B), len(places_S), dtype=torch.int64)
+    for number in (torch.tensor(seed), samples_B[:, None], places_S):
+        keys_BS = scramble(scramble(keys_BS ^ (number & _LOW)) ^ (number >> 32))
+    return keys_BS
+
+
+def drop(x: Tensor, keys: Tensor, p: float) -> Tensor:
+    """Zeroes each of the last dimension's features with probability p, and divides by 1 - p.
+
+    keys: of x's shape without the last dimension.
+    """
+    features = scramble(torch.arange(x.shape[-1], device=x.device))
+    dropped = scramble(keys.unsqueeze(-1) ^ features) < int(p * 2**32)
+    return x.masked_fill(dropped, 0) / (1 - p)
+
+
+class NoDropout(nn.Module):
+    """Keeps all."""
+
+    def forward(self, x_BSD: Tensor, keys_BS: Tensor | None) -> Tensor:
+        return x_BSD
+
+
+class Dropout(nn.Module):
+    """Drops features of tokens with probability p, and none without keys.
+
+    site: tells the places in a block apart. shard: which of as many equal parts of the sequence as
+    there are this device has.
+    """
+
+    shard = 0
+
+    def __init__(self, p: float, site: int) -> None:
+        super().__init__()
+        self.p = p
+        self.site = site
+
+    def forward(self, x_BSD: Tensor, keys_BS: Tensor | None) -> Tensor:
+        """keys_BS: of the whole sequence's tokens."""
+        if keys_BS is None:
+            return x_BSD
+        size = x_BSD.shape[1]
+        keys_BS = keys_BS[:, self.shard * size : (self.shard + 1) * size]
+        return drop(x_BSD, scramble(keys_BS ^ self.site), self.p)
+
+
+def build_dropout(p: float, site: int) -> Dropout | NoDropout:
+    """Nothing to compute where nothing is to be dropped."""
+    return Dropout(p, site) if p else NoDropout()
