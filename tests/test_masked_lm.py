@@ -128,10 +128,11 @@ def test_the_loss_is_the_mean_over_hidden_tokens_and_the_mean_over_pairs(
     assert mask[0, 0, 0, 2] == 0
 
 
-def _flops(folder: Path, *overrides: str) -> int:
+def _flops(folder: Path, *overrides: str) -> tuple[int, int]:
+    """Of the model, and of its stages."""
     trainer = build_trainer(folder, *overrides)
     trainer.close()
-    return trainer.flops.model
+    return trainer.flops.model, sum(stage.flops for stage in trainer.stages)
 
 
 @pytest.mark.distributed
@@ -141,7 +142,9 @@ def test_flops_of_positions_without_a_label_are_counted_only_where_they_are_comp
     every, labelled = (
         workers[1].run(_flops, tmp_path, *BERT, *settings)[0] for settings in ((), (LABELLED,))
     )
-    assert every - labelled == 6 * round(0.85 * 2048 * 64)
+    assert every[0] - labelled[0] == 6 * round(0.85 * 2048 * 64)
+    # The head's bias counts, too.
+    assert every[1] - labelled[1] == pytest.approx(6 * 0.85 * 2048 * 65)
 
 
 def _train_in_two(folder: Path) -> list[dict[str, Any]]:

@@ -45,8 +45,13 @@ def build_meta_model(loaded: LoadedConfig, plan: Plan) -> Transformer:
     return model
 
 
-def pipeline_stages(loaded: LoadedConfig, plan: Plan, model: Transformer) -> list[Stage]:
-    """The stages of the whole model; a list of one without pipeline parallel."""
+def pipeline_stages(
+    loaded: LoadedConfig, plan: Plan, model: Transformer, head_share: float
+) -> list[Stage]:
+    """The stages of the whole model; a list of one without pipeline parallel.
+
+    head_share: of the tokens, those that the output projection multiplies.
+    """
     config, parallel = loaded.config, loaded.config.parallel
     key = "pp_stage_modules" if parallel.pp_split == "explicit" else "pp"
     with blaming(f"parallel.{key}", loaded):
@@ -54,6 +59,7 @@ def pipeline_stages(loaded: LoadedConfig, plan: Plan, model: Transformer) -> lis
             model,
             parallel,
             attention_flops=12 * plan.args.attention_dim * config.training.seq_len,
+            head_share=head_share,
         )
     section = config.activation_checkpoint
     if section.mode == "fraction" and not any(section.layers(s.blocks) for s in stages):
@@ -70,15 +76,13 @@ def count_flops(
     args: DecoderArgs,
     model: Transformer,
     stages: list[Stage],
-    labelled_share: float,
+    head_share: float,
 ) -> FlopsPerToken:
-    """Of the whole model. labelled_share: of the tokens, those whose label counts."""
+    """Of the whole model. head_share: as for pipeline_stages."""
     section = config.activation_checkpoint
     recomputed = [section.layers(stage.blocks) for stage in stages]
     num_params = model.num_parameters - num_unused_params(args)
-    if config.training.loss_positions == "labelled":
-        # The head multiplies no other tokens.
-        num_params -= round((1 - labelled_share) * args.vocab_size * args.dim)
+    num_params -= round((1 - head_share) * args.vocab_size * args.dim)
     return flops_per_token(
         num_params_non_embedding=num_params,
         num_block_params=sum(p.numel() for p in model.layers.parameters()),

@@ -103,12 +103,12 @@ class Trainer:
         # What can be refused is refused before any process waits for another.
         self._find_files(loaded, plan)
         self.model = build_meta_model(loaded, plan)
-        self.stages = pipeline_stages(loaded, plan, self.model)
+        all_positions = training.loss_positions == "all"
+        head_share = 1.0 if all_positions else self.objective.labelled_share
+        self.stages = pipeline_stages(loaded, plan, self.model, head_share)
         self.num_params = self.model.num_parameters
         self.parameter_names = [name for name, _ in self.model.named_parameters()]
-        self.flops = count_flops(
-            config, plan.args, self.model, self.stages, self.objective.labelled_share
-        )
+        self.flops = count_flops(config, plan.args, self.model, self.stages, head_share)
         self._check_device(loaded, plan)
         self.global_batch_size = training.global_batch_size
         if self.global_batch_size == -1:

@@ -38,10 +38,13 @@ class Stage:
         return sum(name.startswith("layers.") for name in self.modules)
 
 
-def split(model: Transformer, parallel: Parallel, attention_flops: int) -> list[Stage]:
+def split(
+    model: Transformer, parallel: Parallel, attention_flops: int, head_share: float = 1.0
+) -> list[Stage]:
     """The stages of the whole model, first to last; a list of one without pipeline parallel.
 
     attention_flops: of one block's products between tokens, per token, which have no parameters.
+    head_share: of the tokens, those that the output projection multiplies.
     Raises ValueError where there are fewer blocks than stages, or `pp_stage_modules` does not name
     every module once, in order, those that cannot be separated in the last stage.
     """
@@ -59,6 +62,7 @@ def split(model: Transformer, parallel: Parallel, attention_flops: int) -> list[
         parameters["output"] = 0
     for name in blocks:
         flops[name] += attention_flops
+    flops["output"] = round(head_share * flops["output"])
     num_stages = parallel.num_stages
     if parallel.pp_split == "explicit":
         stages = [tuple(names) for names in parallel.pp_stage_modules]
