@@ -10,8 +10,9 @@ import pytest
 
 from titan_lite.config import rules
 from titan_lite.config.dims import ParallelDims
-from titan_lite.config.load import ConfigError, Problem, load_config, read_config
+from titan_lite.config.load import ConfigError, LoadedConfig, Problem, load_config, read_config
 from titan_lite.config.render import to_toml
+from titan_lite.models.rules import check as check_with_model
 
 PP2 = ("parallel.pp=2", "training.global_batch_size=8")
 
@@ -21,9 +22,12 @@ def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+def load(*settings: str) -> LoadedConfig:
+    return load_config(None, [f"--{setting}" for setting in settings])
+
+
 def check(*settings: str, world_size: int = 1) -> ParallelDims:
-    loaded = load_config(None, [f"--{setting}" for setting in settings])
-    return rules.check(loaded, world_size)
+    return rules.check(load(*settings), world_size)
 
 
 def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
@@ -426,19 +430,19 @@ def test_what_cannot_act_is_warned_about(
     settings: list[str], world_size: int, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "titan_lite.config"):
-        check(*settings, world_size=world_size)
+        check_with_model(load(*settings), world_size)
     (record,) = caplog.records
     assert message in record.getMessage()
 
 
 def test_weights_from_hugging_face_need_no_checkpoints(caplog: pytest.LogCaptureFixture) -> None:
-    check("checkpoint.initial_load_hf=.")
+    check_with_model(load("checkpoint.initial_load_hf=."), 1)
     assert not caplog.records
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 64])
 def test_the_defaults_give_no_warning(world_size: int, caplog: pytest.LogCaptureFixture) -> None:
-    check(world_size=world_size)
+    check_with_model(load(), world_size)
     assert not caplog.records
 
 
@@ -446,7 +450,7 @@ def test_a_written_configuration_gives_no_more_warnings_than_it_had(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     Path("all.toml").write_text(to_toml(load_config(None)))
-    rules.check(load_config("all.toml"), 1)
+    check_with_model(load_config("all.toml"), 1)
     assert not caplog.records
 
 

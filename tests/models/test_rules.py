@@ -279,3 +279,18 @@ def test_keys_of_another_objective_are_refused() -> None:
     ]
     padded = ["--data.packing=none", "--training.loss_positions=labelled"]
     check(load_config(None, padded), world_size=1)
+
+
+def test_pairs_are_made_of_a_buffer_that_nothing_shuffles(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def warnings(*overrides: str) -> list[str]:
+        caplog.clear()
+        settings = ["--data.shuffle=false", "--data.shuffle_buffer=500", "--training.seq_len=512"]
+        check(load_config(None, [*settings, *overrides]), world_size=1)
+        return caplog.messages
+
+    idle = ["data.shuffle_buffer (command line) cannot act: data.shuffle is false"]
+    assert warnings("--model.name=bert") == []
+    assert warnings("--model.name=bert", "--masked_lm.next_sentence=false") == idle
+    assert warnings("--model.name=llama") == idle

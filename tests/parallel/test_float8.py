@@ -25,6 +25,7 @@ from titan_lite.config.load import ConfigError, load_config
 from titan_lite.config.schema import Float8, Model, Parallel
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.registry import resolve
+from titan_lite.models.rules import check
 from titan_lite.nn.build import build
 from titan_lite.nn.decoder import Decoder
 from titan_lite.nn.output_head import OutputHead
@@ -111,7 +112,7 @@ def test_a_setting_without_a_recipe_is_warned_about(
     key: str, value: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "titan_lite.config"):
-        rules.check(load_config(None, [f"--float8.{key}={value}"]), world_size=1)
+        check(load_config(None, [f"--float8.{key}={value}"]), world_size=1)
     (record,) = caplog.records
     expected = f'float8.{key} (command line) cannot act: float8.recipe is "none"'
     assert record.getMessage() == expected

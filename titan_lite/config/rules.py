@@ -2,7 +2,6 @@
 
 import glob
 import importlib.util
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +11,6 @@ from titan_lite.config.load import DEFAULT, ConfigError, LoadedConfig, Problem
 from titan_lite.config.parallel_rules import Broken, parallel_rules
 from titan_lite.config.problems import literal, near_file, quote
 from titan_lite.config.schema import Config, Documents
-from titan_lite.config.warnings import find_warnings
-
-logger = logging.getLogger("titan_lite.config")
 
 # Steps at the end of a period that the profiler records (profiling.profile_freq).
 PROFILED_STEPS = 3
@@ -24,9 +20,8 @@ DEGREES = tuple(f"parallel.{axis}" for axis in ParallelDims.AXES)
 def check(loaded: LoadedConfig, world_size: int, *, with_files: bool = True) -> ParallelDims:
     """The degrees of the run, after checking the configuration against itself and the world size.
 
-    with_files: whether the files that a run reads must be here. Settings that cannot act are
-    logged as warnings. Raises ConfigError with every problem of loading and every broken rule
-    between keys that are not in doubt.
+    with_files: whether the files that a run reads must be here. Raises ConfigError with every
+    problem of loading and every broken rule between keys that are not in doubt.
     """
     config = loaded.config
     broken = [
@@ -51,8 +46,6 @@ def check(loaded: LoadedConfig, world_size: int, *, with_files: bool = True) -> 
     ]
     if dims is None or problems:
         raise ConfigError(problems)
-    for warning in find_warnings(loaded, dims):
-        logger.warning("%s", warning)
     return dims
 
 

@@ -1,11 +1,18 @@
 """Settings that were made but cannot act, or waste work: a sentence for each."""
 
+import itertools
+import logging
 from collections.abc import Iterator
 
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import DEFAULT, LoadedConfig
 from titan_lite.config.problems import FIELDS, quote
 from titan_lite.config.schema import Config
+
+logger = logging.getLogger("titan_lite.config")
+
+Idle = tuple[str, tuple[str, ...]]
+"""Why some keys cannot act, and which."""
 
 PIPELINE_KEYS = (
     "pp_schedule",
@@ -14,11 +21,27 @@ PIPELINE_KEYS = (
     "pp_split",
     "pp_stage_modules",
 )
+# Keys of [activation_checkpoint], each of which is read in one mode.
+MODE_OF = {
+    "every_nth": "every_nth",
+    "first_k": "first_k",
+    "fraction": "fraction",
+    "save": "selective_op",
+    "memory_budget": "memory_budget",
+}
 
 
-def find_warnings(loaded: LoadedConfig, dims: ParallelDims) -> list[str]:
-    """A sentence for each setting that was made but cannot act, or wastes work, in this run."""
-    return [*_wasteful(loaded.config, dims), *_idle(loaded, dims)]
+def log_warnings(loaded: LoadedConfig, dims: ParallelDims, objective: str) -> None:
+    """Logs a sentence for each setting that was made but cannot act, or wastes work, in this run.
+
+    objective: what the model's family learns.
+    """
+    for warning in (
+        *_wasteful(loaded.config, dims),
+        *_idle(loaded, dims, objective),
+        *_idle_saved_ops(loaded),
+    ):
+        logger.warning("%s", warning)
 
 
 def _wasteful(config: Config, dims: ParallelDims) -> Iterator[str]:
@@ -56,154 +79,149 @@ def _wasteful(config: Config, dims: ParallelDims) -> Iterator[str]:
         )
 
 
-def _idle(loaded: LoadedConfig, dims: ParallelDims) -> Iterator[str]:
+def _idle(loaded: LoadedConfig, dims: ParallelDims, objective: str) -> Iterator[str]:
     """Keys that somebody changed and another key switches off."""
     config = loaded.config
-    profiling, data, training = config.profiling, config.data, config.training
-    validation = config.validation
-    mode = config.activation_checkpoint.mode
-    off = (
-        (
-            not config.checkpoint.enable,
-            "checkpoint.enable is false",
-            tuple(
-                f"checkpoint.{key}"
-                for key in FIELDS["checkpoint"]
-                if key not in ("enable", "load_step", "initial_load_path", "initial_load_hf")
-            ),
-        ),
-        (
-            config.checkpoint.enable and config.checkpoint.keep_latest_k == 0,
-            "checkpoint.keep_latest_k = 0 keeps all",
-            ("checkpoint.keep_every",),
-        ),
-        (
-            config.checkpoint.enable and not config.checkpoint.last_save_model_only,
-            "checkpoint.last_save_model_only is false",
-            ("checkpoint.export_dtype",),
-        ),
-        (
-            config.checkpoint.enable and not config.checkpoint.initial_load_path,
-            "checkpoint.initial_load_path is not set",
-            ("checkpoint.initial_load_model_only", "checkpoint.exclude_from_loading"),
-        ),
-        (
-            not (profiling.enable_profiling or profiling.enable_memory_snapshot),
-            "profiling.enable_profiling and enable_memory_snapshot are false",
-            ("profiling.profile_freq",),
-        ),
-        (
-            profiling.profile_freq > config.training.steps,
-            f"training.steps is {config.training.steps}, profiling.profile_freq "
-            f"{profiling.profile_freq}",
-            ("profiling.enable_profiling",) if profiling.enable_profiling else (),
-        ),
-        (
-            config.training.param_dtype == "float16",
-            'param_dtype is "float16", which skips such steps and halves the loss scale',
-            ("training.nonfinite",),
-        ),
-        (dims.fsdp == 1, "nothing is sharded", ("parallel.reshard_after_forward",)),
-        (
-            dims.fsdp == 1 and config.float8.recipe != "none",
-            "nothing is sharded",
-            ("float8.fsdp_all_gather",),
-        ),
-        (
-            dims.fsdp * dims.dp_replicate == 1,
-            "no gradient is reduced",
-            ("parallel.gradient_sync",),
-        ),
-        (
-            dims.pp == 1
-            and dims.fsdp * dims.dp_replicate > 1
-            and training.global_batch_size in (-1, training.local_batch_size * dims.batch),
-            "a step is one micro-batch",
-            ("parallel.gradient_sync",),
-        ),
-        (training.param_dtype == "float32", 'param_dtype is "float32"', ("model.fp32_residual",)),
-        (dims.cp == 1, "parallel.cp is 1", ("parallel.cp_method",)),
-        (
-            dims.tp == 1,
-            "parallel.tp is 1",
-            ("parallel.sequence_parallel", "parallel.loss_parallel"),
-        ),
-        (
-            dims.pp == 1,
-            "parallel.pp is 1",
-            tuple(f"parallel.{key}" for key in PIPELINE_KEYS),
-        ),
-        (
-            dims.pp > 1 and config.parallel.stages_per_rank != config.parallel.pp_stages_per_rank,
-            f"parallel.pp_schedule is {quote(config.parallel.pp_schedule)}",
-            ("parallel.pp_stages_per_rank",),
-        ),
-        (
-            dims.pp > 1,
-            "a pipeline reduces gradients at the end of each pass",
-            ("parallel.gradient_sync",),
-        ),
-        (
-            dims.pp > 1 and config.parallel.pp_split != "explicit",
-            f"parallel.pp_split is {quote(config.parallel.pp_split)}",
-            ("parallel.pp_stage_modules",),
-        ),
-        (not config.compile.enable, "compile.enable is false", ("compile.components",)),
-        (
-            config.float8.recipe == "none",
-            'float8.recipe is "none"',
-            tuple(f"float8.{key}" for key in ("fsdp_all_gather", "filter", "min_dim", "emulate")),
-        ),
-        *(
-            (
-                mode != of_mode,
-                f"activation_checkpoint.mode is {quote(mode)}",
-                (f"activation_checkpoint.{key}",),
-            )
-            for key, of_mode in (
-                ("every_nth", "every_nth"),
-                ("first_k", "first_k"),
-                ("fraction", "fraction"),
-                ("save", "selective_op"),
-                ("memory_budget", "memory_budget"),
-            )
-        ),
-        (
-            data.packing != "fixed",
-            f"data.packing is {quote(data.packing)}",
-            ("data.packing_block",),
-        ),
-        (not data.shuffle, "data.shuffle is false", ("data.shuffle_buffer",)),
-        (bool(data.dataset_path), "data.dataset_path is set", ("data.dataset", "data.subset")),
-        (
-            data.dataset == "bundled" and not data.dataset_path,
-            'data.dataset is "bundled"',
-            ("data.subset",),
-        ),
-        (
-            not validation.enable,
-            "validation.enable is false",
-            tuple(f"validation.{key}" for key in FIELDS["validation"] if key != "enable"),
-        ),
-        (
-            validation.enable and bool(validation.dataset_path),
-            "validation.dataset_path is set",
-            ("validation.dataset",),
-        ),
-        (config.optimizer.weight_decay == 0, "weight_decay is 0", ("optimizer.no_decay",)),
-        (
-            config.lr_scheduler.decay_type == "constant",
-            'decay_type is "constant"',
-            ("lr_scheduler.decay_ratio", "lr_scheduler.min_lr_factor"),
-        ),
-    )
-    for is_off, reason, keys in off:
+    for reason, keys in itertools.chain(
+        _checkpoint(config),
+        _profiling(config),
+        _training(config),
+        _parallel(config, dims),
+        _pipeline(config, dims),
+        _compile_and_float8(config, dims),
+        _activation_checkpoint(config),
+        _data(config, objective),
+        _validation(config),
+        _optimizer(config),
+    ):
         for key in keys:
             section, _, name = key.partition(".")
-            value = getattr(getattr(config, section), name)
-            if is_off and value != FIELDS[section][name].default:
+            if getattr(getattr(config, section), name) != FIELDS[section][name].default:
                 yield f"{key} ({loaded.origins[key]}) cannot act: {reason}"
-    yield from _idle_saved_ops(loaded)
+
+
+def _checkpoint(config: Config) -> Iterator[Idle]:
+    section = config.checkpoint
+    if not section.enable:
+        act = ("enable", "load_step", "initial_load_path", "initial_load_hf")
+        idle = (f"checkpoint.{key}" for key in FIELDS["checkpoint"] if key not in act)
+        yield "checkpoint.enable is false", tuple(idle)
+        return
+    if section.keep_latest_k == 0:
+        yield "checkpoint.keep_latest_k = 0 keeps all", ("checkpoint.keep_every",)
+    if not section.last_save_model_only:
+        yield "checkpoint.last_save_model_only is false", ("checkpoint.export_dtype",)
+    if not section.initial_load_path:
+        yield (
+            "checkpoint.initial_load_path is not set",
+            ("checkpoint.initial_load_model_only", "checkpoint.exclude_from_loading"),
+        )
+
+
+def _profiling(config: Config) -> Iterator[Idle]:
+    section, steps = config.profiling, config.training.steps
+    if not (section.enable_profiling or section.enable_memory_snapshot):
+        yield (
+            "profiling.enable_profiling and enable_memory_snapshot are false",
+            ("profiling.profile_freq",),
+        )
+    if section.profile_freq > steps:
+        yield (
+            f"training.steps is {steps}, profiling.profile_freq {section.profile_freq}",
+            ("profiling.enable_profiling",),
+        )
+
+
+def _training(config: Config) -> Iterator[Idle]:
+    dtype = config.training.param_dtype
+    if dtype == "float16":
+        yield (
+            'param_dtype is "float16", which skips such steps and halves the loss scale',
+            ("training.nonfinite",),
+        )
+    if dtype == "float32":
+        yield 'param_dtype is "float32"', ("model.fp32_residual",)
+
+
+def _parallel(config: Config, dims: ParallelDims) -> Iterator[Idle]:
+    training = config.training
+    at_once = training.local_batch_size * dims.batch
+    if dims.fsdp == 1:
+        yield "nothing is sharded", ("parallel.reshard_after_forward",)
+    if dims.fsdp * dims.dp_replicate == 1:
+        yield "no gradient is reduced", ("parallel.gradient_sync",)
+    elif dims.pp == 1 and training.global_batch_size in (-1, at_once):
+        yield "a step is one micro-batch", ("parallel.gradient_sync",)
+    if dims.cp == 1:
+        yield "parallel.cp is 1", ("parallel.cp_method",)
+    if dims.tp == 1:
+        yield "parallel.tp is 1", ("parallel.sequence_parallel", "parallel.loss_parallel")
+
+
+def _pipeline(config: Config, dims: ParallelDims) -> Iterator[Idle]:
+    parallel = config.parallel
+    if dims.pp == 1:
+        yield "parallel.pp is 1", tuple(f"parallel.{key}" for key in PIPELINE_KEYS)
+        return
+    if parallel.stages_per_rank != parallel.pp_stages_per_rank:
+        yield (
+            f"parallel.pp_schedule is {quote(parallel.pp_schedule)}",
+            ("parallel.pp_stages_per_rank",),
+        )
+    yield "a pipeline reduces gradients at the end of each pass", ("parallel.gradient_sync",)
+    if parallel.pp_split != "explicit":
+        yield f"parallel.pp_split is {quote(parallel.pp_split)}", ("parallel.pp_stage_modules",)
+
+
+def _compile_and_float8(config: Config, dims: ParallelDims) -> Iterator[Idle]:
+    if not config.compile.enable:
+        yield "compile.enable is false", ("compile.components",)
+    if config.float8.recipe == "none":
+        keys = ("fsdp_all_gather", "filter", "min_dim", "emulate")
+        yield 'float8.recipe is "none"', tuple(f"float8.{key}" for key in keys)
+    elif dims.fsdp == 1:
+        yield "nothing is sharded", ("float8.fsdp_all_gather",)
+
+
+def _activation_checkpoint(config: Config) -> Iterator[Idle]:
+    mode = config.activation_checkpoint.mode
+    for key, acts_in in MODE_OF.items():
+        if mode != acts_in:
+            reason = f"activation_checkpoint.mode is {quote(mode)}"
+            yield reason, (f"activation_checkpoint.{key}",)
+
+
+def _data(config: Config, objective: str) -> Iterator[Idle]:
+    data = config.data
+    # Parts that do not follow are taken from the documents of the buffer, shuffled or not.
+    makes_pairs = objective == "masked_lm" and config.masked_lm.next_sentence
+    if data.packing != "fixed":
+        yield f"data.packing is {quote(data.packing)}", ("data.packing_block",)
+    if not data.shuffle and not makes_pairs:
+        yield "data.shuffle is false", ("data.shuffle_buffer",)
+    if data.dataset_path:
+        yield "data.dataset_path is set", ("data.dataset", "data.subset")
+    elif data.dataset == "bundled":
+        yield 'data.dataset is "bundled"', ("data.subset",)
+
+
+def _validation(config: Config) -> Iterator[Idle]:
+    section = config.validation
+    if not section.enable:
+        keys = (key for key in FIELDS["validation"] if key != "enable")
+        yield "validation.enable is false", tuple(f"validation.{key}" for key in keys)
+    elif section.dataset_path:
+        yield "validation.dataset_path is set", ("validation.dataset",)
+
+
+def _optimizer(config: Config) -> Iterator[Idle]:
+    if config.optimizer.weight_decay == 0:
+        yield "weight_decay is 0", ("optimizer.no_decay",)
+    if config.lr_scheduler.decay_type == "constant":
+        yield (
+            'decay_type is "constant"',
+            ("lr_scheduler.decay_ratio", "lr_scheduler.min_lr_factor"),
+        )
 
 
 def _idle_saved_ops(loaded: LoadedConfig) -> Iterator[str]:

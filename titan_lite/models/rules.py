@@ -9,6 +9,7 @@ from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import DEFAULT, ConfigError, LoadedConfig, Problem
 from titan_lite.config.problems import quote
 from titan_lite.config.schema import Config, MaskedLM
+from titan_lite.config.warnings import log_warnings
 from titan_lite.models.args import DecoderArgs, EncoderArgs
 from titan_lite.models.hf_config import unsaid_in_hf
 from titan_lite.models.registry import Family, ModelError, resolve
@@ -31,8 +32,9 @@ class Plan:
 def check(loaded: LoadedConfig, world_size: int, *, with_files: bool = True) -> Plan:
     """Checks everything that needs no hardware, and unless told otherwise the files to read.
 
-    Raises ConfigError with the problems of loading (read_config keeps them) and every broken rule
-    between keys that are not in doubt.
+    Settings that cannot act, where all is sound, are logged as warnings. Raises ConfigError with
+    the problems of loading (read_config keeps them) and every broken rule between keys that are not
+    in doubt.
     """
     problems: list[Problem] = []
     broken: list[tuple[tuple[str, ...], str]] = []
@@ -59,6 +61,7 @@ def check(loaded: LoadedConfig, world_size: int, *, with_files: bool = True) -> 
         problems.append(Problem(key, loaded.origins[key], message))
     if problems:
         raise ConfigError(problems)
+    log_warnings(loaded, dims, family.objective)
     # Each tensor rank has as many rows of the vocabulary as another.
     args = dataclasses.replace(args, vocab_multiple=dims.tp)
     return Plan(dims=dims, family=family, args=args)
