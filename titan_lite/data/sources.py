@@ -111,6 +111,9 @@ def open_dataset(source: Source) -> "IterableDataset | TokenFolder":
     import datasets
 
     datasets.disable_progress_bars()
+    # Or it asks the hub to count the use of a format, of local files too: without a network that is
+    # a question to a name server, now and then for 5 seconds.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     with reading(source):
         return datasets.load_dataset(**source.arguments, streaming=True)
 
