@@ -10,22 +10,32 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import given
 
+from tests.data.jobs import (
+    FILES,
+    LAYOUTS,
+    NUM_STREAMS,
+    RESUMES,
+    SEQ_LEN,
+    TOKENIZER,
+    close,
+    few,
+    in_parts,
+    loaders,
+    merged,
+    rows_of,
+    run,
+    take,
+)
 from titan_lite.config.schema import Data
 from titan_lite.data import readers
 from titan_lite.data.assets import bundled_asset
-from titan_lite.data.loader import DataLoader, merge_states
+from titan_lite.data.loader import DataLoader
 from titan_lite.data.packing import join_documents
 from titan_lite.data.tokenizer import load_tokenizer
 
-SEQ_LEN = 8
-TOKENIZER = load_tokenizer()
 TEXTS = [f"{i} " + "whale " * (i % 7) for i in range(30)]
-NUM_STREAMS = st.sampled_from([1, 2, 3, 4, 6, 8])
-DEGREES = st.sampled_from([1, 2, 3, 4, 8])
-few = settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.fixture(scope="module")
@@ -42,56 +52,6 @@ def write(path, texts, field="text"):
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts))
     return path
-
-
-def loaders(section, degree=1, state=None, seed=0, batch=1):
-    made = [
-        DataLoader(
-            section,
-            seq_len=SEQ_LEN,
-            seed=seed,
-            local_batch_size=batch,
-            global_batch_size=batch * degree,
-            batch_rank=rank,
-            batch_degree=degree,
-            tokenizer=TOKENIZER,
-        )
-        for rank in range(degree)
-    ]
-    for loader in made:
-        if state is not None:
-            loader.load_state_dict(state)
-    return made
-
-
-def take(ranks, num_batches):
-    """The next samples of the job in global order, each as its S + 1 tokens."""
-    samples = []
-    for _ in range(num_batches):
-        # The rank whose turn it is gives the first sample of the step.
-        turn = ranks[0].state_dict()["num_samples"] % len(ranks)
-        batches = [next(loader) for loader in ranks[turn:] + ranks[:turn]]
-        for row in range(len(batches[0].inputs)):
-            for batch in batches:
-                samples.append([*batch.inputs[row].tolist(), batch.labels[row, -1].item()])
-                assert batch.inputs[row, 1:].tolist() == batch.labels[row, :-1].tolist()
-    return samples
-
-
-def merged(ranks):
-    return json.loads(json.dumps(merge_states([loader.state_dict() for loader in ranks])))
-
-
-def close(ranks):
-    for loader in ranks:
-        loader.close()
-
-
-def run(section, num_batches, **layout):
-    ranks = loaders(section, **layout)
-    samples = take(ranks, num_batches)
-    close(ranks)
-    return samples
 
 
 def data(folder, files="one", **settings):
@@ -111,12 +71,7 @@ def test_sample_g_is_sample_g_div_v_of_stream_g_mod_v(folder, num_streams):
             assert sample == tokens[item * SEQ_LEN : (item + 1) * SEQ_LEN + 1].tolist()
 
 
-@given(
-    num_streams=NUM_STREAMS,
-    degree=DEGREES,
-    batch=st.integers(1, 3),
-    files=st.sampled_from(["one", "four"]),
-)
+@given(**LAYOUTS, files=FILES)
 @few
 def test_samples_and_merged_state_are_the_same_for_every_degree(
     folder, num_streams, degree, batch, files
@@ -129,23 +84,13 @@ def test_samples_and_merged_state_are_the_same_for_every_degree(
     close([*ranks, *alone])
 
 
-@given(
-    num_streams=NUM_STREAMS,
-    degrees=st.lists(DEGREES, min_size=2, max_size=4),
-    steps=st.integers(0, 9),
-    files=st.sampled_from(["one", "four"]),
-)
+@given(**RESUMES, files=FILES)
 @few
 def test_resuming_at_any_point_and_any_degree_continues_the_same_samples(
     folder, num_streams, degrees, steps, files
 ):
     section = data(folder, files, num_streams=num_streams)
-    samples, state = [], None
-    for degree in degrees:
-        ranks = loaders(section, degree=degree, state=state)
-        samples += take(ranks, steps)
-        state = merged(ranks)
-        close(ranks)
+    samples, _ = in_parts(section, [(degree, steps) for degree in degrees])
     assert samples == run(section, steps * sum(degrees))
 
 
@@ -153,22 +98,9 @@ def test_resume_is_exact_across_epochs(folder):
     section = data(folder, num_streams=2, shuffle_buffer=8)
     expected = run(section, 220)
     for stop in range(0, 200, 13):
-        ranks = loaders(section)
-        take(ranks, stop)
-        state = merged(ranks)
-        close(ranks)
+        _, state = in_parts(section, [(1, stop)])
         assert run(section, 20, state=state) == expected[stop : stop + 20]
     assert max(position["epoch"] for position in state["streams"].values()) >= 2
-
-
-def rows_of(ranks, num_batches):
-    """The next samples of the job in global order, each as all that the model gets of it."""
-    rows = []
-    for _ in range(num_batches):
-        turn = ranks[0].state_dict()["num_samples"] % len(ranks)
-        for batch in [next(loader) for loader in ranks[turn:] + ranks[:turn]]:
-            rows.append({k: None if t is None else t[0].tolist() for k, t in vars(batch).items()})
-    return rows
 
 
 @pytest.mark.parametrize(
@@ -177,15 +109,8 @@ def rows_of(ranks, num_batches):
 )
 def test_every_packing_resumes_inside_documents_at_any_degree(folder, packing, fields):
     section = data(folder, num_streams=2, packing=packing, packing_block=4)
-    ranks = loaders(section)
-    expected = rows_of(ranks, 60)
-    close(ranks)
-    found, state = [], None
-    for degree, steps in ((1, 7), (3, 5), (2, 19)):
-        ranks = loaders(section, degree=degree, state=state)
-        found += rows_of(ranks, steps)
-        state = merged(ranks)
-        close(ranks)
+    expected, _ = in_parts(section, [(1, 60)], rows_of)
+    found, _ = in_parts(section, [(1, 7), (3, 5), (2, 19)], rows_of)
     assert found == expected
     assert all(len([v for v in row.values() if v is not None]) == fields for row in expected)
     # Some of the samples begin inside a document, and only those of "none" hold no second one.
@@ -374,7 +299,7 @@ def test_the_state_of_a_run_with_other_settings_is_refused_naming_them(folder):
         loaders(data(folder, "four", num_streams=2), state=state)
 
 
-def test_another_tokenizer_of_the_same_size_is_refused_on_resume(folder, tmp_path, monkeypatch):
+def test_another_tokenizer_of_the_same_size_is_refused_on_resume(folder, tmp_path):
     (state,) = [loader.state_dict() for loader in loaders(data(folder))]
     lines = bundled_asset("tokenizer/tokenizer.model").read_bytes().splitlines()
     (a, _), (b, _) = lines[-2].split(), lines[-1].split()
@@ -382,9 +307,8 @@ def test_another_tokenizer_of_the_same_size_is_refused_on_resume(folder, tmp_pat
     (tmp_path / "other.model").write_bytes(b"\n".join(lines))
     other = load_tokenizer(tmp_path / "other.model")
     assert other.vocab_size == TOKENIZER.vocab_size
-    monkeypatch.setattr(sys.modules[__name__], "TOKENIZER", other)
     with pytest.raises(ValueError, match=r"tokenizer was '2048 tokens .* and is '2048"):
-        loaders(data(folder), state=state)
+        loaders(data(folder), state=state, tokenizer=other)
 
 
 def test_close_ends_the_worker(folder):
@@ -405,7 +329,7 @@ def test_a_process_that_forgets_to_close_has_no_worker_left_when_it_ends():
     code = (
         "import atexit, threading\n"
         "atexit.register(lambda: print([thread.name for thread in threading.enumerate()]))\n"
-        "from tests.data.test_loader import Data, loaders\n"
+        "from tests.data.jobs import Data, loaders\n"
         "(loader,) = loaders(Data())\n"
         "next(loader)\n"
     )
@@ -487,16 +411,7 @@ def test_a_document_longer_than_what_is_read_at_once_is_trained_on_whole(tmp_pat
     text = "a whale of a document " * 550_000  # 12 MB; datasets reads 10 MiB at a time
     path = write(tmp_path / "a.jsonl", [text, "short"])
     section = Data(dataset_path=str(path), num_streams=1, shuffle=False)
-    stream = DataLoader(
-        section,
-        seq_len=2_000_000,
-        seed=0,
-        local_batch_size=1,
-        global_batch_size=1,
-        batch_rank=0,
-        batch_degree=1,
-        tokenizer=TOKENIZER,
-    )
+    (stream,) = loaders(section, seq_len=2_000_000)
     tokens = next(stream).inputs[0].tolist()
     stream.close()
     assert TOKENIZER.decode(tokens[1:]) == text[: len(TOKENIZER.decode(tokens[1:]))]

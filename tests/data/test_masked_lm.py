@@ -9,13 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.data.jobs import TOKENIZER, in_parts, loaders, rows_of
 from titan_lite.config.schema import Data, MaskedLM
-from titan_lite.data.loader import DataLoader, merge_states
 from titan_lite.data.masked_lm import FOLLOWS, MAX_EMPTY_BLOCKS, OTHER, MaskedPairs
 from titan_lite.data.packing import IGNORED, join_documents
 from titan_lite.data.tokenizer import load_tokenizer
 
-TOKENIZER = load_tokenizer()
 CLS, SEP, MASK, PAD = (
     TOKENIZER.bos_id,
     TOKENIZER.eos_id,
@@ -27,17 +26,9 @@ SEQ_LEN = 128
 
 def batch_of(section, count=600, seq_len=SEQ_LEN, data=None):
     """Samples of the bundled corpus."""
-    loader = DataLoader(
-        data or Data(num_streams=4, prefetch=1),
-        seq_len=seq_len,
-        seed=0,
-        local_batch_size=count,
-        global_batch_size=count,
-        batch_rank=0,
-        batch_degree=1,
-        tokenizer=TOKENIZER,
-        rows=MaskedPairs(section, seq_len, TOKENIZER),
-    )
+    data = data or Data(num_streams=4, prefetch=1)
+    rows = MaskedPairs(section, seq_len, TOKENIZER)
+    (loader,) = loaders(data, batch=count, seq_len=seq_len, rows=rows)
     batch = next(loader)
     loader.close()
     return batch
@@ -200,64 +191,31 @@ def test_without_next_sentence_a_sample_is_one_part_whose_pair_is_not_counted():
     assert not (tokens[full][:, 1:-1] >= CLS).any()
 
 
-def loaders(section, degree, state, files):
-    made = [
-        DataLoader(
-            Data(dataset_path=files, num_streams=2, shuffle_buffer=8),
-            seq_len=24,
-            seed=5,
-            local_batch_size=1,
-            global_batch_size=degree,
-            batch_rank=rank,
-            batch_degree=degree,
-            tokenizer=TOKENIZER,
-            rows=MaskedPairs(section, 24, TOKENIZER),
-        )
-        for rank in range(degree)
-    ]
-    for loader in made:
-        if state is not None:
-            loader.load_state_dict(state)
-    return made
-
-
-def rows_of(ranks, num_batches):
-    rows = []
-    for _ in range(num_batches):
-        turn = ranks[0].state_dict()["num_samples"] % len(ranks)
-        for batch in [next(loader) for loader in ranks[turn:] + ranks[:turn]]:
-            rows.append({k: None if t is None else t[0].tolist() for k, t in vars(batch).items()})
-    return rows
+def layout(section):
+    """Of short samples made as `section` says."""
+    return {"seed": 5, "seq_len": 24, "rows": MaskedPairs(section, 24, TOKENIZER)}
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
+def documents(tmp_path_factory):
     path = tmp_path_factory.mktemp("documents") / "all.jsonl"
     texts = [f"{i} " + "all that most maddens " * (i % 5) for i in range(30)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return str(path)
+    return Data(dataset_path=str(path), num_streams=2, shuffle_buffer=8)
 
 
 @pytest.fixture(scope="module")
-def expected(files):
-    ranks = loaders(MaskedLM(), 1, None, files)
-    rows = rows_of(ranks, 160)
-    ranks[0].close()
-    return rows
+def expected(documents):
+    return in_parts(documents, [(1, 160)], rows_of, **layout(MaskedLM()))[0]
 
 
 @given(st.lists(st.sampled_from([1, 2, 3, 4]), min_size=2, max_size=4), st.integers(0, 12))
 @settings(max_examples=8)
 def test_samples_are_the_same_at_every_degree_and_after_every_resume(
-    files, expected, degrees, steps
+    documents, expected, degrees, steps
 ):
-    found, state = [], None
-    for degree in degrees:
-        ranks = loaders(MaskedLM(), degree, state, files)
-        found += rows_of(ranks, steps)
-        state = json.loads(json.dumps(merge_states([rank.state_dict() for rank in ranks])))
-        for rank in ranks:
-            rank.close()
+    parts = [(degree, steps) for degree in degrees]
+    found, _ = in_parts(documents, parts, rows_of, **layout(MaskedLM()))
     assert found == expected[: len(found)]
 
 
@@ -272,23 +230,17 @@ def test_the_next_epoch_hides_other_tokens(expected):
     assert any(labels[0] != labels[1] for labels in again)
 
 
-def test_another_masking_cannot_resume_the_samples(files):
-    (loader,) = loaders(MaskedLM(), 1, None, files)
-    rows_of([loader], 2)
-    state = merge_states([loader.state_dict()])
-    loader.close()
+def test_another_masking_cannot_resume_the_samples(documents):
+    _, state = in_parts(documents, [(1, 2)], rows_of, **layout(MaskedLM()))
     with pytest.raises(ValueError, match=r"masked_lm\.mask_prob was 0\.15 and is 0\.2"):
-        loaders(MaskedLM(mask_prob=0.2), 1, state, files)
+        loaders(documents, state=state, **layout(MaskedLM(mask_prob=0.2)))
 
 
-def test_another_token_for_what_is_masked_cannot_resume_the_samples(files, monkeypatch):
-    (loader,) = loaders(MaskedLM(), 1, None, files)
-    rows_of([loader], 2)
-    state = merge_states([loader.state_dict()])
-    loader.close()
+def test_another_token_for_what_is_masked_cannot_resume_the_samples(documents, monkeypatch):
+    _, state = in_parts(documents, [(1, 2)], rows_of, **layout(MaskedLM()))
     monkeypatch.setattr(TOKENIZER, "mask_id", MASK + 1)
     with pytest.raises(ValueError, match=f"mask_id was {MASK} and is {MASK + 1}"):
-        loaders(MaskedLM(), 1, state, files)
+        loaders(documents, state=state, **layout(MaskedLM()))
 
 
 def test_a_tokenizer_without_a_mask_is_refused(monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.test_loader import close, loaders, merged, run, take
+from tests.data.jobs import in_parts, loaders, run, take
 from titan_lite.config.schema import Data, DataSource
 from titan_lite.data.mixture import Mixture
 from titan_lite.data.tokenizer import load_tokenizer
@@ -116,11 +116,8 @@ def test_each_stream_of_a_source_is_read_as_in_a_run_of_this_source_alone(
 def test_resuming_at_another_degree_continues_the_mixture(
     mixed: Data, whole: list[list[int]]
 ) -> None:
-    ranks = loaders(mixed, degree=3)
-    samples = take(ranks, 6)
-    state = merged(ranks)
-    close(ranks)
-    assert samples + run(mixed, 9, degree=2, state=state) == whole
+    samples, _ = in_parts(mixed, [(3, 6), (2, 9)])
+    assert samples == whole
 
 
 def test_epochs_are_counted_for_each_source(mixed: Data) -> None:
@@ -141,13 +138,10 @@ def test_epochs_are_counted_for_each_source(mixed: Data) -> None:
 def test_another_mixture_does_not_continue_a_run(
     mixed: Data, change: dict[str, Any], named: str
 ) -> None:
-    ranks = loaders(mixed)
-    take(ranks, 4)
-    state = merged(ranks)
+    _, state = in_parts(mixed, [(1, 4)])
     first = mixed.sources[0].model_copy(update=change)
     with pytest.raises(ValueError, match=named):
         loaders(mixed.model_copy(update={"sources": [first, *mixed.sources[1:]]}), state=state)
-    close(ranks)
 
 
 def test_a_source_that_cannot_be_found_is_named(tmp_path: Path) -> None:

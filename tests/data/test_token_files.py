@@ -18,27 +18,28 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from tests.data.test_loader import (
-    BAD,
-    DEGREES,
-    NUM_STREAMS,
+from tests.data.jobs import (
+    FILES,
+    LAYOUTS,
+    RESUMES,
     TOKENIZER,
     close,
+    few,
+    in_parts,
     loaders,
-    merged,
     rows_of,
     run,
     take,
 )
+from tests.data.test_loader import BAD, TEXTS
 from titan_lite.cli import main
 from titan_lite.config.schema import Data, DataSource, MaskedLM, Validation
 from titan_lite.data import token_writer, tokenizing
 from titan_lite.data.held_out import read_held_out, resolve_held_out
-from titan_lite.data.loader import DataLoader
 from titan_lite.data.masked_lm import MaskedPairs
 from titan_lite.data.sources import resolve_source
 from titan_lite.data.token_files import Manifest, TokenFolder
@@ -47,8 +48,6 @@ from titan_lite.data.tokenizing import tokenize
 from titan_lite.runtime.folder_lock import FolderLock
 
 ROOT = Path(__file__).parent.parent.parent
-few = settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
-TEXTS = [f"{i} " + "whale " * (i % 7) for i in range(30)]
 
 
 def lines(texts: list[str]) -> list[bytes]:
@@ -99,13 +98,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-@given(
-    num_streams=NUM_STREAMS,
-    degree=DEGREES,
-    batch=st.integers(1, 3),
-    files=st.sampled_from(["one", "four"]),
-    shuffle=st.booleans(),
-)
+@given(**LAYOUTS, files=FILES, shuffle=st.booleans())
 @few
 def test_samples_are_those_of_the_text_for_every_degree(
     folder: Path, num_streams: int, degree: int, batch: int, files: str, shuffle: bool
@@ -123,23 +116,13 @@ def test_samples_are_those_of_the_text_for_every_degree(
     close([*ranks, *alone])
 
 
-@given(
-    num_streams=NUM_STREAMS,
-    degrees=st.lists(DEGREES, min_size=2, max_size=4),
-    steps=st.integers(0, 9),
-    files=st.sampled_from(["one", "four"]),
-)
+@given(**RESUMES, files=FILES)
 @few
 def test_resuming_at_any_point_and_any_degree_continues_the_same_samples(
     folder: Path, num_streams: int, degrees: list[int], steps: int, files: str
 ) -> None:
     section = text_data(folder / f"{files}.tokens", num_streams=num_streams)
-    samples, state = [], None
-    for degree in degrees:
-        ranks = loaders(section, degree=degree, state=state)
-        samples += take(ranks, steps)
-        state = merged(ranks)
-        close(ranks)
+    samples, _ = in_parts(section, [(degree, steps) for degree in degrees])
     assert samples == run(section, steps * sum(degrees))
 
 
@@ -147,10 +130,7 @@ def test_resume_is_exact_across_epochs(folder: Path) -> None:
     section = text_data(folder / "one.tokens", num_streams=2)
     expected = run(section, 220)
     for stop in range(0, 200, 27):
-        ranks = loaders(section)
-        take(ranks, stop)
-        state = merged(ranks)
-        close(ranks)
+        _, state = in_parts(section, [(1, stop)])
         assert run(section, 20, state=state) == expected[stop : stop + 20]
     assert max(position["epoch"] for position in state["streams"].values()) >= 2
 
@@ -160,9 +140,7 @@ def test_every_packing_gives_the_rows_of_the_text(folder: Path, packing: str) ->
     found = []
     for name in ("four", "four.tokens"):
         section = text_data(folder / name, num_streams=2, packing=packing, packing_block=4)
-        ranks = loaders(section)
-        found.append(rows_of(ranks, 40))
-        close(ranks)
+        found.append(in_parts(section, [(1, 40)], rows_of)[0])
     assert found[0] == found[1]
 
 
@@ -192,21 +170,11 @@ def test_masked_language_models_get_the_samples_of_the_text(tmp_path: Path) -> N
     write(tmp_path / "text.jsonl", tmp_path / "tokens")
     found = []
     for name in ("text.jsonl", "tokens"):
-        loader = DataLoader(
-            text_data(tmp_path / name, num_streams=2),
-            seq_len=32,
-            seed=0,
-            local_batch_size=60,
-            global_batch_size=60,
-            batch_rank=0,
-            batch_degree=1,
-            tokenizer=TOKENIZER,
-            rows=MaskedPairs(MaskedLM(), 32, TOKENIZER),
-        )
-        found.append({key: t.tolist() for key, t in vars(next(loader)).items() if t is not None})
-        loader.close()
+        section = text_data(tmp_path / name, num_streams=2)
+        pairs = MaskedPairs(MaskedLM(), 32, TOKENIZER)
+        found.append(in_parts(section, [(1, 60)], rows_of, seq_len=32, rows=pairs)[0])
     assert found[0] == found[1]
-    assert set(found[0]) >= {"token_types", "pair_labels"}
+    assert None not in (found[0][0]["token_types"], found[0][0]["pair_labels"])
 
 
 def rows_of_shards(shards: list[int]) -> Iterator[dict[str, str]]:
