@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ def test_a_tilde_is_the_home_folder_and_no_folder_is_refused(
     check(loaded, world_size=1)
     assert run_folder(loaded) == tmp_path / "runs"
     assert checkpoint_folder(loaded) == tmp_path / "elsewhere"
-    # As --job.dump_folder=$OUT where OUT is not set: all would be written to where it is started.
-    with pytest.raises(ConfigError, match=r'job\.dump_folder .*is empty: "\." is'):
-        check(load_config(None, ["--job.dump_folder="]), world_size=1)
+    # As --job.dump_folder=$OUT where OUT is not set: all would be written to where it is started;
+    # checkpoints without a folder of their own, among the files of the run.
+    for folder in ("job.dump_folder", "checkpoint.folder"):
+        with pytest.raises(ConfigError, match=rf'{re.escape(folder)} .*is empty: "\." is'):
+            check(load_config(None, [f"--{folder}="]), world_size=1)
 
 
 def test_a_tokenizer_file_with_code_in_it_is_refused_and_not_run(tmp_path: Path) -> None:

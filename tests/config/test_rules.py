@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -279,14 +280,31 @@ def test_all_broken_rules_stand_together() -> None:
     }
 
 
-def test_a_run_folder_that_cannot_be_written_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("locked").mkdir()
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (0, 'no permission to write in "locked"'),
+        (os.ST_RDONLY, '"locked" is on a file system that is read-only'),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_refused_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, flags: int, reason: str
+) -> None:
+    locked = ("locked", "open/locked")
+    for name in locked:
+        Path(name).mkdir(parents=True)
     # The superuser may write everywhere.
-    monkeypatch.setattr(os, "access", lambda path, mode: path != "locked")
-    (problem,) = broken("job.dump_folder=locked/new/run")
-    assert problem.key == "job.dump_folder"
-    assert problem.message == 'cannot be written: no permission to write in "locked"'
-    check("job.dump_folder=open")
+    monkeypatch.setattr(os, "access", lambda path, mode: path not in locked)
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=flags))
+    message = f"cannot be written: {reason}"
+    (problem,) = broken("job.dump_folder=locked/new/run", "checkpoint.enable=true")
+    assert (problem.key, problem.message) == ("job.dump_folder", message)
+    elsewhere = ("job.dump_folder=open", "checkpoint.folder=locked/of/run")
+    (problem,) = broken(*elsewhere, "checkpoint.enable=true")
+    assert problem.key == "checkpoint.folder"
+    assert problem.message == message.replace("locked", "open/locked")
+    check(*elsewhere)
+    check("job.dump_folder=open", "checkpoint.enable=true")
 
 
 def test_a_path_of_documents_is_literal_before_it_is_a_glob(

@@ -201,12 +201,30 @@ def _files(config: Config) -> Iterator[Broken]:
         yield ("checkpoint.initial_load_hf",), message
     if not config.job.dump_folder:
         yield ("job.dump_folder",), 'is empty: "." is the folder in which the run is started'
+    checkpoint = config.checkpoint
+    if not checkpoint.folder:
+        yield ("checkpoint.folder",), 'is empty: "." is job.dump_folder itself'
     dump_folder = Path(os.path.expanduser(config.job.dump_folder))  # noqa: PTH111
-    for folder in map(str, (dump_folder, *dump_folder.parents)):
-        if os.path.exists(folder):  # noqa: PTH110
-            if not os.path.isdir(folder):  # noqa: PTH112
-                yield ("job.dump_folder",), f"cannot be made: {quote(folder)} is a file"
-            elif not os.access(folder, os.W_OK | os.X_OK):
-                message = f"cannot be written: no permission to write in {quote(folder)}"
-                yield ("job.dump_folder",), message
-            break
+    wrong = _unwritable(dump_folder)
+    if wrong:
+        yield ("job.dump_folder",), wrong
+    if checkpoint.enable:
+        also_wrong = _unwritable(dump_folder / os.path.expanduser(checkpoint.folder))  # noqa: PTH111
+        # One below the run's folder cannot be written for the same reason.
+        if also_wrong not in ("", wrong):
+            yield ("checkpoint.folder",), also_wrong
+
+
+def _unwritable(folder: Path) -> str:
+    """Why nothing can be written to a folder that is there, or can be made; "" where it can."""
+    for found in map(str, (folder, *folder.parents)):
+        if not os.path.exists(found):  # noqa: PTH110
+            continue
+        if not os.path.isdir(found):  # noqa: PTH112
+            return f"cannot be made: {quote(found)} is a file"
+        if os.access(found, os.W_OK | os.X_OK):
+            return ""
+        if os.statvfs(found).f_flag & os.ST_RDONLY:
+            return f"cannot be written: {quote(found)} is on a file system that is read-only"
+        return f"cannot be written: no permission to write in {quote(found)}"
+    return ""
