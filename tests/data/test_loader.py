@@ -1,5 +1,6 @@
 """Loader: the same samples for every layout, exact resume, read-ahead that cannot be seen."""
 
+import errno
 import gzip
 import json
 import subprocess
@@ -259,15 +260,68 @@ def test_malformed_data_surfaces_with_its_source_and_does_not_hang(tmp_path, nam
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("on_bad_document", ["raise", "skip"])
-def test_a_parquet_file_that_was_cut_short_is_named_among_good_ones(tmp_path, on_bad_document):
-    for name in ("a", "b", "c"):
-        table = pyarrow.table({"text": TEXTS})
-        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
-    cut = tmp_path / "b.parquet"
-    cut.write_bytes(cut.read_bytes()[:-20])
-    section = Data(dataset_path=str(tmp_path), num_streams=1, on_bad_document=on_bad_document)
-    assert error_of(section).startswith(f"data.dataset_path: cannot read {cut}: ")
+@pytest.fixture
+def parquet(tmp_path):
+    """Four files of documents of their own."""
+    for i, name in enumerate("abcd"):
+        table = pyarrow.table({"text": TEXTS[i::4] * 50})
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet", use_dictionary=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("damage", ["cut", "in the middle"])
+def test_a_damaged_parquet_file_is_named_among_good_ones(parquet, damage):
+    """In the middle, where opening it does not tell, under "skip" too."""
+    bad = parquet / "b.parquet"
+    content = bytearray(bad.read_bytes())
+    content[30:] = content[30:-20] if damage == "cut" else bytes(400) + content[430:]
+    bad.write_bytes(content)
+    mode = "raise" if damage == "cut" else "skip"
+    section = Data(dataset_path=str(parquet), num_streams=1, on_bad_document=mode)
+    assert error_of(section, 99).startswith(f"data.dataset_path: cannot read {bad}: ")
+
+
+def test_files_that_are_no_parquet_are_left_out_by_name_in_every_layout_alike(parquet, caplog):
+    section = Data(
+        dataset_path=str(parquet), num_streams=4, shuffle_buffer=12, on_bad_document="skip"
+    )
+    whole = {name: (parquet / f"{name}.parquet").read_bytes() for name in "bc"}
+    (parquet / "b.parquet").write_bytes(whole["b"][:-20])
+    # An end that is there and makes no sense.
+    (parquet / "c.parquet").write_bytes(whole["c"][:-300] + bytes(250) + whole["c"][-50:])
+    ranks, alone = loaders(section, degree=2), loaders(section)
+    samples = take(ranks, 12)
+    assert samples == take(alone, 24)
+    assert merged(ranks) == merged(alone)
+    for name in "bc":
+        told = f"data.dataset_path={str(parquet)!r}: a file is left out with all its documents: "
+        assert caplog.text.count(f"{told}{parquet}/{name}.parquet: ") == 1
+        (parquet / f"{name}.parquet").unlink()
+    only_good = loaders(section.model_copy(update={"on_bad_document": "raise"}))
+    assert samples == take(only_good, 24)
+    # A file that was mended is more than the run began with.
+    (parquet / "b.parquet").write_bytes(whole["b"])
+    with pytest.raises(ValueError, match=r"dataset was '2 parquet files .* is '3 parquet files"):
+        loaders(section, state=merged(ranks))
+    close([*ranks, *alone, *only_good])
+
+
+def test_nothing_but_files_that_are_no_parquet_is_refused(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"<html>not found</html>")
+    section = Data(dataset_path=str(tmp_path), on_bad_document="skip")
+    told = rf"^data.dataset_path='{tmp_path}' holds no Parquet .* read: {tmp_path}/a.parquet: Parq"
+    with pytest.raises(ValueError, match=told):
+        loaders(section)
+
+
+def test_a_parquet_file_that_the_system_does_not_hand_out_is_not_left_out(parquet, monkeypatch):
+    def read_metadata(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(pyarrow.parquet, "read_metadata", read_metadata)
+    section = Data(dataset_path=str(parquet), on_bad_document="skip")
+    with pytest.raises(ValueError, match=rf"{parquet}/a.parquet: .*Permission denied"):
+        loaders(section)
 
 
 def test_an_indivisible_global_batch_is_refused(folder):

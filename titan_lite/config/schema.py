@@ -144,8 +144,9 @@ class Data(Documents):
     on_bad_document: Literal["raise", "skip"] = "raise"
     """What happens at a document that is not JSON or not UTF-8, or whose text is missing, empty or
     no text: "raise" ends the run with its file and line, "skip" leaves it out and counts it. Of
-    Parquet and datasets by name only the text can be judged: a file that cannot be parsed ends the
-    run."""
+    Parquet and datasets by name only the text can be judged. "skip" also leaves out, with a
+    warning, local files that are called Parquet and cannot be opened as such; one that is damaged
+    further in ends the run."""
     tokenizer_path: str = ""
     """A file, or a folder that has it: a tokenizer.json of Hugging Face, a sentencepiece model, or
     a table in tiktoken's format (base64 token, rank), as Llama 3's tokenizer.model. BOS and EOS are

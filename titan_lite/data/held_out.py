@@ -46,7 +46,8 @@ def documents_held_out(validation: Validation, data: Data) -> Documents:
 
 def resolve_held_out(validation: Validation, data: Data) -> Source:
     """Finds the documents; ValueError where they are those that are trained on."""
-    source = resolve_source(documents_held_out(validation, data), "validation")
+    skip = data.on_bad_document == "skip"
+    source = resolve_source(documents_held_out(validation, data), "validation", skip=skip)
     if source.documents in [trained.documents for trained in resolve_sources(data)]:
         raise ValueError(f"{source.key}: {source.name} is what [data] trains on, not held out")
     return source

@@ -4,9 +4,12 @@ All are read by the streaming code of Hugging Face `datasets`, which is imported
 """
 
 import contextlib
+import functools
 import glob
 import hashlib
+import logging
 import os
+import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,6 +24,8 @@ from titan_lite.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
+
+logger = logging.getLogger(__name__)
 
 # data.dataset -> (name on the hub, configuration)
 PRESETS = {"c4": ("allenai/c4", "en")}
@@ -56,16 +61,21 @@ class Source:
 
 def resolve_sources(section: Data) -> list[Source]:
     """As resolve_source, of each of `data.sources`, or of the one that [data] itself names."""
+    skip = section.on_bad_document == "skip"
     if not section.sources:
-        return [resolve_source(section)]
-    return [resolve_source(source, f"data.sources.{source.name}") for source in section.sources]
+        return [resolve_source(section, skip=skip)]
+    return [
+        resolve_source(source, f"data.sources.{source.name}", skip=skip)
+        for source in section.sources
+    ]
 
 
-def resolve_source(section: Documents, table: str = "data") -> Source:
+def resolve_source(section: Documents, table: str = "data", *, skip: bool = False) -> Source:
     """Find the documents that a table, by default [data], asks for.
 
-    Raises ValueError for files that are missing or of unknown or mixed format, and for a subset or
-    split that the source does not have. Nothing is read, a hub is not asked.
+    skip: leaves out files that are called Parquet and are not; their ends are read for it, nothing
+    otherwise, and a hub is not asked. Raises ValueError for files that are missing or of unknown or
+    mixed format, and for a subset or split that the source does not have.
     """
     if section.dataset_path:
         key = f"{table}.dataset_path"
@@ -77,6 +87,8 @@ def resolve_source(section: Documents, table: str = "data") -> Source:
             _refuse(section, ("text_field",), chosen, table)
             return _stored_source(path, key)
         files = _local_files(path, chosen)
+        if skip:
+            files = _readable(tuple(files), chosen)
         return _files_source(section.dataset_path, key, files)
     key = f"{table}.dataset"
     if section.dataset == "bundled":
@@ -133,20 +145,17 @@ def reading(source: Source) -> Iterator[None]:
     # Parsers, decompressors, file systems and HTTP clients each raise types of their own.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{source.key}: cannot read {_blamed(source)}: {reason:.300}") from error
+        blamed = _file_in_work(error, source) or source.name
+        raise ValueError(f"{source.key}: cannot read {blamed}: {reason:.300}") from error
 
 
-def _blamed(source: Source) -> str:
-    """The first Parquet file that is not whole, where there is one; else the source."""
-    from pyarrow import parquet
-
-    for file in source.files:
-        if file.suffix == ".parquet":
-            try:
-                parquet.read_metadata(file)
-            except (OSError, ValueError):
-                return str(file)
-    return source.name
+def _file_in_work(error: BaseException, source: Source) -> str:
+    """The file that `datasets` was reading, which its builders all call `file`; "" if unknown."""
+    files = {str(file) for file in source.files}
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if isinstance(file := frame.f_locals.get("file"), str) and file in files:
+            return file
+    return ""
 
 
 def stream_of(dataset: "IterableDataset", stream: int, num_streams: int) -> "IterableDataset":
@@ -190,6 +199,32 @@ def _local_files(path: Path, chosen: str) -> list[Path]:
             f"expected a name ending in {known} (or these with .gz)"
         )
     return sorted(file.resolve() for file in files)
+
+
+@functools.cache
+def _readable(files: tuple[Path, ...], chosen: str) -> list[Path]:
+    """The files but those that are called Parquet and are not, each of which is warned about.
+
+    Asked once, and a process warns of a file once, and has the same files wherever it reads them.
+    """
+    from pyarrow import parquet
+
+    kept, reason = [], ""
+    for file in files:
+        if file.suffix == ".parquet":
+            try:
+                parquet.read_metadata(file)
+            except (OSError, ValueError) as error:
+                # What the system has against it may be otherwise for another process.
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise ValueError(f"{chosen}: {file}: {error}") from error
+                reason = f"{file}: {' '.join(str(error).split())}"
+                logger.warning("%s: a file is left out with all its documents: %s", chosen, reason)
+                continue
+        kept.append(file)
+    if not kept:
+        raise ValueError(f"{chosen} holds no Parquet file that can be read: {reason}")
+    return kept
 
 
 def _is_data(file: Path, folder: Path) -> bool:

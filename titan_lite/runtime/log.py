@@ -14,6 +14,6 @@ def set_up_logging(rank: int) -> None:
     logger.handlers = [handler]
     logger.propagate = False
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    # What the configuration and the checkpoints are warned about is the same on every rank.
-    for name in ("titan_lite.config", "titan_lite.checkpoint.state"):
+    # What these warn of is the same on every rank: the configuration, checkpoints, files of data.
+    for name in ("titan_lite.config", "titan_lite.checkpoint.state", "titan_lite.data.sources"):
         logging.getLogger(name).setLevel(logging.WARNING if rank == 0 else logging.ERROR)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from titan_lite.config.load import ConfigError, LoadedConfig, Problem
-from titan_lite.data.sources import Source, resolve_source
+from titan_lite.data.sources import Source, resolve_sources
 from titan_lite.data.token_files import UNFINISHED, Manifest, TokenFolder
 from titan_lite.preflight import blaming
 from titan_lite.runtime.stored_files import damaged_files
@@ -33,7 +33,7 @@ def write(loaded: LoadedConfig, target: Path, *, processes: int, shard_tokens: i
     from titan_lite.data.tokenizing import tokenize
 
     with blaming("data.dataset", loaded):
-        source = resolve_source(data)
+        (source,) = resolve_sources(data)
         progress = _Progress(source, sys.stderr)
         try:
             manifest = tokenize(
