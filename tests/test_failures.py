@@ -6,11 +6,12 @@ import fcntl
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from socket import gethostname
 from typing import Any
@@ -21,12 +22,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.distributed import Workers
 from tests.runs import TINY, build_trainer, read_metrics, train
 from tests.test_launcher import launch
-from titan_lite.checkpoint.state import saved_steps
+from titan_lite.checkpoint.state import retire_later_steps, saved_steps
 from titan_lite.config.load import ConfigError
 from titan_lite.metrics.sinks import JsonlSink, TensorBoardSink
 from titan_lite.runtime import folder_lock
 from titan_lite.runtime.folder_lock import FolderLock
+from titan_lite.runtime.run_folder import open_run_folder, write_run_file
 from titan_lite.runtime.stop import EXIT_STOPPED
+from titan_lite.runtime.writing import WriteError
 
 ROOT = Path(__file__).parent.parent
 STEPS = 40
@@ -130,9 +133,7 @@ def test_killed_restarted_stopped_and_resumed_a_run_is_the_undisturbed_one_bit_f
     written = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
     for secret in SECRETS.values():
         assert not any(secret.encode() in content for content in [*written, first.log.read_bytes()])
-    events = EventAccumulator(str(folder / "tb"))
-    events.Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, STEPS + 1))
+    assert read_curve(folder) == list(range(1, STEPS + 1))
 
 
 @pytest.mark.distributed
@@ -165,7 +166,7 @@ def test_a_folder_of_checkpoints_that_another_run_has_or_nobody_can_is_refused(
     lock.release()
     (tmp_path / "file").touch()
     nowhere = f"--checkpoint.folder={tmp_path}/file/below"
-    with pytest.raises(ConfigError, match=r"checkpoint\.folder .*Not a directory"):
+    with pytest.raises(ConfigError, match=r"checkpoint\.folder .* cannot be made: .*file\" is a f"):
         build_trainer(tmp_path / "second", settings[0], nowhere)
     # What the refused run held is free, and a run does not stand in its own way.
     FolderLock(tmp_path / "second").release()
@@ -223,33 +224,105 @@ def test_documents_left_out_are_counted_in_the_metrics_once_whichever_rank_reads
     assert 3 <= counts[-1] <= 6
 
 
-def test_curves_that_cannot_be_written_end_the_run_with_the_reason(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(RuntimeError, match=r"file/tb cannot be written: Not a directory"):
-        TensorBoardSink(tmp_path / "file" / "tb")
+@pytest.mark.parametrize(
+    ("write", "path"),
+    [
+        (lambda file: JsonlSink(file / "metrics.jsonl"), "file/metrics.jsonl"),
+        (lambda file: TensorBoardSink(file / "tb"), "file/tb"),
+        (lambda file: open_run_folder(file, resume_step=0), "file"),
+        (lambda file: write_run_file(file, {}), "file/run.json"),
+        (lambda file: retire_later_steps(file.parent, 2), "retired"),
+    ],
+)
+def test_what_cannot_be_written_is_named_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], object], path: str
+) -> None:
+    monkeypatch.setattr(time, "strftime", lambda *_: "retired")
+    (tmp_path / "step-3").mkdir()
+    for name in ("file", "retired"):
+        (tmp_path / name).touch()
+    reason = "Not a directory|File exists"
+    with pytest.raises(WriteError, match=rf"^{tmp_path}/{path} cannot be written: ({reason})$"):
+        write(tmp_path / "file")
 
 
-def test_metrics_that_cannot_be_written_end_the_run_with_the_reason(tmp_path: Path) -> None:
-    """A limit on the size of files stands for a full disk."""
-    program = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600));"
-        "from tests.test_failures import write_metrics; write_metrics(sys.argv[1])"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path / "metrics.jsonl")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert f"{tmp_path / 'metrics.jsonl'} cannot be written: File too large" in result.stderr
+@contextlib.contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """A limit on the size of files stands for it."""
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, former[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+
+
+@pytest.mark.parametrize(("sink", "path"), [(JsonlSink, "metrics.jsonl"), (TensorBoardSink, "tb")])
+def test_metrics_stop_at_a_full_disk_with_all_records_before(
+    tmp_path: Path, sink: Callable[[Path], JsonlSink | TensorBoardSink], path: str
+) -> None:
+    opened, written = sink(tmp_path / path), []
+
+    def write() -> None:
+        for step in range(100):
+            opened.write({"step": step, "loss": 0.5})
+            written.append(step)
+
+    with full_disk(600):
+        told = rf"^{tmp_path}/{path} cannot be written: File too large$"
+        with pytest.raises(WriteError, match=told):
+            write()
+        opened.close()
+    assert len(written) > 5
     # The record that was cut short is dropped when the run goes on.
-    JsonlSink(tmp_path / "metrics.jsonl", start_step=99).close()
-    records = read_metrics(tmp_path)
-    assert records == [{"step": step, "x": 0.5} for step in range(len(records))]
-    assert len(records) > 10
+    sink(tmp_path / path, start_step=99).close()
+    if sink is JsonlSink:
+        assert read_metrics(tmp_path) == [{"step": step, "loss": 0.5} for step in written]
+    else:
+        assert read_curve(tmp_path) == written
 
 
-def write_metrics(path: str) -> None:
-    sink = JsonlSink(Path(path))
-    for step in range(100):
-        sink.write({"step": step, "x": 0.5})
+def read_curve(folder: Path) -> list[int]:
+    """The steps whose loss TensorBoard shows."""
+    events = EventAccumulator(str(folder / "tb"))
+    events.Reload()
+    return [event.step for event in events.Scalars("train/loss")]
+
+
+def test_a_lock_on_a_full_disk_is_refused_with_its_path(tmp_path: Path) -> None:
+    with full_disk(0), pytest.raises(ConfigError, match=rf"File too large: '{tmp_path}/lock'"):
+        build_trainer(tmp_path)
+
+
+@pytest.mark.distributed
+def test_a_run_on_a_full_disk_ends_with_one_sentence_before_and_after_its_first_step(
+    tmp_path: Path,
+) -> None:
+    told = {
+        2_000: "/run.json cannot be written: File too large",
+        100_000: r"step 1 was not saved to .*/checkpoint: rank 0: \[Errno 27\] File too large: ",
+    }
+    command = [sys.executable, "-m", "titan_lite.train", "train_configs/debug.toml", *SETTINGS]
+    command += ["--training.steps=1"]
+    with contextlib.ExitStack() as processes:
+        runs = {}
+        for size in told:
+            with full_disk(size):
+                # They begin with the limit of this process.
+                process = subprocess.Popen(
+                    [*command, f"--job.dump_folder={tmp_path / str(size)}"],
+                    cwd=ROOT,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            runs[size] = processes.enter_context(process)
+        for size, process in runs.items():
+            output, errors = process.communicate()
+            assert process.returncode == 1, output + errors
+            assert output.count(" ERROR ") == 1
+            assert re.search(told[size], output.splitlines()[-1])
+            assert "Traceback" not in output + errors
 
 
 @pytest.mark.distributed

@@ -14,6 +14,7 @@ from titan_lite.runtime.stop import (
     StopRequest,
     exit_code_for_launcher,
 )
+from titan_lite.runtime.writing import WriteError
 
 USAGE = "usage: python -m titan_lite.train CONFIG [--section.key=value ...]"
 # What torchrun gives each process; without it a process is alone.
@@ -55,7 +56,12 @@ def _train(argv: Sequence[str], rank: int, stop: StopRequest) -> int:
     from titan_lite.runtime.distributed import leave_at_once, stop_process_group
     from titan_lite.trainer import Trainer
 
-    trainer = Trainer(loaded, plan, stop=stop)
+    try:
+        trainer = Trainer(loaded, plan, stop=stop)
+    except WriteError as error:
+        logger.error("%s", error)
+        leave_at_once(error)
+        return 1
     try:
         trainer.train()
     except NonFiniteError as error:
@@ -67,7 +73,8 @@ def _train(argv: Sequence[str], rank: int, stop: StopRequest) -> int:
         return 130
     except Exception as error:
         logger.error("%s", error)
-        logger.exception("Failed in step %d (%s)", stop.progress.step, stop.progress.phase)
+        if not isinstance(error, WriteError):
+            logger.exception("Failed in step %d (%s)", stop.progress.step, stop.progress.phase)
         if trainer.watchdog.tells and "timed out" in str(error).lower():
             logger.error("%s", trainer.watchdog.report())
         leave_at_once(error)

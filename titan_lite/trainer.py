@@ -62,6 +62,7 @@ from titan_lite.runtime.run_folder import open_run_folder, update_run_file, writ
 from titan_lite.runtime.seed import set_determinism
 from titan_lite.runtime.stop import StopRequest
 from titan_lite.runtime.watchdog import Watchdog
+from titan_lite.runtime.writing import writing
 from titan_lite.step import StepResult, TrainStep
 
 logger = logging.getLogger(__name__)
@@ -273,8 +274,7 @@ class Trainer:
         if self.applied.count("float8 all-gather"):
             refresh_scales(self.model)
         if self.process.rank == 0:
-            with blaming("job.dump_folder", loaded):
-                open_run_folder(self.run_folder, resume_step=start.own_step)
+            open_run_folder(self.run_folder, resume_step=start.own_step)
             self.checkpoints.leave_later_branch(start.own_step)
 
     def _set_timeout(self, seconds: int) -> None:
@@ -464,9 +464,9 @@ class Trainer:
         assert family.hf_config is not None
         export = DCPToHF(self.checkpoints.folder / f"step-{self.state.step}", family, args)
         target = self.checkpoints.folder / "hf"
-        export.write(
-            target, hf_documents(args, family.hf_config, self.tokenizer, dtype=export.dtype)
-        )
+        documents = hf_documents(args, family.hf_config, self.tokenizer, dtype=export.dtype)
+        with writing(target):
+            export.write(target, documents)
         logger.info("Hugging Face model written to %s", target)
 
     def _start_measuring(self) -> None:

@@ -160,6 +160,7 @@ def test_a_full_disk_is_told_on_every_rank_with_the_folder_and_what_was_needed(
 
 
 def test_a_folder_that_cannot_be_made_is_told(one_process: Workers, tmp_path: Path) -> None:
-    (tmp_path / "checkpoint").touch()
+    # A link to nowhere: what is a file is refused before.
+    (tmp_path / "checkpoint").symlink_to(tmp_path / "no" / "such")
     with pytest.raises(AssertionError, match=r"SaveError: step 3 was not saved to .*checkpoint: "):
         one_process.run(_slowly, tmp_path, "disabled")

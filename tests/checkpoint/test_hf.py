@@ -25,6 +25,7 @@ from titan_lite.models.hf_config import hf_config_from_args
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.patterns import translate
 from titan_lite.nn.build import build_decoder
+from titan_lite.runtime.writing import WriteError
 
 transformers = pytest.importorskip("transformers")
 
@@ -119,17 +120,16 @@ def test_the_runs_own_checkpoint_comes_before_the_initial_weights(
     assert written.exists()
 
 
-def _without_room(folder: Path, *overrides: str) -> str:
-    """How a run fails whose last checkpoint is saved, but not what is for Hugging Face."""
+def _without_room(folder: Path, *overrides: str) -> None:
+    """A run whose last checkpoint is saved, but not what is for Hugging Face, says so."""
 
     def save_file(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hf, "save_file", save_file)
-        with pytest.raises(OSError, match="No space left") as raised:
+        with pytest.raises(WriteError, match="/checkpoint/hf cannot be written: No space left"):
             train_and_gather(folder, *SAVING, *MODEL, *overrides)
-    return str(raised.value)
 
 
 def test_a_run_whose_export_failed_finishes_it_when_started_again(

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from titan_lite.checkpoint.storage import Files, SavePlanner, Writer, first_failure
 from titan_lite.config.schema import AsyncMode
 from titan_lite.runtime.distributed import BACKGROUND
+from titan_lite.runtime.writing import WriteError
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REUSABLE_STAGER = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)  # type: ignore[operator]
 
 
-class SaveError(RuntimeError):
+class SaveError(WriteError):
     """A checkpoint could not be saved; raised on every rank."""
 
 

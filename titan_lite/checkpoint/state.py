@@ -15,6 +15,7 @@ from titan_lite.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifes
 from titan_lite.config.problems import did_you_mean, nearest, quote
 from titan_lite.config.schema import Checkpoint
 from titan_lite.runtime.stored_files import DamagedError
+from titan_lite.runtime.writing import writing
 
 logger = logging.getLogger(__name__)
 
@@ -175,9 +176,10 @@ def retire_later_steps(folder: Path, step: int) -> Path | None:
     if not later:
         return None
     retired = folder / time.strftime("retired-%Y%m%d-%H%M%S")
-    retired.mkdir()
-    for other in later:
-        (folder / f"step-{other}").rename(retired / f"step-{other}")
+    with writing(retired):
+        retired.mkdir()
+        for other in later:
+            (folder / f"step-{other}").rename(retired / f"step-{other}")
     return retired
 
 

@@ -5,14 +5,21 @@ import json
 import logging
 import math
 import os
+import socket
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from titan_lite.config.schema import Metrics
 from titan_lite.metrics.progress_line import ProgressLine
 from titan_lite.metrics.record import METRICS, Record, format_duration
+from titan_lite.runtime.writing import writing
 
 logger = logging.getLogger(__name__)
 
@@ -128,18 +135,19 @@ class JsonlSink:
     """
 
     def __init__(self, path: Path, *, start_step: int = 0) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            _drop_records_after(path, start_step)
         self._path = path
-        self._file = path.open("a", encoding="utf-8")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                _drop_records_after(path, start_step)
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
         """Appends the record and hands it to the system, so that a crash loses nothing."""
         values = {
             key: value if math.isfinite(value) else str(value) for key, value in record.items()
         }
-        with _telling(self._path):
+        with writing(self._path):
             self._file.write(json.dumps(values, allow_nan=False) + "\n")
             self._file.flush()
 
@@ -147,15 +155,6 @@ class JsonlSink:
         """Closes the file; what could not be written has been told before."""
         with contextlib.suppress(OSError):
             self._file.close()
-
-
-@contextlib.contextmanager
-def _telling(path: Path) -> Iterator[None]:
-    """Says what could not be written."""
-    try:
-        yield
-    except OSError as error:
-        raise RuntimeError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _drop_records_after(path: Path, step: int) -> None:
@@ -175,24 +174,39 @@ def _drop_records_after(path: Path, step: int) -> None:
 
 
 class TensorBoardSink:
-    """Writes a scalar per key; on resuming, TensorBoard hides what came after `start_step`."""
+    """Writes a scalar per key; on resuming, TensorBoard hides what came after `start_step`.
+
+    By TensorBoard's writer of records: the one of files writes in a thread, which on a full disk
+    prints a traceback of its own, and at the end of a run loses what is left.
+    """
 
     def __init__(self, folder: Path, *, start_step: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+        # As TensorBoard expects them to be called; a run that is started again writes another one.
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
         self._folder = folder
-        with _telling(folder):
-            self._writer = SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=10)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._writer = RecordWriter((folder / name).open("wb"))
+        self._add(Event(file_version="brain.Event:2"))
+        self._add(Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, record: Record) -> None:
-        """Adds the record's scalars."""
-        with _telling(self._folder):
-            for tag, value in scalars(record).items():
-                self._writer.add_scalar(tag, value, int(record["step"]))
+        """Adds the record's scalars, and hands them to the system."""
+        values = [
+            Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(record).items()
+        ]
+        self._add(Event(step=int(record["step"]), summary=Summary(value=values)))
 
     def close(self) -> None:
-        """Writes pending events and closes the file."""
-        self._writer.close()
+        """Closes the file; what could not be written has been told before."""
+        with contextlib.suppress(OSError):
+            self._writer.close()
+
+    def _add(self, event: Any) -> None:
+        event.wall_time = time.time()
+        with writing(self._folder):
+            self._writer.write(event.SerializeToString())
+            self._writer.flush()
 
 
 class WandbSink:
@@ -210,8 +224,9 @@ class WandbSink:
         self._run = wandb.init(
             dir=str(folder), name=folder.name, config=dict(settings), id=known, resume="allow"
         )
-        id_file.parent.mkdir(exist_ok=True)
-        id_file.write_text(self._run.id, encoding="utf-8")
+        with writing(id_file):
+            id_file.parent.mkdir(exist_ok=True)
+            id_file.write_text(self._run.id, encoding="utf-8")
 
     def write(self, record: Record) -> None:
         """Logs the record's scalars at its step."""

@@ -1,5 +1,6 @@
 """The process group: device, backend, timeouts, shutdown."""
 
+import contextlib
 import os
 import sys
 from dataclasses import dataclass
@@ -147,7 +148,9 @@ def leave_at_once(error: BaseException) -> None:
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    get_error_handler().record_exception(error)
+    # On a full disk the summary has to do without.
+    with contextlib.suppress(OSError):
+        get_error_handler().record_exception(error)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(1)

@@ -25,7 +25,7 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path, key: str = "job.dump_folder") -> None:
-        """Raises ValueError naming host and process of the run that has the folder.
+        """Raises ValueError naming host and process of the run that has the folder, and OSError.
 
         key: what names the folder.
         """
@@ -40,9 +40,14 @@ class FolderLock:
                     f"another run writes to {folder}: {holder}; end it, or set another {key}"
                 )
             time.sleep(0.1)
+        holder = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
         self._file.truncate(0)
-        json.dump({"host": socket.gethostname(), "pid": os.getpid()}, self._file)
-        self._file.flush()
+        try:
+            # Past the buffer, whose rest would fail again when the file is closed.
+            os.write(self._file.fileno(), holder.encode())
+        except OSError as error:
+            self._file.close()
+            raise OSError(error.errno, error.strerror, self._file.name) from error
 
     def release(self) -> None:
         """Lets another run have the folder."""

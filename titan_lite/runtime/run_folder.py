@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import titan_lite
+from titan_lite.runtime.writing import writing
 
 logger = logging.getLogger(__name__)
 
@@ -24,16 +25,17 @@ def open_run_folder(folder: Path, *, resume_step: int) -> None:
 
     Checkpoints are not the folder's: they stay, or are retired by their manager.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    earlier = folder / RUN_FILE
-    if resume_step > 0 or not earlier.exists():
-        return
-    began = time.strftime("%Y%m%d-%H%M%S", time.localtime(earlier.stat().st_mtime))
-    aside = folder / "previous" / began
-    aside.mkdir(parents=True)
-    for name in RUN_FILES:
-        if (folder / name).exists():
-            (folder / name).rename(aside / name)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        earlier = folder / RUN_FILE
+        if resume_step > 0 or not earlier.exists():
+            return
+        began = time.strftime("%Y%m%d-%H%M%S", time.localtime(earlier.stat().st_mtime))
+        aside = folder / "previous" / began
+        aside.mkdir(parents=True)
+        for name in RUN_FILES:
+            if (folder / name).exists():
+                (folder / name).rename(aside / name)
     logger.info("An earlier run was moved to %s", aside)
 
 
@@ -55,13 +57,18 @@ def write_run_file(folder: Path, facts: dict[str, Any]) -> None:
         },
         **facts,
     }
-    (folder / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
+    _write(folder / RUN_FILE, run)
 
 
 def update_run_file(folder: Path, facts: dict[str, Any]) -> None:
     """Replaces `facts` in run.json, for what is only known once the run has begun."""
     path = folder / RUN_FILE
-    path.write_text(json.dumps(json.loads(path.read_text()) | facts, indent=2) + "\n")
+    _write(path, json.loads(path.read_text()) | facts)
+
+
+def _write(path: Path, run: dict[str, Any]) -> None:
+    with writing(path):
+        path.write_text(json.dumps(run, indent=2) + "\n")
 
 
 def git_commit() -> str | None:

@@ -1,0 +1,18 @@
+"""What a run cannot write ends it with one sentence; no torch."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class WriteError(RuntimeError):
+    """Something that a run keeps could not be written; the message says what, where and why."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what the system refuses inside into a WriteError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"{path} cannot be written: {error.strerror or error}") from error
