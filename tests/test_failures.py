@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -11,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from socket import gethostname
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.distributed import Workers
+from tests.distributed import PRELOADED, Workers
 from tests.runs import TINY, build_trainer, read_metrics, train
 from tests.test_launcher import launch
 from titan_lite.checkpoint.state import retire_later_steps, saved_steps
@@ -30,6 +32,7 @@ from titan_lite.runtime.folder_lock import FolderLock
 from titan_lite.runtime.run_folder import open_run_folder, write_run_file
 from titan_lite.runtime.stop import EXIT_STOPPED
 from titan_lite.runtime.writing import WriteError
+from titan_lite.train import main
 
 ROOT = Path(__file__).parent.parent
 STEPS = 40
@@ -45,16 +48,24 @@ SECRETS = {"HF_TOKEN": "hf_not_to_be_seen", "WANDB_API_KEY": "0123456789abcdef_n
 NUMERIC = ("step", "loss", "grad_norm", "lr", "tokens")
 
 
-class Launch:
-    """run_train.sh on two processes, whose output goes to a file."""
+LAUNCHER = ("./run_train.sh",)
+# What it starts, without the seconds that it looks at the configuration before.
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+TORCHRUN += ("-m", "titan_lite.train", "train_configs/debug.toml")
 
-    def __init__(self, folder: Path, *overrides: str, **environment: str) -> None:
+
+class Launch:
+    """Two processes, whose output goes to a file."""
+
+    def __init__(
+        self, launcher: Sequence[str], folder: Path, *overrides: str, **environment: str
+    ) -> None:
         self.folder, self.log = folder, folder.with_suffix(".log")
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         variables = {"PATH": path, "OMP_NUM_THREADS": "1", "NGPU": "2", "CUDA_VISIBLE_DEVICES": ""}
         with self.log.open("a") as output:
             self.process = subprocess.Popen(
-                ["./run_train.sh", *SETTINGS, f"--job.dump_folder={folder}", *overrides],
+                [*launcher, *SETTINGS, f"--job.dump_folder={folder}", *overrides],
                 cwd=ROOT,
                 env={**os.environ, **variables, **environment},
                 stdout=output,
@@ -110,29 +121,31 @@ def numbers(records: list[dict[str, Any]]) -> list[list[float]]:
 
 @pytest.mark.distributed
 def test_killed_restarted_stopped_and_resumed_a_run_is_the_undisturbed_one_bit_for_bit(
-    workers: dict[int, Workers], tmp_path: Path
+    workers: dict[int, Workers], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = workers[2].run(train, tmp_path / "undisturbed", *SETTINGS)[0]
+    monkeypatch.setattr(folder_lock, "LOCK_SECONDS", 0.0)
     folder = tmp_path / "run"
-    with Launch(folder, MAX_RESTARTS="1", **SECRETS) as first:
-        first.wait_for_step(7)
-        os.kill(first.pid(1), signal.SIGKILL)
-        first.wait_until(lambda: "Resumed from" in first.log.read_text())
-        first.wait_for_step(18)
-        os.kill(first.process.pid, signal.SIGTERM)
+    with Launch(LAUNCHER, folder, MAX_RESTARTS="1", **SECRETS) as run:
+        run.wait_for_step(7)
+        with pytest.raises(ValueError, match=rf"to {folder}: process {run.pid(0)} on .*; end it"):
+            FolderLock(folder)
+        os.kill(run.pid(1), signal.SIGKILL)
+        run.wait_until(lambda: "Resumed from" in run.log.read_text())
+        run.wait_for_step(18)
+        os.kill(run.process.pid, signal.SIGTERM)
         asked = time.monotonic()
-        assert first.wait() == EXIT_STOPPED, first.log.read_text()
+        assert run.wait() == EXIT_STOPPED, run.log.read_text()
         assert time.monotonic() - asked < 15
     stopped_at = saved_steps(folder / "checkpoint")[-1]
     assert 18 <= stopped_at < STEPS
-    assert f"Stopped after step {stopped_at}, as SIGUSR1 asked" in first.log.read_text()
-    with Launch(folder, **SECRETS) as second:
-        assert second.wait() == 0, second.log.read_text()
-
-    assert numbers(read_metrics(folder)) == numbers(expected)
+    assert f"Stopped after step {stopped_at}, as SIGUSR1 asked" in run.log.read_text()
     written = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
     for secret in SECRETS.values():
-        assert not any(secret.encode() in content for content in [*written, first.log.read_bytes()])
+        assert not any(secret.encode() in content for content in [*written, run.log.read_bytes()])
+
+    records = workers[2].run(train, folder, *SETTINGS)[0]
+    assert numbers(records) == numbers(expected)
     assert read_curve(folder) == list(range(1, STEPS + 1))
 
 
@@ -140,12 +153,16 @@ def test_killed_restarted_stopped_and_resumed_a_run_is_the_undisturbed_one_bit_f
 def test_two_runs_in_one_folder_are_refused_and_a_killed_one_leaves_no_lock(
     tmp_path: Path,
 ) -> None:
-    command = [sys.executable, "-m", "titan_lite.train", "train_configs/debug.toml"]
-    command += [*SETTINGS, f"--job.dump_folder={tmp_path}"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as holder:
-        while not (tmp_path / "lock").exists() or not (tmp_path / "lock").read_text():
-            time.sleep(0.05)
-        os.kill(holder.pid, signal.SIGSTOP)
+    """The first is a process that does nothing but hold the lock, as a run does."""
+    program = (
+        "import sys, time; from pathlib import Path;"
+        "from titan_lite.runtime.folder_lock import FolderLock;"
+        "lock = FolderLock(Path(sys.argv[1])); print(flush=True); time.sleep(99)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
         second = launch("--training.steps=1", f"--job.dump_folder={tmp_path}")
         assert second.returncode == 2
         expected = f"another run writes to {tmp_path}: process {holder.pid} on {gethostname()}; end"
@@ -196,7 +213,7 @@ def test_a_document_that_one_rank_cannot_read_ends_the_job_at_once_with_file_and
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(lines))
     settings = (f"--data.dataset_path={data}", "--data.num_streams=2", "--data.shuffle_buffer=8")
-    with Launch(tmp_path / "run", *settings) as run:
+    with Launch(TORCHRUN, tmp_path / "run", *settings) as run:
         run.wait_for_step(1)
         began = time.monotonic()
         assert run.wait() == 1
@@ -205,6 +222,8 @@ def test_a_document_that_one_rank_cannot_read_ends_the_job_at_once_with_file_and
     log = run.log.read_text()
     assert f"ERROR data.dataset_path: {data}, line 31: not JSON" in log
     assert "[rank0] ERROR" in log  # Line 31 is the first stream's.
+    assert "[rank1] WARNING Ended: another process has failed, and says why" in log
+    assert "[rank1] ERROR" not in log
 
 
 @pytest.mark.distributed
@@ -294,35 +313,40 @@ def test_a_lock_on_a_full_disk_is_refused_with_its_path(tmp_path: Path) -> None:
         build_trainer(tmp_path)
 
 
+def _main(size: int, output: Connection, arguments: list[str]) -> None:
+    """A process that trains, alone, on a disk for files of that size."""
+    for descriptor in (1, 2):
+        os.dup2(output.fileno(), descriptor)
+    with full_disk(size):
+        sys.exit(main(arguments))
+
+
 @pytest.mark.distributed
-def test_a_run_on_a_full_disk_ends_with_one_sentence_before_and_after_its_first_step(
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    ("size", "told"),
+    [
+        (2_000, "/run.json cannot be written: File too large"),
+        (100_000, r"step 1 was not saved to .*/checkpoint: rank 0: \[Errno 27\] File too large: "),
+    ],
+)
+def test_a_full_disk_ends_a_run_with_one_sentence_before_and_after_its_first_step(
+    tmp_path: Path, size: int, told: str
 ) -> None:
-    told = {
-        2_000: "/run.json cannot be written: File too large",
-        100_000: r"step 1 was not saved to .*/checkpoint: rank 0: \[Errno 27\] File too large: ",
-    }
-    command = [sys.executable, "-m", "titan_lite.train", "train_configs/debug.toml", *SETTINGS]
-    command += ["--training.steps=1"]
-    with contextlib.ExitStack() as processes:
-        runs = {}
-        for size in told:
-            with full_disk(size):
-                # They begin with the limit of this process.
-                process = subprocess.Popen(
-                    [*command, f"--job.dump_folder={tmp_path / str(size)}"],
-                    cwd=ROOT,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            runs[size] = processes.enter_context(process)
-        for size, process in runs.items():
-            output, errors = process.communicate()
-            assert process.returncode == 1, output + errors
-            assert output.count(" ERROR ") == 1
-            assert re.search(told[size], output.splitlines()[-1])
-            assert "Traceback" not in output + errors
+    settings = [*SETTINGS, "--training.steps=1", f"--job.dump_folder={tmp_path}"]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    ours, theirs = context.Pipe(duplex=False)
+    arguments = (size, theirs, ["train_configs/debug.toml", *settings])
+    process = context.Process(target=_main, args=arguments)
+    process.start()
+    theirs.close()
+    with open(ours.fileno(), closefd=False) as written:
+        output = written.read()
+    process.join()
+    assert process.exitcode == 1, output
+    assert output.count(" ERROR ") == 1
+    assert re.search(told, output.splitlines()[-1])
+    assert "Traceback" not in output
 
 
 @pytest.mark.distributed
@@ -331,7 +355,7 @@ def test_a_rank_that_hangs_is_named_with_its_phase_and_ends_the_job_by_the_timeo
 ) -> None:
     # Saving has a longer timeout.
     settings = ("--comm.train_timeout_seconds=4", "--checkpoint.enable=false")
-    with Launch(tmp_path / "run", *settings, "--training.steps=999") as run:
+    with Launch(TORCHRUN, tmp_path / "run", *settings, "--training.steps=999") as run:
         run.wait_for_step(50)
         os.kill(hung := run.pid(1), signal.SIGSTOP)
         run.wait_until(lambda: "Failed in step" in run.log.read_text(), timeout=15)

@@ -20,6 +20,9 @@ USAGE = "usage: python -m titan_lite.train CONFIG [--section.key=value ...]"
 # What torchrun gives each process; without it a process is alone.
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
+# torchrun asks the others to stop when one process has failed, and looks ten times a second.
+LAUNCHER_SECONDS = 3.0
+
 # Not __name__, which is "__main__" here.
 logger = logging.getLogger("titan_lite.train")
 
@@ -59,9 +62,7 @@ def _train(argv: Sequence[str], rank: int, stop: StopRequest) -> int:
     try:
         trainer = Trainer(loaded, plan, stop=stop)
     except WriteError as error:
-        logger.error("%s", error)
-        leave_at_once(error)
-        return 1
+        return _end(logging.ERROR, str(error), error)
     try:
         trainer.train()
     except NonFiniteError as error:
@@ -71,10 +72,14 @@ def _train(argv: Sequence[str], rank: int, stop: StopRequest) -> int:
     except KeyboardInterrupt:
         logger.warning("Interrupted after step %d", trainer.state.step)
         return 130
+    except WriteError as error:
+        return _end(logging.ERROR, str(error), error)
     except Exception as error:
+        # gloo's words for a process that is gone.
+        if "by peer" in str(error) and stop.comes_within(LAUNCHER_SECONDS):
+            return _end(logging.WARNING, "Ended: another process has failed, and says why", error)
         logger.error("%s", error)
-        if not isinstance(error, WriteError):
-            logger.exception("Failed in step %d (%s)", stop.progress.step, stop.progress.phase)
+        logger.exception("Failed in step %d (%s)", stop.progress.step, stop.progress.phase)
         if trainer.watchdog.tells and "timed out" in str(error).lower():
             logger.error("%s", trainer.watchdog.report())
         leave_at_once(error)
@@ -86,6 +91,17 @@ def _train(argv: Sequence[str], rank: int, stop: StopRequest) -> int:
         saved = loaded.config.checkpoint.enable
         return exit_code_for_launcher(EXIT_STOPPED if saved else EXIT_STOPPED_UNSAVED)
     return 0
+
+
+def _end(level: int, sentence: str, error: Exception) -> int:
+    """Ends a failed process with a sentence that says all, and without a traceback."""
+    from titan_lite.runtime.distributed import leave_at_once
+
+    logger.log(level, "%s", sentence)
+    # torchrun's summary repeats what led to an error.
+    error.__cause__ = None
+    leave_at_once(error.with_traceback(None))
+    return 1
 
 
 def world_size() -> int:

@@ -28,6 +28,13 @@ class StopRequest:
         self.signal: str | None = None
         self.progress = progress or Progress()
 
+    def comes_within(self, seconds: float) -> bool:
+        """Waits until this process is asked to stop, or the time is over."""
+        deadline = time.monotonic() + seconds
+        while self.signal is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return self.signal is not None
+
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Notes SIGTERM and SIGUSR1 inside, instead of ending the process; on the main thread.
