@@ -1,14 +1,17 @@
 """The debug flavor of every family: its loss curve, and its speed beside transformers' own model.
 
     python -m benchmarks.families curves [--only NAME ...] [--folder DIR] [--write]
+    python -m benchmarks.families long [--only NAME ...] [--folder DIR] [--write]
     python -m benchmarks.families speed [--only NAME ...] [--dtypes float32 bfloat16]
         [--batch 8] [--seq-len 256] [--warmup 4] [--rounds 12] [--steps 2] [--write]
 
 `curves` trains each as train_configs/debug.toml says, in 2 processes; runs are kept below --folder
-and not repeated. `speed` trains our model and transformers' with the same weights in the same bare
-loop: torch's cross_entropy, clipping and fused AdamW, under autocast in bfloat16. Each of the two
-has a process of its own; they take turns of `steps` steps, and ratios are by round. Families that
-transformers has no class for, and those that are no causal language models, have no speed here.
+and not repeated. `long` trains BERT until it has learnt to look around, each point of its curves
+being the mean of some steps. `speed` trains our model and transformers' with the same weights in
+the same bare loop: torch's cross_entropy of all positions, and for BERT of pairs as well, clipping
+and fused AdamW, under autocast in bfloat16, without dropout, on batches of the family's preset.
+Each of the two has a process of its own; their first losses have to agree, then they take turns of
+`steps` steps, and ratios are by round. A family that transformers has no class for has no speed.
 --write keeps the result in benchmarks/results/ and puts it into docs/families.md.
 """
 
@@ -20,8 +23,9 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,31 +33,61 @@ from torch.nn import functional as F
 
 from benchmarks.manifest import DEVICE, store
 from benchmarks.measure import Values, add_options, positive, spread
-from benchmarks.workers import Group
+from benchmarks.workers import BenchmarkError, Group
 from titan_lite.checkpoint.hf_layout import HFModel
+from titan_lite.config.load import load_config
+from titan_lite.data.loader import Batch, DataLoader
+from titan_lite.data.tokenizer import load_tokenizer
 from titan_lite.models.family import Family
 from titan_lite.models.hf_config import hf_config_from_args
 from titan_lite.models.registry import families
 from titan_lite.nn.build import build
+from titan_lite.nn.documents import dense_mask
+from titan_lite.objective import OBJECTIVES
 from titan_lite.planner.counts import num_params
 from titan_lite.regression.curves import Mistake, read_facts, read_records
 from titan_lite.regression.launch import launch
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "families.md"
-PICTURE = PAGE.with_suffix(".png")
-CURVES, SPEED = "family_curves.json", "families.json"
+SPEED = "families.json"
 CONFIGS = ROOT / "train_configs"
 # Of families that are no causal language models; of all others: debug.toml.
 PRESETS = {"bert": "debug_bert.toml", "megatron_bert": "debug_bert.toml"}
 # Nats, of the corpus' training tokens: scripts/train_tokenizer.py prints it.
 UNIGRAM_ENTROPY = 6.32
 OURS, THEIRS = "titan_lite", "transformers"
+# Relative, of the losses of one batch with the same weights, by dtype.
+AGREE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 Curves = dict[str, dict[str, list[float]]]
 
 
-def train(name: str, folder: Path, overrides: Sequence[str] = ()) -> dict[str, list[float]]:
+class Runs(NamedTuple):
+    """Runs of presets with some settings, `average` steps of which are a point of a curve."""
+
+    result: str
+    picture: Path
+    settings: tuple[str, ...]
+    average: int
+
+
+RUNS = {
+    "curves": Runs("family_curves.json", PAGE.with_suffix(".png"), ("--metrics.log_freq=5",), 1),
+    "long": Runs(
+        "bert_curves.json",
+        PAGE.with_name("bert.png"),
+        ("--metrics.log_freq=1", "--training.steps=1500"),
+        25,
+    ),
+}
+
+
+def preset(name: str) -> Path:
+    return CONFIGS / PRESETS.get(name, "debug.toml")
+
+
+def train(name: str, folder: Path, runs: Runs) -> dict[str, list[float]]:
     """Steps and losses of a family's run in `folder`, which is trained unless it is there whole."""
     target = folder / name
     records: list[dict[str, Any]] = []
@@ -61,14 +95,19 @@ def train(name: str, folder: Path, overrides: Sequence[str] = ()) -> dict[str, l
         steps = read_facts(target)["config"]["training"]["steps"]
         records = [record for record in read_records(target) if record["step"] <= steps]
     if not records or records[-1]["step"] != steps:
-        preset = CONFIGS / PRESETS.get(name, "debug.toml")
-        settings = [f"--model.name={name}", "--metrics.log_freq=5", *overrides]
-        launch(preset, settings, 2, target)
+        launch(preset(name), [f"--model.name={name}", *runs.settings], 2, target)
         records = read_records(target)
+    return points(records, runs.average)
+
+
+def points(records: Sequence[Mapping[str, Any]], average: int) -> dict[str, list[float]]:
+    """Of a curve, each the mean of `average` records, at the last one's step."""
+    # Of tokens alone where there are pairs as well.
+    losses = [record.get("masked_lm_loss", record["loss"]) for record in records]
+    ends = range(average, len(records) + 1, average)
     return {
-        "steps": [record["step"] for record in records],
-        # Of tokens alone where there are pairs as well.
-        "loss": [round(record.get("masked_lm_loss", record["loss"]), 4) for record in records],
+        "steps": [records[end - 1]["step"] for end in ends],
+        "loss": [round(statistics.fmean(losses[end - average : end]), 4) for end in ends],
     }
 
 
@@ -117,9 +156,8 @@ def apart(heights: Mapping[str, float], gap: float) -> dict[str, float]:
 
 
 def comparable(family: Family) -> bool:
-    """Whether transformers has the same causal language model."""
-    hf = family.hf_config
-    return hf is not None and hf.architecture.endswith(("ForCausalLM", "LMHeadModel"))
+    """Whether transformers has the same model."""
+    return family.hf_config is not None
 
 
 def their_model(family: Family, ours: nn.Module) -> nn.Module:
@@ -139,7 +177,7 @@ def their_model(family: Family, ours: nn.Module) -> nn.Module:
     # No keys and values for a generation that does not follow.
     config = theirs.config_class(**described, use_cache=False)
     model: nn.Module = theirs.from_pretrained(None, config=config, state_dict=weights)
-    # GPT-2's default is dropout, which ours has not; else nothing depends on the mode.
+    # Without the dropout of GPT-2 and BERT; nothing else depends on the mode.
     return model.eval()
 
 
@@ -149,10 +187,8 @@ class Loop:
     model: nn.Module
     is_theirs: bool
     optimizer: torch.optim.Optimizer
-    generator: torch.Generator
+    loader: DataLoader
     dtype: torch.dtype
-    shape: tuple[int, int]
-    vocab_size: int
 
 
 def start(side: str, name: str, dtype: str, shape: tuple[int, int]) -> None:
@@ -163,24 +199,34 @@ def start(side: str, name: str, dtype: str, shape: tuple[int, int]) -> None:
     model = build(family, args)
     for key, parameter in model.named_parameters():
         model.init_parameter(key, parameter, generator)
-    Loop.is_theirs = side == THEIRS
+    Loop.is_theirs, Loop.dtype = side == THEIRS, getattr(torch, dtype)
     Loop.model = (their_model(family, model) if Loop.is_theirs else model).to(DEVICE)
     Loop.optimizer = torch.optim.AdamW(Loop.model.parameters(), lr=1e-3, fused=True)
-    Loop.generator, Loop.dtype, Loop.shape = generator, getattr(torch, dtype), shape
-    Loop.vocab_size = args.vocab_size
+    samples, seq_len = shape
+    config = load_config(preset(name), [f"--training.seq_len={seq_len}"]).config
+    tokenizer = load_tokenizer(config.data.tokenizer_path)
+    Loop.loader = DataLoader(
+        config.data,
+        seq_len=seq_len,
+        seed=config.training.seed,
+        local_batch_size=samples,
+        global_batch_size=samples,
+        batch_rank=0,
+        batch_degree=1,
+        tokenizer=tokenizer,
+        rows=OBJECTIVES[family.objective](config).rows(tokenizer),
+    )
 
 
 def take_turn(steps: int) -> tuple[float, float]:
     """Seconds of a turn, and the loss of its last step."""
-    batches = [
-        torch.randint(Loop.vocab_size, Loop.shape, generator=Loop.generator).to(DEVICE)
-        for _ in range(steps)
-    ]
+    batches = [on_device(next(Loop.loader)) for _ in range(steps)]
+    # It would prepare others while these are timed.
+    Loop.loader.close()
     begin = time.perf_counter()
-    for tokens in batches:
+    for batch in batches:
         with _autocast():
-            # Tokens are predicted from those before, over the row's end as well.
-            loss = F.cross_entropy(_logits(tokens).flatten(0, 1).float(), tokens.roll(-1).flatten())
+            loss = _their_loss(batch) if Loop.is_theirs else _our_loss(batch)
         loss.backward()
         nn.utils.clip_grad_norm_(Loop.model.parameters(), 1.0)
         Loop.optimizer.step()
@@ -189,9 +235,43 @@ def take_turn(steps: int) -> tuple[float, float]:
     return time.perf_counter() - begin, last
 
 
-def _logits(tokens: Tensor) -> Tensor:
-    logits: Tensor = Loop.model(tokens).logits if Loop.is_theirs else Loop.model(tokens)
-    return logits
+def on_device(batch: Batch) -> Batch:
+    """The batch, there."""
+    tensors = {name: tensor for name, tensor in vars(batch).items() if tensor is not None}
+    return Batch(**{name: tensor.to(DEVICE) for name, tensor in tensors.items()})
+
+
+def _our_loss(batch: Batch) -> Tensor:
+    def head_loss(*linear: Tensor) -> Tensor:
+        return _mean_loss(F.linear(*linear), batch.labels)
+
+    if batch.documents is None:
+        return Loop.model(batch.inputs, head_loss)
+    places = torch.arange(batch.inputs.shape[1], device=DEVICE)
+    return Loop.model(
+        batch.inputs,
+        head_loss,
+        mask=dense_mask(batch.documents, places, Loop.dtype, causal=False),
+        token_types_BS=batch.token_types,
+        pair_loss=partial(_mean_loss, labels=batch.pair_labels),
+    )
+
+
+def _their_loss(batch: Batch) -> Tensor:
+    if batch.documents is None:
+        return _mean_loss(Loop.model(batch.inputs).logits, batch.labels)
+    told = Loop.model(
+        batch.inputs,
+        # Padding is document 1.
+        attention_mask=1 - batch.documents,
+        token_type_ids=batch.token_types,
+    )
+    pairs = _mean_loss(told.seq_relationship_logits, batch.pair_labels)
+    return _mean_loss(told.prediction_logits, batch.labels) + pairs
+
+
+def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten())
 
 
 def _autocast() -> Any:
@@ -203,9 +283,14 @@ def _autocast() -> Any:
 def race(groups: Mapping[str, Group], name: str, dtype: str, options: Any) -> Values:
     """Tokens per second of both sides of one family, and their ratios by round."""
     shape = (options.batch, options.seq_len)
+    first = {}
     for side, group in groups.items():
         group.call(start, side, name, dtype, shape)
+        ((_, first[side]),) = group.call(take_turn, 1)
         group.call(take_turn, options.warmup)
+    if not math.isclose(*first.values(), rel_tol=AGREE[dtype]):
+        told = " and ".join(f"{side} {loss}" for side, loss in first.items())
+        raise BenchmarkError(f"{name} in {dtype}: the first losses differ, {told}")
     seconds: dict[str, list[float]] = {side: [] for side in groups}
     differences = []
     for _ in range(options.rounds):
@@ -300,30 +385,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    known = list(families())
-    parser.add_argument("what", choices=("curves", "speed"))
-    parser.add_argument("--only", nargs="+", choices=known, default=known, metavar="NAME")
+    parser.add_argument("what", choices=(*RUNS, "speed"))
+    parser.add_argument("--only", nargs="+", choices=families(), metavar="NAME")
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "families")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", choices=AGREE, default=list(AGREE))
     parser.add_argument("--batch", type=positive, default=8, help="samples of a step")
     parser.add_argument("--seq-len", type=positive, default=256, help="in tokens")
     add_options(parser, warmup=4, rounds=12, steps=2)
     parser.add_argument("--write", action="store_true", help="into benchmarks/results/ and docs/")
     options = parser.parse_args(argv)
+    options.only = options.only or (PRESETS if options.what == "long" else families())
     page = put(PAGE.read_text(), "flavors", flavors_table())
-    if options.what == "curves":
-        try:
-            curves = {name: train(name, options.folder) for name in options.only}
-        except Mistake as mistake:
-            print(mistake, file=sys.stderr)
-            return 1
-        output = options.output or (CURVES if options.write else None)
-        print(store("families", curves, output))
-        draw(curves, PICTURE if options.write else options.folder / "families.png")
-    else:
-        found = measure_speed(options)
-        print(store("families", found, options.output or (SPEED if options.write else None)))
-        page = put(page, "speed", speed_table(found))
+    try:
+        if options.what == "speed":
+            found = measure_speed(options)
+            result, page = SPEED, put(page, "speed", speed_table(found))
+        else:
+            runs = RUNS[options.what]
+            folder = options.folder / options.what
+            found = {name: train(name, folder, runs) for name in options.only}
+            result = runs.result
+            draw(found, runs.picture if options.write else folder.with_suffix(".png"))
+    except (Mistake, BenchmarkError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(store("families", found, options.output or (result if options.write else None)))
     if options.write:
         PAGE.write_text(page)
     return 0

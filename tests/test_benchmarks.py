@@ -4,6 +4,7 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -237,16 +238,40 @@ def test_the_gpu_suite_needs_a_word_that_a_name_holds(capsys: pytest.CaptureFixt
     assert capsys.readouterr().err == "--only 2b: no variant's name holds that\n"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_bare_loop_trains_our_model_and_transformers_alike(dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("gpt", "float32"), ("gpt", "bfloat16"), ("bert", "float32"), ("megatron_bert", "bfloat16")],
+)
+def test_the_bare_loop_trains_our_model_and_transformers_alike(name: str, dtype: str) -> None:
     pytest.importorskip("transformers")
     losses = {}
     for side in (families.OURS, families.THEIRS):
-        families.start(side, "gpt", dtype, (2, 32))
+        families.start(side, name, dtype, (2, 32))
         losses[side] = [families.take_turn(2)[1] for _ in range(2)]
-    tolerance = 1e-5 if dtype == "float32" else 1e-2
-    assert losses[families.OURS] == pytest.approx(losses[families.THEIRS], rel=tolerance)
+    assert losses[families.OURS] == pytest.approx(
+        losses[families.THEIRS], rel=families.AGREE[dtype]
+    )
     assert losses[families.OURS][0] != losses[families.OURS][1]
+
+
+class OfLoss:
+    """A group whose process tells one second and this loss of every turn."""
+
+    def __init__(self, loss: float) -> None:
+        self.loss = loss
+
+    def call(self, *_: object) -> list[tuple[float, float]]:
+        return [(1.0, self.loss)]
+
+
+def test_models_are_timed_only_where_their_first_losses_agree() -> None:
+    options = SimpleNamespace(batch=8, seq_len=4, warmup=1, rounds=1, steps=2)
+    sides: Any = {families.OURS: OfLoss(8.0), families.THEIRS: OfLoss(8.00004)}
+    timed = families.race(sides, "bert", "float32", options)
+    assert timed["tokens_per_second"] == {families.OURS: 64.0, families.THEIRS: 64.0}
+    sides[families.THEIRS].loss = 8.001
+    with pytest.raises(BenchmarkError, match=r"titan_lite 8\.0 and transformers 8\.001$"):
+        families.race(sides, "bert", "float32", options)
 
 
 def test_the_page_of_families_lists_every_flavor_and_the_speeds_that_are_kept() -> None:
@@ -256,6 +281,11 @@ def test_the_page_of_families_lists_every_flavor_and_the_speeds_that_are_kept() 
         found = json.loads(results.read_text())["results"]
         again = families.put(again, "speed", families.speed_table(found))
     assert page == again, "python -m benchmarks.families curves --write"
+
+
+def test_a_point_of_a_long_curve_is_the_mean_loss_of_hidden_tokens_over_some_steps() -> None:
+    records = [{"step": n, "loss": 9.0, "masked_lm_loss": n / 2} for n in range(1, 6)]
+    assert families.points(records, 2) == {"steps": [2, 4], "loss": [0.75, 1.75]}
 
 
 def test_curves_are_drawn_with_labels_apart(tmp_path: Path) -> None:
