@@ -6,8 +6,8 @@
         [--batch 8] [--seq-len 256] [--warmup 4] [--rounds 12] [--steps 2] [--write]
 
 `curves` trains each as train_configs/debug.toml says, in 2 processes; runs are kept below --folder
-and not repeated. `long` trains BERT until it has learnt to look around, each point of its curves
-being the mean of some steps. `speed` trains our model and transformers' with the same weights in
+and not repeated. `long` trains BERT until it has learnt from context, each point of the curve being
+the mean of some steps. `speed` trains our model and transformers' with the same weights in
 the same bare loop: torch's cross_entropy of all positions, and for BERT of pairs as well, clipping
 and fused AdamW, under autocast in bfloat16, without dropout, on batches of the family's preset.
 Each of the two has a process of its own; their first losses have to agree, then they take turns of
@@ -21,29 +21,16 @@ import math
 import re
 import statistics
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from benchmarks.manifest import DEVICE, store
+from benchmarks.bare_loop import OURS, THEIRS, start, take_turn
+from benchmarks.manifest import store
 from benchmarks.measure import Values, add_options, positive, spread
 from benchmarks.workers import BenchmarkError, Group
-from titan_lite.checkpoint.hf_layout import HFModel
-from titan_lite.config.load import load_config
-from titan_lite.data.loader import Batch, DataLoader
-from titan_lite.data.tokenizer import load_tokenizer
 from titan_lite.models.family import Family
-from titan_lite.models.hf_config import hf_config_from_args
 from titan_lite.models.registry import families
-from titan_lite.nn.build import build
-from titan_lite.nn.documents import dense_mask
-from titan_lite.objective import OBJECTIVES
 from titan_lite.planner.counts import num_params
 from titan_lite.regression.curves import Mistake, read_facts, read_records
 from titan_lite.regression.launch import launch
@@ -56,7 +43,6 @@ CONFIGS = ROOT / "train_configs"
 PRESETS = {"bert": "debug_bert.toml", "megatron_bert": "debug_bert.toml"}
 # Nats, of the corpus' training tokens: scripts/train_tokenizer.py prints it.
 UNIGRAM_ENTROPY = 6.32
-OURS, THEIRS = "titan_lite", "transformers"
 # Relative, of the losses of one batch with the same weights, by dtype.
 AGREE = {"float32": 1e-5, "bfloat16": 1e-2}
 
@@ -64,7 +50,7 @@ Curves = dict[str, dict[str, list[float]]]
 
 
 class Runs(NamedTuple):
-    """Runs of presets with some settings, `average` steps of which are a point of a curve."""
+    """Runs of presets with some settings, of which `average` records are a point of a curve."""
 
     result: str
     picture: Path
@@ -77,7 +63,18 @@ RUNS = {
     "long": Runs(
         "bert_curves.json",
         PAGE.with_name("bert.png"),
-        ("--metrics.log_freq=1", "--training.steps=1500"),
+        (
+            "--metrics.log_freq=1",
+            "--training.steps=1500",
+            # Neighbours are found sooner among few, and more is learnt where more is hidden.
+            "--model.num_layers=2",
+            "--training.seq_len=32",
+            "--training.local_batch_size=64",
+            "--masked_lm.mask_prob=0.4",
+            "--training.loss_positions=labelled",
+            "--optimizer.lr=1.5e-3",
+            "--lr_scheduler.warmup_steps=50",
+        ),
         25,
     ),
 }
@@ -101,14 +98,17 @@ def train(name: str, folder: Path, runs: Runs) -> dict[str, list[float]]:
 
 
 def points(records: Sequence[Mapping[str, Any]], average: int) -> dict[str, list[float]]:
-    """Of a curve, each the mean of `average` records, at the last one's step."""
+    """Of a curve, each at the last step of `average` records, whose means it is."""
     # Of tokens alone where there are pairs as well.
-    losses = [record.get("masked_lm_loss", record["loss"]) for record in records]
+    columns = {"loss": [record.get("masked_lm_loss", record["loss"]) for record in records]}
+    if (right := "next_sentence_accuracy") in records[0]:
+        columns[right] = [record[right] for record in records]
     ends = range(average, len(records) + 1, average)
-    return {
-        "steps": [records[end - 1]["step"] for end in ends],
-        "loss": [round(statistics.fmean(losses[end - average : end]), 4) for end in ends],
+    means = {
+        name: [round(statistics.fmean(values[end - average : end]), 4) for end in ends]
+        for name, values in columns.items()
     }
+    return {"steps": [records[end - 1]["step"] for end in ends], **means}
 
 
 def draw(curves: Curves, path: Path) -> None:
@@ -160,132 +160,12 @@ def comparable(family: Family) -> bool:
     return family.hf_config is not None
 
 
-def their_model(family: Family, ours: nn.Module) -> nn.Module:
-    """What transformers builds from the debug flavor's config.json, with the weights of `ours`."""
-    import transformers
-
-    transformers.logging.disable_progress_bar()
-    args, hf = family.flavors["debug"], family.hf_config
-    assert hf is not None
-    state = ours.state_dict()
-    weights = {
-        name: tensor.join([state[part] for part in tensor.parts])
-        for name, tensor in HFModel.of(family, args).tensors.items()
-    }
-    theirs: Any = getattr(transformers, hf.architecture)
-    described = hf_config_from_args(args, hf, dtype="float32")
-    # No keys and values for a generation that does not follow.
-    config = theirs.config_class(**described, use_cache=False)
-    model: nn.Module = theirs.from_pretrained(None, config=config, state_dict=weights)
-    # Without the dropout of GPT-2 and BERT; nothing else depends on the mode.
-    return model.eval()
-
-
-class Loop:
-    """The bare loop of this process."""
-
-    model: nn.Module
-    is_theirs: bool
-    optimizer: torch.optim.Optimizer
-    loader: DataLoader
-    dtype: torch.dtype
-
-
-def start(side: str, name: str, dtype: str, shape: tuple[int, int]) -> None:
-    """Builds a side's model, of weights and batches (samples, tokens) that both sides share."""
-    family = families()[name]
-    args = family.flavors["debug"]
-    generator = torch.Generator().manual_seed(0)
-    model = build(family, args)
-    for key, parameter in model.named_parameters():
-        model.init_parameter(key, parameter, generator)
-    Loop.is_theirs, Loop.dtype = side == THEIRS, getattr(torch, dtype)
-    Loop.model = (their_model(family, model) if Loop.is_theirs else model).to(DEVICE)
-    Loop.optimizer = torch.optim.AdamW(Loop.model.parameters(), lr=1e-3, fused=True)
-    samples, seq_len = shape
-    config = load_config(preset(name), [f"--training.seq_len={seq_len}"]).config
-    tokenizer = load_tokenizer(config.data.tokenizer_path)
-    Loop.loader = DataLoader(
-        config.data,
-        seq_len=seq_len,
-        seed=config.training.seed,
-        local_batch_size=samples,
-        global_batch_size=samples,
-        batch_rank=0,
-        batch_degree=1,
-        tokenizer=tokenizer,
-        rows=OBJECTIVES[family.objective](config).rows(tokenizer),
-    )
-
-
-def take_turn(steps: int) -> tuple[float, float]:
-    """Seconds of a turn, and the loss of its last step."""
-    batches = [on_device(next(Loop.loader)) for _ in range(steps)]
-    # It would prepare others while these are timed.
-    Loop.loader.close()
-    begin = time.perf_counter()
-    for batch in batches:
-        with _autocast():
-            loss = _their_loss(batch) if Loop.is_theirs else _our_loss(batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(Loop.model.parameters(), 1.0)
-        Loop.optimizer.step()
-        Loop.optimizer.zero_grad()
-    last = loss.item()
-    return time.perf_counter() - begin, last
-
-
-def on_device(batch: Batch) -> Batch:
-    """The batch, there."""
-    tensors = {name: tensor for name, tensor in vars(batch).items() if tensor is not None}
-    return Batch(**{name: tensor.to(DEVICE) for name, tensor in tensors.items()})
-
-
-def _our_loss(batch: Batch) -> Tensor:
-    def head_loss(*linear: Tensor) -> Tensor:
-        return _mean_loss(F.linear(*linear), batch.labels)
-
-    if batch.documents is None:
-        return Loop.model(batch.inputs, head_loss)
-    places = torch.arange(batch.inputs.shape[1], device=DEVICE)
-    return Loop.model(
-        batch.inputs,
-        head_loss,
-        mask=dense_mask(batch.documents, places, Loop.dtype, causal=False),
-        token_types_BS=batch.token_types,
-        pair_loss=partial(_mean_loss, labels=batch.pair_labels),
-    )
-
-
-def _their_loss(batch: Batch) -> Tensor:
-    if batch.documents is None:
-        return _mean_loss(Loop.model(batch.inputs).logits, batch.labels)
-    told = Loop.model(
-        batch.inputs,
-        # Padding is document 1.
-        attention_mask=1 - batch.documents,
-        token_type_ids=batch.token_types,
-    )
-    pairs = _mean_loss(told.seq_relationship_logits, batch.pair_labels)
-    return _mean_loss(told.prediction_logits, batch.labels) + pairs
-
-
-def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten())
-
-
-def _autocast() -> Any:
-    if Loop.dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(DEVICE.type, Loop.dtype)
-
-
 def race(groups: Mapping[str, Group], name: str, dtype: str, options: Any) -> Values:
     """Tokens per second of both sides of one family, and their ratios by round."""
     shape = (options.batch, options.seq_len)
     first = {}
     for side, group in groups.items():
-        group.call(start, side, name, dtype, shape)
+        group.call(start, side, name, preset(name), dtype, shape)
         ((_, first[side]),) = group.call(take_turn, 1)
         group.call(take_turn, options.warmup)
     if not math.isclose(*first.values(), rel_tol=AGREE[dtype]):
@@ -394,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_options(parser, warmup=4, rounds=12, steps=2)
     parser.add_argument("--write", action="store_true", help="into benchmarks/results/ and docs/")
     options = parser.parse_args(argv)
-    options.only = options.only or (PRESETS if options.what == "long" else families())
+    options.only = options.only or (["megatron_bert"] if options.what == "long" else families())
     page = put(PAGE.read_text(), "flavors", flavors_table())
     try:
         if options.what == "speed":

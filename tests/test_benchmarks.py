@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import (
     activation_checkpoint,
+    bare_loop,
     families,
     h200,
     idle,
@@ -19,6 +20,7 @@ from benchmarks import (
     step,
     trainer_overhead,
 )
+from benchmarks.bare_loop import OURS, THEIRS
 from benchmarks.manifest import RESULTS
 from benchmarks.workers import BenchmarkError, Group
 from tests.runs import TINY
@@ -245,13 +247,11 @@ def test_the_gpu_suite_needs_a_word_that_a_name_holds(capsys: pytest.CaptureFixt
 def test_the_bare_loop_trains_our_model_and_transformers_alike(name: str, dtype: str) -> None:
     pytest.importorskip("transformers")
     losses = {}
-    for side in (families.OURS, families.THEIRS):
-        families.start(side, name, dtype, (2, 32))
-        losses[side] = [families.take_turn(2)[1] for _ in range(2)]
-    assert losses[families.OURS] == pytest.approx(
-        losses[families.THEIRS], rel=families.AGREE[dtype]
-    )
-    assert losses[families.OURS][0] != losses[families.OURS][1]
+    for side in (OURS, THEIRS):
+        bare_loop.start(side, name, families.preset(name), dtype, (2, 32))
+        losses[side] = [bare_loop.take_turn(2)[1] for _ in range(2)]
+    assert losses[OURS] == pytest.approx(losses[THEIRS], rel=families.AGREE[dtype])
+    assert losses[OURS][0] != losses[OURS][1]
 
 
 class OfLoss:
@@ -266,10 +266,10 @@ class OfLoss:
 
 def test_models_are_timed_only_where_their_first_losses_agree() -> None:
     options = SimpleNamespace(batch=8, seq_len=4, warmup=1, rounds=1, steps=2)
-    sides: Any = {families.OURS: OfLoss(8.0), families.THEIRS: OfLoss(8.00004)}
+    sides: Any = {OURS: OfLoss(8.0), THEIRS: OfLoss(8.00004)}
     timed = families.race(sides, "bert", "float32", options)
-    assert timed["tokens_per_second"] == {families.OURS: 64.0, families.THEIRS: 64.0}
-    sides[families.THEIRS].loss = 8.001
+    assert timed["tokens_per_second"] == {OURS: 64.0, THEIRS: 64.0}
+    sides[THEIRS].loss = 8.001
     with pytest.raises(BenchmarkError, match=r"titan_lite 8\.0 and transformers 8\.001$"):
         families.race(sides, "bert", "float32", options)
 
@@ -283,9 +283,15 @@ def test_the_page_of_families_lists_every_flavor_and_the_speeds_that_are_kept() 
     assert page == again, "python -m benchmarks.families curves --write"
 
 
-def test_a_point_of_a_long_curve_is_the_mean_loss_of_hidden_tokens_over_some_steps() -> None:
-    records = [{"step": n, "loss": 9.0, "masked_lm_loss": n / 2} for n in range(1, 6)]
+def test_a_point_of_a_curve_is_the_mean_of_some_records_and_of_hidden_tokens_alone() -> None:
+    records = [{"step": n, "loss": n / 2} for n in range(1, 6)]
     assert families.points(records, 2) == {"steps": [2, 4], "loss": [0.75, 1.75]}
+    pairs = {"masked_lm_loss": 6.0, "next_sentence_accuracy": 0.5}
+    assert families.points([record | pairs for record in records], 5) == {
+        "steps": [5],
+        "loss": [6.0],
+        "next_sentence_accuracy": [0.5],
+    }
 
 
 def test_curves_are_drawn_with_labels_apart(tmp_path: Path) -> None:
