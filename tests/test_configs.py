@@ -13,6 +13,13 @@ from titan_lite.planner.counts import num_params
 
 FOLDER = Path(__file__).parent.parent / "train_configs"
 PRESETS = sorted(FOLDER.glob("*.toml"))
+PAGE = FOLDER.parent / "docs/published_runs.md"
+# Of published rows: preset, world size, overrides.
+ROWS = re.findall(
+    r"^titan-lite config train_configs/(\S+) --world-size (\d+)(.*)$",
+    PAGE.read_text(),
+    re.MULTILINE,
+)
 # Billions of parameters that a preset is known by.
 SIZES = {
     "llama2_7b": 6.74,
@@ -87,3 +94,20 @@ def test_a_preset_writes_only_what_differs(path: Path) -> None:
         if origin == str(path):
             value = getattr(getattr(loaded.config, section), key)
             assert value != getattr(getattr(base.config, section), key), dotted
+
+
+@pytest.mark.parametrize(("preset", "world_size", "overrides"), ROWS)
+def test_the_keys_that_make_a_published_row_of_a_preset_pass_all_rules(
+    preset: str, world_size: str, overrides: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = tmp_path / "tokenizer.model"
+    tokenizer.write_text("")
+    words = [*overrides.split(), f"--data.tokenizer_path={tokenizer}"]
+    rules.check(load_config(FOLDER / preset, words), int(world_size))
+    assert not caplog.records, "no setting that cannot act"
+
+
+def test_every_preset_has_its_place_on_the_page_of_published_runs() -> None:
+    linked = re.findall(r"\(\.\./train_configs/(\w+)\.toml\)", PAGE.read_text())
+    assert {*linked} == {*SIZES}
+    assert ROWS
