@@ -98,6 +98,15 @@ def test_whole_words_are_hidden_or_none_of_their_tokens():
     assert several > 200
 
 
+def test_a_script_without_spaces_is_hidden_in_the_same_share(tmp_path):
+    text = "\u4eca\u5929\u5929\u6c14\u5f88\u597d\u6211\u4eec\u53bb\u516c\u56ed" * 40
+    (tmp_path / "zh.jsonl").write_text("".join(f'{{"text": "{text[i:]}"}}\n' for i in range(8)))
+    data = Data(dataset_path=str(tmp_path / "zh.jsonl"), num_streams=2)
+    batch = batch_of(MaskedLM(whole_word_masking=True, next_sentence=False), 40, data=data)
+    share = (batch.labels != IGNORED).sum() / (batch.documents == 0).sum()
+    assert share == pytest.approx(0.15, abs=0.02)
+
+
 def test_one_in_ten_samples_is_short_and_of_any_length():
     none, every = (batch_of(MaskedLM(short_seq_prob=p)) for p in (0.0, 1.0))
     lengths = {name: (b.documents == 0).sum(1) for name, b in (("none", none), ("every", every))}

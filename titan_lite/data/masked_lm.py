@@ -22,6 +22,9 @@ from titan_lite.data.tokenizer import Tokenizer, Tokens
 
 FOLLOWS, OTHER = 0, 1  # labels of a pair, as Hugging Face has them
 MASKED, REPLACED = 0.8, 0.1  # of what is predicted; the rest stays as it is
+# Tokens after which a word is cut: what a script without spaces writes would be one word, and one
+# word at least is hidden.
+MAX_WORD = 16
 # Not some documents too short for a sample, but a source that has no others.
 MAX_EMPTY_BLOCKS = 100
 
@@ -174,6 +177,9 @@ class MaskedPairs:
         if self._section.whole_word_masking:
             # A part's first word may have begun before it.
             begins = self._tokenizer.starts_word[tokens[places]] | (np.diff(places, prepend=0) > 1)
+            numbers = np.arange(len(places))
+            of_word = numbers - np.maximum.accumulate(np.where(begins, numbers, 0))
+            begins |= of_word % MAX_WORD == 0
         firsts = np.flatnonzero(begins | (np.arange(len(places)) == 0))
         lengths = np.diff(firsts, append=len(places))
         wanted = max(1, round(len(places) * self._section.mask_prob))
