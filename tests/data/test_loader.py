@@ -106,7 +106,7 @@ def test_resume_is_exact_across_epochs(folder):
 
 @pytest.mark.parametrize(
     ("packing", "fields"),
-    [("document", 4), ("fixed", 4), ("none", 2)],
+    [("document", 5), ("fixed", 5), ("none", 3)],
 )
 def test_every_packing_resumes_inside_documents_at_any_degree(folder, packing, fields):
     section = data(folder, num_streams=2, packing=packing, packing_block=4)
@@ -114,6 +114,7 @@ def test_every_packing_resumes_inside_documents_at_any_degree(folder, packing, f
     found, _ = in_parts(section, [(1, 7), (3, 5), (2, 19)], rows_of)
     assert found == expected
     assert all(len([v for v in row.values() if v is not None]) == fields for row in expected)
+    assert [row["samples"] for row in expected] == list(range(60))
     # Some of the samples begin inside a document, and only those of "none" hold no second one.
     assert len({row["inputs"][0] for row in expected}) > 1
     several = [row for row in expected if TOKENIZER.bos_id in row["inputs"][1:]]
