@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from tests.nn.test_hf_parity import SMALL, joined, taken, their_model
+from tests.nn.test_hf_parity import SMALL, assert_same_gradients, give_weights, their_model
 from titan_lite.checkpoint.hf_layout import HFModel
 from titan_lite.models.args import EncoderArgs
 from titan_lite.models.bert import BERT, MEGATRON_BERT
@@ -63,11 +63,7 @@ def test_logits_losses_and_every_gradient_equal_hugging_face(family: Family) -> 
     ours, hf = drawn(args), HFModel.of(family, args)
     theirs: Any = their_model(args, family)
     their_parameters = dict(theirs.named_parameters())
-    weights = joined(hf, ours.state_dict())
-    assert weights.keys() == their_parameters.keys()
-    with torch.no_grad():
-        for name, weight in weights.items():
-            their_parameters[name].copy_(weight)
+    give_weights(hf, ours, their_parameters)
     batch = pairs(args.vocab_size)
     valid = (batch["labels"] != -100).sum()
     seen: dict[str, Tensor] = {}
@@ -104,16 +100,7 @@ def test_logits_losses_and_every_gradient_equal_hugging_face(family: Family) -> 
         (ours(batch["tokens"], **inputs)[text], expected.prediction_logits[text]),
     ):
         assert (logits - reference).abs().max() <= 1e-5 * reference.abs().max()
-    gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
-    their_gradients = {name: p.grad for name, p in their_parameters.items() if p.grad is not None}
-    references = dict(taken(hf, their_gradients, gradients))
-    assert references.keys() == dict(ours.named_parameters()).keys()
-    # Softmax does not see what is added to all keys: the gradient of such a bias is rounding.
-    scale = max(reference.abs().max() for reference in references.values())
-    for name, gradient in gradients.items():
-        largest = scale if name.endswith("wk.bias") else references[name].abs().max()
-        error = (gradient - references[name]).abs().max() / largest
-        assert error <= 1e-5, f"{name}: relative error {error:.1e}"
+    assert_same_gradients(hf, ours, their_parameters)
 
 
 @FAMILIES

@@ -106,6 +106,28 @@ def taken(
         yield part, hf.tensors[name].read(stored[name], part, offsets, tensor.shape)
 
 
+def give_weights(hf: HFModel, ours: nn.Module, theirs: Mapping[str, Tensor]) -> None:
+    """Ours, to parameters by the names that files have."""
+    weights = joined(hf, ours.state_dict())
+    assert weights.keys() == theirs.keys()
+    with torch.no_grad():
+        for name, weight in weights.items():
+            theirs[name].copy_(weight)
+
+
+def assert_same_gradients(hf: HFModel, ours: nn.Module, theirs: Mapping[str, Tensor]) -> None:
+    gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    their_gradients = {name: p.grad for name, p in theirs.items() if p.grad is not None}
+    references = dict(taken(hf, their_gradients, gradients))
+    assert references.keys() == dict(ours.named_parameters()).keys()
+    # Softmax does not see what is added to all keys: the gradient of such a bias is rounding.
+    scale = max(reference.abs().max() for reference in references.values())
+    for name, gradient in gradients.items():
+        largest = scale if name.endswith("wk.bias") else references[name].abs().max()
+        error = (gradient - references[name]).abs().max() / largest
+        assert error <= 1e-5, f"{name}: relative error {error:.1e}"
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_logits_and_every_gradient_equal_hugging_face(name: str) -> None:
     case = CASES[name]
@@ -118,11 +140,7 @@ def test_logits_and_every_gradient_equal_hugging_face(name: str) -> None:
     hf = HFModel.of(case.family, args)
     theirs = their_model(args, case.family)
     their_parameters = in_files(dict(theirs.named_parameters()))
-    weights = joined(hf, ours.state_dict())
-    assert weights.keys() == their_parameters.keys()
-    with torch.no_grad():
-        for name, weight in weights.items():
-            their_parameters[name].copy_(weight)
+    give_weights(hf, ours, their_parameters)
     tokens = torch.randint(args.vocab_size, (2, 100))
     cotangent = torch.randn(2, 100, args.vocab_size)
 
@@ -132,17 +150,9 @@ def test_logits_and_every_gradient_equal_hugging_face(name: str) -> None:
     (expected * cotangent).mean().backward()
 
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
-    gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
-    their_gradients = {name: p.grad for name, p in their_parameters.items() if p.grad is not None}
-    assert their_gradients.keys() == hf.tensors.keys()
-    references = dict(taken(hf, their_gradients, gradients))
-    assert references.keys() == dict(ours.named_parameters()).keys()
-    # Softmax does not see what is added to all keys: the gradient of such a bias is rounding.
-    scale = max(reference.abs().max() for reference in references.values())
-    for name, gradient in gradients.items():
-        largest = scale if name.endswith("wk.bias") else references[name].abs().max()
-        error = (gradient - references[name]).abs().max() / largest
-        assert error <= 1e-5, f"{name}: relative error {error:.1e}"
+    with_gradient = {name for name, p in their_parameters.items() if p.grad is not None}
+    assert with_gradient == hf.tensors.keys()
+    assert_same_gradients(hf, ours, their_parameters)
 
 
 def test_the_scaled_case_keeps_blends_and_stretches_frequencies() -> None:
