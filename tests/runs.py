@@ -3,8 +3,11 @@
 import dataclasses
 import json
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -80,6 +83,15 @@ def train_and_gather(folder: Path | str, *overrides: str, mask_labels: bool = Fa
 def build_trainer(folder: Path | str, *overrides: str) -> Trainer:
     loaded = load_config(None, [*TINY, f"--job.dump_folder={folder}", *overrides])
     return Trainer(loaded, check(loaded, Process.from_environment().world_size))
+
+
+def compiled_by(backend: str) -> AbstractContextManager[Any]:
+    """Has blocks compiled by another backend than inductor, which takes half a minute.
+
+    "eager" for what is dynamo's doing, "aot_eager" for what is the partitioner's, which both share.
+    """
+    compile = partialmethod(torch.nn.Module.compile, backend=backend)
+    return mock.patch.object(torch.nn.Module, "compile", compile)
 
 
 def masked(batches: Iterator[Batch]) -> Iterator[Batch]:

@@ -1,19 +1,17 @@
 """The loss over held-out documents: one number in every layout, and no trace in the training."""
 
 import dataclasses
-import functools
 import json
 import math
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
 from tests.distributed import Workers
-from tests.runs import build_trainer, read_metrics, train
+from tests.runs import build_trainer, compiled_by, read_metrics, train
 from titan_lite.config.load import ConfigError
 from titan_lite.config.schema import Data, Parallel, Validation
 from titan_lite.data.assets import bundled_asset
@@ -21,7 +19,6 @@ from titan_lite.data.held_out import HeldOut, read_held_out, resolve_held_out
 from titan_lite.data.loader import Batch
 from titan_lite.data.packing import IGNORED
 from titan_lite.data.tokenizer import load_tokenizer
-from titan_lite.nn.block import Block
 from titan_lite.parallel.pipeline import forward_ticks, local_stages, rank_of_stage
 
 ON = ("--validation.enable=true", "--validation.interval=2", "--validation.steps=2")
@@ -92,9 +89,7 @@ def test_training_is_the_same_with_and_without_validation(
 
 
 def _validate_compiled(folder: Path, *overrides: str) -> tuple[list[dict[str, Any]], int]:
-    # Whether blocks are compiled anew is dynamo's doing; inductor's would take 20 s.
-    compile = functools.partialmethod(torch.nn.Module.compile, backend="eager")
-    with mock.patch.object(Block, "compile", compile):
+    with compiled_by("eager"):
         trainer = build_trainer(folder, *overrides, COMPILE)
     trainer.train()
     trainer.close()

@@ -4,20 +4,17 @@ That compiled blocks are one graph and train the same model: test_matrix.py, tes
 """
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 
 from tests.distributed import Workers
-from tests.runs import build_trainer
+from tests.runs import build_trainer, compiled_by
 from titan_lite.data.loader import Batch
-from titan_lite.nn.block import Block
 from titan_lite.parallel.compile import Compilations
 
 
@@ -35,9 +32,7 @@ def _warnings_of_shortened(folder: Path, *overrides: str) -> list[str]:
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("titan_lite").addHandler(handler)
-    # Whether blocks are compiled anew is dynamo's doing; inductor's would take 20 s.
-    compile = functools.partialmethod(torch.nn.Module.compile, backend="eager")
-    with mock.patch.object(Block, "compile", compile):
+    with compiled_by("eager"):
         trainer = build_trainer(folder, *overrides)
     trainer.batches = shortened(trainer.batches, from_step=4)
     trainer.train()
