@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_lite.checkpoint.agreement import agree_on_start
+from titan_lite.checkpoint.agreement import agree_on_data, agree_on_start
 from titan_lite.checkpoint.hf import DCPToHF, load_hf
 from titan_lite.checkpoint.manager import CheckpointManager
 from titan_lite.config.load import LoadedConfig
@@ -208,6 +208,8 @@ class Trainer:
         if self.process.device.type == "cuda":
             hint = record_flights(self.run_folder)
         start_process_group(self.process, comm)
+        with blaming("data.dataset", loaded):
+            agree_on_data(self.loader.state_dict()["settings"])
         self.watchdog = Watchdog(
             self.progress,
             store_of_its_own(),

@@ -66,6 +66,30 @@ def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit
         np.testing.assert_array_equal(tensors["final weights"][name], array, err_msg=name)
 
 
+def _of_its_own(folder: Path) -> str:
+    """Of a run whose ranks each have a copy of the data, not the same one."""
+    copy = folder / f"rank{dist.get_rank()}"
+    copy.mkdir()
+    for number in range(1 + dist.get_rank()):
+        (copy / f"{number}.txt").write_text("document " * 999)
+    settings = ("--data.num_streams=1", "--training.local_batch_size=4")
+    with pytest.raises(ConfigError) as error:
+        build_trainer(folder, f"--data.dataset_path={copy}", *settings)
+    return str(error.value)
+
+
+@pytest.mark.distributed
+def test_ranks_that_find_other_documents_are_refused(
+    workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    told = (
+        r"data\.dataset_path .*ranks read different data: dataset is '1 text files \w+' on rank 0 "
+        r"and '2 text files \w+' on rank 1; the files of data\.dataset_path or data\.sources must "
+    )
+    for message in workers[2].run(_of_its_own, tmp_path):
+        assert re.search(told, message)
+
+
 def _with_overflows(function: Any, *arguments: Any) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss_scaler, "INIT_SCALE", 2.0**26)

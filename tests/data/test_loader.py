@@ -29,12 +29,17 @@ from tests.data.jobs import (
     run,
     take,
 )
-from titan_lite.config.schema import Data
+from titan_lite.config.load import load_config
+from titan_lite.config.schema import Data, Validation
 from titan_lite.data import readers
 from titan_lite.data.assets import bundled_asset
+from titan_lite.data.held_out import resolve_held_out
 from titan_lite.data.loader import DataLoader
 from titan_lite.data.packing import join_documents
+from titan_lite.data.sources import resolve_sources
+from titan_lite.data.token_files import TokenFolder
 from titan_lite.data.tokenizer import load_tokenizer
+from titan_lite.tools import tokenize
 
 TEXTS = [f"{i} " + "whale " * (i % 7) for i in range(30)]
 
@@ -282,7 +287,10 @@ def test_a_damaged_parquet_file_is_named_among_good_ones(parquet, damage):
     assert error_of(section, 99).startswith(f"data.dataset_path: cannot read {bad}: ")
 
 
-def test_files_that_are_no_parquet_are_left_out_by_name_in_every_layout_alike(parquet, caplog):
+def test_files_that_are_no_parquet_are_left_out_by_name_in_every_layout_alike(
+    parquet, caplog, tmp_path_factory
+):
+    """And in validation, and by titan-lite tokenize."""
     section = Data(
         dataset_path=str(parquet), num_streams=4, shuffle_buffer=12, on_bad_document="skip"
     )
@@ -294,11 +302,21 @@ def test_files_that_are_no_parquet_are_left_out_by_name_in_every_layout_alike(pa
     samples = take(ranks, 12)
     assert samples == take(alone, 24)
     assert merged(ranks) == merged(alone)
+    held_out = Validation(enable=True, dataset_path=str(parquet))
+    text = Data(on_bad_document="skip")
+    overrides = [f"--data.dataset_path={parquet}", "--data.on_bad_document=skip"]
+    target = tmp_path_factory.mktemp("tokens") / "tokens"
+    loaded = load_config(None, overrides)
+    assert tokenize.write(loaded, target, processes=1, shard_tokens=999) == 0
+    resolved = [resolve_held_out(held_out, text).identity, TokenFolder(target).manifest.source]
     for name in "bc":
         told = f"data.dataset_path={str(parquet)!r}: a file is left out with all its documents: "
         assert caplog.text.count(f"{told}{parquet}/{name}.parquet: ") == 1
         (parquet / f"{name}.parquet").unlink()
-    only_good = loaders(section.model_copy(update={"on_bad_document": "raise"}))
+    good = section.model_copy(update={"on_bad_document": "raise"})
+    identity = resolve_sources(good)[0].identity
+    assert resolved == [identity, identity]
+    only_good = loaders(good)
     assert samples == take(only_good, 24)
     # A file that was mended is more than the run began with.
     (parquet / "b.parquet").write_bytes(whole["b"])

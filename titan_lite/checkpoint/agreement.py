@@ -1,6 +1,8 @@
-"""All ranks begin from the same checkpoint, all of whose files are as they were written."""
+"""All ranks begin from the same checkpoint, undamaged, and read the same data."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -33,6 +35,20 @@ def agree_on_start(
             raise damaged[start.source]
         start = find_start(section, folder, damaged, last_step=last_step)
     return start
+
+
+def agree_on_data(settings: Mapping[str, Any]) -> None:
+    """ValueError on every rank unless what decides about their data is the same; collective."""
+    told: list[Mapping[str, Any]] = [settings] * dist.get_world_size()
+    dist.all_gather_object(told, settings)
+    for rank, theirs in enumerate(told):
+        for key, value in theirs.items():
+            if value != told[0][key]:
+                raise ValueError(
+                    f"ranks read different data: {key} is {told[0][key]!r} on rank 0 and {value!r} "
+                    f"on rank {rank}; the files of data.dataset_path or data.sources must be the "
+                    "same on all nodes"
+                )
 
 
 def _damage(source: Path) -> list[str]:
