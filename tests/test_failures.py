@@ -317,6 +317,8 @@ def _main(size: int, output: Connection, arguments: list[str]) -> None:
     """A process that trains, alone, on a disk for files of that size."""
     for descriptor in (1, 2):
         os.dup2(output.fileno(), descriptor)
+    # git, which run.json asks for the commit, would leave a half-written index.lock behind.
+    os.environ["PATH"] = ""
     with full_disk(size):
         sys.exit(main(arguments))
 
