@@ -58,7 +58,7 @@ def pipeline_stages(
         stages = split(
             model,
             parallel,
-            attention_flops=12 * plan.args.attention_dim * config.training.seq_len,
+            attention_flops=12 * plan.args.attention_dim * _attended(config),
             head_share=head_share,
         )
     section = config.activation_checkpoint
@@ -89,10 +89,16 @@ def count_flops(
         num_last_matmul_params=num_last_matmul_params(args),
         num_layers=args.num_layers,
         attention_dim=args.attention_dim,
-        seq_len=config.training.seq_len,
+        seq_len=_attended(config),
         is_causal=args.causal,
         num_recomputed_layers=0 if section.mode == "selective_op" else sum(map(len, recomputed)),
     )
+
+
+def _attended(config: Config) -> int:
+    """Tokens that each is counted to attend to; how long documents are is not known before."""
+    data = config.data
+    return data.packing_block if data.packing == "fixed" else config.training.seq_len
 
 
 def check_device(

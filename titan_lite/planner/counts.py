@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from titan_lite.models.args import DecoderArgs, EncoderArgs
 
 FORMULA = (
-    "6 * (parameters - input embedding - head of pairs) + 12 * layers * attention_dim * seq_len; "
+    "6 * (parameters - input embedding - head of pairs) + 12 * layers * attention_dim * seq_len, "
+    'or with data.packing "fixed" packing_block in the place of seq_len; '
     "what causal and document masks hide is not subtracted, and padding is no token; of positions "
     "that training.loss_positions leaves out, the head is subtracted"
 )
