@@ -70,12 +70,65 @@ def test_a_form_that_the_class_has_not_is_named(
     assert unsaid_in_hf(args, family.hf_config) == message
 
 
-def test_transformers_default_of_gpt_neox_is_the_20b() -> None:
+@pytest.mark.parametrize(
+    ("flavor", "published", "different"),
+    [
+        # huggingface.co/internlm/internlm-7b, which was trained with an epsilon of 1e-5.
+        ("7b", {"bias": True}, {"norm_eps": (1e-6, 1e-5)}),
+        # huggingface.co/internlm/internlm-20b
+        (
+            "20b",
+            {
+                "bias": False,
+                "hidden_size": 5120,
+                "intermediate_size": 13824,
+                "max_position_embeddings": 4096,
+                "num_attention_heads": 40,
+                "num_hidden_layers": 60,
+                "num_key_value_heads": 40,
+            },
+            {},
+        ),
+    ],
+)
+def test_internlms_own_files_are_read(
+    flavor: str, published: dict[str, Any], different: dict[str, Any]
+) -> None:
+    written = {
+        "architectures": ["InternLMForCausalLM"],
+        "model_type": "internlm",
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 2048,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "rms_norm_eps": 1e-06,
+        "tie_word_embeddings": False,
+        "vocab_size": 103168,
+    } | published
+    family = families()["internlm"]
+    assert family_of(written, families()) is family
+    assert family.hf_config is not None
+    assert differences(written, family.hf_config, family.flavors[flavor]) == different
+
+
+def test_an_activation_that_no_feed_forward_here_has_is_named() -> None:
+    family = families()["gpt_neox"]
+    assert family.hf_config is not None
+    written = hf_config_from_args(family.flavors["20b"], family.hf_config, dtype="float16")
+    assert written["hidden_act"] == "gelu_fast"
+    with pytest.raises(ValueError, match="hidden_act is 'relu'; GPTNeoXForCausalLM here is built"):
+        args_from_hf(written | {"hidden_act": "relu"}, family.hf_config)
+
+
+def test_transformers_default_of_gpt_neox_is_the_20b_but_for_its_activation() -> None:
     transformers = pytest.importorskip("transformers")
     written = transformers.GPTNeoXConfig(architectures=["GPTNeoXForCausalLM"]).to_dict()
     family = family_of(written, families())
     assert family.hf_config is not None
-    assert args_from_hf(written, family.hf_config) == families()["gpt_neox"].flavors["20b"]
+    expected = replace(families()["gpt_neox"].flavors["20b"], ffn="gelu")
+    assert args_from_hf(written, family.hf_config) == expected
 
 
 def test_what_transformers_5_writes_of_the_rotary_embedding_is_read() -> None:

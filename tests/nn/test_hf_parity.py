@@ -65,6 +65,7 @@ CASES = {
     "qwen3": Case(QWEN3, {"num_kv_heads": 2, "head_dim": 32}),
     "gpt_neox": Case(GPT_NEOX, {"rotary_fraction": 0.5}),
     "gpt_neox, one after the other": Case(GPT_NEOX, {"parallel_residual": False}),
+    "gpt_neox, as the 20b": Case(GPT_NEOX, {"ffn": "gelu_tanh"}),
     "gpt": Case(GPT),
 }
 

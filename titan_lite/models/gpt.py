@@ -2,11 +2,11 @@
 
 Sources. NeoX: github.com/EleutherAI/gpt-neox (configs/175B.yml: layers, width, heads; rotary over
 whole heads, untied head, LayerNorm and biases everywhere), its vocabulary padded to 50,432;
-"20b": arXiv:2204.06745, and the defaults of Hugging Face's GPTNeoXConfig. "1.4b" and "16b" are
-those of the published FSDP and DeepSpeed runs on Frontier: the 1.4B's numbers are of FORGE (24
-layers of 2,064 features), by the same authors in the same framework; of the 16B only layers and
-width are known, its 48 heads are a guess. Learned positions: arXiv:2005.14165 (GPT-3's 175B);
-"1t": arXiv:2104.04473, whose vocabulary is 51,200.
+"20b": arXiv:2204.06745, and the config.json of huggingface.co/EleutherAI/gpt-neox-20b. "1.4b" and
+"16b" are those of the published FSDP and DeepSpeed runs on Frontier: the 1.4B's numbers are of
+FORGE (24 layers of 2,064 features), by the same authors in the same framework; of the 16B only
+layers and width are known, its 48 heads are a guess. Learned positions: arXiv:2005.14165 (GPT-3's
+175B); "1t": arXiv:2104.04473, whose vocabulary is 51,200.
 """
 
 from dataclasses import replace
@@ -61,7 +61,9 @@ GPT_NEOX = Family(
         "debug": replace(_DEBUG, rotary_fraction=0.25, parallel_residual=True),
         "1.4b": _neox(2064, 24, 24),
         "16b": _neox(6144, 34, 48),
-        "20b": replace(_neox(6144, 44, 64), rotary_fraction=0.25, parallel_residual=True),
+        "20b": replace(
+            _neox(6144, 44, 64), ffn="gelu_tanh", rotary_fraction=0.25, parallel_residual=True
+        ),
         "175b": _neox(12288, 96, 96),
         "1t": _neox(25600, 128, 160, 51_200),
     },
@@ -97,8 +99,9 @@ GPT_NEOX = Family(
             "tied_head": "tie_word_embeddings",
             "hidden_dropout": "hidden_dropout",
             "attention_dropout": "attention_dropout",
+            "ffn": "hidden_act",
         },
-        choices={"ffn": "gelu", "norm": "layernorm", "ffn_bias": True},
+        choices={"norm": "layernorm", "ffn_bias": True},
         # transformers/models/gpt_neox/configuration_gpt_neox.py
         defaults={
             "max_position_embeddings": 2048,
@@ -108,8 +111,17 @@ GPT_NEOX = Family(
             "rotary_pct": 0.25,
             "rotary_emb_base": 10_000.0,
             "tie_word_embeddings": False,
+            "hidden_act": "gelu",
         },
-        constants={"hidden_act": "gelu"},
+        names={
+            "hidden_act": {
+                "gelu": "gelu",
+                # Of the 20B's files.
+                "gelu_fast": "gelu_tanh",
+                "gelu_new": "gelu_tanh",
+                "gelu_pytorch_tanh": "gelu_tanh",
+            }
+        },
     ),
     hf_layouts={
         f"{_NEOX_LAYER}.attention.query_key_value.{kind}": HFLayout(groups="num_heads")

@@ -44,6 +44,9 @@ class HFConfig:
     """What transformers takes where config.json lacks a key, or has null."""
     fallbacks: Mapping[str, str] = field(default_factory=dict)
     """Keys that have another key's value where config.json lacks them, or has null."""
+    names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Keys whose values are called otherwise in the args: theirs -> ours. Of several of theirs for
+    one of ours the first is written."""
     constants: Mapping[str, object] = field(default_factory=dict)
     """Keys that can have no other value in this family, which is also transformers' default."""
 
@@ -104,7 +107,7 @@ def args_from_hf(config: Mapping[str, Any], hf: HFConfig) -> DecoderArgs:
         if value is None and known[name].default is dataclasses.MISSING:
             raise ValueError(f"config.json has no {key}")
         if value is not None:
-            values[name] = value
+            values[name] = _ours(value, key, hf)
     values["rope_scaling"] = _read_scaling(config.get("rope_scaling"))
     args = hf.args(**values)
     # As flavors have it: None where it follows from the other numbers.
@@ -142,7 +145,7 @@ def hf_config_from_args(
     config: dict[str, Any] = {
         "architectures": [hf.architecture],
         "model_type": hf.model_type,
-        **{key: _value(args, name) for name, key in hf.keys.items()},
+        **{key: _theirs(_value(args, name), key, hf) for name, key in hf.keys.items()},
         **hf.constants,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
@@ -164,6 +167,27 @@ def unsaid_in_hf(args: DecoderArgs, hf: HFConfig) -> str:
     different = differences(hf_config_from_args(args, hf, dtype="float32"), hf, args)
     words = [f"{name} {ours}, not {theirs}" for name, (theirs, ours) in different.items()]
     return f"{hf.architecture} cannot have {', '.join(words)}" if words else ""
+
+
+def _ours(value: Any, key: str, hf: HFConfig) -> Any:
+    """What the args call a value of config.json."""
+    names = hf.names.get(key)
+    if names is None:
+        return value
+    if value not in names:
+        known = ", ".join(map(repr, names))
+        raise ValueError(
+            f"config.json: {key} is {value!r}; {hf.architecture} here is built for {known}"
+        )
+    return names[value]
+
+
+def _theirs(value: Any, key: str, hf: HFConfig) -> Any:
+    """What config.json calls a value of the args; the first name where it has none for it."""
+    names = hf.names.get(key)
+    if names is None:
+        return value
+    return next((theirs for theirs, ours in names.items() if ours == value), next(iter(names)))
 
 
 def _value(args: DecoderArgs, name: str) -> Any:

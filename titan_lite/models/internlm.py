@@ -45,12 +45,14 @@ INTERNLM = Family(
     },
     hf_config=replace(
         LLAMA_CONFIG,
+        aliases=("InternLMForCausalLM",),
         keys={
             **LLAMA_CONFIG.keys,
             "qkv_bias": "attention_bias",
             "out_bias": "attention_bias",
         },
         defaults={**LLAMA_CONFIG.defaults, "attention_bias": False},
+        fallbacks={**LLAMA_CONFIG.fallbacks, "attention_bias": "bias"},
         constants={"hidden_act": "silu", "mlp_bias": False},
     ),
     hf_ignored=LLAMA.hf_ignored,
