@@ -141,6 +141,16 @@ def test_an_integer_serves_as_a_float_but_nothing_else_is_converted() -> None:
         ("[optimizer]\nlr = inf", "optimizer.lr", "expected a number greater than 0, got inf"),
         ("[optimizer]\nlr = nan", "optimizer.lr", "expected a number greater than 0, got nan"),
         ("[optimizer]\nbeta1 = 2", "optimizer.beta1", "expected a number from 0 to 1, got 2"),
+        (
+            "[masked_lm]\nmask_prob = 1.0",
+            "masked_lm.mask_prob",
+            "expected a number greater than 0 and less than 1, got 1.0",
+        ),
+        (
+            "[model]\nhidden_dropout = 1.0",
+            "model.hidden_dropout",
+            "expected a number of at least 0 and less than 1, got 1.0",
+        ),
         ("[data]\nshuffle = 1", "data.shuffle", "expected true or false, got 1"),
         (
             '[optimizer]\nname = "adamw"',

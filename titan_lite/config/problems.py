@@ -19,6 +19,7 @@ FIELDS = {
     section: dict(model.model_fields) for section, model in SECTIONS.items() if model is not None
 }
 SOURCES = FIELDS["data"]["sources"]
+BOUNDS = {"gt": "greater than", "ge": "of at least", "lt": "less than", "le": "of at most"}
 KEYS = tuple(f"{section}.{key}" for section, fields in FIELDS.items() for key in fields)
 
 
@@ -196,14 +197,10 @@ def _bounds(metadata: Sequence[Any]) -> list[Any]:
 
 
 def _bound_words(bounds: Sequence[Any]) -> str:
-    found = {
-        name: getattr(b, name) for b in bounds for name in ("gt", "ge", "le") if hasattr(b, name)
-    }
-    if "ge" in found and "le" in found:
+    found = {name: getattr(b, name) for b in bounds for name in BOUNDS if hasattr(b, name)}
+    if found.keys() == {"ge", "le"}:
         return f"from {found['ge']} to {found['le']}"
-    if "gt" in found:
-        return f"greater than {found['gt']}"
-    return f"of at least {found['ge']}" if "ge" in found else ""
+    return " and ".join(f"{BOUNDS[name]} {bound}" for name, bound in found.items())
 
 
 def _choices(annotation: Any) -> list[Any]:
