@@ -406,6 +406,15 @@ def test_what_can_work_gives_the_degrees() -> None:
             "profiling.enable_profiling (command line) cannot act: training.steps is 250, "
             "profiling.profile_freq 300",
         ),
+        (
+            [
+                "activation_checkpoint.mode=selective_op",
+                'activation_checkpoint.save=["attention"]',
+                "model.attention_dropout=0.1",
+            ],
+            1,
+            'activation_checkpoint.save (command line): "attention" cannot act: attention_dropout',
+        ),
         (["parallel.reshard_after_forward=never"], 1, "cannot act: nothing is sharded"),
         (["parallel.loss_parallel=false"], 2, "cannot act: parallel.tp is 1"),
         (["parallel.sequence_parallel=false"], 2, "cannot act: parallel.tp is 1"),

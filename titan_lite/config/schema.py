@@ -182,7 +182,7 @@ class MaskedLM(Section):
 
     mask_prob: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Share of a sample's tokens that are predicted; of these 80 % are replaced by the mask, 10 %
-    by any other token, and 10 % stay as they are."""
+    by any token of text, and 10 % stay as they are."""
     whole_word_masking: bool = False
     """Choose whole words instead of single tokens."""
     short_seq_prob: Fraction = 0.1

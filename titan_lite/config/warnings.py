@@ -31,15 +31,17 @@ MODE_OF = {
 }
 
 
-def log_warnings(loaded: LoadedConfig, dims: ParallelDims, objective: str) -> None:
+def log_warnings(
+    loaded: LoadedConfig, dims: ParallelDims, *, objective: str, attention_dropout: float
+) -> None:
     """Logs a sentence for each setting that was made but cannot act, or wastes work, in this run.
 
-    objective: what the model's family learns.
+    objective: what the model's family learns. attention_dropout: the model's.
     """
     for warning in (
         *_wasteful(loaded.config, dims),
         *_idle(loaded, dims, objective),
-        *_idle_saved_ops(loaded),
+        *_idle_saved_ops(loaded, attention_dropout),
     ):
         logger.warning("%s", warning)
 
@@ -224,7 +226,7 @@ def _optimizer(config: Config) -> Iterator[Idle]:
         )
 
 
-def _idle_saved_ops(loaded: LoadedConfig) -> Iterator[str]:
+def _idle_saved_ops(loaded: LoadedConfig, attention_dropout: float) -> Iterator[str]:
     """Operations that somebody asked to save and that this run does not have."""
     config, key = loaded.config, "activation_checkpoint.save"
     if config.activation_checkpoint.mode != "selective_op" or loaded.origins[key] == DEFAULT:
@@ -232,6 +234,7 @@ def _idle_saved_ops(loaded: LoadedConfig) -> Iterator[str]:
     tp, sequence_parallel = config.parallel.tp, config.parallel.sequence_parallel
     recipe = config.float8.recipe
     missing = {
+        "attention": (attention_dropout > 0, f"attention_dropout is {attention_dropout:g}"),
         "reduce_scatter": (
             tp == 1 or not sequence_parallel,
             f"parallel.tp is {tp}, sequence_parallel {str(sequence_parallel).lower()}",

@@ -61,7 +61,7 @@ def check(loaded: LoadedConfig, world_size: int, *, with_files: bool = True) -> 
         problems.append(Problem(key, loaded.origins[key], message))
     if problems:
         raise ConfigError(problems)
-    log_warnings(loaded, dims, family.objective)
+    log_warnings(loaded, dims, objective=family.objective, attention_dropout=args.attention_dropout)
     # Each tensor rank has as many rows of the vocabulary as another.
     args = dataclasses.replace(args, vocab_multiple=dims.tp)
     return Plan(dims=dims, family=family, args=args)
