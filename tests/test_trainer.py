@@ -206,13 +206,18 @@ def test_waiting_for_data_is_measured_and_saving_is_left_out_of_the_speed(
     assert 0.5 < last["seconds_per_step"] < 2
 
 
+@pytest.mark.parametrize(
+    ("settings", "attended"),
+    [((), 64), (("--data.packing=fixed", "--data.packing_block=16"), 16)],
+)
 def test_flops_are_those_of_the_model_without_its_embedding(
-    one_process: Workers, tmp_path: Path
+    settings: tuple[str, ...], attended: int, one_process: Workers, tmp_path: Path
 ) -> None:
-    one_process.run(train, tmp_path, "--training.steps=1")
+    one_process.run(train, tmp_path, "--training.steps=1", *settings)
     run = json.loads((tmp_path / "run.json").read_text())
     non_embedding = run["parameters"] - 2048 * 64
-    assert run["flops_per_token"]["model"] == 6 * non_embedding + 12 * 2 * 64 * 64
+    assert run["flops_per_token"]["model"] == 6 * non_embedding + 12 * 2 * 64 * attended
+    assert run["stages"][0]["flops"] == run["flops_per_token"]["model"]
 
 
 def _weights_and_draw(folder: Path, seed: int) -> tuple[Any, float]:
