@@ -92,7 +92,7 @@ def bare_loop(trainer: Trainer, dtype: torch.dtype, same_loss: bool) -> Callable
             cross_entropy_sum,
             labels=labels,
             num_chunks=config.training.loss_chunks,
-            vocab_size=trainer.step.vocab_size,
+            vocab_size=trainer.step.args.vocab_size,
         )
         return model(inputs, head_loss=head_loss) / labels.numel()
 

@@ -111,6 +111,9 @@ def test_a_preset_is_dry_run_at_its_world_size(path: Path, fresh: Pool) -> None:
     # The formula counts all of attention, as flash attention's operators do; of a ring only what a
     # causal mask keeps is computed.
     least = 0.5 if rank.place["cp"] else 1
+    if "attention's weights" in rank.applied:
+        # No fused backward repeats a forward. Norms and biases multiply no matrix: 0.1 %.
+        least = 0.998
     assert least <= rank.measured.flops / rank.formula_flops < 1.5
     axes = {collective.axis for collective in rank.measured.collectives}
     assert {axis for axis in ("tp", "pp", "cp") if getattr(parallel, axis) > 1} <= axes | {"cp"}

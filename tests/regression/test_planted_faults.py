@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch.distributed as dist
 from torch import Tensor
 
 from tests.distributed import Workers
@@ -19,7 +20,7 @@ from tests.parallel.test_planted_bugs import average_over_ranks, leave_norms_uns
 from tests.runs import build_trainer, masked
 from titan_lite import step, trainer
 from titan_lite.checkpoint.manager import CheckpointManager
-from titan_lite.data.loader import DataLoader
+from titan_lite.data import loader
 from titan_lite.loss import IGNORE_INDEX
 from titan_lite.optim import optimizer
 from titan_lite.regression.compare import Tier, compare
@@ -62,12 +63,13 @@ def divide_by_the_ranks_own_tokens() -> AbstractContextManager[Any]:
 
 
 def shuffle_by_rank() -> AbstractContextManager[Any]:
-    """The order of the data changed by the layout."""
+    """The order of the data changed by the layout, while ranks agree on their settings."""
+    right = loader.Stream
 
-    def wrong(*args: Any, seed: int, batch_rank: int, **kwargs: Any) -> DataLoader:
-        return DataLoader(*args, seed=seed + batch_rank, batch_rank=batch_rank, **kwargs)
+    def wrong(*args: Any, seed: int, **kwargs: Any) -> loader.Stream:
+        return right(*args, seed=seed + dist.get_rank(), **kwargs)
 
-    return mock.patch.object(trainer, "DataLoader", wrong)
+    return mock.patch.object(loader, "Stream", wrong)
 
 
 def begin_the_schedule_a_step_late() -> AbstractContextManager[Any]:
