@@ -43,7 +43,8 @@ configs = st.builds(
     ),
     parallel=table(
         "parallel",
-        reshard_after_forward=positive | st.sampled_from(["always", "never", "last_block_kept"]),
+        reshard_after_forward=positive
+        | st.sampled_from(["default", "always", "never", "last_block_kept"]),
     ),
     checkpoint=table("checkpoint", load_step=st.integers(0, 10**9) | st.just("latest")),
     metrics=table("metrics", peak_tflops=number),

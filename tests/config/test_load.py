@@ -170,8 +170,8 @@ def test_an_integer_serves_as_a_float_but_nothing_else_is_converted() -> None:
         (
             '[parallel]\nreshard_after_forward = "alway"',
             "parallel.reshard_after_forward",
-            'expected "always", "never", "last_block_kept" or an integer greater than 0, '
-            'got "alway"; did you mean "always"?',
+            'expected "default", "always", "never", "last_block_kept" or an integer greater '
+            'than 0, got "alway"; did you mean "always"?',
         ),
         (
             "[parallel]\nreshard_after_forward = 0",

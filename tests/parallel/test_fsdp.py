@@ -7,12 +7,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from tests.distributed import Workers
 from tests.runs import build_trainer, read_metrics, train
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.schema import Parallel
 from titan_lite.parallel.mesh import build_meshes
+
+ALWAYS = ["--parallel.reshard_after_forward=always"]
 
 
 def _groups() -> dict[str, Any]:
@@ -58,6 +61,7 @@ def _gathered_after_forward(folder: Path, choice: str) -> dict[str, bool]:
     [
         ("always", set()),
         ("last_block_kept", {"layers.1", "norm", "output"}),
+        ("default", {"layers.1", "norm", "output"}),
         ("never", {"tok_embeddings", "layers.0", "layers.1", "norm", "output"}),
     ],
 )
@@ -66,6 +70,61 @@ def test_resharding_frees_the_units_it_names(
 ) -> None:
     for units in workers[4].run(_gathered_after_forward, tmp_path, choice):
         assert {unit for unit, is_whole in units.items() if is_whole} == gathered
+
+
+def _is_whole_at_start(folder: Path, *overrides: str) -> list[bool]:
+    """Whether the first local block holds whole weights when each micro-batch reaches it."""
+    trainer = build_trainer(folder, *overrides)
+    block = next(iter(trainer.model.layers.children()))
+    wholes: list[bool] = []
+
+    def note(block: torch.nn.Module, _: Any) -> None:
+        wholes.append(not isinstance(next(block.parameters()), DTensor))
+
+    # Before FSDP2's own hook.
+    block.register_forward_pre_hook(note, prepend=True)
+    trainer.train_step(1)
+    assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+    trainer.close()
+    return wholes
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("num_processes", "overrides", "wholes"),
+    [
+        (2, ["--training.local_batch_size=2"], [False, False]),
+        (1, ["--training.local_batch_size=4"], [False, True]),
+        (1, ["--training.local_batch_size=4", *ALWAYS], [False, False]),
+        (4, ["--training.local_batch_size=2", "--parallel.pp=2"], [False, True]),
+        (4, ["--training.local_batch_size=2", "--parallel.pp=2", *ALWAYS], [False, False]),
+    ],
+)
+def test_by_default_weights_stay_gathered_at_degree_1_and_in_pipelines(
+    workers: dict[int, Workers],
+    tmp_path: Path,
+    num_processes: int,
+    overrides: list[str],
+    wholes: list[bool],
+) -> None:
+    # Of the first rank: in a pipeline's last stage backward follows forward at once, after which
+    # torch's schedules free nothing before the last micro-batch.
+    assert workers[num_processes].run(_is_whole_at_start, tmp_path, *overrides)[0] == wholes
+
+
+def _divided_units(folder: Path) -> list[list[int]]:
+    """Shapes of what a step divides of FSDP2's buffers: all gradients of a unit in one row."""
+    trainer = build_trainer(folder)
+    with torch.profiler.profile(record_shapes=True) as profiler:
+        trainer.train_step(1)
+    trainer.close()
+    shapes = [e.input_shapes[0] for e in profiler.events() if e.name.startswith("aten::div")]
+    return [shape for shape in shapes if len(shape) == 1 and shape[0] > 10_000]
+
+
+@pytest.mark.distributed
+def test_no_gradient_is_divided_at_degree_1(one_process: Workers, tmp_path: Path) -> None:
+    assert one_process.run(_divided_units, tmp_path) == [[]]
 
 
 def _policies(folder: Path, *overrides: str) -> tuple[set[str], set[str], set[int]]:

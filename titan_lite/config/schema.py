@@ -326,11 +326,13 @@ class Parallel(Section):
     each chunk's logits on every rank."""
     async_tp: bool = False
     """Under tensor parallel, overlap its collectives with the matmuls they feed; needs compile."""
-    reshard_after_forward: Literal["always", "never", "last_block_kept"] | Positive = (
-        "last_block_kept"
+    reshard_after_forward: Literal["default", "always", "never", "last_block_kept"] | Positive = (
+        "default"
     )
     """When FSDP2 frees gathered block weights after forward: always (ZeRO-3), never (ZeRO-2), all
-    but the last block, or an int: reshard to groups of that many ranks."""
+    but the last block, or an int: reshard to groups of that many ranks. The default is never with
+    pp > 1 or where FSDP shards over one rank, since each micro-batch would gather again, else all
+    but the last block."""
     gradient_sync: Literal["every_micro_batch", "last_micro_batch"] = "every_micro_batch"
     """When gradients are reduced under accumulation; only after the last micro-batch they are kept
     whole on each rank until then (ZeRO-1's communication, at 4 bytes per parameter)."""

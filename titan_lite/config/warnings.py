@@ -148,8 +148,6 @@ def _training(config: Config) -> Iterator[Idle]:
 def _parallel(config: Config, dims: ParallelDims) -> Iterator[Idle]:
     training = config.training
     at_once = training.local_batch_size * dims.batch
-    if dims.fsdp == 1:
-        yield "nothing is sharded", ("parallel.reshard_after_forward",)
     if dims.fsdp * dims.dp_replicate == 1:
         yield "no gradient is reduced", ("parallel.gradient_sync",)
     elif dims.pp == 1 and training.global_batch_size in (-1, at_once):

@@ -17,15 +17,29 @@ from titan_lite.config.schema import Parallel
 from titan_lite.nn.transformer import Transformer
 
 
-def set_gradient_sync(model: Transformer, section: Parallel, *, last: bool) -> None:
-    """Says, before a micro-batch, what its backward reduces; `last` of its optimizer step."""
+def set_gradient_sync(
+    model: Transformer, mesh: DeviceMesh, section: Parallel, *, last: bool
+) -> None:
+    """Sets what the next backward reduces and frees; `last` micro-batch of its optimizer step.
+
+    mesh: the one that the model is sharded over.
+    """
     assert isinstance(model, FSDPModule)
     # Replicas add up their sums once: the shards of one replica suffice until then.
     model.set_requires_all_reduce(last)
-    if section.gradient_sync == "last_micro_batch":
+    syncs_once = section.gradient_sync == "last_micro_batch"
+    if syncs_once:
         model.set_requires_gradient_sync(last)
-        if section.reshard_after_forward == "never":
-            model.set_reshard_after_backward(last)
+    # At degree 1 there is nothing to sync, and each gather is a cast and a copy of all weights.
+    if _reshard(section, mesh) == "never" and (syncs_once or mesh.shape[-1] == 1):
+        model.set_reshard_after_backward(last)
+
+
+def _reshard(section: Parallel, mesh: DeviceMesh) -> str | int:
+    """Returns parallel.reshard_after_forward with its default resolved."""
+    if section.reshard_after_forward != "default":
+        return section.reshard_after_forward
+    return "never" if section.pp > 1 or mesh.shape[-1] == 1 else "last_block_kept"
 
 
 def free_gathered(model: nn.Module) -> None:
@@ -58,7 +72,7 @@ def apply_fsdp(
 
     Applied at degree 1 too, so that one device computes in the same precision as many.
     Gradients are summed over the ranks, never averaged: the loss is already divided by the
-    tokens of the global batch.
+    tokens of the global batch. At degree 1 no factor is set: FSDP2 would divide by it.
     """
     offload: OffloadPolicy = OffloadPolicy()
     if section.cpu_offload:
@@ -81,7 +95,7 @@ def apply_fsdp(
             offload_policy=offload,
         )
 
-    choice = section.reshard_after_forward
+    choice = _reshard(section, mesh)
     reshard = choice if isinstance(choice, int) else choice != "never"
     blocks = list(model.layers.children())
     ends = {name: model.get_submodule(name) for name in model.ends}
@@ -106,7 +120,8 @@ def apply_fsdp(
     # changes one in place.
     units = "PostNormBlock|LayerNorm"
     warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \(FSDP({units})\) returned a view")
-    _reduce_by_sum(model)
+    if mesh.size() > 1:
+        _reduce_by_sum(model)
     lookups = embeddings if all(isinstance(m, nn.Embedding) for m in embeddings) else []
     for module in lookups:
         # The gradient of a lookup does not need the table.
