@@ -11,14 +11,14 @@ import pytest
 
 from tests.regression.folders import write_run
 from titan_lite import cli
-from titan_lite.regression.panels import HEIGHT, LEFT, RIGHT, WIDTH, Axis, running_mean, thin
+from titan_lite.regression.panels import COLUMNS, running_mean, thin
 from titan_lite.regression.report import PANELS
 
 
 class Page(HTMLParser):
     """Figures by caption, table cells by row or by run, and what a page must not have."""
 
-    VOID = ("meta", "line", "br")
+    VOID = ("meta", "line", "br", "wbr")
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -36,11 +36,9 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.external += [f"{tag} {k}" for k, _ in attrs if k in ("src", "href", "onclick")]
         if tag == "figure":
-            self.attributes = dict(attrs) | {"points": [], "paths": []}
-        if tag == "polyline":
-            self.attributes["points"].append(dict(attrs)["points"])
-        if tag == "path":
-            self.attributes["paths"].append(dict(attrs))
+            self.attributes = {name: json.loads(value or "") for name, value in attrs}
+        if tag == "button" and "figure" in self.open:
+            self.attributes["log"] = dict(attrs)["aria-pressed"] == "true"
         if tag == "tr":
             self.cells = []
         if tag in ("td", "th"):
@@ -60,7 +58,7 @@ class Page(HTMLParser):
             self.rows[self.cells[0]] = self.cells[1:]
 
     def handle_data(self, data: str) -> None:
-        if self.open[-1:] == ["figcaption"]:
+        if self.open[-2:] == ["figcaption", "span"]:
             self.figures[data.strip()] = self.attributes
         if {"td", "th"} & set(self.open):
             self.cells[-1] += data
@@ -90,18 +88,13 @@ def test_every_panel_shows_every_run() -> None:
     Path("a/metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
     figures = page("a", "b").figures
     assert list(figures) == [title for title, *_ in PANELS]
-    loss = json.loads(figures["Loss"]["data-lines"])
-    assert loss == [[[1, 2, 3], [8.0, 7.5, 7.25]], [[1, 2], [8.0, 7.0]]]
+    assert figures["Loss"]["data-lines"] == [[[1, 2, 3], [8.0, 7.5, 7.25]], [[1, 2], [8.0, 7.0]]]
     for title, value in (("Checkpoint stalls", 1.5), ("Validation loss", 7.75)):
-        assert json.loads(figures[title]["data-lines"]) == [[[2], [value]], [[], []]]
-        assert len(figures[title]["paths"]) == 1
-        del figures[title]
+        assert figures[title]["data-lines"] == [[[2], [value]], [[], []]]
     for figure in figures.values():
-        assert len(figure["points"]) == 2
-        points = [tuple(map(float, p.split(","))) for p in figure["points"][0].split()]
-        assert all(LEFT <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in points)
+        assert figure["data-means"] == [None, None], "the values are few"
         # All panels have the same steps below each other.
-        assert json.loads(figure["data-axes"]) == [LEFT, WIDTH - RIGHT, 1, 3]
+        assert figure["data-steps"] == [1, 3]
 
 
 def test_what_was_not_logged_is_named_and_takes_no_room() -> None:
@@ -115,13 +108,10 @@ def test_a_noisy_curve_has_a_running_mean_and_a_schedule_has_none() -> None:
     generator = np.random.default_rng(0)
     write_run(Path("a"), [6 + x for x in generator.normal(size=200)])
     figures = page("a").figures
-    each, mean = (
-        np.array([float(point.split(",")[1]) for point in points.split()])
-        for points in figures["Loss"]["points"]
-    )
+    each, mean = (np.array(figures["Loss"][key][0][1]) for key in ("data-lines", "data-means"))
     assert len(each) == len(mean) == 200
     assert mean.std() < 0.6 * each.std()
-    assert len(figures["Learning rate"]["points"]) == 1
+    assert figures["Learning rate"]["data-means"] == [None]
 
 
 def test_the_running_mean_keeps_lines_and_narrows_to_a_steep_begin() -> None:
@@ -132,21 +122,14 @@ def test_the_running_mean_keeps_lines_and_narrows_to_a_steep_begin() -> None:
     assert (running_mean(np.sin(line)) <= 1).all()
 
 
-def test_values_of_few_steps_and_the_end_of_a_run_are_dots() -> None:
-    for name, steps in (("few", 3), ("many", 60)):
-        write_run(Path(name), list(np.linspace(8, 7, steps)))
-    few, many = (path["d"].count("M") for path in page("few", "many").figures["Loss"]["paths"])
-    assert (few, many) == (3, 1)
-
-
 def test_speeds_leave_out_the_warm_up_and_other_curves_do_not() -> None:
     write_run(Path("a"), [8.0, 7.5, 7.25])
     lines = Path("a/metrics.jsonl").read_text().splitlines()
     lines[0] = json.dumps(json.loads(lines[0]) | {"warmup": True})
     Path("a/metrics.jsonl").write_text("\n".join(lines))
     found = page("a")
-    assert json.loads(found.figures["WPS"]["data-lines"]) == [[[2, 3], [1002, 1003]]]
-    assert json.loads(found.figures["Loss"]["data-lines"])[0][0] == [1, 2, 3]
+    assert found.figures["WPS"]["data-lines"] == [[[2, 3], [1002, 1003]]]
+    assert found.figures["Loss"]["data-lines"][0][0] == [1, 2, 3]
     assert found.overview("a")["WPS, mean"] == "1,002"
 
 
@@ -198,9 +181,11 @@ def test_what_runs_contain_cannot_become_markup() -> None:
 
 def test_values_that_are_not_finite_are_told() -> None:
     write_run(Path("a"), [8.0, "nan", 7.5, "inf"])
-    lines = json.loads(page("a").figures["Loss"]["data-lines"])
-    assert "a: not finite at 2 steps, first at 2" in Path("page.html").read_text()
-    assert lines == [[[1, 3], [8.0, 7.5]]]
+    write_run(Path("b"), [8.0, "nan"])
+    found = page("a", "b")
+    assert "a: NaN or Inf at 2 steps, first at 2" in found.notes
+    assert "b: NaN or Inf at 1 step, first at 2" in found.notes
+    assert found.figures["Loss"]["data-lines"] == [[[1, 3], [8.0, 7.5]], [[1], [8.0]]]
 
 
 def test_ten_thousand_steps_keep_their_extremes_and_stay_small() -> None:
@@ -208,7 +193,7 @@ def test_ten_thousand_steps_keep_their_extremes_and_stay_small() -> None:
     loss[5_000] = 9.5
     for name in ("a", "b", "c"):
         write_run(Path(name), loss)
-    steps, values = json.loads(page("a", "b", "c").figures["Loss"]["data-lines"])[0]
+    steps, values = page("a", "b", "c").figures["Loss"]["data-lines"][0]
     assert values[steps.index(5_001)] == 9.5
     assert min(values) == pytest.approx(min(loss), abs=1e-4)
     assert Path("page.html").stat().st_size < 2e6
@@ -218,40 +203,32 @@ def test_thinning_keeps_the_least_and_the_most_of_each_column_in_order() -> None
     generator = np.random.default_rng(0)
     steps, values = np.arange(1.0, 20_001), generator.normal(size=20_000)
     x, y = thin(steps, values, 1, 20_000)
-    assert len(x) <= 2 * (WIDTH - LEFT - RIGHT)
+    assert len(x) <= 2 * COLUMNS
     assert (np.diff(x) > 0).all()
     assert {values.min(), values.max()} <= set(y.tolist())
     assert (y == values[x.astype(int) - 1]).all()
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "log", "ticks"),
-    [
-        (0, 10, False, [0, 2, 4, 6, 8, 10]),
-        (5.9, 8.2, False, [6, 6.5, 7, 7.5, 8]),
-        (0.3, 40, True, [0.5, 1, 2, 5, 10, 20]),
-        (1e-3, 1e4, True, [1e-3, 1e-2, 0.1, 1, 10, 100, 1000, 1e4]),
-        (1e-8, 1e8, True, [1e-8, 1e-6, 1e-4, 1e-2, 1, 100, 1e4, 1e6, 1e8]),
-    ],
-)
-def test_ticks_are_round_numbers(low: float, high: float, log: bool, ticks: list[float]) -> None:
-    assert Axis(low, high, 0, 100, log).ticks(5) == pytest.approx(ticks)
-
-
-def test_steps_are_whole_numbers_also_where_there_are_few() -> None:
-    assert Axis(1, 3, 0, 100, whole=True).ticks(6) == [1, 2, 3]
-
-
-def test_a_wide_range_of_norms_is_drawn_in_decades() -> None:
-    write_run(Path("a"), [8.0, 7.0, 6.0], [0.1, 1.0, 10.0])
-    points = page("a").figures["Gradient norm"]["points"][0].split()
-    y = [float(point.split(",")[1]) for point in points]
-    assert y[0] - y[1] == pytest.approx(y[1] - y[2], abs=0.2)
+def test_a_wide_range_of_norms_starts_with_a_logarithmic_axis() -> None:
+    for name, norms in (("wide", [0.1, 1.0, 10.0]), ("narrow", [1.0, 2.0, 3.0])):
+        write_run(Path(name), [8.0, 7.0, 6.0], norms)
+        assert page(name).figures["Gradient norm"]["log"] == (name == "wide")
+    assert not page("wide").figures["Loss"]["log"]
 
 
 def test_a_run_of_one_step_has_a_page() -> None:
     write_run(Path("a"), [8.0])
-    assert len(page("a").figures["Loss"]["paths"]) == 1, "a dot"
+    assert page("a").figures["Loss"]["data-steps"] == [1, 2]
+
+
+def test_lines_end_between_the_words_of_names_and_nowhere_within_numbers() -> None:
+    name = "runs/7b_lr-high.v2"
+    write_run(Path(name), [8.0], None, "--optimizer.lr=1e-5")
+    page(name)
+    text = Path("page.html").read_text()
+    assert "runs/<wbr>7b_<wbr>lr-<wbr>high.<wbr>v2" in text
+    assert "optimizer.<wbr>lr" in text
+    assert ">1e-05<" in text
 
 
 def test_what_is_no_run_is_a_mistake(capsys) -> None:

@@ -1,35 +1,31 @@
-"""One panel of the report: a quantity of several runs over their steps, as inline SVG."""
+"""One panel of the report: a quantity of several runs over their steps, drawn by report.js."""
 
 import html
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 Scale = Literal["free", "from zero", "log"]
-"""Of the values: from the smallest, from zero, or logarithmic where they span a wide range."""
+"""Range of the values' axis: around them, from zero, or logarithmic for values far apart."""
 Style = Literal["line", "smoothed", "events"]
-"""Of the drawing: each value, those faint below a running mean, or a bar where something was."""
+"""Drawing: a line, faint values below their running mean, or a bar for each value."""
 
-# Of the drawing, in its own units, which are pixels on a laptop's screen.
-WIDTH, HEIGHT = 600, 230
-LEFT, RIGHT, TOP, BOTTOM = 62, 18, 10, 24
-# The widest of the usual fonts at the size of report.css.
-_CHARACTER = 7.5
+# Columns of pixels that a curve is thinned to: about those of a panel on a laptop's screen.
+COLUMNS = 520
 # The largest value over the smallest, beyond which a logarithmic scale is taken.
 LOG_RATIO = 20
-# Of values: with fewer, each is a dot; a running mean covers one part of them in so many.
-_FEW, _MEANS = 40, 50
+# A running mean covers one part of the values in so many.
+_MEANS = 50
 
 
 @dataclass(frozen=True)
 class Line:
-    """One run's values at some of its steps; NaN and infinities are left out and told."""
+    """One run's values at some of its steps; NaN and Inf are reported, not drawn."""
 
     name: str
     steps: Array
@@ -37,45 +33,9 @@ class Line:
 
     @property
     def finite(self) -> "Line":
-        """Without what cannot be drawn."""
+        """The line without NaN and Inf."""
         kept = np.isfinite(self.values)
         return Line(self.name, self.steps[kept], self.values[kept])
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Maps values to places between two ends of the drawing; its ticks may be whole numbers."""
-
-    low: float
-    high: float
-    begin: float
-    end: float
-    log: bool = False
-    whole: bool = False
-
-    def __call__(self, values: Array) -> Array:
-        """Places of values, in the drawing's units."""
-        low, high = self.low, self.high
-        if self.log:
-            low, high, values = math.log(low), math.log(high), np.log(values)
-        return self.begin + (values - low) / (high - low) * (self.end - self.begin)
-
-    def ticks(self, count: int) -> list[float]:
-        """About `count` round values on the axis."""
-        if self.log:
-            first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-            every = 1 + (last - first) // (2 * count)
-            decades = [10.0**power for power in range(first, last + 1, every)]
-            few = self.high / self.low < 1e3
-            marks = [d * f for d in decades for f in (1, 2, 5)] if few else decades
-            return [mark for mark in marks if self.low <= mark <= self.high]
-        rough = (self.high - self.low) / count
-        unit = 10.0 ** math.floor(math.log10(rough))
-        step = next(f * unit for f in (1, 2, 5, 10) if f * unit >= rough)
-        if self.whole:
-            step = max(step, 1.0)
-        first = math.ceil(self.low / step)
-        return [n * step for n in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
 
 def thin(steps: Array, values: Array, low: float, high: float) -> tuple[Array, Array]:
@@ -83,10 +43,9 @@ def thin(steps: Array, values: Array, low: float, high: float) -> tuple[Array, A
 
     low, high: the steps at the two ends of the drawing.
     """
-    columns = WIDTH - LEFT - RIGHT
-    if len(steps) <= 2 * columns:
+    if len(steps) <= 2 * COLUMNS:
         return steps, values
-    column = ((steps - low) / max(high - low, 1) * (columns - 1)).astype(int)
+    column = ((steps - low) / max(high - low, 1) * (COLUMNS - 1)).astype(int)
     kept = set()
     for part in np.split(np.arange(len(steps)), np.flatnonzero(np.diff(column)) + 1):
         kept |= {int(part[np.argmin(values[part])]), int(part[np.argmax(values[part])])}
@@ -117,83 +76,54 @@ def panel(
     first: float,
     last: float,
 ) -> str:
-    """A figure; what it shows when pointed at is in its data-lines, as JSON.
+    """A figure whose attributes hold, as JSON, what report.js draws.
 
-    first, last: the steps at its ends. Some line has a finite value.
+    first, last: the steps at its ends. At least one line has a finite value.
     """
     finite = [line.finite for line in lines]
-    across = Axis(first, last if last > first else first + 1, LEFT, WIDTH - RIGHT, whole=True)
-    up = _up(np.concatenate([line.values for line in finite]), scale)
-    drawn = [thin(line.steps, line.values, across.low, across.high) for line in finite]
-    data = [[x.tolist(), [float(f"{v:.6g}") for v in y]] for x, y in drawn]
-    curves = "".join(_curve(number, line, across, up, style) for number, line in enumerate(finite))
-    axes = [LEFT, WIDTH - RIGHT, across.low, across.high]
-    cursor = f'<line class="cursor" visibility="hidden" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+    last = last if last > first else first + 1
+    means = [
+        Line(line.name, line.steps, running_mean(line.values))
+        if style == "smoothed" and len(line.values) >= 2 * _MEANS
+        else None
+        for line in finite
+    ]
+    data = {
+        "steps": [first, last],
+        "scale": scale,
+        "style": style,
+        "lines": [_points(line, first, last) for line in finite],
+        "means": [mean and _points(mean, first, last) for mean in means],
+    }
+    attributes = "".join(
+        f' data-{name}="{html.escape(json.dumps(value))}"' for name, value in data.items()
+    )
+    log = str(scale == "log" and _is_wide(finite)).lower()
     return (
-        f'<figure data-axes="{axes}" data-lines="{json.dumps(data)}">'
-        f"<figcaption>{html.escape(title)} <small>{html.escape(unit)}</small></figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">'
-        f"{''.join(_grid(across, up))}{curves}{cursor}</svg>{_not_finite(lines)}</figure>"
+        f"<figure{attributes}><figcaption><span>{html.escape(title)} "
+        f"<small>{html.escape(unit)}</small></span>"
+        f'<button type="button" class="log" aria-pressed="{log}" '
+        f'aria-label="{html.escape(title)}: logarithmic axis">log</button></figcaption>'
+        f'<svg role="img" aria-label="{html.escape(title)}"></svg>'
+        f"{''.join(_not_finite(lines))}</figure>"
     )
 
 
-def _up(values: Array, scale: Scale) -> Axis:
-    """The axis of values, with a margin around them."""
-    low, high = float(values.min()), float(values.max())
-    log = scale == "log" and low > 0 and high / low > LOG_RATIO
-    if not log:
-        if scale == "from zero":
-            low = min(low, 0.0)
-        margin = 0.05 * (high - low) or abs(high) * 0.05 or 1.0
-        low, high = (low if scale == "from zero" else low - margin), high + margin
-    return Axis(low, high, HEIGHT - BOTTOM, TOP, log)
+def _points(line: Line, first: float, last: float) -> list[Any]:
+    """Steps and values of what is drawn of a line."""
+    steps, values = thin(line.steps, line.values, first, last)
+    return [steps.tolist(), [float(f"{value:.6g}") for value in values]]
 
 
-def _curve(number: int, line: Line, across: Axis, up: Axis, style: Style) -> str:
-    """What is drawn of one run."""
-    if not len(line.steps):
-        return ""
-    place = f'class="run{number}'
-    x, y = across(line.steps), up(line.values)
-    if style == "events":
-        beside = x + 3 * number
-        bars = "".join(f"M{a:.1f},{up.begin:.1f}V{b:.1f}" for a, b in zip(beside, y, strict=True))
-        return f'<path {place} event" d="{bars}"/>'
-    drawn = ""
-    values = line.values
-    if style == "smoothed" and len(values) >= 2 * _MEANS:
-        drawn = f'<polyline {place} each" points="{_points(line.steps, values, across, up)}"/>'
-        values = running_mean(values)
-    drawn += f'<polyline {place}" points="{_points(line.steps, values, across, up)}"/>'
-    # Where a run ended is not to be guessed behind the others; a single value is no line.
-    dots = zip(x, y, strict=True) if len(x) < _FEW else ((x[-1], up(values[-1:])[0]),)
-    marks = "".join(f"M{a:.1f},{b:.1f}h0" for a, b in dots)
-    return f'{drawn}<path {place} dots" d="{marks}"/>'
+def _is_wide(lines: Sequence[Line]) -> bool:
+    values = np.concatenate([line.values for line in lines])
+    return bool(values.max() > LOG_RATIO * values.min() > 0)
 
 
-def _points(steps: Array, values: Array, across: Axis, up: Axis) -> str:
-    x, y = thin(steps, values, across.low, across.high)
-    return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(across(x), up(y), strict=True))
-
-
-def _grid(across: Axis, up: Axis) -> Iterator[str]:
-    for value in up.ticks(5):
-        y = up(np.array(value))
-        yield f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        yield f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:,.5g}</text>'
-    base = HEIGHT - 7
-    yield f'<text x="{LEFT - 26}" y="{base}" text-anchor="end">step</text>'
-    for value in across.ticks(6):
-        label = f"{value:,.0f}"
-        # A long one at the right end moves inwards.
-        x = min(float(across(np.array(value))), WIDTH - len(label) * _CHARACTER / 2)
-        yield f'<text x="{x:.1f}" y="{base}" text-anchor="middle">{label}</text>'
-
-
-def _not_finite(lines: Sequence[Line]) -> str:
-    words = []
-    for line in lines:
+def _not_finite(lines: Sequence[Line]) -> Iterator[str]:
+    for number, line in enumerate(lines):
         steps = line.steps[~np.isfinite(line.values)]
         if len(steps):
-            words.append(f"{line.name}: not finite at {len(steps)} steps, first at {steps[0]:.0f}")
-    return f'<p class="warning">{html.escape("; ".join(words))}</p>' if words else ""
+            count = f"{len(steps):,} step{'s' if len(steps) > 1 else ''}"
+            words = f"{line.name}: NaN or Inf at {count}, first at {steps[0]:,.0f}"
+            yield f'<p class="warning" data-run="{number}">{html.escape(words)}</p>'

@@ -1,6 +1,7 @@
 """A page to look at: the curves, speeds, settings and surroundings of one or several runs."""
 
 import html
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,9 @@ def report(runs: Sequence[Run]) -> str:
         ("Environment", _table(runs, _environment)),
     )
     body = "".join(f"<section><h2>{name}</h2>{content}</section>" for name, content in sections)
-    legend = "".join(f"<li>{_name(number, run)}</li>" for number, run in enumerate(runs))
+    legend = "".join(
+        f"<li>{_legend(number, run, len(runs))}</li>" for number, run in enumerate(runs)
+    )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
@@ -95,7 +98,19 @@ def report(runs: Sequence[Run]) -> str:
 def _name(number: int, run: Run) -> str:
     """A run's name behind a piece of its line."""
     key = f'<svg class="key" viewBox="0 0 24 8"><line class="run{number}" x2="24" y1="4" y2="4"/>'
-    return f'<span class="run{number}">{key}</svg>{html.escape(run.name)}</span>'
+    return f'<span class="run{number}">{key}</svg>{_breakable(run.name)}</span>'
+
+
+def _legend(number: int, run: Run, count: int) -> str:
+    """A run's name, which hides and shows the run where there are others."""
+    if count == 1:
+        return _name(number, run)
+    return f'<button type="button" aria-pressed="true">{_name(number, run)}</button>'
+
+
+def _breakable(text: str) -> str:
+    """Markup of a text whose lines may end at the separators of paths, keys and names."""
+    return re.sub(r"(?<=\w)([/_]+|[.:=-]+(?!\d))(?=\S)", r"\1<wbr>", html.escape(text))
 
 
 def _curves(runs: Sequence[Run]) -> str:
@@ -109,7 +124,9 @@ def _curves(runs: Sequence[Run]) -> str:
         else:
             lacking.append(title)
     page = (
-        '<p class="faint">Of noisy curves, each value is faint and a running mean bold.</p>'
+        '<p class="faint">Noisy curves: faint values, bold running mean. '
+        "Press a run's name above to hide or show it, log for a logarithmic axis.</p>"
+        '<noscript><p class="warning">The curves are drawn by JavaScript.</p></noscript>'
         f'<div class="panels">{"".join(panels)}</div>'
     )
     if lacking:
@@ -130,14 +147,19 @@ def _table(runs: Sequence[Run], rows: Callable[[Run], Mapping[str, str]]) -> str
         return '<p class="faint">none</p>'
     head = "".join(f"<th>{_name(number, run)}</th>" for number, run in enumerate(runs))
     body = "".join(
-        f"<tr><th>{html.escape(key)}</th>"
-        + "".join(f"<td>{html.escape(column.get(key, ''))}</td>" for column in columns)
+        f"<tr><th>{_breakable(key)}</th>"
+        + "".join(f"<td>{_breakable(column.get(key, ''))}</td>" for column in columns)
         + "</tr>"
         for key in keys
     )
+    return _scrolled(f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>")
+
+
+def _scrolled(table: str) -> str:
+    """A table that scrolls on a narrow screen, with a hint; the keyboard reaches it."""
     return (
-        f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="table">{table}</div>'
+        '<p class="hint faint" hidden></p>'
     )
 
 
@@ -151,9 +173,8 @@ def _overview(runs: Sequence[Run]) -> str:
         more = f"<br><small>{html.escape(description)}</small>" if description else ""
         cells = "".join(f"<td>{html.escape(value)}</td>" for value in summary.values())
         body += f'<tr><th class="name">{_name(number, run)}{more}</th>{cells}</tr>'
-    return (
-        f'<div class="scroll"><table class="runs"><thead><tr><th></th>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
+    return _scrolled(
+        f'<table class="runs"><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>'
     )
 
 
