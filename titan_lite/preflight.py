@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from titan_lite.checkpoint.same_model import model_differences
 from titan_lite.checkpoint.state import Start, find_start
 from titan_lite.config.load import DEFAULT, ConfigError, LoadedConfig, Problem
-from titan_lite.config.problems import FIELDS
+from titan_lite.config.problems import FIELDS, literal
 from titan_lite.config.schema import Data
 from titan_lite.data.held_out import resolve_held_out
 from titan_lite.data.masked_lm import mask_of
@@ -63,11 +64,29 @@ def preflight(loaded: LoadedConfig, plan: Plan) -> Preflight:
                 checkpoint_folder(loaded),
                 last_step=config.training.steps,
             )
+        problems += _other_model(start, loaded, plan)
     except ConfigError as error:
         problems += error.problems
     if tokenizer is None or start is None or problems:
         raise ConfigError(problems)
     return Preflight(tokenizer, start)
+
+
+def _other_model(start: Start, loaded: LoadedConfig, plan: Plan) -> Iterator[Problem]:
+    """Settings with which the weights of the checkpoint to start from cannot be loaded."""
+    section = loaded.config.checkpoint
+    if start.manifest is None or (section.exclude_from_loading and not start.resumes):
+        # Which weights are left out, the names of all have to show.
+        return
+    model = loaded.config.model
+    by_key: dict[str, list[str]] = {}
+    for name, (saved, own) in model_differences(start.manifest, model, plan.args).items():
+        keys = (f"model.{name}", "model.flavor", "model.name")
+        key = next((key for key in keys if loaded.origins.get(key, DEFAULT) != DEFAULT), start.key)
+        by_key.setdefault(key, []).append(f"{name} is {literal(own)}, not {literal(saved)}")
+    for key, words in by_key.items():
+        message = f"{', '.join(words)} as in {start.source}: weights of another model do not fit"
+        yield Problem(key, loaded.origins[key], message)
 
 
 def lock_folders(loaded: LoadedConfig) -> contextlib.ExitStack:

@@ -223,7 +223,7 @@ def test_a_run_goes_on_under_another_pipeline(
         assert [record[key] for record in got] == pytest.approx(expected, rel=1e-5), key
 
 
-def _error_of_resuming(folder: Path, *overrides: str) -> str:
+def _error_of_starting(folder: Path, *overrides: str) -> str:
     try:
         build_trainer(folder, *overrides)
     except ValueError as error:
@@ -232,17 +232,21 @@ def _error_of_resuming(folder: Path, *overrides: str) -> str:
 
 
 @pytest.mark.distributed
-def test_a_checkpoint_of_another_model_is_refused_by_name(
+def test_weights_that_do_not_fit_are_refused_by_name(
     workers: dict[int, Workers], tmp_path: Path
 ) -> None:
     settings = (*EVERY_4, "--training.local_batch_size=4")
-    workers[2].run(_interrupted, tmp_path, *settings)
-    for message in workers[2].run(_error_of_resuming, tmp_path, *settings, "--model.ffn_dim=96"):
+    workers[2].run(_interrupted, tmp_path / "a", *settings)
+    # With exclusions, the settings of another model may be right.
+    start = (f"--checkpoint.initial_load_path={tmp_path / 'a/checkpoint/step-4'}",)
+    start += ('--checkpoint.exclude_from_loading=["norm.weight"]', *settings)
+    run = workers[2].run
+    for message in run(_error_of_starting, tmp_path / "b", *start, "--model.ffn_dim=96"):
         assert "layers.0.feed_forward.w1.weight is (128, 64) in " in message
         assert "and (96, 64) in this run: the model must be as it was" in message
-    for message in workers[2].run(_error_of_resuming, tmp_path, *settings, "--model.num_layers=3"):
+    for message in run(_error_of_starting, tmp_path / "b", *start, "--model.num_layers=3"):
         assert re.search(r"layers\.2\.\S+ is not in ", message)
-    for message in workers[2].run(_error_of_resuming, tmp_path, *settings, "--model.num_layers=1"):
+    for message in run(_error_of_starting, tmp_path / "b", *start, "--model.num_layers=1"):
         assert re.search(r"step-4 has layers\.1\.\S+, which this run's model has not", message)
 
 
@@ -252,7 +256,7 @@ def test_a_flipped_bit_in_the_latest_is_found_on_loading_and_an_earlier_one_resu
     expected = one_process.run(train_and_gather, tmp_path, *EVERY_4)[0][0]
     for step in (8, 10):
         flip_a_bit(tmp_path / "checkpoint" / f"step-{step}" / "__0_0.distcp", 5000)
-    (message,) = one_process.run(_error_of_resuming, tmp_path, *EVERY_4, "--checkpoint.load_step=8")
+    (message,) = one_process.run(_error_of_starting, tmp_path, *EVERY_4, "--checkpoint.load_step=8")
     assert "step-8/__0_0.distcp is damaged: its checksum is" in message
     got = one_process.run(train_and_gather, tmp_path, *EVERY_4)[0][0]
     assert [[r[key] for key in NUMERIC] for r in got] == [

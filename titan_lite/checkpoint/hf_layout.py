@@ -16,13 +16,11 @@ from torch import Tensor
 from titan_lite.checkpoint.hf_files import DTYPES, HFFolder
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.family import Family
-from titan_lite.models.hf_config import HFLayout, differences
+from titan_lite.models.hf_config import TUNABLE, HFLayout, differences
 from titan_lite.models.patterns import matches, translate
 from titan_lite.nn.build import build
 
 logger = logging.getLogger(__name__)
-
-TUNABLE = ("rope_theta", "rope_scaling", "norm_eps")
 
 
 @dataclass(frozen=True, kw_only=True)

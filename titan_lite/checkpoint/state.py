@@ -44,11 +44,12 @@ class Start:
     """Where a run begins.
 
     source: the checkpoint to load, None for fresh weights; content: what of it, "run" or "model".
-    resumes: whether it is the run's own.
+    manifest: of the checkpoint. resumes: whether it is the run's own.
     """
 
     state: RunState = field(default_factory=RunState)
     source: Path | None = None
+    manifest: Manifest | None = None
     content: str = "run"
     resumes: bool = False
 
@@ -140,7 +141,7 @@ def _own_checkpoint(
 
 def _start(source: Path, manifest: Manifest, content: str, *, resumes: bool) -> Start:
     if content == "model" and not resumes:
-        return Start(source=source, content=content)
+        return Start(source=source, manifest=manifest, content=content)
     if content == "run" and manifest.content != "run":
         raise ValueError(
             f"{source} holds weights only (last_save_model_only), from which no run can "
@@ -148,7 +149,7 @@ def _start(source: Path, manifest: Manifest, content: str, *, resumes: bool) -> 
             "begins another run with these weights, titan-lite convert dcp-to-hf exports them"
         )
     state = RunState(**json.loads((source / RUN_STATE_FILE).read_text()))
-    return Start(state=state, source=source, content=content, resumes=resumes)
+    return Start(state=state, source=source, manifest=manifest, content=content, resumes=resumes)
 
 
 def excludes(patterns: Sequence[str], name: str) -> bool:

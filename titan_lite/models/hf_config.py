@@ -17,6 +17,8 @@ UNCOMPARED = (
     "hidden_dropout",
     "attention_dropout",
 )
+TUNABLE = ("rope_theta", "rope_scaling", "norm_eps")
+"""Fields of the args that a run may set to other values than its weights were trained with."""
 _SCALING_KEYS = {
     "factor": "factor",
     "low_freq_factor": "low_freq_factor",
