@@ -58,7 +58,12 @@ from titan_lite.runtime.distributed import (
 from titan_lite.runtime.garbage import collected_every
 from titan_lite.runtime.out_of_memory import describe_out_of_memory
 from titan_lite.runtime.profiler import profiling
-from titan_lite.runtime.run_folder import open_run_folder, update_run_file, write_run_file
+from titan_lite.runtime.run_folder import (
+    RUN_FILE,
+    open_run_folder,
+    update_run_file,
+    write_run_file,
+)
 from titan_lite.runtime.seed import set_determinism
 from titan_lite.runtime.stop import StopRequest
 from titan_lite.runtime.watchdog import Watchdog
@@ -488,7 +493,9 @@ class Trainer:
         self.meter = build_meter(
             config, process, self.run_folder, self.flops, start_step=self.state.step
         )
-        if process.rank > 0:
+        # A finished run stays described by the settings that trained it.
+        is_done = self.state.step >= config.training.steps
+        if process.rank > 0 or (is_done and (self.run_folder / RUN_FILE).exists()):
             return
         write_run_file(
             self.run_folder,
@@ -500,7 +507,7 @@ class Trainer:
                 "stages": [dataclasses.asdict(stage) for stage in self.stages],
                 "flops_per_token": dataclasses.asdict(self.flops) | {"formula": FORMULA},
                 "peak": dataclasses.asdict(self.meter.peak),
-                "resumed_from_step": self.state.step,
                 "config": config.model_dump(),
             },
+            resumed_from_step=self.state.step,
         )

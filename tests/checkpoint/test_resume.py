@@ -1,5 +1,6 @@
 """Run N = run k + resume + run N - k, bit for bit on CPU."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,11 @@ def test_going_back_to_a_step_retires_the_later_checkpoints(
     (retired,) = (tmp_path / "checkpoint").glob("retired-*")
     assert saved_steps(retired) == [8, 10]
     assert [record["step"] for record in read_metrics(tmp_path)] == list(range(1, 7))
+    segments = json.loads((tmp_path / "run.json").read_text())["segments"]
+    assert [
+        (segment["resumed_from_step"], segment["config"]["training"]["steps"])
+        for segment in segments
+    ] == [(0, 10), (4, 6)]
 
 
 def test_a_run_without_checkpoints_leaves_those_of_others_alone(
@@ -162,8 +168,10 @@ def test_a_finished_run_that_is_started_again_has_nothing_to_do(
     one_process: Workers, tmp_path: Path
 ) -> None:
     expected = one_process.run(train_and_gather, tmp_path, *EVERY_4)[0]
-    got = one_process.run(train_and_gather, tmp_path, *EVERY_4)[0]
+    facts = (tmp_path / "run.json").read_text()
+    got = one_process.run(train_and_gather, tmp_path, *EVERY_4, "--optimizer.lr=0.5")[0]
     assert got[0] == expected[0]
+    assert (tmp_path / "run.json").read_text() == facts
     np.testing.assert_equal(got[1]["final weights"], expected[1]["final weights"])
 
 

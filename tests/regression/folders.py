@@ -28,6 +28,11 @@ def facts(*overrides: str, **more: Any) -> dict[str, Any]:
     }
 
 
+def segments(*parts: tuple[int, str]) -> list[dict[str, Any]]:
+    """Of a run.json: a step that each begins after, and an override."""
+    return [facts(override, resumed_from_step=step) for step, override in parts]
+
+
 def record(step: int, loss: float | str, grad_norm: float | str) -> dict[str, Any]:
     return {
         "step": step,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.regression.folders import facts, write_run
+from tests.regression.folders import facts, segments, write_run
 from titan_lite import cli
 from titan_lite.regression import commands
 from titan_lite.regression.curves import Mistake, read_curve
@@ -169,6 +169,29 @@ def test_the_same_global_batch_in_another_layout_is_the_same_data(capsys) -> Non
     write_run(Path("x"), LOSS, NORM, "--training.local_batch_size=2")
     write_run(Path("y"), LOSS, NORM, mesh=mesh)
     assert run("x", "y", capsys=capsys)[0] == 0
+
+
+def test_settings_that_a_resume_changed_are_compared_part_by_part(capsys) -> None:
+    for key, name in (("training.global_batch_size", "b"), ("optimizer.lr", "c")):
+        parts = segments((0, f"--{key}=4"), (3, f"--{key}=8"))
+        write_run(Path(name), LOSS, NORM, f"--{key}=8", segments=parts)
+        write_run(Path(f"{name}{name}"), LOSS, NORM, f"--{key}=8")
+    code, lines = run("b", "bb", capsys=capsys)
+    assert code == 2
+    assert "training.global_batch_size is 4, from step 4 on 8 and 8" in lines[0]
+    assert run("b", "b", capsys=capsys)[0] == 0
+    code, lines = run("c", "cc", "--json=found.json", capsys=capsys)
+    assert (code, lines[-1]) == (0, "optimizer.lr: 4.0, from step 4 on 8.0 and 8.0")
+    found = json.loads(Path("found.json").read_text())["different_settings"]
+    assert found == {"optimizer.lr": ["4.0, from step 4 on 8.0", 8.0]}
+    Path("c/run.json").write_text(json.dumps(facts(segments=[{"config": {}}])))
+    assert "c/run.json: a segment has no config and mesh" in run("c", "c", capsys=capsys)[1][0]
+
+
+def test_the_coarsest_part_of_a_resumed_run_decides_about_its_precision() -> None:
+    key = "--training.param_dtype"
+    parts = segments((0, f"{key}=bfloat16"), (3, f"{key}=float32"))
+    assert read_curve(write_run(Path("b"), LOSS, NORM, segments=parts)).dtype == "bfloat16"
 
 
 def test_a_file_of_the_same_name_in_another_folder_is_the_same_data(capsys) -> None:

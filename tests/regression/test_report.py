@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.regression.folders import write_run
+from tests.regression.folders import segments, write_run
 from titan_lite import cli
 from titan_lite.regression.panels import COLUMNS, running_mean, thin
 from titan_lite.regression.report import PANELS
@@ -159,6 +159,30 @@ def test_tables_say_settings_that_differ_what_was_applied_and_where_it_ran() -> 
     assert found.overview("b")["steps"] == "2 of 10,000"
     # One run is held against the defaults.
     assert page("a").rows["training.param_dtype"] == ['"float32"']
+
+
+def test_a_resumed_run_shows_the_settings_of_each_part_and_marks_where_it_was_resumed() -> None:
+    # The last part has no step yet.
+    lr = {0: 0.1, 2: 0.2, 3: 0.2, 4: 0.3}
+    parts = segments(*((step, f"--optimizer.lr={value}") for step, value in lr.items()))
+    parts[2] |= {"mesh": parts[2]["mesh"] | {"dp_shard": 4}, "git_commit": "fedcba9876543210"}
+    write_run(Path("a"), [8.0, 7.5, 7.0, 6.5], None, "--optimizer.lr=0.3", segments=parts)
+    write_run(Path("b"), [8.0, 7.5, 7.0, 6.5], None, "--optimizer.lr=0.1")
+    found = page("a", "b")
+    assert found.rows["optimizer.lr"] == ["0.1, from step 3 on 0.2", "0.1"]
+    assert found.rows["mesh"] == ["one process, from step 4 on dp_shard 4", "one process"]
+    assert found.rows["commit"][0] == "0123456789ab, from step 4 on fedcba987654"
+    assert found.rows["resumed from step"] == ["2, 3", "0"]
+    assert found.overview("a")["devices"] == "1 x AMD EPYC, from step 4 on 4 x AMD EPYC"
+    assert found.overview("a")["steps"] == "4 of 10,000, resumed at 2, 3"
+    assert all(figure["data-resumes"] == [[2, 3], []] for figure in found.figures.values())
+    assert "An upright dotted line marks a resume." in "".join(found.notes)
+
+
+def test_many_resumes_are_counted() -> None:
+    parts = segments(*((step, "--optimizer.lr=0.1") for step in range(6)))
+    write_run(Path("a"), [8.0] * 6, segments=parts)
+    assert page("a").overview("a")["steps"] == "6 of 10,000, resumed 5 times"
 
 
 def test_the_page_needs_no_other_file_and_no_network() -> None:

@@ -67,6 +67,11 @@ const state = () => ({
   pressed: [...document.querySelectorAll("header button")].map((button) => button.ariaPressed),
   log: figures.map((figure) => figure.querySelector("button").ariaPressed),
   runs: figures.map((figure) => [0, 1, 2].filter((run) => figure.querySelector(`svg .run${run}`))),
+  resumes: figures.map((figure) => [...figure.querySelectorAll(".resume")].map((line) => {
+    const { x1, x2 } = line;
+    const share = (x1.baseVal.value - LEFT) / (line.ownerSVGElement.clientWidth - LEFT - RIGHT);
+    return [line.getAttribute("class"), x1.baseVal.value - x2.baseVal.value, share];
+  })),
   labels: figures.map((figure) => texts(figure.querySelectorAll("text"))),
   paths: figures.map((figure) => [...figure.querySelectorAll("path")].map(
     (path) => path.getAttribute("d"))),
@@ -271,9 +276,9 @@ def test_ticks_are_round_numbers_with_the_digits_that_distinguish_them(
 
 
 def write_values(**values: Sequence[float | str]) -> None:
-    """A page of runs with these losses from step 1 on; their MFU is the same number."""
+    """A page of runs, resumed after step 2, with these losses; their MFU is the same number."""
     for name, losses in values.items():
-        write_run(Path(name), losses)
+        write_run(Path(name), losses, resumed_from_step=2)
         records = [
             record(step, loss, 1.0) | {"mfu": loss} for step, loss in enumerate(losses, start=1)
         ]
@@ -297,6 +302,9 @@ def test_a_hidden_run_leaves_all_panels_which_rescale(
     )
     assert start["pressed"] == ["true", "true"]
     assert start["runs"] == [[0, 1]] * 7
+    marks = [[f"run{number} resume", 0, pytest.approx(0.5, abs=0.01)] for number in range(2)]
+    assert start["resumes"] == [marks] * 7, "of steps 1 to 3"
+    assert without_high["resumes"] == [marks[1:]] * 7
     assert start["warnings"] == [True, True], "of loss and MFU"
     assert without_high["pressed"] == ["false", "true"]
     assert without_high["runs"] == [[1]] * 7

@@ -12,7 +12,12 @@ import torch.distributed as dist
 from tests.distributed import Workers
 from titan_lite.runtime.distributed import check_dtype, set_timeout
 from titan_lite.runtime.garbage import collected_every
-from titan_lite.runtime.run_folder import git_commit, open_run_folder, write_run_file
+from titan_lite.runtime.run_folder import (
+    git_commit,
+    open_run_folder,
+    update_run_file,
+    write_run_file,
+)
 from titan_lite.runtime.seed import derive_seed
 
 
@@ -72,6 +77,42 @@ def test_the_run_file_names_versions_and_commit(tmp_path: Path) -> None:
     assert run["git_commit"] == git_commit()
     assert run["environment"]["threads"] == torch.get_num_threads()
     assert run["mesh"] == {"dp_shard": 2}
+
+
+def _segments(folder: Path) -> list[tuple[int, float]]:
+    run = json.loads((folder / "run.json").read_text())
+    assert {"started", "versions", "git_commit", "environment"} <= run["segments"][-1].keys()
+    assert "applied" not in run["segments"][-1]
+    return [(segment["resumed_from_step"], segment["lr"]) for segment in run["segments"]]
+
+
+def test_the_run_file_has_a_record_for_each_part_between_two_resumes(tmp_path: Path) -> None:
+    for step, lr in ((0, 0.1), (4, 0.2), (8, 0.3)):
+        write_run_file(tmp_path, {"lr": lr, "applied": {}}, resumed_from_step=step)
+    update_run_file(tmp_path, {"applied": {"blocks": 2}})
+    assert _segments(tmp_path) == [(0, 0.1), (4, 0.2), (8, 0.3)]
+    # Steps 5 to 8 are trained once more.
+    write_run_file(tmp_path, {"lr": 0.4}, resumed_from_step=4)
+    assert _segments(tmp_path) == [(0, 0.1), (4, 0.4)]
+    assert json.loads((tmp_path / "run.json").read_text())["lr"] == 0.4
+
+
+def test_a_run_file_without_segments_or_damaged_does_not_keep_a_run_from_resuming(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_run_file(tmp_path, {"lr": 0.1}, resumed_from_step=2)
+    older = json.loads((tmp_path / "run.json").read_text())
+    del older["segments"]
+    (tmp_path / "run.json").write_text(json.dumps(older))
+    write_run_file(tmp_path, {"lr": 0.2}, resumed_from_step=4)
+    assert _segments(tmp_path) == [(2, 0.1), (4, 0.2)]
+    assert not caplog.records
+    for damaged in ('{"started": "20', "[]", '{"segments": [{}]}'):
+        (tmp_path / "run.json").write_text(damaged)
+        write_run_file(tmp_path, {"lr": 0.3}, resumed_from_step=6)
+        assert _segments(tmp_path) == [(6, 0.3)]
+        assert "run.json is damaged, the record of earlier segments is lost" in caplog.text
+        caplog.clear()
 
 
 def test_only_what_a_run_wrote_is_moved_aside(tmp_path: Path) -> None:

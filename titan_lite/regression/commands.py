@@ -12,7 +12,6 @@ from typing import Any
 
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import ConfigError, Problem, read_config
-from titan_lite.config.problems import literal
 from titan_lite.models.rules import check
 from titan_lite.regression.compare import TIERS, Comparison, Tier, compare
 from titan_lite.regression.curves import (
@@ -23,6 +22,7 @@ from titan_lite.regression.curves import (
     read_curve,
     setting,
     trained_on,
+    words,
 )
 from titan_lite.regression.golden import Case
 from titan_lite.regression.launch import launch
@@ -138,7 +138,7 @@ def show(comparison: Comparison) -> None:
     print(comparison.verdict())
     print(comparison.table())
     for key, (a, b) in changed_settings(comparison.a, comparison.b).items():
-        print(f"{key}: {literal(a)} and {literal(b)}")
+        print(f"{key}: {words(a)} and {words(b)}")
 
 
 def _sides(rest: Sequence[str]) -> tuple[_Side, _Side]:

@@ -1,7 +1,7 @@
 """The curve of a run, read from its folder or from a golden file; without torch."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -17,6 +17,8 @@ METRICS_FILE, RUN_FILE = "metrics.jsonl", "run.json"
 
 # Keys of [data] that say how fast, not what, is read.
 _SPEED_KEYS = frozenset({"prefetch", "tokenizer_threads"})
+# The coarsest first.
+_DTYPES = ("float8", "bfloat16", "float16", "float32")
 # The folder that a file lies in differs from machine to machine.
 _PATH_KEYS = frozenset({"dataset_path", "tokenizer_path"})
 
@@ -28,12 +30,16 @@ class Mistake(ValueError):
     """What makes a comparison meaningless, in a sentence for the user."""
 
 
+class Changes(str):
+    """The values of a setting that resumes changed, in words: "0.1, from step 5 on 0.2"."""
+
+
 @dataclass(frozen=True)
 class Curve:
     """What a run logged of each quantity.
 
     values: by quantity, one for each of `steps`. data: the settings that say what it was trained
-    on. dtype: of its arithmetic. facts: what run.json says of it.
+    on. dtype: the coarsest of its arithmetic. facts: what run.json says of it.
     """
 
     name: str
@@ -108,6 +114,39 @@ def _check_facts(name: str, facts: Any) -> None:
         and {"dp_replicate", "dp_shard"} <= mesh.keys()
     ):
         raise Mistake(f"{name} has no config and mesh: it is not of titan_lite")
+    for segment in facts.get("segments", []):
+        _check_facts(f"{name}: a segment", segment)
+
+
+def segments(facts: Mapping[str, Any], last_step: int) -> list[Mapping[str, Any]]:
+    """What run.json says of each part of a run between two resumes that has logged steps.
+
+    A run.json of an older version tells of the last part only, which then stands for all.
+    """
+    known = facts.get("segments") or [facts]
+    logged = [s for s in known if s.get("resumed_from_step", 0) < last_step]
+    return logged or list(known[:1])
+
+
+def words(value: Any) -> str:
+    """A setting's value as TOML writes it, or its changes."""
+    if isinstance(value, Changes):
+        return str(value)
+    return "not set" if value is None else literal(value)
+
+
+def over_segments(
+    segments: Sequence[Mapping[str, Any]],
+    values: Sequence[Any],
+    say: Callable[[Any], str] = words,
+) -> Any:
+    """The value that all segments share, or Changes, each of whose values `say` puts into words."""
+    pairs = zip(segments[1:], values, values[1:], strict=False)
+    changes = [(s.get("resumed_from_step", 0) + 1, new) for s, old, new in pairs if new != old]
+    if not changes:
+        return values[0]
+    later = (f"from step {step} on {say(new)}" for step, new in changes)
+    return Changes(", ".join([say(values[0]), *later]))
 
 
 def make_curve(name: str, records: Sequence[Record], facts: Mapping[str, Any]) -> Curve:
@@ -120,8 +159,11 @@ def make_curve(name: str, records: Sequence[Record], facts: Mapping[str, Any]) -
         raise Mistake(
             f"{name}: step {steps[1:][np.diff(steps) <= 0][0]} is not after the one before"
         )
-    config = facts["config"]
-    return Curve(name, steps, values, trained_on(config, facts["mesh"]), dtype(config), facts)
+    parts = segments(facts, int(steps[-1]))
+    data = [trained_on(part["config"], part["mesh"]) for part in parts]
+    whole = {key: over_segments(parts, [of_part[key] for of_part in data]) for key in data[0]}
+    coarsest = min((dtype(part["config"]) for part in parts), key=_DTYPES.index)
+    return Curve(name, steps, values, whole, coarsest, facts)
 
 
 def column(name: str, records: Sequence[Record], key: str) -> Array:
@@ -180,7 +222,7 @@ def dtype(config: Mapping[str, Any]) -> str:
     if setting(config, "float8.recipe") != "none":
         return "float8"
     types = {setting(config, f"training.{key}") for key in ("param_dtype", "reduce_dtype")}
-    return next((name for name in ("bfloat16", "float16") if name in types), "float32")
+    return min(types, key=_DTYPES.index)
 
 
 def trained_on(config: Mapping[str, Any], mesh: Mapping[str, int]) -> dict[str, Any]:
@@ -204,7 +246,7 @@ def check_same_data(a: Mapping[str, Any], b: Mapping[str, Any], *, other_seeds: 
     other_seeds: whether seeds may differ.
     """
     differing = [
-        f"{key} is {literal(a[key])} and {literal(b[key])}"
+        f"{key} is {words(a[key])} and {words(b[key])}"
         for key in a
         if a[key] != b[key] and not (other_seeds and key == "training.seed")
     ]
@@ -230,12 +272,13 @@ def _steps(curve: Curve) -> str:
 def changed_settings(a: Curve, b: Curve) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ, but for where the runs write."""
     found = {}
+    parts = [segments(curve.facts, curve.last_step) for curve in (a, b)]
     for section, fields in FIELDS.items():
         for name in fields:
             key = f"{section}.{name}"
-            values = tuple(setting(curve.facts["config"], key) for curve in (a, b))
+            values = [over_segments(p, [setting(s["config"], key) for s in p]) for p in parts]
             if values[0] != values[1] and key != "job.dump_folder":
-                found[key] = values
+                found[key] = values[0], values[1]
     return found
 
 

@@ -75,10 +75,12 @@ def panel(
     style: Style,
     first: float,
     last: float,
+    resumes: Sequence[Sequence[int]],
 ) -> str:
     """A figure whose attributes hold, as JSON, what report.js draws.
 
-    first, last: the steps at its ends. At least one line has a finite value.
+    first, last: the steps at its ends. At least one line has a finite value. resumes: of each run,
+    the steps after which it was resumed.
     """
     finite = [line.finite for line in lines]
     last = last if last > first else first + 1
@@ -94,6 +96,7 @@ def panel(
         "style": style,
         "lines": [_points(line, first, last) for line in finite],
         "means": [mean and _points(mean, first, last) for mean in means],
+        "resumes": [[step for step in steps if first <= step <= last] for steps in resumes],
     }
     attributes = "".join(
         f' data-{name}="{html.escape(json.dumps(value))}"' for name, value in data.items()

@@ -24,7 +24,7 @@ function drawAll() {
 }
 
 function makePanel(figure) {
-  const { lines, means, scale, style, steps: ends } = Object.fromEntries(
+  const { lines, means, resumes, scale, style, steps: ends } = Object.fromEntries(
     Object.entries(figure.dataset).map(([key, value]) => [key, JSON.parse(value)]));
   const svg = figure.querySelector("svg");
   const button = figure.querySelector("button");
@@ -45,6 +45,10 @@ function makePanel(figure) {
     across = axis(...ends, LEFT, width - RIGHT, false);
     const up = axis(...range(log ? positive : values, log, scale), height - BOTTOM, TOP, log);
     drawGrid(svg, across, up, width, height);
+    resumes.forEach((steps, run) => {
+      for (const x of hidden.has(run) ? [] : steps.map(across))
+        append(svg, "line", { class: `run${run} resume`, x1: x, x2: x, y1: TOP, y2: height - BOTTOM });
+    });
     shown.forEach(([steps, ofRun], run) => {
       if (!ofRun.length) return;
       if (style === "events") {

@@ -1,6 +1,7 @@
 """A page to look at: the curves, speeds, settings and surroundings of one or several runs."""
 
 import html
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from titan_lite.config.problems import FIELDS, literal
+from titan_lite.config.problems import FIELDS
 from titan_lite.metrics.record import METRICS
 from titan_lite.regression.curves import (
     METRICS_FILE,
@@ -17,9 +18,12 @@ from titan_lite.regression.curves import (
     Mistake,
     Record,
     column,
+    over_segments,
     read_facts,
     read_records,
+    segments,
     setting,
+    words,
 )
 from titan_lite.regression.panels import Line, Scale, Style, panel
 
@@ -40,6 +44,9 @@ PANELS: tuple[tuple[str, str, Scale, Style], ...] = (
 # Measured over a window that, in the first record, holds start-up.
 _SPEEDS = ("wps", "mfu", "data_wait", "seconds_per_step")
 
+# Only counted in the first table; the last one names them.
+_MANY_RESUMES = 4
+
 
 @dataclass(frozen=True)
 class Run:
@@ -48,6 +55,20 @@ class Run:
     name: str
     records: Sequence[Record]
     facts: Mapping[str, Any]
+
+    @property
+    def segments(self) -> Sequence[Mapping[str, Any]]:
+        """What run.json says of each part between two resumes."""
+        return segments(self.facts, self.records[-1]["step"] if self.records else 0)
+
+    @property
+    def resumes(self) -> list[int]:
+        """The steps after which it was resumed."""
+        return [step for s in self.segments if (step := s.get("resumed_from_step", 0))]
+
+    def setting(self, key: str) -> Any:
+        """The value of section.key, or Changes."""
+        return over_segments(self.segments, [setting(s["config"], key) for s in self.segments])
 
     def line(self, key: str) -> Line:
         """The records that hold the key, without the warm-up's speeds."""
@@ -116,16 +137,20 @@ def _breakable(text: str) -> str:
 def _curves(runs: Sequence[Run]) -> str:
     """All panels over the same steps; what no run logged is only named."""
     steps = [float(record["step"]) for run in runs for record in run.records] or [0.0]
+    resumes = [run.resumes for run in runs]
     panels, lacking = [], []
     for title, key, scale, style in PANELS:
         lines = [run.line(key) for run in runs]
         if any(len(line.finite.steps) for line in lines):
-            panels.append(panel(title, _unit(key), lines, scale, style, min(steps), max(steps)))
+            panels.append(
+                panel(title, _unit(key), lines, scale, style, min(steps), max(steps), resumes)
+            )
         else:
             lacking.append(title)
+    marks = " An upright dotted line marks a resume." if any(resumes) else ""
     page = (
         '<p class="faint">Noisy curves: faint values, bold running mean. '
-        "Press a run's name above to hide or show it, log for a logarithmic axis.</p>"
+        f"Press a run's name above to hide or show it, log for a logarithmic axis.{marks}</p>"
         '<noscript><p class="warning">The curves are drawn by JavaScript.</p></noscript>'
         f'<div class="panels">{"".join(panels)}</div>'
     )
@@ -169,7 +194,7 @@ def _overview(runs: Sequence[Run]) -> str:
     head = "".join(f"<th>{html.escape(key)}</th>" for key in summaries[0])
     body = ""
     for number, (run, summary) in enumerate(zip(runs, summaries, strict=True)):
-        description = str(setting(run.facts["config"], "job.description"))
+        description = str(run.setting("job.description"))
         more = f"<br><small>{html.escape(description)}</small>" if description else ""
         cells = "".join(f"<td>{html.escape(value)}</td>" for value in summary.values())
         body += f'<tr><th class="name">{_name(number, run)}{more}</th>{cells}</tr>'
@@ -179,14 +204,16 @@ def _overview(runs: Sequence[Run]) -> str:
 
 
 def _summary(run: Run) -> dict[str, str]:
-    config, mesh = run.facts["config"], run.facts["mesh"]
-    devices = int(np.prod(list(mesh.values())))
     done = run.records[-1]["step"] if run.records else 0
+    config = run.segments[-1]["config"]
+    resumed = f", resumed at {_words(run.resumes)}" if run.resumes else ""
+    if len(run.resumes) > _MANY_RESUMES:
+        resumed = f", resumed {len(run.resumes)} times"
     rows = {
         "model": f"{setting(config, 'model.name')} {setting(config, 'model.flavor')}",
         "parameters": f"{run.facts.get('parameters', 0):,}",
-        "devices": f"{devices} x {run.facts.get('device', '?')}",
-        "steps": f"{done:,} of {setting(config, 'training.steps'):,}",
+        "devices": over_segments(run.segments, list(map(_devices, run.segments)), str),
+        "steps": f"{done:,} of {setting(config, 'training.steps'):,}{resumed}",
     }
     for label, key, form in (
         ("tokens", "tokens", "{:,.0f}"),
@@ -206,13 +233,17 @@ def _summary(run: Run) -> dict[str, str]:
     return rows
 
 
+def _devices(segment: Mapping[str, Any]) -> str:
+    return f"{math.prod(segment['mesh'].values())} x {segment.get('device', '?')}"
+
+
 def _settings(runs: Sequence[Run]) -> Callable[[Run], dict[str, str]]:
     """The keys whose values the runs do not share, or one does not share with the defaults."""
     chosen = []
     for section, fields in FIELDS.items():
         for name, field in fields.items():
             key = f"{section}.{name}"
-            values = [setting(run.facts["config"], key) for run in runs]
+            values = [run.setting(key) for run in runs]
             others = values[1:] or [field.default]
             # Each run has a folder of its own.
             same = len(runs) > 1 and key == "job.dump_folder"
@@ -220,8 +251,7 @@ def _settings(runs: Sequence[Run]) -> Callable[[Run], dict[str, str]]:
                 chosen.append(key)
 
     def rows(run: Run) -> dict[str, str]:
-        values = {key: setting(run.facts["config"], key) for key in chosen}
-        return {key: "not set" if v is None else literal(v) for key, v in values.items()}
+        return {key: words(run.setting(key)) for key in chosen}
 
     return rows
 
@@ -237,16 +267,26 @@ def _applied(run: Run) -> dict[str, str]:
 
 
 def _environment(run: Run) -> dict[str, str]:
-    facts = run.facts
+    parts = list(map(_surroundings, run.segments))
+    keys = dict.fromkeys(key for part in parts for key in part)
     rows = {
-        "started": str(facts.get("started", "")),
-        "commit": str(facts.get("git_commit", ""))[:12],
+        key: over_segments(run.segments, [part.get(key, "") for part in parts], str) for key in keys
+    }
+    return rows | {"resumed from step": _words(run.resumes or [0])}
+
+
+def _surroundings(segment: Mapping[str, Any]) -> dict[str, str]:
+    """Software, machine and mesh of a segment."""
+    rows = {
+        "started": str(segment.get("started", "")),
+        "commit": str(segment.get("git_commit", ""))[:12],
     }
     for group in ("versions", "environment"):
-        rows |= {key.replace("_", " "): str(v) for key, v in facts.get(group, {}).items()}
-    rows["device"] = str(facts.get("device", ""))
-    rows["peak that MFU divides by"] = _words(facts.get("peak", {}))
-    rows["resumed from step"] = str(facts.get("resumed_from_step", 0))
+        rows |= {key.replace("_", " "): str(v) for key, v in segment.get(group, {}).items()}
+    rows["device"] = str(segment.get("device", ""))
+    mesh = {axis: size for axis, size in segment["mesh"].items() if size > 1}
+    rows["mesh"] = _words(mesh) or "one process"
+    rows["peak that MFU divides by"] = _words(segment.get("peak", {}))
     return rows
 
 

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 RUN_FILE = "run.json"
 # Everything that a run writes directly below its folder; a file of the user's stays where it is.
 RUN_FILES = (RUN_FILE, "metrics.jsonl", "tb", "wandb", "profile")
+# Kept of the last segment only: long, or the same in every segment.
+LAST_SEGMENT_ONLY = ("applied", "parameters", "stages", "flops_per_token")
 
 
 def open_run_folder(folder: Path, *, resume_step: int) -> None:
@@ -39,8 +41,12 @@ def open_run_folder(folder: Path, *, resume_step: int) -> None:
     logger.info("An earlier run was moved to %s", aside)
 
 
-def write_run_file(folder: Path, facts: dict[str, Any]) -> None:
-    """Writes run.json: `facts` after the versions, commit and machine that produced the run."""
+def write_run_file(folder: Path, facts: dict[str, Any], *, resumed_from_step: int = 0) -> None:
+    """Writes run.json: `facts` after the versions, commit and machine that produce the run.
+
+    They are those of the steps after `resumed_from_step`. `segments` has a record for each part of
+    the run between two resumes; steps that are trained once more belong to the later one.
+    """
     versions = {
         "titan_lite": titan_lite.__version__,
         "torch": torch.__version__,
@@ -55,9 +61,12 @@ def write_run_file(folder: Path, facts: dict[str, Any]) -> None:
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
         },
+        "resumed_from_step": resumed_from_step,
         **facts,
     }
-    _write(folder / RUN_FILE, run)
+    path = folder / RUN_FILE
+    segments = [*_segments_before(resumed_from_step, path), _segment(run)]
+    _write(path, run | {"segments": segments})
 
 
 def update_run_file(folder: Path, facts: dict[str, Any]) -> None:
@@ -66,9 +75,29 @@ def update_run_file(folder: Path, facts: dict[str, Any]) -> None:
     _write(path, json.loads(path.read_text()) | facts)
 
 
+def _segments_before(step: int, path: Path) -> list[dict[str, Any]]:
+    """The segments in a run.json that began before a step; none where it is missing or damaged."""
+    if not path.exists():
+        return []
+    try:
+        run = json.loads(path.read_text())
+        segments = run.get("segments") or [_segment(run)]
+        return [segment for segment in segments if segment["resumed_from_step"] < step]
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        logger.warning("%s is damaged, the record of earlier segments is lost: %r", path, error)
+        return []
+
+
+def _segment(run: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in run.items() if key not in LAST_SEGMENT_ONLY}
+
+
 def _write(path: Path, run: dict[str, Any]) -> None:
+    """Writes to a file beside it first: whoever reads run.json never sees half of it."""
     with writing(path):
-        path.write_text(json.dumps(run, indent=2) + "\n")
+        aside = path.with_suffix(".incomplete")
+        aside.write_text(json.dumps(run, indent=2) + "\n")
+        aside.replace(path)
 
 
 def git_commit() -> str | None:
