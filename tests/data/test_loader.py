@@ -242,20 +242,20 @@ def test_an_empty_dataset_is_named(tmp_path):
     assert message == f"data.dataset_path: {path} holds no documents"
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("first.jsonl", b"not JSON\n"),
-        ("second.jsonl", b'{"text": "fine"}\n{"text": broken\n'),
-        ("late.jsonl", b'{"text": "%s"}\n' % (b"fine " * 100) * 25_000 + b'{"text": broken\n'),
-        ("latin1.jsonl", b'{"text": "\xe9"}\n'),
-        ("no.jsonl.gz", b"not gzip"),
-        ("cut.jsonl.gz", gzip.compress(b'{"text": "fine"}\n' * 100)[:30]),
-        ("no.parquet", b"not Parquet"),
-    ],
-)
-def test_malformed_data_surfaces_with_its_source_and_does_not_hang(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
+MALFORMED = {
+    "first.jsonl": b"not JSON\n",
+    "second.jsonl": b'{"text": "fine"}\n{"text": broken\n',
+    "late.jsonl": b'{"text": "%s"}\n' % (b"fine " * 100) * 25_000 + b'{"text": broken\n',
+    "latin1.jsonl": b'{"text": "\xe9"}\n',
+    "no.jsonl.gz": b"not gzip",
+    "cut.jsonl.gz": gzip.compress(b'{"text": "fine"}\n' * 100)[:30],
+    "no.parquet": b"not Parquet",
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_data_surfaces_with_its_source_and_does_not_hang(tmp_path, name):
+    (tmp_path / name).write_bytes(MALFORMED[name])
     section = Data(dataset_path=str(tmp_path / name), num_streams=1, shuffle_buffer=50_000)
     message = error_of(section)
     line = {"second": 2, "late": 25_001}.get(name.partition(".")[0], 1)
