@@ -1,8 +1,9 @@
-"""Seconds from ./run_train.sh to the first logged step, against `import torch` alone.
+"""Seconds from ./run_train.sh to the first logged step, and of `titan-lite config`.
 
     python -m benchmarks.launch [--rounds 3]
 
-The environment exists already; the two are measured in turn, medians are printed.
+Both are compared with `import torch` alone. The environment exists already; the three are measured
+in turn, medians are printed.
 """
 
 import argparse
@@ -41,9 +42,10 @@ def first_step_seconds() -> float:
     return seconds
 
 
-def import_seconds() -> float:
+def seconds(*arguments: str) -> float:
+    """Of one run of Python."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 
@@ -51,15 +53,17 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
-    launches, imports = [], []
+    launches, imports, configs = [], [], []
     for _ in range(rounds):
-        imports.append(import_seconds())
+        imports.append(seconds("-c", "import torch"))
+        configs.append(seconds("-m", "titan_lite.cli", "config", "train_configs/debug.toml"))
         launches.append(first_step_seconds())
     report(
         "launch",
         {
             "first_step_seconds": round(statistics.median(launches), 2),
             "import_torch_seconds": round(statistics.median(imports), 2),
+            "config_seconds": round(statistics.median(configs), 2),
             "first_step_over_import_torch": round(
                 statistics.median(a / b for a, b in zip(launches, imports, strict=True)), 2
             ),

@@ -1,4 +1,4 @@
-"""The command line, as a shell sees it: output, exit code, time, and nothing imported in vain."""
+"""The command line, as a shell sees it: output, exit code, and nothing imported in vain."""
 
 import json
 import os
@@ -13,8 +13,7 @@ from titan_lite import __version__, cli
 from titan_lite.config.load import load_config
 from titan_lite.config.problems import FIELDS
 
-# Seconds; 0.2 measured on two cores.
-BLINK = 0.5
+SLOW_IMPORTS = {"torch", "torchao", "numpy", "datasets", "pyarrow", "pandas", "transformers"}
 
 
 @pytest.fixture(autouse=True)
@@ -27,16 +26,6 @@ def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def titan_lite(*argv: str, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "titan_lite.cli", *argv]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env})
-
-
-def cpu_seconds(*argv: str) -> float:
-    """User and system time of one run: unlike wall-clock time, no busy neighbour stretches it."""
-    before = os.times()
-    titan_lite(*argv)
-    after = os.times()
-    return (
-        after.children_user + after.children_system - before.children_user - before.children_system
-    )
 
 
 def test_config_prints_toml_that_loads_back_to_the_same() -> None:
@@ -166,16 +155,16 @@ def test_train_hands_its_arguments_over(monkeypatch: pytest.MonkeyPatch) -> None
     ],
     ids=" ".join,
 )
-def test_answers_come_in_a_blink_and_without_torch(argv: list[str]) -> None:
-    assert cpu_seconds(*argv) < BLINK
+def test_answers_need_no_import_that_takes_seconds(argv: list[str]) -> None:
+    """How long they take: benchmarks/launch.py."""
     program = (
         "import sys; from titan_lite.cli import main\n"
         f"try: main({argv!r})\n"
         "except SystemExit: pass\n"
-        "sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'datasets')))"
+        f"print(sorted({SLOW_IMPORTS} & sys.modules.keys()), file=sys.stderr)"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True)
-    assert result.returncode == 0
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stderr.splitlines()[-1] == "[]"
 
 
 @pytest.fixture(scope="module")
