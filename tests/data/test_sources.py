@@ -143,15 +143,6 @@ def test_whatever_datasets_raises_becomes_one_sentence(monkeypatch, raised, mess
     assert error.value.__cause__ is raised
 
 
-def test_local_files_are_opened_without_asking_the_hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
-    asked = []
-    monkeypatch.setattr(datasets.load, "get_session", lambda: asked.append("a session"))
-    write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    assert read(tmp_path / "a.jsonl") == TEXTS
-    assert asked == []
-
-
 def test_the_bundled_corpus_is_clean_prose_with_no_work_in_both_splits():
     sources = {}
     for split in ("train", "validation"):

@@ -182,8 +182,10 @@ def _files(config: Config) -> Iterator[Broken]:
         # os.path.exists: unlike Path's, it answers for a name that no file can have.
         dataset = os.path.expanduser(path)  # noqa: PTH111
         found = os.path.exists(dataset)  # noqa: PTH110
-        # Path.glob refuses absolute patterns.
-        if dataset and not (found or glob.glob(dataset, recursive=True)):  # noqa: PTH207
+        # A pattern of folders below folders is left to the search for files. Path.glob refuses
+        # absolute patterns.
+        found = found or "**" in Path(dataset).parts or bool(glob.glob(dataset))  # noqa: PTH207
+        if dataset and not found:
             message = f"no such file: {quote(path)}{near_file(Path(dataset))}"
             yield (key,), message
     data = config.data

@@ -116,12 +116,12 @@ class Documents(Section):
     dataset: str = "bundled"
     """"bundled" (the corpus in assets/), "c4", or any Hugging Face dataset name, streamed."""
     dataset_path: str = ""
-    """Local file, folder or glob of JSONL, Parquet or text, or a folder that `titan-lite tokenize`
-    wrote, read instead of `dataset`."""
+    """Local file, folder or glob of JSON, Parquet, Arrow or text, or a folder that `titan-lite
+    tokenize` or `datasets.save_to_disk` wrote, read instead of `dataset`."""
     subset: str = ""
     """Configuration name of a Hugging Face dataset, e.g. "en"."""
     split: str = "train"
-    """Split of the dataset."""
+    """Split of the dataset, by name or as DatasetDict.save_to_disk wrote it."""
     text_field: str = "text"
     """Field of a document that holds its text."""
 
@@ -144,7 +144,7 @@ class Data(Documents):
     on_bad_document: Literal["raise", "skip"] = "raise"
     """What happens at a document that is not JSON or not UTF-8, or whose text is missing, empty or
     no text: "raise" ends the run with its file and line, "skip" leaves it out and counts it. Of
-    Parquet and datasets by name only the text can be judged. "skip" also leaves out, with a
+    Parquet, Arrow and datasets by name only the text can be judged. "skip" also leaves out, with a
     warning, local files that are called Parquet and cannot be opened as such; one that is damaged
     further in ends the run."""
     tokenizer_path: str = ""

@@ -1,18 +1,13 @@
 """The text of a document, or why it has none."""
 
 import difflib
-import gzip
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 Kind = Literal["lines", "files", "rows", "tokens"]
-"""Of what `datasets` hands out: JSON lines and whole text files, both undecoded, or rows; "tokens"
-of token files, which are read without it."""
+"""Of rows: JSON lines and whole text files, both undecoded, or columns; "tokens" of token files."""
 
-# One character per byte: what is not UTF-8 is found here, document by document, and not by
-# `datasets`, which would give up the whole file.
+# One character per byte: what is not UTF-8 is a fault of its document, not of the whole file.
 RAW_ENCODING = "latin-1"
 
 
@@ -21,7 +16,7 @@ class BadDocument(ValueError):
 
 
 def text_of(row: dict[str, Any], kind: Kind, field: str, key: str = "data.text_field") -> str:
-    """The text of what `datasets` hands out; raises BadDocument. key: that chose the field."""
+    """The text of a row; raises BadDocument. key: that chose the field."""
     if kind == "rows":
         return _field(row, field, key)
     try:
@@ -43,28 +38,6 @@ def text_of(row: dict[str, Any], kind: Kind, field: str, key: str = "data.text_f
 def is_blank(row: dict[str, Any], kind: Kind) -> bool:
     """Whether this is an empty line, which is no document."""
     return kind == "lines" and not row["text"].strip()
-
-
-def place_of(row: dict[str, Any], kind: Kind, files: tuple[Path, ...]) -> str:
-    """File and line of a raw document, found by reading the files; "" where that is not known."""
-    if kind == "rows":
-        return ""
-    wanted = row["text"].encode(RAW_ENCODING)
-    for file in files:
-        for number, raw in enumerate(_raw(file, kind), start=1):
-            if raw == wanted:
-                return f"{file}, line {number}" if kind == "lines" else str(file)
-    return ""
-
-
-def _raw(file: Path, kind: Kind) -> Iterator[bytes]:
-    # The same newlines as `datasets` makes of them.
-    open_file = gzip.open if file.suffix == ".gz" else open
-    with open_file(file, "rt", encoding=RAW_ENCODING) as text:
-        if kind == "lines":
-            yield from (line.rstrip("\n").encode(RAW_ENCODING) for line in text)
-        else:
-            yield text.read().encode(RAW_ENCODING)
 
 
 def _field(document: dict[str, Any], field: str, key: str) -> str:

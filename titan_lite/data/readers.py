@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import numpy.typing as npt
 
 from titan_lite.config.schema import Data
-from titan_lite.data.documents import BadDocument, is_blank, place_of, text_of
+from titan_lite.data.documents import BadDocument, is_blank, text_of
+from titan_lite.data.file_rows import FileRows, place_of
 from titan_lite.data.sources import Source, reading, stream_of
 from titan_lite.data.token_files import BLANK, GOOD, RowsOfStream, TokenFolder
 from titan_lite.data.tokenizer import Tokenizer
@@ -49,7 +50,7 @@ class TextReader:
 
     def __init__(
         self,
-        dataset: "IterableDataset",
+        dataset: "IterableDataset | FileRows",
         source: Source,
         section: Data,
         stream: int,
@@ -147,7 +148,7 @@ class Judge:
             if self._in_a_row == 1:
                 logger.warning("A document of %s was skipped: %s", source.name, reason)
             return
-        place = place_of(row, source.kind, source.files)
+        place = place_of(row, source.files)
         raise ValueError(
             f"{source.key}: {place or f'a document of {source.name}'}: {reason}; "
             + (f"{self._in_a_row} in a row" if too_many else SKIP_HINT)

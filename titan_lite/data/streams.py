@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from titan_lite.config.schema import Data
+from titan_lite.data.file_rows import FileRows
 from titan_lite.data.packing import Row, Rows, join_documents
 from titan_lite.data.readers import Reader, TextReader, TokenReader
 from titan_lite.data.sources import Source
@@ -56,7 +57,7 @@ class Stream:
 
     def __init__(
         self,
-        dataset: "IterableDataset | TokenFolder",
+        dataset: "IterableDataset | FileRows | TokenFolder",
         source: Source,
         section: Data,
         *,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from titan_lite.config.load import ConfigError, LoadedConfig, Problem
+from titan_lite.data.files import compression_of
 from titan_lite.data.sources import Source, resolve_sources
 from titan_lite.data.token_files import UNFINISHED, Manifest, TokenFolder
 from titan_lite.preflight import blaming
@@ -143,5 +144,5 @@ class _Progress:
 
 def _size(source: Source) -> int:
     """Bytes of the files, 0 where their rows do not add up to that."""
-    plain = source.kind in ("lines", "files") and all(f.suffix != ".gz" for f in source.files)
+    plain = source.kind in ("lines", "files") and not any(map(compression_of, source.files))
     return sum(file.stat().st_size for file in source.files) if plain else 0

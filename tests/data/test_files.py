@@ -1,0 +1,457 @@
+"""Local files: every way in which the same documents lie on disk gives the same samples."""
+
+import bz2
+import gzip
+import json
+import logging
+import lzma
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pytest
+from pyarrow import ipc, parquet
+
+from tests.data.jobs import close, in_parts, loaders, run, take
+from titan_lite.cli import main
+from titan_lite.config.load import load_config
+from titan_lite.config.schema import Data, DataSource, Validation
+from titan_lite.data import files
+from titan_lite.data.held_out import resolve_held_out
+from titan_lite.data.sources import open_dataset, resolve_source, resolve_sources
+from titan_lite.data.token_files import TokenFolder
+from titan_lite.tools import tokenize
+
+TEXTS = [f"{i} " + "whale \u00e9 " * (i % 7) for i in range(30)]
+LINES = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(TEXTS)).encode()
+INDENTED = json.dumps(list(map(json.loads, LINES.splitlines())), indent=1)
+
+
+@pytest.fixture(autouse=True)
+def warn_again() -> None:
+    files._warn_once.cache_clear()
+
+
+def zstd(content: bytes) -> bytes:
+    """In frames, as parallel compressors write them."""
+    frames = (content[start : start + 500] for start in range(0, len(content), 500))
+    return b"".join(pyarrow.compress(frame, "zstd", asbytes=True) for frame in frames)
+
+
+def bytes_of(content: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(content)
+
+
+def table() -> pyarrow.Table:
+    return pyarrow.table({"id": range(30), "text": TEXTS, "images": [b"\xff"] * 30})
+
+
+def write_parquet(path: Path) -> None:
+    parquet.write_table(table(), path, row_group_size=7)
+
+
+def write_arrow(path: Path, new: Any = ipc.new_stream) -> None:
+    with new(str(path), table().schema) as writer:
+        writer.write_table(table(), max_chunksize=7)
+
+
+def write_saved(path: Path) -> None:
+    datasets.Dataset(table()).save_to_disk(path, num_shards=1)
+    # As map() leaves them.
+    write_arrow(path / "cache-0123456789abcdef.arrow")
+
+
+def write_splits(path: Path) -> None:
+    splits = {"test": datasets.Dataset(table()).select([0]), "train": datasets.Dataset(table())}
+    datasets.DatasetDict(splits).save_to_disk(path)
+
+
+def write_cache(path: Path) -> None:
+    """As the hub's cache: a name that links to a blob without suffix."""
+    blob = path / "blobs" / "0123456789abcdef"
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(LINES)
+    (path / "snapshots" / "rev").mkdir(parents=True)
+    (path / "snapshots" / "rev" / "train.jsonl").symlink_to("../../blobs/0123456789abcdef")
+
+
+def write_linked(path: Path) -> None:
+    """A folder that links to the one with the documents, which links back."""
+    other = path.with_name("elsewhere")
+    other.mkdir()
+    (other / "a.jsonl").write_bytes(LINES)
+    path.mkdir()
+    (path / "linked").symlink_to(other)
+    (path / "again").symlink_to(other)
+    (path / "loop").symlink_to(path)
+    (other / "back").symlink_to(path)
+
+
+FORMS: dict[str, Callable[[Path], object]] = {
+    "a.jsonl.gz": bytes_of(gzip.compress(LINES[:300]) + gzip.compress(LINES[300:])),
+    "a.jsonl.bz2": bytes_of(bz2.compress(LINES)),
+    "a.jsonl.xz": bytes_of(lzma.compress(LINES)),
+    "a.jsonl.zst": bytes_of(zstd(LINES)),
+    "A.JSONL": bytes_of(LINES),
+    "a.Jsonl.GZ": bytes_of(gzip.compress(LINES)),
+    "a.ndjson": bytes_of(LINES),
+    "crlf.jsonl": bytes_of(LINES.replace(b"\n", b"\r\n")),
+    "mark.jsonl": bytes_of(b"\xef\xbb\xbf" + LINES),
+    "lines.json": bytes_of(LINES),
+    "array.json": bytes_of(b"[" + LINES.replace(b"\n", b",\n")[:-2] + b"]"),
+    "indented.json.zst": bytes_of(zstd(INDENTED.encode("utf-8-sig"))),
+    "a.PARQUET": write_parquet,
+    "stream.arrow": write_arrow,
+    "file.arrow": lambda path: write_arrow(path, ipc.new_file),
+    "saved": write_saved,
+    "splits": write_splits,
+    "cache": write_cache,
+    "linked": write_linked,
+    "part [0]* \u00e9.jsonl": bytes_of(LINES),
+}
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+    path = tmp_path_factory.mktemp("plain") / "a.jsonl"
+    path.write_bytes(LINES)
+    return run(data(path), 72)
+
+
+def data(path: Path, **keys: Any) -> Data:
+    return Data(dataset_path=str(path), **{"num_streams": 2, "shuffle_buffer": 12, **keys})
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_samples_are_those_of_plain_jsonl_and_resume_exactly(
+    tmp_path: Path, expected: list[list[int]], name: str
+) -> None:
+    FORMS[name](tmp_path / name)
+    samples, _ = in_parts(data(tmp_path / name), [(1, 7), (3, 8), (2, 13), (1, 15)])
+    assert samples == expected
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "array.json", "a.PARQUET", "saved"])
+def test_samples_are_those_of_plain_jsonl_wherever_documents_are_named(
+    tmp_path: Path, expected: list[list[int]], name: str
+) -> None:
+    """In a folder, by a glob, as tokens; a source of a mixture and of a validation."""
+    (tmp_path / "x").mkdir()
+    FORMS[name](tmp_path / "x" / name)
+    path, target = tmp_path / "x" / name, tmp_path / "tokens"
+    assert run(data(tmp_path), 72) == expected
+    assert run(data(Path(f"{tmp_path}/*/{name}")), 72) == expected
+    source = DataSource(name="a", weight=1, dataset_path=str(path))
+    mixed = Data(sources=[source], num_streams=2, shuffle_buffer=12)
+    assert run(mixed, 72) == expected
+    held_out = resolve_held_out(Validation(dataset_path=str(path)), Data())
+    assert held_out.identity == resolve_sources(mixed)[0].identity
+    loaded = load_config(None, [f"--data.dataset_path={path}"])
+    assert tokenize.write(loaded, target, processes=1, shard_tokens=99) == 0
+    assert run(data(target), 72) == expected
+    assert TokenFolder(target).manifest.rows_per_file == [30]
+    (target / "a.jsonl").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"/tokens holds tokens: name this folder itself"):
+        resolve_source(data(tmp_path))
+
+
+def read(path: Path) -> list[str]:
+    source = resolve_source(Data(dataset_path=str(path)))
+    return [Path(file).name for file in source.files]
+
+
+def refused(path: object, **keys: Any) -> str:
+    with pytest.raises(ValueError) as error:  # noqa: PT011  (the caller reads the message)
+        resolve_source(Data(dataset_path=str(path), **keys))
+    return str(error.value)
+
+
+def fill(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(LINES)
+
+
+def test_companions_are_no_documents_and_other_files_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(tmp_path, "a.jsonl", "B.JSONL", "x.y/c.jsonl.bz2")
+    fill(tmp_path, "LICENSE", "LICENSE.txt", "license-mit.TXT", "README.md", "readme_en.txt")
+    fill(tmp_path, "dataset_infos.json", "SHA256SUMS", "md5sum.txt", "load.py", "_SUCCESS")
+    fill(tmp_path, ".gitattributes", ".cache/d.jsonl")
+    assert read(tmp_path) == ["B.JSONL", "a.jsonl", "c.jsonl.bz2"]
+    assert caplog.text == ""
+    fill(tmp_path, "e.csv", "sub/f.jsonl.lz4", "g.parquet.gz", "_h.jsonl", "_temporary/i.jsonl")
+    for _ in range(2):
+        assert read(tmp_path) == ["B.JSONL", "a.jsonl", "c.jsonl.bz2"]
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"data.dataset_path={str(tmp_path)!r} leaves out _h.jsonl, _temporary, e.csv and 2 more: "
+        f"documents end in {files.KNOWN}"
+    )
+
+
+def test_a_folder_without_documents_is_refused_by_its_files(tmp_path: Path) -> None:
+    start = f"data.dataset_path={str(tmp_path)!r} holds no file ending in {files.KNOWN}"
+    assert refused(tmp_path) == start
+    fill(tmp_path, "LICENSE.txt")
+    assert refused(tmp_path) == f"{start}; LICENSE.txt is not taken for documents"
+    fill(tmp_path, "a.jsonl.lz4", "b.tar.gz")
+    assert refused(tmp_path) == (
+        f"{start}; a.jsonl.lz4, b.tar.gz cannot be read; LICENSE.txt is not taken for documents"
+    )
+    fill(tmp_path, "urls.txt")
+    assert refused(tmp_path) == (
+        f"data.dataset_path={str(tmp_path)!r} holds text (urls.txt) next to what cannot be read "
+        "(a.jsonl.lz4, b.tar.gz): if the text is the documents, name it by a glob"
+    )
+    assert read(tmp_path / "*.txt") == ["LICENSE.txt", "urls.txt"]
+
+
+def test_of_text_the_companions_are_named_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(tmp_path, "moby dick.txt", "Terms of endearment.txt", "README.md")
+    assert read(tmp_path) == ["moby dick.txt"]
+    assert "leaves out Terms of endearment.txt: documents end in .jsonl" in caplog.text
+
+
+def test_a_file_is_read_once_whatever_links_lead_to_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(tmp_path, "b.jsonl", "z/c.jsonl", "copy.jsonl")
+    (tmp_path / "a.jsonl").symlink_to("b.jsonl")
+    (tmp_path / "aliases").symlink_to("z")
+    (tmp_path / "z" / "up").symlink_to("..")
+    assert read(tmp_path) == ["b.jsonl", "copy.jsonl", "c.jsonl"]
+    # Python's glob would not return.
+    assert read(tmp_path / "**") == ["b.jsonl", "copy.jsonl", "c.jsonl"]
+    assert read(tmp_path / "**" / "*.jsonl") == ["b.jsonl", "copy.jsonl", "c.jsonl"]
+    assert f"leaves out {tmp_path}/a.jsonl, the same file as {tmp_path}/b.jsonl" in caplog.text
+
+
+def test_a_link_out_of_the_folder_does_not_bring_in_what_lies_around_it(tmp_path: Path) -> None:
+    fill(tmp_path, "mine/a.jsonl", "others.jsonl")
+    (tmp_path / "mine" / "up").symlink_to(tmp_path)
+    assert read(tmp_path / "mine") == ["a.jsonl"]
+
+
+def test_a_glob_takes_folders_as_they_would_be_by_path(tmp_path: Path) -> None:
+    fill(tmp_path, "x/1.jsonl/part-0.jsonl", "x/1.jsonl/_SUCCESS", "x/2.jsonl")
+    assert read(tmp_path / "x" / "*.jsonl") == ["part-0.jsonl", "2.jsonl"]
+
+
+def test_the_same_files_by_links_have_the_identity_of_plain_ones(tmp_path: Path) -> None:
+    fill(tmp_path, "plain/train.jsonl")
+    write_cache(tmp_path / "cache")
+    plain, linked = (
+        resolve_source(Data(dataset_path=str(tmp_path / name))) for name in ("plain", "cache")
+    )
+    assert plain.identity == linked.identity
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.parquet", "a.arrow"])
+def test_what_is_no_file_of_its_own_is_refused_and_does_not_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    # A socket's path is short.
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo(tmp_path / name)
+    for path in (tmp_path, tmp_path / name):
+        assert f"{tmp_path / name} is not a regular file" in refused(path)
+    (tmp_path / name).unlink()
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(name)
+        assert f"{tmp_path / name} is not a regular file" in refused(tmp_path)
+    (tmp_path / name).unlink()
+    for target in ("nowhere", name):
+        (tmp_path / name).symlink_to(target)
+        assert f"{tmp_path / name} is a link that leads to no file" in refused(tmp_path)
+        (tmp_path / name).unlink()
+
+
+def test_files_and_folders_without_permission_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path, "a.jsonl", "sub/b.jsonl")
+    monkeypatch.setattr(os, "access", lambda path, _: path.name != "b.jsonl")
+    assert f"no permission to read {tmp_path}/sub/b.jsonl" in refused(tmp_path)
+
+    def scandir(path: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert refused(tmp_path).endswith(f": cannot list {tmp_path}: Permission denied")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_pointer_of_git_lfs_is_not_taken_for_the_file(tmp_path: Path, name: str) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"
+    (tmp_path / name).write_text(pointer)
+    assert f"{tmp_path / name} is a pointer of Git LFS" in refused(tmp_path)
+
+
+def error_of(section: Data) -> str:
+    (loader,) = loaders(section)
+    with pytest.raises(ValueError) as error:  # noqa: PT011  (the caller reads the message)
+        take([loader], 99)
+    close([loader])
+    return str(error.value)
+
+
+def test_parquet_without_rows_is_read_among_others_and_refused_alone(tmp_path: Path) -> None:
+    for i, rows in enumerate((10, 0, 20, 0)):
+        parquet.write_table(table().slice(10 * (i > 0), rows), tmp_path / f"{i}.parquet")
+    with parquet.ParquetWriter(tmp_path / "no_groups.parquet", table().schema):
+        pass
+    rows = list(open_dataset(resolve_source(data(tmp_path))))
+    assert [row["text"] for row in rows] == TEXTS
+    whole = run(data(tmp_path, num_streams=7), 30)
+    assert whole == in_parts(data(tmp_path, num_streams=7), [(1, 9), (3, 7)])[0]
+    for name in ("3", "no_groups"):
+        path = tmp_path / f"{name}.parquet"
+        assert error_of(data(path)) == f"data.dataset_path: {path} holds no documents"
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) * 2 // 3]
+
+
+@pytest.mark.parametrize("damage", [cut, lambda content: b"<html>" + content])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)),
+        ("a.txt.bz2", bz2.compress(LINES)),
+        ("a.json.xz", lzma.compress(LINES)),
+        ("a.jsonl.zst", zstd(LINES)),
+        ("a.arrow", None),
+        ("a.parquet", None),
+    ],
+    ids=["gz", "bz2", "xz", "zst", "arrow", "parquet"],
+)
+def test_a_damaged_file_is_named_among_good_ones(
+    tmp_path: Path, name: str, content: bytes | None, damage: Callable[[bytes], bytes]
+) -> None:
+    path = tmp_path / name
+    if content is None:
+        (write_arrow if name == "a.arrow" else write_parquet)(path)
+        content = path.read_bytes()
+        path.with_stem("b").write_bytes(content)
+    path.write_bytes(damage(content))
+    message = error_of(data(tmp_path, num_streams=1))
+    assert message.startswith(f"data.dataset_path: cannot read {path}: ")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_arrow])
+def test_columns_are_judged_as_fields_are(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    path = tmp_path / f"a.{write.__name__.removeprefix('write_')}"
+    write(path)
+    message = error_of(data(path, text_field="texts"))
+    assert "text_field='texts' is not one of its fields: it has id, text, images, did" in message
+    assert "text_field='id' is 0, expected text" in error_of(data(path, text_field="id"))
+
+
+def test_a_field_that_a_later_file_lacks_is_named_with_file_and_line(tmp_path: Path) -> None:
+    fill(tmp_path, "a.jsonl")
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(b'[{"text": "fine"}, {"txt": "no"}]'))
+    message = error_of(data(tmp_path, num_streams=1))
+    assert f"{tmp_path}/b.json.gz, document 2: data.text_field='text' is not one" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'{\n "text": "one",\n "id": 1\n}\n', None),
+        (b'{"text": broken\n{"text": "fine"}\n', "document 1: not JSON"),
+        (b'["a string"]', 'document 1: expected a JSON object, found "a string"'),
+        (b'{"data": [{"text": "a"}]}', "is not one of its fields: it has data"),
+        (b"\x00\x00\x00", "document 1: not JSON"),
+        (b"\xff\xfe{\x00}\x00", "document 1: not UTF-8: byte 0xff"),
+        (b" \n\r\n\t\n", "holds no documents"),
+        (b"[]", "holds no documents"),
+    ],
+)
+def test_json_is_one_document_or_lines(tmp_path: Path, content: bytes, reason: str | None) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    section = data(path, num_streams=1)
+    if reason is None:
+        assert len(run(section, 9)) == 9
+    else:
+        assert reason in error_of(section)
+
+
+def test_a_saved_dataset_is_read_by_its_split(tmp_path: Path) -> None:
+    write_splits(tmp_path / "saved")
+    path = tmp_path / "saved"
+    test, train = (
+        resolve_source(Data(dataset_path=str(path), split=split)) for split in ("test", "train")
+    )
+    assert [len(list(open_dataset(source))) for source in (test, train)] == [1, 30]
+    assert train.identity == resolve_source(Data(dataset_path=str(path / "train"))).identity
+    held_out = Validation(dataset_path=str(path), split="test")
+    resolve_held_out(held_out, Data(dataset_path=str(path)))
+    with pytest.raises(ValueError, match=r"saved is what \[data\] trains on, not held out"):
+        resolve_held_out(held_out, Data(dataset_path=str(path), split="test"))
+    message = refused(path, split="validation")
+    assert "split 'validation' is not among ['test', 'train'] of " in message
+    assert "data.subset='en' cannot act" in refused(path, subset="en")
+    assert "data.split='test' cannot act" in refused(path / "train", split="test")
+    assert f"{path} holds several splits: name this folder itself" in refused(tmp_path)
+
+
+def test_splits_of_the_same_size_are_told_apart(tmp_path: Path) -> None:
+    rows = {"train": ["one"], "validation": ["two"]}
+    splits = {name: datasets.Dataset.from_dict({"text": texts}) for name, texts in rows.items()}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    path = str(tmp_path / "saved")
+    assert resolve_held_out(Validation(dataset_path=path), Data(dataset_path=path)).files
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("state.json", "{", "cannot read "),
+        ("state.json", "[]", "state.json is damaged: expected a JSON object"),
+        ("state.json", "{}", "state.json is damaged: KeyError('_data_files')"),
+        (
+            "state.json",
+            '{"_data_files": [], "_indices_data_files": [{"filename": "indices.arrow"}]}',
+            "holds a selection of rows, written by an old version of datasets",
+        ),
+        ("data-00000-of-00001.arrow", None, "data-00000-of-00001.arrow is missing"),
+    ],
+)
+def test_a_saved_dataset_that_is_not_whole_is_refused(
+    tmp_path: Path, file: str, content: str | None, reason: str
+) -> None:
+    write_saved(tmp_path / "saved")
+    if content is None:
+        (tmp_path / "saved" / file).unlink()
+    else:
+        (tmp_path / "saved" / file).write_text(content)
+    assert reason in refused(tmp_path / "saved")
+
+
+def test_ranks_whose_compressed_files_differ_do_not_resume_each_other(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jsonl.zst").write_bytes(zstd(LINES if name == "a" else LINES[:900]))
+    _, state = in_parts(data(tmp_path / "a"), [(1, 3)])
+    with pytest.raises(ValueError, match=r"dataset was '1 json files .*' and is '1 json files"):
+        loaders(data(tmp_path / "b"), state=state)
+
+
+def test_the_command_line_names_what_is_left_out_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    fill(tmp_path, "a.jsonl", "b.csv")
+    assert main(["config", f"--data.dataset_path={tmp_path}", "--preflight", "--quiet"]) == 0
+    assert caplog.text.count("leaves out b.csv") == 1

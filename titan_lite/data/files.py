@@ -1,0 +1,303 @@
+"""Which local files a path names: a file, a folder, a glob, a folder of datasets.save_to_disk.
+
+The name under which a file is listed decides its format, never the target of a link.
+"""
+
+import functools
+import glob
+import json
+import logging
+import os
+import re
+import stat
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from titan_lite.data.token_files import shard_files
+
+logger = logging.getLogger(__name__)
+
+Format = Literal["json", "text", "parquet", "arrow"]
+
+FORMATS: dict[str, Format] = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".txt": "text",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+"""Of JSON and text."""
+KNOWN = f"{', '.join(FORMATS)} (JSON and text also with {', '.join(COMPRESSIONS)})"
+
+# Files of datasets.save_to_disk.
+_STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
+# Names that accompany documents in a folder; of JSON and text files only these.
+_COMPANION_NAMES = re.compile(
+    r"(readme|licen[cs]es?|copying|copyright|notice|terms|authors|contributors|changelog|citation"
+    r"|(check|md5|sha\d+)sums?)([-_. ].*)?"
+)
+_COMPANION_JSON = (_STATE, _INFO, _SPLITS, "dataset_infos.json")
+_COMPANION_SUFFIXES = (
+    *(".md", ".py", ".sh", ".yaml", ".yml", ".toml", ".cff", ".bib"),
+    *(".md5", ".sha1", ".sha256", ".sha512", ".crc", ".lock"),
+)
+_LFS_POINTER, _LFS_LIMIT = b"version https://git-lfs.github.com/spec/", 1024
+
+
+def compression_of(file: Path) -> str:
+    """One of COMPRESSIONS, or ""."""
+    suffix = file.suffix.lower()
+    return suffix if suffix in COMPRESSIONS else ""
+
+
+def plain_suffix(file: Path) -> str:
+    """The suffix in lower case, that of a compression left out."""
+    return (Path(file.stem) if compression_of(file) else file).suffix.lower()
+
+
+def format_of(file: Path) -> Format | None:
+    """The format that a name says; None for one that is not read."""
+    form = FORMATS.get(plain_suffix(file))
+    return None if form in ("parquet", "arrow") and compression_of(file) else form
+
+
+def find_files(path: Path, chosen: str) -> list[Path]:
+    """The files of documents that a path names, in their order; a warning names what is left out.
+
+    Raises ValueError where there are none, where one cannot be read, and for a folder whose
+    documents are in files of other formats.
+    """
+    # A name that exists is taken as it is, whatever characters it has.
+    names = [path] if os.path.lexists(path) else _matches(path, chosen)
+    files: list[Path] = []
+    for name in names:
+        files += _files_of_folder(name, chosen) if name.is_dir() else [name]
+    if not files:
+        raise ValueError(f"{chosen} matches no file")
+    files = _without_aliases(files, chosen)
+    for file in files:
+        _check(file, chosen)
+    return files
+
+
+def folder_of_split(path: Path, split: str, chosen: str) -> Path:
+    """Where DatasetDict.save_to_disk wrote a split, if it wrote the folder."""
+    splits = _read_json(path / _SPLITS, chosen).get("splits")
+    if not isinstance(splits, list) or split not in splits:
+        raise ValueError(f"{chosen}: split {split!r} is not among {splits} of {path / _SPLITS}")
+    return path / split
+
+
+def has_splits(path: Path) -> bool:
+    """Whether DatasetDict.save_to_disk wrote a folder."""
+    return (path / _SPLITS).is_file()
+
+
+def signature(file: Path) -> str:
+    """Tells files apart without reading them: name, size, and what `datasets` knows its rows by."""
+    size = file.stat().st_size
+    state = file.parent / _STATE
+    rows = ""
+    if format_of(file) == "arrow" and state.is_file():
+        rows = f" {_read_json(state, str(file.parent)).get('_fingerprint')}"
+    return f"{file.name} {size}{rows}"
+
+
+def _saved_files(folder: Path, chosen: str) -> set[Path]:
+    """The data of a saved dataset: its own list, since map() keeps caches beside it."""
+    state = _read_json(folder / _STATE, chosen)
+    if state.get("_indices_data_files"):
+        raise ValueError(
+            f"{chosen}: {folder} holds a selection of rows, written by an old version of datasets: "
+            "load it with datasets.load_from_disk and save it again"
+        )
+    try:
+        return {folder / data_file["filename"] for data_file in state["_data_files"]}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{chosen}: {folder / _STATE} is damaged: {error!r}") from None
+
+
+def _read_json(file: Path, chosen: str) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{chosen}: cannot read {file}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{chosen}: {file} is damaged: expected a JSON object")
+    return content
+
+
+def _files_of_folder(folder: Path, chosen: str) -> list[Path]:
+    """The documents below a folder, in order; the rest is companions, or is warned about."""
+    files, others, companions = [], [], []
+    for file in sorted(_below(folder, chosen)):
+        if _is_companion(file):
+            companions.append(file)
+        elif format_of(file) and not _is_marked(file):
+            files.append(file)
+        else:
+            others.append(file)
+    # The blobs of a hub's cache are read by the names of its snapshots.
+    targets = {os.path.realpath(file) for file in files} if others else set()
+    others = [file for file in others if os.path.realpath(file) not in targets]
+    if not files:
+        rest = [
+            f"{_some(names, folder)} {reason}"
+            for names, reason in (
+                (others, "cannot be read"),
+                (companions, "is not taken for documents"),
+            )
+            if names
+        ]
+        raise ValueError("; ".join([f"{chosen} holds no file ending in {KNOWN}", *rest]))
+    formats = {format_of(file) for file in files}
+    if formats == {"text"} and (unread := [file for file in others if not _is_marked(file)]):
+        raise ValueError(
+            f"{chosen} holds text ({_some(files, folder)}) next to what cannot be read "
+            f"({_some(unread, folder)}): if the text is the documents, name it by a glob"
+        )
+    if "text" in formats:
+        others += [file for file in companions if format_of(file) == "text"]
+    if others:
+        _warn_once(f"{chosen} leaves out {_some(others, folder)}: documents end in {KNOWN}")
+    return files
+
+
+def _matches(pattern: Path, chosen: str) -> list[Path]:
+    """What a glob names; of all that is below a folder, only files."""
+    parts = pattern.parts
+    if "**" not in parts:
+        return [Path(name) for name in glob.glob(str(pattern))]  # noqa: PTH207  (absolute ones, too)
+    # Python's own ** follows loops, and hangs where there are two.
+    place = parts.index("**")
+    rest = parts[place + 1 :] or ("*",)
+    matches = []
+    for folder in _matches(Path(*parts[:place]), chosen):
+        for path, _, _ in _walk(folder, chosen, hidden=(".",)):
+            matches += _matches(Path(glob.escape(str(path)), *rest), chosen)
+    return matches if parts[-1] != "**" else [match for match in matches if not match.is_dir()]
+
+
+def _walk(
+    folder: Path, chosen: str, hidden: tuple[str, ...]
+) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """As os.walk, in an order of its own. Linked folders are entered, each folder once."""
+    entered: set[str] = set()
+    folders, linked = deque([folder]), deque[Path]()
+    while folders or linked:
+        path = (folders or linked).popleft()
+        real = os.path.realpath(path)
+        if real in entered:
+            continue
+        entered.add(real)
+        inner, files = [], []
+        try:
+            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+        except OSError as error:
+            raise ValueError(f"{chosen}: cannot list {path}: {error.strerror}") from error
+        for entry in entries:
+            file = path / entry.name
+            if not (file.is_dir() if entry.is_symlink() else entry.is_dir()):
+                files.append(entry.name)
+                continue
+            inner.append(entry.name)
+            if entry.name.startswith(hidden):
+                continue
+            if not entry.is_symlink():
+                folders.append(file)
+            # A link to a folder that it lies in is a loop.
+            elif not Path(real).is_relative_to(os.path.realpath(file)):
+                linked.append(file)
+        yield path, inner, files
+
+
+def _below(folder: Path, chosen: str) -> Iterator[Path]:
+    """Files below a folder, and folders that are not entered.
+
+    Names that begin with . or _ are not data, as in Hive; the latter are passed on to be named.
+    """
+    for path, inner, files in _walk(folder, chosen, hidden=(".", "_")):
+        if shard_files(0)[0] in files:
+            raise ValueError(f"{chosen}: {path} holds tokens: name this folder itself")
+        if _SPLITS in files:
+            raise ValueError(f"{chosen}: {path} holds several splits: name this folder itself")
+        saved = _saved_files(path, chosen) if {_STATE, _INFO} <= set(files) else set()
+        yield from saved
+        names = [name for name in files if not name.startswith(".")]
+        names += [name for name in inner if name.startswith("_")]
+        yield from (path / name for name in names if path / name not in saved)
+
+
+def _is_companion(file: Path) -> bool:
+    name, form = file.name.lower(), format_of(file)
+    if form == "json":
+        return name in _COMPANION_JSON
+    if name.startswith("_"):
+        return form is None and not file.is_dir()
+    if form in (None, "text") and _COMPANION_NAMES.fullmatch(name):
+        return True
+    return file.suffix.lower() in _COMPANION_SUFFIXES
+
+
+def _is_marked(file: Path) -> bool:
+    """Whether a name says that a file is not data."""
+    # Caches of datasets.
+    return file.name.startswith("_") or (
+        file.name.startswith("cache-") and format_of(file) == "arrow"
+    )
+
+
+def _some(files: list[Path], folder: Path) -> str:
+    """Number of files and the first names."""
+    names = [str(file.relative_to(folder)) for file in files[:3]]
+    more = f" and {len(files) - 3:,} more" if len(files) > 3 else ""
+    return ", ".join(names) + more
+
+
+def _without_aliases(files: Iterable[Path], chosen: str) -> list[Path]:
+    """Each file once, in the order of their names: by its own name before those of links to it."""
+    by_target: dict[str, list[Path]] = {}
+    for file in {Path(os.path.abspath(file)) for file in files}:  # noqa: PTH100  (resolves no link)
+        by_target.setdefault(os.path.realpath(file), []).append(file)
+    kept = []
+    for names in by_target.values():
+        names.sort(key=lambda name: (name.is_symlink(), len(name.parts), name))
+        kept.append(names[0])
+        for name in names[1:]:
+            if name.is_symlink():
+                _warn_once(f"{chosen} leaves out {name}, the same file as {names[0]}")
+    return sorted(kept)
+
+
+def _check(file: Path, chosen: str) -> None:
+    """ValueError for a file that cannot be opened, waits for a writer, or is of no known format."""
+    try:
+        status = file.stat()
+    except OSError as error:
+        reason = "is a link that leads to no file" if file.is_symlink() else "is missing"
+        raise ValueError(f"{chosen}: {file} {reason}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{chosen}: {file} is not a regular file")
+    if not format_of(file):
+        raise ValueError(
+            f"{chosen}: unknown format of {file.name!r}, expected a name ending in {KNOWN}"
+        )
+    if not os.access(file, os.R_OK):
+        raise ValueError(f"{chosen}: no permission to read {file}")
+    if 0 < status.st_size < _LFS_LIMIT:
+        with file.open("rb") as opened:
+            if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise ValueError(
+                    f"{chosen}: {file} is a pointer of Git LFS instead of the file: fetch it with "
+                    "git lfs pull"
+                )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """A run looks for its files several times."""
+    logger.warning(message)
