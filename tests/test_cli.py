@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from titan_lite import __version__, cli
-from titan_lite.config.load import load_config
+from titan_lite.config.load import ConfigError, load_config
 from titan_lite.config.problems import FIELDS
 
 SLOW_IMPORTS = {"torch", "torchao", "numpy", "datasets", "pyarrow", "pandas", "transformers"}
@@ -46,6 +46,49 @@ def test_config_prints_the_origin_of_each_value_in_one_column() -> None:
     short = [line for line in lines if " = " in line and len(line.rpartition("  # ")[0]) <= 50]
     assert len({line.rindex("  # ") for line in short}) == 1
     assert any(line.startswith("# peak_tflops is not set") for line in lines)
+
+
+def test_config_shows_what_the_flavor_says_and_loads_back(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    keys = ["--model.flavor=llama3_8b", "--model.num_layers=2", "--model.vocab_size=1000"]
+    assert cli.main(["config", *keys]) == 0
+    text = capsys.readouterr().out
+    lines = {line.partition("  ")[0]: line.rpartition("  # ")[2] for line in text.splitlines()}
+    assert lines["# dim = 4096"] == "llama3_8b"
+    assert lines["# head_dim = 128"] == "llama3_8b"
+    assert lines['# ffn = "swiglu"'] == "llama3_8b"
+    assert lines["num_layers = 2"] == "command line"
+    # 2 x 218,112,000 of a block, 2 x 1000 x 4096 of the vocabulary, the last norm.
+    assert "# parameters: 444,420,096" in lines
+    Path("again.toml").write_text(text)
+    assert load_config("again.toml").config == load_config(None, keys).config
+
+
+def test_config_shows_no_numbers_of_a_flavor_that_is_not_there(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(ConfigError):
+        cli._config(["--model.flavor=nope"])
+    out = capsys.readouterr().out
+    assert "# dim is not set" in out
+    assert "parameters" not in out
+
+
+def test_looking_at_a_configuration_needs_none_of_its_files(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    keys = ["--data.tokenizer_path=none.model", "--data.dataset_path=none.jsonl"]
+    assert titan_lite("config", *keys, "--quiet").stderr == ""
+    result = titan_lite("config", *keys)
+    assert result.returncode == 0
+    for key, path in (("tokenizer_path", "none.model"), ("dataset_path", "none.jsonl")):
+        warning = f'data.{key} (command line), which a run needs: no such file: "{path}"'
+        assert f"titan-lite: warning: {warning}" in result.stderr
+    assert cli.main(["config", *keys, "--preflight", "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("titan-lite: 2 problems in the configuration")
+    assert 'no such file: "none.model"' in error
 
 
 def test_the_configuration_and_the_options_stand_in_any_order() -> None:

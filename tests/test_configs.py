@@ -77,6 +77,11 @@ def test_a_preset_is_valid_and_builds_its_model_on_meta(
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_names_the_schema_beside_it(path: Path) -> None:
+    assert path.read_text().startswith("#:schema ./schema.json\n")
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_says_its_hardware_layout_and_source_first(path: Path) -> None:
     head = path.read_text().split("\n\n")[0]
     for word in ("# Hardware: ", "# Layout: ", "# Source: ", "# world_size = "):

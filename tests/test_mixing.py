@@ -207,5 +207,7 @@ def test_tables_of_sources_are_read_written_and_described(tmp_path: Path) -> Non
     ]
     path.write_text(to_toml(loaded))
     assert load_config(path).config == loaded.config
-    described = json_schema()["properties"]["data"]["properties"]["sources"]["items"]
+    described = json_schema({"llama": ["debug"]})["properties"]["data"]["properties"]["sources"][
+        "items"
+    ]
     assert described["required"] == ["name", "weight"]

@@ -1,6 +1,7 @@
 """The command `titan-lite`: each subcommand parses its own arguments and imports what it needs."""
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -13,8 +14,10 @@ from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import ConfigError, LoadedConfig, Problem, load_config, read_config
 from titan_lite.config.problems import did_you_mean, nearest
 from titan_lite.config.render import json_schema, to_toml
-from titan_lite.models import rules
+from titan_lite.config.rules import file_rules
+from titan_lite.models import registry, rules
 from titan_lite.planner import hardware
+from titan_lite.planner.counts import num_params
 
 OVERRIDES = """
 Every key of the TOML file can be overridden: --section.key=value, the value written as in TOML,
@@ -85,7 +88,8 @@ def _config(argv: list[str]) -> int:
     )
     options, path, overrides = _parse(parser, argv)
     if options.schema:
-        print(json.dumps(json_schema(), indent=2))
+        flavors = {name: list(family.flavors) for name, family in registry.families().items()}
+        print(json.dumps(json_schema(flavors), indent=2))
         return 0
     logging.basicConfig(
         format="titan-lite: warning: %(message)s",
@@ -93,9 +97,14 @@ def _config(argv: list[str]) -> int:
     )
     loaded = read_config(path, overrides)
     if not options.quiet and not loaded.problems:
-        print(to_toml(loaded), flush=True)
-    plan = rules.check(loaded, _world_size(options.world_size, loaded))
-    if options.preflight:
+        print(_rendered(loaded), flush=True)
+    plan = rules.check(
+        loaded, _world_size(options.world_size, loaded), with_files=options.preflight
+    )
+    if not options.preflight:
+        for (key, *_), message in file_rules(loaded.config):
+            logging.warning("%s (%s), which a run needs: %s", key, loaded.origins[key], message)
+    else:
         from titan_lite.preflight import blaming, preflight, run_folder
         from titan_lite.runtime.folder_lock import FolderLock
 
@@ -105,6 +114,18 @@ def _config(argv: list[str]) -> int:
             with blaming("job.dump_folder", loaded):
                 FolderLock(folder).release()
     return 0
+
+
+def _rendered(loaded: LoadedConfig) -> str:
+    """The configuration as TOML, with what its flavor says, if there is such a flavor."""
+    try:
+        family, args = registry.resolve(loaded.config.model)
+    except registry.ModelError:
+        return to_toml(loaded)
+    resolved = dataclasses.asdict(args) | {"head_dim": args.head_size}
+    # A module's own model may have other parameters than its args say.
+    is_ours = family.build.startswith("titan_lite.")
+    return to_toml(loaded, resolved, num_params(args) if is_ours else None)
 
 
 def _convert(argv: list[str]) -> int:

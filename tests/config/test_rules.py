@@ -493,7 +493,7 @@ def test_wandb_must_be_installed_and_have_its_token_in_the_environment(
         patch.setattr(sys, "path", [str(tmp_path)])
         (problem,) = broken("metrics.enable_wandb=true")
     assert problem.key == "metrics.enable_wandb"
-    assert problem.message.endswith("not installed: pip install 'titan_lite[wandb]'")
+    assert problem.message.endswith("not installed: pip install wandb")
     (tmp_path / "wandb" / "__init__.py").touch()
     importlib.invalidate_caches()
     (problem,) = broken("metrics.enable_wandb=true")

@@ -398,9 +398,7 @@ def test_without_sentencepiece_its_models_name_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     message = refused(files["pieces"])
-    assert message.endswith(
-        "is a sentencepiece model: pip install titan_lite[sentencepiece] to read it"
-    )
+    assert message.endswith("is a sentencepiece model: pip install sentencepiece to read it")
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "word_piece", "pieces"])

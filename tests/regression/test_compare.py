@@ -137,7 +137,7 @@ def test_the_picture_needs_the_extra_and_says_so(monkeypatch, capsys) -> None:
         monkeypatch.setitem(sys.modules, name, None)
     code, lines = run("a", "a", "--plot=curves.png", capsys=capsys)
     assert code == 2
-    assert "pip install 'titan_lite[plot]'" in lines[0]
+    assert "pip install matplotlib" in lines[0]
 
 
 def test_a_picture_of_no_kind_is_a_mistake(capsys) -> None:

@@ -1,5 +1,7 @@
 """A configuration written out: as TOML with the origin of each value, and as a JSON schema."""
 
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from titan_lite.config.load import LoadedConfig
@@ -10,8 +12,14 @@ from titan_lite.config.schema import Config
 SCHEMA_DRAFT = "http://json-schema.org/draft-07/schema#"
 
 
-def to_toml(loaded: LoadedConfig) -> str:
-    """Every key with its value and, as an aligned comment, its origin; loads back to the same."""
+def to_toml(
+    loaded: LoadedConfig, resolved: Mapping[str, Any] | None = None, num_params: int | None = None
+) -> str:
+    """Every key with its value and, as an aligned comment, its origin; loads back to the same.
+
+    resolved: the value of each key of [model] that is left to the flavor, as comments.
+    num_params: of the model, another comment.
+    """
     rows: list[tuple[str, str]] = []
     for section, fields in FIELDS.items():
         rows.append((f"\n[{section}]" if rows else f"[{section}]", ""))
@@ -19,9 +27,16 @@ def to_toml(loaded: LoadedConfig) -> str:
             value = getattr(getattr(loaded.config, section), key)
             if fields[key] is SOURCES:
                 line = f"{key} = {_inline([source.model_dump() for source in value])}"
+            elif value is not None:
+                line = f"{key} = {literal(value)}"
+            elif section == "model" and resolved and key in resolved:
+                rows.append((f"# {key} = {literal(resolved[key])}", loaded.config.model.flavor))
+                continue
             else:
-                line = f"# {key} is not set" if value is None else f"{key} = {literal(value)}"
+                line = f"# {key} is not set"
             rows.append((line, loaded.origins[f"{section}.{key}"]))
+        if section == "model" and num_params is not None:
+            rows.append((f"# parameters: {num_params:,}", ""))
     # A long value pushes its own comment, not everybody's.
     width = max(len(line) for line, _ in rows if len(line) <= 50)
     return "\n".join(f"{line:<{width}}  # {origin}" if origin else line for line, origin in rows)
@@ -32,8 +47,11 @@ def _inline(tables: list[dict[str, Any]]) -> str:
     return f"[{', '.join(f'{{{row}}}' for row in rows)}]"
 
 
-def json_schema() -> dict[str, Any]:
-    """The schema of a TOML file, for editors: sections inlined, no null (TOML has none)."""
+def json_schema(flavors: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """The schema of a TOML file, for editors: sections inlined, no null (TOML has none).
+
+    flavors: names of each model family's. Those of a module, or of a base file's, may be others.
+    """
     schema = Config.model_json_schema()
     sections = schema.pop("$defs")
     properties: dict[str, Any] = {
@@ -49,7 +67,33 @@ def json_schema() -> dict[str, Any]:
         }
         properties[name] = section
     properties["data"]["properties"]["sources"]["items"] = sections["DataSource"]
-    return {"$schema": SCHEMA_DRAFT, **schema, "properties": properties}
+    known = {"name": list(flavors), "flavor": sorted({*chain.from_iterable(flavors.values())})}
+    model = properties["model"]["properties"]
+    for key, names in known.items():
+        # Offered by an editor; "then" below refuses others, where these are all there are.
+        del model[key]["type"]
+        model[key]["anyOf"] = [{"enum": names}, {"type": "string"}]
+    has_module = {"required": ["model"], "properties": {"model": {"required": ["module"]}}}
+    return {
+        "$schema": SCHEMA_DRAFT,
+        **schema,
+        "properties": properties,
+        "if": {"not": {"anyOf": [{"required": ["extends"]}, has_module]}},
+        "then": {
+            "properties": {
+                "model": {
+                    "properties": {key: {"enum": names} for key, names in known.items()},
+                    "allOf": [
+                        {
+                            "if": {"required": ["name"], "properties": {"name": {"const": family}}},
+                            "then": {"properties": {"flavor": {"enum": list(names)}}},
+                        }
+                        for family, names in flavors.items()
+                    ],
+                }
+            }
+        },
+    }
 
 
 def _without_null(field: dict[str, Any]) -> dict[str, Any]:

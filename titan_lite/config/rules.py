@@ -27,7 +27,7 @@ def check(loaded: LoadedConfig, world_size: int, *, with_files: bool = True) -> 
     broken = [
         *_single(config),
         *_documents(config),
-        *(_files(config) if with_files else ()),
+        *(file_rules(config) if with_files else ()),
     ]
     dims = None
     if loaded.in_doubt.isdisjoint(DEGREES):
@@ -92,7 +92,7 @@ def _lack_of_wandb() -> str:
     spec = importlib.util.find_spec("wandb")
     # A folder of that name, as wandb itself leaves behind, looks like a package without a file.
     if spec is None or spec.origin is None:
-        return "needs wandb, which is not installed: pip install 'titan_lite[wandb]'"
+        return "needs wandb, which is not installed: pip install wandb"
     offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
     if not (offline or os.environ.get("WANDB_API_KEY")):
         return "needs its token in the variable WANDB_API_KEY, or WANDB_MODE=offline"
@@ -172,8 +172,8 @@ def _documents(config: Config) -> Iterator[Broken]:
             )
 
 
-def _files(config: Config) -> Iterator[Broken]:
-    """Paths that must exist, or must not."""
+def file_rules(config: Config) -> Iterator[Broken]:
+    """Paths that must exist, or must not, where the run is started."""
     paths: list[tuple[str, Documents]] = [("data.dataset_path", config.data)]
     paths.append(("validation.dataset_path", config.validation))
     paths += [("data.sources", source) for source in config.data.sources]

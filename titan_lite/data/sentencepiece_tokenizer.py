@@ -76,7 +76,7 @@ def _read(file: Path, content: bytes) -> "SentencePieceProcessor":
     except ImportError:
         raise ValueError(
             f"data.tokenizer_path: {file} is a sentencepiece model: pip install "
-            "titan_lite[sentencepiece] to read it"
+            "sentencepiece to read it"
         ) from None
     try:
         return SentencePieceProcessor(model_proto=content)

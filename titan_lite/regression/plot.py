@@ -15,7 +15,7 @@ def check_plot(path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise Mistake(
-            "--plot needs matplotlib, which is not installed: pip install 'titan_lite[plot]'"
+            "--plot needs matplotlib, which is not installed: pip install matplotlib"
         ) from None
     if path.suffix.removeprefix(".") not in Figure().canvas.get_supported_filetypes():
         raise Mistake(f"--plot: {path}: no kind of picture that matplotlib writes, as .png is")
