@@ -7,19 +7,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from titan_lite.checkpoint.manifest import TOKENIZER_FOLDER
 from titan_lite.checkpoint.same_model import model_differences
 from titan_lite.checkpoint.state import Start, find_start
 from titan_lite.config.load import DEFAULT, ConfigError, LoadedConfig, Problem
 from titan_lite.config.problems import FIELDS, literal
-from titan_lite.config.schema import Data
+from titan_lite.config.schema import Checkpoint, Data
 from titan_lite.data.held_out import resolve_held_out
 from titan_lite.data.masked_lm import mask_of
 from titan_lite.data.sources import check_tokens, resolve_sources
-from titan_lite.data.tokenizer import Tokenizer, load_tokenizer
+from titan_lite.data.tokenizer import Tokenizer, files_in, load_tokenizer
 from titan_lite.models.rules import Plan
 from titan_lite.runtime.folder_lock import FolderLock
 
 logger = logging.getLogger(__name__)
+
+# Published models pad their vocabularies by at most 2.4 % (DeepSeek-V2: 102,400 for 100,015).
+LEAST_FILLED = 0.9
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,12 @@ def preflight(loaded: LoadedConfig, plan: Plan) -> Preflight:
                 last_step=config.training.steps,
             )
         problems += _other_model(start, loaded, plan)
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        with blaming("data.tokenizer_path", loaded):
+            if tokenizer is not None and start is not None:
+                check_origin(config.data, config.checkpoint, tokenizer, start)
     except ConfigError as error:
         problems += error.problems
     if tokenizer is None or start is None or problems:
@@ -126,16 +136,61 @@ def checkpoint_folder(loaded: LoadedConfig) -> Path:
 
 
 def fitting_tokenizer(section: Data, plan: Plan) -> Tokenizer:
-    """The run's tokenizer; ValueError if it lacks a token, or the model's vocabulary some of it."""
+    """The run's tokenizer; ValueError if it lacks a token or does not fit the vocabulary."""
     tokenizer, vocab_size = load_tokenizer(section.tokenizer_path), plan.args.vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model a vocabulary of "
             f"{vocab_size}: set model.vocab_size, or another data.tokenizer_path"
         )
+    filled = tokenizer.vocab_size / vocab_size
+    if filled < LEAST_FILLED and not section.allow_tokenizer_mismatch:
+        raise ValueError(
+            f"{_name(section.tokenizer_path)} has {tokenizer.vocab_size:,} tokens, {filled:.1%} of "
+            f"the model's vocabulary of {vocab_size:,}; at least {LEAST_FILLED:.0%} is required. "
+            "Set data.tokenizer_path to the model's tokenizer, or model.vocab_size = "
+            f"{tokenizer.vocab_size}, or data.allow_tokenizer_mismatch = true to train with it"
+        )
     if plan.family.objective == "masked_lm":
         mask_of(tokenizer)
     return tokenizer
+
+
+def check_origin(section: Data, checkpoint: Checkpoint, tokenizer: Tokenizer, start: Start) -> None:
+    """Raises ValueError for another tokenizer than that of the weights to begin from."""
+    if start.source is not None:
+        manifest = start.manifest
+        assert manifest is not None
+        path = manifest.config.get("data", {}).get("tokenizer_path", "")
+        if (start.source / TOKENIZER_FOLDER).is_dir():
+            path = str(start.source / TOKENIZER_FOLDER)
+        origin, expected = start.source, [manifest.tokenizer] if manifest.tokenizer else []
+    elif path := checkpoint.initial_load_hf:
+        origin, expected = Path(path).expanduser(), []
+        for file in files_in(origin):
+            try:
+                expected.append(load_tokenizer(file).fingerprint)
+            except ValueError as error:
+                logger.warning("data.tokenizer_path is not compared with %s: %s", file, error)
+    else:
+        return
+    if not expected or tokenizer.fingerprint in expected:
+        return
+    goes_on = start.source is not None and start.content == "run"
+    if section.allow_tokenizer_mismatch and not goes_on:
+        return
+    remedy = "a run that resumes cannot change its tokenizer"
+    if not goes_on:
+        remedy = "data.allow_tokenizer_mismatch = true trains with another one"
+    raise ValueError(
+        f"{_name(section.tokenizer_path)} gives other ids than the tokenizer of {origin} "
+        f"({tokenizer.fingerprint} instead of {expected[0]}): set data.tokenizer_path = "
+        f"{literal(path)}; {remedy}"
+    )
+
+
+def _name(tokenizer_path: str) -> str:
+    return tokenizer_path or "the bundled tokenizer"
 
 
 @contextlib.contextmanager

@@ -266,6 +266,7 @@ class Trainer:
             device=self.process.device,
             layout=dataclasses.asdict(self.dims),
             config=config.model_dump(),
+            tokenizer=self.tokenizer.fingerprint,
             timeout_seconds=config.comm.init_timeout_seconds,
         )
         if start.source is not None:

@@ -18,7 +18,9 @@ from titan_lite import cli, trainer
 from titan_lite.checkpoint import hf
 from titan_lite.checkpoint.hf_files import HFFolder
 from titan_lite.checkpoint.hf_layout import HFModel, check_start
+from titan_lite.checkpoint.manifest import read_manifest
 from titan_lite.config.load import ConfigError, load_config
+from titan_lite.data.tokenizer import load_tokenizer
 from titan_lite.models import registry, rules
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.hf_config import hf_config_from_args
@@ -113,6 +115,8 @@ def test_the_runs_own_checkpoint_comes_before_the_initial_weights(
     np.testing.assert_array_equal(first["initial weights"]["tok_embeddings.weight"], embedding)
     written = tmp_path / "checkpoint" / "hf" / "config.json"
     written.unlink()
+    saved = read_manifest(tmp_path / "checkpoint" / "step-1")
+    assert saved.tokenizer == load_tokenizer().fingerprint
     # What is not there any more is not asked for.
     (hf_folder / "model.safetensors").unlink()
     (_, again), _ = one_process.run(_run, tmp_path, start)[0]

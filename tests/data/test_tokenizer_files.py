@@ -286,8 +286,9 @@ def test_files_beside_it_name_the_special_tokens(
 def test_a_masked_language_model_is_refused_a_tokenizer_without_a_mask_before_any_process(
     files: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = ["--model.name=bert", "--training.seq_len=128", "--quiet", "--preflight"]
+    settings = ["--model.name=bert", "--model.vocab_size=768", "--training.seq_len=128"]
     path = files["byte_level"]
+    settings += ["--quiet", "--preflight"]
     assert cli.main(["config", *settings, f"--data.tokenizer_path={path}"]) == 2
     message = " ".join(capsys.readouterr().err.split())
     assert "this tokenizer has no token for what is masked" in message

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from titan_lite import cli
 from titan_lite.checkpoint.manifest import read_manifest, write_manifest, write_text
 from titan_lite.config.load import load_config
+from titan_lite.data.hf_documents import hf_documents
+from titan_lite.data.tokenizer import load_tokenizer
 from titan_lite.models import registry
 from titan_lite.models.args import DecoderArgs, RopeScaling
 from titan_lite.models.hf_config import hf_config_from_args
@@ -88,6 +90,87 @@ def test_there_and_back_every_bit_is_the_same(
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert again.dtype == torch.bfloat16
     assert again.config.tie_word_embeddings is tied_head
+
+
+def save_tokenizer(folder: Path) -> None:
+    """The bundled tokenizer beside a model, as a tokenizer.json and what transformers adds."""
+    assert LLAMA.hf_config is not None
+    documents = hf_documents(ARGS, LLAMA.hf_config, load_tokenizer(), dtype="float32")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text(json.dumps(documents[name]))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+
+
+def test_a_converted_checkpoint_keeps_the_tokenizer_and_the_recipe_names_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_theirs(tmp_path / "theirs")
+    save_tokenizer(tmp_path / "theirs")
+    target = tmp_path / "dcp"
+    assert cli.main(["convert", "hf-to-dcp", f"{tmp_path}/theirs", str(target)]) == 0
+    printed = capsys.readouterr().out
+    assert f'[data]\ntokenizer_path = "{target}/tokenizer"\n' in printed
+    # The recipe runs, and with another tokenizer it does not.
+    recipe = tmp_path / "run.toml"
+    recipe.write_text(printed[printed.index("[model]") :])
+    preflight = ["config", str(recipe), "--quiet", "--preflight"]
+    preflight += [f"--job.dump_folder={tmp_path}/run", "--training.seq_len=64"]
+    assert cli.main(preflight) == 0
+    changed = json.loads((target / "tokenizer" / "tokenizer.json").read_text())
+    changed["normalizer"] = {"type": "Lowercase"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(changed))
+    assert cli.main([*preflight, f"--data.tokenizer_path={tmp_path}"]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"gives other ids than the tokenizer of {target}" in message
+    assert f'set data.tokenizer_path = "{target}/tokenizer"' in message
+    assert cli.main(["checkpoint", "verify", str(target)]) == 0
+
+    # A checkpoint is moved with its tokenizer.
+    target = target.rename(tmp_path / "moved")
+    assert cli.main(["convert", "dcp-to-hf", str(target), f"{tmp_path}/ours"]) == 0
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        ours, theirs = (tmp_path / folder / name for folder in ("ours", "theirs"))
+        assert ours.read_bytes() == theirs.read_bytes()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert tokenizer("whale").input_ids == load_tokenizer().encode("whale", bos=True, eos=False)
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["bos_token_id"] == 1792
+    capsys.readouterr()
+    back = ["convert", "dcp-to-hf", str(target)]
+    assert cli.main([*back, f"{tmp_path}/other", f"--tokenizer={tmp_path}"]) == 0
+    assert f"{tmp_path} gives other ids than the tokenizer of {target}" in capsys.readouterr().err
+
+    # A run's checkpoint does not keep it, and its tokenizer may have changed.
+    manifest = read_manifest(target)
+    files = {name: file for name, file in manifest.files.items() if "/" not in name}
+    config = {**manifest.config, "data": {"tokenizer_path": str(tmp_path)}}
+    shutil.rmtree(target / "tokenizer")
+    write_manifest(target, replace(manifest, files=files, config=config))
+    assert cli.main([*back, f"{tmp_path}/refused"]) == 2
+    message = capsys.readouterr().err
+    assert f"{tmp_path} gives other ids than the tokenizer of {target}" in message
+    assert message.endswith("name that one with --tokenizer\n")
+
+
+def test_a_model_without_a_tokenizer_that_can_be_read_is_said_so(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "theirs"
+    shutil.copytree(saved / "theirs", folder)
+    (folder / "merges.txt").write_text("a b")
+    assert cli.main(["convert", "hf-to-dcp", str(folder), f"{tmp_path}/dcp"]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        f"{folder} has neither tokenizer.json nor tokenizer.model: set data.tokenizer_path to the "
+        "model's tokenizer; save_pretrained of transformers' AutoTokenizer writes it\n"
+    ) in printed
+    assert "[data]" not in printed
+    assert (tmp_path / "dcp" / "tokenizer" / "merges.txt").read_text() == "a b"
+    (folder / "tokenizer.json").write_text("{}")
+    assert cli.main(["convert", "hf-to-dcp", str(folder), f"{tmp_path}/unread"]) == 0
+    assert "titan-lite convert: warning: data.tokenizer_path: " in capsys.readouterr().err
+    assert read_manifest(tmp_path / "unread").tokenizer == ""
+    assert cli.main(["convert", "dcp-to-hf", f"{tmp_path}/unread", f"{tmp_path}/ours"]) == 0
+    assert (tmp_path / "ours" / "tokenizer.json").read_text() == "{}"
 
 
 NAMES = ("internlm", "qwen2.5", "qwen3", "gpt_neox", "gpt", "bert", "megatron_bert")

@@ -26,11 +26,11 @@ from torch.futures import Future
 
 from titan_lite.checkpoint.hf_files import HFFolder, plan_files, write_index, write_json
 from titan_lite.checkpoint.hf_layout import HFModel
-from titan_lite.checkpoint.manifest import Manifest, write_manifest
+from titan_lite.checkpoint.manifest import TOKENIZER_FOLDER, Manifest, write_manifest
 from titan_lite.checkpoint.storage import Files, Reader, Writer, versions
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.family import Family
-from titan_lite.runtime.stored_files import sync_folder
+from titan_lite.runtime.stored_files import sync_folder, write_bytes
 
 # Where a checkpoint has the weights: "model.tok_embeddings.weight".
 PREFIX = "model."
@@ -47,10 +47,19 @@ def load_hf(model: nn.Module, folder: HFFolder, hf: HFModel) -> None:
     set_model_state_dict(model, weights)
 
 
-def hf_to_dcp(folder: HFFolder, hf: HFModel, target: Path, config: dict[str, Any]) -> None:
+def hf_to_dcp(
+    folder: HFFolder,
+    hf: HFModel,
+    target: Path,
+    *,
+    config: dict[str, Any],
+    tokenizer: str,
+    tokenizer_files: Mapping[str, bytes],
+) -> None:
     """Writes a checkpoint of the weights alone, in the dtypes they have; in one process.
 
-    It holds one tensor at a time, and writes each to a file of its own. config: for the manifest.
+    It holds one tensor at a time, and writes each to a file of its own. config, tokenizer: for the
+    manifest. tokenizer_files: by name.
     """
 
     def stored_dtype(name: str) -> torch.dtype:
@@ -66,6 +75,12 @@ def hf_to_dcp(folder: HFFolder, hf: HFModel, target: Path, config: dict[str, Any
     aside.mkdir(parents=True)
 
     def commit(files: Files) -> None:
+        if tokenizer_files:
+            (aside / TOKENIZER_FOLDER).mkdir()
+            for name, content in tokenizer_files.items():
+                stored = f"{TOKENIZER_FOLDER}/{name}"
+                files[stored] = write_bytes(aside / stored, content)
+            sync_folder(aside / TOKENIZER_FOLDER)
         manifest = Manifest(
             step=0,
             content="model",
@@ -74,6 +89,7 @@ def hf_to_dcp(folder: HFFolder, hf: HFModel, target: Path, config: dict[str, Any
             versions=versions(),
             config=config,
             files=files,
+            tokenizer=tokenizer,
         )
         write_manifest(aside, manifest)
         sync_folder(aside)

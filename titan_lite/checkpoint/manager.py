@@ -74,9 +74,13 @@ class CheckpointManager:
         device: torch.device,
         layout: Layout,
         config: dict[str, Any],
+        tokenizer: str,
         timeout_seconds: int,
     ) -> None:
-        """layout, config: of the run, for the manifest. timeout_seconds: for the slowest disk."""
+        """layout, config, tokenizer: of the run, for the manifest.
+
+        timeout_seconds: for the slowest disk.
+        """
         self.section = section
         self.folder = folder
         self.model = model
@@ -84,6 +88,7 @@ class CheckpointManager:
         self.device = device
         self.layout = layout
         self.config = config
+        self.tokenizer = tokenizer
         self.rank = dist.get_rank()
         self.vocabulary = Vocabulary(model.vocab_parameters, model.vocab_size)
         mode = section.async_mode if section.enable else "disabled"
@@ -243,6 +248,7 @@ class CheckpointManager:
             versions=versions(),
             config=self.config,
             files=save.files,
+            tokenizer=self.tokenizer,
         )
         write_manifest(save.aside, manifest)
         sync_folder(save.aside)

@@ -16,6 +16,8 @@ from titan_lite.runtime.stored_files import (
 )
 
 MANIFEST_FILE = "manifest.json"
+# In a checkpoint that was converted: the tokenizer's files, as they came.
+TOKENIZER_FOLDER = "tokenizer"
 FORMAT = 1
 
 Layout = dict[str, int]
@@ -27,7 +29,7 @@ class Manifest:
     """What a checkpoint is and which files it has, by their names.
 
     content: "run" can be resumed from, "model" holds weights only. config: resolved, for people
-    to read. versions: of titan_lite, torch and Python.
+    to read. versions: of titan_lite, torch and Python. tokenizer: its fingerprint, "" if unknown.
     """
 
     step: int
@@ -37,6 +39,7 @@ class Manifest:
     versions: dict[str, str]
     config: dict[str, Any]
     files: dict[str, StoredFile]
+    tokenizer: str = ""
 
     @property
     def bytes(self) -> int:

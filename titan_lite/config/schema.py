@@ -152,6 +152,10 @@ class Data(Documents):
     a table in tiktoken's format (base64 token, rank), as Llama 3's tokenizer.model. BOS and EOS are
     those that tokenizer_config.json or special_tokens_map.json beside it name, else found by their
     usual spellings. Empty: the bundled tokenizer."""
+    allow_tokenizer_mismatch: bool = False
+    """Train with a tokenizer that does not match the model: one that fills less than 90 % of the
+    vocabulary, or gives other ids than the tokenizer of the checkpoint or the Hugging Face model
+    that the weights come from."""
     packing: Literal["concat", "document", "fixed", "none"] = "concat"
     """What a sample of training.seq_len tokens is cut from, and what attends to what: "concat":
     documents one after the other, attention crosses their borders; "document": the same, but

@@ -1,9 +1,12 @@
 """What every tokenizer does, and which one reads a file."""
 
+import hashlib
+import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from titan_lite.data.assets import bundled_asset
+from titan_lite.data.probes import PROBES
 
 Tokens = npt.NDArray[np.uint32]
 Ints = npt.NDArray[np.int64]
@@ -46,6 +50,17 @@ class Tokenizer(ABC):
     """Of the space that is put before each document's text, and which its first tokens spell."""
     files: Mapping[str, bytes] = MappingProxyType({})
     """The files it was read from, by name, where Hugging Face transformers reads the same ones."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """BOS, EOS and a hash of the ids of PROBES.
+
+        Unlike the identity it is the same for a tokenizer in another file format, and for one with
+        more tokens that no text has.
+        """
+        ids = [tokens.tolist() for tokens in self.encode_documents(PROBES)]
+        digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+        return f"BOS {self.bos_id}, EOS {self.eos_id}, ids {digest[:16]}"
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -109,14 +124,19 @@ def load_tokenizer(path: str | Path = "") -> Tokenizer:
     return TiktokenTokenizer.load(file, content)
 
 
+def files_in(folder: Path) -> list[Path]:
+    """The tokenizers' files in a folder."""
+    return [folder / name for name in FILE_NAMES if (folder / name).is_file()]
+
+
 def _file_of(path: Path) -> Path:
     if not path.is_dir():
         return path
-    found = [path / name for name in FILE_NAMES if (path / name).is_file()]
-    if not found:
+    files = files_in(path)
+    if not files:
         names = " nor ".join(FILE_NAMES)
         raise ValueError(f"data.tokenizer_path: the folder {path} has neither {names}")
-    return found[0]
+    return files[0]
 
 
 def _encodable(text: str) -> str:

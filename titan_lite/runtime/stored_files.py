@@ -23,7 +23,11 @@ class StoredFile:
 
 def write_text(path: Path, text: str) -> StoredFile:
     """Writes a file, and waits until it is on the disk."""
-    content = text.encode()
+    return write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> StoredFile:
+    """Writes a file, and waits until it is on the disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()

@@ -12,14 +12,27 @@ from pathlib import Path
 from typing import Any
 
 from titan_lite.checkpoint.hf_files import DTYPES, HFFolder
-from titan_lite.checkpoint.manifest import read_manifest
+from titan_lite.checkpoint.manifest import TOKENIZER_FOLDER, Manifest, read_manifest
 from titan_lite.config.problems import literal
 from titan_lite.config.schema import Model
+from titan_lite.data.tokenizer import FILE_NAMES, Tokenizer, files_in, load_tokenizer
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.family import Family
 from titan_lite.models.hf_config import args_from_hf, family_of, unsaid_in_hf
 from titan_lite.models.registry import families, load_module, resolve
 
+# Files of a model's folder that make its tokenizer, whatever its kind.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+)
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -67,10 +80,29 @@ def hf_to_dcp(source: Path, target: Path) -> None:
         f"{source}: {family.hf_config.architecture}, {layout.num_parameters:,} parameters in "
         f"{' and '.join(dtypes)}, {len(files)} file{'s' * (len(files) > 1)}"
     )
-    hf.hf_to_dcp(folder, layout, target, {"model": model})
-    settings = "\n".join(f"{key} = {literal(value)}" for key, value in model.items())
-    start = f"[checkpoint]\nenable = true\ninitial_load_path = {literal(str(target))}"
-    print(f"Written to {target}, for a run of\n\n[model]\n{settings}\n\n{start}")
+    files_of_tokenizer = _read_files(source)
+    hf.hf_to_dcp(
+        folder,
+        layout,
+        target,
+        config={"model": model},
+        tokenizer=_fingerprint(source),
+        tokenizer_files=files_of_tokenizer,
+    )
+    tables = {"model": model}
+    if {*files_of_tokenizer} & {*FILE_NAMES}:
+        tables["data"] = {"tokenizer_path": str(target / TOKENIZER_FOLDER)}
+    else:
+        print(
+            f"{source} has neither {' nor '.join(FILE_NAMES)}: set data.tokenizer_path to the "
+            "model's tokenizer; save_pretrained of transformers' AutoTokenizer writes it"
+        )
+    tables["checkpoint"] = {"enable": True, "initial_load_path": str(target)}
+    recipe = "\n\n".join(
+        "\n".join([f"[{name}]", *(f"{key} = {literal(value)}" for key, value in table.items())])
+        for name, table in tables.items()
+    )
+    print(f"Written to {target}, for a run of\n\n{recipe}")
 
 
 def dcp_to_hf(
@@ -83,8 +115,8 @@ def dcp_to_hf(
     tokenizer_path: str | None,
 ) -> None:
     """Writes the weights of a checkpoint as a folder that transformers opens."""
-    config = _run_config(source)
-    section = config["model"]
+    manifest = read_manifest(source)
+    section = _model_section_of(source, manifest)
     if section.module and section.module != module:
         raise ValueError(
             f"the model of {source} is that of a module of yours, {section.module}: name it with "
@@ -98,19 +130,20 @@ def dcp_to_hf(
 
     from titan_lite.checkpoint.hf import DCPToHF
     from titan_lite.data.hf_documents import hf_documents
-    from titan_lite.data.tokenizer import load_tokenizer
 
     export = DCPToHF(source, family, args, dtype=dtype, max_shard_bytes=max_shard_bytes)
-    if tokenizer_path is None:
-        tokenizer_path = config["tokenizer_path"]
-    tokenizer = None if tokenizer_path is None else load_tokenizer(tokenizer_path)
-    export.write(target, hf_documents(args, family.hf_config, tokenizer, dtype=export.dtype))
-    files = len(export.files)
+    tokenizer, files = _tokenizer_of(source, manifest, tokenizer_path)
+    documents = hf_documents(args, family.hf_config, tokenizer, dtype=export.dtype)
+    if files:
+        # Of a converted model, as they came.
+        documents = {"config.json": documents["config.json"], **files}
+    export.write(target, documents)
+    num_files = len(export.files)
     print(
         f"Written to {target}: {family.hf_config.architecture}, {export.hf.num_parameters:,} "
-        f"parameters in {export.dtype}, {files} file{'s' * (files > 1)}"
+        f"parameters in {export.dtype}, {num_files} file{'s' * (num_files > 1)}"
     )
-    if tokenizer is None:
+    if len(documents) == 1:
         print("Without tokenizer files: --tokenizer names one")
 
 
@@ -140,16 +173,54 @@ def model_section(family: Family, args: DecoderArgs) -> dict[str, Any]:
     return {"name": family.name, "flavor": flavor, **differing}
 
 
-def _run_config(source: Path) -> dict[str, Any]:
-    """The model section that a checkpoint was saved with, and its tokenizer's path or None."""
-    config = read_manifest(source).config
+def _model_section_of(source: Path, manifest: Manifest) -> Model:
+    """The model section that a checkpoint was saved with."""
     try:
-        return {
-            "model": Model(**config["model"]),
-            "tokenizer_path": config.get("data", {}).get("tokenizer_path"),
-        }
+        return Model(**manifest.config["model"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{source} does not say what model it is: {error}") from error
+
+
+def _tokenizer_of(
+    source: Path, manifest: Manifest, given: str | None
+) -> tuple[Tokenizer | None, dict[str, bytes]]:
+    """The tokenizer of a checkpoint, if it has one, and its files where the checkpoint keeps them.
+
+    given: the path of another one to take.
+    """
+    kept = source / TOKENIZER_FOLDER
+    if given is None and kept.is_dir():
+        return (load_tokenizer(kept) if manifest.tokenizer else None), _read_files(kept)
+    path = manifest.config.get("data", {}).get("tokenizer_path") if given is None else given
+    if path is None:
+        return None, {}
+    tokenizer = load_tokenizer(path)
+    if manifest.tokenizer not in ("", tokenizer.fingerprint):
+        message = (
+            f"{path or 'the bundled tokenizer'} gives other ids than the tokenizer of {source} "
+            f"({tokenizer.fingerprint} instead of {manifest.tokenizer})"
+        )
+        if given is None:
+            raise ValueError(f"{message}: name that one with --tokenizer")
+        print(f"titan-lite convert: warning: {message}", file=sys.stderr)
+    return tokenizer, {}
+
+
+def _read_files(folder: Path) -> dict[str, bytes]:
+    """Contents of the tokenizer's files in a folder, by name."""
+    names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def _fingerprint(folder: Path) -> str:
+    """That of the tokenizer in a folder; empty where there is none that can be read here."""
+    if not files_in(folder):
+        return ""
+    try:
+        return load_tokenizer(folder).fingerprint
+    except ValueError as error:
+        print(f"titan-lite convert: warning: {error}", file=sys.stderr)
+        return ""
 
 
 def _parser() -> argparse.ArgumentParser:
