@@ -211,6 +211,49 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             'no such file: "texts/*.jsonl", and no folder "texts"',
         ),
         (
+            ["data.dataset_path=HuggingFaceFW/fineweb"],
+            1,
+            "data.dataset_path",
+            'no such file: "HuggingFaceFW/fineweb", and no folder "HuggingFaceFW"; names on the '
+            "Hugging Face hub are not fetched: hf download HuggingFaceFW/fineweb --repo-type "
+            'dataset --local-dir DIR, and set data.dataset_path = "DIR", or set data.dataset = '
+            '"HuggingFaceFW/fineweb" to stream it',
+        ),
+        (
+            ["validation.dataset_path=hf://datasets/allenai/c4"],
+            1,
+            "validation.dataset_path",
+            "hf download allenai/c4 --repo-type dataset --local-dir DIR, and set "
+            'validation.dataset_path = "DIR", or set validation.dataset = "allenai/c4" to stream',
+        ),
+        (
+            ["data.tokenizer_path=meta-llama/Llama-3.1-8B"],
+            1,
+            "data.tokenizer_path",
+            "not fetched: hf download meta-llama/Llama-3.1-8B --local-dir DIR, and set "
+            'data.tokenizer_path = "DIR"',
+        ),
+        (
+            ["checkpoint.enable=true", "checkpoint.initial_load_hf=gpt2"],
+            1,
+            "checkpoint.initial_load_hf",
+            'no such folder: "gpt2"; names on the Hugging Face hub are not fetched: hf download '
+            'gpt2 --local-dir DIR, and set checkpoint.initial_load_hf = "DIR"',
+        ),
+        (
+            ["checkpoint.enable=true", "checkpoint.initial_load_path=Qwen/Qwen2.5-0.5B"],
+            1,
+            "checkpoint.initial_load_path",
+            "hf download Qwen/Qwen2.5-0.5B --local-dir DIR, and set checkpoint.initial_load_hf",
+        ),
+        (
+            ["data.dataset_path=s3://bucket/part.jsonl"],
+            1,
+            "data.dataset_path",
+            'no such file: "s3://bucket/part.jsonl"; addresses are not fetched: download to DIR, '
+            'and set data.dataset_path = "DIR"',
+        ),
+        (
             ["data.tokenizer_path=tokenizer.model"],
             1,
             "data.tokenizer_path",

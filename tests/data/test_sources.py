@@ -173,6 +173,10 @@ def test_the_same_files_elsewhere_have_the_same_identity(tmp_path):
     ("settings", "message"),
     [
         ({"dataset_path": "nowhere.jsonl"}, r"data.dataset_path='nowhere.jsonl' matches no file"),
+        (
+            {"dataset_path": "HuggingFaceFW/fineweb"},
+            r"matches no file; names on the .* hub are not fetched: hf download HuggingFaceFW/fine",
+        ),
         ({"dataset_path": "no*.jsonl"}, r"data.dataset_path='no\*.jsonl' matches no file"),
         ({"dataset_path": "empty"}, r"data.dataset_path='empty' holds no file ending in .jsonl"),
         ({"dataset_path": "a.csv"}, r"unknown format of 'a.csv', expected a name ending in .jsonl"),

@@ -399,7 +399,10 @@ def test_what_cannot_be_tokenized_is_refused(
     assert f"--output (command line): {folder}/one.tokens exists already: name" in message
     assert "one.tokens is tokenized already" in refused(source="one.tokens")
     skip = "--data.on_bad_document=skip"
-    assert "nowhere does not exist" in refused(skip, "--data.tokenizer_path=nowhere")
+    message = refused(skip, "--data.tokenizer_path=Qwen/Qwen3-8B")
+    assert (
+        "Qwen/Qwen3-8B does not exist; names on the Hugging Face hub are not fetched: " in message
+    )
     (tmp_path / "blank.jsonl").write_text("\n\n")
     empty = f"--data.dataset_path={tmp_path / 'blank.jsonl'}"
     assert "blank.jsonl holds no documents" in refused(empty, f"--output={tmp_path / 'y'}")

@@ -329,6 +329,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (lambda f: (f / "config.json").unlink(), "has no config.json: not the folder of a Hugging"),
         (lambda f: (f / "config.json").write_text("{"), "config.json is no JSON: Expecting"),
         (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object, found list"),
+        (shutil.rmtree, "theirs does not exist"),
         (cut_short, ".safetensors is damaged, or no safetensors file: "),
         (lambda f: edit_index(f, "gone.safetensors"), "names gone.safetensors, which is not the"),
         (lambda f: edit_index(f, "../x.safetensors"), "'../x.safetensors' is no file of the same"),
@@ -418,7 +419,12 @@ def spoil_metadata(folder: Path) -> None:
         (lambda f: edit_model(f, ffn_dim=49), [], "w1.weight is (48, 32) in "),
         (lambda f: edit_model(f, module="mine"), [], "a module of yours, mine: name it with --mod"),
         (lambda f: None, ["--module=mine"], 'no module named "mine"'),
-        (lambda f: None, ["--tokenizer=nowhere"], "nowhere does not exist"),
+        (
+            lambda f: None,
+            ["--tokenizer=meta-llama/Llama-3.1-8B"],
+            "8B does not exist; names on the Hugging Face hub are not fetched: "
+            "hf download meta-llama/Llama-3.1-8B --local-dir DIR, and name DIR as --tokenizer",
+        ),
     ],
 )
 def test_a_checkpoint_that_cannot_be_converted_is_refused(

@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 import types
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,12 @@ FIELDS = {
 }
 SOURCES = FIELDS["data"]["sources"]
 BOUNDS = {"gt": "greater than", "ge": "of at least", "lt": "less than", "le": "of at most"}
+_HUB_NAME = re.compile(
+    r"(?:(?:https?://)?(?:huggingface\.co|hf\.co)/|hf://)?(?:datasets/|models/)?"
+    r"(?P<name>[a-zA-Z0-9][\w.-]*(?:/[\w.-]+)?)(?:@[\w.-]+)?(?:/(?:tree|blob|resolve)/.*)?/?",
+    re.ASCII,
+)
+_SUFFIX = re.compile(r"\.[a-z]+\d?$")
 KEYS = tuple(f"{section}.{key}" for section, fields in FIELDS.items() for key in fields)
 
 
@@ -85,6 +92,29 @@ def near_file(path: Path, pattern: str = "*") -> str:
     for file in files:
         by_stem.setdefault(file.stem, file)
     return did_you_mean([str(by_stem[stem]) for stem in nearest(path.stem, by_stem)])
+
+
+def how_to_fetch(given: str, key: str) -> str:
+    """'; names on the Hugging Face hub are not fetched ...' for what may be one, or an address.
+
+    key: that means a path, or an argument of the command line.
+    """
+    match = _HUB_NAME.fullmatch(given)
+    name = match["name"] if match else ""
+    then = f'set {key} = "DIR"' if "." in key else f"name DIR as {key}"
+    # A name of a file, or of one in a folder that is there, is a path that was misspelt.
+    if not name or len(name) > 96 or _SUFFIX.search(name) or os.path.isdir(name.partition("/")[0]):  # noqa: PTH112
+        return f"; addresses are not fetched: download to DIR, and {then}" * ("://" in given)
+    option = ""
+    if key.endswith("dataset_path"):
+        option = " --repo-type dataset"
+        then += f", or set {key.removesuffix('_path')} = {quote(name)} to stream it"
+    elif key == "checkpoint.initial_load_path":
+        then = 'set checkpoint.initial_load_hf = "DIR"'
+    return (
+        "; names on the Hugging Face hub are not fetched: "
+        f"hf download {name}{option} --local-dir DIR, and {then}"
+    )
 
 
 def one_of(words: Sequence[str]) -> str:

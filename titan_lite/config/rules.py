@@ -9,7 +9,7 @@ from pathlib import Path
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import DEFAULT, ConfigError, LoadedConfig, Problem
 from titan_lite.config.parallel_rules import Broken, parallel_rules
-from titan_lite.config.problems import literal, near_file, quote
+from titan_lite.config.problems import how_to_fetch, literal, near_file, quote
 from titan_lite.config.schema import Config, Documents
 
 # Steps at the end of a period that the profiler records (profiling.profile_freq).
@@ -174,9 +174,10 @@ def _documents(config: Config) -> Iterator[Broken]:
 
 def file_rules(config: Config) -> Iterator[Broken]:
     """Paths that must exist, or must not, where the run is started."""
-    paths: list[tuple[str, Documents]] = [("data.dataset_path", config.data)]
-    paths.append(("validation.dataset_path", config.validation))
-    paths += [("data.sources", source) for source in config.data.sources]
+    paths = [(f"{name}.dataset_path", getattr(config, name)) for name in ("data", "validation")]
+    paths += [
+        (f"data.sources.{source.name}.dataset_path", source) for source in config.data.sources
+    ]
     for key, documents in paths:
         path = documents.dataset_path
         # os.path.exists: unlike Path's, it answers for a name that no file can have.
@@ -186,24 +187,18 @@ def file_rules(config: Config) -> Iterator[Broken]:
         # absolute patterns.
         found = found or "**" in Path(dataset).parts or bool(glob.glob(dataset))  # noqa: PTH207
         if dataset and not found:
-            message = f"no such file: {quote(path)}{near_file(Path(dataset))}"
-            yield (key,), message
-    data = config.data
-    initial = os.path.expanduser(config.checkpoint.initial_load_path)  # noqa: PTH111
-    if initial and not os.path.isdir(initial):  # noqa: PTH112
-        message = f"no such folder: {quote(initial)}{near_file(Path(initial))}"
-        yield ("checkpoint.initial_load_path",), message
-    tokenizer = os.path.expanduser(data.tokenizer_path)  # noqa: PTH111
-    if tokenizer and not os.path.exists(tokenizer):  # noqa: PTH110
-        message = f"no such file: {quote(data.tokenizer_path)}{near_file(Path(tokenizer))}"
-        yield ("data.tokenizer_path",), message
-    hf = os.path.expanduser(config.checkpoint.initial_load_hf)  # noqa: PTH111
-    if hf and not os.path.isdir(hf):  # noqa: PTH112
-        message = f"no such folder: {quote(hf)}{near_file(Path(hf))}"
-        yield ("checkpoint.initial_load_hf",), message
+            yield ("data.sources" if "sources" in key else key,), _missing("file", path, key)
+    checkpoint = config.checkpoint
+    tokenizer = config.data.tokenizer_path
+    if tokenizer and not os.path.exists(os.path.expanduser(tokenizer)):  # noqa: PTH110, PTH111
+        yield ("data.tokenizer_path",), _missing("file", tokenizer, "data.tokenizer_path")
+    for key in ("initial_load_path", "initial_load_hf"):
+        folder = getattr(checkpoint, key)
+        if folder and not os.path.isdir(os.path.expanduser(folder)):  # noqa: PTH111, PTH112
+            key = f"checkpoint.{key}"
+            yield (key,), _missing("folder", folder, key)
     if not config.job.dump_folder:
         yield ("job.dump_folder",), 'is empty: "." is the folder in which the run is started'
-    checkpoint = config.checkpoint
     if not checkpoint.folder:
         yield ("checkpoint.folder",), 'is empty: "." is job.dump_folder itself'
     dump_folder = Path(os.path.expanduser(config.job.dump_folder))  # noqa: PTH111
@@ -215,6 +210,12 @@ def file_rules(config: Config) -> Iterator[Broken]:
         # One below the run's folder cannot be written for the same reason.
         if also_wrong not in ("", wrong):
             yield ("checkpoint.folder",), also_wrong
+
+
+def _missing(what: str, given: str, key: str) -> str:
+    fetch = how_to_fetch(given, key)
+    near = "" if "://" in given else near_file(Path(os.path.expanduser(given)))  # noqa: PTH111
+    return f"no such {what}: {quote(given)}{near}{fetch}"
 
 
 def _unwritable(folder: Path) -> str:

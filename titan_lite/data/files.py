@@ -68,16 +68,14 @@ def format_of(file: Path) -> Format | None:
 def find_files(path: Path, chosen: str) -> list[Path]:
     """The files of documents that a path names, in their order; a warning names what is left out.
 
-    Raises ValueError where there are none, where one cannot be read, and for a folder whose
-    documents are in files of other formats.
+    None where nothing has the name. Raises ValueError where one cannot be read, and for a folder
+    whose documents are in files of other formats.
     """
     # A name that exists is taken as it is, whatever characters it has.
     names = [path] if os.path.lexists(path) else _matches(path, chosen)
     files: list[Path] = []
     for name in names:
         files += _files_of_folder(name, chosen) if name.is_dir() else [name]
-    if not files:
-        raise ValueError(f"{chosen} matches no file")
     files = _without_aliases(files, chosen)
     for file in files:
         _check(file, chosen)

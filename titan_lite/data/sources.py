@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from titan_lite.config.problems import how_to_fetch
 from titan_lite.config.schema import Data, Documents
 from titan_lite.data.assets import bundled_asset
 from titan_lite.data.documents import Kind
@@ -92,6 +93,9 @@ def resolve_source(section: Documents, table: str = "data", *, skip: bool = Fals
         else:
             _refuse(section, ("subset", "split"), chosen, table)
         files = find_files(path, chosen)
+        if not files:
+            fetch = how_to_fetch(section.dataset_path, key)
+            raise ValueError(f"{chosen} matches no file{fetch}")
         if skip:
             files = _readable(tuple(files), chosen)
         return _files_source(section, key, files)

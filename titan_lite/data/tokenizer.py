@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from titan_lite.config.problems import how_to_fetch
 from titan_lite.data.assets import bundled_asset
 from titan_lite.data.probes import PROBES
 
@@ -105,7 +106,8 @@ def load_tokenizer(path: str | Path = "") -> Tokenizer:
     given = Path(os.path.expanduser(path))  # noqa: PTH111
     file = _file_of(given) if path else bundled_asset("tokenizer/tokenizer.model")
     if not file.is_file():
-        raise ValueError(f"data.tokenizer_path: {file} does not exist")
+        fetch = how_to_fetch(str(path), "data.tokenizer_path")
+        raise ValueError(f"data.tokenizer_path: {file} does not exist{fetch}")
     try:
         content = file.read_bytes()
     except OSError as error:

@@ -13,7 +13,7 @@ from typing import Any
 
 from titan_lite.checkpoint.hf_files import DTYPES, HFFolder
 from titan_lite.checkpoint.manifest import TOKENIZER_FOLDER, Manifest, read_manifest
-from titan_lite.config.problems import literal
+from titan_lite.config.problems import how_to_fetch, literal
 from titan_lite.config.schema import Model
 from titan_lite.data.tokenizer import FILE_NAMES, Tokenizer, files_in, load_tokenizer
 from titan_lite.models.args import DecoderArgs
@@ -44,6 +44,12 @@ def main(argv: Sequence[str]) -> int:
         if target.exists():
             raise ValueError(f"{target} exists already; name a folder that does not")
         load_module(options.module)
+        for key, given in (
+            ("SRC", options.source),
+            ("--tokenizer", vars(options).get("tokenizer")),
+        ):
+            if given and not Path(given).exists():
+                raise ValueError(f"{given} does not exist{how_to_fetch(given, key)}")
         if options.direction == "hf-to-dcp":
             hf_to_dcp(source, target)
         else:
