@@ -99,6 +99,7 @@ FORMS: dict[str, Callable[[Path], object]] = {
     "A.JSONL": bytes_of(LINES),
     "a.Jsonl.GZ": bytes_of(gzip.compress(LINES)),
     "a.ndjson": bytes_of(LINES),
+    "spaced.jsonl": bytes_of(b"\n \n" + LINES.replace(b"\n", b"\n\n")),
     "crlf.jsonl": bytes_of(LINES.replace(b"\n", b"\r\n")),
     "mark.jsonl": bytes_of(b"\xef\xbb\xbf" + LINES),
     "lines.json": bytes_of(LINES),

@@ -371,13 +371,13 @@ def test_progress_is_a_line_of_a_log_or_one_of_a_terminal(
     arguments.append("--data.on_bad_document=skip")
     main([*arguments, f"--output={tmp_path / 'a'}"])
     log = capsys.readouterr().err.splitlines()
-    assert log[1].split("  ")[1:3] == ["file 1/1", "12 documents"]
-    assert log[1].startswith(" 39%")
+    assert log[1].split("  ")[1:3] == ["file 1/1", "15 documents"]
+    assert log[1].startswith(" 50%")
     assert "\r" not in "".join(log)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     main([*arguments, f"--output={tmp_path / 'b'}"])
     drawn = capsys.readouterr().err
-    assert "\r 39%  file 1/1  12 documents" in drawn
+    assert "\r 50%  file 1/1  15 documents" in drawn
     assert drawn.rpartition("\r")[2] == ""
     assert "\n" not in drawn
 
@@ -558,6 +558,8 @@ def test_a_folder_that_is_not_whole_is_refused(folder: Path, tmp_path: Path) -> 
     ):
         (tmp_path / "tokens" / "manifest.json").write_text(json.dumps({**manifest, **changes}))
         assert reason in refused()
+    (tmp_path / "tokens" / "manifest.json").write_text(json.dumps({**manifest, "format": "x 1"}))
+    assert "tokens has 'x 1' instead of 'titan_lite tokens 2': tokenize it again" in refused()
     # Its name ends as that of documents does.
     (tmp_path / "tokens" / "manifest.json").write_text(json.dumps(manifest)[:-9])
     assert "manifest.json is damaged: JSONDecodeError" in refused()
@@ -576,8 +578,10 @@ def test_what_only_text_needs_is_warned_about(
         assert message in caplog.text
 
 
-def test_too_few_documents_name_the_number_of_streams_that_would_do(folder: Path) -> None:
-    ranks = loaders(text_data(folder / "one.tokens", num_streams=64))
-    with pytest.raises(ValueError, match=r"holds 36 documents, too few for data.num_streams=64"):
+def test_too_few_documents_name_the_number_of_streams_that_would_do(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\n\n".join(lines(TEXTS)))
+    write(tmp_path / "a.jsonl", tmp_path / "tokens")
+    ranks = loaders(text_data(tmp_path / "tokens", num_streams=64))
+    with pytest.raises(ValueError, match=r"holds 30 documents, too few for data.num_streams=64"):
         take(ranks, 64)
     close(ranks)

@@ -35,11 +35,6 @@ def text_of(row: dict[str, Any], kind: Kind, field: str, key: str = "data.text_f
     return _field(document, field, key)
 
 
-def is_blank(row: dict[str, Any], kind: Kind) -> bool:
-    """Whether this is an empty line, which is no document."""
-    return kind == "lines" and not row["text"].strip()
-
-
 def _field(document: dict[str, Any], field: str, key: str) -> str:
     if field not in document:
         near = difflib.get_close_matches(field, document, n=1)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from titan_lite.data.documents import BadDocument, Kind, is_blank, text_of
-from titan_lite.data.token_files import BAD, BLANK, GOOD
+from titan_lite.data.documents import BadDocument, Kind, text_of
+from titan_lite.data.token_files import BAD, GOOD
 from titan_lite.data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -38,10 +38,7 @@ class Encoder:
         texts, reasons = [], {}
         for index, row in enumerate(rows):
             try:
-                if is_blank(row, self.kind):
-                    uses[index] = BLANK
-                else:
-                    texts.append(text_of(row, self.kind, self._field))
+                texts.append(text_of(row, self.kind, self._field))
             except BadDocument as error:
                 uses[index], reasons[index] = BAD, str(error)
         documents = self._tokenizer.encode_documents(texts)

@@ -81,9 +81,10 @@ def rows_of(file: Path, field: str, *, first: int = 0) -> Iterator[dict[str, Any
         case "arrow":
             return _arrow(file, field, first)
         case "text":
-            texts = _whole(file)
+            texts = _texts(file)
         case _:
-            texts = _json(file) if plain_suffix(file) == ".json" else _lines(file)
+            # Empty lines are no documents.
+            texts = filter(str.strip, _texts(file))
     return ({"text": text} for text in itertools.islice(texts, first, None))
 
 
@@ -91,8 +92,8 @@ def place_of(row: dict[str, Any], files: Sequence[Path]) -> str:
     """File and line of an undecoded row, found by reading the files; "" where that is not known."""
     for file in files:
         if format_of(file) in ("json", "text"):
-            for number, other in enumerate(rows_of(file, ""), start=1):
-                if other == row:
+            for number, text in enumerate(_texts(file), start=1):
+                if text == row.get("text"):
                     unit = "document" if plain_suffix(file) == ".json" else "line"
                     return str(file) if format_of(file) == "text" else f"{file}, {unit} {number}"
     return ""
@@ -123,6 +124,13 @@ def _open(file: Path) -> IO[str]:
             return io.TextIOWrapper(cast(IO[bytes], stream), encoding=RAW_ENCODING)
         case _:
             return file.open(encoding=RAW_ENCODING)
+
+
+def _texts(file: Path) -> Iterator[str]:
+    """Undecoded documents, and empty lines."""
+    if format_of(file) == "text":
+        return _whole(file)
+    return _json(file) if plain_suffix(file) == ".json" else _lines(file)
 
 
 def _whole(file: Path) -> Iterator[str]:

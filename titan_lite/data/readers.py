@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import numpy.typing as npt
 
 from titan_lite.config.schema import Data
-from titan_lite.data.documents import BadDocument, is_blank, text_of
+from titan_lite.data.documents import BadDocument, text_of
 from titan_lite.data.file_rows import FileRows, place_of
 from titan_lite.data.sources import Source, reading, stream_of
-from titan_lite.data.token_files import BLANK, GOOD, RowsOfStream, TokenFolder
+from titan_lite.data.token_files import GOOD, RowsOfStream, TokenFolder
 from titan_lite.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -64,8 +64,7 @@ class TextReader:
 
     def start(self, cursor: dict[str, Any] | None) -> None:
         self._dataset.load_state_dict(cursor)
-        rows = iter(self._dataset)
-        self._rows = (row for row in rows if not is_blank(row, self._source.kind))
+        self._rows = iter(self._dataset)
 
     def cursor(self) -> dict[str, Any]:
         state: dict[str, Any] = self._dataset.state_dict()
@@ -91,8 +90,7 @@ class TextReader:
 
     def count(self, limit: int) -> int:
         with reading(self._source):
-            rows = (row for row in self._whole if not is_blank(row, self._source.kind))
-            return sum(1 for _ in itertools.islice(rows, limit))
+            return sum(1 for _ in itertools.islice(self._whole, limit))
 
 
 class TokenReader:
@@ -110,15 +108,10 @@ class TokenReader:
         return {"row": self._next}
 
     def read(self, size: int) -> tuple[int, list[int]]:
-        num_read, good = 0, []
-        while num_read < size and self._next < self._rows.size:
-            row = self._rows[self._next]
-            use = self._folder.use(row)
-            num_read += use != BLANK
-            if use == GOOD:
-                good.append(row)
-            self._next += 1
-        return num_read, good
+        end = min(self._next + size, self._rows.size)
+        rows = [self._rows[number] for number in range(self._next, end)]
+        self._next = end
+        return len(rows), [row for row in rows if self._folder.use(row) == GOOD]
 
     def encode(self, documents: Sequence[int]) -> Sequence[npt.NDArray[Any]]:
         return [self._folder.tokens(row) for row in documents]

@@ -19,11 +19,11 @@ from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.runtime.stored_files import StoredFile, check_size, write_text
 
 MANIFEST_FILE = "manifest.json"
-FORMAT = "titan_lite tokens 1"
-# end: tokens of the shard up to the document's last. use: one of the three below.
+FORMAT = "titan_lite tokens 2"
+# end: tokens of the shard up to the document's last. use: one of the two below.
 ROW = np.dtype([("end", "<u8"), ("use", "u1")])
-GOOD, BAD, BLANK = 0, 1, 2
-"""A document; one left out as data.on_bad_document = "skip" says; an empty line of JSON lines."""
+GOOD, BAD = 0, 1
+"""A document; one left out as data.on_bad_document = "skip" says."""
 UNFINISHED = ".incomplete"
 
 Rows = npt.NDArray[np.void]
@@ -106,7 +106,7 @@ class TokenFolder:
             raise ValueError(f"{folder} has no {MANIFEST_FILE}: no tokenization that was completed")
         try:
             content = json.loads((folder / MANIFEST_FILE).read_bytes())
-            del content["format"]
+            form = content.pop("format")
             shards = [Shard(s["rows"], s["tokens"], tuple(s["crc32"])) for s in content["shards"]]
             self.manifest = Manifest(**{**content, "shards": shards})
             files = self.manifest.files()
@@ -115,6 +115,8 @@ class TokenFolder:
                 raise ValueError("rows_per_file and shards differ in the number of rows")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder / MANIFEST_FILE} is damaged: {error!r}") from None
+        if form != FORMAT:
+            raise ValueError(f"{folder} has {form!r} instead of {FORMAT!r}: tokenize it again")
         for name, file in files.items():
             check_size(folder / name, file)
         self._mapped: dict[int, tuple[npt.NDArray[Any], Rows]] = {}
@@ -125,7 +127,7 @@ class TokenFolder:
         return np.cumsum([0, *self.manifest.rows_per_file])
 
     def use(self, row: int) -> int:
-        """GOOD, BAD or BLANK."""
+        """GOOD or BAD."""
         number, index = self._place(row)
         return int(self._shard(number)[1]["use"][index])
 

@@ -22,6 +22,7 @@ from titan_lite.data.readers import Judge
 from titan_lite.data.sources import Source, open_dataset, reading
 from titan_lite.data.token_files import (
     BAD,
+    FORMAT,
     GOOD,
     UNFINISHED,
     Manifest,
@@ -109,6 +110,7 @@ def _settings(
 ) -> dict[str, Any]:
     """What must be the same for work to go on."""
     return {
+        "format": FORMAT,
         "dataset": source.identity,
         "data.text_field": section.text_field,
         "data.on_bad_document": section.on_bad_document,
