@@ -1,6 +1,6 @@
 """Peaks and memory, with accelerators played by a stand-in."""
 
-import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from titan_lite.metrics import device as device_module
 from titan_lite.metrics.device import (
     GIB,
     DeviceMemory,
+    best_seconds,
     device_name,
     find_peak,
     measured_peak_tflops,
@@ -71,20 +72,56 @@ def test_float32_divides_by_tf32_only_where_torch_may_use_it(gpu):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_cpus_peak_is_a_matmul_measured_quickly(dtype):
-    measured_peak_tflops(CPU, dtype)
-    start = time.perf_counter()
+def test_the_cpus_peak_is_a_measured_matmul(dtype):
     peak = find_peak(Metrics(), CPU, dtype)
-    assert time.perf_counter() - start < 1.0
     assert 1e-4 < peak.tflops < 100
     name = str(dtype).removeprefix("torch.")
     assert peak.source == (f"{name} matmul measured at start, threads: {torch.get_num_threads()}")
 
 
-def test_measuring_the_peak_leaves_the_runs_random_numbers_alone():
-    before = torch.get_rng_state()
-    measured_peak_tflops(CPU, torch.float32)
+def test_measuring_the_peak_leaves_random_numbers_and_threads_alone(monkeypatch):
+    monkeypatch.setattr(device_module, "_MATMUL_SECONDS", 0.001)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        measured_peak_tflops(CPU, torch.float32)
+        assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 3, "of a thread that starts later"
+    finally:
+        torch.set_num_threads(threads)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_peak_is_the_sum_of_what_each_thread_reaches_alone(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    used = []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.setattr(device_module, "best_seconds", lambda work, budget: 1e-3)
+    assert measured_peak_tflops(CPU, torch.float32) == pytest.approx(3 * 2 * 512**3 / 1e9)
+    assert used == [1, 1, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("durations", "budget", "best", "repetitions"),
+    [
+        ([5, 3, 4, 2, 1], 13, 2, 4),
+        ([5, 3, 4, 2, 1], 12, 3, 3),
+        ([50, 3], 10, 50, 1),
+        ([7, 1, 1, 1, 9], 9, 1, 3),
+    ],
+)
+def test_the_best_time_is_that_of_the_repetitions_within_the_budget(
+    durations, budget, best, repetitions
+):
+    now, done = [100.0], []
+
+    def work():
+        now[0] += durations[len(done)]
+        done.append(None)
+
+    assert best_seconds(work, budget, lambda: now[0]) == best
+    assert len(done) == repetitions
 
 
 def test_the_cpu_has_a_name():

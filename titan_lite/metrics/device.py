@@ -4,6 +4,8 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +16,10 @@ from titan_lite.planner.hardware import NumberFormat, find_device
 
 GIB = 2**30
 
-# Large enough for a matmul to reach its best rate, and short enough (0.3 GFLOP, a few ms) for one
-# to end before the system gives the core to another process: 1,024 halves on a busy machine.
+# Large enough for a matmul to come near its best rate, and short enough (0.3 GFLOP, a few ms) for
+# one to end before the system gives the core to another process: 1,024 halves on a busy machine.
 _MATMUL_SIZE = 512
-_MATMUL_SECONDS = 0.2
+_MATMUL_SECONDS = 0.5
 
 _FORMATS: dict[torch.dtype, NumberFormat] = {
     torch.bfloat16: "bfloat16",
@@ -74,23 +76,43 @@ def device_name(device: torch.device) -> str:
 
 
 def measured_peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """The best rate of a square matmul with the current threads, in TFLOP/s; takes about 0.2 s.
+    """The sum of the threads' best rates of a square matmul, in TFLOP/s; takes about 0.5 s.
 
-    Values follow a generator of its own, so that the run's random numbers do not move.
+    Each thread multiplies on its own, all at once. In a matmul that they share, each waits for the
+    last, and beside one other busy process the best of such a matmul is up to ten times too slow.
     """
-    n = _MATMUL_SIZE
+    n, threads = _MATMUL_SIZE, torch.get_num_threads()
+    # The run's random numbers do not move.
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(n, n, generator=generator).to(device, dtype) for _ in range(2))
-    out = torch.mm(a, b)
-    best = float("inf")
-    deadline = time.perf_counter() + _MATMUL_SECONDS
-    while True:
-        start = time.perf_counter()
-        torch.mm(a, b, out=out)
-        end = time.perf_counter()
-        best = min(best, end - start)
-        if end >= deadline:
-            return 2 * n**3 / best / 1e12
+
+    def rate(_thread: int) -> float:
+        torch.set_num_threads(1)
+        out = torch.mm(a, b)
+        return 2 * n**3 / best_seconds(lambda: torch.mm(a, b, out=out), _MATMUL_SECONDS) / 1e12
+
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return sum(pool.map(rate, range(threads)))
+    finally:
+        # Threads that start later take over the number that was set last.
+        torch.set_num_threads(threads)
+
+
+def best_seconds(
+    work: Callable[[], object], budget: float, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """The shortest of the repetitions that begin within `budget` seconds, of which one always does.
+
+    What disturbs a repetition only makes it longer.
+    """
+    best, now = float("inf"), clock()
+    deadline = now + budget
+    while now < deadline:
+        start, _ = now, work()
+        now = clock()
+        best = min(best, now - start)
+    return best
 
 
 class DeviceMemory:
