@@ -152,12 +152,13 @@ def test_the_command_prints_memory_against_the_device_and_what_it_leaves_out(
     assert cli.main(["dryrun", str(config), "--world-size=2", "--device=h200", *TINY[:3]]) == 0
     text = capsys.readouterr().out
     assert "on 2 x H200 SXM" in text
-    assert "of 141 GiB" in text
+    assert re.search(r"peak memory       [\d.]+ MiB of 141 GiB\n", text)
+    assert re.search(r"FLOPs a step      [\d.]+ [MG]FLOP, [\d.]+ times the formula's [\d.]+ [MG]FLOP", text)
+    assert re.search(r"\d  +[\d.]+ [KM]iB  reduce-scatter over dp_shard", text)
     assert "DOES NOT FIT" not in text
     assert "not as asked      compile.enable: the step is traced eagerly" in text
     assert 'data.packing "document": attention is counted over whole samples' in text
     assert "validation.enable: forward passes without backward, which are left out" in text
-    assert "reduce-scatter over dp_shard" in text
     assert not (tmp_path / "outputs").exists()
 
 

@@ -190,7 +190,8 @@ def test_the_command_lists_and_verifies(tmp_path: Path, capsys: pytest.CaptureFi
     for arguments, word in ((["ls", tmp_path / "run"], "complete"), (["verify", folder], "verifi")):
         assert cli.main(["checkpoint", *map(str, arguments)]) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert lines[1].split()[:4] == ["step-4", "run", "0.000", "GB"]
+        size = str(read_manifest(folder / "step-4").bytes)
+        assert lines[1].split()[:4] == ["step-4", "run", size, "B"]
         assert all("dp_shard 2 x tp 2" in line and word in line for line in lines[1:])
     flip_a_bit(folder / "step-8" / "__0_0.distcp", 5)
     (folder / "step-12.incomplete").mkdir()

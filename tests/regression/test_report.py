@@ -255,6 +255,23 @@ def test_lines_end_between_the_words_of_names_and_nowhere_within_numbers() -> No
     assert ">1e-05<" in text
 
 
+def test_small_numbers_and_small_pages_are_not_rounded_to_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_run(Path("a"), [2e-5], [3e-6])
+    tiny = json.loads(Path("a/metrics.jsonl").read_text())
+    tiny |= {"wps": 0.25, "mfu": 0.0004, "seconds_per_step": 0.00012, "memory_gib": 0.0031}
+    Path("a/metrics.jsonl").write_text(json.dumps(tiny))
+    shown = page("a").overview("a")
+    assert shown["last loss"] == "2e-05"
+    assert shown["last gradient norm"] == "3e-06"
+    assert shown["WPS, mean"] == "0.25"
+    assert shown["MFU, mean"] == "0.0004 %"
+    assert shown["step, median"] == "0.00012 s"
+    assert shown["memory, peak"] == "0.0031 GiB"
+    assert re.fullmatch(r"page.html: \d\d\.\d kB\n", capsys.readouterr().out)
+
+
 def test_what_is_no_run_is_a_mistake(capsys) -> None:
     Path("a").mkdir()
     assert cli.main(["report", "a"]) == 2

@@ -17,6 +17,7 @@ from titan_lite.checkpoint.manifest import (
 from titan_lite.checkpoint.state import saved_steps
 from titan_lite.config.load import ConfigError, Problem
 from titan_lite.config.schema import Checkpoint
+from titan_lite.config.units import format_scaled
 from titan_lite.runtime.stored_files import DamagedError, damaged_files
 
 NO_CHECKPOINT = "no checkpoint in this folder"
@@ -67,7 +68,7 @@ def _row(folder: Path, *, contents: bool) -> list[str]:
     return [
         folder.name,
         manifest.content,
-        f"{manifest.bytes / 1e9:.3f} GB",
+        format_scaled(manifest.bytes, "B"),
         str(manifest.world_size),
         layout or "one process",
         manifest.versions["torch"],

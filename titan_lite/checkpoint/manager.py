@@ -47,6 +47,7 @@ from titan_lite.checkpoint.storage import (
     versions,
 )
 from titan_lite.config.schema import Checkpoint
+from titan_lite.config.units import format_number, format_scaled
 from titan_lite.nn.transformer import Transformer
 from titan_lite.runtime.stored_files import sync_folder
 
@@ -283,13 +284,12 @@ class CheckpointManager:
         }
         self.costs = {key: value + self.costs.get(key, 0.0) for key, value in costs.items()}
         logger.info(
-            "Checkpoint of step %d: %.3g GB in %.2f s (%.3g GB/s), training was blocked for %.2f "
-            "s: %s",
+            "Checkpoint of step %d: %s in %s s (%s), training was blocked for %s s: %s",
             save.step,
-            size / 1e9,
-            seconds,
-            size / seconds / 1e9,
-            blocked,
+            format_scaled(size, "B"),
+            format_number(seconds, ".2f"),
+            format_scaled(size / seconds, "B/s"),
+            format_number(blocked, ".2f"),
             save.folder,
         )
 

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from titan_lite.checkpoint.storage import Files, SavePlanner, Writer, first_failure
 from titan_lite.config.schema import AsyncMode
+from titan_lite.config.units import format_scaled
 from titan_lite.runtime.distributed import BACKGROUND
 from titan_lite.runtime.writing import WriteError
 
@@ -91,8 +92,8 @@ class Save:
         if isinstance(cause, OSError) and cause.errno in NO_ROOM:
             free = shutil.disk_usage(self.folder.parent).free
             message += (
-                f": a checkpoint of this run takes {self.size / 1e9:.3g} GB, and "
-                f"{free / 1e9:.3g} GB are free there"
+                f": a checkpoint of this run takes {format_scaled(self.size, 'B')}, and "
+                f"{format_scaled(free, 'B')} are free there"
             )
         return SaveError(message)
 

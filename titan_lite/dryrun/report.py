@@ -9,6 +9,7 @@ import torch
 
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import LoadedConfig
+from titan_lite.config.units import format_scaled
 from titan_lite.dryrun.run import DryRank, dry_runs, left_out
 from titan_lite.metrics.device import GIB
 from titan_lite.models.rules import Plan
@@ -54,18 +55,18 @@ def _rank(rank: DryRank, device: Device) -> list[str]:
     lines = [
         f"Rank {rank.rank} ({place}), pipeline stage {', '.join(map(str, rank.stages))}",
         rank.applied,
-        f"  between steps     parameters {_gib(measured.held['parameters'])}, optimizer state "
-        f"{_gib(measured.held['optimizer'])}; gradients {_gib(measured.held['gradients'])} before "
-        "the optimizer's step",
+        f"  between steps     parameters {_size(measured.held['parameters'])}, optimizer state "
+        f"{_size(measured.held['optimizer'])}; gradients {_size(measured.held['gradients'])} "
+        "before the optimizer's step",
         f"  peak memory       {_of_capacity(peak.bytes, device)}",
-        *(f"    {_gib(size):>14}  {WORDS[name]}" for name, size in categories if size),
-        f"  FLOPs a step      {measured.flops / 1e12:,.2f} T, {_ratio(rank)} times the formula's "
-        f"{rank.formula_flops / 1e12:,.2f} T",
-        "  collectives          count         GiB",
+        *(f"    {_size(size):>14}  {WORDS[name]}" for name, size in categories if size),
+        f"  FLOPs a step      {format_scaled(measured.flops, 'FLOP')}, {_ratio(rank)} times the "
+        f"formula's {format_scaled(rank.formula_flops, 'FLOP')}",
+        "  collectives          count        size",
     ]
     for collective in measured.collectives:
         name = f"{collective.operation} over {collective.axis}"
-        lines.append(f"    {collective.count:>22,}  {collective.bytes / GIB:>10,.3f}  {name}")
+        lines.append(f"    {collective.count:>22,}  {_size(collective.bytes):>10}  {name}")
     return lines
 
 
@@ -92,10 +93,10 @@ def _facts(
 
 def _of_capacity(size: int, device: Device) -> str:
     if device.memory_gb is None:
-        return f"{_gib(size)}; the memory of {device.name} is not known"
-    text = f"{size / GIB:.1f} of {device.memory_gb:g} GiB"
-    if (beyond := size / GIB - device.memory_gb) > 0:
-        text += f": DOES NOT FIT, by {beyond:.1f} GiB"
+        return f"{_size(size)}; the memory of {device.name} is not known"
+    text = f"{_size(size)} of {device.memory_gb:g} GiB"
+    if (beyond := size - device.memory_gb * GIB) > 0:
+        text += f": DOES NOT FIT, by {_size(beyond)}"
     return text
 
 
@@ -107,5 +108,5 @@ def _ratio(rank: DryRank) -> str:
     return f"{rank.measured.flops / rank.formula_flops:.2f}" if rank.formula_flops else "no"
 
 
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f} GiB"
+def _size(size: float) -> str:
+    return format_scaled(size, "B", 1024)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from titan_lite.config.schema import Metrics
+from titan_lite.config.units import format_duration, format_number
 from titan_lite.metrics.device import DeviceMemory, Peak
-from titan_lite.metrics.record import METRICS, Record, format_duration
+from titan_lite.metrics.record import METRICS, Record
 from titan_lite.metrics.sinks import Sink
 from titan_lite.planner.counts import FlopsPerToken
 
@@ -181,14 +182,15 @@ class Meter:
             kind = (
                 "resident in one process" if self._device.type == "cpu" else "active on one device"
             )
-            memory = f"{self._peak_memory_gib:.2f} GiB {kind}"
+            memory = f"{format_number(self._peak_memory_gib, '.2f')} GiB {kind}"
         wps_text = mfu = not_measured
         if self._measured_seconds > 0:
             wps = self._measured_tokens / (self._measured_seconds * self._num_devices)
-            wps_text = f"{wps:,.0f} tokens/s per device, devices: {self._num_devices}"
+            speed = format_number(wps, ",.0f")
+            wps_text = f"{speed} tokens/s per device, devices: {self._num_devices}"
             if self.peak.tflops is not None:
-                percent = self._percent_of_peak(self._flops.model, wps)
-                mfu = f"{percent:.1f}% of {self.peak.tflops:.4g} TFLOP/s ({self.peak.source})"
+                percent = format_number(self._percent_of_peak(self._flops.model, wps), ".1f")
+                mfu = f"{percent}% of {self.peak.tflops:.4g} TFLOP/s ({self.peak.source})"
         if self.peak.tflops is None:
             mfu = f"not measured: {self.peak.source}"
         wall = format_duration(self._clock() - self._start)

@@ -5,7 +5,8 @@ import math
 import shutil
 from typing import TextIO
 
-from titan_lite.metrics.record import Record, format_duration
+from titan_lite.config.units import format_duration
+from titan_lite.metrics.record import Record
 
 _LONGEST_BAR, _SHORTEST_BAR = 20, 5
 # Weight of the last record in what is smoothed.
@@ -96,6 +97,7 @@ class ProgressLine:
 def _short(count: float) -> str:
     """12345678 as 12.3M."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
+        # As rounded: 999,999 is 1M.
+        if (rounded := float(f"{count:.3g}")) >= size:
+            return f"{rounded / size:.3g}{unit}"
     return f"{count:.0f}"

@@ -66,10 +66,3 @@ METRICS: dict[str, Metric] = {
     "checkpoint_bytes": Metric("bytes of all files", "global", "checkpoint/bytes"),
     "checkpoint_gb_per_second": Metric("GB/s", "global", "checkpoint/gb_per_second"),
 }
-
-
-def format_duration(seconds: float) -> str:
-    """Hours, minutes and seconds as h:mm:ss; hours grow beyond a day."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"

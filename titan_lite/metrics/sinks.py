@@ -17,8 +17,9 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from titan_lite.config.schema import Metrics
+from titan_lite.config.units import format_duration, format_number
 from titan_lite.metrics.progress_line import ProgressLine
-from titan_lite.metrics.record import METRICS, Record, format_duration
+from titan_lite.metrics.record import METRICS, Record
 from titan_lite.runtime.writing import writing
 
 logger = logging.getLogger(__name__)
@@ -90,18 +91,18 @@ class ConsoleSink:
         step, width = int(record["step"]), len(str(self._num_steps))
         fields = [("step", f"{step:{width}}/{self._num_steps}")]
         fields += [
-            (label, form.format(record[key]))
-            for key, label, form in (
-                ("loss", "loss", "{:7.4f}"),
-                ("validation/loss", "validation", "{:7.4f}"),
-                ("grad_norm", "grad_norm", "{:8.4f}"),
-                ("skipped_steps", "skipped", "{:.0f}"),
-                ("lr", "lr", "{:.2e}"),
-                ("wps", "wps", "{:9,.0f}"),
-                ("tflops", "tflops", "{:7.3f}"),
-                ("mfu", "mfu", "{:5.1f}%"),
-                ("memory_gib", "mem", "{:6.2f} GiB"),
-                ("data_wait", "data", "{:4.1f}%"),
+            (label, f"{format_number(record[key], form)}{unit}")
+            for key, label, form, unit in (
+                ("loss", "loss", "7.4f", ""),
+                ("validation/loss", "validation", "7.4f", ""),
+                ("grad_norm", "grad_norm", "8.4f", ""),
+                ("skipped_steps", "skipped", ".0f", ""),
+                ("lr", "lr", ".2e", ""),
+                ("wps", "wps", "9,.0f", ""),
+                ("tflops", "tflops", "7.3f", ""),
+                ("mfu", "mfu", "5.1f", "%"),
+                ("memory_gib", "mem", "6.2f", " GiB"),
+                ("data_wait", "data", "4.1f", "%"),
             )
             if key in record
         ]

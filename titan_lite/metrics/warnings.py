@@ -82,8 +82,8 @@ def starving_ranks(step: int, waits: Sequence[float], seconds_per_step: float) -
     """A sentence for each rank that waits for data much longer than most; seconds per step."""
     median = statistics.median_low(waits)
     return [
-        f"Rank {rank} waits {wait:.2f} s per step for data, up to step {step}; the median rank "
-        f"{median:.2f} s, and a step takes {seconds_per_step:.2f} s"
+        f"Rank {rank} waits {wait:.3g} s per step for data, up to step {step}; the median rank "
+        f"{median:.3g} s, and a step takes {seconds_per_step:.3g} s"
         for rank, wait in enumerate(waits)
         if wait - median > DATA_WAIT_SHARE * seconds_per_step
     ]

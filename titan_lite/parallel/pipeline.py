@@ -18,6 +18,7 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from torch.distributed.tensor import DTensor
 
 from titan_lite.config.schema import Parallel
+from titan_lite.config.units import format_scaled
 from titan_lite.nn.transformer import Transformer
 
 
@@ -114,8 +115,8 @@ def describe(stages: Sequence[Stage], schedule: str) -> str:
             for names in (list(group),)
         ]
         lines.append(
-            f"stage {number}: {stage.parameters:,} parameters, {stage.flops / 1e6:,.1f} MFLOPs per "
-            f"token: {', '.join(words)}"
+            f"stage {number}: {stage.parameters:,} parameters, "
+            f"{format_scaled(stage.flops, 'FLOP')} per token: {', '.join(words)}"
         )
     return "\n".join(lines)
 

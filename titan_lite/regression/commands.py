@@ -12,6 +12,7 @@ from typing import Any
 
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import ConfigError, Problem, read_config
+from titan_lite.config.units import format_scaled
 from titan_lite.models.rules import check
 from titan_lite.regression.compare import TIERS, Comparison, Tier, compare
 from titan_lite.regression.curves import (
@@ -282,5 +283,5 @@ def report_command(argv: Sequence[str]) -> int:
         print(f"titan-lite report: {error}", file=sys.stderr)
         return MISTAKE
     options.output.write_text(page, encoding="utf-8")
-    print(f"{options.output}: {len(page) / 1e6:.1f} MB")
+    print(f"{options.output}: {format_scaled(options.output.stat().st_size, 'B')}")
     return WITHIN

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from titan_lite.config.problems import FIELDS
+from titan_lite.config.units import format_number
 from titan_lite.metrics.record import METRICS
 from titan_lite.regression.curves import (
     METRICS_FILE,
@@ -216,20 +217,22 @@ def _summary(run: Run) -> dict[str, str]:
         "steps": f"{done:,} of {setting(config, 'training.steps'):,}{resumed}",
     }
     for label, key, form in (
-        ("tokens", "tokens", "{:,.0f}"),
-        ("last loss", "loss", "{:.4f}"),
-        ("last gradient norm", "grad_norm", "{:.4f}"),
+        ("tokens", "tokens", ",.0f"),
+        ("last loss", "loss", ".4f"),
+        ("last gradient norm", "grad_norm", ".4f"),
     ):
         value = run.last(key)
-        rows[label] = "" if value is None else form.format(value)
-    for label, key, mean, form in (
-        ("WPS, mean", "wps", np.mean, "{:,.0f}"),
-        ("MFU, mean", "mfu", np.mean, "{:.1f} %"),
-        ("step, median", "seconds_per_step", np.median, "{:.3f} s"),
-        ("memory, peak", "memory_gib", np.max, "{:.2f} GiB"),
+        rows[label] = "" if value is None else format_number(value, form)
+    for label, key, mean, form, unit in (
+        ("WPS, mean", "wps", np.mean, ",.0f", ""),
+        ("MFU, mean", "mfu", np.mean, ".1f", " %"),
+        ("step, median", "seconds_per_step", np.median, ".3f", " s"),
+        ("memory, peak", "memory_gib", np.max, ".2f", " GiB"),
     ):
         values = run.line(key).values
-        rows[label] = form.format(mean(values)) if len(values) else "not measured"
+        rows[label] = (
+            format_number(float(mean(values)), form) + unit if len(values) else "not measured"
+        )
     return rows
 
 

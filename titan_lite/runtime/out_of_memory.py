@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-GIB = 2**30
+from titan_lite.config.units import format_scaled
 
 
 def describe_out_of_memory(
@@ -24,7 +24,7 @@ def _numbers(device: torch.device) -> list[str]:
     statistics = torch.cuda.memory_stats(device)
     free, total = torch.cuda.mem_get_info(device)
     return [
-        f"  {label} {value / GIB:.2f} GiB"
+        f"  {label} {format_scaled(value, 'B', 1024)}"
         for label, value in (
             ("allocated", statistics["allocated_bytes.all.current"]),
             ("allocated at most", statistics["allocated_bytes.all.peak"]),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from titan_lite.config.load import ConfigError, LoadedConfig, Problem
+from titan_lite.config.units import format_duration, format_number
 from titan_lite.data.files import compression_of
 from titan_lite.data.sources import Source, resolve_sources
 from titan_lite.data.token_files import UNFINISHED, Manifest, TokenFolder
@@ -120,12 +121,12 @@ class _Progress:
             f"file {file}/{num_files}",
             f"{done.documents:,} documents",
             f"{done.tokens:,} tokens",
-            f"{(done.tokens - tokens) / seconds:,.0f} tokens/s",
+            f"{format_number((done.tokens - tokens) / seconds, ',.0f')} tokens/s",
         ]
         if self._total and done.read > read:
             left = (self._total - done.read) * seconds / (done.read - read)
             fields.insert(0, f"{min(1.0, done.read / self._total):4.0%}")
-            fields.append(f"{left:,.0f} s left")
+            fields.append(f"{format_duration(left)} left")
         text = "  ".join(fields)
         if self._is_terminal:
             width = shutil.get_terminal_size().columns - 1

@@ -1,0 +1,46 @@
+"""Sizes, rates and durations as texts that stay readable for small and for large values."""
+
+import math
+import re
+from typing import Literal
+
+PREFIXES = {
+    1000: ("", "k", "M", "G", "T", "P", "E"),
+    1024: ("", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"),
+}
+
+
+def format_scaled(value: float, unit: str, base: Literal[1000, 1024] = 1000) -> str:
+    """Three digits in the multiple of a unit that fits: 1234567 "B" as 1.23 MB."""
+    power, prefixes = 0, PREFIXES[base]
+    # As rounded: 999,999 B are 1.00 MB.
+    while _rounded(value) >= base and power + 1 < len(prefixes):
+        value, power = value / base, power + 1
+    decimals = 0 if power == 0 else max(2 - math.floor(math.log10(_rounded(value))), 0)
+    return f"{value:,.{decimals}f} {prefixes[power]}{unit}"
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}") if value < 1000 else round(value)
+
+
+def format_number(value: float, form: str) -> str:
+    """The value in a format for ordinary ones, ".2f"; in another where that leaves too little.
+
+    A value of which the format would leave fewer than two digits keeps two, as 0.0012 in ".1f";
+    one of ten million or more keeps four where the format has decimals.
+    """
+    text, width = f"{value:{form}}", int(re.sub(r"\D.*", "", form) or 0)
+    digits = re.sub(r"\D", "", text).lstrip("0")
+    if 0 < abs(value) < 10 and len(digits) < 2:
+        return f"{value:.2g}".rjust(width)
+    if 1e7 <= abs(value) < math.inf and not form.endswith(".0f"):
+        return f"{value:.4g}".rjust(width)
+    return text
+
+
+def format_duration(seconds: float) -> str:
+    """Hours, minutes and seconds as h:mm:ss; hours grow beyond a day."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
