@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 from collections.abc import Iterator, Sequence
 from multiprocessing.pool import Pool
 from pathlib import Path
@@ -153,7 +154,9 @@ def test_the_command_prints_memory_against_the_device_and_what_it_leaves_out(
     text = capsys.readouterr().out
     assert "on 2 x H200 SXM" in text
     assert re.search(r"peak memory       [\d.]+ MiB of 141 GiB\n", text)
-    assert re.search(r"FLOPs a step      [\d.]+ [MG]FLOP, [\d.]+ times the formula's [\d.]+ [MG]FLOP", text)
+    assert re.search(
+        r"FLOPs a step      [\d.]+ [MG]FLOP, [\d.]+ times the formula's [\d.]+ [MG]FLOP", text
+    )
     assert re.search(r"\d  +[\d.]+ [KM]iB  reduce-scatter over dp_shard", text)
     assert "DOES NOT FIT" not in text
     assert "not as asked      compile.enable: the step is traced eagerly" in text
@@ -163,12 +166,18 @@ def test_the_command_prints_memory_against_the_device_and_what_it_leaves_out(
 
 
 def test_a_step_that_does_not_fit_is_reported_for_each_end_of_the_pipeline_as_json(
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     big = ["--training.seq_len=65536", "--model.max_seq_len=65536", "--model.dim=8192"]
     layout = ["--parallel.pp=2", "--training.global_batch_size=2", "--model.num_layers=2"]
     assert cli.main(["dryrun", "--json", "--device=v100_sxm2_16gb", *big, *layout]) == 0
-    facts = json.loads(capsys.readouterr().out)
+    out, err = capfd.readouterr()
+    facts = json.loads(out)
+    assert err.startswith("Dry run of ranks 0, 1 of 2\n"), "at once"
+    for phase in ("building the model", "optimizer state", "optimizer"):
+        assert f"rank 0 (1 of 2): {phase}\n" in err
+        assert f"rank 1 (2 of 2): {phase}\n" in err
+    assert len(err.splitlines()) < 12
     assert facts["memory_bytes"] == 16 * 2**30
     assert [(rank["rank"], rank["stages"], rank["fits"]) for rank in facts["ranks"]] == [
         (0, [0], False),

@@ -220,6 +220,9 @@ def _dryrun(argv: list[str]) -> int:
     loaded = read_config(path, [*overrides, *elsewhere])
     plan = rules.check(loaded, _world_size(options.world_size, loaded), with_files=False)
     ranks = _ranks(options.rank, plan.dims)
+    # The import of torch alone takes seconds, and the step of a large model minutes.
+    which = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+    print(f"Dry run of {which} of {plan.dims.world_size}", file=sys.stderr, flush=True)
     from titan_lite.dryrun.report import report
 
     print(report(loaded, plan, ranks, device, as_json=options.json))

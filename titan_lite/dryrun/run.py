@@ -20,6 +20,7 @@ from titan_lite.config.schema import Config
 from titan_lite.data.loader import Batch
 from titan_lite.dryrun.gpu_kernels import gpu_kernels
 from titan_lite.dryrun.measure import Measured, measure_step, recorder
+from titan_lite.dryrun.progress import RankProgress
 from titan_lite.dryrun.torch_private import FakeTensorMode, fake_world
 from titan_lite.meta_model import check_float8
 from titan_lite.models.rules import Plan
@@ -131,7 +132,14 @@ class DryTrainer(Trainer):
         self.meter: Any = Silence()
 
 
-def dry_run(loaded: LoadedConfig, plan: Plan, rank: int, *, on_gpu: bool = True) -> DryRank:
+def dry_run(
+    loaded: LoadedConfig,
+    plan: Plan,
+    rank: int,
+    *,
+    on_gpu: bool = True,
+    progress: RankProgress | None = None,
+) -> DryRank:
     """Builds one rank of the run and measures a step of it; once in a process.
 
     torch keeps process groups by their names in caches, which another world would find.
@@ -141,6 +149,9 @@ def dry_run(loaded: LoadedConfig, plan: Plan, rank: int, *, on_gpu: bool = True)
     kernels = gpu_kernels() if on_gpu else contextlib.nullcontext()
     with fake_world(rank, plan.dims.world_size), recorder(plan.dims) as record:
         trainer = DryTrainer(loaded, plan, rank)
+        if progress is not None:
+            progress.enter("optimizer state")
+            progress.watch(trainer.model.layers.values(), trainer.micro_steps, trainer.optimizer)
         with trainer.fake, kernels:
             measured = measure_step(trainer, record)
     dims, parallel = plan.dims, loaded.config.parallel
@@ -164,10 +175,11 @@ def dry_runs(loaded: LoadedConfig, plan: Plan, ranks: Sequence[int]) -> list[Dry
     """`dry_run` of several ranks, each in a process of its own; ConfigError if one is killed."""
     context = multiprocessing.get_context("spawn")
 
-    def run(rank: int) -> DryRank:
+    def run(number: int, rank: int) -> DryRank:
+        place = rank, number, len(ranks)
         try:
             with ProcessPoolExecutor(1, context) as process:
-                return process.submit(_quiet_dry_run, loaded, plan, rank).result()
+                return process.submit(_quiet_dry_run, loaded, plan, place).result()
         except BrokenProcessPool:
             message = (
                 f"the process of rank {rank} was killed, by the system if memory was short: one "
@@ -176,7 +188,7 @@ def dry_runs(loaded: LoadedConfig, plan: Plan, ranks: Sequence[int]) -> list[Dry
             raise ConfigError([Problem("--rank", "command line", message)]) from None
 
     with ThreadPoolExecutor(min(len(ranks), os.cpu_count() or 1)) as threads:
-        return list(threads.map(run, ranks))
+        return list(threads.map(run, range(1, len(ranks) + 1), ranks))
 
 
 def left_out(config: Config) -> list[str]:
@@ -222,10 +234,11 @@ def _eager(config: Config) -> Config:
     return config.model_copy(update=off)
 
 
-def _quiet_dry_run(loaded: LoadedConfig, plan: Plan, rank: int) -> DryRank:
+def _quiet_dry_run(loaded: LoadedConfig, plan: Plan, place: tuple[int, int, int]) -> DryRank:
     # What torch warns about is the fake world, or said by a real run, too.
     warnings.simplefilter("ignore")
-    return dry_run(loaded, plan, rank)
+    with contextlib.closing(RankProgress(*place)) as progress:
+        return dry_run(loaded, plan, place[0], progress=progress)
 
 
 def _draw_nothing(name: str, tensor: Tensor, generator: torch.Generator) -> None:
