@@ -246,6 +246,35 @@ def test_a_glob_takes_folders_as_they_would_be_by_path(tmp_path: Path) -> None:
     assert read(tmp_path / "x" / "*.jsonl") == ["part-0.jsonl", "2.jsonl"]
 
 
+def test_a_glob_of_folders_passes_over_files_beside_them(tmp_path: Path) -> None:
+    fill(tmp_path, "README.md", "x/a.jsonl", "x/y/b.jsonl", ".cache/c.jsonl")
+    assert read(tmp_path / "*" / "**" / "*.jsonl") == ["a.jsonl", "b.jsonl"]
+
+
+def test_a_name_that_is_not_utf8_is_read(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"\xff.jsonl")).write_bytes(LINES)
+    assert len(run(data(tmp_path), 9)) == 9
+
+
+def test_a_folder_of_several_splits_is_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(tmp_path, "en/train-0.jsonl", "en/contest.jsonl", "en/trainer.jsonl")
+    read(tmp_path)
+    assert caplog.text == ""
+    fill(tmp_path, "validation/0.jsonl")
+    read(tmp_path)
+    assert "reads files of several splits (train, validation): if only one" in caplog.text
+
+
+def test_a_link_within_a_path_is_followed(tmp_path: Path) -> None:
+    fill(tmp_path, "real/deep/a.jsonl", "real/b.jsonl", "b.jsonl")
+    (tmp_path / "link").symlink_to("real/deep")
+    section = Data(dataset_path=f"{tmp_path}/link/../b.jsonl")
+    (file,) = resolve_source(section).files
+    assert file.samefile(tmp_path / "real" / "b.jsonl")
+
+
 def test_the_same_files_by_links_have_the_identity_of_plain_ones(tmp_path: Path) -> None:
     fill(tmp_path, "plain/train.jsonl")
     write_cache(tmp_path / "cache")
@@ -262,7 +291,8 @@ def test_what_is_no_file_of_its_own_is_refused_and_does_not_hang(
     # A socket's path is short.
     monkeypatch.chdir(tmp_path)
     os.mkfifo(tmp_path / name)
-    for path in (tmp_path, tmp_path / name):
+    os.mkfifo(tmp_path / "manifest.json")
+    for path in (tmp_path / name, tmp_path):
         assert f"{tmp_path / name} is not a regular file" in refused(path)
     (tmp_path / name).unlink()
     with socket.socket(socket.AF_UNIX) as bound:

@@ -45,6 +45,7 @@ _COMPANION_SUFFIXES = (
     *(".md", ".py", ".sh", ".yaml", ".yml", ".toml", ".cff", ".bib"),
     *(".md5", ".sha1", ".sha256", ".sha512", ".crc", ".lock"),
 )
+_SPLIT_WORDS = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])")
 _LFS_POINTER, _LFS_LIMIT = b"version https://git-lfs.github.com/spec/", 1024
 
 
@@ -68,7 +69,7 @@ def format_of(file: Path) -> Format | None:
 def find_files(path: Path, chosen: str) -> list[Path]:
     """The files of documents that a path names, in their order; a warning names what is left out.
 
-    None where nothing has the name. Raises ValueError where one cannot be read, and for a folder
+    Empty where nothing has the name. Raises ValueError where one cannot be read, and for a folder
     whose documents are in files of other formats.
     """
     # A name that exists is taken as it is, whatever characters it has.
@@ -120,6 +121,8 @@ def _saved_files(folder: Path, chosen: str) -> set[Path]:
 
 
 def _read_json(file: Path, chosen: str) -> dict[str, Any]:
+    if not file.is_file():
+        raise ValueError(f"{chosen}: {file} is not a regular file")
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
@@ -143,15 +146,15 @@ def _files_of_folder(folder: Path, chosen: str) -> list[Path]:
     targets = {os.path.realpath(file) for file in files} if others else set()
     others = [file for file in others if os.path.realpath(file) not in targets]
     if not files:
-        rest = [
-            f"{_some(names, folder)} {reason}"
-            for names, reason in (
+        reasons = [
+            f"{_some(rest, folder)} {reason}"
+            for rest, reason in (
                 (others, "cannot be read"),
                 (companions, "is not taken for documents"),
             )
-            if names
+            if rest
         ]
-        raise ValueError("; ".join([f"{chosen} holds no file ending in {KNOWN}", *rest]))
+        raise ValueError("; ".join([f"{chosen} holds no file ending in {KNOWN}", *reasons]))
     formats = {format_of(file) for file in files}
     if formats == {"text"} and (unread := [file for file in others if not _is_marked(file)]):
         raise ValueError(
@@ -160,6 +163,13 @@ def _files_of_folder(folder: Path, chosen: str) -> list[Path]:
         )
     if "text" in formats:
         others += [file for file in companions if format_of(file) == "text"]
+    names = "\n".join(str(file.relative_to(folder)) for file in files)
+    splits = set(_SPLIT_WORDS.findall(names.lower()))
+    if len(splits) > 1 and "train" in splits:
+        _warn_once(
+            f"{chosen} reads files of several splits ({', '.join(sorted(splits))}): if only one of "
+            "them is to be trained on, name it by a glob"
+        )
     if others:
         _warn_once(f"{chosen} leaves out {_some(others, folder)}: documents end in {KNOWN}")
     return files
@@ -174,7 +184,7 @@ def _matches(pattern: Path, chosen: str) -> list[Path]:
     place = parts.index("**")
     rest = parts[place + 1 :] or ("*",)
     matches = []
-    for folder in _matches(Path(*parts[:place]), chosen):
+    for folder in filter(Path.is_dir, _matches(Path(*parts[:place]), chosen)):
         for path, _, _ in _walk(folder, chosen, hidden=(".",)):
             matches += _matches(Path(glob.escape(str(path)), *rest), chosen)
     return matches if parts[-1] != "**" else [match for match in matches if not match.is_dir()]
@@ -250,7 +260,7 @@ def _is_marked(file: Path) -> bool:
 
 
 def _some(files: list[Path], folder: Path) -> str:
-    """Number of files and the first names."""
+    """The first names of files, and how many more there are."""
     names = [str(file.relative_to(folder)) for file in files[:3]]
     more = f" and {len(files) - 3:,} more" if len(files) > 3 else ""
     return ", ".join(names) + more
@@ -259,7 +269,7 @@ def _some(files: list[Path], folder: Path) -> str:
 def _without_aliases(files: Iterable[Path], chosen: str) -> list[Path]:
     """Each file once, in the order of their names: by its own name before those of links to it."""
     by_target: dict[str, list[Path]] = {}
-    for file in {Path(os.path.abspath(file)) for file in files}:  # noqa: PTH100  (resolves no link)
+    for file in {file.absolute() for file in files}:
         by_target.setdefault(os.path.realpath(file), []).append(file)
     kept = []
     for names in by_target.values():

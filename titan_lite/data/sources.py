@@ -228,7 +228,7 @@ def _files_source(section: Documents, key: str, files: list[Path]) -> Source:
     ((form, count),) = formats.items()
     assert form is not None
     listing = "\n".join(map(signature, files))
-    digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(os.fsencode(listing)).hexdigest()[:16]
     return Source(
         name=name,
         key=key,

@@ -90,6 +90,8 @@ def is_token_folder(path: Path) -> bool:
     """Whether a folder has such a manifest, or shards: its own files are no documents."""
     if (path / shard_files(0)[0]).exists():
         return True
+    if not (path / MANIFEST_FILE).is_file():
+        return False
     try:
         return bool(json.loads((path / MANIFEST_FILE).read_bytes())["format"] == FORMAT)
     except (OSError, ValueError, KeyError, TypeError):
