@@ -13,9 +13,17 @@ from tests.runs import build_trainer, read_metrics, train, train_and_gather
 SETTINGS = ("--checkpoint.enable=true", "--model.vocab_size=2049", "--training.steps=34")
 # Processes, layout, and the step that is the last under it.
 JOURNEY = (
-    (4, ("--training.local_batch_size=2",), 2),
+    (4, ("--training.local_batch_size=2", "--optimizer.implementation=foreach"), 2),
     (4, ("--parallel.tp=2", "--training.local_batch_size=4"), 12),
-    (4, ("--parallel.pp=2", "--training.local_batch_size=2"), 22),
+    (
+        4,
+        (
+            "--parallel.pp=2",
+            "--training.local_batch_size=2",
+            "--optimizer.implementation=for-loop",
+        ),
+        22,
+    ),
     (4, ("--parallel.cp=2", "--parallel.dp_replicate=2", "--training.local_batch_size=4"), 23),
     (2, ("--parallel.tp=2",), 24),
     (1, (), 34),

@@ -1,5 +1,6 @@
 """Run N = run k + resume + run N - k, bit for bit on CPU."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -12,12 +13,16 @@ import torch.distributed as dist
 
 from tests.checkpoint.test_manifest import flip_a_bit
 from tests.distributed import Workers
-from tests.runs import build_trainer, read_metrics, train, train_and_gather
+from tests.runs import Tensors, build_trainer, gather, read_metrics, train, train_and_gather
+from titan_lite.checkpoint import manager
 from titan_lite.checkpoint.state import saved_steps
-from titan_lite.config.load import ConfigError
+from titan_lite.checkpoint.storage import Reader
+from titan_lite.config.load import ConfigError, load_config
 from titan_lite.optim import loss_scaler
+from titan_lite.optim.optimizer import build_optimizer
 
 EVERY_4 = ("--checkpoint.enable=true", "--checkpoint.interval=4", "--training.steps=10")
+BUT_EMBEDDINGS = '--optimizer.no_decay=["embedding"]'
 NUMERIC = ("step", "loss", "grad_norm", "lr", "tokens")
 
 
@@ -106,6 +111,118 @@ def test_a_float16_run_resumes_with_its_loss_scale(one_process: Workers, tmp_pat
     assert [[r[key] for key in keys] for r in got] == [[r[key] for key in keys] for r in expected]
     assert expected[3]["skipped_steps"] == 4
     assert 4 < expected[-1]["skipped_steps"] < 10
+
+
+CHANGED = (
+    "--optimizer.name=Adam",
+    "--optimizer.weight_decay=0.5",
+    "--optimizer.beta1=0.5",
+    "--optimizer.beta2=0.5",
+    "--optimizer.eps=0.01",
+    "--optimizer.no_decay=[]",
+)
+
+
+def _change_by_hand(folder: Path) -> Tensors:
+    """Weights after step 6, the optimizer being another one with the same state from step 5 on."""
+    trainer = build_trainer(folder, *EVERY_4)
+    for step in range(1, 7):
+        if step == 5:
+            former = trainer.optimizer
+            section = load_config(None, ["--optimizer.lr=1e-3", *CHANGED]).config.optimizer
+            trainer.step.optimizer = build_optimizer(trainer.model, section)
+            trainer.step.optimizer.state = former.state
+        trainer.train_step(step)
+    trainer.close()
+    return gather(trainer)
+
+
+def _with_groups_in_the_file(function: Any, *arguments: Any) -> Any:
+    """As checkpoints were written that held the groups' settings, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manager, "STATE", "")
+        return function(*arguments)
+
+
+@pytest.mark.parametrize("how", ["resumed", "resumed from groups in the file", "in another folder"])
+def test_a_resume_takes_the_optimizers_settings_from_the_configuration(
+    how: str, one_process: Workers, tmp_path: Path
+) -> None:
+    (expected,) = one_process.run(_change_by_hand, tmp_path / "by hand")
+    if how == "resumed from groups in the file":
+        one_process.run(_with_groups_in_the_file, _interrupted, tmp_path / "run")
+        saved = Reader(tmp_path / "run" / "checkpoint" / "step-4").read_metadata()
+        assert any(".param_groups." in key for key in saved.state_dict_metadata)
+    else:
+        one_process.run(_interrupted, tmp_path / "run")
+    folder, settings = tmp_path / "run", (*EVERY_4, *CHANGED)
+    if how == "in another folder":
+        path = folder / "checkpoint" / "step-4"
+        initial = f"--checkpoint.initial_load_path={path}"
+        folder = tmp_path / "other"
+        settings += (initial, "--checkpoint.initial_load_model_only=false")
+    tensors = one_process.run(_train_two_more, folder, *settings)[0]
+    for name, array in expected.items():
+        np.testing.assert_array_equal(tensors[name], array, err_msg=name)
+
+
+def _train_two_more(folder: Path, *overrides: str) -> Tensors:
+    trainer = build_trainer(folder, *overrides)
+    for step in (5, 6):
+        trainer.train_step(step)
+    trainer.close()
+    return gather(trainer)
+
+
+def _steps_counted(folder: Path, *overrides: str) -> dict[str, float]:
+    """By parameter, the steps that the optimizer has counted when a run begins."""
+    trainer = build_trainer(folder, *overrides)
+    trainer.close()
+    return {
+        name: trainer.optimizer.state[parameter]["step"].item()
+        for name, parameter in trainer.model.named_parameters()
+    }
+
+
+def test_parameters_that_are_not_loaded_begin_with_an_optimizer_that_has_taken_no_step(
+    one_process: Workers, tmp_path: Path
+) -> None:
+    one_process.run(_interrupted, tmp_path / "run")
+    (steps,) = one_process.run(
+        _steps_counted,
+        tmp_path / "other",
+        *EVERY_4,
+        f"--checkpoint.initial_load_path={tmp_path}/run/checkpoint/step-4",
+        "--checkpoint.initial_load_model_only=false",
+        '--checkpoint.exclude_from_loading=["output.*"]',
+    )
+    assert steps.pop("output.weight") == 0
+    assert set(steps.values()) == {4}
+
+
+def _step_under_each(folder: Path, *implementations: str) -> list[float]:
+    losses = []
+    for step, implementation in enumerate(implementations, start=1):
+        trainer = build_trainer(folder, *EVERY_4, f"--optimizer.implementation={implementation}")
+        record = trainer.train_step(step)
+        assert record is not None
+        losses.append(record["loss"])
+        for group in trainer.optimizer.param_groups:
+            assert group["fused"] == (implementation == "fused")
+            assert group["foreach"] == (implementation == "foreach")
+        trainer.save()
+        trainer.close()
+    return losses
+
+
+def test_each_implementation_of_the_optimizer_resumes_each_other(
+    one_process: Workers, tmp_path: Path
+) -> None:
+    pairs = ["foreach", "fused", "for-loop", "fused", "foreach", "for-loop", "foreach"]
+    assert len(set(itertools.pairwise(pairs))) == 6
+    (losses,) = one_process.run(_step_under_each, tmp_path / "moves", *pairs)
+    records = one_process.run(train, tmp_path / "stays", "--training.steps=10")[0]
+    assert losses == pytest.approx([record["loss"] for record in records[:7]], rel=1e-6)
 
 
 def test_only_the_latest_checkpoints_are_kept_and_the_last_step_is_always_saved(
@@ -221,8 +338,11 @@ def test_a_run_goes_on_under_another_pipeline(
     workers: dict[int, Workers],
     tmp_path: Path,
 ) -> None:
-    settings = ("--model.num_layers=4", "--training.local_batch_size=1")
-    one = workers[1].run(train, tmp_path / "one", "--model.num_layers=4", "--training.steps=10")
+    settings = ("--model.num_layers=4", "--optimizer.weight_decay=0")
+    one = workers[1].run(train, tmp_path / "one", *settings, "--training.steps=10")
+    settings += ("--training.local_batch_size=1",)
+    # Other groups of parameters, which make no difference here.
+    saving, loading = (*saving, "--optimizer.no_decay=[]"), (*loading, BUT_EMBEDDINGS)
     workers[2].run(_interrupted, tmp_path / "moved", *settings, *saving)
     got = workers[2].run(train, tmp_path / "moved", *EVERY_4, *settings, *loading)[0]
     assert [record["step"] for record in got] == list(range(1, 11))

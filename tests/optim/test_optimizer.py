@@ -28,6 +28,12 @@ def test_norms_and_biases_are_not_decayed() -> None:
     assert [id(p) for p in kept["params"]] == [id(model.norm.weight), id(model.output.bias)]
 
 
+def test_no_group_is_empty() -> None:
+    assert len(build_optimizer(_Model(), Optimizer(no_decay=[])).param_groups) == 1
+    (kept,) = build_optimizer(nn.RMSNorm(3), Optimizer()).param_groups
+    assert kept["weight_decay"] == 0
+
+
 def test_embeddings_are_not_decayed_when_no_decay_names_them() -> None:
     model = _Model()
     _, kept = build_optimizer(model, Optimizer(no_decay=["embedding"])).param_groups

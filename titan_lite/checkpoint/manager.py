@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
-    get_state_dict,
+    get_optimizer_state_dict,
     set_model_state_dict,
     set_state_dict,
 )
@@ -55,6 +55,8 @@ logger = logging.getLogger(__name__)
 
 # Optimizer state under the parameter's name alone: ranks of other pipeline stages have others.
 BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
+# Of such a name what a checkpoint holds: groups and their settings are the configuration's.
+STATE = "state."
 
 
 class CheckpointManager:
@@ -178,7 +180,8 @@ class CheckpointManager:
             self.model,
             self.optimizer,
             model_state_dict=whole["model"] | tensors["model"],
-            optim_state_dict=whole["optimizer"] | tensors["optimizer"],
+            # With the groups of this run: what they hold is the configuration's.
+            optim_state_dict=self._optimizer() | tensors["optimizer"],
             options=BY_NAME,
         )
         if has_rng:
@@ -207,11 +210,26 @@ class CheckpointManager:
     def _tensors(self, content: str) -> dict[str, Any]:
         if content == "model":
             return {"model": get_model_state_dict(self.model)}
-        model, optimizer = get_state_dict(self.model, self.optimizer, options=BY_NAME)
+        optimizer = {k: v for k, v in self._optimizer().items() if k.startswith(STATE)}
         generators = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             generators["cuda"] = torch.cuda.get_rng_state(self.device)
-        return {"model": model, "optimizer": optimizer, f"rng.rank{self.rank}": generators}
+        return {
+            "model": get_model_state_dict(self.model),
+            "optimizer": optimizer,
+            f"rng.rank{self.rank}": generators,
+        }
+
+    def _optimizer(self) -> dict[str, Any]:
+        """The optimizer's state and groups by the parameters' names."""
+        is_new = not self.optimizer.state
+        flat: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizer, options=BY_NAME)
+        if is_new:
+            # Torch made the state, by a step that does not count.
+            for key, value in flat.items():
+                if key.startswith(STATE):
+                    value.zero_()
+        return flat
 
     def _make_folder(self, save: Save, state: RunState) -> None:
         failure: list[str | None] = [None]
@@ -301,4 +319,4 @@ def _without(tensors: dict[str, Any], patterns: Sequence[str]) -> dict[str, Any]
 
 def _parameter(key: str) -> str:
     """Of "state.layers.0.wq.weight.exp_avg", an optimizer's, or of a name as a model has it."""
-    return key.removeprefix("state.").rpartition(".")[0] if key.startswith("state.") else key
+    return key.removeprefix(STATE).rpartition(".")[0] if key.startswith(STATE) else key

@@ -22,7 +22,7 @@ def parameter_kind(module: nn.Module, parameter_name: str) -> str:
 
 
 def build_optimizer(model: nn.Module, section: Optimizer) -> torch.optim.Adam:
-    """The optimizer of all parameters, in two groups: with and without weight decay."""
+    """The optimizer of all parameters, in groups with and without weight decay, if it has any."""
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     seen: set[nn.Parameter] = set()
@@ -38,11 +38,9 @@ def build_optimizer(model: nn.Module, section: Optimizer) -> torch.optim.Adam:
     implementation = section.implementation
     if implementation == "auto":
         implementation = "fused" if device_type in FUSED_DEVICES else "foreach"
+    groups = ((decayed, section.weight_decay), (kept, 0.0))
     return CLASSES[section.name](
-        [
-            {"params": decayed, "weight_decay": section.weight_decay},
-            {"params": kept, "weight_decay": 0.0},
-        ],
+        [{"params": params, "weight_decay": decay} for params, decay in groups if params],
         lr=section.lr,
         betas=(section.beta1, section.beta2),
         eps=section.eps,
