@@ -12,6 +12,7 @@ from typing import Any
 
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import ConfigError, Problem, read_config
+from titan_lite.config.stored import setting
 from titan_lite.config.units import format_scaled
 from titan_lite.models.rules import check
 from titan_lite.regression.compare import TIERS, Comparison, Tier, compare
@@ -21,7 +22,6 @@ from titan_lite.regression.curves import (
     changed_settings,
     check_same_data,
     read_curve,
-    setting,
     trained_on,
     words,
 )

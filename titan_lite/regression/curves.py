@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from titan_lite.config.problems import FIELDS, literal, near_file
+from titan_lite.config import stored
+from titan_lite.config.problems import FIELDS, near_file
 from titan_lite.config.schema import Config
+from titan_lite.config.stored import global_batch_size, setting
 
 QUANTITIES = ("loss", "grad_norm", "lr", "tokens")
 METRICS_FILE, RUN_FILE = "metrics.jsonl", "run.json"
@@ -130,9 +132,7 @@ def segments(facts: Mapping[str, Any], last_step: int) -> list[Mapping[str, Any]
 
 def words(value: Any) -> str:
     """A setting's value as TOML writes it, or its changes."""
-    if isinstance(value, Changes):
-        return str(value)
-    return "not set" if value is None else literal(value)
+    return str(value) if isinstance(value, Changes) else stored.words(value)
 
 
 def over_segments(
@@ -211,12 +211,6 @@ def records_digest(records: Sequence[Record]) -> str:
     return sha256(json.dumps(records).encode()).hexdigest()
 
 
-def setting(config: Mapping[str, Any], key: str) -> Any:
-    """The value of section.key in a stored configuration, which an older version may lack."""
-    section, _, name = key.partition(".")
-    return config.get(section, {}).get(name, FIELDS[section][name].default)
-
-
 def dtype(config: Mapping[str, Any]) -> str:
     """The coarsest type that a run computes in: float8, or that of parameters or reductions."""
     if setting(config, "float8.recipe") != "none":
@@ -233,11 +227,7 @@ def trained_on(config: Mapping[str, Any], mesh: Mapping[str, int]) -> dict[str, 
         data[f"data.{name}"] = PurePath(data[f"data.{name}"]).name
     for key in ("training.seq_len", "training.seed"):
         data[key] = setting(config, key)
-    batch = setting(config, "training.global_batch_size")
-    if batch == -1:
-        ranks = mesh["dp_replicate"] * mesh["dp_shard"]
-        batch = setting(config, "training.local_batch_size") * ranks
-    return data | {"training.global_batch_size": batch}
+    return data | {"training.global_batch_size": global_batch_size(config, mesh)}
 
 
 def check_same_data(a: Mapping[str, Any], b: Mapping[str, Any], *, other_seeds: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from titan_lite.config.problems import FIELDS
+from titan_lite.config.stored import setting
 from titan_lite.config.units import format_number
 from titan_lite.metrics.record import METRICS
 from titan_lite.regression.curves import (
@@ -23,7 +24,6 @@ from titan_lite.regression.curves import (
     read_facts,
     read_records,
     segments,
-    setting,
     words,
 )
 from titan_lite.regression.panels import Line, Scale, Style, panel

@@ -1,0 +1,28 @@
+"""A configuration as run.json and manifests store it, maybe written by an older version."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from titan_lite.config.problems import FIELDS, literal
+
+
+def setting(config: Mapping[str, Any], key: str) -> Any:
+    """The value of section.key; an older version that lacks the key had its default."""
+    section, _, name = key.partition(".")
+    return config.get(section, {}).get(name, FIELDS[section][name].default)
+
+
+def global_batch_size(config: Mapping[str, Any], mesh: Mapping[str, int]) -> int:
+    """Samples per optimizer step on a mesh of these degrees."""
+    size: int = setting(config, "training.global_batch_size")
+    if size == -1:
+        ranks = mesh["dp_replicate"] * mesh["dp_shard"]
+        return int(setting(config, "training.local_batch_size")) * ranks
+    return size
+
+
+def words(value: Any) -> str:
+    """A value as TOML writes it, also one that TOML does not have."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key} = {words(part)}' for key, part in value.items())}}}"
+    return "not set" if value is None else literal(value)
