@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from titan_lite.checkpoint.manifest import TOKENIZER_FOLDER
-from titan_lite.checkpoint.same_model import model_differences
+from titan_lite.checkpoint.same_model import SHOWN_BY_WEIGHTS, model_differences
 from titan_lite.checkpoint.state import Start, find_start
 from titan_lite.config.load import DEFAULT, ConfigError, LoadedConfig, Problem
 from titan_lite.config.problems import FIELDS, literal
 from titan_lite.config.schema import Checkpoint, Data
+from titan_lite.config.stored import words
 from titan_lite.data.held_out import resolve_held_out
 from titan_lite.data.masked_lm import mask_of
 from titan_lite.data.sources import check_tokens, resolve_sources
 from titan_lite.data.tokenizer import Tokenizer, files_in, load_tokenizer
+from titan_lite.models.hf_config import TUNABLE, UNCOMPARED
 from titan_lite.models.rules import Plan
 from titan_lite.runtime.folder_lock import FolderLock
 
@@ -68,7 +70,7 @@ def preflight(loaded: LoadedConfig, plan: Plan) -> Preflight:
                 checkpoint_folder(loaded),
                 last_step=config.training.steps,
             )
-        problems += _other_model(start, loaded, plan)
+        check_model(start, loaded, plan)
     except ConfigError as error:
         problems += error.problems
     try:
@@ -82,21 +84,48 @@ def preflight(loaded: LoadedConfig, plan: Plan) -> Preflight:
     return Preflight(tokenizer, start)
 
 
-def _other_model(start: Start, loaded: LoadedConfig, plan: Plan) -> Iterator[Problem]:
-    """Settings with which the weights of the checkpoint to start from cannot be loaded."""
+def check_model(start: Start, loaded: LoadedConfig, plan: Plan) -> None:
+    """Raises ConfigError for settings with which a checkpoint's weights compute something else.
+
+    Where another run's weights are loaded, those that runs tune on purpose are logged instead.
+    """
     section = loaded.config.checkpoint
-    if start.manifest is None or (section.exclude_from_loading and not start.resumes):
-        # Which weights are left out, the names of all have to show.
+    if start.manifest is None:
         return
-    model = loaded.config.model
+    different = model_differences(start.manifest, loaded.config.model, plan.args)
+    for name in UNCOMPARED:
+        if name != "max_seq_len" or plan.args.positions == "rotary":
+            different.pop(name, None)
+    remedy = "; a resumed run keeps its model, and checkpoint.initial_load_path starts another"
+    if not start.resumes:
+        for name in section.allow_model_changes:
+            different.pop(name, None)
+        for name in SHOWN_BY_WEIGHTS if section.exclude_from_loading else ():
+            # Which weights are left out, the names of all have to show.
+            different.pop(name, None)
+        for name in TUNABLE:
+            if pair := different.pop(name, None):
+                told = name, words(pair[1]), start.source, words(pair[0])
+                logger.warning("model.%s is %s; the weights of %s were trained with %s", *told)
+        remedy = f"; on purpose: checkpoint.allow_model_changes = {literal(sorted(different))}"
+        if different.keys() & SHOWN_BY_WEIGHTS:
+            # They cannot be loaded.
+            remedy = ""
     by_key: dict[str, list[str]] = {}
-    for name, (saved, own) in model_differences(start.manifest, model, plan.args).items():
+    for name, (saved, own) in different.items():
         keys = (f"model.{name}", "model.flavor", "model.name")
         key = next((key for key in keys if loaded.origins.get(key, DEFAULT) != DEFAULT), start.key)
-        by_key.setdefault(key, []).append(f"{name} is {literal(own)}, not {literal(saved)}")
-    for key, words in by_key.items():
-        message = f"{', '.join(words)} as in {start.source}: weights of another model do not fit"
-        yield Problem(key, loaded.origins[key], message)
+        by_key.setdefault(key, []).append(f"{name} is {words(own)}, not {words(saved)}")
+    problems = [
+        Problem(
+            key,
+            loaded.origins[key],
+            f"{', '.join(listed)} as in {start.source}, whose weights are of another model{remedy}",
+        )
+        for key, listed in by_key.items()
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def lock_folders(loaded: LoadedConfig) -> contextlib.ExitStack:

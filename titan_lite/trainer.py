@@ -14,6 +14,7 @@ from torch import Tensor
 from titan_lite.checkpoint.agreement import agree_on_data, agree_on_start
 from titan_lite.checkpoint.hf import DCPToHF, load_hf
 from titan_lite.checkpoint.manager import CheckpointManager
+from titan_lite.checkpoint.same_model import model_facts
 from titan_lite.config.load import LoadedConfig
 from titan_lite.config.memory_advice import memory_advice
 from titan_lite.data.held_out import HeldOut, read_held_out
@@ -46,7 +47,14 @@ from titan_lite.parallel.float8 import refresh_scales
 from titan_lite.parallel.init_weights import init_weights
 from titan_lite.parallel.mesh import build_meshes
 from titan_lite.planner.counts import FORMULA
-from titan_lite.preflight import blaming, checkpoint_folder, lock_folders, preflight, run_folder
+from titan_lite.preflight import (
+    blaming,
+    check_model,
+    checkpoint_folder,
+    lock_folders,
+    preflight,
+    run_folder,
+)
 from titan_lite.runtime.distributed import (
     Process,
     all_reduce,
@@ -234,6 +242,7 @@ class Trainer:
             )
         if self.start is not found:
             # An earlier checkpoint: the contents of the latest are damaged.
+            check_model(self.start, loaded, self.plan)
             self.state = self.start.state
             self.loader.close()
             self._open_data(loaded)
@@ -267,6 +276,7 @@ class Trainer:
             layout=dataclasses.asdict(self.dims),
             config=config.model_dump(),
             tokenizer=self.tokenizer.fingerprint,
+            model_facts=model_facts(self.plan.family.name, self.plan.args),
             timeout_seconds=config.comm.init_timeout_seconds,
         )
         if start.source is not None:

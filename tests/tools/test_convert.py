@@ -394,7 +394,13 @@ def test_what_files_may_hold_beside_the_weights_is_passed_over(saved: Path, tmp_
 def edit_model(folder: Path, **changes: Any) -> None:
     manifest = read_manifest(folder)
     model = manifest.config["model"] | changes if changes else None
-    write_manifest(folder, replace(manifest, config={"model": model}))
+    write_manifest(folder, replace(manifest, config={"model": model}, model={}))
+
+
+def edit_facts(folder: Path) -> None:
+    """As if the flavor had become another one since."""
+    manifest = read_manifest(folder)
+    write_manifest(folder, replace(manifest, model=manifest.model | {"norm_eps": 0.5}))
 
 
 def spoil_metadata(folder: Path) -> None:
@@ -413,6 +419,7 @@ def spoil_metadata(folder: Path) -> None:
             "has no manifest.json: no checkpoint that w",
         ),
         (edit_model, [], "dcp does not say what model it is: "),
+        (edit_facts, [], "has changed since the checkpoint was saved: norm_eps is 1e-05, not 0.5"),
         (spoil_metadata, [], "asks for posix.system, which no checkpoint needs"),
         (lambda f: edit_model(f, name="lama"), [], 'no "lama"; did you mean "llama"?'),
         (lambda f: edit_model(f, num_layers=3), [], "has no weight layers.2.attention_norm.weig"),

@@ -53,13 +53,14 @@ def hf_to_dcp(
     target: Path,
     *,
     config: dict[str, Any],
+    model: dict[str, Any],
     tokenizer: str,
     tokenizer_files: Mapping[str, bytes],
 ) -> None:
     """Writes a checkpoint of the weights alone, in the dtypes they have; in one process.
 
-    It holds one tensor at a time, and writes each to a file of its own. config, tokenizer: for the
-    manifest. tokenizer_files: by name.
+    It holds one tensor at a time, and writes each to a file of its own. config, model, tokenizer:
+    for the manifest. tokenizer_files: by name.
     """
 
     def stored_dtype(name: str) -> torch.dtype:
@@ -90,6 +91,7 @@ def hf_to_dcp(
             config=config,
             files=files,
             tokenizer=tokenizer,
+            model=model,
         )
         write_manifest(aside, manifest)
         sync_folder(aside)

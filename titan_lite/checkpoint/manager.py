@@ -78,9 +78,10 @@ class CheckpointManager:
         layout: Layout,
         config: dict[str, Any],
         tokenizer: str,
+        model_facts: dict[str, Any],
         timeout_seconds: int,
     ) -> None:
-        """layout, config, tokenizer: of the run, for the manifest.
+        """layout, config, tokenizer, model_facts: of the run, for the manifest.
 
         timeout_seconds: for the slowest disk.
         """
@@ -92,6 +93,7 @@ class CheckpointManager:
         self.layout = layout
         self.config = config
         self.tokenizer = tokenizer
+        self.model_facts = model_facts
         self.rank = dist.get_rank()
         self.vocabulary = Vocabulary(model.vocab_parameters, model.vocab_size)
         mode = section.async_mode if section.enable else "disabled"
@@ -268,6 +270,7 @@ class CheckpointManager:
             config=self.config,
             files=save.files,
             tokenizer=self.tokenizer,
+            model=self.model_facts,
         )
         write_manifest(save.aside, manifest)
         sync_folder(save.aside)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Manifest:
 
     content: "run" can be resumed from, "model" holds weights only. config: resolved, for people
     to read. versions: of titan_lite, torch and Python. tokenizer: its fingerprint, "" if unknown.
+    model: as model_facts gives it; empty in manifests of older versions.
     """
 
     step: int
@@ -40,6 +41,7 @@ class Manifest:
     config: dict[str, Any]
     files: dict[str, StoredFile]
     tokenizer: str = ""
+    model: dict[str, Any] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:

@@ -1,38 +1,71 @@
 """Compares the model of a checkpoint, as its manifest names it, with that of a run; no torch."""
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from titan_lite.checkpoint.manifest import Manifest
 from titan_lite.config.schema import Model
 from titan_lite.models.args import DecoderArgs
-from titan_lite.models.hf_config import TUNABLE, UNCOMPARED
 from titan_lite.models.registry import resolve
+
+# Fields whose values the names or shapes of the weights show.
+SHOWN_BY_WEIGHTS = frozenset(
+    {
+        "dim",
+        "num_layers",
+        "ffn_dim",
+        "vocab_size",
+        "norm",
+        "qkv_bias",
+        "out_bias",
+        "ffn_bias",
+        "qk_norm",
+        "positions",
+        "num_token_types",
+        "post_norm",
+        # Of learned positions.
+        "max_seq_len",
+    }
+)
+
+
+def model_facts(family: str, args: DecoderArgs) -> dict[str, Any]:
+    """The model as a manifest holds it: its family's name, and all fields of the args as JSON."""
+    facts = {"name": family, **dataclasses.asdict(args), "head_dim": args.head_size}
+    result: dict[str, Any] = json.loads(json.dumps(facts, default=str))
+    return result
 
 
 def model_differences(
     manifest: Manifest, section: Model, args: DecoderArgs
 ) -> dict[str, tuple[Any, Any]]:
-    """Fields of the args -> (the checkpoint's value, the run's), where weights cannot be loaded.
+    """Fields of the args, or "name" -> (the checkpoint's value, the run's), where they differ.
+
+    section, args: the run's.
 
     Empty where the manifest names no model that can be resolved here, as one of a module that the
     run does not import: loading then compares the weights themselves.
     """
-    try:
-        saved_section = Model.model_validate(manifest.config["model"])
-        if saved_section.module not in ("", section.module):
-            return {}
-        _, saved = resolve(saved_section)
-    except (KeyError, ValueError):
-        return {}
-    if type(saved) is not type(args):
-        return {"name": (saved_section.name, section.name)}
-    names = {field.name for field in dataclasses.fields(args)}.difference(UNCOMPARED, TUNABLE)
-    if args.positions == "learned":
-        names.add("max_seq_len")
-    pairs = {name: (_value(saved, name), _value(args, name)) for name in sorted(names)}
+    own = model_facts(section.name, args)
+    saved = manifest.model or _resolved(manifest.config, section.module) or own
+    # A field that is newer than the checkpoint had its default.
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    pairs = {
+        name: (saved.get(name, defaults.get(name)), own.get(name))
+        for name in own | saved
+        if name != "vocab_multiple"
+    }
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _value(args: DecoderArgs, name: str) -> Any:
-    return args.head_size if name == "head_dim" else getattr(args, name)
+def _resolved(config: Mapping[str, Any], module: str) -> dict[str, Any]:
+    """The facts of a stored [model], for manifests without them; module: the run's."""
+    try:
+        section = Model.model_validate(config["model"])
+        if section.module not in ("", module):
+            return {}
+        return model_facts(section.name, resolve(section)[1])
+    except (KeyError, ValueError):
+        return {}

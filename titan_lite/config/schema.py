@@ -479,6 +479,10 @@ class Checkpoint(Section):
     position and generators."""
     exclude_from_loading: list[str] = []
     """Parameters that initial_load_path does not fill: names with "*", as "output.*"."""
+    allow_model_changes: list[str] = []
+    """Settings of the model that may be others than in initial_load_path although its weights then
+    compute something else, as ["tied_head"]; "name" for another family. rope_theta, rope_scaling
+    and norm_eps may always be, with a warning."""
     initial_load_hf: str = ""
     """Folder of a Hugging Face model in safetensors, whose weights a fresh start takes; the
     optimizer starts at zero."""

@@ -116,7 +116,11 @@ def _checkpoint(config: Config) -> Iterator[Idle]:
     if not section.initial_load_path:
         yield (
             "checkpoint.initial_load_path is not set",
-            ("checkpoint.initial_load_model_only", "checkpoint.exclude_from_loading"),
+            (
+                "checkpoint.initial_load_model_only",
+                "checkpoint.exclude_from_loading",
+                "checkpoint.allow_model_changes",
+            ),
         )
 
 

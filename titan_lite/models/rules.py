@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from titan_lite.config import rules
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import DEFAULT, ConfigError, LoadedConfig, Problem
-from titan_lite.config.problems import quote
+from titan_lite.config.problems import did_you_mean, nearest, quote
 from titan_lite.config.schema import Config, MaskedLM
 from titan_lite.config.warnings import log_warnings
 from titan_lite.models.args import DecoderArgs, EncoderArgs
@@ -159,6 +159,13 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[tuple[tuple[str, 
             ("activation_checkpoint.fraction", "model.num_layers"),
             f"fraction ({section.fraction:g}) of the model's num_layers ({layers}) is no layer",
         )
+    known = ["name", *(field.name for field in dataclasses.fields(args))]
+    for name in config.checkpoint.allow_model_changes:
+        if name not in known:
+            yield (
+                ("checkpoint.allow_model_changes",),
+                f"{quote(name)} is not a setting of the model{did_you_mean(nearest(name, known))}",
+            )
     yield from _head_rules(args)
     yield from _encoder_rules(config, args)
     if args.num_heads % args.num_kv_heads:

@@ -15,7 +15,7 @@ def set_up_logging(rank: int) -> None:
     logger.propagate = False
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     # What these warn of is the same on every rank: the configuration, checkpoints, files of data.
-    for name in ("config", "checkpoint.state", "data.files", "data.sources"):
+    for name in ("config", "checkpoint.state", "data.files", "data.sources", "preflight"):
         logging.getLogger(f"titan_lite.{name}").setLevel(
             logging.WARNING if rank == 0 else logging.ERROR
         )

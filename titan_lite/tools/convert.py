@@ -13,6 +13,7 @@ from typing import Any
 
 from titan_lite.checkpoint.hf_files import DTYPES, HFFolder
 from titan_lite.checkpoint.manifest import TOKENIZER_FOLDER, Manifest, read_manifest
+from titan_lite.checkpoint.same_model import model_differences, model_facts
 from titan_lite.config.problems import how_to_fetch, literal
 from titan_lite.config.schema import Model
 from titan_lite.data.tokenizer import FILE_NAMES, Tokenizer, files_in, load_tokenizer
@@ -92,6 +93,7 @@ def hf_to_dcp(source: Path, target: Path) -> None:
         layout,
         target,
         config={"model": model},
+        model=model_facts(family.name, args),
         tokenizer=_fingerprint(source),
         tokenizer_files=files_of_tokenizer,
     )
@@ -129,6 +131,12 @@ def dcp_to_hf(
             "--module, to have it imported"
         )
     family, args = resolve(section)
+    if differing := model_differences(manifest, section, args):
+        words = [f"{name} is {now}, not {saved}" for name, (saved, now) in differing.items()]
+        raise ValueError(
+            f"{source}: the flavor {literal(section.flavor)} has changed since the checkpoint was "
+            f"saved: {', '.join(words)}"
+        )
     if family.hf_config is None:
         raise ValueError(f"model family {family.name} has no form in transformers")
     if unsaid := unsaid_in_hf(args, family.hf_config):
