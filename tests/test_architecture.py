@@ -15,7 +15,7 @@ ROWS = (
     {"models"},
     {"nn", "runtime", "planner"},
     {"parallel", "data", "optim", "loss", "metrics", "checkpoint"},
-    {"preflight", "objective"},
+    {"preflight", "objective", "resuming"},
     {"step", "meta_model"},
     {"outcomes"},
     {"trainer"},

@@ -15,6 +15,7 @@ from titan_lite.checkpoint.agreement import agree_on_data, agree_on_start
 from titan_lite.checkpoint.hf import DCPToHF, load_hf
 from titan_lite.checkpoint.manager import CheckpointManager
 from titan_lite.checkpoint.same_model import model_facts
+from titan_lite.checkpoint.storage import versions
 from titan_lite.config.load import LoadedConfig
 from titan_lite.config.memory_advice import memory_advice
 from titan_lite.data.held_out import HeldOut, read_held_out
@@ -38,7 +39,7 @@ from titan_lite.objective import OBJECTIVES
 from titan_lite.optim.loss_scaler import LossScaler
 from titan_lite.optim.nonfinite import NonFiniteGuard
 from titan_lite.optim.optimizer import build_optimizer
-from titan_lite.optim.schedule import lr_factor
+from titan_lite.optim.schedule import Schedule
 from titan_lite.outcomes import Outcomes
 from titan_lite.parallel.async_tp import count_fused
 from titan_lite.parallel.build import build_parallel
@@ -55,6 +56,7 @@ from titan_lite.preflight import (
     preflight,
     run_folder,
 )
+from titan_lite.resuming import log_changes
 from titan_lite.runtime.distributed import (
     Process,
     all_reduce,
@@ -257,6 +259,7 @@ class Trainer:
             cpu_offload=config.parallel.cpu_offload,
         )
         self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.schedule = Schedule(config.optimizer.lr, config.lr_scheduler, config.training.steps)
         device = next(self.model.parameters()).device
         self.guard: LossScaler | NonFiniteGuard
         if config.training.param_dtype == "float16":
@@ -285,6 +288,8 @@ class Trainer:
             if self.state.guard:
                 self.guard.load_state_dict(self.state.guard)
             logger.info("%s from %s", "Resumed" if start.resumes else "Begun", start.source)
+            if start.manifest is not None and start.content == "run" and self.process.rank == 0:
+                log_changes(start.manifest, config, self.plan, versions())
         elif self.hf is not None:
             folder, _ = self.hf
             load_hf(self.model, *self.hf)
@@ -358,7 +363,7 @@ class Trainer:
         self.progress.enter("data", step=step)
         with self.meter.waiting_for_data():
             batches = [next(self.batches) for _ in range(self.micro_steps)]
-        lr = self.config.optimizer.lr * lr_factor(step, self.config.lr_scheduler, training.steps)
+        lr = self.schedule(step)
         self.forward_times.start_step()
         try:
             result = self.step(batches, lr, stop=self.stop.signal is not None)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -281,6 +282,17 @@ def test_a_run_without_checkpoints_leaves_those_of_others_alone(
     assert saved_steps(tmp_path / "checkpoint") == [4, 8, 10]
 
 
+def _log_of_start(folder: Path, *overrides: str) -> list[str]:
+    records: list[logging.LogRecord] = []
+    handler, logger = logging.Handler(), logging.getLogger("titan_lite.resuming")
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    build_trainer(folder, *overrides).close()
+    logger.removeHandler(handler)
+    return [record.getMessage() for record in records]
+
+
 def test_a_finished_run_that_is_started_again_has_nothing_to_do(
     one_process: Workers, tmp_path: Path
 ) -> None:
@@ -289,6 +301,13 @@ def test_a_finished_run_that_is_started_again_has_nothing_to_do(
     got = one_process.run(train_and_gather, tmp_path, *EVERY_4, "--optimizer.lr=0.5")[0]
     assert got[0] == expected[0]
     assert (tmp_path / "run.json").read_text() == facts
+    longer = ("--training.steps=20", "--optimizer.eps=1e-6")
+    changes, jump = one_process.run(_log_of_start, tmp_path, *EVERY_4, *longer)[0]
+    assert "optimizer.eps   1e-08 -> 1e-06" in changes
+    assert jump == (
+        "The learning rate jumps from 0.0001 in step 10 to 0.00055 in step 11: "
+        "training.steps 10 -> 20"
+    )
     np.testing.assert_equal(got[1]["final weights"], expected[1]["final weights"])
 
 

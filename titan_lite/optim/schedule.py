@@ -1,8 +1,38 @@
 """Learning-rate schedules as functions of the step: nothing to save, nothing to resume."""
 
 import math
+from dataclasses import dataclass
 
 from titan_lite.config.schema import LRScheduler
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of each step from 1 to total_steps; lr: the peak."""
+
+    lr: float
+    section: LRScheduler
+    total_steps: int
+
+    def __call__(self, step: int) -> float:
+        return self.lr * lr_factor(step, self.section, self.total_steps)
+
+    def largest_change(self, step: int) -> float:
+        """The largest difference between neighbours among the steps around this one."""
+        near = [s for s in range(step - 1, step + 3) if 1 <= s <= self.total_steps]
+        return max((abs(self(s) - self(s - 1)) for s in near[1:]), default=0.0)
+
+
+def jump(before: Schedule, after: Schedule, step: int) -> tuple[float, float] | None:
+    """The rates of `step` and the next one, where the schedule changes between them with a jump.
+
+    A jump is larger than what either schedule does from one step to the next around there.
+    """
+    if not 1 <= step < after.total_steps:
+        return None
+    old, new = before(min(step, before.total_steps)), after(step + 1)
+    usual = max(before.largest_change(step), after.largest_change(step))
+    return (old, new) if abs(new - old) > usual * (1 + 1e-9) else None
 
 
 def lr_factor(step: int, section: LRScheduler, total_steps: int) -> float:

@@ -1,0 +1,95 @@
+"""Tells what a run that continues from a checkpoint changes of its configuration; no torch."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from titan_lite.checkpoint.manifest import Manifest
+from titan_lite.checkpoint.same_model import model_differences
+from titan_lite.config.problems import FIELDS
+from titan_lite.config.schema import Config, LRScheduler
+from titan_lite.config.stored import global_batch_size, setting, words
+from titan_lite.models.rules import Plan
+from titan_lite.optim.schedule import Schedule, jump
+
+logger = logging.getLogger(__name__)
+
+# They change no number that is trained or validated.
+WITHOUT_EFFECT = ("job", "checkpoint", "metrics", "profiling", "comm")
+WITHOUT_EFFECT_KEYS = ("data.prefetch", "data.tokenizer_threads", "training.gc_freq")
+# Its fields are compared as they were resolved.
+MODEL_CHOICE = ("model.flavor", "model.module")
+
+SCHEDULE_KEYS = (
+    "training.steps",
+    "optimizer.lr",
+    *(f"lr_scheduler.{k}" for k in LRScheduler.model_fields),
+)
+
+
+def log_changes(
+    manifest: Manifest, config: Config, plan: Plan, versions: Mapping[str, str]
+) -> None:
+    """Logs the settings that differ from the checkpoint's, and a jump of the learning rate."""
+    changes = changed_settings(manifest, config, plan, versions)
+    if changes:
+        width = max(map(len, changes))
+        lines = (f"  {key:<{width}}  {words(a)} -> {words(b)}" for key, (a, b) in changes.items())
+        logger.info("Changed since the checkpoint was saved:\n%s", "\n".join(lines))
+    before, after = (_schedule(c) for c in (manifest.config, config.model_dump()))
+    if (rates := jump(before, after, manifest.step)) is not None:
+        because = ", ".join(
+            f"{key} {words(a)} -> {words(b)}"
+            for key, (a, b) in changes.items()
+            if key in SCHEDULE_KEYS or key.startswith("lr_scheduler.")
+        )
+        logger.warning(
+            "The learning rate jumps from %.6g in step %d to %.6g in step %d: %s",
+            rates[0],
+            manifest.step,
+            rates[1],
+            manifest.step + 1,
+            because,
+        )
+
+
+def changed_settings(
+    manifest: Manifest, config: Config, plan: Plan, versions: Mapping[str, str]
+) -> dict[str, tuple[Any, Any]]:
+    """By key, the values of the checkpoint and of the run that differ and change its numbers."""
+    before = _settings(manifest.config, manifest.layout)
+    after = _settings(config.model_dump(), dataclasses.asdict(plan.dims))
+    pairs = {key: (before[key], after[key]) for key in after}
+    for name, pair in model_differences(manifest, config.model, plan.args).items():
+        pairs[f"model.{name}"] = pair
+    for name in ("titan_lite", "torch"):
+        pairs[name] = manifest.versions.get(name), versions[name]
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _settings(config: Mapping[str, Any], layout: Mapping[str, int]) -> dict[str, Any]:
+    """The settings that change numbers, by key, with the values that -1 stands for."""
+    keys = (
+        f"{section}.{name}"
+        for section, fields in FIELDS.items()
+        if section not in WITHOUT_EFFECT
+        for name in fields
+    )
+    settings = {
+        key: setting(config, key)
+        for key in keys
+        if key not in WITHOUT_EFFECT_KEYS and (key in MODEL_CHOICE or not key.startswith("model."))
+    }
+    settings |= {f"parallel.{axis}": size for axis, size in layout.items()}
+    return settings | {"training.global_batch_size": global_batch_size(config, layout)}
+
+
+def _schedule(config: Mapping[str, Any]) -> Schedule:
+    section = {name: setting(config, f"lr_scheduler.{name}") for name in LRScheduler.model_fields}
+    # What an older version wrote need not be valid today.
+    return Schedule(
+        setting(config, "optimizer.lr"),
+        LRScheduler.model_construct(**section),
+        setting(config, "training.steps"),
+    )
