@@ -20,6 +20,7 @@ from titan_lite.checkpoint.hf_files import HFFolder
 from titan_lite.checkpoint.hf_layout import HFModel, check_start
 from titan_lite.checkpoint.manifest import read_manifest
 from titan_lite.config.load import ConfigError, load_config
+from titan_lite.data.export_check import export_report
 from titan_lite.data.tokenizer import load_tokenizer
 from titan_lite.models import registry, rules
 from titan_lite.models.args import DecoderArgs
@@ -27,6 +28,7 @@ from titan_lite.models.hf_config import hf_config_from_args
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.patterns import translate
 from titan_lite.nn.build import build_decoder
+from titan_lite.runtime.distributed import Process
 from titan_lite.runtime.writing import WriteError
 
 transformers = pytest.importorskip("transformers")
@@ -46,6 +48,13 @@ def _run(folder: Path, *overrides: str) -> tuple[Run, list[str]]:
     written: list[str] = []
     save_file = hf.save_file
 
+    reports: list[bool] = []
+
+    def report(*args: Any, **options: Any) -> tuple[bool, str]:
+        is_same, sentence = export_report(*args, **options)
+        reports.append(is_same)
+        return is_same, sentence
+
     def remember(tensors: Any, path: Path, **options: Any) -> None:
         written.append(path.name)
         save_file(tensors, path, **options)
@@ -54,8 +63,12 @@ def _run(folder: Path, *overrides: str) -> tuple[Run, list[str]]:
         small = functools.partial(hf.DCPToHF, max_shard_bytes=100_000)
         patch.setattr(trainer, "DCPToHF", small)
         patch.setattr(hf, "save_file", remember)
+        patch.setattr(trainer, "export_report", report)
         half = "--training.local_batch_size=4"
-        return train_and_gather(folder, *SAVING, *MODEL, half, *overrides), written
+        run = train_and_gather(folder, *SAVING, *MODEL, half, *overrides)
+    # One rank compares the tokenizer that it wrote.
+    assert reports == [True] * (Process.from_environment().rank == 0)
+    return run, written
 
 
 def _check_folder(folder: Path, weights: dict[str, Any]) -> None:

@@ -27,9 +27,7 @@ from titan_lite import cli
 from titan_lite.config.schema import Data, Validation
 from titan_lite.data.assets import ASSETS
 from titan_lite.data.held_out import read_held_out
-from titan_lite.data.hf_documents import hf_documents
 from titan_lite.data.tokenizer import Tokenizer, load_tokenizer
-from titan_lite.models.llama import LLAMA
 
 
 def read_texts(split: str) -> list[str]:
@@ -122,17 +120,18 @@ def word_piece() -> Backend:
 
 
 def pieces(**settings: Any) -> bytes:
+    """A sentencepiece model that keeps a text as it is."""
+    keeping = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    return default_pieces(byte_fallback=True, **keeping, **settings)
+
+
+def default_pieces(**settings: Any) -> bytes:
+    """A sentencepiece model with the options that it has unless told otherwise."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(line for text in TRAINED_ON for line in text.splitlines() if line),
         model_writer=model,
-        vocab_size=600,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-        num_threads=1,
-        **settings,
+        **{"vocab_size": 600, "minloglevel": 2, "num_threads": 1, **settings},
     )
     return model.getvalue()
 
@@ -402,23 +401,29 @@ def test_without_sentencepiece_its_models_name_the_extra(
     assert message.endswith("is a sentencepiece model: pip install sentencepiece to read it")
 
 
-@pytest.mark.parametrize("kind", ["byte_level", "word_piece", "pieces"])
-def test_an_exported_model_has_the_tokenizer_as_it_was(
-    files: dict[str, Path], tokenizers: dict[str, Tokenizer], tmp_path: Path, kind: str
+@pytest.mark.parametrize(
+    ("made", "lost"),
+    [
+        (default_pieces, "newlines, tabs, runs of spaces"),
+        (lambda: default_pieces(remove_extra_whitespaces=False), "newlines, tabs"),
+        (lambda: default_pieces(user_defined_symbols=["\n"]), "tabs, runs of spaces"),
+        # Neither is in the vocabulary, and there are no bytes.
+        (lambda: default_pieces(normalization_rule_name="identity"), "newlines, tabs, runs of"),
+        (lambda: pieces(model_type="bpe"), ""),
+        (lambda: unigram().to_str().encode(), "tabs"),
+        (lambda: byte_level(prefix=True).to_str().encode(), ""),
+        (lambda: word_piece().to_str().encode(), ""),
+    ],
+)
+def test_white_space_that_a_tokenizer_drops_is_warned_about_once(
+    made: Any, lost: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    transformers = pytest.importorskip("transformers")
-    ours = tokenizers[kind]
-    assert LLAMA.hf_config is not None
-    documents = hf_documents(LLAMA.flavors["debug"], LLAMA.hf_config, ours, dtype="float32")
-    for name, document in documents.items():
-        raw = document if isinstance(document, bytes) else json.dumps(document).encode()
-        (tmp_path / name).write_bytes(raw)
-    assert (tmp_path / files[kind].name).read_bytes() == files[kind].read_bytes()
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    text = TEXTS[1][:500].replace("\n", " ")
-    expected = ours.encode(text, bos=False, eos=False)
-    assert theirs(text, add_special_tokens=False, truncation=False).input_ids[: len(expected)] == (
-        expected
-    )
-    assert theirs.eos_token_id == ours.eos_id
-    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == ours.eos_id
+    file = tmp_path / "tokenizer.file"
+    file.write_bytes(made())
+    for _ in range(2):
+        load_tokenizer(file)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == bool(lost)
+    if lost:
+        assert messages[0].startswith(f"data.tokenizer_path: {file} drops {lost}")
+        assert 'normalization_rule_name="identity", remove_extra_whitespaces=False' in messages[0]

@@ -230,11 +230,14 @@ def test_files_as_google_wrote_them_are_read(tmp_path: Path) -> None:
     assert expected.keys() == ours.keys()
 
 
-def test_another_dtype_and_a_tokenizer_can_be_asked_for(tmp_path: Path) -> None:
+def test_another_dtype_and_a_tokenizer_can_be_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_theirs(tmp_path / "theirs")
     cli.main(["convert", "hf-to-dcp", f"{tmp_path}/theirs", f"{tmp_path}/dcp"])
     back = ["convert", "dcp-to-hf", f"{tmp_path}/dcp", f"{tmp_path}/ours"]
     assert cli.main([*back, "--dtype=float32", "--tokenizer="]) == 0
+    assert "The exported tokenizer gives the ids of training for " in capsys.readouterr().out
     assert [path.name for path in tmp_path.glob("ours/*.safetensors")] == ["model.safetensors"]
     # Whoever may read the one may read the other.
     modes = {path.stat().st_mode for path in (tmp_path / "ours").iterdir()}

@@ -1,5 +1,6 @@
 """Rows become tokens, in whatever process; imports little, since each process starts with it."""
 
+import logging
 import os
 import signal
 import threading
@@ -58,6 +59,8 @@ def start_worker(tokenizer_path: str, kind: Kind, text_field: str) -> None:
     # The parent answers Ctrl-C. A worker whose parent was killed would wait for it forever.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # The parent has warned of the tokenizer.
+    logging.getLogger("titan_lite").setLevel(logging.ERROR)
     _worker = Encoder(load_tokenizer(tokenizer_path), kind, text_field)
 
 

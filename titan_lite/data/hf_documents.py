@@ -1,11 +1,16 @@
 """What lies beside the weights of a Hugging Face model: config.json and the tokenizer's files.
 
-A tokenizer that was read from such files is written as it was; tiktoken's becomes a tokenizer.json.
+A tokenizer becomes a tokenizer.json that gives a text the ids it has in training, after the BOS
+that documents begin with. Generation continues a text, so that no EOS follows.
 """
 
+import json
 from typing import Any
 
-from titan_lite.data.hf_tokenizer import BYTE_LETTERS
+from tokenizers import Tokenizer as Backend
+
+from titan_lite.data.hf_tokenizer import BYTE_LETTERS, HFTokenizer
+from titan_lite.data.special_tokens import FILE_NAMES as BESIDE
 from titan_lite.data.tiktoken_tokenizer import (
     SPECIAL_TOKENS,
     SPLIT_PATTERN,
@@ -15,7 +20,15 @@ from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.hf_config import HFConfig, hf_config_from_args
 
-_BOS, _EOS, _PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
+# Keys of a tokenizer_config.json that are kept. Others have transformers change tokenizer.json.
+_KEPT = (
+    "unk_token",
+    "additional_special_tokens",
+    "extra_special_tokens",
+    "chat_template",
+    "padding_side",
+    "truncation_side",
+)
 
 
 def hf_documents(
@@ -23,7 +36,8 @@ def hf_documents(
 ) -> dict[str, dict[str, Any] | bytes]:
     """JSON documents, or contents, by file name; without a tokenizer, config.json alone.
 
-    dtype: of the weights, as torch spells it.
+    dtype: of the weights, as torch spells it. There is no tokenizer.json where `tokenizers` has
+    nothing that does what a sentencepiece model does: `export_difference` says so.
     """
     if tokenizer is None:
         return {"config.json": hf_config_from_args(args, hf, dtype=dtype)}
@@ -37,45 +51,103 @@ def hf_documents(
         # An EOS that stands in for padding is a token that learns.
         pad_id=None if pad_id == eos_id else pad_id,
     )
-    if not isinstance(tokenizer, TiktokenTokenizer):
-        return {"config.json": config, **tokenizer.files}
+    documents: dict[str, dict[str, Any] | bytes] = {"config.json": config}
+    if "tokenizer.model" in tokenizer.files:
+        documents["tokenizer.model"] = tokenizer.files["tokenizer.model"]
+    try:
+        document = _tokenizer_json(tokenizer)
+    except ValueError:
+        return documents
+    names = Backend.from_str(json.dumps(document)).id_to_token
+    _begin_as_in_training(document, tokenizer, of_pairs=not args.causal)
     return {
-        "config.json": config,
-        "tokenizer.json": _tokenizer_json(tokenizer, of_pairs=not args.causal),
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": _BOS,
-            "eos_token": _EOS,
-            "pad_token": _PAD,
-            **({} if args.causal else _names_of_pairs(tokenizer)),
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": args.max_seq_len,
-        },
+        **documents,
+        "tokenizer.json": document,
+        "tokenizer_config.json": _config(tokenizer, args, names),
     }
 
 
-def _names_of_pairs(tokenizer: TiktokenTokenizer) -> dict[str, Any]:
-    """For an encoder, of what masked_lm.py makes samples of."""
-    assert tokenizer.mask_id is not None
-    return {
-        "cls_token": _BOS,
-        "sep_token": _EOS,
-        "mask_token": SPECIAL_TOKENS[tokenizer.mask_id - len(tokenizer.ranks)],
-        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+def _config(tokenizer: Tokenizer, args: DecoderArgs, name_of: Any) -> dict[str, Any]:
+    """Has transformers take tokenizer.json as it is, by a class that changes nothing in it."""
+    beside: dict[str, Any] = {}
+    for name in reversed(BESIDE):
+        beside |= json.loads(tokenizer.files.get(name, b"{}"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{key: beside[key] for key in _KEPT if beside.get(key) is not None},
+        "bos_token": name_of(tokenizer.bos_id),
+        "eos_token": name_of(tokenizer.eos_id),
+        "pad_token": name_of(tokenizer.pad_id),
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": args.max_seq_len,
     }
+    if not args.causal:
+        # As masked_lm.py makes samples.
+        config |= {
+            "cls_token": name_of(tokenizer.bos_id),
+            "sep_token": name_of(tokenizer.eos_id),
+            "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+        }
+        if tokenizer.mask_id is not None:
+            config["mask_token"] = name_of(tokenizer.mask_id)
+    return config
 
 
-def _tokenizer_json(tokenizer: TiktokenTokenizer, *, of_pairs: bool) -> dict[str, Any]:
-    """Byte-level BPE that gives our tokens, after BOS; special tokens in a text are special.
+def _begin_as_in_training(
+    document: dict[str, Any], tokenizer: Tokenizer, *, of_pairs: bool
+) -> None:
+    """Has a tokenizer.json put [BOS] before a text, where it does not.
 
     of_pairs: [BOS] A [EOS], or [BOS] A [EOS] B [EOS], with types; otherwise BOS alone is put there.
     """
-    bos = {"SpecialToken": {"id": _BOS, "type_id": 0}}
-    text, pair = (
+    backend = Backend.from_str(json.dumps(document))
+    text = backend.encode("a", add_special_tokens=False).ids
+    after = [tokenizer.eos_id] * of_pairs
+    one, two = (backend.encode("a", pair).ids for pair in (None, "a"))
+    expected = [tokenizer.bos_id, *text, *after]
+    if one == expected and (not of_pairs or two == [*expected, *text, *after]):
+        return
+    bos, eos = map(backend.id_to_token, (tokenizer.bos_id, tokenizer.eos_id))
+    first = {"SpecialToken": {"id": bos, "type_id": 0}}
+    single, second = (
         [{"Sequence": {"id": name, "type_id": i}}]
-        + [{"SpecialToken": {"id": _EOS, "type_id": i}}] * of_pairs
+        + [{"SpecialToken": {"id": eos, "type_id": i}}] * of_pairs
         for i, name in enumerate("AB")
     )
+    template = {
+        "type": "TemplateProcessing",
+        "single": [first, *single],
+        "pair": [first, *single, *second],
+        "special_tokens": {
+            token: {"id": token, "ids": [number], "tokens": [token]}
+            for token, number in ((bos, tokenizer.bos_id), (eos, tokenizer.eos_id))
+        },
+    }
+    earlier = document.get("post_processor") or {}
+    # Byte-level ones move the offsets of tokens to their text.
+    kept = [
+        part for part in earlier.get("processors", [earlier]) if part.get("type") == "ByteLevel"
+    ]
+    document["post_processor"] = template
+    if kept:
+        document["post_processor"] = {"type": "Sequence", "processors": [*kept, template]}
+
+
+def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """A tokenizer.json that gives the ids of a tokenizer; ValueError where there is none."""
+    if isinstance(tokenizer, TiktokenTokenizer):
+        return _tiktoken_json(tokenizer)
+    if isinstance(tokenizer, HFTokenizer):
+        document: dict[str, Any] = json.loads(tokenizer.files["tokenizer.json"])
+        return document | {"truncation": None, "padding": None}
+    from titan_lite.data.sentencepiece_json import model_json
+
+    parts = model_json(tokenizer.files["tokenizer.model"])
+    return {"version": "1.0", "truncation": None, "padding": None, "post_processor": None, **parts}
+
+
+def _tiktoken_json(tokenizer: TiktokenTokenizer) -> dict[str, Any]:
+    """Byte-level BPE that gives our tokens; special tokens in a text are special."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     split = {
         "type": "Split",
@@ -104,15 +176,7 @@ def _tokenizer_json(tokenizer: TiktokenTokenizer, *, of_pairs: bool) -> dict[str
             "type": "Sequence",
             "pretokenizers": [split, byte_level | {"use_regex": False}],
         },
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [bos, *text],
-            "pair": [bos, *text, *pair],
-            "special_tokens": {
-                token: {"id": token, "ids": [number], "tokens": [token]}
-                for token, number in ((_BOS, tokenizer.bos_id), (_EOS, tokenizer.eos_id))
-            },
-        },
+        "post_processor": None,
         "decoder": byte_level | {"use_regex": True},
         "model": {
             "type": "BPE",

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer as Backend
+from tokenizers.models import WordPiece
 
 from titan_lite.data.special_tokens import read_beside, special_tokens
-from titan_lite.data.tokenizer import Tokenizer, Tokens, begins_word
+from titan_lite.data.tokenizer import Tokenizer, Tokens, begins_word, warn_of_lost_space
 
 # Threads are those of data.tokenizer_threads; the library's own warn in every process that forks.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -66,26 +67,20 @@ class HFTokenizer(Tokenizer):
         probe = self._encode(_PROBES[0])
         self.prefix_bytes = max(0, int(self.bytes_per_token[probe].sum()) - len(_PROBES[0]))
         self.identity = f"{self.vocab_size} tokens {_digest(document, self.bos_id, self.eos_id)}"
-        self.files = {
-            "tokenizer.json": content,
-            "tokenizer_config.json": self._config(),
-            **beside,
-        }
+        self.files = {"tokenizer.json": content, **beside}
 
     @classmethod
     def load(cls, file: Path, content: bytes) -> "HFTokenizer":
         """A file's content, with what lies beside the file."""
-        return cls(file, content, read_beside(file))
+        tokenizer = cls(file, content, read_beside(file))
+        # Word pieces hold no white space by design.
+        if not isinstance(tokenizer._backend.model, WordPiece):
+            warn_of_lost_space(file, tokenizer)
+        return tokenizer
 
     def decode(self, tokens: Iterable[int]) -> str:
         text: str = self._backend.decode(list(tokens), skip_special_tokens=False)
         return text
-
-    def _config(self) -> bytes:
-        """For transformers, where the file came without."""
-        names = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
-        tokens = {name: self._backend.id_to_token(number) for name, number in names.items()}
-        return json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **tokens}).encode()
 
     def _encode(self, text: str) -> Tokens:
         tokens = self._tokens([text])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from titan_lite.data.special_tokens import read_beside, special_tokens
-from titan_lite.data.tokenizer import Tokenizer, Tokens, begins_word
+from titan_lite.data.tokenizer import Tokenizer, Tokens, begins_word, warn_of_lost_space
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -32,16 +32,14 @@ class SentencePieceTokenizer(Tokenizer):
         self.prefix_bytes = max(0, int(self.bytes_per_token[self._encode("a")].sum()) - 1)
         digest = hashlib.sha256(content + f"{self.bos_id} {self.eos_id}".encode()).hexdigest()
         self.identity = f"{self.vocab_size} tokens {digest[:16]}"
-        self.files = {
-            "tokenizer.model": content,
-            "tokenizer_config.json": b'{"tokenizer_class": "LlamaTokenizer"}\n',
-            **beside,
-        }
+        self.files = {"tokenizer.model": content, **beside}
 
     @classmethod
     def load(cls, file: Path, content: bytes) -> "SentencePieceTokenizer":
         """A file's content, with what lies beside the file."""
-        return cls(file, content, read_beside(file))
+        tokenizer = cls(file, content, read_beside(file))
+        warn_of_lost_space(file, tokenizer)
+        return tokenizer
 
     def decode(self, tokens: Iterable[int]) -> str:
         text: str = self._model.decode(list(tokens))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +18,8 @@ import numpy.typing as npt
 from titan_lite.config.problems import how_to_fetch
 from titan_lite.data.assets import bundled_asset
 from titan_lite.data.probes import PROBES
+
+logger = logging.getLogger(__name__)
 
 Tokens = npt.NDArray[np.uint32]
 Ints = npt.NDArray[np.int64]
@@ -50,7 +53,7 @@ class Tokenizer(ABC):
     prefix_bytes: int = 0
     """Of the space that is put before each document's text, and which its first tokens spell."""
     files: Mapping[str, bytes] = MappingProxyType({})
-    """The files it was read from, by name, where Hugging Face transformers reads the same ones."""
+    """Contents of the files it was read from, by their names in a folder of Hugging Face's."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -124,6 +127,32 @@ def load_tokenizer(path: str | Path = "") -> Tokenizer:
     from titan_lite.data.tiktoken_tokenizer import TiktokenTokenizer
 
     return TiktokenTokenizer.load(file, content)
+
+
+_warned: set[tuple[Path, str]] = set()
+
+
+def warn_of_lost_space(file: Path, tokenizer: Tokenizer) -> None:
+    """Logs, once for a tokenizer, which white space its tokens do not hold."""
+    if (file, tokenizer.identity) in _warned:
+        return
+    _warned.add((file, tokenizer.identity))
+    kinds = {"newlines": "\n", "tabs": "\t", "runs of spaces": "  "}
+    lost = [
+        name
+        for name, space in kinds.items()
+        if f"a{space}b"
+        not in tokenizer.decode(tokenizer.encode(f"a{space}b", bos=False, eos=False))
+    ]
+    if lost:
+        logger.warning(
+            "data.tokenizer_path: %s drops %s: the model is trained without them, and code and "
+            "paragraphs lose their form. To keep them, train a sentencepiece model with "
+            'normalization_rule_name="identity", remove_extra_whitespaces=False and '
+            "byte_fallback=True, or use a byte-level tokenizer",
+            file,
+            ", ".join(lost),
+        )
 
 
 def files_in(folder: Path) -> list[Path]:

@@ -14,8 +14,9 @@ def set_up_logging(rank: int) -> None:
     logger.handlers = [handler]
     logger.propagate = False
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    # What these warn of is the same on every rank: the configuration, checkpoints, files of data.
-    for name in ("config", "checkpoint.state", "data.files", "data.sources", "preflight"):
+    # What these warn of is the same on every rank: the configuration, checkpoints, data, tokenizer.
+    same = ("config", "preflight", "checkpoint.state")
+    for name in (*same, "data.files", "data.sources", "data.tokenizer"):
         logging.getLogger(f"titan_lite.{name}").setLevel(
             logging.WARNING if rank == 0 else logging.ERROR
         )

@@ -15,7 +15,7 @@ from titan_lite.checkpoint.hf_files import DTYPES, HFFolder
 from titan_lite.checkpoint.manifest import TOKENIZER_FOLDER, Manifest, read_manifest
 from titan_lite.checkpoint.same_model import model_differences, model_facts
 from titan_lite.config.problems import how_to_fetch, literal
-from titan_lite.config.schema import Model
+from titan_lite.config.schema import Data, Model
 from titan_lite.data.tokenizer import FILE_NAMES, Tokenizer, files_in, load_tokenizer
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.family import Family
@@ -143,6 +143,7 @@ def dcp_to_hf(
         raise ValueError(unsaid)
 
     from titan_lite.checkpoint.hf import DCPToHF
+    from titan_lite.data.export_check import export_report
     from titan_lite.data.hf_documents import hf_documents
 
     export = DCPToHF(source, family, args, dtype=dtype, max_shard_bytes=max_shard_bytes)
@@ -157,6 +158,14 @@ def dcp_to_hf(
         f"Written to {target}: {family.hf_config.architecture}, {export.hf.num_parameters:,} "
         f"parameters in {export.dtype}, {num_files} file{'s' * (num_files > 1)}"
     )
+    if tokenizer is not None and not files:
+        is_same, sentence = export_report(
+            documents, tokenizer, _data_of(manifest), of_pairs=not args.causal
+        )
+        if is_same:
+            print(sentence)
+        else:
+            print(f"titan-lite convert: warning: {sentence}", file=sys.stderr)
     if len(documents) == 1:
         print("Without tokenizer files: --tokenizer names one")
 
@@ -193,6 +202,14 @@ def _model_section_of(source: Path, manifest: Manifest) -> Model:
         return Model(**manifest.config["model"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{source} does not say what model it is: {error}") from error
+
+
+def _data_of(manifest: Manifest) -> Data | None:
+    """What the run of a checkpoint read, where this version knows its keys."""
+    try:
+        return Data(**manifest.config["data"])
+    except (KeyError, ValueError):
+        return None
 
 
 def _tokenizer_of(

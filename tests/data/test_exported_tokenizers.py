@@ -1,0 +1,272 @@
+"""Exported tokenizers give the ids of training in transformers, for every kind of file and text."""
+
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.data.test_tokenizer_files import (
+    TEXTS,
+    byte_level,
+    default_pieces,
+    metaspace,
+    pieces,
+    read_texts,
+    unigram,
+    word_piece,
+)
+from titan_lite import cli
+from titan_lite.config.schema import Data, DataSource
+from titan_lite.data.export_check import NUM_LINES, corpus_texts, export_report
+from titan_lite.data.hf_documents import hf_documents
+from titan_lite.data.probes import PROBES
+from titan_lite.data.tokenizer import Tokenizer, load_tokenizer
+from titan_lite.models.bert import BERT
+from titan_lite.models.family import Family
+from titan_lite.models.llama import LLAMA
+
+transformers = pytest.importorskip("transformers")
+
+LINES = [line for text in TEXTS for line in text.splitlines(keepends=True)]
+# Texts that have been tokenized differently: space where few texts have any, characters that
+# normalizers join, drop or replace, and what tokens are called.
+HARD = (
+    *(" " * 1000, "a" + " " * 1000 + "b", "\n" * 500, "\t" * 30 + "x", " \n \t \r\n x "),
+    *("\r\n\r\n a", "\u00a0\u00a0a", "\u3000a\u3000", "a\u200b\u200bb", "\ufeffa", "a\u2028b"),
+    *("\u0301", "\u0301a", " \u0301", "\u3000\u0301", "\u00a0\u0301a", "\u00b4x", "a\u00a8b"),
+    *("cafe\u0301", "\uff45\u0301", "\uff76\uff9e", "\u0958 \u0915\u093c", "\u2126 \u212b"),
+    *(
+        "\u0130I\u0131",
+        "STRASSE stra\u00dfe",
+        "\u03a3\u03c2",
+        "㍻ Ⅷ ½ ¾ ﬀ",
+        "\U0001d400",
+        "\u202ea",
+    ),
+    *("👩\u200d👩\u200d👧", "👍🏽", "🇩🇪🇫🇷", "☃\ufe0f ©\ufe0f #\ufe0f\u20e3", "\u0600\u0661x"),
+    *("\x00", "x\x00y", "\x01a", "a\x1bb\x7f", "\x85", "\u00ad", "\ufffd", "\ue000a", "\ufff0"),
+    *("\u2581", "\u2581a", "a\u2581b\u2581", " \u2581 ", "\u2581\u2581 a"),
+    *("<0x0A>", "x<0x41>y", "</", "[CLS", "<|endoftext", "Ġthe Ċ", "##ing"),
+)
+SPECIAL = ("a </s> b", "<s>", "<unk>a", "[SEP][MASK]", "x<|endoftext|>y", "<pad>")
+
+USERS = ["<|sep|>", "\n", "\t", "  ", "whale"]
+bpe = functools.partial(default_pieces, model_type="bpe")
+default_unigram = functools.partial(default_pieces, model_type="unigram")
+KINDS: dict[str, Callable[[], Any]] = {
+    "byte_level": byte_level,
+    "word_piece": word_piece,
+    "byte_level_prefix": lambda: byte_level(prefix=True),
+    "metaspace": metaspace,
+    "unigram": unigram,
+    "pieces_bpe": bpe,
+    "pieces_unigram": default_unigram,
+    "pieces_kept": lambda: pieces(model_type="bpe"),
+    "pieces_kept_unigram": lambda: pieces(model_type="unigram", pad_id=3),
+    "pieces_plain": lambda: pieces(model_type="bpe", add_dummy_prefix=False, bos_id=-1),
+    "pieces_spaces": lambda: bpe(remove_extra_whitespaces=False, byte_fallback=True),
+    "pieces_identity": lambda: bpe(normalization_rule_name="identity"),
+    "pieces_lower": lambda: bpe(normalization_rule_name="nmt_nfkc_cf", byte_fallback=True),
+    "pieces_users": lambda: pieces(model_type="bpe", user_defined_symbols=USERS),
+    "pieces_users_unigram": lambda: default_unigram(
+        byte_fallback=True, user_defined_symbols=["<|sep|>", "\n", "\t"], control_symbols=["<ctl>"]
+    ),
+    "pieces_char": lambda: default_pieces(model_type="char"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder with a tokenizer of a kind."""
+
+    @functools.cache
+    def make(kind: str) -> Path:
+        made = KINDS[kind]()
+        folder = tmp_path_factory.mktemp(kind)
+        if isinstance(made, bytes):
+            (folder / "tokenizer.model").write_bytes(made)
+        else:
+            (folder / "tokenizer.json").write_text(made.to_str())
+        return folder
+
+    return make
+
+
+def export(tokenizer: Tokenizer, folder: Path, family: Family = LLAMA) -> dict[str, Any]:
+    assert family.hf_config is not None
+    documents = hf_documents(family.flavors["debug"], family.hf_config, tokenizer, dtype="float32")
+    folder.mkdir()
+    for name, document in documents.items():
+        raw = document if isinstance(document, bytes) else json.dumps(document).encode()
+        (folder / name).write_bytes(raw)
+    return documents
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_gives_the_ids_of_training(
+    kind: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    ours = load_tokenizer(folder_of(kind))
+    export(ours, tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    texts = [*LINES, *TEXTS[:3], *PROBES, *HARD]
+    for text, ids in zip(texts, theirs(texts).input_ids, strict=True):
+        assert ids == ours.encode(text, bos=True, eos=False), text
+    # In training the spelling of a special token is text.
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", split_special_tokens=True)
+    expected = [ours.encode(text, bos=True, eos=False) for text in SPECIAL]
+    if "unigram" not in kind:
+        assert theirs(SPECIAL).input_ids == expected
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+    assert theirs.pad_token_id == ours.pad_id
+    # And this library reads what it wrote as the same tokenizer.
+    assert load_tokenizer(tmp_path / "hf").fingerprint == ours.fingerprint
+    ids = ours.encode("the white whale", bos=False, eos=False)
+    assert theirs.decode(ids).strip() == ours.decode(ids).strip()
+
+
+@pytest.mark.parametrize("kind", ["pieces_kept", "byte_level", "word_piece"])
+def test_an_encoder_makes_pairs_as_in_training(
+    kind: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    ours = load_tokenizer(folder_of(kind))
+    export(ours, tmp_path / "hf", BERT)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    first, second = (ours.encode(text, bos=False, eos=False) for text in ("whale", "the sea"))
+    pair = theirs("whale", "the sea")
+    assert pair.input_ids == [ours.bos_id, *first, ours.eos_id, *second, ours.eos_id]
+    assert pair.token_type_ids == [0] * (len(first) + 2) + [1] * (len(second) + 1)
+    assert theirs("whale").input_ids == [ours.bos_id, *first, ours.eos_id]
+    assert (theirs.cls_token_id, theirs.sep_token_id) == (ours.bos_id, ours.eos_id)
+    assert theirs.mask_token_id == ours.mask_id
+
+
+def test_what_lies_beside_a_tokenizer_does_not_change_what_was_exported(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Each of these keys has transformers build another tokenizer, or put no BOS."""
+    folder = tmp_path / "given"
+    shutil.copytree(folder_of("pieces_kept"), folder)
+    named = {"bos_token": {"content": "</s>", "lstrip": True}, "tokenizer_class": "LlamaTokenizer"}
+    named |= {"add_bos_token": False, "add_eos_token": True, "legacy": False, "auto_map": {}}
+    named |= {"add_prefix_space": False, "chat_template": "{{ messages }}", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    ours = load_tokenizer(folder)
+    export(ours, tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert type(theirs) is transformers.PreTrainedTokenizerFast
+    assert (ours.bos_id, theirs.bos_token_id) == (2, 2)
+    texts = [" whale", "the  sea\n"]
+    assert theirs(texts).input_ids == [ours.encode(text, bos=True, eos=False) for text in texts]
+    assert theirs.chat_template == "{{ messages }}"
+    assert theirs.unk_token == "<unk>"
+
+
+def test_a_template_that_begins_as_in_training_is_left_as_it_is(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    document = json.loads((folder_of("byte_level") / "tokenizer.json").read_text())
+    offsets = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {
+            "<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+        },
+    }
+    both = {"type": "Sequence", "processors": [offsets | {"use_regex": True}, template]}
+    for given, is_kept in ((template, True), (both, True), (offsets | {"use_regex": True}, False)):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text(json.dumps(document | {"post_processor": given}))
+        documents = export(load_tokenizer(folder), folder / "hf")
+        written = documents["tokenizer.json"].pop("post_processor")
+        assert (written == given) is is_kept
+        if not is_kept:
+            assert written["processors"][0] == given
+            assert written["processors"][1]["single"] == template["single"]
+
+
+def write_documents(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def test_a_text_that_gets_other_ids_is_stated(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Characters composed in an unusual order, and a file that was tampered with."""
+    ours = load_tokenizer(folder_of("pieces_spaces"))
+    documents = export(ours, tmp_path / "hf")
+    report = functools.partial(export_report, documents, ours, of_pairs=False)
+    write_documents(tmp_path / "plain.jsonl", ["The whale.\n", "", "The sea."])
+    plain = Data(dataset_path=str(tmp_path / "plain.jsonl"))
+    number = len(PROBES) + 4
+    assert report(plain) == (
+        True,
+        f"The exported tokenizer gives the ids of training for {number} texts",
+    )
+    write_documents(tmp_path / "odd.jsonl", ["The whale.", "a\u0328\u0301 e\u0302\u0323"])
+    is_same, sentence = report(Data(dataset_path=str(tmp_path / "odd.jsonl")))
+    assert not is_same
+    assert f"other ids than training had for 2 of {number} texts. The first is 'a" in sentence
+    assert " instead of [" in sentence
+    is_same, sentence = report(Data(dataset_path=str(tmp_path / "gone.jsonl")))
+    assert is_same
+    assert "; the run's own text was not compared: data.dataset_path" in sentence
+    assert report(None) == (
+        True,
+        f"The exported tokenizer gives the ids of training for {len(PROBES)} texts",
+    )
+    documents["tokenizer.json"]["normalizer"] = None
+    is_same, sentence = report(None)
+    assert not is_same
+    assert "The first is 'Call me Ishmael." in sentence
+
+
+def test_a_model_that_has_no_form_in_a_tokenizer_json_is_exported_alone_and_said_so(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "suffix"
+    folder.mkdir()
+    content = bpe(treat_whitespace_as_suffix=True)
+    (folder / "tokenizer.model").write_bytes(content)
+    ours = load_tokenizer(folder)
+    documents = export(ours, tmp_path / "hf")
+    assert {*documents} == {"config.json", "tokenizer.model"}
+    assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == content
+    assert export_report(documents, ours, Data(), of_pairs=False) == (
+        False,
+        "The tokenizer was exported as tokenizer.model alone, since treat_whitespace_as_suffix has "
+        "no form there: sentencepiece gives the ids of training, transformers may give others",
+    )
+    (folder / "tokenizer.model").write_bytes(default_pieces(model_type="word", vocab_size=300))
+    documents = export(load_tokenizer(folder), tmp_path / "words")
+    assert {*documents} == {"config.json", "tokenizer.model"}
+
+
+def test_texts_are_those_of_every_source_tokenized_or_not(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer()
+    lines = corpus_texts(Data(), tokenizer)
+    assert len(lines) > NUM_LINES
+    assert any("\n\n" in text for text in lines)
+    documents = read_texts("train")
+    known = {line for text in documents for line in (text, *text.splitlines(keepends=True))}
+    assert known.issuperset(lines)
+    write_documents(tmp_path / "long.jsonl", ["x" * 50_000, "y\nz\n"])
+    settings = [f"--data.dataset_path={tmp_path}/long.jsonl", f"--output={tmp_path}/tokens"]
+    assert cli.main(["tokenize", "--processes=1", *settings]) == 0
+    sources = [
+        DataSource(name="a", weight=1, dataset_path=str(tmp_path / "tokens")),
+        DataSource(name="b", weight=9),
+    ]
+    mixed = corpus_texts(Data(sources=sources), tokenizer)
+    assert mixed[:5] == ["x" * 20_000, "x" * 20_000, "y\nz\n", "y\n", "z\n"]
+    assert NUM_LINES // 2 < len(mixed) - 5 < NUM_LINES

@@ -1,0 +1,215 @@
+"""A sentencepiece model as a tokenizer.json, which gives the same ids in Hugging Face's libraries.
+
+The converters of transformers build another tokenizer: one in which a text that begins with a space
+gets no prefix, and in which a normalizer sees several characters at once.
+"""
+
+import functools
+import re
+import unicodedata
+from typing import Any
+
+from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+from tokenizers import normalizers
+
+SPACE = "\u2581"
+# Stands between characters that are normalized one by one: no rule knows it.
+_MARK = "\ue000"
+# Normalizers of `tokenizers` that may do most of what a model's rules do, the rest is replaced.
+_SEQUENCES: tuple[list[str], ...] = ([], ["NFKC"], ["NFKC", "Lowercase"])
+_FEW_REPLACEMENTS, _MOST_REPLACEMENTS = 100, 400
+# First of the private characters that stand for what these normalizers would change.
+_KEPT = 0xF0000
+
+# The generated module declares its names when it is imported.
+_ModelProto: Any = sentencepiece_model_pb2.__dict__["ModelProto"]
+_TrainerSpec: Any = sentencepiece_model_pb2.__dict__["TrainerSpec"]
+_Piece = _ModelProto.SentencePiece
+
+
+def model_json(content: bytes) -> dict[str, Any]:
+    """The parts of a tokenizer.json that turn a text into ids, and back.
+
+    Raises ValueError where `tokenizers` has nothing that does what the model does.
+    """
+    proto = _ModelProto.FromString(content)
+    trainer, spec = proto.trainer_spec, proto.normalizer_spec
+    if trainer.model_type == _TrainerSpec.WORD:
+        raise ValueError("models of whole words have no form there")
+    if trainer.treat_whitespace_as_suffix:
+        raise ValueError("treat_whitespace_as_suffix has no form there")
+    if any(piece.type == _Piece.UNUSED for piece in proto.pieces):
+        raise ValueError("pieces of type UNUSED have no form there")
+    splits = _splits(proto)
+    return {
+        "added_tokens": [
+            _added(number, piece.piece)
+            for number, piece in enumerate(proto.pieces)
+            if piece.type == _Piece.CONTROL
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": _normalizers(content, spec)},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": splits} if splits else None,
+        "decoder": _decoder(strip=spec.add_dummy_prefix),
+        "model": _unigram(proto) if trainer.model_type == _TrainerSpec.UNIGRAM else _bpe(proto),
+    }
+
+
+def _added(number: int, content: str) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": number, "content": content, **flags, "special": True}
+
+
+def _decoder(*, strip: bool) -> dict[str, Any]:
+    decoders: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if strip:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {"type": "Sequence", "decoders": decoders}
+
+
+def _normalizers(content: bytes, spec: Any) -> list[dict[str, Any]]:
+    """In sentencepiece's order: rules for characters, white space, the prefix, the space's mark."""
+    prefix = [{"type": "Prepend", "prepend": " "}] * spec.add_dummy_prefix
+    rules = _rules(SentencePieceProcessor(model_proto=content), spec)
+    if spec.remove_extra_whitespaces:
+        squeezed = [_regex(r"\A +", ""), _regex("  +", " "), _regex(rf"[ {SPACE}]+\z", "")]
+        # Of nothing but spaces nothing is left, and no prefix is put before that.
+        steps = [*rules, *squeezed, *prefix]
+    else:
+        steps = [*prefix, *rules]
+    return [*steps, _string(" ", SPACE)] if spec.escape_whitespaces else steps
+
+
+def _rules(model: SentencePieceProcessor, spec: Any) -> list[dict[str, Any]]:
+    """What the model makes of single characters.
+
+    `tokenizers` composes characters where sentencepiece does not if they come in an unusual order.
+    """
+    if not spec.precompiled_charsmap:
+        return []
+    joined = _MARK.join(["", *_characters(), ""])
+    normalized = model.normalize(joined)
+    # No rule makes it a space, which would be removed here.
+    marked, plain = map(model.normalize, (SPACE + "a", "a"))
+    keeps_mark = spec.remove_extra_whitespaces and marked != plain
+    if spec.escape_whitespaces:
+        normalized = normalized.replace(SPACE, " ")
+    wanted = normalized.split(_MARK)[1:-1]
+    found: list[tuple[list[str], dict[str, list[str]]]] = []
+    for kinds in _SEQUENCES:
+        sequence = normalizers.Sequence([getattr(normalizers, kind)() for kind in kinds])
+        given = sequence.normalize_str(joined).split(_MARK)[1:-1]
+        others: dict[str, list[str]] = {}
+        for character, ours, theirs in zip(_characters(), wanted, given, strict=True):
+            if ours != theirs and not (keeps_mark and character == SPACE):
+                others.setdefault(ours, []).append(character)
+        found.append((kinds, others))
+        if len(others) <= _FEW_REPLACEMENTS:
+            break
+    kinds, others = min(found, key=lambda candidate: len(candidate[1]))
+    if len(others) > _MOST_REPLACEMENTS:
+        raise ValueError(f"its normalizer has {len(others):,} rules that have no form there")
+    sequence = normalizers.Sequence([getattr(normalizers, kind)() for kind in kinds])
+    before, after = [], []
+    for number, (content, characters) in enumerate(others.items()):
+        if sequence.normalize_str(content) != content:
+            # The rule's result is not for the normalizers that follow.
+            content, kept = chr(_KEPT + number), content
+            after.append(_string(content, kept))
+        before.append(
+            # Plain strings are found several times as fast.
+            _string(characters[0], content)
+            if len(characters) == 1
+            else _regex(f"[{''.join(map(re.escape, characters))}]", content)
+        )
+    return [*before, *({"type": kind} for kind in kinds), *after]
+
+
+@functools.cache
+def _characters() -> list[str]:
+    """All that Unicode has assigned."""
+    every = map(chr, range(1, 0x110000))
+    return [c for c in every if unicodedata.category(c) not in ("Cn", "Co", "Cs")]
+
+
+def _splits(proto: Any) -> list[dict[str, Any]]:
+    """Where a text is cut before it is tokenized."""
+    own = [p.piece for p in proto.pieces if p.type == _Piece.USER_DEFINED]
+    splits = []
+    if own:
+        # As sentencepiece, which takes the longest.
+        longest_first = sorted(own, key=len, reverse=True)
+        splits.append(_isolate("|".join(map(re.escape, longest_first))))
+    if proto.trainer_spec.model_type == _TrainerSpec.UNIGRAM:
+        # Unigram finds every token in a text, other than sentencepiece: none is whole here.
+        kinds = (_Piece.CONTROL, _Piece.UNKNOWN, _Piece.BYTE)
+        names = [p.piece for p in proto.pieces if p.type in kinds and len(p.piece) > 1]
+        cuts = (f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in names)
+        splits.append(_isolate("|".join(cuts)))
+    return splits
+
+
+def _bpe(proto: Any) -> dict[str, Any]:
+    """Any two pieces that make a piece are merged, by its score."""
+    pieces = list(proto.pieces)
+    scores = {p.piece: p.score for p in pieces if p.type == _Piece.NORMAL}
+    merges = []
+    if proto.trainer_spec.model_type == _TrainerSpec.BPE:
+        merges = [
+            (-score, [piece[:i], piece[i:]])
+            for piece, score in scores.items()
+            for i in range(1, len(piece))
+            if piece[:i] in scores and piece[i:] in scores
+        ]
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": _unknown(proto)[1],
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": _has_bytes(proto),
+        # A user's symbol, which was cut out, is the token of that name.
+        "ignore_merges": any(p.type == _Piece.USER_DEFINED for p in pieces),
+        "vocab": {p.piece: number for number, p in enumerate(pieces)},
+        "merges": [pair for _, pair in sorted(merges, key=lambda merge: merge[0])],
+    }
+
+
+def _unigram(proto: Any) -> dict[str, Any]:
+    """User's symbols are what is most probable, other tokens count for no minimum."""
+    least = min(p.score for p in proto.pieces if p.type == _Piece.NORMAL)
+    scores = {_Piece.USER_DEFINED: 0.0}
+    return {
+        "type": "Unigram",
+        "unk_id": _unknown(proto)[0],
+        "vocab": [
+            [p.piece, p.score if p.type == _Piece.NORMAL else scores.get(p.type, least)]
+            for p in proto.pieces
+        ],
+        "byte_fallback": _has_bytes(proto),
+    }
+
+
+def _unknown(proto: Any) -> tuple[int, str]:
+    return next((n, p.piece) for n, p in enumerate(proto.pieces) if p.type == _Piece.UNKNOWN)
+
+
+def _has_bytes(proto: Any) -> bool:
+    return any(piece.type == _Piece.BYTE for piece in proto.pieces)
+
+
+def _isolate(pattern: str) -> dict[str, Any]:
+    regex = {"Regex": pattern}
+    return {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}
+
+
+def _regex(pattern: str, content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
+
+
+def _string(pattern: str, content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": pattern}, "content": content}
