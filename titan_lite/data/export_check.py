@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from titan_lite.config.schema import Data, Documents
-from titan_lite.data.documents import BadDocument, is_blank, text_of
+from titan_lite.data.documents import BadDocument, text_of
 from titan_lite.data.probes import PROBES
 from titan_lite.data.sources import Source, open_dataset, reading, resolve_sources
 from titan_lite.data.token_files import GOOD, TokenFolder
@@ -95,11 +95,10 @@ def _documents(source: Source, field: str, tokenizer: Tokenizer) -> Iterator[str
                 yield tokenizer.decode(dataset.tokens(row))
         return
     for row in dataset:
-        if not is_blank(row, source.kind):
-            try:
-                yield text_of(row, source.kind, field)
-            except BadDocument:
-                continue
+        try:
+            yield text_of(row, source.kind, field)
+        except BadDocument:
+            continue
 
 
 def _reason(tokenizer: Tokenizer) -> str:

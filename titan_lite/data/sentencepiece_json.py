@@ -147,9 +147,21 @@ def _splits(proto: Any) -> list[dict[str, Any]]:
         # Unigram finds every token in a text, other than sentencepiece: none is whole here.
         kinds = (_Piece.CONTROL, _Piece.UNKNOWN, _Piece.BYTE)
         names = [p.piece for p in proto.pieces if p.type in kinds and len(p.piece) > 1]
-        cuts = (f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in names)
-        splits.append(_isolate("|".join(cuts)))
+        normal = [p.piece for p in proto.pieces if p.type == _Piece.NORMAL]
+        splits.append(_isolate("|".join(_cut(name, normal) for name in names)))
     return splits
+
+
+def _cut(name: str, pieces: list[str]) -> str:
+    """A pattern of the place in a token's name that is cut: one that no piece or unknown spans."""
+    text = "\n".join(pieces)
+    places = [
+        i
+        for i in range(1, len(name))
+        if name[i - 1 : i + 1] not in text and (name[i - 1] in text or name[i] in text)
+    ]
+    place = places[0] if places else 1
+    return f"(?<={re.escape(name[:place])})(?={re.escape(name[place:])})"
 
 
 def _bpe(proto: Any) -> dict[str, Any]:
