@@ -472,7 +472,12 @@ def test_a_form_that_the_class_has_not_is_refused(
 ) -> None:
     flavors = {name: replace(args, parallel_residual=True) for name, args in LLAMA.flavors.items()}
     monkeypatch.setattr(registry, "_FAMILIES", {"llama": replace(LLAMA, flavors=flavors)})
-    assert cli.main(["convert", "dcp-to-hf", f"{saved}/dcp", f"{tmp_path}/ours"]) == 2
+    folder = tmp_path / "dcp"
+    shutil.copytree(saved / "dcp", folder)
+    manifest = read_manifest(folder)
+    # As a checkpoint of such a model, not of the flavor before it changed.
+    write_manifest(folder, replace(manifest, model=manifest.model | {"parallel_residual": True}))
+    assert cli.main(["convert", "dcp-to-hf", str(folder), f"{tmp_path}/ours"]) == 2
     message = "LlamaForCausalLM cannot have parallel_residual True, not False"
     assert message in capsys.readouterr().err
 
