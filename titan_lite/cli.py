@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -84,7 +85,7 @@ def _config(argv: list[str]) -> int:
     parser.add_argument(
         "--preflight",
         action="store_true",
-        help="also find the data, read the tokenizer and look for checkpoints",
+        help="also check what a run finds here: its data, tokenizer, checkpoint and device",
     )
     options, path, overrides = _parse(parser, argv)
     if options.schema:
@@ -105,15 +106,39 @@ def _config(argv: list[str]) -> int:
         for (key, *_), message in file_rules(loaded.config):
             logging.warning("%s (%s), which a run needs: %s", key, loaded.origins[key], message)
     else:
-        from titan_lite.preflight import blaming, preflight, run_folder
-        from titan_lite.runtime.folder_lock import FolderLock
-
-        preflight(loaded, plan)
-        folder = run_folder(loaded)
-        if folder.is_dir():
-            with blaming("job.dump_folder", loaded):
-                FolderLock(folder).release()
+        _preflight(loaded, plan)
     return 0
+
+
+def _preflight(loaded: LoadedConfig, plan: rules.Plan) -> None:
+    """Checks what a run on this machine would find out before its first step."""
+    from titan_lite.preflight import check_contents, check_locks, collecting, preflight
+
+    found = preflight(loaded, plan)
+    problems: list[Problem] = []
+    with collecting(problems):
+        check_contents(loaded, plan, found)
+    with collecting(problems):
+        check_locks(loaded)
+    config = loaded.config
+    if (
+        config.compile.enable
+        or config.float8.recipe != "none"
+        or config.parallel.async_tp
+        or config.parallel.pp > 1
+        or config.model.module
+        or config.checkpoint.initial_load_hf
+        or config.checkpoint.exclude_from_loading
+        or config.profiling.enable_memory_snapshot
+        or shutil.which("nvidia-smi")
+    ):
+        # These need torch, which takes seconds to import.
+        from titan_lite.meta_model import check_run
+
+        with collecting(problems):
+            check_run(loaded, plan, found.start)
+    if problems:
+        raise ConfigError(problems)
 
 
 def _rendered(loaded: LoadedConfig) -> str:

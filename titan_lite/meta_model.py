@@ -9,14 +9,17 @@ import torch
 
 from titan_lite.checkpoint.hf_files import HFFolder
 from titan_lite.checkpoint.hf_layout import HFModel, check_start
-from titan_lite.checkpoint.state import check_excluded
+from titan_lite.checkpoint.state import Start, check_excluded
+from titan_lite.checkpoint.storage import check_weights
 from titan_lite.config.load import ConfigError, LoadedConfig, Problem
 from titan_lite.config.schema import Config, Float8
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.rules import Plan
 from titan_lite.nn.build import build
+from titan_lite.nn.init import rule_of
 from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.async_tp import check_async_tp
+from titan_lite.parallel.compile import check_compiler
 from titan_lite.parallel.context import check_cp
 from titan_lite.parallel.float8 import float8_problems
 from titan_lite.parallel.pipeline import Stage, split
@@ -27,15 +30,38 @@ from titan_lite.planner.counts import (
     num_last_matmul_params,
     num_unused_params,
 )
-from titan_lite.preflight import blaming
-from titan_lite.runtime.distributed import check_dtype
+from titan_lite.preflight import blaming, collecting
+from titan_lite.runtime.distributed import Process, check_dtype
 from titan_lite.runtime.profiler import check_profiling
+
+
+def check_run(loaded: LoadedConfig, plan: Plan, start: Start) -> None:
+    """Refuses, all together, what a run on this machine would refuse of its model and devices."""
+    problems: list[Problem] = []
+    device = Process.from_environment().device
+    section = loaded.config.checkpoint
+    model = build_meta_model(loaded, plan)
+    with collecting(problems):
+        pipeline_stages(loaded, plan, model, head_share=1.0)
+    with collecting(problems):
+        check_device(loaded, plan, model, device)
+    with collecting(problems):
+        if start.source is None:
+            open_hf_weights(loaded, plan)
+        elif section.exclude_from_loading and not start.resumes:
+            with blaming(start.key, loaded):
+                check_weights(start.source, model, section.exclude_from_loading)
+    if problems:
+        raise ConfigError(problems)
 
 
 def build_meta_model(loaded: LoadedConfig, plan: Plan) -> Transformer:
     """Builds the model, all of whose parameters the configuration's names and plan must fit."""
-    with torch.device("meta"):
+    with blaming("model.module", loaded), torch.device("meta"):
         model = build(plan.family, plan.args)
+        if type(model).init_parameter is Transformer.init_parameter:
+            for name, _ in model.named_parameters():
+                rule_of(model.init_rules, name)
     with blaming("checkpoint.exclude_from_loading", loaded):
         names = [name for name, _ in model.named_parameters()]
         check_excluded(loaded.config.checkpoint.exclude_from_loading, names)
@@ -105,18 +131,24 @@ def check_device(
     loaded: LoadedConfig, plan: Plan, model: Transformer, device: torch.device
 ) -> None:
     """Refuses what this device, or float8 with this model, cannot do."""
-    config = loaded.config
-    with blaming("profiling.enable_memory_snapshot", loaded):
+    config, problems = loaded.config, list[Problem]()
+    with collecting(problems), blaming("profiling.enable_memory_snapshot", loaded):
         check_profiling(config.profiling, device)
-    with blaming("training.param_dtype", loaded):
+    with collecting(problems), blaming("training.param_dtype", loaded):
         check_dtype(config.training.param_dtype, device)
     if config.parallel.async_tp:
-        with blaming("parallel.async_tp", loaded):
+        with collecting(problems), blaming("parallel.async_tp", loaded):
             check_async_tp(device, plan.dims.tp)
     if plan.dims.cp > 1:
-        with blaming("training.param_dtype", loaded):
+        with collecting(problems), blaming("training.param_dtype", loaded):
             check_cp(config.parallel.cp_method, device, config.training.param_dtype)
-    check_float8(loaded, plan, model, config.float8, device)
+    if config.compile.enable:
+        with collecting(problems), blaming("compile.enable", loaded):
+            check_compiler(device)
+    with collecting(problems):
+        check_float8(loaded, plan, model, config.float8, device)
+    if problems:
+        raise ConfigError(problems)
 
 
 def check_float8(

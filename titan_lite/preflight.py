@@ -1,4 +1,4 @@
-"""What a run needs from the disk, found out before any process exists to wait for; no torch."""
+"""What a run needs from the disk, checked before any process exists to wait for; no torch."""
 
 import contextlib
 import logging
@@ -14,9 +14,12 @@ from titan_lite.config.load import DEFAULT, ConfigError, LoadedConfig, Problem
 from titan_lite.config.problems import FIELDS, literal
 from titan_lite.config.schema import Checkpoint, Data
 from titan_lite.config.stored import words
-from titan_lite.data.held_out import resolve_held_out
-from titan_lite.data.masked_lm import mask_of
-from titan_lite.data.sources import check_tokens, resolve_sources
+from titan_lite.data.first_documents import check_documents
+from titan_lite.data.held_out import held_out_rows, resolve_held_out
+from titan_lite.data.masked_lm import MaskedPairs, mask_of
+from titan_lite.data.packing import Packing, Rows
+from titan_lite.data.settings import check_data_settings, data_settings
+from titan_lite.data.sources import Source, check_tokens, resolve_sources
 from titan_lite.data.tokenizer import Tokenizer, files_in, load_tokenizer
 from titan_lite.models.hf_config import TUNABLE, UNCOMPARED
 from titan_lite.models.rules import Plan
@@ -28,11 +31,17 @@ logger = logging.getLogger(__name__)
 LEAST_FILLED = 0.9
 
 
+# Held-out documents of more tokens are read by the ranks alone: one process would take seconds.
+MAX_HELD_OUT_TOKENS = 2**22
+
+
 @dataclass(frozen=True)
 class Preflight:
-    """What was found: the run's tokenizer, and where it begins."""
+    """What was found: the run's tokenizer, its sources, what is held out, and where it begins."""
 
     tokenizer: Tokenizer
+    sources: list[Source]
+    held_out: Source | None
     start: Start
 
 
@@ -40,30 +49,22 @@ def preflight(loaded: LoadedConfig, plan: Plan) -> Preflight:
     """Reads the tokenizer and the checkpoint's state and finds the data, or raises ConfigError."""
     config = loaded.config
     problems: list[Problem] = []
-    tokenizer = start = None
-    try:
-        with blaming("data.tokenizer_path", loaded):
-            tokenizer = fitting_tokenizer(config.data, plan)
-    except ConfigError as error:
-        problems += error.problems
-    try:
-        with blaming("data.dataset", loaded):
-            sources = resolve_sources(config.data)
+    tokenizer = start = held_out = None
+    sources: list[Source] = []
+    with collecting(problems), blaming("data.tokenizer_path", loaded):
+        tokenizer = fitting_tokenizer(config.data, plan)
+    with collecting(problems), blaming("data.dataset", loaded):
+        sources = resolve_sources(config.data)
+        if tokenizer is not None:
+            check_tokens(sources, tokenizer)
+        if all(source.stored for source in sources):
+            _warn_of_idle_keys(loaded)
+    with collecting(problems), blaming("validation.dataset", loaded):
+        if config.validation.enable:
+            held_out = resolve_held_out(config.validation, config.data)
             if tokenizer is not None:
-                check_tokens(sources, tokenizer)
-            if all(source.stored for source in sources):
-                _warn_of_idle_keys(loaded)
-    except ConfigError as error:
-        problems += error.problems
-    try:
-        with blaming("validation.dataset", loaded):
-            if config.validation.enable:
-                held_out = resolve_held_out(config.validation, config.data)
-                if tokenizer is not None:
-                    check_tokens([held_out], tokenizer)
-    except ConfigError as error:
-        problems += error.problems
-    try:
+                check_tokens([held_out], tokenizer)
+    with collecting(problems):
         with blaming("checkpoint.load_step", loaded):
             start = find_start(
                 config.checkpoint,
@@ -71,17 +72,67 @@ def preflight(loaded: LoadedConfig, plan: Plan) -> Preflight:
                 last_step=config.training.steps,
             )
         check_model(start, loaded, plan)
-    except ConfigError as error:
-        problems += error.problems
-    try:
-        with blaming("data.tokenizer_path", loaded):
-            if tokenizer is not None and start is not None:
-                check_origin(config.data, config.checkpoint, tokenizer, start)
-    except ConfigError as error:
-        problems += error.problems
+    with collecting(problems), blaming("data.tokenizer_path", loaded):
+        if tokenizer is not None and start is not None:
+            check_origin(config.data, config.checkpoint, tokenizer, start)
     if tokenizer is None or start is None or problems:
         raise ConfigError(problems)
-    return Preflight(tokenizer, start)
+    return Preflight(tokenizer, sources, held_out, start)
+
+
+def check_contents(loaded: LoadedConfig, plan: Plan, found: Preflight) -> None:
+    """Reads what the run will read first: documents, what is held out, the checkpoint's data.
+
+    Raises ConfigError for what would end the run before or in its first step.
+    """
+    config, training = loaded.config, loaded.config.training
+    global_batch_size = training.global_batch_size
+    if global_batch_size == -1:
+        global_batch_size = training.local_batch_size * plan.dims.batch
+    rows: Rows = Packing(config.data, training.seq_len)
+    if plan.family.objective == "masked_lm":
+        rows = MaskedPairs(config.masked_lm, training.seq_len, found.tokenizer)
+    problems: list[Problem] = []
+    with collecting(problems), blaming("data.dataset", loaded):
+        check_documents(
+            config.data,
+            found.sources,
+            found.tokenizer,
+            num_samples=(training.steps - found.start.state.step) * global_batch_size,
+        )
+    with collecting(problems), blaming("validation.dataset", loaded):
+        needed = config.validation.steps * global_batch_size * training.seq_len
+        most = _most_tokens(found.held_out) if found.held_out else None
+        if most is not None and min(needed, most) <= MAX_HELD_OUT_TOKENS:
+            for _ in held_out_rows(
+                config.validation,
+                config.data,
+                seq_len=training.seq_len,
+                global_batch_size=global_batch_size,
+                tokenizer=found.tokenizer,
+                rows=rows,
+            ):
+                pass
+    with collecting(problems), blaming(found.start.key, loaded):
+        if saved := found.start.state.data.get("settings"):
+            settings = data_settings(
+                config.data,
+                found.sources,
+                rows,
+                found.tokenizer,
+                seq_len=training.seq_len,
+                seed=training.seed,
+            )
+            check_data_settings(settings, saved)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _most_tokens(source: Source) -> int | None:
+    """A bound on the tokens of a source, each a byte of text at least; None for one by name."""
+    if source.stored:
+        return source.stored.manifest.tokens
+    return sum(file.stat().st_size for file in source.files) if source.files else None
 
 
 def check_model(start: Start, loaded: LoadedConfig, plan: Plan) -> None:
@@ -130,17 +181,29 @@ def check_model(start: Start, loaded: LoadedConfig, plan: Plan) -> None:
 
 def lock_folders(loaded: LoadedConfig) -> contextlib.ExitStack:
     """Keeps other runs from the run's folder and its checkpoints' until closed, or ConfigError."""
+    with contextlib.ExitStack() as locks:
+        for key, folder in _locked_folders(loaded).items():
+            with blaming(key, loaded):
+                locks.callback(FolderLock(folder, key).release)
+        return locks.pop_all()
+
+
+def check_locks(loaded: LoadedConfig) -> None:
+    """Raises ConfigError for a folder that another run writes to; makes none."""
+    for key, folder in _locked_folders(loaded).items():
+        if folder.is_dir():
+            with blaming(key, loaded):
+                FolderLock(folder, key).release()
+
+
+def _locked_folders(loaded: LoadedConfig) -> dict[str, Path]:
     folders = {"job.dump_folder": run_folder(loaded)}
     checkpoints = checkpoint_folder(loaded)
     # Two runs may share one that is not below their own folders.
     is_elsewhere = not checkpoints.resolve().is_relative_to(run_folder(loaded).resolve())
     if loaded.config.checkpoint.enable and is_elsewhere:
         folders["checkpoint.folder"] = checkpoints
-    with contextlib.ExitStack() as locks:
-        for key, folder in folders.items():
-            with blaming(key, loaded):
-                locks.callback(FolderLock(folder, key).release)
-        return locks.pop_all()
+    return folders
 
 
 def _warn_of_idle_keys(loaded: LoadedConfig) -> None:
@@ -220,6 +283,15 @@ def check_origin(section: Data, checkpoint: Checkpoint, tokenizer: Tokenizer, st
 
 def _name(tokenizer_path: str) -> str:
     return tokenizer_path or "the bundled tokenizer"
+
+
+@contextlib.contextmanager
+def collecting(problems: list[Problem]) -> Iterator[None]:
+    """Adds the problems of a ConfigError from inside to `problems`, for others to be found too."""
+    try:
+        yield
+    except ConfigError as error:
+        problems += error.problems
 
 
 @contextlib.contextmanager

@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from tests.checkpoint.test_manifest import flip_a_bit
 from tests.distributed import Workers
-from tests.runs import Tensors, build_trainer, gather, read_metrics, train, train_and_gather
+from tests.runs import TINY, Tensors, build_trainer, gather, read_metrics, train, train_and_gather
+from titan_lite import cli
 from titan_lite.checkpoint import manager
 from titan_lite.checkpoint.state import saved_steps
 from titan_lite.checkpoint.storage import Reader
@@ -380,7 +381,7 @@ def _error_of_starting(folder: Path, *overrides: str) -> str:
 
 @pytest.mark.distributed
 def test_weights_that_do_not_fit_are_refused_by_name(
-    workers: dict[int, Workers], tmp_path: Path
+    workers: dict[int, Workers], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = (*EVERY_4, "--training.local_batch_size=4")
     workers[2].run(_interrupted, tmp_path / "a", *settings)
@@ -395,6 +396,20 @@ def test_weights_that_do_not_fit_are_refused_by_name(
         assert re.search(r"layers\.2\.\S+ is not in ", message)
     for message in run(_error_of_starting, tmp_path / "b", *start, "--model.num_layers=1"):
         assert re.search(r"step-4 has layers\.1\.\S+, which this run's model has not", message)
+    # The preflight compares the same, without reading a weight.
+    excluded = '--checkpoint.exclude_from_loading=["tok_embeddings.*", "output.*"]'
+    keys = ["--quiet", "--preflight", "--world-size=2", "--", *TINY, *start]
+    keys.append(f"--job.dump_folder={tmp_path / 'b'}")
+    for settings, words in (
+        (["--model.ffn_dim=96"], "layers.0.feed_forward.w1.weight is (128, 64) in "),
+        (["--model.num_layers=3"], "layers.2.attention_norm.weight is not in "),
+        (["--model.num_layers=1"], "step-4 has layers.1."),
+        (["--model.tied_head=true"], ""),
+        ([], None),
+        (["--model.vocab_size=2100", excluded], None),
+    ):
+        assert cli.main(["config", *keys, *settings]) == (0 if words is None else 2)
+        assert (words or "") in capsys.readouterr().err
 
 
 def test_a_flipped_bit_in_the_latest_is_found_on_loading_and_an_earlier_one_resumed_from(

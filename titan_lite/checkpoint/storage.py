@@ -9,7 +9,7 @@ import io
 import pickle
 import platform
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch.utils.serialization import config as serialization
 
 from titan_lite import __version__
 from titan_lite.checkpoint.state import excludes
+from titan_lite.nn.transformer import Transformer
 from titan_lite.runtime.stored_files import StoredFile, hexadecimal
 
 Files = dict[str, StoredFile]
@@ -235,6 +236,46 @@ class SavePlanner(dcp.DefaultSavePlanner):
         )
 
 
+def check_weights(source: Path, model: Transformer, excluded: Sequence[str]) -> None:
+    """Raises ValueError naming a weight of a checkpoint that does not fit the whole `model`."""
+    vocabulary = Vocabulary(model.vocab_parameters, model.vocab_size)
+    metadata = Reader(source).read_metadata()
+    saved, asked = metadata.state_dict_metadata, set()
+    for name, value in model.state_dict().items():
+        if excludes(excluded, name):
+            continue
+        asked.add(key := f"model.{name}")
+        if key not in saved:
+            raise ValueError(_is_missing(key, source))
+        check_shape(key, saved[key], value.shape, vocabulary, source)
+    check_none_left(metadata, asked, source, excluded)
+
+
+def check_shape(
+    key: str, saved: Any, shape: torch.Size, vocabulary: Vocabulary, source: Path
+) -> None:
+    """Raises ValueError where a saved tensor is not of a tensor's shape, less its padding."""
+    if saved.size != vocabulary.shape(key, shape):
+        raise ValueError(
+            f"{key.removeprefix('model.')} is {tuple(saved.size)} in {source} and {tuple(shape)} "
+            "in this run: the model must be as it was"
+        )
+
+
+def check_none_left(
+    metadata: Metadata, asked: Set[str], source: Path, excluded: Sequence[str]
+) -> None:
+    """Raises ValueError for a saved weight that nothing asks for, unless it is excluded."""
+    for key in metadata.state_dict_metadata:
+        name = key.removeprefix("model.")
+        if name != key and key not in asked and not excludes(excluded, name):
+            raise ValueError(f"{source} has {name}, which this run's model has not")
+
+
+def _is_missing(key: str, source: Path) -> str:
+    return f"{key.removeprefix('model.')} is not in {source}: another model was saved there"
+
+
 class LoadPlanner(dcp.DefaultLoadPlanner):
     """Loads a vocabulary into one that is padded; tells by name what does not fit."""
 
@@ -249,17 +290,12 @@ class LoadPlanner(dcp.DefaultLoadPlanner):
         assert self.metadata is not None
         saved = dict(self.metadata.state_dict_metadata)
         for key, value in self.state_dict.items():
-            name = key.removeprefix("model.")
             if key not in saved:
-                raise ValueError(f"{name} is not in {self.source}: another model was saved there")
+                raise ValueError(_is_missing(key, self.source))
             found = saved[key]
             if not isinstance(found, TensorStorageMetadata) or not isinstance(value, Tensor):
                 continue
-            if found.size != self.vocabulary.shape(key, value.shape):
-                raise ValueError(
-                    f"{name} is {tuple(found.size)} in {self.source} and {tuple(value.shape)} in "
-                    "this run: the model must be as it was"
-                )
+            check_shape(key, found, value.shape, self.vocabulary, self.source)
             # Padding, which was not saved, stays as it is: zero.
             saved[key] = dataclasses.replace(found, size=value.shape)
         self.metadata = dataclasses.replace(self.metadata, state_dict_metadata=saved)
@@ -268,10 +304,7 @@ class LoadPlanner(dcp.DefaultLoadPlanner):
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         assert self.metadata is not None
         asked = {item.dest_index.fqn for plan in global_plan for item in plan.items}
-        for key in self.metadata.state_dict_metadata:
-            name = key.removeprefix("model.")
-            if name != key and key not in asked and not excludes(self.excluded, name):
-                raise ValueError(f"{self.source} has {name}, which this run's model has not")
+        check_none_left(self.metadata, asked, self.source, self.excluded)
         return super().create_global_plan(global_plan)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:

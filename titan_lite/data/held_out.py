@@ -4,10 +4,11 @@ Legend: as in loader.py. Sample g is the g-th of one stream over all documents, 
 global batches and what ranks get of them are cut as in training.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from titan_lite.config.schema import Data, Documents, Validation
-from titan_lite.data.loader import Batch
 from titan_lite.data.packing import IGNORED, Packing, Row, Rows
 from titan_lite.data.sources import (
     Source,
@@ -19,6 +20,9 @@ from titan_lite.data.sources import (
 from titan_lite.data.streams import Position, Stream
 from titan_lite.data.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from titan_lite.data.loader import Batch
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -29,7 +33,7 @@ class HeldOut:
     whose label counts.
     """
 
-    batches: list[Batch]
+    batches: "list[Batch]"
     num_tokens: int
     num_bytes: int
     num_pairs: int
@@ -69,6 +73,42 @@ def read_held_out(
 
     Raises ValueError where the documents are too few for `validation.steps` batches.
     """
+    # Imports torch, which what is known before a run does without.
+    from titan_lite.data.loader import Batch
+
+    mine: list[Row] = []
+    num_tokens = num_bytes = num_pairs = 0
+    for sample, row in enumerate(
+        held_out_rows(
+            validation,
+            data,
+            seq_len=seq_len,
+            global_batch_size=global_batch_size,
+            tokenizer=tokenizer,
+            rows=rows or Packing(data, seq_len),
+        )
+    ):
+        counted = row.labels != IGNORED
+        num_tokens += int(counted.sum())
+        num_bytes += tokenizer.num_bytes(row.labels[counted], row.inputs[counted])
+        num_pairs += row.pair_labels not in (None, IGNORED)
+        if sample % batch_degree == batch_rank:
+            mine.append(row)
+    starts = range(0, len(mine), local_batch_size)
+    batches = [Batch.of(mine[start : start + local_batch_size]) for start in starts]
+    return HeldOut(batches, num_tokens, num_bytes, num_pairs)
+
+
+def held_out_rows(
+    validation: Validation,
+    data: Data,
+    *,
+    seq_len: int,
+    global_batch_size: int,
+    tokenizer: Tokenizer,
+    rows: Rows,
+) -> Iterator[Row]:
+    """Yields the samples of one validation; ValueError where the documents are too few."""
     documents = documents_held_out(validation, data)
     read = {key: getattr(documents, key) for key in Documents.model_fields}
     # In order, a few at a time.
@@ -84,11 +124,9 @@ def read_held_out(
         stream=0,
         seed=0,
         tokenizer=tokenizer,
-        rows=rows or Packing(data, seq_len),
+        rows=rows,
         position=Position(),
     )
-    mine: list[Row] = []
-    num_tokens = num_bytes = num_pairs = 0
     for sample in range(validation.steps * global_batch_size):
         row = stream.row(sample)
         if stream.position.block.epoch > 0:
@@ -97,12 +135,4 @@ def read_held_out(
                 f"{seq_len} tokens are more than {source.name} holds: it has "
                 f"{sample // global_batch_size}"
             )
-        counted = row.labels != IGNORED
-        num_tokens += int(counted.sum())
-        num_bytes += tokenizer.num_bytes(row.labels[counted], row.inputs[counted])
-        num_pairs += row.pair_labels not in (None, IGNORED)
-        if sample % batch_degree == batch_rank:
-            mine.append(row)
-    starts = range(0, len(mine), local_batch_size)
-    batches = [Batch.of(mine[start : start + local_batch_size]) for start in starts]
-    return HeldOut(batches, num_tokens, num_bytes, num_pairs)
+        yield row

@@ -25,6 +25,7 @@ import torch
 from titan_lite.config.schema import Data, Documents
 from titan_lite.data.mixture import Mixture
 from titan_lite.data.packing import Packing, Row, Rows
+from titan_lite.data.settings import check_data_settings, data_settings
 from titan_lite.data.sources import check_tokens, open_dataset, resolve_sources
 from titan_lite.data.streams import Position, Stream
 from titan_lite.data.tokenizer import Tokenizer
@@ -146,14 +147,7 @@ class DataLoader:
         Raises ValueError naming each setting that differs from the state's, since with it the
         positions mean nothing.
         """
-        found, expected = self._settings(), state["settings"]
-        differing = [
-            f"{key} was {expected.get(key)!r} and is {value!r}"
-            for key, value in found.items()
-            if value != expected.get(key)
-        ]
-        if differing:
-            raise ValueError(f"cannot resume the data of another run: {'; '.join(differing)}")
+        check_data_settings(self._settings(), state["settings"])
         self.close()
         self._num_samples = state["num_samples"]
         mine = {v: s for v, s in state["streams"].items() if self._reads(int(v))}
@@ -171,20 +165,14 @@ class DataLoader:
         ]
 
     def _settings(self) -> dict[str, Any]:
-        identities = [source.identity for source in self._sources]
-        mixed = self._section.sources
-        return {
-            "dataset": identities if mixed else identities[0],
-            "data.sources": [[s.name, s.weight, s.text_field] for s in mixed] or None,
-            "training.seq_len": self._seq_len,
-            "training.seed": self._seed,
-            **self._rows.settings(),
-            "data.num_streams": self._section.num_streams,
-            "data.shuffle": self._section.shuffle,
-            "data.shuffle_buffer": self._section.shuffle_buffer,
-            "data.text_field": self._section.text_field,
-            "tokenizer": self._tokenizer.identity,
-        }
+        return data_settings(
+            self._section,
+            self._sources,
+            self._rows,
+            self._tokenizer,
+            seq_len=self._seq_len,
+            seed=self._seed,
+        )
 
     def _reads(self, stream: int) -> bool:
         common = int(np.gcd(self._section.num_streams, self._degree))

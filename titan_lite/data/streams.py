@@ -120,16 +120,21 @@ class Stream:
                 f"{self._source.key}: none of the {num_skipped} documents of stream {self._stream} "
                 f"of {self._source.name} could be used"
             )
-        name, num_streams = self._source.name, self._section.num_streams
+        num_streams = self._section.num_streams
         total = self._reader.count(num_streams)
-        if total == 0:
-            return f"{self._source.key}: {name} holds no documents"
         if total < num_streams:
-            return (
-                f"{name} holds {total} document{'s' * (total != 1)}, too few for "
-                f"data.num_streams={num_streams}: set data.num_streams to at most {total}"
-            )
+            return too_few(self._source, total, num_streams)
         return (
-            f"the files of {name} that stream {self._stream} of data.num_streams={num_streams} "
-            "reads hold no documents: set a smaller data.num_streams"
+            f"the files of {self._source.name} that stream {self._stream} of data.num_streams="
+            f"{num_streams} reads hold no documents: set a smaller data.num_streams"
         )
+
+
+def too_few(source: Source, total: int, num_streams: int) -> str:
+    """Returns what is wrong with a source of fewer documents than streams."""
+    if total == 0:
+        return f"{source.key}: {source.name} holds no documents"
+    return (
+        f"{source.name} holds {total} document{'s' * (total != 1)}, too few for "
+        f"data.num_streams={num_streams}: set data.num_streams to at most {total}"
+    )

@@ -95,19 +95,25 @@ ENCODER_RULES = (
 """BERT's std of 0.02 (arXiv:1810.04805), but for what writes to the residual stream."""
 
 
-@torch.no_grad()
-def fill(
-    rules: tuple[InitRule, ...], name: str, tensor: Tensor, generator: torch.Generator
-) -> None:
-    """Fills one whole parameter by the one rule that matches its name; ValueError without one."""
+def rule_of(rules: tuple[InitRule, ...], name: str) -> InitRule:
+    """The one rule that matches a parameter's name; ValueError without one."""
     found = [rule for rule in rules if matches(rule.pattern, name)]
     if len(found) != 1:
         raise ValueError(
             f"parameter {name!r} is matched by {len(found)} init rules, not one: give the model "
             "an init_rules row for it"
         )
+    return found[0]
+
+
+@torch.no_grad()
+def fill(
+    rules: tuple[InitRule, ...], name: str, tensor: Tensor, generator: torch.Generator
+) -> None:
+    """Fills one whole parameter by the one rule that matches its name; ValueError without one."""
+    rule = rule_of(rules, name)
     layer = next((int(part) for part in name.split(".") if part.isdecimal()), 0)
-    found[0].fill(tensor, generator, layer)
+    rule.fill(tensor, generator, layer)
 
 
 def _trunc_normal(tensor: Tensor, std: float, generator: torch.Generator) -> None:

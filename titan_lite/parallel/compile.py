@@ -4,7 +4,11 @@ Dynamo's private names are wrapped here, and imported only by runs that compile.
 """
 
 import logging
+import os
+import shutil
+import sysconfig
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -15,6 +19,35 @@ logger = logging.getLogger(__name__)
 
 # The first step compiles; the second may once more, for what FSDP2 sets up lazily in the first.
 WARMUP_STEPS = 2
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises ValueError where inductor has no compiler to build its kernels for `device` with."""
+    if device.type != "cpu":
+        # Triton's launchers are written in C.
+        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+            raise ValueError(
+                "needs a C compiler: neither gcc nor clang is on PATH; install one, or name one in "
+                "the environment variable CC"
+            )
+        return
+    from torch._inductor import config
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, OSError):
+        tried = ", ".join(filter(None, config.cpp.cxx))
+        raise ValueError(
+            f"needs a C++ compiler, and {tried} does not run: install g++, or name a compiler in "
+            "the environment variable CXX"
+        ) from None
+    if not (headers := Path(sysconfig.get_path("include")) / "Python.h").exists():
+        raise ValueError(
+            f"needs Python's headers, and {headers} does not exist: install the package that has "
+            "them (python3-dev on Debian and Ubuntu)"
+        )
 
 
 def apply_compile(model: Transformer, section: Compile) -> None:

@@ -1,0 +1,261 @@
+"""What a run on this machine would fail at is refused in one process, before any other starts."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.checkpoint.test_same_model import checkpoint_of
+from titan_lite import cli
+from titan_lite.checkpoint.manifest import read_manifest, write_manifest
+from titan_lite.checkpoint.state import RUN_STATE_FILE
+from titan_lite.data import first_documents
+from titan_lite.parallel import compile as compiling
+from titan_lite.runtime.folder_lock import FolderLock
+from titan_lite.runtime.stored_files import write_text
+
+Preflight = Callable[..., str]
+BERT = ("--model.name=bert", "--training.seq_len=128")
+
+
+def write_lines(path: Path, documents: list[object]) -> Path:
+    path.write_text("".join(f"{json.dumps(document)}\n" for document in documents))
+    return path
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Preflight:
+    """Calls the preflight of run_train.sh, which must refuse; returns its message, on one line."""
+
+    def call(*overrides: str, world_size: int = 2) -> str:
+        keys = [f"--job.dump_folder={tmp_path / 'run'}", *overrides]
+        size = f"--world-size={world_size}"
+        assert cli.main(["config", "--quiet", "--preflight", size, "--", *keys]) == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    return call
+
+
+@pytest.fixture
+def accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    def call(*overrides: str) -> None:
+        keys = [f"--job.dump_folder={tmp_path / 'run'}", *overrides]
+        code = cli.main(["config", "--quiet", "--preflight", "--world-size=2", "--", *keys])
+        assert (code, capsys.readouterr().err) == (0, "")
+
+    return call
+
+
+WORDS = {"text": "word " * 300}
+
+
+@pytest.mark.parametrize(
+    ("documents", "settings", "message"),
+    [
+        ([{"body": "a"}] * 99, (), "line 1: data.text_field='text' is not one of its fields"),
+        ([{"text": 3}] * 99, (), "line 1: data.text_field='text' is 3, expected text"),
+        ([{"text": ""}] * 99, (), "line 1: data.text_field='text' is empty"),
+        (["words"] * 99, (), "line 1: expected a JSON object"),
+        ([], (), "holds no documents"),
+        (
+            [{"body": "a"}] * 99,
+            ("--data.on_bad_document=skip",),
+            "none of the 99 documents of",
+        ),
+        ([WORDS] * 63, (), "holds 63 documents, too few for data.num_streams=64"),
+    ],
+)
+def test_documents_that_a_run_cannot_begin_with_are_refused(
+    tmp_path: Path,
+    refused: Preflight,
+    documents: list[object],
+    settings: tuple[str, ...],
+    message: str,
+) -> None:
+    path = write_lines(tmp_path / "a.jsonl", documents)
+    found = refused(f"--data.dataset_path={path}", *settings)
+    assert found.startswith("titan-lite: 1 problem in the configuration data.")
+    assert message in found
+
+
+def test_documents_of_columns_are_looked_at_as_well(tmp_path: Path, refused: Preflight) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": [1] * 99}), tmp_path / "a.parquet")
+    assert "data.text_field='text' is 1" in refused(f"--data.dataset_path={tmp_path}")
+    found = refused(f"--data.dataset_path={tmp_path}", "--data.text_field=body")
+    assert "data.text_field='body' is not one of its fields: it has text" in found
+
+
+def test_each_source_is_looked_at(tmp_path: Path, refused: Preflight) -> None:
+    good = write_lines(tmp_path / "good.jsonl", [WORDS] * 64)
+    bad = write_lines(tmp_path / "bad.jsonl", [{"body": "a"}] * 64)
+    tables = ", ".join(
+        f'{{name = "{path.stem}", weight = 1, dataset_path = "{path}"}}' for path in (good, bad)
+    )
+    found = refused(f"--data.sources=[{tables}]")
+    assert f"{bad}, line 1: data.sources.bad.text_field='text' is not one of its fields" in found
+
+
+def test_a_run_that_reads_few_streams_needs_few_documents(
+    tmp_path: Path, accepted: Callable[..., None]
+) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [WORDS] * 4)
+    # 2 steps of a sample for each of 2 ranks: streams 0 to 3.
+    accepted(f"--data.dataset_path={path}", "--training.steps=2", "--training.seq_len=64")
+    accepted(f"--data.dataset_path={path}", "--data.num_streams=4")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("--validation.steps=10000",), "validation.steps=10000 batches of 2 samples of 2048"),
+        (("--training.seq_len=8192",), "validation.steps=10 batches of 2 samples of 8192 tokens"),
+        (
+            ("--training.global_batch_size=64",),
+            "validation.steps=10 batches of 64 samples of 2048 tokens are more than bundled",
+        ),
+        ((*BERT, "--validation.steps=10000"), "validation.steps=10000 batches of 2 samples of 128"),
+        (("--validation.dataset_path={few}",), "few.jsonl holds: it has 0"),
+        (("--validation.dataset_path={bad}",), "validation.text_field='text' is not one of"),
+    ],
+)
+def test_held_out_documents_that_are_too_few_are_refused(
+    tmp_path: Path, refused: Preflight, settings: tuple[str, ...], message: str
+) -> None:
+    few = write_lines(tmp_path / "few.jsonl", [{"text": "word"}])
+    bad = write_lines(tmp_path / "bad.jsonl", [{"body": "word"}])
+    keys = [setting.format(few=few, bad=bad) for setting in settings]
+    found = refused("--validation.enable=true", "--model.max_seq_len=8192", *keys)
+    assert found.startswith("titan-lite: 1 problem in the configuration validation.")
+    assert message in found
+
+
+def test_data_settings_of_another_run_are_refused(tmp_path: Path, refused: Preflight) -> None:
+    checkpoint = checkpoint_of(tmp_path / "run/checkpoint", {"flavor": "debug"})
+    state = json.loads((checkpoint / RUN_STATE_FILE).read_text())
+    state["data"] = {"settings": {"data.num_streams": 8, "training.seed": 0}}
+    manifest = read_manifest(checkpoint)
+    text = json.dumps(state)
+    manifest.files[RUN_STATE_FILE] = write_text(checkpoint / RUN_STATE_FILE, text)
+    write_manifest(checkpoint, manifest)
+    found = refused("--checkpoint.enable=true")
+    assert "data.num_streams was 8 and is 64" in found
+    assert "training.seed" not in found
+
+
+def test_what_the_devices_cannot_do_is_refused_in_one_block(
+    refused: Preflight, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def no_compiler() -> str:
+        raise OSError
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", no_compiler)
+    found = refused(
+        "--compile.enable=true",
+        "--float8.recipe=rowwise",
+        "--profiling.enable_memory_snapshot=true",
+        "--parallel.pp=2",
+        "--model.num_layers=1",
+        "--training.global_batch_size=2",
+        f"--data.dataset_path={write_lines(tmp_path / 'a.jsonl', [{'body': 'a'}])}",
+    )
+    assert found.startswith("titan-lite: 5 problems in the configuration ")
+    for words in (
+        "data.text_field='text' is not one of its fields",
+        "2 ranks with 1 stages each are too many for the model's 1 blocks",
+        "compile.enable (command line): needs a C++ compiler, and ",
+        'float8.recipe (command line): "rowwise" needs a GPU that multiplies float8',
+        "profiling.enable_memory_snapshot (command line): memory snapshots need a CUDA device",
+    ):
+        assert words in found, words
+
+
+def test_async_tensor_parallel_needs_gpus(refused: Preflight) -> None:
+    keys = ("--parallel.tp=2", "--parallel.async_tp=true", "--compile.enable=true")
+    assert "parallel.async_tp (command line): needs CUDA devices" in refused(*keys)
+
+
+def test_an_old_gpu_is_refused_bfloat16_and_float8(
+    refused: Preflight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
+    found = refused("--float8.recipe=rowwise")
+    assert "training.param_dtype (default): Tesla V100 has no bfloat16" in found
+    assert "float8.recipe (command line): " in found
+    assert "and Tesla V100 has 7.0" in found
+
+
+@pytest.mark.parametrize(
+    ("device", "missing", "message"),
+    [
+        ("cpu", "compiler", "needs a C++ compiler, and nowhere/g++ does not run: install g++"),
+        ("cpu", "headers", "needs Python's headers, and nowhere/Python.h does not exist"),
+        ("cuda", "compiler", "needs a C compiler: neither gcc nor clang is on PATH"),
+    ],
+)
+def test_compilation_needs_a_compiler(
+    monkeypatch: pytest.MonkeyPatch, device: str, missing: str, message: str
+) -> None:
+    from torch._inductor import config, cpp_builder
+
+    cpp_builder.cpp_compiler_search.cache_clear()
+    monkeypatch.delenv("CC", raising=False)
+    cxx: tuple[str | None, ...] = (None, "nowhere/g++")
+    if missing == "headers":
+        cxx = (sys.executable,)  # Answers --version.
+        monkeypatch.setattr("sysconfig.get_path", lambda _: "nowhere")
+    else:
+        monkeypatch.setattr("shutil.which", lambda _: None)
+    with config.patch({"cpp.cxx": cxx}), pytest.raises(ValueError, match=re.escape(message)):
+        compiling.check_compiler(torch.device(device))
+    cpp_builder.cpp_compiler_search.cache_clear()
+
+
+def test_names_of_weights_that_no_parameter_has_are_refused(refused: Preflight) -> None:
+    found = refused('--checkpoint.exclude_from_loading=["outptu.*"]')
+    assert '"outptu.*" matches no parameter' in found
+
+
+def test_both_folders_of_a_run_are_tried(
+    tmp_path: Path, refused: Preflight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("titan_lite.runtime.folder_lock.LOCK_SECONDS", 0.0)
+    for key, name in (("job.dump_folder", "run"), ("checkpoint.folder", "saved")):
+        lock = FolderLock(tmp_path / name)
+        settings = ("--checkpoint.enable=true", f"--checkpoint.folder={tmp_path / 'saved'}")
+        assert f"{key} (command line): another run writes to {tmp_path / name}" in refused(
+            *settings
+        )
+        lock.release()
+
+
+def test_a_run_on_local_files_is_checked_without_torch_and_datasets(tmp_path: Path) -> None:
+    keys = [f"--job.dump_folder={tmp_path / 'run'}", "--validation.enable=true"]
+    program = (
+        "import sys, shutil; shutil.which = lambda name: None\n"
+        "from titan_lite.cli import main\n"
+        f"assert main(['config', '--quiet', '--preflight', *{keys}]) == 0\n"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'datasets')))"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_a_dataset_by_name_is_left_to_the_run(
+    monkeypatch: pytest.MonkeyPatch, accepted: Callable[..., None]
+) -> None:
+    def unreachable(_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(first_documents, "open_dataset", unreachable)
+    accepted("--data.dataset=c4", "--validation.enable=true", "--validation.split=validation")

@@ -1,0 +1,52 @@
+"""Reads the first documents of local sources before any process starts; no torch."""
+
+from collections.abc import Sequence
+
+from titan_lite.config.schema import Data, Documents
+from titan_lite.data.mixture import Mixture
+from titan_lite.data.readers import TextReader, TokenReader
+from titan_lite.data.sources import Source, open_dataset
+from titan_lite.data.streams import too_few
+from titan_lite.data.token_files import TokenFolder
+from titan_lite.data.tokenizer import Tokenizer
+
+
+def check_documents(
+    section: Data, sources: Sequence[Source], tokenizer: Tokenizer, *, num_samples: int
+) -> None:
+    """Raises ValueError for local documents that a run of num_samples cannot begin with.
+
+    Those are a first document without text, a file that cannot be read, and fewer documents than
+    streams that the run reads.
+    """
+    mixture = Mixture([source.weight for source in section.sources] or [1])
+    mixed: Sequence[Documents] = section.sources or [section]
+    for number, (source, documents) in enumerate(zip(sources, mixed, strict=True)):
+        if not (source.files or source.stored):
+            continue
+        # Beyond some rounds of all streams, every source has had each of them.
+        samples = range(min(num_samples, 64 * section.num_streams))
+        streams = {g % section.num_streams for g in samples if mixture.source(g) == number}
+        update = {"text_field": documents.text_field, "num_streams": 1}
+        reader = _reader(source, section.model_copy(update=update), tokenizer)
+        reader.start(None)
+        num_read = num_good = 0
+        while num_good == 0:
+            size, good = reader.read(1)
+            if size == 0:
+                break
+            num_read, num_good = num_read + size, num_good + len(good)
+        if num_read > 0 and num_good == 0:
+            raise ValueError(
+                f"{source.key}: none of the {num_read} documents of {source.name} could be used"
+            )
+        # Of fewer documents than streams, those of the last streams have none.
+        if (total := reader.count(section.num_streams)) <= max(streams, default=0):
+            raise ValueError(too_few(source, total, section.num_streams))
+
+
+def _reader(source: Source, section: Data, tokenizer: Tokenizer) -> TextReader | TokenReader:
+    dataset = open_dataset(source)
+    if isinstance(dataset, TokenFolder):
+        return TokenReader(dataset, 0, 1)
+    return TextReader(dataset, source, section, 0, tokenizer)

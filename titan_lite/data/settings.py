@@ -1,0 +1,46 @@
+"""The settings that a run's data follow from, and that a resumed run must keep; no torch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from titan_lite.config.schema import Data
+from titan_lite.data.packing import Rows
+from titan_lite.data.sources import Source
+from titan_lite.data.tokenizer import Tokenizer
+
+
+def data_settings(
+    section: Data,
+    sources: Sequence[Source],
+    rows: Rows,
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Returns the settings by their keys, for a checkpoint; small JSON."""
+    identities = [source.identity for source in sources]
+    mixed = section.sources
+    return {
+        "dataset": identities if mixed else identities[0],
+        "data.sources": [[s.name, s.weight, s.text_field] for s in mixed] or None,
+        "training.seq_len": seq_len,
+        "training.seed": seed,
+        **rows.settings(),
+        "data.num_streams": section.num_streams,
+        "data.shuffle": section.shuffle,
+        "data.shuffle_buffer": section.shuffle_buffer,
+        "data.text_field": section.text_field,
+        "tokenizer": tokenizer.identity,
+    }
+
+
+def check_data_settings(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raises ValueError naming each setting that differs from the checkpoint's."""
+    differing = [
+        f"{key} was {saved.get(key)!r} and is {value!r}"
+        for key, value in settings.items()
+        if value != saved.get(key)
+    ]
+    if differing:
+        raise ValueError(f"cannot resume the data of another run: {'; '.join(differing)}")
