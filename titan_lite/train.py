@@ -54,6 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(argv: Sequence[str], rank: int, stop: StopRequest) -> int:
     loaded = read_config(argv[0], argv[1:])
     plan = check(loaded, world_size())
+    processes = plan.dims.world_size
+    if rank == 0:
+        logger.info(
+            "Starting %s in %d process%s", argv[0], processes, "es" if processes > 1 else ""
+        )
     # torch takes seconds to import: a mistake is answered before.
     from titan_lite.optim.nonfinite import NonFiniteError
     from titan_lite.runtime.distributed import leave_at_once, stop_process_group

@@ -140,6 +140,7 @@ class Trainer:
         # The meshes' groups do not inherit the timeout of the first one.
         self._set_timeout(config.comm.init_timeout_seconds)
         self.pp_group = meshes.pp
+        logger.info("Building the model: %s parameters", f"{self.num_params:,}")
         parallel_model = build_parallel(
             self.model,
             self.stages,
@@ -321,6 +322,10 @@ class Trainer:
             logger.info("Step %d of %d is done already: nothing is left to train", first - 1, last)
             self.save_hf()
             return
+        compiles = "; the first step compiles, which can take minutes"
+        logger.info(
+            "Training from step %d to %d%s", first, last, compiles if self.compilations else ""
+        )
         profile_folder = self.run_folder / "profile"
         with (
             collected_every(self.config.training.gc_freq) as collect,

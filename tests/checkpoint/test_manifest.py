@@ -5,6 +5,7 @@ Checkpoints of a few bytes: what these tests are about does not look into the fi
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from titan_lite.checkpoint.state import (
     check_excluded,
     delete_old,
     find_start,
+    newest_below,
     saved_steps,
 )
 from titan_lite.config.schema import Checkpoint
@@ -181,6 +183,25 @@ def test_the_latest_are_kept_and_every_so_many_steps_for_ever(tmp_path: Path) ->
     assert not list(tmp_path.glob("*.incomplete"))
     delete_old(SECTION.model_copy(update={"keep_latest_k": 0}), tmp_path)
     assert saved_steps(tmp_path) == [6, 12, 14]
+
+
+def test_the_newest_checkpoint_below_is_named_where_one_is_meant(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (4, 12, 8):
+        make_checkpoint(tmp_path / "runs" / "first" / "checkpoint", step)
+    # Not complete, and no checkpoint.
+    (tmp_path / "runs" / "first" / "checkpoint" / "step-16").mkdir()
+    newest = tmp_path / "runs" / "first" / "checkpoint" / "step-12"
+    for folder in (newest.parent, newest.parent.parent, tmp_path / "runs"):
+        section = Checkpoint(enable=True, initial_load_path=str(folder))
+        message = f"checkpoint.initial_load_path must name one checkpoint, as {newest}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            find_start(section, tmp_path / "new")
+    assert newest_below(newest) is None
+    assert newest_below(tmp_path / "none") is None
+    assert cli.main(["checkpoint", "verify", str(tmp_path / "runs")]) == 2
+    assert f"; the newest further below is {newest}" in capsys.readouterr().err
 
 
 def test_the_command_lists_and_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -276,6 +276,14 @@ def test_what_is_no_run_is_a_mistake(capsys) -> None:
     Path("a").mkdir()
     assert cli.main(["report", "a"]) == 2
     assert "a: not a run folder, it has no run.json" in capsys.readouterr().err
+    checkpoint = write_run(Path("runs/b"), [8.0]) / "checkpoint" / "step-1"
+    checkpoint.mkdir(parents=True)
+    for given in ("runs", "runs/b/checkpoint", "runs/b/checkpoint/step-1"):
+        for command in (["report", given], ["compare", "runs/b", given]):
+            assert cli.main(command) == 2
+            assert f'{given}: not a run folder, it has no run.json; did you mean "runs/b"?' in (
+                capsys.readouterr().err
+            )
     with pytest.raises(SystemExit):
         cli.main(["report", *"abcdefg"])
     assert "at most 6 runs fit on one page, got 7" in capsys.readouterr().err

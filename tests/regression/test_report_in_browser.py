@@ -18,7 +18,7 @@ from titan_lite import cli
 from titan_lite.regression import report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
-LAPTOP, TABLET, PHONE = (1366, 768), (768, 1024), (400, 800)
+LAPTOP, TABLET, PHONE = (1366, 768), (768, 1024), (400, 850)
 STYLE = Path(report.__file__).with_suffix(".css").read_text()
 
 # Put around the page's own script: errors, and what a user would see.
@@ -173,7 +173,11 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = np.random.default_rng(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        runs = (("outputs/llama_baseline", 12_000), ("stopped", 3_000), ("diverged", 9_000))
+        runs = (
+            ("outputs/llama_baselinewithwarmup-2026", 12_000),
+            ("stopped", 3_000),
+            ("diverged", 9_000),
+        )
         for name, steps in runs:
             loss = list(2 + 6 * np.arange(1, steps + 1) ** -0.3 + generator.normal(0, 0.05, steps))
             norms = list(np.exp(generator.normal(-1, 0.8, steps)))
@@ -242,7 +246,7 @@ def check_screen(seen: dict[str, Any], picture: Any, size: tuple[int, int], *, d
     assert len(seen["words"]) > 100
     assert [word for word, lines in seen["words"] if lines > 1] == [], "broken inside"
     assert seen["isSticky"], "the legend stays while one scrolls"
-    assert seen["names"] == ["outputs/llama_baseline", "stopped", "diverged"]
+    assert seen["names"] == ["outputs/llama_baselinewithwarmup-2026", "stopped", "diverged"]
     assert seen["strokes"] == [f"rgb{rgb(f'run{number}', dark=dark)}" for number in range(3)]
     assert picture.shape[:2] == (size[1], size[0])
     assert tuple(picture[-1, 2].round()) == rgb("page", dark=dark)

@@ -482,6 +482,62 @@ def test_a_form_that_the_class_has_not_is_refused(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "problem", "meant"),
+    [
+        (
+            "dcp-to-hf run hf --dtype=bfloat16",
+            "run is not a checkpoint, but holds some; the newest",
+            "dcp-to-hf run/checkpoint/step-12 hf --dtype=bfloat16",
+        ),
+        (
+            "dcp-to-hf run/checkpoint/ hf",
+            "run/checkpoint is not a checkpoint, but holds some",
+            "dcp-to-hf run/checkpoint/step-12 hf",
+        ),
+        (
+            "dcp-to-hf hf run/checkpoint/step-12",
+            "hf does not exist, and run/checkpoint/step-12 does",
+            "dcp-to-hf run/checkpoint/step-12 hf",
+        ),
+        (
+            "hf-to-dcp dcp theirs/",
+            "dcp does not exist, and theirs does: the source comes first",
+            "hf-to-dcp theirs/ dcp",
+        ),
+        (
+            "dcp-to-hf theirs dcp",
+            "theirs is a model of Hugging Face already",
+            "hf-to-dcp theirs dcp",
+        ),
+        (
+            "hf-to-dcp run hf",
+            "run is a checkpoint or holds some; the other direction",
+            "dcp-to-hf run/checkpoint/step-12 hf",
+        ),
+    ],
+)
+def test_the_command_that_was_meant_is_printed(
+    given: str,
+    problem: str,
+    meant: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for step in (4, 12):
+        folder = Path(f"run/checkpoint/step-{step}")
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+    Path("theirs").mkdir()
+    Path("theirs/config.json").write_text("{}")
+    assert cli.main(["convert", *given.split()]) == 2
+    message = capsys.readouterr().err
+    assert problem in message
+    assert message.endswith(f": titan-lite convert {meant}\n")
+
+
 def test_nothing_is_written_over(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["convert", "hf-to-dcp", f"{saved}/theirs", f"{saved}/dcp"]) == 2
     assert "dcp exists already; name a folder that does not" in capsys.readouterr().err

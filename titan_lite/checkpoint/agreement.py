@@ -1,5 +1,6 @@
 """All ranks begin from the same checkpoint, undamaged, and read the same data."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ import torch.distributed as dist
 from titan_lite.checkpoint.manifest import read_manifest
 from titan_lite.checkpoint.state import Start, find_start
 from titan_lite.config.schema import Checkpoint
+from titan_lite.config.units import format_scaled
 from titan_lite.runtime.stored_files import DamagedError, damaged_files
+
+logger = logging.getLogger(__name__)
 
 
 def agree_on_start(
@@ -54,6 +58,7 @@ def agree_on_data(settings: Mapping[str, Any]) -> None:
 def _damage(source: Path) -> list[str]:
     """What is wrong with a checkpoint's files, each of which one rank reads; collective."""
     manifest = read_manifest(source)
+    logger.info("Reading %s in %s for its checksums", format_scaled(manifest.bytes, "B"), source)
     rank, size = dist.get_rank(), dist.get_world_size()
     found: list[list[str]] = [[]] * size
     dist.all_gather_object(

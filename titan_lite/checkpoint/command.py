@@ -14,7 +14,7 @@ from titan_lite.checkpoint.manifest import (
     Manifest,
     read_manifest,
 )
-from titan_lite.checkpoint.state import saved_steps
+from titan_lite.checkpoint.state import newest_below, saved_steps
 from titan_lite.config.load import ConfigError, Problem
 from titan_lite.config.schema import Checkpoint
 from titan_lite.config.units import format_scaled
@@ -55,6 +55,8 @@ def _checkpoints(folder: Path) -> list[Path]:
     if (folder / MANIFEST_FILE).exists() or folder.name.startswith("step-"):
         return [folder]
     message = f"{NO_CHECKPOINT}, nor in {default}/ below it"
+    if newest := newest_below(folder):
+        message += f"; the newest further below is {newest}"
     raise ConfigError([Problem(str(folder), "command line", message)])
 
 

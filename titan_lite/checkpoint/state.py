@@ -72,6 +72,17 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
+def newest_below(folder: Path) -> Path | None:
+    """The newest complete checkpoint in a folder that is none: one of checkpoints, a run, runs."""
+    if (folder / MANIFEST_FILE).exists():
+        return None
+    for depth in ("", "*/", "*/*/"):
+        found = [file.parent for file in folder.glob(f"{depth}step-*/{MANIFEST_FILE}")]
+        if found := [path for path in found if STEP_FOLDER.fullmatch(path.name)]:
+            return max(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return None
+
+
 def find_start(
     section: Checkpoint,
     folder: Path,
@@ -95,10 +106,8 @@ def find_start(
     if not section.initial_load_path:
         return Start()
     source = Path(section.initial_load_path).expanduser()
-    if not (source / MANIFEST_FILE).exists() and (steps := saved_steps(source)):
-        raise ValueError(
-            f"checkpoint.initial_load_path must name one checkpoint, as {source}/step-{steps[-1]}"
-        )
+    if newest := newest_below(source):
+        raise ValueError(f"checkpoint.initial_load_path must name one checkpoint, as {newest}")
     content = "model" if section.initial_load_model_only else "run"
     try:
         manifest = read_manifest(source)

@@ -102,10 +102,12 @@ class ConsoleSink:
                 ("tflops", "tflops", "7.3f", ""),
                 ("mfu", "mfu", "5.1f", "%"),
                 ("memory_gib", "mem", "6.2f", " GiB"),
-                ("data_wait", "data", "4.1f", "%"),
             )
             if key in record
         ]
+        # Of little waiting the exact share is of no use.
+        if "data_wait" in record:
+            fields.append(("data", f"{record['data_wait']:4.1f}%"))
         if record.get("warmup"):
             fields.append(("warm-up", ""))
         else:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from titan_lite.config import stored
-from titan_lite.config.problems import FIELDS, near_file
+from titan_lite.config.problems import FIELDS, near_file, quote
 from titan_lite.config.schema import Config
 from titan_lite.config.stored import global_batch_size, setting
 
@@ -63,10 +63,20 @@ def read_curve(path: Path) -> Curve:
         raise Mistake(f"{path}: no such run folder or golden file{near_file(path)}")
     if not path.is_dir():
         return _read_golden(path)
-    for name in (METRICS_FILE, RUN_FILE):
-        if not (path / name).exists():
-            raise Mistake(f"{path}: not a run folder, it has no {name}")
+    check_run_folder(path)
     return make_curve(str(path), read_records(path), read_facts(path))
+
+
+def check_run_folder(folder: Path) -> None:
+    """Mistake, naming the run nearby, where a folder is not that of a run."""
+    for name in (RUN_FILE, METRICS_FILE):
+        if not (folder / name).exists():
+            # Of a checkpoint, the run that saved it; of a folder of runs, the newest.
+            below = sorted(folder.glob(f"*/{RUN_FILE}"), key=lambda file: -file.stat().st_mtime)
+            above = [parent / RUN_FILE for parent in (folder.parent, folder.parent.parent)]
+            near = next((file for file in (*above, *below) if file.exists()), None)
+            hint = f"; did you mean {quote(str(near.parent))}?" if near else ""
+            raise Mistake(f"{folder}: not a run folder, it has no {name}{hint}")
 
 
 def read_records(folder: Path) -> list[Record]:

@@ -15,10 +15,8 @@ from titan_lite.config.stored import setting
 from titan_lite.config.units import format_number
 from titan_lite.metrics.record import METRICS
 from titan_lite.regression.curves import (
-    METRICS_FILE,
-    RUN_FILE,
-    Mistake,
     Record,
+    check_run_folder,
     column,
     over_segments,
     read_facts,
@@ -85,9 +83,7 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """Mistake where the folder is not a run's."""
-    for name in (RUN_FILE, METRICS_FILE):
-        if not (folder / name).exists():
-            raise Mistake(f"{folder}: not a run folder, it has no {name}")
+    check_run_folder(folder)
     return Run(str(folder), read_records(folder), read_facts(folder))
 
 

@@ -6,14 +6,21 @@ What needs torch is imported where it is used: a folder that is refused is refus
 import argparse
 import dataclasses
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from titan_lite.checkpoint.hf_files import DTYPES, HFFolder
-from titan_lite.checkpoint.manifest import TOKENIZER_FOLDER, Manifest, read_manifest
+from titan_lite.checkpoint.hf_files import CONFIG_FILE, DTYPES, HFFolder
+from titan_lite.checkpoint.manifest import (
+    MANIFEST_FILE,
+    TOKENIZER_FOLDER,
+    Manifest,
+    read_manifest,
+)
 from titan_lite.checkpoint.same_model import model_differences, model_facts
+from titan_lite.checkpoint.state import newest_below
 from titan_lite.config.problems import how_to_fetch, literal
 from titan_lite.config.schema import Data, Model
 from titan_lite.data.tokenizer import FILE_NAMES, Tokenizer, files_in, load_tokenizer
@@ -42,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     source, target = Path(options.source), Path(options.target)
     try:
+        _check_source(options, argv)
         if target.exists():
             raise ValueError(f"{target} exists already; name a folder that does not")
         load_module(options.module)
@@ -66,6 +74,30 @@ def main(argv: Sequence[str]) -> int:
         print(f"titan-lite convert: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _check_source(options: argparse.Namespace, argv: Sequence[str]) -> None:
+    """ValueError with the command that was meant, for a folder of the other kind or place."""
+    source, target, direction = Path(options.source), Path(options.target), options.direction
+    is_hf, newest = (source / CONFIG_FILE).is_file(), newest_below(source)
+    is_checkpoint = (source / MANIFEST_FILE).is_file()
+    meant = list(argv)
+    if not source.exists() and target.exists():
+        problem = f"{source} does not exist, and {target} does: the source comes first"
+        a, b = argv.index(options.source), argv.index(options.target)
+        meant[a], meant[b] = meant[b], meant[a]
+    elif direction == "dcp-to-hf" and newest:
+        problem = f"{source} is not a checkpoint, but holds some; the newest"
+        meant[argv.index(options.source)] = str(newest)
+    elif direction == "dcp-to-hf" and is_hf and not is_checkpoint:
+        problem = f"{source} is a model of Hugging Face already; the other direction"
+        meant = ["hf-to-dcp", str(source), str(target)]
+    elif direction == "hf-to-dcp" and not is_hf and (is_checkpoint or newest):
+        problem = f"{source} is a checkpoint or holds some; the other direction"
+        meant = ["dcp-to-hf", str(newest or source), str(target)]
+    else:
+        return
+    raise ValueError(f"{problem}: {shlex.join(['titan-lite', 'convert', *meant])}")
 
 
 def hf_to_dcp(source: Path, target: Path) -> None:
