@@ -164,7 +164,9 @@ def check_model(start: Start, loaded: LoadedConfig, plan: Plan) -> None:
             remedy = ""
     by_key: dict[str, list[str]] = {}
     for name, (saved, own) in different.items():
-        keys = (f"model.{name}", "model.flavor", "model.name")
+        # Heads whose width is not set share the model's.
+        sizes = ("model.num_heads", "model.dim") if name == "head_dim" else ()
+        keys = (f"model.{name}", *sizes, "model.flavor", "model.name")
         key = next((key for key in keys if loaded.origins.get(key, DEFAULT) != DEFAULT), start.key)
         by_key.setdefault(key, []).append(f"{name} is {words(own)}, not {words(saved)}")
     problems = [

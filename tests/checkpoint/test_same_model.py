@@ -45,6 +45,7 @@ def settings(model: dict[str, Any]) -> list[str]:
         ({"vocab_size": 4096}, "model.vocab_size", "vocab_size is 4096, not 2048"),
         # Sizes are the same, and what they mean is not.
         ({"num_heads": 2, "head_dim": 32}, "model.num_heads", "num_heads is 2, not 4"),
+        ({"num_heads": 2}, "model.num_heads", "num_heads is 2, not 4, head_dim is 32, not 16"),
         ({"ffn": "gelu"}, "model.ffn", 'ffn is "gelu", not "swiglu"'),
         ({"tied_head": True}, "model.tied_head", "tied_head is true, not false"),
         ({"positions": "learned"}, "model.positions", 'positions is "learned", not "rotary"'),
