@@ -7,6 +7,7 @@ import logging
 import lzma
 import os
 import socket
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -379,6 +380,17 @@ def test_a_damaged_file_is_named_among_good_ones(
     assert "\n" not in message
 
 
+def test_damaged_offsets_of_an_arrow_file_do_not_crash_the_process(tmp_path: Path) -> None:
+    path = tmp_path / "a.arrow"
+    rows = pyarrow.table({"text": ["aaaa", "bbbb"]})
+    with ipc.new_stream(str(path), rows.schema) as writer:
+        writer.write_table(rows)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(struct.pack("<3i", 0, 4, 8), struct.pack("<3i", 0, 2**30, 8)))
+    assert path.read_bytes() != whole
+    assert error_of(data(path, num_streams=1)).startswith(f"data.dataset_path: cannot read {path}")
+
+
 @pytest.mark.parametrize("write", [write_parquet, write_arrow])
 def test_columns_are_judged_as_fields_are(tmp_path: Path, write: Callable[[Path], None]) -> None:
     path = tmp_path / f"a.{write.__name__.removeprefix('write_')}"
@@ -435,6 +447,15 @@ def test_a_saved_dataset_is_read_by_its_split(tmp_path: Path) -> None:
     assert "data.subset='en' cannot act" in refused(path, subset="en")
     assert "data.split='test' cannot act" in refused(path / "train", split="test")
     assert f"{path} holds several splits: name this folder itself" in refused(tmp_path)
+
+
+def test_a_file_among_those_that_are_trained_on_is_not_held_out(tmp_path: Path) -> None:
+    fill(tmp_path, "x/a.jsonl", "x/b.jsonl")
+    (tmp_path / "held_out.jsonl").symlink_to("x/b.jsonl")
+    held_out = Validation(dataset_path=str(tmp_path / "held_out.jsonl"))
+    message = rf"^validation.dataset_path: \[data\] trains on {tmp_path}/held_out.jsonl, too$"
+    with pytest.raises(ValueError, match=message):
+        resolve_held_out(held_out, data(tmp_path / "x"))
 
 
 def test_splits_of_the_same_size_are_told_apart(tmp_path: Path) -> None:

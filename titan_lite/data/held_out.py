@@ -4,6 +4,7 @@ Legend: as in loader.py. Sample g is the g-th of one stream over all documents, 
 global batches and what ranks get of them are cut as in training.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -52,8 +53,13 @@ def resolve_held_out(validation: Validation, data: Data) -> Source:
     """Finds the documents; ValueError where they are those that are trained on."""
     skip = data.on_bad_document == "skip"
     source = resolve_source(documents_held_out(validation, data), "validation", skip=skip)
-    if source.documents in [trained.documents for trained in resolve_sources(data)]:
+    sources = resolve_sources(data)
+    if source.documents in [trained.documents for trained in sources]:
         raise ValueError(f"{source.key}: {source.name} is what [data] trains on, not held out")
+    trained_files = {os.path.realpath(file) for trained in sources for file in trained.files}
+    for file in source.files:
+        if os.path.realpath(file) in trained_files:
+            raise ValueError(f"{source.key}: [data] trains on {file}, too")
     return source
 
 
