@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
 # Lint, types, tests. Arguments go to pytest: ./run_tests.sh tests/config -k typo
+if [ -z "${BASH_VERSION:-}" ]; then
+    echo "run_tests.sh needs bash: use bash run_tests.sh, or ./run_tests.sh" >&2
+    exit 2
+fi
 set -euo pipefail
 
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 source scripts/environment.sh
 use_environment dev
 

@@ -2,19 +2,21 @@
 #   use_environment base   what training needs
 #   use_environment dev    and what lint, types and tests need
 # An active environment that has titan_lite is used as it is. Otherwise .venv is made beside this
-# file's folder, from constraints.txt, and left alone until pyproject.toml or constraints.txt
-# changes, or a GPU appears where the CPU build of torch was installed.
+# file's folder (in ~/.cache/titan_lite where that cannot be written), from constraints.txt, and left
+# alone until pyproject.toml or constraints.txt changes, or a GPU appears where the CPU build of torch
+# was installed. Needs nothing but bash, coreutils and Python.
 
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." >/dev/null && pwd)
 VENV=$ROOT/.venv
 
 has_nvidia_gpu() {
-    command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU'
+    [ "${DEVICE:-}" != cpu ] && command -v nvidia-smi >/dev/null &&
+        [[ $'\n'$(nvidia-smi -L 2>/dev/null) == *$'\n'GPU\ * ]]
 }
 
 find_python() {
     local candidate
-    for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11 python3.10; do
+    for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11 python3.10 python; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
             echo "$candidate"
             return
@@ -24,11 +26,21 @@ find_python() {
     return 1
 }
 
+# Prints the line of constraints.txt that pins torch.
+torch_pin() {
+    local line
+    while read -r line; do
+        if [[ $line == torch==* ]]; then
+            echo "$line"
+        fi
+    done <"$ROOT/constraints.txt"
+}
+
 # On Linux the default torch wheel brings several GB of CUDA libraries. Without an NVIDIA GPU the
 # CPU build is asked for first: of pip's own sources, then of uv, which knows where PyTorch keeps it.
 install_torch() {
     local pin cpu_build=$VENV/torch-is-cpu-build
-    pin=$(grep '^torch==' "$ROOT/constraints.txt")
+    pin=$(torch_pin)
     if [ "$(uname -s)" = Linux ] && ! has_nvidia_gpu; then
         if "$VENV/bin/pip" install --quiet "$pin+cpu" 2>/dev/null ||
             { "$VENV/bin/pip" install --quiet uv && "$VENV/bin/uv" pip install --quiet \
@@ -45,12 +57,21 @@ install_torch() {
 }
 
 install_package() {
-    local kind=$1 package=$ROOT
-    [ "$kind" = base ] || package="$ROOT[$kind]"
-    echo "Installing titan_lite ($kind) into $VENV, once"
-    [ -x "$VENV/bin/python" ] || "$(find_python)" -m venv "$VENV"
+    local kind=$1 extra=""
+    [ "$kind" = base ] || extra="[$kind]"
+    echo "Installing titan_lite ($kind) into $VENV, once" >&2
+    [ -x "$VENV/bin/pip" ] || "$(find_python)" -m venv "$VENV"
     install_torch
-    "$VENV/bin/pip" install --quiet --constraint "$ROOT/constraints.txt" --editable "$package"
+    if [ "$VENV" = "$ROOT/.venv" ]; then
+        "$VENV/bin/pip" install --quiet --constraint "$ROOT/constraints.txt" --editable "$ROOT$extra"
+    else
+        # Building writes into the sources, so a copy is built; use_environment puts ROOT first.
+        local copy
+        copy=$(mktemp -d)
+        cp -R "$ROOT/pyproject.toml" "$ROOT/README.md" "$ROOT/titan_lite" "$copy"
+        "$VENV/bin/pip" install --quiet --constraint "$ROOT/constraints.txt" "$copy$extra"
+        rm -rf "$copy"
+    fi
     requirements >"$VENV/requirements-base"
     requirements >"$VENV/requirements-$kind"
 }
@@ -60,25 +81,46 @@ requirements() {
 }
 
 is_installed() {
-    requirements | cmp -s - "$VENV/requirements-$1" &&
+    [ -e "$VENV/requirements-$1" ] && [ "$(requirements)" = "$(cat "$VENV/requirements-$1")" ] &&
         ! { [ -e "$VENV/torch-is-cpu-build" ] && has_nvidia_gpu; }
 }
 
-use_environment() {
-    local kind=$1 needed="titan_lite"
-    [ "$kind" = base ] || needed="titan_lite mypy pytest ruff"
-    # Asked from another folder: here, the source tree itself would answer for the package.
-    if (cd / && python3 -c 'import sys, importlib.metadata as m; [m.version(p) for p in sys.argv[1:]]' \
-        $needed 2>/dev/null); then
-        PYTHON=python3
+# Sets VENV to a folder that can be written where the checkout cannot.
+find_venv() {
+    if is_installed "$1" || [ -w "$ROOT" ]; then
         return
     fi
+    local name cache=${XDG_CACHE_HOME:-${HOME:-}/.cache}/titan_lite
+    name=$(echo "$ROOT" | cksum)
+    VENV=$cache/venv-${name%% *}
+    if ! mkdir -p "$cache" 2>/dev/null || ! [ -w "$cache" ]; then
+        echo "Neither $ROOT nor $cache can be written, for a virtual environment: activate one that" \
+            "has titan_lite, or set XDG_CACHE_HOME to a folder that can be written" >&2
+        return 2
+    fi
+}
+
+use_environment() {
+    local kind=$1 needed="titan_lite" candidate
+    [ "$kind" = base ] || needed="titan_lite mypy pytest ruff"
+    for candidate in "${PYTHON:-python3}" python; do
+        # Asked from another folder: here, the source tree itself would answer for the package.
+        if (cd / && "$candidate" -c 'import sys, importlib.metadata as m
+[m.version(p) for p in sys.argv[1:]]' $needed 2>/dev/null); then
+            PYTHON=$candidate
+            return
+        fi
+    done
+    find_venv "$kind"
     if ! is_installed "$kind"; then
         (
             # Two launches on one checkout must not install over each other.
             ! command -v flock >/dev/null || flock 9
             is_installed "$kind" || install_package "$kind"
-        ) 9>"$ROOT/.venv.lock"
+        ) 9>"$VENV.lock"
     fi
     PYTHON=$VENV/bin/python
+    if [ "$VENV" != "$ROOT/.venv" ]; then
+        export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
+    fi
 }

@@ -19,7 +19,7 @@ ROWS = (
     {"step", "meta_model"},
     {"outcomes"},
     {"trainer"},
-    {"train", "cli", "dryrun", "regression", "tools"},
+    {"train", "launch", "cli", "dryrun", "regression", "tools"},
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS, start=1) for room in rooms}
 # The command line hands over to other entry points, inside functions.

@@ -1,16 +1,28 @@
-"""run_train.sh as a user starts it: a real shell, torchrun, processes and files."""
+"""run_train.sh as a user starts it: a real shell, processes, signals and files."""
 
 import json
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.runs import read_metrics
+from tests.runtime.test_parent import wait_for_end
+from titan_lite import launch as launcher
+from titan_lite.launch import UsageError, loopback, read_endpoint, split_arguments
+from titan_lite.regression.launch import launch as launch_for_comparison
 
 ROOT = Path(__file__).parent.parent
+# Of coreutils: what the scripts use. A slim container has these, bash and Python.
+COREUTILS = "cat cksum cp dirname env mkdir mktemp readlink rm touch uname"
 
 
 def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -27,15 +39,44 @@ def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
+@pytest.fixture
+def slim(tmp_path: Path) -> str:
+    """A PATH with nothing but bash, coreutils and Python."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("bash", *COREUTILS.split()):
+        program = shutil.which(name)
+        assert program is not None, name
+        (folder / name).symlink_to(program)
+    # A link would not be known to belong to a virtual environment.
+    (folder / "python3").write_text(f'#!{folder}/bash\nexec "{sys.executable}" "$@"\n')
+    (folder / "python3").chmod(0o755)
+    return str(folder)
+
+
 @pytest.mark.distributed
-def test_the_default_command_trains_and_reports_where_everything_is(tmp_path: Path) -> None:
+def test_the_default_command_trains_and_reports_where_everything_is(
+    tmp_path: Path, slim: str
+) -> None:
+    """In a slim container, through a symbolic link from elsewhere."""
     folder = tmp_path / "a run"
-    result = launch(
-        "--training.steps=3",
-        "--training.seq_len=64",
-        "--metrics.log_freq=1",
-        '--job.description="two words, quoted"',
-        f"--job.dump_folder={folder}",
+    (tmp_path / "link").symlink_to(ROOT / "run_train.sh")
+    (tmp_path / "train").symlink_to("link")
+    result = subprocess.run(
+        [
+            "./train",
+            "--training.steps=3",
+            "--training.seq_len=64",
+            "--metrics.log_freq=1",
+            '--job.description="two words, quoted"',
+            f"--job.dump_folder={folder}",
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": slim},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     run = json.loads((folder / "run.json").read_text())
@@ -82,7 +123,7 @@ def test_two_nodes_meet_at_the_rendezvous_endpoint(tmp_path: Path) -> None:
         f"--job.dump_folder={tmp_path / 'run'} "
     )
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "RDZV_ENDPOINT": "localhost:29611"}
+    environment = {**os.environ, "PATH": path, "RDZV_ENDPOINT": f"localhost:{free_port()}"}
     nodes = [subprocess.Popen(["bash", "-c", command], cwd=ROOT, env=environment) for _ in range(2)]
     assert [node.wait(timeout=240) for node in nodes] == [0, 0]
     run = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -114,7 +155,7 @@ def test_help_explains_the_variables_and_wrong_counts_are_refused() -> None:
     result = launch("--help")
     assert result.returncode == 0
     assert "CONFIG_FILE" in result.stdout
-    assert launch(NGPU="abc").stderr == "NGPU and NNODES are numbers from 1 on, not 'abc'\n"
+    assert launch(NGPU="abc").stderr == "titan-lite: NGPU must be an integer >= 1, got 'abc'\n"
     assert launch("--schema").returncode == 2
 
 
@@ -124,6 +165,15 @@ def test_help_explains_the_variables_and_wrong_counts_are_refused() -> None:
         ([], {}, "usage: python -m titan_lite.train CONFIG"),
         (["--training.steps=1"], {}, "usage: python -m titan_lite.train CONFIG"),
         (["train_configs/debug.toml"], {"RANK": "0"}, "MASTER_ADDR (environment): not set"),
+        (["train_configs/debug.toml"], {"WORLD_SIZE": "2"}, "WORLD_SIZE (environment): is 2, but"),
+        (["train_configs/debug.toml"], {"PMI_SIZE": "8"}, "PMI_SIZE (environment): is 8, but RANK"),
+        (
+            ["train_configs/debug.toml"],
+            {"SLURM_PROCID": "3", "SLURM_NTASKS": "8"},
+            "SLURM_PROCID (environment): is 3, but RANK is not set: every process would train "
+            "alone. Start them by run_train.sh or torchrun, once per node; for a single process, "
+            "unset SLURM_PROCID",
+        ),
     ],
 )
 def test_the_process_says_what_it_needs(
@@ -151,3 +201,476 @@ def test_all_mistakes_of_all_kinds_are_answered_together() -> None:
     )
     assert result.returncode == 2
     assert result.stderr.startswith("titan-lite: 4 problems in the configuration")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["c.yaml"], "the configuration must be a .toml file, got 'c.yaml'"),
+        (["my"], "the configuration must be a .toml file, got 'my'"),
+        (
+            ["--training.steps=3", "my.toml"],
+            "my.toml comes after --training.steps=3: the configuration must come first",
+        ),
+        (
+            ["my.toml", "--training.steps", "3"],
+            "expected one configuration, got my.toml and 3; overrides are written "
+            "--section.key=value, without a space: '3' is not one",
+        ),
+        (["--training.steps", "3"], "'3' is not an override: write --training.steps=3"),
+        (["a.toml", "b.toml"], "expected one configuration, got a.toml and b.toml"),
+    ],
+)
+def test_arguments_that_are_neither_a_configuration_nor_overrides_are_refused(
+    arguments: list[str], message: str
+) -> None:
+    with pytest.raises(UsageError) as error:
+        split_arguments(arguments)
+    assert str(error.value).startswith(message)
+
+
+def test_the_configuration_is_the_first_argument_or_config_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CONFIG_FILE", "other.toml")
+    assert split_arguments(["My.TOML", "--a.b=c.toml"]) == ("My.TOML", ("--a.b=c.toml",))
+    assert split_arguments(["--a.b=1"]) == ("other.toml", ("--a.b=1",))
+    monkeypatch.setenv("CONFIG_FILE", "other.yaml")
+    with pytest.raises(UsageError, match=r"must be a \.toml file, got 'other.yaml'"):
+        split_arguments([])
+
+
+def test_a_configuration_that_is_not_there_or_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "folder.toml").mkdir()
+    for name in ("missing.toml", "folder.toml"):
+        result = launch(str(tmp_path / name))
+        assert result.returncode == 2
+        assert str(tmp_path / name) in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "endpoint"),
+    [
+        ({"RDZV_ENDPOINT": "node0:5"}, ("node0", 5)),
+        ({"RDZV_ENDPOINT": "node0", "MASTER_ADDR": "node1"}, ("node0", 29500)),
+        ({"RDZV_ENDPOINT": "[::1]:5"}, ("::1", 5)),
+        ({"RDZV_ENDPOINT": "fe80::1"}, ("fe80::1", 29500)),
+        ({"MASTER_ADDR": "10.0.0.1"}, ("10.0.0.1", 29500)),
+        ({"MASTER_ADDR": "::1", "MASTER_PORT": "7"}, ("::1", 7)),
+        ({"RDZV_ENDPOINT": "node0:http"}, "RDZV_ENDPOINT must be HOST:PORT, got 'node0:http'"),
+        ({"RDZV_ENDPOINT": "node0:0"}, "RDZV_ENDPOINT must be HOST:PORT, got 'node0:0'"),
+        ({}, "NNODES is more than 1: set RDZV_ENDPOINT or MASTER_ADDR"),
+    ],
+)
+def test_the_endpoint_is_read_from_the_variables(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], endpoint: tuple[str, int] | str
+) -> None:
+    for name in ("RDZV_ENDPOINT", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(endpoint, tuple):
+        assert read_endpoint() == endpoint
+        return
+    with pytest.raises(UsageError) as error:
+        read_endpoint()
+    assert str(error.value) == endpoint
+
+
+def test_a_machine_without_an_address_of_version_4_reaches_itself_by_version_6(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bind = launcher.socket_at
+
+    def without(*missing: str) -> Callable[[str], socket.socket]:
+        def refuse(address: str) -> socket.socket:
+            if address in missing:
+                raise OSError("Cannot assign requested address")
+            return bind("127.0.0.1")
+
+        return refuse
+
+    assert loopback() == "127.0.0.1"
+    monkeypatch.setattr(launcher, "socket_at", without("127.0.0.1"))
+    assert loopback() == "::1"
+    monkeypatch.setattr(launcher, "socket_at", without("127.0.0.1", "::1"))
+    with pytest.raises(UsageError, match="no loopback address"):
+        loopback()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "count_gpus", lambda: 2)
+    monkeypatch.setenv("NGPU", "4")
+    with pytest.raises(UsageError, match="NGPU is 4, and torch can use 2 GPUs of this machine"):
+        launcher.Settings.read(["my.toml"])
+
+
+def test_gpus_that_torch_cannot_use_are_exit_code_2_unless_the_cpu_is_meant(
+    slim: str, tmp_path: Path
+) -> None:
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-a)'\n")
+    (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
+    # What a build with CUDA answers, where there is no driver, is the same without a GPU.
+    variables = {"PATH": slim, "CUDA_VISIBLE_DEVICES": "9"}
+    result = launch(**variables)
+    assert result.returncode == 2
+    assert result.stderr.startswith("titan-lite: nvidia-smi lists GPUs (1), which torch cannot use")
+    assert "set DEVICE=cpu" in result.stderr
+    mistake = "--training.stpes=1"
+    assert "unknown key" in launch(mistake, **variables, DEVICE="cpu").stderr
+    assert "unknown key" in launch(mistake, **{**variables, "CUDA_VISIBLE_DEVICES": ""}).stderr
+
+
+@pytest.mark.parametrize("script", ["run_train.sh", "run_tests.sh"])
+def test_another_shell_is_told_to_use_bash(script: str) -> None:
+    if (shell := shutil.which("dash")) is None:
+        pytest.skip("dash, a shell that is not bash, is not installed")
+    result = subprocess.run([shell, script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr == f"{script} needs bash: use bash {script}, or ./{script}\n"
+
+
+def test_a_checkout_that_cannot_be_written_has_its_environment_elsewhere(
+    tmp_path: Path,
+) -> None:
+    """The package is not installed for the interpreter; making the environment is recorded."""
+    checkout, record = tmp_path / "checkout", tmp_path / "installed"
+    shutil.copytree(ROOT / "scripts", checkout / "scripts")
+    for name in ("run_train.sh", "pyproject.toml", "constraints.txt", "README.md"):
+        shutil.copy(ROOT / name, checkout / name)
+    (checkout / "titan_lite").mkdir()
+    program = f"""
+        source {checkout}/scripts/environment.sh
+        install_package() {{ echo "$VENV" >{record}; mkdir "$VENV"; }}
+        python3() {{ return 1; }}
+        python() {{ return 1; }}
+        use_environment base
+        echo "$PYTHON $PYTHONPATH"
+    """
+    command = ["bash", "-c", program]
+    if os.geteuid():
+        checkout.chmod(0o555)
+    else:
+        # Root may write everywhere but on a file system that is read-only.
+        mount = f"mount --bind {checkout} {checkout}; mount -o remount,ro,bind {checkout}; "
+        command = unshared("--mount", "bash", "-c", mount + program)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": ""}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    checkout.chmod(0o755)
+    assert result.returncode == 0, result.stderr
+    venv = record.read_text().strip()
+    assert venv.startswith(f"{tmp_path}/cache/titan_lite/venv-")
+    assert result.stdout == f"{venv}/bin/python {checkout}\n"
+
+
+def unshared(*command: str) -> list[str]:
+    """A command in namespaces of its own; skips the test where the system does not allow them."""
+    mapped = [] if os.geteuid() == 0 else ["--map-root-user"]
+    full = ["unshare", *mapped, *command]
+    probe = ["unshare", *mapped, "--uts", "--mount", "--net", "true"]
+    if shutil.which("unshare") is None or subprocess.run(probe, check=False).returncode:
+        pytest.skip("unshare(1) is not there, or not permitted")
+    return full
+
+
+NOWHERE = """
+import array, fcntl, os, socket, struct, subprocess, sys
+# The loopback interface up, a name that nobody knows, a name server that does not answer.
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as configured:
+    fcntl.ioctl(configured, 0x8914, struct.pack("16sh14x", b"lo", 0x1 | 0x40))
+socket.sethostname("nowhere-at-all")
+for name, text in (("resolv.conf", "nameserver 127.0.0.53"), ("hosts", "127.0.0.1 localhost")):
+    open(name, "w").write(text + chr(10))
+    subprocess.run(["mount", "--bind", name, f"/etc/{name}"], check=True)
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind(("127.0.0.53", 53))
+server.setblocking(False)
+code = subprocess.run(sys.argv[1:], cwd=os.environ["CHECKOUT"]).returncode
+asked = b""
+try:
+    while True:
+        asked += server.recv(4096)
+except BlockingIOError:
+    pass
+sys.exit(99 if b"nowhere-at-all" in asked else code)
+"""
+
+
+@pytest.mark.distributed
+def test_one_node_needs_no_name_for_itself(tmp_path: Path) -> None:
+    """A lookup of the own name would wait for its timeout, again and again."""
+    arguments = ["--training.steps=1", "--training.seq_len=64", f"--job.dump_folder={tmp_path}/run"]
+    result = subprocess.run(
+        unshared(
+            *("--uts", "--mount", "--net", sys.executable, "-c", NOWHERE),
+            *("./run_train.sh", *arguments),
+        ),
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "CHECKOUT": str(ROOT),
+        },
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(read_metrics(tmp_path / "run")) == 1
+
+
+STUB = """
+import sys
+from titan_lite import launch
+launch.PROGRAM = (sys.executable, "-c", sys.argv[1])
+launch._check = lambda settings: 0
+launch._serve = lambda server: None
+sys.exit(launch.main(["my.toml"]))
+"""
+# What every stand-in for training begins with.
+PRELUDE = """
+import os, signal, sys, time
+from pathlib import Path
+rank, folder = int(os.environ["RANK"]), Path(os.environ["FOLDER"])
+def wait_for(name):
+    while not (folder / name).exists():
+        time.sleep(0.05)
+def end(code):
+    sys.stdout.flush()
+    os._exit(code)
+from titan_lite.runtime.parent import watch_parent
+watch_parent(lambda: end(1))
+signal.signal(signal.SIGUSR1, lambda *_: end(75))
+(folder / f"{rank} is there").write_text(str(os.getpid()))
+"""
+SLEEP = "time.sleep(999)"
+
+
+class Launched:
+    """The launcher, with another program in the place of training."""
+
+    def __init__(
+        self, folder: Path, program: str, *, wrapper: Sequence[str] = (), **environment: str
+    ) -> None:
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [*wrapper, sys.executable, "-c", STUB, PRELUDE + program],
+            env={**os.environ, "NGPU": "2", "DEVICE": "cpu", "FOLDER": str(folder), **environment},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # As a shell starts it, whatever this test run was started to ignore.
+            preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in (1, 2)],
+        )
+
+    def wait_for(self, *names: str) -> None:
+        deadline = time.monotonic() + 60
+        while not all((self.folder / name).exists() for name in names):
+            assert self.process.poll() is None, self.process.communicate()[0]
+            assert time.monotonic() < deadline, names
+            time.sleep(0.02)
+
+    def read_until(self, text: str) -> str:
+        """Output up to a line with a text."""
+        assert self.process.stdout is not None
+        lines = ""
+        for line in self.process.stdout:
+            lines += line
+            if text in line:
+                return lines
+        raise AssertionError(lines)
+
+    def end(self) -> tuple[int, str]:
+        """Exit code and what was printed."""
+        output, _ = self.process.communicate(timeout=120)
+        return self.process.returncode, output
+
+    def pids(self) -> list[int]:
+        return [int((self.folder / f"{rank} is there").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
+    started: list[Launched] = []
+
+    def start(program: str, **options: Any) -> Launched:
+        started.append(Launched(tmp_path, program, **options))
+        return started[-1]
+
+    yield start
+    for launched in started:
+        launched.process.kill()
+        launched.process.wait()
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "said"),
+    [
+        ("end(0)", 0, ""),
+        ("end(75)", 75, ""),
+        ("end(143 if rank else 75)", 143, ""),
+        # What one knows is not hidden by what its end does to the other.
+        ("if rank: print('a mistake'); end(2)\nwait_for('1 is there'); end(1)", 2, "a mistake\n"),
+        (f"if rank: end(3)\n{SLEEP}", 1, ""),
+        (
+            f"if rank: os.kill(os.getpid(), signal.SIGKILL)\n{SLEEP}",
+            1,
+            "titan-lite: rank 1, process {}, was killed by SIGKILL (by the system, if memory was "
+            "short)\n",
+        ),
+        ("os.kill(os.getpid(), signal.SIGSEGV) if rank else 0", 1, "was killed by SIGSEGV"),
+    ],
+)
+def test_the_exit_code_is_that_of_the_process_that_knows(
+    start: Callable[..., Launched], program: str, code: int, said: str
+) -> None:
+    launched = start(program)
+    ended, output = launched.end()
+    assert ended == code, output
+    assert said.format(launched.pids()[1]) in output
+    assert output.count("\n") == (1 if said else 0)
+
+
+def test_a_failure_is_tried_again_from_the_start_as_often_as_asked_and_a_mistake_is_not(
+    start: Callable[..., Launched],
+) -> None:
+    program = "code = 1 if (folder / 'tried').exists() else 7\n(folder / 'tried').touch()\n"
+    launched = start(program + "end(code if rank else 0)", MAX_RESTARTS="2")
+    assert launched.end() == (
+        1,
+        "titan-lite: Starting all processes again: restart 1 of 2\n"
+        "titan-lite: Starting all processes again: restart 2 of 2\n",
+    )
+    assert start("end(2)", MAX_RESTARTS="2").end() == (2, "")
+    assert start("end(75)", MAX_RESTARTS="2").end() == (75, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
+def test_the_first_signal_asks_to_stop_and_the_second_one_ends_at_once(
+    start: Callable[..., Launched], number: signal.Signals
+) -> None:
+    launched = start(SLEEP)
+    launched.wait_for("0 is there", "1 is there")
+    launched.process.send_signal(number)
+    asked = f"titan-lite: {number.name}: stopping after the step in hand; a second signal ends at"
+    code, output = launched.end()
+    assert code == 75, output
+    assert output.startswith(asked)
+    assert output.count("\n") == 1
+
+    deaf = "signal.signal(signal.SIGUSR1, signal.SIG_IGN); (folder / f'{rank} deaf').touch()\n"
+    launched = start(deaf + SLEEP)
+    launched.wait_for("0 deaf", "1 deaf")
+    launched.process.send_signal(number)
+    launched.read_until(asked)
+    launched.process.send_signal(number)
+    assert launched.end() == (128 + number, "")
+    for pid in launched.pids():
+        wait_for_end(pid)
+
+
+def test_a_hang_up_that_nohup_ignores_stays_ignored(
+    start: Callable[..., Launched], tmp_path: Path
+) -> None:
+    program = "(folder / f'{rank} ignores').write_text(repr(signal.getsignal(signal.SIGHUP)))\n"
+    launched = start(program + "wait_for('go')", wrapper=("nohup",))
+    launched.wait_for("0 ignores", "1 ignores")
+    assert "SIG_IGN" in (tmp_path / "0 ignores").read_text()
+    launched.process.send_signal(signal.SIGHUP)
+    (tmp_path / "go").touch()
+    assert launched.end()[0] == 0
+
+
+def test_processes_end_when_their_launcher_is_killed(start: Callable[..., Launched]) -> None:
+    launched = start(SLEEP)
+    launched.wait_for("0 is there", "1 is there")
+    launched.process.kill()
+    for pid in launched.pids():
+        wait_for_end(pid)
+
+
+def test_variables_are_set_where_the_user_has_not(start: Callable[..., Launched]) -> None:
+    names = ("WORLD_SIZE", "LOCAL_RANK", "PYTORCH_ALLOC_CONF", "CUDA_VISIBLE_DEVICES")
+    program = f"if rank: print(*[os.environ.get(name) for name in {names}])"
+    assert start(program).end()[1] == "2 1 expandable_segments:True \n"
+    assert start(program, PYTORCH_ALLOC_CONF="a:b").end()[1] == "2 1 a:b \n"
+    assert start(program, PYTORCH_CUDA_ALLOC_CONF="a:b").end()[1] == "2 1 None \n"
+
+
+def test_a_launcher_that_waits_for_nodes_says_so_and_ends_at_the_first_signal(
+    start: Callable[..., Launched],
+) -> None:
+    port = free_port()
+    launched = start(SLEEP, NNODES="2", RDZV_ENDPOINT=f"localhost:{port}")
+    assert launched.read_until("Waiting for 1 of 2 nodes at localhost:") == (
+        f"titan-lite: Waiting for 1 of 2 nodes at localhost:{port}\n"
+    )
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.end() == (143, "")
+
+
+def test_a_port_that_is_taken_is_exit_code_2(start: Callable[..., Launched]) -> None:
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        launched = start(SLEEP, NNODES="2", RDZV_ENDPOINT=f"localhost:{port}")
+        connection, _ = server.accept()
+        connection.sendall(b"HTTP/1.1 400 Bad Request\r\n")
+        code, output = launched.end()
+        connection.close()
+    assert code == 2
+    assert output == (
+        f"titan-lite: localhost:{port} is in use by another program: set RDZV_ENDPOINT to a free "
+        "port, the same on all nodes\n"
+    )
+
+
+def test_the_code_of_one_node_is_that_of_all_and_a_killed_one_can_be_replaced(
+    start: Callable[..., Launched], tmp_path: Path
+) -> None:
+    endpoint = f"localhost:{free_port()}"
+    variables = {"NGPU": "1", "NNODES": "2", "RDZV_ENDPOINT": endpoint, "MAX_RESTARTS": "1"}
+    program = "again = (folder / 'again').exists(); (folder / f'{rank} runs').touch()\n"
+    program += f"if again and rank: end(2)\n{SLEEP}"
+    first = start(program, **variables)
+    first.read_until("Waiting")
+    second = start(program, **variables)
+    first.wait_for("0 runs", "1 runs")
+    (tmp_path / "again").touch()
+    second.process.kill()
+    seen = first.read_until("Waiting")
+    third = start(program, **variables)
+    assert third.end()[0] == 2
+    code, output = first.end()
+    assert (code, seen + output) == (
+        2,
+        "titan-lite: Node 1 has gone\n"
+        "titan-lite: Ending: another node has failed, and its log has the reason\n"
+        "titan-lite: Starting all processes again: restart 1 of 1\n"
+        f"titan-lite: Waiting for 1 of 2 nodes at {endpoint}\n"
+        "titan-lite: Ending: another node has failed, and its log has the reason\n",
+    )
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def test_runs_of_a_comparison_are_started_by_the_launcher_and_end_with_their_parent(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[tuple[list[str], dict[str, str]]] = []
+
+    def run(command: list[str], env: dict[str, str], **_: object) -> object:
+        calls.append((command, env))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    launch_for_comparison(Path("my.toml"), ["--a.b=1"], 2, tmp_path, on_cpu=True)
+    (command, variables), *_ = calls
+    assert command[1:4] == ["-m", "titan_lite.launch", "my.toml"]
+    assert variables["TITAN_LITE_PARENT"] == str(os.getpid())
+    assert (variables["NGPU"], variables["DEVICE"]) == ("2", "cpu")

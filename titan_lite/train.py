@@ -7,20 +7,24 @@ from collections.abc import Sequence
 
 from titan_lite.config.load import ConfigError, Problem, read_config
 from titan_lite.models.rules import check
-from titan_lite.runtime.log import set_up_logging
+from titan_lite.runtime.log import MESSAGES, is_first_to_say, set_up_logging
+from titan_lite.runtime.parent import PARENT, watch_parent
 from titan_lite.runtime.stop import (
+    EXIT_FAILED,
+    EXIT_MISTAKE,
     EXIT_STOPPED,
     EXIT_STOPPED_UNSAVED,
     StopRequest,
-    exit_code_for_launcher,
 )
 from titan_lite.runtime.writing import WriteError
 
 USAGE = "usage: python -m titan_lite.train CONFIG [--section.key=value ...]"
-# What torchrun gives each process; without it a process is alone.
+# What a launcher gives each process; without it a process is alone.
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Numbers of processes: of a launcher, and of MPI's, which set no RANK.
+SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
-# torchrun asks the others to stop when one process has failed, and looks ten times a second.
+# A launcher asks the others to stop when one process has failed, and looks ten times a second.
 LAUNCHER_SECONDS = 3.0
 
 # Not __name__, which is "__main__" here.
@@ -31,24 +35,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains as the configuration says.
 
     Returns 2 for a mistake in it, 1 for a failure, 75 when a signal asked to stop and a checkpoint
-    was saved, 143 when none was, 130 when interrupted.
+    was saved, 143 when none was. A second SIGINT ends the process at once, with 130.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0].startswith("-"):
         asked = bool({"-h", "--help"} & set(argv))
         print(USAGE, file=sys.stdout if asked else sys.stderr)
-        return 0 if asked else 2
+        return 0 if asked else EXIT_MISTAKE
     rank = int(os.environ.get("RANK", 0))
     set_up_logging(rank)
     stop = StopRequest()
     with stop.listening():
+        if "RANK" in os.environ or PARENT in os.environ:
+            watch_parent(stop.launcher_has_gone)
         try:
             return _train(argv, rank, stop)
         except ConfigError as error:
-            # Once per node: what is wrong may be wrong on one node only.
-            if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            if _is_ours_to_say(str(error), stop):
                 print(error, file=sys.stderr)
-            return 2
+            _leave_others(error, EXIT_MISTAKE)
+            return EXIT_MISTAKE
 
 
 def _train(argv: Sequence[str], rank: int, stop: StopRequest) -> int:
@@ -61,67 +67,98 @@ def _train(argv: Sequence[str], rank: int, stop: StopRequest) -> int:
         )
     # torch takes seconds to import: a mistake is answered before.
     from titan_lite.optim.nonfinite import NonFiniteError
-    from titan_lite.runtime.distributed import leave_at_once, stop_process_group
+    from titan_lite.runtime.distributed import stop_process_group
     from titan_lite.trainer import Trainer
 
     try:
         trainer = Trainer(loaded, plan, stop=stop)
     except WriteError as error:
-        return _end(logging.ERROR, str(error), error)
+        return _end(error, stop)
     try:
         trainer.train()
     except NonFiniteError as error:
         if rank == 0:
             logger.error("%s", error)
-        return 1
-    except KeyboardInterrupt:
-        logger.warning("Interrupted after step %d", trainer.state.step)
-        return 130
+        return EXIT_FAILED
     except WriteError as error:
-        return _end(logging.ERROR, str(error), error)
+        return _end(error, stop)
+    except ConfigError:
+        raise
     except Exception as error:
         # gloo's words for a process that is gone.
         if "by peer" in str(error) and stop.comes_within(LAUNCHER_SECONDS):
-            return _end(logging.WARNING, "Ended: another process has failed, and says why", error)
-        logger.error("%s", error)
-        logger.exception("Failed in step %d (%s)", stop.progress.step, stop.progress.phase)
-        if trainer.watchdog.tells and "timed out" in str(error).lower():
+            logger.info("Exiting because another process failed; its message has the cause")
+            _leave_others(error.with_traceback(None), EXIT_FAILED)
+            return EXIT_FAILED
+        if stop.progress.phase == "data" and isinstance(error, ValueError | OSError):
+            # A document that cannot be read: the message has its file and line.
+            return _end(error, stop)
+        has_timed_out = "timed out" in str(error).lower()
+        # Those who waited in vain have nothing to add to each other.
+        if _is_ours_to_say("timed out" if has_timed_out else str(error), stop):
+            logger.error("%s", error)
+            logger.exception("Failed in step %d (%s)", stop.progress.step, stop.progress.phase)
+        if trainer.watchdog.tells and has_timed_out:
             logger.error("%s", trainer.watchdog.report())
-        leave_at_once(error)
-        return 1
+        _leave_others(error, EXIT_FAILED)
+        return EXIT_FAILED
     finally:
         trainer.close()
     stop_process_group()
     if trainer.outcomes.is_stopping:
-        saved = loaded.config.checkpoint.enable
-        return exit_code_for_launcher(EXIT_STOPPED if saved else EXIT_STOPPED_UNSAVED)
+        return EXIT_STOPPED if loaded.config.checkpoint.enable else EXIT_STOPPED_UNSAVED
     return 0
 
 
-def _end(level: int, sentence: str, error: Exception) -> int:
+def _end(error: Exception, stop: StopRequest) -> int:
     """Ends a failed process with a sentence that says all, and without a traceback."""
-    from titan_lite.runtime.distributed import leave_at_once
-
-    logger.log(level, "%s", sentence)
+    if _is_ours_to_say(str(error), stop):
+        logger.error("%s", error)
     # torchrun's summary repeats what led to an error.
     error.__cause__ = None
-    leave_at_once(error.with_traceback(None))
-    return 1
+    _leave_others(error.with_traceback(None), EXIT_FAILED)
+    return EXIT_FAILED
+
+
+def _is_ours_to_say(text: str, stop: StopRequest) -> bool:
+    """Returns whether this process is the one to print what others may meet at the same time."""
+    if MESSAGES in os.environ:
+        return is_first_to_say(text)
+    # torchrun gives processes nothing in common: the first one speaks, and has the others stopped.
+    return os.environ.get("LOCAL_RANK", "0") == "0" or not stop.comes_within(LAUNCHER_SECONDS)
+
+
+def _leave_others(error: BaseException, code: int) -> None:
+    """Ends this process, if it is one of several, in which others may be waiting for it."""
+    if "RANK" in os.environ:
+        from titan_lite.runtime.distributed import leave_at_once
+
+        leave_at_once(error, code)
 
 
 def world_size() -> int:
     """Processes of the job; ConfigError if the launcher's variables are there only in part."""
-    if "RANK" not in os.environ:
-        return 1
-    missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
-    if missing:
-        raise ConfigError(
-            [
-                Problem(name, "environment", "not set, though RANK is: start by torchrun")
-                for name in missing
-            ]
+    environment = "environment"
+    if "RANK" in os.environ:
+        missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
+        message = "not set, though RANK is: start by run_train.sh or torchrun"
+        if missing:
+            raise ConfigError([Problem(name, environment, message) for name in missing])
+        return int(os.environ["WORLD_SIZE"])
+    if name := _sign_of_others():
+        message = (
+            f"is {os.environ[name]}, but RANK is not set: every process would train alone. Start "
+            f"them by run_train.sh or torchrun, once per node; for a single process, unset {name}"
         )
-    return int(os.environ["WORLD_SIZE"])
+        raise ConfigError([Problem(name, environment, message)])
+    return 1
+
+
+def _sign_of_others() -> str | None:
+    """The variable by which somebody starts several processes who does not number them for us."""
+    if "SLURM_PROCID" in os.environ and os.environ.get("SLURM_NTASKS") != "1":
+        return "SLURM_PROCID"
+    return next((name for name in SIZE_VARIABLES if os.environ.get(name, "1") != "1"), None)
 
 
 if __name__ == "__main__":

@@ -430,11 +430,13 @@ class Trainer:
         return found
 
     def _say_stopped(self) -> None:
+        if self.process.rank > 0:
+            return
         saved = "a checkpoint was saved" if self.config.checkpoint.enable else "nothing was saved"
         logger.warning(
-            "Stopped after step %d, as %s asked: %s",
+            "Stopped after step %d (%s): %s",
             self.state.step,
-            self.stop.signal or "another rank",
+            self.stop.signal or "another rank was asked to stop",
             saved,
         )
 

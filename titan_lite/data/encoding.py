@@ -1,11 +1,8 @@
 """Rows become tokens, in whatever process; imports little, since each process starts with it."""
 
 import logging
-import os
 import signal
-import threading
 from dataclasses import dataclass
-from multiprocessing import parent_process
 from typing import Any
 
 import numpy as np
@@ -14,6 +11,7 @@ import numpy.typing as npt
 from titan_lite.data.documents import BadDocument, Kind, text_of
 from titan_lite.data.token_files import BAD, GOOD
 from titan_lite.data.tokenizer import Tokenizer, load_tokenizer
+from titan_lite.runtime.parent import end_with_parent
 
 
 @dataclass(frozen=True)
@@ -58,17 +56,10 @@ def start_worker(tokenizer_path: str, kind: Kind, text_field: str) -> None:
     global _worker
     # The parent answers Ctrl-C. A worker whose parent was killed would wait for it forever.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     # The parent has warned of the tokenizer.
     logging.getLogger("titan_lite").setLevel(logging.ERROR)
     _worker = Encoder(load_tokenizer(tokenizer_path), kind, text_field)
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def encode_in_worker(rows: list[dict[str, Any]]) -> Encoded:

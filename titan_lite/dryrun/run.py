@@ -27,6 +27,7 @@ from titan_lite.models.rules import Plan
 from titan_lite.parallel.float8 import refresh_scales
 from titan_lite.parallel.pipeline import local_stages
 from titan_lite.runtime.distributed import Process
+from titan_lite.runtime.parent import end_with_parent
 from titan_lite.trainer import Trainer
 
 
@@ -178,7 +179,7 @@ def dry_runs(loaded: LoadedConfig, plan: Plan, ranks: Sequence[int]) -> list[Dry
     def run(number: int, rank: int) -> DryRank:
         place = rank, number, len(ranks)
         try:
-            with ProcessPoolExecutor(1, context) as process:
+            with ProcessPoolExecutor(1, context, initializer=end_with_parent) as process:
                 return process.submit(_quiet_dry_run, loaded, plan, place).result()
         except BrokenProcessPool:
             message = (

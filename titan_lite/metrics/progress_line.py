@@ -1,5 +1,6 @@
 """The last line of a terminal: how far the run is, and how long it still takes."""
 
+import contextlib
 import logging
 import math
 import shutil
@@ -61,8 +62,7 @@ class ProgressLine:
             left = (self._num_steps - step) * self._seconds.value
             fields["left"] = f"{format_duration(left)} left"
         text = self._fit(fields, step, shutil.get_terminal_size().columns - 1)
-        self._stream.write(text)
-        self._stream.flush()
+        self._write(text)
         self._drawn = len(text)
 
     def _fit(self, fields: dict[str, str], step: int, room: int) -> str:
@@ -79,15 +79,20 @@ class ProgressLine:
     def erase(self) -> None:
         """Leaves the cursor at the begin of an empty line."""
         if self._drawn:
-            self._stream.write(f"\r{' ' * self._drawn}\r")
+            self._write(f"\r{' ' * self._drawn}\r")
             self._drawn = 0
 
     def close(self) -> None:
         """Erases the line for good."""
         self.erase()
-        self._stream.flush()
         for handler in self._handlers:
             handler.removeFilter(self._make_room)
+
+    def _write(self, text: str) -> None:
+        # A terminal that was closed must not keep the run from its checkpoint.
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+            self._stream.flush()
 
     def _make_room(self, _message: logging.LogRecord) -> bool:
         self.erase()

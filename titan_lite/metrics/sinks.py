@@ -116,7 +116,9 @@ class ConsoleSink:
         line = "  ".join(f"{self._faint(label)} {value}" for label, value in fields)
         if self._progress:
             self._progress.erase()
-        print(line.rstrip(), file=self._stream, flush=True)
+        # Of a terminal that was closed, the run ends by its signal, with a checkpoint.
+        with contextlib.suppress(OSError):
+            print(line.rstrip(), file=self._stream, flush=True)
         if self._progress:
             self._progress.draw(record)
 

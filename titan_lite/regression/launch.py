@@ -1,4 +1,4 @@
-"""Starts a training run in processes of its own, through torchrun, and waits for it."""
+"""Starts a training run in processes of its own, by the launcher, and waits for it."""
 
 import os
 import subprocess
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from titan_lite.config.problems import quote
 from titan_lite.regression.curves import Mistake
+from titan_lite.runtime.parent import PARENT
 
 # What a comparison needs, and without what would only cost time; overrides stand above.
 _DEFAULTS = (
@@ -15,7 +16,6 @@ _DEFAULTS = (
     "--metrics.enable_tensorboard=false",
     "--metrics.enable_wandb=false",
 )
-_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def launch(
@@ -25,19 +25,14 @@ def launch(
 
     Raises Mistake where the run fails, which has said why.
     """
-    command = ["titan_lite.train", str(config), *_DEFAULTS, *overrides]
-    command.append(f"--job.dump_folder={quote(str(folder))}")
-    print(f"{nproc} x {' '.join(command)}", file=sys.stderr, flush=True)
-    if nproc > 1:
-        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", "-m"]
-        command = [*torchrun, *command]
-    # Of a launcher that this process itself may run under.
-    inherited = {key: os.environ[key] for key in os.environ if key not in _LAUNCHER_VARIABLES}
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc))}
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}
+    arguments = [str(config), *_DEFAULTS, *overrides]
+    arguments.append(f"--job.dump_folder={quote(str(folder))}")
+    print(f"{nproc} x titan_lite.train {' '.join(arguments)}", file=sys.stderr, flush=True)
+    settings = {"NGPU": str(nproc), "NNODES": "1", "MAX_RESTARTS": "0", PARENT: str(os.getpid())}
+    hidden = {"DEVICE": "cpu"} if on_cpu else {}
     result = subprocess.run(
-        [sys.executable, "-m", *command],
-        env=threads | inherited | hidden,
+        [sys.executable, "-m", "titan_lite.launch", *arguments],
+        env=os.environ | settings | hidden,
         stdout=sys.stderr,
         check=False,
     )

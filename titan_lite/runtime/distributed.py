@@ -41,7 +41,7 @@ class Process:
 
     @classmethod
     def from_environment(cls) -> "Process":
-        """Reads what torchrun sets; a process without RANK is alone."""
+        """Reads what the launcher sets; a process without RANK is alone."""
         alone = "RANK" not in os.environ
         local_rank = 0 if alone else int(os.environ["LOCAL_RANK"])
         device = torch.device("cuda", local_rank) if torch.cuda.is_available() else "cpu"
@@ -61,16 +61,22 @@ def start_process_group(process: Process, comm: Comm) -> None:
     if on_gpu:
         torch.cuda.set_device(process.device)
     timeout = timedelta(seconds=comm.init_timeout_seconds)
-    # A process that torchrun did not start has no rendezvous: an in-memory store serves it.
+    is_on_one_node = "RANK" not in os.environ or os.environ.get("GROUP_WORLD_SIZE") == "1"
+    if is_on_one_node and "GLOO_SOCKET_IFNAME" not in os.environ:
+        # gloo would look up the machine's own name, which may not resolve, and wait for that.
+        os.environ["GLOO_SOCKET_IFNAME"] = loopback_interface()
+    # A process that no launcher started has no rendezvous: an in-memory store serves it.
     store: dist.Store = dist.HashStore()
     if "RANK" in os.environ:
         store, _, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))
         store.set_timeout(timeout)
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun keeps its store when it starts processes anew, who would find in it the
-            # addresses of those that have gone. Nodes count restarts each for itself: there
-            # run_train.sh asks for a new store.
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        if os.environ.get("GROUP_WORLD_SIZE") == "1" and (
+            restart := os.environ.get("TORCHELASTIC_RESTART_COUNT")
+        ):
+            # torchrun keeps its store when it restarts processes, who would meet in it the
+            # addresses of those that have gone. Its nodes count restarts each for itself: there
+            # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has to ask for a new store.
+            store = dist.PrefixStore(restart, store)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         timeout=timeout,
@@ -79,6 +85,11 @@ def start_process_group(process: Process, comm: Comm) -> None:
         world_size=process.world_size,
         device_id=process.device if on_gpu else None,
     )
+
+
+def loopback_interface() -> str:
+    """Name of the interface by which this machine reaches itself."""
+    return "lo0" if sys.platform == "darwin" else "lo"
 
 
 def store_of_its_own() -> dist.Store:
@@ -140,17 +151,17 @@ def stop_process_group() -> None:
         dist.destroy_process_group()
 
 
-def leave_at_once(error: BaseException) -> None:
-    """Ends a process of several that has failed, with code 1 and the error for torchrun's summary.
+def leave_at_once(error: BaseException, code: int) -> None:
+    """Ends a process of several with an exit code, and the error for torchrun's summary.
 
-    Others may wait for this one until torchrun ends them, so nothing may hold it up: no group that
-    wants to be left in order, no thread that writes.
+    Others may wait for this one until the launcher ends them, so nothing may hold it up: no group
+    that wants to be left in order, no thread that writes.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    # On a full disk the summary has to do without.
-    with contextlib.suppress(OSError):
-        get_error_handler().record_exception(error)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # On a full disk the summary has to do without.
+        with contextlib.suppress(OSError):
+            get_error_handler().record_exception(error)
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(1)
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)

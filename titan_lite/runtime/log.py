@@ -1,7 +1,13 @@
 """Logging to standard output: rank 0 speaks, the others only warn."""
 
+import hashlib
 import logging
+import os
 import sys
+from pathlib import Path
+
+# A folder that the launcher gives to the processes of one attempt on its node.
+MESSAGES = "TITAN_LITE_MESSAGES"
 
 
 def set_up_logging(rank: int) -> None:
@@ -20,3 +26,19 @@ def set_up_logging(rank: int) -> None:
         logging.getLogger(f"titan_lite.{name}").setLevel(
             logging.WARNING if rank == 0 else logging.ERROR
         )
+
+
+def is_first_to_say(text: str) -> bool:
+    """Returns whether no other process of this node has said the same: several fail for one reason.
+
+    True where no launcher has given them a folder in which to know it.
+    """
+    if not (folder := os.environ.get(MESSAGES)):
+        return True
+    try:
+        (Path(folder) / hashlib.sha256(text.encode()).hexdigest()).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True  # better twice than never: the disk may be full
+    return True

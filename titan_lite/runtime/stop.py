@@ -1,24 +1,42 @@
 """Signals that ask a run to end: noted when they come, answered between steps. No torch."""
 
 import contextlib
+import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Collection, Iterator
 
 from titan_lite.runtime.progress import Progress
 
-# EX_TEMPFAIL of sysexits.h: a checkpoint was saved, start again to go on from it.
+logger = logging.getLogger(__name__)
+
+EXIT_FAILED = 1
+# A mistake in the configuration, or a folder in use.
+EXIT_MISTAKE = 2
+# EX_TEMPFAIL of sysexits.h: a checkpoint was saved, from which the run resumes when started again.
 EXIT_STOPPED = 75
-# As of a process that SIGTERM ended: there is nothing to go on from.
+# As of a process that SIGTERM ended: there is no checkpoint to resume from.
 EXIT_STOPPED_UNSAVED = 128 + signal.SIGTERM
-# torchrun answers 1 for whatever a process returns: run_train.sh names a file for the code.
-EXIT_CODE_FILE = "TITAN_LITE_EXIT_CODE_FILE"
-# Seconds without progress after which SIGTERM ends a process after all. torchrun sends it to the
+# Codes of a process that did what it was asked to.
+ORDERLY = (0, EXIT_STOPPED, EXIT_STOPPED_UNSAVED)
+STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+# Seconds without progress after which SIGTERM ends a process after all. A launcher sends it to the
 # processes that a dead one has left waiting, and kills them after 30 s.
 TERM_GRACE = 25.0
+
+
+def handled_signals() -> list[signal.Signals]:
+    """Signals that ask to stop, without those that this process was started to ignore (nohup)."""
+    return [number for number in STOPPING_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def worst_code(codes: Collection[int]) -> int:
+    """The exit code of several processes together: mistakes first, then failures, then stops."""
+    order = [EXIT_MISTAKE, EXIT_FAILED, EXIT_STOPPED_UNSAVED, EXIT_STOPPED, 0]
+    known = [code if code in order else EXIT_FAILED for code in codes]
+    return min(known, key=order.index)
 
 
 class StopRequest:
@@ -27,6 +45,11 @@ class StopRequest:
     def __init__(self, progress: Progress | None = None) -> None:
         self.signal: str | None = None
         self.progress = progress or Progress()
+
+    def launcher_has_gone(self) -> None:
+        """Asks to stop because the process that started this one has ended."""
+        self.signal = "its launcher has ended"
+        self._end_if_stuck()
 
     def comes_within(self, seconds: float) -> bool:
         """Waits until this process is asked to stop, or the time is over."""
@@ -37,7 +60,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Notes SIGTERM and SIGUSR1 inside, instead of ending the process; on the main thread.
+        """Notes the signals inside, instead of ending the process; on the main thread.
 
         By a thread, since Python's own handlers wait until the main thread has come back from
         whatever library it is in.
@@ -45,10 +68,7 @@ class StopRequest:
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
         former_fd = signal.set_wakeup_fd(write_end)
-        former = {
-            number: signal.signal(number, lambda *_: None)
-            for number in (signal.SIGTERM, signal.SIGUSR1)
-        }
+        former = {number: signal.signal(number, lambda *_: None) for number in handled_signals()}
         thread = threading.Thread(
             target=self._listen, args=(read_end,), name="titan_lite signals", daemon=True
         )
@@ -65,25 +85,20 @@ class StopRequest:
 
     def _listen(self, read_end: int) -> None:
         while number := os.read(read_end, 1):
-            if number[0] == signal.SIGTERM:
-                threading.Thread(target=self._end_if_stuck, daemon=True).start()
-            if number[0] in (signal.SIGTERM, signal.SIGUSR1):
-                self.signal = signal.Signals(number[0]).name
+            self._note(signal.Signals(number[0]))
+
+    def _note(self, number: signal.Signals) -> None:
+        if number not in STOPPING_SIGNALS:
+            return
+        if number == signal.SIGINT:
+            if self.signal == number.name:
+                os._exit(128 + number)
+            logger.info("Stopping after the step in hand; Ctrl-C again ends at once")
+        if number == signal.SIGTERM:
+            threading.Thread(target=self._end_if_stuck, daemon=True).start()
+        self.signal = number.name
 
     def _end_if_stuck(self) -> None:
         while self.progress.phase == "save" or self.progress.seconds() < TERM_GRACE:
             time.sleep(0.1)
         os._exit(EXIT_STOPPED_UNSAVED)
-
-
-def exit_code_for_launcher(code: int) -> int:
-    """What the process should return for its run to end with `code`, which is not 0.
-
-    Started by run_train.sh it leaves the code in a file and returns 0: torchrun would take another
-    one for a failure, and start the processes anew.
-    """
-    path = os.environ.get(EXIT_CODE_FILE)
-    if not path:
-        return code
-    Path(path).write_text(str(code))
-    return 0

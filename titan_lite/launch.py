@@ -1,0 +1,356 @@
+"""Starts a run's processes on this node and watches them: `run_train.sh` without its environment.
+
+The settings come from the variables that `run_train.sh --help` explains.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import FrameType
+
+from titan_lite.runtime.gpus import count_gpus
+from titan_lite.runtime.log import MESSAGES
+from titan_lite.runtime.nodes import FirstNode, Job, Nodes, NodesError, Start, join, listen
+from titan_lite.runtime.parent import PARENT, watch_parent
+from titan_lite.runtime.stop import (
+    EXIT_MISTAKE,
+    EXIT_STOPPED_UNSAVED,
+    ORDERLY,
+    handled_signals,
+    worst_code,
+)
+
+USAGE = "usage: run_train.sh [CONFIG.toml] [--section.key=value ...]"
+PROGRAM = (sys.executable, "-u", "-m", "titan_lite.train")
+DEFAULT_PORT = 29500
+POLL_SECONDS = 0.1
+# Longer than a process that SIGTERM finds stuck takes to end by itself.
+KILL_AFTER_SECONDS = 30.0
+
+
+class UsageError(Exception):
+    """Arguments or variables that cannot work."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Arguments and variables."""
+
+    config: str
+    overrides: tuple[str, ...]
+    job: Job
+    on_gpu: bool
+
+    @classmethod
+    def read(cls, argv: Sequence[str]) -> "Settings":
+        config, overrides = split_arguments(argv)
+        nodes = _number("NNODES", 1, at_least=1)
+        try:
+            gpus = count_gpus()
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        processes = _number("NGPU", gpus or 2, at_least=1)
+        if gpus and processes > gpus:
+            raise UsageError(f"NGPU is {processes}, and torch can use {gpus} GPUs of this machine")
+        run_id = os.environ.get("RDZV_ID", "titan_lite")
+        job = Job(run_id, nodes, processes, _number("MAX_RESTARTS", 0, at_least=0))
+        return cls(config, overrides, job, gpus > 0)
+
+
+def split_arguments(argv: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """The configuration and the overrides; UsageError where they cannot be told."""
+    files = [argument for argument in argv if not argument.startswith("-")]
+    overrides = tuple(argument for argument in argv if argument.startswith("-"))
+    if not files:
+        return _toml(os.environ["CONFIG_FILE"]), overrides
+    if len(files) > 1:
+        others = [name for name in files if not name.lower().endswith(".toml")] or files[1:]
+        raise UsageError(
+            f"expected one configuration, got {' and '.join(files)}; "
+            f"overrides are written --section.key=value, without a space: {others[0]!r} is not one"
+        )
+    if argv[0] != files[0]:
+        previous = argv[argv.index(files[0]) - 1]
+        message = f"{files[0]} comes after {previous}: the configuration must come first"
+        if not files[0].lower().endswith(".toml"):
+            message = f"{files[0]!r} is not an override: write {previous}={files[0]}"
+        raise UsageError(message)
+    return _toml(files[0]), overrides
+
+
+def _toml(name: str) -> str:
+    if not name.lower().endswith(".toml"):
+        raise UsageError(f"the configuration must be a .toml file, got {name!r}")
+    return name
+
+
+def _number(name: str, default: int, *, at_least: int) -> int:
+    text = os.environ.get(name) or str(default)
+    if not (text.isascii() and text.isdecimal() and int(text) >= at_least):
+        raise UsageError(f"{name} must be an integer >= {at_least}, got {text!r}")
+    return int(text)
+
+
+def read_endpoint() -> tuple[str, int]:
+    """RDZV_ENDPOINT, else MASTER_ADDR and MASTER_PORT."""
+    text = os.environ.get("RDZV_ENDPOINT", "")
+    if not text:
+        address = os.environ.get("MASTER_ADDR")
+        if not address:
+            raise UsageError("NNODES is more than 1: set RDZV_ENDPOINT or MASTER_ADDR")
+        if ":" in address:
+            address = f"[{address}]"
+        text = f"{address}:{os.environ.get('MASTER_PORT') or DEFAULT_PORT}"
+    host, separator, port = text.rpartition(":")
+    # Without a port, or an IPv6 address without one.
+    if not separator or text.endswith("]") or (":" in host and not host.endswith("]")):
+        host, port = text, str(DEFAULT_PORT)
+    if not (host and port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
+        raise UsageError(f"RDZV_ENDPOINT must be HOST:PORT, got {text!r}")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+class Signals:
+    """Ends this process at the first signal, or notes it while training processes run."""
+
+    def __init__(self) -> None:
+        self.are_noted = False
+        self.noted: list[signal.Signals] = []
+        # Once the training processes have ended, a signal changes nothing about it.
+        self.code: int | None = None
+        for number in handled_signals():
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.are_noted:
+            self.noted.append(signal.Signals(number))
+            return
+        raise SystemExit(128 + number if self.code is None else self.code)
+
+
+class Attempt:
+    """The training processes of this node, from their start to their end."""
+
+    def __init__(self, settings: Settings, start: Start, address: str, folder: str) -> None:
+        """address: of the node with the store. folder: for what the processes leave each other."""
+        self._settings, self._start = settings, start
+        job = settings.job
+        shared = {
+            "WORLD_SIZE": job.NNODES * job.NGPU,
+            "LOCAL_WORLD_SIZE": job.NGPU,
+            "GROUP_RANK": start.node,
+            "GROUP_WORLD_SIZE": job.NNODES,
+            "MASTER_ADDR": address,
+            "MASTER_PORT": start.port,
+            # The store is there already.
+            "TORCHELASTIC_USE_AGENT_STORE": True,
+            MESSAGES: folder,
+            PARENT: os.getpid(),
+        }
+        self._processes = [
+            subprocess.Popen(
+                [*PROGRAM, settings.config, *settings.overrides],
+                env=defaults(settings)
+                | os.environ
+                | {name: str(value) for name, value in shared.items()}
+                | {"RANK": str(start.node * job.NGPU + local), "LOCAL_RANK": str(local)},
+                stdin=subprocess.DEVNULL,
+                # The keyboard's Ctrl-C and a hang-up are this process's to answer.
+                start_new_session=True,
+            )
+            for local in range(job.NGPU)
+        ]
+        self._asked = False
+        self._kill_at: float | None = None
+
+    @property
+    def was_asked(self) -> bool:
+        """Whether a signal asked it to stop."""
+        return self._asked
+
+    def watch(self, nodes: Nodes, signals: Signals) -> int:
+        """Waits until all processes have ended; returns their exit code together."""
+        while None in (codes := [process.poll() for process in self._processes]):
+            for number in signals.noted:
+                self._answer(number)
+            signals.noted.clear()
+            nodes.poll()
+            if self._kill_at is None:
+                failed = [code for code in codes if code is not None and not self._is_orderly(code)]
+                if failed or nodes.failed:
+                    if not failed:
+                        say("Ending: another node has failed, and its log has the reason")
+                    self._report_killed(codes)
+                    nodes.fail()
+                    self._send(signal.SIGTERM)
+                    self._kill_at = time.monotonic() + KILL_AFTER_SECONDS
+            elif time.monotonic() > self._kill_at:
+                self.kill()
+            time.sleep(POLL_SECONDS)
+        if self._kill_at is None:
+            self._report_killed(codes)
+        ended = [self._code(process.returncode) for process in self._processes]
+        return worst_code(ended)
+
+    def kill(self) -> None:
+        """Ends all processes at once, with those that they have started."""
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in self._processes:
+            process.wait()
+
+    def _answer(self, number: signal.Signals) -> None:
+        if self._asked:
+            self.kill()
+            raise SystemExit(128 + number)
+        self._asked = True
+        say(f"{number.name}: stopping after the step in hand; a second signal ends at once")
+        # The one that has no time limit.
+        self._send(signal.SIGUSR1)
+
+    def _send(self, number: signal.Signals) -> None:
+        for process in self._processes:
+            process.send_signal(number)
+
+    def _code(self, code: int) -> int:
+        # Asked before it could listen.
+        return EXIT_STOPPED_UNSAVED if self._asked and code == -signal.SIGUSR1 else code
+
+    def _is_orderly(self, code: int) -> bool:
+        return self._code(code) in ORDERLY
+
+    def _report_killed(self, codes: Sequence[int | None]) -> None:
+        for local, code in enumerate(codes):
+            if code is None or code >= 0 or self._is_orderly(code):
+                continue
+            rank = self._start.node * self._settings.job.NGPU + local
+            hint = " (by the system, if memory was short)" if code == -signal.SIGKILL else ""
+            pid, name = self._processes[local].pid, signal.Signals(-code).name
+            say(f"rank {rank}, process {pid}, was killed by {name}{hint}")
+
+
+def defaults(settings: Settings) -> dict[str, str]:
+    """Variables of the training processes where the user has not set them."""
+    processes, variables = settings.job.NGPU, {}
+    if not settings.on_gpu:
+        variables["OMP_NUM_THREADS"] = str(max(1, _cores() // processes))
+    elif processes > 1:
+        variables["OMP_NUM_THREADS"] = "1"
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    return variables
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def say(message: str) -> None:
+    """Prints a line, if there is still a terminal to print it on."""
+    with contextlib.suppress(OSError):
+        print(f"titan-lite: {message}", file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains, and returns the exit code of the processes together, or 2 for a mistake."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if {"-h", "--help"} & set(argv):
+        print(USAGE)
+        return 0
+    signals = Signals()
+    if PARENT in os.environ:
+        watch_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        settings = Settings.read(argv)
+        if os.environ.get("DEVICE") == "cpu":
+            os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+        if code := _check(settings):
+            return code
+        return _run(settings, signals)
+    except UsageError as error:
+        say(str(error))
+        return EXIT_MISTAKE
+    except NodesError as error:
+        say(str(error))
+        return error.code
+
+
+def _check(settings: Settings) -> int:
+    """Looks for mistakes once, in a process of its own, before every process would meet them."""
+    world_size = settings.job.NNODES * settings.job.NGPU
+    command = [sys.executable, "-m", "titan_lite.cli", "config", settings.config, "--quiet"]
+    command += ["--preflight", "--world-size", str(world_size), "--", *settings.overrides]
+    with subprocess.Popen(command, start_new_session=True) as process:
+        try:
+            return process.wait()
+        finally:
+            process.kill()
+
+
+def _run(settings: Settings, signals: Signals) -> int:
+    job, address = settings.job, loopback()
+    nodes: Nodes = FirstNode(job, say)
+    if job.NNODES > 1:
+        address, port = read_endpoint()
+        nodes = join(job, address, port, say)
+    while True:
+        server = listen(0) if job.NNODES > 1 else socket_at(address)
+        start = nodes.start(server.getsockname()[1])
+        with tempfile.TemporaryDirectory(prefix="titan_lite-") as folder:
+            signals.are_noted = True
+            attempt = Attempt(settings, start, address, folder)
+            try:
+                if start.node == 0:
+                    threading.Thread(target=_serve, args=(server,), daemon=True).start()
+                signals.code = attempt.watch(nodes, signals)
+            except BaseException:
+                attempt.kill()
+                raise
+        signals.are_noted = False
+        verdict = nodes.agree(signals.code, asked=attempt.was_asked)
+        if not verdict.again:
+            return verdict.code
+        signals.code = None
+        say(f"Starting all processes again: restart {start.attempt + 1} of {job.MAX_RESTARTS}")
+
+
+def loopback() -> str:
+    """The address at which this machine reaches itself, which needs no name."""
+    for address in ("127.0.0.1", "::1"):
+        with contextlib.suppress(OSError):
+            socket_at(address).close()
+            return address
+    raise UsageError("this machine has no loopback address: neither 127.0.0.1 nor ::1")
+
+
+def socket_at(address: str) -> socket.socket:
+    """A socket that listens at an address, with room for all processes that come at once."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.create_server((address, 0), family=family)
+
+
+def _serve(server: socket.socket) -> None:
+    """Serves the store of an attempt for ever: connections wait while torch is imported."""
+    from torch.distributed import TCPStore
+
+    port = server.getsockname()[1]
+    store = TCPStore(
+        loopback(), port, is_master=True, wait_for_workers=False, master_listen_fd=server.detach()
+    )
+    threading.Event().wait()
+    del store
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,368 @@
+"""The launchers of a job's nodes: they meet, start together, and agree on how an attempt ended.
+
+The first node listens at the endpoint, the others keep a connection to it: a launcher that dies is
+noticed by its connection. No torch.
+"""
+
+import contextlib
+import errno
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from titan_lite.runtime.stop import EXIT_FAILED, EXIT_MISTAKE, ORDERLY, worst_code
+
+WAIT_SECONDS = 600.0
+# A launcher that listens looks ten times a second.
+ANSWER_SECONDS = 15.0
+POLL_SECONDS = 0.1
+
+Say = Callable[[str], None]
+
+
+class NodesError(Exception):
+    """Nodes that cannot work together; `code` is for the process to end with."""
+
+    def __init__(self, message: str, code: int = EXIT_MISTAKE) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Job:
+    """Settings that must be the same on all nodes, by the variables that hold them."""
+
+    RDZV_ID: str
+    NNODES: int
+    NGPU: int
+    MAX_RESTARTS: int
+
+
+@dataclass(frozen=True)
+class Start:
+    """An attempt: the number of this node, and the port of the store on the first one."""
+
+    node: int
+    port: int
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How an attempt ended on all nodes together."""
+
+    code: int
+    again: bool
+
+
+class Nodes(Protocol):
+    """This node's connection to the others; `failed` once an attempt has failed on any of them."""
+
+    failed: bool
+
+    def start(self, port: int) -> Start:
+        """Waits for all nodes; `port` is where the store listens if this is the first one."""
+
+    def poll(self) -> None:
+        """Reads what the others sent."""
+
+    def fail(self) -> None:
+        """Tells the others that this attempt has failed."""
+
+    def agree(self, code: int, *, asked: bool) -> Verdict:
+        """Waits for the end of the attempt on all nodes; asked: whether this one was to stop."""
+
+
+class Connection:
+    """Messages over a socket, one JSON object per line; never blocks."""
+
+    def __init__(self, stream: socket.socket) -> None:
+        stream.setblocking(False)
+        # A machine that is lost is noticed within two minutes.
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)):
+            if hasattr(socket, name):
+                stream.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        self._stream, self._unread = stream, b""
+        self.is_open = True
+
+    def send(self, **message: object) -> None:
+        try:
+            self._stream.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            self.close()
+
+    def receive(self) -> list[dict[str, Any]]:
+        """Complete messages; ValueError if the other end speaks another language."""
+        while self.is_open:
+            try:
+                data = self._stream.recv(2**16)
+            except BlockingIOError:
+                break
+            except OSError:
+                data = b""
+            self._unread += data
+            if not data:
+                self.close()
+        *lines, self._unread = self._unread.split(b"\n")
+        messages = [json.loads(line) for line in lines]
+        if not all(isinstance(message, dict) for message in messages):
+            raise ValueError("expected JSON objects")
+        return messages
+
+    def close(self) -> None:
+        self.is_open = False
+        self._stream.close()
+
+
+class FirstNode:
+    """The node at the endpoint, or the only one."""
+
+    def __init__(
+        self, job: Job, say: Say, server: socket.socket | None = None, endpoint: str = ""
+    ) -> None:
+        self.failed = False
+        self._job, self._say, self._server, self._endpoint = job, say, server, endpoint
+        if server is not None:
+            server.setblocking(False)
+        self._attempt = -1
+        # Connected, but not known to be launchers of this job; then launchers that wait, or run.
+        self._strangers: list[Connection] = []
+        self._members: list[Connection] = []
+        self._running: list[Connection] = []
+        self._ended: dict[Connection, tuple[int, bool]] = {}
+
+    def start(self, port: int) -> Start:
+        told, deadline = "", time.monotonic() + WAIT_SECONDS
+        while missing := self._job.NNODES - self._admit():
+            text = f"{missing} of {self._job.NNODES} nodes at {self._endpoint}"
+            if text != told:
+                told = text
+                self._say(f"Waiting for {text}")
+                for member in self._members:
+                    member.send(waiting=text)
+            if time.monotonic() > deadline:
+                message = f"gave up after {WAIT_SECONDS:.0f} s of waiting for {text}"
+                raise NodesError(message, EXIT_FAILED)
+            time.sleep(POLL_SECONDS)
+        self._attempt += 1
+        self.failed, self._ended, self._running = False, {}, list(self._members)
+        for node, member in enumerate(self._running, start=1):
+            member.send(start=asdict(Start(node, port, self._attempt)))
+        return Start(0, port, self._attempt)
+
+    def poll(self) -> None:
+        self._admit()
+
+    def fail(self) -> None:
+        if not self.failed:
+            self.failed = True
+            for member in self._running:
+                member.send(failed=True)
+
+    def agree(self, code: int, *, asked: bool) -> Verdict:
+        if code not in ORDERLY:
+            self.fail()
+        while len(self._ended) < len(self._running):
+            time.sleep(POLL_SECONDS)
+            self._admit()
+        codes = [code, *(ended for ended, _ in self._ended.values())]
+        was_asked = asked or any(asked for _, asked in self._ended.values())
+        is_left = self._attempt < self._job.MAX_RESTARTS
+        code = worst_code(codes)
+        verdict = Verdict(code, code == EXIT_FAILED and is_left and not was_asked)
+        for member in self._running:
+            member.send(verdict=asdict(verdict))
+        return verdict
+
+    def _admit(self) -> int:
+        """Reads all connections, lets launchers of this job in; returns the nodes that are here."""
+        if self._server is not None:
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    self._strangers.append(Connection(self._server.accept()[0]))
+        for member in self._members:
+            self._read(member)
+        self._members = [member for member in self._members if member.is_open]
+        for stranger in list(self._strangers):
+            try:
+                messages = stranger.receive()
+            except ValueError:
+                stranger.close()
+                messages = []
+            if messages or not stranger.is_open:
+                self._strangers.remove(stranger)
+            if messages:
+                self._greet(stranger, messages[0])
+        return 1 + len(self._members)
+
+    def _greet(self, stranger: Connection, message: dict[str, Any]) -> None:
+        job, refusal = message.get("titan_lite", {}), None
+        for name, value in asdict(self._job).items():
+            if job.get(name) != value:
+                refusal = f"{name} is {job.get(name)} here and {value} on the first node"
+        if refusal is None and len(self._members) + 1 == self._job.NNODES:
+            refusal = (
+                f"all {self._job.NNODES} nodes of the job {self._job.RDZV_ID!r} are there already; "
+                "give another job another RDZV_ENDPOINT"
+            )
+        if refusal is not None:
+            stranger.send(refused=refusal)
+            stranger.close()
+            return
+        stranger.send(welcome=True)
+        self._members.append(stranger)
+
+    def _read(self, member: Connection) -> None:
+        try:
+            messages = member.receive()
+        except ValueError:
+            member.close()
+            messages = []
+        for message in messages:
+            if "failed" in message:
+                self.fail()
+            if "code" in message:
+                self._ended[member] = message["code"], message["asked"]
+        if not member.is_open and member in self._running and member not in self._ended:
+            self._ended[member] = EXIT_FAILED, False
+            self._say(f"Node {self._running.index(member) + 1} has gone")
+            self.fail()
+
+
+class OtherNode:
+    """A node that is connected to the first one."""
+
+    def __init__(self, first: Connection, endpoint: str, say: Say) -> None:
+        self.failed = False
+        self._first, self._endpoint, self._say = first, endpoint, say
+        self._start: Start | None = None
+        self._verdict: Verdict | None = None
+
+    def start(self, port: int) -> Start:
+        while self._start is None:
+            if not self._first.is_open:
+                raise NodesError(f"the node at {self._endpoint} has gone", EXIT_FAILED)
+            time.sleep(POLL_SECONDS)
+            self.poll()
+        start, self._start = self._start, None
+        return start
+
+    def poll(self) -> None:
+        try:
+            self.take(self._first.receive())
+        except ValueError:
+            self._first.close()
+        if not self._first.is_open:
+            self.failed = True
+
+    def fail(self) -> None:
+        self.failed = True
+        self._first.send(failed=True)
+
+    def agree(self, code: int, *, asked: bool) -> Verdict:
+        if code not in ORDERLY:
+            self.fail()
+        self._first.send(code=code, asked=asked)
+        while self._verdict is None:
+            if not self._first.is_open:
+                self._say(f"The node at {self._endpoint} has gone")
+                return Verdict(worst_code([code, EXIT_FAILED]), again=False)
+            time.sleep(POLL_SECONDS)
+            self.poll()
+        verdict, self._verdict = self._verdict, None
+        return verdict
+
+    def take(self, messages: list[dict[str, Any]]) -> None:
+        """Acts on what the first node sent."""
+        for message in messages:
+            if "waiting" in message:
+                self._say(f"Waiting for {message['waiting']}")
+            if "start" in message:
+                self._start, self.failed = Start(**message["start"]), False
+            if "failed" in message:
+                self.failed = True
+            if "verdict" in message:
+                self._verdict = Verdict(**message["verdict"])
+
+
+def join(job: Job, host: str, port: int, say: Say) -> Nodes:
+    """Listens at the endpoint where it is this machine's and free, else connects to it."""
+    endpoint, is_local = f"{host}:{port}", _is_of_this_machine(host)
+    if is_local:
+        try:
+            return FirstNode(job, say, listen(port), endpoint)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                message = f"cannot listen at port {port} of {host}: {error.strerror}"
+                raise NodesError(message) from error
+    # Of this machine's port, which is in use, somebody answers at once.
+    wait_seconds = ANSWER_SECONDS if is_local else WAIT_SECONDS
+    for first in _connections(host, port, say, wait_seconds):
+        first.send(titan_lite=asdict(job))
+        messages: list[dict[str, Any]] = []
+        deadline = time.monotonic() + ANSWER_SECONDS
+        try:
+            while not messages and first.is_open and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
+                messages = first.receive()
+        except ValueError:
+            messages = [{}]
+        if messages and "refused" in messages[0]:
+            raise NodesError(f"{endpoint}: {messages[0]['refused']}")
+        if messages and "welcome" in messages[0]:
+            node = OtherNode(first, endpoint, say)
+            node.take(messages[1:])
+            return node
+        if messages or first.is_open:
+            break
+    raise NodesError(
+        f"{endpoint} is in use by another program: set RDZV_ENDPOINT to a free port, the same on "
+        "all nodes"
+    )
+
+
+def _connections(host: str, port: int, say: Say, seconds: float) -> Iterator[Connection]:
+    """Connections to an endpoint, tried until one succeeds, and again after each that was closed.
+
+    Ends a few seconds after the first one; raises NodesError where none succeeds.
+    """
+    told, deadline, is_answered = False, time.monotonic() + seconds, False
+    while time.monotonic() < deadline:
+        try:
+            connection = Connection(socket.create_connection((host, port), timeout=5))
+        except OSError as error:
+            if not told:
+                say(f"Waiting for the first node at {host}:{port}: {error.strerror or error}")
+                told = True
+            last = error
+        else:
+            if not is_answered:
+                is_answered, deadline = True, time.monotonic() + 5
+            yield connection
+        time.sleep(1)
+    if not is_answered and seconds == WAIT_SECONDS:
+        message = f"gave up waiting for the first node at {host}:{port}: {last.strerror or last}"
+        raise NodesError(message, EXIT_FAILED)
+
+
+def listen(port: int) -> socket.socket:
+    """A socket on all addresses of this machine."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
+
+
+def _is_of_this_machine(host: str) -> bool:
+    """Whether a name or address is one of this machine's own."""
+    with contextlib.suppress(OSError):
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            host, 0, type=socket.SOCK_STREAM
+        ):
+            with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
+                probe.bind(address)
+                return True
+    return False
