@@ -467,7 +467,7 @@ class Launched:
         )
 
     def wait_for(self, *names: str) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while not all((self.folder / name).exists() for name in names):
             assert self.process.poll() is None, self.process.communicate()[0]
             assert time.monotonic() < deadline, names
@@ -485,7 +485,7 @@ class Launched:
 
     def end(self) -> tuple[int, str]:
         """Exit code and what was printed."""
-        output, _ = self.process.communicate(timeout=120)
+        output, _ = self.process.communicate(timeout=240)
         return self.process.returncode, output
 
     def pids(self) -> list[int]:
