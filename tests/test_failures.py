@@ -422,7 +422,9 @@ def test_a_rank_that_hangs_is_named_with_its_phase_and_ends_the_job_by_the_timeo
     first, second = log.split("The ranks, those furthest behind first:\n")[2].splitlines()[:2]
     phases = "data|forward|backward|optimizer|log|save"
     assert re.match(rf"  rank 1: ({phases}) of step \d+ for .* silent for \d+ s", first)
-    assert re.match(rf"  rank 0: ({phases}) of step \d+ for \d+ s, in \w+, from titan_lite/", second)
+    assert re.match(
+        rf"  rank 0: ({phases}) of step \d+ for \d+ s, in \w+, from titan_lite/", second
+    )
 
 
 def _asked_on_one_rank(folder: Path, *overrides: str) -> tuple[int, bool]:

@@ -137,7 +137,10 @@ class Signals:
 
 
 class Attempt:
-    """The training processes of this node, from their start to their end."""
+    """The training processes of this node, from their start to their end.
+
+    `was_asked` once a signal has asked them to stop.
+    """
 
     def __init__(self, settings: Settings, start: Start, address: str, folder: str) -> None:
         """address: of the node with the store. folder: for what the processes leave each other."""
@@ -168,13 +171,8 @@ class Attempt:
             )
             for local in range(job.NGPU)
         ]
-        self._asked = False
+        self.was_asked = False
         self._kill_at: float | None = None
-
-    @property
-    def was_asked(self) -> bool:
-        """Whether a signal asked it to stop."""
-        return self._asked
 
     def watch(self, nodes: Nodes, signals: Signals) -> int:
         """Waits until all processes have ended; returns their exit code together."""
@@ -209,10 +207,10 @@ class Attempt:
             process.wait()
 
     def _answer(self, number: signal.Signals) -> None:
-        if self._asked:
+        if self.was_asked:
             self.kill()
             raise SystemExit(128 + number)
-        self._asked = True
+        self.was_asked = True
         say(f"{number.name}: stopping after the step in hand; a second signal ends at once")
         # The one that has no time limit.
         self._send(signal.SIGUSR1)
@@ -223,7 +221,7 @@ class Attempt:
 
     def _code(self, code: int) -> int:
         # Asked before it could listen.
-        return EXIT_STOPPED_UNSAVED if self._asked and code == -signal.SIGUSR1 else code
+        return EXIT_STOPPED_UNSAVED if self.was_asked and code == -signal.SIGUSR1 else code
 
     def _is_orderly(self, code: int) -> bool:
         return self._code(code) in ORDERLY

@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging(rank)
     stop = StopRequest()
     with stop.listening():
-        if "RANK" in os.environ or PARENT in os.environ:
+        # Whoever starts processes by hand may leave them to themselves (nohup).
+        if PARENT in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
             watch_parent(stop.launcher_has_gone)
         try:
             return _train(argv, rank, stop)

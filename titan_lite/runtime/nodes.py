@@ -350,10 +350,12 @@ def _connections(host: str, port: int, say: Say, seconds: float) -> Iterator[Con
 
 
 def listen(port: int) -> socket.socket:
-    """A socket on all addresses of this machine."""
+    """A socket on all addresses of this machine, with room for a job's processes at once."""
     if socket.has_dualstack_ipv6():
-        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", port))
+        return socket.create_server(
+            ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096
+        )
+    return socket.create_server(("", port), backlog=4096)
 
 
 def _is_of_this_machine(host: str) -> bool:
