@@ -22,6 +22,7 @@ from titan_lite.cli import main
 from titan_lite.config.load import load_config
 from titan_lite.config.schema import Data, DataSource, Validation
 from titan_lite.data import files
+from titan_lite.data.file_rows import FileRows
 from titan_lite.data.held_out import resolve_held_out
 from titan_lite.data.sources import open_dataset, resolve_source, resolve_sources
 from titan_lite.data.token_files import TokenFolder
@@ -508,3 +509,12 @@ def test_the_command_line_names_what_is_left_out_once(
     keys = [f"--data.dataset_path={tmp_path}", "--data.num_streams=2"]
     assert main(["config", *keys, "--preflight", "--quiet"]) == 0
     assert caplog.text.count("leaves out b.csv") == 1
+
+
+def test_a_place_in_the_data_from_before_files_were_read_directly_is_refused(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    rows = FileRows([tmp_path / "a.jsonl"], "text")
+    with pytest.raises(ValueError, match=r"saved by an older version .* checkpoint.initial_load_p"):
+        rows.load_state_dict({"shard_idx": 0, "shard_example_idx": 12})

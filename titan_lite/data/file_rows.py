@@ -51,7 +51,15 @@ class FileRows:
         return FileRows(self._files, self._field, offset=offset, step=step)
 
     def load_state_dict(self, state: dict[str, int] | None) -> None:
-        """Sets where the next iteration starts; None: before the first row."""
+        """Sets where the next iteration starts; None: before the first row.
+
+        Raises ValueError for a place as `datasets` names it, which read these files before.
+        """
+        if state is not None and state.keys() != self.state_dict().keys():
+            raise ValueError(
+                "the checkpoint's place in the data was saved by an older version of titan_lite; "
+                "checkpoint.initial_load_path = its folder starts a new run with its weights"
+            )
         self._start = state
 
     def state_dict(self) -> dict[str, int]:
