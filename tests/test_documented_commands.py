@@ -1,0 +1,241 @@
+"""Every command in README and docs works as printed.
+
+A block of commands is run here, with a small model and small files in the place of a reader's own;
+or it stands below a comment, <!-- not run: REASON -->, and its configurations are only checked.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import Workers
+from tests.runs import TINY
+from titan_lite import cli
+from titan_lite.config.load import load_config
+from titan_lite.data.assets import bundled_asset
+from titan_lite.models.rules import check
+from titan_lite.runtime.distributed import Process
+from titan_lite.trainer import Trainer
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(
+    r"(?:<!-- not run: (.*?) -->\n)?^( *)```(\w*)\n(.*?)^\2```$", re.MULTILINE | re.DOTALL
+)
+PROGRAMS = ("./run_train.sh", "./run_tests.sh", "titan-lite", "sbatch", "pytest")
+# A reader's own names: what stands for them here.
+PLACEHOLDERS = {"CONFIG": "run.toml", "DIR": "outputs/checkpoint", "step-1000": "step-1"}
+GPUS_PER_NODE = 8
+SHORT = ("--training.steps=1", "--training.seq_len=64", "--metrics.peak_tflops=1.0")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A line of a block, in words; not_run: the reason, "" where it is run."""
+
+    page: str
+    variables: Mapping[str, str]
+    words: tuple[str, ...]
+    not_run: str
+
+    def __str__(self) -> str:
+        return f"{self.page}: {' '.join(self.words)}"
+
+
+def commands_of(page: str, text: str) -> list[Command]:
+    found = []
+    for not_run, _, kind, body in BLOCK.findall(text):
+        for line in body.replace("\\\n", " ").splitlines():
+            if kind not in ("bash", "console", "") or (kind == "" and "[" in line):
+                continue  # Another language, or a synopsis.
+            words = (
+                shlex.split(line, comments=True) if line[:1].isalnum() or line[:1] == "." else []
+            )
+            variables = {}
+            while words and (match := re.fullmatch(r"([A-Z_]+)=(.*)", words[0])):
+                variables[match[1]] = match[2]
+                del words[0]
+            if kind == "bash" or (words and words[0] in PROGRAMS):
+                assert not words or words[0] in PROGRAMS, f"{page}: nothing here runs {line!r}"
+                if words:
+                    found.append(Command(page, variables, tuple(words), not_run))
+    return found
+
+
+COMMANDS = [
+    command
+    for page in PAGES
+    for command in commands_of(str(page.relative_to(ROOT)), page.read_text(encoding="utf-8"))
+]
+
+
+def test_there_are_commands_and_each_reason_says_something() -> None:
+    assert len(COMMANDS) > 30
+    assert all(len(command.not_run) > 10 for command in COMMANDS if command.not_run)
+    assert sum(bool(command.not_run) for command in COMMANDS) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "not_run"),
+    [
+        ("```bash\nNGPU=2 ./run_train.sh --a.b=1  # why\n```", ("./run_train.sh", "--a.b=1"), ""),
+        ("```\ntitan-lite config \\\n  x.toml\n```", ("titan-lite", "config", "x.toml"), ""),
+        ("<!-- not run: slow -->\n```bash\npytest x\n```", ("pytest", "x"), "slow"),
+    ],
+)
+def test_commands_are_found_in_blocks(text: str, words: tuple[str, ...], not_run: str) -> None:
+    (command,) = commands_of("page", text)
+    assert (command.words, command.not_run) == (words, not_run)
+
+
+def _train(folder: Path, config: str, *overrides: str) -> int:
+    """Trains in every process of the group, from `folder`; returns the last step."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        loaded = load_config(config, overrides)
+        trainer = Trainer(loaded, check(loaded, Process.from_environment().world_size))
+        trainer.train()
+        trainer.close()
+        return trainer.state.step
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, workers: Mapping[int, Workers]) -> Path:
+    """What a reader has in the folder in which the commands are printed, all of it small."""
+    folder = tmp_path_factory.mktemp("reader")
+    for name in ("train_configs", "scripts", "run_train.sh", "run_tests.sh", "tests"):
+        (folder / name).symlink_to(ROOT / name)
+    keys = [override.removeprefix("--") for override in (*TINY, *SHORT, "--data.num_streams=8")]
+    # The last one of a key wins; words want quotes.
+    values = {key: value for key, _, value in (text.partition("=") for text in keys)}
+    values |= {"training.param_dtype": '"float32"', "training.local_batch_size": "4"}
+    text = "".join(f"{key} = {value}\n" for key, value in values.items())
+    for name in ("run.toml", "my.toml", "my_run.toml"):
+        (folder / name).write_text(text)
+    (folder / "books").mkdir()
+    lines = [json.dumps({"text": f"Book {number}. {'Words. ' * 40}"}) for number in range(9)]
+    (folder / "books/a.jsonl").write_text("\n".join(lines))
+    (folder / "llama3").mkdir()
+    shutil.copy(bundled_asset("tokenizer/tokenizer.model"), folder / "llama3")
+    saving = ("--checkpoint.enable=true", "--checkpoint.last_save_hf=true")
+    assert workers[1].run(_train, folder, "run.toml", *saving) == [1]
+    shutil.copytree(folder / "outputs/checkpoint/hf", folder / "Llama-3.1-8B")
+    for name in ("base", "change"):
+        (folder / "outputs" / name).mkdir()
+        for file in ("run.json", "metrics.jsonl"):
+            shutil.copy(folder / "outputs" / file, folder / "outputs" / name)
+    return folder
+
+
+def _launched(command: Command) -> tuple[str, int, list[str]]:
+    """Configuration, world size and overrides of run_train.sh, also under sbatch."""
+    words = list(command.words)
+    nodes = int(command.variables.get("NNODES", 1))
+    if words[0] == "sbatch":
+        nodes = int(words.pop(1).removeprefix("--nodes="))
+        assert (ROOT / words.pop(1)).is_file()
+    config = command.variables.get("CONFIG_FILE", "train_configs/debug.toml")
+    if words[1:] and words[1].endswith(".toml"):
+        config = words.pop(1)
+    is_small = Path(config).name.startswith(("debug", "my"))
+    per_node = int(command.variables.get("NGPU", 2 if is_small else GPUS_PER_NODE))
+    return config, nodes * per_node, words[1:]
+
+
+def _run(command: Command, folder: Path, workers: Mapping[int, Workers]) -> None:
+    words = [PLACEHOLDERS.get(word, word) for word in command.words]
+    words = [word.replace("step-1000", "step-1") for word in words]
+    match words:
+        case ["./run_tests.sh"]:
+            assert os.access(ROOT / "run_tests.sh", os.X_OK)  # Runs this test.
+        case ["./run_train.sh" | "sbatch", *_]:
+            config, world_size, overrides = _launched(command)
+            argv = ["config", config, "--quiet", "--world-size", str(world_size), "--", *overrides]
+            assert cli.main(argv) == 0
+            # tests/test_launcher.py runs the script itself.
+            if overrides and world_size <= 4 and "checkpoint" not in str(overrides):
+                short = (*overrides, *SHORT, "--job.dump_folder=short")
+                assert workers[world_size].run(_train, folder, config, *short)[0] == 1
+        case ["titan-lite", "train", config, *overrides]:
+            assert workers[1].run(_train, folder, config, *overrides) == [1]
+        case ["titan-lite", "tokenize", *rest] if "--verify" not in rest:
+            assert cli.main(["tokenize", *rest, "--processes", "1"]) == 0
+        case ["titan-lite", *argv]:
+            assert cli.main(argv) == 0
+        case _:
+            pytest.fail(f"no way to run {command}")
+
+
+@pytest.mark.distributed
+def test_every_command_of_the_pages_works(
+    folder: Path,
+    workers: Mapping[int, Workers],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(folder)
+    failed = {}
+    for command in COMMANDS:
+        if command.not_run:
+            continue
+        try:
+            _run(command, folder, workers)
+        # All that fail are named together.
+        except (Exception, SystemExit) as error:
+            failed[str(command)] = f"{error!r:.600} {capsys.readouterr().err}"
+    assert failed == {}
+
+
+def test_a_preset_on_another_number_of_nodes_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    line = "NNODES=4 RDZV_ENDPOINT=node0:29500 ./run_train.sh train_configs/llama3_70b.toml"
+    (command,) = commands_of("page", f"```bash\n{line}\n```")
+    with pytest.raises(AssertionError):
+        _run(command, ROOT, {})
+    assert "the world size is 32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.not_run], ids=str)
+def test_what_is_not_run_is_checked(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    match command.words:
+        case ["titan-lite", "dryrun", config, *_]:
+            assert cli.main(["config", config, "--quiet"]) == 0
+        case ["titan-lite", "compare", _, _, *overrides]:
+            for side in ([], [word for word in overrides if word.startswith("--b.")]):
+                keys = [word for word in overrides if not word.startswith("--b.")]
+                keys += [word.replace("--b.", "--") for word in side if "nproc" not in word]
+                assert cli.main(["config", "--quiet", "--world-size=4", *keys]) == 0
+        case ["pytest", path, option, page]:
+            assert Path(path).is_file()
+            assert Path(page).is_file()
+            assert f'"{option}"' in Path("tests/conftest.py").read_text()
+        case _:
+            pytest.fail(f"no way to check {command}")
+
+
+def test_commands_inside_sentences_name_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    helps: dict[str, str] = {}
+    for page in PAGES:
+        for name, rest in re.findall(r"`titan-lite ([a-z]+)([^`]*)`", page.read_text()):
+            if name not in helps:
+                directions = ["hf-to-dcp", "dcp-to-hf"] if name == "convert" else [""]
+                for direction in directions:
+                    with contextlib.suppress(SystemExit):
+                        cli.main([name, *filter(None, [direction]), "--help"])
+                helps[name] = capsys.readouterr().out
+            for option in re.findall(r"--[a-z-]+(?![\w.-])", rest):
+                assert option in helps[name], f"{page.name}: titan-lite {name} {option}"
