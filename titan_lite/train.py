@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ConfigError as error:
             if _is_ours_to_say(str(error), stop):
                 print(error, file=sys.stderr)
-            _leave_others(error, EXIT_MISTAKE)
+            _leave_others(EXIT_MISTAKE)
             return EXIT_MISTAKE
 
 
@@ -89,7 +89,7 @@ def _train(argv: Sequence[str], rank: int, stop: StopRequest) -> int:
         # gloo's words for a process that is gone.
         if "by peer" in str(error) and stop.comes_within(LAUNCHER_SECONDS):
             logger.info("Exiting because another process failed; its message has the cause")
-            _leave_others(error.with_traceback(None), EXIT_FAILED)
+            _leave_others(EXIT_FAILED)
             return EXIT_FAILED
         if stop.progress.phase == "data" and isinstance(error, ValueError | OSError):
             # A document that cannot be read: the message has its file and line.
@@ -101,7 +101,7 @@ def _train(argv: Sequence[str], rank: int, stop: StopRequest) -> int:
             logger.exception("Failed in step %d (%s)", stop.progress.step, stop.progress.phase)
         if trainer.watchdog.tells and has_timed_out:
             logger.error("%s", trainer.watchdog.report())
-        _leave_others(error, EXIT_FAILED)
+        _leave_others(EXIT_FAILED)
         return EXIT_FAILED
     finally:
         trainer.close()
@@ -115,9 +115,7 @@ def _end(error: Exception, stop: StopRequest) -> int:
     """Ends a failed process with a sentence that says all, and without a traceback."""
     if _is_ours_to_say(str(error), stop):
         logger.error("%s", error)
-    # torchrun's summary repeats what led to an error.
-    error.__cause__ = None
-    _leave_others(error.with_traceback(None), EXIT_FAILED)
+    _leave_others(EXIT_FAILED)
     return EXIT_FAILED
 
 
@@ -129,12 +127,12 @@ def _is_ours_to_say(text: str, stop: StopRequest) -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0" or not stop.comes_within(LAUNCHER_SECONDS)
 
 
-def _leave_others(error: BaseException, code: int) -> None:
+def _leave_others(code: int) -> None:
     """Ends this process, if it is one of several, in which others may be waiting for it."""
     if "RANK" in os.environ:
         from titan_lite.runtime.distributed import leave_at_once
 
-        leave_at_once(error, code)
+        leave_at_once(code)
 
 
 def world_size() -> int:

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from titan_lite.config.schema import Comm
 
@@ -151,16 +150,12 @@ def stop_process_group() -> None:
         dist.destroy_process_group()
 
 
-def leave_at_once(error: BaseException, code: int) -> None:
-    """Ends a process of several with an exit code, and the error for torchrun's summary.
+def leave_at_once(code: int) -> None:
+    """Ends a process of several, which has said why, with an exit code.
 
     Others may wait for this one until the launcher ends them, so nothing may hold it up: no group
     that wants to be left in order, no thread that writes.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        # On a full disk the summary has to do without.
-        with contextlib.suppress(OSError):
-            get_error_handler().record_exception(error)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
