@@ -11,12 +11,16 @@ from tests.distributed import Workers
 from titan_lite.parallel.gradients import clip_grad_norm, global_norm
 
 
-def test_the_norm_of_many_elements_is_exact_to_a_millionth() -> None:
-    grad = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 1e-3
+@pytest.mark.parametrize("rows", [2048, 512], ids=["whole", "a quarter"])
+def test_the_norm_of_many_elements_is_exact_whatever_their_sizes_and_sharding(rows: int) -> None:
+    """As of an embedding, most of whose tokens do not occur, and some often."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.rand(2048, 1, generator=generator).pow(8)
+    grad = (torch.randn(2048, 512, generator=generator) * sizes)[:rows]
     torch.testing.assert_close(
-        global_norm({"w": grad}).total.double(),
-        torch.linalg.vector_norm(grad.double()),
-        rtol=1e-6,
+        global_norm({"w": grad}).total,
+        torch.linalg.vector_norm(grad.double()).float(),
+        rtol=2e-7,
         atol=0,
     )
 
@@ -41,7 +45,7 @@ def _norm_of_placements() -> tuple[float, float]:
 @pytest.mark.distributed
 def test_every_element_counts_once_whatever_its_placements(workers: dict[int, Workers]) -> None:
     for norm, expected in workers[4].run(_norm_of_placements):
-        assert norm == pytest.approx(expected, rel=1e-6)
+        assert norm == pytest.approx(expected, rel=2e-7)
 
 
 def test_clipping_scales_to_the_norm_asked_for_and_0_leaves_gradients_alone() -> None:
