@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partialmethod
 from pathlib import Path
@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from titan_lite.config.load import load_config
 from titan_lite.data.loader import Batch
@@ -44,6 +44,9 @@ TINY = (
 )
 
 
+# Steps whose gradients are compared from the same weights, as those of step 1 are by themselves.
+LATER = (3, 10)
+
 Tensors = dict[str, Any]
 Run = tuple[list[dict[str, Any]], dict[str, Tensors]]
 """Records of metrics.jsonl, and whole tensors by moment and name."""
@@ -61,24 +64,83 @@ def train(folder: Path | str, *overrides: str) -> list[dict[str, Any]]:
     return read_metrics(folder)
 
 
-def train_and_gather(folder: Path | str, *overrides: str, mask_labels: bool = False) -> Run:
-    """As `train`, and whole tensors as arrays: weights before and after, gradients of two steps."""
+def train_and_gather(
+    folder: Path | str,
+    *overrides: str,
+    mask_labels: bool = False,
+    weights: Mapping[int, Tensors] | None = None,
+) -> Run:
+    """As `train`, and whole tensors as arrays: weights before and after, gradients of some steps.
+
+    These are step 1, which all layouts of a model begin with the same bits, and those of LATER.
+    weights: `later_weights` of the run to compare with, from which gradients of LATER are taken,
+    after the training; None: the run's own.
+    """
     trainer = build_trainer(folder, *overrides)
     if mask_labels:
         trainer.batches = masked(trainer.batches)
     gathered = {"initial weights": gather(trainer)}
+    batches: list[Batch] = []
+    trainer.batches = _remembered(trainer.batches, batches)
 
-    def gather_gradients(*_: Any) -> None:
+    def gather_step(*_: Any) -> None:
         step = trainer.state.step + 1
-        if step in (1, 5):
+        if step == 1 or (step in LATER and weights is None):
             gathered[f"gradients of step {step}"] = gather(trainer, gradients=True)
+        if step in LATER and weights is None:
+            gathered[f"weights before step {step}"] = gather(trainer)
 
-    trainer.optimizer.register_step_pre_hook(gather_gradients)
+    hook = trainer.optimizer.register_step_pre_hook(gather_step)
     try:
         trainer.train()
+        hook.remove()
+        gathered["final weights"] = gather(trainer)
+        for step, at_step in (weights or {}).items():
+            last = step * trainer.micro_steps
+            of_step = batches[last - trainer.micro_steps : last]
+            gathered[f"gradients of step {step}"] = _gradients_at(trainer, at_step, of_step)
     finally:
         trainer.close()
-    return read_metrics(folder), gathered | {"final weights": gather(trainer)}
+    return read_metrics(folder), gathered
+
+
+def later_weights(run: Run) -> dict[int, Tensors]:
+    """Weights of a run before each step of LATER that it took."""
+    names = {step: f"weights before step {step}" for step in LATER}
+    return {step: run[1][name] for step, name in names.items() if name in run[1]}
+
+
+def _remembered(batches: Iterator[Batch], memory: list[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        memory.append(batch)
+        yield batch
+
+
+def _gradients_at(trainer: Trainer, weights: Tensors, batches: list[Batch]) -> Tensors:
+    """Gradients of a step from these weights, which it changes."""
+    load(trainer.model, weights)
+    gathered: Tensors = {}
+    hook = trainer.optimizer.register_step_pre_hook(
+        lambda *_: gathered.update(gather(trainer, gradients=True))
+    )
+    trainer.step(batches, lr=0.0)
+    hook.remove()
+    return gathered
+
+
+@torch.no_grad()
+def load(model: torch.nn.Module, weights: Tensors) -> None:
+    """Gives a model, or the stages of it that are here, these whole tensors."""
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor), name
+        array = weights[name.replace(CHECKPOINT_PREFIX, "")]
+        # A layout that pads the vocabulary further has more rows, of zeros.
+        whole = torch.zeros(parameter.shape, device=parameter.device_mesh.device_type)
+        whole[: len(array)] = torch.from_numpy(array)
+        local = distribute_tensor(
+            whole, parameter.device_mesh, parameter.placements, src_data_rank=None
+        ).to_local()
+        parameter.to_local().copy_(local)
 
 
 class Clock:
@@ -147,7 +209,9 @@ def whole(model: torch.nn.Module, *, gradients: bool = False) -> Tensors:
 def deviations(got: Run, expected: Run) -> Deviations:
     """How far two runs are apart in each quantity, and where: the step, or the parameter.
 
-    Losses and gradient norms relative to the expected ones, tensors to their largest element.
+    Losses and gradient norms relative to the expected ones. Weights to the largest one of the
+    tensor; gradients to that plus a quarter of the largest one of the model, since some are small
+    sums of terms that cancel, and have the rounding of the terms.
     """
     (records, tensors), (expected_records, expected_tensors) = got, expected
     for key in ("step", "lr", "tokens"):
@@ -157,19 +221,23 @@ def deviations(got: Run, expected: Run) -> Deviations:
         off = [abs(r[key] / e[key] - 1) for r, e in zip(records, expected_records, strict=True)]
         found[key] = _worst(off, [f"step {r['step']}" for r in records])
         found[f"{key} of step 1"] = off[0], "step 1"
-    for moment, by_name in expected_tensors.items():
-        assert tensors[moment].keys() == by_name.keys()
-        off = [_distance(tensors[moment][name], array) for name, array in by_name.items()]
+    for moment, by_name in tensors.items():
+        references = expected_tensors[moment]
+        assert by_name.keys() == references.keys()
+        terms = 0.0
+        if moment.startswith("gradients"):
+            terms = 0.25 * max(np.abs(array).max() for array in references.values())
+        off = [_distance(array, references[name], terms) for name, array in by_name.items()]
         found[moment] = _worst(off, list(by_name))
     return found
 
 
-def _distance(got: Any, expected: Any) -> float:
+def _distance(got: Any, expected: Any, terms: float) -> float:
     # Rows beyond the expected ones pad a vocabulary, and should be zero.
     rows = [(0, len(got) - len(expected)), *[(0, 0)] * (got.ndim - 1)]
     # Biases begin as zeros.
-    largest = np.abs(expected).max() or 1.0
-    return float(np.abs(got - np.pad(expected, rows)).max() / largest)
+    size = np.abs(expected).max() + terms or 1.0
+    return float(np.abs(got - np.pad(expected, rows)).max() / size)
 
 
 def _worst(values: list[float], places: list[str]) -> tuple[float, str]:

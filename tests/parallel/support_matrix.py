@@ -19,7 +19,7 @@ from tests.parallel.matrix import (
     Hole,
     features,
 )
-from tests.runs import Deviations
+from tests.runs import LATER, Deviations
 from titan_lite.models.registry import families
 
 HEAD = f"""\
@@ -32,17 +32,20 @@ Written by the tests from what they find, and compared with what they find whene
 pytest tests/parallel/test_matrix.py --support-matrix docs/support_matrix.md
 ```
 
-Each run trains 20 steps of {BATCH} samples, with uneven numbers of valid tokens, and is compared
-with one process without compile, checkpointing or accumulation: loss and gradient norm of each
-step, every gradient of steps 1 and 5, every weight before and after. Over gloo on CPUs; over NCCL
-where there are as many GPUs as processes. That the comparison catches faults is shown by
+Each run trains {LATER[-1]} steps of {BATCH} samples, with uneven numbers of valid tokens, and is
+compared with one process without compile, checkpointing or accumulation: weights before step 1,
+loss and gradient norm of each step, every gradient of step 1, and every gradient of steps
+{" and ".join(map(str, LATER))} from the one process's weights, for the reasons given in
+[numerics.md](numerics.md#layouts-against-one-process). Over gloo on CPUs; over NCCL where there are
+as many GPUs as processes. That the comparison catches faults is shown by
 [test_planted_bugs.py](../tests/parallel/test_planted_bugs.py).
 
 ## float32
 """
 
 LAYOUT = """\
-Of a tensor the largest difference counts, relative to the tensor's largest element.
+Of a tensor the largest difference counts, relative to the largest element of the tensor; of a
+gradient, relative to that plus a quarter of the largest element of all gradients.
 
 Under each mode of activation checkpointing: eager or compiled, x micro-batches of a step. Every two
 values of layout, mode, execution and accumulation meet in one of these runs.
@@ -56,7 +59,7 @@ FAMILIES_TEXT = """\
 Debug flavors of the other families, with settings that the one process has too, but for
 `parallel.sequence_parallel`. The rows above are Llama's. GPT is here without the biases of queries,
 keys and values: softmax does not see what is added to all keys, so that, without rotation, the
-gradient of that bias is rounding, of which AdamW makes steps.
+gradient of that bias is rounding.
 """
 
 FEATURES_TEXT = """\

@@ -4,7 +4,7 @@ Each is planted in a case of the matrix, which shows that the case passes withou
 the loss of step 1: a comparison that looks no further sees none of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.parallel.matrix import CASES, TOLERANCES
 from tests.parallel.parity import TRAIN, Parity
-from tests.runs import Run, exceeding
+from tests.runs import Run, Tensors, exceeding
 from titan_lite import loss
 from titan_lite.parallel import activation_checkpoint, tensor
 
@@ -80,18 +80,21 @@ def _round_in_recomputation(_saved: tuple[str, ...]) -> tuple[Any, Any]:
 
 
 def train_with(
-    plant: Callable[[], AbstractContextManager[Any]], folder: Path, *overrides: str
+    plant: Callable[[], AbstractContextManager[Any]],
+    folder: Path,
+    *overrides: str,
+    weights: Mapping[int, Tensors],
 ) -> Run:
     with plant():
-        return TRAIN(folder, *overrides)
+        return TRAIN(folder, *overrides, weights=weights)
 
 
-GRADIENTS = {"gradients of step 1", "gradients of step 5", "final weights"}
+GRADIENTS = {name for name in TOLERANCES if name.startswith("gradients")}
 # Fault, the case of the matrix it is planted in, what catches it, and the worst gradient of step 1.
 PLANTED = (
     # Adam divides a gradient by its size: not one of 20 losses moves.
     (average_over_ranks, ("dp2", "selective_op"), {"grad_norm", *GRADIENTS}, "weight"),
-    (take_a_part_for_the_whole, ("tp2", "none"), {"loss", "grad_norm", *GRADIENTS}, "layers."),
+    (take_a_part_for_the_whole, ("tp2", "none"), {"loss", "grad_norm", *GRADIENTS}, "norm.weight"),
     (leave_norms_unsynchronised, ("tp2", "none"), {"loss", "grad_norm", *GRADIENTS}, "norm.weight"),
     # Rounding turns gradients a little, and neither lengthens nor shortens them.
     (recompute_in_another_precision, ("dp2", "full"), GRADIENTS, "layers."),
