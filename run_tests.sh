@@ -14,5 +14,5 @@ use_environment dev
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
 # Two at a time, a file of tests staying in one place, in the order of tests/conftest.py; one thread
-# per process, since the distributed tests start several.
-OMP_NUM_THREADS=1 exec "$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+# per process unless OMP_NUM_THREADS is set, since the distributed tests start several.
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec "$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

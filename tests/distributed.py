@@ -13,6 +13,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+# Seconds after which something hangs. A guard, and no bound: many times what a busy machine needs,
+# with every process compiling into a cold cache.
+GUARD = 900
 # Imported once, in the fork server, instead of once in every worker.
 PRELOADED = [
     "tests.distributed",
@@ -51,7 +54,7 @@ def _serve(
     from titan_lite import trainer
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     on_gpu = device_type == "cuda"
     if on_gpu:
         torch.cuda.set_device(rank)
@@ -66,7 +69,7 @@ def _serve(
         init_method=f"file://{store}",
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=GUARD),
         device_id=torch.device("cuda", rank) if on_gpu else None,
     )
     # One set of groups per layout, not per run: each has threads as long as the process lives.
@@ -103,7 +106,8 @@ class Workers:
             self.connections.append(ours)
             self.processes.append(process)
 
-    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        timeout: float = GUARD
         for connection in self.connections:
             connection.send((function, arguments))
         results: list[Any] = [None] * len(self.connections)
@@ -120,12 +124,12 @@ class Workers:
                 try:
                     results[rank], failure = connection.recv()
                 except EOFError:
-                    self.processes[rank].join(timeout=10)
+                    self.processes[rank].join(timeout=60)
                     failure = f"the process died with {self.processes[rank].exitcode}"
                 if failure:
                     failures.append(f"rank {rank}: {failure}")
                     # The others may wait for this one until their own timeout.
-                    timeout = min(timeout, 10)
+                    timeout = min(timeout, 60)
         assert not failures, "\n".join(failures)
         return results
 

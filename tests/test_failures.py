@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.distributed import PRELOADED, Workers
+from tests.distributed import GUARD, PRELOADED, Workers
 from tests.runs import TINY, build_trainer, read_metrics, train
 from tests.runtime.test_parent import wait_for_end
 from tests.test_launcher import launch
@@ -64,7 +64,8 @@ class Launch:
     ) -> None:
         self.folder, self.log = folder, folder.with_suffix(".log")
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        variables = {"PATH": path, "OMP_NUM_THREADS": "1", "NGPU": "2", "CUDA_VISIBLE_DEVICES": ""}
+        variables = {"PATH": path, "NGPU": "2", "CUDA_VISIBLE_DEVICES": ""}
+        variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")  # as workers have
         with self.log.open("a") as output:
             self.process = subprocess.Popen(
                 [*launcher, *SETTINGS, f"--job.dump_folder={folder}", *overrides],
@@ -83,11 +84,11 @@ class Launch:
             os.kill(int(process.name), signal.SIGKILL)
         self.process.wait()
 
-    def wait(self, timeout: float = 240) -> int:
-        return self.process.wait(timeout)
+    def wait(self) -> int:
+        return self.process.wait(GUARD)
 
-    def wait_until(self, condition: Callable[[], bool], timeout: float = 240) -> None:
-        deadline = time.monotonic() + timeout
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + GUARD
         while not condition():
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
@@ -214,7 +215,9 @@ def test_a_document_that_one_rank_cannot_read_ends_the_job_at_once_with_file_and
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(lines))
     settings = (f"--data.dataset_path={data}", "--data.num_streams=2", "--data.shuffle_buffer=8")
-    with Launch(LAUNCHER, tmp_path / "run", *settings) as run:
+    # By a timeout it would end later than the test.
+    never = f"--comm.train_timeout_seconds={10 * GUARD}"
+    with Launch(LAUNCHER, tmp_path / "run", *settings, never) as run:
         assert run.wait() == 1
     log = run.log.read_text()
     # Line 31 is the first stream's. The other process waits for the first one in vain, and has

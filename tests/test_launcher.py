@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.distributed import GUARD
 from tests.runs import read_metrics
 from tests.runtime.test_parent import wait_for_end
 from titan_lite import launch as launcher
@@ -34,7 +35,7 @@ def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
         env={**os.environ, "PATH": path, **environment},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=GUARD,
         check=False,
     )
 
@@ -75,7 +76,7 @@ def test_the_default_command_trains_and_reports_where_everything_is(
         env={**os.environ, "PATH": slim},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=GUARD,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
@@ -125,7 +126,7 @@ def test_two_nodes_meet_at_the_rendezvous_endpoint(tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "RDZV_ENDPOINT": f"localhost:{free_port()}"}
     nodes = [subprocess.Popen(["bash", "-c", command], cwd=ROOT, env=environment) for _ in range(2)]
-    assert [node.wait(timeout=240) for node in nodes] == [0, 0]
+    assert [node.wait(timeout=GUARD) for node in nodes] == [0, 0]
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["mesh"]["dp_shard"] == 2
 
@@ -414,7 +415,7 @@ def test_one_node_needs_no_name_for_itself(tmp_path: Path) -> None:
         },
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=GUARD,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
@@ -485,7 +486,7 @@ class Launched:
 
     def end(self) -> tuple[int, str]:
         """Exit code and what was printed."""
-        output, _ = self.process.communicate(timeout=240)
+        output, _ = self.process.communicate(timeout=GUARD)
         return self.process.returncode, output
 
     def pids(self) -> list[int]:

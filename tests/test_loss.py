@@ -96,7 +96,6 @@ def test_a_factor_scales_the_loss_and_reaches_gradients_before_they_are_rounded(
     assert (hidden.grad == 0).float().mean() < 0.25  # The tokens that are not counted: 2 of 14.
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_it_computes_the_same(dtype: torch.dtype) -> None:
     def loss_and_gradients(compile: bool) -> tuple[Tensor, ...]:
@@ -117,7 +116,6 @@ def test_compiled_it_computes_the_same(dtype: torch.dtype) -> None:
     torch.testing.assert_close(compiled, eager)
 
 
-@pytest.mark.timeout(900)
 def test_compiled_it_takes_any_number_of_labelled_rows_in_one_graph() -> None:
     counters, graphs = torch._dynamo.utils.counters["stats"], []
     for number in (9, 5, 11):

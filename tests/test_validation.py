@@ -102,9 +102,7 @@ def test_compiled_blocks_validate_and_are_not_said_to_be_compiled_anew(
     expected: list[dict[str, Any]], workers: dict[int, Workers], tmp_path: Path
 ) -> None:
     overrides = (*RUN, *ON, DOCUMENT, "--training.steps=4")
-    records, recompilations = workers[1].run(_validate_compiled, tmp_path, *overrides, timeout=280)[
-        0
-    ]
+    records, recompilations = workers[1].run(_validate_compiled, tmp_path, *overrides)[0]
     assert _validations(records)[:3] == pytest.approx(_validations(expected)[:3], rel=1e-5)
     assert recompilations == 0
 

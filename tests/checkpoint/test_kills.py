@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from tests.distributed import Workers
+from tests.distributed import GUARD, Workers
 from tests.runs import train
 from titan_lite.checkpoint import manager, storage
 from titan_lite.checkpoint.state import saved_steps
@@ -83,7 +83,7 @@ def test_a_rank_killed_while_saving_costs_no_more_than_the_steps_since_the_last_
         for connection in group.connections:
             connection.send((_killed, (tmp_path, moment, f"--checkpoint.async_mode={mode}")))
         victim = group.processes[victim_of(moment)]
-        victim.join(60)
+        victim.join(GUARD)
         assert victim.exitcode == -signal.SIGKILL
     finally:
         # As torchrun ends the others.

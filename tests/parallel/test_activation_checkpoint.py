@@ -297,9 +297,7 @@ def test_the_compiler_keeps_to_the_policy(
 def test_the_compiler_keeps_to_the_memory_budget(one_process: Workers, tmp_path: Path) -> None:
     def run(settings: dict[str, Any], function: Any = PARTITIONED) -> dict[str, Any]:
         overrides = ["--compile.enable=true", *overrides_of(settings)]
-        result: dict[str, Any] = one_process.run(
-            function, mkdtemp(dir=tmp_path), *overrides, timeout=280
-        )[0]
+        result: dict[str, Any] = one_process.run(function, mkdtemp(dir=tmp_path), *overrides)[0]
         return result
 
     plain, half, none = (

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from tests.distributed import Workers
@@ -41,12 +40,11 @@ def _warnings_of_shortened(folder: Path, *overrides: str) -> list[str]:
     return warnings
 
 
-@pytest.mark.timeout(900)
 def test_a_recompilation_is_warned_about_with_its_reason(
     one_process: Workers, tmp_path: Path
 ) -> None:
     settings = ("--training.steps=6", "--compile.enable=true")
-    (warning,) = one_process.run(_warnings_of_shortened, tmp_path, *settings, timeout=600)[0]
+    (warning,) = one_process.run(_warnings_of_shortened, tmp_path, *settings)[0]
     assert warning.startswith("Step 4 compiled anew (1 times so far since the warm-up): ")
     assert "size mismatch at index 1. expected 64, actual 32" in warning
 

@@ -50,7 +50,6 @@ def test_every_family_meets_every_feature_in_a_case_or_is_refused(name: str) -> 
 
 
 @pytest.mark.distributed
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", [*CASES, *FURTHER, *FAMILIES], ids=str)
 def test_a_layout_equals_one_process(case: Case, parity: Parity, found: Found) -> None:
     found.passed[case] = False
@@ -61,7 +60,6 @@ def test_a_layout_equals_one_process(case: Case, parity: Parity, found: Found) -
 
 
 @pytest.mark.distributed
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", IN_PRECISION, ids=str)
 def test_a_layout_is_no_farther_from_one_process_than_its_precision_from_float32(
     case: Case, parity: Parity, found: Found

@@ -45,7 +45,6 @@ def test_the_loss_is_computed_on_split_logits_unless_they_are_gathered(
 
 
 @pytest.mark.distributed
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("loss_parallel", ["true", "false"])
 def test_a_compiled_loss_is_the_same_over_a_split_vocabulary(
     loss_parallel: str, workers: dict[int, Workers], tmp_path: Path
@@ -58,7 +57,6 @@ def test_a_compiled_loss_is_the_same_over_a_split_vocabulary(
         *settings,
         "--compile.enable=true",
         '--compile.components=["loss"]',
-        timeout=600,
     )[0]
     for key in ("loss", "grad_norm"):
         assert [r[key] for r in compiled] == pytest.approx([r[key] for r in eager], rel=1e-6)

@@ -1,10 +1,8 @@
 """titan-lite compare, from the arguments to the exit code, on run folders made for it."""
 
 import json
-import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -319,17 +317,16 @@ def test_a_run_that_cannot_be_compared_is_a_mistake(spoil, message: str, capsys)
     ],
 )
 def test_a_mistake_on_the_command_line_is_answered_before_any_run(
-    argv: tuple[str, ...], message: str, capsys
+    argv: tuple[str, ...], message: str, capsys, monkeypatch
 ) -> None:
     Path("run.toml").write_text("[training]\nsteps = 5\n")
-    start = time.perf_counter()
+    monkeypatch.setattr(commands, "launch", lambda *_: pytest.fail("a run was started"))
     code, lines = run(*argv, capsys=capsys)
     assert code == 2
     assert message in "\n".join(lines)
-    assert time.perf_counter() - start < 1
 
 
-def test_two_long_runs_are_compared_in_a_blink_without_torch() -> None:
+def test_two_long_runs_are_compared_without_torch() -> None:
     loss = [6 + 1 / step for step in range(1, 10_001)]
     for name in ("x", "y"):
         write_run(Path(name), loss)
@@ -338,11 +335,7 @@ def test_two_long_runs_are_compared_in_a_blink_without_torch() -> None:
         "code = cli.main(['compare', 'x', 'y', '--tier', 'statistical', '--json', 'found.json'])\n"
         "sys.exit(code or 'torch' in sys.modules)"
     )
-    before = os.times()
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
-    after = os.times()
-    seconds = after.children_user + after.children_system
-    assert seconds - before.children_user - before.children_system < 2
 
 
 @pytest.mark.distributed

@@ -154,7 +154,7 @@ def open_page(page: Path, probe: str, size: tuple[int, int], dark: bool = False)
         [*command, watched.as_uri()],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
         check=True,
         env=os.environ | {"HOME": str(page.parent)},
     )

@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 
+from tests.distributed import GUARD
 from titan_lite.runtime import nodes
 from titan_lite.runtime.nodes import FirstNode, Job, Nodes, NodesError, Verdict, join
 
@@ -30,7 +31,7 @@ def together() -> Iterator[Callable[..., list[object]]]:
 
         def call(*functions: Callable[[], object]) -> list[object]:
             futures = [threads.submit(function) for function in functions]
-            return [future.result(timeout=60) for future in futures]
+            return [future.result(timeout=GUARD) for future in futures]
 
         yield call
 
@@ -149,7 +150,7 @@ def test_a_node_of_another_job_or_too_many_are_refused(
         with pytest.raises(NodesError, match=message) as error:
             join(job, "localhost", port, print)
         _other.agree(0, asked=False)
-        waiting.result(timeout=60)
+        waiting.result(timeout=GUARD)
     assert error.value.code == 2
 
 

@@ -64,7 +64,7 @@ def test_the_timeout_that_was_set_ends_a_collective_that_waits_in_vain(tmp_path:
     # Workers of its own: a timeout leaves the group unusable.
     lonely = Workers(2, tmp_path)
     try:
-        answers = lonely.run(_wait_in_vain, timeout=30)
+        answers = lonely.run(_wait_in_vain)
     finally:
         lonely.close()
     assert "1000" in answers[0] or "imed out" in answers[0]

@@ -19,7 +19,7 @@ from titan_lite.runtime.watchdog import Watchdog
 
 
 def _report(phase_by_rank: list[Any]) -> str:
-    """What rank 0 tells when the ranks are in these phases of these steps."""
+    """Rank 0's report when the ranks are in these phases, once it has heard where both wait."""
     rank = dist.get_rank()
     progress = Progress()
     progress.enter(phase_by_rank[rank][1], step=phase_by_rank[rank][0])
@@ -33,9 +33,14 @@ def _report(phase_by_rank: list[Any]) -> str:
         hint="Look elsewhere, too",
     )
     try:
-        time.sleep(0.3)
+        waiting = [
+            rf"rank {rank}: {phase} of step {step} for \d+ s, (at _report|in b)"
+            for rank, (step, phase) in enumerate(phase_by_rank)
+        ]
+        while not all(re.search(line, report := watchdog.report()) for line in waiting):
+            time.sleep(0.1)
         dist.barrier()
-        return watchdog.report()
+        return report
     finally:
         watchdog.close()
 
@@ -56,7 +61,7 @@ def test_the_report_begins_with_the_rank_that_is_furthest_behind(
         _, first, second, last = report.splitlines()
         step, phase = phases[behind]
         assert re.match(
-            rf"  rank {behind}: {phase} of step {step} for \d s, (at _report|in b)", first
+            rf"  rank {behind}: {phase} of step {step} for \d+ s, (at _report|in b)", first
         )
         assert second.startswith(f"  rank {1 - behind}: ")
         assert last == "Look elsewhere, too"
