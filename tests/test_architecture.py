@@ -133,3 +133,92 @@ def test_a_torch_free_room_loads_without_torch(room: str) -> None:
     modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
     program = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+
+
+TORCH = ("torch", "torchao")
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def defined_names(source: str) -> set[str]:
+    """Private names that the file itself defines: functions, classes, variables, attributes."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self":
+            names.add(node.attr)
+    return set(filter(is_private, names))
+
+
+def private_names(source: str, defined: set[str]) -> set[str]:
+    """Private names of torch in a file: in imports, as attributes, as strings given to getattr.
+
+    An attribute of a variable counts unless it is one of those `defined` in the package.
+    """
+    names: set[str] = set()
+    modules: dict[str, str] = {}
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            base = f"{node.module or '.'}." if isinstance(node, ast.ImportFrom) else ""
+            for alias in node.names:
+                path = base + alias.name
+                parts = path.split(".")
+                modules[alias.asname or (alias.name if base else parts[0])] = path
+                names |= {part for part in parts if parts[0] in TORCH and is_private(part)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            owner, name = node.value, node.attr
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ("getattr", "hasattr", "setattr", "delattr")
+            and isinstance(node.args[1], ast.Constant)
+        ):
+            owner, name = node.args[0], str(node.args[1].value)
+        else:
+            continue
+        if not is_private(name):
+            continue
+        while isinstance(owner, ast.Attribute):
+            owner = owner.value
+        root = owner.id if isinstance(owner, ast.Name) else ""
+        package = modules.get(root, "").split(".")[0]
+        if package in TORCH or (package in ("", "titan_lite") and name not in defined):
+            names.add(name)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("import torch._inductor.config as c", {"_inductor"}),
+        ("from torch.utils._pytree import tree_leaves", {"_pytree"}),
+        ("def f():\n    from torch.x import _y as z", {"_y"}),
+        ("from torch.distributed import distributed_c10d as c\nc._world.pg_map", {"_world"}),
+        ("import torch\ntorch.ops.aten._scaled_mm.default", {"_scaled_mm"}),
+        ("import torch\ngetattr(torch.cuda, '_snapshot', None)", {"_snapshot"}),
+        ("def f(stage):\n    stage._inference_mode = 1", {"_inference_mode"}),
+        ("import os, sys\nos._exit(sys._getframe(1))", set()),
+        ("def f(x):\n    x._ours = x.__dict__", set()),
+    ],
+)
+def test_private_names_of_torch_are_seen(source: str, names: set[str]) -> None:
+    assert private_names(source, {"_ours"}) == names
+
+
+def test_each_private_name_of_torch_is_known_to_one_file() -> None:
+    """What torch renames from one version to the next is then mended in one place."""
+    texts = {path: path.read_text(encoding="utf-8") for path in sources()}
+    defined = set().union(*map(defined_names, texts.values()))
+    files: dict[str, list[str]] = {}
+    for path, text in texts.items():
+        for name in private_names(text, defined):
+            files.setdefault(name, []).append(str(path.relative_to(PACKAGE)))
+    assert len(files) > 30
+    assert {name: where for name, where in files.items() if len(where) > 1} == {}

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial
 from torch.nn import functional
 
-from titan_lite.runtime.distributed import all_gather_single
+from titan_lite.runtime.collectives import all_gather_single, traceable_all_reduce
 
 IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default
 
@@ -212,10 +211,10 @@ def _max_and_sum(
         group = None
     max_n1 = parts_PnV.amax((0, 2)).unsqueeze(1)
     if group is not None:
-        max_n1 = collectives.all_reduce(max_n1, "max", group)
+        max_n1 = traceable_all_reduce(max_n1, "max", group)
     sum_n1 = (parts_PnV - max_n1).exp().sum((0, 2)).unsqueeze(1)
     if group is not None:
-        sum_n1 = collectives.all_reduce(sum_n1, "sum", group)
+        sum_n1 = traceable_all_reduce(sum_n1, "sum", group)
     return max_n1, sum_n1
 
 

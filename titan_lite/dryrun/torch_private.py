@@ -1,4 +1,4 @@
-"""What torch keeps to itself and a dry run needs. The only file that knows these names.
+"""Private names of torch that only a dry run needs.
 
 A fake tensor has a shape, a dtype and a storage of some size, but no memory behind it. A fake
 process group returns from every collective at once, with nothing received.
@@ -16,7 +16,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from titan_lite.parallel.attention_ops import (
+    CPU_FLASH,
+    CPU_FLASH_BACKWARD,
+    FLASH,
+    FLASH_BACKWARD,
+)
 from titan_lite.parallel.context_attention import sharded_attention, sharded_attention_backward
+from titan_lite.runtime.collectives import group_by_name
 
 __all__ = ["FakeTensor", "FakeTensorMode", "TorchDispatchMode"]
 
@@ -29,10 +36,8 @@ BODIES: dict[Any, Callable[..., Any]] = {
 }
 # The CPU's fused attention, which torch has no formulas for, does what the GPU's does.
 SAME_FLOPS = {
-    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        aten._scaled_dot_product_flash_attention_backward
-    ),
+    CPU_FLASH: FLASH,
+    CPU_FLASH_BACKWARD: FLASH_BACKWARD,
     aten.addmm_: aten.addmm,
 }
 
@@ -50,7 +55,7 @@ def group_of(func: Any, args: Any) -> dist.ProcessGroup:
         boxed = next(arg for arg in args if isinstance(arg, torch.ScriptObject))
         return dist.ProcessGroup.unbox(boxed)
     name = [arg for arg in args if isinstance(arg, str)][-1]
-    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+    return group_by_name(name)  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager

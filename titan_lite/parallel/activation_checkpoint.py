@@ -21,6 +21,7 @@ from titan_lite.config.schema import ActivationCheckpoint, SavedOp
 from titan_lite.nn.documents import VARLEN_OP
 from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel import context_attention  # noqa: F401  registers sharded_attention
+from titan_lite.parallel.attention_ops import CPU_FLASH, CUDNN, EFFICIENT, FLASH, OVERRIDEABLE
 
 aten, collectives = torch.ops.aten, torch.ops._c10d_functional
 
@@ -28,11 +29,11 @@ MATMULS = (aten.mm.default, aten.addmm.default, aten._scaled_mm.default)
 OPS: dict[SavedOp, tuple[Any, ...]] = {
     # Cost grows with the square of the sequence, the result only with its length.
     "attention": (
-        aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_efficient_attention.default,
-        aten._scaled_dot_product_cudnn_attention.default,
-        aten._scaled_dot_product_fused_attention_overrideable.default,
-        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        FLASH.default,
+        EFFICIENT.default,
+        CUDNN.default,
+        OVERRIDEABLE.default,
+        CPU_FLASH.default,
         torch.ops.titan_lite.sharded_attention.default,
         torch.ops.higher_order.flex_attention,
         VARLEN_OP,

@@ -1,8 +1,5 @@
 """Async tensor parallel: inductor splits an all-gather and the matmuls that read it, or a matmul
-and its reduce-scatter, into chunks that overlap, over symmetric memory.
-
-The only file that knows these private names of torch.
-"""
+and its reduce-scatter, into chunks that overlap, over symmetric memory."""
 
 import warnings
 
@@ -45,9 +42,7 @@ def apply_async_tp(mesh: DeviceMesh, *, enable: bool) -> None:
 
     Inductor's settings are those of the whole process: a run without takes an earlier one's back.
     """
-    from torch._dynamo.utils import counters
-    from torch._inductor import config
-    from torch._inductor.custom_graph_pass import CustomGraphPass
+    from titan_lite.parallel.torch_compiler import CustomGraphPass, config, counters
 
     class CountFused(CustomGraphPass):
         """Adds the fused operations of a graph that was rewritten to inductor's counters.
@@ -78,7 +73,7 @@ def apply_async_tp(mesh: DeviceMesh, *, enable: bool) -> None:
 
 def count_fused() -> dict[str, int]:
     """Fused operations in the graphs, forward and backward, compiled so far by this run."""
-    from torch._dynamo.utils import counters
+    from titan_lite.parallel.torch_compiler import counters
 
     names = (ALL_GATHER_MATMUL, MATMUL_REDUCE_SCATTER)
     return {f"{name}s": counters["inductor"][name] for name in names}

@@ -1,7 +1,4 @@
-"""torch.compile per transformer block: equal blocks share one graph, so one is compiled.
-
-Dynamo's private names are wrapped here, and imported only by runs that compile.
-"""
+"""torch.compile per transformer block: equal blocks share one graph, so one is compiled."""
 
 import logging
 import os
@@ -14,6 +11,7 @@ import torch
 
 from titan_lite.config.schema import Compile
 from titan_lite.nn.transformer import Transformer
+from titan_lite.parallel.attention_ops import CPU_FLASH
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +69,7 @@ def _untag_attention_on_cpu() -> None:
     Activation checkpointing would save a random state for it, which torch 2.13 puts behind the
     device mesh among the saved values of a tensor-parallel block, and then takes for one of them.
     """
-    tags = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default.tags
+    tags = CPU_FLASH.default.tags
     if torch.Tag.nondeterministic_seeded in tags:
         tags.remove(torch.Tag.nondeterministic_seeded)
 
@@ -94,13 +92,16 @@ class Compilations:
 
     def after_validation(self) -> None:
         """Forgets what was compiled in it: graphs without a backward, in the first one."""
-        from torch._dynamo.utils import clear_compilation_metrics
+        from titan_lite.parallel.torch_compiler import clear_compilation_metrics
 
         clear_compilation_metrics()
 
     def after_step(self, step: int) -> list[str]:
         """Warns of dynamo's reason for each recompilation in the step; of none in the warm-up."""
-        from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metrics
+        from titan_lite.parallel.torch_compiler import (
+            clear_compilation_metrics,
+            get_compilation_metrics,
+        )
 
         reasons = [metrics.recompile_reason for metrics in get_compilation_metrics()]
         clear_compilation_metrics()
@@ -120,6 +121,6 @@ class Compilations:
 
 
 def _num_graphs() -> int:
-    from torch._dynamo.utils import counters
+    from titan_lite.parallel.torch_compiler import counters
 
     return int(counters["stats"]["unique_graphs"])

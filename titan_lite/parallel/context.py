@@ -13,15 +13,12 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import (
-    all_gather_tensor_autograd,
-    all_to_all_single_autograd,
-)
 
 from titan_lite.nn.attention import Attention
 from titan_lite.nn.documents import DocumentMask, attend_in_documents
 from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.context_attention import sharded_attention
+from titan_lite.runtime.collectives import all_gather_tensor_autograd, all_to_all_single_autograd
 
 Method = Literal["ring", "all_gather", "ulysses"]
 

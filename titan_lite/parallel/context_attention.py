@@ -20,12 +20,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils.flop_counter import register_flop_formula
 
-from titan_lite.runtime.distributed import all_gather_single, reduce_scatter_single
-
-aten = torch.ops.aten
+from titan_lite.parallel.attention_ops import (
+    CPU_FLASH,
+    CPU_FLASH_BACKWARD,
+    FLASH,
+    FLASH_BACKWARD,
+)
+from titan_lite.runtime.collectives import all_gather_single, group_by_name, reduce_scatter_single
 
 # The queries that see something, the keys and values they see, and whether causally.
 Piece = tuple[slice, Tensor, bool]
@@ -40,7 +43,7 @@ def sharded_attention(
     method "ring": keys and values travel around the group while those at hand are attended.
     "all_gather": they are gathered at once, meanwhile this rank's own are attended.
     """
-    group = _resolve_process_group(group_name)  # type: ignore[arg-type]
+    group = group_by_name(group_name)  # type: ignore[arg-type]
     pieces = PIECES[method](torch.stack((k_BKSH, v_BKSH)), group)
     # This rank's own keys come first, of which every query sees some.
     _, kv_2BKTH, is_causal = next(pieces)
@@ -70,7 +73,7 @@ def sharded_attention_backward(
 
     Keys and values are sent once more: kept, they would be those of the whole sequence.
     """
-    group = _resolve_process_group(group_name)  # type: ignore[arg-type]
+    group = group_by_name(group_name)  # type: ignore[arg-type]
     pieces = PIECES[method](torch.stack((k_BKSH, v_BKSH)), group)
     grad_q_BNSH = torch.zeros_like(q_BNSH, dtype=torch.float32)
 
@@ -125,7 +128,7 @@ sharded_attention.register_autograd(_backward, setup_context=_save)
 @register_flop_formula(torch.ops.titan_lite.sharded_attention)
 def _flops(q: list[int], k: list[int], _v: Any, _method: str, group_name: str, **_: Any) -> int:
     """Two matrix products with the whole sequence's keys, as torch counts: the mask saves none."""
-    group = _resolve_process_group(group_name)  # type: ignore[arg-type]
+    group = group_by_name(group_name)  # type: ignore[arg-type]
     return 4 * math.prod(q) * k[2] * group.size()
 
 
@@ -228,9 +231,7 @@ SUMS = {"ring": _sum_along_ring, "all_gather": _sum_scattered}
 
 def _attend(q_BNSH: Tensor, kv_2BKTH: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
     k_BKTH, v_BKTH = kv_2BKTH
-    flash = aten._scaled_dot_product_flash_attention
-    if q_BNSH.device.type == "cpu":
-        flash = aten._scaled_dot_product_flash_attention_for_cpu
+    flash = CPU_FLASH if q_BNSH.device.type == "cpu" else FLASH
     out_BNSH, lse_BNS, *_ = flash(q_BNSH, k_BKTH, v_BKTH, is_causal=is_causal)
     return out_BNSH, lse_BNS
 
@@ -247,13 +248,11 @@ def _attend_backward(
     k_BKTH, v_BKTH = kv_2BKTH
     saved = (grad_BNSH, q_BNSH, k_BKTH, v_BKTH, out_BNSH, lse_BNS)
     if q_BNSH.device.type == "cpu":
-        backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return backward(*saved, 0.0, is_causal)
+        return CPU_FLASH_BACKWARD(*saved, 0.0, is_causal)
     # No sequences of unequal length, and a random state that no dropout reads.
     lengths = (None, None, q_BNSH.shape[2], k_BKTH.shape[2])
     state = [q_BNSH.new_empty(size, dtype=torch.uint64) for size in ((2,), ())]
-    backward = aten._scaled_dot_product_flash_attention_backward
-    return backward(*saved, *lengths, 0.0, is_causal, *state)
+    return FLASH_BACKWARD(*saved, *lengths, 0.0, is_causal, *state)
 
 
 def _token_major(tensor: Tensor, dtype: torch.dtype) -> Tensor:

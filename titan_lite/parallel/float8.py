@@ -185,7 +185,7 @@ def convert(model: Transformer, section: Float8, plan: tuple[PlanRow, ...]) -> t
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     if section.recipe != "tensorwise":
-        import torch._inductor.config as inductor
+        from titan_lite.parallel.torch_compiler import config as inductor
 
         # What backward computes again must be rounded as in the forward: compiled, RMSNorm and
         # rowwise scales gave NaN otherwise (github.com/pytorch/pytorch/issues/150859).

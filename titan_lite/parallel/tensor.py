@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
     DTensor,
@@ -34,6 +33,7 @@ from titan_lite.nn.attention import DropoutAttention
 from titan_lite.nn.dropout import Dropout
 from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.float8 import float8_styles, in_float8_styles
+from titan_lite.runtime.collectives import AsyncCollectiveTensor
 
 WEIGHT_PLACEMENTS: dict[Role, Placement] = {
     "vocab": Shard(0),

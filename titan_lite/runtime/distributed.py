@@ -14,10 +14,6 @@ from torch.distributed import distributed_c10d
 
 from titan_lite.config.schema import Comm
 
-# By the names that torch 2.13 gave them, or the ones before.
-all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
 # Variables of the environment, each with the name it had before, and what they are set to.
 FLIGHT_RECORDER = {
     ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): "2000",
