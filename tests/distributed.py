@@ -37,7 +37,9 @@ def _share_gloo_device() -> None:
     device = ProcessGroupGloo.create_default_device()
     make = ProcessGroupGloo.__init__
 
-    def make_with_device(self: Any, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+    def make_with_device(
+        self: Any, store: Any, rank: int, size: int, timeout: timedelta, **_: Any
+    ) -> None:
         options = ProcessGroupGloo._Options()
         options._devices, options._threads, options._timeout = [device], 2, timeout
         make(self, store, rank, size, options)

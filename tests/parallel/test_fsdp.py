@@ -129,12 +129,16 @@ def test_no_gradient_is_divided_at_degree_1(one_process: Workers, tmp_path: Path
 
 def _policies(folder: Path, *overrides: str) -> tuple[set[str], set[str], set[int]]:
     trainer = build_trainer(folder, "--training.local_batch_size=2", *overrides)
-    groups = [
-        group
+    states = [
+        module._get_fsdp_state()
         for module in trainer.model.modules()
         if isinstance(module, FSDPModule)
-        for group in module._get_fsdp_state()._fsdp_param_groups
     ]
+    groups = []
+    for state in states:
+        # torch 2.11 has one group per unit.
+        one = getattr(state, "_fsdp_param_group", None)
+        groups += [one] if one else state._fsdp_param_groups
     trainer.close()
     offload = {type(group.offload_policy).__name__ for group in groups}
     dtypes = {f"{g.mp_policy.param_dtype} {g.mp_policy.reduce_dtype}" for g in groups}

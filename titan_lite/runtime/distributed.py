@@ -14,6 +14,9 @@ from torch.distributed import distributed_c10d
 
 from titan_lite.config.schema import Comm
 
+# Public from torch 2.14 on.
+set_group_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+
 # Variables of the environment, each with the name it had before, and what they are set to.
 FLIGHT_RECORDER = {
     ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): "2000",
@@ -131,7 +134,7 @@ def set_timeout(seconds: int) -> None:
     for group in list(distributed_c10d._world.pg_map):
         if group.group_desc == BACKGROUND:
             continue
-        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+        set_group_timeout(timedelta(seconds=seconds), group)
 
 
 def all_reduce(tensor: Tensor, operation: str) -> Tensor:
