@@ -29,12 +29,10 @@ def check_compiler(device: torch.device) -> None:
                 "the environment variable CC"
             )
         return
-    from torch._inductor import config
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
+    from titan_lite.parallel.torch_compiler import InvalidCxxCompiler, config, cpp_builder
 
     try:
-        get_cpp_compiler()
+        cpp_builder.get_cpp_compiler()
     except (InvalidCxxCompiler, OSError):
         tried = ", ".join(filter(None, config.cpp.cxx))
         raise ValueError(
