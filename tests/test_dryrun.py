@@ -91,6 +91,20 @@ def test_memory_flops_and_collectives_are_those_of_a_real_run(
         assert dry.peak.bytes == pytest.approx(real[rank].peak.bytes, rel=0.05)
 
 
+def test_flops_of_attention_count_every_query_head() -> None:
+    """torch 2.11's formulas refuse fewer heads of keys and values."""
+    from titan_lite.dryrun.torch_private import flops
+    from titan_lite.parallel.attention_ops import CPU_FLASH, CPU_FLASH_BACKWARD
+
+    query = torch.empty(2, 8, 16, 4, device="meta")
+    key = torch.empty(2, 2, 16, 4, device="meta")
+    causal = {"is_causal": True}
+    forward = flops(CPU_FLASH.default, (query, key, key), causal, (query, None))
+    assert forward == 4 * query.numel() * 16
+    saved = (query, query, key, key, query, None, 0.0, True)
+    assert flops(CPU_FLASH_BACKWARD.default, saved, {}, (query, key, key)) == forward * 5 // 2
+
+
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_is_dry_run_at_its_world_size(path: Path, fresh: Pool) -> None:
     """With fewer layers and micro-batches, of the same width."""
