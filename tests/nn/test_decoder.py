@@ -96,8 +96,8 @@ def test_a_meta_build_after_init_equals_a_direct_one() -> None:
 
 def test_the_rope_tables_exist_once_and_are_not_saved() -> None:
     model = initialised()
-    assert {name for name, _ in model.named_buffers()} == {"rope.cos_SF", "rope.sin_SF"}
-    assert model.rope.cos_SF.shape == (ARGS.max_seq_len, ARGS.head_size // 2)
+    assert {name for name, _ in model.named_buffers()} == {"rope.cos_SR", "rope.sin_SR"}
+    assert model.rope.cos_SR.shape == (ARGS.max_seq_len, ARGS.head_size)
     assert not any("rope" in name for name in model.state_dict())
     with torch.device("meta"):
         model = build_decoder(ARGS)
@@ -115,7 +115,8 @@ def test_any_length_up_to_the_longest_sees_the_same_past(seq_len: int) -> None:
 def test_rotated_scores_depend_on_the_distance_only() -> None:
     rope = build_decoder(replace(ARGS, rope_scaling=None)).rope
     q, k = torch.randn(2, 1, 1, 1, ARGS.head_size).expand(2, 1, 32, 1, ARGS.head_size)
-    scores = rope(q)[0, :, 0] @ rope(k)[0, :, 0].T
+    rotated_q, rotated_k = rope(q, k)
+    scores = rotated_q[0, :, 0] @ rotated_k[0, :, 0].T
     for distance in range(-5, 6):
         diagonal = scores.diagonal(distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
@@ -169,8 +170,8 @@ def test_fsdp2_mixed_precision_leaves_the_rope_tables_in_float32(one_process_gro
     model.init_buffers("cpu")
     for block in model.layers.values():
         block.attention.rope.register_forward_hook(
-            lambda module, inputs, output: seen.append(
-                (inputs[0].dtype, module.cos_SF.dtype, output.dtype)
+            lambda module, inputs, outputs: seen.append(
+                (inputs[0].dtype, module.cos_SR.dtype, outputs[0].dtype)
             )
         )
     logits = model(random_tokens())

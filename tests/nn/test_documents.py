@@ -95,10 +95,12 @@ def test_a_packed_batch_gives_the_logits_and_gradients_of_each_part_alone(
 
 def test_positions_may_differ_between_rows() -> None:
     rope = build(LLAMA, ARGS).rope
-    x = torch.randn(2, 5, 4, ARGS.head_size)
+    q, k = torch.randn(2, 5, 4, ARGS.head_size), torch.randn(2, 5, 2, ARGS.head_size)
     positions = torch.tensor([[0, 1, 2, 0, 1], [3, 4, 5, 6, 7]])
-    rows = [rope(row[None], places) for row, places in zip(x, positions, strict=True)]
-    assert torch.equal(rope(x, positions), torch.cat(rows))
+    together = rope(q, k, positions)
+    for row in range(2):
+        alone = rope(q[row, None], k[row, None], positions[row])
+        assert all(torch.equal(a[row, None], b) for a, b in zip(together, alone, strict=True))
 
 
 def _parts(starts: list[Tensor]) -> list[tuple[slice, slice]]:

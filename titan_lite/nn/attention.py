@@ -90,7 +90,7 @@ class Attention(nn.Module):
     """
 
     def __init__(self, args: DecoderArgs, rope: nn.Module) -> None:
-        """rope: of (heads, positions), see nn/rope.py."""
+        """rope: of (queries, keys, positions), see nn/rope.py."""
         super().__init__()
         self.head_size = args.head_size
         self.wq = nn.Linear(args.dim, args.attention_dim, bias=args.qkv_bias)
@@ -117,8 +117,9 @@ class Attention(nn.Module):
     ) -> Tensor:
         # -1: under tensor parallelism the projections return this rank's heads only.
         heads = (*x_BSD.shape[:2], -1, self.head_size)
-        q_BSNH = self.rope(self.q_norm(self.wq(x_BSD).view(heads)), positions_S)
-        k_BSKH = self.rope(self.k_norm(self.wk(x_BSD).view(heads)), positions_S)
+        q_BSNH = self.q_norm(self.wq(x_BSD).view(heads))
+        k_BSKH = self.k_norm(self.wk(x_BSD).view(heads))
+        q_BSNH, k_BSKH = self.rope(q_BSNH, k_BSKH, positions_S)
         v_BSKH = self.wv(x_BSD).view(heads)
         out_BNSH = self.inner_attention(
             q_BSNH.transpose(1, 2),

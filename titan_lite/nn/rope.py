@@ -1,13 +1,15 @@
 """Rotary position embedding in Hugging Face's rotate-half convention.
 
-Shape suffixes: B batch, S sequence, N heads, H head dim, F rotary frequencies (half of
-the features that are rotated).
+Shape suffixes: B batch, S sequence, N query heads, K key heads, H head dim, R features of a head
+that are rotated, F = R / 2 rotary frequencies.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from titan_lite.models.args import DecoderArgs, RopeScaling
 
@@ -15,8 +17,10 @@ from titan_lite.models.args import DecoderArgs, RopeScaling
 class NoRotation(nn.Module):
     """Leaves queries and keys alone, where positions are learned."""
 
-    def forward(self, x_BSNH: Tensor, positions_S: Tensor | None = None) -> Tensor:
-        return x_BSNH
+    def forward(
+        self, q_BSNH: Tensor, k_BSKH: Tensor, positions_S: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return q_BSNH, k_BSKH
 
 
 class RotaryEmbedding(nn.Module):
@@ -26,11 +30,11 @@ class RotaryEmbedding(nn.Module):
 
     The tables are buffers of this shared module, not arguments of the block: FSDP2 casts a
     block's floating arguments to param_dtype, and angles need float32. Shared, because
-    131,072 positions take 64 MiB; non-persistent, because a few numbers define them.
+    131,072 positions take 128 MiB; non-persistent, because a few numbers define them.
     """
 
-    cos_SF: Tensor
-    sin_SF: Tensor
+    cos_SR: Tensor
+    sin_SR: Tensor
 
     def __init__(self, args: DecoderArgs) -> None:
         super().__init__()
@@ -48,20 +52,46 @@ class RotaryEmbedding(nn.Module):
             frequency_F = _scale(frequency_F, self.scaling)
         position_S = torch.arange(self.max_seq_len, device=device).float()
         angle_SF = torch.outer(position_S, frequency_F)
-        self.register_buffer("cos_SF", angle_SF.cos(), persistent=False)
-        self.register_buffer("sin_SF", angle_SF.sin(), persistent=False)
+        cos_SF, sin_SF = angle_SF.cos(), angle_SF.sin()
+        self.register_buffer("cos_SR", torch.cat((cos_SF, cos_SF), dim=1), persistent=False)
+        self.register_buffer("sin_SR", torch.cat((-sin_SF, sin_SF), dim=1), persistent=False)
 
-    def forward(self, x_BSNH: Tensor, positions_S: Tensor | None = None) -> Tensor:
-        """Rotates in float32, returns x's dtype and shape.
+    def forward(
+        self, q_BSNH: Tensor, k_BSKH: Tensor, positions_S: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Rotates in float32, returns the dtype and shapes of the inputs.
 
-        positions_S: of x's tokens, (B, S) where rows differ; None: they are at 0 to S - 1.
+        positions_S: of the tokens, (B, S) where rows differ; None: they are at 0 to S - 1.
         """
-        rows = slice(x_BSNH.shape[1]) if positions_S is None else positions_S
-        cos_S1F, sin_S1F = self.cos_SF[rows, None], self.sin_SF[rows, None]
-        F = cos_S1F.shape[-1]
-        a_BSNF, b_BSNF, kept = x_BSNH.float().split((F, F, x_BSNH.shape[-1] - 2 * F), dim=-1)
-        rotated = (a_BSNF * cos_S1F - b_BSNF * sin_S1F, b_BSNF * cos_S1F + a_BSNF * sin_S1F)
-        return torch.cat((*rotated, kept), dim=-1).type_as(x_BSNH)
+        rows = slice(q_BSNH.shape[1]) if positions_S is None else positions_S
+        # Together: half as many kernels as one after the other.
+        heads = torch.cat((q_BSNH, k_BSKH), dim=2)
+        rotated = _Rotation.apply(heads, self.cos_SR[rows, None], self.sin_SR[rows, None])
+        q_BSNH, k_BSKH = rotated.split((q_BSNH.shape[2], k_BSKH.shape[2]), dim=2)
+        return q_BSNH, k_BSKH
+
+
+class _Rotation(torch.autograd.Function):
+    """Rotates; the gradient is rotated by the opposite angle, in as few kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, sin, -1), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    """Rotates the first R features (a, b) of each head to (a cos - b sin, b cos + a sin)."""
+    R = cos.shape[-1]
+    turned, kept = x[..., :R], x[..., R:]
+    rotated = torch.addcmul(turned * cos, turned.roll(R // 2, -1), sin, value=direction).type_as(x)
+    return torch.cat((rotated, kept), dim=-1) if kept.shape[-1] else rotated
 
 
 def _scale(frequency_F: Tensor, scaling: RopeScaling) -> Tensor:
