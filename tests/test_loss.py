@@ -133,6 +133,19 @@ def test_compiled_it_takes_any_number_of_labelled_rows_in_one_graph() -> None:
     assert len(set(graphs)) == 1
 
 
+@pytest.mark.parametrize(("max_bytes", "num_chunks"), [(10**9, 1), (14 * 50 * 4 // 3, 4), (99, 8)])
+def test_auto_takes_as_few_chunks_as_hold_and_at_most_8(
+    monkeypatch: pytest.MonkeyPatch, max_bytes: int, num_chunks: int
+) -> None:
+    monkeypatch.setattr("titan_lite.loss.AUTO_CHUNK_BYTES", max_bytes)
+    hidden, weight, labels = _inputs()
+    with torch.no_grad(), torch.profiler.profile() as profiler:
+        cross_entropy_sum(hidden, weight, labels=labels, num_chunks="auto", vocab_size=50)
+    products = [event for event in profiler.events() if event.name == "aten::mm"]
+    # 14 tokens in chunks of 14, 4 and 2.
+    assert len(products) == {1: 1, 4: 4, 8: 7}[num_chunks]
+
+
 def test_full_logits_never_exist() -> None:
     hidden = torch.randn(512, 8, requires_grad=True)
     weight = torch.randn(1000, 8, requires_grad=True)

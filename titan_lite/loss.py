@@ -5,6 +5,7 @@ P ranks whose logits are gathered.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.nn import functional
 from titan_lite.runtime.collectives import all_gather_single, traceable_all_reduce
 
 IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default
+AUTO_CHUNK_BYTES = 2**29
 
 
 def cross_entropy_sum(
@@ -26,7 +28,7 @@ def cross_entropy_sum(
     bias_V: Tensor | None = None,
     *,
     labels: Tensor,
-    num_chunks: int,
+    num_chunks: int | str,
     vocab_size: int,
     positions: Tensor | None = None,
     factor: Tensor | None = None,
@@ -37,18 +39,18 @@ def cross_entropy_sum(
 ) -> Tensor:
     """Sum over valid tokens of the cross-entropy of hidden @ weight.T + bias, a float32 scalar.
 
-    hidden: (..., D), labels: (...), equal leading dims; a label of -100 is not counted. Rows of
-    the weight from `vocab_size` on are padding. The tokens are cut into `num_chunks`; each chunk's
-    logits (float32, N / num_chunks x V) live only while its loss and gradients are computed, all
-    in the forward pass. `positions`, int64 (M,), are the only ones of the flattened tokens that are
-    computed, in as few chunks of the same size as hold them. `factor`, a scalar, multiplies the
-    sum, and its gradients before they are rounded to the weight's dtype. A DTensor weight, split
-    over the vocabulary, gives the same loss on each of its ranks: two all-reduces of n numbers a
-    chunk (arXiv:1909.08053, section 3), or without `loss_parallel` an all-gather of its logits.
-    With `compile` what a chunk computes between its matmuls is one compiled graph. `groups`, int64
-    with the shape of the labels, numbers what each token belongs to: to `group_losses`, float32,
-    their losses are added, without `factor`, and of a split vocabulary those of the labels in this
-    rank's part.
+    hidden: (..., D), labels: (...), equal leading dims; a label of -100 is not counted. Rows of the
+    weight from `vocab_size` on are padding. The tokens are cut into `num_chunks` ("auto": see
+    training.loss_chunks); each chunk's logits (float32, N / num_chunks x V) live only while its
+    loss and gradients are computed, all in the forward pass. `positions`, int64 (M,), are the only
+    ones of the flattened tokens that are computed, in as few chunks of the same size as hold them.
+    `factor`, a scalar, multiplies the sum, and its gradients before they are rounded to the
+    weight's dtype. A DTensor weight, split over the vocabulary, gives the same loss on each of its
+    ranks: two all-reduces of n numbers a chunk (arXiv:1909.08053, section 3), or without
+    `loss_parallel` an all-gather of its logits. With `compile` what a chunk computes between its
+    matmuls is one compiled graph. `groups`, int64 with the shape of the labels, numbers what each
+    token belongs to: to `group_losses`, float32, their losses are added, without `factor`, and of a
+    split vocabulary those of the labels in this rank's part.
     """
     group, first_row = None, 0
     if isinstance(weight_VD, DTensor):
@@ -66,7 +68,10 @@ def cross_entropy_sum(
         bias_V = None if bias_V is None else bias_V.detach()
     hidden_ND, per_token = hidden.flatten(0, -2), [labels.flatten()]
     per_token += [] if groups is None else [groups.flatten()]
-    chunk = -(-len(hidden_ND) // num_chunks)
+    if isinstance(num_chunks, str):
+        logits_bytes = len(hidden_ND) * len(weight_VD) * 4
+        num_chunks = min(8, math.ceil(logits_bytes / AUTO_CHUNK_BYTES))
+    chunk = math.ceil(len(hidden_ND) / num_chunks)
     if positions is not None:
         hidden_ND, *per_token = (tensor[positions] for tensor in (hidden_ND, *per_token))
     return _ChunkedLinearCrossEntropy.apply(
@@ -105,10 +110,20 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         group_losses: Tensor | None,
     ) -> Tensor:
         need_grad = any(ctx.needs_input_grad)
-        dtype = weight_VD.dtype
-        loss = hidden_ND.new_zeros((), dtype=torch.float32)
+        dtype, V = weight_VD.dtype, len(weight_VD)
+        # What the label of each token is worth, computed once for all chunks.
+        is_valid_N = labels_N != IGNORE_INDEX
+        is_here_N, target_N = is_valid_N, labels_N
+        if group is not None:
+            target_N = labels_N - first_row
+            is_here_N = is_valid_N & (target_N >= 0) & (target_N < V)
+        per_token_N1 = (
+            target_N.clamp(0, V - 1).unsqueeze(1),
+            is_here_N.to(torch.float32).unsqueeze(1),
+            (is_valid_N * factor).unsqueeze(1),
+        )
         # All chunks share these buffers: fresh ones would cost the CPU more than the arithmetic.
-        logits = weight_VD.new_empty(min(chunk, len(hidden_ND)), len(weight_VD))
+        logits = weight_VD.new_empty(min(chunk, len(hidden_ND)), V)
         to_gradient = compiled
         if to_gradient is None:
             log_probs = torch.empty_like(logits, dtype=torch.float32)
@@ -119,24 +134,21 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             if chunk < len(hidden_ND):
                 grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
             grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
-        for hidden_nD, labels_n, grad_hidden_nD, groups_n in zip(
+        label_log_probs = []
+        for hidden_nD, grad_hidden_nD, *per_token_n1 in zip(
             hidden_ND.split(chunk),
-            labels_N.split(chunk),
             (grad_hidden_ND if need_grad else hidden_ND).split(chunk),
-            groups_N.split(chunk),
+            *(tensor_N1.split(chunk) for tensor_N1 in per_token_N1),
             strict=True,
         ):
-            out_nV = logits[: len(labels_n)]
+            out_nV = logits[: len(hidden_nD)]
             if bias_V is None:
                 logits_nV = torch.mm(hidden_nD, weight_VD.T, out=out_nV)
             else:
                 logits_nV = torch.addmm(bias_V, hidden_nD, weight_VD.T, out=out_nV)
-            loss_n = to_gradient(
-                logits_nV, labels_n, factor, num_rows, first_row, group, loss_parallel
+            label_log_probs.append(
+                to_gradient(logits_nV, *per_token_n1, num_rows, group, loss_parallel)
             )
-            loss += loss_n.sum() * factor
-            if group_losses is not None:
-                group_losses.index_add_(0, groups_n, loss_n)
             if need_grad:
                 grad_nV = logits_nV
                 torch.mm(grad_nV, weight_VD, out=grad_hidden_nD)
@@ -144,10 +156,13 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                     grad_bias_V += grad_nV.sum(0, dtype=torch.float32)
                 if chunk >= len(hidden_ND):
                     grad_weight_VD = grad_nV.T @ hidden_nD
-                elif dtype == torch.float32:
-                    grad_weight_VD.addmm_(grad_nV.T, hidden_nD)
                 else:
-                    grad_weight_VD += grad_nV.T @ hidden_nD
+                    _add_matmul(grad_weight_VD, grad_nV.T, hidden_nD)
+        # Not a product with is_here: the log-probability of a row of padding is -inf.
+        log_probs_N = torch.where(is_here_N, torch.cat(label_log_probs).squeeze(1), 0)
+        loss = log_probs_N.sum() * -factor
+        if group_losses is not None:
+            group_losses.index_add_(0, groups_N, log_probs_N, alpha=-1)
         if group is not None:
             dist.all_reduce(loss, group=group)
         if need_grad:
@@ -169,35 +184,45 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         return *grads, *(None,) * 10
 
 
+def _add_matmul(sum_VD: Tensor, a_Vn: Tensor, b_nD: Tensor) -> None:
+    """Adds a product to a float32 sum, inside the matmul where torch can."""
+    if a_Vn.dtype == torch.float32:
+        sum_VD.addmm_(a_Vn, b_nD)
+    elif sum_VD.device.type == "cuda":
+        torch.addmm(sum_VD, a_Vn, b_nD, out_dtype=torch.float32, out=sum_VD)
+    else:
+        sum_VD += a_Vn @ b_nD
+
+
 def _to_gradient(
     log_probs: Tensor,
     logits_nV: Tensor,
-    labels_n: Tensor,
-    factor: Tensor,
+    target_n1: Tensor,
+    is_here_n1: Tensor,
+    weight_n1: Tensor,
     num_rows: int,
-    first_row: int,
     group: dist.ProcessGroup | None,
     loss_parallel: bool,
 ) -> Tensor:
-    """A chunk's losses; its logits become the gradients by them, log_probs is a buffer."""
-    log_probs_nV = log_probs[: len(labels_n)]
-    logits_nV[:, max(num_rows, 0) :] = -torch.inf
+    """Returns a chunk's log-probabilities (n, 1) at its targets; its logits become gradients.
+
+    log_probs: a buffer. target: a row of this rank's, any where the label is not here; is_here: 1.0
+    or 0.0; weight: of the token's loss in the sum.
+    """
+    log_probs_nV = log_probs[: len(logits_nV)]
+    if num_rows < logits_nV.shape[1]:
+        logits_nV[:, max(num_rows, 0) :] = -torch.inf
     if group is None:
         torch.log_softmax(logits_nV, 1, torch.float32, out=log_probs_nV)
     else:
         log_probs_nV.copy_(logits_nV)
         max_n1, sum_n1 = _max_and_sum(log_probs_nV, group, loss_parallel)
         log_probs_nV.sub_(max_n1).sub_(sum_n1.log())
-    valid_n1 = (labels_n != IGNORE_INDEX).unsqueeze(1)
-    target_n1 = labels_n.unsqueeze(1) - first_row
-    here_n1 = valid_n1 & (target_n1 >= 0) & (target_n1 < logits_nV.shape[1])
-    target_n1 = target_n1.clamp(0, logits_nV.shape[1] - 1)
-    loss_n = -log_probs_nV.gather(1, target_n1).masked_fill(~here_n1, 0).squeeze(1)
-    # d loss / d logits = softmax - one_hot, zero where the label is not counted.
-    probs_nV = log_probs_nV.exp_()
-    probs_nV.scatter_add_(1, target_n1, -here_n1.to(torch.float32))
-    torch.mul(probs_nV, valid_n1 * factor, out=logits_nV)
-    return loss_n
+    label_log_probs_n1 = log_probs_nV.gather(1, target_n1)
+    # d loss / d logits = weight * (softmax - one_hot).
+    probs_nV = log_probs_nV.exp_().scatter_add_(1, target_n1, -is_here_n1)
+    torch.mul(probs_nV, weight_n1, out=logits_nV)
+    return label_log_probs_n1
 
 
 def _max_and_sum(
@@ -227,25 +252,22 @@ def _compiled(any_size: bool) -> Callable[..., Tensor]:
 
 def _to_gradient_in_one_graph(
     logits_nV: Tensor,
-    labels_n: Tensor,
-    factor: Tensor,
+    target_n1: Tensor,
+    is_here_n1: Tensor,
+    weight_n1: Tensor,
     num_rows: int,
-    first_row: int,
     group: dist.ProcessGroup | None,
     loss_parallel: bool,
 ) -> Tensor:
     """As `_to_gradient`, written to be fused: no float32 copy of the logits is ever stored."""
     column_V = torch.arange(logits_nV.shape[1], device=logits_nV.device)
-    label_n1 = labels_n.unsqueeze(1)
-    # A label of -100, or of another rank's columns, is none of these.
-    target_nV = column_V == label_n1 - first_row
+    is_target_nV = column_V == target_n1
     wide_nV = logits_nV.float().masked_fill(column_V >= num_rows, -torch.inf)
     max_n1, sum_n1 = _max_and_sum(wide_nV, group, loss_parallel)
     log_probs_nV = wide_nV - max_n1 - sum_n1.log()
-    loss_n = -log_probs_nV.masked_fill(~target_nV, 0).sum(1)
-    gradient_nV = (log_probs_nV.exp() - target_nV.float()) * (label_n1 != IGNORE_INDEX)
-    logits_nV.copy_(gradient_nV * factor)
-    return loss_n
+    label_log_probs_n1 = log_probs_nV.masked_fill(~is_target_nV, 0).sum(1, keepdim=True)
+    logits_nV.copy_((log_probs_nV.exp() - is_target_nV * is_here_n1) * weight_n1)
+    return label_log_probs_n1
 
 
 def pair_cross_entropy_sum(

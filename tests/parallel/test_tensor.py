@@ -26,7 +26,7 @@ def _train_and_watch(folder: Path, *overrides: str) -> tuple[list[dict[str, Any]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss, "all_gather_single", watching)
-        return train(folder, "--training.steps=4", *overrides), gathered
+        return train(folder, "--training.steps=4", "--training.loss_chunks=8", *overrides), gathered
 
 
 @pytest.mark.distributed

@@ -23,7 +23,7 @@ def _advice(config: Config, dims: ParallelDims) -> Iterator[str]:
             f"parallel.dp_replicate = 1: weights, gradients and optimizer state in "
             f"{dims.fsdp * dims.dp_replicate} shards instead of {dims.fsdp}"
         )
-    if training.loss_chunks < 8:
+    if isinstance(training.loss_chunks, int) and training.loss_chunks < 8:
         yield f"training.loss_chunks = {2 * training.loss_chunks}: half of the logits at a time"
     if mode == "none":
         yield 'activation_checkpoint.mode = "selective_op": cheap operations are computed twice'

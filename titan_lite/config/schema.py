@@ -223,10 +223,10 @@ class Training(Section):
     loss_positions: Literal["all", "labelled"] = "all"
     """Which positions the output projection multiplies: "all", or the "labelled" ones alone, whose
     loss counts; for masked language models and padded samples."""
-    loss_chunks: Positive = 8
-    """Chunks of the output projection and cross-entropy, so that full logits never exist. Beyond 1
-    the weight's gradient is summed in float32: that pays where a micro-batch has more tokens than
-    twice the model's width."""
+    loss_chunks: Positive | Literal["auto"] = "auto"
+    """Chunks of the output projection and cross-entropy, so that full logits never exist; "auto":
+    as few as keep the float32 logits of a chunk within 512 MiB, and at most 8. Beyond 1 the
+    weight's gradient is summed in float32."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Seed of the weights, the data order and every generator."""
     deterministic: bool = False
