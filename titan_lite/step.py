@@ -23,7 +23,7 @@ from titan_lite.optim.optimizer import set_lr
 from titan_lite.parallel.build import ParallelModel
 from titan_lite.parallel.float8 import refresh_scales
 from titan_lite.parallel.fsdp import free_gathered, set_gradient_sync
-from titan_lite.parallel.gradients import GradNorm, clip_grad_norm
+from titan_lite.parallel.gradients import GradNorm, clipped_norm
 from titan_lite.parallel.pipeline import add_tied_gradients
 from titan_lite.runtime.progress import Progress
 
@@ -97,9 +97,8 @@ class TrainStep:
         num_valid = valid.sum()
         if self.num_sources:
             self.source_losses = torch.zeros(self.num_sources, device=self.device)
-        factor, self.pair_factor = (
-            count.clamp(min=1).to(torch.float32).reciprocal() for count in (num_valid, num_pairs)
-        )
+        counts = torch.stack((num_valid, num_pairs)).clamp(min=1)
+        factor, self.pair_factor = counts.to(torch.float32).reciprocal()
         self.sums = self._zeros(torch.float32)
         loss_scale = None
         if isinstance(self.guard, LossScaler):
@@ -110,15 +109,19 @@ class TrainStep:
             loss /= loss_scale
         self.progress.enter("optimizer")
         loss, *_ = sums = self.global_loss(torch.cat([loss.unsqueeze(0), self.sums]))
-        norm = self._clip(loss_scale)
+        norm = self._norm(loss_scale)
         set_lr(self.optimizer, lr)
-        is_finite = norm.total.isfinite()
         if isinstance(self.guard, LossScaler):
-            self.guard.step(self.optimizer, is_finite=is_finite)
+            is_finite = norm.total.isfinite()
+            self.guard.step(self.optimizer, is_finite=is_finite, grad_scale=norm.grad_scale)
         else:
-            is_finite = is_finite & loss.to(is_finite.device).isfinite()
+            is_finite = (norm.total + loss.to(norm.total.device)).isfinite()
             self.guard.step(
-                self.optimizer, is_finite=is_finite, norms=norm.parts, owners=norm.owners
+                self.optimizer,
+                is_finite=is_finite,
+                grad_scale=norm.grad_scale,
+                norms=norm.parts,
+                owners=norm.owners,
             )
         if self.has_float8_all_gather:
             refresh_scales(self.model)
@@ -151,8 +154,10 @@ class TrainStep:
 
     def _count_pairs(self, batch: Batch) -> Tensor:
         """Pairs that count, and tokens but padding."""
-        pairs = batch.labels[:0] if batch.pair_labels is None else batch.pair_labels
-        return torch.stack([(pairs != IGNORE_INDEX).sum(), self.objective.num_tokens(batch)])
+        num_pairs = torch.tensor(0)
+        if batch.pair_labels is not None:
+            num_pairs = (batch.pair_labels != IGNORE_INDEX).sum()
+        return torch.stack([num_pairs, self.objective.num_tokens(batch)])
 
     def _count_valid(self, batch: Batch) -> Tensor:
         """Labels that count, of each source, or of all where there are none."""
@@ -292,14 +297,14 @@ class TrainStep:
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def _clip(self, loss_scale: Tensor | None) -> GradNorm:
-        """The global norm of the gradients, which are clipped by it, and unscaled before."""
+    def _norm(self, loss_scale: Tensor | None) -> GradNorm:
+        """Returns the global norm of the gradients, and what clips and unscales them."""
         pp_group, copy = self.meshes.pp, None
         if pp_group is not None and self.model.tied_head:
             add_tied_gradients(self.model, pp_group)
             if self.model.output is not None:
                 copy = self.model.get_parameter("output.weight")
-        return clip_grad_norm(
+        return clipped_norm(
             self.model.named_parameters(),
             self.config.training.max_norm,
             loss_scale=loss_scale,

@@ -104,6 +104,7 @@ def test_no_step_after_a_bad_one_is_applied_before_the_host_has_heard(implementa
         guard.step(
             optimizer,
             is_finite=torch.tensor(norms).isfinite().all(),
+            grad_scale=None,
             norms=torch.tensor(norms),
             owners=["a", "b"],
         )

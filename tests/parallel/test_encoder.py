@@ -22,7 +22,7 @@ from titan_lite.models.rules import check
 from titan_lite.nn.build import build
 from titan_lite.nn.documents import dense_mask
 from titan_lite.parallel.build import ParallelModel, build_parallel
-from titan_lite.parallel.gradients import clip_grad_norm
+from titan_lite.parallel.gradients import clipped_norm
 from titan_lite.parallel.init_weights import init_weights
 from titan_lite.parallel.pipeline import add_tied_gradients, split
 from titan_lite.runtime.distributed import Process
@@ -98,7 +98,7 @@ def _gradients(built: ParallelModel) -> dict[str, Any]:
     pp, copy = built.meshes.pp, None
     if pp is not None and built.model.output is not None:
         copy = built.model.get_parameter("output.weight")
-    norm = clip_grad_norm(built.model.named_parameters(), 0, pp_group=pp, copy=copy).total
+    norm = clipped_norm(built.model.named_parameters(), 0, pp_group=pp, copy=copy).total
     stages = [whole(built.model, gradients=True)]
     if pp is not None:
         stages *= 2

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from tests.distributed import Workers
-from titan_lite.parallel.gradients import clip_grad_norm, global_norm
+from titan_lite.parallel.gradients import clipped_norm, global_norm
 
 
 @pytest.mark.parametrize("rows", [2048, 512], ids=["whole", "a quarter"])
@@ -48,13 +48,20 @@ def test_every_element_counts_once_whatever_its_placements(workers: dict[int, Wo
         assert norm == pytest.approx(expected, rel=2e-7)
 
 
-def test_clipping_scales_to_the_norm_asked_for_and_0_leaves_gradients_alone() -> None:
+@pytest.mark.parametrize("loss_scale", [None, 1024.0])
+def test_the_scale_clips_to_the_norm_asked_for_as_torch_does(loss_scale: float | None) -> None:
     parameter = nn.Parameter(torch.zeros(2))
-    parameter.grad = torch.tensor([3.0, 4.0])
-    assert clip_grad_norm([("w", parameter)], 0.0).total == 5
-    assert parameter.grad.tolist() == [3, 4]
-    assert clip_grad_norm([("w", parameter)], 1.0).total == 5
-    torch.testing.assert_close(parameter.grad, torch.tensor([0.6, 0.8]), rtol=1e-5, atol=0)
+    gradient = torch.tensor([3.0, 4.0])
+    scale = None if loss_scale is None else torch.tensor(loss_scale)
+    for max_norm in (0.0, 1.0, 7.0):
+        parameter.grad = gradient * (loss_scale or 1.0)
+        norm = clipped_norm([("w", parameter)], max_norm, loss_scale=scale)
+        assert norm.total == 5
+        divided = parameter.grad if norm.grad_scale is None else parameter.grad / norm.grad_scale
+        parameter.grad = gradient.clone()
+        nn.utils.clip_grad_norm_([parameter], max_norm or torch.inf)
+        torch.testing.assert_close(divided, parameter.grad, rtol=1e-6, atol=0)
+    assert clipped_norm([("w", parameter)], 0.0).grad_scale is None
 
 
 def _fsdp_sum() -> float:

@@ -32,9 +32,11 @@ class LossScaler:
         self.good_steps = torch.zeros((), device=device)
         self.skipped_steps = torch.zeros((), device=device)
 
-    def step(self, optimizer: torch.optim.Optimizer, *, is_finite: Tensor) -> None:
-        """Steps the optimizer if `is_finite`, a scalar, says so, and adapts the scale."""
-        step_if(optimizer, is_finite)
+    def step(
+        self, optimizer: torch.optim.Optimizer, *, is_finite: Tensor, grad_scale: Tensor | None
+    ) -> None:
+        """Steps the optimizer, see `step_if`, and adapts the scale."""
+        step_if(optimizer, is_finite, grad_scale)
         self.skipped_steps = self.skipped_steps + ~is_finite
         self.good_steps = torch.where(is_finite, self.good_steps + 1, 0)
         grows = self.good_steps == GROWTH_INTERVAL

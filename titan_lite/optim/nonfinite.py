@@ -1,5 +1,6 @@
 """What becomes of a step whose loss or gradient norm is not finite."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,16 +12,20 @@ class NonFiniteError(RuntimeError):
     """A step was not finite, and the run ends; raised by every rank after the same step."""
 
 
-def step_if(optimizer: torch.optim.Optimizer, is_finite: Tensor) -> None:
-    """Steps the optimizer if a scalar on the parameters' device says so.
+def step_if(optimizer: torch.optim.Optimizer, is_finite: Tensor, grad_scale: Tensor | None) -> None:
+    """Steps the optimizer on gradients divided by `grad_scale` if `is_finite`, both scalars.
 
-    With a fused optimizer the host does not wait for it: the kernels read it on the device, as they
-    do for torch.amp.GradScaler.
+    With a fused optimizer the host does not wait: the kernels read both on the device, as they do
+    for torch.amp.GradScaler.
     """
     if optimizer.defaults["fused"]:
         optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+        optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
         optimizer.step()
     elif is_finite:
+        if grad_scale is not None:
+            parameters = itertools.chain(*(group["params"] for group in optimizer.param_groups))
+            torch._foreach_div_([p.grad for p in parameters if p.grad is not None], grad_scale)
         optimizer.step()
 
 
@@ -43,10 +48,11 @@ class NonFiniteGuard:
         optimizer: torch.optim.Optimizer,
         *,
         is_finite: Tensor,
+        grad_scale: Tensor | None,
         norms: Tensor,
         owners: Sequence[str],
     ) -> None:
-        """Steps the optimizer if `is_finite`, a scalar, says so.
+        """Steps the optimizer, see `step_if`.
 
         norms: (P,), of this rank's parts of the gradients, owners: P names of parameters; the same
         in each step.
@@ -57,7 +63,7 @@ class NonFiniteGuard:
             self._norms = torch.where(is_good_so_far, norms, former)
             self._owners = owners
             is_finite = is_finite & is_good_so_far
-        step_if(optimizer, is_finite)
+        step_if(optimizer, is_finite, grad_scale)
         self.skipped_steps = self.skipped_steps + ~is_finite
 
     def bad_gradients(self) -> set[str]:

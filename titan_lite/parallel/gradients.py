@@ -1,5 +1,6 @@
-"""The norm of the global gradient, and clipping by it."""
+"""The norm of the global gradient, and the clipping that follows from it."""
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,16 +20,18 @@ CPU_CHUNK = 65_536
 class GradNorm:
     """The 2-norm of the global gradient, before clipping, and of the parts that this rank has.
 
-    total: scalar, the same on all ranks. parts: (P,), owners: P names of parameters.
+    total: scalar, the same on all ranks. parts: (P,), owners: P names of parameters. grad_scale:
+    scalar that the optimizer divides gradients by, None where it takes them as they are.
     """
 
     total: Tensor
     parts: Tensor
     owners: list[str]
+    grad_scale: Tensor | None = None
 
 
 @torch.no_grad()
-def clip_grad_norm(
+def clipped_norm(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     max_norm: float,
     *,
@@ -36,20 +39,24 @@ def clip_grad_norm(
     pp_group: dist.ProcessGroup | None = None,
     copy: nn.Parameter | None = None,
 ) -> GradNorm:
-    """Returns the norm of the gradient over all ranks, and clips to max_norm unless that is 0.
+    """Returns the norm of the gradient over all ranks, and the scale that clips it to max_norm.
 
-    loss_scale: what the gradients are too large by; they are divided by it first.
+    The gradients themselves stay as they are: a fused optimizer reads the scale with them, which
+    saves a pass over memory. max_norm: 0 does not clip.
+    loss_scale: what the gradients are too large by.
     pp_group: the ranks that have the other pipeline stages' parameters.
     copy: the one of them that another stage has as well, and counts.
     """
-    named = {name: p for name, p in named_parameters if p.grad is not None}
+    grads = {name: p.grad for name, p in named_parameters if p.grad is not None and p is not copy}
+    norm = global_norm(grads, pp_group)
+    total, grad_scale = norm.total, loss_scale
     if loss_scale is not None:
-        torch._foreach_div_([p.grad for p in named.values() if p.grad is not None], loss_scale)
-    counted = {n: p.grad for n, p in named.items() if p.grad is not None and p is not copy}
-    norm = global_norm(counted, pp_group)
+        total = total / loss_scale
     if max_norm > 0:
-        nn.utils.clip_grads_with_norm_(named.values(), max_norm, norm.total)
-    return norm
+        # As torch.nn.utils.clip_grads_with_norm_.
+        excess = ((total + 1e-6) / max_norm).clamp(min=1.0)
+        grad_scale = excess if loss_scale is None else excess * loss_scale
+    return dataclasses.replace(norm, total=total, grad_scale=grad_scale)
 
 
 def global_norm(grads: Mapping[str, Tensor], pp_group: dist.ProcessGroup | None = None) -> GradNorm:
