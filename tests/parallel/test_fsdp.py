@@ -136,12 +136,15 @@ def _policies(folder: Path, *overrides: str) -> tuple[set[str], set[str], set[in
     ]
     groups = []
     for state in states:
-        # torch 2.11 has one group per unit.
-        one = getattr(state, "_fsdp_param_group", None)
-        groups += [one] if one else state._fsdp_param_groups
+        # torch 2.11 has one group per unit, or None in a unit without parameters of its own.
+        if hasattr(state, "_fsdp_param_groups"):
+            groups += state._fsdp_param_groups
+        elif state._fsdp_param_group is not None:
+            groups.append(state._fsdp_param_group)
     trainer.close()
     offload = {type(group.offload_policy).__name__ for group in groups}
-    dtypes = {f"{g.mp_policy.param_dtype} {g.mp_policy.reduce_dtype}" for g in groups}
+    policies = [state._mp_policy for state in states]
+    dtypes = {f"{policy.param_dtype} {policy.reduce_dtype}" for policy in policies}
     meshes = {
         group.post_forward_mesh_info.shard_mesh_size
         for group in groups

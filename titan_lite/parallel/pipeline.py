@@ -284,12 +284,15 @@ class Pipeline:
         )
 
     def take_shapes_for_granted(self) -> None:
-        """Keeps stages from asking each other, before the first step, whether all know shapes.
+        """Skips what stages exchange before the first step: a dry run has no peers.
 
-        They do, having been told; a dry run's rank has nobody to ask.
+        torch 2.11 opens connections, torch 2.13 also votes on shapes, torch 2.15 does neither over
+        a fake process group.
         """
+        for stage in self.stages:
+            stage._get_init_p2p_neighbors_ops = list  # type: ignore[method-assign]
         if not hasattr(self.schedule, "_warmup_p2p"):
-            return  # torch 2.11 never asks, torch 2.15 not over a fake process group.
+            return
         from torch.distributed.pipelining._utils import InferenceMode
 
         def agree(stages: Sequence[PipelineStage], *_: Any) -> None:
