@@ -113,6 +113,21 @@ def test_a_jump_of_the_learning_rate_is_told_with_both_values(
 
 
 @pytest.mark.parametrize(
+    ("saved", "longer", "rates"),
+    [(2, 4, "0.0001 in step 2 to 0.000231802"), (4, 6, "0.0001 in step 4 to 0.000160289")],
+)
+def test_a_rate_that_turns_is_a_jump_also_where_the_schedule_is_steeper(
+    caplog: Any, saved: int, longer: int, rates: str
+) -> None:
+    of_run = (f"--training.steps={saved}", "--optimizer.lr=0.001", "--lr_scheduler.warmup_steps=0")
+    _, told = said(caplog, f"--training.steps={longer}", saved=of_run, step=saved)
+    assert told == (
+        f"The learning rate jumps from {rates} in step {saved + 1}: "
+        f"training.steps {saved} -> {longer}"
+    )
+
+
+@pytest.mark.parametrize(
     ("saved", "changes", "step"),
     [
         # Nothing changes, where schedules are steep, flat, or at an end.
@@ -121,6 +136,8 @@ def test_a_jump_of_the_learning_rate_is_told_with_both_values(
         # No step is left.
         (STEPS, (), 1000),
         (STEPS, ("--training.steps=300",), 500),
+        # So early that the rate goes back by less than is seen.
+        ((*STEPS, "--lr_scheduler.warmup_steps=0"), ("--training.steps=1200",), 10),
         # One step more is as good as none.
         (STEPS, ("--training.steps=1001",), 500),
         # Not yet decaying, and warm-up is over.

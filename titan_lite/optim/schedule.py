@@ -17,22 +17,25 @@ class Schedule:
     def __call__(self, step: int) -> float:
         return self.lr * lr_factor(step, self.section, self.total_steps)
 
-    def largest_change(self, step: int) -> float:
-        """The largest difference between neighbours among the steps around this one."""
+    def changes(self, step: int) -> list[float]:
+        """From each of the steps around this one to the next."""
         near = [s for s in range(step - 1, step + 3) if 1 <= s <= self.total_steps]
-        return max((abs(self(s) - self(s - 1)) for s in near[1:]), default=0.0)
+        return [self(s) - self(s - 1) for s in near[1:]]
 
 
 def jump(before: Schedule, after: Schedule, step: int) -> tuple[float, float] | None:
     """The rates of `step` and the next one, where the schedule changes between them with a jump.
 
-    A jump is larger than what either schedule does from one step to the next around there.
+    A jump is larger than what either schedule does from one step to the next around there, or goes
+    the other way by more than 1 %.
     """
     if not 1 <= step < after.total_steps:
         return None
     old, new = before(min(step, before.total_steps)), after(step + 1)
-    usual = max(before.largest_change(step), after.largest_change(step))
-    return (old, new) if abs(new - old) > usual * (1 + 1e-9) else None
+    change, usual = new - old, [0.0, *before.changes(step), *after.changes(step)]
+    is_larger = abs(change) > max(map(abs, usual)) * (1 + 1e-9)
+    is_other_way = not min(usual) <= change <= max(usual) and abs(change) > old / 100
+    return (old, new) if is_larger or is_other_way else None
 
 
 def lr_factor(step: int, section: LRScheduler, total_steps: int) -> float:
