@@ -88,6 +88,13 @@ DAMAGES = {
     r"step-8/manifest.json is damaged: JSONDecodeError": lambda folder: (
         folder / "manifest.json"
     ).write_text("{"),
+    r"step-8/manifest.json is damaged: TypeError": lambda folder: (
+        folder / "manifest.json"
+    ).write_text("[]"),
+    # Of the size that it had.
+    r"step-8/run_state.json is damaged: its checksum is": lambda folder: flip_a_bit(
+        folder / "run_state.json", 3
+    ),
     r"step-8/manifest.json has format 9; this version of titan_lite reads 1": _other_format,
     r"step-8 is not what its name says: a checkpoint of 12": _rename,
 }
@@ -145,7 +152,7 @@ def test_no_run_goes_on_from_weights_only(tmp_path: Path) -> None:
     start = find_start(SECTION.model_copy(update=other), tmp_path / "another run")
     assert (start.source, start.content, start.state.step) == (weights, "model", 0)
     both = SECTION.model_copy(update=other | {"initial_load_model_only": False})
-    with pytest.raises(ValueError, match="holds weights only"):
+    with pytest.raises(ValueError, match=r"weights only, .*initial_load_model_only = true"):
         find_start(both, tmp_path / "another run")
 
 

@@ -69,7 +69,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         content = json.loads(path.read_bytes())
         number, checksum = content.pop("format"), content.pop("crc32")
-    except (ValueError, AttributeError, KeyError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise DamagedError(f"{path} is damaged: {error!r}") from error
     if number != FORMAT:
         raise DamagedError(f"{path} has format {number}; this version of titan_lite reads {FORMAT}")

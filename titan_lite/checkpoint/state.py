@@ -14,7 +14,7 @@ from typing import Any
 from titan_lite.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
 from titan_lite.config.problems import did_you_mean, nearest, quote
 from titan_lite.config.schema import Checkpoint
-from titan_lite.runtime.stored_files import DamagedError
+from titan_lite.runtime.stored_files import DamagedError, damaged_files
 from titan_lite.runtime.writing import writing
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def find_start(
         raise ValueError(f"checkpoint.initial_load_path must name one checkpoint, as {newest}")
     content = "model" if section.initial_load_model_only else "run"
     try:
-        manifest = read_manifest(source)
+        manifest = _manifest_of(source)
     except DamagedError as error:
         raise DamagedError(f"{error} (checkpoint.initial_load_path)") from error
     return _start(source, manifest, content, resumes=False)
@@ -124,7 +124,7 @@ def _own_checkpoint(
     if step != "latest":
         source = folder / f"step-{step}"
         if step in steps:
-            return source, read_manifest(source)
+            return source, _manifest_of(source)
         found = ", ".join(map(str, steps)) or "none"
         raise ValueError(f"no checkpoint of step {step} in {folder}; steps found: {found}")
     worse = []
@@ -133,7 +133,7 @@ def _own_checkpoint(
         try:
             if source in damaged:
                 raise damaged[source]
-            manifest = read_manifest(source)
+            manifest = _manifest_of(source)
         except DamagedError as error:
             worse.append(str(error))
             continue
@@ -148,10 +148,24 @@ def _own_checkpoint(
     return None
 
 
+def _manifest_of(source: Path) -> Manifest:
+    """The manifest of a checkpoint whose run_state.json, which is read before all, is undamaged."""
+    manifest = read_manifest(source)
+    names = [RUN_STATE_FILE] if RUN_STATE_FILE in manifest.files else []
+    for sentence in damaged_files(source, manifest.files, names):
+        raise DamagedError(sentence)
+    return manifest
+
+
 def _start(source: Path, manifest: Manifest, content: str, *, resumes: bool) -> Start:
     if content == "model" and not resumes:
         return Start(source=source, manifest=manifest, content=content)
     if content == "run" and manifest.content != "run":
+        if not resumes:
+            raise ValueError(
+                f"{source} holds weights only, from which no run can go on: set "
+                "checkpoint.initial_load_model_only = true to begin another run with them"
+            )
         raise ValueError(
             f"{source} holds weights only (last_save_model_only), from which no run can "
             "go on: checkpoint.load_step can name an earlier step, checkpoint.initial_load_path "
