@@ -183,7 +183,7 @@ A, B = '{name = "a", weight = 1}', '{name = "b", weight = 2.5}'
         (
             [f"--data.sources=[{A}]", "--validation.enable=true"],
             "validation.enable",
-            "nothing is held out: data.sources has no other split",
+            "nothing is held out: beside data.sources, set validation.dataset_path",
         ),
     ],
 )

@@ -157,8 +157,8 @@ def _documents(config: Config) -> Iterator[Broken]:
     ):
         yield (
             ("validation.enable", "validation.dataset_path", mixed_or_files),
-            f"nothing is held out: {mixed_or_files} has no other split; set "
-            "validation.dataset_path, or validation.dataset",
+            f"nothing is held out: beside {mixed_or_files}, set validation.dataset_path or "
+            "validation.dataset",
         )
     names = [source.name for source in data.sources]
     for name in sorted({name for name in names if names.count(name) > 1}):

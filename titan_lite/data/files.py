@@ -83,11 +83,13 @@ def find_files(path: Path, chosen: str) -> list[Path]:
     return files
 
 
-def folder_of_split(path: Path, split: str, chosen: str) -> Path:
-    """Where DatasetDict.save_to_disk wrote a split, if it wrote the folder."""
+def folder_of_split(path: Path, split: str, table: str, chosen: str) -> Path:
+    """Where DatasetDict.save_to_disk wrote a split; table: that chose it, for messages."""
     splits = _read_json(path / _SPLITS, chosen).get("splits")
     if not isinstance(splits, list) or split not in splits:
-        raise ValueError(f"{chosen}: split {split!r} is not among {splits} of {path / _SPLITS}")
+        raise ValueError(
+            f"{table}.split={split!r} is not one of the splits of {path}, which are {splits}"
+        )
     return path / split
 
 
@@ -161,8 +163,6 @@ def _files_of_folder(folder: Path, chosen: str) -> list[Path]:
             f"{chosen} holds text ({_some(files, folder)}) next to what cannot be read "
             f"({_some(unread, folder)}): if the text is the documents, name it by a glob"
         )
-    if "text" in formats:
-        others += [file for file in companions if format_of(file) == "text"]
     names = "\n".join(str(file.relative_to(folder)) for file in files)
     splits = set(_SPLIT_WORDS.findall(names.lower()))
     if len(splits) > 1 and "train" in splits:
@@ -170,8 +170,16 @@ def _files_of_folder(folder: Path, chosen: str) -> list[Path]:
             f"{chosen} reads files of several splits ({', '.join(sorted(splits))}): if only one of "
             "them is to be trained on, name it by a glob"
         )
-    if others:
-        _warn_once(f"{chosen} leaves out {_some(others, folder)}: documents end in {KNOWN}")
+    if unread := [file for file in others if not _is_marked(file)]:
+        _warn_once(f"{chosen} leaves out {_some(unread, folder)}: documents end in {KNOWN}")
+    unlike = [file for file in others if _is_marked(file)]
+    if "text" in formats:
+        unlike += [file for file in companions if format_of(file) == "text"]
+    if unlike:
+        _warn_once(
+            f"{chosen} leaves out {_some(unlike, folder)}, by name no documents: to read them, "
+            "name the files by a glob"
+        )
     return files
 
 

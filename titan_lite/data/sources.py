@@ -89,7 +89,7 @@ def resolve_source(section: Documents, table: str = "data", *, skip: bool = Fals
             return _stored_source(path, key)
         if has_splits(path):
             _refuse(section, ("subset",), chosen, table)
-            path = folder_of_split(path, section.split, chosen)
+            path = folder_of_split(path, section.split, table, chosen)
         else:
             _refuse(section, ("subset", "split"), chosen, table)
         files = find_files(path, chosen)
