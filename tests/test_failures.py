@@ -463,13 +463,17 @@ def test_the_slurm_script_asks_for_the_signal_and_requeues_what_it_stopped(
     assert "#SBATCH --signal=USR1@" in script.read_text()
     programs = {
         "srun": 'shift; exec "$@"',
-        "scontrol": 'echo "$@" >>scontrol.log; echo node0',
-        "run_train.sh": f"exit {code}",
+        "scontrol": 'echo "$@" >>scontrol.log; echo node0; sleep 0.2; echo node1',
+        "run_train.sh": f'test "$RDZV_ENDPOINT" = node0:29500 && exit {code}',
     }
     for name, body in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    variables = {"SLURM_JOB_NODELIST": "node0", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "42"}
+    variables = {
+        "SLURM_JOB_NODELIST": "node[0-1]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_ID": "42",
+    }
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(
         ["bash", str(script)],
