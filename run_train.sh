@@ -6,7 +6,8 @@ if [ -z "${BASH_VERSION:-}" ]; then
 fi
 set -euo pipefail
 
-case " $* " in *" --help "* | *" -h "*)
+for argument in "$@"; do
+    [ "$argument" = -h ] || [ "$argument" = --help ] || continue
     cat <<'HELP'
 Trains a TOML file; further arguments override its keys:
   ./run_train.sh my.toml --training.steps=20 --job.description="first try"
@@ -22,11 +23,12 @@ MAX_RESTARTS how often all processes start again, from the
 PYTHON       interpreter that has titan_lite, or makes .venv python3
 
 SIGTERM, SIGUSR1, SIGHUP (unless ignored, as by nohup) and Ctrl-C end the run after the step in hand, with a
-checkpoint if checkpoint.enable is true; a second one ends it at once. A process whose launcher was killed ends too.
+checkpoint if checkpoint.enable is true; a second one, other than SIGHUP, ends it at once.
+A process whose launcher was killed ends too.
 Exit codes: 0 done, 1 failed, 2 a mistake in the configuration, 75 stopped with a checkpoint, 143 stopped without one.
 HELP
-    exit ;;
-esac
+    exit
+done
 
 ROOT=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 source "$ROOT/scripts/environment.sh"

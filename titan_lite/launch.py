@@ -4,6 +4,7 @@ The settings come from the variables that `run_train.sh --help` explains.
 """
 
 import contextlib
+import ipaddress
 import os
 import signal
 import socket
@@ -113,9 +114,21 @@ def read_endpoint() -> tuple[str, int]:
     # Without a port, or an IPv6 address without one.
     if not separator or text.endswith("]") or (":" in host and not host.endswith("]")):
         host, port = text, str(DEFAULT_PORT)
-    if not (host and port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
+    host = host.removeprefix("[").removesuffix("]")
+    if not (_is_host(host) and port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
         raise UsageError(f"RDZV_ENDPOINT must be HOST:PORT, got {text!r}")
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    return host, int(port)
+
+
+def _is_host(text: str) -> bool:
+    try:
+        if ":" in text:
+            ipaddress.IPv6Address(text)
+        # As looking up a name does; socket.getaddrinfo passes its error on.
+        text.encode("idna")
+    except ValueError:
+        return False
+    return bool(text)
 
 
 class Signals:
@@ -134,6 +147,11 @@ class Signals:
             self.noted.append(signal.Signals(number))
             return
         raise SystemExit(128 + number if self.code is None else self.code)
+
+    def take(self) -> list[signal.Signals]:
+        """Signals since the last call."""
+        noted, self.noted = self.noted, []
+        return noted
 
 
 class Attempt:
@@ -177,9 +195,7 @@ class Attempt:
     def watch(self, nodes: Nodes, signals: Signals) -> int:
         """Waits until all processes have ended; returns their exit code together."""
         while None in (codes := [process.poll() for process in self._processes]):
-            for number in signals.noted:
-                self._answer(number)
-            signals.noted.clear()
+            self._answer(signals.take())
             nodes.poll()
             if self._kill_at is None:
                 failed = [code for code in codes if code is not None and not self._is_orderly(code)]
@@ -206,7 +222,15 @@ class Attempt:
         for process in self._processes:
             process.wait()
 
-    def _answer(self, number: signal.Signals) -> None:
+    def _answer(self, numbers: Sequence[signal.Signals]) -> None:
+        if self.was_asked:
+            # One event sends several: a closed terminal SIGHUP from the shell and from the system,
+            # systemd SIGHUP after SIGTERM.
+            numbers = [number for number in numbers if number != signal.SIGHUP]
+        if not numbers:
+            return
+        # GNU timeout sends its signal to the process and to its group at the same time.
+        number = numbers[0]
         if self.was_asked:
             self.kill()
             raise SystemExit(128 + number)

@@ -23,6 +23,7 @@ USAGE = "usage: python -m titan_lite.train CONFIG [--section.key=value ...]"
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Numbers of processes: of a launcher, and of MPI's, which set no RANK.
 SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+ENVIRONMENT = "environment"
 
 # A launcher asks the others to stop when one process has failed, and looks ten times a second.
 LAUNCHER_SECONDS = 3.0
@@ -42,7 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked = bool({"-h", "--help"} & set(argv))
         print(USAGE, file=sys.stdout if asked else sys.stderr)
         return 0 if asked else EXIT_MISTAKE
-    rank = int(os.environ.get("RANK", 0))
+    try:
+        rank, world_size = position()
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return EXIT_MISTAKE
     set_up_logging(rank)
     stop = StopRequest()
     with stop.listening():
@@ -50,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if PARENT in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
             watch_parent(stop.launcher_has_gone)
         try:
-            return _train(argv, rank, stop)
+            return _train(argv, rank, world_size, stop)
         except ConfigError as error:
             if _is_ours_to_say(str(error), stop):
                 print(error, file=sys.stderr)
@@ -58,13 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_MISTAKE
 
 
-def _train(argv: Sequence[str], rank: int, stop: StopRequest) -> int:
+def _train(argv: Sequence[str], rank: int, world_size: int, stop: StopRequest) -> int:
     loaded = read_config(argv[0], argv[1:])
-    plan = check(loaded, world_size())
-    processes = plan.dims.world_size
+    plan = check(loaded, world_size)
     if rank == 0:
         logger.info(
-            "Starting %s in %d process%s", argv[0], processes, "es" if processes > 1 else ""
+            "Starting %s in %d process%s", argv[0], world_size, "es" if world_size > 1 else ""
         )
     # torch takes seconds to import: a mistake is answered before.
     from titan_lite.optim.nonfinite import NonFiniteError
@@ -135,29 +139,44 @@ def _leave_others(code: int) -> None:
         leave_at_once(code)
 
 
-def world_size() -> int:
-    """Processes of the job; ConfigError if the launcher's variables are there only in part."""
-    environment = "environment"
+def position() -> tuple[int, int]:
+    """The rank of this process and the number of processes.
+
+    ConfigError if the launcher's variables are there only in part, or have no valid values.
+    """
     if "RANK" in os.environ:
         missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
         message = "not set, though RANK is: start by run_train.sh or torchrun"
         if missing:
-            raise ConfigError([Problem(name, environment, message) for name in missing])
-        return int(os.environ["WORLD_SIZE"])
+            raise ConfigError([Problem(name, ENVIRONMENT, message) for name in missing])
+        world_size = _integer("WORLD_SIZE", 1, 2**31 - 1)
+        _integer("LOCAL_RANK", 0, world_size - 1)
+        _integer("MASTER_PORT", 0, 2**16 - 1)
+        return _integer("RANK", 0, world_size - 1), world_size
     if name := _sign_of_others():
         message = (
             f"is {os.environ[name]}, but RANK is not set: every process would train alone. Start "
             f"them by run_train.sh or torchrun, once per node; for a single process, unset {name}"
         )
-        raise ConfigError([Problem(name, environment, message)])
-    return 1
+        raise ConfigError([Problem(name, ENVIRONMENT, message)])
+    return 0, 1
+
+
+def _integer(name: str, least: int, most: int) -> int:
+    text = os.environ[name]
+    if not (text.isascii() and text.isdecimal() and least <= int(text) <= most):
+        message = f"must be an integer from {least} to {most}, got {text!r}"
+        raise ConfigError([Problem(name, ENVIRONMENT, message)])
+    return int(text)
 
 
 def _sign_of_others() -> str | None:
     """The variable by which somebody starts several processes who does not number them for us."""
     if "SLURM_PROCID" in os.environ and os.environ.get("SLURM_NTASKS") != "1":
         return "SLURM_PROCID"
-    return next((name for name in SIZE_VARIABLES if os.environ.get(name, "1") != "1"), None)
+    return next(
+        (name for name in SIZE_VARIABLES if os.environ.get(name) not in (None, "", "1")), None
+    )
 
 
 if __name__ == "__main__":
