@@ -633,6 +633,20 @@ def test_signals_that_one_event_sends_are_one(start: Callable[..., Launched]) ->
     assert (code, rest) == (75, ""), output
 
 
+def test_a_process_that_is_asked_before_it_listens_does_not_leave_the_others_waiting(
+    start: Callable[..., Launched],
+) -> None:
+    """One of them starts later; the other has noted the signal and waits for it."""
+    program = "signal.signal(signal.SIGUSR1, signal.SIG_DFL if rank else signal.SIG_IGN)\n"
+    launched = start(program + f"(folder / f'{{rank}} waits').touch()\n{SLEEP}")
+    launched.wait_for("0 waits", "1 waits")
+    launched.process.send_signal(signal.SIGTERM)
+    code, output = launched.end()
+    assert (code, output.count("\n")) == (143, 1), output
+    for pid in launched.pids():
+        wait_for_end(pid)
+
+
 def test_a_hang_up_that_nohup_ignores_stays_ignored(
     start: Callable[..., Launched], tmp_path: Path
 ) -> None:

@@ -196,6 +196,11 @@ class Attempt:
         """Waits until all processes have ended; returns their exit code together."""
         while None in (codes := [process.poll() for process in self._processes]):
             self._answer(signals.take())
+            if self.was_asked and -signal.SIGUSR1 in codes:
+                # It did not listen yet, so nobody trains: the others would wait for it in vain.
+                nodes.fail()
+                self.kill()
+                return EXIT_STOPPED_UNSAVED
             nodes.poll()
             if self._kill_at is None:
                 failed = [code for code in codes if code is not None and not self._is_orderly(code)]

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -15,6 +16,7 @@ from titan_lite.runtime.stop import (
     EXIT_STOPPED,
     EXIT_STOPPED_UNSAVED,
     StopRequest,
+    handled_signals,
 )
 from titan_lite.runtime.writing import WriteError
 
@@ -180,4 +182,8 @@ def _sign_of_others() -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    for number in handled_signals():
+        # Nothing is left to stop, and a signal would change the exit code.
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
