@@ -216,6 +216,20 @@ def test_a_folder_without_documents_is_refused_by_its_files(tmp_path: Path) -> N
     assert read(tmp_path / "*.txt") == ["LICENSE.txt", "urls.txt"]
 
 
+def test_a_file_and_its_compressed_copy_are_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(tmp_path, "a.jsonl", "sub/a.jsonl", "b.jsonl.gz")
+    assert read(tmp_path) == ["a.jsonl", "b.jsonl.gz", "a.jsonl"]
+    assert caplog.messages == []
+    fill(tmp_path, "sub/a.jsonl.gz")
+    assert read(tmp_path) == ["a.jsonl", "b.jsonl.gz", "a.jsonl", "a.jsonl.gz"]
+    assert caplog.messages == [
+        f"data.dataset_path={str(tmp_path)!r} reads sub/a.jsonl.gz and the file of the same name "
+        "without compression: if they hold the same documents, name one of the two by a glob"
+    ]
+
+
 def test_of_text_the_companions_are_named_too(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

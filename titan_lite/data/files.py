@@ -170,6 +170,13 @@ def _files_of_folder(folder: Path, chosen: str) -> list[Path]:
             f"{chosen} reads files of several splits ({', '.join(sorted(splits))}): if only one of "
             "them is to be trained on, name it by a glob"
         )
+    plain = set(files)
+    twice = [file for file in files if compression_of(file) and file.with_suffix("") in plain]
+    if twice:
+        _warn_once(
+            f"{chosen} reads {_some(twice, folder)} and the file of the same name without "
+            "compression: if they hold the same documents, name one of the two by a glob"
+        )
     if unread := [file for file in others if not _is_marked(file)]:
         _warn_once(f"{chosen} leaves out {_some(unread, folder)}: documents end in {KNOWN}")
     unlike = [file for file in others if _is_marked(file)]
