@@ -217,7 +217,7 @@ def test_a_text_that_gets_other_ids_is_stated(
     write_documents(tmp_path / "odd.jsonl", ["The whale.", "a\u0328\u0301 e\u0302\u0323"])
     is_same, sentence = report(Data(dataset_path=str(tmp_path / "odd.jsonl")))
     assert not is_same
-    assert f"other ids than training had for 2 of {number} texts. The first is 'a" in sentence
+    assert f"does not give the ids of training for 2 of {number} texts. The first is 'a" in sentence
     assert " instead of [" in sentence
     is_same, sentence = report(Data(dataset_path=str(tmp_path / "gone.jsonl")))
     assert is_same

@@ -137,7 +137,9 @@ def test_a_converted_checkpoint_keeps_the_tokenizer_and_the_recipe_names_it(
     capsys.readouterr()
     back = ["convert", "dcp-to-hf", str(target)]
     assert cli.main([*back, f"{tmp_path}/other", f"--tokenizer={tmp_path}"]) == 0
-    assert f"{tmp_path} gives other ids than the tokenizer of {target}" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert f"{tmp_path} gives other ids than the tokenizer of {target}" in printed.err
+    assert f"The exported tokenizer gives the ids of {tmp_path} for " in printed.out
 
     # A run's checkpoint does not keep it, and its tokenizer may have changed.
     manifest = read_manifest(target)
@@ -149,6 +151,11 @@ def test_a_converted_checkpoint_keeps_the_tokenizer_and_the_recipe_names_it(
     message = capsys.readouterr().err
     assert f"{tmp_path} gives other ids than the tokenizer of {target}" in message
     assert message.endswith("name that one with --tokenizer\n")
+    (tmp_path / "tokenizer.json").unlink()
+    assert cli.main([*back, f"{tmp_path}/refused"]) == 2
+    message = capsys.readouterr().err
+    assert f"the folder {tmp_path} has neither tokenizer.json nor tokenizer.model: " in message
+    assert message.endswith("name the run's tokenizer with --tokenizer\n")
 
 
 def test_a_model_without_a_tokenizer_that_can_be_read_is_said_so(
@@ -237,7 +244,9 @@ def test_another_dtype_and_a_tokenizer_can_be_asked_for(
     cli.main(["convert", "hf-to-dcp", f"{tmp_path}/theirs", f"{tmp_path}/dcp"])
     back = ["convert", "dcp-to-hf", f"{tmp_path}/dcp", f"{tmp_path}/ours"]
     assert cli.main([*back, "--dtype=float32", "--tokenizer="]) == 0
-    assert "The exported tokenizer gives the ids of training for " in capsys.readouterr().out
+    assert (
+        "exported tokenizer gives the ids of the bundled tokenizer for " in capsys.readouterr().out
+    )
     assert [path.name for path in tmp_path.glob("ours/*.safetensors")] == ["model.safetensors"]
     # Whoever may read the one may read the other.
     modes = {path.stat().st_mode for path in (tmp_path / "ours").iterdir()}

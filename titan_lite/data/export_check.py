@@ -24,15 +24,17 @@ def export_report(
     section: Data | None,
     *,
     of_pairs: bool,
+    origin: str = "training",
 ) -> tuple[bool, str]:
-    """Whether exported files give the ids of training, and a sentence about it.
+    """Whether exported files give the ids of a tokenizer, and a sentence about it.
 
-    documents: as hf_documents has them. section: what the run read, if it is known.
+    documents: as hf_documents has them. section: what the run read, if it is known. origin: whose
+    ids they are.
     """
     if "tokenizer.json" not in documents:
         return False, (
             f"The tokenizer was exported as tokenizer.model alone, since {_reason(tokenizer)}: "
-            "sentencepiece gives the ids of training, transformers may give others"
+            f"sentencepiece gives the ids of {origin}, transformers may give others"
         )
     texts, note = list(PROBES), ""
     try:
@@ -52,7 +54,7 @@ def export_report(
     if not differing:
         return (
             True,
-            f"The exported tokenizer gives the ids of training for {len(texts)} texts{note}",
+            f"The exported tokenizer gives the ids of {origin} for {len(texts)} texts{note}",
         )
     text, ids, expected = differing[0]
     place = next(
@@ -60,7 +62,7 @@ def export_report(
         min(len(ids), len(expected)),
     )
     return False, (
-        f"The exported tokenizer gives other ids than training had for {len(differing)} of "
+        f"The exported tokenizer does not give the ids of {origin} for {len(differing)} of "
         f"{len(texts)} texts. The first is {text[:200]!r}: from id {place} on "
         f"{ids[place : place + 8]} instead of {expected[place : place + 8]}{note}"
     )

@@ -191,8 +191,13 @@ def dcp_to_hf(
         f"parameters in {export.dtype}, {num_files} file{'s' * (num_files > 1)}"
     )
     if tokenizer is not None and not files:
+        is_given = tokenizer_path is not None and tokenizer.fingerprint != manifest.tokenizer
         is_same, sentence = export_report(
-            documents, tokenizer, _data_of(manifest), of_pairs=not args.causal
+            documents,
+            tokenizer,
+            _data_of(manifest),
+            of_pairs=not args.causal,
+            origin=tokenizer_path or "the bundled tokenizer" if is_given else "training",
         )
         if is_same:
             print(sentence)
@@ -257,7 +262,12 @@ def _tokenizer_of(
     path = manifest.config.get("data", {}).get("tokenizer_path") if given is None else given
     if path is None:
         return None, {}
-    tokenizer = load_tokenizer(path)
+    try:
+        tokenizer = load_tokenizer(path)
+    except ValueError as error:
+        if given is not None:
+            raise
+        raise ValueError(f"{error}: name the run's tokenizer with --tokenizer") from error
     if manifest.tokenizer not in ("", tokenizer.fingerprint):
         message = (
             f"{path or 'the bundled tokenizer'} gives other ids than the tokenizer of {source} "
