@@ -12,7 +12,7 @@ import pytest
 
 from tests.distributed import GUARD
 from titan_lite.runtime import nodes
-from titan_lite.runtime.nodes import FirstNode, Job, Nodes, NodesError, Verdict, join
+from titan_lite.runtime.nodes import FirstNode, Job, Nodes, NodesError, Verdict, join, listen
 
 JOB = Job("job", NNODES=2, NGPU=1, MAX_RESTARTS=1)
 
@@ -152,6 +152,23 @@ def test_a_node_of_another_job_or_too_many_are_refused(
         _other.agree(0, asked=False)
         waiting.result(timeout=GUARD)
     assert error.value.code == 2
+
+
+@pytest.mark.parametrize("text", [b'{"titan_lite": 5}\n', b"{}\n", b"[1]\n", b"GET / HTTP/1.1\r\n"])
+def test_programs_that_are_no_launchers_are_turned_away(text: bytes) -> None:
+    server = listen(0)
+    first = FirstNode(JOB, lambda _: None, server)
+    with server, socket.create_connection(("127.0.0.1", server.getsockname()[1])) as stranger:
+        stranger.sendall(text)
+        stranger.shutdown(socket.SHUT_WR)
+        stranger.setblocking(False)
+        while True:
+            first.poll()
+            try:
+                assert stranger.recv(1) == b""
+                break
+            except BlockingIOError:
+                continue
 
 
 @pytest.mark.parametrize("reply", [b"", b"SSH-2.0-OpenSSH_9.6\r\n", b"{}\n", b"1\n"])

@@ -200,7 +200,10 @@ class FirstNode:
         return 1 + len(self._members)
 
     def _greet(self, stranger: Connection, message: dict[str, Any]) -> None:
-        job, refusal = message.get("titan_lite", {}), None
+        job, refusal = message.get("titan_lite"), None
+        if not isinstance(job, dict):
+            stranger.close()
+            return
         for name, value in asdict(self._job).items():
             if job.get(name) != value:
                 refusal = f"{name} is {job.get(name)} here and {value} on the first node"
