@@ -18,11 +18,11 @@ from torch import Tensor
 from tests.distributed import Workers
 from tests.parallel.test_planted_bugs import average_over_ranks, leave_norms_unsynchronised
 from tests.runs import build_trainer, masked
-from titan_lite import step, trainer
+from titan_lite import step
 from titan_lite.checkpoint.manager import CheckpointManager
 from titan_lite.data import loader
 from titan_lite.loss import IGNORE_INDEX
-from titan_lite.optim import optimizer
+from titan_lite.optim import optimizer, schedule
 from titan_lite.regression.compare import Tier, compare
 from titan_lite.regression.curves import read_curve
 from titan_lite.step import TrainStep
@@ -73,8 +73,8 @@ def shuffle_by_rank() -> AbstractContextManager[Any]:
 
 
 def begin_the_schedule_a_step_late() -> AbstractContextManager[Any]:
-    right = trainer.lr_factor
-    return mock.patch.object(trainer, "lr_factor", lambda step, *args: right(step - 1, *args))
+    right = schedule.lr_factor
+    return mock.patch.object(schedule, "lr_factor", lambda step, *args: right(step - 1, *args))
 
 
 def decay_norms() -> AbstractContextManager[Any]:
