@@ -119,6 +119,8 @@ def fill(
 def _trunc_normal(tensor: Tensor, std: float, generator: torch.Generator) -> None:
     """Draws a normal within 3 std, as nn.init.trunc_normal_ does from torch 2.13 on."""
     tensor.normal_(0, std, generator=generator)
+    if tensor.is_meta:  # no values to cut
+        return
     while (outside := tensor.abs() > 3 * std).any():
         again = torch.empty_like(tensor).normal_(0, std, generator=generator)
         tensor.copy_(torch.where(outside, again, tensor))
