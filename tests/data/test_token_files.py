@@ -571,7 +571,7 @@ def test_what_only_text_needs_is_warned_about(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     keys = [f"--data.dataset_path={folder / 'one.tokens'}", "--model.flavor=debug", "--preflight"]
-    keys += ["--data.on_bad_document=skip", "--data.tokenizer_threads=2"]
+    keys += ["--data.on_bad_document=skip", "--data.tokenizer_threads=2", "--data.num_streams=4"]
     assert main(["config", *keys]) == 0
     for key in ("on_bad_document", "tokenizer_threads"):
         message = f"data.{key} (command line) cannot act: the data is tokenized already"
