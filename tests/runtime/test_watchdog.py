@@ -37,8 +37,10 @@ def _report(phase_by_rank: list[Any]) -> str:
             rf"rank {rank}: {phase} of step {step} for \d+ s, (at _report|in b)"
             for rank, (step, phase) in enumerate(phase_by_rank)
         ]
-        while not all(re.search(line, report := watchdog.report()) for line in waiting):
+        report = watchdog.report()
+        while not all(re.search(line, report) for line in waiting):
             time.sleep(0.1)
+            report = watchdog.report()
         dist.barrier()
         return report
     finally:
