@@ -1,4 +1,4 @@
-"""What a dry run shows while it works."""
+"""The progress of a dry run on stderr."""
 
 import io
 import itertools
@@ -17,7 +17,7 @@ class Terminal(io.StringIO):
 
 
 def one_step(progress: RankProgress) -> None:
-    """Of two blocks, and two micro-batches."""
+    """Settings of two blocks and two micro-batches."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     progress.watch(model, 2, optimizer)

@@ -1,4 +1,4 @@
-"""What a run on this machine would fail at is refused in one process, before any other starts."""
+"""Mistakes that a run would fail at are refused in one process, before any other starts."""
 
 import json
 import re

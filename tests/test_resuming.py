@@ -1,4 +1,4 @@
-"""What is said where a run continues from a checkpoint with another configuration."""
+"""Messages where a run continues from a checkpoint with another configuration."""
 
 import dataclasses
 import logging

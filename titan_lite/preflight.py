@@ -1,4 +1,4 @@
-"""What a run needs from the disk, checked before any process exists to wait for; no torch."""
+"""Checks what a run needs from the disk before any process exists to wait for; no torch."""
 
 import contextlib
 import logging
@@ -37,7 +37,7 @@ MAX_HELD_OUT_TOKENS = 2**22
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was found: the run's tokenizer, its sources, what is held out, and where it begins."""
+    """Results of the preflight: tokenizer, sources, held-out documents, and the start."""
 
     tokenizer: Tokenizer
     sources: list[Source]

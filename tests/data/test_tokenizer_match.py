@@ -44,7 +44,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def preflight(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
-    """What a preflight of these settings prints as refused; empty where it passes."""
+    """Returns what a preflight of these settings prints as refused; empty where it passes."""
     code = cli.main(["config", "--quiet", "--preflight", *overrides])
     message = " ".join(capsys.readouterr().err.split())
     assert (code == 2) == bool(message)

@@ -349,7 +349,7 @@ def test_the_loss_stays_as_close_to_bfloat16_as_many_steps_can_tell(
 
 
 def has_rowwise_kernel() -> bool:
-    """Whether this torch multiplies float8 with one scale per row on the CPU."""
+    """Returns whether this torch multiplies float8 with one scale per row on the CPU."""
     row, scale = torch.zeros(1, 16).to(torch.float8_e4m3fn), torch.ones(1, 1)
     column, scales = torch.zeros(32, 16).to(torch.float8_e4m3fn).T, torch.ones(1, 32)
     try:

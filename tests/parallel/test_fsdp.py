@@ -73,7 +73,7 @@ def test_resharding_frees_the_units_it_names(
 
 
 def _is_whole_at_start(folder: Path, *overrides: str) -> list[bool]:
-    """Whether the first local block holds whole weights when each micro-batch reaches it."""
+    """Returns whether the first local block is whole as each micro-batch of a step reaches it."""
     trainer = build_trainer(folder, *overrides)
     block = next(iter(trainer.model.layers.children()))
     wholes: list[bool] = []

@@ -29,7 +29,7 @@ def facts(*overrides: str, **more: Any) -> dict[str, Any]:
 
 
 def segments(*parts: tuple[int, str]) -> list[dict[str, Any]]:
-    """Of a run.json: a step that each begins after, and an override."""
+    """Segments of a run.json: the step that each begins after, and an override."""
     return [facts(override, resumed_from_step=step) for step, override in parts]
 
 

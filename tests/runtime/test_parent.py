@@ -1,4 +1,4 @@
-"""Processes whose parent was killed end, whoever they are."""
+"""All kinds of processes end once their parent was killed."""
 
 import os
 import signal

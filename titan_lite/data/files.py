@@ -94,7 +94,7 @@ def folder_of_split(path: Path, split: str, table: str, chosen: str) -> Path:
 
 
 def has_splits(path: Path) -> bool:
-    """Whether DatasetDict.save_to_disk wrote a folder."""
+    """Returns whether DatasetDict.save_to_disk wrote a folder."""
     return (path / _SPLITS).is_file()
 
 
@@ -191,7 +191,7 @@ def _files_of_folder(folder: Path, chosen: str) -> list[Path]:
 
 
 def _matches(pattern: Path, chosen: str) -> list[Path]:
-    """What a glob names; of all that is below a folder, only files."""
+    """Paths that a glob names; of all that is below a folder, only files."""
     parts = pattern.parts
     if "**" not in parts:
         return [Path(name) for name in glob.glob(str(pattern))]  # noqa: PTH207  (absolute ones, too)
@@ -267,7 +267,7 @@ def _is_companion(file: Path) -> bool:
 
 
 def _is_marked(file: Path) -> bool:
-    """Whether a name says that a file is not data."""
+    """Returns whether a name says that a file is not data."""
     # Caches of datasets.
     return file.name.startswith("_") or (
         file.name.startswith("cache-") and format_of(file) == "arrow"

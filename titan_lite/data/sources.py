@@ -45,7 +45,7 @@ class Source:
     identity: str
     """Same documents, same identity, wherever they lie: a resumed run compares it."""
     arguments: dict[str, Any] = field(default_factory=dict)
-    """Of datasets.load_dataset, for a dataset by name."""
+    """Arguments of datasets.load_dataset, for a dataset by name."""
     kind: Kind = "rows"
     """Of its rows."""
     files: tuple[Path, ...] = ()

@@ -57,7 +57,7 @@ class Run:
 
     @property
     def segments(self) -> Sequence[Mapping[str, Any]]:
-        """What run.json says of each part between two resumes."""
+        """Facts in run.json of each part between two resumes."""
         return segments(self.facts, self.records[-1]["step"] if self.records else 0)
 
     @property

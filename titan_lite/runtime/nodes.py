@@ -362,7 +362,7 @@ def listen(port: int) -> socket.socket:
 
 
 def _is_of_this_machine(host: str) -> bool:
-    """Whether a name or address is one of this machine's own."""
+    """Returns whether a name or address is one of this machine's own."""
     with contextlib.suppress(OSError):
         for family, kind, protocol, _, address in socket.getaddrinfo(
             host, 0, type=socket.SOCK_STREAM

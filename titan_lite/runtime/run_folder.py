@@ -93,7 +93,7 @@ def _segment(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(path: Path, run: dict[str, Any]) -> None:
-    """Writes to a file beside it first: whoever reads run.json never sees half of it."""
+    """Writes to a file beside it first: no reader sees half of run.json."""
     with writing(path):
         aside = path.with_suffix(".incomplete")
         aside.write_text(json.dumps(run, indent=2) + "\n")

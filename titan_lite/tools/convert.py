@@ -242,7 +242,7 @@ def _model_section_of(source: Path, manifest: Manifest) -> Model:
 
 
 def _data_of(manifest: Manifest) -> Data | None:
-    """What the run of a checkpoint read, where this version knows its keys."""
+    """Data section of a checkpoint's run, where this version knows its keys."""
     try:
         return Data(**manifest.config["data"])
     except (KeyError, ValueError):
