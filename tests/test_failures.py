@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from socket import gethostname
 from typing import Any
+from unittest import mock
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -35,6 +36,7 @@ from titan_lite.runtime.run_folder import open_run_folder, write_run_file
 from titan_lite.runtime.stop import EXIT_STOPPED
 from titan_lite.runtime.writing import WriteError
 from titan_lite.train import main
+from titan_lite.trainer import logger
 
 ROOT = Path(__file__).parent.parent
 STEPS = 40
@@ -431,8 +433,8 @@ def test_a_rank_that_hangs_is_named_with_its_phase_and_ends_the_job_by_the_timeo
     )
 
 
-def _asked_on_one_rank(folder: Path, *overrides: str) -> tuple[int, bool]:
-    """The step after which this rank stopped when rank 1 was asked to after step 3."""
+def _asked_on_one_rank(folder: Path, *overrides: str) -> tuple[int, bool, list[str]]:
+    """Asks rank 1 to stop during step 3; returns where this rank stopped, and its warnings."""
     trainer = build_trainer(folder, "--training.local_batch_size=4", *overrides)
 
     def ask(*_: object) -> None:
@@ -440,9 +442,11 @@ def _asked_on_one_rank(folder: Path, *overrides: str) -> tuple[int, bool]:
             trainer.stop.signal = "SIGUSR1"
 
     trainer.optimizer.register_step_post_hook(ask)
-    trainer.train()
+    with mock.patch.object(logger, "warning") as warning:
+        trainer.train()
     trainer.close()
-    return trainer.state.step, trainer.outcomes.is_stopping
+    warnings = [call.args[0] % call.args[1:] for call in warning.call_args_list]
+    return trainer.state.step, trainer.outcomes.is_stopping, warnings
 
 
 @pytest.mark.distributed
@@ -451,7 +455,9 @@ def test_a_signal_that_one_rank_gets_stops_all_after_the_same_step(
     workers: dict[int, Workers], tmp_path: Path, axis: str
 ) -> None:
     settings = (f"--parallel.{axis}=2", "--checkpoint.enable=true", "--training.steps=8")
-    assert workers[2].run(_asked_on_one_rank, tmp_path, *settings) == [(4, True)] * 2
+    said = ["Stopped after step 4 (SIGUSR1): a checkpoint was saved"]
+    results = workers[2].run(_asked_on_one_rank, tmp_path, *settings)
+    assert results == [(4, True, said), (4, True, [])]
     assert saved_steps(tmp_path / "checkpoint") == [4]
 
 

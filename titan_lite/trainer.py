@@ -430,15 +430,14 @@ class Trainer:
         return found
 
     def _say_stopped(self) -> None:
+        """Logs why the run stopped, whichever rank was asked; collective."""
+        reasons: list[str | None] = [None] * self.process.world_size
+        dist.all_gather_object(reasons, self.stop.signal)
         if self.process.rank > 0:
             return
         saved = "a checkpoint was saved" if self.config.checkpoint.enable else "nothing was saved"
-        logger.warning(
-            "Stopped after step %d (%s): %s",
-            self.state.step,
-            self.stop.signal or "another rank was asked to stop",
-            saved,
-        )
+        reason = next(filter(None, reasons))
+        logger.warning("Stopped after step %d (%s): %s", self.state.step, reason, saved)
 
     def validates(self, step: int) -> bool:
         """Whether the loss over held-out documents is computed after this step."""
