@@ -14,8 +14,10 @@ from titan_lite.config.load import DEFAULT, ConfigError, LoadedConfig, Problem
 from titan_lite.config.problems import FIELDS, literal
 from titan_lite.config.schema import Checkpoint, Data
 from titan_lite.config.stored import words
+from titan_lite.data.export_check import export_report
 from titan_lite.data.first_documents import check_documents
 from titan_lite.data.held_out import held_out_rows, resolve_held_out
+from titan_lite.data.hf_documents import hf_documents
 from titan_lite.data.masked_lm import MaskedPairs, mask_of
 from titan_lite.data.packing import Packing, Rows
 from titan_lite.data.settings import check_data_settings, data_settings
@@ -113,6 +115,8 @@ def check_contents(loaded: LoadedConfig, plan: Plan, found: Preflight) -> None:
                 rows=rows,
             ):
                 pass
+    with collecting(problems):
+        _check_export(loaded, plan, found.tokenizer)
     with collecting(problems), blaming(found.start.key, loaded):
         if saved := found.start.state.data.get("settings"):
             settings = data_settings(
@@ -126,6 +130,20 @@ def check_contents(loaded: LoadedConfig, plan: Plan, found: Preflight) -> None:
             check_data_settings(settings, saved)
     if problems:
         raise ConfigError(problems)
+
+
+def _check_export(loaded: LoadedConfig, plan: Plan, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError where last_save_hf would write a tokenizer that gives other ids."""
+    section, hf = loaded.config.checkpoint, plan.family.hf_config
+    if not (section.enable and section.last_save_hf and hf) or section.allow_export_mismatch:
+        return
+    documents = hf_documents(plan.args, hf, tokenizer, dtype="float32")
+    data, of_pairs = loaded.config.data, not plan.args.causal
+    report = export_report(documents, tokenizer, data, of_pairs=of_pairs)
+    if not report.is_same:
+        key = "checkpoint.last_save_hf"
+        remedy = "checkpoint.allow_export_mismatch = true exports it with a README.md that has this"
+        raise ConfigError([Problem(key, loaded.origins[key], f"{report.sentence}. {remedy}")])
 
 
 def _most_tokens(source: Source) -> int | None:

@@ -18,7 +18,7 @@ from titan_lite.checkpoint.same_model import model_facts
 from titan_lite.checkpoint.storage import versions
 from titan_lite.config.load import LoadedConfig
 from titan_lite.config.memory_advice import memory_advice
-from titan_lite.data.export_check import export_report
+from titan_lite.data.export_check import README, export_report
 from titan_lite.data.held_out import HeldOut, read_held_out
 from titan_lite.data.hf_documents import hf_documents
 from titan_lite.data.loader import Batch, DataLoader, merge_states
@@ -495,14 +495,16 @@ class Trainer:
         export = DCPToHF(self.checkpoints.folder / f"step-{self.state.step}", family, args)
         target = self.checkpoints.folder / "hf"
         documents = hf_documents(args, family.hf_config, self.tokenizer, dtype=export.dtype)
+        if self.process.rank == 0:
+            # The preflight has refused a difference, unless it is on purpose.
+            report = export_report(
+                documents, self.tokenizer, self.config.data, of_pairs=not args.causal
+            )
+            documents[README] = report.readme()
+            logger.log(logging.INFO if report.is_same else logging.WARNING, "%s", report.sentence)
         with writing(target):
             export.write(target, documents)
         logger.info("Hugging Face model written to %s", target)
-        if self.process.rank == 0:
-            is_same, sentence = export_report(
-                documents, self.tokenizer, self.config.data, of_pairs=not args.causal
-            )
-            logger.log(logging.INFO if is_same else logging.WARNING, "%s", sentence)
 
     def _start_measuring(self) -> None:
         """Says in the log and in run.json what this run is, and opens where its records go."""

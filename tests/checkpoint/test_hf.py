@@ -20,7 +20,7 @@ from titan_lite.checkpoint.hf_files import HFFolder
 from titan_lite.checkpoint.hf_layout import HFModel, check_start
 from titan_lite.checkpoint.manifest import read_manifest
 from titan_lite.config.load import ConfigError, load_config
-from titan_lite.data.export_check import export_report
+from titan_lite.data.export_check import ExportReport, export_report
 from titan_lite.data.tokenizer import load_tokenizer
 from titan_lite.models import registry, rules
 from titan_lite.models.args import DecoderArgs
@@ -50,10 +50,10 @@ def _run(folder: Path, *overrides: str) -> tuple[Run, list[str]]:
 
     reports: list[bool] = []
 
-    def report(*args: Any, **options: Any) -> tuple[bool, str]:
-        is_same, sentence = export_report(*args, **options)
-        reports.append(is_same)
-        return is_same, sentence
+    def report(*args: Any, **options: Any) -> ExportReport:
+        result = export_report(*args, **options)
+        reports.append(result.is_same)
+        return result
 
     def remember(tensors: Any, path: Path, **options: Any) -> None:
         written.append(path.name)

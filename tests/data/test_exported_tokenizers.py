@@ -19,9 +19,11 @@ from tests.data.test_tokenizer_files import (
     unigram,
     word_piece,
 )
+from tests.distributed import Workers
+from tests.runs import TINY, train_and_gather
 from titan_lite import cli
 from titan_lite.config.schema import Data, DataSource
-from titan_lite.data.export_check import NUM_LINES, corpus_texts, export_report
+from titan_lite.data.export_check import NUM_LINES, ExportReport, corpus_texts, export_report
 from titan_lite.data.hf_documents import hf_documents
 from titan_lite.data.probes import PROBES
 from titan_lite.data.tokenizer import Tokenizer, load_tokenizer
@@ -111,7 +113,9 @@ def test_transformers_gives_the_ids_of_training(
     kind: str, folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     ours = load_tokenizer(folder_of(kind))
-    export(ours, tmp_path / "hf")
+    documents = export(ours, tmp_path / "hf")
+    report = export_report(documents, ours, Data(), of_pairs=False)
+    assert report.is_same, report.sentence
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     texts = [*LINES, *TEXTS[:3], *PROBES, *HARD]
     for text, ids in zip(texts, theirs(texts).input_ids, strict=True):
@@ -209,27 +213,55 @@ def test_a_text_that_gets_other_ids_is_stated(
     report = functools.partial(export_report, documents, ours, of_pairs=False)
     write_documents(tmp_path / "plain.jsonl", ["The whale.\n", "", "The sea."])
     plain = Data(dataset_path=str(tmp_path / "plain.jsonl"))
-    number = len(PROBES) + 4
-    assert report(plain) == (
-        True,
-        f"The exported tokenizer gives the ids of training for {number} texts",
-    )
+    num_texts = f"{len(PROBES) + 2 * 4:,} texts"
+    same = f"The exported tokenizer gives the ids of training for {num_texts}"
+    assert report(plain) == ExportReport(True, same)
     write_documents(tmp_path / "odd.jsonl", ["The whale.", "a\u0328\u0301 e\u0302\u0323"])
-    is_same, sentence = report(Data(dataset_path=str(tmp_path / "odd.jsonl")))
-    assert not is_same
-    assert f"does not give the ids of training for 2 of {number} texts. The first is 'a" in sentence
-    assert " instead of [" in sentence
-    is_same, sentence = report(Data(dataset_path=str(tmp_path / "gone.jsonl")))
-    assert is_same
-    assert "; the run's own text was not compared: data.dataset_path" in sentence
-    assert report(None) == (
-        True,
-        f"The exported tokenizer gives the ids of training for {len(PROBES)} texts",
-    )
+    odd = report(Data(dataset_path=str(tmp_path / "odd.jsonl")))
+    assert not odd.is_same
+    text = f"does not give the ids of training for 4 of {num_texts}. The first is 'a"
+    assert text in odd.sentence
+    assert " instead of [" in odd.sentence
+    assert text in odd.readme().decode()
+    gone = report(Data(dataset_path=str(tmp_path / "gone.jsonl")))
+    assert gone.is_same
+    assert "; the run's own text was not compared: data.dataset_path" in gone.sentence
+    same = f"The exported tokenizer gives the ids of training for {len(PROBES):,} texts"
+    assert report(None) == ExportReport(True, same)
     documents["tokenizer.json"]["normalizer"] = None
-    is_same, sentence = report(None)
-    assert not is_same
-    assert "The first is 'Call me Ishmael." in sentence
+    assert not report(None).is_same
+    assert "The first is 'Call me Ishmael." in report(None).sentence
+
+
+def test_a_text_that_spells_a_special_token_is_stated(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    ours = load_tokenizer(folder_of("pieces_kept"))
+    documents = export(ours, tmp_path / "hf")
+    write_documents(tmp_path / "strike.jsonl", ["A <s>price</s>.", "The sea."])
+    section = Data(dataset_path=str(tmp_path / "strike.jsonl"))
+    report = export_report(documents, ours, section, of_pairs=False)
+    assert report.is_same
+    assert ", but 4 of them spell a special token, which is text in training" in report.sentence
+    assert "The first is 'A <s>price</s>.'" in report.sentence
+    assert "split_special_tokens=True" in report.sentence
+
+
+@pytest.mark.parametrize("kind", ["\t", "\u00a0", "\r\n", "\u3000"])
+def test_white_space_that_the_corpus_lacks_is_compared(
+    kind: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Of the run's lines, each in white space of some kind: none of them is lost."""
+    ours = load_tokenizer(folder_of("byte_level"))
+    documents = export(ours, tmp_path / "hf")
+    # Text next to it alone: the fixed texts have no such character.
+    replace = {"type": "Replace", "pattern": {"String": f"\u0436{kind}"}, "content": "x"}
+    documents["tokenizer.json"]["normalizer"] = replace
+    write_documents(tmp_path / "plain.jsonl", [f"{number} \u0436" for number in range(40)])
+    section = Data(dataset_path=str(tmp_path / "plain.jsonl"))
+    report = export_report(documents, ours, section, of_pairs=False)
+    assert not report.is_same
+    assert repr(kind)[1:-1] in report.sentence
 
 
 def test_a_model_that_has_no_form_in_a_tokenizer_json_is_exported_alone_and_said_so(
@@ -243,14 +275,46 @@ def test_a_model_that_has_no_form_in_a_tokenizer_json_is_exported_alone_and_said
     documents = export(ours, tmp_path / "hf")
     assert {*documents} == {"config.json", "tokenizer.model"}
     assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == content
-    assert export_report(documents, ours, Data(), of_pairs=False) == (
+    assert export_report(documents, ours, Data(), of_pairs=False) == ExportReport(
         False,
-        "The tokenizer was exported as tokenizer.model alone, since treat_whitespace_as_suffix has "
-        "no form there: sentencepiece gives the ids of training, transformers may give others",
+        "The tokenizer has no tokenizer.json that gives the same ids, since "
+        "treat_whitespace_as_suffix has no form there: tokenizer.model gives the ids of training "
+        "in sentencepiece alone, transformers may give others",
     )
     (folder / "tokenizer.model").write_bytes(default_pieces(model_type="word", vocab_size=300))
     documents = export(load_tokenizer(folder), tmp_path / "words")
     assert {*documents} == {"config.json", "tokenizer.model"}
+
+
+def test_an_export_with_other_ids_is_refused_before_training_or_has_them_stated(
+    one_process: Workers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(bpe(treat_whitespace_as_suffix=True))
+    settings = [
+        *TINY,
+        "--checkpoint.enable=true",
+        "--checkpoint.last_save_hf=true",
+        f"--data.tokenizer_path={tmp_path}",
+        "--data.allow_tokenizer_mismatch=true",
+        "--training.steps=1",
+    ]
+    check = ["config", "--quiet", "--preflight", f"--job.dump_folder={tmp_path}/run", *settings]
+    assert cli.main(check) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "checkpoint.last_save_hf (command line): The tokenizer has no tokenizer.json" in message
+    assert "checkpoint.allow_export_mismatch = true exports it" in message
+    allowed = "--checkpoint.allow_export_mismatch=true"
+    assert cli.main([*check, allowed]) == 0
+    one_process.run(train_and_gather, tmp_path / "run", *settings, allowed)
+    written = (tmp_path / "run/checkpoint/hf/README.md").read_text()
+    assert written.startswith("# Tokenizer\n\nThe tokenizer has no tokenizer.json that gives the ")
+
+    convert = ["convert", "dcp-to-hf", f"{tmp_path}/run/checkpoint/step-1", f"{tmp_path}/hf"]
+    assert cli.main(convert) == 2
+    assert "--allow-mismatch exports it with a README.md" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
+    assert cli.main([*convert, "--allow-mismatch"]) == 0
+    assert (tmp_path / "hf/README.md").read_text() == written
 
 
 def test_texts_are_those_of_every_source_tokenized_or_not(tmp_path: Path) -> None:

@@ -136,10 +136,16 @@ def test_a_converted_checkpoint_keeps_the_tokenizer_and_the_recipe_names_it(
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["bos_token_id"] == 1792
     capsys.readouterr()
     back = ["convert", "dcp-to-hf", str(target)]
-    assert cli.main([*back, f"{tmp_path}/other", f"--tokenizer={tmp_path}"]) == 0
-    printed = capsys.readouterr()
-    assert f"{tmp_path} gives other ids than the tokenizer of {target}" in printed.err
-    assert f"The exported tokenizer gives the ids of {tmp_path} for " in printed.out
+    other = [*back, f"{tmp_path}/other", f"--tokenizer={tmp_path}"]
+    assert cli.main(other) == 2
+    message = capsys.readouterr().err
+    assert f"{tmp_path} gives other ids than the tokenizer of {target}" in message
+    assert message.endswith("--allow-mismatch exports it with a README.md that has this\n")
+    assert not (tmp_path / "other").exists()
+    assert cli.main([*other, "--allow-mismatch"]) == 0
+    for text in (capsys.readouterr().err, (tmp_path / "other/README.md").read_text()):
+        assert f"{tmp_path} gives other ids than the tokenizer of {target}" in text
+        assert f"The exported tokenizer gives the ids of {tmp_path} for " in text
 
     # A run's checkpoint does not keep it, and its tokenizer may have changed.
     manifest = read_manifest(target)

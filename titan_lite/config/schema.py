@@ -488,7 +488,11 @@ class Checkpoint(Section):
     optimizer starts at zero."""
     last_save_hf: bool = False
     """After the last step, also write the weights of its checkpoint to hf/ in the folder of the
-    checkpoints, for transformers to open."""
+    checkpoints, for transformers to open. Refused at the start where the tokenizer there would give
+    other ids than in training."""
+    allow_export_mismatch: bool = False
+    """Write hf/ although its tokenizer gives some texts other ids than training; README.md in it
+    states the difference."""
 
 
 class Metrics(Section):

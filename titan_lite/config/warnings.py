@@ -113,6 +113,8 @@ def _checkpoint(config: Config) -> Iterator[Idle]:
         yield "checkpoint.keep_latest_k = 0 keeps all", ("checkpoint.keep_every",)
     if not section.last_save_model_only:
         yield "checkpoint.last_save_model_only is false", ("checkpoint.export_dtype",)
+    if not section.last_save_hf:
+        yield "checkpoint.last_save_hf is false", ("checkpoint.allow_export_mismatch",)
     if not section.initial_load_path:
         yield (
             "checkpoint.initial_load_path is not set",

@@ -2,20 +2,37 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
 from titan_lite.config.schema import Data, Documents
 from titan_lite.data.documents import BadDocument, text_of
-from titan_lite.data.probes import PROBES
+from titan_lite.data.probes import PROBES, SPACE_KINDS
 from titan_lite.data.sources import Source, open_dataset, reading, resolve_sources
 from titan_lite.data.token_files import GOOD, TokenFolder
 from titan_lite.data.tokenizer import Tokenizer
 
 NUM_LINES = 500
+README = "README.md"
 # A document may be a book on one line.
 _MOST_CHARS = 20_000
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """The result of comparing an exported tokenizer with the one of training."""
+
+    is_same: bool
+    """Whether a text gets the ids of training; the spelling of a special token is text there."""
+    sentence: str
+
+    def readme(self) -> bytes:
+        """A README.md for the exported folder."""
+        text = self.sentence.replace("\n", " ")
+        return f"# Tokenizer\n\n{text}.\n".encode()
 
 
 def export_report(
@@ -25,46 +42,64 @@ def export_report(
     *,
     of_pairs: bool,
     origin: str = "training",
-) -> tuple[bool, str]:
-    """Whether exported files give the ids of a tokenizer, and a sentence about it.
+) -> ExportReport:
+    """Compares the ids of exported files with those of a tokenizer.
 
-    documents: as hf_documents has them. section: what the run read, if it is known. origin: whose
-    ids they are.
+    documents: as returned by hf_documents. section: what the run read, if it is known. origin: the
+    name of the tokenizer in the sentence.
     """
     if "tokenizer.json" not in documents:
-        return False, (
-            f"The tokenizer was exported as tokenizer.model alone, since {_reason(tokenizer)}: "
-            f"sentencepiece gives the ids of {origin}, transformers may give others"
+        return ExportReport(
+            False,
+            "The tokenizer has no tokenizer.json that gives the same ids, since "
+            f"{_reason(tokenizer)}: tokenizer.model gives the ids of {origin} in sentencepiece "
+            "alone, transformers may give others",
         )
     texts, note = list(PROBES), ""
     try:
         if section is not None:
-            texts += corpus_texts(section, tokenizer)
+            texts += with_spaces(corpus_texts(section, tokenizer))
     except ValueError as error:
         note = f"; the run's own text was not compared: {error}"
     backend = Backend.from_str(json.dumps(documents["tokenizer.json"]))
+    num_texts = f"{len(texts):,} texts"
     # As in training, the spelling of a special token is text.
     backend.encode_special_tokens = True
-    differing = []
-    for text in texts:
-        expected = tokenizer.encode(text, bos=True, eos=of_pairs)
-        ids = backend.encode(text).ids
-        if ids != expected:
-            differing.append((text, ids, expected))
-    if not differing:
-        return (
-            True,
-            f"The exported tokenizer gives the ids of {origin} for {len(texts)} texts{note}",
+    expected = [tokenizer.encode(text, bos=True, eos=of_pairs) for text in texts]
+    as_text = [encoding.ids for encoding in backend.encode_batch(texts)]
+    if example := _differences(texts, as_text, expected):
+        return ExportReport(
+            False,
+            f"The exported tokenizer does not give the ids of {origin} for {example[0]:,} of "
+            f"{num_texts}{note}. {example[1]}",
         )
-    text, ids, expected = differing[0]
+    sentence = f"The exported tokenizer gives the ids of {origin} for {num_texts}{note}"
+    # The default of transformers.
+    backend.encode_special_tokens = False
+    as_tokens = [encoding.ids for encoding in backend.encode_batch(texts)]
+    if example := _differences(texts, as_tokens, expected):
+        sentence = (
+            f"{sentence}, but {example[0]:,} of them spell a special token, which is text in "
+            f"training, and in transformers with split_special_tokens=True alone. {example[1]}"
+        )
+    return ExportReport(True, sentence)
+
+
+def _differences(
+    texts: list[str], ids: list[list[int]], expected: list[list[int]]
+) -> tuple[int, str] | None:
+    """The number of texts that get other ids, and the first of them in words; None if all agree."""
+    differing = [row for row in zip(texts, ids, expected, strict=True) if row[1] != row[2]]
+    if not differing:
+        return None
+    text, a, b = differing[0]
     place = next(
-        (i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b),
-        min(len(ids), len(expected)),
+        (i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]),
+        min(len(a), len(b)),
     )
-    return False, (
-        f"The exported tokenizer does not give the ids of {origin} for {len(differing)} of "
-        f"{len(texts)} texts. The first is {text[:200]!r}: from id {place} on "
-        f"{ids[place : place + 8]} instead of {expected[place : place + 8]}{note}"
+    return len(differing), (
+        f"The first is {text[:200]!r}: from id {place} on {a[place : place + 8]} instead of "
+        f"{b[place : place + 8]}"
     )
 
 
@@ -87,6 +122,15 @@ def corpus_texts(section: Data, tokenizer: Tokenizer) -> list[str]:
                 if num_lines >= NUM_LINES // len(sources):
                     break
     return texts
+
+
+def with_spaces(texts: list[str]) -> list[str]:
+    """The texts, and each of them with white space of another kind around it and in it."""
+    kinds = cycle((*SPACE_KINDS, "  ", "\n\n", " " * 8, "\t\t", " \n"))
+    pairs = zip(texts, kinds, strict=False)
+    return [
+        each for text, kind in pairs for each in (text, kind + text.replace(" ", kind, 2) + kind)
+    ]
 
 
 def _documents(source: Source, field: str, tokenizer: Tokenizer) -> Iterator[str]:

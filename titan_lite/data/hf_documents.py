@@ -37,7 +37,7 @@ def hf_documents(
     """JSON documents, or contents, by file name; without a tokenizer, config.json alone.
 
     dtype: of the weights, as torch spells it. There is no tokenizer.json where `tokenizers` has
-    nothing that does what a sentencepiece model does: `export_report` says so.
+    nothing that does what a sentencepiece model does: `export_report` states it.
     """
     if tokenizer is None:
         return {"config.json": hf_config_from_args(args, hf, dtype=dtype)}

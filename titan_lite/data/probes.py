@@ -40,13 +40,13 @@ Die Würde des Menschen ist unantastbar. Sie zu achten und zu schützen ist Verp
 e\u0301 cafe\u0301 A\u030a \u304b\u3099 \u1112\u1161\u11ab Å ﬁne ① ½ ＡＢＣ ㎡
 """.splitlines()
 
-_KINDS = (*" \n\t\r\u00a0\u3000\u2003\u200b\ufeff", "\r\n")
+SPACE_KINDS = (*" \n\t\r\u00a0\u3000\u2003\u200b\ufeff", "\r\n")
 SPACES = (
     "",
     *(" " * number for number in (2, 3, 4, 7, 8, 15, 16, 33, 200)),
     *(
         text
-        for space in _KINDS
+        for space in SPACE_KINDS
         for text in (space, f"{space}a", f"a{space}", f"a{space}b", f"a{space * 2}b", f"a {space}b")
     ),
     "\v\f\x1c\x85\u2028\u2029 a\vb\fc\x85d\u2028e\u2029f\u200dg\u2060h",

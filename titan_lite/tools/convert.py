@@ -69,6 +69,7 @@ def main(argv: Sequence[str]) -> int:
                 dtype=options.dtype,
                 max_shard_bytes=options.max_shard_size,
                 tokenizer_path=options.tokenizer,
+                allow_mismatch=options.allow_mismatch,
             )
     except (ValueError, OSError) as error:
         print(f"titan-lite convert: {error}", file=sys.stderr)
@@ -153,8 +154,12 @@ def dcp_to_hf(
     dtype: str | None,
     max_shard_bytes: int,
     tokenizer_path: str | None,
+    allow_mismatch: bool,
 ) -> None:
-    """Writes the weights of a checkpoint as a folder that transformers opens."""
+    """Writes the weights of a checkpoint as a folder that transformers opens.
+
+    ValueError for a tokenizer that gives other ids than in training, unless allow_mismatch.
+    """
     manifest = read_manifest(source)
     section = _model_section_of(source, manifest)
     if section.module and section.module != module:
@@ -175,7 +180,7 @@ def dcp_to_hf(
         raise ValueError(unsaid)
 
     from titan_lite.checkpoint.hf import DCPToHF
-    from titan_lite.data.export_check import export_report
+    from titan_lite.data.export_check import README, export_report
     from titan_lite.data.hf_documents import hf_documents
 
     export = DCPToHF(source, family, args, dtype=dtype, max_shard_bytes=max_shard_bytes)
@@ -184,25 +189,30 @@ def dcp_to_hf(
     if files:
         # Of a converted model, as they came.
         documents = {"config.json": documents["config.json"], **files}
+    elif tokenizer is not None:
+        is_other = tokenizer_path is not None and tokenizer.fingerprint != manifest.tokenizer
+        report = export_report(
+            documents,
+            tokenizer,
+            _data_of(manifest),
+            of_pairs=not args.causal,
+            origin=tokenizer_path or "the bundled tokenizer" if is_other else "training",
+        )
+        if difference := _difference(source, manifest, tokenizer, tokenizer_path):
+            sentence = f"{difference}. {report.sentence}"
+            report = dataclasses.replace(report, is_same=False, sentence=sentence)
+        if not (report.is_same or allow_mismatch):
+            raise ValueError(
+                f"{report.sentence}. --allow-mismatch exports it with a {README} that has this"
+            )
+        documents[README] = report.readme()
+        print(report.sentence, file=sys.stdout if report.is_same else sys.stderr)
     export.write(target, documents)
     num_files = len(export.files)
     print(
         f"Written to {target}: {family.hf_config.architecture}, {export.hf.num_parameters:,} "
         f"parameters in {export.dtype}, {num_files} file{'s' * (num_files > 1)}"
     )
-    if tokenizer is not None and not files:
-        is_given = tokenizer_path is not None and tokenizer.fingerprint != manifest.tokenizer
-        is_same, sentence = export_report(
-            documents,
-            tokenizer,
-            _data_of(manifest),
-            of_pairs=not args.causal,
-            origin=tokenizer_path or "the bundled tokenizer" if is_given else "training",
-        )
-        if is_same:
-            print(sentence)
-        else:
-            print(f"titan-lite convert: warning: {sentence}", file=sys.stderr)
     if len(documents) == 1:
         print("Without tokenizer files: --tokenizer names one")
 
@@ -268,15 +278,19 @@ def _tokenizer_of(
         if given is not None:
             raise
         raise ValueError(f"{error}: name the run's tokenizer with --tokenizer") from error
-    if manifest.tokenizer not in ("", tokenizer.fingerprint):
-        message = (
-            f"{path or 'the bundled tokenizer'} gives other ids than the tokenizer of {source} "
-            f"({tokenizer.fingerprint} instead of {manifest.tokenizer})"
-        )
-        if given is None:
-            raise ValueError(f"{message}: name that one with --tokenizer")
-        print(f"titan-lite convert: warning: {message}", file=sys.stderr)
+    if given is None and (difference := _difference(source, manifest, tokenizer, path)):
+        raise ValueError(f"{difference}: name that one with --tokenizer")
     return tokenizer, {}
+
+
+def _difference(source: Path, manifest: Manifest, tokenizer: Tokenizer, path: str | None) -> str:
+    """The difference of a tokenizer from that of a checkpoint's training, "" if there is none."""
+    if manifest.tokenizer in ("", tokenizer.fingerprint):
+        return ""
+    return (
+        f"{path or 'the bundled tokenizer'} gives other ids than the tokenizer of {source} "
+        f"({tokenizer.fingerprint} instead of {manifest.tokenizer})"
+    )
 
 
 def _read_files(folder: Path) -> dict[str, bytes]:
@@ -326,6 +340,11 @@ def _parser() -> argparse.ArgumentParser:
         "--tokenizer",
         metavar="FILE",
         help="a tokenizer's file, or its folder (default: that of the checkpoint's run)",
+    )
+    to_hf.add_argument(
+        "--allow-mismatch",
+        action="store_true",
+        help="write a tokenizer although it gives other ids than in training",
     )
     return parser
 
