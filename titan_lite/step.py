@@ -14,7 +14,7 @@ from titan_lite.config.schema import Config
 from titan_lite.data.loader import Batch
 from titan_lite.loss import IGNORE_INDEX, cross_entropy_sum
 from titan_lite.models.args import DecoderArgs
-from titan_lite.nn.documents import DocumentMask, Spans, dense_mask, document_spans, has_kernel
+from titan_lite.nn.documents import DocumentMask, dense_mask, document_spans, has_kernel
 from titan_lite.nn.dropout import token_keys
 from titan_lite.objective import Objective
 from titan_lite.optim.loss_scaler import LossScaler
@@ -287,7 +287,10 @@ class TrainStep:
             documents, queries = self.to_device(batch.documents), self.to_device(queries)
             return dense_mask(documents, queries, dtype, causal=self.args.causal)
         return tuple(
-            Spans(spans.num_queries, *map(self.to_device, spans[1:]))
+            spans._replace(
+                query_starts_D=self.to_device(spans.query_starts_D),
+                key_starts_D=self.to_device(spans.key_starts_D),
+            )
             for spans in document_spans(batch.documents, queries)
         )
 

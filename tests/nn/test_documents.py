@@ -18,6 +18,7 @@ from titan_lite.config.schema import Data
 from titan_lite.data.loader import Batch
 from titan_lite.data.packing import join_documents, to_row
 from titan_lite.models.llama import LLAMA
+from titan_lite.nn import documents
 from titan_lite.nn.build import build
 from titan_lite.nn.decoder import Decoder
 from titan_lite.nn.documents import (
@@ -194,7 +195,25 @@ def test_spans_say_what_the_dense_mask_says(rank: int | None, flash_on_cpu: None
     )
 
 
-def test_compiled_blocks_take_any_number_of_documents_in_two_graphs(flash_on_cpu: None) -> None:
+@pytest.mark.parametrize(
+    ("lengths", "longest"), [([32], 128), ([128, 256], 256), ([100, 257], 512), ([1000, 24], 1024)]
+)
+def test_the_kernel_is_told_the_longest_document_rounded_up_to_a_power_of_two(
+    lengths: list[int], longest: int
+) -> None:
+    numbers_BS = torch.tensor([np.repeat(range(len(lengths)), lengths).tolist()])
+    (spans,) = document_spans(numbers_BS, torch.arange(sum(lengths)))
+    assert (spans.max_queries, spans.max_keys) == (longest, longest)
+    # Of the last rank's part, a document has as many queries only as are in it.
+    (spans,) = document_spans(numbers_BS, torch.arange(sum(lengths))[-16:])
+    assert (spans.max_queries, spans.max_keys) == (128, longest)
+
+
+def test_compiled_blocks_take_documents_of_any_number_and_length_in_two_graphs(
+    flash_on_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The longest documents below are of 32, 2 and 8 tokens.
+    monkeypatch.setattr(documents, "TILE", 1)
     graphs = []
 
     def counting_backend(graph: Any, inputs: Any) -> Any:
@@ -207,7 +226,7 @@ def test_compiled_blocks_take_any_number_of_documents_in_two_graphs(flash_on_cpu
     for block in model.layers.values():
         block.compile(fullgraph=True, backend=counting_backend)
     queries = torch.arange(S)
-    for numbers_BS in (NUMBERS_BS, NUMBERS_BS // 2, NUMBERS_BS.clamp(max=2)):
+    for numbers_BS in (NUMBERS_BS, (queries // 2).expand(B, S), (queries // 7).expand(B, S)):
         results = []
         tokens = torch.randint(ARGS.vocab_size, (B, S))
         for mask in (document_spans(numbers_BS, queries), dense(numbers_BS, queries)):

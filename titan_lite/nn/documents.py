@@ -17,6 +17,8 @@ from torch.nn.functional import scaled_dot_product_attention
 VARLEN_OP = torch.ops.torch_attn._varlen_attn.default
 # torch 2.11 takes any number of key/value heads without being told.
 TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+# Queries or keys of one block of the kernel, of which a document takes one at least.
+TILE = 128
 
 
 class Spans(NamedTuple):
@@ -24,10 +26,13 @@ class Spans(NamedTuple):
 
     Of document d, queries [query_starts_D[d], query_starts_D[d + 1]) see the keys from
     key_starts_D[d] up to their own, or all of them without causality, for which the queries have to
-    be whole rows; int32, as the kernel takes them.
+    be whole rows; int32, as the kernel takes them. max_queries and max_keys bound those of one
+    document: the kernel launches blocks for as many of each.
     """
 
     num_queries: int
+    max_queries: int
+    max_keys: int
     query_starts_D: Tensor
     key_starts_D: Tensor
 
@@ -71,7 +76,17 @@ def _spans(documents_BS: Tensor, first: int, count: int) -> Spans:
     row_D, key_D = starts_BS.nonzero(as_tuple=True)
     query_starts_D = row_D * count + (key_D - first).clamp(0, count)
     key_starts_D = row_D * S + key_D
-    return Spans(count, _closed(query_starts_D, B * count), _closed(key_starts_D, B * S))
+    query_starts_D = _closed(query_starts_D, B * count)
+    key_starts_D = _closed(key_starts_D, B * S)
+    return Spans(
+        count, _longest(query_starts_D), _longest(key_starts_D), query_starts_D, key_starts_D
+    )
+
+
+def _longest(starts_D: Tensor) -> int:
+    """Length of the longest document, rounded up to a power of two: few values for the compiler."""
+    longest = max(TILE, int(starts_D.diff().max()))
+    return 2 ** (longest - 1).bit_length()
 
 
 def _closed(starts_D: Tensor, end: int) -> Tensor:
@@ -94,7 +109,6 @@ def attend_in_documents(
         )
     settings: dict[str, Any] = {"enable_gqa": True} if has_gqa and TAKES_GQA else {}
     k_TKH, v_TKH = _in_one_row(k_BKSH), _in_one_row(v_BKSH)
-    S = k_BKSH.shape[2]
     outs = []
     for part_BNQH, spans in zip(q_BNQH.split([s.num_queries for s in mask], 2), mask, strict=True):
         out_TNH: Any = varlen_attn(
@@ -103,9 +117,8 @@ def attend_in_documents(
             v_TKH,
             spans.query_starts_D,
             spans.key_starts_D,
-            # Of no document, but of none more: a number that stays is one graph for the compiler.
-            spans.num_queries,
-            S,
+            spans.max_queries,
+            spans.max_keys,
             # Where a document has more keys than queries, the last ones belong together.
             window_size=(-1, 0 if causal else -1),
             **settings,
