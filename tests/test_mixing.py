@@ -172,13 +172,13 @@ A, B = '{name = "a", weight = 1}', '{name = "b", weight = 2.5}'
         ),
         (
             ['--data.sources=[{name = "a", weight = 1, dataset_path = "none.jsonl"}]'],
-            "data.sources",
+            "data.sources.a.dataset_path",
             'no such file: "none.jsonl"',
         ),
         (
             ['--data.sources=[{name = "a", weight = 1, split = "test"}]'],
-            "data.sources",
-            "data.sources.a.split='test': the bundled corpus has train and validation",
+            "data.sources.a.split",
+            'must be "train" or "validation" for the bundled',
         ),
         (
             [f"--data.sources=[{A}]", "--validation.enable=true"],

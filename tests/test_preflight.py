@@ -57,9 +57,9 @@ WORDS = {"text": "word " * 300}
 @pytest.mark.parametrize(
     ("documents", "settings", "message"),
     [
-        ([{"body": "a"}] * 99, (), "line 1: data.text_field='text' is not one of its fields"),
-        ([{"text": 3}] * 99, (), "line 1: data.text_field='text' is 3, expected text"),
-        ([{"text": ""}] * 99, (), "line 1: data.text_field='text' is empty"),
+        ([{"body": "a"}] * 99, (), "line 1: 'text' is not one of its fields"),
+        ([{"text": 3}] * 99, (), "line 1: field 'text' is 3, expected text"),
+        ([{"text": ""}] * 99, (), "line 1: field 'text' is empty"),
         (["words"] * 99, (), "line 1: expected a JSON object"),
         ([], (), "holds no documents"),
         (
@@ -67,7 +67,7 @@ WORDS = {"text": "word " * 300}
             ("--data.on_bad_document=skip",),
             "none of the 99 documents of",
         ),
-        ([WORDS] * 63, (), "holds 63 documents, too few for data.num_streams=64"),
+        ([WORDS] * 63, (), "holds 63 documents, too few for 64 streams"),
     ],
 )
 def test_documents_that_a_run_cannot_begin_with_are_refused(
@@ -88,9 +88,9 @@ def test_documents_of_columns_are_looked_at_as_well(tmp_path: Path, refused: Pre
     from pyarrow import parquet
 
     parquet.write_table(pyarrow.table({"text": [1] * 99}), tmp_path / "a.parquet")
-    assert "data.text_field='text' is 1" in refused(f"--data.dataset_path={tmp_path}")
+    assert "field 'text' is 1" in refused(f"--data.dataset_path={tmp_path}")
     found = refused(f"--data.dataset_path={tmp_path}", "--data.text_field=body")
-    assert "data.text_field='body' is not one of its fields: it has text" in found
+    assert "'body' is not one of its fields: it has text" in found
 
 
 def test_each_source_is_looked_at(tmp_path: Path, refused: Preflight) -> None:
@@ -100,7 +100,8 @@ def test_each_source_is_looked_at(tmp_path: Path, refused: Preflight) -> None:
         f'{{name = "{path.stem}", weight = 1, dataset_path = "{path}"}}' for path in (good, bad)
     )
     found = refused(f"--data.sources=[{tables}]")
-    assert f"{bad}, line 1: data.sources.bad.text_field='text' is not one of its fields" in found
+    assert f"{bad}, line 1: 'text' is not one of its fields" in found
+    assert "data.sources.bad.text_field (command line)" in found
 
 
 def test_a_run_that_reads_few_streams_needs_few_documents(
@@ -115,15 +116,21 @@ def test_a_run_that_reads_few_streams_needs_few_documents(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (("--validation.steps=10000",), "validation.steps=10000 batches of 2 samples of 2048"),
-        (("--training.seq_len=8192",), "validation.steps=10 batches of 2 samples of 8192 tokens"),
+        (
+            ("--validation.steps=10000",),
+            "10000 batches of 2 samples of 2048",
+        ),
+        (("--training.seq_len=8192",), "10 batches of 2 samples of 8192 tokens"),
         (
             ("--training.global_batch_size=64",),
-            "validation.steps=10 batches of 64 samples of 2048 tokens are more than bundled",
+            "10 batches of 64 samples of 2048 tokens are more than bundled",
         ),
-        ((*BERT, "--validation.steps=10000"), "validation.steps=10000 batches of 2 samples of 128"),
+        (
+            (*BERT, "--validation.steps=10000"),
+            "10000 batches of 2 samples of 128",
+        ),
         (("--validation.dataset_path={few}",), "few.jsonl holds: it has 0"),
-        (("--validation.dataset_path={bad}",), "validation.text_field='text' is not one of"),
+        (("--validation.dataset_path={bad}",), "validation.text_field (default): "),
     ],
 )
 def test_held_out_documents_that_are_too_few_are_refused(
@@ -137,6 +144,21 @@ def test_held_out_documents_that_are_too_few_are_refused(
     assert message in found
 
 
+def test_a_path_that_spells_a_key_is_not_blamed(tmp_path: Path, refused: Preflight) -> None:
+    """Nothing searches a message for keys, of which a path may have any."""
+    folder = tmp_path / "optimizer.lr=1e-3"
+    found = refused(
+        f"--job.dump_folder={folder}",
+        "--optimizer.lr=1e-3",
+        "--checkpoint.enable=true",
+        "--checkpoint.load_step=99",
+    )
+    assert found == (
+        "titan-lite: 1 problem in the configuration checkpoint.load_step (command line): "
+        f"no checkpoint of step 99 in {folder}/checkpoint; steps found: none"
+    )
+
+
 def test_data_settings_of_another_run_are_refused(tmp_path: Path, refused: Preflight) -> None:
     checkpoint = checkpoint_of(tmp_path / "run/checkpoint", {"flavor": "debug"})
     state = json.loads((checkpoint / RUN_STATE_FILE).read_text())
@@ -147,6 +169,7 @@ def test_data_settings_of_another_run_are_refused(tmp_path: Path, refused: Prefl
     write_manifest(checkpoint, manifest)
     found = refused("--checkpoint.enable=true")
     assert "data.num_streams was 8 and is 64" in found
+    assert "checkpoint.load_step (default): " in found
     assert "training.seed" not in found
 
 
@@ -168,7 +191,7 @@ def test_what_the_devices_cannot_do_is_refused_in_one_block(
     )
     assert found.startswith("titan-lite: 5 problems in the configuration ")
     for words in (
-        "data.text_field='text' is not one of its fields",
+        "'text' is not one of its fields",
         "2 ranks with 1 stages each are too many for the model's 1 blocks",
         "compile.enable (command line): needs a C++ compiler, and ",
         'float8.recipe (command line): "rowwise" needs a GPU that multiplies float8',

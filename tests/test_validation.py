@@ -218,7 +218,7 @@ def test_more_batches_than_the_documents_hold_are_refused_with_how_many_there_ar
 ) -> None:
     validation, small = Validation(dataset_path=short, steps=9), {"seq_len": 2}
     with pytest.raises(
-        ValueError, match=r"steps=9 batches of 1 samples of 2 tokens .* has [2-6]$"
+        ValueError, match=r"steps: 9 batches of 1 samples of 2 tokens .* has [2-6]$"
     ) as e:
         _read(validation, Data(), global_batch_size=1, **small)
     fits = int(str(e.value).rpartition(" ")[2])
@@ -237,7 +237,7 @@ def test_documents_that_are_trained_on_are_refused(short: str, tmp_path: Path) -
 def test_a_run_names_the_key_of_what_cannot_be_validated_on(short: str, tmp_path: Path) -> None:
     for settings, key, message in (
         (("--data.dataset_path=" + short,), "validation.enable", "nothing is held out"),
-        (("--validation.split=test",), "validation.split", "the bundled corpus has train and"),
+        (("--validation.split=test",), "validation.split", 'for the bundled corpus, got "test"'),
         (("--validation.steps=10000",), "validation.steps", "are more than bundled corpus"),
     ):
         with pytest.raises(ConfigError) as error:

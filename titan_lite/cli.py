@@ -12,8 +12,8 @@ from pathlib import Path
 
 from titan_lite import __version__
 from titan_lite.config.dims import ParallelDims
-from titan_lite.config.load import ConfigError, LoadedConfig, Problem, load_config, read_config
-from titan_lite.config.problems import did_you_mean, nearest
+from titan_lite.config.load import ConfigError, LoadedConfig, Problem, load_config
+from titan_lite.config.problems import SettingError, collecting, did_you_mean, nearest
 from titan_lite.config.render import json_schema, to_toml
 from titan_lite.config.rules import file_rules
 from titan_lite.models import registry, rules
@@ -98,56 +98,56 @@ def _config(argv: list[str]) -> int:
         format="titan-lite: warning: %(message)s",
         level=logging.ERROR if options.quiet else logging.WARNING,
     )
-    loaded = read_config(path, overrides)
-    if not options.quiet and not loaded.problems:
+    loaded = load_config(path, overrides)
+    if not options.quiet:
         print(_rendered(loaded), flush=True)
     plan = rules.check(
         loaded, _world_size(options.world_size, loaded), with_files=options.preflight
     )
     if not options.preflight:
-        for (key, *_), message in file_rules(loaded.config):
-            logging.warning("%s (%s), which a run needs: %s", key, loaded.origins[key], message)
+        for error in file_rules(loaded.config):
+            key, message = error.keys[0], error.message
+            logging.warning("%s (%s), which a run needs: %s", key, loaded.origin(key), message)
     else:
-        _preflight(loaded, plan)
+        with loaded.reporting():
+            _preflight(loaded, plan)
     return 0
 
 
 def _preflight(loaded: LoadedConfig, plan: rules.Plan) -> None:
     """Checks what a run on this machine would find out before its first step."""
-    from titan_lite.preflight import check_contents, check_locks, collecting, preflight
+    from titan_lite.preflight import check_contents, check_locks, preflight
 
     found = preflight(loaded, plan)
-    problems: list[Problem] = []
-    with collecting(problems):
-        check_contents(loaded, plan, found)
-    with collecting(problems):
-        check_locks(loaded)
     config = loaded.config
-    if (
-        config.compile.enable
-        or config.float8.recipe != "none"
-        or config.parallel.async_tp
-        or config.parallel.pp > 1
-        or config.model.module
-        or config.checkpoint.initial_load_hf
-        or config.checkpoint.exclude_from_loading
-        or config.profiling.enable_memory_snapshot
-        or shutil.which("nvidia-smi")
-    ):
-        # These need torch, which takes seconds to import.
-        from titan_lite.meta_model import check_run
+    with collecting() as problems:
+        with problems.checking():
+            check_contents(loaded, plan, found)
+        with problems.checking():
+            check_locks(loaded)
+        if (
+            config.compile.enable
+            or config.float8.recipe != "none"
+            or config.parallel.async_tp
+            or config.parallel.pp > 1
+            or config.model.module
+            or config.checkpoint.initial_load_hf
+            or config.checkpoint.exclude_from_loading
+            or config.profiling.enable_memory_snapshot
+            or shutil.which("nvidia-smi")
+        ):
+            # These need torch, which takes seconds to import.
+            from titan_lite.meta_model import check_run
 
-        with collecting(problems):
-            check_run(loaded, plan, found.start)
-    if problems:
-        raise ConfigError(problems)
+            with problems.checking():
+                check_run(loaded, plan, found.start)
 
 
 def _rendered(loaded: LoadedConfig) -> str:
     """The configuration as TOML, with what its flavor says, if there is such a flavor."""
     try:
         family, args = registry.resolve(loaded.config.model)
-    except registry.ModelError:
+    except SettingError:
         return to_toml(loaded)
     resolved = dataclasses.asdict(args) | {"head_dim": args.head_size}
     # A module's own model may have other parameters than its args say.
@@ -244,7 +244,7 @@ def _dryrun(argv: list[str]) -> int:
         raise ConfigError([Problem("--device", "command line", message)])
     # What only a run needs, or writes.
     elsewhere = ('--checkpoint.initial_load_hf=""', "--metrics.enable_wandb=false")
-    loaded = read_config(path, [*overrides, *elsewhere])
+    loaded = load_config(path, [*overrides, *elsewhere])
     plan = rules.check(loaded, _world_size(options.world_size, loaded), with_files=False)
     ranks = _ranks(options.rank, plan.dims)
     # The import of torch alone takes seconds, and the step of a large model minutes.

@@ -1,6 +1,6 @@
 """The whole model on the meta device: what it is, and what is refused of it before anybody waits.
 
-Each function raises ConfigError about the key whose value cannot be.
+Each function raises a SettingError about the key whose value cannot be.
 """
 
 from pathlib import Path
@@ -11,7 +11,8 @@ from titan_lite.checkpoint.hf_files import HFFolder
 from titan_lite.checkpoint.hf_layout import HFModel, check_start
 from titan_lite.checkpoint.state import Start, check_excluded
 from titan_lite.checkpoint.storage import check_weights
-from titan_lite.config.load import ConfigError, LoadedConfig, Problem
+from titan_lite.config.load import LoadedConfig
+from titan_lite.config.problems import SettingError, about, collecting
 from titan_lite.config.schema import Config, Float8
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.rules import Plan
@@ -30,43 +31,39 @@ from titan_lite.planner.counts import (
     num_last_matmul_params,
     num_unused_params,
 )
-from titan_lite.preflight import blaming, collecting
 from titan_lite.runtime.distributed import Process, check_dtype
 from titan_lite.runtime.profiler import check_profiling
 
 
 def check_run(loaded: LoadedConfig, plan: Plan, start: Start) -> None:
     """Refuses, all together, what a run on this machine would refuse of its model and devices."""
-    problems: list[Problem] = []
     device = Process.from_environment().device
     section = loaded.config.checkpoint
     model = build_meta_model(loaded, plan)
-    with collecting(problems):
-        pipeline_stages(loaded, plan, model, head_share=1.0)
-    with collecting(problems):
-        check_device(loaded, plan, model, device)
-    with collecting(problems):
-        if start.source is None:
-            open_hf_weights(loaded, plan)
-        elif section.exclude_from_loading and not start.resumes:
-            with blaming(start.key, loaded):
+    with collecting() as problems:
+        with problems.checking():
+            pipeline_stages(loaded, plan, model, head_share=1.0)
+        with problems.checking():
+            check_device(loaded, plan, model, device)
+        with problems.checking(start.key):
+            if start.source is None:
+                open_hf_weights(loaded, plan)
+            elif section.exclude_from_loading and not start.resumes:
                 check_weights(start.source, model, section.exclude_from_loading)
-    if problems:
-        raise ConfigError(problems)
 
 
 def build_meta_model(loaded: LoadedConfig, plan: Plan) -> Transformer:
     """Builds the model, all of whose parameters the configuration's names and plan must fit."""
-    with blaming("model.module", loaded), torch.device("meta"):
+    with about("model.module"), torch.device("meta"):
         model = build(plan.family, plan.args)
         if type(model).init_parameter is Transformer.init_parameter:
             for name, _ in model.named_parameters():
                 rule_of(model.init_rules, name)
-    with blaming("checkpoint.exclude_from_loading", loaded):
+    with about("checkpoint.exclude_from_loading"):
         names = [name for name, _ in model.named_parameters()]
         check_excluded(loaded.config.checkpoint.exclude_from_loading, names)
     if plan.dims.tp > 1:
-        with blaming("parallel.tp", loaded):
+        with about("parallel.tp"):
             check_plan(model, plan.family.tp_plan)
     return model
 
@@ -80,7 +77,7 @@ def pipeline_stages(
     """
     config, parallel = loaded.config, loaded.config.parallel
     key = "pp_stage_modules" if parallel.pp_split == "explicit" else "pp"
-    with blaming(f"parallel.{key}", loaded):
+    with about(f"parallel.{key}"):
         stages = split(
             model,
             parallel,
@@ -89,11 +86,11 @@ def pipeline_stages(
         )
     section = config.activation_checkpoint
     if section.mode == "fraction" and not any(section.layers(s.blocks) for s in stages):
-        with blaming("activation_checkpoint.fraction", loaded):
-            raise ValueError(
-                f"fraction ({section.fraction:g}) of the blocks of each pipeline stage "
-                f"({', '.join(str(stage.blocks) for stage in stages)}) is no layer"
-            )
+        raise SettingError(
+            "activation_checkpoint.fraction",
+            f"fraction ({section.fraction:g}) of the blocks of each pipeline stage "
+            f"({', '.join(str(stage.blocks) for stage in stages)}) is no layer",
+        )
     return stages
 
 
@@ -131,33 +128,31 @@ def check_device(
     loaded: LoadedConfig, plan: Plan, model: Transformer, device: torch.device
 ) -> None:
     """Refuses what this device, or float8 with this model, cannot do."""
-    config, problems = loaded.config, list[Problem]()
-    with collecting(problems), blaming("profiling.enable_memory_snapshot", loaded):
-        check_profiling(config.profiling, device)
-    with collecting(problems), blaming("training.param_dtype", loaded):
-        check_dtype(config.training.param_dtype, device)
-    if config.parallel.async_tp:
-        with collecting(problems), blaming("parallel.async_tp", loaded):
-            check_async_tp(device, plan.dims.tp)
-    if plan.dims.cp > 1:
-        with collecting(problems), blaming("training.param_dtype", loaded):
-            check_cp(config.parallel.cp_method, device, config.training.param_dtype)
-    if config.compile.enable:
-        with collecting(problems), blaming("compile.enable", loaded):
-            check_compiler(device)
-    with collecting(problems):
-        check_float8(loaded, plan, model, config.float8, device)
-    if problems:
-        raise ConfigError(problems)
+    config, dtype = loaded.config, loaded.config.training.param_dtype
+    with collecting() as problems:
+        with problems.checking("profiling.enable_memory_snapshot"):
+            check_profiling(config.profiling, device)
+        with problems.checking("training.param_dtype"):
+            check_dtype(dtype, device)
+        if config.parallel.async_tp:
+            with problems.checking("parallel.async_tp"):
+                check_async_tp(device, plan.dims.tp)
+        if plan.dims.cp > 1:
+            with problems.checking("training.param_dtype"):
+                check_cp(config.parallel.cp_method, device, dtype)
+        if config.compile.enable:
+            with problems.checking("compile.enable"):
+                check_compiler(device)
+        with problems.checking():
+            check_float8(loaded, plan, model, config.float8, device)
 
 
 def check_float8(
     loaded: LoadedConfig, plan: Plan, model: Transformer, section: Float8, device: torch.device
 ) -> None:
     """Refuses what cannot train in float8, all of it together."""
-    broken = [
-        Problem(key, loaded.origins[key], message)
-        for key, message in float8_problems(
+    with collecting() as problems:
+        problems.errors += float8_problems(
             model,
             plan.family.tp_plan,
             float8=section,
@@ -165,9 +160,6 @@ def check_float8(
             dims=plan.dims,
             device=device,
         )
-    ]
-    if broken:
-        raise ConfigError(broken)
 
 
 def open_hf_weights(loaded: LoadedConfig, plan: Plan) -> tuple[HFFolder, HFModel] | None:
@@ -175,7 +167,7 @@ def open_hf_weights(loaded: LoadedConfig, plan: Plan) -> tuple[HFFolder, HFModel
     path = loaded.config.checkpoint.initial_load_hf
     if not path:
         return None
-    with blaming("checkpoint.initial_load_hf", loaded):
+    with about("checkpoint.initial_load_hf"):
         folder = HFFolder.open(Path(path).expanduser())
         hf = HFModel.of(plan.family, plan.args)
         check_start(folder, hf, plan.family, plan.args)

@@ -3,15 +3,14 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from titan_lite.checkpoint.manifest import TOKENIZER_FOLDER
 from titan_lite.checkpoint.same_model import SHOWN_BY_WEIGHTS, model_differences
 from titan_lite.checkpoint.state import Start, find_start
-from titan_lite.config.load import DEFAULT, ConfigError, LoadedConfig, Problem
-from titan_lite.config.problems import FIELDS, literal
+from titan_lite.config.load import DEFAULT, LoadedConfig
+from titan_lite.config.problems import FIELDS, SettingError, about, collecting, literal
 from titan_lite.config.schema import Checkpoint, Data
 from titan_lite.config.stored import words
 from titan_lite.data.export_check import export_report
@@ -48,44 +47,43 @@ class Preflight:
 
 
 def preflight(loaded: LoadedConfig, plan: Plan) -> Preflight:
-    """Reads the tokenizer and the checkpoint's state and finds the data, or raises ConfigError."""
+    """Reads the tokenizer and the checkpoint's state and finds the data; raises SettingErrors."""
     config = loaded.config
-    problems: list[Problem] = []
     tokenizer = start = held_out = None
     sources: list[Source] = []
-    with collecting(problems), blaming("data.tokenizer_path", loaded):
-        tokenizer = fitting_tokenizer(config.data, plan)
-    with collecting(problems), blaming("data.dataset", loaded):
-        sources = resolve_sources(config.data)
-        if tokenizer is not None:
-            check_tokens(sources, tokenizer)
-        if all(source.stored for source in sources):
-            _warn_of_idle_keys(loaded)
-    with collecting(problems), blaming("validation.dataset", loaded):
-        if config.validation.enable:
-            held_out = resolve_held_out(config.validation, config.data)
+    with collecting() as problems:
+        with problems.checking("data.tokenizer_path"):
+            tokenizer = fitting_tokenizer(config.data, plan)
+        with problems.checking("data.dataset"):
+            sources = resolve_sources(config.data)
             if tokenizer is not None:
-                check_tokens([held_out], tokenizer)
-    with collecting(problems):
-        with blaming("checkpoint.load_step", loaded):
+                check_tokens(sources, tokenizer)
+            if all(source.stored for source in sources):
+                _warn_of_idle_keys(loaded)
+        with problems.checking("validation.dataset"):
+            if config.validation.enable:
+                held_out = resolve_held_out(config.validation, config.data)
+                if tokenizer is not None:
+                    check_tokens([held_out], tokenizer)
+        with problems.checking("checkpoint.load_step"):
             start = find_start(
                 config.checkpoint,
                 checkpoint_folder(loaded),
                 last_step=config.training.steps,
             )
-        check_model(start, loaded, plan)
-    with collecting(problems), blaming("data.tokenizer_path", loaded):
-        if tokenizer is not None and start is not None:
-            check_origin(config.data, config.checkpoint, tokenizer, start)
-    if tokenizer is None or start is None or problems:
-        raise ConfigError(problems)
+            check_model(start, loaded, plan)
+        with problems.checking("data.tokenizer_path"):
+            if tokenizer is not None and start is not None:
+                check_origin(config.data, config.checkpoint, tokenizer, start)
+    assert tokenizer is not None
+    assert start is not None
     return Preflight(tokenizer, sources, held_out, start)
 
 
 def check_contents(loaded: LoadedConfig, plan: Plan, found: Preflight) -> None:
     """Reads what the run will read first: documents, what is held out, the checkpoint's data.
 
-    Raises ConfigError for what would end the run before or in its first step.
+    Raises SettingErrors for what would end the run before or in its first step.
     """
     config, training = loaded.config, loaded.config.training
     global_batch_size = training.global_batch_size
@@ -94,46 +92,44 @@ def check_contents(loaded: LoadedConfig, plan: Plan, found: Preflight) -> None:
     rows: Rows = Packing(config.data, training.seq_len)
     if plan.family.objective == "masked_lm":
         rows = MaskedPairs(config.masked_lm, training.seq_len, found.tokenizer)
-    problems: list[Problem] = []
-    with collecting(problems), blaming("data.dataset", loaded):
-        check_documents(
-            config.data,
-            found.sources,
-            found.tokenizer,
-            num_samples=(training.steps - found.start.state.step) * global_batch_size,
-        )
-    with collecting(problems), blaming("validation.dataset", loaded):
-        needed = config.validation.steps * global_batch_size * training.seq_len
-        most = _most_tokens(found.held_out) if found.held_out else None
-        if most is not None and min(needed, most) <= MAX_HELD_OUT_TOKENS:
-            for _ in held_out_rows(
-                config.validation,
-                config.data,
-                seq_len=training.seq_len,
-                global_batch_size=global_batch_size,
-                tokenizer=found.tokenizer,
-                rows=rows,
-            ):
-                pass
-    with collecting(problems):
-        _check_export(loaded, plan, found.tokenizer)
-    with collecting(problems), blaming(found.start.key, loaded):
-        if saved := found.start.state.data.get("settings"):
-            settings = data_settings(
+    with collecting() as problems:
+        with problems.checking("data.dataset"):
+            check_documents(
                 config.data,
                 found.sources,
-                rows,
                 found.tokenizer,
-                seq_len=training.seq_len,
-                seed=training.seed,
+                num_samples=(training.steps - found.start.state.step) * global_batch_size,
             )
-            check_data_settings(settings, saved)
-    if problems:
-        raise ConfigError(problems)
+        with problems.checking("validation.dataset"):
+            needed = config.validation.steps * global_batch_size * training.seq_len
+            most = _most_tokens(found.held_out) if found.held_out else None
+            if most is not None and min(needed, most) <= MAX_HELD_OUT_TOKENS:
+                for _ in held_out_rows(
+                    config.validation,
+                    config.data,
+                    seq_len=training.seq_len,
+                    global_batch_size=global_batch_size,
+                    tokenizer=found.tokenizer,
+                    rows=rows,
+                ):
+                    pass
+        with problems.checking():
+            _check_export(loaded, plan, found.tokenizer)
+        with problems.checking(found.start.key):
+            if saved := found.start.state.data.get("settings"):
+                settings = data_settings(
+                    config.data,
+                    found.sources,
+                    rows,
+                    found.tokenizer,
+                    seq_len=training.seq_len,
+                    seed=training.seed,
+                )
+                check_data_settings(settings, saved)
 
 
 def _check_export(loaded: LoadedConfig, plan: Plan, tokenizer: Tokenizer) -> None:
-    """Raises ConfigError where last_save_hf would write a tokenizer that gives other ids."""
+    """Raises SettingError where last_save_hf would write a tokenizer that gives other ids."""
     section, hf = loaded.config.checkpoint, plan.family.hf_config
     if not (section.enable and section.last_save_hf and hf) or section.allow_export_mismatch:
         return
@@ -141,9 +137,8 @@ def _check_export(loaded: LoadedConfig, plan: Plan, tokenizer: Tokenizer) -> Non
     data, of_pairs = loaded.config.data, not plan.args.causal
     report = export_report(documents, tokenizer, data, of_pairs=of_pairs)
     if not report.is_same:
-        key = "checkpoint.last_save_hf"
         remedy = "checkpoint.allow_export_mismatch = true exports it with a README.md that has this"
-        raise ConfigError([Problem(key, loaded.origins[key], f"{report.sentence}. {remedy}")])
+        raise SettingError("checkpoint.last_save_hf", f"{report.sentence}. {remedy}")
 
 
 def _most_tokens(source: Source) -> int | None:
@@ -154,7 +149,7 @@ def _most_tokens(source: Source) -> int | None:
 
 
 def check_model(start: Start, loaded: LoadedConfig, plan: Plan) -> None:
-    """Raises ConfigError for settings with which a checkpoint's weights compute something else.
+    """Raises SettingErrors for settings with which a checkpoint's weights compute something else.
 
     Where another run's weights are loaded, those that runs tune on purpose are logged instead.
     """
@@ -187,32 +182,29 @@ def check_model(start: Start, loaded: LoadedConfig, plan: Plan) -> None:
         keys = (f"model.{name}", *sizes, "model.flavor", "model.name")
         key = next((key for key in keys if loaded.origins.get(key, DEFAULT) != DEFAULT), start.key)
         by_key.setdefault(key, []).append(f"{name} is {words(own)}, not {words(saved)}")
-    problems = [
-        Problem(
-            key,
-            loaded.origins[key],
-            f"{', '.join(listed)} as in {start.source}, whose weights are of another model{remedy}",
-        )
-        for key, listed in by_key.items()
-    ]
-    if problems:
-        raise ConfigError(problems)
+    with collecting() as problems:
+        for key, listed in by_key.items():
+            message = (
+                f"{', '.join(listed)} as in {start.source}, whose weights are of another model"
+                f"{remedy}"
+            )
+            problems.errors.append(SettingError(key, message))
 
 
 def lock_folders(loaded: LoadedConfig) -> contextlib.ExitStack:
-    """Keeps other runs from the run's folder and its checkpoints' until closed, or ConfigError."""
+    """Keeps other runs from the run's folder and its checkpoints' until closed, or SettingError."""
     with contextlib.ExitStack() as locks:
         for key, folder in _locked_folders(loaded).items():
-            with blaming(key, loaded):
+            with about(key):
                 locks.callback(FolderLock(folder, key).release)
         return locks.pop_all()
 
 
 def check_locks(loaded: LoadedConfig) -> None:
-    """Raises ConfigError for a folder that another run writes to; makes none."""
+    """Raises SettingError for a folder that another run writes to; makes none."""
     for key, folder in _locked_folders(loaded).items():
         if folder.is_dir():
-            with blaming(key, loaded):
+            with about(key):
                 FolderLock(folder, key).release()
 
 
@@ -251,17 +243,19 @@ def fitting_tokenizer(section: Data, plan: Plan) -> Tokenizer:
     """The run's tokenizer; ValueError if it lacks a token or does not fit the vocabulary."""
     tokenizer, vocab_size = load_tokenizer(section.tokenizer_path), plan.args.vocab_size
     if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
+        raise SettingError(
+            ("data.tokenizer_path", "model.vocab_size"),
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model a vocabulary of "
-            f"{vocab_size}: set model.vocab_size, or another data.tokenizer_path"
+            f"{vocab_size}: set model.vocab_size, or another data.tokenizer_path",
         )
     filled = tokenizer.vocab_size / vocab_size
     if filled < LEAST_FILLED and not section.allow_tokenizer_mismatch:
-        raise ValueError(
+        raise SettingError(
+            ("data.tokenizer_path", "model.vocab_size"),
             f"{_name(section.tokenizer_path)} has {tokenizer.vocab_size:,} tokens, {filled:.1%} of "
             f"the model's vocabulary of {vocab_size:,}; at least {LEAST_FILLED:.0%} is required. "
             "Set data.tokenizer_path to the model's tokenizer, or model.vocab_size = "
-            f"{tokenizer.vocab_size}, or data.allow_tokenizer_mismatch = true to train with it"
+            f"{tokenizer.vocab_size}, or data.allow_tokenizer_mismatch = true to train with it",
         )
     if plan.family.objective == "masked_lm":
         mask_of(tokenizer)
@@ -303,30 +297,3 @@ def check_origin(section: Data, checkpoint: Checkpoint, tokenizer: Tokenizer, st
 
 def _name(tokenizer_path: str) -> str:
     return tokenizer_path or "the bundled tokenizer"
-
-
-@contextlib.contextmanager
-def collecting(problems: list[Problem]) -> Iterator[None]:
-    """Adds the problems of a ConfigError from inside to `problems`, for others to be found too."""
-    try:
-        yield
-    except ConfigError as error:
-        problems += error.problems
-
-
-@contextlib.contextmanager
-def blaming(key: str, loaded: LoadedConfig) -> Iterator[None]:
-    """Turns what fails inside into a ConfigError about a key and where its value came from.
-
-    The key is one that the message names, one that somebody set before others; else `key`.
-    """
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (ValueError, OSError) as error:
-        named = [known for known in loaded.origins if known in str(error)]
-        given = [known for known in named if loaded.origins[known] != DEFAULT]
-        key = (given or named or [key])[0]
-        message = str(error).removeprefix(f"{key}: ")
-        raise ConfigError([Problem(key, loaded.origins[key], message)]) from error

@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from titan_lite.config.load import ConfigError, Problem, read_config
+from titan_lite.config.load import ConfigError, Problem, load_config
 from titan_lite.models.rules import check
 from titan_lite.runtime.log import MESSAGES, is_first_to_say, set_up_logging
 from titan_lite.runtime.parent import PARENT, watch_parent
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(argv: Sequence[str], rank: int, world_size: int, stop: StopRequest) -> int:
-    loaded = read_config(argv[0], argv[1:])
+    loaded = load_config(argv[0], argv[1:])
     plan = check(loaded, world_size)
     if rank == 0:
         logger.info(
@@ -89,8 +89,6 @@ def _train(argv: Sequence[str], rank: int, world_size: int, stop: StopRequest) -
         return EXIT_FAILED
     except WriteError as error:
         return _end(error, stop)
-    except ConfigError:
-        raise
     except Exception as error:
         # gloo's words for a process that is gone.
         if "by peer" in str(error) and stop.comes_within(LAUNCHER_SECONDS):

@@ -18,6 +18,7 @@ from titan_lite.checkpoint.same_model import model_facts
 from titan_lite.checkpoint.storage import versions
 from titan_lite.config.load import LoadedConfig
 from titan_lite.config.memory_advice import memory_advice
+from titan_lite.config.problems import about
 from titan_lite.data.export_check import README, export_report
 from titan_lite.data.held_out import HeldOut, read_held_out
 from titan_lite.data.hf_documents import hf_documents
@@ -50,7 +51,6 @@ from titan_lite.parallel.init_weights import init_weights
 from titan_lite.parallel.mesh import build_meshes
 from titan_lite.planner.counts import FORMULA
 from titan_lite.preflight import (
-    blaming,
     check_model,
     checkpoint_folder,
     lock_folders,
@@ -109,7 +109,8 @@ class Trainer:
         self.run_folder = run_folder(loaded)
         self.locks = contextlib.ExitStack()
         try:
-            self._build(loaded, plan)
+            with loaded.reporting():
+                self._build(loaded, plan)
         except BaseException:
             self.locks.close()
             raise
@@ -188,17 +189,17 @@ class Trainer:
     def _open_data(self, loaded: LoadedConfig) -> None:
         """Reads what is held out, opens the data where the run's state says: the first batch."""
         config = self.config
-        with blaming("data.tokenizer_path", loaded):
+        with about("data.tokenizer_path"):
             self.rows = self.objective.rows(self.tokenizer)
         if config.validation.enable and self.held_out is None:
-            with blaming("validation.dataset", loaded):
+            with about("validation.dataset"):
                 self.held_out = read_held_out(config.validation, config.data, **self._share())
         self.loader = self.build_loader()
         if self.state.step > 0:
-            with blaming(self.start.key, loaded):
+            with about(self.start.key):
                 self.loader.load_state_dict(self.state.data)
         # Documents that cannot be read are a mistake to answer now, not in the first step.
-        with blaming("data.dataset", loaded):
+        with about("data.dataset"):
             batches = iter(self.loader)
             self.batches: Iterator[Batch] = itertools.chain([next(batches)], batches)
 
@@ -225,7 +226,7 @@ class Trainer:
         if self.process.device.type == "cuda":
             hint = record_flights(self.run_folder)
         start_process_group(self.process, comm)
-        with blaming("data.dataset", loaded):
+        with about("data.dataset"):
             agree_on_data(self.loader.state_dict()["settings"])
         self.watchdog = Watchdog(
             self.progress,
@@ -237,7 +238,7 @@ class Trainer:
             hint=hint,
         )
         found = self.start
-        with blaming(found.key, loaded):
+        with about(found.key):
             self.start = agree_on_start(
                 found,
                 self.config.checkpoint,
@@ -285,7 +286,7 @@ class Trainer:
             timeout_seconds=config.comm.init_timeout_seconds,
         )
         if start.source is not None:
-            with blaming(start.key, loaded):
+            with about(start.key):
                 self.checkpoints.load(start)
             if self.state.guard:
                 self.guard.load_state_dict(self.state.guard)

@@ -1,12 +1,13 @@
 """Loading: layers, origins, and what each mistake is called."""
 
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from titan_lite.config.load import ConfigError, LoadedConfig, Problem, load_config, read_config
-from titan_lite.config.problems import KEYS
+from titan_lite.config.load import ConfigError, LoadedConfig, Problem, load_config
+from titan_lite.config.problems import Collector, SettingError, SettingErrors, about, collecting
 from titan_lite.config.schema import Config
 
 
@@ -299,45 +300,6 @@ def test_a_common_suffix_makes_no_two_names_alike() -> None:
         load_config("nosuch.toml")
 
 
-def test_what_has_a_problem_is_left_out_and_the_rest_is_there() -> None:
-    Path("run.toml").write_text("stray = 1\n[training]\nsteps = 0\nseq_len = 64\n[qqq]\nx = 1")
-    loaded = read_config("run.toml", ["--optimizer.no_decay=[1]", "--optimizer.lr=1"])
-    found = {p.key for p in loaded.problems}
-    assert found == {"stray", "training.steps", "qqq", "optimizer.no_decay"}
-    assert loaded.config == Config.model_validate(
-        {"training": {"seq_len": 64}, "optimizer": {"lr": 1}}
-    )
-    assert loaded.origins["training.steps"] == loaded.origins["optimizer.no_decay"] == "default"
-    assert loaded.origins["training.seq_len"] == "run.toml"
-
-
-@pytest.mark.parametrize(
-    ("overrides", "in_doubt", "certain"),
-    [
-        (["--job.x=1"], [], ["job.dump_folder", "job.description"]),
-        (["--training.steps=0"], ["training.steps"], ["training.seq_len"]),
-        (["--training.stpes=9"], ["training.steps"], ["training.seed"]),
-        (["--parallell.dp_replicate=2"], ["parallel.dp_replicate", "parallel.tp"], ["model.dim"]),
-        (["--parallel={tp=2}"], ["parallel.tp"], ["model.dim"]),
-        (["--steps=9"], ["training.steps"], ["training.seed"]),
-    ],
-)
-def test_a_problem_leaves_in_doubt_what_was_probably_meant(
-    overrides: list[str], in_doubt: list[str], certain: list[str]
-) -> None:
-    found = read_config(None, overrides).in_doubt
-    assert found >= set(in_doubt)
-    assert found.isdisjoint(certain)
-
-
-@pytest.mark.parametrize("text", [None, "x", "extends = 1", "[training]\nextends = 'base.toml'"])
-def test_where_a_file_is_not_read_only_the_command_line_is_certain(text: str | None) -> None:
-    if text is not None:
-        Path("run.toml").write_text(text)
-    loaded = read_config("run.toml", ["--training.steps=9"])
-    assert loaded.in_doubt == set(KEYS) - {"training.steps"}
-
-
 def test_a_missing_base_names_both_files() -> None:
     Path("base.toml").write_text("")
     assert the_problem('extends = "bsae.toml"') == (
@@ -407,3 +369,58 @@ def test_all_problems_reach_the_process_that_asked_another() -> None:
     error = ConfigError([Problem("parallel.pp", "command line", "too many")])
     sent = pickle.loads(pickle.dumps(error))
     assert (sent.problems, str(sent)) == (error.problems, str(error))
+
+
+def reported(*overrides: str, errors: Sequence[SettingError]) -> list[tuple[str, str, str]]:
+    with (
+        pytest.raises(ConfigError) as error,
+        load_config(None, overrides).reporting(),
+        collecting() as problems,
+    ):
+        problems.errors += errors
+    return [(p.key, p.source, p.message) for p in error.value.problems]
+
+
+def test_no_message_is_searched_for_a_key() -> None:
+    """parallel.pp is part of other keys, and a path may spell any."""
+    message = "parallel.pp_split splits runs/optimizer.lr=1e-3"
+    set_all = ("--parallel.pp=2", "--parallel.pp_split=uniform", "--optimizer.lr=1")
+    errors = [SettingError("training.steps", message)]
+    assert reported(*set_all, errors=errors) == [("training.steps", "default", message)]
+    with pytest.raises(SettingError) as error, about("parallel.pp_split"):
+        raise OSError(message)
+    assert (error.value.keys, error.value.message) == (("parallel.pp_split",), message)
+
+
+def test_of_several_keys_the_last_one_that_somebody_set_is_blamed() -> None:
+    errors = [SettingError(("parallel.dp_shard", "parallel.pp", "parallel.tp"), "too many")]
+    assert reported(errors=errors) == [("parallel.dp_shard", "default", "too many")]
+    for set_here in (["pp"], ["pp", "tp"]):
+        overrides = [f"--parallel.{key}=2" for key in set_here]
+        blamed = f"parallel.{set_here[-1]}"
+        assert reported(*overrides, errors=errors) == [(blamed, "command line", "too many")]
+
+
+def test_a_key_of_a_source_comes_from_where_the_sources_do() -> None:
+    errors = [SettingError("data.sources.web.split", "no such split")]
+    overrides = '--data.sources=[{name = "web", weight = 1}]'
+    [(key, source, _)] = reported(overrides, errors=errors)
+    assert (key, source) == ("data.sources.web.split", "command line")
+
+
+def test_what_several_checks_find_is_reported_together() -> None:
+    collector = Collector()
+    with collector.checking("parallel.tp"):
+        raise ValueError("too many")
+    with collector.checking("parallel.tp"), collecting() as inner:
+        inner.errors += [SettingError("job.dump_folder", "is locked")] * 2
+    with collector.checking("parallel.tp"):
+        pass
+    with pytest.raises(SettingErrors) as error, collecting() as outer:
+        outer.errors += collector.errors
+    assert str(error.value).splitlines() == [
+        "parallel.tp: too many",
+        *["job.dump_folder: is locked"] * 2,
+    ]
+    sent = pickle.loads(pickle.dumps(error.value))
+    assert str(sent) == str(error.value)

@@ -191,7 +191,7 @@ def test_companions_are_no_documents_and_other_files_are_named(
     fill(tmp_path, "e.csv", "sub/f.jsonl.lz4", "g.parquet.gz", "_h.jsonl", "_temporary/i.jsonl")
     for _ in range(2):
         assert read(tmp_path) == ["B.JSONL", "a.jsonl", "c.jsonl.bz2"]
-    start = f"data.dataset_path={str(tmp_path)!r} leaves out"
+    start = f'data.dataset_path = "{tmp_path}" leaves out'
     assert caplog.messages == [
         f"{start} e.csv, g.parquet.gz, sub/f.jsonl.lz4: documents end in {files.KNOWN}",
         f"{start} _h.jsonl, _temporary, by name no documents: to read them, name the files by a "
@@ -200,7 +200,7 @@ def test_companions_are_no_documents_and_other_files_are_named(
 
 
 def test_a_folder_without_documents_is_refused_by_its_files(tmp_path: Path) -> None:
-    start = f"data.dataset_path={str(tmp_path)!r} holds no file ending in {files.KNOWN}"
+    start = f"data.dataset_path: {tmp_path} holds no file ending in {files.KNOWN}"
     assert refused(tmp_path) == start
     fill(tmp_path, "LICENSE.txt")
     assert refused(tmp_path) == f"{start}; LICENSE.txt is not taken for documents"
@@ -210,7 +210,7 @@ def test_a_folder_without_documents_is_refused_by_its_files(tmp_path: Path) -> N
     )
     fill(tmp_path, "urls.txt")
     assert refused(tmp_path) == (
-        f"data.dataset_path={str(tmp_path)!r} holds text (urls.txt) next to what cannot be read "
+        f"data.dataset_path: {tmp_path} holds text (urls.txt) next to what cannot be read "
         "(a.jsonl.lz4, b.tar.gz): if the text is the documents, name it by a glob"
     )
     assert read(tmp_path / "*.txt") == ["LICENSE.txt", "urls.txt"]
@@ -225,7 +225,7 @@ def test_a_file_and_its_compressed_copy_are_warned_about(
     fill(tmp_path, "sub/a.jsonl.gz")
     assert read(tmp_path) == ["a.jsonl", "b.jsonl.gz", "a.jsonl", "a.jsonl.gz"]
     assert caplog.messages == [
-        f"data.dataset_path={str(tmp_path)!r} reads sub/a.jsonl.gz and the file of the same name "
+        f'data.dataset_path = "{tmp_path}" reads sub/a.jsonl.gz and the file of the same name '
         "without compression: if they hold the same documents, name one of the two by a glob"
     ]
 
@@ -236,7 +236,7 @@ def test_of_text_the_companions_are_named_too(
     fill(tmp_path, "moby dick.txt", "Terms of endearment.txt", "README.md")
     assert read(tmp_path) == ["moby dick.txt"]
     assert caplog.messages == [
-        f"data.dataset_path={str(tmp_path)!r} leaves out Terms of endearment.txt, by name no "
+        f'data.dataset_path = "{tmp_path}" leaves out Terms of endearment.txt, by name no '
         "documents: to read them, name the files by a glob"
     ]
 
@@ -415,15 +415,15 @@ def test_columns_are_judged_as_fields_are(tmp_path: Path, write: Callable[[Path]
     path = tmp_path / f"a.{write.__name__.removeprefix('write_')}"
     write(path)
     message = error_of(data(path, text_field="texts"))
-    assert "text_field='texts' is not one of its fields: it has id, text, images, did" in message
-    assert "text_field='id' is 0, expected text" in error_of(data(path, text_field="id"))
+    assert "'texts' is not one of its fields: it has id, text, images, did" in message
+    assert "field 'id' is 0, expected text" in error_of(data(path, text_field="id"))
 
 
 def test_a_field_that_a_later_file_lacks_is_named_with_file_and_line(tmp_path: Path) -> None:
     fill(tmp_path, "a.jsonl")
     (tmp_path / "b.json.gz").write_bytes(gzip.compress(b'[{"text": "fine"}, {"txt": "no"}]'))
     message = error_of(data(tmp_path, num_streams=1))
-    assert f"{tmp_path}/b.json.gz, document 2: data.text_field='text' is not one" in message
+    assert f"{tmp_path}/b.json.gz, document 2: 'text' is not one" in message
 
 
 @pytest.mark.parametrize(
@@ -463,10 +463,10 @@ def test_a_saved_dataset_is_read_by_its_split(tmp_path: Path) -> None:
         resolve_held_out(held_out, Data(dataset_path=str(path), split="test"))
     message = refused(path, split="validation")
     assert message == (
-        f"data.split='validation' is not one of the splits of {path}, which are ['test', 'train']"
+        f"data.split: 'validation' is not one of the splits of {path}, which are ['test', 'train']"
     )
-    assert "data.subset='en' cannot act" in refused(path, subset="en")
-    assert "data.split='test' cannot act" in refused(path / "train", split="test")
+    assert 'data.subset: "en" has no effect' in refused(path, subset="en")
+    assert 'data.split: "test" has no effect' in refused(path / "train", split="test")
     assert f"{path} holds several splits: name this folder itself" in refused(tmp_path)
 
 

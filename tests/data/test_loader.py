@@ -207,33 +207,33 @@ def error_of(section, num_batches=1):
 def test_a_missing_text_field_names_the_fields_found(tmp_path):
     path = write(tmp_path / "a.jsonl", TEXTS, field="txet")
     message = error_of(Data(dataset_path=str(path)))
-    assert message.startswith(f"data.dataset_path: {path}, line 1: data.text_field='text' is not")
+    assert message.startswith(f"data.text_field: {path}, line 1: 'text' is not")
     assert "it has txet, did you mean 'txet'?" in message
 
 
 def test_a_document_whose_text_is_not_text_is_named(tmp_path):
     path = write(tmp_path / "a.jsonl", [1, 2])
     message = error_of(Data(dataset_path=str(path), num_streams=1))
-    assert f"{path}, line 1: data.text_field='text' is 1, expected text" in message
+    assert f"{path}, line 1: field 'text' is 1, expected text" in message
 
 
 def test_too_few_documents_name_the_number_of_streams_that_would_do(folder):
     message = error_of(data(folder, num_streams=64), num_batches=64)
-    assert "holds 30 documents, too few for data.num_streams=64: set data.num_streams" in message
+    assert "holds 30 documents, too few for 64 streams: set data.num_streams" in message
     assert message.endswith("to at most 30")
 
 
 def test_one_document_for_eight_streams_is_refused_in_good_english(tmp_path):
     path = write(tmp_path / "a.jsonl", ["alone"])
     message = error_of(Data(dataset_path=str(path), num_streams=8), num_batches=8)
-    assert "a.jsonl holds 1 document, too few for data.num_streams=8" in message
+    assert "a.jsonl holds 1 document, too few for 8 streams" in message
 
 
 def test_a_stream_whose_files_are_empty_is_named(tmp_path):
     for i in range(4):
         write(tmp_path / f"{i}.jsonl", TEXTS if i % 2 else [])
     message = error_of(Data(dataset_path=str(tmp_path), num_streams=2))
-    assert "that stream 0 of data.num_streams=2 reads hold no documents" in message
+    assert "that stream 0 of 2 reads hold no documents" in message
 
 
 def test_an_empty_dataset_is_named(tmp_path):
@@ -310,7 +310,7 @@ def test_files_that_are_no_parquet_are_left_out_by_name_in_every_layout_alike(
     assert tokenize.write(loaded, target, processes=1, shard_tokens=999) == 0
     resolved = [resolve_held_out(held_out, text).identity, TokenFolder(target).manifest.source]
     for name in "bc":
-        told = f"data.dataset_path={str(parquet)!r}: a file is left out with all its documents: "
+        told = f'data.dataset_path = "{parquet}": a file is left out with all its documents: '
         assert caplog.text.count(f"{told}{parquet}/{name}.parquet: ") == 1
         (parquet / f"{name}.parquet").unlink()
     good = section.model_copy(update={"on_bad_document": "raise"})
@@ -328,7 +328,7 @@ def test_files_that_are_no_parquet_are_left_out_by_name_in_every_layout_alike(
 def test_nothing_but_files_that_are_no_parquet_is_refused(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"<html>not found</html>")
     section = Data(dataset_path=str(tmp_path), on_bad_document="skip")
-    told = rf"^data.dataset_path='{tmp_path}' holds no Parquet .* read: {tmp_path}/a.parquet: Parq"
+    told = rf"^data.dataset_path: no Parquet file .* read: {tmp_path}/a.parquet: Parq"
     with pytest.raises(ValueError, match=told):
         loaders(section)
 

@@ -146,13 +146,15 @@ def test_another_mixture_does_not_continue_a_run(
 
 def test_a_source_that_cannot_be_found_is_named(tmp_path: Path) -> None:
     source = DataSource(name="web", weight=1, dataset_path=str(tmp_path / "none.jsonl"))
-    with pytest.raises(ValueError, match=r"^data.sources.web.dataset_path='.*' matches no file"):
+    with pytest.raises(ValueError, match=r'^data.sources.web.dataset_path: ".*" matches no file'):
         loaders(Data(sources=[source]))
 
 
 def test_the_field_of_a_source_that_no_document_has_is_named_by_its_own_key(mixed: Data) -> None:
     last = mixed.sources[-1].model_copy(update={"text_field": "contents"})
     wrong = mixed.model_copy(update={"sources": [*mixed.sources[:-1], last]})
-    expected = r"line \d: data\.sources\.c\.text_field='contents' is not .* did you mean 'content'"
+    expected = (
+        r"^data\.sources\.c\.text_field: .*line \d: 'contents' is not .* did you mean 'content'"
+    )
     with pytest.raises(ValueError, match=expected):
         run(wrong, 12)

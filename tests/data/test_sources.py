@@ -172,20 +172,20 @@ def test_the_same_files_elsewhere_have_the_same_identity(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dataset_path": "nowhere.jsonl"}, r"data.dataset_path='nowhere.jsonl' matches no file"),
+        ({"dataset_path": "nowhere.jsonl"}, r'data.dataset_path: "nowhere.jsonl" matches no file'),
         (
             {"dataset_path": "HuggingFaceFW/fineweb"},
             r"matches no file; names on the .* hub are not fetched: hf download HuggingFaceFW/fine",
         ),
-        ({"dataset_path": "no*.jsonl"}, r"data.dataset_path='no\*.jsonl' matches no file"),
-        ({"dataset_path": "empty"}, r"data.dataset_path='empty' holds no file ending in .jsonl"),
+        ({"dataset_path": "no*.jsonl"}, r'data.dataset_path: "no\*.jsonl" matches no file'),
+        ({"dataset_path": "empty"}, r"data.dataset_path: empty holds no file ending in .jsonl"),
         ({"dataset_path": "a.csv"}, r"unknown format of 'a.csv', expected a name ending in .jsonl"),
         ({"dataset_path": "mixed"}, r"mixes formats \(1 json, 1 text\): name one by a glob"),
-        ({"dataset_path": "mixed/a.txt", "subset": "en"}, r"data.subset='en' cannot act with"),
-        ({"dataset_path": "mixed/a.txt", "split": "test"}, r"data.split='test' cannot act with"),
-        ({"subset": "en"}, r"data.subset='en' cannot act with data.dataset='bundled'"),
-        ({"split": "test"}, r"data.split='test': the bundled corpus has train and validation"),
-        ({"dataset": "mixed"}, r"data.dataset='mixed' is a local path: set data.dataset_path"),
+        ({"dataset_path": "mixed/a.txt", "subset": "en"}, r'data.subset: "en" has no effect with'),
+        ({"dataset_path": "mixed/a.txt", "split": "test"}, r'data.split: "test" has no effect'),
+        ({"subset": "en"}, r'data.subset: "en" has no effect with data.dataset = "bundled"'),
+        ({"split": "test"}, r'data.split: must be "train" or "validation" for the bundled corpus'),
+        ({"dataset": "mixed"}, r'data.dataset: "mixed" is a local path: set data.dataset_path'),
     ],
 )
 def test_what_cannot_be_read_is_named_before_anything_is_opened(

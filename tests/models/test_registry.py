@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Model
 from titan_lite.models import registry
 from titan_lite.models.llama import LLAMA
-from titan_lite.models.registry import ModelError, families, register, resolve
+from titan_lite.models.registry import families, register, resolve
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +59,7 @@ def test_each_override_replaces_its_field_and_nothing_else() -> None:
 
 
 def test_an_unknown_family_names_the_nearest_and_all() -> None:
-    with pytest.raises(ModelError) as error:
+    with pytest.raises(SettingError) as error:
         resolve(Model(name="lama"))
     assert str(error.value) == (
         'model.name: no "lama"; did you mean "llama"? '
@@ -67,7 +68,7 @@ def test_an_unknown_family_names_the_nearest_and_all() -> None:
 
 
 def test_an_unknown_flavor_names_the_nearest_and_all() -> None:
-    with pytest.raises(ModelError, match='"llama3_8B"; did you mean "llama3_8b"'):
+    with pytest.raises(SettingError, match='"llama3_8B"; did you mean "llama3_8b"'):
         resolve(Model(flavor="llama3_8B"))
 
 
@@ -79,9 +80,9 @@ def test_an_override_that_the_family_lacks_is_refused_with_what_it_has() -> None
 
     register(replace(LLAMA, name="other", flavors={"small": Args(8, 2)}))
     assert resolve(Model(name="other", flavor="small", dim=16))[1] == Args(16, 2)
-    with pytest.raises(ModelError) as error:
+    with pytest.raises(SettingError) as error:
         resolve(Model(name="other", flavor="small", rope_theta=1.0))
-    assert error.value.key == "model.rope_theta"
+    assert error.value.keys[0] == "model.rope_theta"
     assert error.value.message == 'family "other" has no rope_theta; it has dim, depth'
 
 
@@ -99,17 +100,17 @@ def test_a_name_is_registered_once_but_again_with_the_same_content() -> None:
     [("no_pkg.my_family", "no_pkg"), ("titan_lite.models.typo", "titan_lite.models.typo")],
 )
 def test_a_module_that_does_not_exist_is_named(asked: str, missing: str) -> None:
-    with pytest.raises(ModelError) as error:
+    with pytest.raises(SettingError) as error:
         resolve(Model(module=asked))
-    assert error.value.key == "model.module"
+    assert error.value.keys[0] == "model.module"
     assert error.value.message.startswith(f'no module named "{missing}", asked for "{asked}"')
 
 
 @pytest.mark.parametrize("module", ["../x", ".x", "x.", "a b", "my-pkg.family", "a/b.py", "."])
 def test_what_is_no_name_of_a_module_is_refused_in_words(module: str) -> None:
-    with pytest.raises(ModelError) as error:
+    with pytest.raises(SettingError) as error:
         resolve(Model(module=module))
-    assert error.value.key == "model.module"
+    assert error.value.keys[0] == "model.module"
     assert error.value.message.startswith(f'"{module}" is no name of a module')
 
 
@@ -120,5 +121,5 @@ def test_an_import_that_fails_inside_the_users_module_is_not_hidden(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="nunpy_typo") as error:
         resolve(Model(module="family_with_a_typo"))
-    assert not isinstance(error.value, ModelError)
+    assert not isinstance(error.value, SettingError)
     sys.modules.pop("family_with_a_typo", None)

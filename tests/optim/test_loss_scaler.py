@@ -9,8 +9,8 @@ import torch
 
 from tests.distributed import Workers
 from tests.runs import build_trainer, train, whole
-from titan_lite.config import rules
 from titan_lite.config.load import ConfigError, load_config
+from titan_lite.models import rules
 from titan_lite.optim import loss_scaler
 from titan_lite.optim.loss_scaler import LossScaler
 

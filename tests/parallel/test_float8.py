@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 from tests.distributed import Workers
 from tests.runs import build_trainer, read_metrics, train, train_and_gather, whole
-from titan_lite.config import rules
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import ConfigError, load_config
 from titan_lite.config.schema import Float8, Model, Parallel
+from titan_lite.models import rules
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.registry import resolve
 from titan_lite.models.rules import check
@@ -123,16 +123,15 @@ def problems(
 ) -> list[tuple[str, str]]:
     names = Parallel.model_fields.keys() & settings.keys()
     parallel = Parallel(**{name: settings.pop(name) for name in names})
-    return list(
-        float8_problems(
-            model or tiny(),
-            PLAN,
-            float8=Float8(**({"recipe": "tensorwise", "emulate": True} | settings)),
-            parallel=parallel,
-            dims=ParallelDims.resolve(parallel, world_size),
-            device=torch.device(device),
-        )
+    errors = float8_problems(
+        model or tiny(),
+        PLAN,
+        float8=Float8(**({"recipe": "tensorwise", "emulate": True} | settings)),
+        parallel=parallel,
+        dims=ParallelDims.resolve(parallel, world_size),
+        device=torch.device(device),
     )
+    return [(error.keys[0], error.message) for error in errors]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from titan_lite.checkpoint.manifest import read_manifest
 from titan_lite.checkpoint.state import Start, find_start
+from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Checkpoint
 from titan_lite.config.units import format_scaled
 from titan_lite.runtime.stored_files import DamagedError, damaged_files
@@ -27,10 +28,11 @@ def agree_on_start(
     starts: list[tuple[int, str]] = [(0, "")] * dist.get_world_size()
     dist.all_gather_object(starts, (start.state.step, str(start.source)))
     if len(set(starts)) > 1:
-        raise ValueError(
+        raise SettingError(
+            "job.dump_folder",
             f"ranks found different checkpoints in {folder} (by rank, 0 for none: "
             f"{[step for step, _ in starts]}): job.dump_folder must be on a file system that all "
-            "nodes share"
+            "nodes share",
         )
     damaged: dict[Path, DamagedError] = {}
     while start.source is not None and (sentences := _damage(start.source)):
@@ -48,10 +50,11 @@ def agree_on_data(settings: Mapping[str, Any]) -> None:
     for rank, theirs in enumerate(told):
         for key, value in theirs.items():
             if value != told[0][key]:
-                raise ValueError(
+                raise SettingError(
+                    ("data.dataset", "data.dataset_path", "data.sources"),
                     f"ranks read different data: {key} is {told[0][key]!r} on rank 0 and {value!r} "
                     f"on rank {rank}; the files of data.dataset_path or data.sources must be the "
-                    "same on all nodes"
+                    "same on all nodes",
                 )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_lite.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
-from titan_lite.config.problems import did_you_mean, nearest, quote
+from titan_lite.config.problems import SettingError, about, did_you_mean, nearest, quote
 from titan_lite.config.schema import Checkpoint
 from titan_lite.runtime.stored_files import DamagedError, damaged_files
 from titan_lite.runtime.writing import writing
@@ -107,12 +107,10 @@ def find_start(
         return Start()
     source = Path(section.initial_load_path).expanduser()
     if newest := newest_below(source):
-        raise ValueError(f"checkpoint.initial_load_path must name one checkpoint, as {newest}")
+        raise SettingError("checkpoint.initial_load_path", f"must name one checkpoint, as {newest}")
     content = "model" if section.initial_load_model_only else "run"
-    try:
+    with about("checkpoint.initial_load_path"):
         manifest = _manifest_of(source)
-    except DamagedError as error:
-        raise DamagedError(f"{error} (checkpoint.initial_load_path)") from error
     return _start(source, manifest, content, resumes=False)
 
 
@@ -162,9 +160,10 @@ def _start(source: Path, manifest: Manifest, content: str, *, resumes: bool) -> 
         return Start(source=source, manifest=manifest, content=content)
     if content == "run" and manifest.content != "run":
         if not resumes:
-            raise ValueError(
+            raise SettingError(
+                "checkpoint.initial_load_model_only",
                 f"{source} holds weights only, from which no run can go on: set "
-                "checkpoint.initial_load_model_only = true to begin another run with them"
+                "checkpoint.initial_load_model_only = true to begin another run with them",
             )
         raise ValueError(
             f"{source} holds weights only (last_save_model_only), from which no run can "

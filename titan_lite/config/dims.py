@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
+from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Parallel
 
 
@@ -26,20 +27,23 @@ class ParallelDims:
     def resolve(cls, parallel: Parallel, world_size: int) -> ParallelDims:
         """The degrees of a world, `dp_shard = -1` taking what the others leave.
 
-        Raises ValueError, with the numbers, when the degrees do not multiply to the world size.
+        Raises SettingError, with the numbers, when they do not multiply to the world size.
         """
         degrees = {axis: getattr(parallel, axis) for axis in cls.AXES}
+        keys = ("parallel.dp_shard", *(f"parallel.{axis}" for axis in cls.AXES))
         given = {axis: degree for axis, degree in degrees.items() if degree != -1}
         product = math.prod(given.values())
         factors = " x ".join(f"{axis} ({degree})" for axis, degree in given.items())
         if len(given) == len(degrees) and product != world_size:
-            raise ValueError(
-                f"the world size is {world_size}, but the degrees multiply to {product}: {factors}"
+            raise SettingError(
+                keys,
+                f"the world size is {world_size}, but the degrees multiply to {product}: {factors}",
             )
         if world_size < 1 or world_size % product:
-            raise ValueError(
+            raise SettingError(
+                keys,
                 f"the world size {world_size} is not a multiple of {factors} = {product}, "
-                "so dp_shard = -1 has nothing to become"
+                "so dp_shard = -1 has nothing to become",
             )
         return cls(**{"dp_shard": world_size // product, **given})
 

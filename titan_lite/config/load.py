@@ -1,11 +1,11 @@
 """TOML files and command-line overrides become one frozen Config that knows its origins."""
 
+import contextlib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from titan_lite.config.problems import (
     SOURCES,
     ConfigError,
     Problem,
+    SettingError,
+    SettingErrors,
     did_you_mean,
     literal,
     near_file,
@@ -34,7 +36,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["ConfigError", "LoadedConfig", "Problem", "load_config", "read_config"]
+__all__ = ["ConfigError", "LoadedConfig", "Problem", "load_config"]
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -47,21 +49,23 @@ class LoadedConfig:
 
     config: Config
     origins: dict[str, str]
-    problems: tuple[Problem, ...] = ()
-    """What was left out of the Config, and why; a run needs there to be none."""
 
-    @cached_property
-    def in_doubt(self) -> frozenset[str]:
-        """Keys that a problem may keep from the value that was meant: no rule judges them."""
-        if any(problem.key.rpartition(".")[2] in ("", "extends") for problem in self.problems):
-            # A file is missing as a whole; what the command line says stands above any file.
-            lost = {key for key in KEYS if self.origins[key] != COMMAND_LINE}
-        else:
-            lost = set()
-        names = {name for problem in self.problems for name in (problem.key, *problem.meant)}
-        return frozenset(
-            lost | {key for key in KEYS if key in names or key.partition(".")[0] in names}
-        )
+    @contextlib.contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Turns SettingErrors into the ConfigError that a user reads."""
+        try:
+            yield
+        except (SettingError, SettingErrors) as error:
+            raise ConfigError(map(self._problem, error.errors)) from error
+
+    def _problem(self, error: SettingError) -> Problem:
+        given = [key for key in error.keys if self.origin(key) != DEFAULT]
+        key = given[-1] if given else error.keys[0]
+        return Problem(key, self.origin(key), error.message)
+
+    def origin(self, key: str) -> str:
+        """Where a value comes from; those of a source, as data.sources.NAME.split, come with it."""
+        return self.origins[".".join(key.split(".")[:2])]
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -71,31 +75,23 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Loade
     where it is none. Without a path the defaults are the base.
     Raises ConfigError with every problem of every layer, those of overridden values included.
     """
-    loaded = read_config(path, overrides)
-    if loaded.problems:
-        raise ConfigError(loaded.problems)
-    return loaded
-
-
-def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> LoadedConfig:
-    """As load_config, but problems are kept beside the valid part, for the rules to add theirs.
-
-    models.rules.check raises them all together.
-    """
     problems: list[Problem] = []
     layers = [] if path is None else _read_layers(os.fspath(path), [], problems)
     for override in overrides:
         if tables := _parse_override(override, problems):
             layers.append((COMMAND_LINE, tables))
+    for source, tables in layers:
+        problems += _problems_of(source, tables)
+    if problems:
+        raise ConfigError(problems)
 
     merged: dict[str, dict[str, Any]] = {section: {} for section in FIELDS}
     origins = dict.fromkeys(KEYS, DEFAULT)
     for source, tables in layers:
-        problems += _take_problems(source, tables)
         for section, table in tables.items():
             merged[section] |= table
             origins.update({f"{section}.{key}": source for key in table})
-    return LoadedConfig(Config.model_validate(merged), origins, tuple(problems))
+    return LoadedConfig(Config.model_validate(merged), origins)
 
 
 def _read_layers(name: str, chain: list[str], problems: list[Problem]) -> list[tuple[str, Tables]]:
@@ -172,14 +168,14 @@ def _parse_override(override: str, problems: list[Problem]) -> Tables | None:
         shape = "expected --section.key=value"
         if key in FIELDS:
             message = f"{shape}; the table {key} cannot be overridden as a whole"
-            problems.append(Problem(override, COMMAND_LINE, message, (key,)))
+            problems.append(Problem(override, COMMAND_LINE, message))
             return None
         names = [key] if key in KEYS else nearest(key, KEYS)
         if not dot:
             names = [known for known in KEYS if known.endswith(f".{key}")] or names
         missing = "; the value is missing" if key in KEYS and not equals else ""
         message = f"{shape}{missing or did_you_mean([f'--{n}=' for n in names[:3]])}"
-        problems.append(Problem(override, COMMAND_LINE, message, tuple(names[:3])))
+        problems.append(Problem(override, COMMAND_LINE, message))
         return None
     return {section: {name: _parse_value(text)}}
 
@@ -192,8 +188,8 @@ def _parse_value(text: str) -> Any:
     return parsed["value"] if parsed.keys() == {"value"} else text
 
 
-def _take_problems(source: str, tables: Tables) -> list[Problem]:
-    """Takes what is wrong out of a layer: its problems, in words of problems.py, not pydantic's."""
+def _problems_of(source: str, tables: Tables) -> Iterator[Problem]:
+    """What is wrong with a layer, in words of problems.py, not pydantic's."""
     places: dict[tuple[str, ...], tuple[str, tuple[int | str, ...]]] = {}
     try:
         Config.model_validate(tables)
@@ -204,23 +200,16 @@ def _take_problems(source: str, tables: Tables) -> list[Problem]:
             # A misspelt key of a source explains the one that it lacks.
             if place not in places or details["type"] == "extra_forbidden":
                 places[place] = details["type"], details["loc"][2:]
-    problems = []
-    for place, (kind, inside) in places.items():
-        section, *key = place
-        meant: list[str] = []
-        match key:
-            case [name]:
-                content = tables[section].pop(name)
-                if FIELDS[section].get(name) is SOURCES:
-                    message = wrong_source(content, inside, kind)
-                elif kind == "extra_forbidden":
-                    message, meant = unknown_key(section, name)
-                else:
-                    message = wrong_value(section, name, content)
-            case _:
-                content = tables.pop(section)
-                message = f"expected a table, got {literal(content)}"
-                if section not in FIELDS:
-                    message, meant = unknown_table(section, content)
-        problems.append(Problem(".".join(place), source, message, tuple(meant)))
-    return problems
+    for (section, *key), (kind, inside) in places.items():
+        content = tables[section]
+        if not key and section in FIELDS:
+            message = f"expected a table, got {literal(content)}"
+        elif not key:
+            message = unknown_table(section, content)
+        elif FIELDS[section].get(key[0]) is SOURCES:
+            message = wrong_source(content[key[0]], inside, kind)
+        elif kind == "extra_forbidden":
+            message = unknown_key(section, key[0])
+        else:
+            message = wrong_value(section, key[0], content[key[0]])
+        yield Problem(".".join([section, *key]), source, message)

@@ -3,28 +3,25 @@
 from collections.abc import Iterator
 
 from titan_lite.config.dims import ParallelDims
-from titan_lite.config.problems import quote
+from titan_lite.config.problems import SettingError, quote
 from titan_lite.config.schema import Config, Parallel
 
-Broken = tuple[tuple[str, ...], str]
-"""The keys that a rule reads, the one to blame first, and what is wrong with them."""
 
-
-def parallel_rules(config: Config, dims: ParallelDims | None) -> Iterator[Broken]:
+def parallel_rules(config: Config, dims: ParallelDims | None) -> Iterator[SettingError]:
     """Every broken rule; without degrees, of those that hold for all of them."""
     parallel = config.parallel
     yield from _sequence(config.training.seq_len, parallel)
     if parallel.cp > 1 and parallel.cp_method == "ring" and config.data.masks_attention:
-        yield (
-            ("data.packing", "parallel.cp_method", "parallel.cp"),
+        yield SettingError(
+            "data.packing",
             f"{quote(config.data.packing)} attends to parts of a sample, parallel.cp_method "
             '"ring" to all of it; use "ulysses" or "all_gather"',
         )
     yield from _activation_checkpoint(config)
     yield from _async_tp(config)
     if parallel.tp > 1 and isinstance(parallel.reshard_after_forward, int):
-        yield (
-            ("parallel.reshard_after_forward", "parallel.tp"),
+        yield SettingError(
+            "parallel.reshard_after_forward",
             f"{parallel.reshard_after_forward}: FSDP2 does not regroup parameters that "
             f'parallel.tp ({parallel.tp}) has split; use "always" or "never"',
         )
@@ -35,32 +32,32 @@ def parallel_rules(config: Config, dims: ParallelDims | None) -> Iterator[Broken
         yield from _float8(config, dims)
 
 
-def _stages(config: Config) -> Iterator[Broken]:
+def _stages(config: Config) -> Iterator[SettingError]:
     """Whether the schedule has stages to its liking."""
     parallel, schedule = config.parallel, quote(config.parallel.pp_schedule)
     if parallel.splits_backward and config.compile.covers("model"):
-        yield (
-            ("parallel.pp_schedule", "compile.enable"),
+        yield SettingError(
+            "parallel.pp_schedule",
             f"{schedule} computes the gradients of inputs and of weights apart, which torch does "
             'not do for compiled blocks; use "Interleaved1F1B", or compile.enable = false',
         )
     if parallel.splits_backward and config.activation_checkpoint.mode == "selective_op":
-        yield (
-            ("parallel.pp_schedule", "activation_checkpoint.mode"),
+        yield SettingError(
+            "parallel.pp_schedule",
             f"{schedule} computes the gradients of inputs and of weights apart, and torch "
             'recomputes a "selective_op" block only once; use activation_checkpoint.mode = "full"',
         )
     if parallel.pp_split == "explicit":
         found, needed = len(parallel.pp_stage_modules), parallel.num_stages
         if found != needed or not all(parallel.pp_stage_modules):
-            yield (
-                ("parallel.pp_stage_modules", "parallel.pp", "parallel.pp_schedule"),
+            yield SettingError(
+                "parallel.pp_stage_modules",
                 f"{found} stages, of at least one module each, where {schedule} on "
                 f"{parallel.pp} ranks has {needed}",
             )
 
 
-def _micro_batches(config: Config, micro_steps: int, words: str) -> Iterator[Broken]:
+def _micro_batches(config: Config, micro_steps: int, words: str) -> Iterator[SettingError]:
     """Whether the schedule can run the micro-batches of a step."""
     parallel, pp = config.parallel, config.parallel.pp
     schedule = parallel.pp_schedule
@@ -68,76 +65,75 @@ def _micro_batches(config: Config, micro_steps: int, words: str) -> Iterator[Bro
     if count == -1:
         count = micro_steps
     elif micro_steps % count:
-        yield (
-            ("parallel.pp_micro_batches", "training.global_batch_size"),
+        yield SettingError(
+            "parallel.pp_micro_batches",
             f"{count} does not divide the {micro_steps} micro-batches of a step ({words})",
         )
         return
-    keys = ("training.global_batch_size", "parallel.pp_micro_batches", "parallel.pp_schedule")
     least = {"1F1B": pp, "DualPipeV": 2 * pp}.get(schedule, 1)
     multiple = pp if schedule in ("Interleaved1F1B", "InterleavedZeroBubble") else 1
     if count < least or count % multiple:
         fits = f"at least {least}" if count < least else f"a multiple of {multiple}"
         step = "a step" if parallel.pp_micro_batches == -1 else "a pass"
-        yield (
-            keys,
+        yield SettingError(
+            "training.global_batch_size",
             f"{quote(schedule)} on {pp} ranks runs {fits} micro-batches, and {step} has {count} "
             f"({words}); a smaller local_batch_size or a larger global_batch_size makes more",
         )
 
 
-def _sequence(seq_len: int, parallel: Parallel) -> Iterator[Broken]:
+def _sequence(seq_len: int, parallel: Parallel) -> Iterator[SettingError]:
     """The parts of a sequence that ranks hold are equal."""
     cp, tp = parallel.cp, parallel.tp
     if cp > 1 and parallel.cp_method == "ulysses" and seq_len % cp:
-        yield (
-            ("training.seq_len", "parallel.cp", "parallel.cp_method"),
+        yield SettingError(
+            "training.seq_len",
             f"{seq_len} is not divisible by parallel.cp ({cp})",
         )
     elif cp > 1 and parallel.cp_method != "ulysses" and seq_len % (2 * cp):
-        yield (
-            ("training.seq_len", "parallel.cp", "parallel.cp_method"),
+        yield SettingError(
+            "training.seq_len",
             f"{seq_len} is not divisible by 2 x parallel.cp ({cp}) = {2 * cp}",
         )
     elif tp > 1 and (seq_len // cp) % tp:
         local = f" / parallel.cp ({cp}) = {seq_len // cp}" if cp > 1 else ""
-        yield (
-            ("training.seq_len", "parallel.tp", "parallel.cp"),
+        yield SettingError(
+            "training.seq_len",
             f"{seq_len}{local} is not divisible by parallel.tp ({tp})",
         )
 
 
-def _activation_checkpoint(config: Config) -> Iterator[Broken]:
+def _activation_checkpoint(config: Config) -> Iterator[SettingError]:
     """What the modes of activation checkpointing need."""
     section = config.activation_checkpoint
     if section.mode == "memory_budget":
         if not config.compile.covers("model"):
-            yield (
-                ("activation_checkpoint.mode",),
+            yield SettingError(
+                "activation_checkpoint.mode",
                 '"memory_budget" is kept by the compiler: set compile.enable = true and '
                 'compile.components = ["model"], or use "selective_op"',
             )
         if config.parallel.tp > 1:
-            yield (
-                ("activation_checkpoint.mode",),
+            yield SettingError(
+                "activation_checkpoint.mode",
                 '"memory_budget": the compiler cannot tell the sizes of tensor-parallel '
                 f'activations (parallel.tp is {config.parallel.tp}); use "selective_op"',
             )
         if section.memory_budget == 1:
-            yield (
-                ("activation_checkpoint.memory_budget",),
+            yield SettingError(
+                "activation_checkpoint.memory_budget",
                 '1 recomputes nothing: use less, or mode = "none"',
             )
     if section.mode == "selective_op" and not section.save:
-        yield ("activation_checkpoint.save",), 'names nothing to save: use mode = "full"'
+        yield SettingError("activation_checkpoint.save", 'names nothing to save: use mode = "full"')
     if section.mode == "selective_op" and {"matmul", "every_second_matmul"} <= {*section.save}:
-        yield (
-            ("activation_checkpoint.save",),
+        yield SettingError(
+            "activation_checkpoint.save",
             'holds both "matmul" and "every_second_matmul"; use one of the two',
         )
 
 
-def _async_tp(config: Config) -> Iterator[Broken]:
+def _async_tp(config: Config) -> Iterator[SettingError]:
     """What async tensor parallel is made of."""
     parallel = config.parallel
     needs = (
@@ -148,31 +144,30 @@ def _async_tp(config: Config) -> Iterator[Broken]:
     )
     missing = [words for is_missing, words in needs if is_missing]
     if parallel.async_tp and missing:
-        yield (
-            ("parallel.async_tp",),
+        yield SettingError(
+            "parallel.async_tp",
             "the compiler overlaps the gathers and scatters of sequence parallel with matmuls: "
             f"set {' and '.join(missing)}",
         )
 
 
-def _layout(config: Config, dims: ParallelDims | None) -> Iterator[Broken]:
+def _layout(config: Config, dims: ParallelDims | None) -> Iterator[SettingError]:
     """Rules between the degrees and the other keys; without degrees, what holds for all of them."""
     training = config.training
-    batch_keys = ("training.global_batch_size", "training.local_batch_size")
     if dims is None:
         if training.global_batch_size != -1 and (
             training.global_batch_size % training.local_batch_size
         ):
-            yield (
-                batch_keys,
+            yield SettingError(
+                "training.global_batch_size",
                 f"{training.global_batch_size} is not a multiple of local_batch_size "
                 f"({training.local_batch_size})",
             )
         return
     micro = training.local_batch_size * dims.batch
     if training.global_batch_size != -1 and training.global_batch_size % micro:
-        yield (
-            batch_keys,
+        yield SettingError(
+            "training.global_batch_size",
             f"{training.global_batch_size} is not a multiple of local_batch_size "
             f"({training.local_batch_size}) x data-parallel degree ({dims.batch}) = {micro}",
         )
@@ -189,21 +184,21 @@ def _layout(config: Config, dims: ParallelDims | None) -> Iterator[Broken]:
     if not (1 < reshard < dims.fsdp and dims.fsdp % reshard == 0):
         sizes = [n for n in range(2, dims.fsdp) if dims.fsdp % n == 0]
         use = f"use one of {', '.join(map(str, sizes))}" if sizes else 'use "always" or "never"'
-        yield (
-            ("parallel.reshard_after_forward",),
+        yield SettingError(
+            "parallel.reshard_after_forward",
             f"{reshard} ranks are no smaller group that divides the {dims.fsdp} over which FSDP "
             f"shards; {use}",
         )
 
 
-def _float8(config: Config, dims: ParallelDims) -> Iterator[Broken]:
+def _float8(config: Config, dims: ParallelDims) -> Iterator[SettingError]:
     """What torchao's float8 linears and their gathers cannot do in any model."""
     float8, training, parallel = config.float8, config.training, config.parallel
     tokens = training.local_batch_size * training.seq_len // dims.cp
     # Of the three products of a linear, that of the weight gradient sums over the tokens.
     if float8.recipe in ("tensorwise", "rowwise") and tokens % 16:
-        yield (
-            ("training.seq_len",),
+        yield SettingError(
+            "training.seq_len",
             f"local_batch_size ({training.local_batch_size}) x seq_len ({training.seq_len}) / "
             f"cp ({dims.cp}) = {tokens} tokens is not divisible by 16, as float8 matrix products "
             'need; float8.recipe = "rowwise_gw_hp" does not sum over tokens in float8',
@@ -212,21 +207,21 @@ def _float8(config: Config, dims: ParallelDims) -> Iterator[Broken]:
         return
     key = "float8.fsdp_all_gather"
     if float8.recipe.startswith("rowwise"):
-        yield (
-            (key,),
+        yield SettingError(
+            key,
             f"a weight gathered in float8 has one scale, recipe {quote(float8.recipe)} needs one "
             'per row; use recipe "tensorwise"',
         )
     if isinstance(parallel.reshard_after_forward, int):
-        yield (
-            (key,),
+        yield SettingError(
+            key,
             "FSDP gathers no float8 weights from the smaller groups of "
             f"parallel.reshard_after_forward ({parallel.reshard_after_forward}); use "
             '"always" or "never"',
         )
     if parallel.cpu_offload:
-        yield (
-            (key,),
+        yield SettingError(
+            key,
             "the scales are lost when parallel.cpu_offload copies a weight to the device; "
             "use one of the two",
         )

@@ -1,12 +1,13 @@
 """What can be wrong in a configuration, in words: problems, their one block, and nearest names."""
 
+import contextlib
 import difflib
 import json
 import os
 import re
 import types
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import date, time
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -37,8 +38,6 @@ class Problem:
     key: str
     source: str
     message: str
-    meant: tuple[str, ...] = field(default=(), compare=False)
-    """Keys or tables that were probably meant by an unknown one."""
 
 
 class ConfigError(ValueError):
@@ -62,6 +61,73 @@ class ConfigError(ValueError):
             where = f"{key:<{width}} ({p.source})" if key else p.source
             lines.append(f"  {where}: {p.message}")
         return "\n".join(lines)
+
+
+class SettingError(ValueError):
+    """A setting that cannot work, raised where its key is known.
+
+    keys: the key to blame, or several: of these the last one that somebody set, else the first.
+    """
+
+    def __init__(self, keys: str | Sequence[str], message: str) -> None:
+        super().__init__(keys, message)
+        self.keys = (keys,) if isinstance(keys, str) else tuple(keys)
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.keys[0]}: {self.message}"
+
+    @property
+    def errors(self) -> tuple["SettingError", ...]:
+        """This one, where several may have been collected."""
+        return (self,)
+
+
+class SettingErrors(ValueError):
+    """Several SettingErrors, to be reported together."""
+
+    def __init__(self, errors: Sequence[SettingError]) -> None:
+        super().__init__(errors)
+        self.errors = tuple(errors)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.errors))
+
+
+@contextlib.contextmanager
+def about(key: str) -> Iterator[None]:
+    """Turns a ValueError or OSError inside into a SettingError of `key`, unless it has a key."""
+    try:
+        yield
+    except (SettingError, SettingErrors, ConfigError):
+        raise
+    except (ValueError, OSError) as error:
+        raise SettingError(key, str(error)) from error
+
+
+class Collector:
+    """Collects the SettingErrors of several checks."""
+
+    def __init__(self) -> None:
+        self.errors: list[SettingError] = []
+
+    @contextlib.contextmanager
+    def checking(self, key: str = "") -> Iterator[None]:
+        """Keeps the SettingErrors inside; with a key, also other errors, as `about` makes them."""
+        try:
+            with about(key) if key else contextlib.nullcontext():
+                yield
+        except (SettingError, SettingErrors) as error:
+            self.errors += error.errors
+
+
+@contextlib.contextmanager
+def collecting() -> Iterator[Collector]:
+    """Raises at its end, all together, what was collected."""
+    collector = Collector()
+    yield collector
+    if collector.errors:
+        raise SettingErrors(collector.errors)
 
 
 def nearest(name: str, candidates: Iterable[str], limit: int = 1) -> list[str]:
@@ -144,31 +210,31 @@ def literal(value: Any) -> str:
             return repr(value)
 
 
-def unknown_table(name: str, content: Any) -> tuple[str, list[str]]:
-    """Why a top-level name is wrong, and the keys or tables that were probably meant."""
+def unknown_table(name: str, content: Any) -> str:
+    """Why a top-level name is wrong."""
     if not isinstance(content, dict):
         homes = [f"{section}.{name}" for section, fields in FIELDS.items() if name in fields]
         names = (homes or nearest(name, KEYS))[:3]
-        return f"a key outside of any table{did_you_mean(names)}", names
+        return f"a key outside of any table{did_you_mean(names)}"
     if names := nearest(name, FIELDS):
-        return f"unknown table{did_you_mean(names)}", names
+        return f"unknown table{did_you_mean(names)}"
     names = [s for s, fields in FIELDS.items() if content and content.keys() <= fields.keys()][:3]
     hint = did_you_mean(names) or f"; the tables are {', '.join(FIELDS)}"
-    return f"unknown table{hint}", names
+    return f"unknown table{hint}"
 
 
-def unknown_key(section: str, key: str) -> tuple[str, list[str]]:
-    """Why a key of a known table is wrong, and the keys that were probably meant."""
+def unknown_key(section: str, key: str) -> str:
+    """Why a key of a known table is wrong."""
     if key == "extends":
-        return "extends stands at the top of a file, before the first [table]", []
+        return "extends stands at the top of a file, before the first [table]"
     elsewhere = [f"{other}.{key}" for other, fields in FIELDS.items() if key in fields]
     same = [f"{section}.{match}" for match in nearest(key, FIELDS[section], limit=3)]
     if names := elsewhere[:3] or same:
-        return f"unknown key{did_you_mean(names)}", names
+        return f"unknown key{did_you_mean(names)}"
     other_keys = {key: f"{other}.{key}" for other, fields in FIELDS.items() for key in fields}
     if names := [other_keys[match] for match in nearest(key, other_keys)]:
-        return f"unknown key{did_you_mean(names)}", names
-    return f"unknown key; [{section}] has {', '.join(FIELDS[section])}", []
+        return f"unknown key{did_you_mean(names)}"
+    return f"unknown key; [{section}] has {', '.join(FIELDS[section])}"
 
 
 def wrong_value(section: str, key: str, value: Any) -> str:

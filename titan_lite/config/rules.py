@@ -7,84 +7,53 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from titan_lite.config.dims import ParallelDims
-from titan_lite.config.load import DEFAULT, ConfigError, LoadedConfig, Problem
-from titan_lite.config.parallel_rules import Broken, parallel_rules
-from titan_lite.config.problems import how_to_fetch, literal, near_file, quote
+from titan_lite.config.parallel_rules import parallel_rules
+from titan_lite.config.problems import SettingError, how_to_fetch, literal, near_file, quote
 from titan_lite.config.schema import Config, Documents
 
 # Steps at the end of a period that the profiler records (profiling.profile_freq).
 PROFILED_STEPS = 3
-DEGREES = tuple(f"parallel.{axis}" for axis in ParallelDims.AXES)
 
 
-def check(loaded: LoadedConfig, world_size: int, *, with_files: bool = True) -> ParallelDims:
-    """The degrees of the run, after checking the configuration against itself and the world size.
-
-    with_files: whether the files that a run reads must be here. Raises ConfigError with every
-    problem of loading and every broken rule between keys that are not in doubt.
-    """
-    config = loaded.config
-    broken = [
-        *_single(config),
-        *_documents(config),
-        *(file_rules(config) if with_files else ()),
-    ]
-    dims = None
-    if loaded.in_doubt.isdisjoint(DEGREES):
-        try:
-            dims = ParallelDims.resolve(config.parallel, world_size)
-        except ValueError as error:
-            broken.append(((_degree_to_blame(loaded),), str(error)))
-    broken += parallel_rules(config, dims)
-    problems = [
-        *loaded.problems,
-        *(
-            Problem(keys[0], loaded.origins[keys[0]], message)
-            for keys, message in broken
-            if loaded.in_doubt.isdisjoint(keys)
-        ),
-    ]
-    if dims is None or problems:
-        raise ConfigError(problems)
-    return dims
+def config_rules(config: Config, dims: ParallelDims | None) -> Iterator[SettingError]:
+    """Broken rules between keys; without degrees, those that hold for any."""
+    yield from _single(config)
+    yield from _documents(config)
+    yield from parallel_rules(config, dims)
 
 
-def _degree_to_blame(loaded: LoadedConfig) -> str:
-    """The key to blame for a wrong product of degrees: the last one that somebody set."""
-    given = [key for key in DEGREES if loaded.origins[key] != DEFAULT]
-    return given[-1] if given else "parallel.dp_shard"
-
-
-def _single(config: Config) -> Iterator[Broken]:
+def _single(config: Config) -> Iterator[SettingError]:
     """Rules that need no world size."""
     training = config.training
     if training.param_dtype != "float16" and training.reduce_dtype == "float16":
-        yield (
-            ("training.reduce_dtype", "training.param_dtype"),
+        yield SettingError(
+            "training.reduce_dtype",
             '"float16" gradients vanish without loss scaling, which comes with param_dtype = '
             f'"float16"; param_dtype is {quote(training.param_dtype)}',
         )
     block, seq_len = config.data.packing_block, training.seq_len
     if config.data.packing == "fixed" and (seq_len % block or seq_len == block):
         wrong = "is all of" if seq_len == block else "does not divide"
-        yield (
-            ("data.packing", "data.packing_block", "training.seq_len"),
+        yield SettingError(
+            "data.packing",
             f'"fixed" cuts a sample into several blocks: data.packing_block ({block}) {wrong} '
             f'training.seq_len ({seq_len}); samples of one block are "concat"',
         )
     for beta in ("beta1", "beta2"):
         if getattr(config.optimizer, beta) == 1:
-            yield (f"optimizer.{beta}",), "1 never forgets, and divides by zero; use less than 1"
+            yield SettingError(
+                f"optimizer.{beta}", "1 never forgets, and divides by zero; use less than 1"
+            )
     yield from _checkpoint(config)
     profiling = config.profiling
     if profiling.enable_profiling and profiling.profile_freq < PROFILED_STEPS:
-        yield (
-            ("profiling.profile_freq", "profiling.enable_profiling"),
+        yield SettingError(
+            "profiling.profile_freq",
             f"{profiling.profile_freq} is shorter than the {PROFILED_STEPS} steps recorded "
             "in each period",
         )
     if config.metrics.enable_wandb and (lack := _lack_of_wandb()):
-        yield ("metrics.enable_wandb",), lack
+        yield SettingError("metrics.enable_wandb", lack)
 
 
 def _lack_of_wandb() -> str:
@@ -99,54 +68,54 @@ def _lack_of_wandb() -> str:
     return ""
 
 
-def _checkpoint(config: Config) -> Iterator[Broken]:
+def _checkpoint(config: Config) -> Iterator[SettingError]:
     """Rules of [checkpoint]."""
     section = config.checkpoint
     load_step = section.load_step
     asked = {"load_step": load_step, "initial_load_path": section.initial_load_path}
     for key, value in asked.items():
         if value not in ("latest", "", 0) and not section.enable:
-            yield (
-                (f"checkpoint.{key}", "checkpoint.enable"),
+            yield SettingError(
+                f"checkpoint.{key}",
                 f"{literal(value)} cannot be loaded: checkpoint.enable is false",
             )
     if isinstance(load_step, int) and load_step >= config.training.steps:
-        yield (
-            ("checkpoint.load_step", "training.steps"),
+        yield SettingError(
+            "checkpoint.load_step",
             f"{load_step} leaves nothing to train: training.steps is {config.training.steps}",
         )
     if section.last_save_hf and not section.enable:
-        yield (
-            ("checkpoint.last_save_hf", "checkpoint.enable"),
+        yield SettingError(
+            "checkpoint.last_save_hf",
             "true takes the weights from the last checkpoint, and checkpoint.enable is false",
         )
     if section.initial_load_hf and section.initial_load_path:
-        yield (
-            ("checkpoint.initial_load_hf", "checkpoint.initial_load_path"),
+        yield SettingError(
+            "checkpoint.initial_load_hf",
             f"the weights cannot be those of {quote(section.initial_load_path)} "
             "(initial_load_path), too",
         )
     if section.initial_load_hf and section.exclude_from_loading:
-        yield (
-            ("checkpoint.exclude_from_loading", "checkpoint.initial_load_hf"),
+        yield SettingError(
+            "checkpoint.exclude_from_loading",
             "initial_load_hf loads all parameters: titan-lite convert hf-to-dcp makes a checkpoint "
             "of them, for initial_load_path",
         )
     if section.keep_every % section.interval:
-        yield (
-            ("checkpoint.keep_every", "checkpoint.interval"),
+        yield SettingError(
+            "checkpoint.keep_every",
             f"{section.keep_every} is not a multiple of checkpoint.interval ({section.interval}): "
             "most of these steps are never saved",
         )
     if Path(os.path.normpath(section.folder)).parts[:1] == ("..",):
-        yield (
-            ("checkpoint.folder",),
+        yield SettingError(
+            "checkpoint.folder",
             f"{quote(section.folder)} is outside of job.dump_folder: write an absolute path if "
             "that is what you want",
         )
 
 
-def _documents(config: Config) -> Iterator[Broken]:
+def _documents(config: Config) -> Iterator[SettingError]:
     """What is read, and what is held out of it."""
     data, validation = config.data, config.validation
     mixed_or_files = "data.dataset_path" if data.dataset_path else "data.sources"
@@ -155,24 +124,26 @@ def _documents(config: Config) -> Iterator[Broken]:
         and (data.dataset_path or data.sources)
         and not (validation.dataset or validation.dataset_path)
     ):
-        yield (
-            ("validation.enable", "validation.dataset_path", mixed_or_files),
+        yield SettingError(
+            "validation.enable",
             f"nothing is held out: beside {mixed_or_files}, set validation.dataset_path or "
             "validation.dataset",
         )
     names = [source.name for source in data.sources]
     for name in sorted({name for name in names if names.count(name) > 1}):
-        yield ("data.sources",), f"{names.count(name)} sources have the name {quote(name)}"
+        yield SettingError(
+            "data.sources", f"{names.count(name)} sources have the name {quote(name)}"
+        )
     for key, field in Documents.model_fields.items():
         value = getattr(data, key)
         if data.sources and value != field.default:
-            yield (
-                (f"data.{key}", "data.sources"),
+            yield SettingError(
+                f"data.{key}",
                 f"{quote(value)} is not read beside data.sources: make it a key of one of them",
             )
 
 
-def file_rules(config: Config) -> Iterator[Broken]:
+def file_rules(config: Config) -> Iterator[SettingError]:
     """Paths that must exist, or must not, where the run is started."""
     paths = [(f"{name}.dataset_path", getattr(config, name)) for name in ("data", "validation")]
     paths += [
@@ -187,29 +158,33 @@ def file_rules(config: Config) -> Iterator[Broken]:
         # absolute patterns.
         found = found or "**" in Path(dataset).parts or bool(glob.glob(dataset))  # noqa: PTH207
         if dataset and not found:
-            yield ("data.sources" if "sources" in key else key,), _missing("file", path, key)
+            yield SettingError(key, _missing("file", path, key))
     checkpoint = config.checkpoint
     tokenizer = config.data.tokenizer_path
     if tokenizer and not os.path.exists(os.path.expanduser(tokenizer)):  # noqa: PTH110, PTH111
-        yield ("data.tokenizer_path",), _missing("file", tokenizer, "data.tokenizer_path")
+        yield SettingError(
+            "data.tokenizer_path", _missing("file", tokenizer, "data.tokenizer_path")
+        )
     for key in ("initial_load_path", "initial_load_hf"):
         folder = getattr(checkpoint, key)
         if folder and not os.path.isdir(os.path.expanduser(folder)):  # noqa: PTH111, PTH112
             key = f"checkpoint.{key}"
-            yield (key,), _missing("folder", folder, key)
+            yield SettingError(key, _missing("folder", folder, key))
     if not config.job.dump_folder:
-        yield ("job.dump_folder",), 'is empty: "." is the folder in which the run is started'
+        yield SettingError(
+            "job.dump_folder", 'is empty: "." is the folder in which the run is started'
+        )
     if not checkpoint.folder:
-        yield ("checkpoint.folder",), 'is empty: "." is job.dump_folder itself'
+        yield SettingError("checkpoint.folder", 'is empty: "." is job.dump_folder itself')
     dump_folder = Path(os.path.expanduser(config.job.dump_folder))  # noqa: PTH111
     wrong = _unwritable(dump_folder)
     if wrong:
-        yield ("job.dump_folder",), wrong
+        yield SettingError("job.dump_folder", wrong)
     if checkpoint.enable:
         also_wrong = _unwritable(dump_folder / os.path.expanduser(checkpoint.folder))  # noqa: PTH111
         # One below the run's folder cannot be written for the same reason.
         if also_wrong not in ("", wrong):
-            yield ("checkpoint.folder",), also_wrong
+            yield SettingError("checkpoint.folder", also_wrong)
 
 
 def _missing(what: str, given: str, key: str) -> str:

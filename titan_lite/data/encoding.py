@@ -22,7 +22,7 @@ class Encoded:
     lengths: npt.NDArray[np.int64]
     tokens: npt.NDArray[Any]
     bytes: int
-    reasons: dict[int, str]
+    reasons: dict[int, BadDocument]
     """Why rows cannot be used, by their index."""
 
 
@@ -39,7 +39,7 @@ class Encoder:
             try:
                 texts.append(text_of(row, self.kind, self._field))
             except BadDocument as error:
-                uses[index], reasons[index] = BAD, str(error)
+                uses[index], reasons[index] = BAD, error
         documents = self._tokenizer.encode_documents(texts)
         lengths = np.zeros(len(rows), np.int64)
         lengths[uses == GOOD] = [len(document) for document in documents]

@@ -73,23 +73,21 @@ def find_files(path: Path, chosen: str) -> list[Path]:
     whose documents are in files of other formats.
     """
     # A name that exists is taken as it is, whatever characters it has.
-    names = [path] if os.path.lexists(path) else _matches(path, chosen)
+    names = [path] if os.path.lexists(path) else _matches(path)
     files: list[Path] = []
     for name in names:
         files += _files_of_folder(name, chosen) if name.is_dir() else [name]
     files = _without_aliases(files, chosen)
     for file in files:
-        _check(file, chosen)
+        _check(file)
     return files
 
 
-def folder_of_split(path: Path, split: str, table: str, chosen: str) -> Path:
-    """Where DatasetDict.save_to_disk wrote a split; table: that chose it, for messages."""
-    splits = _read_json(path / _SPLITS, chosen).get("splits")
+def folder_of_split(path: Path, split: str) -> Path:
+    """Where DatasetDict.save_to_disk wrote a split."""
+    splits = _read_json(path / _SPLITS).get("splits")
     if not isinstance(splits, list) or split not in splits:
-        raise ValueError(
-            f"{table}.split={split!r} is not one of the splits of {path}, which are {splits}"
-        )
+        raise ValueError(f"{split!r} is not one of the splits of {path}, which are {splits}")
     return path / split
 
 
@@ -104,40 +102,40 @@ def signature(file: Path) -> str:
     state = file.parent / _STATE
     rows = ""
     if format_of(file) == "arrow" and state.is_file():
-        rows = f" {_read_json(state, str(file.parent)).get('_fingerprint')}"
+        rows = f" {_read_json(state).get('_fingerprint')}"
     return f"{file.name} {size}{rows}"
 
 
-def _saved_files(folder: Path, chosen: str) -> set[Path]:
+def _saved_files(folder: Path) -> set[Path]:
     """The data of a saved dataset: its own list, since map() keeps caches beside it."""
-    state = _read_json(folder / _STATE, chosen)
+    state = _read_json(folder / _STATE)
     if state.get("_indices_data_files"):
         raise ValueError(
-            f"{chosen}: {folder} holds a selection of rows, written by an old version of datasets: "
+            f"{folder} holds a selection of rows, written by an old version of datasets: "
             "load it with datasets.load_from_disk and save it again"
         )
     try:
         return {folder / data_file["filename"] for data_file in state["_data_files"]}
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{chosen}: {folder / _STATE} is damaged: {error!r}") from None
+        raise ValueError(f"{folder / _STATE} is damaged: {error!r}") from None
 
 
-def _read_json(file: Path, chosen: str) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise ValueError(f"{chosen}: {file} is not a regular file")
+        raise ValueError(f"{file} is not a regular file")
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{chosen}: cannot read {file}: {error}") from error
+        raise ValueError(f"cannot read {file}: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{chosen}: {file} is damaged: expected a JSON object")
+        raise ValueError(f"{file} is damaged: expected a JSON object")
     return content
 
 
 def _files_of_folder(folder: Path, chosen: str) -> list[Path]:
     """The documents below a folder, in order; the rest is companions, or is warned about."""
     files, others, companions = [], [], []
-    for file in sorted(_below(folder, chosen)):
+    for file in sorted(_below(folder)):
         if _is_companion(file):
             companions.append(file)
         elif format_of(file) and not _is_marked(file):
@@ -156,11 +154,11 @@ def _files_of_folder(folder: Path, chosen: str) -> list[Path]:
             )
             if rest
         ]
-        raise ValueError("; ".join([f"{chosen} holds no file ending in {KNOWN}", *reasons]))
+        raise ValueError("; ".join([f"{folder} holds no file ending in {KNOWN}", *reasons]))
     formats = {format_of(file) for file in files}
     if formats == {"text"} and (unread := [file for file in others if not _is_marked(file)]):
         raise ValueError(
-            f"{chosen} holds text ({_some(files, folder)}) next to what cannot be read "
+            f"{folder} holds text ({_some(files, folder)}) next to what cannot be read "
             f"({_some(unread, folder)}): if the text is the documents, name it by a glob"
         )
     names = "\n".join(str(file.relative_to(folder)) for file in files)
@@ -190,7 +188,7 @@ def _files_of_folder(folder: Path, chosen: str) -> list[Path]:
     return files
 
 
-def _matches(pattern: Path, chosen: str) -> list[Path]:
+def _matches(pattern: Path) -> list[Path]:
     """Paths that a glob names; of all that is below a folder, only files."""
     parts = pattern.parts
     if "**" not in parts:
@@ -199,15 +197,13 @@ def _matches(pattern: Path, chosen: str) -> list[Path]:
     place = parts.index("**")
     rest = parts[place + 1 :] or ("*",)
     matches = []
-    for folder in filter(Path.is_dir, _matches(Path(*parts[:place]), chosen)):
-        for path, _, _ in _walk(folder, chosen, hidden=(".",)):
-            matches += _matches(Path(glob.escape(str(path)), *rest), chosen)
+    for folder in filter(Path.is_dir, _matches(Path(*parts[:place]))):
+        for path, _, _ in _walk(folder, hidden=(".",)):
+            matches += _matches(Path(glob.escape(str(path)), *rest))
     return matches if parts[-1] != "**" else [match for match in matches if not match.is_dir()]
 
 
-def _walk(
-    folder: Path, chosen: str, hidden: tuple[str, ...]
-) -> Iterator[tuple[Path, list[str], list[str]]]:
+def _walk(folder: Path, hidden: tuple[str, ...]) -> Iterator[tuple[Path, list[str], list[str]]]:
     """As os.walk, in an order of its own. Linked folders are entered, each folder once."""
     entered: set[str] = set()
     folders, linked = deque([folder]), deque[Path]()
@@ -221,7 +217,7 @@ def _walk(
         try:
             entries = sorted(os.scandir(path), key=lambda entry: entry.name)
         except OSError as error:
-            raise ValueError(f"{chosen}: cannot list {path}: {error.strerror}") from error
+            raise ValueError(f"cannot list {path}: {error.strerror}") from error
         for entry in entries:
             file = path / entry.name
             if not (file.is_dir() if entry.is_symlink() else entry.is_dir()):
@@ -238,17 +234,17 @@ def _walk(
         yield path, inner, files
 
 
-def _below(folder: Path, chosen: str) -> Iterator[Path]:
+def _below(folder: Path) -> Iterator[Path]:
     """Files below a folder, and folders that are not entered.
 
     Names that begin with . or _ are not data, as in Hive; the latter are passed on to be named.
     """
-    for path, inner, files in _walk(folder, chosen, hidden=(".", "_")):
+    for path, inner, files in _walk(folder, hidden=(".", "_")):
         if shard_files(0)[0] in files:
-            raise ValueError(f"{chosen}: {path} holds tokens: name this folder itself")
+            raise ValueError(f"{path} holds tokens: name this folder itself")
         if _SPLITS in files:
-            raise ValueError(f"{chosen}: {path} holds several splits: name this folder itself")
-        saved = _saved_files(path, chosen) if {_STATE, _INFO} <= set(files) else set()
+            raise ValueError(f"{path} holds several splits: name this folder itself")
+        saved = _saved_files(path) if {_STATE, _INFO} <= set(files) else set()
         yield from saved
         names = [name for name in files if not name.startswith(".")]
         names += [name for name in inner if name.startswith("_")]
@@ -296,26 +292,24 @@ def _without_aliases(files: Iterable[Path], chosen: str) -> list[Path]:
     return sorted(kept)
 
 
-def _check(file: Path, chosen: str) -> None:
+def _check(file: Path) -> None:
     """ValueError for a file that cannot be opened, waits for a writer, or is of no known format."""
     try:
         status = file.stat()
     except OSError as error:
         reason = "is a link that leads to no file" if file.is_symlink() else "is missing"
-        raise ValueError(f"{chosen}: {file} {reason}") from error
+        raise ValueError(f"{file} {reason}") from error
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{chosen}: {file} is not a regular file")
+        raise ValueError(f"{file} is not a regular file")
     if not format_of(file):
-        raise ValueError(
-            f"{chosen}: unknown format of {file.name!r}, expected a name ending in {KNOWN}"
-        )
+        raise ValueError(f"unknown format of {file.name!r}, expected a name ending in {KNOWN}")
     if not os.access(file, os.R_OK):
-        raise ValueError(f"{chosen}: no permission to read {file}")
+        raise ValueError(f"no permission to read {file}")
     if 0 < status.st_size < _LFS_LIMIT:
         with file.open("rb") as opened:
             if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
                 raise ValueError(
-                    f"{chosen}: {file} is a pointer of Git LFS instead of the file: fetch it with "
+                    f"{file} is a pointer of Git LFS instead of the file: fetch it with "
                     "git lfs pull"
                 )
 

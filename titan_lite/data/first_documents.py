@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data, Documents
 from titan_lite.data.mixture import Mixture
 from titan_lite.data.readers import TextReader, TokenReader
@@ -37,12 +38,12 @@ def check_documents(
                 break
             num_read, num_good = num_read + size, num_good + len(good)
         if num_read > 0 and num_good == 0:
-            raise ValueError(
-                f"{source.key}: none of the {num_read} documents of {source.name} could be used"
+            raise SettingError(
+                source.key, f"none of the {num_read} documents of {source.name} could be used"
             )
         # Of fewer documents than streams, those of the last streams have none.
         if (total := reader.count(section.num_streams)) <= max(streams, default=0):
-            raise ValueError(too_few(source, total, section.num_streams))
+            raise too_few(source, total, section.num_streams)
 
 
 def _reader(source: Source, section: Data, tokenizer: Tokenizer) -> TextReader | TokenReader:

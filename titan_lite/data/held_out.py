@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data, Documents, Validation
 from titan_lite.data.packing import IGNORED, Packing, Row, Rows
 from titan_lite.data.sources import (
@@ -55,11 +56,11 @@ def resolve_held_out(validation: Validation, data: Data) -> Source:
     source = resolve_source(documents_held_out(validation, data), "validation", skip=skip)
     sources = resolve_sources(data)
     if source.documents in [trained.documents for trained in sources]:
-        raise ValueError(f"{source.key}: {source.name} is what [data] trains on, not held out")
+        raise SettingError(source.key, f"{source.name} is what [data] trains on, not held out")
     trained_files = {os.path.realpath(file) for trained in sources for file in trained.files}
     for file in source.files:
         if os.path.realpath(file) in trained_files:
-            raise ValueError(f"{source.key}: [data] trains on {file}, too")
+            raise SettingError(source.key, f"[data] trains on {file}, too")
     return source
 
 
@@ -136,9 +137,10 @@ def held_out_rows(
     for sample in range(validation.steps * global_batch_size):
         row = stream.row(sample)
         if stream.position.block.epoch > 0:
-            raise ValueError(
-                f"validation.steps={validation.steps} batches of {global_batch_size} samples of "
+            raise SettingError(
+                "validation.steps",
+                f"{validation.steps} batches of {global_batch_size} samples of "
                 f"{seq_len} tokens are more than {source.name} holds: it has "
-                f"{sample // global_batch_size}"
+                f"{sample // global_batch_size}",
             )
         yield row

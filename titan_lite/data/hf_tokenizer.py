@@ -13,6 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import WordPiece
 
+from titan_lite.config.problems import SettingError
 from titan_lite.data.special_tokens import read_beside, special_tokens
 from titan_lite.data.tokenizer import Tokenizer, Tokens, begins_word, warn_of_lost_space
 
@@ -136,14 +137,14 @@ def _read(file: Path, content: bytes) -> Backend:
         for text in _PROBES:
             backend.encode(text, add_special_tokens=False)
     except UnicodeDecodeError as error:
-        raise ValueError(f"data.tokenizer_path: {file} is not UTF-8: {error.reason}") from None
+        raise SettingError("data.tokenizer_path", f"{file} is not UTF-8: {error.reason}") from None
     # The library raises nothing more specific.
     except Exception as error:
-        raise ValueError(
-            f"data.tokenizer_path: {file} is no tokenizer.json of Hugging Face: {error}"
+        raise SettingError(
+            "data.tokenizer_path", f"{file} is no tokenizer.json of Hugging Face: {error}"
         ) from None
     if not backend.get_vocab_size():
-        raise ValueError(f"data.tokenizer_path: {file} has no tokens")
+        raise SettingError("data.tokenizer_path", f"{file} has no tokens")
     return backend
 
 

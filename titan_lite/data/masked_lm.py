@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import MaskedLM
 from titan_lite.data.packing import IGNORED, Ints, MakeRow, Mark, Row
 from titan_lite.data.tokenizer import Tokenizer, Tokens
@@ -56,10 +57,11 @@ class Draws:
 def mask_of(tokenizer: Tokenizer) -> int:
     """The token for what is masked; ValueError where a tokenizer has none."""
     if tokenizer.mask_id is None:
-        raise ValueError(
-            "data.tokenizer_path: this tokenizer has no token for what is masked, which a masked "
+        raise SettingError(
+            "data.tokenizer_path",
+            "this tokenizer has no token for what is masked, which a masked "
             'language model needs: name one in a tokenizer_config.json beside it, {"mask_token": '
-            '"..."}'
+            '"..."}',
         )
     return tokenizer.mask_id
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy.typing as npt
 
+from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data
 from titan_lite.data.documents import BadDocument, text_of
 from titan_lite.data.file_rows import FileRows, place_of
@@ -73,15 +74,13 @@ class TextReader:
     def read(self, size: int) -> tuple[int, list[str]]:
         with reading(self._source):
             rows = list(itertools.islice(self._rows, size))
-        texts, source = [], self._source
-        # The table of the key that chose the source has the field's, too.
-        key = f"{source.key.rpartition('.')[0]}.text_field"
+        texts = []
         for row in rows:
             try:
-                texts.append(text_of(row, source.kind, self._section.text_field, key))
+                texts.append(text_of(row, self._source.kind, self._section.text_field))
                 self._judge.good()
             except BadDocument as error:
-                self._judge.bad(row, str(error))
+                self._judge.bad(row, error)
         return len(rows), texts
 
     def encode(self, documents: Sequence[str]) -> Sequence[npt.NDArray[Any]]:
@@ -132,17 +131,20 @@ class Judge:
         """A document can be used."""
         self._in_a_row = 0
 
-    def bad(self, row: dict[str, Any], reason: str) -> None:
-        """One cannot: raises ValueError naming its place, unless it is to be left out."""
+    def bad(self, row: dict[str, Any], error: BadDocument) -> None:
+        """One cannot: raises SettingError naming its place, unless it is to be left out."""
         source = self._source
         self._in_a_row += 1
         too_many = self._in_a_row == MAX_BAD_IN_A_ROW
         if self._skip and not too_many:
             if self._in_a_row == 1:
-                logger.warning("A document of %s was skipped: %s", source.name, reason)
+                logger.warning("A document of %s was skipped: %s", source.name, error)
             return
         place = place_of(row, source.files)
-        raise ValueError(
-            f"{source.key}: {place or f'a document of {source.name}'}: {reason}; "
-            + (f"{self._in_a_row} in a row" if too_many else SKIP_HINT)
+        # The table of the key that chose the source has the field's, too.
+        table = source.key.rpartition(".")[0]
+        raise SettingError(
+            f"{table}.text_field" if error.names_field else source.key,
+            f"{place or f'a document of {source.name}'}: {error}; "
+            + (f"{self._in_a_row} in a row" if too_many else SKIP_HINT),
         )

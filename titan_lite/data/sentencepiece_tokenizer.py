@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from titan_lite.config.problems import SettingError
 from titan_lite.data.special_tokens import read_beside, special_tokens
 from titan_lite.data.tokenizer import Tokenizer, Tokens, begins_word, warn_of_lost_space
 
@@ -72,14 +73,14 @@ def _read(file: Path, content: bytes) -> "SentencePieceProcessor":
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError:
-        raise ValueError(
-            f"data.tokenizer_path: {file} is a sentencepiece model: pip install "
-            "sentencepiece to read it"
+        raise SettingError(
+            "data.tokenizer_path",
+            f"{file} is a sentencepiece model: pip install sentencepiece to read it",
         ) from None
     try:
         return SentencePieceProcessor(model_proto=content)
     except RuntimeError:
-        raise ValueError(
-            f"data.tokenizer_path: {file} begins as a sentencepiece model and is none: damaged, or "
-            "cut short"
+        raise SettingError(
+            "data.tokenizer_path",
+            f"{file} begins as a sentencepiece model and is none: damaged, or cut short",
         ) from None

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data
 from titan_lite.data.packing import Rows
 from titan_lite.data.sources import Source
@@ -37,10 +38,13 @@ def data_settings(
 
 def check_data_settings(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Raises ValueError naming each setting that differs from the checkpoint's."""
-    differing = [
-        f"{key} was {saved.get(key)!r} and is {value!r}"
+    differing = {
+        key: f"{key} was {saved.get(key)!r} and is {value!r}"
         for key, value in settings.items()
         if value != saved.get(key)
-    ]
+    }
     if differing:
-        raise ValueError(f"cannot resume the data of another run: {'; '.join(differing)}")
+        raise SettingError(
+            ("checkpoint.load_step", *(key for key in differing if "." in key)),
+            f"cannot resume the data of another run: {'; '.join(differing.values())}",
+        )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titan_lite.config.problems import how_to_fetch
+from titan_lite.config.problems import SettingError, about, how_to_fetch, one_of, quote
 from titan_lite.config.schema import Data, Documents
 from titan_lite.data.assets import bundled_asset
 from titan_lite.data.documents import Kind
@@ -81,7 +81,7 @@ def resolve_source(section: Documents, table: str = "data", *, skip: bool = Fals
     """
     if section.dataset_path:
         key = f"{table}.dataset_path"
-        chosen = f"{key}={section.dataset_path!r}"
+        chosen = f"{key} = {quote(section.dataset_path)}"
         # os.path: leaves a ~user that does not exist, where Path raises.
         path = Path(os.path.expanduser(section.dataset_path))  # noqa: PTH111
         if is_token_folder(path):
@@ -89,29 +89,34 @@ def resolve_source(section: Documents, table: str = "data", *, skip: bool = Fals
             return _stored_source(path, key)
         if has_splits(path):
             _refuse(section, ("subset",), chosen, table)
-            path = folder_of_split(path, section.split, table, chosen)
+            with about(f"{table}.split"):
+                path = folder_of_split(path, section.split)
         else:
             _refuse(section, ("subset", "split"), chosen, table)
-        files = find_files(path, chosen)
-        if not files:
-            fetch = how_to_fetch(section.dataset_path, key)
-            raise ValueError(f"{chosen} matches no file{fetch}")
-        if skip:
-            files = _readable(tuple(files), chosen)
+        with about(key):
+            files = find_files(path, chosen)
+            if not files:
+                fetch = how_to_fetch(section.dataset_path, key)
+                raise ValueError(f"{quote(section.dataset_path)} matches no file{fetch}")
+            if skip:
+                files = _readable(tuple(files), chosen)
         return _files_source(section, key, files)
     key = f"{table}.dataset"
     if section.dataset == "bundled":
-        _refuse(section, ("subset",), f"{key}='bundled'", table)
+        _refuse(section, ("subset",), f'{key} = "bundled"', table)
         if section.split not in BUNDLED_SPLITS:
-            raise ValueError(
-                f"{table}.split={section.split!r}: the bundled corpus has "
-                f"{' and '.join(BUNDLED_SPLITS)}"
+            raise SettingError(
+                f"{table}.split",
+                f"must be {one_of([quote(split) for split in BUNDLED_SPLITS])} for the bundled "
+                f"corpus, got {quote(section.split)}",
             )
         path = bundled_asset(f"corpus/{section.split}.jsonl")
         bundled = section.model_copy(update={"dataset_path": f"bundled corpus ({section.split})"})
         return _files_source(bundled, key, [path])
     if Path(section.dataset).exists():
-        raise ValueError(f"{key}={section.dataset!r} is a local path: set {key}_path to read it")
+        raise SettingError(
+            key, f"{quote(section.dataset)} is a local path: set {key}_path to read it"
+        )
     hub_name, subset = PRESETS.get(section.dataset, (section.dataset, ""))
     subset = section.subset or subset
     name = " ".join(filter(None, (hub_name, subset, section.split)))
@@ -145,18 +150,19 @@ def reading(source: Source) -> Iterator[None]:
     try:
         yield
     except UnreadableError as error:
-        raise ValueError(f"{source.key}: {error}") from error
+        raise SettingError(source.key, f"{error}") from error
     except StopIteration:  # datasets looks for the fields in the first document
-        raise ValueError(f"{source.key}: {source.name} holds no documents") from None
+        raise SettingError(source.key, f"{source.name} holds no documents") from None
     except ConnectionError as error:
-        raise ValueError(
-            f"{source.key}: the Hugging Face hub could not be reached for {source.name}; "
-            "without a network, set data.dataset_path to local files"
+        raise SettingError(
+            source.key,
+            f"the Hugging Face hub could not be reached for {source.name}; "
+            "without a network, set data.dataset_path to local files",
         ) from error
     # Parsers, decompressors, file systems and HTTP clients each raise types of their own.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{source.key}: cannot read {source.name}: {reason:.300}") from error
+        raise SettingError(source.key, f"cannot read {source.name}: {reason:.300}") from error
 
 
 def stream_of(
@@ -180,8 +186,9 @@ def _refuse(section: Documents, keys: tuple[str, ...], source: str, table: str) 
     for key in keys:
         value, default = getattr(section, key), type(section).model_fields[key].default
         if value != default:
-            raise ValueError(
-                f"{table}.{key}={value!r} cannot act with {source}: leave it {default!r}"
+            raise SettingError(
+                f"{table}.{key}",
+                f"{quote(value)} has no effect with {source}: leave it {quote(default)}",
             )
 
 
@@ -201,21 +208,19 @@ def _readable(files: tuple[Path, ...], chosen: str) -> list[Path]:
             except (OSError, ValueError) as error:
                 # What the system has against it may be otherwise for another process.
                 if isinstance(error, OSError) and error.errno is not None:
-                    raise ValueError(f"{chosen}: {file}: {error}") from error
+                    raise ValueError(f"{file}: {error}") from error
                 reason = f"{file}: {' '.join(str(error).split())}"
                 logger.warning("%s: a file is left out with all its documents: %s", chosen, reason)
                 continue
         kept.append(file)
     if not kept:
-        raise ValueError(f"{chosen} holds no Parquet file that can be read: {reason}")
+        raise ValueError(f"no Parquet file that can be read: {reason}")
     return kept
 
 
 def _stored_source(path: Path, key: str) -> Source:
-    try:
+    with about(key):
         stored = TokenFolder(path)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
     identity = f"tokens of {stored.manifest.source}"
     return Source(str(path), key, identity, kind="tokens", stored=stored)
 
@@ -224,7 +229,7 @@ def _files_source(section: Documents, key: str, files: list[Path]) -> Source:
     name, formats = section.dataset_path, Counter(map(format_of, files))
     if len(formats) > 1:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(formats.items(), key=str))
-        raise ValueError(f"{key}={name!r} mixes formats ({counts}): name one by a glob")
+        raise SettingError(key, f"{quote(name)} mixes formats ({counts}): name one by a glob")
     ((form, count),) = formats.items()
     assert form is not None
     listing = "\n".join(map(signature, files))

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from titan_lite.config.problems import SettingError
+
 FILE_NAMES = ("tokenizer_config.json", "special_tokens_map.json")
 
 # use -> (keys of the files, the first that is there counts; usual spellings, likewise)
@@ -70,9 +72,10 @@ def special_tokens(
             name, key, content = named[0]
             ids[use] = id_of(content)
             if ids[use] is None:
-                raise ValueError(
-                    f"data.tokenizer_path: {file.with_name(name)}: {key} is {content!r}, which "
-                    f"{file.name} does not have"
+                raise SettingError(
+                    "data.tokenizer_path",
+                    f"{file.with_name(name)}: {key} is {content!r}, which "
+                    f"{file.name} does not have",
                 )
         elif use in own_ids:
             ids[use] = own_ids[use]
@@ -81,9 +84,10 @@ def special_tokens(
             ids[use] = next(known, None)
     eos = ids["eos"]
     if eos is None:
-        raise ValueError(
-            f"data.tokenizer_path: {file} has no token for the end of a document: name it in a "
-            'tokenizer_config.json beside it, {"eos_token": "..."}'
+        raise SettingError(
+            "data.tokenizer_path",
+            f"{file} has no token for the end of a document: name it in a "
+            'tokenizer_config.json beside it, {"eos_token": "..."}',
         )
     bos, pad = (eos if ids[use] is None else ids[use] for use in ("bos", "pad"))
     assert bos is not None
@@ -95,9 +99,9 @@ def _document(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         document = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"data.tokenizer_path: {path} is not JSON: {error}") from None
+        raise SettingError("data.tokenizer_path", f"{path} is not JSON: {error}") from None
     if not isinstance(document, dict):
-        raise ValueError(f"data.tokenizer_path: {path} holds no JSON object")
+        raise SettingError("data.tokenizer_path", f"{path} holds no JSON object")
     return document
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data
 from titan_lite.data.file_rows import FileRows
 from titan_lite.data.packing import Row, Rows, join_documents
@@ -102,7 +103,7 @@ class Stream:
                 skipped = block.skipped + num_read - len(documents)
                 block = Block(block.epoch, block.index + 1, self._reader.cursor(), skipped)
             if num_good == 0:
-                raise ValueError(self._empty(block.skipped))
+                raise self._empty(block.skipped)
             block = Block(block.epoch + 1, skipped=block.skipped)
 
     def _tokens(self, block: Block, documents: Sequence[Any]) -> Tokens:
@@ -114,27 +115,30 @@ class Stream:
         tokens = self._reader.encode(documents)
         return join_documents(tokens, self._tokenizer.bos_id, self._tokenizer.eos_id)
 
-    def _empty(self, num_skipped: int) -> str:
+    def _empty(self, num_skipped: int) -> SettingError:
         if num_skipped > 0:
-            return (
-                f"{self._source.key}: none of the {num_skipped} documents of stream {self._stream} "
-                f"of {self._source.name} could be used"
+            return SettingError(
+                self._source.key,
+                f"none of the {num_skipped} documents of stream {self._stream} of "
+                f"{self._source.name} could be used",
             )
         num_streams = self._section.num_streams
         total = self._reader.count(num_streams)
         if total < num_streams:
             return too_few(self._source, total, num_streams)
-        return (
-            f"the files of {self._source.name} that stream {self._stream} of data.num_streams="
-            f"{num_streams} reads hold no documents: set a smaller data.num_streams"
+        return SettingError(
+            "data.num_streams",
+            f"the files of {self._source.name} that stream {self._stream} of {num_streams} reads "
+            "hold no documents: set a smaller data.num_streams",
         )
 
 
-def too_few(source: Source, total: int, num_streams: int) -> str:
+def too_few(source: Source, total: int, num_streams: int) -> SettingError:
     """Returns what is wrong with a source of fewer documents than streams."""
     if total == 0:
-        return f"{source.key}: {source.name} holds no documents"
-    return (
-        f"{source.name} holds {total} document{'s' * (total != 1)}, too few for "
-        f"data.num_streams={num_streams}: set data.num_streams to at most {total}"
+        return SettingError(source.key, f"{source.name} holds no documents")
+    return SettingError(
+        "data.num_streams",
+        f"{source.name} holds {total} document{'s' * (total != 1)}, too few for {num_streams} "
+        f"streams: set data.num_streams to at most {total}",
     )

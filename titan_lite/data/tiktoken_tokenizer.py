@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+from titan_lite.config.problems import SettingError
 from titan_lite.data.tokenizer import Tokenizer, Tokens, begins_word
 
 # Llama 3's split of text into pieces that are merged independently (llama_models.llama3.tokenizer).
@@ -91,16 +92,18 @@ def _read_ranks(path: Path, content: bytes) -> dict[bytes, int]:
         except (ValueError, binascii.Error):
             well_formed = False
         if not well_formed:
-            raise ValueError(
-                f"data.tokenizer_path: {path}, line {number}: expected a new base64 token and its "
+            raise SettingError(
+                "data.tokenizer_path",
+                f"{path}, line {number}: expected a new base64 token and its "
                 f"rank {len(ranks)} (tiktoken's format), found "
-                f"{line[:60].decode('ascii', 'replace')!r}"
+                f"{line[:60].decode('ascii', 'replace')!r}",
             )
         ranks[token_bytes] = len(ranks)
     missing = [value for value in range(256) if bytes([value]) not in ranks]
     if missing:
-        raise ValueError(
-            f"data.tokenizer_path: {path}: {len(missing)} of the 256 single bytes have no rank, "
-            f"the first is {missing[0]}: not a byte-level tokenizer"
+        raise SettingError(
+            "data.tokenizer_path",
+            f"{path}: {len(missing)} of the 256 single bytes have no rank, "
+            f"the first is {missing[0]}: not a byte-level tokenizer",
         )
     return ranks

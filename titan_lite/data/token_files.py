@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from titan_lite.config.problems import SettingError
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.runtime.stored_files import StoredFile, check_size, write_text
 
@@ -144,10 +145,11 @@ class TokenFolder:
         """ValueError where the tokens are not those of a run's tokenizer."""
         manifest = self.manifest
         if manifest.tokenizer != tokenizer.identity:
-            raise ValueError(
-                f"{key}: {self.folder} was tokenized with "
+            raise SettingError(
+                key,
+                f"{self.folder} was tokenized with "
                 f"{manifest.tokenizer_path or 'the bundled tokenizer'} ({manifest.tokenizer}), "
-                f"data.tokenizer_path is another tokenizer ({tokenizer.identity})"
+                f"data.tokenizer_path is another tokenizer ({tokenizer.identity})",
             )
 
     def _place(self, row: int) -> tuple[int, int]:

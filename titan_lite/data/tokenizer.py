@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from titan_lite.config.problems import how_to_fetch
+from titan_lite.config.problems import SettingError, how_to_fetch
 from titan_lite.data.assets import bundled_asset
 from titan_lite.data.probes import PROBES
 
@@ -110,11 +110,13 @@ def load_tokenizer(path: str | Path = "") -> Tokenizer:
     file = _file_of(given) if path else bundled_asset("tokenizer/tokenizer.model")
     if not file.is_file():
         fetch = how_to_fetch(str(path), "data.tokenizer_path")
-        raise ValueError(f"data.tokenizer_path: {file} does not exist{fetch}")
+        raise SettingError("data.tokenizer_path", f"{file} does not exist{fetch}")
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise ValueError(f"data.tokenizer_path: cannot read {file}: {error.strerror}") from error
+        raise SettingError(
+            "data.tokenizer_path", f"cannot read {file}: {error.strerror}"
+        ) from error
     if file.suffix == ".json" or content.lstrip()[:1] == b"{":
         from titan_lite.data.hf_tokenizer import HFTokenizer
 
@@ -166,7 +168,7 @@ def _file_of(path: Path) -> Path:
     files = files_in(path)
     if not files:
         names = " nor ".join(FILE_NAMES)
-        raise ValueError(f"data.tokenizer_path: the folder {path} has neither {names}")
+        raise SettingError("data.tokenizer_path", f"the folder {path} has neither {names}")
     return files[0]
 
 

@@ -16,6 +16,7 @@ import datasets
 import tokenizers
 
 from titan_lite import __version__
+from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data
 from titan_lite.data.encoding import Encoded, Encoder, encode_in_worker, start_worker
 from titan_lite.data.readers import Judge
@@ -64,7 +65,7 @@ def tokenize(
     if target.exists():
         raise TargetError(f"{target} exists already: name a folder that does not")
     if source.stored:
-        raise ValueError(f"{source.key}: {source.name} is tokenized already")
+        raise SettingError(source.key, f"{source.name} is tokenized already")
     tokenizer = load_tokenizer(section.tokenizer_path)
     dataset: Any = open_dataset(source)
     aside = target.with_name(target.name + UNFINISHED)
@@ -91,7 +92,7 @@ def tokenize(
                 writer.add(chunk, encoded)
                 report(done, dataset.num_shards)
             if not done.documents:
-                raise ValueError(f"{source.key}: {source.name} holds no documents")
+                raise SettingError(source.key, f"{source.name} holds no documents")
             writer.finish()
         _manifest(source, section, tokenizer, done).write(aside)
         manifest = TokenFolder(aside).manifest

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TypeVar
 
-from titan_lite.config.problems import did_you_mean, nearest, quote
+from titan_lite.config.problems import SettingError, did_you_mean, nearest, quote
 from titan_lite.config.schema import Model
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.bert import BERT, MEGATRON_BERT
@@ -16,22 +16,13 @@ from titan_lite.models.internlm import INTERNLM
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.qwen import QWEN, QWEN2_5, QWEN3
 
-__all__ = ["Family", "ModelError", "families", "register", "resolve"]
+__all__ = ["Family", "families", "register", "resolve"]
 
 T = TypeVar("T")
 _FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (LLAMA, INTERNLM, QWEN, QWEN2_5, QWEN3, GPT_NEOX, GPT, BERT, MEGATRON_BERT)
 }
-
-
-class ModelError(ValueError):
-    """[model] names something that does not exist; `key` is the dotted key at fault."""
-
-    def __init__(self, key: str, message: str) -> None:
-        self.key = key
-        self.message = message
-        super().__init__(f"{key}: {message}")
 
 
 def register(family: Family) -> None:
@@ -52,8 +43,8 @@ def families() -> Mapping[str, Family]:
 def resolve(section: Model) -> tuple[Family, DecoderArgs]:
     """The family and the args that [model] asks for, its overrides applied.
 
-    Imports section.module first, which is expected to call `register`. ModelError names an
-    unknown module, family, flavor or override and the nearest one that exists.
+    Imports section.module first, which is expected to call `register`. SettingError names
+    an unknown module, family, flavor or override and the nearest one that exists.
     """
     load_module(section.module)
     family = _look_up("model.name", section.name, _FAMILIES)
@@ -62,7 +53,7 @@ def resolve(section: Model) -> tuple[Family, DecoderArgs]:
     fields = [field.name for field in dataclasses.fields(args)]
     for key in overrides:
         if key not in fields:
-            raise ModelError(
+            raise SettingError(
                 f"model.{key}",
                 f"family {quote(family.name)} has no {key}; it has {', '.join(fields)}",
             )
@@ -72,7 +63,7 @@ def resolve(section: Model) -> tuple[Family, DecoderArgs]:
 def _look_up(key: str, name: str, known: Mapping[str, T]) -> T:
     if name not in known:
         hint = did_you_mean(nearest(name, known))
-        raise ModelError(key, f"no {quote(name)}{hint} (known: {', '.join(sorted(known))})")
+        raise SettingError(key, f"no {quote(name)}{hint} (known: {', '.join(sorted(known))})")
     return known[name]
 
 
@@ -81,7 +72,7 @@ def load_module(module: str) -> None:
     if not module:
         return
     if not all(part.isidentifier() for part in module.split(".")):
-        raise ModelError(
+        raise SettingError(
             "model.module",
             f"{quote(module)} is no name of a module: expected words joined by dots, as in "
             '"my_pkg.my_family", and the folder of my_pkg on PYTHONPATH',
@@ -92,7 +83,7 @@ def load_module(module: str) -> None:
         # An import that fails inside the user's module is theirs to see in full.
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
-        raise ModelError(
+        raise SettingError(
             "model.module",
             f"no module named {quote(error.name)}, asked for {quote(module)}; "
             "is its folder on PYTHONPATH, or the package installed?",

@@ -4,18 +4,16 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from titan_lite.config import rules
 from titan_lite.config.dims import ParallelDims
-from titan_lite.config.load import DEFAULT, ConfigError, LoadedConfig, Problem
-from titan_lite.config.problems import did_you_mean, nearest, quote
+from titan_lite.config.load import LoadedConfig
+from titan_lite.config.problems import SettingError, collecting, did_you_mean, nearest, quote
+from titan_lite.config.rules import config_rules, file_rules
 from titan_lite.config.schema import Config, MaskedLM
 from titan_lite.config.warnings import log_warnings
 from titan_lite.models.args import DecoderArgs, EncoderArgs
 from titan_lite.models.hf_config import unsaid_in_hf
-from titan_lite.models.registry import Family, ModelError, resolve
+from titan_lite.models.registry import Family, resolve
 
-# Together they choose the model, each within what the ones before it offer.
-CHOICE = ("model.module", "model.name", "model.flavor")
 # Special tokens, and a few of text in each part.
 SHORTEST_PAIR = 8
 
@@ -32,45 +30,32 @@ class Plan:
 def check(loaded: LoadedConfig, world_size: int, *, with_files: bool = True) -> Plan:
     """Checks everything that needs no hardware, and unless told otherwise the files to read.
 
-    Settings that cannot act, where all is sound, are logged as warnings. Raises ConfigError with
-    the problems of loading (read_config keeps them) and every broken rule between keys that are not
-    in doubt.
+    Raises ConfigError with every broken rule. Settings that cannot act, where all is sound, are
+    logged as warnings.
     """
-    problems: list[Problem] = []
-    broken: list[tuple[tuple[str, ...], str]] = []
-    try:
-        dims = rules.check(loaded, world_size, with_files=with_files)
-    except ConfigError as error:
-        problems += error.problems
-    try:
-        family, args = resolve(loaded.config.model)
-        if loaded.in_doubt.isdisjoint(CHOICE):
-            broken += model_rules(loaded.config, args)
-            broken += objective_rules(loaded.config, family)
-            broken += hf_rules(loaded.config, family, args)
-    except ModelError as error:
-        needed = CHOICE[: CHOICE.index(error.key)] if error.key in CHOICE else CHOICE
-        if loaded.in_doubt.isdisjoint(needed):
-            broken.append(((error.key,), error.message))
-    for keys, message in broken:
-        if not loaded.in_doubt.isdisjoint(keys):
-            continue
-        # Blame the last key that somebody set; a flavor is to blame where nobody did.
-        given = [key for key in keys if loaded.origins[key] != DEFAULT]
-        key = given[-1] if given else keys[0]
-        problems.append(Problem(key, loaded.origins[key], message))
-    if problems:
-        raise ConfigError(problems)
+    config = loaded.config
+    dims = model = None
+    with loaded.reporting(), collecting() as problems:
+        if with_files:
+            problems.errors += file_rules(config)
+        with problems.checking():
+            dims = ParallelDims.resolve(config.parallel, world_size)
+        problems.errors += config_rules(config, dims)
+        with problems.checking():
+            family, args = model = resolve(config.model)
+            problems.errors += model_rules(config, args)
+            problems.errors += objective_rules(config, family)
+            problems.errors += hf_rules(config, family, args)
+    assert dims is not None
+    assert model is not None
     log_warnings(loaded, dims, objective=family.objective, attention_dropout=args.attention_dropout)
     # Each tensor rank has as many rows of the vocabulary as another.
     args = dataclasses.replace(args, vocab_multiple=dims.tp)
     return Plan(dims=dims, family=family, args=args)
 
 
-def hf_rules(
-    config: Config, family: Family, args: DecoderArgs
-) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Broken rules between the model's family and Hugging Face's form of it: (keys, message)."""
+def hf_rules(config: Config, family: Family, args: DecoderArgs) -> Iterator[SettingError]:
+    """Broken rules between the model's family and Hugging Face's form of it."""
     if family.hf_config is None:
         message = (
             f"model family {family.name} has no form in transformers (its hf_config is not set)"
@@ -79,40 +64,40 @@ def hf_rules(
         message = unsaid_in_hf(args, family.hf_config)
     for key in ("initial_load_hf", "last_save_hf"):
         if message and getattr(config.checkpoint, key):
-            yield (f"checkpoint.{key}", "model.name"), message
+            yield SettingError((f"checkpoint.{key}", "model.name"), message)
 
 
-def objective_rules(config: Config, family: Family) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Broken rules between what the family learns and the data: (keys, message)."""
+def objective_rules(config: Config, family: Family) -> Iterator[SettingError]:
+    """Broken rules between what the family learns and the data."""
     masked, data = config.masked_lm, config.data
     if family.objective == "causal_lm":
         for key, field in MaskedLM.model_fields.items():
             if getattr(masked, key) != field.default:
-                yield (
+                yield SettingError(
                     ("model.name", f"masked_lm.{key}"),
                     f"{key} cannot act: family {quote(family.name)} learns the next token",
                 )
         if config.training.loss_positions == "labelled" and data.packing in ("concat", "fixed"):
-            yield (
+            yield SettingError(
                 ("training.loss_positions", "data.packing"),
                 f'"labelled" cannot act: with data.packing {quote(data.packing)} every position '
                 "has a label that counts",
             )
         return
     if data.packing != "concat":
-        yield (
+        yield SettingError(
             ("model.name", "data.packing"),
             f"{quote(data.packing)} cannot act: samples of {quote(family.name)} are made as "
             "[masked_lm] says",
         )
     if config.training.seq_len < SHORTEST_PAIR:
-        yield (
+        yield SettingError(
             ("model.name", "training.seq_len"),
             f"{config.training.seq_len} tokens are too few for two parts and what is put around "
             f"them; {quote(family.name)} needs {SHORTEST_PAIR}",
         )
     if masked.next_sentence and data.shuffle_buffer < 2 * data.num_streams:
-        yield (
+        yield SettingError(
             ("masked_lm.next_sentence", "data.num_streams", "data.shuffle_buffer"),
             f"data.shuffle_buffer ({data.shuffle_buffer}) leaves fewer than 2 documents to each of "
             f"the data.num_streams ({data.num_streams}): there is no other one to take a part from "
@@ -120,61 +105,61 @@ def objective_rules(config: Config, family: Family) -> Iterator[tuple[tuple[str,
         )
 
 
-def model_rules(config: Config, args: DecoderArgs) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Broken rules between the model's numbers, the sequence and the degrees: (keys, message)."""
+def model_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
+    """Broken rules between the model's numbers, the sequence and the degrees."""
     seq_len, tp, data = config.training.seq_len, config.parallel.tp, config.data
     if data.packing == "fixed" and data.packing_block > args.max_seq_len:
-        yield (
+        yield SettingError(
             ("data.packing_block", "model.max_seq_len"),
             f"packing_block ({data.packing_block}) is longer than the model's max_seq_len "
             f"({args.max_seq_len})",
         )
     if data.packing != "fixed" and seq_len > args.max_seq_len:
-        yield (
+        yield SettingError(
             ("training.seq_len", "model.max_seq_len"),
             f"seq_len ({seq_len}) is longer than the model's max_seq_len ({args.max_seq_len})",
         )
     heads, cp = args.num_heads // tp, config.parallel.cp
     if config.parallel.cp_method == "ulysses" and args.num_heads % tp == 0 and heads % cp:
-        yield (
+        yield SettingError(
             ("parallel.cp", "parallel.cp_method", "parallel.tp", "model.num_heads"),
             f"num_heads ({args.num_heads}) / parallel.tp ({tp}) = {heads} is not divisible by "
             f'parallel.cp ({cp}), as "ulysses" deals heads to ranks; cp_method "ring" does not',
         )
     parallel = config.parallel
     if args.tied_head and parallel.pp > 1 and parallel.is_v_schedule:
-        yield (
+        yield SettingError(
             ("parallel.pp_schedule", "model.tied_head"),
             f'"{parallel.pp_schedule}" has the first and the last stage on one rank, which would '
             "hold the tied embedding twice; use a schedule without a V",
         )
     section, layers = config.activation_checkpoint, args.num_layers
     if section.mode == "first_k" and section.first_k > layers:
-        yield (
+        yield SettingError(
             ("activation_checkpoint.first_k", "model.num_layers"),
             f"first_k ({section.first_k}) is more than the model's num_layers ({layers})",
         )
     if section.mode == "fraction" and not section.layers(layers):
-        yield (
+        yield SettingError(
             ("activation_checkpoint.fraction", "model.num_layers"),
             f"fraction ({section.fraction:g}) of the model's num_layers ({layers}) is no layer",
         )
     known = ["name", *(field.name for field in dataclasses.fields(args))]
     for name in config.checkpoint.allow_model_changes:
         if name not in known:
-            yield (
-                ("checkpoint.allow_model_changes",),
+            yield SettingError(
+                "checkpoint.allow_model_changes",
                 f"{quote(name)} is not a setting of the model{did_you_mean(nearest(name, known))}",
             )
     yield from _head_rules(args)
     yield from _encoder_rules(config, args)
     if args.num_heads % args.num_kv_heads:
-        yield (
+        yield SettingError(
             ("model.flavor", "model.num_heads", "model.num_kv_heads"),
             f"num_heads ({args.num_heads}) is not divisible by num_kv_heads ({args.num_kv_heads})",
         )
     if args.causal and args.attention_dropout and cp > 1:
-        yield (
+        yield SettingError(
             ("parallel.cp", "model.flavor", "model.attention_dropout"),
             f"attention_dropout ({args.attention_dropout:g}) needs whole sequences, which "
             f"parallel.cp ({cp}) splits: use 0; hidden_dropout acts all the same",
@@ -182,47 +167,47 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[tuple[tuple[str, 
     if args.positions == "learned":
         for key in ("rotary_fraction", "rope_theta"):
             if getattr(config.model, key) is not None:
-                yield (
+                yield SettingError(
                     (f"model.{key}", "model.positions"),
                     f'{key} cannot act: positions are "learned", nothing is rotated',
                 )
     for name in ("num_heads", "num_kv_heads", "ffn_dim"):
         size = getattr(args, name)
         if size % tp:
-            yield (
+            yield SettingError(
                 ("parallel.tp", f"model.{name}"),
                 f"{name} ({size}) is not divisible by parallel.tp ({tp})",
             )
 
 
-def _encoder_rules(config: Config, args: DecoderArgs) -> Iterator[tuple[tuple[str, ...], str]]:
+def _encoder_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
     """What only decoders can do, or only pre-norm blocks."""
     if not isinstance(args, EncoderArgs):
         return
     if (cp := config.parallel.cp) > 1:
-        yield (
+        yield SettingError(
             ("model.name", "parallel.cp"),
             f"{cp} ranks exchange keys and values for causal attention, and an encoder attends to "
             "what follows as well: use parallel.cp = 1",
         )
     for name in ("parallel_residual", "fp32_residual"):
         if args.post_norm and getattr(args, name):
-            yield (
+            yield SettingError(
                 ("model.name", "model.flavor", f"model.{name}"),
                 f"{name} cannot act: the residual stream of this model is what its norms give",
             )
 
 
-def _head_rules(args: DecoderArgs) -> Iterator[tuple[tuple[str, ...], str]]:
+def _head_rules(args: DecoderArgs) -> Iterator[SettingError]:
     """Heads are of one size, of which an even number is rotated."""
     if args.head_dim is None and args.dim % args.num_heads:
-        yield (
+        yield SettingError(
             ("model.flavor", "model.dim", "model.num_heads"),
             f"dim ({args.dim}) is not divisible by num_heads ({args.num_heads}): set model.head_dim"
             " for heads of another size",
         )
     elif args.positions == "rotary" and (args.rotary_dim % 2 or not args.rotary_dim):
-        yield (
+        yield SettingError(
             ("model.flavor", "model.dim", "model.num_heads", "model.rotary_fraction"),
             f"rotary_fraction ({args.rotary_fraction:g}) of the {args.head_size} features of a "
             f"head is {args.rotary_dim}: pairs of features are rotated, at least one",

@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from titan_lite.config.dims import ParallelDims
-from titan_lite.config.problems import quote
+from titan_lite.config.problems import SettingError, quote
 from titan_lite.config.schema import Float8, Parallel
 from titan_lite.models.patterns import matches
 from titan_lite.models.roles import PlanRow, Role
@@ -94,8 +94,8 @@ def float8_problems(
     parallel: Parallel,
     dims: ParallelDims,
     device: torch.device,
-) -> Iterator[tuple[str, str]]:
-    """Why this model cannot train in float8 on this device and layout: (key, message)."""
+) -> Iterator[SettingError]:
+    """Why this model cannot train in float8 on this device and layout."""
     if float8.recipe == "none":
         return
     yield from _device_problems(float8, parallel, dims, device)
@@ -105,17 +105,17 @@ def float8_problems(
 
 def _device_problems(
     float8: Float8, parallel: Parallel, dims: ParallelDims, device: torch.device
-) -> Iterator[tuple[str, str]]:
+) -> Iterator[SettingError]:
     recipe = quote(float8.recipe)
     if not float8.emulate and (lack := _lack_of_hardware(device)):
-        yield (
+        yield SettingError(
             "float8.recipe",
             f"{recipe} needs a GPU that multiplies float8 (CUDA capability 8.9 or higher), {lack}; "
             "float8.emulate = true gives its numbers without its speed",
         )
     gathers_float8 = float8.recipe == "tensorwise" and dims.tp > 1 and parallel.sequence_parallel
     if gathers_float8 and device.type == "cpu":
-        yield (
+        yield SettingError(
             "float8.recipe",
             f"under sequence parallel {recipe} gathers activations in float8, which gloo, the "
             "backend of CPUs, cannot send; set parallel.sequence_parallel = false, or use "
@@ -125,15 +125,15 @@ def _device_problems(
 
 def _choice_problems(
     model: Transformer, float8: Float8, plan: tuple[PlanRow, ...]
-) -> Iterator[tuple[str, str]]:
+) -> Iterator[SettingError]:
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for pattern in float8.filter:
         if not any(matches(pattern, name) for name in linears):
             names = ", ".join(dict.fromkeys(map(_pattern, linears)))
-            yield "float8.filter", f"{quote(pattern)} matches no linear of {names}"
+            yield SettingError("float8.filter", f"{quote(pattern)} matches no linear of {names}")
     chosen, left_out = choose_linears(model, float8, plan)
     if not chosen:
-        yield (
+        yield SettingError(
             "float8.recipe",
             f"{quote(float8.recipe)} finds no linear to convert: {describe(left_out)}",
         )
@@ -141,7 +141,7 @@ def _choice_problems(
 
 def _layout_problems(
     model: Transformer, float8: Float8, plan: tuple[PlanRow, ...], dims: ParallelDims
-) -> Iterator[tuple[str, str]]:
+) -> Iterator[SettingError]:
     chosen, _ = choose_linears(model, float8, plan)
     # Equal linears of several layers get one sentence.
     for pattern, name in {_pattern(name): name for name in reversed(chosen)}.items():
@@ -150,7 +150,7 @@ def _layout_problems(
         rows, by_columns = linear.out_features, _role(name, plan) == "rowwise"
         size = linear.in_features if by_columns else rows
         if size % (dims.tp * MULTIPLE):
-            yield (
+            yield SettingError(
                 "parallel.tp",
                 f"{pattern} has {size} {'columns' if by_columns else 'rows'}, {size / dims.tp:g} "
                 f"on each of tp ({dims.tp}) ranks: no multiple of {MULTIPLE}, as float8 needs; "
@@ -158,7 +158,7 @@ def _layout_problems(
             )
         local_rows = rows if by_columns else rows // dims.tp
         if float8.fsdp_all_gather and local_rows % dims.fsdp:
-            yield (
+            yield SettingError(
                 "float8.fsdp_all_gather",
                 f"the {local_rows} rows of {pattern} do not divide over the {dims.fsdp} ranks of "
                 "FSDP, and torchao gathers no uneven shards; name it in float8.filter",

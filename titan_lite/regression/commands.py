@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_lite.config.dims import ParallelDims
-from titan_lite.config.load import ConfigError, Problem, read_config
+from titan_lite.config.load import ConfigError, Problem, load_config
 from titan_lite.config.stored import setting
 from titan_lite.config.units import format_scaled
 from titan_lite.models.rules import check
@@ -72,7 +72,7 @@ class _Side:
 
     def planned(self) -> "_Planned":
         """What a run of it will be; ConfigError for what cannot run."""
-        loaded = read_config(self.path, self.overrides)
+        loaded = load_config(self.path, self.overrides)
         nproc = self.nproc or ParallelDims.smallest_world(loaded.config.parallel)
         dims = check(loaded, nproc).dims
         data = trained_on(loaded.config.model_dump(), asdict(dims))

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from titan_lite.config.load import ConfigError, LoadedConfig, Problem
+from titan_lite.config.problems import SettingError, about
 from titan_lite.config.units import format_duration, format_number
 from titan_lite.data.files import compression_of
 from titan_lite.data.sources import Source, resolve_sources
 from titan_lite.data.token_files import UNFINISHED, Manifest, TokenFolder
-from titan_lite.preflight import blaming
 from titan_lite.runtime.stored_files import damaged_files
 
 if TYPE_CHECKING:
@@ -29,12 +29,13 @@ def write(loaded: LoadedConfig, target: Path, *, processes: int, shard_tokens: i
     """Writes the folder `target` of what [data] reads, or goes on with it; ConfigError."""
     data = loaded.config.data
     if data.sources:
-        message = "several sources: tokenize each by itself, with the keys of [data]"
-        raise ConfigError([Problem("data.sources", loaded.origins["data.sources"], message)])
+        with loaded.reporting():
+            message = "several sources: tokenize each by itself, with the keys of [data]"
+            raise SettingError("data.sources", message)
     from titan_lite.data.token_writer import TargetError
     from titan_lite.data.tokenizing import tokenize
 
-    with blaming("data.dataset", loaded):
+    with loaded.reporting(), about("data.dataset"):
         (source,) = resolve_sources(data)
         progress = _Progress(source, sys.stderr)
         try:
