@@ -121,7 +121,6 @@ def check_contents(loaded: LoadedConfig, plan: Plan, found: Preflight) -> None:
                     config.data,
                     found.sources,
                     rows,
-                    found.tokenizer,
                     seq_len=training.seq_len,
                     seed=training.seed,
                 )

@@ -32,13 +32,11 @@ from tests.data.jobs import (
 from titan_lite.config.load import load_config
 from titan_lite.config.schema import Data, Validation
 from titan_lite.data import readers
-from titan_lite.data.assets import bundled_asset
 from titan_lite.data.held_out import resolve_held_out
 from titan_lite.data.loader import DataLoader
 from titan_lite.data.packing import join_documents
 from titan_lite.data.sources import resolve_sources
 from titan_lite.data.token_files import TokenFolder
-from titan_lite.data.tokenizer import load_tokenizer
 from titan_lite.tools import tokenize
 
 TEXTS = [f"{i} " + "whale " * (i % 7) for i in range(30)]
@@ -370,18 +368,6 @@ def test_the_state_of_a_run_with_other_settings_is_refused_naming_them(folder):
         loaders(data(folder, num_streams=2), state=state, seed=5)
     with pytest.raises(ValueError, match=r"dataset was '1 json files .*' and is '4 json files"):
         loaders(data(folder, "four", num_streams=2), state=state)
-
-
-def test_another_tokenizer_of_the_same_size_is_refused_on_resume(folder, tmp_path):
-    (state,) = [loader.state_dict() for loader in loaders(data(folder))]
-    lines = bundled_asset("tokenizer/tokenizer.model").read_bytes().splitlines()
-    (a, _), (b, _) = lines[-2].split(), lines[-1].split()
-    lines[-2:] = [b"%b %d" % (b, len(lines) - 2), b"%b %d" % (a, len(lines) - 1)]
-    (tmp_path / "other.model").write_bytes(b"\n".join(lines))
-    other = load_tokenizer(tmp_path / "other.model")
-    assert other.vocab_size == TOKENIZER.vocab_size
-    with pytest.raises(ValueError, match=r"tokenizer was '2048 tokens .* and is '2048"):
-        loaders(data(folder), state=state, tokenizer=other)
 
 
 def test_close_ends_the_worker(folder):

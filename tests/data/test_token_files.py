@@ -253,7 +253,7 @@ def test_the_manifest_counts_what_there_is(folder: Path) -> None:
     assert (manifest.documents, manifest.skipped) == (len(TEXTS), len(BAD))
     assert manifest.bytes == sum(map(len, TEXTS))
     assert manifest.tokens == sum(map(len, TOKENIZER.encode_documents(TEXTS)))
-    assert (manifest.tokenizer, manifest.dtype) == (TOKENIZER.identity, "uint16")
+    assert (manifest.tokenizer, manifest.dtype) == (TOKENIZER.fingerprint, "uint16")
 
 
 def test_two_processes_write_what_one_does(folder: Path, tmp_path: Path) -> None:
@@ -529,8 +529,8 @@ def test_tokens_of_another_tokenizer_are_refused_before_the_run(
     keys += [f"--data.tokenizer_path={tmp_path / 'short.model'}", "--quiet", "--preflight"]
     assert main(["config", *keys]) == 2
     message = " ".join(capsys.readouterr().err.split())
-    assert f"{tmp_path}/tokens was tokenized with the bundled tokenizer (2048 tokens " in message
-    assert "data.tokenizer_path is another tokenizer (2047 tokens " in message
+    assert f"{tmp_path}/tokens was tokenized with the bundled tokenizer (BOS 1792, " in message
+    assert "data.tokenizer_path is another tokenizer (BOS 1791, " in message
 
 
 def test_a_folder_that_is_not_whole_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -559,7 +559,7 @@ def test_a_folder_that_is_not_whole_is_refused(folder: Path, tmp_path: Path) -> 
         (tmp_path / "tokens" / "manifest.json").write_text(json.dumps({**manifest, **changes}))
         assert reason in refused()
     (tmp_path / "tokens" / "manifest.json").write_text(json.dumps({**manifest, "format": "x 1"}))
-    assert "tokens has 'x 1' instead of 'titan_lite tokens 2': tokenize it again" in refused()
+    assert "tokens has 'x 1' instead of 'titan_lite tokens 3': tokenize it again" in refused()
     # Its name ends as that of documents does.
     (tmp_path / "tokens" / "manifest.json").write_text(json.dumps(manifest)[:-9])
     assert "manifest.json is damaged: JSONDecodeError" in refused()

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed import Workers
+from tests.runs import TINY, train_and_gather
 from titan_lite import cli
 from titan_lite.checkpoint.manifest import Manifest, write_manifest
+from titan_lite.data.assets import bundled_asset
 from titan_lite.data.hf_documents import hf_documents
 from titan_lite.data.probes import PROBES
 from titan_lite.data.tiktoken_tokenizer import TiktokenTokenizer
@@ -184,7 +187,6 @@ def test_the_tokenizer_of_a_hugging_face_model_is_compared(
 def test_a_fingerprint_knows_ids_and_special_tokens_alone(other: str, converted: Path) -> None:
     assert len(set(PROBES)) > 300
     same = load_tokenizer(converted)
-    assert same.identity != BUNDLED.identity
     assert same.fingerprint == BUNDLED.fingerprint
     prints = {BUNDLED.fingerprint, load_tokenizer(other).fingerprint}
     document = json.loads((converted / "tokenizer.json").read_text())
@@ -203,3 +205,30 @@ def test_a_fingerprint_knows_ids_and_special_tokens_alone(other: str, converted:
             (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": named}))
         prints.add(load_tokenizer(folder).fingerprint)
     assert len(prints) == 5
+
+
+def test_tokens_that_no_probe_has_are_in_a_fingerprint(tmp_path: Path) -> None:
+    lines = bundled_asset("tokenizer/tokenizer.model").read_bytes().splitlines()
+    (a, _), (b, _) = lines[-2].split(), lines[-1].split()
+    lines[-2:] = [b"%b %d" % (b, len(lines) - 2), b"%b %d" % (a, len(lines) - 1)]
+    (tmp_path / "other.model").write_bytes(b"\n".join(lines))
+    other = load_tokenizer(tmp_path / "other.model")
+    assert other.vocab_size == BUNDLED.vocab_size
+    ids = [[t.tolist() for t in each.encode_documents(PROBES)] for each in (other, BUNDLED)]
+    assert ids[0] == ids[1]
+    assert other.fingerprint != BUNDLED.fingerprint
+
+
+def test_another_file_with_the_same_ids_resumes_a_run_and_reads_its_tokens(
+    one_process: Workers, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = f"--data.dataset_path={tmp_path}/tokens"
+    assert cli.main(["tokenize", f"--output={tmp_path}/tokens", "--processes=1"]) == 0
+    other = f"--data.tokenizer_path={converted}"
+    for name, source in (("text", ()), ("tokens", (tokens,))):
+        settings = (*TINY, *source, "--checkpoint.enable=true", "--checkpoint.interval=1")
+        one_process.run(train_and_gather, tmp_path / name, *settings, "--training.steps=1")
+        longer = (*settings, "--training.steps=2", other)
+        assert not preflight(capsys, f"--job.dump_folder={tmp_path / name}", *longer)
+        one_process.run(train_and_gather, tmp_path / name, *longer)
+        assert (tmp_path / name / "checkpoint/step-2").is_dir()

@@ -1,6 +1,5 @@
 """Tokenizers of Hugging Face: a tokenizer.json, read by the library `tokenizers`."""
 
-import hashlib
 import itertools
 import json
 import os
@@ -20,7 +19,6 @@ from titan_lite.data.tokenizer import Tokenizer, Tokens, begins_word, warn_of_lo
 # Threads are those of data.tokenizer_threads; the library's own warn in every process that forks.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What of tokenizer.json makes tokens of a text: no template, padding or truncation is applied.
-_IDENTIFYING = ("normalizer", "pre_tokenizer", "model", "added_tokens")
 _SPACE = "\u2581"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 # A text that any tokenizer takes, and one that few have tokens for.
@@ -63,11 +61,10 @@ class HFTokenizer(Tokenizer):
             spellings[vocabulary[unknown]] = b""
             self._is_special[vocabulary[unknown]] = False
         self._special_text = re.compile("|".join(special_texts))
-        self.bytes_per_token = np.array(list(map(len, spellings)))
+        self.spellings = spellings
         # A prefix that only tokens know: how many more bytes a letter has with it.
         probe = self._encode(_PROBES[0])
         self.prefix_bytes = max(0, int(self.bytes_per_token[probe].sum()) - len(_PROBES[0]))
-        self.identity = f"{self.vocab_size} tokens {_digest(document, self.bos_id, self.eos_id)}"
         self.files = {"tokenizer.json": content, **beside}
 
     @classmethod
@@ -166,13 +163,6 @@ def _unknown(model: dict[str, Any]) -> str | None:
         token: str = model["vocab"][model["unk_id"]][0]
         return token
     return model.get("unk_token")
-
-
-def _digest(document: dict[str, Any], *ids: int) -> str:
-    """Of what makes tokens: the same in whatever order and with whatever else a file has it."""
-    parts = {key: document.get(key) for key in _IDENTIFYING}
-    text = json.dumps([parts, ids], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _byte_letters() -> list[str]:

@@ -169,7 +169,6 @@ class DataLoader:
             self._section,
             self._sources,
             self._rows,
-            self._tokenizer,
             seq_len=self._seq_len,
             seed=self._seed,
         )

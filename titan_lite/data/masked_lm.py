@@ -82,7 +82,7 @@ class MaskedPairs:
     def settings(self) -> dict[str, Any]:
         """What must not change on the way."""
         own = {f"masked_lm.{key}": value for key, value in self._section.model_dump().items()}
-        # The identity of a tokenizer leaves it out.
+        # The fingerprint of a tokenizer leaves it out.
         return {"data.packing": None, "data.packing_block": None, "mask_id": self._mask_id} | own
 
     def rows(

@@ -1,6 +1,5 @@
 """Tokenizers of sentencepiece: its model file, as Llama 2's tokenizer.model."""
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,12 +26,9 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id, self.eos_id = special.bos_id, special.eos_id
         self.pad_id, self.mask_id = special.pad_id, special.mask_id
         self.vocab_size = self._model.vocab_size()
-        spellings = list(map(self._spelling, range(self.vocab_size)))
-        self.bytes_per_token = np.array(list(map(len, spellings)))
-        self.starts_word = np.array(list(map(begins_word, spellings)))
+        self.spellings = list(map(self._spelling, range(self.vocab_size)))
+        self.starts_word = np.array(list(map(begins_word, self.spellings)))
         self.prefix_bytes = max(0, int(self.bytes_per_token[self._encode("a")].sum()) - 1)
-        digest = hashlib.sha256(content + f"{self.bos_id} {self.eos_id}".encode()).hexdigest()
-        self.identity = f"{self.vocab_size} tokens {digest[:16]}"
         self.files = {"tokenizer.model": content, **beside}
 
     @classmethod

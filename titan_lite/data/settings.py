@@ -7,19 +7,20 @@ from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data
 from titan_lite.data.packing import Rows
 from titan_lite.data.sources import Source
-from titan_lite.data.tokenizer import Tokenizer
 
 
 def data_settings(
     section: Data,
     sources: Sequence[Source],
     rows: Rows,
-    tokenizer: Tokenizer,
     *,
     seq_len: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Returns the settings by their keys, for a checkpoint; small JSON."""
+    """Returns the settings by their keys, for a checkpoint; small JSON.
+
+    The tokenizer is compared by its fingerprint in the checkpoint's manifest.
+    """
     identities = [source.identity for source in sources]
     mixed = section.sources
     return {
@@ -32,7 +33,6 @@ def data_settings(
         "data.shuffle": section.shuffle,
         "data.shuffle_buffer": section.shuffle_buffer,
         "data.text_field": section.text_field,
-        "tokenizer": tokenizer.identity,
     }
 
 

@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -53,16 +52,13 @@ class TiktokenTokenizer(Tokenizer):
             special_tokens=special_tokens,
         )
         self.ranks = ranks
-        digest = hashlib.sha256(b"".join(b"%d %b" % (len(token), token) for token in ranks))
-        self.identity = f"{self._encoding.n_vocab} tokens {digest.hexdigest()[:16]}"
         self.vocab_size = self._encoding.n_vocab
         self.bos_id = special_tokens["<|begin_of_text|>"]
         self.eos_id = special_tokens["<|end_of_text|>"]
         self.pad_id = special_tokens["<|finetune_right_pad_id|>"]
         self.mask_id = special_tokens["<|reserved_special_token_0|>"]
-        spellings = [*ranks, *(b"" for _ in SPECIAL_TOKENS)]
-        self.bytes_per_token = np.array(list(map(len, spellings)))
-        self.starts_word = np.array(list(map(begins_word, spellings)))
+        self.spellings = [*ranks, *(b"" for _ in SPECIAL_TOKENS)]
+        self.starts_word = np.array(list(map(begins_word, self.spellings)))
 
     @classmethod
     def load(cls, file: Path, content: bytes) -> "TiktokenTokenizer":

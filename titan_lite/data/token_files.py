@@ -20,7 +20,7 @@ from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.runtime.stored_files import StoredFile, check_size, write_text
 
 MANIFEST_FILE = "manifest.json"
-FORMAT = "titan_lite tokens 2"
+FORMAT = "titan_lite tokens 3"
 # end: tokens of the shard up to the document's last. use: one of the two below.
 ROW = np.dtype([("end", "<u8"), ("use", "u1")])
 GOOD, BAD = 0, 1
@@ -44,8 +44,9 @@ class Shard:
 class Manifest:
     """What a folder holds.
 
-    source: the documents' identity as text, by which they are known again. rows_per_file: of the
-    source's files, in order. bytes: UTF-8 text of all documents. skipped: bad documents.
+    tokenizer: its fingerprint. source: the documents' identity as text, by which they are known
+    again. rows_per_file: of the source's files, in order. bytes: UTF-8 text of all documents.
+    skipped: bad documents.
     """
 
     tokenizer: str
@@ -144,12 +145,12 @@ class TokenFolder:
     def check(self, tokenizer: Tokenizer, key: str) -> None:
         """ValueError where the tokens are not those of a run's tokenizer."""
         manifest = self.manifest
-        if manifest.tokenizer != tokenizer.identity:
+        if manifest.tokenizer != tokenizer.fingerprint:
             raise SettingError(
                 key,
                 f"{self.folder} was tokenized with "
                 f"{manifest.tokenizer_path or 'the bundled tokenizer'} ({manifest.tokenizer}), "
-                f"data.tokenizer_path is another tokenizer ({tokenizer.identity})",
+                f"data.tokenizer_path is another tokenizer ({tokenizer.fingerprint})",
             )
 
     def _place(self, row: int) -> tuple[int, int]:

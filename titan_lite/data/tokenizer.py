@@ -35,8 +35,6 @@ _INSIDE_WORD = frozenset(range(0x80, 0x100)) | frozenset(
 class Tokenizer(ABC):
     """Text to tokens and back."""
 
-    identity: str
-    """Same tokens, same identity: a resumed run compares it."""
     vocab_size: int
     bos_id: int
     """Put before each document; [CLS] of a tokenizer as BERT's."""
@@ -46,8 +44,8 @@ class Tokenizer(ABC):
     """The EOS where a tokenizer has no token for padding."""
     mask_id: int | None
     """None where a tokenizer has no token for what is masked."""
-    bytes_per_token: npt.NDArray[np.int64]
-    """(vocab_size,) Of the text that each token spells: none for special tokens."""
+    spellings: Sequence[bytes]
+    """The text of each token, empty for special ones."""
     starts_word: npt.NDArray[np.bool_]
     """(vocab_size,) Whether a token begins a word instead of continuing the one before it."""
     prefix_bytes: int = 0
@@ -57,14 +55,21 @@ class Tokenizer(ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """BOS, EOS and a hash of the ids of PROBES.
+        """BOS, EOS and a hash of the ids of PROBES and of the tokens' texts: same, same tokenizer.
 
-        Unlike the identity it is the same for a tokenizer in another file format, and for one with
-        more tokens that no text has.
+        It depends neither on the file's format nor on special tokens beyond BOS and EOS.
         """
         ids = [tokens.tolist() for tokens in self.encode_documents(PROBES)]
-        digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
-        return f"BOS {self.bos_id}, EOS {self.eos_id}, ids {digest[:16]}"
+        digest = hashlib.sha256(json.dumps(ids).encode())
+        for number, text in enumerate(self.spellings):
+            if text:
+                digest.update(b"%d %d %b" % (number, len(text), text))
+        return f"BOS {self.bos_id}, EOS {self.eos_id}, ids {digest.hexdigest()[:16]}"
+
+    @cached_property
+    def bytes_per_token(self) -> Ints:
+        """(vocab_size,) Bytes of each token's text."""
+        return np.array(list(map(len, self.spellings)))
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -136,9 +141,9 @@ _warned: set[tuple[Path, str]] = set()
 
 def warn_of_lost_space(file: Path, tokenizer: Tokenizer) -> None:
     """Logs, once for a tokenizer, which white space its tokens do not hold."""
-    if (file, tokenizer.identity) in _warned:
+    if (file, tokenizer.fingerprint) in _warned:
         return
-    _warned.add((file, tokenizer.identity))
+    _warned.add((file, tokenizer.fingerprint))
     kinds = {"newlines": "\n", "tabs": "\t", "runs of spaces": "  "}
     lost = [
         name

@@ -115,7 +115,7 @@ def _settings(
         "dataset": source.identity,
         "data.text_field": section.text_field,
         "data.on_bad_document": section.on_bad_document,
-        "tokenizer": tokenizer.identity,
+        "tokenizer": tokenizer.fingerprint,
         "tokens of a shard": shard_tokens,
         "versions": _versions(),
     }
@@ -131,7 +131,7 @@ def _versions() -> dict[str, str]:
 
 def _manifest(source: Source, section: Data, tokenizer: Tokenizer, done: Done) -> Manifest:
     return Manifest(
-        tokenizer=tokenizer.identity,
+        tokenizer=tokenizer.fingerprint,
         tokenizer_path=section.tokenizer_path,
         source=source.identity,
         source_name=source.name,
