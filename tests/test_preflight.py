@@ -200,6 +200,11 @@ def test_what_the_devices_cannot_do_is_refused_in_one_block(
         assert words in found, words
 
 
+def test_a_kernel_of_gpus_is_refused_on_a_cpu(refused: Preflight) -> None:
+    message = 'attention.kernel (command line): "flash3" requires a CUDA device, got cpu'
+    assert message in refused("--attention.kernel=flash3")
+
+
 def test_async_tensor_parallel_needs_gpus(refused: Preflight) -> None:
     keys = ("--parallel.tp=2", "--parallel.async_tp=true", "--compile.enable=true")
     assert "parallel.async_tp (command line): needs CUDA devices" in refused(*keys)

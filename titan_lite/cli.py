@@ -126,7 +126,8 @@ def _preflight(loaded: LoadedConfig, plan: rules.Plan) -> None:
         with problems.checking():
             check_locks(loaded)
         if (
-            config.compile.enable
+            config.attention.kernel != "auto"
+            or config.compile.enable
             or config.float8.recipe != "none"
             or config.parallel.async_tp
             or config.parallel.pp > 1

@@ -20,6 +20,7 @@ from titan_lite.nn.build import build
 from titan_lite.nn.init import rule_of
 from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.async_tp import check_async_tp
+from titan_lite.parallel.attention_kernel import check_attention_kernel
 from titan_lite.parallel.compile import check_compiler
 from titan_lite.parallel.context import check_cp
 from titan_lite.parallel.float8 import float8_problems
@@ -134,6 +135,8 @@ def check_device(
             check_profiling(config.profiling, device)
         with problems.checking("training.param_dtype"):
             check_dtype(dtype, device)
+        with problems.checking("attention.kernel"):
+            check_attention_kernel(config.attention.kernel, device)
         if config.parallel.async_tp:
             with problems.checking("parallel.async_tp"):
                 check_async_tp(device, plan.dims.tp)

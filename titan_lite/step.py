@@ -278,12 +278,13 @@ class TrainStep:
         """What all layers see of the micro-batch."""
         if batch.documents is None:
             return None
-        queries = self.positions
-        if queries is None or self.config.parallel.cp_method == "ulysses":
+        config, queries = self.config, self.positions
+        if queries is None or config.parallel.cp_method == "ulysses":
             # Attention sees whole rows.
             queries = torch.arange(batch.documents.shape[1])
-        dtype = getattr(torch, self.config.training.param_dtype)
-        if self.args.attention_dropout or not has_kernel(self.device, dtype):
+        dtype = getattr(torch, config.training.param_dtype)
+        takes_spans = has_kernel(self.device, dtype) and config.attention.kernel != "math"
+        if self.args.attention_dropout or not takes_spans:
             documents, queries = self.to_device(batch.documents), self.to_device(queries)
             return dense_mask(documents, queries, dtype, causal=self.args.causal)
         return tuple(

@@ -202,6 +202,30 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             "overlaps the gathers and scatters of sequence parallel with matmuls: set "
             "compile.enable = true and parallel.tp > 1 and parallel.sequence_parallel = true",
         ),
+        (
+            ["attention.kernel=flash3", "training.param_dtype=float32"],
+            1,
+            "attention.kernel",
+            '"flash3" requires training.param_dtype = "bfloat16" or "float16", got "float32"',
+        ),
+        (
+            ["attention.kernel=cudnn", "data.packing=document"],
+            1,
+            "attention.kernel",
+            '"cudnn" does not support attention inside documents (data.packing = "document"); set',
+        ),
+        (
+            ["attention.kernel=cudnn", "training.deterministic=true"],
+            1,
+            "attention.kernel",
+            '"cudnn" is not deterministic; set training.deterministic = false, or attention.kernel',
+        ),
+        (
+            ["attention.kernel=math", "parallel.cp=2"],
+            2,
+            "attention.kernel",
+            '"math" returns no log-sum-exp, which parallel.cp_method = "ring" requires; set paral',
+        ),
         (["optimizer.beta2=1"], 1, "optimizer.beta2", "1 never forgets, and divides by zero"),
         (
             ["data.dataset_path=texts/*.jsonl"],

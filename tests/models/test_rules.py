@@ -160,6 +160,14 @@ def test_weights_of_attention_are_not_dropped_where_no_rank_has_all_of_a_sequenc
         )
     ]
     assert not rules_broken(config, replace(dropping, attention_dropout=0.0))
+    config = load_config(None, ["--attention.kernel=flash2"]).config
+    assert rules_broken(config, dropping) == [
+        (
+            ("attention.kernel",),
+            '"flash2" does not support attention_dropout (0.1); set attention.kernel = "auto", or '
+            "model.attention_dropout = 0",
+        )
+    ]
 
 
 def test_an_encoder_is_not_split_over_the_sequences_of_causal_attention() -> None:
@@ -223,6 +231,11 @@ def test_broken_rules_of_the_configuration_and_of_the_model_come_together() -> N
             '"none" cannot act: samples of "bert" are made as [masked_lm] says',
         ),
         (
+            "attention.kernel=cudnn",
+            '"cudnn" does not support the attention masks of "bert", which hide padding; set '
+            'attention.kernel = "flash2"',
+        ),
+        (
             "training.seq_len=7",
             '7 tokens are too few for two parts and what is put around them; "bert" needs 8',
         ),
@@ -236,7 +249,7 @@ def test_broken_rules_of_the_configuration_and_of_the_model_come_together() -> N
 def test_what_a_masked_language_model_cannot_make_samples_of_is_refused(
     setting: str, message: str
 ) -> None:
-    bert = ["--model.name=bert", "--masked_lm.next_sentence=true"]
+    bert = ["--model.name=bert", "--masked_lm.next_sentence=true", "--model.attention_dropout=0"]
     short = [*bert, "--training.seq_len=512"]
     check(load_config(None, short), world_size=1)
     # Of those that somebody set, the key that bert asks something of is blamed.

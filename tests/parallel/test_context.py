@@ -50,14 +50,14 @@ def _world() -> dist.ProcessGroup:
     return dist.group.WORLD
 
 
-def _module(method: str) -> nn.Module:
+def _module(method: str, kernel: str = "flash") -> nn.Module:
     if method == "ulysses":
         return UlyssesAttention(ScaledDotProductAttention(causal=True), _world())
-    return ShardedAttention(method, _world())
+    return ShardedAttention(method, _world(), kernel)
 
 
 def _attend(
-    method: str, num_kv_heads: int, dtype: torch.dtype
+    method: str, num_kv_heads: int, dtype: torch.dtype, kernel: str = "flash"
 ) -> tuple[list[Tensor], list[Tensor]]:
     """This rank's part of the output and the gradients of q, k, v: of plain attention, and ours."""
     torch.manual_seed(0)
@@ -70,7 +70,7 @@ def _attend(
     out = scaled_dot_product_attention(*whole, is_causal=True, enable_gqa=True)
     expected = [out.detach(), *torch.autograd.grad(out, whole, grad.float())]
     local = [tensor[:, :, positions].requires_grad_() for tensor in (q, k, v)]
-    out = _module(method)(*local)
+    out = _module(method, kernel)(*local)
     got = [out.detach(), *torch.autograd.grad(out, local, grad[:, :, positions])]
     assert all(tensor.dtype == dtype for tensor in got)
     return [tensor[:, :, positions] for tensor in expected], [tensor.float() for tensor in got]
@@ -86,6 +86,75 @@ def test_each_method_gives_the_output_and_gradients_of_plain_causal_attention(
     tolerance = TOLERANCE[dtype]
     for expected, got in workers[4].run(_attend, method, num_kv_heads, dtype):
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+def _probabilities(q: Tensor, k: Tensor, lse: Tensor | None, is_causal: bool) -> tuple[Tensor, ...]:
+    """exp(scores - log-sum-exp), and the log-sum-exp (B, N, S, 1), of the scores if not given."""
+    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT / q.shape[-1] ** 0.5
+    if is_causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+    lse = scores.logsumexp(-1, keepdim=True) if lse is None else lse
+    return (scores - lse).exp(), lse
+
+
+def _cudnn_forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: None, with_lse: bool, *rest: Any, **_: Any
+) -> tuple[Any, ...]:
+    assert (bias, with_lse) == (None, True)
+    dropout, is_causal, _debug = (*rest, *(0.0, False, False)[len(rest) :])
+    assert dropout == 0.0
+    weights, lse = _probabilities(q.float(), k.float(), None, is_causal)
+    out = weights @ v.float().repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    state = torch.zeros((), dtype=torch.int64)
+    CALLS.append(f"forward, {'causal' if is_causal else 'all'}")
+    return out.to(q.dtype), lse, None, None, q.shape[2], k.shape[2], state, state, None
+
+
+def _cudnn_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any, **_: Any
+) -> tuple[Tensor, ...]:
+    *state, bias, q_starts, k_starts, max_q, max_k, dropout, is_causal = rest
+    assert all(tensor.numel() == 1 for tensor in state)
+    assert [tensor is None or tensor.numel() == 0 for tensor in (bias, q_starts, k_starts)]
+    assert (max_q, max_k, dropout) == (q.shape[2], k.shape[2], 0.0)
+    assert lse.shape == (*q.shape[:3], 1)
+    assert lse.is_contiguous()
+    repeats = q.shape[1] // k.shape[1]
+    grad, wide_q, wide_v = grad.float(), q.float(), v.float().repeat_interleave(repeats, dim=1)
+    weights, _ = _probabilities(wide_q, k.float(), lse, is_causal)
+    of_scores = weights * (grad @ wide_v.mT - (grad * out.float()).sum(-1, keepdim=True))
+    of_scores /= q.shape[-1] ** 0.5
+    of_q = of_scores @ k.float().repeat_interleave(repeats, dim=1)
+    of_k, of_v = (
+        tensor.unflatten(1, (-1, repeats)).sum(2)
+        for tensor in (of_scores.mT @ wide_q, weights.mT @ grad)
+    )
+    CALLS.append(f"backward, {'causal' if is_causal else 'all'}")
+    return of_q.to(q.dtype), of_k.to(k.dtype), of_v.to(v.dtype)
+
+
+CALLS: list[str] = []
+
+
+def _attend_by_cudnn(*args: Any) -> tuple[list[Tensor], list[Tensor], list[str]]:
+    """`_attend`, with plain operations in the place of cuDNN's kernels, and their calls."""
+    CALLS.clear()
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_scaled_dot_product_cudnn_attention", _cudnn_forward, "CPU")
+    library.impl("_scaled_dot_product_cudnn_attention_backward", _cudnn_backward, "CPU")
+    try:
+        return *_attend(*args, "cudnn"), list(CALLS)
+    finally:
+        library._destroy()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("method", ["ring", "all_gather"])
+def test_methods_that_merge_do_so_with_cudnn(method: str, workers: dict[int, Workers]) -> None:
+    pieces = ["causal", "all"]
+    for expected, got, calls in workers[2].run(_attend_by_cudnn, method, 2, torch.float32):
+        torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-6)
+        assert calls == [f"{way}, {piece}" for way in ("forward", "backward") for piece in pieces]
 
 
 # By all_gather, with documents: test_packing.py.
@@ -131,7 +200,7 @@ def _logits(method: str) -> tuple[Tensor, Tensor]:
     tokens = torch.randint(args.vocab_size, (B, S))
     with torch.no_grad():
         expected = model(tokens)
-        apply_cp(model, _world(), method)
+        apply_cp(model, _world(), method, lambda _: "flash")
         positions = local_positions(method, S, dist.get_rank(), dist.get_world_size())
         return expected[:, positions], model(tokens[:, positions], positions_S=positions)
 
@@ -204,7 +273,7 @@ def _repeated_attentions(method: str, mode: str) -> int:
     group = _world()
     args = dataclasses.replace(LLAMA.flavors["debug"], dim=64, ffn_dim=128, num_layers=3)
     model = build(LLAMA, args)
-    apply_cp(model, group, method)
+    apply_cp(model, group, method, lambda _: "flash")
     apply_activation_checkpoint(model, ActivationCheckpoint(mode=mode))
     positions = local_positions(method, S, group.rank(), group.size())
     loss = model(positions.unsqueeze(0), positions_S=positions).sum()
@@ -229,14 +298,15 @@ def test_methods_that_merge_need_a_dtype_that_flash_attention_takes() -> None:
     check_cp("ring", cpu, "float32")
 
 
-def test_the_operators_of_cuda_are_called_as_they_are_declared() -> None:
+@pytest.mark.parametrize("kernel", ["flash", "cudnn"])
+def test_the_operators_of_cuda_are_called_as_they_are_declared(kernel: str) -> None:
     with FakeTensorMode():
         q, k, v = (
             torch.empty(1, heads, 8, H, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2)
         )
         kv = torch.stack((k, v))
-        out, lse = context_attention._attend(q, kv, is_causal=True)
-        grads = context_attention._attend_backward(out, q, kv, out, lse, is_causal=True)
+        out, lse = context_attention._attend(q, kv, True, kernel)
+        grads = context_attention._attend_backward(out, q, kv, out, lse, True, kernel)
     assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
     assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
 

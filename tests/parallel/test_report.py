@@ -27,6 +27,7 @@ APPLIED = Applied(
     loss_parallel=True,
     saved_ops=(),
     activation_memory_budget=1.0,
+    attention="auto",
     dropout={},
     compiled_loss=False,
 )
@@ -35,7 +36,7 @@ SELECTIVE = ActivationCheckpoint(mode="selective_op", save=["max"])
 
 
 def test_what_was_asked_for_passes() -> None:
-    APPLIED.check(APPLIED.modules, FULL, Parallel(dp_shard=2), PRECISION)
+    APPLIED.check(APPLIED.modules, FULL, Parallel(dp_shard=2), PRECISION, "auto")
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,7 @@ def test_what_was_asked_for_passes() -> None:
         ({"modules": {**APPLIED.modules, "compiled": BLOCKS}}, FULL, "unasked compiled: layers.0"),
         ({"modules": {"checkpointed": BLOCKS}}, FULL, "not FSDP unit: layers.0, layers.1, model"),
         ({"precision": "float32 computation"}, FULL, "float32 computation where bfloat16 comp"),
+        ({"attention": "math"}, FULL, "attention by math where auto was asked for"),
         ({"mesh": APPLIED.mesh | {"fsdp": 4}}, FULL, "fsdp 4 where 2 was asked for"),
         ({"mesh": APPLIED.mesh | {"tp": 2}}, FULL, "tp 2 where 1 was asked for"),
         ({}, SELECTIVE, "saved operations () where ('max',) were asked for"),
@@ -70,7 +72,7 @@ def test_a_mismatch_names_the_modules(
 ) -> None:
     applied = dataclasses.replace(APPLIED, **changes)
     with pytest.raises(RuntimeError, match=re.escape(message)):
-        applied.check(APPLIED.modules, section, Parallel(dp_shard=2), PRECISION)
+        applied.check(APPLIED.modules, section, Parallel(dp_shard=2), PRECISION, "auto")
 
 
 @pytest.mark.parametrize(
@@ -78,6 +80,11 @@ def test_a_mismatch_names_the_modules(
     [
         ({}, "checkpointed      2 of 2 blocks\n"),
         ({"saved_ops": ("max",)}, "checkpointed      2 of 2 blocks but for max\n"),
+        ({"attention": "flash3"}, "attention         flash3\n"),
+        (
+            {"merged_attention": ("cudnn",)},
+            "attention         torch's choice; cudnn for the keys of each rank\n",
+        ),
         ({"activation_memory_budget": 0.5}, "activation memory kept to 0.5 by the compiler\n"),
         ({"compiled_loss": True}, "compiled          0 of 2 blocks and the loss"),
     ],
@@ -90,9 +97,9 @@ def test_attentions_over_other_ranks_than_asked_for_are_named() -> None:
     asked = {**APPLIED.modules, "ring attention over 2 ranks": ["layers.0.attention"]}
     message = "not ring attention over 2 ranks: layers.0.attention"
     with pytest.raises(RuntimeError, match=message):
-        APPLIED.check(asked, FULL, Parallel(), PRECISION)
+        APPLIED.check(asked, FULL, Parallel(), PRECISION, "auto")
     applied = dataclasses.replace(APPLIED, modules=asked)
-    applied.check(asked, FULL, Parallel(), PRECISION)
+    applied.check(asked, FULL, Parallel(), PRECISION, "auto")
     assert "context parallel  1 ring attention over 2 ranks" in str(applied)
 
 
@@ -124,6 +131,7 @@ def test_everything_is_counted_on_the_modules_of_a_run(
         "activations split over the sequence, logits split for the loss",
         "  context parallel  0 modules",
         "  float8            10 linears, 0 of them gathered in it",
+        "  attention         torch's choice",
         "  checkpointed      1 of 2 blocks",
         "  compiled          0 of 2 blocks",
         "  pipeline          1 stage",

@@ -17,6 +17,7 @@ def parallel_rules(config: Config, dims: ParallelDims | None) -> Iterator[Settin
             f"{quote(config.data.packing)} attends to parts of a sample, parallel.cp_method "
             '"ring" to all of it; use "ulysses" or "all_gather"',
         )
+    yield from _attention(config)
     yield from _activation_checkpoint(config)
     yield from _async_tp(config)
     if parallel.tp > 1 and isinstance(parallel.reshard_after_forward, int):
@@ -30,6 +31,37 @@ def parallel_rules(config: Config, dims: ParallelDims | None) -> Iterator[Settin
     yield from _layout(config, dims)
     if dims is not None:
         yield from _float8(config, dims)
+
+
+def _attention(config: Config) -> Iterator[SettingError]:
+    """What each kernel of attention does not compute."""
+    kernel, key = config.attention.kernel, "attention.kernel"
+    parallel, training, packing = config.parallel, config.training, config.data.packing
+    if kernel not in ("auto", "math") and training.param_dtype == "float32":
+        yield SettingError(
+            key,
+            f'{quote(kernel)} requires training.param_dtype = "bfloat16" or "float16", got '
+            '"float32"',
+        )
+    if kernel == "cudnn" and config.data.masks_attention:
+        yield SettingError(
+            key,
+            f'"cudnn" does not support attention inside documents (data.packing = '
+            f'{quote(packing)}); set attention.kernel = "flash2"',
+        )
+    if kernel == "cudnn" and training.deterministic:
+        yield SettingError(
+            key,
+            '"cudnn" is not deterministic; set training.deterministic = false, or '
+            'attention.kernel = "flash2"',
+        )
+    merges = parallel.cp > 1 and parallel.cp_method != "ulysses"
+    if kernel == "math" and merges and not config.data.masks_attention:
+        yield SettingError(
+            key,
+            f'"math" returns no log-sum-exp, which parallel.cp_method = '
+            f'{quote(parallel.cp_method)} requires; set parallel.cp_method = "ulysses"',
+        )
 
 
 def _stages(config: Config) -> Iterator[SettingError]:

@@ -19,6 +19,7 @@ AsyncMode = Literal["disabled", "async", "async_pinned"]
 NormKind = Literal["rmsnorm", "layernorm"]
 FFNKind = Literal["swiglu", "gelu", "gelu_tanh"]
 PositionKind = Literal["rotary", "learned"]
+AttentionKernel = Literal["auto", "math", "cudnn", "flash2", "flash3", "flash4"]
 SavedOp = Literal[
     "attention", "matmul", "every_second_matmul", "reduce_scatter", "all_reduce", "max"
 ]
@@ -412,6 +413,16 @@ class ActivationCheckpoint(Section):
                 return range(int(num_layers * self.fraction))
 
 
+class Attention(Section):
+    """[attention]: how attention is computed."""
+
+    kernel: AttentionKernel = "auto"
+    """Kernel of attention. "auto": torch's choice, and for the methods "ring" and "all_gather" of
+    parallel.cp_method cuDNN on GPUs of capability 9 and 10, else flash attention. "math": the plain
+    formula, with memory for seq_len squared. "cudnn", "flash2": torch's own. "flash3", "flash4":
+    those of the installed packages flash_attn_interface and flash_attn.cute."""
+
+
 class Compile(Section):
     """[compile]: torch.compile, whose graphs are cached on disk between runs."""
 
@@ -544,6 +555,7 @@ class Config(Section):
     lr_scheduler: LRScheduler = LRScheduler()
     parallel: Parallel = Parallel()
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
+    attention: Attention = Attention()
     compile: Compile = Compile()
     float8: Float8 = Float8()
     checkpoint: Checkpoint = Checkpoint()

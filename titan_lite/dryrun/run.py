@@ -232,6 +232,9 @@ def _eager(config: Config) -> Config:
         "compile": config.compile.model_copy(update={"enable": False}),
         "parallel": config.parallel.model_copy(update={"async_tp": False}),
     }
+    if config.attention.kernel != "math":
+        # All fused kernels keep the same tensors as the CPU's.
+        off["attention"] = config.attention.model_copy(update={"kernel": "auto"})
     return config.model_copy(update=off)
 
 

@@ -90,6 +90,12 @@ def objective_rules(config: Config, family: Family) -> Iterator[SettingError]:
             f"{quote(data.packing)} cannot act: samples of {quote(family.name)} are made as "
             "[masked_lm] says",
         )
+    if config.attention.kernel == "cudnn":
+        yield SettingError(
+            "attention.kernel",
+            f'"cudnn" does not support the attention masks of {quote(family.name)}, which hide '
+            'padding; set attention.kernel = "flash2"',
+        )
     if config.training.seq_len < SHORTEST_PAIR:
         yield SettingError(
             ("model.name", "training.seq_len"),
@@ -157,6 +163,14 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
         yield SettingError(
             ("model.flavor", "model.num_heads", "model.num_kv_heads"),
             f"num_heads ({args.num_heads}) is not divisible by num_kv_heads ({args.num_kv_heads})",
+        )
+    kernel = config.attention.kernel
+    if args.attention_dropout and kernel not in ("auto", "math"):
+        yield SettingError(
+            "attention.kernel",
+            f"{quote(kernel)} does not support attention_dropout "
+            f'({args.attention_dropout:g}); set attention.kernel = "auto", or '
+            "model.attention_dropout = 0",
         )
     if args.causal and args.attention_dropout and cp > 1:
         yield SettingError(

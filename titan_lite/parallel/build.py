@@ -68,6 +68,7 @@ def build_parallel(
                 parallel=parallel,
                 training=training,
                 activation_checkpoint=config.activation_checkpoint,
+                attention=config.attention,
                 compile=config.compile,
                 float8=config.float8,
             )

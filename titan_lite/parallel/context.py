@@ -7,7 +7,7 @@ dim.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from titan_lite.nn.attention import Attention
 from titan_lite.nn.documents import DocumentMask, attend_in_documents
 from titan_lite.nn.transformer import Transformer
+from titan_lite.parallel.attention_kernel import MergedKernel
 from titan_lite.parallel.context_attention import sharded_attention
 from titan_lite.runtime.collectives import all_gather_tensor_autograd, all_to_all_single_autograd
 
@@ -45,14 +46,22 @@ def check_cp(method: Method, device: torch.device, param_dtype: str) -> None:
         )
 
 
-def apply_cp(model: Transformer, group: dist.ProcessGroup, method: Method) -> None:
-    """Replaces the inner attention of every block, in place, by one over the ranks of `group`."""
+def apply_cp(
+    model: Transformer,
+    group: dist.ProcessGroup,
+    method: Method,
+    kernel: Callable[[int], MergedKernel],
+) -> None:
+    """Replaces the inner attention of every block, in place, by one over the ranks of `group`.
+
+    kernel: of the head size; not for "ulysses".
+    """
     for module in model.modules():
         if isinstance(module, Attention):
             module.inner_attention = (
                 UlyssesAttention(module.inner_attention, group)
                 if method == "ulysses"
-                else ShardedAttention(method, group)
+                else ShardedAttention(method, group, kernel(module.head_size))
             )
 
 
@@ -67,9 +76,10 @@ def context_parallel(attention: Attention) -> tuple[Method, int] | None:
 class ShardedAttention(nn.Module):
     """Every rank attends for its own queries, to keys that others send."""
 
-    def __init__(self, method: Method, group: dist.ProcessGroup) -> None:
+    def __init__(self, method: Method, group: dist.ProcessGroup, kernel: MergedKernel) -> None:
         super().__init__()
         self.method = method
+        self.kernel = kernel
         self.degree = group.size()
         self.group_name = group.group_name
 
@@ -86,7 +96,9 @@ class ShardedAttention(nn.Module):
             k_BKTH, v_BKTH = self._gather(torch.stack((k_BKSH, v_BKSH))).unbind()
             return attend_in_documents(q_BNSH, k_BKTH, v_BKTH, mask)
         out_BNSH: Tensor
-        out_BNSH, _ = sharded_attention(q_BNSH, k_BKSH, v_BKSH, self.method, self.group_name)
+        out_BNSH, _ = sharded_attention(
+            q_BNSH, k_BKSH, v_BKSH, self.method, self.kernel, self.group_name
+        )
         return out_BNSH
 
     def _gather(self, kv_2BKSH: Tensor) -> Tensor:

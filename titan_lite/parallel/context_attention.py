@@ -25,6 +25,8 @@ from torch.utils.flop_counter import register_flop_formula
 from titan_lite.parallel.attention_ops import (
     CPU_FLASH,
     CPU_FLASH_BACKWARD,
+    CUDNN,
+    CUDNN_BACKWARD,
     FLASH,
     FLASH_BACKWARD,
 )
@@ -36,21 +38,22 @@ Piece = tuple[slice, Tensor, bool]
 
 @torch.library.custom_op("titan_lite::sharded_attention", mutates_args=())
 def sharded_attention(
-    q_BNSH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, method: str, group_name: str
+    q_BNSH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, method: str, kernel: str, group_name: str
 ) -> tuple[Tensor, Tensor]:
     """This rank's rows of softmax(q k / sqrt(H)) v, and their log-sum-exp (B, N, S) in float32.
 
     method "ring": keys and values travel around the group while those at hand are attended.
-    "all_gather": they are gathered at once, meanwhile this rank's own are attended.
+    "all_gather": they are gathered at once, meanwhile this rank's own are attended. kernel: "flash"
+    or "cudnn".
     """
     group = group_by_name(group_name)  # type: ignore[arg-type]
     pieces = PIECES[method](torch.stack((k_BKSH, v_BKSH)), group)
     # This rank's own keys come first, of which every query sees some.
     _, kv_2BKTH, is_causal = next(pieces)
-    out_BNSH, lse_BNS = _attend(q_BNSH, kv_2BKTH, is_causal)
+    out_BNSH, lse_BNS = _attend(q_BNSH, kv_2BKTH, is_causal, kernel)
     out_BNSH, lse_BNS = out_BNSH.float(), lse_BNS.contiguous()
     for rows, kv_2BKTH, is_causal in pieces:
-        piece_out, piece_lse = _attend(q_BNSH[:, :, rows], kv_2BKTH, is_causal)
+        piece_out, piece_lse = _attend(q_BNSH[:, :, rows], kv_2BKTH, is_causal, kernel)
         lse = lse_BNS[:, :, rows]
         weight = torch.sigmoid(piece_lse - lse).unsqueeze(-1)
         out_BNSH[:, :, rows].lerp_(piece_out.float(), weight)
@@ -67,6 +70,7 @@ def sharded_attention_backward(
     out_BNSH: Tensor,
     lse_BNS: Tensor,
     method: str,
+    kernel: str,
     group_name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, those of k and v summed over the ranks in float32.
@@ -87,6 +91,7 @@ def sharded_attention_backward(
                 # Some kernels take it to be contiguous.
                 lse_BNS[:, :, rows].contiguous(),
                 is_causal,
+                kernel,
             )
             grad_q_BNSH[:, :, rows] += grad_q
             yield grad_kv
@@ -113,29 +118,29 @@ def _(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *qkv, ctx.method, ctx.group_name = inputs
+    *qkv, ctx.method, ctx.kernel, ctx.group_name = inputs
     ctx.save_for_backward(*qkv, *output)
 
 
 def _backward(ctx: Any, grad_BNSH: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads = sharded_attention_backward(grad_BNSH, *ctx.saved_tensors, ctx.method, ctx.group_name)
-    return *grads, None, None
+    settings = ctx.method, ctx.kernel, ctx.group_name
+    return *sharded_attention_backward(grad_BNSH, *ctx.saved_tensors, *settings), None, None, None
 
 
 sharded_attention.register_autograd(_backward, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.titan_lite.sharded_attention)
-def _flops(q: list[int], k: list[int], _v: Any, _method: str, group_name: str, **_: Any) -> int:
+def _flops(q: list[int], k: list[int], _v: Any, *settings: str, **_: Any) -> int:
     """Two matrix products with the whole sequence's keys, as torch counts: the mask saves none."""
-    group = group_by_name(group_name)  # type: ignore[arg-type]
+    group = group_by_name(settings[-1])  # type: ignore[arg-type]
     return 4 * math.prod(q) * k[2] * group.size()
 
 
 @register_flop_formula(torch.ops.titan_lite.sharded_attention_backward)
 def _backward_flops(_grad: Any, q: list[int], k: list[int], v: Any, *args: Any, **_: Any) -> int:
     """Five matrix products where the forward has two."""
-    return _flops(q, k, v, *args[-2:]) * 5 // 2
+    return _flops(q, k, v, args[-1]) * 5 // 2
 
 
 def _ring(kv_2BKSH: Tensor, group: dist.ProcessGroup) -> Iterator[Piece]:
@@ -229,8 +234,14 @@ PIECES = {"ring": _ring, "all_gather": _gathered}
 SUMS = {"ring": _sum_along_ring, "all_gather": _sum_scattered}
 
 
-def _attend(q_BNSH: Tensor, kv_2BKTH: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+def _attend(
+    q_BNSH: Tensor, kv_2BKTH: Tensor, is_causal: bool, kernel: str
+) -> tuple[Tensor, Tensor]:
     k_BKTH, v_BKTH = kv_2BKTH
+    if kernel == "cudnn":
+        # No bias, and with the log-sum-exp.
+        out_BNSH, lse_BNS1, *_ = CUDNN(q_BNSH, k_BKTH, v_BKTH, None, True, is_causal=is_causal)
+        return out_BNSH, lse_BNS1.squeeze(-1)
     flash = CPU_FLASH if q_BNSH.device.type == "cpu" else FLASH
     out_BNSH, lse_BNS, *_ = flash(q_BNSH, k_BKTH, v_BKTH, is_causal=is_causal)
     return out_BNSH, lse_BNS
@@ -243,16 +254,20 @@ def _attend_backward(
     out_BNSH: Tensor,
     lse_BNS: Tensor,
     is_causal: bool,
+    kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """With the output and log-sum-exp over all keys, the gradients of a piece are those of it."""
     k_BKTH, v_BKTH = kv_2BKTH
-    saved = (grad_BNSH, q_BNSH, k_BKTH, v_BKTH, out_BNSH, lse_BNS)
-    if q_BNSH.device.type == "cpu":
-        return CPU_FLASH_BACKWARD(*saved, 0.0, is_causal)
-    # No sequences of unequal length, and a random state that no dropout reads.
+    saved = (grad_BNSH, q_BNSH, k_BKTH, v_BKTH, out_BNSH)
+    # No sequences of unequal length, and below a random state that no dropout reads.
     lengths = (None, None, q_BNSH.shape[2], k_BKTH.shape[2])
+    if kernel == "cudnn":
+        state = [q_BNSH.new_empty((), dtype=torch.int64) for _ in range(2)]
+        return CUDNN_BACKWARD(*saved, lse_BNS.unsqueeze(-1), *state, None, *lengths, 0.0, is_causal)
+    if q_BNSH.device.type == "cpu":
+        return CPU_FLASH_BACKWARD(*saved, lse_BNS, 0.0, is_causal)
     state = [q_BNSH.new_empty(size, dtype=torch.uint64) for size in ((2,), ())]
-    return FLASH_BACKWARD(*saved, *lengths, 0.0, is_causal, *state)
+    return FLASH_BACKWARD(*saved, lse_BNS, *lengths, 0.0, is_causal, *state)
 
 
 def _token_major(tensor: Tensor, dtype: torch.dtype) -> Tensor:

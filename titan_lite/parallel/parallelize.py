@@ -1,12 +1,22 @@
 """The order in which parallelism is applied to a model, in one function."""
 
+from functools import partial
+
 import torch
 
-from titan_lite.config.schema import ActivationCheckpoint, Compile, Float8, Parallel, Training
+from titan_lite.config.schema import (
+    ActivationCheckpoint,
+    Attention,
+    Compile,
+    Float8,
+    Parallel,
+    Training,
+)
 from titan_lite.models.roles import PlanRow
 from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.activation_checkpoint import apply_activation_checkpoint
 from titan_lite.parallel.async_tp import apply_async_tp
+from titan_lite.parallel.attention_kernel import apply_attention_kernel, merged_kernel
 from titan_lite.parallel.compile import apply_compile
 from titan_lite.parallel.context import apply_cp
 from titan_lite.parallel.float8 import convert
@@ -24,6 +34,7 @@ def parallelize(
     parallel: Parallel,
     training: Training,
     activation_checkpoint: ActivationCheckpoint,
+    attention: Attention,
     compile: Compile,
     float8: Float8,
 ) -> Applied:
@@ -34,11 +45,18 @@ def parallelize(
     that the compiler sees what is recomputed; compile before FSDP2, whose hooks and all-gathers
     stay outside the compiled graphs.
     """
+    apply_attention_kernel(attention.kernel)
     float8_linears = convert(model, float8, tp_plan)
     if parallel.tp > 1:
         apply_tp(model, meshes.tp, tp_plan, sequence_parallel=parallel.sequence_parallel)
     if meshes.cp is not None:
-        apply_cp(model, meshes.cp, parallel.cp_method)
+        kernel = partial(
+            merged_kernel,
+            attention.kernel,
+            meshes.fsdp.device_type,
+            deterministic=training.deterministic,
+        )
+        apply_cp(model, meshes.cp, parallel.cp_method, kernel)
     apply_activation_checkpoint(model, activation_checkpoint)
     if compile.enable:
         apply_async_tp(meshes.tp, enable=parallel.async_tp)
@@ -61,5 +79,5 @@ def parallelize(
         float8_all_gather=float8.fsdp_all_gather,
     )
     precision = f"{training.param_dtype} computation, {training.reduce_dtype} reduction"
-    applied.check(asked, activation_checkpoint, parallel, precision)
+    applied.check(asked, activation_checkpoint, parallel, precision, attention.kernel)
     return applied

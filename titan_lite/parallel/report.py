@@ -16,7 +16,8 @@ from titan_lite.nn.attention import Attention, DropoutAttention
 from titan_lite.nn.dropout import Dropout
 from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.activation_checkpoint import is_checkpointed, memory_budget, saved_ops
-from titan_lite.parallel.context import context_parallel
+from titan_lite.parallel.attention_kernel import applied_attention_kernel
+from titan_lite.parallel.context import ShardedAttention, context_parallel
 from titan_lite.parallel.float8 import float8_linears, is_gathered_in_float8
 from titan_lite.parallel.fsdp import precision
 from titan_lite.parallel.init_weights import CHECKPOINT_PREFIX
@@ -36,6 +37,8 @@ class Applied:
     "selectively checkpointed" but for saved_ops, "compiled".
     mesh: degree of each axis that parameters are laid out over.
     sharded_parameters: those of which a rank holds a part; whole_parameters: the others.
+    attention: the kernel that torch is left, "auto" for its choice; merged_attention: those that
+    attend to the keys of each rank in turn.
     dropout: number of places by what is dropped there.
     precision: what is computed in, and gradients reduced in.
     activation_memory_budget: the compiler's, 1.0 where it has none to keep.
@@ -54,8 +57,10 @@ class Applied:
     loss_parallel: bool
     saved_ops: tuple[str, ...]
     activation_memory_budget: float
+    attention: str
     dropout: Mapping[str, int]
     compiled_loss: bool
+    merged_attention: tuple[str, ...] = ()
     pipeline: str = ""
     compiled_graphs: int | None = None
     fused_all_gather_matmuls: int | None = None
@@ -71,11 +76,14 @@ class Applied:
         activation_checkpoint: ActivationCheckpoint,
         parallel: Parallel,
         precision: str,
+        attention: str,
     ) -> None:
         """Raises RuntimeError naming the modules that lack what is `asked`, or have it unasked."""
         mismatches = []
         if self.precision != precision:
             mismatches.append(f"{self.precision} where {precision} was asked for")
+        if self.attention != attention:
+            mismatches.append(f"attention by {self.attention} where {attention} was asked for")
         degrees = {axis: getattr(parallel, axis) for axis in ("pp", "dp_replicate", "tp")}
         if parallel.dp_shard != -1:
             degrees["fsdp"] = parallel.dp_shard * parallel.cp
@@ -133,6 +141,7 @@ class Applied:
                 f"{self.count('float8 linear')} linears, {self.count('float8 all-gather')} of "
                 "them gathered in it"
             ),
+            "attention": self._attention(),
             "checkpointed": self._checkpointed(),
             "compiled": self._compiled(),
             "pipeline": self.pipeline or "1 stage",
@@ -156,6 +165,11 @@ class Applied:
     def _context_parallel(self) -> str:
         kinds = [f"{self.count(name)} {name}" for name in self.modules if " attention over" in name]
         return ", ".join(kinds) or "0 modules"
+
+    def _attention(self) -> str:
+        kernel = "torch's choice" if self.attention == "auto" else self.attention
+        merged = " and ".join(self.merged_attention)
+        return f"{kernel}; {merged} for the keys of each rank" if merged else kernel
 
     def _checkpointed(self) -> str:
         if self.activation_memory_budget < 1:
@@ -235,6 +249,7 @@ def count_applied(
     found: dict[str, list[str]] = defaultdict(list)
     saved: tuple[str, ...] = ()
     dropout: dict[str, int] = defaultdict(int)
+    merged: set[str] = set()
     for name, module in modules.items():
         if isinstance(module, Dropout):
             dropout[f"{module.p:g} of hidden features"] += 1
@@ -248,6 +263,8 @@ def count_applied(
             found["selectively checkpointed" if ops else "checkpointed"].append(name)
         if isinstance(module, Attention) and (kind := context_parallel(module)):
             found[_attention_over(*kind)].append(name)
+        if isinstance(module, ShardedAttention):
+            merged.add(module.kernel)
         if module._compiled_call_impl is not None:
             found["compiled"].append(name)
     for name, linear in float8_linears(model).items():
@@ -271,6 +288,8 @@ def count_applied(
         loss_parallel=parallel.loss_parallel,
         saved_ops=saved,
         activation_memory_budget=memory_budget(),
+        attention=applied_attention_kernel(),
+        merged_attention=tuple(sorted(merged)),
         dropout=dict(dropout),
         compiled_loss=compile.covers("loss"),
     )
