@@ -96,6 +96,40 @@ def test_a_factor_scales_the_loss_and_reaches_gradients_before_they_are_rounded(
     assert (hidden.grad == 0).float().mean() < 0.25  # The tokens that are not counted: 2 of 14.
 
 
+def test_gradients_of_chunks_are_added_inside_the_matmul_in_float32_where_a_device_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The operator that only CUDA has, by its description."""
+    products: list[torch.Size] = []
+
+    def addmm(sum: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, **settings: Tensor) -> Tensor:
+        assert (sum.dtype, a.dtype, b.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
+        assert dtype == torch.float32
+        assert settings["out"] is sum or settings["out"].data_ptr() == sum.data_ptr()
+        products.append(a.shape)
+        return settings["out"].copy_(sum + a.float() @ b.float())
+
+    def gradient(dtype: torch.dtype) -> Tensor:
+        hidden, weight, labels = _inputs(torch.bfloat16)
+        hidden, weight = (t.detach().to(dtype).requires_grad_() for t in (hidden, weight))
+        loss = cross_entropy_sum(hidden, weight, labels=labels, num_chunks=7, vocab_size=50)
+        return torch.autograd.grad(loss, weight)[0]
+
+    expected, rounded = gradient(torch.float32), gradient(torch.bfloat16)
+    monkeypatch.setattr("titan_lite.loss.ACCUMULATING_DEVICES", ("cpu",))
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("addmm.dtype_out", addmm, "CPU")
+    try:
+        accumulated = gradient(torch.bfloat16)
+    finally:
+        library._destroy()
+    assert products == [torch.Size([50, 2])] * 7
+    torch.testing.assert_close(accumulated.float(), expected, rtol=2e-2, atol=2e-2)
+    # Else each chunk's product is rounded to 8 bits.
+    error, error_of_rounded = ((g - expected).abs().mean() for g in (accumulated, rounded))
+    assert error < error_of_rounded
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_it_computes_the_same(dtype: torch.dtype) -> None:
     def loss_and_gradients(compile: bool) -> tuple[Tensor, ...]:

@@ -20,6 +20,8 @@ from titan_lite.runtime.collectives import all_gather_single, traceable_all_redu
 
 IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default
 AUTO_CHUNK_BYTES = 2**29
+# Types of devices whose matmul adds products of 16-bit matrices to a float32 sum.
+ACCUMULATING_DEVICES = ("cuda",)
 
 
 def cross_entropy_sum(
@@ -188,7 +190,7 @@ def _add_matmul(sum_VD: Tensor, a_Vn: Tensor, b_nD: Tensor) -> None:
     """Adds a product to a float32 sum, inside the matmul where torch can."""
     if a_Vn.dtype == torch.float32:
         sum_VD.addmm_(a_Vn, b_nD)
-    elif sum_VD.device.type == "cuda":
+    elif sum_VD.device.type in ACCUMULATING_DEVICES:
         torch.addmm(sum_VD, a_Vn, b_nD, out_dtype=torch.float32, out=sum_VD)
     else:
         sum_VD += a_Vn @ b_nD
