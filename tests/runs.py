@@ -155,7 +155,11 @@ class Clock:
 
 
 def build_trainer(folder: Path | str, *overrides: str) -> Trainer:
-    loaded = load_config(None, [*TINY, f"--job.dump_folder={folder}", *overrides])
+    settings = [*TINY, f"--job.dump_folder={folder}", *overrides]
+    if "--compile.enable=true" in overrides and not any("components" in o for o in overrides):
+        # A graph less to wait for: tests/parallel/test_compile.py and test_tensor.py compile it.
+        settings.append('--compile.components=["model"]')
+    loaded = load_config(None, settings)
     return Trainer(loaded, check(loaded, Process.from_environment().world_size))
 
 

@@ -4,15 +4,18 @@ That compiled blocks are one graph and train the same model: test_matrix.py, tes
 """
 
 import dataclasses
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.distributed import Workers
-from tests.runs import build_trainer, compiled_by
+from tests.runs import build_trainer, compiled_by, train
+from titan_lite.config.schema import Compile
 from titan_lite.data.loader import Batch
 from titan_lite.parallel.compile import Compilations
 
@@ -38,6 +41,20 @@ def _warnings_of_shortened(folder: Path, *overrides: str) -> list[str]:
     trainer.close()
     logging.getLogger("titan_lite").removeHandler(handler)
     return warnings
+
+
+def test_by_default_the_loss_is_compiled_with_the_blocks(
+    one_process: Workers, tmp_path: Path
+) -> None:
+    steps = "--training.steps=3"
+    components = f"--compile.components={json.dumps(Compile().components)}"
+    eager = one_process.run(train, tmp_path / "eager", steps)[0]
+    folder = tmp_path / "compiled"
+    compiled = one_process.run(train, folder, steps, "--compile.enable=true", components)[0]
+    for key in ("loss", "grad_norm"):
+        assert [r[key] for r in compiled] == pytest.approx([r[key] for r in eager], rel=1e-6)
+    applied = json.loads((folder / "run.json").read_text())["applied"]
+    assert (applied["compiled_loss"], applied["compiled_graphs"]) == (True, 2)
 
 
 def test_a_recompilation_is_warned_about_with_its_reason(

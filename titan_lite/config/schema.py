@@ -428,7 +428,7 @@ class Compile(Section):
 
     enable: bool = False
     """Turns compilation on."""
-    components: Annotated[list[Literal["model", "loss"]], Field(min_length=1)] = ["model"]
+    components: Annotated[list[Literal["model", "loss"]], Field(min_length=1)] = ["model", "loss"]
     """"model": each transformer block, with fullgraph=True; equal blocks share one graph. "loss":
     what the loss computes between its matmuls."""
 
