@@ -105,6 +105,43 @@ def test_flops_of_attention_count_every_query_head() -> None:
     assert flops(CPU_FLASH_BACKWARD.default, saved, {}, (query, key, key)) == forward * 5 // 2
 
 
+@pytest.mark.parametrize(("fuses", "bytes_per_element"), [(True, 1), (False, 8)])
+@pytest.mark.parametrize("rowwise", [False, True])
+def test_a_compiled_cast_to_float8_allocates_its_result_alone(
+    fuses: bool, bytes_per_element: int, rowwise: bool
+) -> None:
+    from torchao.float8.config import ScalingGranularity
+    from torchao.float8.float8_scaling_utils import hp_tensor_to_float8_dynamic
+    from torchao.float8.float8_training_tensor import LinearMMConfig
+
+    from titan_lite.dryrun.recorder import Recorder
+
+    scaling = {}
+    if rowwise:
+        scaling = {"scaling_granularity": ScalingGranularity.AXISWISE, "axiswise_dim": -1}
+    x = torch.randn(64, 1024, dtype=torch.bfloat16)
+    with Recorder(lambda _: "", fuses_float8_casts=fuses) as record:
+        cast = hp_tensor_to_float8_dynamic(x, torch.float8_e4m3fn, LinearMMConfig(), **scaling)
+    assert cast._data.dtype == torch.float8_e4m3fn
+    peak = record.peak().bytes
+    if fuses:
+        assert peak == x.numel()
+    else:
+        assert peak >= bytes_per_element * x.numel()
+
+
+def test_the_dry_run_of_a_compiled_float8_run_has_no_casts_in_float32(fresh: Pool) -> None:
+    full = ("--activation_checkpoint.mode=full", "--model.ffn_dim=1024")
+    float8 = (*TINY, *STEP, *full, "--float8.recipe=tensorwise", "--float8.emulate=false")
+    eager, compiled = (
+        fresh.apply(_dry, (None, 1, 0, (*float8, f"--compile.enable={value}"))).measured
+        for value in ("false", "true")
+    )
+    # 8 samples of 256 tokens, the input of the second projection of the feed-forward.
+    assert eager.peak.bytes - compiled.peak.bytes >= 4 * 8 * 256 * 1024
+    assert compiled.flops == eager.flops
+
+
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_is_dry_run_at_its_world_size(path: Path, fresh: Pool) -> None:
     """With fewer layers and micro-batches, of the same width."""

@@ -462,6 +462,11 @@ def test_what_can_work_gives_the_degrees() -> None:
             1,
             'activation_checkpoint.save (command line): "attention" cannot act: attention_dropout',
         ),
+        (
+            ["float8.recipe=rowwise"],
+            1,
+            'float8.recipe ("rowwise") is slow without compile.enable = true: every cast takes',
+        ),
         (["parallel.loss_parallel=false"], 2, "cannot act: parallel.tp is 1"),
         (["parallel.sequence_parallel=false"], 2, "cannot act: parallel.tp is 1"),
         (["data.packing_block=64"], 1, 'cannot act: data.packing is "concat"'),

@@ -40,6 +40,7 @@ def log_warnings(
     """
     for warning in (
         *_wasteful(loaded.config, dims),
+        *_uncompiled(loaded.config),
         *_idle(loaded, dims, objective),
         *_idle_saved_ops(loaded, attention_dropout),
     ):
@@ -78,6 +79,17 @@ def _wasteful(config: Config, dims: ParallelDims) -> Iterator[str]:
             f"lr_scheduler: warm-up ({scheduler.warmup_steps}) and decay ({decay_steps} steps, "
             f"decay_ratio {scheduler.decay_ratio:g}) are longer than training.steps ({steps}): "
             "the decay starts late, at the end of the warm-up"
+        )
+
+
+def _uncompiled(config: Config) -> Iterator[str]:
+    """Features that take many passes over memory unless a compiler fuses them."""
+    if config.compile.covers("model"):
+        return
+    if config.float8.recipe != "none" and not config.float8.emulate:
+        yield (
+            f"float8.recipe ({quote(config.float8.recipe)}) is slow without compile.enable = true: "
+            "every cast takes several kernels, which cost more than float8 matmuls save"
         )
 
 

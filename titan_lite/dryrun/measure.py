@@ -36,7 +36,7 @@ class Measured:
     collectives: tuple[Collective, ...]
 
 
-def recorder(dims: ParallelDims) -> Recorder:
+def recorder(dims: ParallelDims, *, fuses_float8_casts: bool = False) -> Recorder:
     """A recorder that names process groups by the axes of the mesh over which they extend."""
 
     @cache
@@ -45,7 +45,7 @@ def recorder(dims: ParallelDims) -> Recorder:
         axes = [axis for axis in dims.AXES if len({place[axis] for place in places}) > 1]
         return " x ".join(axes) or "one rank"
 
-    return Recorder(axis_of)
+    return Recorder(axis_of, fuses_float8_casts=fuses_float8_casts)
 
 
 def measure_step(trainer: Trainer, recorder: Recorder) -> Measured:

@@ -40,6 +40,8 @@ ALLOCATORS: tuple[tuple[str, Category], ...] = (
 )
 # Where DTensor tries an operation on the global shapes, to know those of the result.
 SHARDING_PROPAGATION = "/torch/distributed/tensor/_sharding_prop.py"
+# Whose operations the compiler makes one kernel with the float8 tensor as its only result.
+FLOAT8_CASTS = ("/torchao/float8/float8_training_tensor.py", "/torchao/float8/float8_utils.py")
 # Operations by words in the names that torch.distributed and its functional form give them.
 OPERATIONS = {
     "all-gather": ("allgather", "all_gather"),
@@ -73,10 +75,14 @@ class Recorder(TorchDispatchMode):
 
     flops: of matrix products and attention. collectives: (operation, axis) -> (count, bytes), the
     bytes being those of the whole tensor: what an all-gather returns, what a reduce-scatter takes.
+    fuses_float8_casts: leaves out the float32 copies that casts to float8 make when not compiled.
     """
 
-    def __init__(self, axis_of: Callable[[dist.ProcessGroup], str]) -> None:
+    def __init__(
+        self, axis_of: Callable[[dist.ProcessGroup], str], *, fuses_float8_casts: bool = False
+    ) -> None:
         super().__init__()
+        self._fuses_float8_casts = fuses_float8_casts
         self.flops = 0
         self.counts: Counter[tuple[str, str]] = Counter()
         self.bytes: Counter[tuple[str, str]] = Counter()
@@ -144,9 +150,13 @@ class Recorder(TorchDispatchMode):
             self._name_gradients(args)
         self.flops += flops(func, args, kwargs, out)
         for tensor in _tensors(out):
-            if tensor.device.type != "meta":
+            if tensor.device.type != "meta" and not self._is_inside_a_kernel(tensor):
                 self._see(tensor.untyped_storage())
         return out
+
+    def _is_inside_a_kernel(self, tensor: Tensor) -> bool:
+        is_float8 = tensor.element_size() == 1
+        return self._fuses_float8_casts and not is_float8 and _is_called_by(*FLOAT8_CASTS)
 
     def _see(self, storage: torch.UntypedStorage) -> Allocation:
         key = storage._cdata
@@ -206,8 +216,8 @@ def _category() -> Category:
     )
 
 
-def _is_called_by(file: str) -> bool:
-    return any(name.endswith(file) for name in _callers())
+def _is_called_by(*files: str) -> bool:
+    return any(name.endswith(files) for name in _callers())
 
 
 def _callers() -> Iterator[str]:

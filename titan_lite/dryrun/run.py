@@ -146,9 +146,11 @@ def dry_run(
     torch keeps process groups by their names in caches, which another world would find.
     on_gpu: with the kernels of GPUs where they keep other tensors than the CPU's.
     """
+    is_compiled = loaded.config.compile.covers("model")
     loaded = dataclasses.replace(loaded, config=_eager(loaded.config))
     kernels = gpu_kernels() if on_gpu else contextlib.nullcontext()
-    with fake_world(rank, plan.dims.world_size), recorder(plan.dims) as record:
+    recording = recorder(plan.dims, fuses_float8_casts=is_compiled)
+    with fake_world(rank, plan.dims.world_size), recording as record:
         trainer = DryTrainer(loaded, plan, rank)
         if progress is not None:
             progress.enter("optimizer state")
@@ -197,8 +199,8 @@ def left_out(config: Config) -> list[str]:
     notes = []
     if config.compile.enable:
         notes.append(
-            "compile.enable: the step is traced eagerly; compiled, it keeps and computes less "
-            "between its matrix products"
+            "compile.enable: the step is traced eagerly, except casts to float8; compiled, it "
+            "keeps and computes less between its matrix products"
         )
     if config.parallel.async_tp:
         notes.append(
