@@ -9,7 +9,7 @@ import torch
 from tests.distributed import Workers
 from tests.runs import build_trainer, read_metrics, train, train_and_gather
 
-# The vocabulary is padded by tp 2 to 2050 rows, and by no other layout.
+# A vocabulary that is padded.
 SETTINGS = ("--checkpoint.enable=true", "--model.vocab_size=2049", "--training.steps=34")
 # Processes, layout, and the step that is the last under it.
 JOURNEY = (

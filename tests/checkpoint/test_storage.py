@@ -14,14 +14,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from titan_lite.checkpoint.storage import (
     LoadPlanner,
     Reader,
-    SavePlanner,
-    Vocabulary,
     Writer,
     first_failure,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-VOCABULARY = Vocabulary(("tokens.weight",), 5)
+VOCAB_SIZE = 5
 
 
 class _Evil:
@@ -34,13 +32,13 @@ class _Evil:
 
 def _save(folder: Path, **tensors: object) -> None:
     writer = Writer(folder, lambda files: None)
-    dcp.save(dict(tensors), storage_writer=writer, planner=SavePlanner(VOCABULARY))
+    dcp.save(dict(tensors), storage_writer=writer)
 
 
 def _load(folder: Path, **tensors: object) -> dict[str, object]:
     loaded = dict(tensors)
     dcp.load(
-        loaded, storage_reader=Reader(folder), planner=LoadPlanner(VOCABULARY, folder, ["other.*"])
+        loaded, storage_reader=Reader(folder), planner=LoadPlanner(VOCAB_SIZE, folder, ["other.*"])
     )
     return loaded
 
@@ -89,22 +87,11 @@ def test_a_full_disk_is_told_as_the_system_tells_it(tmp_path: Path) -> None:
         assert cause.errno == errno.EFBIG
 
 
-def test_padding_is_not_saved_and_left_as_it_is(tmp_path: Path) -> None:
-    weight, state = torch.arange(24.0).view(8, 3), torch.arange(8.0)
-    _save(
-        tmp_path,
-        model={"tokens.weight": weight, "other.weight": weight},
-        optimizer={
-            "state.tokens.weight.exp_avg": state,
-            "state.tokens.weight.step": torch.ones(()),
-        },
-    )
-    saved = Reader(tmp_path).read_metadata().state_dict_metadata
-    assert saved["model.tokens.weight"].size == (5, 3)
-    assert saved["model.other.weight"].size == (8, 3)
-    assert saved["optimizer.state.tokens.weight.exp_avg"].size == (5,)
-    for rows in (5, 6, 9):
-        loaded = _load(tmp_path, model={"tokens.weight": torch.zeros(rows, 3)})
-        expected = torch.zeros(rows, 3)
-        expected[:5] = weight[:5]
-        assert torch.equal(loaded["model"]["tokens.weight"], expected)
+def test_a_vocabulary_saved_without_padding_is_loaded_into_one_that_has_it(tmp_path: Path) -> None:
+    weight = torch.arange(15.0).view(5, 3)
+    _save(tmp_path, weight=weight)
+    loaded = _load(tmp_path, weight=torch.zeros(128, 3))
+    assert torch.equal(loaded["weight"], torch.nn.functional.pad(weight, (0, 0, 0, 123)))
+    for shape in ((6, 3), (256, 3), (128, 4)):
+        with pytest.raises(CheckpointException, match=r"weight is \(5, 3\) in .* and \("):
+            _load(tmp_path, weight=torch.zeros(shape))

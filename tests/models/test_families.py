@@ -12,6 +12,7 @@ from titan_lite.models.patterns import matches, translate
 from titan_lite.models.registry import families
 from titan_lite.models.roles import PlanRow
 from titan_lite.nn.build import build
+from titan_lite.nn.transformer import Transformer
 from titan_lite.planner.counts import num_block_params, num_params
 
 FLAVORS = [
@@ -78,7 +79,7 @@ QWEN_CARDS = {
 
 
 @lru_cache
-def meta_model(family: str, flavor: str) -> nn.Module:
+def meta_model(family: str, flavor: str) -> Transformer:
     found = families()[family]
     with torch.device("meta"):
         return build(found, found.flavors[flavor])
@@ -87,7 +88,7 @@ def meta_model(family: str, flavor: str) -> nn.Module:
 @pytest.mark.parametrize(("family", "flavor"), PARAMETERS)
 def test_a_flavor_has_exactly_the_published_number_of_parameters(family: str, flavor: str) -> None:
     expected = PARAMETERS[family, flavor]
-    assert sum(p.numel() for p in meta_model(family, flavor).parameters()) == expected
+    assert meta_model(family, flavor).num_parameters == expected
     assert num_params(families()[family].flavors[flavor]) == expected
 
 

@@ -112,8 +112,11 @@ def test_heads_that_tp_does_not_divide_are_refused() -> None:
         )
     ]
     config = Config.model_validate({"parallel": {"tp": 3}})
-    _, message = rules_broken(config, LLAMA.flavors["debug"])[0]
-    assert message == "num_heads (8) is not divisible by parallel.tp (3)"
+    broken = [message for _, message in rules_broken(config, LLAMA.flavors["debug"])]
+    assert broken[0] == "num_heads (8) is not divisible by parallel.tp (3)"
+    assert broken[-1] == (
+        "parallel.tp (3) must divide the vocabulary, padded to 2048 rows, a multiple of 128"
+    )
     args = replace(LLAMA.flavors["debug"], ffn_dim=129)
     config = Config.model_validate({"parallel": {"tp": 2}})
     assert rules_broken(config, args) == [

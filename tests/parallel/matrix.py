@@ -168,7 +168,7 @@ FURTHER = (
     Case("hsdp 2x1", micro_batches=4, more=(SYNC_LAST,)),
     # Clipped, as the others are not: a gradient that is clipped hides its scale.
     Case("tp2", alike=("training.max_norm=0.2",)),
-    # Padded to 2050 rows, of which the last stays zero.
+    # Padded to 2176 rows, of which the last 127 stay zero.
     Case("tp2", alike=("model.vocab_size=2049",)),
     Case("tp2", alike=TIED),
     Case("cp2"),

@@ -27,7 +27,7 @@ from titan_lite.parallel.init_weights import init_weights
 from titan_lite.parallel.pipeline import add_tied_gradients, split
 from titan_lite.runtime.distributed import Process
 
-# An odd vocabulary, which two tensor-parallel ranks pad.
+# An odd vocabulary, which is padded.
 SAMPLES, SEQ_LEN, VOCAB = 4, 32, 2047
 ALIKE = (f"model.vocab_size={VOCAB}", f"training.seq_len={SEQ_LEN}")
 LAYOUTS = {

@@ -175,10 +175,12 @@ def test_titans_count_exceeds_the_matmuls_by_the_norms_alone(args, seq_len):
 def test_parameters_are_those_of_the_model_that_is_built(args):
     with torch.device("meta"):
         model = build_decoder(args)
-    assert num_params(args) == sum(p.numel() for p in model.parameters())
+    assert num_params(args) == model.num_parameters
     assert num_block_params(args) == sum(p.numel() for p in model.layers.parameters())
     lookups = [model.pos_embeddings] + ([] if args.tied_head else [model.tok_embeddings])
     looked_up = sum(p.numel() for module in lookups if module for p in module.parameters())
+    if not args.tied_head:
+        looked_up -= (args.padded_vocab_size - args.vocab_size) * args.dim
     assert num_params(args) - num_params_non_embedding(args) == looked_up
 
 
@@ -194,6 +196,8 @@ def test_parameters_are_those_of_the_encoder_that_is_built(args, post_norm, num_
     lookups += [] if args.tied_head else [model.tok_embeddings]
     unused = [*lookups, model.pair_head]
     unused = sum(p.numel() for module in unused if module for p in module.parameters())
+    if not args.tied_head:
+        unused -= (args.padded_vocab_size - args.vocab_size) * args.dim
     assert num_params(args) - num_params_non_embedding(args) == unused
 
 

@@ -7,7 +7,7 @@ to groups, and the groups follow each other, each with its rows of every part.
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ class HFModel:
     def of(cls, family: Family, args: DecoderArgs) -> "HFModel":
         """Builds the model on the meta device, for its shapes."""
         with torch.device("meta"):
-            model = build(family, replace(args, vocab_multiple=1))
+            model = build(family, args)
         parameters = dict(model.named_parameters())
         first_name = {id(parameter): name for name, parameter in parameters.items()}
         parts: dict[str, list[str]] = {}
@@ -105,10 +105,14 @@ class HFModel:
                 tied.append(translate(name, family.hf_key_map))
         rows = list(family.hf_key_map)
         tensors = {}
+        shapes = {
+            name: model.without_padding(name, parameter).shape
+            for name, parameter in parameters.items()
+        }
         for name, ours in parts.items():
             # The order of the map is the order of the parts.
             ours.sort(key=lambda part: next(n for n, row in enumerate(rows) if matches(row, part)))
-            tensors[name] = _hf_tensor(name, ours, parameters, family, args)
+            tensors[name] = _hf_tensor(name, ours, shapes, family, args)
         return cls(tensors, places, (*family.hf_ignored, *tied))
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -185,14 +189,14 @@ def check_start(folder: HFFolder, hf: HFModel, family: Family, args: DecoderArgs
 def _hf_tensor(
     name: str,
     parts: Sequence[str],
-    parameters: Mapping[str, Tensor],
+    shapes: Mapping[str, torch.Size],
     family: Family,
     args: DecoderArgs,
 ) -> HFTensor:
     layouts = (layout for pattern, layout in family.hf_layouts.items() if matches(pattern, name))
     layout = next(layouts, HFLayout())
-    rows = {part: len(parameters[part]) for part in parts}
-    shape = (sum(rows.values()), *parameters[parts[0]].shape[1:])
+    rows = {part: shapes[part][0] for part in parts}
+    shape = (sum(rows.values()), *shapes[parts[0]][1:])
     return HFTensor(
         name=name,
         parts=rows,

@@ -40,8 +40,6 @@ from titan_lite.checkpoint.storage import (
     Files,
     LoadPlanner,
     Reader,
-    SavePlanner,
-    Vocabulary,
     Writer,
     first_failure,
     versions,
@@ -95,7 +93,6 @@ class CheckpointManager:
         self.tokenizer = tokenizer
         self.model_facts = model_facts
         self.rank = dist.get_rank()
-        self.vocabulary = Vocabulary(model.vocab_parameters, model.vocab_size)
         mode = section.async_mode if section.enable else "disabled"
         self.saver = Saver(mode, device, timeout_seconds)
         self.saving: Save | None = None
@@ -127,7 +124,7 @@ class CheckpointManager:
             save.size = self._check_shared(save.aside, local_bytes(tensors))
             writer = Writer(save.aside, lambda files: self._commit(save, files))
             self.saving, self.latest_step = save, state.step
-            self.saver.start(save, tensors, writer, SavePlanner(self.vocabulary))
+            self.saver.start(save, tensors, writer)
         if self.saver.mode == "disabled":
             self._end()
 
@@ -169,7 +166,7 @@ class CheckpointManager:
         has_rng = bool(rng) and all(f"{rng_key}.{kind}" in saved for kind in rng)
         if has_rng:
             tensors[rng_key] = rng
-        planner = LoadPlanner(self.vocabulary, start.source, excluded)
+        planner = LoadPlanner(self.model.vocab_size, start.source, excluded)
         try:
             dcp.load(tensors, storage_reader=reader, planner=planner)
         except CheckpointException as error:

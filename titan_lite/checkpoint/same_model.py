@@ -55,6 +55,7 @@ def model_differences(
     pairs = {
         name: (saved.get(name, defaults.get(name)), own.get(name))
         for name in own | saved
+        # Saved when the padding of the vocabulary depended on parallel.tp.
         if name != "vocab_multiple"
     }
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

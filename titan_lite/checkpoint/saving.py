@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from torch.distributed.tensor import DTensor
 
-from titan_lite.checkpoint.storage import Files, SavePlanner, Writer, first_failure
+from titan_lite.checkpoint.storage import Files, Writer, first_failure
 from titan_lite.config.schema import AsyncMode
 from titan_lite.config.units import format_scaled
 from titan_lite.runtime.distributed import BACKGROUND
@@ -119,13 +119,13 @@ class Saver:
                 "copies to plain memory, in a thread"
             )
 
-    def start(self, save: Save, tensors: dict[str, Any], writer: Writer, plan: SavePlanner) -> None:
+    def start(self, save: Save, tensors: dict[str, Any], writer: Writer) -> None:
         """Writes `tensors`, or begins to; `save.staged` and `save.written` tell how it goes."""
         save.started = time.perf_counter()
         if self.mode == "disabled":
             upload: Future[Any] = Future()
             try:
-                upload.set_result(dcp.save(tensors, storage_writer=writer, planner=plan))
+                upload.set_result(dcp.save(tensors, storage_writer=writer))
             except CheckpointException as error:
                 upload.set_exception(error)
             save.staged.set_result(None)
@@ -134,7 +134,6 @@ class Saver:
         response = dcp.async_save(
             tensors,
             storage_writer=writer,
-            planner=plan,
             process_group=self.group,
             # Without one, the writer copies to the host before this returns.
             async_stager=self._stager() if self.mode == "async_pinned" else None,

@@ -21,13 +21,14 @@ from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, WriteItem
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.utils.serialization import config as serialization
 
 from titan_lite import __version__
 from titan_lite.checkpoint.state import excludes
+from titan_lite.models.args import pad_vocab_size
 from titan_lite.nn.transformer import Transformer
 from titan_lite.runtime.stored_files import StoredFile, hexadecimal
 
@@ -177,68 +178,8 @@ class Reader(dcp.FileSystemReader):
         return metadata
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """The rows that count of some parameters; those beyond pad them, and are zero.
-
-    They are not saved, for another layout to pad by a number of its own.
-    """
-
-    parameters: tuple[str, ...]
-    size: int
-
-    def shape(self, key: str, shape: torch.Size) -> torch.Size:
-        """Of what is saved of a tensor, by its key in a state dict and its shape in this run."""
-        if len(shape) == 0 or not self._has(key):
-            return shape
-        return torch.Size((min(shape[0], self.size), *shape[1:]))
-
-    def _has(self, key: str) -> bool:
-        names = (
-            prefix + name for name in self.parameters for prefix in ("model.", "optimizer.state.")
-        )
-        return any(f"{key}.".startswith(f"{name}.") for name in names)
-
-
-class SavePlanner(dcp.DefaultSavePlanner):
-    """Leaves the padding of the vocabulary out."""
-
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        super().__init__()
-        self.vocabulary = vocabulary
-
-    def create_local_plan(self) -> SavePlan:
-        plan = super().create_local_plan()
-        items = [kept for item in plan.items if (kept := self._without_padding(item)) is not None]
-        self.plan = dataclasses.replace(plan, items=items)
-        return self.plan
-
-    def transform_object(self, write_item: WriteItem, object: Any) -> Any:
-        object = super().transform_object(write_item, object)
-        if write_item.tensor_data is None or object.ndim == 0:
-            return object
-        return object[: write_item.tensor_data.chunk.sizes[0]]
-
-    def _without_padding(self, item: WriteItem) -> WriteItem | None:
-        data = item.tensor_data
-        if data is None:
-            return item
-        size = self.vocabulary.shape(item.index.fqn, data.size)
-        if size == data.size:
-            return item
-        rows = min(data.chunk.sizes[0], size[0] - data.chunk.offsets[0])
-        if rows <= 0:
-            return None
-        sizes = torch.Size((rows, *data.chunk.sizes[1:]))
-        chunk = dataclasses.replace(data.chunk, sizes=sizes)
-        return dataclasses.replace(
-            item, tensor_data=dataclasses.replace(data, chunk=chunk, size=size)
-        )
-
-
 def check_weights(source: Path, model: Transformer, excluded: Sequence[str]) -> None:
     """Raises ValueError naming a weight of a checkpoint that does not fit the whole `model`."""
-    vocabulary = Vocabulary(model.vocab_parameters, model.vocab_size)
     metadata = Reader(source).read_metadata()
     saved, asked = metadata.state_dict_metadata, set()
     for name, value in model.state_dict().items():
@@ -247,15 +188,14 @@ def check_weights(source: Path, model: Transformer, excluded: Sequence[str]) -> 
         asked.add(key := f"model.{name}")
         if key not in saved:
             raise ValueError(_is_missing(key, source))
-        check_shape(key, saved[key], value.shape, vocabulary, source)
+        check_shape(key, saved[key], value.shape, model.vocab_size, source)
     check_none_left(metadata, asked, source, excluded)
 
 
-def check_shape(
-    key: str, saved: Any, shape: torch.Size, vocabulary: Vocabulary, source: Path
-) -> None:
-    """Raises ValueError where a saved tensor is not of a tensor's shape, less its padding."""
-    if saved.size != vocabulary.shape(key, shape):
+def check_shape(key: str, saved: Any, shape: torch.Size, vocab_size: int, source: Path) -> None:
+    """Raises ValueError where a saved tensor has another shape; padding may be missing from it."""
+    is_padded = shape[:1] == (pad_vocab_size(vocab_size),)
+    if saved.size != shape and not (is_padded and saved.size == (vocab_size, *shape[1:])):
         raise ValueError(
             f"{key.removeprefix('model.')} is {tuple(saved.size)} in {source} and {tuple(shape)} "
             "in this run: the model must be as it was"
@@ -277,12 +217,12 @@ def _is_missing(key: str, source: Path) -> str:
 
 
 class LoadPlanner(dcp.DefaultLoadPlanner):
-    """Loads a vocabulary into one that is padded; tells by name what does not fit."""
+    """Names what does not fit; loads a vocabulary saved without padding into one that has it."""
 
-    def __init__(self, vocabulary: Vocabulary, source: Path, excluded: Sequence[str] = ()) -> None:
+    def __init__(self, vocab_size: int, source: Path, excluded: Sequence[str] = ()) -> None:
         """excluded: names of parameters that are left as they are."""
         super().__init__()
-        self.vocabulary = vocabulary
+        self.vocab_size = vocab_size
         self.source = source
         self.excluded = excluded
 
@@ -295,7 +235,7 @@ class LoadPlanner(dcp.DefaultLoadPlanner):
             found = saved[key]
             if not isinstance(found, TensorStorageMetadata) or not isinstance(value, Tensor):
                 continue
-            check_shape(key, found, value.shape, self.vocabulary, self.source)
+            check_shape(key, found, value.shape, self.vocab_size, self.source)
             # Padding, which was not saved, stays as it is: zero.
             saved[key] = dataclasses.replace(found, size=value.shape)
         self.metadata = dataclasses.replace(self.metadata, state_dict_metadata=saved)

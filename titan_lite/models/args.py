@@ -6,6 +6,14 @@ from typing import ClassVar
 
 from titan_lite.config.schema import FFNKind, NormKind, PositionKind
 
+# One multiple in every layout, so that a checkpoint does not depend on parallel.tp.
+VOCAB_MULTIPLE = 128
+
+
+def pad_vocab_size(vocab_size: int) -> int:
+    """The next multiple of VOCAB_MULTIPLE."""
+    return math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -60,13 +68,11 @@ class DecoderArgs:
     """Of the weights of what is attended to."""
     tied_head: bool = False
     """The output projection multiplies by the embedding table."""
-    vocab_multiple: int = 1
-    """Embedding and head have rows up to a multiple of this; those past vocab_size are zero."""
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and of the head."""
-        return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
+        """Rows of the embedding and of the head; those past vocab_size stay zero."""
+        return pad_vocab_size(self.vocab_size)
 
     @property
     def has_dropout(self) -> bool:

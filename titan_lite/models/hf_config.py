@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 UNCOMPARED = (
     "max_seq_len",
-    "vocab_multiple",
     "fp32_residual",
     "hidden_dropout",
     "attention_dropout",

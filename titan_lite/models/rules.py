@@ -10,7 +10,7 @@ from titan_lite.config.problems import SettingError, collecting, did_you_mean, n
 from titan_lite.config.rules import config_rules, file_rules
 from titan_lite.config.schema import Config, MaskedLM
 from titan_lite.config.warnings import log_warnings
-from titan_lite.models.args import DecoderArgs, EncoderArgs
+from titan_lite.models.args import VOCAB_MULTIPLE, DecoderArgs, EncoderArgs
 from titan_lite.models.hf_config import unsaid_in_hf
 from titan_lite.models.registry import Family, resolve
 
@@ -49,8 +49,6 @@ def check(loaded: LoadedConfig, world_size: int, *, with_files: bool = True) -> 
     assert dims is not None
     assert model is not None
     log_warnings(loaded, dims, objective=family.objective, attention_dropout=args.attention_dropout)
-    # Each tensor rank has as many rows of the vocabulary as another.
-    args = dataclasses.replace(args, vocab_multiple=dims.tp)
     return Plan(dims=dims, family=family, args=args)
 
 
@@ -192,6 +190,12 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
                 ("parallel.tp", f"model.{name}"),
                 f"{name} ({size}) is not divisible by parallel.tp ({tp})",
             )
+    if args.padded_vocab_size % tp:
+        yield SettingError(
+            ("parallel.tp", "model.vocab_size"),
+            f"parallel.tp ({tp}) must divide the vocabulary, padded to {args.padded_vocab_size} "
+            f"rows, a multiple of {VOCAB_MULTIPLE}",
+        )
 
 
 def _encoder_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:

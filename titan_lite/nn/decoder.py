@@ -24,7 +24,7 @@ class Decoder(Transformer):
         super().__init__(args)
         self.layers = self.make_layers(ParallelBlock if args.parallel_residual else Block, args)
         self.norm = NORMS[args.norm](args.dim, eps=args.norm_eps)
-        self.output = OutputHead(args.dim, args.padded_vocab_size, bias=False)
+        self.output = OutputHead(args.dim, args.vocab_size, bias=False)
         self.tie()
 
     def forward(

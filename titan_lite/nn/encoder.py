@@ -72,7 +72,7 @@ class Encoder(Transformer):
         self.layers = self.make_layers(PostNormBlock if args.post_norm else block, args)
         self.norm = None if args.post_norm else norm(args.dim, eps=args.norm_eps)
         self.transform = Transform(args)
-        self.output = OutputHead(args.dim, args.padded_vocab_size, bias=True)
+        self.output = OutputHead(args.dim, args.vocab_size, bias=True)
         self.pair_head = PairHead(args)
         self.tie()
 

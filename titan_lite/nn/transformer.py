@@ -65,9 +65,13 @@ class Transformer(nn.Module):
     def num_parameters(self) -> int:
         """Numbers in all parameters, each counted once, but for the padding of a vocabulary."""
         return sum(
-            parameter[: self.vocab_size if name in self.vocab_parameters else None].numel()
+            self.without_padding(name, parameter).numel()
             for name, parameter in self.named_parameters()
         )
+
+    def without_padding(self, name: str, tensor: Tensor) -> Tensor:
+        """A view of a parameter, by its name, without the rows that pad the vocabulary."""
+        return tensor[: self.vocab_size] if name in self.vocab_parameters else tensor
 
     def embed(self, tokens_BS: Tensor, positions_S: Tensor | None) -> Tensor:
         """Embeddings (B, S, D) of tokens, and of positions where those are learned.
@@ -107,7 +111,7 @@ class Transformer(nn.Module):
         if name in self.vocab_parameters:
             # Drawn without its padding, for the values not to depend on it.
             tensor[self.vocab_size :] = 0
-            tensor = tensor[: self.vocab_size]
+            tensor = self.without_padding(name, tensor)
         if self.tied_head and name in ("tok_embeddings.weight", "pos_embeddings.weight"):
             # As GPT-2's and Qwen's: of std 1 logits would have std sqrt(D); of the head's own std
             # the stream is little but the embedding, whose largest logit is the token's own.

@@ -53,7 +53,10 @@ def split(
     last = [name for name in model.ends if name in model.last]
     blocks = [f"layers.{name}" for name in model.layers]
     parameters = {
-        name: sum(p.numel() for p in model.get_submodule(name).parameters())
+        name: sum(
+            model.without_padding(f"{name}.{part}", parameter).numel()
+            for part, parameter in model.get_submodule(name).named_parameters()
+        )
         for name in (*first, *blocks, *last)
     }
     # A lookup multiplies nothing, and what sees one token of a sample next to nothing.
