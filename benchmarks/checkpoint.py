@@ -33,7 +33,7 @@ from titan_lite.checkpoint.manifest import read_manifest
 from titan_lite.config.load import ConfigError, load_config
 from titan_lite.config.schema import AsyncMode
 from titan_lite.metrics.record import Record
-from titan_lite.models.rules import check
+from titan_lite.models.plan import make_plan
 from titan_lite.runtime.distributed import Process
 from titan_lite.trainer import Trainer
 
@@ -87,7 +87,7 @@ def measure(
         "--checkpoint.keep_latest_k=1",
         f"--checkpoint.async_mode={mode}",
     ]
-    check(load_config(options.config, settings), options.nproc)
+    make_plan(options.config, settings, options.nproc)
     with Group(options.nproc) as group:
         records: list[Record] = group.call(train, options.config, settings)[0]
         plain = max(group.call(write_plainly, folder))
@@ -184,8 +184,8 @@ def resume(config: str, settings: list[str]) -> Values:
 
 
 def _build(config: str, settings: list[str]) -> Trainer:
-    loaded = load_config(config, settings)
-    return Trainer(loaded, check(loaded, Process.from_environment().world_size))
+    plan = make_plan(config, settings, Process.from_environment().world_size)
+    return Trainer(plan)
 
 
 def _kept(records: list[Record], record: Record) -> Record:

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.workers import BenchmarkError, Group
-from titan_lite.config.load import ConfigError, load_config
+from titan_lite.config.load import ConfigError
 from titan_lite.metrics.record import Record
-from titan_lite.models.rules import check
+from titan_lite.models.plan import make_plan
 from titan_lite.runtime.distributed import Process
 from titan_lite.runtime.garbage import collected_every
 from titan_lite.runtime.run_folder import RUN_FILE
@@ -56,7 +56,7 @@ class Variant:
                 raise BenchmarkError(f"{self.name}: {key} is set by the benchmark itself")
         settings = [*self.overrides, *(f"--{key}={value}" for key, value in own.items())]
         try:
-            check(load_config(self.config, settings), self.nproc)
+            make_plan(self.config, settings, self.nproc)
         except ConfigError as error:
             raise BenchmarkError(f"{self.name}: {error}") from error
         return settings
@@ -175,11 +175,11 @@ class Run:
 
 def start(config: str, overrides: list[str], turn: int, warmup_turns: int) -> None:
     """Builds the trainer of this process and warms it up."""
-    loaded = load_config(config, overrides)
-    Run.trainer = trainer = Trainer(loaded, check(loaded, Process.from_environment().world_size))
+    plan = make_plan(config, overrides, Process.from_environment().world_size)
+    Run.trainer = trainer = Trainer(plan)
     Run.turn, Run.step = turn, 0
     Run.stack, Run.pause = contextlib.ExitStack(), contextlib.ExitStack()
-    Run.collect = Run.stack.enter_context(collected_every(loaded.config.training.gc_freq))
+    Run.collect = Run.stack.enter_context(collected_every(plan.config.training.gc_freq))
     for _ in range(warmup_turns):
         take_turn()
     trainer.report_compiled()
@@ -213,7 +213,7 @@ def finish() -> Values:
     trainer.close()
     if trainer.process.rank != 0:
         return {}
-    told = json.loads((trainer.run_folder / RUN_FILE).read_text())
+    told = json.loads((trainer.plan.run_folder / RUN_FILE).read_text())
     # Names of hundreds of modules would hide the numbers.
     counts = {feature: len(names) for feature, names in told["applied"]["modules"].items()}
     applied = told["applied"] | {"modules": counts}

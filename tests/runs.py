@@ -15,10 +15,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from titan_lite.config.load import load_config
 from titan_lite.data.loader import Batch
 from titan_lite.loss import IGNORE_INDEX
-from titan_lite.models.rules import check
+from titan_lite.models.plan import make_plan
 from titan_lite.parallel.init_weights import CHECKPOINT_PREFIX
 from titan_lite.runtime.distributed import Process
 from titan_lite.trainer import Trainer
@@ -96,8 +95,8 @@ def train_and_gather(
         hook.remove()
         gathered["final weights"] = gather(trainer)
         for step, at_step in (weights or {}).items():
-            last = step * trainer.micro_steps
-            of_step = batches[last - trainer.micro_steps : last]
+            last = step * trainer.plan.micro_steps
+            of_step = batches[last - trainer.plan.micro_steps : last]
             gathered[f"gradients of step {step}"] = _gradients_at(trainer, at_step, of_step)
     finally:
         trainer.close()
@@ -159,8 +158,7 @@ def build_trainer(folder: Path | str, *overrides: str) -> Trainer:
     if "--compile.enable=true" in overrides and not any("components" in o for o in overrides):
         # A graph less to wait for: tests/parallel/test_compile.py and test_tensor.py compile it.
         settings.append('--compile.components=["model"]')
-    loaded = load_config(None, settings)
-    return Trainer(loaded, check(loaded, Process.from_environment().world_size))
+    return Trainer(make_plan(None, settings, Process.from_environment().world_size))
 
 
 def compiled_by(backend: str) -> AbstractContextManager[Any]:

@@ -222,3 +222,68 @@ def test_each_private_name_of_torch_is_known_to_one_file() -> None:
             files.setdefault(name, []).append(str(path.relative_to(PACKAGE)))
     assert len(files) > 30
     assert {name: where for name, where in files.items() if len(where) > 1} == {}
+
+
+WHOLE = {"Plan", "Config", "LoadedConfig"}
+# Others get the sections and values that they read. Rules between sections are in config/ and
+# models/, which see them all.
+MAY_TAKE_THE_WHOLE = {
+    "cli": {"_preflight", "_rendered"},
+    "dryrun/report": {"report", "_facts"},
+    "dryrun/run": {"__init__", "dry_run", "dry_runs", "left_out", "_eager", "_quiet_dry_run"},
+    "meta_model": {
+        "check_run",
+        "build_meta_model",
+        "pipeline_stages",
+        "count_flops",
+        "_attended",
+        "check_device",
+        "check_float8",
+        "open_hf_weights",
+    },
+    "metrics/build": {"build_meter"},
+    "objective": {"__init__"},
+    "parallel/build": {"build_parallel"},
+    "preflight": {
+        "preflight",
+        "check_contents",
+        "check_model",
+        "lock_folders",
+        "check_locks",
+        "fitting_tokenizer",
+        "_check_export",
+        "_locked_folders",
+        "_warn_of_idle_keys",
+    },
+    "resuming": {"log_changes", "changed_settings"},
+    "step": {"__init__"},
+    "tools/tokenize": {"write"},
+    "trainer": {"__init__"},
+}
+
+
+def takes_the_whole(source: str) -> set[str]:
+    """Functions with a parameter that is a whole plan or configuration."""
+    functions = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            for argument in arguments:
+                types = ast.walk(argument.annotation) if argument.annotation else ()
+                if WHOLE & {name.id for name in types if isinstance(name, ast.Name)}:
+                    functions.add(node.name)
+    return functions
+
+
+def test_a_parameter_that_is_a_whole_plan_is_seen() -> None:
+    source = "def a(plan: Plan): ...\ndef b(*, c: Config | None): ...\ndef c(dims: Dims): ..."
+    assert takes_the_whole(source) == {"a", "b"}
+
+
+def test_only_these_functions_take_a_whole_plan_or_configuration() -> None:
+    functions = {
+        str(path.relative_to(PACKAGE).with_suffix("")): takes_the_whole(path.read_text())
+        for path in sources()
+        if room_of(path) not in ("config", "models")
+    }
+    assert {file: names for file, names in functions.items() if names} == MAY_TAKE_THE_WHOLE

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from titan_lite.config.load import load_config
-from titan_lite.models import rules
+from titan_lite.models.plan import make_plan
 from titan_lite.nn.build import build
 from titan_lite.planner.counts import num_params
 
@@ -63,10 +63,10 @@ def test_a_preset_is_valid_and_builds_its_model_on_meta(
     (match,) = re.findall(r"^# world_size = (\d+)$", path.read_text(), re.MULTILINE)
     tokenizer = tmp_path / "tokenizer.model"
     tokenizer.write_text("")
-    loaded = load_config(path)
-    if loaded.config.data.tokenizer_path:
-        loaded = load_config(path, [f"--data.tokenizer_path={tokenizer}"])
-    plan = rules.check(loaded, int(match))
+    overrides = []
+    if load_config(path).config.data.tokenizer_path:
+        overrides = [f"--data.tokenizer_path={tokenizer}"]
+    plan = make_plan(path, overrides, int(match))
     assert not caplog.records, "a preset has no setting that cannot act"
     with torch.device("meta"):
         model = build(plan.family, plan.args)
@@ -107,7 +107,7 @@ def test_the_keys_that_make_a_published_row_of_a_preset_pass_all_rules(
     tokenizer = tmp_path / "tokenizer.model"
     tokenizer.write_text("")
     words = [*overrides.split(), f"--data.tokenizer_path={tokenizer}"]
-    rules.check(load_config(FOLDER / preset, words), int(world_size))
+    make_plan(FOLDER / preset, words, int(world_size))
     assert not caplog.records, "no setting that cannot act"
 
 

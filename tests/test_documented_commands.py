@@ -19,9 +19,8 @@ import pytest
 from tests.distributed import Workers
 from tests.runs import TINY
 from titan_lite import cli
-from titan_lite.config.load import load_config
 from titan_lite.data.assets import bundled_asset
-from titan_lite.models.rules import check
+from titan_lite.models.plan import make_plan
 from titan_lite.runtime.distributed import Process
 from titan_lite.trainer import Trainer
 
@@ -101,8 +100,8 @@ def _train(folder: Path, config: str, *overrides: str) -> int:
     before = Path.cwd()
     os.chdir(folder)
     try:
-        loaded = load_config(config, overrides)
-        trainer = Trainer(loaded, check(loaded, Process.from_environment().world_size))
+        plan = make_plan(config, overrides, Process.from_environment().world_size)
+        trainer = Trainer(plan)
         trainer.train()
         trainer.close()
         return trainer.state.step

@@ -19,7 +19,7 @@ from titan_lite import cli
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import load_config
 from titan_lite.dryrun import run
-from titan_lite.models.rules import check
+from titan_lite.models.plan import make_plan
 from titan_lite.nn.build import build
 from titan_lite.planner.hardware import DEVICES, find_by_short_name
 
@@ -54,8 +54,7 @@ def fresh() -> Iterator[Pool]:
 def _dry(path: Path | None, world_size: int, rank: int, overrides: tuple[str, ...]) -> Any:
     from titan_lite.dryrun.run import dry_run
 
-    loaded = load_config(path, overrides)
-    return dry_run(loaded, check(loaded, world_size), rank, on_gpu=path is not None)
+    return dry_run(make_plan(path, overrides, world_size), rank, on_gpu=path is not None)
 
 
 def _real(folder: Path, overrides: tuple[str, ...]) -> Any:
@@ -63,10 +62,10 @@ def _real(folder: Path, overrides: tuple[str, ...]) -> Any:
     from titan_lite.runtime.distributed import Process
     from titan_lite.trainer import Trainer
 
-    loaded = load_config(None, [*overrides, f"--job.dump_folder={folder}"])
-    plan = check(loaded, Process.from_environment().world_size)
+    settings = [*overrides, f"--job.dump_folder={folder}"]
+    plan = make_plan(None, settings, Process.from_environment().world_size)
     with recorder(plan.dims) as record:
-        trainer = Trainer(loaded, plan)
+        trainer = Trainer(plan)
         # Logged, and with what is set up only once.
         trainer.train_step(1)
         measured = measure_step(trainer, record)
@@ -186,7 +185,7 @@ def _tokens_of_a_rank(path: Path) -> int:
 
 def _num_in_vectors(path: Path, world_size: int, overrides: Sequence[str]) -> int:
     """Numbers in norms and biases, which the formula counts as if they multiplied."""
-    plan = check(load_config(path, overrides), world_size)
+    plan = make_plan(path, overrides, world_size)
     with torch.device("meta"):
         model = build(plan.family, plan.args)
     return sum(p.numel() for p in model.parameters() if p.ndim == 1)
@@ -299,5 +298,4 @@ def test_peak_memory_is_what_cuda_allocates(fresh: Pool, tmp_path: Path) -> None
 def _dry_on_gpu(overrides: tuple[str, ...]) -> Any:
     from titan_lite.dryrun.run import dry_run
 
-    loaded = load_config(None, overrides)
-    return dry_run(loaded, check(loaded, 1), 0)
+    return dry_run(make_plan(None, overrides, 1), 0)

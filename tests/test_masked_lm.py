@@ -20,9 +20,8 @@ from tests.runs import (
     train,
     train_and_gather,
 )
-from titan_lite.config.load import load_config
 from titan_lite.data.loader import Batch
-from titan_lite.models.rules import check
+from titan_lite.models.plan import make_plan
 from titan_lite.nn.documents import dense_mask
 from titan_lite.trainer import Trainer
 
@@ -190,8 +189,8 @@ def _train_preset(folder: Path) -> list[dict[str, Any]]:
     small = ("model.num_layers=2", "training.steps=40", "lr_scheduler.warmup_steps=4")
     path = Path(__file__).parent.parent / "train_configs" / "debug_bert.toml"
     overrides = [f"--{setting}" for setting in (*small, f"job.dump_folder={folder}")]
-    loaded = load_config(path, [*overrides, "--training.local_batch_size=8"])
-    trainer = Trainer(loaded, check(loaded, 1))
+    plan = make_plan(path, [*overrides, "--training.local_batch_size=8"], 1)
+    trainer = Trainer(plan)
     trainer.train()
     trainer.close()
     return read_metrics(folder)

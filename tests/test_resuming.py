@@ -9,7 +9,7 @@ import pytest
 from titan_lite.checkpoint.manifest import Manifest
 from titan_lite.checkpoint.same_model import model_facts
 from titan_lite.config.load import load_config
-from titan_lite.models.rules import check
+from titan_lite.models.plan import make_plan
 from titan_lite.resuming import log_changes
 
 VERSIONS = {"titan_lite": "1", "torch": "2.13.0", "python": "3.12"}
@@ -25,22 +25,21 @@ def said(
     **manifest: Any,
 ) -> list[str]:
     """What is logged at `step` of a run of settings `saved`, which continues with `changes`."""
-    (before, plan_before), (after, plan_after) = (
-        (loaded.config, check(loaded, size))
+    before, after = (
+        make_plan(None, overrides, size)
         for overrides, size in zip((saved, (*saved, *changes)), world_sizes, strict=True)
-        for loaded in [load_config(None, overrides)]
     )
     facts = {
-        "config": before.model_dump(),
-        "layout": dataclasses.asdict(plan_before.dims),
-        "model": model_facts(plan_before.family.name, plan_before.args),
+        "config": before.config.model_dump(),
+        "layout": dataclasses.asdict(before.dims),
+        "model": model_facts(before.family.name, before.args),
         "versions": VERSIONS,
         **manifest,
     }
     stored = Manifest(step=step, content="run", world_size=world_sizes[0], files={}, **facts)
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        log_changes(stored, after, plan_after, VERSIONS)
+        log_changes(stored, after, VERSIONS)
     return [" ".join(message.split()) for message in caplog.messages]
 
 

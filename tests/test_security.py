@@ -8,33 +8,31 @@ from typing import Any
 
 import pytest
 
-from titan_lite.config.load import ConfigError, load_config
+from titan_lite.config.load import ConfigError
 from titan_lite.data.tokenizer import load_tokenizer
-from titan_lite.models.rules import check
-from titan_lite.preflight import checkpoint_folder, run_folder
+from titan_lite.models.plan import make_plan
 
 
 @pytest.mark.parametrize("folder", ["../elsewhere", "a/../../b", ".."])
 def test_checkpoints_stay_in_the_run_folder_unless_the_path_is_absolute(folder: str) -> None:
     with pytest.raises(ConfigError, match=r"checkpoint\.folder .* is outside of job\.dump_folder"):
-        check(load_config(None, [f"--checkpoint.folder={folder}"]), world_size=1)
+        make_plan(None, [f"--checkpoint.folder={folder}"], world_size=1)
     for allowed in ("/somewhere/else", "a/../b", "..b"):
-        check(load_config(None, [f"--checkpoint.folder={allowed}"]), world_size=1)
+        make_plan(None, [f"--checkpoint.folder={allowed}"], world_size=1)
 
 
 def test_a_tilde_is_the_home_folder_and_no_folder_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    loaded = load_config(None, ["--job.dump_folder=~/runs", "--checkpoint.folder=~/elsewhere"])
-    check(loaded, world_size=1)
-    assert run_folder(loaded) == tmp_path / "runs"
-    assert checkpoint_folder(loaded) == tmp_path / "elsewhere"
+    plan = make_plan(None, ["--job.dump_folder=~/runs", "--checkpoint.folder=~/elsewhere"], 1)
+    assert plan.run_folder == tmp_path / "runs"
+    assert plan.checkpoint_folder == tmp_path / "elsewhere"
     # As --job.dump_folder=$OUT where OUT is not set: all would be written to where it is started;
     # checkpoints without a folder of their own, among the files of the run.
     for folder in ("job.dump_folder", "checkpoint.folder"):
         with pytest.raises(ConfigError, match=rf'{re.escape(folder)} .*is empty: "\." is'):
-            check(load_config(None, [f"--{folder}="]), world_size=1)
+            make_plan(None, [f"--{folder}="], world_size=1)
 
 
 def test_a_tokenizer_file_with_code_in_it_is_refused_and_not_run(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from titan_lite.config.load import ConfigError, LoadedConfig, Problem, load_conf
 from titan_lite.config.problems import SettingError, collecting, did_you_mean, nearest
 from titan_lite.config.render import json_schema, to_toml
 from titan_lite.config.rules import file_rules
-from titan_lite.models import registry, rules
+from titan_lite.models import registry
+from titan_lite.models.plan import Plan, make_plan
 from titan_lite.planner import hardware
 from titan_lite.planner.counts import num_params
 
@@ -101,30 +102,29 @@ def _config(argv: list[str]) -> int:
     loaded = load_config(path, overrides)
     if not options.quiet:
         print(_rendered(loaded), flush=True)
-    plan = rules.check(
-        loaded, _world_size(options.world_size, loaded), with_files=options.preflight
-    )
+    world_size = _world_size(options.world_size)
+    plan = make_plan(path, overrides, world_size, with_files=options.preflight)
     if not options.preflight:
         for error in file_rules(loaded.config):
             key, message = error.keys[0], error.message
             logging.warning("%s (%s), which a run needs: %s", key, loaded.origin(key), message)
     else:
-        with loaded.reporting():
-            _preflight(loaded, plan)
+        with plan.reporting():
+            _preflight(plan)
     return 0
 
 
-def _preflight(loaded: LoadedConfig, plan: rules.Plan) -> None:
+def _preflight(plan: Plan) -> None:
     """Checks what a run on this machine would find out before its first step."""
     from titan_lite.preflight import check_contents, check_locks, preflight
 
-    found = preflight(loaded, plan)
-    config = loaded.config
+    found = preflight(plan)
+    config = plan.config
     with collecting() as problems:
         with problems.checking():
-            check_contents(loaded, plan, found)
+            check_contents(plan, found)
         with problems.checking():
-            check_locks(loaded)
+            check_locks(plan)
         if (
             config.attention.kernel != "auto"
             or config.compile.enable
@@ -141,7 +141,7 @@ def _preflight(loaded: LoadedConfig, plan: rules.Plan) -> None:
             from titan_lite.meta_model import check_run
 
             with problems.checking():
-                check_run(loaded, plan, found.start)
+                check_run(plan, found.start)
 
 
 def _rendered(loaded: LoadedConfig) -> str:
@@ -245,15 +245,15 @@ def _dryrun(argv: list[str]) -> int:
         raise ConfigError([Problem("--device", "command line", message)])
     # What only a run needs, or writes.
     elsewhere = ('--checkpoint.initial_load_hf=""', "--metrics.enable_wandb=false")
-    loaded = load_config(path, [*overrides, *elsewhere])
-    plan = rules.check(loaded, _world_size(options.world_size, loaded), with_files=False)
+    world_size = _world_size(options.world_size)
+    plan = make_plan(path, [*overrides, *elsewhere], world_size, with_files=False)
     ranks = _ranks(options.rank, plan.dims)
     # The import of torch alone takes seconds, and the step of a large model minutes.
     which = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
     print(f"Dry run of {which} of {plan.dims.world_size}", file=sys.stderr, flush=True)
     from titan_lite.dryrun.report import report
 
-    print(report(loaded, plan, ranks, device, as_json=options.json))
+    print(report(plan, ranks, device, as_json=options.json))
     return 0
 
 
@@ -325,15 +325,15 @@ def _parse(
     return options, path, rest
 
 
-def _world_size(option: int | None, loaded: LoadedConfig) -> int:
-    """The size asked for, else the launcher's, else the smallest that the degrees allow."""
+def _world_size(option: int | None) -> int | None:
+    """The size asked for, else the launcher's; None: the smallest that the degrees allow."""
     if option is not None:
         return option
     if (text := os.environ.get("WORLD_SIZE")) is not None:
         if not text.isdecimal():
             raise ConfigError([Problem("WORLD_SIZE", "environment", f"not a number: {text!r}")])
         return int(text)
-    return ParallelDims.smallest_world(loaded.config.parallel)
+    return None
 
 
 if __name__ == "__main__":

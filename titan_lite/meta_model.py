@@ -11,11 +11,10 @@ from titan_lite.checkpoint.hf_files import HFFolder
 from titan_lite.checkpoint.hf_layout import HFModel, check_start
 from titan_lite.checkpoint.state import Start, check_excluded
 from titan_lite.checkpoint.storage import check_weights
-from titan_lite.config.load import LoadedConfig
 from titan_lite.config.problems import SettingError, about, collecting
 from titan_lite.config.schema import Config, Float8
 from titan_lite.models.args import DecoderArgs
-from titan_lite.models.rules import Plan
+from titan_lite.models.plan import Plan
 from titan_lite.nn.build import build
 from titan_lite.nn.init import rule_of
 from titan_lite.nn.transformer import Transformer
@@ -36,24 +35,24 @@ from titan_lite.runtime.distributed import Process, check_dtype
 from titan_lite.runtime.profiler import check_profiling
 
 
-def check_run(loaded: LoadedConfig, plan: Plan, start: Start) -> None:
+def check_run(plan: Plan, start: Start) -> None:
     """Refuses, all together, what a run on this machine would refuse of its model and devices."""
     device = Process.from_environment().device
-    section = loaded.config.checkpoint
-    model = build_meta_model(loaded, plan)
+    section = plan.config.checkpoint
+    model = build_meta_model(plan)
     with collecting() as problems:
         with problems.checking():
-            pipeline_stages(loaded, plan, model, head_share=1.0)
+            pipeline_stages(plan, model, head_share=1.0)
         with problems.checking():
-            check_device(loaded, plan, model, device)
+            check_device(plan, model, device)
         with problems.checking(start.key):
             if start.source is None:
-                open_hf_weights(loaded, plan)
+                open_hf_weights(plan)
             elif section.exclude_from_loading and not start.resumes:
                 check_weights(start.source, model, section.exclude_from_loading)
 
 
-def build_meta_model(loaded: LoadedConfig, plan: Plan) -> Transformer:
+def build_meta_model(plan: Plan) -> Transformer:
     """Builds the model, all of whose parameters the configuration's names and plan must fit."""
     with about("model.module"), torch.device("meta"):
         model = build(plan.family, plan.args)
@@ -62,21 +61,19 @@ def build_meta_model(loaded: LoadedConfig, plan: Plan) -> Transformer:
                 rule_of(model.init_rules, name)
     with about("checkpoint.exclude_from_loading"):
         names = [name for name, _ in model.named_parameters()]
-        check_excluded(loaded.config.checkpoint.exclude_from_loading, names)
+        check_excluded(plan.config.checkpoint.exclude_from_loading, names)
     if plan.dims.tp > 1:
         with about("parallel.tp"):
             check_plan(model, plan.family.tp_plan)
     return model
 
 
-def pipeline_stages(
-    loaded: LoadedConfig, plan: Plan, model: Transformer, head_share: float
-) -> list[Stage]:
+def pipeline_stages(plan: Plan, model: Transformer, head_share: float) -> list[Stage]:
     """The stages of the whole model; a list of one without pipeline parallel.
 
     head_share: of the tokens, those that the output projection multiplies.
     """
-    config, parallel = loaded.config, loaded.config.parallel
+    config, parallel = plan.config, plan.config.parallel
     key = "pp_stage_modules" if parallel.pp_split == "explicit" else "pp"
     with about(f"parallel.{key}"):
         stages = split(
@@ -125,11 +122,9 @@ def _attended(config: Config) -> int:
     return data.packing_block if data.packing == "fixed" else config.training.seq_len
 
 
-def check_device(
-    loaded: LoadedConfig, plan: Plan, model: Transformer, device: torch.device
-) -> None:
+def check_device(plan: Plan, model: Transformer, device: torch.device) -> None:
     """Refuses what this device, or float8 with this model, cannot do."""
-    config, dtype = loaded.config, loaded.config.training.param_dtype
+    config, dtype = plan.config, plan.config.training.param_dtype
     with collecting() as problems:
         with problems.checking("profiling.enable_memory_snapshot"):
             check_profiling(config.profiling, device)
@@ -147,27 +142,25 @@ def check_device(
             with problems.checking("compile.enable"):
                 check_compiler(device)
         with problems.checking():
-            check_float8(loaded, plan, model, config.float8, device)
+            check_float8(plan, model, config.float8, device)
 
 
-def check_float8(
-    loaded: LoadedConfig, plan: Plan, model: Transformer, section: Float8, device: torch.device
-) -> None:
+def check_float8(plan: Plan, model: Transformer, section: Float8, device: torch.device) -> None:
     """Refuses what cannot train in float8, all of it together."""
     with collecting() as problems:
         problems.errors += float8_problems(
             model,
             plan.family.tp_plan,
             float8=section,
-            parallel=loaded.config.parallel,
+            parallel=plan.config.parallel,
             dims=plan.dims,
             device=device,
         )
 
 
-def open_hf_weights(loaded: LoadedConfig, plan: Plan) -> tuple[HFFolder, HFModel] | None:
+def open_hf_weights(plan: Plan) -> tuple[HFFolder, HFModel] | None:
     """The Hugging Face model to start from, which must be this one; None if none is asked for."""
-    path = loaded.config.checkpoint.initial_load_hf
+    path = plan.config.checkpoint.initial_load_hf
     if not path:
         return None
     with about("checkpoint.initial_load_hf"):

@@ -2,14 +2,13 @@
 
 import contextlib
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from titan_lite.checkpoint.manifest import TOKENIZER_FOLDER
 from titan_lite.checkpoint.same_model import SHOWN_BY_WEIGHTS, model_differences
 from titan_lite.checkpoint.state import Start, find_start
-from titan_lite.config.load import DEFAULT, LoadedConfig
+from titan_lite.config.load import DEFAULT
 from titan_lite.config.problems import FIELDS, SettingError, about, collecting, literal
 from titan_lite.config.schema import Checkpoint, Data
 from titan_lite.config.stored import words
@@ -23,7 +22,7 @@ from titan_lite.data.settings import check_data_settings, data_settings
 from titan_lite.data.sources import Source, check_tokens, resolve_sources
 from titan_lite.data.tokenizer import Tokenizer, files_in, load_tokenizer
 from titan_lite.models.hf_config import TUNABLE, UNCOMPARED
-from titan_lite.models.rules import Plan
+from titan_lite.models.plan import Plan
 from titan_lite.runtime.folder_lock import FolderLock
 
 logger = logging.getLogger(__name__)
@@ -46,9 +45,9 @@ class Preflight:
     start: Start
 
 
-def preflight(loaded: LoadedConfig, plan: Plan) -> Preflight:
+def preflight(plan: Plan) -> Preflight:
     """Reads the tokenizer and the checkpoint's state and finds the data; raises SettingErrors."""
-    config = loaded.config
+    config = plan.config
     tokenizer = start = held_out = None
     sources: list[Source] = []
     with collecting() as problems:
@@ -59,7 +58,7 @@ def preflight(loaded: LoadedConfig, plan: Plan) -> Preflight:
             if tokenizer is not None:
                 check_tokens(sources, tokenizer)
             if all(source.stored for source in sources):
-                _warn_of_idle_keys(loaded)
+                _warn_of_idle_keys(plan)
         with problems.checking("validation.dataset"):
             if config.validation.enable:
                 held_out = resolve_held_out(config.validation, config.data)
@@ -68,10 +67,10 @@ def preflight(loaded: LoadedConfig, plan: Plan) -> Preflight:
         with problems.checking("checkpoint.load_step"):
             start = find_start(
                 config.checkpoint,
-                checkpoint_folder(loaded),
+                plan.checkpoint_folder,
                 last_step=config.training.steps,
             )
-            check_model(start, loaded, plan)
+            check_model(start, plan)
         with problems.checking("data.tokenizer_path"):
             if tokenizer is not None and start is not None:
                 check_origin(config.data, config.checkpoint, tokenizer, start)
@@ -80,15 +79,12 @@ def preflight(loaded: LoadedConfig, plan: Plan) -> Preflight:
     return Preflight(tokenizer, sources, held_out, start)
 
 
-def check_contents(loaded: LoadedConfig, plan: Plan, found: Preflight) -> None:
+def check_contents(plan: Plan, found: Preflight) -> None:
     """Reads what the run will read first: documents, what is held out, the checkpoint's data.
 
     Raises SettingErrors for what would end the run before or in its first step.
     """
-    config, training = loaded.config, loaded.config.training
-    global_batch_size = training.global_batch_size
-    if global_batch_size == -1:
-        global_batch_size = training.local_batch_size * plan.dims.batch
+    config, training = plan.config, plan.config.training
     rows: Rows = Packing(config.data, training.seq_len)
     if plan.family.objective == "masked_lm":
         rows = MaskedPairs(config.masked_lm, training.seq_len, found.tokenizer)
@@ -98,23 +94,23 @@ def check_contents(loaded: LoadedConfig, plan: Plan, found: Preflight) -> None:
                 config.data,
                 found.sources,
                 found.tokenizer,
-                num_samples=(training.steps - found.start.state.step) * global_batch_size,
+                num_samples=(training.steps - found.start.state.step) * plan.global_batch_size,
             )
         with problems.checking("validation.dataset"):
-            needed = config.validation.steps * global_batch_size * training.seq_len
+            needed = config.validation.steps * plan.global_batch_size * training.seq_len
             most = _most_tokens(found.held_out) if found.held_out else None
             if most is not None and min(needed, most) <= MAX_HELD_OUT_TOKENS:
                 for _ in held_out_rows(
                     config.validation,
                     config.data,
                     seq_len=training.seq_len,
-                    global_batch_size=global_batch_size,
+                    global_batch_size=plan.global_batch_size,
                     tokenizer=found.tokenizer,
                     rows=rows,
                 ):
                     pass
         with problems.checking():
-            _check_export(loaded, plan, found.tokenizer)
+            _check_export(plan, found.tokenizer)
         with problems.checking(found.start.key):
             if saved := found.start.state.data.get("settings"):
                 settings = data_settings(
@@ -127,13 +123,13 @@ def check_contents(loaded: LoadedConfig, plan: Plan, found: Preflight) -> None:
                 check_data_settings(settings, saved)
 
 
-def _check_export(loaded: LoadedConfig, plan: Plan, tokenizer: Tokenizer) -> None:
+def _check_export(plan: Plan, tokenizer: Tokenizer) -> None:
     """Raises SettingError where last_save_hf would write a tokenizer that gives other ids."""
-    section, hf = loaded.config.checkpoint, plan.family.hf_config
+    section, hf = plan.config.checkpoint, plan.family.hf_config
     if not (section.enable and section.last_save_hf and hf) or section.allow_export_mismatch:
         return
     documents = hf_documents(plan.args, hf, tokenizer, dtype="float32")
-    data, of_pairs = loaded.config.data, not plan.args.causal
+    data, of_pairs = plan.config.data, not plan.args.causal
     report = export_report(documents, tokenizer, data, of_pairs=of_pairs)
     if not report.is_same:
         remedy = "checkpoint.allow_export_mismatch = true exports it with a README.md that has this"
@@ -147,15 +143,15 @@ def _most_tokens(source: Source) -> int | None:
     return sum(file.stat().st_size for file in source.files) if source.files else None
 
 
-def check_model(start: Start, loaded: LoadedConfig, plan: Plan) -> None:
+def check_model(start: Start, plan: Plan) -> None:
     """Raises SettingErrors for settings with which a checkpoint's weights compute something else.
 
     Where another run's weights are loaded, those that runs tune on purpose are logged instead.
     """
-    section = loaded.config.checkpoint
+    section = plan.config.checkpoint
     if start.manifest is None:
         return
-    different = model_differences(start.manifest, loaded.config.model, plan.args)
+    different = model_differences(start.manifest, plan.config.model, plan.args)
     for name in UNCOMPARED:
         if name != "max_seq_len" or plan.args.positions == "rotary":
             different.pop(name, None)
@@ -172,14 +168,14 @@ def check_model(start: Start, loaded: LoadedConfig, plan: Plan) -> None:
                 logger.warning("model.%s is %s; the weights of %s were trained with %s", *told)
         remedy = f"; on purpose: checkpoint.allow_model_changes = {literal(sorted(different))}"
         if different.keys() & SHOWN_BY_WEIGHTS:
-            # They cannot be loaded.
+            # They cannot be plan.
             remedy = ""
     by_key: dict[str, list[str]] = {}
     for name, (saved, own) in different.items():
         # Heads whose width is not set share the model's.
         sizes = ("model.num_heads", "model.dim") if name == "head_dim" else ()
         keys = (f"model.{name}", *sizes, "model.flavor", "model.name")
-        key = next((key for key in keys if loaded.origins.get(key, DEFAULT) != DEFAULT), start.key)
+        key = next((key for key in keys if plan.origins.get(key, DEFAULT) != DEFAULT), start.key)
         by_key.setdefault(key, []).append(f"{name} is {words(own)}, not {words(saved)}")
     with collecting() as problems:
         for key, listed in by_key.items():
@@ -190,52 +186,41 @@ def check_model(start: Start, loaded: LoadedConfig, plan: Plan) -> None:
             problems.errors.append(SettingError(key, message))
 
 
-def lock_folders(loaded: LoadedConfig) -> contextlib.ExitStack:
+def lock_folders(plan: Plan) -> contextlib.ExitStack:
     """Keeps other runs from the run's folder and its checkpoints' until closed, or SettingError."""
     with contextlib.ExitStack() as locks:
-        for key, folder in _locked_folders(loaded).items():
+        for key, folder in _locked_folders(plan).items():
             with about(key):
                 locks.callback(FolderLock(folder, key).release)
         return locks.pop_all()
 
 
-def check_locks(loaded: LoadedConfig) -> None:
+def check_locks(plan: Plan) -> None:
     """Raises SettingError for a folder that another run writes to; makes none."""
-    for key, folder in _locked_folders(loaded).items():
+    for key, folder in _locked_folders(plan).items():
         if folder.is_dir():
             with about(key):
                 FolderLock(folder, key).release()
 
 
-def _locked_folders(loaded: LoadedConfig) -> dict[str, Path]:
-    folders = {"job.dump_folder": run_folder(loaded)}
-    checkpoints = checkpoint_folder(loaded)
+def _locked_folders(plan: Plan) -> dict[str, Path]:
+    folders = {"job.dump_folder": plan.run_folder}
+    checkpoints = plan.checkpoint_folder
     # Two runs may share one that is not below their own folders.
-    is_elsewhere = not checkpoints.resolve().is_relative_to(run_folder(loaded).resolve())
-    if loaded.config.checkpoint.enable and is_elsewhere:
+    is_elsewhere = not checkpoints.resolve().is_relative_to(plan.run_folder.resolve())
+    if plan.config.checkpoint.enable and is_elsewhere:
         folders["checkpoint.folder"] = checkpoints
     return folders
 
 
-def _warn_of_idle_keys(loaded: LoadedConfig) -> None:
+def _warn_of_idle_keys(plan: Plan) -> None:
     """Says which keys were set that only text needs."""
     for name in ("on_bad_document", "tokenizer_threads"):
         key = f"data.{name}"
-        if getattr(loaded.config.data, name) != FIELDS["data"][name].default:
+        if getattr(plan.config.data, name) != FIELDS["data"][name].default:
             logger.warning(
-                "%s (%s) cannot act: the data is tokenized already", key, loaded.origins[key]
+                "%s (%s) cannot act: the data is tokenized already", key, plan.origins[key]
             )
-
-
-def run_folder(loaded: LoadedConfig) -> Path:
-    """Where a run writes."""
-    # os.path: leaves a ~user that does not exist, where Path raises.
-    return Path(os.path.expanduser(loaded.config.job.dump_folder))  # noqa: PTH111
-
-
-def checkpoint_folder(loaded: LoadedConfig) -> Path:
-    """Where the run's checkpoints are."""
-    return run_folder(loaded) / os.path.expanduser(loaded.config.checkpoint.folder)  # noqa: PTH111
 
 
 def fitting_tokenizer(section: Data, plan: Plan) -> Tokenizer:

@@ -8,9 +8,9 @@ from typing import Any
 from titan_lite.checkpoint.manifest import Manifest
 from titan_lite.checkpoint.same_model import model_differences
 from titan_lite.config.problems import FIELDS
-from titan_lite.config.schema import Config, LRScheduler
+from titan_lite.config.schema import LRScheduler
 from titan_lite.config.stored import global_batch_size, setting, words
-from titan_lite.models.rules import Plan
+from titan_lite.models.plan import Plan
 from titan_lite.optim.schedule import Schedule, jump
 
 logger = logging.getLogger(__name__)
@@ -28,16 +28,14 @@ SCHEDULE_KEYS = (
 )
 
 
-def log_changes(
-    manifest: Manifest, config: Config, plan: Plan, versions: Mapping[str, str]
-) -> None:
+def log_changes(manifest: Manifest, plan: Plan, versions: Mapping[str, str]) -> None:
     """Logs the settings that differ from the checkpoint's, and a jump of the learning rate."""
-    changes = changed_settings(manifest, config, plan, versions)
+    changes = changed_settings(manifest, plan, versions)
     if changes:
         width = max(map(len, changes))
         lines = (f"  {key:<{width}}  {words(a)} -> {words(b)}" for key, (a, b) in changes.items())
         logger.info("Changed since the checkpoint was saved:\n%s", "\n".join(lines))
-    before, after = (_schedule(c) for c in (manifest.config, config.model_dump()))
+    before, after = (_schedule(c) for c in (manifest.config, plan.config.model_dump()))
     if (rates := jump(before, after, manifest.step)) is not None:
         because = ", ".join(
             f"{key} {words(a)} -> {words(b)}"
@@ -55,13 +53,13 @@ def log_changes(
 
 
 def changed_settings(
-    manifest: Manifest, config: Config, plan: Plan, versions: Mapping[str, str]
+    manifest: Manifest, plan: Plan, versions: Mapping[str, str]
 ) -> dict[str, tuple[Any, Any]]:
     """By key, the values of the checkpoint and of the run that differ and change its numbers."""
     before = _settings(manifest.config, manifest.layout)
-    after = _settings(config.model_dump(), dataclasses.asdict(plan.dims))
+    after = _settings(plan.config.model_dump(), dataclasses.asdict(plan.dims))
     pairs = {key: (before[key], after[key]) for key in after}
-    for name, pair in model_differences(manifest, config.model, plan.args).items():
+    for name, pair in model_differences(manifest, plan.config.model, plan.args).items():
         pairs[f"model.{name}"] = pair
     for name in ("titan_lite", "torch"):
         pairs[name] = manifest.versions.get(name), versions[name]

@@ -6,8 +6,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from titan_lite.config.load import ConfigError, Problem, load_config
-from titan_lite.models.rules import check
+from titan_lite.config.load import ConfigError, Problem
+from titan_lite.models.plan import make_plan
 from titan_lite.runtime.log import MESSAGES, is_first_to_say, set_up_logging
 from titan_lite.runtime.parent import PARENT, watch_parent
 from titan_lite.runtime.stop import (
@@ -66,8 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(argv: Sequence[str], rank: int, world_size: int, stop: StopRequest) -> int:
-    loaded = load_config(argv[0], argv[1:])
-    plan = check(loaded, world_size)
+    plan = make_plan(argv[0], argv[1:], world_size)
     if rank == 0:
         logger.info(
             "Starting %s in %d process%s", argv[0], world_size, "es" if world_size > 1 else ""
@@ -78,7 +77,7 @@ def _train(argv: Sequence[str], rank: int, world_size: int, stop: StopRequest) -
     from titan_lite.trainer import Trainer
 
     try:
-        trainer = Trainer(loaded, plan, stop=stop)
+        trainer = Trainer(plan, stop=stop)
     except WriteError as error:
         return _end(error, stop)
     try:
@@ -111,7 +110,7 @@ def _train(argv: Sequence[str], rank: int, world_size: int, stop: StopRequest) -
         trainer.close()
     stop_process_group()
     if trainer.outcomes.is_stopping:
-        return EXIT_STOPPED if loaded.config.checkpoint.enable else EXIT_STOPPED_UNSAVED
+        return EXIT_STOPPED if plan.config.checkpoint.enable else EXIT_STOPPED_UNSAVED
     return 0
 
 

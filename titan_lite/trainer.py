@@ -16,7 +16,6 @@ from titan_lite.checkpoint.hf import DCPToHF, load_hf
 from titan_lite.checkpoint.manager import CheckpointManager
 from titan_lite.checkpoint.same_model import model_facts
 from titan_lite.checkpoint.storage import versions
-from titan_lite.config.load import LoadedConfig
 from titan_lite.config.memory_advice import memory_advice
 from titan_lite.config.problems import about
 from titan_lite.data.export_check import README, export_report
@@ -36,7 +35,7 @@ from titan_lite.metrics.device import device_name
 from titan_lite.metrics.forward_times import ForwardTimes
 from titan_lite.metrics.record import Record
 from titan_lite.metrics.warnings import RecordWatch
-from titan_lite.models.rules import Plan
+from titan_lite.models.plan import Plan
 from titan_lite.objective import OBJECTIVES
 from titan_lite.optim.loss_scaler import LossScaler
 from titan_lite.optim.nonfinite import NonFiniteGuard
@@ -52,10 +51,8 @@ from titan_lite.parallel.mesh import build_meshes
 from titan_lite.planner.counts import FORMULA
 from titan_lite.preflight import (
     check_model,
-    checkpoint_folder,
     lock_folders,
     preflight,
-    run_folder,
 )
 from titan_lite.resuming import log_changes
 from titan_lite.runtime.distributed import (
@@ -95,47 +92,41 @@ class Trainer:
 
     def __init__(
         self,
-        loaded: LoadedConfig,
         plan: Plan,
         process: Process | None = None,
         *,
         stop: StopRequest | None = None,
     ) -> None:
-        self.config = loaded.config
+        self.config = plan.config
         self.plan, self.dims = plan, plan.dims
         self.stop = stop or StopRequest()
         self.progress = self.stop.progress
         self.process = process or Process.from_environment()
-        self.run_folder = run_folder(loaded)
         self.locks = contextlib.ExitStack()
         try:
-            with loaded.reporting():
-                self._build(loaded, plan)
+            with plan.reporting():
+                self._build()
         except BaseException:
             self.locks.close()
             raise
 
-    def _build(self, loaded: LoadedConfig, plan: Plan) -> None:
-        config, training = self.config, self.config.training
+    def _build(self) -> None:
+        plan, config, training = self.plan, self.config, self.config.training
         self.objective = OBJECTIVES[plan.family.objective](config)
         # What can be refused is refused before any process waits for another.
-        self._find_files(loaded, plan)
-        self.model = build_meta_model(loaded, plan)
+        self._find_files()
+        self.model = build_meta_model(plan)
         all_positions = training.loss_positions == "all"
         head_share = 1.0 if all_positions else self.objective.labelled_share
-        self.stages = pipeline_stages(loaded, plan, self.model, head_share)
+        self.stages = pipeline_stages(plan, self.model, head_share)
         self.num_params = self.model.num_parameters
         self.parameter_names = [name for name, _ in self.model.named_parameters()]
         self.flops = count_flops(config, plan.args, self.model, self.stages, head_share)
-        self._check_device(loaded, plan)
-        self.global_batch_size = training.global_batch_size
-        if self.global_batch_size == -1:
-            self.global_batch_size = training.local_batch_size * self.dims.batch
-        self.micro_steps = self.global_batch_size // (training.local_batch_size * self.dims.batch)
-        self._open_data(loaded)
+        self._check_device()
+        self._open_data()
 
         set_determinism(training.seed, deterministic=training.deterministic)
-        self._join(loaded)
+        self._join()
         self.tokens: int | Tensor = self.state.tokens
         meshes = build_meshes(self.dims, self.process.device.type)
         # The meshes' groups do not inherit the timeout of the first one.
@@ -146,10 +137,8 @@ class Trainer:
             self.model,
             self.stages,
             plan,
-            config,
             meshes,
             self.process,
-            micro_steps=self.micro_steps,
         )
         self.pipeline, self.applied = parallel_model.pipeline, parallel_model.applied
         self.compilations = Compilations() if config.compile.enable else None
@@ -164,7 +153,7 @@ class Trainer:
             device=self.process.device,
             progress=self.progress,
         )
-        self._resume(loaded)
+        self._resume()
         self._start_measuring()
         self.forward_times = ForwardTimes(self.model.layers.children(), self.process.device)
         pp_ranks = [self.dims.coordinates(rank)["pp"] for rank in range(self.dims.world_size)]
@@ -174,19 +163,19 @@ class Trainer:
             names = [source.name for source in sources]
             self.source_meter = SourceMeter(names, self.state.source_tokens, all_reduce)
 
-    def _find_files(self, loaded: LoadedConfig, plan: Plan) -> None:
+    def _find_files(self) -> None:
         """Locks the folders; finds the tokenizer, the state and the weights to begin from."""
         if self.process.rank == 0:
-            self.locks = lock_folders(loaded)
-        found = preflight(loaded, plan)
+            self.locks = lock_folders(self.plan)
+        found = preflight(self.plan)
         self.tokenizer, self.start = found.tokenizer, found.start
         self.state = self.start.state
-        self.hf = open_hf_weights(loaded, plan) if self.start.source is None else None
+        self.hf = open_hf_weights(self.plan) if self.start.source is None else None
 
-    def _check_device(self, loaded: LoadedConfig, plan: Plan) -> None:
-        check_device(loaded, plan, self.model, self.process.device)
+    def _check_device(self) -> None:
+        check_device(self.plan, self.model, self.process.device)
 
-    def _open_data(self, loaded: LoadedConfig) -> None:
+    def _open_data(self) -> None:
         """Reads what is held out, opens the data where the run's state says: the first batch."""
         config = self.config
         with about("data.tokenizer_path"):
@@ -213,18 +202,18 @@ class Trainer:
         return {
             "seq_len": training.seq_len,
             "local_batch_size": training.local_batch_size,
-            "global_batch_size": self.global_batch_size,
+            "global_batch_size": self.plan.global_batch_size,
             "batch_rank": self.dims.batch_rank(self.process.rank),
             "batch_degree": self.dims.batch,
             "tokenizer": self.tokenizer,
             "rows": self.rows,
         }
 
-    def _join(self, loaded: LoadedConfig) -> None:
+    def _join(self) -> None:
         """Starts the process group, whose ranks agree on what they begin from."""
         comm, hint = self.config.comm, ""
         if self.process.device.type == "cuda":
-            hint = record_flights(self.run_folder)
+            hint = record_flights(self.plan.run_folder)
         start_process_group(self.process, comm)
         with about("data.dataset"):
             agree_on_data(self.loader.state_dict()["settings"])
@@ -242,15 +231,15 @@ class Trainer:
             self.start = agree_on_start(
                 found,
                 self.config.checkpoint,
-                checkpoint_folder(loaded),
+                self.plan.checkpoint_folder,
                 last_step=self.config.training.steps,
             )
         if self.start is not found:
             # An earlier checkpoint: the contents of the latest are damaged.
-            check_model(self.start, loaded, self.plan)
+            check_model(self.start, self.plan)
             self.state = self.start.state
             self.loader.close()
-            self._open_data(loaded)
+            self._open_data()
 
     def _build_state(self) -> None:
         """Weights, optimizer and what guards them, as they are at step 0."""
@@ -270,12 +259,12 @@ class Trainer:
         else:
             self.guard = NonFiniteGuard(config.training.nonfinite, device)
 
-    def _resume(self, loaded: LoadedConfig) -> None:
+    def _resume(self) -> None:
         """Loads the checkpoint to begin from, if there is one, and opens the run's folder."""
         config, start = self.config, self.start
         self.checkpoints = CheckpointManager(
             config.checkpoint,
-            checkpoint_folder(loaded),
+            self.plan.checkpoint_folder,
             model=self.model,
             optimizer=self.optimizer,
             device=self.process.device,
@@ -292,7 +281,7 @@ class Trainer:
                 self.guard.load_state_dict(self.state.guard)
             logger.info("%s from %s", "Resumed" if start.resumes else "Begun", start.source)
             if start.manifest is not None and start.content == "run" and self.process.rank == 0:
-                log_changes(start.manifest, config, self.plan, versions())
+                log_changes(start.manifest, self.plan, versions())
         elif self.hf is not None:
             folder, _ = self.hf
             load_hf(self.model, *self.hf)
@@ -300,7 +289,7 @@ class Trainer:
         if self.applied.count("float8 all-gather"):
             refresh_scales(self.model)
         if self.process.rank == 0:
-            open_run_folder(self.run_folder, resume_step=start.own_step)
+            open_run_folder(self.plan.run_folder, resume_step=start.own_step)
             self.checkpoints.leave_later_branch(start.own_step)
 
     def _set_timeout(self, seconds: int) -> None:
@@ -327,7 +316,7 @@ class Trainer:
         logger.info(
             "Training from step %d to %d%s", first, last, compiles if self.compilations else ""
         )
-        profile_folder = self.run_folder / "profile"
+        profile_folder = self.plan.run_folder / "profile"
         with (
             collected_every(self.config.training.gc_freq) as collect,
             profiling(self.config.profiling, profile_folder, self.process.rank) as profile,
@@ -354,7 +343,7 @@ class Trainer:
             return
         self.outcomes.is_stopping = False
         self.save_hf()
-        logger.info("Everything is in %s\n%s", self.run_folder, self.meter.summary())
+        logger.info("Everything is in %s\n%s", self.plan.run_folder, self.meter.summary())
 
     def close(self) -> None:
         """Stops the loader's worker, lets a save end, closes metric files, leaves the folder."""
@@ -369,7 +358,7 @@ class Trainer:
         training = self.config.training
         self.progress.enter("data", step=step)
         with self.meter.waiting_for_data():
-            batches = [next(self.batches) for _ in range(self.micro_steps)]
+            batches = [next(self.batches) for _ in range(self.plan.micro_steps)]
         lr = self.schedule(step)
         self.forward_times.start_step()
         try:
@@ -381,13 +370,13 @@ class Trainer:
         self.progress.enter("log")
         if self.compilations is not None:
             self.compilations.after_step(step)
-        tokens: int | Tensor = self.global_batch_size * training.seq_len
+        tokens: int | Tensor = self.plan.global_batch_size * training.seq_len
         if self.objective.has_padding:
             # A number that the host does not wait for.
             tokens = result.num_tokens
         self.state.step = step
         self.tokens += tokens
-        self.meter.add(tokens=tokens, samples=self.global_batch_size)
+        self.meter.add(tokens=tokens, samples=self.plan.global_batch_size)
         if self.source_meter is not None and result.source_valid is not None:
             self.source_meter.add(result.source_valid)
         logs = self.meter.should_log(step) or self.validates(step)
@@ -412,7 +401,7 @@ class Trainer:
         )
         if isinstance(self.guard, LossScaler):
             self.guard.check(step, record["grad_norm"])
-        self.watch.look(record, waited, self.forward_times.seconds() * self.micro_steps)
+        self.watch.look(record, waited, self.forward_times.seconds() * self.plan.micro_steps)
         return record
 
     def _data_metrics(self, result: StepResult) -> dict[str, float]:
@@ -470,7 +459,7 @@ class Trainer:
         if self.config.parallel.async_tp:
             self.applied.check_async_tp()
         if self.process.rank == 0:
-            update_run_file(self.run_folder, {"applied": dataclasses.asdict(self.applied)})
+            update_run_file(self.plan.run_folder, {"applied": dataclasses.asdict(self.applied)})
 
     def save(self) -> None:
         """Saves a checkpoint of the step just done, or begins to; collective."""
@@ -522,14 +511,14 @@ class Trainer:
         )
         self.outcomes = Outcomes(self.guard, self.parameter_names)
         self.meter = build_meter(
-            config, process, self.run_folder, self.flops, start_step=self.state.step
+            config, process, self.plan.run_folder, self.flops, start_step=self.state.step
         )
         # A finished run stays described by the settings that trained it.
         is_done = self.state.step >= config.training.steps
-        if process.rank > 0 or (is_done and (self.run_folder / RUN_FILE).exists()):
+        if process.rank > 0 or (is_done and (self.plan.run_folder / RUN_FILE).exists()):
             return
         write_run_file(
-            self.run_folder,
+            self.plan.run_folder,
             {
                 "device": device_name(process.device),
                 "mesh": dataclasses.asdict(self.dims),

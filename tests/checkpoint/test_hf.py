@@ -19,14 +19,15 @@ from titan_lite.checkpoint import hf
 from titan_lite.checkpoint.hf_files import HFFolder
 from titan_lite.checkpoint.hf_layout import HFModel, check_start
 from titan_lite.checkpoint.manifest import read_manifest
-from titan_lite.config.load import ConfigError, load_config
+from titan_lite.config.load import ConfigError
 from titan_lite.data.export_check import ExportReport, export_report
 from titan_lite.data.tokenizer import load_tokenizer
-from titan_lite.models import registry, rules
+from titan_lite.models import registry
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.hf_config import hf_config_from_args
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.patterns import translate
+from titan_lite.models.plan import make_plan
 from titan_lite.nn.build import build_decoder
 from titan_lite.runtime.distributed import Process
 from titan_lite.runtime.writing import WriteError
@@ -39,8 +40,7 @@ SAVING = ("--checkpoint.enable=true", "--checkpoint.last_save_hf=true", "--train
 
 
 def _args(*overrides: str) -> DecoderArgs:
-    plan = rules.check(load_config(None, [*TINY, *overrides]), 1)
-    return plan.args
+    return make_plan(None, [*TINY, *overrides], 1).args
 
 
 def _run(folder: Path, *overrides: str) -> tuple[Run, list[str]]:
@@ -218,7 +218,7 @@ def test_numbers_that_a_run_may_change_on_purpose_are_warned_about(
 def test_settings_that_cannot_act_are_refused(setting: str, message: str) -> None:
     other = ["--checkpoint.initial_load_path=."] if setting == "initial_load_hf=." else []
     with pytest.raises(ConfigError, match=message):
-        rules.check(load_config(None, [f"--checkpoint.{setting}", *other]), 1)
+        make_plan(None, [f"--checkpoint.{setting}", *other], 1)
 
 
 def test_a_family_without_a_form_in_transformers_is_refused(
@@ -227,10 +227,10 @@ def test_a_family_without_a_form_in_transformers_is_refused(
     monkeypatch.setattr(registry, "_FAMILIES", {"llama": replace(LLAMA, hf_config=None)})
     settings = ["--checkpoint.enable=true", "--checkpoint.last_save_hf=true"]
     with pytest.raises(ConfigError, match="model family llama has no form in transformers"):
-        rules.check(load_config(None, settings), 1)
+        make_plan(None, settings, 1)
 
 
 def test_a_form_that_transformers_class_has_not_is_refused() -> None:
     settings = ["--checkpoint.enable=true", "--checkpoint.last_save_hf=true"]
     with pytest.raises(ConfigError, match="LlamaForCausalLM cannot have norm layernorm, not rmsn"):
-        rules.check(load_config(None, [*settings, "--model.norm=layernorm"]), 1)
+        make_plan(None, [*settings, "--model.norm=layernorm"], 1)

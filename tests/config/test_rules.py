@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from titan_lite.config.dims import ParallelDims
-from titan_lite.config.load import ConfigError, LoadedConfig, Problem, load_config
+from titan_lite.config.load import ConfigError, Problem, load_config
 from titan_lite.config.render import to_toml
-from titan_lite.models import rules
+from titan_lite.models.plan import Plan, make_plan
 
 PP2 = ("parallel.pp=2", "training.global_batch_size=8")
 
@@ -22,12 +22,12 @@ def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def load(*settings: str) -> LoadedConfig:
-    return load_config(None, [f"--{setting}" for setting in settings])
+def plan_of(*settings: str, world_size: int = 1) -> Plan:
+    return make_plan(None, [f"--{setting}" for setting in settings], world_size)
 
 
 def check(*settings: str, world_size: int = 1) -> ParallelDims:
-    return rules.check(load(*settings), world_size).dims
+    return plan_of(*settings, world_size=world_size).dims
 
 
 def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
@@ -508,19 +508,19 @@ def test_what_cannot_act_is_warned_about(
     settings: list[str], world_size: int, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "titan_lite.config"):
-        rules.check(load(*settings), world_size)
+        plan_of(*settings, world_size=world_size)
     (record,) = caplog.records
     assert message in record.getMessage()
 
 
 def test_weights_from_hugging_face_need_no_checkpoints(caplog: pytest.LogCaptureFixture) -> None:
-    rules.check(load("checkpoint.initial_load_hf=."), 1)
+    plan_of("checkpoint.initial_load_hf=.")
     assert not caplog.records
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 64])
 def test_the_defaults_give_no_warning(world_size: int, caplog: pytest.LogCaptureFixture) -> None:
-    rules.check(load(), world_size)
+    plan_of(world_size=world_size)
     assert not caplog.records
 
 
@@ -528,7 +528,7 @@ def test_a_written_configuration_gives_no_more_warnings_than_it_had(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     Path("all.toml").write_text(to_toml(load_config(None)))
-    rules.check(load_config("all.toml"), 1)
+    make_plan("all.toml")
     assert not caplog.records
 
 

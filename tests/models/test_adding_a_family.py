@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from tests.models.test_families import tp_plan_violations
-from titan_lite.config.load import load_config
 from titan_lite.models import registry
 from titan_lite.models.patterns import matches, translate
-from titan_lite.models.rules import check
+from titan_lite.models.plan import make_plan
 from titan_lite.nn.build import build
 
 DOC = Path(__file__).parents[2] / "docs" / "adding_a_family.md"
@@ -37,7 +36,7 @@ def tomls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path
 
 
 def test_another_size_is_resolved_from_the_users_module(tomls: list[Path]) -> None:
-    plan = check(load_config(tomls[0]), world_size=1)
+    plan = make_plan(tomls[0], world_size=1)
     assert plan.family.name == "my_llama"
     assert (plan.args.dim, plan.args.vocab_size) == (768, 128256)
     with torch.device("meta"):
@@ -46,7 +45,7 @@ def test_another_size_is_resolved_from_the_users_module(tomls: list[Path]) -> No
 
 
 def test_another_form_is_built_with_a_row_for_each_parameter(tomls: list[Path]) -> None:
-    plan = check(load_config(tomls[1]), world_size=1)
+    plan = make_plan(tomls[1], world_size=1)
     with torch.device("meta"):
         model = build(plan.family, plan.args)
     assert not list(tp_plan_violations(model, plan.family.tp_plan))
@@ -56,7 +55,7 @@ def test_another_form_is_built_with_a_row_for_each_parameter(tomls: list[Path]) 
 
 
 def test_another_architecture_is_built_and_trains(tomls: list[Path]) -> None:
-    plan = check(load_config(tomls[2], ["--model.num_layers=2"]), world_size=1)
+    plan = make_plan(tomls[2], ["--model.num_layers=2"], world_size=1)
     assert "my_pkg.my_model" not in sys.modules  # torch code waits for the build
     with torch.device("meta"):
         model = build(plan.family, plan.args)

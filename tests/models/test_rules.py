@@ -6,17 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from titan_lite.config.load import ConfigError, load_config
+from titan_lite.config.load import ConfigError
 from titan_lite.config.schema import Config
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.bert import BERT, MEGATRON_BERT
 from titan_lite.models.llama import LLAMA
-from titan_lite.models.rules import check, model_rules
+from titan_lite.models.plan import make_plan
+from titan_lite.models.rules import model_rules
 
 
 def problems(overrides: Sequence[str], world_size: int = 1) -> list[tuple[str, str, str]]:
     with pytest.raises(ConfigError) as error:
-        check(load_config(None, overrides), world_size)
+        make_plan(None, overrides, world_size)
     return [(p.key, p.source, p.message) for p in error.value.problems]
 
 
@@ -25,7 +26,7 @@ def rules_broken(config: Config, args: DecoderArgs) -> list[tuple[tuple[str, ...
 
 
 def test_a_sound_configuration_gives_dims_family_and_args() -> None:
-    plan = check(load_config(None, ["--model.num_layers=2"]), world_size=4)
+    plan = make_plan(None, ["--model.num_layers=2"], world_size=4)
     assert plan.dims.dp_shard == 4
     assert plan.family is LLAMA
     assert plan.args.num_layers == 2
@@ -43,7 +44,7 @@ def test_a_sequence_longer_than_the_models_is_refused_with_both_numbers() -> Non
 
 def test_a_long_row_of_blocks_is_as_long_as_its_blocks() -> None:
     long = ("--training.seq_len=8192", "--data.packing=fixed")
-    check(load_config(None, [*long, "--data.packing_block=2048"]), world_size=1)
+    make_plan(None, [*long, "--data.packing_block=2048"], world_size=1)
     [(key, _, message)] = problems([*long, "--data.packing_block=4096"])
     assert key == "data.packing_block"
     assert message == "packing_block (4096) is longer than the model's max_seq_len (2048)"
@@ -60,7 +61,7 @@ def test_heads_that_do_not_divide_the_width_are_refused() -> None:
     assert message == (
         "dim (256) is not divisible by num_heads (12): set model.head_dim for heads of another size"
     )
-    check(load_config(None, ["--model.num_heads=12", "--model.head_dim=16"]), world_size=1)
+    make_plan(None, ["--model.num_heads=12", "--model.head_dim=16"], world_size=1)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ def test_weights_of_attention_are_not_dropped_where_no_rank_has_all_of_a_sequenc
         )
     ]
     assert not rules_broken(config, replace(dropping, attention_dropout=0.0))
-    config = load_config(None, ["--attention.kernel=flash2"]).config
+    config = Config.model_validate({"attention": {"kernel": "flash2"}})
     assert rules_broken(config, dropping) == [
         (
             ("attention.kernel",),
@@ -207,7 +208,7 @@ def test_problems_of_the_configuration_and_of_the_model_come_together(tmp_path: 
     file = tmp_path / "run.toml"
     file.write_text('[model]\nflavor = "debgu"\n[parallel]\ndp_shard = 3\n')
     with pytest.raises(ConfigError) as error:
-        check(load_config(file), world_size=2)
+        make_plan(file, world_size=2)
     found = {(p.key, p.source) for p in error.value.problems}
     assert found == {("model.flavor", str(file)), ("parallel.dp_shard", str(file))}
     assert 'did you mean "debug"?' in str(error.value)
@@ -216,7 +217,7 @@ def test_problems_of_the_configuration_and_of_the_model_come_together(tmp_path: 
 def test_problems_of_loading_come_first_and_alone() -> None:
     overrides = ["--job.x=1", "--training.steps=0", "--model.name=foo"]
     with pytest.raises(ConfigError) as error:
-        check(load_config(None, overrides), world_size=3)
+        make_plan(None, overrides, world_size=3)
     assert [problem.key for problem in error.value.problems] == ["job.x", "training.steps"]
 
 
@@ -254,7 +255,7 @@ def test_what_a_masked_language_model_cannot_make_samples_of_is_refused(
 ) -> None:
     bert = ["--model.name=bert", "--masked_lm.next_sentence=true", "--model.attention_dropout=0"]
     short = [*bert, "--training.seq_len=512"]
-    check(load_config(None, short), world_size=1)
+    make_plan(None, short, world_size=1)
     # Of those that somebody set, the key that bert asks something of is blamed.
     key, _, _ = setting.partition("=")
     assert problems([*short, f"--{setting}"]) == [(key, "command line", message)]
@@ -276,7 +277,7 @@ def test_keys_of_another_objective_are_refused() -> None:
         ),
     ]
     padded = ["--data.packing=none", "--training.loss_positions=labelled"]
-    check(load_config(None, padded), world_size=1)
+    make_plan(None, padded, world_size=1)
 
 
 def test_pairs_are_made_of_a_buffer_that_nothing_shuffles(
@@ -285,7 +286,7 @@ def test_pairs_are_made_of_a_buffer_that_nothing_shuffles(
     def warnings(*overrides: str) -> list[str]:
         caplog.clear()
         settings = ["--data.shuffle=false", "--data.shuffle_buffer=500", "--training.seq_len=512"]
-        check(load_config(None, [*settings, *overrides]), world_size=1)
+        make_plan(None, [*settings, *overrides], world_size=1)
         return caplog.messages
 
     idle = ["data.shuffle_buffer (command line) cannot act: data.shuffle is false"]

@@ -9,8 +9,8 @@ import torch
 
 from tests.distributed import Workers
 from tests.runs import build_trainer, train, whole
-from titan_lite.config.load import ConfigError, load_config
-from titan_lite.models import rules
+from titan_lite.config.load import ConfigError
+from titan_lite.models.plan import make_plan
 from titan_lite.optim import loss_scaler
 from titan_lite.optim.loss_scaler import LossScaler
 
@@ -134,7 +134,6 @@ def test_what_overflows_on_one_rank_is_skipped_by_all(
 
 
 def test_float16_reduction_without_loss_scaling_is_refused() -> None:
-    loaded = load_config(None, ["--training.reduce_dtype=float16"])
     with pytest.raises(ConfigError, match='which comes with param_dtype = "float16"; param_dtype'):
-        rules.check(loaded, world_size=1)
-    rules.check(load_config(None, ["--training.reduce_dtype=float16", FLOAT16]), world_size=1)
+        make_plan(None, ["--training.reduce_dtype=float16"], world_size=1)
+    make_plan(None, ["--training.reduce_dtype=float16", FLOAT16], world_size=1)

@@ -8,8 +8,7 @@ import torch
 
 from tests.distributed import Workers
 from tests.runs import build_trainer, train, whole
-from titan_lite.config.load import load_config
-from titan_lite.models.rules import check
+from titan_lite.models.plan import make_plan
 from titan_lite.optim.nonfinite import NonFiniteError, NonFiniteGuard
 from titan_lite.trainer import Trainer
 
@@ -119,7 +118,7 @@ def test_the_count_of_dropped_steps_is_resumed() -> None:
 
 
 def test_float16_says_that_loss_scaling_decides(caplog: pytest.LogCaptureFixture) -> None:
-    check(load_config(None, [SKIP, "--training.param_dtype=float16"]), world_size=1)
+    make_plan(None, [SKIP, "--training.param_dtype=float16"], world_size=1)
     assert "training.nonfinite (command line) cannot act: param_dtype" in caplog.text
 
 

@@ -18,11 +18,11 @@ from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
 from tests.distributed import Workers
 from tests.runs import build_trainer, compiled_by, train, whole
-from titan_lite.config.load import ConfigError, LoadedConfig, load_config
+from titan_lite.config.load import ConfigError
 from titan_lite.config.schema import ActivationCheckpoint, SavedOp
 from titan_lite.loss import cross_entropy_sum
-from titan_lite.models import rules
 from titan_lite.models.args import DecoderArgs
+from titan_lite.models.plan import make_plan
 from titan_lite.nn.build import build_decoder
 from titan_lite.nn.decoder import Decoder
 from titan_lite.parallel.activation_checkpoint import (
@@ -351,14 +351,16 @@ def test_the_compiler_keeps_to_the_memory_budget(one_process: Workers, tmp_path:
 )
 def test_what_cannot_work_is_refused(settings: list[str], key: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        rules.check(load([], settings), 1)
+        make_plan(None, with_keys([], settings), 1)
     found = {problem.key: problem.message for problem in error.value.problems}
     assert message in found[f"activation_checkpoint.{key}"]
 
 
 def test_a_memory_budget_is_refused_with_tensor_parallel() -> None:
     with pytest.raises(ConfigError, match=r"tensor-parallel activations \(parallel.tp is 2\)"):
-        rules.check(load(["--parallel.tp=2", "--compile.enable=true"], ["mode=memory_budget"]), 2)
+        make_plan(
+            None, with_keys(["--parallel.tp=2", "--compile.enable=true"], ["mode=memory_budget"]), 2
+        )
 
 
 @pytest.mark.parametrize(
@@ -391,15 +393,15 @@ def test_what_cannot_act_is_warned_about(
     settings: list[str], messages: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "titan_lite.config"):
-        rules.check(load([], settings), 1)
+        make_plan(None, with_keys([], settings), 1)
     assert len(caplog.records) == len(messages)
     for record, message in zip(caplog.records, messages, strict=True):
         assert record.getMessage().startswith("activation_checkpoint.")
         assert message in record.getMessage()
 
 
-def load(overrides: list[str], settings: list[str]) -> LoadedConfig:
-    return load_config(None, [*overrides, *(f"--activation_checkpoint.{s}" for s in settings)])
+def with_keys(overrides: list[str], settings: list[str]) -> list[str]:
+    return [*overrides, *(f"--activation_checkpoint.{s}" for s in settings)]
 
 
 def test_hfu_counts_the_blocks_recomputed_whole_and_is_left_out_elsewhere(

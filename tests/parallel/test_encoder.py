@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,7 @@ from tests.distributed import Workers
 from tests.parallel.matrix import as_overrides
 from tests.runs import TINY, whole
 from titan_lite import trainer
-from titan_lite.config.load import load_config
-from titan_lite.models.rules import check
+from titan_lite.models.plan import make_plan
 from titan_lite.nn.build import build
 from titan_lite.nn.documents import dense_mask
 from titan_lite.parallel.build import ParallelModel, build_parallel
@@ -115,19 +115,17 @@ def _step_twice(*overrides: str) -> list[dict[str, Any]]:
 
 def _step_twice_of(*overrides: str) -> list[dict[str, Any]]:
     process = Process.from_environment()
-    loaded = load_config(None, [*TINY, *as_overrides(*ALIKE, *overrides)])
-    plan, config = check(loaded, process.world_size), loaded.config
+    plan = make_plan(None, [*TINY, *as_overrides(*ALIKE, *overrides)], process.world_size)
+    config = plan.config
     with torch.device("meta"):
         model = build(plan.family, plan.args)
     size, per_rank = config.training.local_batch_size, SAMPLES // plan.dims.batch
     built = build_parallel(
         model,
         split(model, config.parallel, attention_flops=0),
-        plan,
-        config,
+        replace(plan, micro_steps=per_rank // size),
         trainer.build_meshes(plan.dims, "cpu"),
         process,
-        micro_steps=per_rank // size,
     )
     init_weights(model, device=process.device, seed=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.003)

@@ -20,12 +20,11 @@ from torch.utils._pytree import tree_leaves
 from tests.distributed import Workers
 from tests.runs import build_trainer, read_metrics, train, train_and_gather, whole
 from titan_lite.config.dims import ParallelDims
-from titan_lite.config.load import ConfigError, load_config
+from titan_lite.config.load import ConfigError
 from titan_lite.config.schema import Float8, Model, Parallel
-from titan_lite.models import rules
 from titan_lite.models.llama import LLAMA
+from titan_lite.models.plan import make_plan
 from titan_lite.models.registry import resolve
-from titan_lite.models.rules import check
 from titan_lite.nn.build import build
 from titan_lite.nn.decoder import Decoder
 from titan_lite.nn.output_head import OutputHead
@@ -93,7 +92,7 @@ def tiny(**overrides: int) -> Decoder:
 def test_what_no_model_can_do_is_refused(settings: list[str], key: str, message: str) -> None:
     overrides = [f"--{s}" if "." in s else f"--float8.{s}" for s in settings]
     with pytest.raises(ConfigError) as error:
-        rules.check(load_config(None, overrides), world_size=4)
+        make_plan(None, overrides, world_size=4)
     (problem,) = error.value.problems
     assert problem.key == key
     assert message in problem.message
@@ -101,7 +100,7 @@ def test_what_no_model_can_do_is_refused(settings: list[str], key: str, message:
 
 def test_any_number_of_tokens_does_where_no_float8_product_sums_over_them() -> None:
     settings = ["--float8.recipe=rowwise_gw_hp", "--training.seq_len=100"]
-    rules.check(load_config(None, settings), world_size=1)
+    make_plan(None, settings, world_size=1)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +111,7 @@ def test_a_setting_without_a_recipe_is_warned_about(
     key: str, value: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "titan_lite.config"):
-        check(load_config(None, [f"--float8.{key}={value}"]), world_size=1)
+        make_plan(None, [f"--float8.{key}={value}"], world_size=1)
     (record,) = caplog.records
     expected = f'float8.{key} (command line) cannot act: float8.recipe is "none"'
     assert record.getMessage() == expected

@@ -11,8 +11,7 @@ import torch
 from tests.distributed import Workers
 from tests.regression.folders import write_run
 from titan_lite import cli
-from titan_lite.config.load import load_config
-from titan_lite.models.rules import check
+from titan_lite.models.plan import make_plan
 from titan_lite.regression import commands
 from titan_lite.regression.compare import compare
 from titan_lite.regression.curves import Mistake, read_curve
@@ -29,8 +28,12 @@ LOSS, NORM = [8.0, 7.5, 7.0], [0.5, 0.6, 0.7]
 def train(case: Case, folder: Path) -> None:
     """In a process of a group, without a launcher's start."""
     overrides = ["--metrics.log_freq=1", "--metrics.enable_tensorboard=false", *case.overrides]
-    loaded = load_config(case.config, [*overrides, f"--job.dump_folder={folder}"])
-    trainer = Trainer(loaded, check(loaded, Process.from_environment().world_size))
+    plan = make_plan(
+        case.config,
+        [*overrides, f"--job.dump_folder={folder}"],
+        Process.from_environment().world_size,
+    )
+    trainer = Trainer(plan)
     try:
         trainer.train()
     finally:

@@ -7,8 +7,7 @@ import pytest
 
 from benchmarks import numerics
 from tests.regression.folders import write_run
-from titan_lite.config.load import load_config
-from titan_lite.models.rules import check
+from titan_lite.models.plan import make_plan
 from titan_lite.regression.compare import LAYOUT_TOLERANCES
 from titan_lite.regression.noise import ALPHA, WINDOWS, _student_t
 
@@ -17,8 +16,7 @@ from titan_lite.regression.noise import ALPHA, WINDOWS, _student_t
 def test_each_side_of_a_pair_is_a_run_of_one_global_batch(pair: numerics.Pair) -> None:
     for side in (pair.a, pair.b):
         settings = [*numerics.RUN, *side.settings]
-        loaded = load_config(numerics.CONFIG, [f"--{setting}" for setting in settings])
-        check(loaded, side.nproc)
+        make_plan(numerics.CONFIG, [f"--{setting}" for setting in settings], side.nproc)
 
 
 def test_pairs_become_a_table_and_each_run_is_trained_once(

@@ -11,6 +11,11 @@ from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Parallel
 
 
+def resolve_global_batch(size: int, local_batch_size: int, batch_degree: int) -> int:
+    """Samples per optimizer step; -1 is one micro-batch on each data-parallel rank."""
+    return local_batch_size * batch_degree if size == -1 else size
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParallelDims:
     """Degree of each mesh axis; ranks are numbered row-major in AXES order, tp fastest."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from titan_lite.config.dims import ParallelDims
+from titan_lite.config.dims import ParallelDims, resolve_global_batch
 from titan_lite.config.problems import SettingError, quote
 from titan_lite.config.schema import Config, Parallel
 
@@ -204,7 +204,9 @@ def _layout(config: Config, dims: ParallelDims | None) -> Iterator[SettingError]
             f"({training.local_batch_size}) x data-parallel degree ({dims.batch}) = {micro}",
         )
     elif config.parallel.pp > 1:
-        samples = micro if training.global_batch_size == -1 else training.global_batch_size
+        samples = resolve_global_batch(
+            training.global_batch_size, training.local_batch_size, dims.batch
+        )
         words = (
             f"{samples} samples / (local_batch_size ({training.local_batch_size}) x data-parallel "
             f"degree ({dims.batch}))"

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from titan_lite.config.dims import resolve_global_batch
 from titan_lite.config.problems import FIELDS, literal
 
 
@@ -14,11 +15,11 @@ def setting(config: Mapping[str, Any], key: str) -> Any:
 
 def global_batch_size(config: Mapping[str, Any], mesh: Mapping[str, int]) -> int:
     """Samples per optimizer step on a mesh of these degrees."""
-    size: int = setting(config, "training.global_batch_size")
-    if size == -1:
-        ranks = mesh["dp_replicate"] * mesh["dp_shard"]
-        return int(setting(config, "training.local_batch_size")) * ranks
-    return size
+    return resolve_global_batch(
+        setting(config, "training.global_batch_size"),
+        setting(config, "training.local_batch_size"),
+        mesh["dp_replicate"] * mesh["dp_shard"],
+    )
 
 
 def words(value: Any) -> str:

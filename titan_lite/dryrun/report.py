@@ -8,11 +8,10 @@ from typing import Any
 import torch
 
 from titan_lite.config.dims import ParallelDims
-from titan_lite.config.load import LoadedConfig
 from titan_lite.config.units import format_scaled
 from titan_lite.dryrun.run import DryRank, dry_runs, left_out
 from titan_lite.metrics.device import GIB
-from titan_lite.models.rules import Plan
+from titan_lite.models.plan import Plan
 from titan_lite.planner.counts import FORMULA
 from titan_lite.planner.hardware import Device
 
@@ -27,15 +26,13 @@ WORDS = {
 }
 
 
-def report(
-    loaded: LoadedConfig, plan: Plan, ranks: Sequence[int], device: Device, *, as_json: bool
-) -> str:
+def report(plan: Plan, ranks: Sequence[int], device: Device, *, as_json: bool) -> str:
     """Dry-runs the ranks, and says what it found."""
-    found = dry_runs(loaded, plan, ranks)
-    notes = left_out(loaded.config)
+    found = dry_runs(plan, ranks)
+    notes = left_out(plan.config)
     if as_json:
         return json.dumps(_facts(found, plan, device, notes), indent=2)
-    model = loaded.config.model
+    model = plan.config.model
     lines = [
         f"{model.name} {model.flavor}: {found[0].parameters:,} parameters on "
         f"{plan.dims.world_size} x {device.name}",

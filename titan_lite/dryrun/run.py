@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from titan_lite.checkpoint.state import RunState
-from titan_lite.config.load import ConfigError, LoadedConfig, Problem
+from titan_lite.config.load import ConfigError, Problem
 from titan_lite.config.schema import Config
 from titan_lite.data.loader import Batch
 from titan_lite.dryrun.gpu_kernels import gpu_kernels
@@ -23,7 +23,7 @@ from titan_lite.dryrun.measure import Measured, measure_step, recorder
 from titan_lite.dryrun.progress import RankProgress
 from titan_lite.dryrun.torch_private import FakeTensorMode, fake_world
 from titan_lite.meta_model import check_float8
-from titan_lite.models.rules import Plan
+from titan_lite.models.plan import Plan
 from titan_lite.parallel.float8 import refresh_scales
 from titan_lite.parallel.pipeline import local_stages
 from titan_lite.runtime.distributed import Process
@@ -75,36 +75,36 @@ class Unread:
 class DryTrainer(Trainer):
     """A Trainer on fake tensors: reads no file, writes none, and takes its batches from nowhere."""
 
-    def __init__(self, loaded: LoadedConfig, plan: Plan, rank: int) -> None:
+    def __init__(self, plan: Plan, rank: int) -> None:
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         # Autograd refuses fake tensors of a GPU where there is none.
         device = torch.device("cpu")
-        super().__init__(loaded, plan, Process(rank, 0, plan.dims.world_size, device))
+        super().__init__(plan, Process(rank, 0, plan.dims.world_size, device))
         self.step.labelled = self._labelled  # type: ignore[method-assign]
 
     def train_step(self, step: int) -> None:
         with self.fake:
             super().train_step(step)
 
-    def _find_files(self, loaded: LoadedConfig, plan: Plan) -> None:
+    def _find_files(self) -> None:
         self.state = RunState()
 
-    def _check_device(self, loaded: LoadedConfig, plan: Plan) -> None:
+    def _check_device(self) -> None:
         """What holds on any device; this machine's is not the run's."""
-        section = loaded.config.float8.model_copy(update={"emulate": True})
-        check_float8(loaded, plan, self.model, section, torch.device("meta"))
+        section = self.config.float8.model_copy(update={"emulate": True})
+        check_float8(self.plan, self.model, section, torch.device("meta"))
 
-    def _open_data(self, loaded: LoadedConfig) -> None:
-        training = loaded.config.training
+    def _open_data(self) -> None:
+        training = self.config.training
         self.batches = _batches(
             training.local_batch_size,
             training.seq_len,
-            with_positions=loaded.config.data.masks_attention,
-            with_sources=bool(loaded.config.data.sources),
+            with_positions=self.config.data.masks_attention,
+            with_sources=bool(self.config.data.sources),
             with_pairs=self.objective.has_pairs,
         )
 
-    def _join(self, loaded: LoadedConfig) -> None:
+    def _join(self) -> None:
         pass
 
     def _set_timeout(self, seconds: int) -> None:
@@ -123,7 +123,7 @@ class DryTrainer(Trainer):
         number = math.ceil(self.objective.labelled_share * batch.labels.numel())
         return batch.labels.new_zeros(number)
 
-    def _resume(self, loaded: LoadedConfig) -> None:
+    def _resume(self) -> None:
         if self.applied.count("float8 all-gather"):
             with self.fake:
                 refresh_scales(self.model)
@@ -134,7 +134,6 @@ class DryTrainer(Trainer):
 
 
 def dry_run(
-    loaded: LoadedConfig,
     plan: Plan,
     rank: int,
     *,
@@ -146,22 +145,22 @@ def dry_run(
     torch keeps process groups by their names in caches, which another world would find.
     on_gpu: with the kernels of GPUs where they keep other tensors than the CPU's.
     """
-    is_compiled = loaded.config.compile.covers("model")
-    loaded = dataclasses.replace(loaded, config=_eager(loaded.config))
+    is_compiled = plan.config.compile.covers("model")
+    plan = dataclasses.replace(plan, config=_eager(plan.config))
     kernels = gpu_kernels() if on_gpu else contextlib.nullcontext()
     recording = recorder(plan.dims, fuses_float8_casts=is_compiled)
     with fake_world(rank, plan.dims.world_size), recording as record:
-        trainer = DryTrainer(loaded, plan, rank)
+        trainer = DryTrainer(plan, rank)
         if progress is not None:
             progress.enter("optimizer state")
-            progress.watch(trainer.model.layers.values(), trainer.micro_steps, trainer.optimizer)
+            progress.watch(trainer.model.layers.values(), plan.micro_steps, trainer.optimizer)
         with trainer.fake, kernels:
             measured = measure_step(trainer, record)
-    dims, parallel = plan.dims, loaded.config.parallel
+    dims, parallel = plan.dims, plan.config.parallel
     place = dims.coordinates(rank)
     stages = local_stages(parallel, place["pp"]) if dims.pp > 1 else [0]
     # Of the tokens of a replica, a rank has those of its part of the sequence and of the matrices.
-    tokens = trainer.global_batch_size * loaded.config.training.seq_len
+    tokens = plan.global_batch_size * plan.config.training.seq_len
     flops = tokens * sum(trainer.stages[number].flops for number in stages)
     return DryRank(
         rank=rank,
@@ -174,7 +173,7 @@ def dry_run(
     )
 
 
-def dry_runs(loaded: LoadedConfig, plan: Plan, ranks: Sequence[int]) -> list[DryRank]:
+def dry_runs(plan: Plan, ranks: Sequence[int]) -> list[DryRank]:
     """`dry_run` of several ranks, each in a process of its own; ConfigError if one is killed."""
     context = multiprocessing.get_context("spawn")
 
@@ -182,7 +181,7 @@ def dry_runs(loaded: LoadedConfig, plan: Plan, ranks: Sequence[int]) -> list[Dry
         place = rank, number, len(ranks)
         try:
             with ProcessPoolExecutor(1, context, initializer=end_with_parent) as process:
-                return process.submit(_quiet_dry_run, loaded, plan, place).result()
+                return process.submit(_quiet_dry_run, plan, place).result()
         except BrokenProcessPool:
             message = (
                 f"the process of rank {rank} was killed, by the system if memory was short: one "
@@ -240,11 +239,11 @@ def _eager(config: Config) -> Config:
     return config.model_copy(update=off)
 
 
-def _quiet_dry_run(loaded: LoadedConfig, plan: Plan, place: tuple[int, int, int]) -> DryRank:
+def _quiet_dry_run(plan: Plan, place: tuple[int, int, int]) -> DryRank:
     # What torch warns about is the fake world, or said by a real run, too.
     warnings.simplefilter("ignore")
     with contextlib.closing(RankProgress(*place)) as progress:
-        return dry_run(loaded, plan, place[0], progress=progress)
+        return dry_run(plan, place[0], progress=progress)
 
 
 def _draw_nothing(name: str, tensor: Tensor, generator: torch.Generator) -> None:

@@ -2,54 +2,15 @@
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from titan_lite.config.dims import ParallelDims
-from titan_lite.config.load import LoadedConfig
-from titan_lite.config.problems import SettingError, collecting, did_you_mean, nearest, quote
-from titan_lite.config.rules import config_rules, file_rules
+from titan_lite.config.problems import SettingError, did_you_mean, nearest, quote
 from titan_lite.config.schema import Config, MaskedLM
-from titan_lite.config.warnings import log_warnings
 from titan_lite.models.args import VOCAB_MULTIPLE, DecoderArgs, EncoderArgs
+from titan_lite.models.family import Family
 from titan_lite.models.hf_config import unsaid_in_hf
-from titan_lite.models.registry import Family, resolve
 
 # Special tokens, and a few of text in each part.
 SHORTEST_PAIR = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a checked configuration means: the mesh degrees, and the model to build."""
-
-    dims: ParallelDims
-    family: Family
-    args: DecoderArgs
-
-
-def check(loaded: LoadedConfig, world_size: int, *, with_files: bool = True) -> Plan:
-    """Checks everything that needs no hardware, and unless told otherwise the files to read.
-
-    Raises ConfigError with every broken rule. Settings that cannot act, where all is sound, are
-    logged as warnings.
-    """
-    config = loaded.config
-    dims = model = None
-    with loaded.reporting(), collecting() as problems:
-        if with_files:
-            problems.errors += file_rules(config)
-        with problems.checking():
-            dims = ParallelDims.resolve(config.parallel, world_size)
-        problems.errors += config_rules(config, dims)
-        with problems.checking():
-            family, args = model = resolve(config.model)
-            problems.errors += model_rules(config, args)
-            problems.errors += objective_rules(config, family)
-            problems.errors += hf_rules(config, family, args)
-    assert dims is not None
-    assert model is not None
-    log_warnings(loaded, dims, objective=family.objective, attention_dropout=args.attention_dropout)
-    return Plan(dims=dims, family=family, args=args)
 
 
 def hf_rules(config: Config, family: Family, args: DecoderArgs) -> Iterator[SettingError]:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from titan_lite.config.schema import Config
-from titan_lite.models.rules import Plan
+from titan_lite.models.plan import Plan
 from titan_lite.nn.build import build
 from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.context import local_positions
@@ -38,16 +37,11 @@ def build_parallel(
     model: Transformer,
     stages: Sequence[Stage],
     plan: Plan,
-    config: Config,
     meshes: Meshes,
     process: Process,
-    *,
-    micro_steps: int,
 ) -> ParallelModel:
-    """Parallelizes the whole `model`, or with pipeline parallel this rank's `stages` of it.
-
-    micro_steps: micro-batches of an optimizer step.
-    """
+    """Parallelizes the whole `model`, or with pipeline parallel this rank's `stages` of it."""
+    config = plan.config
     parallel, training = config.parallel, config.training
     place = plan.dims.coordinates(process.rank)
     local, positions = {0: model}, None
@@ -85,7 +79,7 @@ def build_parallel(
         local,
         parallel,
         num_micro_batches=(
-            micro_steps if parallel.pp_micro_batches == -1 else parallel.pp_micro_batches
+            plan.micro_steps if parallel.pp_micro_batches == -1 else parallel.pp_micro_batches
         ),
         tokens_shape=(training.local_batch_size, tokens),
         hidden_shape=(training.local_batch_size, tokens // split_over, plan.args.dim),

@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from titan_lite.config.dims import ParallelDims
-from titan_lite.config.load import ConfigError, Problem, load_config
+from titan_lite.config.load import ConfigError, Problem
 from titan_lite.config.stored import setting
 from titan_lite.config.units import format_scaled
-from titan_lite.models.rules import check
+from titan_lite.models.plan import make_plan
 from titan_lite.regression.compare import TIERS, Comparison, Tier, compare
 from titan_lite.regression.curves import (
     Curve,
@@ -72,11 +71,9 @@ class _Side:
 
     def planned(self) -> "_Planned":
         """What a run of it will be; ConfigError for what cannot run."""
-        loaded = load_config(self.path, self.overrides)
-        nproc = self.nproc or ParallelDims.smallest_world(loaded.config.parallel)
-        dims = check(loaded, nproc).dims
-        data = trained_on(loaded.config.model_dump(), asdict(dims))
-        return _Planned(self, nproc, data, loaded.config.training.steps)
+        plan = make_plan(self.path, self.overrides, self.nproc or None)
+        data = trained_on(plan.config.model_dump(), asdict(plan.dims))
+        return _Planned(self, plan.dims.world_size, data, plan.config.training.steps)
 
 
 @dataclass(frozen=True)

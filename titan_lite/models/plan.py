@@ -1,0 +1,81 @@
+"""All that is known before a run, worked out once: its settings, mesh, model, batch and folders."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from titan_lite.config.dims import ParallelDims, resolve_global_batch
+from titan_lite.config.load import LoadedConfig, load_config
+from titan_lite.config.problems import collecting
+from titan_lite.config.rules import config_rules, file_rules
+from titan_lite.config.warnings import log_warnings
+from titan_lite.models.args import DecoderArgs
+from titan_lite.models.registry import Family, resolve
+from titan_lite.models.rules import hf_rules, model_rules, objective_rules
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(LoadedConfig):
+    """A configuration that breaks no rule, and what follows from it for a number of processes."""
+
+    dims: ParallelDims
+    family: Family
+    args: DecoderArgs
+    global_batch_size: int
+    """Samples per optimizer step over all ranks."""
+    micro_steps: int
+    """Micro-batches of a rank in an optimizer step."""
+    run_folder: Path
+    """Where the run writes."""
+    checkpoint_folder: Path
+
+
+def make_plan(
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    world_size: int | None = None,
+    *,
+    with_files: bool = True,
+) -> Plan:
+    """Loads a configuration and checks everything that needs no hardware.
+
+    world_size: None: the smallest that the degrees allow. with_files: whether the files that a run
+    reads must be here. Raises ConfigError with all problems of loading, else with every broken
+    rule. Settings without effect are logged as warnings.
+    """
+    loaded = load_config(path, overrides)
+    config = loaded.config
+    if world_size is None:
+        world_size = ParallelDims.smallest_world(config.parallel)
+    dims = model = None
+    with loaded.reporting(), collecting() as problems:
+        if with_files:
+            problems.errors += file_rules(config)
+        with problems.checking():
+            dims = ParallelDims.resolve(config.parallel, world_size)
+        problems.errors += config_rules(config, dims)
+        with problems.checking():
+            family, args = model = resolve(config.model)
+            problems.errors += model_rules(config, args)
+            problems.errors += objective_rules(config, family)
+            problems.errors += hf_rules(config, family, args)
+    assert dims is not None
+    assert model is not None
+    log_warnings(loaded, dims, objective=family.objective, attention_dropout=args.attention_dropout)
+    training = config.training
+    micro = training.local_batch_size * dims.batch
+    batch = resolve_global_batch(training.global_batch_size, training.local_batch_size, dims.batch)
+    # os.path: leaves a ~user that does not exist, where Path raises.
+    folder = Path(os.path.expanduser(config.job.dump_folder))  # noqa: PTH111
+    return Plan(
+        config=config,
+        origins=loaded.origins,
+        dims=dims,
+        family=family,
+        args=args,
+        global_batch_size=batch,
+        micro_steps=batch // micro,
+        run_folder=folder,
+        checkpoint_folder=folder / os.path.expanduser(config.checkpoint.folder),  # noqa: PTH111
+    )
