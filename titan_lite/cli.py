@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "tokenize": (_tokenize, "documents become token files, which runs read without tokenizing"),
         "convert": (_convert, "weights from Hugging Face's safetensors to checkpoints, and back"),
         "dryrun": (_dryrun, "memory, FLOPs and collectives of a step, on a machine without GPUs"),
+        "plan": (_plan, "memory, time, cost and energy of a run on any cluster, before it starts"),
         "compare": (_compare, "whether two runs follow the same curve, at every step"),
         "golden": (_golden, "whether runs still follow the curves that were accepted"),
         "report": (_report, "a page on one or several runs, to look at in a browser"),
@@ -255,6 +256,12 @@ def _dryrun(argv: list[str]) -> int:
 
     print(report(plan, ranks, device, as_json=options.json))
     return 0
+
+
+def _plan(argv: list[str]) -> int:
+    from titan_lite.tools import plan
+
+    return plan.main(argv)
 
 
 def _compare(argv: list[str]) -> int:

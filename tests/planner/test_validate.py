@@ -1,0 +1,133 @@
+"""The planner against published runs: assets/published_rows.toml, and files of a user's own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from titan_lite import cli
+from titan_lite.planner.constants import FITTED, LITERATURE, SPREADS
+from titan_lite.tools.fit import fit
+from titan_lite.tools.published import read_rows
+from titan_lite.tools.validate_plan import report
+
+ROWS = Path(__file__).parent.parent.parent / "assets" / "published_rows.toml"
+MPT = ("mpt-h100", "mpt-a100-40")
+LLAMA = """
+[[row]]
+system = "mine"
+table = "t"
+model = "llama3-8b"
+device = "H100 SXM 80GB"
+gpus = 8
+tp = 1
+pp = 1
+sharding = "fsdp"
+micro_batch = 1
+seq_len = 8192
+stack = "compile"
+attention = "flash2"
+cross_entropy = "float32"
+metric = "tokens_per_gpu_per_s"
+value = 9000
+"""
+
+
+def errors(facts: dict[str, Any], *, mpt: bool) -> list[float]:
+    return [
+        abs(row["error"])
+        for row in facts["rows"]
+        if row["predicted"] is not None and (row["system"] in MPT) == mpt
+    ]
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def validated(constants: str, path: Path = ROWS) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(
+        report(str(path), constants=constants, refit=False, as_json=True)
+    )
+    return found
+
+
+def test_published_speeds_are_predicted_with_the_fitted_constants() -> None:
+    facts = validated("fitted")
+    assert mean(errors(facts, mpt=False)) < 0.04
+    for system in MPT:
+        assert facts["systems"][system]["mean"] < 0.05
+    assert facts["fitted_constants"] == len(FITTED) == len(SPREADS)
+    # One constant per device, fitted to the same rows, explains them worse.
+    assert facts["null_mean"] > 2 * facts["mean"]
+
+
+def test_published_speeds_are_predicted_with_the_constants_of_the_literature() -> None:
+    found = validated("literature")
+    known = [
+        abs(row["error"])
+        for row in found["rows"]
+        if row["predicted"] is not None and row["system"] not in (*MPT, "yin")
+    ]
+    assert mean(known) < 0.07
+    assert found["fitted_constants"] == 0
+
+
+def test_every_row_is_listed_and_what_is_not_predicted_has_a_reason() -> None:
+    facts = validated("fitted")
+    assert len(facts["rows"]) == len(read_rows(str(ROWS))) == 259
+    for row in facts["rows"]:
+        if row["predicted"] is None:
+            assert row["reason"]
+        else:
+            assert row["low"] < row["predicted"] < row["high"]
+            assert row["error"] == pytest.approx(row["predicted"] / row["published"] - 1)
+
+
+def test_most_published_speeds_lie_in_the_interval() -> None:
+    rows = [row for row in validated("literature")["rows"] if row["predicted"] is not None]
+    inside = [row["low"] <= row["published"] <= row["high"] for row in rows]
+    assert mean(inside) > 0.75
+
+
+@pytest.mark.timeout(600)
+def test_the_shipped_constants_are_what_the_fit_finds() -> None:
+    found = fit([row for row in read_rows(str(ROWS)) if row["use"] == "time"])
+    assert found.values == pytest.approx(FITTED, rel=0.01)
+    assert found.freedom < len(SPREADS)
+
+
+def test_a_row_of_a_users_own_is_predicted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.toml"
+    unknown = LLAMA.replace("H100 SXM 80GB", "H900").replace('"mine"', '"theirs"')
+    file.write_text(LLAMA + unknown)
+    assert cli.main(["plan", "validate", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "mine" in out
+    assert "not predicted (1): theirs, tokens_per_gpu_per_s: unknown device 'H900'" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "row (FILE): the file has no [[row]]"),
+        ('[[row]]\nsystem = "mine"\nvalue = 1', "row 1.metric (FILE): missing"),
+        ("[[row", "cannot be read"),
+    ],
+)
+def test_a_file_that_has_no_rows_is_an_error(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.toml"
+    file.write_text(text)
+    assert cli.main(["plan", "validate", str(file)]) == 2
+    assert message.replace("FILE", str(file)) in capsys.readouterr().err
+
+
+def test_every_fitted_constant_has_a_value_from_the_literature() -> None:
+    for name in FITTED:
+        quantity = name.split("/")[0]
+        assert any(known.split("/")[0] == quantity for known in LITERATURE)

@@ -1,0 +1,82 @@
+"""A training job in the numbers that decide its time and memory, whoever's library runs it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from titan_lite.models.args import DecoderArgs
+
+Sharding = Literal["fsdp", "ddp", "zero1", "zero2", "hybrid_zero", "greedy_zero1"]
+Recompute = Literal["none", "full", "selective_op", "attention_core", "norms"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One optimizer step of a run, and the software stack that runs it.
+
+    span: tokens that a token can attend to, before the causal mask. micro_steps: micro-batches of a
+    step. shards: ranks over which parameters (or the optimizer's state) are split, cp included.
+    recomputed: blocks of each stage that are checkpointed. blocks: of each pipeline stage.
+    keeps_gathered: parameters stay gathered between forward and backward. syncs_last: gradients
+    are reduced after the last micro-batch only. kernels: class of the element-wise kernels.
+    stack: the library, as constants.py names it, "" for this one.
+    """
+
+    args: DecoderArgs
+    seq_len: int
+    span: int
+    micro_batch: int
+    micro_steps: int = 1
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    replicas: int = 1
+    dp_shard: int = 1
+    cp_method: str = "ring"
+    blocks: tuple[int, ...] = ()
+    stages_per_rank: int = 1
+    is_v: bool = False
+    schedule: str = "1F1B"
+    pipelined: int = 1
+    splits_backward: bool = False
+    sharding: Sharding = "fsdp"
+    reshard: str = "default"
+    keeps_gathered: bool = False
+    syncs_last: bool = False
+    sequence_parallel: bool = True
+    loss_parallel: bool = True
+    async_tp: bool = False
+    recompute: Recompute = "none"
+    recomputed: tuple[int, ...] = (0,)
+    early_stop: bool = True
+    float8: str = "none"
+    float8_gather: bool = False
+    width: int = 2
+    reduce_bytes: int = 4
+    accumulate_bytes: int = 10
+    optimizer_bytes: int = 44
+    kernels: str = "fused"
+    attention: str = "flash"
+    loss_bytes: int = 28
+    loss_chunks: int | None = None
+    head_share: float = 1.0
+    stack: str = ""
+
+    @property
+    def gpus(self) -> int:
+        """Ranks of the job."""
+        return self.tp * self.cp * self.pp * self.replicas * self.dp_shard
+
+    @property
+    def shards(self) -> int:
+        """Ranks over which FSDP shards."""
+        return self.dp_shard * self.cp
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step, over all ranks."""
+        return self.micro_batch * self.micro_steps * self.seq_len * self.replicas * self.dp_shard
+
+    @property
+    def local_tokens(self) -> int:
+        """Tokens of a micro-batch on a rank."""
+        return self.micro_batch * self.seq_len // self.cp

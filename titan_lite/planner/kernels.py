@@ -1,0 +1,164 @@
+"""Seconds of single kernels and collectives: matmuls, attention, element-wise traffic, rings.
+
+FLOPs and bytes are counted by hand; rates are a cluster's peaks times the shares in constants.py.
+"""
+
+import math
+from typing import NamedTuple
+
+from titan_lite.models.args import DecoderArgs
+from titan_lite.planner.cluster import Cluster
+from titan_lite.planner.job import Job
+
+# (rows, columns) of the output tile of a matmul kernel, and the share of the rate it reaches.
+TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.82))
+
+
+class Bytes(NamedTuple):
+    """Memory traffic of the element-wise kernels, bytes per bfloat16 feature (forward, backward).
+
+    Counted from what each kernel reads and writes. launches: kernels of a block's forward.
+    """
+
+    norm: tuple[float, float]
+    residual: tuple[float, float]
+    rotary: tuple[float, float]
+    gated: tuple[float, float]
+    plain: tuple[float, float]
+    copy: tuple[float, float]
+    launches: int
+
+
+KERNELS = {
+    "fused": Bytes((4, 8), (6, 6), (4, 4), (6, 10), (4, 6), (0, 0), 16),
+    "compile": Bytes((4, 8), (4, 6), (6, 6), (6, 10), (4, 6), (4, 4), 16),
+    # This library without compile: norms are one kernel, the rotation seven in float32.
+    "native": Bytes((4, 8), (6, 8), (30, 30), (10, 18), (4, 6), (4, 4), 40),
+    "apex": Bytes((6, 10), (6, 8), (4, 4), (10, 18), (6, 8), (4, 4), 24),
+    "eager": Bytes((36, 70), (6, 15), (24, 26), (10, 18), (10, 14), (8, 8), 45),
+    "torch": Bytes((4, 8), (6, 8), (0, 0), (10, 18), (4, 6), (0, 0), 45),
+    "amp": Bytes((14, 24), (12, 12), (0, 0), (20, 30), (14, 20), (0, 0), 45),
+}
+
+
+class Rates:
+    """The kernels' rates on a cluster under a job's stack; of a job only what no layout changes."""
+
+    def __init__(self, cluster: Cluster, job: Job) -> None:
+        self.k = k = cluster.constants(job.stack)
+        self.cluster, self.args = cluster, job.args
+        self.bytes = KERNELS[job.kernels]
+        self.peak = cluster.peak("bfloat16" if job.width == 2 else "float32")
+        self.matmul_rate = self.peak * k["matmul"] * cluster.throttle
+        self.float8_rate = cluster.peak("float8") * k["matmul"] * k["float8"] * cluster.throttle
+        self.hbm = cluster.hbm * k["hbm"]
+        self.scale = job.width / 2
+        self.launch = k["kernel_us"] * 1e-6
+        self.inner = cluster.link * k["link"]
+        self.outer = cluster.node_nic_gbs * 1e9 * k["nic"]
+
+    def matmul(self, M: float, K: float, N: float, *, float8: bool = False) -> float:
+        """Seconds of an (M, K) x (K, N) product."""
+        units = self.cluster.num_multiprocessors
+        best = 0.0
+        for rows, columns, quality in TILES:
+            waves = math.ceil(M / rows) * math.ceil(N / columns) / units
+            best = max(best, quality * waves / math.ceil(waves))
+        inner = self.k["inner8" if float8 else "inner"]
+        rate = self.float8_rate if float8 else self.matmul_rate
+        flops = 2 * M * K * N
+        moved = (2 * (M * K + K * N) + 2 * M * N) * self.scale
+        return max(flops * (K + inner) / (rate * best * K), moved / self.hbm) + self.launch
+
+    def linear(self, M: float, K: float, N: float, *, float8: bool = False) -> tuple[float, float]:
+        """Seconds of a linear layer, forward and backward."""
+        forward = self.matmul(M, K, N, float8=float8)
+        to_input = self.matmul(M, N, K, float8=float8)
+        return forward, to_input + self.matmul(K, M, N, float8=float8)
+
+    def attention(self, job: Job) -> tuple[float, float]:
+        """Seconds of one block's attention for a micro-batch, forward and backward."""
+        k, args = self.k, self.args
+        queries, span = job.local_tokens, job.span
+        heads = args.num_heads / job.tp
+        flops = 4 * queries * span * heads * args.head_size
+        if job.attention == "unfused":
+            products = flops / (self.matmul_rate * k["unfused_matmul"])
+            scores = queries * span * heads * self.scale / self.hbm
+            drop = 5 if args.attention_dropout else 0
+            return products + (13 + drop) * scores, 2 * products + (18 + drop) * scores
+        flops *= 0.5 if args.causal else 1
+        rate = self.peak * k[f"attention/{job.attention}"]
+        forward = k["attention_forward"] * span / (span + k["attention_forward_tokens"])
+        backward = k["attention_backward"] * span / (span + k["attention_backward_tokens"])
+        return flops / (rate * forward), 2.5 * flops / (rate * backward)
+
+    def elementwise(self, job: Job) -> tuple[float, float]:
+        """Seconds of the other kernels of one block for a micro-batch, forward and backward."""
+        args, t, table = self.args, job.tp, self.bytes
+        whole = args.dim / (t if job.sequence_parallel else 1)
+        heads, kv = args.attention_dim / t, args.kv_dim / t
+        activation = table.gated if args.ffn == "swiglu" else table.plain
+        rotary = heads + kv if args.positions == "rotary" else 0
+        copied = heads if args.num_kv_heads < args.num_heads else 0
+        # A dropout where attention and feed-forward add to the residual.
+        drop = 10 * whole if args.hidden_dropout else 0
+        forward, backward = (
+            2 * whole * (table.norm[way] + table.residual[way])
+            + rotary * table.rotary[way]
+            + activation[way] * args.ffn_dim / t
+            + copied * table.copy[way]
+            + drop
+            + (2 * table.norm[way] * heads if args.qk_norm else 0)
+            for way in (0, 1)
+        )
+        tokens = job.local_tokens * self.scale
+        casts = [0.0, 0.0]
+        if job.float8 != "none":
+            # 5 bytes for each input of a product and each gradient of an output, 2 for each
+            # transposed copy; q, k, v share an input, as do gate and up.
+            inner = args.ffn_dim / t
+            ins = 2 * args.dim / (t if job.sequence_parallel else 1) + heads + inner
+            outs = heads + 2 * kv + 2 * args.dim + (2 if args.ffn == "swiglu" else 1) * inner
+            weights = self.block_matrix / t
+            casts = [tokens * 5 * ins + 5 * weights, tokens * (2 * ins + 7 * outs) + 2 * weights]
+        return (
+            (forward * tokens + casts[0]) / self.hbm + table.launches * self.launch,
+            (backward * tokens + casts[1]) / self.hbm + 2 * table.launches * self.launch,
+        )
+
+    def norms(self, job: Job) -> float:
+        """Seconds of the forward of one block's norms for a micro-batch."""
+        whole = self.args.dim / (job.tp if job.sequence_parallel else 1)
+        return 2 * self.bytes.norm[0] * whole * job.local_tokens * self.scale / self.hbm
+
+    @property
+    def block_matrix(self) -> float:
+        """Elements of one block's matrices."""
+        args = self.args
+        ffn = (3 if args.ffn == "swiglu" else 2) * args.ffn_dim
+        return args.dim * (2 * args.attention_dim + 2 * args.kv_dim + ffn)
+
+    def ring(self, size: float, ranks: int, inner: int, *, all_reduce: bool = False) -> float:
+        """Seconds of a ring over `ranks`, `inner` of them in each node, for `size` bytes."""
+        if ranks == 1:
+            return 0.0
+        nodes = max(1, ranks // inner)
+        hops = (ranks - nodes) * self.k["hop_us"] + nodes * self.k["node_hop_us"] * (nodes > 1)
+        passes = 2 if all_reduce else 1
+        moved = size * (ranks - 1) / ranks / self.bandwidth(ranks, inner)
+        return passes * (moved + hops * 1e-6)
+
+    def bandwidth(self, ranks: int, inner: int) -> float:
+        """Bytes per second of a ring, whose node's network the node's other rings share."""
+        if ranks <= inner:
+            return self.inner
+        return min(self.inner, self.outer * inner / self.cluster.gpus_per_node)
+
+
+def num_tensors(args: DecoderArgs) -> int:
+    """Parameter tensors of a model with one projection for queries, keys and values."""
+    norms = 4 if args.norm == "layernorm" else 2
+    matrices = 5 if args.ffn == "swiglu" else 4
+    biases = args.qkv_bias + args.out_bias + 2 * args.ffn_bias
+    return args.num_layers * (norms + matrices + biases) + 3

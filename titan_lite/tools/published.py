@@ -1,0 +1,248 @@
+"""Rows of published runs: what each says was run, as a Job on a Cluster."""
+
+import dataclasses
+import functools
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from titan_lite.config.load import ConfigError, Problem
+from titan_lite.config.schema import Model
+from titan_lite.models.args import DecoderArgs
+from titan_lite.models.registry import families, resolve
+from titan_lite.planner.cluster import FOLDER, Cluster
+from titan_lite.planner.counts import (
+    flops_per_token,
+    num_block_params,
+    num_params,
+    num_unused_params,
+)
+from titan_lite.planner.hardware import DEVICES
+from titan_lite.planner.job import Job, Recompute
+from titan_lite.planner.step import Step, StepModel
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+MODELS = FOLDER.parent / "published_models.toml"
+Row = Mapping[str, Any]
+# Words in a row's stack -> kernels of kernels.py.
+KERNELS = {"eager": "eager", "apex": "apex", "compile": "compile", "fused": "fused", "amp": "amp",
+           "layernorm": "torch", "native": "native"}  # fmt: skip
+ATTENTION = {"flash1": "flash1", "flash2": "flash", "flash3": "cudnn", "cudnn": "cudnn",
+             "unfused": "unfused", "flash;": "unskipped"}  # fmt: skip
+# Bytes that a cross-entropy moves per logit.
+LOSS_BYTES = {"float32": 28, "compile": 14, "fused": 10, "amp": 68}
+# Where a row does not say: the network of torchtitan's A100s fits 100 to 130 GB/s a node.
+UNKNOWN_NIC = 100.0
+# Stacks whose checkpoints stop once the last saved tensor is back (torch 2.1 and later).
+EARLY_STOP = ("eager", "compile", "fused", "native")
+
+
+class Unpredictable(ValueError):
+    """Why a row cannot be predicted."""
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """A row with its prediction in the row's own unit; reason: why there is none."""
+
+    row: Row
+    value: float | None = None
+    step: Step | None = None
+    reason: str = ""
+
+    @property
+    def error(self) -> float:
+        """Predicted less published, as a fraction of what was published."""
+        assert self.value is not None
+        return float(self.value / self.row["value"] - 1)
+
+
+def read_rows(path: str) -> list[dict[str, Any]]:
+    """The rows of a file; ConfigError where it is none."""
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError([Problem("", path, f"cannot be read: {error}")]) from error
+    rows = tables.get("row", [])
+    for number, row in enumerate(rows, start=1):
+        for key in ("system", "metric", "value"):
+            if key not in row:
+                raise ConfigError([Problem(f"row {number}.{key}", path, "missing")])
+    if not rows:
+        raise ConfigError([Problem("row", path, "the file has no [[row]]")])
+    return list(rows)
+
+
+@functools.cache
+def published_model(name: str) -> DecoderArgs:
+    """A model by its published name: "llama3-8b", "llama/llama3_8b", or one of MODELS."""
+    special = tomllib.loads(MODELS.read_text(encoding="utf-8"))
+    if name in special:
+        return resolve(Model(**special[name]))[1]
+    family, _, size = name.replace("/", "-", 1).rpartition("-")
+    for known in families().values():
+        flavors = {size} if known.name == family else {f"{family}_{size}", name.partition("/")[2]}
+        for flavor in flavors & known.flavors.keys():
+            return known.flavors[flavor]
+    raise Unpredictable(f"unknown model {name!r}")
+
+
+def row_cluster(row: Row, values: Mapping[str, float]) -> Cluster:
+    """The machines of a row."""
+    words = re.sub(r" \(inferred\)", "", str(row.get("device", "")))
+    name, _, limit = words.partition(",")
+    device = next((device for device in DEVICES if device.name == name), None)
+    if device is None:
+        raise Unpredictable(f"unknown device {words!r}" if words else "the device is not stated")
+    watts = re.search(r"(\d+) W", limit)
+    return Cluster(
+        name=str(row["system"]),
+        device=device,
+        gpus_per_node=row.get("gpus_per_node", 8),
+        node_nic_gbs=row.get("node_nic_gbs", UNKNOWN_NIC),
+        power_limit_w=float(watts[1]) if watts else None,
+        values=values,
+    )
+
+
+def row_job(row: Row) -> Job:
+    """What a row says was run."""
+    if missing := [key for key in ("model", "gpus", "tp", "pp", "sharding") if key not in row]:
+        raise Unpredictable(f"not stated: {', '.join(missing)}")
+    args = published_model(str(row["model"]))
+    words = str(row.get("stack", "")).split()
+    kernels = KERNELS.get(words[0] if words else "")
+    kind = str(row.get("attention", "")).split()
+    attention = ATTENTION.get(kind[0] if kind else "")
+    if kernels is None or attention is None:
+        raise Unpredictable("stack or attention is not stated")
+    # Yin et al. state neither length nor batch of a row; those of their 1T model's.
+    seq_len, micro = row.get("seq_len", args.max_seq_len), row.get("micro_batch", 4)
+    tp, pp, cp = row["tp"], row["pp"], row.get("cp", 1)
+    sharding = str(row["sharding"]).split()[0]
+    dp = row.get("dp", row["gpus"] // (tp * pp * cp))
+    shard = row.get("dp_shard", dp if sharding in ("fsdp", "zero1", "zero2", "greedy_zero1") else 1)
+    if tp * pp * cp * dp != row["gpus"] or dp % shard:
+        raise Unpredictable(f"tp x pp x cp x dp is {tp * pp * cp * dp}, not {row['gpus']} GPUs")
+    stages = pp * row.get("pp_stages_per_rank", 1)
+    if args.num_layers < stages:
+        raise Unpredictable(f"{args.num_layers} blocks in {stages} stages")
+    even, rest = divmod(args.num_layers, stages)
+    blocks = tuple(even + (number < rest) for number in range(stages))
+    again = str(row.get("ac", "none"))
+    if again == "none" and sharding in ("hybrid_zero", "greedy_zero1"):
+        again = "norms"  # InternLM's default: dropout_selective_checkpoint
+    recompute, recomputed = _recompute(again, args.num_layers, blocks)
+    steps = row.get("grad_accum", 1)
+    float8 = bool(row.get("float8"))
+    loss = "amp" if kernels == "amp" else str(row.get("cross_entropy", "fused"))
+    return Job(
+        args=dataclasses.replace(args, vocab_multiple=128 * tp),
+        seq_len=seq_len,
+        span=min(row.get("attention_span", seq_len), seq_len),
+        micro_batch=micro,
+        micro_steps=steps,
+        tp=tp,
+        cp=cp,
+        pp=pp,
+        replicas=dp // shard,
+        dp_shard=shard,
+        cp_method=row.get("cp_method", "ring"),
+        blocks=blocks,
+        stages_per_rank=stages // pp,
+        schedule=row.get("pp_schedule", "1F1B"),
+        pipelined=steps,
+        splits_backward=row.get("pp_schedule", "") in SPLIT_BACKWARD,
+        sharding=sharding,  # type: ignore[arg-type]
+        keeps_gathered=row.get("reshard", "") == "never",
+        syncs_last=row.get("gradient_sync", "") == "last_micro_batch",
+        sequence_parallel=row.get("sequence_parallel", True),
+        async_tp=bool(row.get("async_tp")),
+        recompute=recompute,
+        recomputed=recomputed,
+        early_stop=kernels in EARLY_STOP,
+        float8="tensorwise" if float8 else "none",
+        float8_gather=float8,
+        reduce_bytes=row.get("gradient_bytes", 4),
+        # Megatron, whose loss is fused, adds inside the matmuls, which hide the traffic.
+        accumulate_bytes=0 if loss == "fused" else 6 if row.get("gradient_bytes") == 2 else 10,
+        kernels=kernels,
+        attention=attention,
+        loss_bytes=LOSS_BYTES.get(loss, 28) if not row.get("compiled_loss") else 14,
+        stack="llm-foundry" if kernels == "torch" else "",
+    )
+
+
+SPLIT_BACKWARD = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+
+
+def _recompute(
+    text: str, layers: int, blocks: tuple[int, ...]
+) -> tuple[Recompute, tuple[int, ...]]:
+    """A row's `ac`: the kind, and the recomputed blocks of each stage."""
+    mode, _, rest = text.split()[0].partition(":")
+    if mode == "none":
+        return "none", (0,) * len(blocks)
+    if mode == "norms":
+        return "norms", blocks
+    share = 1.0
+    if mode == "every_nth":
+        share = 1 / int(rest)
+    elif mode == "fraction":
+        share = float(rest)
+    elif mode == "first_k":
+        first, _, of = rest.partition("/")
+        share = int(first) / int(of or layers)
+    elif mode not in ("full", "selective_op", "attention_core"):
+        raise Unpredictable(f"unknown recomputation {text!r}")
+    kind = mode if mode in ("selective_op", "attention_core") else "full"
+    return kind, tuple(round(share * count) for count in blocks)  # type: ignore[return-value]
+
+
+def in_unit(row: Row, step: Step) -> float:
+    """A step in the unit of the row's metric."""
+    job = step.job
+    match row["metric"]:
+        case "step_time_s":
+            return step.seconds
+        case "tokens_per_gpu_per_s":
+            return step.wps
+        case "tokens_per_s":
+            return step.wps * job.gpus
+        case "samples_per_s":
+            return step.wps * job.gpus / job.seq_len
+        case "iter_per_s":
+            return 1 / step.seconds
+        case "tflops_per_gpu" | "tflops_per_device":
+            return step.wps * model_flops(job.args, job.span) / 1e12
+        case "pflops_total":
+            return step.wps * model_flops(job.args, job.span) * job.gpus / 1e15
+    raise Unpredictable(f"metric {row['metric']!r} is not a speed")
+
+
+def model_flops(args: DecoderArgs, span: int) -> int:
+    """FLOPs per token that no recomputation counts in, attention in full."""
+    return flops_per_token(
+        num_params_non_embedding=num_params(args) - num_unused_params(args),
+        num_block_params=num_block_params(args),
+        num_layers=args.num_layers,
+        attention_dim=args.attention_dim,
+        seq_len=span,
+    ).model
+
+
+def predict_row(row: Row, values: Mapping[str, float]) -> Predicted:
+    """The row's prediction, or why there is none."""
+    try:
+        job = row_job(row)
+        step = StepModel(row_cluster(row, values), job).predict(job)
+        return Predicted(row, in_unit(row, step), step)
+    except (Unpredictable, KeyError) as error:
+        return Predicted(row, reason=str(error))
