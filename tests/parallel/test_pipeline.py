@@ -18,7 +18,8 @@ from titan_lite.config.schema import Model, Parallel
 from titan_lite.models.registry import resolve
 from titan_lite.nn.build import build
 from titan_lite.nn.decoder import Decoder
-from titan_lite.parallel.pipeline import _balanced, describe, local_stages, split
+from titan_lite.parallel.pipeline import describe, local_stages, split
+from titan_lite.planner.split import balanced
 
 BLOCKS = [f"layers.{index}" for index in range(6)]
 
@@ -35,7 +36,7 @@ def modules(**parallel: Any) -> list[tuple[str, ...]]:
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=9), st.data())
 def test_no_other_cut_has_a_smaller_largest_part(costs: list[int], data: st.DataObject) -> None:
     parts = data.draw(st.integers(1, len(costs)))
-    bounds = _balanced(costs, parts)
+    bounds = balanced(costs, parts)
     assert [start for start, _ in bounds[1:]] == [end for _, end in bounds[:-1]]
     assert (bounds[0][0], bounds[-1][1], len(bounds)) == (0, len(costs), parts)
 
@@ -53,7 +54,7 @@ def test_no_other_cut_has_a_smaller_largest_part(costs: list[int], data: st.Data
 def test_of_equally_good_cuts_the_most_even_one_is_taken(
     costs: list[int], parts: int, sizes: list[int]
 ) -> None:
-    assert [end - start for start, end in _balanced(costs, parts)] == sizes
+    assert [end - start for start, end in balanced(costs, parts)] == sizes
 
 
 def test_stages_hold_equal_numbers_of_blocks_of_parameters_or_of_flops() -> None:

@@ -3,9 +3,7 @@
 The only file that knows torch.distributed.pipelining's private names.
 """
 
-import functools
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from titan_lite.config.schema import Parallel
 from titan_lite.config.units import format_scaled
 from titan_lite.nn.transformer import Transformer
+from titan_lite.planner.split import balanced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +90,7 @@ def split(
             "parameters": parameters,
             "time": flops,
         }[parallel.pp_split]
-        bounds = _balanced([sum(costs.get(n, 0) for n in group) for group in groups], num_stages)
+        bounds = balanced([sum(costs.get(n, 0) for n in group) for group in groups], num_stages)
         stages = [tuple(itertools.chain(*groups[start:end])) for start, end in bounds]
     return [
         Stage(
@@ -122,40 +121,6 @@ def describe(stages: Sequence[Stage], schedule: str) -> str:
             f"{format_scaled(stage.flops, 'FLOP')} per token: {', '.join(words)}"
         )
     return "\n".join(lines)
-
-
-def _balanced(costs: Sequence[int], num_parts: int) -> list[tuple[int, int]]:
-    """Bounds of consecutive, non-empty parts, the largest cost of which is as small as can be.
-
-    Of several such cuts the most even one, the larger parts first: the last stage of a pipeline
-    has the loss to compute beside its blocks.
-    """
-    n, total = len(costs), list(itertools.accumulate(costs, initial=0))
-
-    @functools.cache
-    def largest(start: int, parts: int) -> int:
-        if parts == 1:
-            return total[n] - total[start]
-        return min(
-            max(total[end] - total[start], largest(end, parts - 1))
-            for end in range(start + 1, n - parts + 2)
-        )
-
-    limit = largest(0, num_parts)
-
-    @functools.cache
-    def most_even(start: int, parts: int) -> tuple[float, tuple[int, ...]]:
-        """(sum of squares, negated ends of the parts)."""
-        ends = [n] if parts == 1 else range(start + 1, n - parts + 2)
-        cuts: list[tuple[float, tuple[int, ...]]] = [(math.inf, ())]
-        for end in ends:
-            if (cost := total[end] - total[start]) <= limit:
-                squares, rest = most_even(end, parts - 1) if parts > 1 else (0, ())
-                cuts.append((cost**2 + squares, (-end, *rest)))
-        return min(cuts)
-
-    ends = [-end for end in most_even(0, num_parts)[1]]
-    return list(itertools.pairwise([0, *ends]))
 
 
 def keep(model: Transformer, modules: Sequence[str]) -> Transformer:
