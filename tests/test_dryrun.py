@@ -141,6 +141,21 @@ def test_the_dry_run_of_a_compiled_float8_run_has_no_casts_in_float32(fresh: Poo
     assert compiled.flops == eager.flops
 
 
+def test_memory_that_fsdp_frees_is_seen_after_an_operation_with_a_body() -> None:
+    """The recorder is entered again for the body of ring attention, and goes on afterwards."""
+    from titan_lite.dryrun.recorder import Recorder
+
+    recorder = Recorder(lambda group: "")
+    with recorder:
+        with recorder:
+            pass
+        gathered = torch.empty(1024, dtype=torch.uint8)
+        gathered.untyped_storage().resize_(0)
+        start = recorder.now()
+        later = torch.empty(512, dtype=torch.uint8)
+        assert recorder.peak(start).bytes == later.nbytes
+
+
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_is_dry_run_at_its_world_size(path: Path, fresh: Pool) -> None:
     """With fewer layers and micro-batches, of the same width."""

@@ -91,14 +91,16 @@ class Recorder(TorchDispatchMode):
         # Every change of an allocation's size, in order.
         self._changes: list[tuple[Allocation, int]] = []
         self._references: dict[int, Any] = {}
-        self._stack = contextlib.ExitStack()
+        # One for each time that it is entered: __torch_dispatch__ enters it again.
+        self._stacks: list[contextlib.ExitStack] = []
 
     def __enter__(self) -> "Recorder":
-        self._stack.enter_context(resizes_seen(self._resized))
+        self._stacks.append(contextlib.ExitStack())
+        self._stacks[-1].enter_context(resizes_seen(self._resized))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        self._stack.close()
+        self._stacks.pop().close()
         super().__exit__(*error)
 
     def now(self) -> int:

@@ -1,6 +1,5 @@
 """Rows of published runs: what each says was run, as a Job on a Cluster."""
 
-import dataclasses
 import functools
 import re
 import sys
@@ -144,7 +143,7 @@ def row_job(row: Row) -> Job:
     float8 = bool(row.get("float8"))
     loss = "amp" if kernels == "amp" else str(row.get("cross_entropy", "fused"))
     return Job(
-        args=dataclasses.replace(args, vocab_multiple=128 * tp),
+        args=args,
         seq_len=seq_len,
         span=min(row.get("attention_span", seq_len), seq_len),
         micro_batch=micro,
