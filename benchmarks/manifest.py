@@ -4,6 +4,8 @@ import json
 import os
 import platform
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,11 +37,25 @@ def store(benchmark: str, results: Any, output: str | None) -> str:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "driver": driver_version(),
         "titan_lite": __version__,
         "git_commit": git_commit(),
     }
     content = {"benchmark": benchmark, "results": results, "manifest": manifest}
     text = json.dumps(content, indent=2)
     if output is not None:
-        (RESULTS / output).write_text(text + "\n")
+        # A benchmark that is ended while it writes leaves what it wrote before.
+        part = RESULTS / f"{output}.part"
+        part.write_text(text + "\n")
+        part.replace(RESULTS / output)
     return text
+
+
+def driver_version() -> str | None:
+    """Version of NVIDIA's driver, None without one."""
+    if not (program := shutil.which("nvidia-smi")):
+        return None
+    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    lines = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
+    return lines[0] if lines else None

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,18 +14,28 @@ import torch
 
 from benchmarks import (
     activation_checkpoint,
+    attention,
     bare_loop,
+    beside_torchtitan,
+    ceilings,
     families,
+    features,
+    first_gpu,
     h200,
     idle,
     measure,
     step,
+    torchtitan_side,
     trainer_overhead,
 )
 from benchmarks.bare_loop import OURS, THEIRS
 from benchmarks.manifest import RESULTS
 from benchmarks.workers import BenchmarkError, Group
+from tests.distributed import GUARD
 from tests.runs import TINY
+from titan_lite.models.plan import make_plan
+from titan_lite.models.registry import families as registered_families
+from titan_lite.preflight import fitting_tokenizer
 
 ROOT = Path(__file__).parent.parent
 DEBUG = "train_configs/debug.toml"
@@ -193,7 +205,8 @@ def test_every_variant_of_the_gpu_suite_is_a_valid_configuration() -> None:
     chosen = h200.variants([], [])
     assert len(chosen) == sum(map(len, h200.SUITE.values()))
     for variant in chosen:
-        variant.settings("outputs", 2)
+        plan = make_plan(variant.config, variant.settings("outputs", 2), variant.nproc)
+        fitting_tokenizer(plan.config.data, plan)
 
 
 @pytest.mark.distributed
@@ -201,8 +214,8 @@ def test_the_gpu_suite_goes_on_after_a_variant_that_cannot_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "h200.json"
-    eager = ["--compile.enable=false", "--model.vocab_size=2048"]
     arguments = ["--only", "8b, compile, rowwise", "8b, compile, once", f"--output={output}"]
+    eager = ["--compile.enable=false", "--model.vocab_size=2048"]
     assert h200.main([*arguments, *SHORT, *TINY_MODEL, *eager]) == 1
     refused, measured = json.loads(output.read_text())["results"]
     assert "needs a GPU that multiplies float8" in refused["failed"]
@@ -301,3 +314,215 @@ def test_curves_are_drawn_with_labels_apart(tmp_path: Path) -> None:
     assert families.apart({"a": 1.0, "b": 1.0, "c": 5.0}, gap=0.5) == pytest.approx(
         {"a": 0.833, "b": 1.333, "c": 4.833}, abs=1e-3
     )
+
+
+def test_ceilings_are_rates_of_the_sizes_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ceilings.main(["--size=64", "--copy-mb=1", "--seconds=0.01"]) == 0
+    rates = json.loads(capsys.readouterr().out)["results"]
+    assert (rates["matmul_size"], rates["copy_mb"]) == (64, 1)
+    assert min(rates.values()) > 0
+
+
+def test_attention_kernels_are_timed_and_those_that_cannot_run_reported(tmp_path: Path) -> None:
+    output = tmp_path / "attention.json"
+    sizes = ["--seq-len=64", "--heads", "4", "2", "--head-dim=16", "--documents", "1", "4"]
+    assert attention.main([*sizes, f"--output={output}"]) == 0
+    results = {result["case"]: result for result in json.loads(output.read_text())["results"]}
+    assert results.keys() == {
+        "default",
+        "flash",
+        "cuDNN",
+        "varlen, 1 documents, longest 64",
+        "varlen, 4 documents, longest 64",
+        "varlen, 4 documents, longest 32",
+    }
+    assert results["flash"]["ms"] > 0
+    assert "flash" in results["flash"]["longest_kernel"]
+    assert "No viable backend" in results["cuDNN"]["failed"]
+
+
+def test_documents_of_the_attention_benchmark_fill_the_sequence() -> None:
+    starts = attention.document_starts(1000, 20)
+    assert (len(starts), starts[0], starts[-1]) == (21, 0, 1000)
+    assert starts == sorted(set(starts)) == attention.document_starts(1000, 20)
+
+
+def test_a_short_run_that_fails_or_hangs_is_reported_with_the_end_of_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(command: list[str], **settings: Any) -> SimpleNamespace:
+        folder = command[command.index("--training.steps=30") + 2].partition("=")[2]
+        settings["stdout"].write("the last line\n")
+        if "--compile.enable=true" in command:
+            raise subprocess.TimeoutExpired(command, settings["timeout"])
+        (Path(folder) / "metrics.jsonl").write_text('{"loss": 8.0}\n{"loss": 6.5}\n')
+        return SimpleNamespace(returncode=int("--data.packing=document" in command))
+
+    monkeypatch.setattr(features, "subprocess", SimpleNamespace(**vars(subprocess) | {"run": run}))
+    output = tmp_path / "features.json"
+    only = ["--only", "plain", "compile", "documents", "--each=7"]
+    assert features.main([*only, f"--output={output}"]) == 1
+    plain, compiled, documents = json.loads(output.read_text())["results"]
+    assert (plain["first_loss"], plain["last_loss"]) == (8.0, 6.5)
+    assert (compiled["failed"], compiled["log"]) == ("no end after 7 s", ["the last line"])
+    assert documents["failed"] == "exit code 1"
+
+
+@pytest.mark.parametrize("name", features.FEATURES)
+def test_every_short_run_is_a_valid_configuration(name: str) -> None:
+    config, *settings = features.FEATURES[name]
+    make_plan(config, settings, 1)
+
+
+def write_stages(folder: Path) -> None:
+    """Results as the stages of scripts/first_gpu.sh leave them."""
+    speed = {"wps": 50_000.0, "mfu": 70.0, "idle_share": 0.1, "kernels_per_step": 900.0}
+    speed |= {"peak_memory_gib": 80.0}
+    results: dict[str, Any] = {
+        "ceilings": {
+            "matmul_tflops": 780.0,
+            "sustained_matmul_tflops": 600.0,
+            "copy_tbytes_per_s": 4.2,
+        },
+        "attention": [
+            {"case": "flash", "tflops": 300.0},
+            {"case": "cuDNN", "tflops": 480.0},
+            {"case": "varlen", "failed": "not there"},
+        ],
+        "features": [{"feature": "compile", "failed": "exit code 1", "log": []}],
+        "1b": [
+            {"variant": "llama3_1b, compile", "wps_over_compile": 1.0, **speed},
+            {"variant": "llama3_1b, compile, rowwise", "wps_over_compile": 1.1, **speed},
+            {"variant": "llama3_1b, eager", "failed": "no time was left"},
+        ],
+        "torchtitan": [
+            {"dtype": "bfloat16", "mode": "compile", "seconds_over_torchtitan": {"median": 0.95}}
+        ],
+    }
+    for stage, found in results.items():
+        (folder / f"{stage}.json").write_text(json.dumps({"results": found}))
+    cases = '<testcase name="test_a"><failure/></testcase><testcase name="test_b"/>'
+    (folder / "tests.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+    codes = {"ceilings": 0, "attention": 0, "features": 1, "tests": 1, "first": 2, "1b": 124}
+    lines = [
+        f"{stage}\t{code}\t30" for stage, code in ({"1b": 1} | codes | {"torchtitan": 0}).items()
+    ]
+    (folder / "stages.tsv").write_text("\n".join(lines) + "\n")
+
+
+def test_the_table_of_the_first_hour_has_predictions_next_to_what_was_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_stages(tmp_path)
+    assert first_gpu.main([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "table.md").read_text()
+    for line in (
+        "| ceilings | matmul_tflops | 770 to 800 | 780 | as predicted |",
+        "| ceilings | sustained_matmul_tflops | 690 to 800 | 600 | below |",
+        "| attention | cuDNN over flash | 1.5 to 1.7 | 1.6 | as predicted |",
+        "| attention | varlen: TFLOP/s |  | not there |  |",
+        "| features | compile |  | exit code 1 |  |",
+        "| tests | test_a |  | failure |  |",
+        "| tests | test_b |  | passed |  |",
+        "| first | stage, 30 s |  | exit code 2 |  |",
+        "| 1b | stage, 30 s |  | time limit |  |",
+        "| 1b | compile: tokens/s | 48,000 to 58,000 | 50,000 | as predicted |",
+        "| 1b | compile: MFU % | 52 to 62 | 70 | above |",
+        "| 1b | compile: no kernel ran, % | 0 to 3 | 10 | above |",
+        "| 1b | compile, rowwise: over compile | 1.05 to 1.2 | 1.1 | as predicted |",
+        "| 1b | eager |  | no time was left |  |",
+        "| torchtitan | bfloat16, compile: step time | 0.9 to 1 | 0.95 | as predicted |",
+    ):
+        assert line in printed.splitlines()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    predicted = {row["what"]: row["predicted"] for row in summary["results"]}
+    assert predicted["matmul_tflops"] == [770, 800]
+    assert {"device", "driver", "cuda", "torch", "git_commit"} <= summary["manifest"].keys()
+
+
+def first_hour(folder: Path, *stages: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["scripts/first_gpu.sh", *stages],
+        env={**os.environ, "OUTPUT": str(folder), "PYTHON": sys.executable, **variables},
+        capture_output=True,
+        text=True,
+        timeout=GUARD,
+    )
+
+
+def test_the_first_hour_is_rehearsed_on_the_cpu(tmp_path: Path) -> None:
+    done = first_hour(tmp_path, "ceilings", REHEARSE="1")
+    assert done.returncode == 0, done.stderr
+    assert "| ceilings | matmul_tflops | 770 to 800 |" in done.stdout
+    assert json.loads((tmp_path / "ceilings.json").read_text())["results"]["matmul_size"] == 128
+
+
+STAND_IN = """#!/usr/bin/env bash
+# In python's place: -m MODULE ... --output FILE
+echo "$2" >>"$CALLS"
+[ "$2" != benchmarks.first_gpu ] || { echo "the table" >"$3/table.md"; exit; }
+while [ $# -gt 0 ] && [ "$1" != --output ]; do shift; done
+[ $# = 0 ] || echo "$RESULT" >"$2"
+exit "$CODE"
+"""
+
+
+def test_a_stage_of_the_first_hour_that_failed_is_run_again_and_loses_nothing(
+    tmp_path: Path,
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+    calls, results = tmp_path / "calls", tmp_path / "results"
+    stand_in = {"PYTHON": str(python), "CALLS": str(calls)}
+    first = first_hour(results, "attention", **stand_in, RESULT="first", CODE="3")
+    assert (first.returncode, first.stdout) == (1, "the table\n")
+    assert "attention: exit code 3" in first.stderr
+    again = first_hour(results, "attention", "1b", **stand_in, RESULT="second", CODE="0")
+    assert again.returncode == 0
+    assert (results / "attention.before.json").read_text() == "first\n"
+    assert (results / "attention.json").read_text() == "second\n"
+    last = first_hour(results, "attention", "1b", **stand_in, RESULT="third", CODE="0")
+    assert "attention: done before" in last.stderr
+    assert (results / "1b.json").read_text() == "second\n"
+    stages = [name for name in calls.read_text().split() if name != "benchmarks.first_gpu"]
+    assert stages == ["benchmarks.attention", "benchmarks.attention", "benchmarks.h200"]
+    codes = [line.split("\t")[:2] for line in (results / "stages.tsv").read_text().splitlines()]
+    assert codes == [["attention", "3"], ["attention", "0"], ["1b", "0"]]
+
+
+def test_rounds_of_two_libraries_are_compared_one_by_one() -> None:
+    ranks = [
+        {"seconds": 1.0, "cpu_seconds": 0.5, "memory_gib": 2.0},
+        {"seconds": 3.0, "cpu_seconds": 0.7, "memory_gib": 1.0},
+    ]
+    ours = beside_torchtitan.over_ranks(ranks)
+    assert ours == {"seconds": 3.0, "cpu_seconds": 1.2, "memory_gib": 2.0}
+    theirs = {"seconds": 2.0, "cpu_seconds": 2.4, "memory_gib": 4.0}
+    rounds = [{"titan_lite": ours, "torchtitan": theirs}, {"torchtitan": ours, "titan_lite": ours}]
+    found = beside_torchtitan.compared(rounds, steps=2)
+    assert found["seconds_over_torchtitan"]["range"] == [1.0, 1.5]
+    assert found["cpu_seconds_over_torchtitan"]["median"] == 0.75
+    assert found["torchtitan"]["seconds_per_step"]["range"] == [1.0, 1.5]
+    assert found["peak_memory_over_torchtitan"] == 0.5
+
+
+@pytest.mark.parametrize("flavor", ["debug", "llama3_8b", "llama2_7b", "llama3.1_405b"])
+def test_torchtitan_is_given_the_model_of_a_flavor(flavor: str) -> None:
+    args = registered_families()["llama"].flavors[flavor]
+    theirs = torchtitan_side.their_args(SimpleNamespace, args)  # type: ignore[arg-type]
+    # As torchtitan/models/llama3/model/model.py computes it, before it rounds up to multiple_of.
+    hidden = int(theirs.ffn_dim_multiplier * int(2 * 4 * args.dim / 3))
+    assert (hidden, theirs.multiple_of) == (args.ffn_dim, 1)
+    assert (theirs.n_heads, theirs.n_kv_heads) == (args.num_heads, args.num_kv_heads)
+
+
+def test_a_torchtitan_that_cannot_be_installed_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = SimpleNamespace(returncode=1)
+    monkeypatch.setattr(beside_torchtitan.subprocess, "run", lambda *_, **__: failed)
+    packages = tmp_path / "packages"
+    assert beside_torchtitan.main([f"--packages={packages}"]) == 2
+    assert f"torchtitan could not be installed into {packages}\n" in capsys.readouterr().err

@@ -1,0 +1,61 @@
+"""The rates that a device reaches: a square bfloat16 matmul, short and sustained, and a copy.
+
+    python -m benchmarks.ceilings [--size 8192] [--copy-mb 4096] [--seconds 5] [--output FILE]
+
+--seconds is how long the sustained matmul runs, whose rate is that of its end: a warm card is
+slower than a cold one.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.utils.benchmark import Measurement, Timer
+
+from benchmarks.manifest import DEVICE, report
+from benchmarks.measure import Values, positive
+
+
+def timed(function: Callable[[], object], seconds: float = 0.3) -> Measurement:
+    """Seconds of a call, over blocks of calls that the device finishes, for about `seconds`."""
+    timer = Timer("function()", globals={"function": function})
+    timer.timeit(3)
+    return timer.blocked_autorange(min_run_time=seconds)
+
+
+def ceilings(size: int, copy_mb: int, seconds: float) -> Values:
+    """TFLOP/s of matmuls and TB/s of a copy, which reads and writes each byte once."""
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    tflop = 2 * size**3 / 1e12
+    short = timed(lambda: a @ b).median
+    sustained = timed(lambda: a @ b, seconds).times[-1]
+    source = torch.zeros(copy_mb * 2**20, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    copy = timed(lambda: target.copy_(source)).median
+    return {
+        "matmul_size": size,
+        "matmul_tflops": tflop / short,
+        "sustained_matmul_tflops": tflop / sustained,
+        "copy_mb": copy_mb,
+        "copy_tbytes_per_s": 2 * source.nbytes / copy / 1e12,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the rates as JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ceilings",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--size", type=positive, default=8192)
+    parser.add_argument("--copy-mb", type=positive, default=4096)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--output", metavar="FILE", help="kept in benchmarks/results/")
+    options = parser.parse_args(argv)
+    report("ceilings", ceilings(options.size, options.copy_mb, options.seconds), options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

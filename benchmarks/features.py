@@ -1,0 +1,98 @@
+"""Short runs of a small model, each with a feature that may fail on a device it never ran on.
+
+    python -m benchmarks.features [--only NAME ...] [--each 90] [--limit 200] [--output FILE]
+        [--section.key=value ...]
+
+A run is given `each` seconds, and none starts later than `limit` seconds after the first. The file
+is written after each of them. Exits with 1 where a run failed or was not started.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.manifest import store
+from benchmarks.measure import Values, positive
+
+DEBUG, BERT = "train_configs/debug.toml", "train_configs/debug_bert.toml"
+COMPILE = "--compile.enable=true"
+# What float8 takes has dimensions that are multiples of 16.
+FLOAT8 = (COMPILE, "--model.dim=512", "--model.ffn_dim=1536")
+SAVES = ("--checkpoint.enable=true", "--checkpoint.interval=10")
+
+FEATURES: dict[str, tuple[str, ...]] = {
+    "plain": (DEBUG,),
+    "compile": (DEBUG, COMPILE),
+    "documents": (DEBUG, "--data.packing=document"),
+    "documents, compile": (DEBUG, "--data.packing=document", COMPILE),
+    "float8 tensorwise": (DEBUG, *FLOAT8, "--float8.recipe=tensorwise"),
+    "float8 rowwise": (DEBUG, *FLOAT8, "--float8.recipe=rowwise"),
+    "async_pinned": (DEBUG, *SAVES, "--checkpoint.async_mode=async_pinned"),
+    "cpu_offload": (DEBUG, "--parallel.cpu_offload=true"),
+    "selective_op, compile": (DEBUG, COMPILE, "--activation_checkpoint.mode=selective_op"),
+    "float16": (DEBUG, "--training.param_dtype=float16"),
+    "BERT": (BERT,),
+}
+
+
+def run(name: str, each: int, overrides: Sequence[str]) -> Values:
+    """The first and last loss of the run, or the end of its log."""
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        own = ("--training.steps=30", "--metrics.log_freq=1", f"--job.dump_folder={folder}")
+        command = [sys.executable, "-m", "titan_lite.launch", *FEATURES[name], *own, *overrides]
+        with (Path(folder) / "log").open("w+") as log:
+            try:
+                code: int | None = subprocess.run(
+                    command,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    timeout=each,
+                    env={**os.environ, "NGPU": "1"},
+                ).returncode
+            except subprocess.TimeoutExpired:
+                code = None
+            seconds = round(time.monotonic() - begin, 1)
+            if code != 0:
+                log.seek(0)
+                reason = f"no end after {each} s" if code is None else f"exit code {code}"
+                lines = log.read().splitlines()[-40:]
+                return {"feature": name, "seconds": seconds, "failed": reason, "log": lines}
+        records = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    first, last = (json.loads(records[at])["loss"] for at in (0, -1))
+    return {"feature": name, "seconds": seconds, "first_loss": first, "last_loss": last}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the results as JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.features",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--only", nargs="+", default=list(FEATURES), choices=FEATURES)
+    parser.add_argument("--each", type=positive, default=90, help="in seconds")
+    parser.add_argument("--limit", type=positive, default=200, help="in seconds")
+    parser.add_argument("--output", metavar="FILE", help="kept in benchmarks/results/")
+    options, overrides = parser.parse_known_args(argv)
+    results: list[Values] = []
+    begin = time.monotonic()
+    for name in options.only:
+        if time.monotonic() - begin > options.limit:
+            results.append({"feature": name, "failed": "no time was left"})
+        else:
+            results.append(run(name, options.each, overrides))
+        text = store("features", results, options.output)
+    print(text)
+    return int(any("failed" in result for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

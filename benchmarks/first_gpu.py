@@ -1,0 +1,187 @@
+"""The table of scripts/first_gpu.sh: what its stages measured next to what was predicted.
+
+    python -m benchmarks.first_gpu FOLDER
+
+Prints it in Markdown and writes it to FOLDER, as table.md and, with machine and versions, as
+summary.json. Predictions are arithmetic for one H200, from before any GPU ran the library.
+"""
+
+import argparse
+import json
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.manifest import store
+from benchmarks.measure import Values
+
+Range = tuple[float, float]
+
+# Tokens/s and MFU in %, attention counted whole, of a model's compiled bfloat16 variant.
+SPEEDS: dict[str, tuple[Range, Range]] = {
+    # Matmuls 63 % of the step, attention 24, elementwise 5, the head's chain 3.5, optimizer 2.
+    "1b": ((48_000, 58_000), (52, 62)),
+    # Matmuls at 650 to 750 TFLOP/s are 74 % of the step.
+    "8b": ((33_000, 39_000), (56, 66)),
+}
+# Tokens/s over those of the compiled bfloat16 variant.
+OVER_COMPILE: dict[str, Range] = {
+    # Norms and rotary embeddings are not fused: 125 kernels per block instead of 36.
+    "eager": (0.75, 0.85),
+    # Matmuls save 6 ms per block, maxima and casts cost 0.9.
+    "compile, tensorwise": (1.20, 1.30),
+    "compile, rowwise": (1.05, 1.20),
+    "compile, loss in one chunk": (1.00, 1.02),
+    "compile, once more": (0.98, 1.02),
+}
+CEILINGS: dict[str, Range] = {
+    "matmul_tflops": (770, 800),
+    "sustained_matmul_tflops": (690, 800),
+    "copy_tbytes_per_s": (4.1, 4.4),
+}
+# Rate of cuDNN's attention over that of flash attention 2.
+CUDNN_OVER_FLASH: Range = (1.5, 1.7)
+# Share of the step in which the device waits for the host, in %.
+IDLE: Range = (0, 3)
+# Seconds of a compiled step over torchtitan's.
+OVER_TORCHTITAN: Range = (0.90, 1.00)
+
+
+def row(stage: str, what: str, measured: Any, predicted: Range | None = None) -> Values:
+    """One line of the table."""
+    verdict = ""
+    if predicted is not None and isinstance(measured, int | float):
+        low, high = predicted
+        verdict = "below" if measured < low else "above" if measured > high else "as predicted"
+    return {
+        "stage": stage,
+        "what": what,
+        "predicted": predicted,
+        "measured": measured,
+        "verdict": verdict,
+    }
+
+
+def ceilings(results: Values) -> Iterator[Values]:
+    """Rows of benchmarks.ceilings."""
+    for what, predicted in CEILINGS.items():
+        yield row("ceilings", what, results[what], predicted)
+
+
+def attention(results: Sequence[Values]) -> Iterator[Values]:
+    """Rows of benchmarks.attention."""
+    for result in results:
+        what = f"{result['case']}: TFLOP/s"
+        yield row("attention", what, result.get("tflops", result.get("failed")))
+    tflops = {result["case"]: result.get("tflops") for result in results}
+    if tflops.get("cuDNN") and tflops.get("flash"):
+        ratio = round(tflops["cuDNN"] / tflops["flash"], 3)
+        yield row("attention", "cuDNN over flash", ratio, CUDNN_OVER_FLASH)
+
+
+def features(results: Sequence[Values]) -> Iterator[Values]:
+    """Rows of benchmarks.features."""
+    for result in results:
+        losses = f"loss {result.get('first_loss', 0):.3f} to {result.get('last_loss', 0):.3f}"
+        yield row("features", result["feature"], result.get("failed", losses))
+
+
+def tests(path: Path) -> Iterator[Values]:
+    """Rows of pytest's own report, in XML."""
+    for case in ET.parse(path).iter("testcase"):
+        found = {child.tag for child in case}
+        outcome = next((o for o in ("failure", "error", "skipped") if o in found), "passed")
+        yield row("tests", case.attrib["name"], outcome)
+
+
+def speeds(stage: str, results: Sequence[Values]) -> Iterator[Values]:
+    """Rows of benchmarks.step and benchmarks.h200."""
+    wps, mfu = SPEEDS["1b" if stage == "1b" else "8b"]
+    for result in results:
+        name = result["variant"].partition(", ")[2] or "compile"
+        if "failed" in result:
+            yield row(stage, name, result["failed"])
+            continue
+        is_base = name == "compile"
+        yield row(stage, f"{name}: tokens/s", result["wps"], wps if is_base else None)
+        yield row(stage, f"{name}: MFU %", result["mfu"], mfu if is_base else None)
+        if result.get("wps_over_compile") and not is_base:
+            predicted = OVER_COMPILE.get(name)
+            yield row(stage, f"{name}: over compile", result["wps_over_compile"], predicted)
+        idle = round(100 * result["idle_share"], 1)
+        yield row(stage, f"{name}: no kernel ran, %", idle, None if name == "eager" else IDLE)
+        yield row(stage, f"{name}: kernels per step", result["kernels_per_step"])
+        yield row(stage, f"{name}: peak GiB", result["peak_memory_gib"])
+
+
+def torchtitan(results: Sequence[Values]) -> Iterator[Values]:
+    """Rows of benchmarks.beside_torchtitan."""
+    for result in results:
+        what = f"{result['dtype']}, {result['mode']}: step time"
+        predicted = OVER_TORCHTITAN if result["mode"] == "compile" else None
+        yield row("torchtitan", what, result["seconds_over_torchtitan"]["median"], predicted)
+
+
+def rows(folder: Path) -> Iterator[Values]:
+    """All lines of the table: of each stage, and of what it wrote."""
+    runs = [line.split("\t") for line in (folder / "stages.tsv").read_text().splitlines()]
+    # Of a stage that was run again, the last.
+    for stage, (code, seconds) in {stage: rest for stage, *rest in runs}.items():
+        outcome = {"0": "done", "124": "time limit", "137": "killed"}.get(code, f"exit code {code}")
+        yield row(stage, f"stage, {seconds} s", outcome)
+        file = folder / f"{stage}.json"
+        if (xml := folder / "tests.xml").exists() and stage == "tests":
+            yield from tests(xml)
+        elif file.exists():
+            results = json.loads(file.read_text())["results"]
+            if stage in ("first", "1b", "8b"):
+                yield from speeds(stage, results)
+            else:
+                yield from READERS[stage](results)
+
+
+READERS: dict[str, Any] = {
+    "ceilings": ceilings,
+    "attention": attention,
+    "features": features,
+    "torchtitan": torchtitan,
+}
+
+
+def table(lines: Sequence[Values]) -> str:
+    """The lines in Markdown."""
+    text = ["| stage | what | predicted | measured | |", "|---|---|---|---|---|"]
+    for line in lines:
+        predicted = "{:,g} to {:,g}".format(*line["predicted"]) if line["predicted"] else ""
+        measured = line["measured"]
+        if isinstance(measured, int | float):
+            # Four digits of it.
+            measured = f"{float(f'{measured:.4g}'):,g}"
+        cells = (line["stage"], line["what"], predicted, measured, line["verdict"])
+        text.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints and writes the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.first_gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path)
+    folder: Path = parser.parse_args(argv).folder.absolute()
+    lines = list(rows(folder))
+    store("first_gpu", lines, str(folder / "summary.json"))
+    manifest = json.loads((folder / "summary.json").read_text())["manifest"]
+    keys = ("device", "driver", "cuda", "torch", "python", "git_commit")
+    text = f"{', '.join(f'{key} {manifest[key]}' for key in keys)}\n\n{table(lines)}\n"
+    (folder / "table.md").write_text(text)
+    print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
