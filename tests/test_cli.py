@@ -115,7 +115,8 @@ def test_what_cannot_act_is_a_warning_on_stderr() -> None:
     result = titan_lite("config", "run.toml", "--data.subset=en")
     assert result.returncode == 0
     assert result.stderr == (
-        'titan-lite: warning: data.subset (command line) cannot act: data.dataset is "bundled"\n'
+        "titan-lite: warning: data.subset (command line) has no effect because "
+        'data.dataset is "bundled"\n'
     )
 
 

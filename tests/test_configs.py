@@ -67,7 +67,7 @@ def test_a_preset_is_valid_and_builds_its_model_on_meta(
     if load_config(path).config.data.tokenizer_path:
         overrides = [f"--data.tokenizer_path={tokenizer}"]
     plan = make_plan(path, overrides, int(match))
-    assert not caplog.records, "a preset has no setting that cannot act"
+    assert not caplog.records, "a preset has no setting without effect"
     with torch.device("meta"):
         model = build(plan.family, plan.args)
     assert model.num_parameters == num_params(plan.args)
@@ -108,7 +108,7 @@ def test_the_keys_that_make_a_published_row_of_a_preset_pass_all_rules(
     tokenizer.write_text("")
     words = [*overrides.split(), f"--data.tokenizer_path={tokenizer}"]
     make_plan(FOLDER / preset, words, int(world_size))
-    assert not caplog.records, "no setting that cannot act"
+    assert not caplog.records, "no setting without effect"
 
 
 def test_every_preset_has_its_place_on_the_page_of_published_runs() -> None:

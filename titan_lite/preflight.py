@@ -219,7 +219,9 @@ def _warn_of_idle_keys(plan: Plan) -> None:
         key = f"data.{name}"
         if getattr(plan.config.data, name) != FIELDS["data"][name].default:
             logger.warning(
-                "%s (%s) cannot act: the data is tokenized already", key, plan.origins[key]
+                "%s (%s) has no effect because the data is tokenized already",
+                key,
+                plan.origins[key],
             )
 
 

@@ -574,7 +574,7 @@ def test_what_only_text_needs_is_warned_about(
     keys += ["--data.on_bad_document=skip", "--data.tokenizer_threads=2", "--data.num_streams=4"]
     assert main(["config", *keys]) == 0
     for key in ("on_bad_document", "tokenizer_threads"):
-        message = f"data.{key} (command line) cannot act: the data is tokenized already"
+        message = f"data.{key} (command line) has no effect because the data is tokenized already"
         assert message in caplog.text
 
 

@@ -89,7 +89,7 @@ def test_heads_that_cannot_be_rotated_in_pairs_are_refused(
 def test_rotation_cannot_be_set_where_positions_are_learned() -> None:
     found = problems(["--model.name=gpt", "--model.rope_theta=1e6", "--model.rotary_fraction=0.5"])
     assert {(key, message) for key, _, message in found} == {
-        (f"model.{key}", f'{key} cannot act: positions are "learned", nothing is rotated')
+        (f"model.{key}", f'{key} has no effect: positions are "learned", nothing is rotated')
         for key in ("rope_theta", "rotary_fraction")
     }
 
@@ -192,7 +192,7 @@ def test_a_residual_stream_that_is_normalised_is_neither_parallel_nor_kept_wide(
     assert rules_broken(config, replace(BERT.flavors["base"], **given)) == [
         (
             ("model.name", "model.flavor", f"model.{name}"),
-            f"{name} cannot act: the residual stream of this model is what its norms give",
+            f"{name} has no effect: the residual stream of this model is what its norms give",
         )
     ]
     assert not rules_broken(config, replace(MEGATRON_BERT.flavors["base"], **given))
@@ -232,7 +232,7 @@ def test_broken_rules_of_the_configuration_and_of_the_model_come_together() -> N
     [
         (
             "data.packing=none",
-            '"none" cannot act: samples of "bert" are made as [masked_lm] says',
+            '"none" has no effect: samples of "bert" are made as [masked_lm] says',
         ),
         (
             "attention.kernel=cudnn",
@@ -267,12 +267,12 @@ def test_keys_of_another_objective_are_refused() -> None:
         (
             "masked_lm.mask_prob",
             "command line",
-            'mask_prob cannot act: family "llama" learns the next token',
+            'mask_prob has no effect: family "llama" learns the next token',
         ),
         (
             "training.loss_positions",
             "command line",
-            '"labelled" cannot act: with data.packing "concat" every position has a label that '
+            '"labelled" has no effect: with data.packing "concat" every position has a label that '
             "counts",
         ),
     ]
@@ -289,7 +289,7 @@ def test_pairs_are_made_of_a_buffer_that_nothing_shuffles(
         make_plan(None, [*settings, *overrides], world_size=1)
         return caplog.messages
 
-    idle = ["data.shuffle_buffer (command line) cannot act: data.shuffle is false"]
+    idle = ["data.shuffle_buffer (command line) has no effect because data.shuffle is false"]
     assert warnings("--model.name=bert") == []
     assert warnings("--model.name=bert", "--masked_lm.next_sentence=false") == idle
     assert warnings("--model.name=llama") == idle

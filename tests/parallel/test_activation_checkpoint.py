@@ -364,32 +364,44 @@ def test_a_memory_budget_is_refused_with_tensor_parallel() -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "key", "mode", "chosen"),
+    [
+        (["every_nth=3"], "every_nth", "every_nth", "none"),
+        (["mode=full", "first_k=3"], "first_k", "first_k", "full"),
+        (["mode=every_nth", "fraction=0.3"], "fraction", "fraction", "every_nth"),
+        (["mode=full", 'save=["matmul"]'], "save", "selective_op", "full"),
+        (["memory_budget=0.3"], "memory_budget", "memory_budget", "none"),
+    ],
+)
+def test_a_key_of_another_mode_is_refused(
+    settings: list[str], key: str, mode: str, chosen: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        make_plan(None, with_keys([], settings), 1)
+    (problem,) = error.value.problems
+    assert problem.key == f"activation_checkpoint.{key}"
+    assert problem.message == (
+        f'has no place where activation_checkpoint.mode is "{chosen}": set '
+        f'activation_checkpoint.mode = "{mode}", or leave {key} out'
+    )
+
+
+@pytest.mark.parametrize(
     ("settings", "messages"),
     [
         (
-            ["every_nth=3"],
-            ['every_nth (command line) cannot act: activation_checkpoint.mode is "n'],
-        ),
-        (
-            ["mode=full", "first_k=3"],
-            ["first_k (command line) cannot act: activation_checkpoint.m"],
-        ),
-        (["mode=every_nth", "fraction=0.3"], ["fraction (command line) cannot act: activation_ch"]),
-        (["mode=full", 'save=["matmul"]'], ["save (command line) cannot act: activation_checkpoi"]),
-        (["memory_budget=0.3"], ["memory_budget (command line) cannot act: activation_checkpoint"]),
-        (
             ["mode=selective_op", 'save=["attention", "reduce_scatter", "all_reduce", "max"]'],
             [
-                '"reduce_scatter" cannot act: parallel.tp is 1, sequence_parallel true',
-                '"all_reduce" cannot act: parallel.tp is 1',
-                '"max" cannot act: float8.recipe is "none"',
+                '"reduce_scatter" has no effect because parallel.tp is 1, sequence_parallel true',
+                '"all_reduce" has no effect because parallel.tp is 1',
+                '"max" has no effect because float8.recipe is "none"',
             ],
         ),
         (["mode=selective_op"], []),
         (["mode=fraction", "fraction=0.3"], []),
     ],
 )
-def test_what_cannot_act_is_warned_about(
+def test_saved_operations_that_a_run_does_not_have_are_warned_about(
     settings: list[str], messages: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "titan_lite.config"):

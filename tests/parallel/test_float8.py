@@ -113,7 +113,7 @@ def test_a_setting_without_a_recipe_is_warned_about(
     with caplog.at_level(logging.WARNING, "titan_lite.config"):
         make_plan(None, [f"--float8.{key}={value}"], world_size=1)
     (record,) = caplog.records
-    expected = f'float8.{key} (command line) cannot act: float8.recipe is "none"'
+    expected = f'float8.{key} (command line) has no effect because float8.recipe is "none"'
     assert record.getMessage() == expected
 
 

@@ -14,12 +14,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from titan_lite.config.schema import Config, DataSource
+from titan_lite.config.schema import Config, DataSource, Section
 
-SECTIONS = {name: field.annotation for name, field in Config.model_fields.items()}
-FIELDS = {
-    section: dict(model.model_fields) for section, model in SECTIONS.items() if model is not None
-}
+SECTIONS: dict[str, type[Section]] = {name: type(section) for name, section in Config()}
+FIELDS = {section: dict(model.model_fields) for section, model in SECTIONS.items()}
 SOURCES = FIELDS["data"]["sources"]
 BOUNDS = {"gt": "greater than", "ge": "of at least", "lt": "less than", "le": "of at most"}
 _HUB_NAME = re.compile(

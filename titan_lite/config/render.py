@@ -5,7 +5,8 @@ from itertools import chain
 from typing import Any
 
 from titan_lite.config.load import LoadedConfig
-from titan_lite.config.problems import FIELDS, SOURCES, literal
+from titan_lite.config.needs import Variant, needs_of
+from titan_lite.config.problems import FIELDS, SECTIONS, SOURCES, literal
 from titan_lite.config.schema import Config
 
 # The newest draft that the TOML language servers (Taplo, Even Better TOML) read.
@@ -25,6 +26,11 @@ def to_toml(
         rows.append((f"\n[{section}]" if rows else f"[{section}]", ""))
         for key in fields:
             value = getattr(getattr(loaded.config, section), key)
+            needs = needs_of(SECTIONS[section], key)
+            variants = [need for need in needs if isinstance(need, Variant)]
+            if other := [need for need in variants if not need.holds(loaded.config, section)]:
+                rows.append((f"# {key} is not set", f"needs {other[0].stated(section)}"))
+                continue
             if fields[key] is SOURCES:
                 line = f"{key} = {_inline([source.model_dump() for source in value])}"
             elif value is not None:
@@ -65,6 +71,7 @@ def json_schema(flavors: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         section["properties"] = {
             key: _without_null(field) for key, field in section["properties"].items()
         }
+        _state_needs(name, section)
         properties[name] = section
     properties["data"]["properties"]["sources"]["items"] = sections["DataSource"]
     known = {"name": list(flavors), "flavor": sorted({*chain.from_iterable(flavors.values())})}
@@ -94,6 +101,24 @@ def json_schema(flavors: Mapping[str, Sequence[str]]) -> dict[str, Any]:
             }
         },
     }
+
+
+def _state_needs(table: str, schema: dict[str, Any]) -> None:
+    """Adds to a table's schema what its keys need, and refuses keys of another variant."""
+    for key, field in schema["properties"].items():
+        if not (needs := needs_of(SECTIONS[table], key)):
+            continue
+        words = " and ".join(need.stated(table) for need in needs)
+        field["description"] = f"{field['description']} Needs {words}."
+        for need in needs:
+            if isinstance(need, Variant):
+                (tag,) = need.keys
+                rule = {
+                    # A base file may choose another variant.
+                    "if": {"required": [key, tag]},
+                    "then": {"properties": {tag: {"enum": list(need.values)}}},
+                }
+                schema.setdefault("allOf", []).append(rule)
 
 
 def _without_null(field: dict[str, Any]) -> dict[str, Any]:

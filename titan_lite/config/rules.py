@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from titan_lite.config.dims import ParallelDims
+from titan_lite.config.needs import Variant, unmet_needs
 from titan_lite.config.parallel_rules import parallel_rules
 from titan_lite.config.problems import SettingError, how_to_fetch, literal, near_file, quote
 from titan_lite.config.schema import Config, Documents
@@ -17,9 +18,20 @@ PROFILED_STEPS = 3
 
 def config_rules(config: Config, dims: ParallelDims | None) -> Iterator[SettingError]:
     """Broken rules between keys; without degrees, those that hold for any."""
+    yield from _variants(config)
     yield from _single(config)
     yield from _documents(config)
     yield from parallel_rules(config, dims)
+
+
+def _variants(config: Config) -> Iterator[SettingError]:
+    """Keys of another variant of their table than the chosen one."""
+    for table, key, need in unmet_needs(config, Variant):
+        yield SettingError(
+            f"{table}.{key}",
+            f"has no place where {need.unmet(config, table)}: set {need.stated(table)}, or leave "
+            f"{key} out",
+        )
 
 
 def _single(config: Config) -> Iterator[SettingError]:

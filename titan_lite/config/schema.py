@@ -3,9 +3,11 @@
 Units are in the docstrings. A key that is not listed here is an error, never ignored.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from titan_lite.config.needs import Needs, Variant
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -106,7 +108,7 @@ class Model(Section):
     attention_dropout: Dropped | None = None
     """Overrides the share of attention's weights that training drops, which no fused attention then
     computes: memory grows with seq_len squared."""
-    fp32_residual: bool | None = None
+    fp32_residual: Annotated[bool | None, Needs("training.param_dtype", unless="float32")] = None
     """Overrides whether the flavor adds its blocks' outputs up in float32, whatever
     training.param_dtype."""
 
@@ -114,12 +116,14 @@ class Model(Section):
 class Documents(Section):
     """Which documents are read: the keys that several tables have."""
 
-    dataset: str = "bundled"
+    dataset: Annotated[str, Needs("dataset_path", values=("",))] = "bundled"
     """"bundled" (the corpus in assets/), "c4", or any Hugging Face dataset name, streamed."""
     dataset_path: str = ""
     """Local file, folder or glob of JSON, Parquet, Arrow or text, or a folder that `titan-lite
     tokenize` or `datasets.save_to_disk` wrote, read instead of `dataset`."""
-    subset: str = ""
+    subset: Annotated[
+        str, Needs("dataset_path", values=("",)), Needs("dataset", unless="bundled")
+    ] = ""
     """Configuration name of a Hugging Face dataset, e.g. "en"."""
     split: str = "train"
     """Split of the dataset, by name or as DatasetDict.save_to_disk wrote it."""
@@ -162,11 +166,11 @@ class Data(Documents):
     documents one after the other, attention crosses their borders; "document": the same, but
     attention, positions and loss stay inside a document; "fixed": inside blocks of `packing_block`
     tokens; "none": one document, padded, or a part of a longer one."""
-    packing_block: Positive = 2048
+    packing_block: Annotated[Positive, Needs("packing", values=("fixed",))] = 2048
     """Tokens of a block of packing = "fixed", several of which fill a sample."""
     shuffle: bool = True
     """Shuffle documents, seeded by training.seed, anew in each epoch."""
-    shuffle_buffer: Positive = 8192
+    shuffle_buffer: Annotated[Positive, Needs("shuffle", values=(True,))] = 8192
     """Documents shuffled together, over all streams of the run."""
     num_streams: Positive = 64
     """Virtual shards of the dataset, fixed for a run whatever its layout; a multiple of the
@@ -212,7 +216,7 @@ class Training(Section):
     max_norm: NonNegativeFloat = 1.0
     """Clip the global gradient norm to this; 0 turns clipping off, the norm is logged all the
     same."""
-    nonfinite: Literal["stop", "skip"] = "stop"
+    nonfinite: Annotated[Literal["stop", "skip"], Needs("param_dtype", unless="float16")] = "stop"
     """What a step does whose loss or gradient norm is not finite: "stop" ends the run before it is
     applied and names the parameters at fault, "skip" drops it and counts it. float16 has a rule of
     its own, that of loss scaling."""
@@ -239,7 +243,9 @@ class Training(Section):
 class Validation(Documents):
     """[validation]: the loss over held-out documents, the same ones from their start each time."""
 
-    dataset: str = ""
+    NEEDS: ClassVar = Needs("enable", values=(True,))
+
+    dataset: Annotated[str, Needs("dataset_path", values=("",))] = ""
     """As data.dataset; empty: the same, of which `split` is held out."""
     split: str = "validation"
     """Split of the dataset."""
@@ -266,7 +272,9 @@ class Optimizer(Section):
     """Added to the denominator."""
     weight_decay: NonNegativeFloat = 0.1
     """Weight decay of the parameters that `no_decay` does not name."""
-    no_decay: list[Literal["norm", "bias", "embedding"]] = ["norm", "bias"]
+    no_decay: Annotated[
+        list[Literal["norm", "bias", "embedding"]], Needs("weight_decay", above=0)
+    ] = ["norm", "bias"]
     """Kinds of parameters without weight decay."""
     implementation: Literal["auto", "fused", "foreach", "for-loop"] = "auto"
     """Kernel of the step; "auto" takes fused where the device has it."""
@@ -279,10 +287,10 @@ class LRScheduler(Section):
     """Steps of linear warm-up from 0 to the peak."""
     decay_type: Literal["linear", "cosine", "sqrt", "constant"] = "cosine"
     """Shape of the decay; "sqrt" falls as 1 - sqrt(progress)."""
-    decay_ratio: Fraction = 1.0
+    decay_ratio: Annotated[Fraction, Needs("decay_type", unless="constant")] = 1.0
     """Share of training.steps spent decaying at the end; 1.0 decays from the end of the warm-up,
     less gives warm-up / stable / decay (WSD)."""
-    min_lr_factor: Fraction = 0.1
+    min_lr_factor: Annotated[Fraction, Needs("decay_type", unless="constant")] = 0.1
     """Floor of the decay, as a factor of the peak."""
 
 
@@ -295,38 +303,49 @@ class Parallel(Section):
     """Ranks over which FSDP2 shards; -1: the world size divided by the other degrees."""
     cp: Positive = 1
     """Context-parallel degree: ranks that hold each sequence together."""
-    cp_method: Literal["ring", "all_gather", "ulysses"] = "ring"
+    cp_method: Annotated[Literal["ring", "all_gather", "ulysses"], Needs("cp", above=1)] = "ring"
     """What attention exchanges under context parallel: keys and values, around a "ring" while it
     computes, or all at once with "all_gather"; with "ulysses": tokens for heads, and back."""
     tp: Positive = 1
     """Tensor-parallel degree."""
     pp: Positive = 1
     """Pipeline-parallel degree."""
-    pp_schedule: Literal[
-        "GPipe",
-        "1F1B",
-        "Interleaved1F1B",
-        "LoopedBFS",
-        "InterleavedZeroBubble",
-        "ZBVZeroBubble",
-        "DualPipeV",
+    pp_schedule: Annotated[
+        Literal[
+            "GPipe",
+            "1F1B",
+            "Interleaved1F1B",
+            "LoopedBFS",
+            "InterleavedZeroBubble",
+            "ZBVZeroBubble",
+            "DualPipeV",
+        ],
+        Needs("pp", above=1),
     ] = "1F1B"
     """Order in which a rank works on its micro-batches, as torch.distributed.pipelining names it. A
     micro-batch is local_batch_size samples."""
-    pp_stages_per_rank: Annotated[int, Field(ge=2)] = 2
+    pp_stages_per_rank: Annotated[
+        Annotated[int, Field(ge=2)],
+        Needs("pp", above=1),
+        Needs("pp_schedule", values=("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble")),
+    ] = 2
     """Stages that each rank has in turn under Interleaved1F1B, LoopedBFS and InterleavedZeroBubble;
     the others have one, or two in a V."""
-    pp_micro_batches: Positive | Literal[-1] = -1
+    pp_micro_batches: Annotated[Positive | Literal[-1], Needs("pp", above=1)] = -1
     """Micro-batches that are in the pipeline at once, before gradients are reduced; -1: all of an
     optimizer step. Fewer take several passes, and less memory under GPipe."""
-    pp_split: Literal["uniform", "parameters", "time", "explicit"] = "time"
+    pp_split: Annotated[
+        Literal["uniform", "parameters", "time", "explicit"], Needs("pp", above=1)
+    ] = "time"
     """How blocks are dealt to stages: equal numbers of blocks, of parameters (embedding and head
     included), of FLOPs (head included), or as `pp_stage_modules` says."""
-    pp_stage_modules: list[list[str]] = []
+    pp_stage_modules: Annotated[
+        list[list[str]], Needs("pp", above=1), Needs("pp_split", values=("explicit",))
+    ] = []
     """Modules of each stage for pp_split = "explicit", as [["tok_embeddings", "layers.0"], ...]."""
-    sequence_parallel: bool = True
+    sequence_parallel: Annotated[bool, Needs("tp", above=1)] = True
     """Under tensor parallel, split activations between blocks over the sequence."""
-    loss_parallel: bool = True
+    loss_parallel: Annotated[bool, Needs("tp", above=1)] = True
     """Under tensor parallel, compute the loss from logits split over the vocabulary; false gathers
     each chunk's logits on every rank."""
     async_tp: bool = False
@@ -377,13 +396,13 @@ class ActivationCheckpoint(Section):
     blocks; "selective_op": all operations of each block but those in `save`; "memory_budget": what
     the compiler chooses, without tensor parallel. Each reads the key of its name, "selective_op"
     reads `save`."""
-    every_nth: Positive = 2
+    every_nth: Annotated[Positive, Variant("mode", "every_nth")] = 2
     """Recompute the first of every n blocks (of each pipeline stage); 1 is "full"."""
-    first_k: Positive = 1
+    first_k: Annotated[Positive, Variant("mode", "first_k")] = 1
     """Recompute this many blocks, the first ones (of each pipeline stage)."""
-    fraction: Fraction = 0.5
+    fraction: Annotated[Fraction, Variant("mode", "fraction")] = 0.5
     """Recompute the first int(num_layers * fraction) blocks (of each pipeline stage)."""
-    save: list[SavedOp] = [
+    save: Annotated[list[SavedOp], Variant("mode", "selective_op")] = [
         "attention",
         "every_second_matmul",
         "reduce_scatter",
@@ -392,7 +411,7 @@ class ActivationCheckpoint(Section):
     """Operations whose results are kept: "attention"; "matmul" or "every_second_matmul"; the sums
     over tensor-parallel ranks, "reduce_scatter" with sequence parallel, "all_reduce" without;
     "max": the scales of "tensorwise" float8."""
-    memory_budget: Fraction = 0.5
+    memory_budget: Annotated[Fraction, Variant("mode", "memory_budget")] = 0.5
     """Share of the activation memory of a compiled block that may be used; 0 keeps its input
     only."""
 
@@ -428,7 +447,10 @@ class Compile(Section):
 
     enable: bool = False
     """Turns compilation on."""
-    components: Annotated[list[Literal["model", "loss"]], Field(min_length=1)] = ["model", "loss"]
+    components: Annotated[
+        Annotated[list[Literal["model", "loss"]], Field(min_length=1)],
+        Needs("enable", values=(True,)),
+    ] = ["model", "loss"]
     """"model": each transformer block, with fullgraph=True; equal blocks share one graph. "loss":
     what the loss computes between its matmuls."""
 
@@ -439,6 +461,8 @@ class Compile(Section):
 
 class Float8(Section):
     """[float8]: matrix products of the blocks' linears in 8-bit floating point, by torchao."""
+
+    NEEDS: ClassVar = Needs("recipe", unless="none")
 
     recipe: Literal["none", "tensorwise", "rowwise", "rowwise_gw_hp"] = "none"
     """"tensorwise": one scale per tensor, fastest, and the only one whose collectives carry float8
@@ -460,6 +484,10 @@ class Float8(Section):
 class Checkpoint(Section):
     """[checkpoint]: saving, resuming, and beginning from the weights of others."""
 
+    NEEDS: ClassVar = Needs("enable", values=(True,))
+    # A fresh start takes weights from elsewhere without saving any.
+    ALWAYS: ClassVar = ("load_step", "initial_load_path", "initial_load_hf")
+
     enable: bool = False
     """Save checkpoints, and resume from them."""
     folder: str = "checkpoint"
@@ -472,12 +500,12 @@ class Checkpoint(Section):
     meanwhile, to pinned host memory that is kept for the next save."""
     keep_latest_k: NonNegative = 10
     """Checkpoints kept, oldest deleted first; 0 keeps all."""
-    keep_every: NonNegative = 0
+    keep_every: Annotated[NonNegative, Needs("keep_latest_k", above=0)] = 0
     """Checkpoints of steps that are a multiple of this are never deleted; 0: no such steps."""
     last_save_model_only: bool = False
     """Save nothing but weights, in export_dtype, after the last step: smaller, and no run can
     resume from them."""
-    export_dtype: DType = "float32"
+    export_dtype: Annotated[DType, Needs("last_save_model_only", values=(True,))] = "float32"
     """Type of the weights that last_save_model_only saves."""
     load_step: NonNegative | Literal["latest"] = "latest"
     """Step to resume from; "latest" is the newest that is complete, or a fresh start where there is
@@ -485,12 +513,12 @@ class Checkpoint(Section):
     initial_load_path: str = ""
     """A checkpoint of another run, as runs/a/checkpoint/step-1000, to begin from where this run
     does not resume."""
-    initial_load_model_only: bool = True
+    initial_load_model_only: Annotated[bool, Needs("initial_load_path", unless="")] = True
     """Take the weights only from initial_load_path; false goes on from it: optimizer, step, data
     position and generators."""
-    exclude_from_loading: list[str] = []
+    exclude_from_loading: Annotated[list[str], Needs("initial_load_path", unless="")] = []
     """Parameters that initial_load_path does not fill: names with "*", as "output.*"."""
-    allow_model_changes: list[str] = []
+    allow_model_changes: Annotated[list[str], Needs("initial_load_path", unless="")] = []
     """Settings of the model that may be others than in initial_load_path although its weights then
     compute something else, as ["tied_head"]; "name" for another family. rope_theta, rope_scaling
     and norm_eps may always be, with a warning."""
@@ -501,7 +529,7 @@ class Checkpoint(Section):
     """After the last step, also write the weights of its checkpoint to hf/ in the folder of the
     checkpoints, for transformers to open. Refused at the start where the tokenizer there would give
     other ids than in training."""
-    allow_export_mismatch: bool = False
+    allow_export_mismatch: Annotated[bool, Needs("last_save_hf", values=(True,))] = False
     """Write hf/ although its tokenizer gives some texts other ids than training; README.md in it
     states the difference."""
 
@@ -526,7 +554,9 @@ class Profiling(Section):
 
     enable_profiling: bool = False
     """Write torch profiler traces to profile/traces/."""
-    profile_freq: Positive = 100
+    profile_freq: Annotated[
+        Positive, Needs("enable_profiling", "enable_memory_snapshot", values=(True,))
+    ] = 100
     """Steps between traces; the last 3 steps of each period are recorded."""
     enable_memory_snapshot: bool = False
     """Write CUDA memory snapshots to profile/memory/, every profile_freq steps and on

@@ -34,19 +34,19 @@ def objective_rules(config: Config, family: Family) -> Iterator[SettingError]:
             if getattr(masked, key) != field.default:
                 yield SettingError(
                     ("model.name", f"masked_lm.{key}"),
-                    f"{key} cannot act: family {quote(family.name)} learns the next token",
+                    f"{key} has no effect: family {quote(family.name)} learns the next token",
                 )
         if config.training.loss_positions == "labelled" and data.packing in ("concat", "fixed"):
             yield SettingError(
                 ("training.loss_positions", "data.packing"),
-                f'"labelled" cannot act: with data.packing {quote(data.packing)} every position '
+                f'"labelled" has no effect: with data.packing {quote(data.packing)} every position '
                 "has a label that counts",
             )
         return
     if data.packing != "concat":
         yield SettingError(
             ("model.name", "data.packing"),
-            f"{quote(data.packing)} cannot act: samples of {quote(family.name)} are made as "
+            f"{quote(data.packing)} has no effect: samples of {quote(family.name)} are made as "
             "[masked_lm] says",
         )
     if config.attention.kernel == "cudnn":
@@ -142,7 +142,7 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
             if getattr(config.model, key) is not None:
                 yield SettingError(
                     (f"model.{key}", "model.positions"),
-                    f'{key} cannot act: positions are "learned", nothing is rotated',
+                    f'{key} has no effect: positions are "learned", nothing is rotated',
                 )
     for name in ("num_heads", "num_kv_heads", "ffn_dim"):
         size = getattr(args, name)
@@ -173,7 +173,7 @@ def _encoder_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
         if args.post_norm and getattr(args, name):
             yield SettingError(
                 ("model.name", "model.flavor", f"model.{name}"),
-                f"{name} cannot act: the residual stream of this model is what its norms give",
+                f"{name} has no effect: the residual stream of this model is what its norms give",
             )
 
 

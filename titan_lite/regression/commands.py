@@ -150,14 +150,14 @@ def _sides(rest: Sequence[str]) -> tuple[_Side, _Side]:
     given: tuple[list[str], list[str]] = ([], [])
     for argument in rest:
         if "job.dump_folder=" in argument:
-            raise Mistake(f"{argument} cannot act: --keep FOLDER says where runs are kept")
+            raise Mistake(f"{argument} has no effect: --keep FOLDER says where runs are kept")
         if argument.startswith("-"):
             # "--a." or "--b." is for one side, anything else for both.
             side = {"--a.": 0, "--b.": 1}.get(argument[:4])
             meant = (0, 1) if side is None else (side,)
             if not any(paths[index].suffix == ".toml" for index in meant):
                 names = " and ".join(str(paths[index]) for index in meant)
-                raise Mistake(f"{argument} cannot act: {names} is no TOML file to train")
+                raise Mistake(f"{argument} has no effect: {names} is no TOML file to train")
             for index in meant:
                 given[index].append(argument if side is None else f"--{argument[4:]}")
     return _side(paths[0], given[0]), _side(paths[1], given[1])
@@ -177,7 +177,7 @@ def _side(path: Path, arguments: Sequence[str]) -> _Side:
 def _curves(sides: tuple[_Side, _Side], keep: Path | None, tier: Tier) -> list[Curve]:
     """Reads what is there, then runs what is not: a mistake is answered before any run."""
     if keep and not any(side.is_config for side in sides):
-        raise Mistake("--keep cannot act: there is no TOML file to train")
+        raise Mistake("--keep has no effect: there is no TOML file to train")
     found = [side.planned() if side.is_config else read_curve(side.path) for side in sides]
     check_same_data(*(one.data for one in found), other_seeds=tier == "statistical")
     there = [one for one in found if isinstance(one, Curve)]
