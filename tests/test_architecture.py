@@ -135,6 +135,17 @@ def test_a_torch_free_room_loads_without_torch(room: str) -> None:
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 
+def test_the_trainer_loads_without_the_compiler() -> None:
+    """dynamo and inductor take as long to import as a third of torch."""
+    program = (
+        "import sys, titan_lite.train, titan_lite.trainer\n"
+        "print({'torch._dynamo', 'torch._inductor'} & sys.modules.keys())"
+    )
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\n"
+
+
 TORCH = ("torch", "torchao")
 
 

@@ -155,7 +155,11 @@ class Trainer:
         )
         self._resume()
         self._start_measuring()
-        self.forward_times = ForwardTimes(self.model.layers.children(), self.process.device)
+        self.forward_times = ForwardTimes(
+            self.model.layers.children(),
+            self.process.device,
+            compiled=config.compile.covers("model"),
+        )
         pp_ranks = [self.dims.coordinates(rank)["pp"] for rank in range(self.dims.world_size)]
         self.watch = RecordWatch(self.process, pp_ranks, start_step=self.state.step)
         self.source_meter = None

@@ -21,13 +21,17 @@ class ForwardTimes:
     and no wait: of a GPU, they are events in its stream.
     """
 
-    def __init__(self, blocks: Iterable[nn.Module], device: torch.device) -> None:
+    def __init__(
+        self, blocks: Iterable[nn.Module], device: torch.device, *, compiled: bool
+    ) -> None:
         """blocks: sharded already, since FSDP2 is to wait before the clock starts."""
         self._on_gpu = device.type == "cuda"
         self._steps: deque[dict[nn.Module, list[Any]]] = deque(maxlen=STEPS)
+        # As FSDP2's own hooks: outside of the block's compiled graph.
+        read_clock = torch.compiler.disable(self._read_clock) if compiled else self._read_clock
         for block in blocks:
-            block.register_forward_pre_hook(self._read_clock)
-            block.register_forward_hook(self._read_clock, prepend=True)
+            block.register_forward_pre_hook(read_clock)
+            block.register_forward_hook(read_clock, prepend=True)
 
     def start_step(self) -> None:
         """Says that what comes next is another step's."""
@@ -42,8 +46,6 @@ class ForwardTimes:
             return 0.0
         return statistics.median_low(sum(map(self._elapsed, s.values())) for s in self._steps)
 
-    # As FSDP2's own hooks: outside of the block's compiled graph.
-    @torch.compiler.disable
     def _read_clock(self, block: nn.Module, *_: object) -> None:
         times = self._steps[-1].setdefault(block, []) if self._steps else []
         if len(times) < 2:

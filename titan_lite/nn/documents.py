@@ -1,22 +1,15 @@
 """Attention that stays inside documents.
 
-The only file that knows the names of torch's attention over sequences of several lengths.
-
 Shape suffixes: B batch, S sequence, Q the queries' part of it, N query heads, K key/value heads,
 H head dim, T all tokens of the batch in one row, D documents of the batch, and one.
 """
 
-import inspect
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
-VARLEN_OP = torch.ops.torch_attn._varlen_attn.default
-# torch 2.11 takes any number of key/value heads without being told.
-TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 # Queries or keys of one block of the kernel, of which a document takes one at least.
 TILE = 128
 
@@ -107,11 +100,13 @@ def attend_in_documents(
         return scaled_dot_product_attention(
             q_BNQH, k_BKSH, v_BKSH, attn_mask=mask, enable_gqa=has_gqa
         )
-    settings: dict[str, Any] = {"enable_gqa": True} if has_gqa and TAKES_GQA else {}
+    from titan_lite.nn import varlen
+
+    settings: dict[str, Any] = {"enable_gqa": True} if has_gqa and varlen.TAKES_GQA else {}
     k_TKH, v_TKH = _in_one_row(k_BKSH), _in_one_row(v_BKSH)
     outs = []
     for part_BNQH, spans in zip(q_BNQH.split([s.num_queries for s in mask], 2), mask, strict=True):
-        out_TNH: Any = varlen_attn(
+        out_TNH: Any = varlen.varlen_attn(
             _in_one_row(part_BNQH),
             k_TKH,
             v_TKH,

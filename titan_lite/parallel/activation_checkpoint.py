@@ -18,7 +18,6 @@ from torch.utils.checkpoint import (
 )
 
 from titan_lite.config.schema import ActivationCheckpoint, SavedOp
-from titan_lite.nn.documents import VARLEN_OP
 from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel import context_attention  # noqa: F401  registers sharded_attention
 from titan_lite.parallel.attention_ops import CPU_FLASH, CUDNN, EFFICIENT, FLASH, OVERRIDEABLE
@@ -36,7 +35,6 @@ OPS: dict[SavedOp, tuple[Any, ...]] = {
         CPU_FLASH.default,
         torch.ops.titan_lite.sharded_attention.default,
         torch.ops.higher_order.flex_attention,
-        VARLEN_OP,
     ),
     "matmul": MATMULS,
     "every_second_matmul": MATMULS,
@@ -46,7 +44,10 @@ OPS: dict[SavedOp, tuple[Any, ...]] = {
     # The largest magnitude of a tensor, from which float8 takes its scale: one number.
     "max": (aten.max.default,),
 }
-"""The operations behind each name of `activation_checkpoint.save`, as the dispatcher sees them."""
+"""The operations behind each name of `activation_checkpoint.save`, as the dispatcher sees them.
+
+Attention inside documents is not among them: its import is one of those that take seconds.
+"""
 
 
 def apply_activation_checkpoint(model: Transformer, section: ActivationCheckpoint) -> None:
@@ -78,6 +79,10 @@ class SavePolicy:
 
     def __init__(self, save: tuple[SavedOp, ...]) -> None:
         self.saved = {op for name in save for op in OPS[name]}
+        if "attention" in save:
+            from titan_lite.nn.varlen import OPERATION
+
+            self.saved.add(OPERATION)
         self.every_second = set(MATMULS) if "every_second_matmul" in save else set()
         # Separately for forward and recomputation, for both to find the same matmuls second:
         # torch < 2.13 asks again in backward.

@@ -6,19 +6,20 @@ The only file that knows torch.distributed.pipelining's private names.
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import get_schedule_class
 from torch.distributed.tensor import DTensor
 
 from titan_lite.config.schema import Parallel
 from titan_lite.config.units import format_scaled
 from titan_lite.nn.transformer import Transformer
 from titan_lite.planner.split import balanced
+
+if TYPE_CHECKING:
+    from torch.distributed.pipelining import PipelineStage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +222,10 @@ class Pipeline:
         group: dist.ProcessGroup,
     ) -> None:
         """stages: by their number; shapes: of a micro-batch's tokens, and of what stages send."""
+        # Takes the compiler with it, which runs without pipelines need not wait for.
+        from torch.distributed.pipelining import PipelineStage
+        from torch.distributed.pipelining.schedules import get_schedule_class
+
         self.num_micro_batches = num_micro_batches
         self.parallel = parallel
         self.group = group
@@ -263,7 +268,7 @@ class Pipeline:
             return
         from torch.distributed.pipelining._utils import InferenceMode
 
-        def agree(stages: Sequence[PipelineStage], *_: Any) -> None:
+        def agree(stages: Sequence["PipelineStage"], *_: Any) -> None:
             for stage in stages:
                 stage._inference_mode = InferenceMode.STATIC
 
