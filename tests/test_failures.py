@@ -29,7 +29,8 @@ from tests.runtime.test_parent import wait_for_end
 from tests.test_launcher import launch
 from titan_lite.checkpoint.state import retire_later_steps, saved_steps
 from titan_lite.config.load import ConfigError
-from titan_lite.metrics.sinks import JsonlSink, TensorBoardSink
+from titan_lite.metrics.sinks import JsonlSink
+from titan_lite.metrics.tensorboard_sink import TensorBoardSink
 from titan_lite.runtime import folder_lock
 from titan_lite.runtime.folder_lock import FolderLock
 from titan_lite.runtime.run_folder import open_run_folder, write_run_file

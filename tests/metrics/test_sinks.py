@@ -13,7 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from titan_lite.config.schema import Metrics
 from titan_lite.metrics.record import METRICS
-from titan_lite.metrics.sinks import ConsoleSink, JsonlSink, TensorBoardSink, WandbSink, open_sinks
+from titan_lite.metrics.sinks import ConsoleSink, JsonlSink, WandbSink, open_sinks
+from titan_lite.metrics.tensorboard_sink import TensorBoardSink
 
 
 class Terminal(io.StringIO):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.metrics.test_sinks import record
-from titan_lite.metrics.sinks import WandbSink, scalars
+from titan_lite.metrics.record import scalars
+from titan_lite.metrics.sinks import WandbSink
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("wandb") is None, reason="the extra wandb is not installed"

@@ -66,3 +66,18 @@ METRICS: dict[str, Metric] = {
     "checkpoint_bytes": Metric("bytes of all files", "global", "checkpoint/bytes"),
     "checkpoint_gb_per_second": Metric("GB/s", "global", "checkpoint/gb_per_second"),
 }
+
+
+def scalars(record: Record) -> dict[str, float]:
+    """The record's values by tag; a key outside METRICS is its own tag.
+
+    Speeds that include start-up are left out: a curve cannot mark them.
+    """
+    values = {}
+    for key, value in record.items():
+        tag = METRICS[key].tag if key in METRICS else key
+        if key not in ("step", "warmup") and not (
+            record.get("warmup") and tag.startswith("speed/")
+        ):
+            values[tag] = value
+    return values

@@ -5,21 +5,15 @@ import json
 import logging
 import math
 import os
-import socket
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
-
 from titan_lite.config.schema import Metrics
 from titan_lite.config.units import format_duration, format_number
 from titan_lite.metrics.progress_line import ProgressLine
-from titan_lite.metrics.record import METRICS, Record
+from titan_lite.metrics.record import Record, scalars
 from titan_lite.runtime.writing import writing
 
 logger = logging.getLogger(__name__)
@@ -52,25 +46,13 @@ def open_sinks(
         JsonlSink(folder / "metrics.jsonl", start_step=start_step),
     ]
     if section.enable_tensorboard:
+        # Takes a tenth of a second, which the ranks that write nothing need not wait for.
+        from titan_lite.metrics.tensorboard_sink import TensorBoardSink
+
         sinks.append(TensorBoardSink(folder / "tb", start_step=start_step))
     if section.enable_wandb:
         sinks.append(WandbSink(folder, settings or {}))
     return sinks
-
-
-def scalars(record: Record) -> dict[str, float]:
-    """The record's values by tag; a key outside METRICS is its own tag.
-
-    Speeds that include start-up are left out: a curve cannot mark them.
-    """
-    values = {}
-    for key, value in record.items():
-        tag = METRICS[key].tag if key in METRICS else key
-        if key not in ("step", "warmup") and not (
-            record.get("warmup") and tag.startswith("speed/")
-        ):
-            values[tag] = value
-    return values
 
 
 class ConsoleSink:
@@ -176,42 +158,6 @@ def _drop_records_after(path: Path, step: int) -> None:
     aside = path.with_name(path.name + ".tmp")
     aside.write_text("".join(kept), encoding="utf-8")
     aside.replace(path)
-
-
-class TensorBoardSink:
-    """Writes a scalar per key; on resuming, TensorBoard hides what came after `start_step`.
-
-    By TensorBoard's writer of records: the one of files writes in a thread, which on a full disk
-    prints a traceback of its own, and at the end of a run loses what is left.
-    """
-
-    def __init__(self, folder: Path, *, start_step: int = 0) -> None:
-        # As TensorBoard expects them to be called; a run that is started again writes another one.
-        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
-        self._folder = folder
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._writer = RecordWriter((folder / name).open("wb"))
-        self._add(Event(file_version="brain.Event:2"))
-        self._add(Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
-
-    def write(self, record: Record) -> None:
-        """Adds the record's scalars, and hands them to the system."""
-        values = [
-            Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(record).items()
-        ]
-        self._add(Event(step=int(record["step"]), summary=Summary(value=values)))
-
-    def close(self) -> None:
-        """Closes the file; what could not be written has been told before."""
-        with contextlib.suppress(OSError):
-            self._writer.close()
-
-    def _add(self, event: Any) -> None:
-        event.wall_time = time.time()
-        with writing(self._folder):
-            self._writer.write(event.SerializeToString())
-            self._writer.flush()
 
 
 class WandbSink:

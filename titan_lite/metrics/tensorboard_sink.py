@@ -1,0 +1,51 @@
+"""TensorBoard's event files."""
+
+import contextlib
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from titan_lite.metrics.record import Record, scalars
+from titan_lite.runtime.writing import writing
+
+
+class TensorBoardSink:
+    """Writes a scalar per key; on resuming, TensorBoard hides what came after `start_step`.
+
+    By TensorBoard's writer of records: the one of files writes in a thread, which on a full disk
+    prints a traceback of its own, and at the end of a run loses what is left.
+    """
+
+    def __init__(self, folder: Path, *, start_step: int = 0) -> None:
+        # As TensorBoard expects them to be called; a run that is started again writes another one.
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._folder = folder
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._writer = RecordWriter((folder / name).open("wb"))
+        self._add(Event(file_version="brain.Event:2"))
+        self._add(Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, record: Record) -> None:
+        """Adds the record's scalars, and hands them to the system."""
+        values = [
+            Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(record).items()
+        ]
+        self._add(Event(step=int(record["step"]), summary=Summary(value=values)))
+
+    def close(self) -> None:
+        """Closes the file; what could not be written has been told before."""
+        with contextlib.suppress(OSError):
+            self._writer.close()
+
+    def _add(self, event: Any) -> None:
+        event.wall_time = time.time()
+        with writing(self._folder):
+            self._writer.write(event.SerializeToString())
+            self._writer.flush()
