@@ -4,6 +4,7 @@ The settings come from the variables that `run_train.sh --help` explains.
 """
 
 import contextlib
+import gc
 import ipaddress
 import os
 import signal
@@ -369,8 +370,12 @@ def socket_at(address: str) -> socket.socket:
 
 def _serve(server: socket.socket) -> None:
     """Serves the store of an attempt for ever: connections wait while torch is imported."""
+    # As in titan_lite.train.
+    gc.disable()
     from torch.distributed import TCPStore
 
+    gc.freeze()
+    gc.enable()
     port = server.getsockname()[1]
     store = TCPStore(
         loopback(), port, is_master=True, wait_for_workers=False, master_listen_fd=server.detach()

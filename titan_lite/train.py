@@ -1,5 +1,6 @@
 """The process that trains: `torchrun -m titan_lite.train CONFIG [--section.key=value ...]`."""
 
+import gc
 import logging
 import os
 import signal
@@ -71,10 +72,15 @@ def _train(argv: Sequence[str], rank: int, world_size: int, stop: StopRequest) -
         logger.info(
             "Starting %s in %d process%s", argv[0], world_size, "es" if world_size > 1 else ""
         )
-    # torch takes seconds to import: a mistake is answered before.
+    # torch takes seconds to import: a mistake is answered before. What it makes stays: looking
+    # for garbage among it would take a tenth of them.
+    gc.disable()
     from titan_lite.optim.nonfinite import NonFiniteError
     from titan_lite.runtime.distributed import stop_process_group
     from titan_lite.trainer import Trainer
+
+    gc.freeze()
+    gc.enable()
 
     try:
         trainer = Trainer(plan, stop=stop)
