@@ -19,7 +19,7 @@ GIB = 2**30
 # Large enough for a matmul to come near its best rate, and short enough (0.3 GFLOP, a few ms) for
 # one to end before the system gives the core to another process: 1,024 halves on a busy machine.
 _MATMUL_SIZE = 512
-_MATMUL_SECONDS = 0.5
+_MATMUL_SECONDS = 0.2
 
 _FORMATS: dict[torch.dtype, NumberFormat] = {
     torch.bfloat16: "bfloat16",
@@ -76,7 +76,7 @@ def device_name(device: torch.device) -> str:
 
 
 def measured_peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """The sum of the threads' best rates of a square matmul, in TFLOP/s; takes about 0.5 s.
+    """The sum of the threads' best rates of a square matmul, in TFLOP/s; takes about 0.2 s.
 
     Each thread multiplies on its own, all at once. In a matmul that they share, each waits for the
     last, and beside one other busy process the best of such a matmul is up to ten times too slow.
