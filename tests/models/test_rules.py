@@ -286,6 +286,7 @@ def test_pairs_are_made_of_a_buffer_that_nothing_shuffles(
     def warnings(*overrides: str) -> list[str]:
         caplog.clear()
         settings = ["--data.shuffle=false", "--data.shuffle_buffer=500", "--training.seq_len=512"]
+        settings.append("--model.attention_dropout=0")
         make_plan(None, [*settings, *overrides], world_size=1)
         return caplog.messages
 

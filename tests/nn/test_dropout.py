@@ -27,14 +27,35 @@ B, S = 3, 50
 KEYS_BS = token_keys(7, torch.arange(B), torch.arange(S))
 
 
+def lowbias32(number: int) -> int:
+    """The published function, on numbers without a sign."""
+    number = (number ^ number >> 16) * 0x7FEB352D % 2**32
+    number = (number ^ number >> 15) * 0x846CA68B % 2**32
+    return number ^ number >> 16
+
+
+def test_features_are_dropped_by_the_published_hash() -> None:
+    numbers = [0, 1, 77, 2**15, 2**16 + 3, 2**31 - 1, 2**31, 2**32 - 5, 2**32 - 1]
+    keys = torch.tensor(numbers).to(torch.int32)
+    assert [number % 2**32 for number in scramble(keys).tolist()] == [*map(lowbias32, numbers)]
+    for p in (0.01, P, 0.5, 0.9):
+        hashes = [[lowbias32(n ^ lowbias32(feature)) for feature in range(64)] for n in numbers]
+        expected = torch.tensor(hashes) < int(p * 2**32)
+        assert torch.equal(drop(torch.ones(len(numbers), 64), keys, p) == 0, expected)
+    sample, place = 3, 2**33 + 5
+    expected = 0
+    for number in (7, sample, place):
+        expected = lowbias32(lowbias32(expected ^ number % 2**32) ^ number >> 32)
+    key = token_keys(7, torch.tensor([sample]), torch.tensor([place]))
+    assert (key.dtype, key.item() % 2**32) == (torch.int32, expected)
+
+
 def test_scrambling_is_one_to_one_and_each_bit_changes_half_of_the_results() -> None:
-    numbers = torch.cat((torch.arange(2**16), torch.arange(2**32 - 2**16, 2**32)))
+    numbers = torch.cat((torch.arange(2**16), torch.arange(-(2**16), 0))).to(torch.int32)
     scrambled = scramble(numbers)
     assert scrambled.unique().numel() == numbers.numel()
-    assert scrambled.min() >= 0
-    assert scrambled.max() < 2**32
     for bit in range(32):
-        changed = scrambled ^ scramble(numbers ^ (1 << bit))
+        changed = scrambled ^ scramble(numbers ^ torch.tensor(1 << bit).to(torch.int32))
         # 2^17 numbers of 32 bits: a half, and 10 standard deviations.
         share = sum(((changed >> place) & 1).double().mean().item() for place in range(32)) / 32
         assert share == pytest.approx(0.5, abs=0.03), f"bit {bit}"
@@ -154,7 +175,7 @@ class DroppingAsHere:
     """In the place of torch.nn.functional.dropout, called by transformers' BERT in its order."""
 
     def __init__(self, num_heads: int) -> None:
-        self.heads_N1 = torch.arange(num_heads)[:, None]
+        self.heads_N1 = torch.arange(num_heads, dtype=torch.int32)[:, None]
         self.calls = 0
 
     def __call__(self, x: Tensor, p: float, training: bool = True, inplace: bool = False) -> Tensor:

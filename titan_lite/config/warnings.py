@@ -22,7 +22,7 @@ def log_warnings(
     """
     for warning in (
         *_wasteful(loaded.config, dims),
-        *_uncompiled(loaded.config),
+        *_uncompiled(loaded.config, attention_dropout),
         *_without_effect(loaded, dims, objective),
         *_missing_saved_ops(loaded, attention_dropout),
     ):
@@ -64,7 +64,7 @@ def _wasteful(config: Config, dims: ParallelDims) -> Iterator[str]:
         )
 
 
-def _uncompiled(config: Config) -> Iterator[str]:
+def _uncompiled(config: Config, attention_dropout: float) -> Iterator[str]:
     """Features that take many passes over memory unless a compiler fuses them."""
     if config.compile.covers("model"):
         return
@@ -72,6 +72,11 @@ def _uncompiled(config: Config) -> Iterator[str]:
         yield (
             f"float8.recipe ({quote(config.float8.recipe)}) is slow without compile.enable = true: "
             "every cast takes several kernels, which cost more than float8 matmuls save"
+        )
+    if attention_dropout:
+        yield (
+            f"model.attention_dropout ({attention_dropout:g}) is slow without compile.enable = "
+            "true: what is dropped takes about 15 passes over seq_len x seq_len numbers per head"
         )
 
 

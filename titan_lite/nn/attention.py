@@ -77,7 +77,9 @@ class DropoutAttention(ScaledDotProductAttention):
             future_SS = torch.ones(S, S, dtype=torch.bool, device=q_BNSH.device).triu(1)
             scores_BNSS = scores_BNSS.masked_fill(future_SS, -torch.inf)
         weights_BNSS = scores_BNSS.softmax(-1, dtype=torch.float32).type_as(v_BNSH)
-        heads_N = torch.arange(self.shard * N, (self.shard + 1) * N, device=q_BNSH.device)
+        heads_N = torch.arange(
+            self.shard * N, (self.shard + 1) * N, dtype=torch.int32, device=q_BNSH.device
+        )
         keys_BNS = scramble(scramble(dropout_keys_BS ^ self.site)[:, None] ^ heads_N[:, None])
         return drop(weights_BNSS, keys_BNS, self.p) @ v_BNSH
 

@@ -11,8 +11,8 @@ Shape suffixes: B batch, S sequence, D model width.
 import torch
 from torch import Tensor, nn
 
-# Keys are numbers below 2**32, in int64: products may wrap around, their low half is right.
-_LOW = 2**32 - 1
+# Keys are 32 bits in int32: products wrap around, and shifts leave copies of the sign to mask.
+_SIGN = -(2**31)
 
 
 def scramble(keys: Tensor) -> Tensor:
@@ -20,16 +20,17 @@ def scramble(keys: Tensor) -> Tensor:
 
     Source: lowbias32 of github.com/skeeto/hash-prospector.
     """
-    keys = ((keys ^ (keys >> 16)) * 0x7FEB352D) & _LOW
-    keys = ((keys ^ (keys >> 15)) * 0x846CA68B) & _LOW
-    return keys ^ (keys >> 16)
+    keys = (keys ^ (keys >> 16 & 0xFFFF)) * 0x7FEB352D
+    keys = (keys ^ (keys >> 15 & 0x1FFFF)) * (0x846CA68B - 2**32)
+    return keys ^ (keys >> 16 & 0xFFFF)
 
 
 def token_keys(seed: int, samples_B: Tensor, places_S: Tensor) -> Tensor:
-    """Keys (B, S) of the tokens at these places of samples with these numbers."""
-    keys_BS = torch.zeros(len(samples_B), len(places_S), dtype=torch.int64)
+    """Keys (B, S), int32, of the tokens at these places of samples with these numbers, int64."""
+    keys_BS = torch.zeros(len(samples_B), len(places_S), dtype=torch.int32)
     for number in (torch.tensor(seed), samples_B[:, None], places_S):
-        keys_BS = scramble(scramble(keys_BS ^ (number & _LOW)) ^ (number >> 32))
+        low, high = number.to(torch.int32), (number >> 32).to(torch.int32)
+        keys_BS = scramble(scramble(keys_BS ^ low) ^ high)
     return keys_BS
 
 
@@ -38,8 +39,9 @@ def drop(x: Tensor, keys: Tensor, p: float) -> Tensor:
 
     keys: of x's shape without the last dimension.
     """
-    features = scramble(torch.arange(x.shape[-1], device=x.device))
-    dropped = scramble(keys.unsqueeze(-1) ^ features) < int(p * 2**32)
+    features = scramble(torch.arange(x.shape[-1], dtype=torch.int32, device=x.device))
+    # As numbers without a sign.
+    dropped = scramble(keys.unsqueeze(-1) ^ features) ^ _SIGN < int(p * 2**32) + _SIGN
     return x.masked_fill(dropped, 0) / (1 - p)
 
 
