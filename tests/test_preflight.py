@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from tests.checkpoint.test_same_model import checkpoint_of
 from titan_lite import cli
@@ -203,6 +204,16 @@ def test_what_the_devices_cannot_do_is_refused_in_one_block(
 def test_a_kernel_of_gpus_is_refused_on_a_cpu(refused: Preflight) -> None:
     message = 'attention.kernel (command line): "flash3" requires a CUDA device, got cpu'
     assert message in refused("--attention.kernel=flash3")
+
+
+def test_symmetric_memory_needs_gpus_and_a_torch_that_has_it(
+    refused: Preflight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FSDPModule, "set_symm_mem_for_comm", lambda _: None, raising=False)
+    message = "parallel.fsdp_symm_mem (command line): requires CUDA devices, got cpu; set parallel."
+    assert message in refused("--parallel.fsdp_symm_mem=true")
+    monkeypatch.delattr(FSDPModule, "set_symm_mem_for_comm")
+    assert "requires torch 2.13 or later, got " in refused("--parallel.fsdp_symm_mem=true")
 
 
 def test_async_tensor_parallel_needs_gpus(refused: Preflight) -> None:

@@ -131,6 +131,7 @@ def _preflight(plan: Plan) -> None:
             or config.compile.enable
             or config.float8.recipe != "none"
             or config.parallel.async_tp
+            or config.parallel.fsdp_symm_mem
             or config.parallel.pp > 1
             or config.model.module
             or config.checkpoint.initial_load_hf

@@ -23,6 +23,7 @@ from titan_lite.parallel.attention_kernel import check_attention_kernel
 from titan_lite.parallel.compile import check_compiler
 from titan_lite.parallel.context import check_cp
 from titan_lite.parallel.float8 import float8_problems
+from titan_lite.parallel.fsdp import check_symm_mem
 from titan_lite.parallel.pipeline import Stage, split
 from titan_lite.parallel.tensor import check_plan
 from titan_lite.planner.counts import (
@@ -132,6 +133,9 @@ def check_device(plan: Plan, model: Transformer, device: torch.device) -> None:
             check_dtype(dtype, device)
         with problems.checking("attention.kernel"):
             check_attention_kernel(config.attention.kernel, device)
+        if config.parallel.fsdp_symm_mem:
+            with problems.checking("parallel.fsdp_symm_mem"):
+                check_symm_mem(device)
         if config.parallel.async_tp:
             with problems.checking("parallel.async_tp"):
                 check_async_tp(device, plan.dims.tp)

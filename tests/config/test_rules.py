@@ -226,6 +226,17 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             "attention.kernel",
             '"math" returns no log-sum-exp, which parallel.cp_method = "ring" requires; set paral',
         ),
+        (
+            [
+                "parallel.fsdp_symm_mem=true",
+                "parallel.async_tp=true",
+                "parallel.tp=2",
+                "compile.enable=true",
+            ],
+            4,
+            "parallel.fsdp_symm_mem",
+            "uses NCCL's symmetric memory, and parallel.async_tp = true CUDA's: a process has one",
+        ),
         (["optimizer.beta2=1"], 1, "optimizer.beta2", "1 never forgets, and divides by zero"),
         (
             ["data.dataset_path=texts/*.jsonl"],
@@ -486,6 +497,7 @@ def test_what_can_work_gives_the_degrees() -> None:
         (["parallel.gradient_sync=last_micro_batch"], 1, "because no gradient is reduced"),
         (["parallel.gradient_sync=last_micro_batch"], 2, "because a step is one micro-batch"),
         ([*PP2, "parallel.gradient_sync=last_micro_batch"], 4, "because a pipeline reduces gradi"),
+        (["parallel.fsdp_symm_mem=true"], 1, "because nothing is sharded"),
         (
             ["model.fp32_residual=true", "training.param_dtype=float32"],
             1,

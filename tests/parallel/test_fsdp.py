@@ -1,7 +1,10 @@
 """What FSDP2 is told: meshes, resharding, precision, offload, and when gradients are reduced."""
 
+import contextlib
+import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -244,3 +247,52 @@ def test_replicas_add_up_gradients_once_per_step_and_embeddings_are_gathered_onc
         # In each micro-batch the first block again in backward: the second is kept.
         expected = ["layers.0"] * 2 + ["layers.1", "norm, output", "tok_embeddings"]
         assert gathers == sorted(f"FSDP::all_gather ({unit})" for unit in expected * 2)
+
+
+STEPS = ("--training.steps=2", "--training.local_batch_size=4")
+
+
+class SymmetricMemory:
+    """Stands in for torch's, which needs CUDA: plain tensors, and sizes of those registered."""
+
+    def __init__(self) -> None:
+        self.backends: set[str] = set()
+        self.registered: list[int] = []
+
+    def set_backend(self, name: str) -> None:
+        self.backends.add(name)
+
+    def get_mem_pool(self, _device: torch.device) -> None:
+        pass
+
+    def rendezvous(self, tensor: torch.Tensor, group: str) -> None:
+        self.registered.append(tensor.numel())
+
+
+def _from_symmetric_memory(folder: Path) -> tuple[list[dict[str, Any]], SymmetricMemory, str]:
+    memory = SymmetricMemory()
+    with (
+        mock.patch("torch.distributed.fsdp._fully_shard._fsdp_collectives.symm_mem", memory),
+        mock.patch("torch.cuda.use_mem_pool", contextlib.nullcontext),
+        mock.patch("titan_lite.meta_model.check_symm_mem"),
+    ):
+        records = train(folder, *STEPS, "--parallel.fsdp_symm_mem=true")
+    applied = json.loads((folder / "run.json").read_text())["applied"]
+    return records, memory, applied["symm_mem"]
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(
+    not hasattr(FSDPModule, "set_symm_mem_for_comm"), reason="torch has no symmetric memory in FSDP"
+)
+def test_gathers_and_reductions_are_from_symmetric_memory(
+    workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    expected = workers[2].run(train, tmp_path / "plain", *STEPS)[0]
+    records, memory, is_reported = workers[2].run(_from_symmetric_memory, tmp_path / "symm")[0]
+    assert is_reported
+    assert memory.backends == {"NCCL"}
+    # Of each step, embeddings, 2 blocks and the head: a gathered unit; in and out of a reduction.
+    assert len(memory.registered) >= 2 * 4 * 3
+    for key in ("loss", "grad_norm"):
+        assert [r[key] for r in records] == [r[key] for r in expected]

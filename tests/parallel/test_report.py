@@ -23,6 +23,7 @@ APPLIED = Applied(
     sharded_parameters=20,
     whole_parameters=0,
     precision=PRECISION,
+    symm_mem=False,
     sequence_parallel=True,
     loss_parallel=True,
     saved_ops=(),
@@ -50,6 +51,7 @@ def test_what_was_asked_for_passes() -> None:
         ({"modules": {**APPLIED.modules, "compiled": BLOCKS}}, FULL, "unasked compiled: layers.0"),
         ({"modules": {"checkpointed": BLOCKS}}, FULL, "not FSDP unit: layers.0, layers.1, model"),
         ({"precision": "float32 computation"}, FULL, "float32 computation where bfloat16 comp"),
+        ({"symm_mem": True}, FULL, "symmetric memory True where False was asked for"),
         ({"attention": "math"}, FULL, "attention by math where auto was asked for"),
         ({"mesh": APPLIED.mesh | {"fsdp": 4}}, FULL, "fsdp 4 where 2 was asked for"),
         ({"mesh": APPLIED.mesh | {"tp": 2}}, FULL, "tp 2 where 1 was asked for"),
@@ -80,6 +82,7 @@ def test_a_mismatch_names_the_modules(
     [
         ({}, "checkpointed      2 of 2 blocks\n"),
         ({"saved_ops": ("max",)}, "checkpointed      2 of 2 blocks but for max\n"),
+        ({"symm_mem": True}, "float32 reduction; symmetric memory\n"),
         ({"attention": "flash3"}, "attention         flash3\n"),
         (
             {"merged_attention": ("cudnn",)},

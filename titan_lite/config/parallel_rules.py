@@ -20,6 +20,12 @@ def parallel_rules(config: Config, dims: ParallelDims | None) -> Iterator[Settin
     yield from _attention(config)
     yield from _activation_checkpoint(config)
     yield from _async_tp(config)
+    if parallel.fsdp_symm_mem and parallel.async_tp:
+        yield SettingError(
+            "parallel.fsdp_symm_mem",
+            "uses NCCL's symmetric memory, and parallel.async_tp = true CUDA's: a process has one "
+            "kind; set one of the two to false",
+        )
     if parallel.tp > 1 and isinstance(parallel.reshard_after_forward, int):
         yield SettingError(
             "parallel.reshard_after_forward",

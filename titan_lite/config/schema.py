@@ -360,6 +360,9 @@ class Parallel(Section):
     gradient_sync: Literal["every_micro_batch", "last_micro_batch"] = "every_micro_batch"
     """When gradients are reduced under accumulation; only after the last micro-batch they are kept
     whole on each rank until then (ZeRO-1's communication, at 4 bytes per parameter)."""
+    fsdp_symm_mem: bool = False
+    """FSDP2 gathers and reduces from symmetric memory, for which NCCL has faster kernels, or copy
+    engines with NCCL_CTA_POLICY=2 in the environment; needs torch 2.13 and CUDA."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in host memory, moved to the device on use."""
 

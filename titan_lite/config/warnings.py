@@ -109,6 +109,8 @@ def _by_layout(config: Config, dims: ParallelDims) -> Iterator[tuple[str, str]]:
         yield key, "a step is one micro-batch"
     if config.float8.recipe != "none" and dims.fsdp == 1:
         yield "float8.fsdp_all_gather", "nothing is sharded"
+    if dims.fsdp == 1:
+        yield "parallel.fsdp_symm_mem", "nothing is sharded"
     if (freq := config.profiling.profile_freq) > training.steps:
         yield (
             "profiling.enable_profiling",

@@ -231,7 +231,7 @@ def left_out(config: Config) -> list[str]:
 def _eager(config: Config) -> Config:
     off = {
         "compile": config.compile.model_copy(update={"enable": False}),
-        "parallel": config.parallel.model_copy(update={"async_tp": False}),
+        "parallel": config.parallel.model_copy(update={"async_tp": False, "fsdp_symm_mem": False}),
     }
     if config.attention.kernel != "math":
         # All fused kernels keep the same tensors as the CPU's.

@@ -17,6 +17,26 @@ from titan_lite.config.schema import Parallel
 from titan_lite.nn.transformer import Transformer
 
 
+def check_symm_mem(device: torch.device) -> None:
+    """Raises ValueError where FSDP2 cannot communicate from symmetric memory."""
+    remedy = "set parallel.fsdp_symm_mem = false"
+    if not hasattr(FSDPModule, "set_symm_mem_for_comm"):
+        raise ValueError(f"requires torch 2.13 or later, got {torch.__version__}; {remedy}")
+    if device.type != "cuda":
+        raise ValueError(f"requires CUDA devices, got {device.type}; {remedy}")
+
+
+def uses_symm_mem(model: nn.Module) -> bool:
+    """Whether all gathers of parameters are from symmetric memory."""
+    gathers = [
+        type(group._all_gather_comm).__name__
+        for module in model.modules()
+        if isinstance(module, FSDPModule)
+        for group in getattr(module._get_fsdp_state(), "_fsdp_param_groups", ())
+    ]
+    return bool(gathers) and all(name == "SymmMemAllGather" for name in gathers)
+
+
 def set_gradient_sync(
     model: Transformer, mesh: DeviceMesh, section: Parallel, *, last: bool
 ) -> None:
@@ -122,6 +142,11 @@ def apply_fsdp(
     warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \(FSDP({units})\) returned a view")
     if mesh.size() > 1:
         _reduce_by_sum(model)
+    if section.fsdp_symm_mem and mesh.shape[-1] > 1:
+        # After the sum is set: it is the only reduction that symmetric memory has.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_symm_mem_for_comm()
     lookups = embeddings if all(isinstance(m, nn.Embedding) for m in embeddings) else []
     for module in lookups:
         # The gradient of a lookup does not need the table.

@@ -19,7 +19,7 @@ from titan_lite.parallel.activation_checkpoint import is_checkpointed, memory_bu
 from titan_lite.parallel.attention_kernel import applied_attention_kernel
 from titan_lite.parallel.context import ShardedAttention, context_parallel
 from titan_lite.parallel.float8 import float8_linears, is_gathered_in_float8
-from titan_lite.parallel.fsdp import precision
+from titan_lite.parallel.fsdp import precision, uses_symm_mem
 from titan_lite.parallel.init_weights import CHECKPOINT_PREFIX
 from titan_lite.parallel.tensor import split_modules
 
@@ -41,6 +41,7 @@ class Applied:
     attend to the keys of each rank in turn.
     dropout: number of places by what is dropped there.
     precision: what is computed in, and gradients reduced in.
+    symm_mem: parameters are gathered from symmetric memory.
     activation_memory_budget: the compiler's, 1.0 where it has none to keep.
     pipeline: the stages of all ranks, in words; all else is counted on this rank's.
     compiled_graphs and the fused operations of async tensor parallel in them: known only after
@@ -53,6 +54,7 @@ class Applied:
     sharded_parameters: int
     whole_parameters: int
     precision: str
+    symm_mem: bool
     sequence_parallel: bool
     loss_parallel: bool
     saved_ops: tuple[str, ...]
@@ -82,6 +84,9 @@ class Applied:
         mismatches = []
         if self.precision != precision:
             mismatches.append(f"{self.precision} where {precision} was asked for")
+        symm_mem = parallel.fsdp_symm_mem and self.mesh["fsdp"] > 1
+        if self.symm_mem != symm_mem:
+            mismatches.append(f"symmetric memory {self.symm_mem} where {symm_mem} was asked for")
         if self.attention != attention:
             mismatches.append(f"attention by {self.attention} where {attention} was asked for")
         degrees = {axis: getattr(parallel, axis) for axis in ("pp", "dp_replicate", "tp")}
@@ -134,6 +139,7 @@ class Applied:
             "FSDP2": (
                 f"{self.count('FSDP unit')} units; {self.sharded_parameters} parameters sharded, "
                 f"{self.whole_parameters} whole; {self.precision}"
+                f"{'; symmetric memory' if self.symm_mem else ''}"
             ),
             "tensor parallel": self._tensor_parallel(),
             "context parallel": self._context_parallel(),
@@ -284,6 +290,7 @@ def count_applied(
         sharded_parameters=len(local) - whole,
         whole_parameters=whole,
         precision=precision(model),
+        symm_mem=uses_symm_mem(model),
         sequence_parallel=parallel.sequence_parallel,
         loss_parallel=parallel.loss_parallel,
         saved_ops=saved,
