@@ -20,7 +20,7 @@ from titan_lite.models.hf_config import hf_config_from_args
 from titan_lite.models.registry import families
 from titan_lite.nn.build import build
 from titan_lite.nn.documents import dense_mask
-from titan_lite.objective import OBJECTIVES
+from titan_lite.training.objective import OBJECTIVES
 
 OURS, THEIRS = "titan_lite", "transformers"
 

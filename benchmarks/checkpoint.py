@@ -35,7 +35,7 @@ from titan_lite.config.schema import AsyncMode
 from titan_lite.metrics.record import Record
 from titan_lite.models.plan import make_plan
 from titan_lite.runtime.distributed import Process
-from titan_lite.trainer import Trainer
+from titan_lite.training.trainer import Trainer
 
 CONFIG = "benchmarks/configs/llama_104m.toml"
 BLOCK = 16 * 2**20

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.manifest import DEVICE, report
-from titan_lite.loss import cross_entropy_sum
+from titan_lite.training.loss import cross_entropy_sum
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -23,7 +23,7 @@ from benchmarks.loss_memory import peak_bytes
 from benchmarks.manifest import DEVICE, report
 from benchmarks.measure import Values, Variant, measure, positive
 from benchmarks.workers import BenchmarkError
-from titan_lite.loss import IGNORE_INDEX, cross_entropy_sum
+from titan_lite.training.loss import IGNORE_INDEX, cross_entropy_sum
 
 DIM, VOCAB, SHARE = 768, 64_000, 0.15
 CONFIG = "train_configs/megatron_bert_base_512.toml"

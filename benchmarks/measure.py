@@ -24,7 +24,7 @@ from titan_lite.models.plan import make_plan
 from titan_lite.runtime.distributed import Process
 from titan_lite.runtime.garbage import collected_every
 from titan_lite.runtime.run_folder import RUN_FILE
-from titan_lite.trainer import Trainer
+from titan_lite.training.trainer import Trainer
 
 Values = dict[str, Any]
 

@@ -42,12 +42,12 @@ from benchmarks.measure import (
     take_turn,
 )
 from benchmarks.workers import BenchmarkError, Group
-from titan_lite.loss import cross_entropy_sum
 from titan_lite.models.registry import resolve
 from titan_lite.nn.build import build
 from titan_lite.nn.decoder import Decoder
 from titan_lite.optim.schedule import lr_factor
-from titan_lite.trainer import Trainer
+from titan_lite.training.loss import cross_entropy_sum
+from titan_lite.training.trainer import Trainer
 
 
 def shard(model: Decoder, dtype: torch.dtype) -> None:

@@ -21,7 +21,7 @@ PRELOADED = [
     "tests.distributed",
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint.state_dict",
-    "titan_lite.trainer",
+    "titan_lite.training.trainer",
     "torch._inductor.compile_fx",
 ]
 
@@ -53,7 +53,7 @@ def _serve(
     import torch
     import torch.distributed as dist
 
-    from titan_lite import trainer
+    from titan_lite.training import trainer
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from titan_lite.data.loader import Batch
-from titan_lite.loss import IGNORE_INDEX
 from titan_lite.models.plan import make_plan
 from titan_lite.parallel.init_weights import CHECKPOINT_PREFIX
 from titan_lite.runtime.distributed import Process
-from titan_lite.trainer import Trainer
+from titan_lite.training.loss import IGNORE_INDEX
+from titan_lite.training.trainer import Trainer
 
 # Small enough for 20 steps in a few seconds, with grouped heads and several of everything.
 TINY = (

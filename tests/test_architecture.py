@@ -14,11 +14,8 @@ ROWS = (
     {"config"},
     {"models"},
     {"nn", "runtime", "planner"},
-    {"parallel", "data", "optim", "loss", "metrics", "checkpoint"},
-    {"preflight", "objective", "resuming"},
-    {"step", "meta_model"},
-    {"outcomes"},
-    {"trainer"},
+    {"parallel", "data", "optim", "metrics", "checkpoint"},
+    {"training"},
     {"train", "launch", "cli", "dryrun", "regression", "tools"},
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS, start=1) for room in rooms}
@@ -29,7 +26,7 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 
 def room_of(path: Path) -> str:
-    """'config' for titan_lite/config/load.py, 'loss' for titan_lite/loss.py."""
+    """'config' for titan_lite/config/load.py, 'train' for titan_lite/train.py."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -87,14 +84,14 @@ def test_a_file_imports_only_rooms_of_lower_rows(path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "room", "violation"),
     [
-        ("import titan_lite.trainer", "data", "data (row 4) imports trainer (row 8)"),
-        ("from titan_lite import trainer", "data", "data (row 4) imports trainer (row 8)"),
+        ("import titan_lite.training.trainer", "data", "data (row 4) imports training (row 5)"),
+        ("from titan_lite import training", "data", "data (row 4) imports training (row 5)"),
         ("from titan_lite.optim.schedule import f", "data", "data (row 4) imports optim (row 4)"),
         ("def f():\n    import titan_lite.nn", "models", "models (row 2) imports nn (row 3)"),
         ("from ..nn import norm", "models", "models (row 2) imports nn (row 3)"),
         ("from .. import nn", "models", "models (row 2) imports nn (row 3)"),
-        ("import titan_lite.train", "trainer", "trainer (row 8) imports train (row 9)"),
-        ("from titan_lite import cli", "train", "train (row 9) imports cli (row 9)"),
+        ("import titan_lite.train", "training", "training (row 5) imports train (row 6)"),
+        ("from titan_lite import cli", "train", "train (row 6) imports cli (row 6)"),
         ("def f():\n    from torch import nn", "config", "config imports torch"),
         ("import torch.nn.functional as F", "planner", "planner imports torch"),
         ("import torch", "models", "models imports torch"),
@@ -138,7 +135,7 @@ def test_a_torch_free_room_loads_without_torch(room: str) -> None:
 def test_the_trainer_loads_without_the_compiler() -> None:
     """dynamo and inductor take as long to import as a third of torch."""
     program = (
-        "import sys, titan_lite.train, titan_lite.trainer\n"
+        "import sys, titan_lite.train, titan_lite.training.trainer\n"
         "print({'torch._dynamo', 'torch._inductor'} & sys.modules.keys())"
     )
     command = [sys.executable, "-c", program]
@@ -242,7 +239,7 @@ MAY_TAKE_THE_WHOLE = {
     "cli": {"_preflight", "_rendered"},
     "dryrun/report": {"report", "_facts"},
     "dryrun/run": {"__init__", "dry_run", "dry_runs", "left_out", "_eager", "_quiet_dry_run"},
-    "meta_model": {
+    "training/meta_model": {
         "check_run",
         "build_meta_model",
         "pipeline_stages",
@@ -253,9 +250,9 @@ MAY_TAKE_THE_WHOLE = {
         "open_hf_weights",
     },
     "metrics/build": {"build_meter"},
-    "objective": {"__init__"},
+    "training/objective": {"__init__"},
     "parallel/build": {"build_parallel"},
-    "preflight": {
+    "training/preflight": {
         "preflight",
         "check_contents",
         "check_model",
@@ -266,10 +263,10 @@ MAY_TAKE_THE_WHOLE = {
         "_locked_folders",
         "_warn_of_idle_keys",
     },
-    "resuming": {"log_changes", "changed_settings"},
-    "step": {"__init__"},
+    "training/resuming": {"log_changes", "changed_settings"},
+    "training/step": {"__init__"},
     "tools/tokenize": {"write"},
-    "trainer": {"__init__"},
+    "training/trainer": {"__init__"},
 }
 
 

@@ -35,7 +35,7 @@ from tests.distributed import GUARD
 from tests.runs import TINY
 from titan_lite.models.plan import make_plan
 from titan_lite.models.registry import families as registered_families
-from titan_lite.preflight import fitting_tokenizer
+from titan_lite.training.preflight import fitting_tokenizer
 
 ROOT = Path(__file__).parent.parent
 DEBUG = "train_configs/debug.toml"

@@ -22,7 +22,7 @@ from titan_lite import cli
 from titan_lite.data.assets import bundled_asset
 from titan_lite.models.plan import make_plan
 from titan_lite.runtime.distributed import Process
-from titan_lite.trainer import Trainer
+from titan_lite.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

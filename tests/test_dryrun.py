@@ -60,7 +60,7 @@ def _dry(path: Path | None, world_size: int, rank: int, overrides: tuple[str, ..
 def _real(folder: Path, overrides: tuple[str, ...]) -> Any:
     from titan_lite.dryrun.measure import measure_step, recorder
     from titan_lite.runtime.distributed import Process
-    from titan_lite.trainer import Trainer
+    from titan_lite.training.trainer import Trainer
 
     settings = [*overrides, f"--job.dump_folder={folder}"]
     plan = make_plan(None, settings, Process.from_environment().world_size)

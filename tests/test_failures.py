@@ -37,7 +37,7 @@ from titan_lite.runtime.run_folder import open_run_folder, write_run_file
 from titan_lite.runtime.stop import EXIT_STOPPED
 from titan_lite.runtime.writing import WriteError
 from titan_lite.train import main
-from titan_lite.trainer import logger
+from titan_lite.training.trainer import logger
 
 ROOT = Path(__file__).parent.parent
 STEPS = 40

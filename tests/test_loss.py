@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn import functional as F
 
 from tests.distributed import Workers
-from titan_lite.loss import IGNORE_INDEX, cross_entropy_sum, pair_cross_entropy_sum
+from titan_lite.training.loss import IGNORE_INDEX, cross_entropy_sum, pair_cross_entropy_sum
 
 
 def _inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,7 +116,7 @@ def test_gradients_of_chunks_are_added_inside_the_matmul_in_float32_where_a_devi
         return torch.autograd.grad(loss, weight)[0]
 
     expected, rounded = gradient(torch.float32), gradient(torch.bfloat16)
-    monkeypatch.setattr("titan_lite.loss.ACCUMULATING_DEVICES", ("cpu",))
+    monkeypatch.setattr("titan_lite.training.loss.ACCUMULATING_DEVICES", ("cpu",))
     library = torch.library.Library("aten", "IMPL")
     library.impl("addmm.dtype_out", addmm, "CPU")
     try:
@@ -171,7 +171,7 @@ def test_compiled_it_takes_any_number_of_labelled_rows_in_one_graph() -> None:
 def test_auto_takes_as_few_chunks_as_hold_and_at_most_8(
     monkeypatch: pytest.MonkeyPatch, max_bytes: int, num_chunks: int
 ) -> None:
-    monkeypatch.setattr("titan_lite.loss.AUTO_CHUNK_BYTES", max_bytes)
+    monkeypatch.setattr("titan_lite.training.loss.AUTO_CHUNK_BYTES", max_bytes)
     hidden, weight, labels = _inputs()
     with torch.no_grad(), torch.profiler.profile() as profiler:
         cross_entropy_sum(hidden, weight, labels=labels, num_chunks="auto", vocab_size=50)

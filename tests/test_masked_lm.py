@@ -23,7 +23,7 @@ from tests.runs import (
 from titan_lite.data.loader import Batch
 from titan_lite.models.plan import make_plan
 from titan_lite.nn.documents import dense_mask
-from titan_lite.trainer import Trainer
+from titan_lite.training.trainer import Trainer
 
 BERT = (
     "--model.name=megatron_bert",

@@ -10,7 +10,7 @@ from titan_lite.checkpoint.manifest import Manifest
 from titan_lite.checkpoint.same_model import model_facts
 from titan_lite.config.load import load_config
 from titan_lite.models.plan import make_plan
-from titan_lite.resuming import log_changes
+from titan_lite.training.resuming import log_changes
 
 VERSIONS = {"titan_lite": "1", "torch": "2.13.0", "python": "3.12"}
 STEPS = ("--training.steps=1000", "--optimizer.lr=0.001", "--lr_scheduler.warmup_steps=100")

@@ -117,7 +117,7 @@ def _config(argv: list[str]) -> int:
 
 def _preflight(plan: Plan) -> None:
     """Checks what a run on this machine would find out before its first step."""
-    from titan_lite.preflight import check_contents, check_locks, preflight
+    from titan_lite.training.preflight import check_contents, check_locks, preflight
 
     found = preflight(plan)
     config = plan.config
@@ -140,7 +140,7 @@ def _preflight(plan: Plan) -> None:
             or shutil.which("nvidia-smi")
         ):
             # These need torch, which takes seconds to import.
-            from titan_lite.meta_model import check_run
+            from titan_lite.training.meta_model import check_run
 
             with problems.checking():
                 check_run(plan, found.start)

@@ -77,7 +77,7 @@ def _train(argv: Sequence[str], rank: int, world_size: int, stop: StopRequest) -
     gc.disable()
     from titan_lite.optim.nonfinite import NonFiniteError
     from titan_lite.runtime.distributed import stop_process_group
-    from titan_lite.trainer import Trainer
+    from titan_lite.training.trainer import Trainer
 
     gc.freeze()
     gc.enable()

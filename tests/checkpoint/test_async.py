@@ -19,7 +19,7 @@ from titan_lite.checkpoint.manager import CheckpointManager
 from titan_lite.checkpoint.manifest import read_manifest
 from titan_lite.checkpoint.saving import SaveError, Saver
 from titan_lite.checkpoint.state import saved_steps
-from titan_lite.trainer import Trainer
+from titan_lite.training.trainer import Trainer
 
 EVERY_3 = (
     "--checkpoint.enable=true",

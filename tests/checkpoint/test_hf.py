@@ -14,7 +14,7 @@ import torch
 
 from tests.distributed import Workers
 from tests.runs import TINY, Run, build_trainer, train_and_gather
-from titan_lite import cli, trainer
+from titan_lite import cli
 from titan_lite.checkpoint import hf
 from titan_lite.checkpoint.hf_files import HFFolder
 from titan_lite.checkpoint.hf_layout import HFModel, check_start
@@ -31,6 +31,7 @@ from titan_lite.models.plan import make_plan
 from titan_lite.nn.build import build_decoder
 from titan_lite.runtime.distributed import Process
 from titan_lite.runtime.writing import WriteError
+from titan_lite.training import trainer
 
 transformers = pytest.importorskip("transformers")
 

@@ -285,7 +285,7 @@ def test_a_run_without_checkpoints_leaves_those_of_others_alone(
 
 def _log_of_start(folder: Path, *overrides: str) -> list[str]:
     records: list[logging.LogRecord] = []
-    handler, logger = logging.Handler(), logging.getLogger("titan_lite.resuming")
+    handler, logger = logging.Handler(), logging.getLogger("titan_lite.training.resuming")
     handler.emit = records.append  # type: ignore[method-assign]
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from titan_lite.config.schema import Data
 from titan_lite.data.packing import IGNORED, cut_documents, join_documents, pack, to_row
-from titan_lite.loss import IGNORE_INDEX
+from titan_lite.training.loss import IGNORE_INDEX
 
 BOS, EOS = 1000, 1001
 documents = st.lists(

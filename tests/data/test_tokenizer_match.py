@@ -165,7 +165,7 @@ def test_the_tokenizer_of_a_hugging_face_model_is_compared(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # The folders have tokenizers and no weights, which are looked at there.
-    monkeypatch.setattr("titan_lite.meta_model.check_run", lambda *_: None)
+    monkeypatch.setattr("titan_lite.training.meta_model.check_run", lambda *_: None)
     start = f"--checkpoint.initial_load_hf={converted}"
     assert not preflight(capsys, start)
     assert not preflight(capsys, start, f"--data.tokenizer_path={converted}")

@@ -10,7 +10,7 @@ from tests.distributed import Workers
 from tests.runs import build_trainer, train, whole
 from titan_lite.models.plan import make_plan
 from titan_lite.optim.nonfinite import NonFiniteError, NonFiniteGuard
-from titan_lite.trainer import Trainer
+from titan_lite.training.trainer import Trainer
 
 SKIP = "--training.nonfinite=skip"
 
@@ -56,7 +56,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_on_all_ranks_before_the_step
 
 def _infinite_loss(folder: Path, *overrides: str) -> list[dict[str, Any]]:
     """A loss that is infinite on one rank, in one step, with gradients that are not."""
-    from titan_lite import step as module
+    from titan_lite.training import step as module
 
     loss = module.cross_entropy_sum
     trainer = build_trainer(folder, "--training.local_batch_size=4", *overrides)

@@ -20,7 +20,6 @@ from tests.distributed import Workers
 from tests.runs import build_trainer, compiled_by, train, whole
 from titan_lite.config.load import ConfigError
 from titan_lite.config.schema import ActivationCheckpoint, SavedOp
-from titan_lite.loss import cross_entropy_sum
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.plan import make_plan
 from titan_lite.nn.build import build_decoder
@@ -31,6 +30,7 @@ from titan_lite.parallel.activation_checkpoint import (
     SavePolicy,
     apply_activation_checkpoint,
 )
+from titan_lite.training.loss import cross_entropy_sum
 
 BLOCKS = 4
 # Recomputed (matmuls, attentions), of the 7 matmuls and the attention of each of 4 blocks. The

@@ -17,7 +17,6 @@ from torch.nn.functional import cross_entropy, linear
 from tests.distributed import Workers
 from tests.parallel.matrix import as_overrides
 from tests.runs import TINY, whole
-from titan_lite import trainer
 from titan_lite.models.plan import make_plan
 from titan_lite.nn.build import build
 from titan_lite.nn.documents import dense_mask
@@ -26,6 +25,7 @@ from titan_lite.parallel.gradients import clipped_norm
 from titan_lite.parallel.init_weights import init_weights
 from titan_lite.parallel.pipeline import add_tied_gradients, split
 from titan_lite.runtime.distributed import Process
+from titan_lite.training import trainer
 
 # An odd vocabulary, which is padded.
 SAMPLES, SEQ_LEN, VOCAB = 4, 32, 2047

@@ -407,7 +407,9 @@ def _train_unchecked(folder: Path, *overrides: str) -> list[dict[str, Any]]:
 def _build_unchecked(folder: Path, *overrides: str) -> Any:
     """A trainer of what is refused on this machine."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("titan_lite.meta_model.float8_problems", lambda *_args, **_kwargs: [])
+        patch.setattr(
+            "titan_lite.training.meta_model.float8_problems", lambda *_args, **_kwargs: []
+        )
         return build_trainer(folder, *overrides)
 
 

@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.parallel.matrix import CASES, TOLERANCES
 from tests.parallel.parity import TRAIN, Parity
 from tests.runs import Run, Tensors, exceeding
-from titan_lite import loss
 from titan_lite.parallel import activation_checkpoint, tensor
+from titan_lite.training import loss
 
 
 def average_over_ranks() -> AbstractContextManager[Any]:

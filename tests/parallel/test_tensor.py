@@ -8,8 +8,8 @@ import torch
 
 from tests.distributed import Workers
 from tests.runs import build_trainer, train
-from titan_lite import loss
 from titan_lite.config.load import ConfigError
+from titan_lite.training import loss
 
 TP2 = "--parallel.tp=2"
 

@@ -18,14 +18,14 @@ from torch import Tensor
 from tests.distributed import Workers
 from tests.parallel.test_planted_bugs import average_over_ranks, leave_norms_unsynchronised
 from tests.runs import build_trainer, masked
-from titan_lite import step
 from titan_lite.checkpoint.manager import CheckpointManager
 from titan_lite.data import loader
-from titan_lite.loss import IGNORE_INDEX
 from titan_lite.optim import optimizer, schedule
 from titan_lite.regression.compare import Tier, compare
 from titan_lite.regression.curves import read_curve
-from titan_lite.step import TrainStep
+from titan_lite.training import step
+from titan_lite.training.loss import IGNORE_INDEX
+from titan_lite.training.step import TrainStep
 
 Plant = Callable[[], AbstractContextManager[Any]]
 

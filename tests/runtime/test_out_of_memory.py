@@ -19,7 +19,7 @@ def _out_of_memory(folder: Path, *overrides: str) -> str:
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("titan_lite.trainer").addHandler(handler)
+    logging.getLogger("titan_lite.training.trainer").addHandler(handler)
 
     def forward(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has")
@@ -29,7 +29,7 @@ def _out_of_memory(folder: Path, *overrides: str) -> str:
         with pytest.raises(torch.OutOfMemoryError):
             trainer.train()
     finally:
-        logging.getLogger("titan_lite.trainer").removeHandler(handler)
+        logging.getLogger("titan_lite.training.trainer").removeHandler(handler)
         trainer.close()
     return records[-1]
 
@@ -78,11 +78,11 @@ def _out_of_memory_on_gpu(folder: Path) -> tuple[str, str]:
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("titan_lite.trainer").addHandler(handler)
+    logging.getLogger("titan_lite.training.trainer").addHandler(handler)
     trainer.model.register_forward_pre_hook(lambda *_: torch.empty(1 << 50, device="cuda"))
     with pytest.raises(torch.OutOfMemoryError) as error:
         trainer.train()
-    logging.getLogger("titan_lite.trainer").removeHandler(handler)
+    logging.getLogger("titan_lite.training.trainer").removeHandler(handler)
     trainer.close()
     return messages[-1], str(error.value)
 

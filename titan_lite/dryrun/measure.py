@@ -10,7 +10,7 @@ from torch import Tensor
 
 from titan_lite.config.dims import ParallelDims
 from titan_lite.dryrun.recorder import Category, Peak, Recorder
-from titan_lite.trainer import Trainer
+from titan_lite.training.trainer import Trainer
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ CATEGORIES: tuple[Category, ...] = get_args(Category)
 # Who allocates, by the innermost source file on the stack that is one of these.
 ALLOCATORS: tuple[tuple[str, Category], ...] = (
     ("/torch/distributed/fsdp/", "unsharded"),
-    ("/titan_lite/loss.py", "logits"),
+    ("/titan_lite/training/loss.py", "logits"),
     ("/torch/optim/", "optimizer"),
 )
 # Where DTensor tries an operation on the global shapes, to know those of the result.

@@ -22,13 +22,13 @@ from titan_lite.dryrun.gpu_kernels import gpu_kernels
 from titan_lite.dryrun.measure import Measured, measure_step, recorder
 from titan_lite.dryrun.progress import RankProgress
 from titan_lite.dryrun.torch_private import FakeTensorMode, fake_world
-from titan_lite.meta_model import check_float8
 from titan_lite.models.plan import Plan
 from titan_lite.parallel.float8 import refresh_scales
 from titan_lite.parallel.pipeline import local_stages
 from titan_lite.runtime.distributed import Process
 from titan_lite.runtime.parent import end_with_parent
-from titan_lite.trainer import Trainer
+from titan_lite.training.meta_model import check_float8
+from titan_lite.training.trainer import Trainer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,13 +22,6 @@ from titan_lite.data.export_check import README, export_report
 from titan_lite.data.held_out import HeldOut, read_held_out
 from titan_lite.data.hf_documents import hf_documents
 from titan_lite.data.loader import Batch, DataLoader, merge_states
-from titan_lite.meta_model import (
-    build_meta_model,
-    check_device,
-    count_flops,
-    open_hf_weights,
-    pipeline_stages,
-)
 from titan_lite.metrics.build import build_meter
 from titan_lite.metrics.by_source import SourceMeter
 from titan_lite.metrics.device import device_name
@@ -36,12 +29,10 @@ from titan_lite.metrics.forward_times import ForwardTimes
 from titan_lite.metrics.record import Record
 from titan_lite.metrics.warnings import RecordWatch
 from titan_lite.models.plan import Plan
-from titan_lite.objective import OBJECTIVES
 from titan_lite.optim.loss_scaler import LossScaler
 from titan_lite.optim.nonfinite import NonFiniteGuard
 from titan_lite.optim.optimizer import build_optimizer
 from titan_lite.optim.schedule import Schedule
-from titan_lite.outcomes import Outcomes
 from titan_lite.parallel.async_tp import count_fused
 from titan_lite.parallel.build import build_parallel
 from titan_lite.parallel.compile import Compilations
@@ -49,12 +40,6 @@ from titan_lite.parallel.float8 import refresh_scales
 from titan_lite.parallel.init_weights import init_weights
 from titan_lite.parallel.mesh import build_meshes
 from titan_lite.planner.counts import FORMULA
-from titan_lite.preflight import (
-    check_model,
-    lock_folders,
-    preflight,
-)
-from titan_lite.resuming import log_changes
 from titan_lite.runtime.distributed import (
     Process,
     all_reduce,
@@ -76,7 +61,22 @@ from titan_lite.runtime.seed import set_determinism
 from titan_lite.runtime.stop import StopRequest
 from titan_lite.runtime.watchdog import Watchdog
 from titan_lite.runtime.writing import writing
-from titan_lite.step import StepResult, TrainStep
+from titan_lite.training.meta_model import (
+    build_meta_model,
+    check_device,
+    count_flops,
+    open_hf_weights,
+    pipeline_stages,
+)
+from titan_lite.training.objective import OBJECTIVES
+from titan_lite.training.preflight import (
+    check_model,
+    lock_folders,
+    preflight,
+)
+from titan_lite.training.resuming import log_changes
+from titan_lite.training.step import StepResult, TrainStep
+from titan_lite.training.step_monitor import Outcomes
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,9 @@ from torch import Tensor
 
 from titan_lite.config.schema import Config
 from titan_lite.data.loader import Batch
-from titan_lite.loss import IGNORE_INDEX, cross_entropy_sum
 from titan_lite.models.args import DecoderArgs
 from titan_lite.nn.documents import DocumentMask, dense_mask, document_spans, has_kernel
 from titan_lite.nn.dropout import token_keys
-from titan_lite.objective import Objective
 from titan_lite.optim.loss_scaler import LossScaler
 from titan_lite.optim.nonfinite import NonFiniteGuard
 from titan_lite.optim.optimizer import set_lr
@@ -26,6 +24,8 @@ from titan_lite.parallel.fsdp import free_gathered, set_gradient_sync
 from titan_lite.parallel.gradients import GradNorm, clipped_norm
 from titan_lite.parallel.pipeline import add_tied_gradients
 from titan_lite.runtime.progress import Progress
+from titan_lite.training.loss import IGNORE_INDEX, cross_entropy_sum
+from titan_lite.training.objective import Objective
 
 
 @dataclass(frozen=True)

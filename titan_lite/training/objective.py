@@ -17,7 +17,7 @@ from titan_lite.data.loader import Batch
 from titan_lite.data.masked_lm import MaskedPairs
 from titan_lite.data.packing import IGNORED, Packing, Rows
 from titan_lite.data.tokenizer import Tokenizer
-from titan_lite.loss import pair_cross_entropy_sum
+from titan_lite.training.loss import pair_cross_entropy_sum
 
 
 class Objective(Protocol):

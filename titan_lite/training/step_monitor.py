@@ -11,7 +11,7 @@ from titan_lite.optim.loss_scaler import LossScaler
 from titan_lite.optim.nonfinite import NonFiniteError, NonFiniteGuard
 from titan_lite.parallel.init_weights import CHECKPOINT_PREFIX
 from titan_lite.runtime.readback import Readback
-from titan_lite.step import StepResult
+from titan_lite.training.step import StepResult
 
 logger = logging.getLogger(__name__)
 
