@@ -14,7 +14,7 @@ from benchmarks.manifest import DEVICE
 from titan_lite.checkpoint.hf_layout import HFModel
 from titan_lite.config.load import load_config
 from titan_lite.data.loader import Batch, DataLoader
-from titan_lite.data.tokenizer import load_tokenizer
+from titan_lite.data.tokenizer_files import load_tokenizer
 from titan_lite.models.family import Family
 from titan_lite.models.hf_config import hf_config_from_args
 from titan_lite.models.registry import families

@@ -26,7 +26,8 @@ from titan_lite.data.loader import DataLoader
 from titan_lite.data.packing import join_documents, pack
 from titan_lite.data.sources import open_dataset, resolve_source
 from titan_lite.data.token_files import Manifest
-from titan_lite.data.tokenizer import Tokenizer, load_tokenizer
+from titan_lite.data.tokenizer import Tokenizer
+from titan_lite.data.tokenizer_files import load_tokenizer
 from titan_lite.data.tokenizing import tokenize
 
 BATCH = 8

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from titan_lite.config.schema import Config
 from titan_lite.data.assets import bundled_asset
 from titan_lite.data.hf_documents import hf_documents
-from titan_lite.data.tokenizer import load_tokenizer
+from titan_lite.data.tokenizer_files import load_tokenizer
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.registry import resolve
 

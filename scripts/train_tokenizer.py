@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from titan_lite.data.assets import ASSETS
 from titan_lite.data.packing import join_documents
 from titan_lite.data.tiktoken_tokenizer import SPLIT_PATTERN
-from titan_lite.data.tokenizer import load_tokenizer
+from titan_lite.data.tokenizer_files import load_tokenizer
 
 NUM_RANKS = 1792  # with the 256 special tokens: a vocabulary of 2,048
 

@@ -3,7 +3,8 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,32 @@ def test_a_planted_violation_is_caught(source: str, room: str, violation: str) -
 )
 def test_what_the_rows_allow_is_not_a_violation(source: str, room: str) -> None:
     assert violations(source, room, f"titan_lite.{room}") == []
+
+
+def import_graph(files: Mapping[str, Path]) -> dict[str, set[str]]:
+    """Who imports whom among modules, inside functions and for types too."""
+    return {
+        name: files.keys()
+        & set(imported_modules(path.read_text(encoding="utf-8"), name.rpartition(".")[0]))
+        for name, path in files.items()
+    }
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    files = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sources()}
+    graph = import_graph(files)
+    assert len(graph["titan_lite.cli"]) > 5
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' imports '.join(reversed(error.args[1]))}")
+
+
+def test_imports_inside_functions_and_for_types_count(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("def f():\n    from p.b import g")
+    (tmp_path / "b.py").write_text("if TYPE_CHECKING:\n    from p import a")
+    graph = import_graph({"p.a": tmp_path / "a.py", "p.b": tmp_path / "b.py"})
+    assert graph == {"p.a": {"p.b"}, "p.b": {"p.a"}}
 
 
 def test_no_file_is_a_drawer_for_everything() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from titan_lite.config.load import ConfigError
-from titan_lite.data.tokenizer import load_tokenizer
+from titan_lite.data.tokenizer_files import load_tokenizer
 from titan_lite.models.plan import make_plan
 
 

@@ -18,7 +18,7 @@ from titan_lite.data.assets import bundled_asset
 from titan_lite.data.held_out import HeldOut, read_held_out, resolve_held_out
 from titan_lite.data.loader import Batch
 from titan_lite.data.packing import IGNORED
-from titan_lite.data.tokenizer import load_tokenizer
+from titan_lite.data.tokenizer_files import load_tokenizer
 from titan_lite.parallel.pipeline import forward_ticks, local_stages, rank_of_stage
 
 ON = ("--validation.enable=true", "--validation.interval=2", "--validation.steps=2")

@@ -21,7 +21,7 @@ from titan_lite.checkpoint.hf_layout import HFModel, check_start
 from titan_lite.checkpoint.manifest import read_manifest
 from titan_lite.config.load import ConfigError
 from titan_lite.data.export_check import ExportReport, export_report
-from titan_lite.data.tokenizer import load_tokenizer
+from titan_lite.data.tokenizer_files import load_tokenizer
 from titan_lite.models import registry
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.hf_config import hf_config_from_args

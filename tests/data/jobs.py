@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from titan_lite.config.schema import Data
 from titan_lite.data.loader import DataLoader, merge_states
 from titan_lite.data.packing import Rows
-from titan_lite.data.tokenizer import load_tokenizer
+from titan_lite.data.tokenizer_files import load_tokenizer
 
 TOKENIZER = load_tokenizer()
 SEQ_LEN = 8

@@ -26,7 +26,8 @@ from titan_lite.config.schema import Data, DataSource
 from titan_lite.data.export_check import NUM_LINES, ExportReport, corpus_texts, export_report
 from titan_lite.data.hf_documents import hf_documents
 from titan_lite.data.probes import PROBES
-from titan_lite.data.tokenizer import Tokenizer, load_tokenizer
+from titan_lite.data.tokenizer import Tokenizer
+from titan_lite.data.tokenizer_files import load_tokenizer
 from titan_lite.models.bert import BERT
 from titan_lite.models.family import Family
 from titan_lite.models.llama import LLAMA

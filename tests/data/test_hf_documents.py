@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from titan_lite.data.assets import ASSETS
 from titan_lite.data.hf_documents import hf_documents
 from titan_lite.data.tiktoken_tokenizer import SPECIAL_TOKENS, TiktokenTokenizer
-from titan_lite.data.tokenizer import Tokenizer, load_tokenizer
+from titan_lite.data.tokenizer import Tokenizer
+from titan_lite.data.tokenizer_files import load_tokenizer
 from titan_lite.models.bert import MEGATRON_BERT
 from titan_lite.models.family import Family
 from titan_lite.models.llama import LLAMA

@@ -13,7 +13,7 @@ from tests.data.jobs import TOKENIZER, in_parts, loaders, rows_of
 from titan_lite.config.schema import Data, MaskedLM
 from titan_lite.data.masked_lm import FOLLOWS, MAX_EMPTY_BLOCKS, OTHER, MaskedPairs
 from titan_lite.data.packing import IGNORED, join_documents
-from titan_lite.data.tokenizer import load_tokenizer
+from titan_lite.data.tokenizer_files import load_tokenizer
 
 CLS, SEP, MASK, PAD = (
     TOKENIZER.bos_id,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.data.jobs import in_parts, loaders, run, take
 from titan_lite.config.schema import Data, DataSource
 from titan_lite.data.mixture import Mixture
-from titan_lite.data.tokenizer import load_tokenizer
+from titan_lite.data.tokenizer_files import load_tokenizer
 
 weights = st.lists(st.floats(0.01, 100), min_size=1, max_size=6)
 big = st.integers(0, 10**9)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from titan_lite.data.assets import ASSETS
 from titan_lite.data.tiktoken_tokenizer import SPECIAL_TOKENS
-from titan_lite.data.tokenizer import load_tokenizer
+from titan_lite.data.tokenizer_files import load_tokenizer
 
 BYTES = [base64.b64encode(bytes([value])) + b" %d" % value for value in range(256)]
 

@@ -27,7 +27,8 @@ from titan_lite import cli
 from titan_lite.config.schema import Data, Validation
 from titan_lite.data.assets import ASSETS
 from titan_lite.data.held_out import read_held_out
-from titan_lite.data.tokenizer import Tokenizer, load_tokenizer
+from titan_lite.data.tokenizer import Tokenizer
+from titan_lite.data.tokenizer_files import load_tokenizer
 
 
 def read_texts(split: str) -> list[str]:

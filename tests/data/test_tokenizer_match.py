@@ -14,7 +14,7 @@ from titan_lite.data.assets import bundled_asset
 from titan_lite.data.hf_documents import hf_documents
 from titan_lite.data.probes import PROBES
 from titan_lite.data.tiktoken_tokenizer import TiktokenTokenizer
-from titan_lite.data.tokenizer import load_tokenizer
+from titan_lite.data.tokenizer_files import load_tokenizer
 from titan_lite.models.llama import LLAMA
 
 BUNDLED = load_tokenizer()

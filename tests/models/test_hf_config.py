@@ -12,12 +12,11 @@ from titan_lite.models.hf_config import (
     HFConfig,
     args_from_hf,
     differences,
-    family_of,
     hf_config_from_args,
     unsaid_in_hf,
 )
 from titan_lite.models.llama import LLAMA
-from titan_lite.models.registry import families
+from titan_lite.models.registry import families, family_of
 
 assert LLAMA.hf_config is not None
 HF: HFConfig = LLAMA.hf_config

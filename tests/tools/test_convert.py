@@ -18,7 +18,7 @@ from titan_lite import cli
 from titan_lite.checkpoint.manifest import read_manifest, write_manifest, write_text
 from titan_lite.config.load import load_config
 from titan_lite.data.hf_documents import hf_documents
-from titan_lite.data.tokenizer import load_tokenizer
+from titan_lite.data.tokenizer_files import load_tokenizer
 from titan_lite.models import registry
 from titan_lite.models.args import DecoderArgs, RopeScaling
 from titan_lite.models.hf_config import hf_config_from_args

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from titan_lite.data.documents import BadDocument, Kind, text_of
 from titan_lite.data.token_files import BAD, GOOD
-from titan_lite.data.tokenizer import Tokenizer, load_tokenizer
+from titan_lite.data.tokenizer import Tokenizer
+from titan_lite.data.tokenizer_files import load_tokenizer
 from titan_lite.runtime.parent import end_with_parent
 
 

@@ -1,9 +1,8 @@
-"""What every tokenizer does, and which one reads a file."""
+"""What every tokenizer does."""
 
 import hashlib
 import json
 import logging
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from titan_lite.config.problems import SettingError, how_to_fetch
-from titan_lite.data.assets import bundled_asset
 from titan_lite.data.probes import PROBES
 
 logger = logging.getLogger(__name__)
@@ -24,8 +21,6 @@ logger = logging.getLogger(__name__)
 Tokens = npt.NDArray[np.uint32]
 Ints = npt.NDArray[np.int64]
 
-# In a folder, the first of these that it has; as Hugging Face's repositories name them.
-FILE_NAMES = ("tokenizer.json", "tokenizer.model")
 # Words of other scripts than ASCII's letters are cut nowhere.
 _INSIDE_WORD = frozenset(range(0x80, 0x100)) | frozenset(
     b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -103,39 +98,6 @@ class Tokenizer(ABC):
         """Tokens of a text, without BOS and EOS; tokenizes without Python's lock."""
 
 
-def load_tokenizer(path: str | Path = "") -> Tokenizer:
-    """The tokenizer of a file, or of the one in a folder; no path: the bundled one.
-
-    What the file holds says which kind it is: Llama 3's tokenizer.model is a table of tiktoken's,
-    that of others a sentencepiece model. Loading runs no code of the file's.
-    Raises ValueError naming data.tokenizer_path and the file when it is missing or cannot be used.
-    """
-    # os.path: leaves a ~user that does not exist, where Path raises.
-    given = Path(os.path.expanduser(path))  # noqa: PTH111
-    file = _file_of(given) if path else bundled_asset("tokenizer/tokenizer.model")
-    if not file.is_file():
-        fetch = how_to_fetch(str(path), "data.tokenizer_path")
-        raise SettingError("data.tokenizer_path", f"{file} does not exist{fetch}")
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise SettingError(
-            "data.tokenizer_path", f"cannot read {file}: {error.strerror}"
-        ) from error
-    if file.suffix == ".json" or content.lstrip()[:1] == b"{":
-        from titan_lite.data.hf_tokenizer import HFTokenizer
-
-        return HFTokenizer.load(file, content)
-    # The first field of a message that has its pieces there; no line of a table begins so.
-    if content[:1] == b"\n":
-        from titan_lite.data.sentencepiece_tokenizer import SentencePieceTokenizer
-
-        return SentencePieceTokenizer.load(file, content)
-    from titan_lite.data.tiktoken_tokenizer import TiktokenTokenizer
-
-    return TiktokenTokenizer.load(file, content)
-
-
 _warned: set[tuple[Path, str]] = set()
 
 
@@ -160,21 +122,6 @@ def warn_of_lost_space(file: Path, tokenizer: Tokenizer) -> None:
             file,
             ", ".join(lost),
         )
-
-
-def files_in(folder: Path) -> list[Path]:
-    """The tokenizers' files in a folder."""
-    return [folder / name for name in FILE_NAMES if (folder / name).is_file()]
-
-
-def _file_of(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    files = files_in(path)
-    if not files:
-        names = " nor ".join(FILE_NAMES)
-        raise SettingError("data.tokenizer_path", f"the folder {path} has neither {names}")
-    return files[0]
 
 
 def _encodable(text: str) -> str:

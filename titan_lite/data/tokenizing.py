@@ -37,7 +37,8 @@ from titan_lite.data.token_writer import (
     Writer,
     resume,
 )
-from titan_lite.data.tokenizer import Tokenizer, load_tokenizer
+from titan_lite.data.tokenizer import Tokenizer
+from titan_lite.data.tokenizer_files import load_tokenizer
 from titan_lite.runtime.folder_lock import LOCK_FILE, FolderLock
 from titan_lite.runtime.stored_files import sync_folder
 

@@ -3,12 +3,9 @@
 import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from titan_lite.models.args import DecoderArgs, RopeScaling
-
-if TYPE_CHECKING:
-    from titan_lite.models.family import Family
 
 UNCOMPARED = (
     "max_seq_len",
@@ -71,32 +68,10 @@ class HFLayout:
     """Stored as (in, out), as by GPT-2's Conv1D."""
 
 
-def family_of(config: Mapping[str, Any], families: Mapping[str, "Family"]) -> "Family":
-    """The family of a config.json; ValueError naming the architecture where there is none.
-
-    Of several families of one class it is the first whose constants config.json has.
-    """
-    wanted = config.get("architectures") or []
-    known = {
-        name: family.hf_config for name, family in families.items() if family.hf_config is not None
-    }
-    # Those of a user's module come later.
-    found = [families[name] for name, hf in known.items() if hf.is_called(wanted)]
-    if not found:
-        raise ValueError(
-            f"config.json: no model family here is of architectures {wanted} "
-            f"(known: {', '.join(sorted({hf.architecture for hf in known.values()}))})"
-        )
-    fitting = (
-        family for family in found if family.hf_config and not _unfit(config, family.hf_config)
-    )
-    return next(fitting, found[0])
-
-
 def args_from_hf(config: Mapping[str, Any], hf: HFConfig) -> DecoderArgs:
     """The args that a config.json describes; ValueError naming the key at fault."""
     config = _flatten_rope(config, hf)
-    for key in _unfit(config, hf):
+    for key in unfit_keys(config, hf):
         raise ValueError(
             f"config.json: {key} is {config[key]!r}; {hf.architecture} here is built for "
             f"{hf.constants[key]!r}"
@@ -196,8 +171,8 @@ def _value(args: DecoderArgs, name: str) -> Any:
     return args.head_size if name == "head_dim" else getattr(args, name)
 
 
-def _unfit(config: Mapping[str, Any], hf: HFConfig) -> list[str]:
-    """Keys whose value is another one than the class here is built for."""
+def unfit_keys(config: Mapping[str, Any], hf: HFConfig) -> list[str]:
+    """Keys whose values are others than the class here is built for."""
     return [key for key, value in hf.constants.items() if config.get(key) not in (None, value)]
 
 

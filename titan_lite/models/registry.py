@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from titan_lite.config.problems import SettingError, did_you_mean, nearest, quote
 from titan_lite.config.schema import Model
@@ -12,11 +12,12 @@ from titan_lite.models.args import DecoderArgs
 from titan_lite.models.bert import BERT, MEGATRON_BERT
 from titan_lite.models.family import Family
 from titan_lite.models.gpt import GPT, GPT_NEOX
+from titan_lite.models.hf_config import unfit_keys
 from titan_lite.models.internlm import INTERNLM
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.qwen import QWEN, QWEN2_5, QWEN3
 
-__all__ = ["Family", "families", "register", "resolve"]
+__all__ = ["Family", "families", "family_of", "register", "resolve"]
 
 T = TypeVar("T")
 _FAMILIES: dict[str, Family] = {
@@ -58,6 +59,30 @@ def resolve(section: Model) -> tuple[Family, DecoderArgs]:
                 f"family {quote(family.name)} has no {key}; it has {', '.join(fields)}",
             )
     return family, dataclasses.replace(args, **overrides)
+
+
+def family_of(config: Mapping[str, Any], registered: Mapping[str, Family]) -> Family:
+    """The family of a config.json; ValueError naming the architecture where there is none.
+
+    Of several families of one class it is the first whose constants config.json has.
+    """
+    wanted = config.get("architectures") or []
+    known = {
+        name: family.hf_config
+        for name, family in registered.items()
+        if family.hf_config is not None
+    }
+    # Those of a user's module come later.
+    found = [registered[name] for name, hf in known.items() if hf.is_called(wanted)]
+    if not found:
+        raise ValueError(
+            f"config.json: no model family here is of architectures {wanted} "
+            f"(known: {', '.join(sorted({hf.architecture for hf in known.values()}))})"
+        )
+    fitting = (
+        family for family in found if family.hf_config and not unfit_keys(config, family.hf_config)
+    )
+    return next(fitting, found[0])
 
 
 def _look_up(key: str, name: str, known: Mapping[str, T]) -> T:

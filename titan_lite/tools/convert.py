@@ -23,11 +23,12 @@ from titan_lite.checkpoint.same_model import model_differences, model_facts
 from titan_lite.checkpoint.state import newest_below
 from titan_lite.config.problems import how_to_fetch, literal
 from titan_lite.config.schema import Data, Model
-from titan_lite.data.tokenizer import FILE_NAMES, Tokenizer, files_in, load_tokenizer
+from titan_lite.data.tokenizer import Tokenizer
+from titan_lite.data.tokenizer_files import FILE_NAMES, files_in, load_tokenizer
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.family import Family
-from titan_lite.models.hf_config import args_from_hf, family_of, unsaid_in_hf
-from titan_lite.models.registry import families, load_module, resolve
+from titan_lite.models.hf_config import args_from_hf, unsaid_in_hf
+from titan_lite.models.registry import families, family_of, load_module, resolve
 
 # Files of a model's folder that make its tokenizer, whatever its kind.
 TOKENIZER_FILES = (

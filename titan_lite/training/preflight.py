@@ -20,7 +20,8 @@ from titan_lite.data.masked_lm import MaskedPairs, mask_of
 from titan_lite.data.packing import Packing, Rows
 from titan_lite.data.settings import check_data_settings, data_settings
 from titan_lite.data.sources import Source, check_tokens, resolve_sources
-from titan_lite.data.tokenizer import Tokenizer, files_in, load_tokenizer
+from titan_lite.data.tokenizer import Tokenizer
+from titan_lite.data.tokenizer_files import files_in, load_tokenizer
 from titan_lite.models.hf_config import TUNABLE, UNCOMPARED
 from titan_lite.models.plan import Plan
 from titan_lite.runtime.folder_lock import FolderLock

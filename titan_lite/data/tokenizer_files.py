@@ -1,0 +1,59 @@
+"""Loads the tokenizer of a file or folder, of whichever kind it is."""
+
+import os
+from pathlib import Path
+
+from titan_lite.config.problems import SettingError, how_to_fetch
+from titan_lite.data.assets import bundled_asset
+from titan_lite.data.tokenizer import Tokenizer
+
+# In a folder, the first of these that it has; as Hugging Face's repositories name them.
+FILE_NAMES = ("tokenizer.json", "tokenizer.model")
+
+
+def load_tokenizer(path: str | Path = "") -> Tokenizer:
+    """The tokenizer of a file, or of the one in a folder; no path: the bundled one.
+
+    What the file holds says which kind it is: Llama 3's tokenizer.model is a table of tiktoken's,
+    that of others a sentencepiece model. Loading runs no code of the file's.
+    Raises ValueError naming data.tokenizer_path and the file when it is missing or cannot be used.
+    """
+    # os.path: leaves a ~user that does not exist, where Path raises.
+    given = Path(os.path.expanduser(path))  # noqa: PTH111
+    file = _file_of(given) if path else bundled_asset("tokenizer/tokenizer.model")
+    if not file.is_file():
+        fetch = how_to_fetch(str(path), "data.tokenizer_path")
+        raise SettingError("data.tokenizer_path", f"{file} does not exist{fetch}")
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise SettingError(
+            "data.tokenizer_path", f"cannot read {file}: {error.strerror}"
+        ) from error
+    if file.suffix == ".json" or content.lstrip()[:1] == b"{":
+        from titan_lite.data.hf_tokenizer import HFTokenizer
+
+        return HFTokenizer.load(file, content)
+    # The first field of a message that has its pieces there; no line of a table begins so.
+    if content[:1] == b"\n":
+        from titan_lite.data.sentencepiece_tokenizer import SentencePieceTokenizer
+
+        return SentencePieceTokenizer.load(file, content)
+    from titan_lite.data.tiktoken_tokenizer import TiktokenTokenizer
+
+    return TiktokenTokenizer.load(file, content)
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The tokenizers' files in a folder."""
+    return [folder / name for name in FILE_NAMES if (folder / name).is_file()]
+
+
+def _file_of(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    files = files_in(path)
+    if not files:
+        names = " nor ".join(FILE_NAMES)
+        raise SettingError("data.tokenizer_path", f"the folder {path} has neither {names}")
+    return files[0]
