@@ -14,7 +14,7 @@ from titan_lite import __version__
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import ConfigError, LoadedConfig, Problem, load_config
 from titan_lite.config.problems import SettingError, collecting, did_you_mean, nearest
-from titan_lite.config.render import json_schema, to_toml
+from titan_lite.config.render import json_schema, to_markdown, to_toml
 from titan_lite.config.rules import file_rules
 from titan_lite.models import registry
 from titan_lite.models.plan import Plan, make_plan
@@ -81,11 +81,12 @@ def _train(argv: list[str]) -> int:
 def _config(argv: list[str]) -> int:
     parser = _parser(
         "config",
-        "[--world-size N] [--quiet] | --schema",
+        "[--world-size N] [--quiet] | --schema | --docs",
         "Checks a configuration, and prints it with the origin of each value.",
     )
     parser.add_argument("--quiet", action="store_true", help="print nothing but problems")
     parser.add_argument("--schema", action="store_true", help="print a JSON schema for editors")
+    parser.add_argument("--docs", action="store_true", help="print docs/configuration.md")
     parser.add_argument(
         "--preflight",
         action="store_true",
@@ -95,6 +96,9 @@ def _config(argv: list[str]) -> int:
     if options.schema:
         flavors = {name: list(family.flavors) for name, family in registry.families().items()}
         print(json.dumps(json_schema(flavors), indent=2))
+        return 0
+    if options.docs:
+        print(to_markdown())
         return 0
     logging.basicConfig(
         format="titan-lite: warning: %(message)s",

@@ -1,4 +1,4 @@
-"""The JSON schema that the presets name, and that editors check a TOML file with."""
+"""The JSON schema that the presets name and editors check a file with; the page of all keys."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,8 @@ import pytest
 from titan_lite.cli import main
 from titan_lite.models.registry import families
 
-FILE = Path(__file__).parent.parent.parent / "train_configs/schema.json"
+ROOT = Path(__file__).parent.parent.parent
+FILE, PAGE = ROOT / "train_configs/schema.json", ROOT / "docs/configuration.md"
 
 
 def test_the_file_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
@@ -16,6 +17,18 @@ def test_the_file_is_what_the_command_prints(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == FILE.read_text(), (
         "run: titan-lite config --schema > train_configs/schema.json"
     )
+
+
+def test_the_page_of_all_keys_is_what_the_command_prints(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["config", "--docs"]) == 0
+    assert capsys.readouterr().out == PAGE.read_text(), (
+        "run: titan-lite config --docs > docs/configuration.md"
+    )
+    words = " ".join(PAGE.read_text().split())
+    assert "- `loss_parallel`: true or false; default `true`. Under tensor parallel, " in words
+    assert "gathers each chunk's logits on every rank. Needs parallel.tp > 1." in words
 
 
 def test_an_editor_offers_names_and_flavors_and_refuses_others_where_it_knows_all() -> None:

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from textwrap import TextWrapper
 from typing import Any
 
 from titan_lite.config.load import LoadedConfig
 from titan_lite.config.needs import Variant, needs_of
-from titan_lite.config.problems import FIELDS, SECTIONS, SOURCES, literal
+from titan_lite.config.problems import FIELDS, SECTIONS, SOURCES, expected, literal
 from titan_lite.config.schema import Config
 
 # The newest draft that the TOML language servers (Taplo, Even Better TOML) read.
@@ -103,14 +104,32 @@ def json_schema(flavors: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     }
 
 
+def to_markdown() -> str:
+    """A page on every key: the values that it takes, its default, what it does and needs."""
+    wrap = TextWrapper(
+        120, "- ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+    lines = ["# Configuration", "", "Every key, as printed by `titan-lite config --docs`."]
+    for table, fields in FIELDS.items():
+        lines += ["", f"## [{table}]", ""]
+        for key, field in fields.items():
+            values = "tables" if field is SOURCES else expected(field)
+            default = "not set" if field.default is None else f"`{literal(field.default)}`"
+            description = f"{field.description}{_needs_in_words(table, key)}"
+            lines.append(wrap.fill(f"`{key}`: {values}; default {default}. {description}"))
+    return "\n".join(lines)
+
+
+def _needs_in_words(table: str, key: str) -> str:
+    needs = needs_of(SECTIONS[table], key)
+    return f" Needs {' and '.join(need.stated(table) for need in needs)}." if needs else ""
+
+
 def _state_needs(table: str, schema: dict[str, Any]) -> None:
     """Adds to a table's schema what its keys need, and refuses keys of another variant."""
     for key, field in schema["properties"].items():
-        if not (needs := needs_of(SECTIONS[table], key)):
-            continue
-        words = " and ".join(need.stated(table) for need in needs)
-        field["description"] = f"{field['description']} Needs {words}."
-        for need in needs:
+        field["description"] += _needs_in_words(table, key)
+        for need in needs_of(SECTIONS[table], key):
             if isinstance(need, Variant):
                 (tag,) = need.keys
                 rule = {
