@@ -274,7 +274,7 @@ def _from_symmetric_memory(folder: Path) -> tuple[list[dict[str, Any]], Symmetri
     with (
         mock.patch("torch.distributed.fsdp._fully_shard._fsdp_collectives.symm_mem", memory),
         mock.patch("torch.cuda.use_mem_pool", contextlib.nullcontext),
-        mock.patch("titan_lite.meta_model.check_symm_mem"),
+        mock.patch("titan_lite.training.meta_model.check_symm_mem"),
     ):
         records = train(folder, *STEPS, "--parallel.fsdp_symm_mem=true")
     applied = json.loads((folder / "run.json").read_text())["applied"]
