@@ -202,7 +202,7 @@ def test_the_newest_checkpoint_below_is_named_where_one_is_meant(
     newest = tmp_path / "runs" / "first" / "checkpoint" / "step-12"
     for folder in (newest.parent, newest.parent.parent, tmp_path / "runs"):
         section = Checkpoint(enable=True, initial_load_path=str(folder))
-        message = f"checkpoint.initial_load_path must name one checkpoint, as {newest}"
+        message = f"checkpoint.initial_load_path: must name one checkpoint, as {newest}"
         with pytest.raises(ValueError, match=re.escape(message)):
             find_start(section, tmp_path / "new")
     assert newest_below(newest) is None
