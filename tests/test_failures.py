@@ -143,7 +143,8 @@ def test_killed_restarted_stopped_and_resumed_a_run_is_the_undisturbed_one_bit_f
         assert run.wait() == EXIT_STOPPED, run.log.read_text()
     stopped_at = saved_steps(folder / "checkpoint")[-1]
     assert 18 <= stopped_at < STEPS
-    assert run.log.read_text().count(f"Stopped after step {stopped_at} (SIGUSR1): a check") == 1
+    stopped = f"Stopped after step {stopped_at} (SIGTERM to the launcher): a checkpoint was saved"
+    assert run.log.read_text().count(stopped) == 1
     assert "rank 1, process" in run.log.read_text()
     written = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
     for secret in SECRETS.values():
@@ -432,6 +433,23 @@ def test_a_rank_that_hangs_is_named_with_its_phase_and_ends_the_job_by_the_timeo
     assert re.match(
         rf"  rank 0: ({phases}) of step \d+ for \d+ s, in \w+, from titan_lite/", second
     )
+
+
+# One process, without a launcher.
+ALONE = (sys.executable, "-m", "titan_lite.cli", "train", "train_configs/debug.toml")
+
+
+@pytest.mark.distributed
+def test_ctrl_c_stops_a_process_without_a_launcher_after_its_step(tmp_path: Path) -> None:
+    with Launch(ALONE, tmp_path / "run", "--training.steps=999") as run:
+        run.wait_for_step(2)
+        run.process.send_signal(signal.SIGINT)
+        assert run.wait() == EXIT_STOPPED, run.log.read_text()
+    log = run.log.read_text()
+    stopped_at = saved_steps(run.folder / "checkpoint")[-1]
+    assert f"Stopped after step {stopped_at} (SIGINT): a checkpoint was saved" in log
+    assert log.count("Stopping after the step in hand; Ctrl-C again ends at once") == 1
+    assert "Traceback" not in log
 
 
 def _asked_on_one_rank(folder: Path, *overrides: str) -> tuple[int, bool, list[str]]:

@@ -18,8 +18,9 @@ from tests.distributed import GUARD
 from tests.runs import read_metrics
 from tests.runtime.test_parent import wait_for_end
 from titan_lite import launch as launcher
-from titan_lite.launch import UsageError, loopback, read_endpoint, split_arguments
+from titan_lite.launch import POLL_SECONDS, UsageError, loopback, read_endpoint, split_arguments
 from titan_lite.regression.launch import launch as launch_for_comparison
+from titan_lite.runtime.log import is_first_to_say
 
 ROOT = Path(__file__).parent.parent
 # Of coreutils: what the scripts use. A slim container has these, bash and Python.
@@ -205,9 +206,22 @@ LAUNCHED = {
         (
             ["train_configs/debug.toml"],
             {"SLURM_PROCID": "3", "SLURM_NTASKS": "8"},
-            "SLURM_PROCID (environment): is 3, but RANK is not set: every process would train "
+            "SLURM_NTASKS (environment): is 8, but RANK is not set: every process would train "
             "alone. Start them by run_train.sh or torchrun, once per node; for a single process, "
-            "unset SLURM_PROCID",
+            "unset SLURM_NTASKS",
+        ),
+        (["train_configs/debug.toml"], {"PMI_RANK": "0"}, "PMI_RANK (environment): is 0, but RANK"),
+        (
+            ["train_configs/debug.toml"],
+            {"MV2_COMM_WORLD_RANK": "0", "MV2_COMM_WORLD_SIZE": "2"},
+            "MV2_COMM_WORLD_SIZE (environment): is 2, but RANK",
+        ),
+        (["absent.toml"], {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}, "no such"),
+        # A batch script is one process of a job of any size.
+        (
+            ["absent.toml"],
+            {"ENVIRONMENT": "BATCH", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"},
+            "absent.toml: no such file",
         ),
     ],
 )
@@ -224,6 +238,60 @@ def test_the_process_says_what_it_needs(
     )
     assert result.returncode == 2
     assert message in result.stderr.replace("  ", " ")
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE is 4, but run_train.sh starts 2 processes on each of 1"),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "SLURM_NTASKS is 2, but"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "NNODES": "2"}, "SLURM_NTASKS is 1, but"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "with NNODES, or unset OMPI_COMM_WORLD_SIZE"),
+        ({"PMI_RANK": "0"}, "PMI_RANK is 0, but"),
+    ],
+)
+def test_a_launcher_that_others_start_several_times_is_refused(
+    environment: dict[str, str], message: str
+) -> None:
+    result = launch("absent.toml", DEVICE="cpu", NGPU="2", **environment)
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "1", "RANK": "0"},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "PMI_RANK": "0", "PMI_SIZE": "1"},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "ENVIRONMENT": "BATCH"},
+        {"SLURM_NTASKS": "8"},
+    ],
+)
+def test_a_launcher_that_is_started_once_per_node_is_not_refused(
+    environment: dict[str, str],
+) -> None:
+    result = launch("absent.toml", DEVICE="cpu", NGPU="2", **environment)
+    assert "absent.toml: no such file" in result.stderr
+
+
+@pytest.mark.parametrize("variable", ["TITAN_LITE_MESSAGES", "TORCHELASTIC_ERROR_FILE"])
+def test_a_message_is_printed_by_one_process_of_a_node(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str
+) -> None:
+    """By that of torchrun as well, however late the others come."""
+
+    def say(attempt: str, rank: str, text: str) -> bool:
+        folder = tmp_path / attempt
+        (folder / rank).mkdir(parents=True, exist_ok=True)
+        place = folder / rank / "error.json" if "ERROR_FILE" in variable else folder
+        monkeypatch.setenv(variable, str(place))
+        return is_first_to_say(text)
+
+    assert say("attempt_0", "0", "a mistake")
+    assert not say("attempt_0", "1", "a mistake")
+    assert say("attempt_0", "1", "another one")
+    assert say("attempt_1", "0", "a mistake")
 
 
 def test_all_broken_rules_are_reported_together_and_unknown_keys_before_them() -> None:
@@ -585,48 +653,45 @@ def test_a_failure_is_tried_again_from_the_start_as_often_as_asked_and_a_mistake
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
-def test_the_first_signal_asks_to_stop_and_the_second_one_ends_at_once(
+def test_the_first_signal_asks_to_stop(
     start: Callable[..., Launched], number: signal.Signals
 ) -> None:
     launched = start(SLEEP)
     launched.wait_for("0 is there", "1 is there")
     launched.process.send_signal(number)
-    asked = f"titan-lite: {number.name}: stopping after the step in hand; a second signal ends at"
-    code, output = launched.end()
-    assert code == 75, output
-    assert output.startswith(asked)
-    assert output.count("\n") == 1
+    hint = "; a second Ctrl-C ends at once" if number == signal.SIGINT else ""
+    asked = f"titan-lite: {number.name}: stopping after the step in hand{hint}\n"
+    assert launched.end() == (75, asked)
 
-    if number == signal.SIGHUP:
-        return
+
+def test_a_second_ctrl_c_ends_at_once(start: Callable[..., Launched]) -> None:
     deaf = "signal.signal(signal.SIGUSR1, signal.SIG_IGN); (folder / f'{rank} deaf').touch()\n"
     launched = start(deaf + SLEEP)
     launched.wait_for("0 deaf", "1 deaf")
-    launched.process.send_signal(number)
-    launched.read_until(asked)
-    launched.process.send_signal(number)
-    assert launched.end() == (128 + number, "")
+    launched.process.send_signal(signal.SIGINT)
+    launched.read_until("SIGINT: stopping after the step in hand; a second Ctrl-C ends at once")
+    launched.process.send_signal(signal.SIGINT)
+    assert launched.end() == (130, "")
     for pid in launched.pids():
         wait_for_end(pid)
 
 
-def test_signals_that_one_event_sends_are_one(start: Callable[..., Launched]) -> None:
-    """GNU timeout sends its signal twice at once; a shell and systemd send SIGHUP later."""
-    program = "signal.signal(signal.SIGUSR1, lambda *_: (wait_for('go'), end(75)))\n"
+def test_further_signals_do_not_end_a_run_without_its_checkpoint(
+    start: Callable[..., Launched],
+) -> None:
+    """GNU timeout sends its signal twice; a shell and systemd send SIGHUP later."""
+    note = "(folder / f'{rank} was asked').touch()"
+    program = f"signal.signal(signal.SIGUSR1, lambda *_: ({note}, wait_for('go'), end(75)))\n"
     launched = start(program + f"(folder / f'{{rank}} waits').touch()\n{SLEEP}")
     launched.wait_for("0 waits", "1 waits")
-
-    def send(*numbers: signal.Signals) -> None:
-        """Sends all of them before the launcher looks."""
-        for number in (signal.SIGSTOP, *numbers, signal.SIGCONT):
-            launched.process.send_signal(number)
-
-    send(signal.SIGTERM, signal.SIGUSR1)
-    output = launched.read_until("stopping after the step in hand")
-    send(signal.SIGHUP)
+    launched.process.send_signal(signal.SIGTERM)
+    launched.wait_for("0 was asked", "1 was asked")
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
+        launched.process.send_signal(number)
+        # The launcher looks at each of them by itself.
+        time.sleep(3 * POLL_SECONDS)
     (launched.folder / "go").touch()
-    code, rest = launched.end()
-    assert (code, rest) == (75, ""), output
+    assert launched.end() == (75, "titan-lite: SIGTERM: stopping after the step in hand\n")
 
 
 def test_a_process_that_is_asked_before_it_listens_does_not_leave_the_others_waiting(
@@ -641,6 +706,23 @@ def test_a_process_that_is_asked_before_it_listens_does_not_leave_the_others_wai
     assert (code, output.count("\n")) == (143, 1), output
     for pid in launched.pids():
         wait_for_end(pid)
+
+
+def test_nodes_that_are_asked_before_all_processes_listen_end_as_asked(
+    start: Callable[..., Launched],
+) -> None:
+    """The process of the first node does not listen yet; that of the other node is not asked."""
+    variables = {"NGPU": "1", "NNODES": "2", "RDZV_ENDPOINT": f"localhost:{free_port()}"}
+    program = "signal.signal(signal.SIGUSR1, signal.SIG_DFL)\n"
+    # Ended by another signal, this process would be one that failed.
+    program += "signal.signal(signal.SIGTERM, lambda *_: end(1))\n"
+    program += f"(folder / f'{{rank}} waits').touch()\n{SLEEP}"
+    nodes = [start(program, **variables)]
+    nodes[0].read_until("Waiting")
+    nodes.append(start(program, **variables))
+    nodes[0].wait_for("0 waits", "1 waits")
+    nodes[0].process.send_signal(signal.SIGTERM)
+    assert [node.end()[0] for node in nodes] == [143, 143]
 
 
 def test_a_hang_up_that_nohup_ignores_stays_ignored(

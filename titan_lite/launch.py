@@ -16,16 +16,19 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 from titan_lite.runtime.gpus import count_gpus
 from titan_lite.runtime.log import MESSAGES
 from titan_lite.runtime.nodes import FirstNode, Job, Nodes, NodesError, Start, join, listen
+from titan_lite.runtime.other_launchers import unexpected_start
 from titan_lite.runtime.parent import PARENT, watch_parent
 from titan_lite.runtime.stop import (
     EXIT_MISTAKE,
     EXIT_STOPPED_UNSAVED,
     ORDERLY,
+    SENT,
     handled_signals,
     worst_code,
 )
@@ -62,6 +65,11 @@ class Settings:
         processes = _number("NGPU", gpus or 2, at_least=1)
         if gpus and processes > gpus:
             raise UsageError(f"NGPU is {processes}, and torch can use {gpus} GPUs of this machine")
+        if name := unexpected_start(nodes, (nodes, nodes * processes)):
+            raise UsageError(
+                f"{name} is {os.environ[name]}, but run_train.sh starts {processes} processes on "
+                f"each of {nodes} nodes itself: run it once per node, with NNODES, or unset {name}"
+            )
         run_id = os.environ.get("RDZV_ID", "titan_lite")
         job = Job(run_id, nodes, processes, _number("MAX_RESTARTS", 0, at_least=0))
         return cls(config, overrides, job, gpus > 0)
@@ -163,7 +171,7 @@ class Attempt:
 
     def __init__(self, settings: Settings, start: Start, address: str, folder: str) -> None:
         """address: of the node with the store. folder: for what the processes leave each other."""
-        self._settings, self._start = settings, start
+        self._settings, self._start, self._folder = settings, start, folder
         job = settings.job
         shared = {
             "WORLD_SIZE": job.NNODES * job.NGPU,
@@ -190,18 +198,21 @@ class Attempt:
             )
             for local in range(job.NGPU)
         ]
-        self.was_asked = False
+        self.was_asked = self._was_interrupted = False
         self._kill_at: float | None = None
 
     def watch(self, nodes: Nodes, signals: Signals) -> int:
         """Waits until all processes have ended; returns their exit code together."""
-        while None in (codes := [process.poll() for process in self._processes]):
-            self._answer(signals.take())
-            if self.was_asked and -signal.SIGUSR1 in codes:
+        while True:
+            codes = [process.poll() for process in self._processes]
+            if nodes.stopped or (self.was_asked and -signal.SIGUSR1 in codes):
                 # It did not listen yet, so nobody trains: the others would wait for it in vain.
-                nodes.fail()
+                nodes.stop()
                 self.kill()
                 return EXIT_STOPPED_UNSAVED
+            if None not in codes:
+                break
+            self._answer(signals.take())
             nodes.poll()
             if self._kill_at is None:
                 failed = [code for code in codes if code is not None and not self._is_orderly(code)]
@@ -229,19 +240,19 @@ class Attempt:
             process.wait()
 
     def _answer(self, numbers: Sequence[signal.Signals]) -> None:
-        if self.was_asked:
-            # One event sends several: a closed terminal SIGHUP from the shell and from the system,
-            # systemd SIGHUP after SIGTERM.
-            numbers = [number for number in numbers if number != signal.SIGHUP]
-        if not numbers:
-            return
-        # GNU timeout sends its signal to the process and to its group at the same time.
-        number = numbers[0]
-        if self.was_asked:
+        # One event sends several: GNU timeout to the process and to its group, a closed terminal
+        # from the shell and from the system, systemd SIGHUP after SIGTERM. A user presses twice.
+        if self._was_interrupted and signal.SIGINT in numbers:
             self.kill()
-            raise SystemExit(128 + number)
-        self.was_asked = True
-        say(f"{number.name}: stopping after the step in hand; a second signal ends at once")
+            raise SystemExit(128 + signal.SIGINT)
+        self._was_interrupted |= signal.SIGINT in numbers
+        if self.was_asked or not numbers:
+            return
+        self.was_asked, name = True, numbers[0].name
+        hint = "; a second Ctrl-C ends at once" if self._was_interrupted else ""
+        say(f"{name}: stopping after the step in hand{hint}")
+        with contextlib.suppress(OSError):
+            (Path(self._folder) / SENT).write_text(f"{name} to the launcher")
         # The one that has no time limit.
         self._send(signal.SIGUSR1)
 

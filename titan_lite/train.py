@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from titan_lite.config.load import ConfigError, Problem
 from titan_lite.models.plan import make_plan
-from titan_lite.runtime.log import MESSAGES, is_first_to_say, set_up_logging
+from titan_lite.runtime.log import is_first_to_say, set_up_logging
+from titan_lite.runtime.other_launchers import unexpected_start
 from titan_lite.runtime.parent import PARENT, watch_parent
 from titan_lite.runtime.stop import (
     EXIT_FAILED,
@@ -24,8 +25,6 @@ from titan_lite.runtime.writing import WriteError
 USAGE = "usage: python -m titan_lite.train CONFIG [--section.key=value ...]"
 # What a launcher gives each process; without it a process is alone.
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# Numbers of processes: of a launcher, and of MPI's, which set no RANK.
-SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 ENVIRONMENT = "environment"
 
 # A launcher asks the others to stop when one process has failed, and looks ten times a second.
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _train(argv, rank, world_size, stop)
         except ConfigError as error:
-            if _is_ours_to_say(str(error), stop):
+            if is_first_to_say(str(error)):
                 print(error, file=sys.stderr)
             _leave_others(EXIT_MISTAKE)
             return EXIT_MISTAKE
@@ -85,7 +84,7 @@ def _train(argv: Sequence[str], rank: int, world_size: int, stop: StopRequest) -
     try:
         trainer = Trainer(plan, stop=stop)
     except WriteError as error:
-        return _end(error, stop)
+        return _end(error)
     try:
         trainer.train()
     except NonFiniteError as error:
@@ -93,7 +92,7 @@ def _train(argv: Sequence[str], rank: int, world_size: int, stop: StopRequest) -
             logger.error("%s", error)
         return EXIT_FAILED
     except WriteError as error:
-        return _end(error, stop)
+        return _end(error)
     except Exception as error:
         # gloo's words for a process that is gone.
         if "by peer" in str(error) and stop.comes_within(LAUNCHER_SECONDS):
@@ -102,10 +101,10 @@ def _train(argv: Sequence[str], rank: int, world_size: int, stop: StopRequest) -
             return EXIT_FAILED
         if stop.progress.phase == "data" and isinstance(error, ValueError | OSError):
             # A document that cannot be read: the message has its file and line.
-            return _end(error, stop)
+            return _end(error)
         has_timed_out = "timed out" in str(error).lower()
         # Those who waited in vain have nothing to add to each other.
-        if _is_ours_to_say("timed out" if has_timed_out else str(error), stop):
+        if is_first_to_say("timed out" if has_timed_out else str(error)):
             logger.error("%s", error)
             logger.exception("Failed in step %d (%s)", stop.progress.step, stop.progress.phase)
         if trainer.watchdog.tells and has_timed_out:
@@ -120,20 +119,12 @@ def _train(argv: Sequence[str], rank: int, world_size: int, stop: StopRequest) -
     return 0
 
 
-def _end(error: Exception, stop: StopRequest) -> int:
+def _end(error: Exception) -> int:
     """Ends a failed process with a sentence that says all, and without a traceback."""
-    if _is_ours_to_say(str(error), stop):
+    if is_first_to_say(str(error)):
         logger.error("%s", error)
     _leave_others(EXIT_FAILED)
     return EXIT_FAILED
-
-
-def _is_ours_to_say(text: str, stop: StopRequest) -> bool:
-    """Returns whether this process is the one to print what others may meet at the same time."""
-    if MESSAGES in os.environ:
-        return is_first_to_say(text)
-    # torchrun gives processes nothing in common: the first one speaks, and has the others stopped.
-    return os.environ.get("LOCAL_RANK", "0") == "0" or not stop.comes_within(LAUNCHER_SECONDS)
 
 
 def _leave_others(code: int) -> None:
@@ -158,7 +149,7 @@ def position() -> tuple[int, int]:
         _integer("LOCAL_RANK", 0, world_size - 1)
         _integer("MASTER_PORT", 0, 2**16 - 1)
         return _integer("RANK", 0, world_size - 1), world_size
-    if name := _sign_of_others():
+    if name := unexpected_start():
         message = (
             f"is {os.environ[name]}, but RANK is not set: every process would train alone. Start "
             f"them by run_train.sh or torchrun, once per node; for a single process, unset {name}"
@@ -173,15 +164,6 @@ def _integer(name: str, least: int, most: int) -> int:
         message = f"must be an integer from {least} to {most}, got {text!r}"
         raise ConfigError([Problem(name, ENVIRONMENT, message)])
     return int(text)
-
-
-def _sign_of_others() -> str | None:
-    """The variable by which somebody starts several processes who does not number them for us."""
-    if "SLURM_PROCID" in os.environ and os.environ.get("SLURM_NTASKS") != "1":
-        return "SLURM_PROCID"
-    return next(
-        (name for name in SIZE_VARIABLES if os.environ.get(name) not in (None, "", "1")), None
-    )
 
 
 if __name__ == "__main__":

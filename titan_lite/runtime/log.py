@@ -8,6 +8,8 @@ from pathlib import Path
 
 # A folder that the launcher gives to the processes of one attempt on its node.
 MESSAGES = "TITAN_LITE_MESSAGES"
+# torchrun's: a file below a folder of the process, in a folder of the attempt.
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
 def set_up_logging(rank: int) -> None:
@@ -29,14 +31,18 @@ def set_up_logging(rank: int) -> None:
 
 
 def is_first_to_say(text: str) -> bool:
-    """Returns whether no other process of this node has said the same: several fail for one reason.
+    """Returns whether no other process of this node has printed the same, and notes it.
 
-    True where no launcher has given them a folder in which to know it.
+    True where no launcher has given the processes a folder to note it in.
     """
-    if not (folder := os.environ.get(MESSAGES)):
+    if MESSAGES in os.environ:
+        folder = Path(os.environ[MESSAGES])
+    elif ERROR_FILE in os.environ:
+        folder = Path(os.environ[ERROR_FILE]).parent.parent
+    else:
         return True
     try:
-        (Path(folder) / hashlib.sha256(text.encode()).hexdigest()).touch(exist_ok=False)
+        (folder / hashlib.sha256(text.encode()).hexdigest()).touch(exist_ok=False)
     except FileExistsError:
         return False
     except OSError:

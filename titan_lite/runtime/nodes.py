@@ -59,9 +59,14 @@ class Verdict:
 
 
 class Nodes(Protocol):
-    """This node's connection to the others; `failed` once an attempt has failed on any of them."""
+    """This node's connection to the others.
+
+    `failed` once an attempt has failed on any of them, `stopped` once it has ended before it began,
+    as asked.
+    """
 
     failed: bool
+    stopped: bool
 
     def start(self, port: int) -> Start:
         """Waits for all nodes; `port` is where the store listens if this is the first one."""
@@ -71,6 +76,9 @@ class Nodes(Protocol):
 
     def fail(self) -> None:
         """Tells the others that this attempt has failed."""
+
+    def stop(self) -> None:
+        """Tells the others that this attempt has ended as asked, before all processes listened."""
 
     def agree(self, code: int, *, asked: bool) -> Verdict:
         """Waits for the end of the attempt on all nodes; asked: whether this one was to stop."""
@@ -124,7 +132,7 @@ class FirstNode:
     def __init__(
         self, job: Job, say: Say, server: socket.socket | None = None, endpoint: str = ""
     ) -> None:
-        self.failed = False
+        self.failed = self.stopped = False
         self._job, self._say, self._server, self._endpoint = job, say, server, endpoint
         if server is not None:
             server.setblocking(False)
@@ -149,7 +157,8 @@ class FirstNode:
                 raise NodesError(message, EXIT_FAILED)
             time.sleep(POLL_SECONDS)
         self._attempt += 1
-        self.failed, self._ended, self._running = False, {}, list(self._members)
+        self.failed = self.stopped = False
+        self._ended, self._running = {}, list(self._members)
         for node, member in enumerate(self._running, start=1):
             member.send(start=asdict(Start(node, port, self._attempt)))
         return Start(0, port, self._attempt)
@@ -162,6 +171,12 @@ class FirstNode:
             self.failed = True
             for member in self._running:
                 member.send(failed=True)
+
+    def stop(self) -> None:
+        if not self.stopped:
+            self.stopped = True
+            for member in self._running:
+                member.send(stopped=True)
 
     def agree(self, code: int, *, asked: bool) -> Verdict:
         if code not in ORDERLY:
@@ -228,6 +243,8 @@ class FirstNode:
         for message in messages:
             if "failed" in message:
                 self.fail()
+            if "stopped" in message:
+                self.stop()
             if "code" in message:
                 self._ended[member] = message["code"], message["asked"]
         if not member.is_open and member in self._running and member not in self._ended:
@@ -240,7 +257,7 @@ class OtherNode:
     """A node that is connected to the first one."""
 
     def __init__(self, first: Connection, endpoint: str, say: Say) -> None:
-        self.failed = False
+        self.failed = self.stopped = False
         self._first, self._endpoint, self._say = first, endpoint, say
         self._start: Start | None = None
         self._verdict: Verdict | None = None
@@ -266,6 +283,11 @@ class OtherNode:
         self.failed = True
         self._first.send(failed=True)
 
+    def stop(self) -> None:
+        if not self.stopped:
+            self.stopped = True
+            self._first.send(stopped=True)
+
     def agree(self, code: int, *, asked: bool) -> Verdict:
         if code not in ORDERLY:
             self.fail()
@@ -285,9 +307,11 @@ class OtherNode:
             if "waiting" in message:
                 self._say(f"Waiting for {message['waiting']}")
             if "start" in message:
-                self._start, self.failed = Start(**message["start"]), False
+                self._start, self.failed, self.stopped = Start(**message["start"]), False, False
             if "failed" in message:
                 self.failed = True
+            if "stopped" in message:
+                self.stopped = True
             if "verdict" in message:
                 self._verdict = Verdict(**message["verdict"])
 

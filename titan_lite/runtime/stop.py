@@ -7,7 +7,9 @@ import signal
 import threading
 import time
 from collections.abc import Collection, Iterator
+from pathlib import Path
 
+from titan_lite.runtime.log import MESSAGES
 from titan_lite.runtime.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -21,6 +23,8 @@ EXIT_STOPPED = 75
 EXIT_STOPPED_UNSAVED = 128 + signal.SIGTERM
 # Codes of a process that did what it was asked to.
 ORDERLY = (0, EXIT_STOPPED, EXIT_STOPPED_UNSAVED)
+# In the folder of MESSAGES, the name of the signal that the launcher got.
+SENT = "signal"
 STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # Seconds without progress after which SIGTERM ends a process after all. A launcher sends it to the
 # processes that a dead one has left waiting, and kills them after 30 s.
@@ -37,6 +41,14 @@ def worst_code(codes: Collection[int]) -> int:
     order = [EXIT_MISTAKE, EXIT_FAILED, EXIT_STOPPED_UNSAVED, EXIT_STOPPED, 0]
     known = [code if code in order else EXIT_FAILED for code in codes]
     return min(known, key=order.index)
+
+
+def _sent(number: signal.Signals) -> str:
+    """The name of the signal that was sent: a launcher passes on each one as SIGUSR1."""
+    if number == signal.SIGUSR1 and MESSAGES in os.environ:
+        with contextlib.suppress(OSError):
+            return (Path(os.environ[MESSAGES]) / SENT).read_text()
+    return number.name
 
 
 class StopRequest:
@@ -96,7 +108,7 @@ class StopRequest:
             logger.info("Stopping after the step in hand; Ctrl-C again ends at once")
         if number == signal.SIGTERM:
             threading.Thread(target=self._end_if_stuck, daemon=True).start()
-        self.signal = number.name
+        self.signal = _sent(number)
 
     def _end_if_stuck(self) -> None:
         while self.progress.phase == "save" or self.progress.seconds() < TERM_GRACE:
