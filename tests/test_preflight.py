@@ -105,6 +105,45 @@ def test_each_source_is_looked_at(tmp_path: Path, refused: Preflight) -> None:
     assert "data.sources.bad.text_field (command line)" in found
 
 
+def test_files_of_a_model_among_documents_are_left_out_and_others_looked_at(
+    tmp_path: Path,
+    refused: Preflight,
+    accepted: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    write_lines(tmp_path / "a.jsonl", [WORDS] * 64)
+    for name in ("vocab.json", "tokenizer_config.json", "config.json"):
+        (tmp_path / name).write_text('{"!": 0}')
+    setting = f"--data.dataset_path={tmp_path}"
+    accepted(setting)
+    assert "leaves out config.json, tokenizer_config.json, vocab.json, by name no" in caplog.text
+    (tmp_path / "statistics.json").write_text('{"documents": 64}')
+    found = refused(setting)
+    assert "statistics.json, document 1: 'text' is not one of its fields: it has documents" in found
+
+
+def test_sources_that_read_the_same_documents_are_named(
+    tmp_path: Path, accepted: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    write_lines(tmp_path / "a.jsonl", [WORDS] * 64)
+    write_lines(tmp_path / "b.jsonl", [WORDS] * 99)
+
+    def warnings_of(*paths: str) -> list[str]:
+        caplog.clear()
+        tables = [
+            f'{{name = "{number}", weight = 1, dataset_path = "{tmp_path}/{path}"}}'
+            for number, path in enumerate(paths)
+        ]
+        accepted(f"--data.sources=[{', '.join(tables)}]")
+        return [message for message in caplog.messages if "both read" in message]
+
+    assert warnings_of("a.jsonl", "b.jsonl") == []
+    assert warnings_of("a.jsonl", "*.jsonl") == [
+        "data.sources.1.dataset_path and data.sources.0.dataset_path both read "
+        f"{tmp_path}/*.jsonl: its documents are trained on by the weights of both"
+    ]
+
+
 def test_a_run_that_reads_few_streams_needs_few_documents(
     tmp_path: Path, accepted: Callable[..., None]
 ) -> None:

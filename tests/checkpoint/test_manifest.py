@@ -25,8 +25,11 @@ from titan_lite.checkpoint.state import (
     newest_below,
     saved_steps,
 )
+from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Checkpoint
+from titan_lite.models.plan import make_plan
 from titan_lite.runtime.stored_files import DamagedError, damaged_files
+from titan_lite.training.meta_model import open_hf_weights
 
 SECTION = Checkpoint(enable=True)
 
@@ -209,6 +212,29 @@ def test_the_newest_checkpoint_below_is_named_where_one_is_meant(
     assert newest_below(tmp_path / "none") is None
     assert cli.main(["checkpoint", "verify", str(tmp_path / "runs")]) == 2
     assert f"; the newest further below is {newest}" in capsys.readouterr().err
+
+
+def test_a_hugging_face_model_is_told_from_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    section = Checkpoint(enable=True, initial_load_path=str(tmp_path))
+    with pytest.raises(SettingError) as error:
+        find_start(section, tmp_path / "new")
+    assert str(error.value) == (
+        f"checkpoint.initial_load_path: {tmp_path} is a Hugging Face model: set "
+        "checkpoint.initial_load_hf to it instead"
+    )
+
+
+@pytest.mark.parametrize("name", ["step-12", ""])
+def test_a_checkpoint_is_told_from_a_hugging_face_model(tmp_path: Path, name: str) -> None:
+    checkpoint = make_checkpoint(tmp_path, 12)
+    plan = make_plan(None, [f"--checkpoint.initial_load_hf={tmp_path / name}"])
+    with pytest.raises(SettingError) as error:
+        open_hf_weights(plan)
+    assert str(error.value) == (
+        f"checkpoint.initial_load_hf: {tmp_path / name} is a checkpoint or holds some: set "
+        f'checkpoint.initial_load_path = "{checkpoint}" instead'
+    )
 
 
 def test_the_command_lists_and_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

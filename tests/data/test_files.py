@@ -35,7 +35,7 @@ INDENTED = json.dumps(list(map(json.loads, LINES.splitlines())), indent=1)
 
 @pytest.fixture(autouse=True)
 def warn_again() -> None:
-    files._warn_once.cache_clear()
+    files.warn_once.cache_clear()
 
 
 def zstd(content: bytes) -> bytes:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from titan_lite.checkpoint.hf_files import CONFIG_FILE
 from titan_lite.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
 from titan_lite.config.problems import SettingError, about, did_you_mean, nearest, quote
 from titan_lite.config.schema import Checkpoint
@@ -108,6 +109,9 @@ def find_start(
     source = Path(section.initial_load_path).expanduser()
     if newest := newest_below(source):
         raise SettingError("checkpoint.initial_load_path", f"must name one checkpoint, as {newest}")
+    if (source / CONFIG_FILE).is_file() and not (source / MANIFEST_FILE).exists():
+        message = f"{source} is a Hugging Face model: set checkpoint.initial_load_hf to it instead"
+        raise SettingError("checkpoint.initial_load_path", message)
     content = "model" if section.initial_load_model_only else "run"
     with about("checkpoint.initial_load_path"):
         manifest = _manifest_of(source)

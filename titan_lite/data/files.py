@@ -41,6 +41,10 @@ _COMPANION_NAMES = re.compile(
     r"|(check|md5|sha\d+)sums?)([-_. ].*)?"
 )
 _COMPANION_JSON = (_STATE, _INFO, _SPLITS, "dataset_infos.json")
+# Files of a model or a tokenizer.
+_MODEL_JSON = re.compile(
+    r"(vocab|added_tokens|special_tokens_map|chat_template|.*config|tokenizer|.*\.index)\.json"
+)
 _COMPANION_SUFFIXES = (
     *(".md", ".py", ".sh", ".yaml", ".yml", ".toml", ".cff", ".bib"),
     *(".md5", ".sha1", ".sha256", ".sha512", ".crc", ".lock"),
@@ -164,24 +168,25 @@ def _files_of_folder(folder: Path, chosen: str) -> list[Path]:
     names = "\n".join(str(file.relative_to(folder)) for file in files)
     splits = set(_SPLIT_WORDS.findall(names.lower()))
     if len(splits) > 1 and "train" in splits:
-        _warn_once(
+        warn_once(
             f"{chosen} reads files of several splits ({', '.join(sorted(splits))}): if only one of "
             "them is to be trained on, name it by a glob"
         )
     plain = set(files)
     twice = [file for file in files if compression_of(file) and file.with_suffix("") in plain]
     if twice:
-        _warn_once(
+        warn_once(
             f"{chosen} reads {_some(twice, folder)} and the file of the same name without "
             "compression: if they hold the same documents, name one of the two by a glob"
         )
     if unread := [file for file in others if not _is_marked(file)]:
-        _warn_once(f"{chosen} leaves out {_some(unread, folder)}: documents end in {KNOWN}")
+        warn_once(f"{chosen} leaves out {_some(unread, folder)}: documents end in {KNOWN}")
     unlike = [file for file in others if _is_marked(file)]
     if "text" in formats:
         unlike += [file for file in companions if format_of(file) == "text"]
+    unlike += [file for file in companions if _MODEL_JSON.fullmatch(file.name.lower())]
     if unlike:
-        _warn_once(
+        warn_once(
             f"{chosen} leaves out {_some(unlike, folder)}, by name no documents: to read them, "
             "name the files by a glob"
         )
@@ -254,7 +259,7 @@ def _below(folder: Path) -> Iterator[Path]:
 def _is_companion(file: Path) -> bool:
     name, form = file.name.lower(), format_of(file)
     if form == "json":
-        return name in _COMPANION_JSON
+        return name in _COMPANION_JSON or bool(_MODEL_JSON.fullmatch(name))
     if name.startswith("_"):
         return form is None and not file.is_dir()
     if form in (None, "text") and _COMPANION_NAMES.fullmatch(name):
@@ -288,7 +293,7 @@ def _without_aliases(files: Iterable[Path], chosen: str) -> list[Path]:
         kept.append(names[0])
         for name in names[1:]:
             if name.is_symlink():
-                _warn_once(f"{chosen} leaves out {name}, the same file as {names[0]}")
+                warn_once(f"{chosen} leaves out {name}, the same file as {names[0]}")
     return sorted(kept)
 
 
@@ -315,6 +320,6 @@ def _check(file: Path) -> None:
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     """A run looks for its files several times."""
     logger.warning(message)

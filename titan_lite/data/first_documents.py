@@ -1,9 +1,11 @@
 """Reads the first documents of local sources before any process starts; no torch."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data, Documents
+from titan_lite.data.files import plain_suffix
 from titan_lite.data.mixture import Mixture
 from titan_lite.data.readers import TextReader, TokenReader
 from titan_lite.data.sources import Source, open_dataset
@@ -29,7 +31,14 @@ def check_documents(
         samples = range(min(num_samples, 64 * section.num_streams))
         streams = {g % section.num_streams for g in samples if mixture.source(g) == number}
         update = {"text_field": documents.text_field, "num_streams": 1}
-        reader = _reader(source, section.model_copy(update=update), tokenizer)
+        own_section = section.model_copy(update=update)
+        # A folder may have files of other things than documents, with another suffix.
+        by_suffix = {plain_suffix(file): file for file in reversed(source.files)}
+        for file in list(by_suffix.values()):
+            first = _reader(replace(source, files=(file,)), own_section, tokenizer)
+            first.start(None)
+            first.read(1)
+        reader = _reader(source, own_section, tokenizer)
         reader.start(None)
         num_read = num_good = 0
         while num_good == 0:

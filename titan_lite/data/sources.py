@@ -9,7 +9,7 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,14 @@ from titan_lite.config.schema import Data, Documents
 from titan_lite.data.assets import bundled_asset
 from titan_lite.data.documents import Kind
 from titan_lite.data.file_rows import FileRows, UnreadableError
-from titan_lite.data.files import find_files, folder_of_split, format_of, has_splits, signature
+from titan_lite.data.files import (
+    find_files,
+    folder_of_split,
+    format_of,
+    has_splits,
+    signature,
+    warn_once,
+)
 from titan_lite.data.token_files import TokenFolder, is_token_folder
 from titan_lite.data.tokenizer import Tokenizer
 
@@ -66,10 +73,26 @@ def resolve_sources(section: Data) -> list[Source]:
     skip = section.on_bad_document == "skip"
     if not section.sources:
         return [resolve_source(section, skip=skip)]
-    return [
+    sources = [
         resolve_source(source, f"data.sources.{source.name}", skip=skip)
         for source in section.sources
     ]
+    _warn_of_shared(sources)
+    return sources
+
+
+def _warn_of_shared(sources: Sequence[Source]) -> None:
+    """Logs which sources of a mixture read the same documents."""
+    readers: dict[str, Source] = {}
+    for source in sources:
+        for item in (source.documents, *map(os.path.realpath, source.files)):
+            other = readers.setdefault(item, source)
+            if other is not source:
+                warn_once(
+                    f"{source.key} and {other.key} both read {source.name}: its documents are "
+                    "trained on by the weights of both"
+                )
+                break
 
 
 def resolve_source(section: Documents, table: str = "data", *, skip: bool = False) -> Source:

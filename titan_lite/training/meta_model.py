@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from titan_lite.checkpoint.hf_files import HFFolder
+from titan_lite.checkpoint.hf_files import CONFIG_FILE, HFFolder
 from titan_lite.checkpoint.hf_layout import HFModel, check_start
-from titan_lite.checkpoint.state import Start, check_excluded
+from titan_lite.checkpoint.manifest import MANIFEST_FILE
+from titan_lite.checkpoint.state import Start, check_excluded, newest_below
 from titan_lite.checkpoint.storage import check_weights
-from titan_lite.config.problems import SettingError, about, collecting
+from titan_lite.config.problems import SettingError, about, collecting, literal
 from titan_lite.config.schema import Config, Float8
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.plan import Plan
@@ -167,8 +168,16 @@ def open_hf_weights(plan: Plan) -> tuple[HFFolder, HFModel] | None:
     path = plan.config.checkpoint.initial_load_hf
     if not path:
         return None
+    source = Path(path).expanduser()
+    checkpoint = source if (source / MANIFEST_FILE).exists() else newest_below(source)
+    if checkpoint and not (source / CONFIG_FILE).exists():
+        message = (
+            f"{source} is a checkpoint or holds some: set checkpoint.initial_load_path = "
+            f"{literal(str(checkpoint))} instead"
+        )
+        raise SettingError("checkpoint.initial_load_hf", message)
     with about("checkpoint.initial_load_hf"):
-        folder = HFFolder.open(Path(path).expanduser())
+        folder = HFFolder.open(source)
         hf = HFModel.of(plan.family, plan.args)
         check_start(folder, hf, plan.family, plan.args)
     return folder, hf
