@@ -2,14 +2,20 @@
 
 A block of commands is run here, with a small model and small files in the place of a reader's own;
 or it stands below a comment, <!-- not run: REASON -->, and its configurations are only checked.
+So are README's table of commands and the examples in the help texts. Of commands in sentences, the
+options are checked: a benchmark takes minutes of a quiet machine.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +27,7 @@ from tests.runs import TINY
 from titan_lite import cli
 from titan_lite.data.assets import bundled_asset
 from titan_lite.models.plan import make_plan
+from titan_lite.regression.golden import Case
 from titan_lite.runtime.distributed import Process
 from titan_lite.training.trainer import Trainer
 
@@ -224,6 +231,137 @@ def test_what_is_not_run_is_checked(command: Command, monkeypatch: pytest.Monkey
             assert f'"{option}"' in Path("tests/conftest.py").read_text()
         case _:
             pytest.fail(f"no way to check {command}")
+
+
+# README's table of commands: what stands for its names.
+TABLE = {
+    "train CONFIG": "train run.toml",
+    "config CONFIG": "config run.toml",
+    "dryrun CONFIG": "dryrun run.toml",
+    "compare A B": "compare outputs/base outputs/change",
+    "golden run CASE": "golden run case.toml",
+    "golden accept CASE": "golden accept case.toml",
+    "report RUN ... -o page.html": "report outputs/base outputs/change -o page.html",
+    "tokenize CONFIG --output DIR": "tokenize run.toml --output tokens_of_table",
+    "checkpoint ls DIR": "checkpoint ls outputs/checkpoint",
+    "checkpoint verify DIR": "checkpoint verify outputs/checkpoint",
+    "convert hf-to-dcp A B": "convert hf-to-dcp Llama-3.1-8B imported",
+    "convert dcp-to-hf A B": "convert dcp-to-hf outputs/checkpoint/step-1 exported",
+}
+
+
+def commands_of_table(text: str) -> list[str]:
+    """The commands of a table's first column, one for each of "a|b"."""
+    commands = []
+    for cell in re.findall(r"^\| `titan-lite (.*?)` \|", text, re.MULTILINE):
+        choices = [word.split(r"\|") for word in cell.split()]
+        commands += [" ".join(words) for words in itertools.product(*choices)]
+    return commands
+
+
+@pytest.mark.distributed
+def test_the_commands_of_the_readmes_table_work(
+    folder: Path,
+    workers: Mapping[int, Workers],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    commands = commands_of_table((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert sorted(commands) == sorted(TABLE)
+    monkeypatch.chdir(folder)
+    (folder / "case.toml").write_text('config = "run.toml"\nnproc = 1\ntier = "layout"\nwhy = ""\n')
+    failed = {}
+    # A curve is accepted before it is compared.
+    for command in sorted(commands, key=lambda command: command != "golden accept CASE"):
+        words = ("titan-lite", *TABLE[command].split())
+        try:
+            _run(Command("README.md", {}, words, ""), folder, workers)
+        except (Exception, SystemExit) as error:
+            failed[command] = f"{error!r:.600} {capfd.readouterr().err}"
+    assert failed == {}
+
+
+HELPS = [
+    *(["titan-lite", name, "--help"] for name in ("train", "config", "tokenize", "dryrun")),
+    *(["titan-lite", name, "--help"] for name in ("checkpoint", "compare", "golden", "report")),
+    *(["titan-lite", "convert", name, "--help"] for name in ("hf-to-dcp", "dcp-to-hf")),
+    ["titan-lite", "--help"],
+    ["./run_train.sh", "--help"],
+]
+
+
+@pytest.fixture(scope="module")
+def helps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Every help text, by its command."""
+    texts = {}
+    for words in HELPS:
+        command = words if words[0] != "titan-lite" else [sys.executable, "-m", "titan_lite.cli"]
+        command = [*command, *words[1:]] if words[0] == "titan-lite" else command
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        texts[" ".join(words[:-1])] = result.stdout
+    return texts
+
+
+def test_the_helps_of_all_commands_are_looked_at(helps: dict[str, str]) -> None:
+    listed = re.findall(r"^  ([a-z]+) +\S", helps["titan-lite"].split("commands:")[1], re.MULTILINE)
+    assert {words[1] for words in HELPS if len(words) > 2} == {*listed}
+
+
+def examples_of(text: str) -> list[str]:
+    """Indented lines that are a whole command, or overrides of one."""
+    lines = re.findall(r"^  +((?:\./run_train\.sh|titan-lite|--[\w.]+=).*)$", text, re.MULTILINE)
+    return [line for line in lines if "  " not in line]
+
+
+def test_the_examples_of_the_helps_work(
+    helps: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    examples = {line for text in helps.values() for line in examples_of(text)}
+    assert len(examples) >= 2
+    for line in examples:
+        words = shlex.split(line)
+        if words[0] == "./run_train.sh":
+            config, world_size, words = _launched(Command("help", {}, tuple(words), ""))
+            words = [config, "--world-size", str(world_size), "--", *words]
+        assert cli.main(["config", "--quiet", *words]) == 0, line
+
+
+def test_the_case_in_the_help_of_golden_is_one(helps: dict[str, str], tmp_path: Path) -> None:
+    lines = helps["titan-lite golden"].split("A case is a TOML file:\n")[1].splitlines()
+    shutil.copy(ROOT / "train_configs/debug.toml", tmp_path)
+    text = ""
+    for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("  "))]:
+        if table := re.match(r"  (\[\w+\]) .*?as: (.*)", line):
+            text += "\n".join([table[1], *table[2].split(", "), ""])
+        else:
+            text += re.sub(r"  +.*", "", line.strip()) + "\n"
+    (tmp_path / "case.toml").write_text(text)
+    case = Case(tmp_path / "case.toml")
+    assert case.file.overrides == {"training": {"steps": 20}}
+    assert case.file.tolerance is not None
+
+
+BENCHMARK = re.compile(r"`python -m\s+benchmarks\.([^`]+)`")
+
+
+def test_benchmarks_inside_sentences_have_the_options_they_are_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pages = [*PAGES, ROOT / "benchmarks/README.md"]
+    commands = {text for page in pages for text in BENCHMARK.findall(page.read_text())}
+    assert len(commands) > 10
+    for command in sorted(commands):
+        name, *words = shlex.split(command)
+        places = [word for word in words if not word.startswith("-")][:1]
+        monkeypatch.setattr(sys, "argv", [name, *places, "--help"])
+        with contextlib.suppress(SystemExit):
+            runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+        text = capsys.readouterr().out
+        assert text.startswith("usage: "), command
+        for option in words:
+            if option.startswith("--") and "." not in option:
+                assert option.partition("=")[0] in text, command
 
 
 def test_commands_inside_sentences_name_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
