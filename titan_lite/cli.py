@@ -303,7 +303,7 @@ def _ranks(option: str | None, dims: ParallelDims) -> list[int]:
 def _parser(
     command: str, options: str, description: str, *, world: bool = True
 ) -> argparse.ArgumentParser:
-    """Of a subcommand on one configuration, by default for a world of some size."""
+    """Builds a subcommand's parser of one configuration, by default for a world of some size."""
     parser = argparse.ArgumentParser(
         prog=f"titan-lite {command}",
         usage=f"%(prog)s [CONFIG] [--section.key=value ...] {options}",

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 def agree_on_start(
     start: Start, section: Checkpoint, folder: Path, *, last_step: int | None = None
 ) -> Start:
-    """What all ranks begin from, after reading all its files; collective. As find_start.
+    """Finds the start of all ranks, after reading all its files; collective. As find_start.
 
     Of load_step "latest", an earlier checkpoint where one is damaged. Raises ValueError on every
     rank unless all found the same, and DamagedError.
@@ -59,7 +59,7 @@ def agree_on_data(settings: Mapping[str, Any]) -> None:
 
 
 def _damage(source: Path) -> list[str]:
-    """What is wrong with a checkpoint's files, each of which one rank reads; collective."""
+    """Returns the faults of a checkpoint's files, each of which one rank reads; collective."""
     manifest = read_manifest(source)
     logger.info("Reading %s in %s for its checksums", format_scaled(manifest.bytes, "B"), source)
     rank, size = dist.get_rank(), dist.get_world_size()

@@ -109,7 +109,7 @@ def hf_to_dcp(
 
 
 class HFReader(dcp.StorageReader):
-    """What dcp.load needs to read parts of our tensors from a folder of Hugging Face's.
+    """Reads parts of our tensors from a folder of Hugging Face's, for dcp.load.
 
     shapes: of our tensors as the model has them, a vocabulary's padding included.
     """

@@ -28,7 +28,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class HFFolder:
-    """What a folder holds: its config.json, and where each tensor is. No tensor is read."""
+    """Contents of a folder: its config.json, and where each tensor is. No tensor is read."""
 
     path: Path
     config: Mapping[str, Any]
@@ -128,7 +128,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def _modern(name: str) -> str:
-    """What transformers reads a name as: files from TensorFlow, Google's BERT, have older ones."""
+    """Returns a name as transformers reads it: files from TensorFlow (BERT's) have older ones."""
     module, _, kind = name.rpartition(".")
     return f"{module}.{_TENSORFLOW[kind]}" if kind in _TENSORFLOW else name
 

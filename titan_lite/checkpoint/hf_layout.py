@@ -116,7 +116,7 @@ class HFModel:
         return cls(tensors, places, (*family.hf_ignored, *tied))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of our tensor, without the padding of a vocabulary."""
+        """Returns the shape of our tensor, without the padding of a vocabulary."""
         hf_name, part = self.places[name]
         tensor = self.tensors[hf_name]
         shape = tensor.shape[::-1] if tensor.transposed else tensor.shape

@@ -284,7 +284,7 @@ class CheckpointManager:
                 self.saving.staged.result()
 
     def _end(self) -> None:
-        """Of a save that has ended on all ranks: its error, or its costs."""
+        """Returns the error or the costs of a save that has ended on all ranks."""
         save, self.saving = self.saving, None
         assert save is not None
         if error := save.error():
@@ -318,5 +318,5 @@ def _without(tensors: dict[str, Any], patterns: Sequence[str]) -> dict[str, Any]
 
 
 def _parameter(key: str) -> str:
-    """Of "state.layers.0.wq.weight.exp_avg", an optimizer's, or of a name as a model has it."""
+    """Returns the parameter of "state.layers.0.wq.weight.exp_avg", or the model's own name."""
     return key.removeprefix(STATE).rpartition(".")[0] if key.startswith(STATE) else key

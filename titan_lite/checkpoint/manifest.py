@@ -1,4 +1,4 @@
-"""What makes a folder a complete checkpoint: a manifest of its files, written last; no torch."""
+"""The manifest that makes a folder a complete checkpoint, written last; no torch."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ Layout = dict[str, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a checkpoint is and which files it has, by their names.
+    """The kind of a checkpoint, and its files by their names.
 
     content: "run" can be resumed from, "model" holds weights only. config: resolved, for people
     to read. versions: of titan_lite, torch and Python. tokenizer: its fingerprint, "" if unknown.

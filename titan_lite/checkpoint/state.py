@@ -179,7 +179,7 @@ def _start(source: Path, manifest: Manifest, content: str, *, resumes: bool) -> 
 
 
 def excludes(patterns: Sequence[str], name: str) -> bool:
-    """Whether a parameter's name matches one of checkpoint.exclude_from_loading."""
+    """Returns whether a parameter's name matches one of checkpoint.exclude_from_loading."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 

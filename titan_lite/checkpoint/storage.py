@@ -53,7 +53,7 @@ METADATA_CLASSES = {
 
 
 def versions() -> dict[str, str]:
-    """What a checkpoint was written by."""
+    """Returns the versions of the libraries that write a checkpoint."""
     return {
         "titan_lite": __version__,
         "torch": torch.__version__,
@@ -109,7 +109,7 @@ class _ChecksummedFiles(FileSystem):
 
 @dataclass(frozen=True)
 class _Written:
-    """What one rank tells the first one."""
+    """Message of one rank to the first one."""
 
     items: list[WriteResult]
     files: Files

@@ -5,7 +5,7 @@ import json
 from typing import Any, Literal
 
 Kind = Literal["lines", "files", "rows", "tokens"]
-"""Of rows: JSON lines and whole text files, both undecoded, or columns; "tokens" of token files."""
+"""Kind of rows: undecoded JSON lines or whole text files, columns, or "tokens" of token files."""
 
 # One character per byte: what is not UTF-8 is a fault of its document, not of the whole file.
 RAW_ENCODING = "latin-1"

@@ -17,7 +17,7 @@ from titan_lite.runtime.parent import end_with_parent
 
 @dataclass(frozen=True)
 class Encoded:
-    """What became of a chunk."""
+    """The tokens of a chunk."""
 
     uses: npt.NDArray[np.uint8]
     lengths: npt.NDArray[np.int64]
@@ -64,5 +64,5 @@ def start_worker(tokenizer_path: str, kind: Kind, text_field: str) -> None:
 
 
 def encode_in_worker(rows: list[dict[str, Any]]) -> Encoded:
-    """What an Encoder makes of rows, in a process of the pool."""
+    """Encodes rows in a process of the pool."""
     return _worker(rows)

@@ -26,7 +26,7 @@ class ExportReport:
     """The result of comparing an exported tokenizer with the one of training."""
 
     is_same: bool
-    """Whether a text gets the ids of training; the spelling of a special token is text there."""
+    """True where all texts get the ids of training, in which special tokens are spelled as text."""
     sentence: str
 
     def readme(self) -> bytes:

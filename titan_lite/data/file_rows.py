@@ -197,7 +197,7 @@ def _parquet(file: Path, field: str, first: int) -> Iterator[dict[str, Any]]:
 
 
 def _arrow(file: Path, field: str, first: int) -> Iterator[dict[str, Any]]:
-    """Of both forms of Arrow's files."""
+    """Yields the rows of both forms of Arrow's files."""
     import pyarrow
     from pyarrow import ipc
 

@@ -30,7 +30,7 @@ FORMATS: dict[str, Format] = {
     ".arrow": "arrow",
 }
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-"""Of JSON and text."""
+"""Compressions of JSON and text files."""
 KNOWN = f"{', '.join(FORMATS)} (JSON and text also with {', '.join(COMPRESSIONS)})"
 
 # Files of datasets.save_to_disk.

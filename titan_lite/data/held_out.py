@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What is validated on, kept in host memory for the whole run.
+    """The validation set, kept in host memory for the whole run.
 
     batches: this rank's micro-batches. num_tokens: labels counted in those of all ranks; num_bytes:
     of text that these labels spell, where BOS and EOS spell none; num_pairs: samples of two parts
@@ -42,7 +42,7 @@ class HeldOut:
 
 
 def documents_held_out(validation: Validation, data: Data) -> Documents:
-    """What [validation] reads, without a dataset of its own another split of [data]'s."""
+    """Documents of [validation]; without a dataset of its own, another split of [data]'s."""
     if validation.dataset or validation.dataset_path:
         own = validation.dataset or "bundled"
         return validation.model_copy(update={"dataset": own})

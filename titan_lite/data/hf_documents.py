@@ -1,4 +1,4 @@
-"""What lies beside the weights of a Hugging Face model: config.json and the tokenizer's files.
+"""The files next to a Hugging Face model's weights: config.json and the tokenizer's.
 
 A tokenizer becomes a tokenizer.json that gives a text the ids it has in training, after the BOS
 that documents begin with. Generation continues a text, so that no EOS follows.

@@ -90,14 +90,14 @@ class HFTokenizer(Tokenizer):
         return self._tokens(parts)
 
     def _tokens(self, texts: list[str]) -> Tokens:
-        """Of texts, one after the other."""
+        """Tokenizes texts, one after the other."""
         # A batch, since encode() keeps Python's lock; without the offsets, which nothing needs.
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return np.concatenate([np.array(encoding.ids, np.uint32) for encoding in encodings])
 
 
 class _Spelling:
-    """What a token of the vocabulary stands for in a text, by the kind of its tokenizer."""
+    """The text of a token of the vocabulary, by the kind of its tokenizer."""
 
     def __init__(self, document: dict[str, Any]) -> None:
         components = [

@@ -126,7 +126,7 @@ class DataLoader:
             self._worker = None
 
     def num_skipped(self) -> list[int]:
-        """Of each stream, the documents left out so far; 0 where this rank does not read it."""
+        """Documents of each stream left out so far; 0 where this rank does not read it."""
         streams = range(len(self._sources) * self._section.num_streams)
         return [self._positions.get(v, Position()).block.skipped for v in streams]
 
@@ -154,7 +154,7 @@ class DataLoader:
         self._positions = {int(v): Position.from_state(s) for v, s in mine.items()}
 
     def epochs(self) -> list[list[int]]:
-        """Of each source, how often each stream was read to its end; 0 where others read it."""
+        """Epochs of each source's streams: how often read to the end; 0 where others read it."""
         num_streams = self._section.num_streams
         return [
             [

@@ -80,7 +80,7 @@ class MaskedPairs:
         self._least, self._most = num_parts, seq_len - 1 - num_parts
 
     def settings(self) -> dict[str, Any]:
-        """What must not change on the way."""
+        """Settings that a resumed run must keep."""
         own = {f"masked_lm.{key}": value for key, value in self._section.model_dump().items()}
         # The fingerprint of a tokenizer leaves it out.
         return {"data.packing": None, "data.packing_block": None, "mask_id": self._mask_id} | own

@@ -46,12 +46,12 @@ class Rows(Protocol):
     """How the documents of a stream become its rows."""
 
     def settings(self) -> dict[str, Any]:
-        """What must not change on the way."""
+        """Settings that a resumed run must keep."""
 
     def rows(
         self, blocks: Iterable[tuple[Mark, Tokens]], offset: int, *, key: tuple[int, int], item: int
     ) -> Iterator[tuple[MakeRow, Mark, int]]:
-        """Of the samples from number `item` on, each with the place after it, as those of `pack`.
+        """Rows of samples number `item` on, each with the place after it, as those of `pack`.
 
         key: the run's seed, and the stream's number.
         """
@@ -64,7 +64,7 @@ class Packing:
         self._section, self._seq_len = section, seq_len
 
     def settings(self) -> dict[str, Any]:
-        """What must not change on the way."""
+        """Settings that a resumed run must keep."""
         packing, block = self._section.packing, self._section.packing_block
         return {
             "data.packing": packing,

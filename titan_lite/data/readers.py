@@ -121,7 +121,7 @@ class TokenReader:
 
 
 class Judge:
-    """What happens at a document that cannot be used, as `data.on_bad_document` says."""
+    """The policy of `data.on_bad_document` for documents that cannot be used."""
 
     def __init__(self, source: Source, *, skip: bool) -> None:
         self._source, self._skip = source, skip

@@ -84,7 +84,7 @@ def _normalizers(content: bytes, spec: Any) -> list[dict[str, Any]]:
 
 
 def _rules(model: SentencePieceProcessor, spec: Any) -> list[dict[str, Any]]:
-    """What the model makes of single characters.
+    """The model's replacements of single characters.
 
     `tokenizers` composes characters where sentencepiece does not if they come in an unusual order.
     """

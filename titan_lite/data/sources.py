@@ -54,13 +54,13 @@ class Source:
     arguments: dict[str, Any] = field(default_factory=dict)
     """Arguments of datasets.load_dataset, for a dataset by name."""
     kind: Kind = "rows"
-    """Of its rows."""
+    """Kind of its rows."""
     files: tuple[Path, ...] = ()
     """Local files, in their order."""
     text_field: str = "text"
-    """Of columns, the one that is read from local files."""
+    """The column that is read from local files."""
     stored: TokenFolder | None = None
-    """What is tokenized already."""
+    """The token folder of a tokenized source."""
 
     @property
     def documents(self) -> str:

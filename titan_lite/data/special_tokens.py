@@ -41,7 +41,7 @@ class SpecialTokens:
 
 
 def read_beside(file: Path) -> dict[str, bytes]:
-    """What lies beside a tokenizer, by name."""
+    """Contents of the files next to a tokenizer, by name."""
     found = {name: file.with_name(name) for name in FILE_NAMES}
     return {name: path.read_bytes() for name, path in found.items() if path.is_file()}
 

@@ -37,12 +37,12 @@ class Shard:
     rows: int
     tokens: int
     crc32: tuple[str, str]
-    """Of the tokens and of the rows."""
+    """Checksums of the tokens and of the rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a folder holds.
+    """The manifest of a folder of tokens.
 
     tokenizer: its fingerprint. source: the documents' identity as text, by which they are known
     again. rows_per_file: of the source's files, in order. bytes: UTF-8 text of all documents.
@@ -64,7 +64,7 @@ class Manifest:
     versions: dict[str, str]
 
     def files(self) -> dict[str, StoredFile]:
-        """Of all shards, by their names."""
+        """Files of all shards, by their names."""
         width = np.dtype(self.dtype).itemsize
         return {
             name: StoredFile(size, crc32)
@@ -89,7 +89,7 @@ def shard_files(number: int) -> tuple[str, str]:
 
 
 def is_token_folder(path: Path) -> bool:
-    """Whether a folder has such a manifest, or shards: its own files are no documents."""
+    """Returns whether a folder has such a manifest, or shards: its own files are not documents."""
     if (path / shard_files(0)[0]).exists():
         return True
     if not (path / MANIFEST_FILE).is_file():
@@ -127,7 +127,7 @@ class TokenFolder:
 
     @cached_property
     def first_rows(self) -> npt.NDArray[np.int64]:
-        """Of each of the source's files its first row, and the number of all rows."""
+        """First row of each of the source's files, and the number of all rows."""
         return np.cumsum([0, *self.manifest.rows_per_file])
 
     def use(self, row: int) -> int:
@@ -136,7 +136,7 @@ class TokenFolder:
         return int(self._shard(number)[1]["use"][index])
 
     def tokens(self, row: int) -> npt.NDArray[Any]:
-        """Of a document, without BOS and EOS; a view of the file."""
+        """Tokens of a document, without BOS and EOS; a view of the file."""
         number, index = self._place(row)
         tokens, rows = self._shard(number)
         begin = int(rows["end"][index - 1]) if index else 0

@@ -40,14 +40,14 @@ class Done:
     read: int = 0
     """Characters of the source's rows, whatever they are."""
     rows_per_file: list[int] = field(default_factory=lambda: [0])
-    """Of the source's files, the last of which is being read."""
+    """Rows of each of the source's files, the last of which is being read."""
     cursor: dict[str, Any] | None = None
     """Place in that file; None: its start."""
     shards: list[Shard] = field(default_factory=list)
     """Complete ones."""
     open_rows: int = 0
     open_tokens: int = 0
-    """Of the shard that is being written, these and its files' running checksums."""
+    """Rows and tokens of the shard that is being written, and its files' running checksums."""
     open_crc32: tuple[int, int] = (0, 0)
 
 
@@ -172,7 +172,7 @@ class Writer:
 
 
 def resume(folder: Path, settings: dict[str, Any]) -> Done:
-    """What an earlier call did in a folder; TargetError where it was asked for something else."""
+    """Progress of an earlier call in a folder; TargetError where its settings were others."""
     path = folder / PROGRESS_FILE
     if not path.exists():
         return Done()

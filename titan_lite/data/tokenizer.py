@@ -1,4 +1,4 @@
-"""What every tokenizer does."""
+"""The interface of all tokenizers."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ class Tokenizer(ABC):
     starts_word: npt.NDArray[np.bool_]
     """(vocab_size,) Whether a token begins a word instead of continuing the one before it."""
     prefix_bytes: int = 0
-    """Of the space that is put before each document's text, and which its first tokens spell."""
+    """Bytes of the space put before each document's text, which its first tokens spell."""
     files: Mapping[str, bytes] = MappingProxyType({})
     """Contents of the files it was read from, by their names in a folder of Hugging Face's."""
 
@@ -85,7 +85,7 @@ class Tokenizer(ABC):
             return list(pool.map(self._encode, encodable))
 
     def num_bytes(self, tokens: Ints, before: Ints) -> int:
-        """Of the text that tokens spell, each the one after a token of `before`."""
+        """Bytes of the text that tokens spell, each the one after a token of `before`."""
         prefixes = self.prefix_bytes * np.count_nonzero(before == self.bos_id)
         return int(self.bytes_per_token[tokens].sum() - prefixes)
 
@@ -134,5 +134,5 @@ def _encodable(text: str) -> str:
 
 
 def begins_word(spelling: bytes) -> bool:
-    """Whether a token of this text does: one that begins with a letter or digit continues."""
+    """Returns whether a token begins a word: one that begins with a letter or digit does not."""
     return not spelling or spelling[0] not in _INSIDE_WORD

@@ -110,7 +110,7 @@ def tokenize(
 def _settings(
     source: Source, section: Data, tokenizer: Tokenizer, shard_tokens: int
 ) -> dict[str, Any]:
-    """What must be the same for work to go on."""
+    """Settings that must be the same for work to resume."""
     return {
         "format": FORMAT,
         "dataset": source.identity,

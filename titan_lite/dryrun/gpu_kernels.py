@@ -40,7 +40,7 @@ def _rms_norm(
 
 
 class FusedRMSNorm(torch.autograd.Function):
-    """What aten._fused_rms_norm and its backward allocate; they compute nothing."""
+    """Allocations of aten._fused_rms_norm and its backward; they compute nothing."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:

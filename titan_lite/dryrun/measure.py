@@ -25,7 +25,7 @@ class Collective:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What one rank holds and does in a step, in bytes and FLOPs.
+    """Memory and work of one rank in a step, in bytes and FLOPs.
 
     held: by category, between steps. peak: within the step.
     """

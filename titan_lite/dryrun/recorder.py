@@ -114,7 +114,7 @@ class Recorder(TorchDispatchMode):
         self.bytes.clear()
 
     def peak(self, start: int = 0, end: int | None = None) -> Peak:
-        """Of the time between two moments."""
+        """Returns the peak of the time between two moments."""
         held: dict[Category, int] = dict.fromkeys(CATEGORIES, 0)
         total = most = 0
         at_most: dict[Category, int] = {}

@@ -1,4 +1,4 @@
-"""What a dry run found, in words or as JSON."""
+"""The report of a dry run, in words or as JSON."""
 
 import dataclasses
 import json

@@ -90,7 +90,7 @@ class DryTrainer(Trainer):
         self.state = RunState()
 
     def _check_device(self) -> None:
-        """What holds on any device; this machine's is not the run's."""
+        """Checks that hold on any device; this machine's is not the run's."""
         section = self.config.float8.model_copy(update={"emulate": True})
         check_float8(self.plan, self.model, section, torch.device("meta"))
 
@@ -194,7 +194,7 @@ def dry_runs(plan: Plan, ranks: Sequence[int]) -> list[DryRank]:
 
 
 def left_out(config: Config) -> list[str]:
-    """What the step is asked to do and the dry run does otherwise, in sentences."""
+    """Returns the differences between the step and its dry run, in sentences."""
     notes = []
     if config.compile.enable:
         notes.append(

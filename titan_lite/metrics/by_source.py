@@ -1,4 +1,4 @@
-"""What a run takes from each source of its data."""
+"""Tokens and loss of each source of the data."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ class SourceMeter:
         self._tokens = self._tokens.to(tokens.device) + tokens
 
     def tokens(self) -> list[int]:
-        """Of each source, since step 0."""
+        """Returns the tokens of each source since step 0."""
         counts: list[int] = self._tokens.tolist()
         return counts
 

@@ -1,4 +1,4 @@
-"""What the device is called, its peak, and the memory it holds."""
+"""The device's name, peak and memory."""
 
 import platform
 import resource

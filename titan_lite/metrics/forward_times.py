@@ -38,7 +38,7 @@ class ForwardTimes:
         self._steps.append({})
 
     def seconds(self) -> float:
-        """Of all blocks together, the median step of the last ones; 0.0 while these are too few.
+        """Seconds of all blocks in the median of the last steps; 0.0 while these are too few.
 
         To be called when the device has done them.
         """

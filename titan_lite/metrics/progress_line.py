@@ -66,7 +66,7 @@ class ProgressLine:
         self._drawn = len(text)
 
     def _fit(self, fields: dict[str, str], step: int, room: int) -> str:
-        """What is least missed goes first, and the bar takes what is left."""
+        """Drops the least important parts first; the bar takes the width that is left."""
         for name in ("tokens", "loss"):
             if len("  ".join(fields.values())) > room:
                 del fields[name]

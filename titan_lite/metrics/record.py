@@ -1,4 +1,4 @@
-"""What a log record holds: unit, reduction across ranks and TensorBoard tag of each key."""
+"""Keys of a log record: unit, reduction across ranks and TensorBoard tag of each."""
 
 from dataclasses import dataclass
 from typing import Literal

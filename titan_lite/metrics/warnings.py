@@ -1,4 +1,4 @@
-"""What somebody should look at: a loss that jumps, a rank that starves, a rank that is slow."""
+"""Warnings about loss spikes, ranks that wait for data and slow ranks."""
 
 import logging
 import statistics

@@ -1,1 +1,1 @@
-"""What each model family is, as data. Never imports torch."""
+"""Model families as data. Never imports torch."""

@@ -63,9 +63,9 @@ class DecoderArgs:
     fp32_residual: bool = False
     """Blocks add to a residual stream in float32, whatever they compute in."""
     hidden_dropout: float = 0.0
-    """Of what the embeddings give, and of what attention and feed-forward add."""
+    """Dropout of embeddings, and of the outputs of attention and feed-forward."""
     attention_dropout: float = 0.0
-    """Of the weights of what is attended to."""
+    """Dropout of the attention weights."""
     tied_head: bool = False
     """The output projection multiplies by the embedding table."""
 
@@ -76,7 +76,7 @@ class DecoderArgs:
 
     @property
     def has_dropout(self) -> bool:
-        """Whether training drops anything."""
+        """Returns whether any dropout is on."""
         return max(self.hidden_dropout, self.attention_dropout) > 0
 
     @property

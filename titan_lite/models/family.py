@@ -1,4 +1,4 @@
-"""What the library knows about one model family."""
+"""One model family as data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ class Family:
     """A family as data: its sizes, how it is built, split, and spelled elsewhere."""
 
     name: str
-    """What model.name says."""
+    """Value of model.name."""
     flavors: Mapping[str, DecoderArgs]
     """Published sizes by the name that model.flavor says."""
     build: str
@@ -24,9 +24,9 @@ class Family:
     hf_key_map: Mapping[str, str]
     """Our parameter names -> Hugging Face's, `*` being the layer's number."""
     objective: Literal["causal_lm", "masked_lm"] = "causal_lm"
-    """What it learns from: the next token, or hidden ones and whether two texts belong together."""
+    """Training objective: the next token, or masked tokens and next-sentence prediction."""
     hf_config: HFConfig | None = None
-    """What config.json says of it; None: transformers has no such model."""
+    """Its form in config.json; None: transformers has no such model."""
     hf_layouts: Mapping[str, HFLayout] = field(default_factory=dict)
     """Hugging Face's parameter names -> how they are stored, where not as ours."""
     hf_ignored: tuple[str, ...] = ()

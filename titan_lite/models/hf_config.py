@@ -33,13 +33,13 @@ class HFConfig:
     """Other classes that files name which hold all of this one's weights."""
     model_type: str
     args: type[DecoderArgs] = DecoderArgs
-    """What the numbers become."""
+    """Form of the numbers in config.json."""
     keys: Mapping[str, str]
     """Fields of the args -> keys of config.json; several fields of one key have one value."""
     choices: Mapping[str, object] = field(default_factory=dict)
     """Fields of the args that have this value in every model of the class."""
     defaults: Mapping[str, object] = field(default_factory=dict)
-    """What transformers takes where config.json lacks a key, or has null."""
+    """Defaults of transformers where config.json lacks a key, or has null."""
     fallbacks: Mapping[str, str] = field(default_factory=dict)
     """Keys that have another key's value where config.json lacks them, or has null."""
     names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class HFConfig:
     """Keys that can have no other value in this family, which is also transformers' default."""
 
     def is_called(self, architectures: Collection[str]) -> bool:
-        """Whether the `architectures` of a config.json name it."""
+        """Returns whether the `architectures` of a config.json name it."""
         return not {self.architecture, *self.aliases}.isdisjoint(architectures)
 
 
@@ -117,7 +117,7 @@ def hf_config_from_args(
     eos_id: int | None = None,
     pad_id: int | None = None,
 ) -> dict[str, Any]:
-    """What config.json says of a model; `dtype` as torch spells it, ids None without tokenizer."""
+    """Returns the config.json of a model; dtype: as torch spells it; ids: None without tokenizer."""
     config: dict[str, Any] = {
         "architectures": [hf.architecture],
         "model_type": hf.model_type,
@@ -139,14 +139,14 @@ def hf_config_from_args(
 
 
 def unsaid_in_hf(args: DecoderArgs, hf: HFConfig) -> str:
-    """What of a model config.json has no words for, or nothing."""
+    """Returns the features of a model that config.json cannot express, or ""."""
     different = differences(hf_config_from_args(args, hf, dtype="float32"), hf, args)
     words = [f"{name} {ours}, not {theirs}" for name, (theirs, ours) in different.items()]
     return f"{hf.architecture} cannot have {', '.join(words)}" if words else ""
 
 
 def _ours(value: Any, key: str, hf: HFConfig) -> Any:
-    """What the args call a value of config.json."""
+    """Returns the args' name for a value of config.json."""
     names = hf.names.get(key)
     if names is None:
         return value
@@ -159,7 +159,7 @@ def _ours(value: Any, key: str, hf: HFConfig) -> Any:
 
 
 def _theirs(value: Any, key: str, hf: HFConfig) -> Any:
-    """What config.json calls a value of the args; the first name where it has none for it."""
+    """Returns config.json's name for a value of the args, the first one where it has several."""
     names = hf.names.get(key)
     if names is None:
         return value

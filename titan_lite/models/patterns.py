@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a dotted name has the pattern's number of parts and each part matches."""
+    """Returns whether a dotted name has the pattern's number of parts and each part matches."""
     patterns, parts = pattern.split("."), name.split(".")
     return len(patterns) == len(parts) and all(map(fnmatchcase, parts, patterns))
 

@@ -36,5 +36,5 @@ class PlanRow:
     role: Role
 
     def matches(self, module_name: str) -> bool:
-        """Whether this row speaks about the module."""
+        """Returns whether this row applies to the module."""
         return matches(self.pattern, module_name)

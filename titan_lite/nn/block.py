@@ -36,7 +36,7 @@ class Block(nn.Module):
         mask: DocumentMask | None,
         dropout_keys_BS: Tensor | None,
     ) -> Tensor:
-        """What attention adds to the residual stream."""
+        """Returns the output of attention, for the residual stream."""
         # By keyword: what tensor parallel gathers for the attention is its only positional input.
         out_BSD = self.attention(
             x_BSD, positions_S=positions_S, mask=mask, dropout_keys_BS=dropout_keys_BS
@@ -45,7 +45,7 @@ class Block(nn.Module):
         return dropped_BSD
 
     def feed(self, x_BSD: Tensor, dropout_keys_BS: Tensor | None) -> Tensor:
-        """What the feed-forward adds to the residual stream."""
+        """Returns the output of the feed-forward, for the residual stream."""
         dropped_BSD: Tensor = self.ffn_dropout(self.feed_forward(x_BSD), dropout_keys_BS)
         return dropped_BSD
 

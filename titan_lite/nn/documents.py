@@ -31,18 +31,18 @@ class Spans(NamedTuple):
 
 
 DocumentMask = Tensor | tuple[Spans, ...]
-"""What queries see: (B, 1, Q, S), added to their scores, 0 or -inf; or spans of all of them."""
+"""Attention mask: (B, 1, Q, S), 0 or -inf, added to the scores; or spans of all queries."""
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether attention takes spans there, and not only a dense mask, of memory Q x S."""
+    """Returns whether attention takes spans there, and not only a dense mask, of memory Q x S."""
     return device.type == "cuda" and dtype != torch.float32
 
 
 def dense_mask(
     documents_BS: Tensor, queries_Q: Tensor, dtype: torch.dtype, *, causal: bool = True
 ) -> Tensor:
-    """Of the document numbers of whole rows, for the queries at these places in them."""
+    """Builds the mask from the document numbers of whole rows, for the queries at these places."""
     sees_BQS = documents_BS[:, queries_Q, None] == documents_BS[:, None]
     if causal:
         positions_S = torch.arange(documents_BS.shape[1], device=documents_BS.device)
@@ -60,7 +60,7 @@ def document_spans(documents_BS: Tensor, queries_Q: Tensor) -> tuple[Spans, ...]
 
 
 def _spans(documents_BS: Tensor, first: int, count: int) -> Spans:
-    """Of the queries [first, first + count) of each row; documents without any have keys alone."""
+    """Cuts out the queries [first, first + count) of each row; documents without any keep keys."""
     B, S = documents_BS.shape
     starts_BS = torch.ones_like(documents_BS, dtype=torch.bool)
     starts_BS[:, 1:] = documents_BS.diff() != 0

@@ -22,7 +22,7 @@ PairLoss = Callable[[Tensor], Tensor]
 
 
 class Transform(nn.Module):
-    """What hidden tokens are told from: norm(gelu(dense x)), before the output projection."""
+    """The transform of the masked-LM head: norm(gelu(dense x)), before the output projection."""
 
     def __init__(self, args: EncoderArgs) -> None:
         super().__init__()

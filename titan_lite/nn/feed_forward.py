@@ -43,5 +43,5 @@ def build_gelu(args: DecoderArgs) -> nn.GELU:
 
 
 def build_feed_forward(args: DecoderArgs) -> nn.Module:
-    """What model.ffn names."""
+    """Feed-forward classes by the value of model.ffn."""
     return GatedFeedForward(args) if args.ffn == "swiglu" else PlainFeedForward(args)

@@ -1,4 +1,4 @@
-"""What decoder and encoder share: all that parallelism, initialisation and checkpoints rely on.
+"""Base of decoder and encoder: all that parallelism, initialisation and checkpoints rely on.
 
 Shape suffixes: B batch, S sequence, D model width.
 """
@@ -91,7 +91,7 @@ class Transformer(nn.Module):
         mask: DocumentMask | None,
         dropout_keys_BS: Tensor | None,
     ) -> Tensor:
-        """What the last of the blocks gives."""
+        """Returns the output of the last block."""
         for name, block in self.layers.items():
             keys_BS = None
             if dropout_keys_BS is not None:

@@ -1,4 +1,4 @@
-"""What becomes of a step whose loss or gradient norm is not finite."""
+"""Handling of steps whose loss or gradient norm is NaN or infinite."""
 
 import itertools
 from collections.abc import Sequence

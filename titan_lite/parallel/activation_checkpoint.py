@@ -105,7 +105,7 @@ def _contexts(save: tuple[SavedOp, ...]) -> Any:
 
 
 def is_checkpointed(block: nn.Module) -> bool:
-    """Whether backward computes the block again."""
+    """Returns whether backward computes the block again."""
     return isinstance(block, CheckpointWrapper)
 
 

@@ -235,7 +235,7 @@ def float8_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def is_gathered_in_float8(weight: torch.Tensor) -> bool:
-    """Whether FSDP2 gathers this weight as its tensor subclass says, not in param_dtype."""
+    """Returns whether FSDP2 gathers this weight by its tensor subclass, not in param_dtype."""
     local = weight.to_local() if isinstance(weight, DTensor) else weight
     return hasattr(local, "fsdp_pre_all_gather")
 

@@ -27,7 +27,7 @@ def check_symm_mem(device: torch.device) -> None:
 
 
 def uses_symm_mem(model: nn.Module) -> bool:
-    """Whether all gathers of parameters are from symmetric memory."""
+    """Returns whether all gathers of parameters are from symmetric memory."""
     gathers = [
         type(group._all_gather_comm).__name__
         for module in model.modules()
@@ -70,7 +70,7 @@ def free_gathered(model: nn.Module) -> None:
 
 
 def precision(model: nn.Module) -> str:
-    """What FSDP2 computes and reduces in, as its units say."""
+    """Returns the dtypes of FSDP2's units for compute and reduction."""
     policies = {
         f"{policy.param_dtype} computation, {policy.reduce_dtype} reduction"
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""What was really applied, counted from the modules and checked against what was asked."""
+"""The applied report: counted from the modules and checked against the configuration."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ MISMATCH = "what was applied is not what was asked: "
 
 @dataclass(frozen=True, kw_only=True)
 class Applied:
-    """What was found after `parallelize`.
+    """Features found on the modules after `parallelize`.
 
     modules: names by feature: "FSDP unit", tensor-parallel roles, "float8 linear",
     "float8 all-gather", "ring attention over 4 ranks" and the like, "checkpointed",
@@ -123,7 +123,7 @@ class Applied:
             )
 
     def compiled(self) -> str:
-        """What the first step compiled, in words."""
+        """Returns the graphs that the first step compiled, in words."""
         text = f"{self._compiled()} into {self.compiled_graphs} graphs"
         if self.fused_all_gather_matmuls is not None:
             text += (
@@ -190,7 +190,7 @@ class Applied:
 
 
 def together(stages: Sequence[Applied]) -> Applied:
-    """What was applied to all pipeline stages of this rank."""
+    """Merges the reports of all pipeline stages of this rank."""
     modules: dict[str, list[str]] = defaultdict(list)
     dropout: dict[str, int] = defaultdict(int)
     for stage in stages:

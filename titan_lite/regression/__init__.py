@@ -1,1 +1,1 @@
-"""Whether a run follows another's curve: comparison, golden curves, and pages to look at."""
+"""Comparison of runs: by each other, by golden curves, and on pages to look at."""

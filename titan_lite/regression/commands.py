@@ -70,7 +70,7 @@ class _Side:
         return self.path.suffix == ".toml"
 
     def planned(self) -> "_Planned":
-        """What a run of it will be; ConfigError for what cannot run."""
+        """Plans a run of it; ConfigError for what cannot run."""
         plan = make_plan(self.path, self.overrides, self.nproc or None)
         data = trained_on(plan.config.model_dump(), asdict(plan.dims))
         return _Planned(self, plan.dims.world_size, data, plan.config.training.steps)

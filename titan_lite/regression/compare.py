@@ -1,4 +1,4 @@
-"""Whether one curve follows another: three tiers, each with the distance that it allows."""
+"""Comparison of two curves: three tiers, each with the distance that it allows."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

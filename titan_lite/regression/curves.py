@@ -29,7 +29,7 @@ Record = dict[str, Any]
 
 
 class Mistake(ValueError):
-    """What makes a comparison meaningless, in a sentence for the user."""
+    """A reason for which a comparison is meaningless, in a sentence for the user."""
 
 
 class Changes(str):
@@ -38,7 +38,7 @@ class Changes(str):
 
 @dataclass(frozen=True)
 class Curve:
-    """What a run logged of each quantity.
+    """The logged values of each quantity of a run.
 
     values: by quantity, one for each of `steps`. data: the settings that say what it was trained
     on. dtype: the coarsest of its arithmetic. facts: what run.json says of it.
@@ -95,7 +95,7 @@ def read_records(folder: Path) -> list[Record]:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What a run folder's run.json says."""
+    """The contents of a run folder's run.json."""
     path = folder / RUN_FILE
     try:
         facts: dict[str, Any] = json.loads(_read_text(path))
@@ -131,7 +131,7 @@ def _check_facts(name: str, facts: Any) -> None:
 
 
 def segments(facts: Mapping[str, Any], last_step: int) -> list[Mapping[str, Any]]:
-    """What run.json says of each part of a run between two resumes that has logged steps.
+    """Facts of run.json on each part of a run between two resumes that has logged steps.
 
     A run.json of an older version tells of the last part only, which then stands for all.
     """

@@ -45,7 +45,7 @@ _SIGMA_OVER_MAD = 1 / NormalDist().inv_cdf(0.75)
 
 @dataclass(frozen=True)
 class Distance:
-    """Of two curves, relative, at each step: the smoothed ones, their distance, its limit."""
+    """Two smoothed curves, their relative distance at each step, and its limit."""
 
     smooth_a: Array
     smooth_b: Array
@@ -54,7 +54,7 @@ class Distance:
 
 
 def distance(a: Array, b: Array) -> Distance:
-    """Of two positive finite curves of at least MIN_STEPS steps each."""
+    """Returns the distance of two positive finite curves of at least MIN_STEPS steps each."""
     assert len(a) == len(b) >= MIN_STEPS
     window = len(a) // WINDOWS
     smooth_a, clipped_a, weights = _smooth(np.log(a), window)

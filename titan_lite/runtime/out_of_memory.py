@@ -1,4 +1,4 @@
-"""What to say when a device has no memory left."""
+"""Advice for a device that is out of memory."""
 
 import re
 from collections.abc import Sequence

@@ -52,7 +52,7 @@ def _sent(number: signal.Signals) -> str:
 
 
 class StopRequest:
-    """Whether this process was asked to stop; `signal` names what asked."""
+    """A request to stop this process; `signal` names what asked, None before."""
 
     def __init__(self, progress: Progress | None = None) -> None:
         self.signal: str | None = None

@@ -30,7 +30,7 @@ COLLECTIVES = ("distributed_c10d.py", "_functional_collectives.py")
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank last said of itself; seconds: in its phase; at: when, by its clock."""
+    """A rank's last report; seconds: in its phase; at: its clock at that time."""
 
     step: int
     phase: Phase

@@ -1,4 +1,4 @@
-"""What a run cannot write ends it with one sentence; no torch."""
+"""Ends a run that cannot write with one sentence; no torch."""
 
 import contextlib
 from collections.abc import Iterator

@@ -112,7 +112,7 @@ def row_cluster(row: Row, values: Mapping[str, float]) -> Cluster:
 
 
 def row_job(row: Row) -> Job:
-    """What a row says was run."""
+    """The run that a row describes."""
     if missing := [key for key in ("model", "gpus", "tp", "pp", "sharding") if key not in row]:
         raise Unpredictable(f"not stated: {', '.join(missing)}")
     args = published_model(str(row["model"]))

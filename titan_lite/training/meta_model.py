@@ -101,7 +101,7 @@ def count_flops(
     stages: list[Stage],
     head_share: float,
 ) -> FlopsPerToken:
-    """Of the whole model. head_share: as for pipeline_stages."""
+    """Counts the FLOPs of the whole model. head_share: as for pipeline_stages."""
     section = config.activation_checkpoint
     recomputed = [section.layers(stage.blocks) for stage in stages]
     num_params = model.num_parameters - num_unused_params(args)

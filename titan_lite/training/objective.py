@@ -1,4 +1,4 @@
-"""What a family learns: how documents become its samples, and what it is told beside token losses.
+"""Training objectives: how documents become samples, and losses besides that of tokens.
 
 The loss of labelled tokens is common to all, and so is its mean over those of the global batch.
 """
@@ -44,7 +44,7 @@ class Objective(Protocol):
     def arguments(
         self, batch: Batch, factor: Tensor, sums: Tensor, to_device: Callable[[Tensor], Tensor]
     ) -> dict[str, Any]:
-        """What the model is called with beside tokens, positions, mask and the head's loss.
+        """Returns arguments for the model, besides tokens, positions, mask and the head's loss.
 
         factor: of what is summed over pairs. sums: what is found is added to it.
         """

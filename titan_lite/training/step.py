@@ -219,7 +219,7 @@ class TrainStep:
         return self.global_loss(torch.cat([loss.unsqueeze(0), self.sums]))
 
     def _call(self, batch: Batch, factor: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """What the model is called with for a micro-batch, on the device."""
+        """Returns the model's arguments for a micro-batch, on the device."""
         config, labelled = self.config, None
         if config.training.loss_positions == "labelled":
             labelled = self.to_device(self.labelled(batch))
@@ -243,7 +243,7 @@ class TrainStep:
         return self.to_device(batch.inputs), kwargs
 
     def _dropout(self, batch: Batch) -> dict[str, Tensor]:
-        """What tells the model what to drop; nothing in `evaluate`, which has no gradients."""
+        """Returns the keys of dropout for the model; none in `evaluate`, which has no gradients."""
         if not (self.args.has_dropout and torch.is_grad_enabled()):
             return {}
         assert batch.samples is not None
@@ -257,7 +257,7 @@ class TrainStep:
         return torch.zeros(self.objective.num_sums, dtype=dtype, device=self.device)
 
     def labelled(self, batch: Batch) -> Tensor:
-        """Of the flattened tokens, those whose label counts; the host knows how many."""
+        """Returns the flattened tokens whose label counts; the host knows how many."""
         return (batch.labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)
 
     def local(self, batch: Batch) -> Batch:
@@ -275,7 +275,7 @@ class TrainStep:
         )
 
     def _mask(self, batch: Batch) -> DocumentMask | None:
-        """What all layers see of the micro-batch."""
+        """Returns the attention mask of the micro-batch for all layers."""
         if batch.documents is None:
             return None
         config, queries = self.config, self.positions

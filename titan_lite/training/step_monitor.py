@@ -50,7 +50,7 @@ class Outcomes:
                 logger.warning("Skipped: %s", numbers)
 
     def _blame(self, guard: NonFiniteGuard) -> str:
-        """Whose gradients were not finite, as a sentence; collective."""
+        """Names the parameters with non-finite gradients, in a sentence; collective."""
         mine = {name.replace(CHECKPOINT_PREFIX, "") for name in guard.bad_gradients()}
         by_rank: list[set[str]] = [set()] * dist.get_world_size()
         dist.all_gather_object(by_rank, mine)
