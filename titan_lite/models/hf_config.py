@@ -117,7 +117,7 @@ def hf_config_from_args(
     eos_id: int | None = None,
     pad_id: int | None = None,
 ) -> dict[str, Any]:
-    """Returns the config.json of a model; dtype: as torch spells it; ids: None without tokenizer."""
+    """Returns a model's config.json; dtype: as torch spells it; ids: None without tokenizer."""
     config: dict[str, Any] = {
         "architectures": [hf.architecture],
         "model_type": hf.model_type,
