@@ -19,6 +19,7 @@ from titan_lite import cli
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import load_config
 from titan_lite.dryrun import run
+from titan_lite.dryrun.repeat import NotRepeatableError
 from titan_lite.models.plan import make_plan
 from titan_lite.nn.build import build
 from titan_lite.planner.hardware import DEVICES, find_by_short_name
@@ -51,10 +52,18 @@ def fresh() -> Iterator[Pool]:
         yield pool
 
 
-def _dry(path: Path | None, world_size: int, rank: int, overrides: tuple[str, ...]) -> Any:
+def _dry(
+    path: Path | None,
+    world_size: int,
+    rank: int,
+    overrides: tuple[str, ...],
+    *,
+    repeats: bool = True,
+) -> Any:
     from titan_lite.dryrun.run import dry_run
 
-    return dry_run(make_plan(path, overrides, world_size), rank, on_gpu=path is not None)
+    plan = make_plan(path, overrides, world_size)
+    return dry_run(plan, rank, on_gpu=path is not None, repeats=repeats)
 
 
 def _real(folder: Path, overrides: tuple[str, ...]) -> Any:
@@ -88,6 +97,71 @@ def test_memory_flops_and_collectives_are_those_of_a_real_run(
         assert dry.flops == real[rank].flops > 0
         assert dry.held == real[rank].held
         assert dry.peak.bytes == pytest.approx(real[rank].peak.bytes, rel=0.05)
+
+
+# World size, blocks, and four micro-batches for each rank.
+REPEATED = {
+    "fsdp 2 x tp 2, full checkpointing": (
+        4,
+        6,
+        8,
+        ("--parallel.tp=2", "--activation_checkpoint.mode=full"),
+    ),
+    "replicas, some blocks checkpointed": (
+        2,
+        11,
+        8,
+        (
+            "--parallel.dp_replicate=2",
+            "--activation_checkpoint.mode=first_k",
+            "--activation_checkpoint.first_k=5",
+            "--parallel.reshard_after_forward=always",
+        ),
+    ),
+    "pp 2, selective checkpointing": (
+        2,
+        11,
+        4,
+        ("--parallel.pp=2", "--activation_checkpoint.mode=selective_op"),
+    ),
+    "interleaved stages": (
+        2,
+        20,
+        4,
+        (
+            "--parallel.pp=2",
+            "--parallel.pp_schedule=Interleaved1F1B",
+            "--parallel.pp_stages_per_rank=2",
+        ),
+    ),
+    "ring of cp 2": (2, 6, 4, ("--parallel.cp=2",)),
+    "gpt with dropout": (
+        1,
+        6,
+        4,
+        ("--model.name=gpt", "--model.hidden_dropout=0.1", "--model.attention_dropout=0.1"),
+    ),
+    "a backward that is split": (
+        2,
+        5,
+        4,
+        ("--parallel.pp=2", "--parallel.pp_schedule=ZBVZeroBubble"),
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", REPEATED)
+def test_blocks_that_are_repeated_give_the_numbers_of_blocks_that_are_run(
+    layout: str, fresh: Pool
+) -> None:
+    world_size, blocks, batch, settings = REPEATED[layout]
+    sizes = (f"--model.num_layers={blocks}", f"--training.global_batch_size={batch}")
+    overrides = (*TINY, *STEP, *sizes, "--training.local_batch_size=1", *settings)
+    repeated, run = (
+        fresh.apply(_dry, (None, world_size, world_size - 1, overrides), {"repeats": repeats})
+        for repeats in (True, False)
+    )
+    assert repeated == run
 
 
 def test_flops_of_attention_count_every_query_head() -> None:
@@ -259,6 +333,23 @@ def test_what_only_the_built_model_refuses_is_answered_as_in_a_run(
     error = capfd.readouterr().err
     assert "parallel.pp_stage_modules (command line): must name each of these once" in error
     assert "Traceback" not in error
+
+
+class Unequal:
+    """Finds that blocks do not stand for each other, unless all of them are run."""
+
+    def __call__(self, _plan: Any, place: tuple[int, int, int], *, repeats: bool) -> Any:
+        if repeats:
+            raise NotRepeatableError("two passes differ")
+        return place
+
+
+def test_a_model_whose_blocks_do_different_things_is_run_as_a_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run, "_quiet_dry_run", Unequal())
+    places: Any = run.dry_runs(make_plan(None, [NO_FILE], 2), [1])
+    assert places == [(1, 1, 1)]
 
 
 class Deadly:

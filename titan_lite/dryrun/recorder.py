@@ -70,6 +70,27 @@ class Peak:
     categories: dict[Category, int]
 
 
+@dataclass(frozen=True)
+class Moment:
+    """What a recorder holds at a time. live: allocations that are not freed."""
+
+    live: frozenset[Allocation]
+    num_changes: int
+    flops: int
+    counts: Counter[tuple[str, str]]
+    bytes: Counter[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What was recorded between two moments."""
+
+    changes: list[tuple[Allocation, int]]
+    flops: int
+    counts: Counter[tuple[str, str]]
+    bytes: Counter[tuple[str, str]]
+
+
 class Recorder(TorchDispatchMode):
     """Records while it is entered.
 
@@ -106,6 +127,43 @@ class Recorder(TorchDispatchMode):
     def now(self) -> int:
         """A moment, to give to `peak`."""
         return len(self._changes)
+
+    def moment(self) -> Moment:
+        """The present, for `since`."""
+        live = frozenset(self._live.values())
+        return Moment(live, self.now(), self.flops, self.counts.copy(), self.bytes.copy())
+
+    def since(self, moment: Moment) -> Passage:
+        """What was recorded from a moment on."""
+        return Passage(
+            self._changes[moment.num_changes :],
+            self.flops - moment.flops,
+            self.counts - moment.counts,
+            self.bytes - moment.bytes,
+        )
+
+    def allocation(self, tensor: Tensor) -> Allocation:
+        """The storage of a tensor, or of a DTensor's part."""
+        return self._see(next(_parts(tensor)).untyped_storage())
+
+    def change(self, allocation: Allocation, change: int) -> None:
+        """Records a change of an allocation that nothing has made."""
+        self._changes.append((allocation, change))
+
+    def forget(self, tensor: Tensor) -> None:
+        """Records that a tensor is freed, which still exists for a moment."""
+        key = next(_parts(tensor)).untyped_storage()._cdata
+        allocation = self._live.pop(key)
+        del self._references[key]
+        self._changes.append((allocation, -allocation.bytes))
+
+    def add(
+        self, flops: int, counts: Counter[tuple[str, str]], sizes: Counter[tuple[str, str]]
+    ) -> None:
+        """Records FLOPs and collectives that nothing has done."""
+        self.flops += flops
+        self.counts += counts
+        self.bytes += sizes
 
     def restart(self) -> None:
         """Forgets FLOPs and collectives, not the memory that is held."""

@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from titan_lite.checkpoint.state import RunState
 from titan_lite.config.load import ConfigError, Problem
@@ -21,6 +21,7 @@ from titan_lite.data.loader import Batch
 from titan_lite.dryrun.gpu_kernels import gpu_kernels
 from titan_lite.dryrun.measure import Measured, measure_step, recorder
 from titan_lite.dryrun.progress import RankProgress
+from titan_lite.dryrun.repeat import NotRepeatableError, repeat_blocks
 from titan_lite.dryrun.torch_private import FakeTensorMode, fake_world
 from titan_lite.models.plan import Plan
 from titan_lite.parallel.float8 import refresh_scales
@@ -138,12 +139,14 @@ def dry_run(
     rank: int,
     *,
     on_gpu: bool = True,
+    repeats: bool = True,
     progress: RankProgress | None = None,
 ) -> DryRank:
     """Builds one rank of the run and measures a step of it; once in a process.
 
     torch keeps process groups by their names in caches, which another world would find.
-    on_gpu: with the kernels of GPUs where they keep other tensors than the CPU's.
+    on_gpu: with the kernels of GPUs where they keep other tensors than the CPU's. repeats: equal
+    blocks, of which a few are run; raises NotRepeatableError where they do not stand for all.
     """
     is_compiled = plan.config.compile.covers("model")
     plan = dataclasses.replace(plan, config=_eager(plan.config))
@@ -154,6 +157,11 @@ def dry_run(
         if progress is not None:
             progress.enter("optimizer state")
             progress.watch(trainer.model.layers.values(), plan.micro_steps, trainer.optimizer)
+        # A schedule that splits backward looks for the parameters of each block in its graph, and
+        # each block has dropout keys of its own, which are freed between blocks.
+        splits_backward = plan.config.parallel.splits_backward
+        if repeats and not splits_backward and not plan.args.has_dropout:
+            repeat_blocks(record, _blocks(trainer))
         with trainer.fake, kernels:
             measured = measure_step(trainer, record)
     dims, parallel = plan.dims, plan.config.parallel
@@ -173,15 +181,30 @@ def dry_run(
     )
 
 
+def _blocks(trainer: Trainer) -> list[list[nn.Module]]:
+    """Those of each pipeline stage of this rank."""
+    if trainer.pipeline is None:
+        return [list(trainer.model.layers.values())]
+    models: list[Any] = [stage.submod for stage in trainer.pipeline.stages]
+    return [list(model.layers.values()) for model in models]
+
+
 def dry_runs(plan: Plan, ranks: Sequence[int]) -> list[DryRank]:
     """`dry_run` of several ranks, each in a process of its own; ConfigError if one is killed."""
     context = multiprocessing.get_context("spawn")
 
     def run(number: int, rank: int) -> DryRank:
         place = rank, number, len(ranks)
-        try:
+
+        def in_a_process(*, repeats: bool) -> DryRank:
             with ProcessPoolExecutor(1, context, initializer=end_with_parent) as process:
-                return process.submit(_quiet_dry_run, plan, place).result()
+                return process.submit(_quiet_dry_run, plan, place, repeats=repeats).result()
+
+        try:
+            try:
+                return in_a_process(repeats=True)
+            except NotRepeatableError:
+                return in_a_process(repeats=False)
         except BrokenProcessPool:
             message = (
                 f"the process of rank {rank} was killed, by the system if memory was short: one "
@@ -239,11 +262,11 @@ def _eager(config: Config) -> Config:
     return config.model_copy(update=off)
 
 
-def _quiet_dry_run(plan: Plan, place: tuple[int, int, int]) -> DryRank:
+def _quiet_dry_run(plan: Plan, place: tuple[int, int, int], *, repeats: bool) -> DryRank:
     # What torch warns about is the fake world, or said by a real run, too.
     warnings.simplefilter("ignore")
     with contextlib.closing(RankProgress(*place)) as progress:
-        return dry_run(plan, place[0], progress=progress)
+        return dry_run(plan, place[0], repeats=repeats, progress=progress)
 
 
 def _draw_nothing(name: str, tensor: Tensor, generator: torch.Generator) -> None:
