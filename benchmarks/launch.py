@@ -1,37 +1,56 @@
-"""Seconds from ./run_train.sh to the first logged step, and of `titan-lite config`.
+"""Time to the first logged step of ./run_train.sh, and of `titan-lite config`, over `import torch`.
 
-    python -m benchmarks.launch [--rounds 3]
+    python -m benchmarks.launch [--rounds 3] [--beside CHECKOUT] [--output launch.json]
 
-Both are compared with `import torch` alone. The environment exists already; the three are measured
-in turn, medians are printed.
+The environment exists already. What is measured takes turns; medians of the rounds are printed, as
+seconds and as processor time of all processes until they end, on which other programs have less
+influence. With --beside another checkout of this repository takes its turns as well.
 """
 
 import argparse
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.manifest import report
 
 ROOT = Path(__file__).parent.parent
 
+Measured = tuple[float, float]
+"""Seconds, and processor seconds of all processes."""
 
-def first_step_seconds() -> float:
+
+def measure(work: Callable[[], float]) -> Measured:
+    """Measures what returns its seconds, and waits for the processes that it starts."""
+    start = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = work()
+    end = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds, end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime
+
+
+def launch(checkout: Path) -> Measured:
+    """Of the debug model's first step, in processes as the launcher starts them."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with tempfile.TemporaryDirectory() as folder:
+
+    def run() -> float:
         start = time.perf_counter()
-        with subprocess.Popen(
-            ["./run_train.sh", "--training.steps=1", f"--job.dump_folder={folder}"],
-            cwd=ROOT,
-            env={**os.environ, "PATH": path},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        ) as process:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            subprocess.Popen(
+                ["./run_train.sh", "--training.steps=1", f"--job.dump_folder={folder}"],
+                cwd=checkout,
+                env={**os.environ, "PATH": path},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            ) as process,
+        ):
             assert process.stdout is not None
             seconds = next(
                 time.perf_counter() - start
@@ -39,33 +58,59 @@ def first_step_seconds() -> float:
                 if line.startswith("step") and "loss" in line
             )
             process.communicate()
-    return seconds
+        return seconds
+
+    return measure(run)
 
 
-def seconds(*arguments: str) -> float:
+def python(*arguments: str) -> Measured:
     """Of one run of Python."""
-    start = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - start
+
+    def run() -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - start
+
+    return measure(run)
+
+
+def over(values: Sequence[Measured], imports: Sequence[Measured]) -> dict[str, float]:
+    """Medians over the rounds, and of the ratios to `import torch` in the same round."""
+    ratios = [
+        (seconds / import_seconds, processor / import_processor)
+        for (seconds, processor), (import_seconds, import_processor) in zip(
+            values, imports, strict=True
+        )
+    ]
+    columns = {
+        "seconds": [seconds for seconds, _ in values],
+        "processor_seconds": [processor for _, processor in values],
+        "seconds_over_import_torch": [seconds for seconds, _ in ratios],
+        "processor_seconds_over_import_torch": [processor for _, processor in ratios],
+    }
+    return {name: round(statistics.median(column), 2) for name, column in columns.items()}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    rounds = parser.parse_args().rounds
-    launches, imports, configs = [], [], []
-    for _ in range(rounds):
-        imports.append(seconds("-c", "import torch"))
-        configs.append(seconds("-m", "titan_lite.cli", "config", "train_configs/debug.toml"))
-        launches.append(first_step_seconds())
+    parser.add_argument("--beside", type=Path, metavar="CHECKOUT")
+    parser.add_argument("--output", metavar="FILE", help="kept in benchmarks/results/")
+    options = parser.parse_args()
+    checkouts = {"first_step": ROOT}
+    if options.beside is not None:
+        checkouts["first_step_beside"] = options.beside
+    imports: list[Measured] = []
+    values: dict[str, list[Measured]] = {name: [] for name in (*checkouts, "config")}
+    for _ in range(options.rounds):
+        imports.append(python("-c", "import torch"))
+        values["config"].append(
+            python("-m", "titan_lite.cli", "config", "train_configs/debug.toml")
+        )
+        for name, checkout in checkouts.items():
+            values[name].append(launch(checkout))
     report(
         "launch",
-        {
-            "first_step_seconds": round(statistics.median(launches), 2),
-            "import_torch_seconds": round(statistics.median(imports), 2),
-            "config_seconds": round(statistics.median(configs), 2),
-            "first_step_over_import_torch": round(
-                statistics.median(a / b for a, b in zip(launches, imports, strict=True)), 2
-            ),
-        },
+        {name: over(column, imports) for name, column in values.items()},
+        options.output,
     )
