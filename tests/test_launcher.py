@@ -17,8 +17,10 @@ import pytest
 from tests.distributed import GUARD
 from tests.runs import read_metrics
 from tests.runtime.test_parent import wait_for_end
+from titan_lite import cli
 from titan_lite import launch as launcher
-from titan_lite.launch import POLL_SECONDS, UsageError, loopback, read_endpoint, split_arguments
+from titan_lite.config.arguments import UsageError, split_arguments
+from titan_lite.launch import POLL_SECONDS, Settings, loopback, read_endpoint
 from titan_lite.regression.launch import launch as launch_for_comparison
 from titan_lite.runtime.log import is_first_to_say
 
@@ -305,38 +307,44 @@ def test_all_broken_rules_are_reported_together_and_unknown_keys_before_them() -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["c.yaml"], "the configuration must be a .toml file, got 'c.yaml'"),
-        (["my"], "the configuration must be a .toml file, got 'my'"),
-        (
-            ["--training.steps=3", "my.toml"],
-            "my.toml comes after --training.steps=3: the configuration must come first",
-        ),
         (
             ["my.toml", "--training.steps", "3"],
-            "expected one configuration, got my.toml and 3; overrides are written "
-            "--section.key=value, without a space: '3' is not one",
+            "'3' is not an override: write --training.steps=3",
         ),
         (["--training.steps", "3"], "'3' is not an override: write --training.steps=3"),
         (["a.toml", "b.toml"], "expected one configuration, got a.toml and b.toml"),
+        (["--a.b=1", "a.toml", "3"], "expected one configuration, got a.toml and 3"),
     ],
 )
 def test_arguments_that_are_neither_a_configuration_nor_overrides_are_refused(
-    arguments: list[str], message: str
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UsageError) as error:
         split_arguments(arguments)
-    assert str(error.value).startswith(message)
+    assert str(error.value) == message
+    for command in (["config"], ["train"]):
+        assert cli.main([*command, *arguments]) == 2
+        assert message in capsys.readouterr().err
 
 
-def test_the_configuration_is_the_first_argument_or_config_file(
+def test_the_configuration_stands_anywhere_among_the_overrides() -> None:
+    assert split_arguments(["My.TOML", "--a.b=c.toml"]) == ("My.TOML", ["--a.b=c.toml"])
+    assert split_arguments(["--a.b=1", "a.toml"]) == ("a.toml", ["--a.b=1"])
+    assert split_arguments(["--quiet", "a.toml"]) == ("a.toml", ["--quiet"])
+    assert split_arguments(["--a.b=1"]) == (None, ["--a.b=1"])
+
+
+def test_the_configuration_of_a_launcher_is_an_argument_or_config_file(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("DEVICE", "cpu")
     monkeypatch.setenv("CONFIG_FILE", "other.toml")
-    assert split_arguments(["My.TOML", "--a.b=c.toml"]) == ("My.TOML", ("--a.b=c.toml",))
-    assert split_arguments(["--a.b=1"]) == ("other.toml", ("--a.b=1",))
+    assert Settings.read(["My.TOML"]).config == "My.TOML"
+    assert Settings.read(["--a.b=1"]).config == "other.toml"
     monkeypatch.setenv("CONFIG_FILE", "other.yaml")
-    with pytest.raises(UsageError, match=r"must be a \.toml file, got 'other.yaml'"):
-        split_arguments([])
+    for arguments, name in ([], "other.yaml"), (["my"], "my"):
+        with pytest.raises(UsageError, match=rf"must be a \.toml file, got '{name}'"):
+            Settings.read(arguments)
 
 
 def test_a_configuration_that_is_not_there_or_a_folder_is_named(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from titan_lite import __version__
+from titan_lite.config.arguments import UsageError, split_arguments
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import ConfigError, LoadedConfig, Problem, load_config
 from titan_lite.config.problems import SettingError, collecting, did_you_mean, nearest
@@ -59,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except ConfigError as error:
         print(error, file=sys.stderr)
+        return 2
+    except UsageError as error:
+        print(f"titan-lite: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -331,10 +335,7 @@ def _parse(
     # argparse's positionals do not allow any order.
     options, rest = parser.parse_known_args(argv[:end])
     rest += argv[end + 1 :]
-    path = next((argument for argument in rest if not argument.startswith("-")), None)
-    if path is not None:
-        rest.remove(path)
-    return options, path, rest
+    return options, *split_arguments(rest)
 
 
 def _world_size(option: int | None) -> int | None:

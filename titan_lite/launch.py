@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from titan_lite.config.arguments import UsageError, split_arguments
 from titan_lite.runtime.gpus import count_gpus
 from titan_lite.runtime.log import MESSAGES
 from titan_lite.runtime.nodes import FirstNode, Job, Nodes, NodesError, Start, join, listen
@@ -41,10 +42,6 @@ POLL_SECONDS = 0.1
 KILL_AFTER_SECONDS = 30.0
 
 
-class UsageError(Exception):
-    """Arguments or variables that cannot work."""
-
-
 @dataclass(frozen=True)
 class Settings:
     """Arguments and variables."""
@@ -56,7 +53,10 @@ class Settings:
 
     @classmethod
     def read(cls, argv: Sequence[str]) -> "Settings":
-        config, overrides = split_arguments(argv)
+        path, overrides = split_arguments(argv)
+        config = path or os.environ["CONFIG_FILE"]
+        if not config.lower().endswith(".toml"):
+            raise UsageError(f"the configuration must be a .toml file, got {config!r}")
         nodes = _number("NNODES", 1, at_least=1)
         try:
             gpus = count_gpus()
@@ -72,34 +72,7 @@ class Settings:
             )
         run_id = os.environ.get("RDZV_ID", "titan_lite")
         job = Job(run_id, nodes, processes, _number("MAX_RESTARTS", 0, at_least=0))
-        return cls(config, overrides, job, gpus > 0)
-
-
-def split_arguments(argv: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-    """The configuration and the overrides; UsageError where they cannot be told."""
-    files = [argument for argument in argv if not argument.startswith("-")]
-    overrides = tuple(argument for argument in argv if argument.startswith("-"))
-    if not files:
-        return _toml(os.environ["CONFIG_FILE"]), overrides
-    if len(files) > 1:
-        others = [name for name in files if not name.lower().endswith(".toml")] or files[1:]
-        raise UsageError(
-            f"expected one configuration, got {' and '.join(files)}; "
-            f"overrides are written --section.key=value, without a space: {others[0]!r} is not one"
-        )
-    if argv[0] != files[0]:
-        previous = argv[argv.index(files[0]) - 1]
-        message = f"{files[0]} comes after {previous}: the configuration must come first"
-        if not files[0].lower().endswith(".toml"):
-            message = f"{files[0]!r} is not an override: write {previous}={files[0]}"
-        raise UsageError(message)
-    return _toml(files[0]), overrides
-
-
-def _toml(name: str) -> str:
-    if not name.lower().endswith(".toml"):
-        raise UsageError(f"the configuration must be a .toml file, got {name!r}")
-    return name
+        return cls(config, tuple(overrides), job, gpus > 0)
 
 
 def _number(name: str, default: int, *, at_least: int) -> int:

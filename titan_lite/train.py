@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from titan_lite.config.arguments import UsageError, split_arguments
 from titan_lite.config.load import ConfigError, Problem
 from titan_lite.models.plan import make_plan
 from titan_lite.runtime.log import is_first_to_say, set_up_logging
@@ -41,13 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     was saved, 143 when none was. A second SIGINT ends the process at once, with 130.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv or argv[0].startswith("-"):
-        asked = bool({"-h", "--help"} & set(argv))
-        print(USAGE, file=sys.stdout if asked else sys.stderr)
-        return 0 if asked else EXIT_MISTAKE
+    if {"-h", "--help"} & set(argv):
+        print(USAGE)
+        return 0
     try:
+        path, overrides = split_arguments(argv)
+        if path is None:
+            raise UsageError(USAGE)
         rank, world_size = position()
-    except ConfigError as error:
+    except (UsageError, ConfigError) as error:
         print(error, file=sys.stderr)
         return EXIT_MISTAKE
     set_up_logging(rank)
@@ -57,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if PARENT in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
             watch_parent(stop.launcher_has_gone)
         try:
-            return _train(argv, rank, world_size, stop)
+            return _train(path, overrides, rank, world_size, stop)
         except ConfigError as error:
             if is_first_to_say(str(error)):
                 print(error, file=sys.stderr)
@@ -65,12 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_MISTAKE
 
 
-def _train(argv: Sequence[str], rank: int, world_size: int, stop: StopRequest) -> int:
-    plan = make_plan(argv[0], argv[1:], world_size)
+def _train(
+    path: str, overrides: Sequence[str], rank: int, world_size: int, stop: StopRequest
+) -> int:
+    plan = make_plan(path, overrides, world_size)
     if rank == 0:
-        logger.info(
-            "Starting %s in %d process%s", argv[0], world_size, "es" if world_size > 1 else ""
-        )
+        logger.info("Starting %s in %d process%s", path, world_size, "es" if world_size > 1 else "")
     # torch takes seconds to import: a mistake is answered before. What it makes stays: looking
     # for garbage among it would take a tenth of them.
     gc.disable()
