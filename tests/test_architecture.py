@@ -292,6 +292,9 @@ MAY_TAKE_THE_WHOLE = {
     },
     "training/resuming": {"log_changes", "changed_settings"},
     "training/step": {"__init__"},
+    "planner/predict": {"advice", "_changes"},
+    "planner/read": {"read_job", "_recompute", "is_legal", "with_values"},
+    "planner/search": {"search", "candidates"},
     "tools/tokenize": {"write"},
     "training/trainer": {"__init__"},
 }

@@ -7,10 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import titan_lite
 from titan_lite.config.load import ConfigError, Problem
 from titan_lite.config.problems import did_you_mean, nearest, quote
-from titan_lite.planner.constants import FITTED, LITERATURE, Constants, architecture
+from titan_lite.planner.constants import ASSETS, FITTED, LITERATURE, Constants, architecture
 from titan_lite.planner.hardware import DEVICES, Device, NumberFormat
 
 if sys.version_info >= (3, 11):
@@ -18,7 +17,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-FOLDER = Path(titan_lite.__file__).resolve().parent.parent / "assets" / "clusters"
+FOLDER = ASSETS / "clusters"
 # Name -> (bfloat16 and float8 peaks in TFLOP/s, rated W) of a part that has no datasheet: the
 # datasheet's of the part that it is made of, which a power limit then slows.
 CUSTOM = {"H100 SXM 96GB HBM2e": (989.4, 1978.9, 700.0)}
@@ -31,7 +30,8 @@ class Cluster:
     """Devices, nodes, network, price and power, and the constants that hold on them.
 
     node_nic_gbs: GB/s of a node in one direction. measured: constants that replace those of
-    `values`, by the names of constants.py. calibrated: whether they come from this very machine.
+    `values`, by the names of planner_constants.toml. calibrated: whether they come from this very
+    machine.
     """
 
     name: str
@@ -145,7 +145,7 @@ def cluster_from(tables: dict[str, Any], path: Path) -> Cluster:
             raise wrong(key, f"expected a number of at least {least}, got {value!r}")
     for name, value in tables.get("measured", {}).items():
         if name.split("/")[0] not in {known.split("/")[0] for known in LITERATURE}:
-            raise wrong(f"measured.{name}", "not a constant of planner/constants.py")
+            raise wrong(f"measured.{name}", "not a constant of assets/planner_constants.toml")
         if not isinstance(value, int | float) or value < 0:
             raise wrong(f"measured.{name}", f"expected a number of at least 0, got {value!r}")
     return Cluster(name=path.stem, device=found, **tables)

@@ -1,13 +1,137 @@
 """titan-lite plan: predicts memory, time, cost and energy of runs, without torch."""
 
 import argparse
+import dataclasses
+import json
+import logging
+import re
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
-from titan_lite.tools import validate_plan
+from titan_lite.config.load import ConfigError, Problem, load_config
+from titan_lite.config.schema import Model
+from titan_lite.models.plan import make_plan
+from titan_lite.planner.cluster import Cluster, find_cluster
+from titan_lite.planner.predict import advice, predict
+from titan_lite.planner.read import read_job
+from titan_lite.planner.search import search
+from titan_lite.tools import plan_report, plan_scaling, validate_plan
+
+UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
+# A layout that any configuration allows: a search replaces these keys.
+ONE_DEVICE = (
+    "--parallel.tp=1",
+    "--parallel.cp=1",
+    "--parallel.pp=1",
+    "--parallel.dp_replicate=1",
+    "--parallel.dp_shard=1",
+    "--parallel.reshard_after_forward=default",
+    "--parallel.async_tp=false",
+    "--training.local_batch_size=1",
+)
+# What only a run needs.
+NO_FILES = ('--checkpoint.initial_load_hf=""', "--metrics.enable_wandb=false")
 
 
-def validate(argv: Sequence[str]) -> int:
-    """titan-lite plan validate."""
+def main(argv: list[str]) -> int:
+    """Runs one form of the command."""
+    commands = {"validate": _validate, "search": _search, "scaling": _scaling}
+    if argv[:1] and argv[0] in commands:
+        return commands[argv[0]](argv[1:])
+    return _plan(argv)
+
+
+def _plan(argv: Sequence[str]) -> int:
+    parser = _parser(
+        "plan",
+        "Predicts a run: whether it fits, how long a step takes and why, and what the whole run "
+        "costs in days, money and energy. Other forms: titan-lite plan search CONFIG, plan "
+        "scaling CONFIG..., plan validate ROWS.toml.",
+    )
+    parser.add_argument("--tokens", type=_tokens, help="of the whole run, as 2T or 300B")
+    options, path, overrides = _parse(parser, argv)
+    plan = make_plan(path, [*overrides, *NO_FILES], options.world_size, with_files=False)
+    cluster = _cluster(options)
+    job = read_job(plan.config, plan.dims, plan.family, plan.args)
+    tokens = options.tokens or plan.config.training.steps * job.tokens
+    prediction = predict(job, cluster, tokens)
+    better = advice(plan.config, plan.dims, plan.family, plan.args, cluster)
+    if options.json:
+        print(json.dumps(plan_report.facts(prediction, better), indent=2))
+    else:
+        print(f"{_model(plan.config.model)} on", plan_report.text(prediction, better))
+    return 0
+
+
+def _search(argv: Sequence[str]) -> int:
+    parser = _parser(
+        "plan search",
+        "Predicts every legal layout of a job on --world-size devices, and shows the best few that "
+        "fit and differ in kind. Degrees, micro-batch, recomputation, resharding, gradient "
+        "synchronisation and pipeline stages vary; all other keys stay.",
+    )
+    parser.add_argument("--count", type=int, default=5, metavar="N", help="layouts to show (5)")
+    parser.add_argument("--write", metavar="FILE", help="TOML file that extends CONFIG by the best")
+    options, path, overrides = _parse(parser, argv)
+    config = load_config(path, overrides).config
+    world_size = options.world_size or 8
+    training = config.training
+    samples = training.global_batch_size
+    if samples == -1:
+        others = config.parallel.tp * config.parallel.cp * config.parallel.pp
+        samples = training.local_batch_size * max(1, world_size // others)
+    fixed = (*overrides, *NO_FILES, *ONE_DEVICE, f"--training.global_batch_size={samples}")
+    plan = make_plan(path, fixed, 1, with_files=False)
+    cluster, start = _cluster(options), time.perf_counter()
+    found = search(config, world_size, samples, plan.family, plan.args, cluster)
+    best = found.best(options.count)
+    if options.json:
+        print(json.dumps(plan_report.search_facts(found, best), indent=2))
+    else:
+        machines = f"{world_size} x {cluster.device.name}"
+        print(f"{_model(plan.config.model)} on {machines}, {samples} samples a step")
+        print(plan_report.search_text(found, best, time.perf_counter() - start))
+    if options.write and best:
+        if path is None:
+            message = "there is no CONFIG that the file could extend"
+            raise ConfigError([Problem("--write", "command line", message)])
+        target = Path(options.write)
+        target.write_text(plan_report.layout_toml(best[0], path, options.write), encoding="utf-8")
+    return 0 if best else 1
+
+
+def _scaling(argv: Sequence[str]) -> int:
+    parser = _parser(
+        "plan scaling",
+        "Projects compute-optimal training, 20 tokens per parameter: FLOPs, days at the devices' "
+        "peak and as predicted, energy and cost, for several CONFIGs and numbers of devices.",
+    )
+    parser.add_argument(
+        "--gpus", type=_numbers, default=[8, 32, 128, 512, 2048], help="as 8,32,128,512,2048"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="picture of days over devices")
+    options, rest = parser.parse_known_args(argv)
+    logging.basicConfig(format="titan-lite: warning: %(message)s", level=logging.ERROR)
+    configs = [argument for argument in rest if not argument.startswith("-")]
+    overrides = [*(argument for argument in rest if argument.startswith("-")), *NO_FILES]
+    if not configs:
+        raise ConfigError([Problem("CONFIG", "command line", "at least one file is required")])
+    cluster = _cluster(options)
+    rows = plan_scaling.scaling(configs, cluster, options.gpus, overrides)
+    print(plan_scaling.report(rows, cluster, as_json=options.json))
+    if options.plot:
+        plan_scaling.plot(rows, cluster, options.plot)
+    return 0
+
+
+def _numbers(text: str) -> list[int]:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise argparse.ArgumentTypeError(f"expected numbers as 8,32,128, got {text!r}")
+    return [int(number) for number in text.split(",")]
+
+
+def _validate(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="titan-lite plan validate",
         description="Predicts the runs of a file like assets/published_rows.toml, and prints the "
@@ -33,9 +157,49 @@ def validate(argv: Sequence[str]) -> int:
     return 0
 
 
-def main(argv: list[str]) -> int:
-    """Runs one form of the command."""
-    commands = {"validate": validate}
-    if argv[:1] and argv[0] in commands:
-        return commands[argv[0]](argv[1:])
-    raise SystemExit(2)
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"titan-lite {command}",
+        usage="%(prog)s [CONFIG] [--section.key=value ...] [--cluster NAME|FILE] [--world-size N] "
+        "[--price P] [--json]",
+        description=description,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--cluster", default="h100", help="of assets/clusters/, or a TOML file (h100)"
+    )
+    parser.add_argument("--world-size", type=int, metavar="N", help="number of devices")
+    parser.add_argument(
+        "--price", type=float, metavar="P", help="of a GPU-hour, in place of the file's"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, str | None, list[str]]:
+    """The options, CONFIG and the overrides, in any order."""
+    options, rest = parser.parse_known_args(argv)
+    path = next((argument for argument in rest if not argument.startswith("-")), None)
+    overrides = [argument for argument in rest if argument != path]
+    logging.basicConfig(format="titan-lite: warning: %(message)s", level=logging.ERROR)
+    return options, path, overrides
+
+
+def _cluster(options: argparse.Namespace) -> Cluster:
+    cluster = find_cluster(options.cluster)
+    if options.price is None:
+        return cluster
+    return dataclasses.replace(cluster, price_per_gpu_hour=options.price)
+
+
+def _model(section: Model) -> str:
+    return f"{section.name} {section.flavor}"
+
+
+def _tokens(text: str) -> float:
+    match = re.fullmatch(r"([\d.]+(?:e\d+)?)([kMBGT]?)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected a number as 300B or 2T, got {text!r}")
+    return float(match[1]) * UNITS[match[2]]

@@ -12,15 +12,11 @@ from titan_lite.config.load import ConfigError, Problem
 from titan_lite.config.schema import Model
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.registry import families, resolve
-from titan_lite.planner.cluster import FOLDER, Cluster
-from titan_lite.planner.counts import (
-    flops_per_token,
-    num_block_params,
-    num_params,
-    num_unused_params,
-)
+from titan_lite.planner.cluster import Cluster
+from titan_lite.planner.constants import ASSETS
 from titan_lite.planner.hardware import DEVICES
 from titan_lite.planner.job import Job, Recompute
+from titan_lite.planner.predict import model_flops
 from titan_lite.planner.step import Step, StepModel
 
 if sys.version_info >= (3, 11):
@@ -28,7 +24,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-MODELS = FOLDER.parent / "published_models.toml"
+MODELS = ASSETS / "published_models.toml"
 Row = Mapping[str, Any]
 # Words in a row's stack -> kernels of kernels.py.
 KERNELS = {"eager": "eager", "apex": "apex", "compile": "compile", "fused": "fused", "amp": "amp",
@@ -224,17 +220,6 @@ def in_unit(row: Row, step: Step) -> float:
         case "pflops_total":
             return step.wps * model_flops(job.args, job.span) * job.gpus / 1e15
     raise Unpredictable(f"metric {row['metric']!r} is not a speed")
-
-
-def model_flops(args: DecoderArgs, span: int) -> int:
-    """FLOPs per token that no recomputation counts in, attention in full."""
-    return flops_per_token(
-        num_params_non_embedding=num_params(args) - num_unused_params(args),
-        num_block_params=num_block_params(args),
-        num_layers=args.num_layers,
-        attention_dim=args.attention_dim,
-        seq_len=span,
-    ).model
 
 
 def predict_row(row: Row, values: Mapping[str, float]) -> Predicted:

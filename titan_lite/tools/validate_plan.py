@@ -9,11 +9,11 @@ from typing import Any
 
 from titan_lite.planner.constants import FITTED, LITERATURE, SPREADS
 from titan_lite.planner.interval import interval
+from titan_lite.planner.predict import model_flops
 from titan_lite.tools.fit import Fit, fit
 from titan_lite.tools.published import (
     Predicted,
     Row,
-    model_flops,
     predict_row,
     read_rows,
 )

@@ -1,0 +1,252 @@
+"""titan-lite plan: predictions of runs and searches for layouts."""
+
+import dataclasses
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from titan_lite import cli
+from titan_lite.config.load import ConfigError, load_config
+from titan_lite.models.plan import make_plan
+from titan_lite.planner.cluster import FOLDER, Cluster, find_cluster
+from titan_lite.planner.job import Job
+from titan_lite.planner.kernels import Rates
+from titan_lite.planner.memory import peak
+from titan_lite.planner.predict import model_flops, predict
+from titan_lite.planner.read import is_legal, read_job
+from titan_lite.planner.search import candidates, divisors
+from titan_lite.planner.step import PARTS, StepModel
+
+ROOT = Path(__file__).parent.parent.parent
+PRESET = str(ROOT / "train_configs/llama3_8b.toml")
+NO_FILE = "--data.tokenizer_path="
+SMALL = ("--model.num_layers=6", "--training.seq_len=512", "--training.global_batch_size=24")
+
+
+def job(*overrides: str, world_size: int = 8) -> Job:
+    plan = make_plan(PRESET, [NO_FILE, *overrides], world_size, with_files=False)
+    return read_job(plan.config, plan.dims, plan.family, plan.args)
+
+
+def seconds(job: Job, cluster: Cluster) -> float:
+    return StepModel(cluster, job).predict(job).seconds
+
+
+H100 = find_cluster("h100")
+
+
+def test_a_run_is_predicted(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["plan", PRESET, NO_FILE, "--world-size=8", "--training.local_batch_size=2"]
+    assert cli.main([*args, "--tokens=1T"]) == 0
+    out = capsys.readouterr().out
+    assert "45.3 GiB of 80.0 GiB: fits, 43% left" in out
+    assert "Where the time goes" in out
+    assert "Limited by the rate of matrix products" in out
+    assert "--compile.enable=true" in out.partition("Would help most")[2]
+    assert cli.main([*args, "--json", "--price=2"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["step"]["seconds"] == pytest.approx(sum(facts["step"]["parts"].values()))
+    low, high = facts["step"]["seconds_80"]
+    assert low < facts["step"]["seconds"] < high < facts["step"]["seconds_90"][1]
+    run = facts["run"]
+    assert run["tokens"] == 1000 * 16 * 8192
+    assert run["cost"] == pytest.approx(2 * run["gpu_hours"])
+    assert run["gpu_hours"] == pytest.approx(8 * 24 * run["days"])
+    # Hosts and the data centre take their share.
+    assert run["mwh_with_hosts"] > 1.25 * run["mwh_devices"]
+
+
+def test_a_run_that_does_not_fit_is_told_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--activation_checkpoint.mode=none", "--training.local_batch_size=4"]
+    assert cli.main(["plan", PRESET, NO_FILE, "--world-size=8", *args]) == 0
+    out = capsys.readouterr().out
+    assert "DOES NOT FIT, by" in out
+    assert "--training.local_batch_size=1" in out.partition("Would fit")[2]
+
+
+def test_no_form_of_the_command_imports_torch(tmp_path: Path) -> None:
+    rows = str(ROOT / "assets/published_rows.toml")
+    program = f"""
+import sys
+from titan_lite import cli
+cli.main(["plan", {PRESET!r}, "{NO_FILE}", "--world-size=8"])
+cli.main(["plan", "search", "--world-size=2", "--cluster=a100"])
+cli.main(["plan", "validate", {rows!r}])
+sys.exit("torch" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cluster=h1000"], '--cluster (command line): no cluster "h1000"; did you mean "h100"'),
+        (["--world-size=3", "--parallel.tp=2"], "3 is not a multiple of"),
+        (["--parallel.tp=3", "--world-size=3"], "parallel.tp"),
+    ],
+)
+def test_bad_input_is_one_message(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", PRESET, NO_FILE, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('device = "H100 SXM 80GB"', 'device = "H101"', 'device (FILE): no device "H101"'),
+        ("price_per_gpu_hour = 2.99", "", "price_per_gpu_hour (FILE): missing"),
+        ("node_nic_gbs = 400", 'node_nic_gbs = "fast"', "node_nic_gbs (FILE): expected a number"),
+        ("host_watts", "host_wats", 'host_wats (FILE): unknown key; did you mean "host_watts"'),
+        ("pue = 1.25", "pue = 1.25\nmeasured = {matmull = 1}", "measured.matmull (FILE): not a"),
+    ],
+)
+def test_a_wrong_cluster_file_is_one_message(
+    old: str, new: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.toml"
+    text = (FOLDER / "h100.toml").read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    assert cli.main(["plan", PRESET, NO_FILE, f"--cluster={file}"]) == 2
+    assert message.replace("FILE", str(file)) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_shipped_cluster_predicts_a_step(path: Path) -> None:
+    cluster = find_cluster(path.stem)
+    assert cluster.source
+    assert 0 < seconds(job(), cluster) < 1000
+
+
+def test_layouts_are_legal_exactly_where_the_configuration_is() -> None:
+    """A sample of the layouts, each written as overrides and checked as a run's settings are."""
+    base = make_plan(None, [*SMALL, "--training.local_batch_size=1"], 1, with_files=False)
+    found = list(candidates(base.config, 12, 24, find_cluster("a100")))
+    agreed = []
+    for values, config, dims in random.Random(0).sample(found, 400):
+        overrides = [
+            f"--{key}={value}".replace("=False", "=false") for key, value in values.items()
+        ]
+        try:
+            make_plan(None, [*SMALL, *overrides], 12, with_files=False)
+            legal = config.parallel.num_stages <= base.args.num_layers
+        except ConfigError:
+            legal = False
+        assert is_legal(config, dims, base.args) == legal, values
+        agreed.append(legal)
+    assert 0.05 < sum(agreed) / len(agreed) < 0.95
+
+
+def test_a_search_covers_every_product_of_degrees() -> None:
+    base = make_plan(None, SMALL, 1, with_files=False)
+    found = {dataclasses.astuple(dims) for *_, dims in candidates(base.config, 12, 24, H100)}
+    expected = {
+        (pp, replicas, shard, cp, tp)
+        for pp in divisors(12)
+        for replicas in divisors(12)
+        for shard in divisors(12)
+        for cp in divisors(12)
+        for tp in divisors(12)
+        if pp * replicas * shard * cp * tp == 12 and tp <= H100.gpus_per_node
+    }
+    assert found == expected
+
+
+def test_the_best_layout_is_written_and_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "best.toml"
+    args = ["--world-size=8", "--training.global_batch_size=16", f"--write={target}"]
+    assert cli.main(["plan", "search", PRESET, NO_FILE, "--json", *args]) == 0
+    best = json.loads(capsys.readouterr().out)["best"]
+    plan = make_plan(target, [NO_FILE], 8, with_files=False)
+    assert plan.global_batch_size == 1 or plan.config.training.seq_len == 8192
+    predicted = predict(read_job(plan.config, plan.dims, plan.family, plan.args), H100, 1)
+    expected = load_config(target, [NO_FILE]).config
+    for key, value in best[0]["settings"].items():
+        section, _, name = key.partition(".")
+        assert getattr(getattr(expected, section), name) == value
+    assert predicted.fits
+    kinds = [tuple(b["settings"][f"parallel.{axis}"] for axis in ("tp", "pp", "cp")) for b in best]
+    assert len(set(kinds)) > 1
+
+
+LAYOUTS = st.sampled_from(
+    [
+        (),
+        ("--parallel.tp=4",),
+        ("--parallel.tp=8", "--parallel.dp_shard=4"),
+        ("--parallel.cp=4",),
+        ("--parallel.pp=4", "--training.global_batch_size=64"),
+        ("--parallel.dp_replicate=4",),
+        ("--activation_checkpoint.mode=full", "--training.local_batch_size=2"),
+    ]
+)
+
+
+@settings(deadline=None, max_examples=25)
+@given(LAYOUTS, st.sampled_from(["node_nic_gbs", "link", "hbm"]), st.floats(1.01, 8))
+def test_more_bandwidth_never_slows_a_step(
+    overrides: tuple[str, ...], what: str, factor: float
+) -> None:
+    now = job(*overrides, world_size=32)
+    if what == "node_nic_gbs":
+        faster = dataclasses.replace(H100, node_nic_gbs=H100.node_nic_gbs * factor)
+    else:
+        field = {"link": "link_gbs", "hbm": "hbm_gbs"}[what]
+        device = dataclasses.replace(H100.device, **{field: getattr(H100.device, field) * factor})
+        faster = dataclasses.replace(H100, device=device)
+    assert seconds(now, faster) <= seconds(now, H100) * (1 + 1e-12)
+
+
+@settings(deadline=None, max_examples=25)
+@given(LAYOUTS, st.sampled_from(["default", "always", "never"]), st.integers(1, 4))
+def test_memory_never_grows_with_more_shards(
+    overrides: tuple[str, ...], reshard: str, batch: int
+) -> None:
+    local = dataclasses.replace(
+        job(*overrides, world_size=32), micro_batch=batch, keeps_gathered=reshard == "never"
+    )
+    sizes = [peak(dataclasses.replace(local, dp_shard=n)).bytes for n in (2, 4, 8, 16, 64)]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 8), st.sampled_from([512, 2048, 8192]), st.integers(1, 4))
+def test_a_step_of_one_device_is_the_sum_of_its_parts(batch: int, seq_len: int, steps: int) -> None:
+    now = job(
+        "--activation_checkpoint.mode=none",
+        f"--training.seq_len={seq_len}",
+        f"--training.local_batch_size={batch}",
+        f"--training.global_batch_size={batch * steps}",
+        world_size=1,
+    )
+    parts = StepModel(H100, now).predict(now).parts
+    rates, layers = Rates(H100, now), now.args.num_layers
+    assert parts["attention"] == pytest.approx(steps * layers * sum(rates.attention(now)))
+    assert parts["elementwise"] == pytest.approx(steps * layers * sum(rates.elementwise(now)))
+    alone = {"matmul", "attention", "elementwise", "head", "optimizer"}
+    assert {name for name in PARTS if parts[name]} == alone
+
+
+def test_predicted_flops_are_those_of_the_meter() -> None:
+    """At s = 8192, Llama 3 8B takes 57.91 GFLOP a token by torchtitan's formula."""
+    assert model_flops(job().args, 8192) / 1e9 == pytest.approx(57.91, abs=0.005)
+    fastest = dataclasses.replace(
+        H100, measured={"kernel_us": 0.0, "inner": 0.0, "attention/flash/H100": 1e9}
+    )
+    now = job("--training.seq_len=4096", "--activation_checkpoint.mode=none", world_size=1)
+    parts = StepModel(fastest, now).predict(now).parts
+    # Matrix products at their full rate, but for whole waves of tiles.
+    rate = fastest.peak("bfloat16") * fastest.constants()["matmul"]
+    counted = model_flops(now.args, 0) * now.tokens / rate
+    loss = now.loss_bytes * now.tokens * now.args.vocab_size / Rates(fastest, now).hbm
+    assert counted <= parts["matmul"] + parts["head"] - loss < 1.25 * counted

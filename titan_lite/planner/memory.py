@@ -1,0 +1,162 @@
+"""Bytes that the ranks of each pipeline place need at their peak.
+
+The formulas describe what the dry run sees of this library; docs/planning.md compares them.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from titan_lite.models.args import DecoderArgs
+from titan_lite.planner.counts import num_block_params, num_params
+from titan_lite.planner.job import Job
+from titan_lite.planner.step import rank_stages
+
+# A layout is said to fit below this share of the device's memory, and may fit up to all of it: the
+# CUDA context, NCCL's buffers and fragmentation take the rest.
+FITS = 0.92
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The peak of one place in the pipeline, in bytes by category."""
+
+    place: int
+    parts: dict[str, float]
+
+    @property
+    def bytes(self) -> float:
+        """Of all categories."""
+        return sum(self.parts.values())
+
+
+def memory(job: Job) -> list[Memory]:
+    """The peaks of all places in the pipeline."""
+    return [_place(job, place, stages) for place, stages in enumerate(rank_stages(job))]
+
+
+def peak(job: Job) -> Memory:
+    """The largest peak; of places with as many blocks, the first keeps the most activations."""
+    first: dict[object, tuple[int, tuple[int, ...]]] = {}
+    for place, stages in enumerate(rank_stages(job)):
+        has_head = len(job.blocks) - 1 in stages
+        first.setdefault((has_head, *(job.blocks[stage] for stage in stages)), (place, stages))
+    return max((_place(job, *found) for found in first.values()), key=lambda found: found.bytes)
+
+
+@functools.cache
+def _sizes(args: DecoderArgs) -> tuple[float, float, float]:
+    """Parameters of a block, of the vocabulary's table, and of the rest of the ends."""
+    blocks, table = num_block_params(args), args.padded_vocab_size * args.dim
+    rest = num_params(args) - blocks - table * (1 if args.tied_head else 2)
+    return blocks / args.num_layers, table, max(0, rest)
+
+
+def kept_elements(job: Job, recompute: str) -> float:
+    """Elements that one block keeps for backward, per token of a micro-batch on a rank."""
+    args, t = job.args, job.tp
+    heads, kv, f, H = args.attention_dim / t, args.kv_dim / t, args.ffn_dim / t, args.num_heads / t
+    whole = args.dim / (t if job.sequence_parallel else 1)
+    gated = args.ffn == "swiglu"
+    if recompute == "full":
+        return whole
+    if recompute == "selective_op":
+        return 2 * whole + heads + kv + f + 2 * H
+    kept = 2 * heads + 2 * kv + (4 if gated else 2) * f + 2 * H + 2 * whole + 2 * args.dim
+    if args.qk_norm:
+        kept += heads + kv
+    if args.attention_dropout:
+        # Of each score: its softmax in float32, rounded, and what dropout leaves of it.
+        kept += 4 * H * job.span
+    return kept
+
+
+def _in_flight(job: Job, place: int) -> int:
+    """Micro-batches whose activations a pipeline rank keeps at once, of each of its stages."""
+    if job.schedule == "GPipe":
+        return job.pipelined
+    ahead = job.pp - place if job.stages_per_rank == 1 else job.pp
+    return min(job.pipelined, ahead)
+
+
+def _place(job: Job, place: int, stages: tuple[int, ...]) -> Memory:
+    args, t, N = job.args, job.tp, job.shards
+    block, table, other = (size / t for size in _sizes(args))
+    has_head = len(job.blocks) - 1 in stages
+    params = sum(job.blocks[stage] for stage in stages) * block
+    params += (0 in stages) * (table + other)
+    params += has_head * table * (not args.tied_head or job.pp > 1)
+    width, tokens = job.width, job.local_tokens
+    stream = args.dim * width * tokens
+    none, again = kept_elements(job, "none"), kept_elements(job, job.recompute)
+    # What one micro-batch keeps in the stages of a rank.
+    each = (
+        width
+        * tokens
+        * sum(
+            again * job.recomputed[stage] + none * (job.blocks[stage] - job.recomputed[stage])
+            for stage in stages
+        )
+    )
+    rows = args.padded_vocab_size / (t if job.loss_parallel else 1)
+    chunks = job.loss_chunks or 1
+    # Of each logit: its gradient, its logarithm in float32, and under tensor parallel both again.
+    logits = tokens * job.head_share / chunks * rows * (width + 4) * (2 if t > 1 else 1)
+    logits += table * (width + (4 if chunks > 1 else 0)) + 2 * stream
+    works = {"loss": logits, "backward": 1.35 * none * width * tokens, "reducing": 5 * stream}
+    works |= {"end": 0.0}
+    fixed = {"parameters": 4 * params / N, "optimizer": 8 * params / N}
+    best: dict[str, float] = {}
+    for moment in _moments(job, place, params, block, table):
+        if moment.name == "loss" and not has_head:
+            continue
+        parts = fixed | {"gradients": moment.sharded, "unsharded": moment.unsharded}
+        parts["activations"] = moment.kept * each
+        parts["logits" if moment.name == "loss" else "working"] = works[moment.name]
+        best = max(best, parts, key=lambda parts: sum(parts.values()))
+    return Memory(place, best)
+
+
+class Moment(NamedTuple):
+    """A moment that may be the peak; kept: micro-batches whose activations are there.
+
+    unsharded: bytes of gathered weights and of gradients that are not yet reduced; sharded: of
+    those that are.
+    """
+
+    name: str
+    kept: float
+    unsharded: float
+    sharded: float = 0.0
+
+
+def _moments(job: Job, place: int, params: float, block: float, table: float) -> Iterator[Moment]:
+    width, m = job.width, job.micro_steps
+    gradient = width + 4  # a weight and its gradient in float32
+    if job.pp > 1 or job.shards == 1 or (job.keeps_gathered and job.syncs_last):
+        flying = _in_flight(job, place) if job.pp > 1 else 1
+        count = job.pipelined if job.pp > 1 else m
+        if count > flying:
+            yield Moment("loss", flying, gradient * params)
+            yield Moment("backward", flying, gradient * params)
+        else:
+            yield Moment("loss", flying, width * (params + table))
+            yield Moment("backward", flying, width * params + 4 * block)
+            if flying > 1:
+                yield Moment("backward", flying - 1, gradient * params)
+        yield Moment("end", 0, gradient * params + width * table)
+        return
+    late = 4 * params if job.syncs_last and m > 1 else 0.0
+    sharded = 4 * params / job.shards if m > 1 and not late else 0.0
+    gathered = job.float8_gather
+    if job.keeps_gathered:
+        at_loss = width * (params + table)
+        backward = width * params + 4 * block
+    else:
+        at_loss = 2 * width * table + (1 if gathered else width) * block
+        backward = (2 * (1 if gathered else width) + 4) * block
+    yield Moment("loss", 1, at_loss + late, sharded)
+    yield Moment("backward", 1, backward + late, sharded)
+    # Once a block's gradients are all there, FSDP copies them into one buffer to reduce.
+    yield Moment("reducing", 1, backward + width * block + late, sharded)

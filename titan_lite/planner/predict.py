@@ -1,0 +1,199 @@
+"""A run's memory, time, cost and energy on a cluster, and the settings that would help it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from titan_lite.config.dims import ParallelDims
+from titan_lite.config.schema import Config
+from titan_lite.models.args import DecoderArgs
+from titan_lite.models.family import Family
+from titan_lite.planner.cluster import Cluster
+from titan_lite.planner.counts import (
+    flops_per_token,
+    num_block_params,
+    num_params,
+    num_unused_params,
+)
+from titan_lite.planner.interval import Interval, interval
+from titan_lite.planner.job import Job
+from titan_lite.planner.memory import FITS, Memory, memory
+from titan_lite.planner.read import is_legal, read_job, with_values
+from titan_lite.planner.step import Step, StepModel
+
+HOURS, DAYS = 3600.0, 86_400.0
+Values = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A job on a cluster for a number of tokens; memory: of each place in the pipeline."""
+
+    step: Step
+    memory: tuple[Memory, ...]
+    tokens: float
+
+    @property
+    def job(self) -> Job:
+        """What is predicted."""
+        return self.step.job
+
+    @property
+    def cluster(self) -> Cluster:
+        """Where it runs."""
+        return self.step.cluster
+
+    @property
+    def peak(self) -> Memory:
+        """The largest of the places' peaks."""
+        return max(self.memory, key=lambda place: place.bytes)
+
+    @property
+    def share(self) -> float:
+        """Of the device's memory, what the peak takes."""
+        return self.peak.bytes / self.cluster.memory if self.cluster.memory else 0.0
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits for sure."""
+        return self.share <= FITS
+
+    @cached_property
+    def interval(self) -> Interval:
+        """Of the step's seconds."""
+        return interval(self.step)
+
+    @property
+    def tflops(self) -> float:
+        """Model TFLOP/s of a device, recomputation not counted."""
+        return self.step.wps * model_flops(self.job.args, self.job.span) / 1e12
+
+    @property
+    def mfu(self) -> float:
+        """Of the bfloat16 peak (float32's, where the job computes in that)."""
+        number_format = "bfloat16" if self.job.width == 2 else "float32"
+        return self.tflops * 1e12 / self.cluster.peak(number_format)  # type: ignore[arg-type]
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run, without pauses."""
+        return self.tokens / self.job.tokens * self.step.seconds
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of the whole run."""
+        return self.seconds * self.job.gpus / HOURS
+
+    @property
+    def cost(self) -> float:
+        """Of the whole run, at the cluster's price."""
+        return self.gpu_hours * self.cluster.price_per_gpu_hour
+
+    @property
+    def device_mwh(self) -> float:
+        """Energy of the devices alone."""
+        return self.step.watts * self.gpu_hours / 1e6
+
+    @property
+    def total_mwh(self) -> float:
+        """Energy of devices and hosts, at the data centre's power usage effectiveness."""
+        hosts = self.cluster.host_watts / self.cluster.gpus_per_node * self.gpu_hours / 1e6
+        return (self.device_mwh + hosts) * self.cluster.pue
+
+
+def model_flops(args: DecoderArgs, span: int) -> int:
+    """FLOPs per token, attention in full and nothing for recomputation."""
+    return flops_per_token(
+        num_params_non_embedding=num_params(args) - num_unused_params(args),
+        num_block_params=num_block_params(args),
+        num_layers=args.num_layers,
+        attention_dim=args.attention_dim,
+        seq_len=span,
+    ).model
+
+
+def predict(job: Job, cluster: Cluster, tokens: float) -> Prediction:
+    """The prediction of one job."""
+    step = StepModel(cluster, job).predict(job)
+    return Prediction(step, tuple(memory(job)), tokens)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Settings that would help, and the prediction with them."""
+
+    values: Values
+    prediction: Prediction
+
+
+def advice(
+    config: Config,
+    dims: ParallelDims,
+    family: Family,
+    args: DecoderArgs,
+    cluster: Cluster,
+    *,
+    count: int = 2,
+) -> list[Advice]:
+    """The settings, one change at a time, that would save most of the step's time and still fit.
+
+    Where the run itself does not fit, those with which it would.
+    """
+    now = predict(read_job(config, dims, family, args), cluster, 1.0)
+    better = []
+    for values in _changes(config, dims, cluster, now.job):
+        other = with_values(config, values | {"training.global_batch_size": _samples(now.job)})
+        try:
+            new_dims = ParallelDims.resolve(other.parallel, dims.world_size)
+        except ValueError:
+            continue
+        if not is_legal(other, new_dims, args):
+            continue
+        job = read_job(other, new_dims, family, args)
+        found = predict(job, cluster, 1.0)
+        if found.fits and (not now.fits or found.step.seconds < 0.99 * now.step.seconds):
+            better.append(Advice(values, found))
+    return sorted(better, key=lambda found: found.prediction.step.seconds)[:count]
+
+
+def _samples(job: Job) -> int:
+    return job.tokens // job.seq_len
+
+
+def _changes(config: Config, dims: ParallelDims, cluster: Cluster, job: Job) -> Iterator[Values]:
+    """Single changes of settings that leave what is learned as it is, float8 apart."""
+    parallel = config.parallel
+    if not config.compile.enable:
+        yield {"compile.enable": True}
+    if config.float8.recipe == "none" and cluster.device.fp8_tflops and config.compile.enable:
+        yield {"float8.recipe": "tensorwise", "float8.fsdp_all_gather": job.shards > 1}
+    for mode in ("none", "selective_op", "full"):
+        if mode != config.activation_checkpoint.mode:
+            yield {"activation_checkpoint.mode": mode}
+    batches = [job.micro_batch * factor for factor in (2, 4)]
+    batches += [job.micro_batch // factor for factor in (2, 4, 8) if job.micro_batch % factor == 0]
+    for batch in batches:
+        yield {"training.local_batch_size": batch}
+        for mode in ("selective_op", "full"):
+            if mode != config.activation_checkpoint.mode:
+                yield {"training.local_batch_size": batch, "activation_checkpoint.mode": mode}
+    if dims.tp > 1 and not parallel.async_tp and config.compile.enable:
+        yield {"parallel.async_tp": True}
+    for reshard in ("always", "never"):
+        if dims.pp == 1 and job.reshard != reshard:
+            yield {"parallel.reshard_after_forward": reshard}
+    if job.micro_steps > 1:
+        other = {"every_micro_batch": "last_micro_batch", "last_micro_batch": "every_micro_batch"}
+        yield {"parallel.gradient_sync": other[parallel.gradient_sync]}
+    if dims.pp > 1 and parallel.pp_schedule == "1F1B":
+        for stages in (2, 3, 4):
+            yield {"parallel.pp_schedule": "Interleaved1F1B", "parallel.pp_stages_per_rank": stages}
+    fixed = {"parallel.dp_shard": -1}
+    for axis in ("tp", "pp", "cp", "dp_replicate"):
+        degree = getattr(dims, axis)
+        yield from ({f"parallel.{axis}": degree * factor, **fixed} for factor in (2, 4, 8))
+        yield from (
+            {f"parallel.{axis}": degree // factor, **fixed}
+            for factor in (2, 4, 8)
+            if degree % factor == 0
+        )

@@ -1,0 +1,139 @@
+"""What a configuration of this library asks for, as a Job.
+
+The only file of the planner that reads configurations.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+from titan_lite.config.dims import ParallelDims, resolve_global_batch
+from titan_lite.config.parallel_rules import parallel_rules
+from titan_lite.config.schema import Config
+from titan_lite.models.args import DecoderArgs
+from titan_lite.models.family import Family
+from titan_lite.models.rules import model_rules
+from titan_lite.planner.counts import num_block_params, num_looked_up_params, num_params
+from titan_lite.planner.job import Job, Recompute
+from titan_lite.planner.split import balanced
+
+AUTO_CHUNK_BYTES = 2**29  # as titan_lite/loss.py cuts with training.loss_chunks = "auto"
+
+
+def read_job(config: Config, dims: ParallelDims, family: Family, args: DecoderArgs) -> Job:
+    """The job of a checked configuration."""
+    training, parallel, data = config.training, config.parallel, config.data
+    micro = training.local_batch_size
+    steps = (
+        resolve_global_batch(training.global_batch_size, micro, dims.batch) // micro // dims.batch
+    )
+    span = data.packing_block if data.packing == "fixed" else training.seq_len
+    share = 1.0
+    if family.objective == "masked_lm" and training.loss_positions == "labelled":
+        share = config.masked_lm.mask_prob
+    pp = dims.pp > 1
+    blocks: tuple[int, ...] = (args.num_layers,)
+    if pp:
+        modules = tuple(map(tuple, parallel.pp_stage_modules))
+        blocks = stage_blocks(args, parallel.pp_split, parallel.num_stages, span, share, modules)
+    width = 4 if training.param_dtype == "float32" else 2
+    recompute, recomputed = _recompute(config, blocks)
+    compiled = config.compile.covers("model")
+    if isinstance(training.loss_chunks, int):
+        chunks = training.loss_chunks
+    else:
+        tokens = training.local_batch_size * training.seq_len // dims.cp
+        logits = tokens * args.padded_vocab_size / dims.tp * 4
+        chunks = min(8, math.ceil(logits / AUTO_CHUNK_BYTES))
+    reshard = parallel.reshard_after_forward
+    if reshard == "default":
+        reshard = "never" if pp or dims.fsdp == 1 else "last_block_kept"
+    return Job(
+        args=args,
+        seq_len=training.seq_len,
+        span=span,
+        micro_batch=training.local_batch_size,
+        micro_steps=steps,
+        tp=dims.tp,
+        cp=dims.cp,
+        pp=dims.pp,
+        replicas=dims.dp_replicate,
+        dp_shard=dims.dp_shard,
+        cp_method=parallel.cp_method,
+        blocks=blocks,
+        stages_per_rank=parallel.stages_per_rank if pp else 1,
+        is_v=pp and parallel.is_v_schedule,
+        schedule=parallel.pp_schedule if pp else "",
+        pipelined=steps if parallel.pp_micro_batches == -1 else parallel.pp_micro_batches,
+        splits_backward=parallel.splits_backward,
+        reshard=str(reshard),
+        keeps_gathered=reshard == "never",
+        syncs_last=parallel.gradient_sync == "last_micro_batch",
+        sequence_parallel=parallel.sequence_parallel,
+        loss_parallel=parallel.loss_parallel,
+        async_tp=parallel.async_tp,
+        recompute=recompute,
+        recomputed=recomputed,
+        float8=config.float8.recipe,
+        float8_gather=config.float8.fsdp_all_gather,
+        width=width,
+        reduce_bytes=4 if training.reduce_dtype == "float32" else 2,
+        kernels="compile" if compiled else "native",
+        attention="unfused" if args.attention_dropout else "flash",
+        loss_bytes=14 if config.compile.covers("loss") else 28,
+        loss_chunks=chunks,
+        head_share=share,
+    )
+
+
+@functools.cache
+def stage_blocks(
+    args: DecoderArgs,
+    split: str,
+    num_stages: int,
+    span: int,
+    head_share: float,
+    modules: Sequence[Sequence[str]] = (),
+) -> tuple[int, ...]:
+    """Blocks of each pipeline stage, as parallel/pipeline.py deals them."""
+    if split == "explicit":
+        return tuple(sum(n.startswith("layers.") for n in names) for names in modules)
+    block = num_block_params(args) // args.num_layers
+    ends = num_params(args) - num_block_params(args)
+    costs = [1] * args.num_layers
+    if split == "parameters":
+        looked_up = num_looked_up_params(args) + args.tied_head * args.vocab_size * args.dim
+        costs = [block] * args.num_layers
+        costs[0] += looked_up
+        costs[-1] += ends - num_looked_up_params(args)
+    elif split == "time":
+        costs = [6 * block + 12 * args.attention_dim * span] * args.num_layers
+        costs[-1] += round(6 * head_share * args.padded_vocab_size * args.dim)
+    return tuple(end - start for start, end in balanced(costs, num_stages))
+
+
+def _recompute(config: Config, blocks: Sequence[int]) -> tuple[Recompute, tuple[int, ...]]:
+    """The kind of recomputation, and the blocks of each stage that have it."""
+    section = config.activation_checkpoint
+    counts = tuple(len(section.layers(count)) for count in blocks)
+    if section.mode == "selective_op":
+        return "selective_op", counts
+    return ("full" if any(counts) else "none"), counts
+
+
+def is_legal(config: Config, dims: ParallelDims, args: DecoderArgs) -> bool:
+    """Whether a layout of a valid configuration breaks none of the rules between its keys."""
+    broken = itertools.chain(parallel_rules(config, dims), model_rules(config, args))
+    stages = config.parallel.num_stages
+    return next(broken, None) is None and stages <= args.num_layers
+
+
+def with_values(config: Config, values: Mapping[str, object]) -> Config:
+    """A configuration with other values of keys, which are of the right types."""
+    sections: dict[str, dict[str, object]] = {}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    update = {name: getattr(config, name).model_copy(update=u) for name, u in sections.items()}
+    return config.model_copy(update=update)

@@ -1,0 +1,172 @@
+"""All legal layouts of a job on a number of devices, the fastest that fit first."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import cast
+
+from titan_lite.config.dims import ParallelDims
+from titan_lite.config.schema import Config, Parallel
+from titan_lite.models.args import DecoderArgs
+from titan_lite.models.family import Family
+from titan_lite.planner.cluster import Cluster
+from titan_lite.planner.job import Job
+from titan_lite.planner.memory import FITS, peak
+from titan_lite.planner.read import is_legal, read_job
+from titan_lite.planner.step import Step, StepModel
+
+MODES = ("none", "selective_op", "full")
+MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8)
+STAGES_PER_RANK = (2, 3, 4)
+# Steps within this share of one another are taken for equal, and the simpler layout is preferred.
+TIE = 0.02
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A legal layout that fits: the keys that make it, and its predicted step."""
+
+    values: dict[str, object]
+    job: Job
+    step: Step
+    memory: float
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What tells layouts apart that are worth showing side by side."""
+        job = self.job
+        return job.tp, job.cp, job.pp, job.stages_per_rank, job.replicas > 1
+
+    @property
+    def order(self) -> tuple[int, int, float]:
+        """Sorts by time, and the simpler of two that are about equally fast first."""
+        job = self.job
+        axes = sum(degree > 1 for degree in (job.tp, job.cp, job.pp, job.replicas))
+        extras = axes + (job.recompute != "none") + job.syncs_last
+        seconds = self.step.seconds
+        return math.floor(math.log(seconds) / TIE), extras, seconds
+
+
+@dataclass(frozen=True)
+class Found:
+    """layouts: that fit, best first. legal: layouts that no rule rejects. tried: all of them."""
+
+    layouts: list[Layout]
+    legal: int
+    tried: int
+
+    def best(self, count: int) -> list[Layout]:
+        """The best ones of `count` kinds."""
+        kinds: dict[tuple[object, ...], Layout] = {}
+        for layout in self.layouts:
+            kinds.setdefault(layout.kind, layout)
+        return list(kinds.values())[:count]
+
+
+def search(
+    config: Config,
+    world_size: int,
+    samples: int,
+    family: Family,
+    args: DecoderArgs,
+    cluster: Cluster,
+) -> Found:
+    """Tries every layout; samples: of a step, the same in all of them."""
+    layouts, legal, tried = [], 0, 0
+    room = FITS * cluster.memory if cluster.memory else math.inf
+    model: StepModel | None = None
+    for values, candidate, dims in candidates(config, world_size, samples, cluster):
+        tried += 1
+        if not is_legal(candidate, dims, args):
+            continue
+        legal += 1
+        job = read_job(candidate, dims, family, args)
+        need = peak(job).bytes
+        if need > room:
+            continue
+        model = model or StepModel(cluster, job)
+        layouts.append(Layout(values, job, model.predict(job), need))
+    return Found(sorted(layouts, key=lambda layout: layout.order), legal, tried)
+
+
+def candidates(
+    config: Config, world_size: int, samples: int, cluster: Cluster
+) -> Iterator[tuple[dict[str, object], Config, ParallelDims]]:
+    """Degrees, micro-batches, recomputation, resharding, gradient synchronisation and stages.
+
+    The other keys stay as they are. A candidate has the sections that rules and the planner read.
+    """
+    trainings = [
+        (
+            {"training.local_batch_size": micro, "training.global_batch_size": samples},
+            config.training.model_copy(
+                update={"local_batch_size": micro, "global_batch_size": samples}
+            ),
+        )
+        for micro in MICRO_BATCHES
+    ]
+    section = config.activation_checkpoint
+    modes = dict.fromkeys((section.mode, *MODES))
+    checkpoints = [
+        ({"activation_checkpoint.mode": mode}, section.model_copy(update={"mode": mode}))
+        for mode in modes
+    ]
+    sections = {name: getattr(config, name) for name in type(config).model_fields}
+    for keys, parallel, dims in layouts_of(config.parallel, world_size, cluster):
+        for (batch, training), (mode, checkpoint) in itertools.product(trainings, checkpoints):
+            changed = sections | {
+                "parallel": parallel,
+                "training": training,
+                "activation_checkpoint": checkpoint,
+            }
+            # The rules read attributes alone, and a checked Config takes long to build.
+            yield keys | batch | mode, cast(Config, SimpleNamespace(**changed)), dims
+
+
+def layouts_of(
+    parallel: Parallel, world_size: int, cluster: Cluster
+) -> Iterator[tuple[dict[str, object], Parallel, ParallelDims]]:
+    """Sections [parallel] for the world: tensor parallel stays within a node."""
+    for tp, pp, cp in itertools.product(divisors(world_size), repeat=3):
+        rest, remainder = divmod(world_size, tp * pp * cp)
+        if remainder or tp > cluster.gpus_per_node:
+            continue
+        for shard in divisors(rest):
+            degrees = {
+                "dp_replicate": rest // shard,
+                "dp_shard": shard,
+                "cp": cp,
+                "tp": tp,
+                "pp": pp,
+            }
+            dims = ParallelDims(**degrees)
+            for choice in _choices(parallel, dims):
+                values: dict[str, object] = {**degrees, **choice}
+                if parallel.async_tp and tp == 1:
+                    values["async_tp"] = False
+                keys = {f"parallel.{key}": value for key, value in values.items()}
+                yield keys, parallel.model_copy(update=values), dims
+
+
+def _choices(parallel: Parallel, dims: ParallelDims) -> Iterator[dict[str, object]]:
+    """Schedules of a pipeline; without one, when weights are freed and gradients are reduced."""
+    if dims.pp > 1:
+        plain: dict[str, object] = {"pp_schedule": "1F1B", "reshard_after_forward": "default"}
+        if parallel.pp_split == "explicit":
+            plain["pp_split"] = "time"
+        yield plain
+        for stages in STAGES_PER_RANK:
+            yield plain | {"pp_schedule": "Interleaved1F1B", "pp_stages_per_rank": stages}
+        return
+    reshards = ("default", "never") if dims.fsdp > 1 else ("default",)
+    for reshard in reshards:
+        for sync in ("every_micro_batch", "last_micro_batch"):
+            yield {"reshard_after_forward": reshard, "gradient_sync": sync}
+
+
+def divisors(number: int) -> list[int]:
+    """All of a number, in order."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
