@@ -13,9 +13,10 @@ from titan_lite.planner.counts import num_block_params, num_params
 from titan_lite.planner.job import Job
 from titan_lite.planner.step import rank_stages
 
-# A layout is said to fit below this share of the device's memory, and may fit up to all of it: the
-# CUDA context, NCCL's buffers and fragmentation take the rest.
-FITS = 0.92
+# A layout is said to fit below a share of the device's memory, and may fit up to all of it: the
+# CUDA context, NCCL's buffers and fragmentation take the rest. The formulas are less sure of what
+# context parallel and pipelines keep.
+FITS, FITS_CP, FITS_PP = 0.92, 0.85, 0.72
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Memory:
     def bytes(self) -> float:
         """Of all categories."""
         return sum(self.parts.values())
+
+
+def room(job: Job) -> float:
+    """The share of a device's memory below which the job is said to fit."""
+    return FITS_PP if job.pp > 1 else FITS_CP if job.cp > 1 else FITS
 
 
 def memory(job: Job) -> list[Memory]:
@@ -72,12 +78,15 @@ def kept_elements(job: Job, recompute: str) -> float:
     return kept
 
 
-def _in_flight(job: Job, place: int) -> int:
+def _in_flight(job: Job, place: int) -> float:
     """Micro-batches whose activations a pipeline rank keeps at once, of each of its stages."""
     if job.schedule == "GPipe":
         return job.pipelined
-    ahead = job.pp - place if job.stages_per_rank == 1 else job.pp
-    return min(job.pipelined, ahead)
+    p, v = job.pp, job.stages_per_rank
+    if v == 1:
+        return min(job.pipelined, p - place)
+    # Of interleaved stages: those of the warm-up, and one (arXiv:2104.04473).
+    return min(job.pipelined, ((v - 1) * p + 2 * (p - place - 1) + 1) / v)
 
 
 def _place(job: Job, place: int, stages: tuple[int, ...]) -> Memory:
@@ -104,11 +113,15 @@ def _place(job: Job, place: int, stages: tuple[int, ...]) -> Memory:
     # Of each logit: its gradient, its logarithm in float32, and under tensor parallel both again.
     logits = tokens * job.head_share / chunks * rows * (width + 4) * (2 if t > 1 else 1)
     logits += table * (width + (4 if chunks > 1 else 0)) + 2 * stream
-    works = {"loss": logits, "backward": 1.35 * none * width * tokens, "reducing": 5 * stream}
-    works |= {"end": 0.0}
+    # In a pipeline, tensor parallel keeps what it gathers of a stage's input and gradient.
+    passed = (1 if has_head else 2) * stream if t > 1 and job.pp > 1 else 0.0
+    backward = 1.35 * none * width * tokens + passed
+    works = {"loss": logits, "backward": backward, "reducing": 5 * stream, "end": 0.0}
     fixed = {"parameters": 4 * params / N, "optimizer": 8 * params / N}
     best: dict[str, float] = {}
-    for moment in _moments(job, place, params, block, table):
+    # A tensor-parallel embedding's gradient is that of the whole table on each rank.
+    lookup = 4 * (t - 1) * table if 0 in stages else 0.0
+    for moment in _moments(job, place, params, block, table, lookup):
         if moment.name == "loss" and not has_head:
             continue
         parts = fixed | {"gradients": moment.sharded, "unsharded": moment.unsharded}
@@ -131,21 +144,23 @@ class Moment(NamedTuple):
     sharded: float = 0.0
 
 
-def _moments(job: Job, place: int, params: float, block: float, table: float) -> Iterator[Moment]:
+def _moments(
+    job: Job, place: int, params: float, block: float, table: float, lookup: float
+) -> Iterator[Moment]:
     width, m = job.width, job.micro_steps
     gradient = width + 4  # a weight and its gradient in float32
-    if job.pp > 1 or job.shards == 1 or (job.keeps_gathered and job.syncs_last):
+    if job.pp > 1 or job.shards == 1 or (job.keeps_gathered and job.syncs_last and m > 1):
         flying = _in_flight(job, place) if job.pp > 1 else 1
         count = job.pipelined if job.pp > 1 else m
         if count > flying:
-            yield Moment("loss", flying, gradient * params)
-            yield Moment("backward", flying, gradient * params)
+            yield Moment("loss", flying, gradient * params + lookup)
+            yield Moment("backward", flying, gradient * params + lookup)
         else:
             yield Moment("loss", flying, width * (params + table))
             yield Moment("backward", flying, width * params + 4 * block)
             if flying > 1:
-                yield Moment("backward", flying - 1, gradient * params)
-        yield Moment("end", 0, gradient * params + width * table)
+                yield Moment("backward", flying - 1, gradient * params + lookup)
+        yield Moment("end", 0, gradient * params + width * table + lookup)
         return
     late = 4 * params if job.syncs_last and m > 1 else 0.0
     sharded = 4 * params / job.shards if m > 1 and not late else 0.0

@@ -17,7 +17,7 @@ from titan_lite.planner.counts import (
 )
 from titan_lite.planner.interval import Interval, interval
 from titan_lite.planner.job import Job
-from titan_lite.planner.memory import FITS, Memory, memory
+from titan_lite.planner.memory import Memory, memory, room
 from titan_lite.planner.read import is_legal, read_job, with_values
 from titan_lite.planner.step import Step, StepModel
 
@@ -56,7 +56,7 @@ class Prediction:
     @property
     def fits(self) -> bool:
         """Whether it fits for sure."""
-        return self.share <= FITS
+        return self.share <= room(self.job)
 
     @cached_property
     def interval(self) -> Interval:

@@ -13,7 +13,7 @@ from titan_lite.models.args import DecoderArgs
 from titan_lite.models.family import Family
 from titan_lite.planner.cluster import Cluster
 from titan_lite.planner.job import Job
-from titan_lite.planner.memory import FITS, peak
+from titan_lite.planner.memory import peak, room
 from titan_lite.planner.read import is_legal, read_job
 from titan_lite.planner.step import Step, StepModel
 
@@ -75,7 +75,6 @@ def search(
 ) -> Found:
     """Tries every layout; samples: of a step, the same in all of them."""
     layouts, legal, tried = [], 0, 0
-    room = FITS * cluster.memory if cluster.memory else math.inf
     model: StepModel | None = None
     for values, candidate, dims in candidates(config, world_size, samples, cluster):
         tried += 1
@@ -84,7 +83,7 @@ def search(
         legal += 1
         job = read_job(candidate, dims, family, args)
         need = peak(job).bytes
-        if need > room:
+        if cluster.memory and need > room(job) * cluster.memory:
             continue
         model = model or StepModel(cluster, job)
         layouts.append(Layout(values, job, model.predict(job), need))

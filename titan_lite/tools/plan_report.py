@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_lite.config.units import format_scaled
-from titan_lite.planner.memory import FITS
+from titan_lite.planner.memory import room
 from titan_lite.planner.predict import DAYS, Advice, Prediction
 from titan_lite.planner.search import Found, Layout
 
@@ -192,7 +192,8 @@ def _fit(p: Prediction) -> str:
     if p.fits:
         return f"fits, {1 - p.share:.0%} left"
     if p.share <= 1:
-        return f"may fit: less than {1 - FITS:.0%} is left for the CUDA context and fragmentation"
+        left = f"less than {1 - room(p.job):.0%} is left"
+        return f"may fit: {left} for the CUDA context, fragmentation and the model's own error"
     return f"DOES NOT FIT, by {_size(p.peak.bytes - p.cluster.memory)}"
 
 

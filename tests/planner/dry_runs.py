@@ -1,0 +1,167 @@
+"""Writes what dry runs measure to dry_runs_*.json, which the planner's memory is tested against.
+
+    python -m tests.planner.dry_runs presets|random [FIRST [LAST]]
+
+Dry runs take seconds to minutes each, so the tests read the file. `presets` are those of
+train_configs/ at their world sizes, one rank for each place in the pipeline (of more than four, the
+first two, one in the middle and the last), with no more micro-batches than memory depends on, and
+the deep ones with fewer layers. `random` are 200 legal layouts of small models, drawn with a fixed
+seed, one rank for each place, of which the file holds those that there was time for.
+Cases that the file already has are kept.
+"""
+
+import json
+import multiprocessing
+import random
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from titan_lite.config.dims import ParallelDims
+from titan_lite.config.load import ConfigError
+from titan_lite.models.plan import Plan, make_plan
+
+FOLDER = Path(__file__).parent.parent.parent / "train_configs"
+NO_FILES = ("--data.tokenizer_path=",)
+# Blocks that a preset is dry-run with in a step at most; those with more have FEW layers, pipelines
+# two in each stage.
+MOST, FEW = 64, 8
+
+
+def plan_of(name: str, overrides: list[str], world: int) -> Plan:
+    path = FOLDER / f"{name}.toml" if name else None
+    return make_plan(path, [*overrides, *NO_FILES], world, with_files=False)
+
+
+def presets() -> Iterator[tuple[str, list[str], int]]:
+    for path in sorted(FOLDER.glob("*.toml")):
+        (match,) = re.findall(r"^# world_size = (\d+)$", path.read_text(), re.MULTILINE)
+        plan = plan_of(path.stem, [], int(match))
+        config, dims = plan.config, plan.dims
+        micro = config.training.local_batch_size * dims.batch
+        interleaved = config.parallel.stages_per_rank > 1
+        most = 2 if dims.pp == 1 else dims.pp * (2 if interleaved else 1) + 1
+        steps = min(plan.micro_steps, most)
+        steps -= steps % dims.pp if interleaved else 0
+        overrides = [f"--training.global_batch_size={steps * micro}"]
+        layers = plan.args.num_layers
+        fewer = config.parallel.num_stages * 2 if dims.pp > 1 else FEW
+        if dims.pp > 1 or layers * steps > MOST:
+            overrides.append(f"--model.num_layers={min(layers, fewer)}")
+            if config.activation_checkpoint.mode == "first_k":
+                overrides.append(f"--activation_checkpoint.first_k={fewer * 3 // 4}")
+        yield path.stem, overrides, int(match)
+
+
+def cost(case: tuple[str, list[str], int]) -> int:
+    """Blocks that a rank runs in a step."""
+    plan = plan_of(*case)
+    return plan.args.num_layers // plan.dims.pp * plan.micro_steps
+
+
+def random_layouts(number: int = 200) -> Iterator[tuple[str, list[str], int]]:
+    """Legal layouts of small models, the same ones each time."""
+    draw = random.Random(0)
+    made = 0
+    while made < number:
+        tp, cp, pp, shard, replicate = (draw.choice(c) for c in ((1, 1, 2, 4), (1, 1, 1, 2),
+                                        (1, 1, 2, 4), (1, 2, 4, 8, 16), (1, 1, 2)))  # fmt: skip
+        micro, steps = draw.choice((1, 2, 4)), draw.choice((1, 1, 2, 4, 8))
+        keys = {
+            "model.name": draw.choice(("llama", "llama", "llama", "gpt_neox", "gpt", "qwen3")),
+            "model.dim": draw.choice((512, 1024, 2048)),
+            "model.ffn_dim": draw.choice((1024, 2816, 4096)),
+            "model.num_layers": draw.choice((4, 6, 8, 12)),
+            "model.vocab_size": draw.choice((8192, 32768)),
+            "training.seq_len": draw.choice((512, 1024, 2048)),
+            "training.local_batch_size": micro,
+            "training.global_batch_size": micro * steps * shard * replicate,
+            "training.loss_chunks": draw.choice(('"auto"', '"auto"', 1)),
+            "parallel.tp": tp,
+            "parallel.cp": cp,
+            "parallel.pp": pp,
+            "parallel.dp_shard": shard,
+            "parallel.dp_replicate": replicate,
+            "parallel.cp_method": draw.choice(("ring", "all_gather", "ulysses")),
+            "parallel.pp_schedule": draw.choice(("1F1B", "1F1B", "GPipe", "Interleaved1F1B")),
+            "parallel.pp_split": draw.choice(("time", "uniform", "parameters")),
+            "parallel.sequence_parallel": draw.choice(("true", "true", "false")),
+            "parallel.reshard_after_forward": draw.choice(("default", "always", "never")),
+            "parallel.gradient_sync": draw.choice(("every_micro_batch", "last_micro_batch")),
+            "activation_checkpoint.mode": draw.choice(
+                ("none", "selective_op", "full", "every_nth")
+            ),
+        }
+        overrides = [f"--{key}={value}" for key, value in keys.items()]
+        world = tp * cp * pp * shard * replicate
+        try:
+            plan_of("", overrides, world)
+        except ConfigError:
+            continue
+        made += 1
+        yield "", overrides, world
+
+
+def ranks(dims: ParallelDims) -> list[int]:
+    places = range(dims.pp) if dims.pp <= 4 else (0, 1, dims.pp // 2, dims.pp - 1)
+    return [dims.rank(dict.fromkeys(dims.AXES, 0) | {"pp": place}) for place in places]
+
+
+def measure(name: str, overrides: list[str], world: int, rank: int, queue: Any) -> None:
+    import torch
+
+    from titan_lite.dryrun.run import dry_run
+
+    torch.set_num_threads(1)
+    found = dry_run(plan_of(name, overrides, world), rank)
+    measured = found.measured
+    queue.put(
+        {
+            "place": found.place["pp"],
+            "parameters": found.parameters,
+            "flops": measured.flops,
+            "held": measured.held,
+            "peak": measured.peak.bytes,
+            "categories": {k: v for k, v in measured.peak.categories.items() if v},
+            "collectives": [[c.operation, c.axis, c.count, c.bytes] for c in measured.collectives],
+        }
+    )
+
+
+def main() -> None:
+    import torch  # Once, for all children.
+
+    import titan_lite.dryrun.run  # noqa: F401
+
+    torch.set_num_threads(1)
+    which, *span = sys.argv[1:]
+    cases = sorted(presets(), key=cost) if which == "presets" else list(random_layouts())
+    first, last = [*map(int, span), *(0, len(cases))[len(span) :]]
+    context = multiprocessing.get_context("fork")
+    file = Path(__file__).parent / f"dry_runs_{which}.json"
+    for name, overrides, world in cases[first:last]:
+        rows = json.loads(file.read_text()) if file.exists() else []
+        for rank in ranks(plan_of(name, overrides, world).dims):
+            case = {"config": name, "overrides": overrides, "world_size": world, "rank": rank}
+            if any(case.items() <= row.items() for row in rows):
+                continue
+            queue = context.Queue()
+            child = context.Process(target=measure, args=(name, overrides, world, rank, queue))
+            child.start()
+            while True:
+                try:
+                    rows.append(case | queue.get(timeout=5))
+                    break
+                except Exception:
+                    if child.exitcode is not None:
+                        print("FAILED", case, flush=True)
+                        break
+            child.join()
+            file.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+            print(case["config"], rank, rows[-1]["peak"] / 2**30 if rows else "", flush=True)
+
+
+if __name__ == "__main__":
+    main()
