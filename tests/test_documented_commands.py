@@ -120,7 +120,7 @@ def _train(folder: Path, config: str, *overrides: str) -> int:
 def folder(tmp_path_factory: pytest.TempPathFactory, workers: Mapping[int, Workers]) -> Path:
     """What a reader has in the folder in which the commands are printed, all of it small."""
     folder = tmp_path_factory.mktemp("reader")
-    for name in ("train_configs", "scripts", "run_train.sh", "run_tests.sh", "tests"):
+    for name in ("assets", "train_configs", "scripts", "run_train.sh", "run_tests.sh", "tests"):
         (folder / name).symlink_to(ROOT / name)
     keys = [override.removeprefix("--") for override in (*TINY, *SHORT, "--data.num_streams=8")]
     # The last one of a key wins; words want quotes.
@@ -238,6 +238,8 @@ TABLE = {
     "train CONFIG": "train run.toml",
     "config CONFIG": "config run.toml",
     "dryrun CONFIG": "dryrun run.toml",
+    "plan CONFIG": "plan run.toml",
+    "plan search CONFIG": "plan search run.toml --world-size 2",
     "compare A B": "compare outputs/base outputs/change",
     "golden run CASE": "golden run case.toml",
     "golden accept CASE": "golden accept case.toml",
@@ -283,6 +285,7 @@ def test_the_commands_of_the_readmes_table_work(
 
 HELPS = [
     *(["titan-lite", name, "--help"] for name in ("train", "config", "tokenize", "dryrun")),
+    ["titan-lite", "plan", "--help"],
     *(["titan-lite", name, "--help"] for name in ("checkpoint", "compare", "golden", "report")),
     *(["titan-lite", "convert", name, "--help"] for name in ("hf-to-dcp", "dcp-to-hf")),
     ["titan-lite", "--help"],

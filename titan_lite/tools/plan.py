@@ -18,6 +18,12 @@ from titan_lite.planner.read import read_job
 from titan_lite.planner.search import search
 from titan_lite.tools import plan_report, plan_scaling, validate_plan
 
+FORMS = """
+other forms, each with its own --help:
+  titan-lite plan search CONFIG --world-size N [--count K] [--write FILE]
+  titan-lite plan scaling CONFIG ... [--gpus N,N,...] [--plot FILE]
+  titan-lite plan validate ROWS.toml [--constants fitted|literature|leave-one-system-out] [--fit]
+"""
 UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 # A layout that any configuration allows: a search replaces these keys.
 ONE_DEVICE = (
@@ -46,8 +52,8 @@ def _plan(argv: Sequence[str]) -> int:
     parser = _parser(
         "plan",
         "Predicts a run: whether it fits, how long a step takes and why, and what the whole run "
-        "costs in days, money and energy. Other forms: titan-lite plan search CONFIG, plan "
-        "scaling CONFIG..., plan validate ROWS.toml.",
+        "costs in days, money and energy.",
+        FORMS,
     )
     parser.add_argument("--tokens", type=_tokens, help="of the whole run, as 2T or 300B")
     options, path, overrides = _parse(parser, argv)
@@ -157,12 +163,14 @@ def _validate(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser(command: str, description: str) -> argparse.ArgumentParser:
+def _parser(command: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"titan-lite {command}",
         usage="%(prog)s [CONFIG] [--section.key=value ...] [--cluster NAME|FILE] [--world-size N] "
         "[--price P] [--json]",
         description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter if epilog else argparse.HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(

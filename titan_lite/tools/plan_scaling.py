@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from titan_lite.config.load import ConfigError, Problem
-from titan_lite.config.units import format_scaled
 from titan_lite.models.plan import make_plan
 from titan_lite.planner.cluster import Cluster
 from titan_lite.planner.counts import num_params
@@ -105,7 +104,7 @@ def text(rows: Sequence[dict[str, Any]], cluster: Cluster) -> str:
             lines.append(f"{head}  {row['reason']}")
             continue
         lines.append(
-            f"{head}{format_scaled(row['flops'], 'FLOP'):>12}{row['ideal_days']:>12,.2f}"
+            f"{head}{row['flops']:>12.3g}{row['ideal_days']:>12,.2f}"
             f"{row['days']:>12,.2f}{row['mfu']:>7.1%}{row['mwh']:>10,.0f}"
             f"{'$' + format(row['cost'], ',.0f'):>14}  {'yes' if row['fits'] else 'no'}"
         )
