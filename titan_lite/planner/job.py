@@ -18,6 +18,8 @@ class Job:
     recomputed: blocks of each stage that are checkpointed. blocks: of each pipeline stage.
     keeps_gathered: parameters stay gathered between forward and backward. syncs_last: gradients
     are reduced after the last micro-batch only. kernels: class of the element-wise kernels.
+    cp_balanced: each rank has a part of
+    the head and of the tail of a causal sequence.
     stack: the library, as constants.py names it, "" for this one.
     """
 
@@ -32,6 +34,7 @@ class Job:
     replicas: int = 1
     dp_shard: int = 1
     cp_method: str = "ring"
+    cp_balanced: bool = True
     blocks: tuple[int, ...] = ()
     stages_per_rank: int = 1
     is_v: bool = False

@@ -88,6 +88,9 @@ class Rates:
             drop = 5 if args.attention_dropout else 0
             return products + (13 + drop) * scores, 2 * products + (18 + drop) * scores
         flops *= 0.5 if args.causal else 1
+        if args.causal and not job.cp_balanced:
+            # The rank with the end of the sequence attends to all of it.
+            flops *= 2 * job.cp / (job.cp + 1)
         rate = self.peak * k[f"attention/{job.attention}"]
         forward = k["attention_forward"] * span / (span + k["attention_forward_tokens"])
         backward = k["attention_backward"] * span / (span + k["attention_backward_tokens"])

@@ -169,7 +169,8 @@ class StepModel:
         parts["stragglers"] = doublings * (
             self.k["straggler"] * total + self.k["straggler_ms"] * 1e-3
         )
-        return Step(job, self.cluster, parts)
+        factor = self.cluster.measured.get(f"step/{job.kernels}", self.k["step"])
+        return Step(job, self.cluster, {name: factor * part for name, part in parts.items()})
 
     def _slowest(self, job: Job, block: Block, head: float) -> tuple[int, int, bool]:
         """The slowest pipeline rank: its blocks, recomputed blocks, and whether it has the head."""

@@ -16,12 +16,13 @@ from titan_lite.planner.cluster import Cluster, find_cluster
 from titan_lite.planner.predict import advice, predict
 from titan_lite.planner.read import read_job
 from titan_lite.planner.search import search
-from titan_lite.tools import plan_report, plan_scaling, validate_plan
+from titan_lite.tools import plan_recalibrate, plan_report, plan_scaling, validate_plan
 
 FORMS = """
 other forms, each with its own --help:
   titan-lite plan search CONFIG --world-size N [--count K] [--write FILE]
   titan-lite plan scaling CONFIG ... [--gpus N,N,...] [--plot FILE]
+  titan-lite plan recalibrate RUN
   titan-lite plan validate ROWS.toml [--constants fitted|literature|leave-one-system-out] [--fit]
 """
 UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
@@ -43,6 +44,7 @@ NO_FILES = ('--checkpoint.initial_load_hf=""', "--metrics.enable_wandb=false")
 def main(argv: list[str]) -> int:
     """Runs one form of the command."""
     commands = {"validate": _validate, "search": _search, "scaling": _scaling}
+    commands["recalibrate"] = _recalibrate
     if argv[:1] and argv[0] in commands:
         return commands[argv[0]](argv[1:])
     return _plan(argv)
@@ -131,6 +133,22 @@ def _scaling(argv: Sequence[str]) -> int:
     return 0
 
 
+def _recalibrate(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="titan-lite plan recalibrate",
+        description="Compares a finished run's records with its prediction on a cluster, and "
+        "prints the factor that corrects it, for the cluster's file; it acts on runs of the same "
+        "stack.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="the run's folder")
+    _cluster_options(parser)
+    options = parser.parse_args(argv)
+    found = plan_recalibrate.recalibrate(options.run, _cluster(options))
+    print(json.dumps(found, indent=2) if options.json else plan_recalibrate.text(found))
+    return 0
+
+
 def _numbers(text: str) -> list[int]:
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
         raise argparse.ArgumentTypeError(f"expected numbers as 8,32,128, got {text!r}")
@@ -173,15 +191,19 @@ def _parser(command: str, description: str, epilog: str = "") -> argparse.Argume
         formatter_class=argparse.RawDescriptionHelpFormatter if epilog else argparse.HelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--world-size", type=int, metavar="N", help="number of devices")
+    _cluster_options(parser)
+    return parser
+
+
+def _cluster_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cluster", default="h100", help="of assets/clusters/, or a TOML file (h100)"
     )
-    parser.add_argument("--world-size", type=int, metavar="N", help="number of devices")
     parser.add_argument(
         "--price", type=float, metavar="P", help="of a GPU-hour, in place of the file's"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser
 
 
 def _parse(

@@ -150,6 +150,7 @@ def row_job(row: Row) -> Job:
         replicas=dp // shard,
         dp_shard=shard,
         cp_method=row.get("cp_method", "ring"),
+        cp_balanced=row.get("cp_balanced", False),
         blocks=blocks,
         stages_per_rank=stages // pp,
         schedule=row.get("pp_schedule", "1F1B"),

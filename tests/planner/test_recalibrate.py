@@ -1,0 +1,67 @@
+"""titan-lite plan recalibrate, on the records of a run."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from titan_lite import cli
+from titan_lite.models.plan import make_plan
+from titan_lite.planner.cluster import FOLDER, find_cluster
+from titan_lite.planner.predict import predict
+from titan_lite.planner.read import read_job
+
+
+def run_folder(folder: Path, records: list[dict[str, float]]) -> Path:
+    plan = make_plan(None, [], 1, with_files=False)
+    mesh = {axis: getattr(plan.dims, axis) for axis in plan.dims.AXES}
+    facts = {"config": plan.config.model_dump(), "mesh": mesh}
+    (folder / "run.json").write_text(json.dumps(facts))
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return folder
+
+
+RECORDS = [
+    {"step": 1, "seconds_per_step": 9.0, "warmup": True},
+    {"step": 10, "seconds_per_step": 2.0, "data_wait": 50.0},
+    {"step": 20, "seconds_per_step": 1.0, "data_wait": 0.0},
+    {"step": 30, "seconds_per_step": 4.0, "data_wait": 0.0},
+]
+
+
+def test_a_run_gives_the_factor_that_makes_its_prediction_right(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_folder(tmp_path, RECORDS)
+    assert cli.main(["plan", "recalibrate", str(folder), "--cluster=h100", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    # Start-up and waiting for data are no part of it.
+    assert found["measured_seconds"] == 1.0
+    own = tmp_path / "own.toml"
+    text = (FOLDER / "h100.toml").read_text()
+    own.write_text(f'{text}\n[measured]\n"{found["constant"]}" = {found["value"]}\n')
+    plan = make_plan(None, [], 1, with_files=False)
+    job = read_job(plan.config, plan.dims, plan.family, plan.args)
+    assert predict(job, find_cluster(str(own)), 1.0).step.seconds == pytest.approx(1.0, rel=1e-3)
+    # Once more, from the recalibrated prediction.
+    assert cli.main(["plan", "recalibrate", str(folder), f"--cluster={own}"]) == 0
+    assert f'"{found["constant"]}" = ' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        (RECORDS[:2], "1 records after the warm-up; at least 3 are required"),
+        (None, "not the folder"),
+    ],
+)
+def test_a_folder_without_records_is_one_message(
+    records: list[dict[str, float]] | None,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if records is not None:
+        run_folder(tmp_path, records)
+    assert cli.main(["plan", "recalibrate", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,60 @@
+"""titan-lite plan recalibrate: one factor from the records of a finished run."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from titan_lite.config.dims import ParallelDims
+from titan_lite.config.load import ConfigError, Problem
+from titan_lite.config.schema import Config
+from titan_lite.models.registry import resolve
+from titan_lite.planner.cluster import Cluster
+from titan_lite.planner.predict import predict
+from titan_lite.planner.read import read_job
+
+FEWEST = 3
+
+
+def recalibrate(folder: str, cluster: Cluster) -> dict[str, Any]:
+    """Measured and predicted seconds of a step, and the constant that makes them equal.
+
+    Records of the warm-up are left out, and the time that steps waited for data.
+    """
+    try:
+        facts = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
+        lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        config = Config.model_validate(facts["config"])
+        dims = ParallelDims(**facts["mesh"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        message = f"not the folder of a finished run: {error}"
+        raise ConfigError([Problem("RUN", folder, message)]) from error
+    seconds = [
+        record["seconds_per_step"] * (1 - record.get("data_wait", 0.0) / 100)
+        for record in records
+        if "seconds_per_step" in record and not record.get("warmup")
+    ]
+    if len(seconds) < FEWEST:
+        message = f"{len(seconds)} records after the warm-up; at least {FEWEST} are required"
+        raise ConfigError([Problem("RUN", folder, message)])
+    family, args = resolve(config.model)
+    job = read_job(config, dims, family, args)
+    name = f"step/{job.kernels}"
+    measured, predicted = statistics.median(seconds), predict(job, cluster, 1.0).step.seconds
+    factor = measured / predicted * cluster.measured.get(name, 1.0)
+    return {
+        "measured_seconds": measured,
+        "predicted_seconds": predicted,
+        "constant": name,
+        "value": round(factor, 4),
+    }
+
+
+def text(found: dict[str, Any]) -> str:
+    """The factor for a reader, as a line of a cluster's file."""
+    return (
+        f"measured {found['measured_seconds']:.4g} s a step, predicted "
+        f"{found['predicted_seconds']:.4g} s; in the cluster's file:\n"
+        f'[measured]\n"{found["constant"]}" = {found["value"]}'
+    )
