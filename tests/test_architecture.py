@@ -292,7 +292,7 @@ MAY_TAKE_THE_WHOLE = {
     },
     "training/resuming": {"log_changes", "changed_settings"},
     "training/step": {"__init__"},
-    "planner/predict": {"advice", "_changes"},
+    "planner/predict": {"advice", "_changes", "fitting_settings"},
     "planner/read": {"read_job", "_recompute", "is_legal", "with_values"},
     "planner/search": {"search", "candidates"},
     "tools/tokenize": {"write"},

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from multiprocessing.pool import Pool
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -228,6 +229,24 @@ def test_memory_that_fsdp_frees_is_seen_after_an_operation_with_a_body() -> None
         start = recorder.now()
         later = torch.empty(512, dtype=torch.uint8)
         assert recorder.peak(start).bytes == later.nbytes
+
+
+def test_a_step_that_does_not_fit_names_settings_that_would(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from titan_lite.dryrun import report
+
+    size = 2**40
+    rank = SimpleNamespace(parameters=1, measured=SimpleNamespace(peak=SimpleNamespace(bytes=size)))
+    monkeypatch.setattr(report, "dry_runs", lambda plan, ranks: [rank])
+    monkeypatch.setattr(report, "_rank", lambda rank, device: [])
+    batch = "--training.local_batch_size=8"
+    plan = make_plan(TRAIN_CONFIGS / "llama3_8b.toml", [NO_FILE, batch], 8, with_files=False)
+    device = find_by_short_name("h100")
+    assert device is not None
+    assert "\nWould fit\n  --" in report.report(plan, [0], device, as_json=False)
+    rank.measured.peak.bytes = 2**30
+    assert "Would fit" not in report.report(plan, [0], device, as_json=False)
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,8 @@ from titan_lite.models.plan import make_plan
 from titan_lite.planner.cluster import FOLDER, Cluster, find_cluster
 from titan_lite.planner.job import Job
 from titan_lite.planner.kernels import Rates
-from titan_lite.planner.memory import peak
-from titan_lite.planner.predict import model_flops, predict
+from titan_lite.planner.memory import FITS, peak
+from titan_lite.planner.predict import fitting_settings, model_flops, predict
 from titan_lite.planner.read import is_legal, read_job
 from titan_lite.planner.search import candidates, divisors
 from titan_lite.planner.step import PARTS, StepModel
@@ -68,6 +69,27 @@ def test_a_run_that_does_not_fit_is_told_what_would(capsys: pytest.CaptureFixtur
     out = capsys.readouterr().out
     assert "DOES NOT FIT, by" in out
     assert "--training.local_batch_size=1" in out.partition("Would fit")[2]
+
+
+def test_settings_that_would_fit_are_computed() -> None:
+    overrides = ["--activation_checkpoint.mode=none", "--training.local_batch_size=4"]
+    plan = make_plan(PRESET, [NO_FILE, *overrides], 8, with_files=False)
+    found = fitting_settings(plan.config, plan.dims, plan.family, plan.args, H100.device)
+    assert len(found) == 3
+    assert any(text.startswith("--training.local_batch_size=1: ") for text in found)
+    for text in found:
+        size = re.fullmatch(r"--.*: ([\d.]+) of 80 GiB, predicted", text)
+        assert size
+        assert float(size[1]) <= FITS * 80
+
+
+def test_a_run_out_of_memory_that_was_to_fit_is_given_smaller_settings() -> None:
+    plan = make_plan(PRESET, [NO_FILE, "--training.local_batch_size=2"], 8, with_files=False)
+    found = fitting_settings(plan.config, plan.dims, plan.family, plan.args, H100.device)
+    assert found
+    now = peak(read_job(plan.config, plan.dims, plan.family, plan.args)).bytes / 2**30
+    for text in found:
+        assert float(text.rpartition(": ")[2].split()[0]) < now
 
 
 def test_no_form_of_the_command_imports_torch(tmp_path: Path) -> None:

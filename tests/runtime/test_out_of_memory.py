@@ -1,7 +1,9 @@
 """Out of memory: told with numbers and ways out, never swallowed."""
 
 import logging
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from tests.runs import build_trainer
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import load_config
 from titan_lite.config.memory_advice import memory_advice
+from titan_lite.models.plan import make_plan
 
 
 def _out_of_memory(folder: Path, *overrides: str) -> str:
@@ -71,6 +74,22 @@ def test_advice_on_memory_is_what_this_run_does_not_do_yet(
     advice = memory_advice(loaded.config, ParallelDims.resolve(loaded.config.parallel, 8))
     for line, start in zip(advice, expected, strict=True):
         assert line.startswith(start)
+
+
+def test_advice_on_a_known_device_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from titan_lite.training import trainer
+
+    plan = make_plan(None, ["--model.flavor=llama3_8b", "--training.local_batch_size=8"], 8)
+    run = SimpleNamespace(plan=plan, config=plan.config, dims=plan.dims, process=SimpleNamespace())
+    run.process.device = torch.device("cpu")
+    monkeypatch.setattr(trainer, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    advice = trainer.Trainer._memory_advice(run)  # type: ignore[arg-type]
+    assert advice
+    for line in advice:
+        assert re.fullmatch(r"--.*: [\d.]+ of 80 GiB, predicted", line)
+    monkeypatch.setattr(trainer, "device_name", lambda device: "a processor")
+    fixed = trainer.Trainer._memory_advice(run)  # type: ignore[arg-type]
+    assert fixed == memory_advice(plan.config, plan.dims)
 
 
 def _out_of_memory_on_gpu(folder: Path) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from titan_lite.planner.counts import (
     num_params,
     num_unused_params,
 )
+from titan_lite.planner.hardware import Device
 from titan_lite.planner.interval import Interval, interval
 from titan_lite.planner.job import Job
 from titan_lite.planner.memory import Memory, memory, room
@@ -134,10 +135,12 @@ def advice(
     cluster: Cluster,
     *,
     count: int = 2,
+    below: float | None = None,
 ) -> list[Advice]:
     """The settings, one change at a time, that would save most of the step's time and still fit.
 
-    Where the run itself does not fit, those with which it would.
+    Where the run itself does not fit, or is to need less than `below` bytes, those with which it
+    would.
     """
     now = predict(read_job(config, dims, family, args), cluster, 1.0)
     better = []
@@ -151,9 +154,32 @@ def advice(
             continue
         job = read_job(other, new_dims, family, args)
         found = predict(job, cluster, 1.0)
-        if found.fits and (not now.fits or found.step.seconds < 0.99 * now.step.seconds):
+        if below is not None or not now.fits:
+            helps = found.peak.bytes < (below or now.peak.bytes)
+        else:
+            helps = found.step.seconds < 0.99 * now.step.seconds
+        if found.fits and helps:
             better.append(Advice(values, found))
     return sorted(better, key=lambda found: found.prediction.step.seconds)[:count]
+
+
+def fitting_settings(
+    config: Config, dims: ParallelDims, family: Family, args: DecoderArgs, device: Device
+) -> list[str]:
+    """Changes with which a run that does not fit would, those that cost least speed first."""
+    cluster = Cluster(name=device.name, device=device)
+    now = predict(read_job(config, dims, family, args), cluster, 1.0)
+    found = advice(config, dims, family, args, cluster, count=3, below=now.peak.bytes)
+    return [
+        f"{' '.join(setting(*item) for item in one.values.items())}: "
+        f"{one.prediction.peak.bytes / 2**30:.1f} of {device.memory_gb:g} GiB, predicted"
+        for one in found
+    ]
+
+
+def setting(key: str, value: object) -> str:
+    """A key and its value, as an override."""
+    return f"--{key}={value}".lower() if isinstance(value, bool) else f"--{key}={value}"
 
 
 def _samples(job: Job) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from titan_lite.config.units import format_scaled
 from titan_lite.planner.memory import room
-from titan_lite.planner.predict import DAYS, Advice, Prediction
+from titan_lite.planner.predict import DAYS, Advice, Prediction, setting
 from titan_lite.planner.search import Found, Layout
 
 WORDS = {
@@ -127,11 +127,6 @@ def text(p: Prediction, better: Sequence[Advice]) -> str:
         settings = " ".join(setting(key, value) for key, value in found.values.items())
         lines.append(f"  {settings}: {found.prediction.step.seconds:.3g} s a step ({-gain:+.0%})")
     return "\n".join(lines)
-
-
-def setting(key: str, value: object) -> str:
-    """A key and its value, as an override."""
-    return f"--{key}={value}".lower() if isinstance(value, bool) else f"--{key}={value}"
 
 
 def search_text(found: Found, best: Sequence[Layout], seconds: float) -> str:

@@ -40,6 +40,8 @@ from titan_lite.parallel.float8 import refresh_scales
 from titan_lite.parallel.init_weights import init_weights
 from titan_lite.parallel.mesh import build_meshes
 from titan_lite.planner.counts import FORMULA
+from titan_lite.planner.hardware import find_device
+from titan_lite.planner.predict import fitting_settings
 from titan_lite.runtime.distributed import (
     Process,
     all_reduce,
@@ -357,6 +359,15 @@ class Trainer:
         self.watchdog.close()
         self.locks.close()
 
+    def _memory_advice(self) -> list[str]:
+        """Settings that would fit, by the planner where it knows the device."""
+        plan, device = self.plan, find_device(device_name(self.process.device))
+        if device is not None and device.memory_gb is not None:
+            fitting = fitting_settings(plan.config, plan.dims, plan.family, plan.args, device)
+            if fitting:
+                return fitting
+        return memory_advice(self.config, self.dims)
+
     def train_step(self, step: int) -> Record | None:
         """One optimizer step over the global batch; collective. Returns its record if logged."""
         training = self.config.training
@@ -368,7 +379,7 @@ class Trainer:
         try:
             result = self.step(batches, lr, stop=self.stop.signal is not None)
         except torch.OutOfMemoryError as error:
-            advice = memory_advice(self.config, self.dims)
+            advice = self._memory_advice()
             logger.error("%s", describe_out_of_memory(error, self.process.device, advice))
             raise
         self.progress.enter("log")
