@@ -118,10 +118,14 @@ def _place(job: Job, place: int, stages: tuple[int, ...]) -> Memory:
     backward = 1.35 * none * width * tokens + passed
     works = {"loss": logits, "backward": backward, "reducing": 5 * stream, "end": 0.0}
     fixed = {"parameters": 4 * params / N, "optimizer": 8 * params / N}
+    if args.positions == "rotary":
+        # Cosines and sines in float32; a pipeline's rank has those of the whole model as well.
+        fixed["tables"] = 8 * args.max_seq_len * args.rotary_dim * (2 if job.pp > 1 else 1)
     best: dict[str, float] = {}
     # A tensor-parallel embedding's gradient is that of the whole table on each rank.
     lookup = 4 * (t - 1) * table if 0 in stages else 0.0
-    for moment in _moments(job, place, params, block, table, lookup):
+    rounded = width * table * (t if 0 in stages else 1)
+    for moment in _moments(job, place, params, block, table, lookup, rounded):
         if moment.name == "loss" and not has_head:
             continue
         parts = fixed | {"gradients": moment.sharded, "unsharded": moment.unsharded}
@@ -145,7 +149,13 @@ class Moment(NamedTuple):
 
 
 def _moments(
-    job: Job, place: int, params: float, block: float, table: float, lookup: float
+    job: Job,
+    place: int,
+    params: float,
+    block: float,
+    table: float,
+    lookup: float,
+    rounded: float,
 ) -> Iterator[Moment]:
     width, m = job.width, job.micro_steps
     gradient = width + 4  # a weight and its gradient in float32
@@ -160,7 +170,7 @@ def _moments(
             yield Moment("backward", flying, width * params + 4 * block)
             if flying > 1:
                 yield Moment("backward", flying - 1, gradient * params + lookup)
-        yield Moment("end", 0, gradient * params + width * table + lookup)
+        yield Moment("end", flying - 1, gradient * params + rounded + lookup)
         return
     late = 4 * params if job.syncs_last and m > 1 else 0.0
     sharded = 4 * params / job.shards if m > 1 and not late else 0.0
