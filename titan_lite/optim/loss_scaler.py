@@ -1,6 +1,8 @@
 """Dynamic loss scaling, for gradients in float16 (arXiv:1710.03740)."""
 
 import math
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ class LossScaler:
     on the parameters' device: with a fused optimizer no step waits for the host.
     """
 
+    mode: Literal["rescale"] = "rescale"
     STATE = ("scale", "good_steps", "skipped_steps")
 
     def __init__(self, device: torch.device) -> None:
@@ -32,10 +35,18 @@ class LossScaler:
         self.good_steps = torch.zeros((), device=device)
         self.skipped_steps = torch.zeros((), device=device)
 
+    def is_finite(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        return grad_norm.isfinite()
+
     def step(
-        self, optimizer: torch.optim.Optimizer, *, is_finite: Tensor, grad_scale: Tensor | None
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        is_finite: Tensor,
+        grad_scale: Tensor | None,
+        norms: Tensor,
+        owners: Sequence[str],
     ) -> None:
-        """Steps the optimizer, see `step_if`, and adapts the scale."""
         step_if(optimizer, is_finite, grad_scale)
         self.skipped_steps = self.skipped_steps + ~is_finite
         self.good_steps = torch.where(is_finite, self.good_steps + 1, 0)
@@ -44,8 +55,10 @@ class LossScaler:
         self.scale = (self.scale * factor).clamp(min=MIN_SCALE)
         self.good_steps = torch.where(grows, 0, self.good_steps)
 
+    def bad_gradients(self) -> set[str]:
+        return set()
+
     def check(self, step: int, grad_norm: float) -> None:
-        """Raises RuntimeError where a smaller scale cannot help any more; waits for the device."""
         if not math.isfinite(grad_norm) and self.scale.item() <= MIN_SCALE:
             raise RuntimeError(
                 f"step {step}: the gradient norm is {grad_norm} though the loss is not scaled any "
@@ -53,11 +66,9 @@ class LossScaler:
             )
 
     def metrics(self) -> dict[str, float]:
-        """For a log record; waits for the device."""
         return {"loss_scale": self.scale.item(), "skipped_steps": self.skipped_steps.item()}
 
     def state_dict(self) -> dict[str, float]:
-        """Numbers for a checkpoint; waits for the device."""
         return {name: getattr(self, name).item() for name in self.STATE}
 
     def load_state_dict(self, state: dict[str, float]) -> None:

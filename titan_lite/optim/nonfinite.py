@@ -18,7 +18,7 @@ def step_if(optimizer: torch.optim.Optimizer, is_finite: Tensor, grad_scale: Ten
     With a fused optimizer the host does not wait: the kernels read both on the device, as they do
     for torch.amp.GradScaler.
     """
-    if optimizer.defaults["fused"]:
+    if optimizer.defaults.get("fused"):
         optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
         optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
         optimizer.step()
@@ -39,9 +39,13 @@ class NonFiniteGuard:
 
     def __init__(self, mode: Literal["stop", "skip"], device: torch.device) -> None:
         self.mode = mode
+        self.scale = None
         self.skipped_steps = torch.zeros((), device=device)
         self._norms: Tensor | None = None
         self._owners: Sequence[str] = ()
+
+    def is_finite(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        return (grad_norm + loss.to(grad_norm.device)).isfinite()
 
     def step(
         self,
@@ -52,11 +56,6 @@ class NonFiniteGuard:
         norms: Tensor,
         owners: Sequence[str],
     ) -> None:
-        """Steps the optimizer, see `step_if`.
-
-        norms: (P,), of this rank's parts of the gradients, owners: P names of parameters; the same
-        in each step.
-        """
         if self.mode == "stop":
             is_good_so_far = self.skipped_steps == 0
             former = norms if self._norms is None else self._norms
@@ -67,16 +66,17 @@ class NonFiniteGuard:
         self.skipped_steps = self.skipped_steps + ~is_finite
 
     def bad_gradients(self) -> set[str]:
-        """Under "stop", whose gradients on this rank were not finite in the first bad step."""
         assert self._norms is not None
         return {self._owners[i] for i in (~self._norms.isfinite()).nonzero().flatten().tolist()}
 
+    def check(self, step: int, grad_norm: float) -> None:
+        # The step monitor looks at every step.
+        pass
+
     def metrics(self) -> dict[str, float]:
-        """For a log record; waits for the device."""
         return {"skipped_steps": self.skipped_steps.item()} if self.mode == "skip" else {}
 
     def state_dict(self) -> dict[str, float]:
-        """Numbers for a checkpoint; waits for the device."""
         return self.metrics()
 
     def load_state_dict(self, state: dict[str, float]) -> None:

@@ -15,8 +15,7 @@ from titan_lite.data.loader import Batch
 from titan_lite.models.args import DecoderArgs
 from titan_lite.nn.documents import DocumentMask, dense_mask, document_spans, has_kernel
 from titan_lite.nn.dropout import token_keys
-from titan_lite.optim.loss_scaler import LossScaler
-from titan_lite.optim.nonfinite import NonFiniteGuard
+from titan_lite.optim.guard import Guard
 from titan_lite.optim.optimizer import set_lr
 from titan_lite.parallel.build import ParallelModel
 from titan_lite.parallel.float8 import refresh_scales
@@ -60,7 +59,7 @@ class TrainStep:
         config: Config,
         parallel_model: ParallelModel,
         optimizer: torch.optim.Optimizer,
-        guard: LossScaler | NonFiniteGuard,
+        guard: Guard,
         objective: Objective,
         *,
         args: DecoderArgs,
@@ -100,9 +99,9 @@ class TrainStep:
         counts = torch.stack((num_valid, num_pairs)).clamp(min=1)
         factor, self.pair_factor = counts.to(torch.float32).reciprocal()
         self.sums = self._zeros(torch.float32)
-        loss_scale = None
-        if isinstance(self.guard, LossScaler):
-            loss_scale = self.guard.scale.to(self.device)
+        loss_scale = self.guard.scale
+        if loss_scale is not None:
+            loss_scale = loss_scale.to(self.device)
             factor, self.pair_factor = factor * loss_scale, self.pair_factor * loss_scale
         loss = self.forward_backward(micro_batches, factor)
         if loss_scale is not None:
@@ -111,18 +110,14 @@ class TrainStep:
         loss, *_ = sums = self.global_loss(torch.cat([loss.unsqueeze(0), self.sums]))
         norm = self._norm(loss_scale)
         set_lr(self.optimizer, lr)
-        if isinstance(self.guard, LossScaler):
-            is_finite = norm.total.isfinite()
-            self.guard.step(self.optimizer, is_finite=is_finite, grad_scale=norm.grad_scale)
-        else:
-            is_finite = (norm.total + loss.to(norm.total.device)).isfinite()
-            self.guard.step(
-                self.optimizer,
-                is_finite=is_finite,
-                grad_scale=norm.grad_scale,
-                norms=norm.parts,
-                owners=norm.owners,
-            )
+        is_finite = self.guard.is_finite(loss, norm.total)
+        self.guard.step(
+            self.optimizer,
+            is_finite=is_finite,
+            grad_scale=norm.grad_scale,
+            norms=norm.parts,
+            owners=norm.owners,
+        )
         if self.has_float8_all_gather:
             refresh_scales(self.model)
         self.optimizer.zero_grad()

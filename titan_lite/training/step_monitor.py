@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from titan_lite.optim.loss_scaler import LossScaler
-from titan_lite.optim.nonfinite import NonFiniteError, NonFiniteGuard
+from titan_lite.optim.guard import Guard
+from titan_lite.optim.nonfinite import NonFiniteError
 from titan_lite.parallel.init_weights import CHECKPOINT_PREFIX
 from titan_lite.runtime.readback import Readback
 from titan_lite.training.step import StepResult
@@ -22,7 +22,7 @@ class Outcomes:
     All ranks read after the same steps, so that they do the same about what they find.
     """
 
-    def __init__(self, guard: LossScaler | NonFiniteGuard, parameter_names: Sequence[str]) -> None:
+    def __init__(self, guard: Guard, parameter_names: Sequence[str]) -> None:
         """parameter_names: of the whole model, in its order."""
         self.is_stopping = False
         self._guard = guard
@@ -41,17 +41,17 @@ class Outcomes:
             step, readback = self._unread.popleft()
             is_finite, num_stopping, loss, grad_norm = readback.read()
             self.is_stopping |= num_stopping > 0
-            if is_finite or isinstance(self._guard, LossScaler):
+            if is_finite or self._guard.mode == "rescale":
                 continue
             numbers = f"the loss of step {step} is {loss:g}, its gradient norm {grad_norm:g}"
             if self._guard.mode == "stop":
-                raise NonFiniteError(f"{numbers}. {self._blame(self._guard)}")
+                raise NonFiniteError(f"{numbers}. {self._blame()}")
             if dist.get_rank() == 0:
                 logger.warning("Skipped: %s", numbers)
 
-    def _blame(self, guard: NonFiniteGuard) -> str:
+    def _blame(self) -> str:
         """Names the parameters with non-finite gradients, in a sentence; collective."""
-        mine = {name.replace(CHECKPOINT_PREFIX, "") for name in guard.bad_gradients()}
+        mine = {name.replace(CHECKPOINT_PREFIX, "") for name in self._guard.bad_gradients()}
         by_rank: list[set[str]] = [set()] * dist.get_world_size()
         dist.all_gather_object(by_rank, mine)
         bad = [name for name in self._parameter_names if any(name in names for names in by_rank)]

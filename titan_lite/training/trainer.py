@@ -29,6 +29,7 @@ from titan_lite.metrics.forward_times import ForwardTimes
 from titan_lite.metrics.record import Record
 from titan_lite.metrics.warnings import RecordWatch
 from titan_lite.models.plan import Plan
+from titan_lite.optim.guard import Guard
 from titan_lite.optim.loss_scaler import LossScaler
 from titan_lite.optim.nonfinite import NonFiniteGuard
 from titan_lite.optim.optimizer import build_optimizer
@@ -259,7 +260,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.schedule = Schedule(config.optimizer.lr, config.lr_scheduler, config.training.steps)
         device = next(self.model.parameters()).device
-        self.guard: LossScaler | NonFiniteGuard
+        self.guard: Guard
         if config.training.param_dtype == "float16":
             self.guard = LossScaler(device)
         else:
@@ -414,8 +415,7 @@ class Trainer:
             tokens_seen=int(self.tokens),
             extra=extra,
         )
-        if isinstance(self.guard, LossScaler):
-            self.guard.check(step, record["grad_norm"])
+        self.guard.check(step, record["grad_norm"])
         self.watch.look(record, waited, self.forward_times.seconds() * self.plan.micro_steps)
         return record
 
