@@ -200,7 +200,7 @@ def take_turn() -> Record:
 
 def forward_and_backward() -> None:
     """Of the next micro-batch, without a step of the optimizer."""
-    step = Run.trainer.step
+    step = Run.trainer.training.step
     step.forward_backward(
         [step.local(next(Run.trainer.batches))], torch.ones((), device=step.device)
     )

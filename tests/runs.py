@@ -89,7 +89,7 @@ def train_and_gather(
         if step in LATER and weights is None:
             gathered[f"weights before step {step}"] = gather(trainer)
 
-    hook = trainer.optimizer.register_step_pre_hook(gather_step)
+    hook = trainer.training.optimizer.register_step_pre_hook(gather_step)
     try:
         trainer.train()
         hook.remove()
@@ -117,12 +117,12 @@ def _remembered(batches: Iterator[Batch], memory: list[Batch]) -> Iterator[Batch
 
 def _gradients_at(trainer: Trainer, weights: Tensors, batches: list[Batch]) -> Tensors:
     """Gradients of a step from these weights, which it changes."""
-    load(trainer.model, weights)
+    load(trainer.training.model, weights)
     gathered: Tensors = {}
-    hook = trainer.optimizer.register_step_pre_hook(
+    hook = trainer.training.optimizer.register_step_pre_hook(
         lambda *_: gathered.update(gather(trainer, gradients=True))
     )
-    trainer.step(batches, lr=0.0)
+    trainer.training.step(batches, lr=0.0)
     hook.remove()
     return gathered
 
@@ -190,11 +190,11 @@ def read_metrics(folder: Path | str) -> list[dict[str, Any]]:
 
 def gather(trainer: Trainer, *, gradients: bool = False) -> Tensors:
     """Whole tensors of the whole model, from all stages of a pipeline."""
-    arrays = whole(trainer.model, gradients=gradients)
-    if trainer.pp_group is None:
+    arrays = whole(trainer.training.model, gradients=gradients)
+    if trainer.training.meshes.pp is None:
         return arrays
     stages: list[Tensors] = [{}] * trainer.dims.pp
-    dist.all_gather_object(stages, arrays, group=trainer.pp_group)
+    dist.all_gather_object(stages, arrays, group=trainer.training.meshes.pp)
     return {name: array for stage in stages for name, array in stage.items()}
 
 

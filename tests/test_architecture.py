@@ -265,7 +265,7 @@ WHOLE = {"Plan", "Config", "LoadedConfig"}
 MAY_TAKE_THE_WHOLE = {
     "cli": {"_preflight", "_rendered"},
     "dryrun/report": {"report", "_facts"},
-    "dryrun/run": {"__init__", "dry_run", "dry_runs", "left_out", "_eager", "_quiet_dry_run"},
+    "dryrun/run": {"dry_run", "dry_runs", "left_out", "_eager", "_quiet_dry_run"},
     "training/meta_model": {
         "check_run",
         "build_meta_model",
@@ -291,6 +291,7 @@ MAY_TAKE_THE_WHOLE = {
         "_warn_of_idle_keys",
     },
     "training/resuming": {"log_changes", "changed_settings"},
+    "training/setup": {"build_training"},
     "training/step": {"__init__"},
     "planner/predict": {"advice", "_changes", "fitting_settings"},
     "planner/read": {"read_job", "_recompute", "is_legal", "with_values"},

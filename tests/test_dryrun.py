@@ -78,7 +78,7 @@ def _real(folder: Path, overrides: tuple[str, ...]) -> Any:
         trainer = Trainer(plan)
         # Logged, and with what is set up only once.
         trainer.train_step(1)
-        measured = measure_step(trainer, record)
+        measured = measure_step(trainer.training, lambda: trainer.train_step(2), record)
         trainer.close()
     return measured
 

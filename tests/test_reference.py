@@ -28,7 +28,9 @@ def _train_both(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, floa
     trainer = build_trainer(folder, *SETTINGS)
     config = trainer.config
     model: nn.Module = build(*resolve(config.model))
-    model.load_state_dict({n: p.full_tensor() for n, p in trainer.model.named_parameters()})
+    model.load_state_dict(
+        {n: p.full_tensor() for n, p in trainer.training.model.named_parameters()}
+    )
     is_norm = {name: "norm" in name for name, _ in model.named_parameters()}
     optimizer = torch.optim.AdamW(
         [
@@ -59,7 +61,7 @@ def _train_both(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, floa
     trainer.close()
     largest = max(
         np.abs(ours - model.get_parameter(name).detach().numpy()).max()
-        for name, ours in whole(trainer.model).items()
+        for name, ours in whole(trainer.training.model).items()
     )
     return read_metrics(folder), expected, float(largest)
 

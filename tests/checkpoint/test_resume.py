@@ -130,10 +130,10 @@ def _change_by_hand(folder: Path) -> Tensors:
     trainer = build_trainer(folder, *EVERY_4)
     for step in range(1, 7):
         if step == 5:
-            former = trainer.optimizer
+            former = trainer.training.optimizer
             section = load_config(None, ["--optimizer.lr=1e-3", *CHANGED]).config.optimizer
-            trainer.step.optimizer = build_optimizer(trainer.model, section)
-            trainer.step.optimizer.state = former.state
+            trainer.training.step.optimizer = build_optimizer(trainer.training.model, section)
+            trainer.training.step.optimizer.state = former.state
         trainer.train_step(step)
     trainer.close()
     return gather(trainer)
@@ -181,8 +181,8 @@ def _steps_counted(folder: Path, *overrides: str) -> dict[str, float]:
     trainer = build_trainer(folder, *overrides)
     trainer.close()
     return {
-        name: trainer.optimizer.state[parameter]["step"].item()
-        for name, parameter in trainer.model.named_parameters()
+        name: trainer.training.optimizer.state[parameter]["step"].item()
+        for name, parameter in trainer.training.model.named_parameters()
     }
 
 
@@ -209,7 +209,7 @@ def _step_under_each(folder: Path, *implementations: str) -> list[float]:
         record = trainer.train_step(step)
         assert record is not None
         losses.append(record["loss"])
-        for group in trainer.optimizer.param_groups:
+        for group in trainer.training.optimizer.param_groups:
             assert group["fused"] == (implementation == "fused")
             assert group["foreach"] == (implementation == "foreach")
         trainer.save()

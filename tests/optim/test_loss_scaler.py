@@ -80,15 +80,15 @@ def test_float16_computes_close_to_float32(one_process: Workers, tmp_path: Path)
 def _overflow(folder: Path, *overrides: str) -> tuple[list[dict[str, Any]], list[bool]]:
     """Records of a run with too large a scale, and which steps changed the weights."""
     trainer = build_trainer(folder, FLOAT16, "--training.steps=12", *overrides)
-    assert isinstance(trainer.guard, LossScaler)
-    trainer.guard.scale.fill_(LARGE)
+    assert isinstance(trainer.training.guard, LossScaler)
+    trainer.training.guard.scale.fill_(LARGE)
     records, changed = [], []
     for step in range(1, 13):
-        before = whole(trainer.model)["output.weight"]
+        before = whole(trainer.training.model)["output.weight"]
         record = trainer.train_step(step)
         assert record is not None
         records.append(record)
-        changed.append(bool((whole(trainer.model)["output.weight"] != before).any()))
+        changed.append(bool((whole(trainer.training.model)["output.weight"] != before).any()))
     trainer.close()
     return records, changed
 
@@ -112,8 +112,8 @@ def test_steps_that_overflow_are_skipped_until_the_scale_fits(
 
 def _overflow_on_last_rank(folder: Path) -> bool:
     trainer = build_trainer(folder, FLOAT16, "--training.local_batch_size=4")
-    before = whole(trainer.model)
-    parameter = trainer.model.get_parameter("output.weight")
+    before = whole(trainer.training.model)
+    parameter = trainer.training.model.get_parameter("output.weight")
 
     def spoil(grad_owner: torch.Tensor) -> None:
         if trainer.process.rank == trainer.process.world_size - 1:
@@ -123,7 +123,7 @@ def _overflow_on_last_rank(folder: Path) -> bool:
     parameter.register_post_accumulate_grad_hook(spoil)
     trainer.train_step(1)
     trainer.close()
-    after = whole(trainer.model)
+    after = whole(trainer.training.model)
     return all((after[name] == before[name]).all() for name in before)
 
 

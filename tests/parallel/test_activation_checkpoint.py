@@ -172,13 +172,13 @@ def one_backward(folder: str, *overrides: str, backend: str = "inductor") -> dic
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = trainer.model(
+        loss = trainer.training.model(
             batch.inputs,
             head_loss=partial(
                 cross_entropy_sum,
                 labels=batch.labels,
                 num_chunks=1,
-                vocab_size=trainer.step.args.vocab_size,
+                vocab_size=trainer.training.step.args.vocab_size,
             ),
         )
     saved_bytes = sum(storage.nbytes() for storage in storages.values())
@@ -191,7 +191,7 @@ def one_backward(folder: str, *overrides: str, backend: str = "inductor") -> dic
         counts = operations.counts
     trainer.close()
     return {
-        "gradients": whole(trainer.model, gradients=True),
+        "gradients": whole(trainer.training.model, gradients=True),
         "counts": counts,
         "saved_bytes": saved_bytes,
         "applied": trainer.applied,

@@ -225,7 +225,7 @@ def _what_the_model_gets(folder: Path, *overrides: str) -> dict[str, Any]:
         found["part"] = (inputs[0], labels)
         found["positions"] = settings["positions_S"]
 
-    trainer.model.register_forward_pre_hook(look, with_kwargs=True)
+    trainer.training.model.register_forward_pre_hook(look, with_kwargs=True)
     trainer.train_step(1)
     trainer.close()
     return found

@@ -99,7 +99,7 @@ def _what_the_model_gets(folder: Path, *overrides: str) -> tuple[Batch, dict[str
     trainer = build_trainer(folder, *overrides)
     batch, found = next(trainer.batches), {}
     trainer.batches = iter([batch])
-    trainer.model.register_forward_pre_hook(
+    trainer.training.model.register_forward_pre_hook(
         lambda _model, _inputs, kwargs: found.update(
             {name: kwargs[name] for name in ("positions_S", "mask")}
         ),

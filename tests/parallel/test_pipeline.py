@@ -174,7 +174,7 @@ def _say(folder: Path) -> tuple[str, list[str]]:
         "--training.steps=2",
         "--activation_checkpoint.mode=first_k",
     )
-    names = [name for name, _ in trainer.model.named_parameters()]
+    names = [name for name, _ in trainer.training.model.named_parameters()]
     trainer.train()
     trainer.close()
     return str(trainer.applied), names

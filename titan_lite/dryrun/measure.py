@@ -1,6 +1,6 @@
-"""One training step of a trainer, measured: the same for a real run and for a dry one."""
+"""One training step, measured: the same for a real run and for a dry one."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from titan_lite.config.dims import ParallelDims
 from titan_lite.dryrun.recorder import Category, Peak, Recorder
-from titan_lite.training.trainer import Trainer
+from titan_lite.training.setup import Training
 
 
 @dataclass(frozen=True)
@@ -48,26 +48,28 @@ def recorder(dims: ParallelDims, *, fuses_float8_casts: bool = False) -> Recorde
     return Recorder(axis_of, fuses_float8_casts=fuses_float8_casts)
 
 
-def measure_step(trainer: Trainer, recorder: Recorder) -> Measured:
-    """Runs the trainer's next step within `recorder`, entered before the trainer was built.
+def measure_step(
+    training: Training, take_step: Callable[[], object], recorder: Recorder
+) -> Measured:
+    """Measures `take_step` within `recorder`, which was entered before `training` was built.
 
     The optimizer's state exists before, as from the second step on.
     """
     held: dict[Category, int] = {
-        "parameters": recorder.mark(trainer.model.parameters(), "parameters"),
-        "buffers": recorder.mark(trainer.model.buffers(), "buffers"),
+        "parameters": recorder.mark(training.model.parameters(), "parameters"),
+        "buffers": recorder.mark(training.model.buffers(), "buffers"),
     }
-    _fill_optimizer(trainer.optimizer)
-    held["optimizer"] = recorder.mark(_state(trainer.optimizer), "optimizer")
+    _fill_optimizer(training.optimizer)
+    held["optimizer"] = recorder.mark(_state(training.optimizer), "optimizer")
 
     def mark_gradients(*_: object) -> None:
-        grads = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+        grads = [p.grad for p in training.model.parameters() if p.grad is not None]
         held["gradients"] = recorder.mark(grads, "gradients")
 
-    hook = trainer.optimizer.register_step_pre_hook(mark_gradients)
+    hook = training.optimizer.register_step_pre_hook(mark_gradients)
     recorder.restart()
     start = recorder.now()
-    trainer.train_step(trainer.state.step + 1)
+    take_step()
     hook.remove()
     return Measured(
         held=held,

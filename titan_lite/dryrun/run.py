@@ -1,4 +1,4 @@
-"""The Trainer as one rank of a world that is not there."""
+"""One rank of a run in a world that is not there, on fake tensors."""
 
 import contextlib
 import dataclasses
@@ -9,12 +9,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from titan_lite.checkpoint.state import RunState
 from titan_lite.config.load import ConfigError, Problem
 from titan_lite.config.schema import Config
 from titan_lite.data.loader import Batch
@@ -24,12 +24,13 @@ from titan_lite.dryrun.progress import RankProgress
 from titan_lite.dryrun.repeat import NotRepeatableError, repeat_blocks
 from titan_lite.dryrun.torch_private import FakeTensorMode, fake_world
 from titan_lite.models.plan import Plan
-from titan_lite.parallel.float8 import refresh_scales
+from titan_lite.parallel.mesh import build_meshes
 from titan_lite.parallel.pipeline import local_stages
 from titan_lite.runtime.distributed import Process
 from titan_lite.runtime.parent import end_with_parent
-from titan_lite.training.meta_model import check_float8
-from titan_lite.training.trainer import Trainer
+from titan_lite.training.meta_model import build_meta_model, check_float8
+from titan_lite.training.objective import Objective
+from titan_lite.training.setup import Training, build_training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,92 +47,6 @@ class DryRank:
     applied: str
     formula_flops: int
     measured: Measured
-
-
-class Silence:
-    """In the meter's place: nothing is measured in seconds, and fake numbers are not logged."""
-
-    def waiting_for_data(self) -> Any:
-        return contextlib.nullcontext()
-
-    def add(self, tokens: int, samples: int) -> None:
-        pass
-
-    def should_log(self, step: int) -> bool:
-        return False
-
-
-class Unread:
-    """In the place of what reads how steps came out: fake tensors have no values."""
-
-    is_stopping = False
-
-    def add(self, *_: object) -> None:
-        pass
-
-    def read(self, **_: object) -> None:
-        pass
-
-
-class DryTrainer(Trainer):
-    """A Trainer on fake tensors: reads no file, writes none, and takes its batches from nowhere."""
-
-    def __init__(self, plan: Plan, rank: int) -> None:
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        # Autograd refuses fake tensors of a GPU where there is none.
-        device = torch.device("cpu")
-        super().__init__(plan, Process(rank, 0, plan.dims.world_size, device))
-        self.step.labelled = self._labelled  # type: ignore[method-assign]
-
-    def train_step(self, step: int) -> None:
-        with self.fake:
-            super().train_step(step)
-
-    def _find_files(self) -> None:
-        self.state = RunState()
-
-    def _check_device(self) -> None:
-        """Checks that hold on any device; this machine's is not the run's."""
-        section = self.config.float8.model_copy(update={"emulate": True})
-        check_float8(self.plan, self.model, section, torch.device("meta"))
-
-    def _open_data(self) -> None:
-        training = self.config.training
-        self.batches = _batches(
-            training.local_batch_size,
-            training.seq_len,
-            with_positions=self.config.data.masks_attention,
-            with_sources=bool(self.config.data.sources),
-            with_pairs=self.objective.has_pairs,
-        )
-
-    def _join(self) -> None:
-        pass
-
-    def _set_timeout(self, seconds: int) -> None:
-        pass
-
-    def _build_state(self) -> None:
-        if self.pipeline is not None:
-            self.pipeline.take_shapes_for_granted()
-        # Drawing looks at the values, of which there are none.
-        self.model.init_parameter = _draw_nothing  # type: ignore[method-assign]
-        with self.fake:
-            super()._build_state()
-
-    def _labelled(self, batch: Batch) -> Tensor:
-        """Their number is what matters: labels are fake, too."""
-        number = math.ceil(self.objective.labelled_share * batch.labels.numel())
-        return batch.labels.new_zeros(number)
-
-    def _resume(self) -> None:
-        if self.applied.count("float8 all-gather"):
-            with self.fake:
-                refresh_scales(self.model)
-
-    def _start_measuring(self) -> None:
-        self.outcomes: Any = Unread()
-        self.meter: Any = Silence()
 
 
 def dry_run(
@@ -152,40 +67,65 @@ def dry_run(
     plan = dataclasses.replace(plan, config=_eager(plan.config))
     kernels = gpu_kernels() if on_gpu else contextlib.nullcontext()
     recording = recorder(plan.dims, fuses_float8_casts=is_compiled)
-    with fake_world(rank, plan.dims.world_size), recording as record:
-        trainer = DryTrainer(plan, rank)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    # Autograd refuses fake tensors of a GPU where there is none.
+    process = Process(rank, 0, plan.dims.world_size, torch.device("cpu"))
+    with plan.reporting(), fake_world(rank, plan.dims.world_size), recording as record:
+        model = build_meta_model(plan)
+        # What holds on any device; this machine's is not the run's.
+        section = plan.config.float8.model_copy(update={"emulate": True})
+        check_float8(plan, model, section, torch.device("meta"))
+        # Drawing looks at the values, of which there are none.
+        model.init_parameter = _draw_nothing  # type: ignore[method-assign]
+        meshes = build_meshes(plan.dims, "cpu")
+        training = build_training(plan, model, meshes, process, allocating=fake)
+        if training.pipeline is not None:
+            training.pipeline.take_shapes_for_granted()
+        labelled = partial(_labelled, training.objective)
+        training.step.labelled = labelled  # type: ignore[method-assign]
         if progress is not None:
             progress.enter("optimizer state")
-            progress.watch(trainer.model.layers.values(), plan.micro_steps, trainer.optimizer)
+            progress.watch(model.layers.values(), plan.micro_steps, training.optimizer)
         # A schedule that splits backward looks for the parameters of each block in its graph, and
         # each block has dropout keys of its own, which are freed between blocks.
         splits_backward = plan.config.parallel.splits_backward
         if repeats and not splits_backward and not plan.args.has_dropout:
-            repeat_blocks(record, _blocks(trainer))
-        with trainer.fake, kernels:
-            measured = measure_step(trainer, record)
+            repeat_blocks(record, _blocks(training))
+        batches = _batches(
+            plan.config.training.local_batch_size,
+            plan.config.training.seq_len,
+            with_positions=plan.config.data.masks_attention,
+            with_sources=bool(plan.config.data.sources),
+            with_pairs=training.objective.has_pairs,
+        )
+
+        def take_step() -> None:
+            training.step([next(batches) for _ in range(plan.micro_steps)], lr=0.0)
+
+        with fake, kernels:
+            measured = measure_step(training, take_step, record)
     dims, parallel = plan.dims, plan.config.parallel
     place = dims.coordinates(rank)
     stages = local_stages(parallel, place["pp"]) if dims.pp > 1 else [0]
     # Of the tokens of a replica, a rank has those of its part of the sequence and of the matrices.
     tokens = plan.global_batch_size * plan.config.training.seq_len
-    flops = tokens * sum(trainer.stages[number].flops for number in stages)
+    flops = tokens * sum(training.stages[number].flops for number in stages)
     return DryRank(
         rank=rank,
         place=place,
         stages=tuple(stages),
-        parameters=trainer.num_params,
-        applied=str(trainer.applied),
+        parameters=training.num_params,
+        applied=str(training.applied),
         formula_flops=flops // (dims.batch * dims.cp * dims.tp),
         measured=measured,
     )
 
 
-def _blocks(trainer: Trainer) -> list[list[nn.Module]]:
+def _blocks(training: Training) -> list[list[nn.Module]]:
     """Those of each pipeline stage of this rank."""
-    if trainer.pipeline is None:
-        return [list(trainer.model.layers.values())]
-    models: list[Any] = [stage.submod for stage in trainer.pipeline.stages]
+    if training.pipeline is None:
+        return [list(training.model.layers.values())]
+    models: list[Any] = [stage.submod for stage in training.pipeline.stages]
     return [list(model.layers.values()) for model in models]
 
 
@@ -267,6 +207,11 @@ def _quiet_dry_run(plan: Plan, place: tuple[int, int, int], *, repeats: bool) ->
     warnings.simplefilter("ignore")
     with contextlib.closing(RankProgress(*place)) as progress:
         return dry_run(plan, place[0], repeats=repeats, progress=progress)
+
+
+def _labelled(objective: Objective, batch: Batch) -> Tensor:
+    """Positions with a label; their number is what matters, as labels are fake, too."""
+    return batch.labels.new_zeros(math.ceil(objective.labelled_share * batch.labels.numel()))
 
 
 def _draw_nothing(name: str, tensor: Tensor, generator: torch.Generator) -> None:

@@ -118,8 +118,7 @@ class TrainStep:
             norms=norm.parts,
             owners=norm.owners,
         )
-        if self.has_float8_all_gather:
-            refresh_scales(self.model)
+        self.refresh()
         self.optimizer.zero_grad()
         by_source = (valid, self.source_losses) if self.num_sources else ()
         return StepResult(
@@ -133,6 +132,11 @@ class TrainStep:
             num_stopping,
             *by_source,
         )
+
+    def refresh(self) -> None:
+        """Computes what depends on the weights, which have changed: the scales of float8."""
+        if self.has_float8_all_gather:
+            refresh_scales(self.model)
 
     def _agree(self, micro_batches: Sequence[Batch], stop: bool) -> tuple[Tensor, Tensor]:
         """`_count_valid` of the global batch, and its pairs, tokens and ranks to stop; int64."""

@@ -29,16 +29,9 @@ from titan_lite.metrics.forward_times import ForwardTimes
 from titan_lite.metrics.record import Record
 from titan_lite.metrics.warnings import RecordWatch
 from titan_lite.models.plan import Plan
-from titan_lite.optim.guard import Guard
-from titan_lite.optim.loss_scaler import LossScaler
-from titan_lite.optim.nonfinite import NonFiniteGuard
-from titan_lite.optim.optimizer import build_optimizer
 from titan_lite.optim.schedule import Schedule
 from titan_lite.parallel.async_tp import count_fused
-from titan_lite.parallel.build import build_parallel
 from titan_lite.parallel.compile import Compilations
-from titan_lite.parallel.float8 import refresh_scales
-from titan_lite.parallel.init_weights import init_weights
 from titan_lite.parallel.mesh import build_meshes
 from titan_lite.planner.counts import FORMULA
 from titan_lite.planner.hardware import find_device
@@ -67,7 +60,6 @@ from titan_lite.runtime.writing import writing
 from titan_lite.training.meta_model import (
     build_meta_model,
     check_device,
-    count_flops,
     open_hf_weights,
     pipeline_stages,
 )
@@ -78,18 +70,15 @@ from titan_lite.training.preflight import (
     preflight,
 )
 from titan_lite.training.resuming import log_changes
-from titan_lite.training.step import StepResult, TrainStep
+from titan_lite.training.setup import build_training
+from titan_lite.training.step import StepResult
 from titan_lite.training.step_monitor import Outcomes
 
 logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """One run. Building it is collective; `train` then does the steps that are left.
-
-    What a run takes from outside (files, data, the device, sinks) enters through methods of its
-    own, for the dry run to put others in their place.
-    """
+    """One run. Building it is collective; `train` then does the steps that are left."""
 
     held_out: HeldOut | None = None
 
@@ -114,52 +103,30 @@ class Trainer:
             raise
 
     def _build(self) -> None:
-        plan, config, training = self.plan, self.config, self.config.training
-        self.objective = OBJECTIVES[plan.family.objective](config)
+        plan, config = self.plan, self.config
         # What can be refused is refused before any process waits for another.
         self._find_files()
-        self.model = build_meta_model(plan)
-        all_positions = training.loss_positions == "all"
-        head_share = 1.0 if all_positions else self.objective.labelled_share
-        self.stages = pipeline_stages(plan, self.model, head_share)
-        self.num_params = self.model.num_parameters
-        self.parameter_names = [name for name, _ in self.model.named_parameters()]
-        self.flops = count_flops(config, plan.args, self.model, self.stages, head_share)
-        self._check_device()
+        model = build_meta_model(plan)
+        pipeline_stages(plan, model, head_share=1.0)
+        check_device(plan, model, self.process.device)
+        self.objective = OBJECTIVES[plan.family.objective](config)
         self._open_data()
 
-        set_determinism(training.seed, deterministic=training.deterministic)
+        set_determinism(config.training.seed, deterministic=config.training.deterministic)
         self._join()
         self.tokens: int | Tensor = self.state.tokens
         meshes = build_meshes(self.dims, self.process.device.type)
         # The meshes' groups do not inherit the timeout of the first one.
         self._set_timeout(config.comm.init_timeout_seconds)
-        self.pp_group = meshes.pp
-        logger.info("Building the model: %s parameters", f"{self.num_params:,}")
-        parallel_model = build_parallel(
-            self.model,
-            self.stages,
-            plan,
-            meshes,
-            self.process,
-        )
-        self.pipeline, self.applied = parallel_model.pipeline, parallel_model.applied
+        logger.info("Building the model: %s parameters", f"{model.num_parameters:,}")
+        self.training = build_training(plan, model, meshes, self.process, progress=self.progress)
+        self.applied = self.training.applied
+        self.schedule = Schedule(config.optimizer.lr, config.lr_scheduler, config.training.steps)
         self.compilations = Compilations() if config.compile.enable else None
-        self._build_state()
-        self.step = TrainStep(
-            config,
-            parallel_model,
-            self.optimizer,
-            self.guard,
-            self.objective,
-            args=plan.args,
-            device=self.process.device,
-            progress=self.progress,
-        )
         self._resume()
         self._start_measuring()
         self.forward_times = ForwardTimes(
-            self.model.layers.children(),
+            self.training.model.layers.children(),
             self.process.device,
             compiled=config.compile.covers("model"),
         )
@@ -178,9 +145,6 @@ class Trainer:
         self.tokenizer, self.start = found.tokenizer, found.start
         self.state = self.start.state
         self.hf = open_hf_weights(self.plan) if self.start.source is None else None
-
-    def _check_device(self) -> None:
-        check_device(self.plan, self.model, self.process.device)
 
     def _open_data(self) -> None:
         """Reads what is held out, opens the data where the run's state says: the first batch."""
@@ -248,32 +212,14 @@ class Trainer:
             self.loader.close()
             self._open_data()
 
-    def _build_state(self) -> None:
-        """Weights, optimizer and what guards them, as they are at step 0."""
-        config = self.config
-        init_weights(
-            self.model,
-            device=self.process.device,
-            seed=config.training.seed,
-            cpu_offload=config.parallel.cpu_offload,
-        )
-        self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.schedule = Schedule(config.optimizer.lr, config.lr_scheduler, config.training.steps)
-        device = next(self.model.parameters()).device
-        self.guard: Guard
-        if config.training.param_dtype == "float16":
-            self.guard = LossScaler(device)
-        else:
-            self.guard = NonFiniteGuard(config.training.nonfinite, device)
-
     def _resume(self) -> None:
         """Loads the checkpoint to begin from, if there is one, and opens the run's folder."""
         config, start = self.config, self.start
         self.checkpoints = CheckpointManager(
             config.checkpoint,
             self.plan.checkpoint_folder,
-            model=self.model,
-            optimizer=self.optimizer,
+            model=self.training.model,
+            optimizer=self.training.optimizer,
             device=self.process.device,
             layout=dataclasses.asdict(self.dims),
             config=config.model_dump(),
@@ -285,16 +231,15 @@ class Trainer:
             with about(start.key):
                 self.checkpoints.load(start)
             if self.state.guard:
-                self.guard.load_state_dict(self.state.guard)
+                self.training.guard.load_state_dict(self.state.guard)
             logger.info("%s from %s", "Resumed" if start.resumes else "Begun", start.source)
             if start.manifest is not None and start.content == "run" and self.process.rank == 0:
                 log_changes(start.manifest, self.plan, versions())
         elif self.hf is not None:
             folder, _ = self.hf
-            load_hf(self.model, *self.hf)
+            load_hf(self.training.model, *self.hf)
             logger.info("Weights are those of %s", folder.path)
-        if self.applied.count("float8 all-gather"):
-            refresh_scales(self.model)
+        self.training.step.refresh()
         if self.process.rank == 0:
             open_run_folder(self.plan.run_folder, resume_step=start.own_step)
             self.checkpoints.leave_later_branch(start.own_step)
@@ -378,7 +323,7 @@ class Trainer:
         lr = self.schedule(step)
         self.forward_times.start_step()
         try:
-            result = self.step(batches, lr, stop=self.stop.signal is not None)
+            result = self.training.step(batches, lr, stop=self.stop.signal is not None)
         except torch.OutOfMemoryError as error:
             advice = self._memory_advice()
             logger.error("%s", describe_out_of_memory(error, self.process.device, advice))
@@ -403,7 +348,9 @@ class Trainer:
         validated = self.validate(step)
         if not logs:
             return None
-        extra = self.checkpoints.metrics() | self.guard.metrics() | self._data_metrics(result)
+        extra = (
+            self.checkpoints.metrics() | self.training.guard.metrics() | self._data_metrics(result)
+        )
         extra |= validated
         extra |= self.objective.metrics(result.loss, result.sums, result.num_pairs)
         waited = self.meter.data_wait
@@ -415,7 +362,7 @@ class Trainer:
             tokens_seen=int(self.tokens),
             extra=extra,
         )
-        self.guard.check(step, record["grad_norm"])
+        self.training.guard.check(step, record["grad_norm"])
         self.watch.look(record, waited, self.forward_times.seconds() * self.plan.micro_steps)
         return record
 
@@ -456,7 +403,7 @@ class Trainer:
             return {}
         # The first one compiles.
         with self._outside_steps():
-            sums = self.step.evaluate(self.held_out.batches)
+            sums = self.training.step.evaluate(self.held_out.batches)
             metrics = self.objective.validation(sums, self.held_out)
         if self.compilations is not None:
             self.compilations.after_validation()
@@ -485,7 +432,7 @@ class Trainer:
         if self.source_meter is not None:
             self.state.source_tokens = self.source_meter.tokens()
         self.state.data = merge_states(states)
-        self.state.guard = self.guard.state_dict()
+        self.state.guard = self.training.guard.state_dict()
         is_last = self.state.step == self.config.training.steps
         self.checkpoints.save(self.state, is_last=is_last)
 
@@ -519,14 +466,14 @@ class Trainer:
             f"{config.job.description}. " if config.job.description else "",
             config.model.name,
             config.model.flavor,
-            f"{self.num_params:,}",
+            f"{self.training.num_params:,}",
             self.dims.world_size,
             device_name(process.device),
             self.applied,
         )
-        self.outcomes = Outcomes(self.guard, self.parameter_names)
+        self.outcomes = Outcomes(self.training.guard, self.training.parameter_names)
         self.meter = build_meter(
-            config, process, self.plan.run_folder, self.flops, start_step=self.state.step
+            config, process, self.plan.run_folder, self.training.flops, start_step=self.state.step
         )
         # A finished run stays described by the settings that trained it.
         is_done = self.state.step >= config.training.steps
@@ -538,9 +485,9 @@ class Trainer:
                 "device": device_name(process.device),
                 "mesh": dataclasses.asdict(self.dims),
                 "applied": dataclasses.asdict(self.applied),
-                "parameters": self.num_params,
-                "stages": [dataclasses.asdict(stage) for stage in self.stages],
-                "flops_per_token": dataclasses.asdict(self.flops) | {"formula": FORMULA},
+                "parameters": self.training.num_params,
+                "stages": [dataclasses.asdict(stage) for stage in self.training.stages],
+                "flops_per_token": dataclasses.asdict(self.training.flops) | {"formula": FORMULA},
                 "peak": dataclasses.asdict(self.meter.peak),
                 "config": config.model_dump(),
             },

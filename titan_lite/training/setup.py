@@ -1,0 +1,108 @@
+"""Builds what trains, as it is at step 0: of a real run, and of a dry one on fake tensors."""
+
+import contextlib
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from titan_lite.models.plan import Plan
+from titan_lite.nn.transformer import Transformer
+from titan_lite.optim.guard import Guard
+from titan_lite.optim.loss_scaler import LossScaler
+from titan_lite.optim.nonfinite import NonFiniteGuard
+from titan_lite.optim.optimizer import build_optimizer
+from titan_lite.parallel.build import build_parallel
+from titan_lite.parallel.init_weights import init_weights
+from titan_lite.parallel.mesh import Meshes
+from titan_lite.parallel.pipeline import Pipeline, Stage
+from titan_lite.parallel.report import Applied
+from titan_lite.planner.counts import FlopsPerToken
+from titan_lite.runtime.distributed import Process
+from titan_lite.runtime.progress import Progress
+from titan_lite.training.meta_model import count_flops, pipeline_stages
+from titan_lite.training.objective import OBJECTIVES, Objective
+from titan_lite.training.step import TrainStep
+
+
+@dataclass(kw_only=True)
+class Training:
+    """This rank's part of a model, and what trains it.
+
+    Of the whole model: num_params, parameter_names in its order, stages, flops.
+    """
+
+    num_params: int
+    parameter_names: list[str]
+    stages: list[Stage]
+    flops: FlopsPerToken
+    objective: Objective
+    meshes: Meshes
+    model: Transformer
+    pipeline: Pipeline | None
+    applied: Applied
+    optimizer: torch.optim.Optimizer
+    guard: Guard
+    step: TrainStep
+
+
+def build_training(
+    plan: Plan,
+    model: Transformer,
+    meshes: Meshes,
+    process: Process,
+    *,
+    progress: Progress | None = None,
+    allocating: AbstractContextManager[object] | None = None,
+) -> Training:
+    """Parallelizes the whole `model`, on the meta device, in place, and draws its weights.
+
+    progress: of the steps. allocating: entered while weights and optimizer are made.
+    """
+    config, training = plan.config, plan.config.training
+    objective = OBJECTIVES[plan.family.objective](config)
+    head_share = 1.0 if training.loss_positions == "all" else objective.labelled_share
+    stages = pipeline_stages(plan, model, head_share)
+    flops = count_flops(config, plan.args, model, stages, head_share)
+    num_params = model.num_parameters
+    parameter_names = [name for name, _ in model.named_parameters()]
+    parallel_model = build_parallel(model, stages, plan, meshes, process)
+    with allocating or contextlib.nullcontext():
+        init_weights(
+            model,
+            device=process.device,
+            seed=training.seed,
+            cpu_offload=config.parallel.cpu_offload,
+        )
+        optimizer = build_optimizer(model, config.optimizer)
+        device = next(model.parameters()).device
+        guard: Guard = (
+            LossScaler(device)
+            if training.param_dtype == "float16"
+            else NonFiniteGuard(training.nonfinite, device)
+        )
+        step = TrainStep(
+            config,
+            parallel_model,
+            optimizer,
+            guard,
+            objective,
+            args=plan.args,
+            device=process.device,
+            progress=progress or Progress(),
+        )
+        step.refresh()
+    return Training(
+        num_params=num_params,
+        parameter_names=parameter_names,
+        stages=stages,
+        flops=flops,
+        objective=objective,
+        meshes=meshes,
+        model=model,
+        pipeline=parallel_model.pipeline,
+        applied=parallel_model.applied,
+        optimizer=optimizer,
+        guard=guard,
+        step=step,
+    )
