@@ -99,6 +99,7 @@ import sys
 from titan_lite import cli
 cli.main(["plan", {PRESET!r}, "{NO_FILE}", "--world-size=8"])
 cli.main(["plan", "search", "--world-size=2", "--cluster=a100"])
+assert "numpy" not in sys.modules
 cli.main(["plan", "validate", {rows!r}])
 sys.exit("torch" in sys.modules)
 """

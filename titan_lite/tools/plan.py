@@ -16,7 +16,7 @@ from titan_lite.planner.cluster import Cluster, find_cluster
 from titan_lite.planner.predict import advice, predict
 from titan_lite.planner.read import read_job
 from titan_lite.planner.search import search
-from titan_lite.tools import plan_recalibrate, plan_report, plan_scaling, validate_plan
+from titan_lite.tools import plan_recalibrate, plan_report, plan_scaling
 
 FORMS = """
 other forms, each with its own --help:
@@ -173,6 +173,9 @@ def _validate(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--fit", action="store_true", help="fit the constants to the file first")
     options = parser.parse_args(argv)
+    # Imports numpy, which the other forms do without.
+    from titan_lite.tools import validate_plan
+
     print(
         validate_plan.report(
             options.rows, constants=options.constants, refit=options.fit, as_json=options.json
