@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from titan_lite.data.loader import Batch
 from titan_lite.models.plan import make_plan
 from titan_lite.parallel.init_weights import CHECKPOINT_PREFIX
+from titan_lite.parallel.pipeline import CAN_SPLIT_BACKWARD
 from titan_lite.runtime.distributed import Process
 from titan_lite.training.loss import IGNORE_INDEX
 from titan_lite.training.trainer import Trainer
@@ -42,6 +44,10 @@ TINY = (
     "--metrics.peak_tflops=1.0",
 )
 
+
+splits_backward = pytest.mark.skipif(
+    not CAN_SPLIT_BACKWARD, reason="schedules that split backward require torch 2.13 or later"
+)
 
 # Steps whose gradients are compared from the same weights, as those of step 1 are by themselves.
 LATER = (3, 10)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.distributed import PRELOADED, Workers
-from tests.runs import TINY
+from tests.runs import TINY, splits_backward
 from titan_lite import cli
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import load_config
@@ -151,7 +151,13 @@ REPEATED = {
 }
 
 
-@pytest.mark.parametrize("layout", REPEATED)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(layout, marks=splits_backward) if "is split" in layout else layout
+        for layout in REPEATED
+    ],
+)
 def test_blocks_that_are_repeated_give_the_numbers_of_blocks_that_are_run(
     layout: str, fresh: Pool
 ) -> None:

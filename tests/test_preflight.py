@@ -17,6 +17,7 @@ from titan_lite.checkpoint.manifest import read_manifest, write_manifest
 from titan_lite.checkpoint.state import RUN_STATE_FILE
 from titan_lite.data import first_documents
 from titan_lite.parallel import compile as compiling
+from titan_lite.parallel import pipeline
 from titan_lite.runtime.folder_lock import FolderLock
 from titan_lite.runtime.stored_files import write_text
 
@@ -253,6 +254,19 @@ def test_symmetric_memory_needs_gpus_and_a_torch_that_has_it(
     assert message in refused("--parallel.fsdp_symm_mem=true")
     monkeypatch.delattr(FSDPModule, "set_symm_mem_for_comm")
     assert "requires torch 2.13 or later, got " in refused("--parallel.fsdp_symm_mem=true")
+
+
+def test_a_schedule_that_splits_backward_needs_a_torch_that_can(
+    refused: Preflight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "CAN_SPLIT_BACKWARD", False)
+    message = (
+        'parallel.pp_schedule (command line): "ZBVZeroBubble" splits backward, which requires '
+        "torch 2.13 or later, got "
+    )
+    assert message in refused(
+        "--parallel.pp=2", "--parallel.pp_schedule=ZBVZeroBubble", "--model.num_layers=4"
+    )
 
 
 def test_async_tensor_parallel_needs_gpus(refused: Preflight) -> None:

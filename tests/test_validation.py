@@ -11,7 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tests.distributed import Workers
-from tests.runs import build_trainer, compiled_by, read_metrics, train
+from tests.runs import build_trainer, compiled_by, read_metrics, splits_backward, train
 from titan_lite.config.load import ConfigError
 from titan_lite.config.schema import Data, Parallel, Validation
 from titan_lite.data.assets import bundled_asset
@@ -36,7 +36,11 @@ LAYOUTS = (
     (2, (CP2, "--parallel.cp_method=ulysses")),
     (2, (PP2, QUARTER)),
     (2, (PP2, QUARTER, "--parallel.pp_schedule=Interleaved1F1B")),
-    (2, (PP2, QUARTER, "--parallel.pp_schedule=ZBVZeroBubble", "--parallel.pp_micro_batches=2")),
+    pytest.param(
+        2,
+        (PP2, QUARTER, "--parallel.pp_schedule=ZBVZeroBubble", "--parallel.pp_micro_batches=2"),
+        marks=splits_backward,
+    ),
 )
 
 

@@ -107,6 +107,11 @@ class Case:
         return ", ".join(parts)
 
     @property
+    def splits_backward(self) -> bool:
+        """Whether its pipeline schedule does."""
+        return any(name in setting for name in ("ZeroBubble", "DualPipeV") for setting in self.more)
+
+    @property
     def cell(self) -> str:
         """As in MATRIX."""
         return f"{self.execution} x {self.micro_batches}"

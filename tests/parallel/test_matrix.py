@@ -24,7 +24,7 @@ from tests.parallel.matrix import (
 )
 from tests.parallel.parity import Parity
 from tests.parallel.support_matrix import Found, proof, render
-from tests.runs import build_trainer, exceeding
+from tests.runs import build_trainer, exceeding, splits_backward
 from titan_lite.config.load import ConfigError
 from titan_lite.models.registry import families
 
@@ -50,7 +50,14 @@ def test_every_family_meets_every_feature_in_a_case_or_is_refused(name: str) -> 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", [*CASES, *FURTHER, *FAMILIES], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=splits_backward if case.splits_backward else ())
+        for case in (*CASES, *FURTHER, *FAMILIES)
+    ],
+    ids=str,
+)
 def test_a_layout_equals_one_process(case: Case, parity: Parity, found: Found) -> None:
     found.passed[case] = False
     deviations = parity.deviations(case)

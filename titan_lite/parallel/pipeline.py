@@ -206,6 +206,19 @@ def forward_ticks(parallel: Parallel, rank: int, count: int) -> dict[int, tuple[
     return ticks
 
 
+# torch 2.11 looks for gradients of all arguments of a stage, and ours has some that are no tensors.
+CAN_SPLIT_BACKWARD = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)  # type: ignore[operator]
+
+
+def check_schedule(parallel: Parallel) -> None:
+    """Raises ValueError for a schedule that this version of torch cannot run."""
+    if parallel.splits_backward and not CAN_SPLIT_BACKWARD:
+        raise ValueError(
+            f'"{parallel.pp_schedule}" splits backward, which requires torch 2.13 or later, got '
+            f'{torch.__version__}; set parallel.pp_schedule = "1F1B" or "Interleaved1F1B"'
+        )
+
+
 class Pipeline:
     """The stages of this rank under a schedule; `step` runs the micro-batches of one pass."""
 
@@ -255,6 +268,13 @@ class Pipeline:
             loss_fn=lambda output, _target: output,
             scale_grads=False,
         )
+        if parallel.is_v_schedule and device.type == "cpu":
+            # torch 2.11 sends a first message between neighbouring stages, and gloo none to itself.
+            self._skip_first_messages()
+
+    def _skip_first_messages(self) -> None:
+        for stage in self.stages:
+            stage._get_init_p2p_neighbors_ops = list  # type: ignore[method-assign]
 
     def take_shapes_for_granted(self) -> None:
         """Skips what stages exchange before the first step: a dry run has no peers.
@@ -262,8 +282,7 @@ class Pipeline:
         torch 2.11 opens connections, torch 2.13 also votes on shapes, torch 2.15 does neither over
         a fake process group.
         """
-        for stage in self.stages:
-            stage._get_init_p2p_neighbors_ops = list  # type: ignore[method-assign]
+        self._skip_first_messages()
         if not hasattr(self.schedule, "_warmup_p2p"):
             return
         from torch.distributed.pipelining._utils import InferenceMode

@@ -25,7 +25,7 @@ from titan_lite.parallel.compile import check_compiler
 from titan_lite.parallel.context import check_cp
 from titan_lite.parallel.float8 import float8_problems
 from titan_lite.parallel.fsdp import check_symm_mem
-from titan_lite.parallel.pipeline import Stage, split
+from titan_lite.parallel.pipeline import Stage, check_schedule, split
 from titan_lite.parallel.tensor import check_plan
 from titan_lite.planner.counts import (
     FlopsPerToken,
@@ -76,6 +76,8 @@ def pipeline_stages(plan: Plan, model: Transformer, head_share: float) -> list[S
     head_share: of the tokens, those that the output projection multiplies.
     """
     config, parallel = plan.config, plan.config.parallel
+    with about("parallel.pp_schedule"):
+        check_schedule(parallel)
     key = "pp_stage_modules" if parallel.pp_split == "explicit" else "pp"
     with about(f"parallel.{key}"):
         stages = split(
