@@ -136,6 +136,16 @@ REPEATED = {
         ),
     ),
     "ring of cp 2": (2, 6, 4, ("--parallel.cp=2",)),
+    "float8 all-gathers": (
+        2,
+        6,
+        8,
+        (
+            "--float8.recipe=tensorwise",
+            "--float8.fsdp_all_gather=true",
+            "--float8.emulate=true",
+        ),
+    ),
     "gpt with dropout": (
         1,
         6,

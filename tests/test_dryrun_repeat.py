@@ -1,5 +1,6 @@
 """Blocks that stand for others in a dry run, on real tensors."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -25,6 +26,14 @@ class Block(nn.Module):
         return x + self.linear(x).tanh()
 
 
+class Forgetful(Block):
+    """Does not need its input in backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs.append(1)
+        return x + self.linear(x * 2).tanh()
+
+
 class Hoarder(Block):
     """Keeps something of every pass."""
 
@@ -43,8 +52,8 @@ class Growing(Block):
 
 def step(
     kind: Callable[[list[int]], Block], *, repeats: bool
-) -> tuple[Peak, int, list[Tensor | None], int]:
-    """Peak, FLOPs, gradients, and passes through blocks, of three micro-batches."""
+) -> tuple[list[Peak], int, list[Tensor | None], int]:
+    """Peaks of three micro-batches, FLOPs, gradients, and passes through blocks."""
     runs: list[int] = []
     torch.manual_seed(0)
     blocks = [kind(runs) for _ in range(BLOCKS)]
@@ -53,19 +62,23 @@ def step(
         recorder.mark(parameters, "parameters")
         if repeats:
             repeat_blocks(recorder, [blocks])
+        moments = [recorder.now()]
         for _ in range(3):
             x = torch.ones(8, 4, requires_grad=True) * 1
             for block in blocks:
                 x = block(x)
             x.sum().backward()
             del x
-    return recorder.peak(), recorder.flops, [p.grad for p in parameters], len(runs)
+            moments.append(recorder.now())
+    peaks = [recorder.peak(start, end) for start, end in itertools.pairwise(moments)]
+    return peaks, recorder.flops, [p.grad for p in parameters], len(runs)
 
 
-def test_few_blocks_run_and_all_are_counted() -> None:
-    peak, flops, grads, runs = step(Block, repeats=True)
-    full_peak, full_flops, full_grads, full_runs = step(Block, repeats=False)
-    assert (peak, flops) == (full_peak, full_flops)
+@pytest.mark.parametrize("kind", [Block, Forgetful])
+def test_few_blocks_run_and_all_are_counted(kind: type[Block]) -> None:
+    peaks, flops, grads, runs = step(kind, repeats=True)
+    full_peaks, full_flops, full_grads, full_runs = step(kind, repeats=False)
+    assert (peaks, flops) == (full_peaks, full_flops)
     assert [grad is not None for grad in grads] == [grad is not None for grad in full_grads]
     # The first two and the last two blocks, in two of three micro-batches.
     assert (runs, full_runs) == (4 * 2, BLOCKS * 3)

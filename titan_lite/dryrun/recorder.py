@@ -56,10 +56,14 @@ OPERATIONS = {
 
 @dataclass(eq=False, slots=True)
 class Allocation:
-    """One storage: its bytes now, and what it is; the latter may become known only later."""
+    """One storage: its bytes now, and what it is; the latter may become known only later.
+
+    freed: number of the change that frees it.
+    """
 
     bytes: int
     category: Category
+    freed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -150,12 +154,11 @@ class Recorder(TorchDispatchMode):
         """Records a change of an allocation that nothing has made."""
         self._changes.append((allocation, change))
 
-    def forget(self, tensor: Tensor) -> None:
-        """Records that a tensor is freed, which still exists for a moment."""
-        key = next(_parts(tensor)).untyped_storage()._cdata
-        allocation = self._live.pop(key)
-        del self._references[key]
-        self._changes.append((allocation, -allocation.bytes))
+    def free_now(self, allocation: Allocation) -> None:
+        """Records that an allocation is freed at present, not when its tensors are or were."""
+        if allocation.freed is not None:
+            self._changes[allocation.freed] = (allocation, 0)
+        self._free(allocation)
 
     def add(
         self, flops: int, counts: Counter[tuple[str, str]], sizes: Counter[tuple[str, str]]
@@ -227,10 +230,15 @@ class Recorder(TorchDispatchMode):
 
         def freed(_: Any) -> None:
             del self._live[key], self._references[key]
-            self._changes.append((allocation, -allocation.bytes))
+            if allocation.freed is None:
+                self._free(allocation)
 
         self._references[key] = weakref.ref(storage, freed)
         return allocation
+
+    def _free(self, allocation: Allocation) -> None:
+        allocation.freed = self.now()
+        self._changes.append((allocation, -allocation.bytes))
 
     def _resized(self, storage: torch.UntypedStorage) -> None:
         allocation, size = self._live.get(storage._cdata), storage.nbytes()

@@ -4,7 +4,8 @@ Of each row of equal blocks the first two and the last two run, in the first two
 ends of a row have other neighbours, and from the second micro-batch on there may be gradients to
 add to. Blocks between the ends must have done the same, allocation by allocation; otherwise nothing
 is repeated. A block that is repeated takes and returns tensors like any other, so that everything
-around it (FSDP's hooks, the pipeline, autograd) is real.
+around it (FSDP's hooks, the pipeline, autograd) is real. It holds none: what the block that ran
+holds is known from when that frees it.
 """
 
 import itertools
@@ -17,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from titan_lite.dryrun.recorder import Allocation, Moment, Recorder
+from titan_lite.dryrun.recorder import Allocation, Category, Moment, Recorder
 
 # Micro-batches in which blocks run.
 MICRO_BATCHES = 2
 
-Name = Hashable
-"""Of an allocation in a pass: ("input", index), GRADIENT, or a number of the block's own."""
-GRADIENT = "gradient"
+Name = str | int
+"""Of an allocation in a pass: an argument's, GRADIENT, or a number for one of the block's own."""
+GRADIENT = "gradient of the output"
 Place = tuple[Hashable, ...]
 """Passes at the same place must be the same."""
 
@@ -40,17 +41,16 @@ class NotRepeatableError(BaseException):
 class Pass:
     """Forward or backward of a block that ran.
 
-    owners: of the allocations that remain as tensors: None for what is returned, or the number of
-    the parameter whose gradient it is. samples: an allocation for each name, for its category.
+    owners: of the tensors that it leaves: None of the one returned, or the number of the parameter
+    whose gradient it is.
     """
 
-    changes: list[tuple[Name, int]]
+    changes: list[tuple[Name, Category, int]]
     owners: dict[Name, int | None]
+    makers: dict[Name, Callable[[], Tensor]] = field(compare=False)
     flops: int
     counts: Counter[tuple[str, str]]
     bytes: Counter[tuple[str, str]]
-    makers: dict[Name, Callable[[], Tensor]] = field(compare=False)
-    samples: dict[Name, Allocation] = field(compare=False)
 
 
 def repeat_blocks(recorder: Recorder, stages: Iterable[Iterable[nn.Module]]) -> None:
@@ -101,16 +101,16 @@ class _Repeater:
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Runs the block, or repeats another's pass."""
-        inputs = [x, *kwargs.values()]
-        if self.runs_left == 0:
-            repeated: Tensor = _Repeated.apply(x, _Repetition(self, inputs))
-            return repeated
-        self.runs_left -= 1
-        names: dict[Allocation, Name] = {
-            self.recorder.allocation(value): ("input", index)
-            for index, value in enumerate(inputs)
+        allocations: dict[Name, Allocation] = {
+            name: self.recorder.allocation(value)
+            for name, value in {"x": x, **kwargs}.items()
             if isinstance(value, Tensor)
         }
+        if self.runs_left == 0:
+            repeated: Tensor = _Repeated.apply(x, self, allocations)
+            return repeated
+        self.runs_left -= 1
+        names = {allocation: name for name, allocation in allocations.items()}
         moment = self.recorder.moment()
         out = self._forward(x, **kwargs)
         forward = self._learn(self.place, moment, names, {None: out})
@@ -137,11 +137,28 @@ class _Repeater:
         """Adding to gradients that are there is another place."""
         return *self.place, *(p.grad is not None for p in self.block.parameters())
 
-    def find(self, place: Place) -> Pass:
-        """The pass to repeat there."""
+    def repeat(self, place: Place, allocations: dict[Name, Allocation]) -> Tensor:
+        """Records the changes of the pass learned at a place; makes the tensors that it leaves."""
         if place not in self.passes:
             raise NotRepeatableError(f"no block ran for {place}")
-        return self.passes[place]
+        known = self.passes[place]
+        parameters = list(self.block.parameters())
+        returned: Tensor | None = None
+        for name, category, change in known.changes:
+            if name in known.owners:
+                tensor, owner = known.makers[name](), known.owners[name]
+                if owner is None:
+                    returned = tensor
+                else:
+                    parameters[owner].grad = tensor
+            elif isinstance(name, str):
+                self.recorder.free_now(allocations[name])
+            else:
+                own = allocations.setdefault(name, Allocation(0, category))
+                self.recorder.change(own, change)
+        self.recorder.add(known.flops, known.counts, known.bytes)
+        assert returned is not None
+        return returned
 
     def _learn(
         self,
@@ -152,17 +169,15 @@ class _Repeater:
     ) -> Pass:
         """The pass since `moment`; left: tensors that it may have made. New names join `names`."""
         recorded = self.recorder.since(moment)
-        samples: dict[Name, Allocation] = {}
         changes = []
         for allocation, change in recorded.changes:
             if allocation not in names:
                 if allocation in moment.live:
                     raise NotRepeatableError(f"{place} frees what is not its own")
                 names[allocation] = len(names)
-            samples[names[allocation]] = allocation
-            changes.append((names[allocation], change))
+            changes.append((names[allocation], allocation.category, change))
         owners: dict[Name, int | None] = {}
-        makers = {}
+        makers: dict[Name, Callable[[], Tensor]] = {}
         for owner, tensor in left.items():
             if tensor is None:
                 continue
@@ -170,12 +185,10 @@ class _Repeater:
             if storage in moment.live:
                 continue
             name = names[storage]
-            if name in owners or changes.count((name, storage.bytes)) != 1:
+            if name in owners or [n for n, _, _ in changes].count(name) != 1:
                 raise NotRepeatableError(f"{place} makes a tensor in several steps")
             owners[name], makers[name] = owner, _maker(tensor, storage.bytes)
-        found = Pass(
-            changes, owners, recorded.flops, recorded.counts, recorded.bytes, makers, samples
-        )
+        found = Pass(changes, owners, makers, recorded.flops, recorded.counts, recorded.bytes)
         if self.passes.setdefault(place, found) != found:
             raise NotRepeatableError(f"two passes differ at {place}")
         return found
@@ -184,7 +197,7 @@ class _Repeater:
     def _check_freed(forward: Pass, backward: Pass) -> None:
         """Nothing may be left but tensors that have owners."""
         left: Counter[Name] = Counter()
-        for name, change in (*forward.changes, *backward.changes):
+        for name, _, change in (*forward.changes, *backward.changes):
             left[name] += change
         kept = {**forward.owners, **backward.owners}
         for name, size in left.items():
@@ -192,53 +205,19 @@ class _Repeater:
                 raise NotRepeatableError(f"{size} bytes of a block outlive it")
 
 
-class _Repetition:
-    """A pass through a block that does not run."""
-
-    def __init__(self, repeater: _Repeater, inputs: list[Any]) -> None:
-        self._repeater = repeater
-        # Held until the block that ran let go of its own.
-        self._inputs = inputs
-        self._own: dict[Name, Allocation] = {}
-
-    def forward(self) -> Tensor:
-        return self._repeat(self._repeater.find(self._repeater.place))
-
-    def backward(self, grad: Tensor) -> Tensor:
-        return self._repeat(self._repeater.find(self._repeater.backward_place()), grad)
-
-    def _repeat(self, known: Pass, grad: Tensor | None = None) -> Tensor:
-        recorder, parameters = self._repeater.recorder, list(self._repeater.block.parameters())
-        returned: Tensor | None = None
-        for name, change in known.changes:
-            if name in known.makers:
-                tensor, owner = known.makers[name](), known.owners[name]
-                if owner is None:
-                    returned = tensor
-                else:
-                    parameters[owner].grad = tensor
-            elif name == GRADIENT:
-                assert grad is not None
-                recorder.forget(grad)
-            elif isinstance(name, tuple):
-                self._inputs[name[1]] = None
-            else:
-                own = self._own.setdefault(name, Allocation(0, known.samples[name].category))
-                recorder.change(own, change)
-        recorder.add(known.flops, known.counts, known.bytes)
-        assert returned is not None
-        return returned
-
-
 class _Repeated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, repetition: _Repetition) -> Tensor:
-        ctx.repetition = repetition
-        return repetition.forward()
+    def forward(
+        ctx: Any, x: Tensor, repeater: _Repeater, allocations: dict[Name, Allocation]
+    ) -> Tensor:
+        ctx.repeater, ctx.allocations = repeater, allocations
+        return repeater.repeat(repeater.place, allocations)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.repetition.backward(grads[0]), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        repeater: _Repeater = ctx.repeater
+        ctx.allocations[GRADIENT] = repeater.recorder.allocation(grads[0])
+        return repeater.repeat(repeater.backward_place(), ctx.allocations), None, None
 
 
 def _maker(tensor: Tensor, size: int) -> Callable[[], Tensor]:
