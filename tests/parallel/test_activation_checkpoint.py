@@ -22,6 +22,7 @@ from titan_lite.config.load import ConfigError
 from titan_lite.config.schema import ActivationCheckpoint, SavedOp
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.plan import make_plan
+from titan_lite.nn import varlen
 from titan_lite.nn.build import build_decoder
 from titan_lite.nn.decoder import Decoder
 from titan_lite.parallel.activation_checkpoint import (
@@ -61,6 +62,7 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for name in ("matmul", "attention", "reduce_scatter", "all_reduce", "max"):
             self.counts[name] += op in OPS[name]
+        self.counts["attention"] += op == varlen.OPERATION
         return op(*args, **(kwargs or {}))
 
 

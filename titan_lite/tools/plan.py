@@ -20,10 +20,10 @@ from titan_lite.tools import plan_recalibrate, plan_report, plan_scaling
 
 FORMS = """
 other forms, each with its own --help:
-  titan-lite plan search CONFIG --world-size N [--count K] [--write FILE]
-  titan-lite plan scaling CONFIG ... [--gpus N,N,...] [--plot FILE]
-  titan-lite plan recalibrate RUN
-  titan-lite plan validate ROWS.toml [--constants fitted|literature|leave-one-system-out] [--fit]
+  plan search CONFIG --world-size N [--count K] [--write FILE]
+  plan scaling CONFIG ... [--gpus N,N,...] [--plot FILE]
+  plan recalibrate RUN
+  plan validate ROWS.toml [--constants fitted|literature|leave-one-system-out] [--fit]
 """
 UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 # A layout that any configuration allows: a search replaces these keys.
