@@ -116,7 +116,7 @@ def test_heads_that_tp_does_not_divide_are_refused() -> None:
     broken = [message for _, message in rules_broken(config, LLAMA.flavors["debug"])]
     assert broken[0] == "num_heads (8) is not divisible by parallel.tp (3)"
     assert broken[-1] == (
-        "parallel.tp (3) must divide the vocabulary, padded to 2048 rows, a multiple of 128"
+        "vocab_size, padded to a multiple of 128 (2048), is not divisible by parallel.tp (3)"
     )
     args = replace(LLAMA.flavors["debug"], ffn_dim=129)
     config = Config.model_validate({"parallel": {"tp": 2}})

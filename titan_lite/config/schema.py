@@ -169,7 +169,7 @@ class Data(Documents):
     packing_block: Annotated[Positive, Needs("packing", values=("fixed",))] = 2048
     """Tokens of a block of packing = "fixed", several of which fill a sample."""
     shuffle: bool = True
-    """Shuffle documents, seeded by training.seed, anew in each epoch."""
+    """Shuffle documents, seeded by training.seed, in another order in each epoch."""
     shuffle_buffer: Annotated[Positive, Needs("shuffle", values=(True,))] = 8192
     """Documents shuffled together, over all streams of the run."""
     num_streams: Positive = 64
@@ -512,12 +512,12 @@ class Checkpoint(Section):
     """Type of the weights that last_save_model_only saves."""
     load_step: NonNegative | Literal["latest"] = "latest"
     """Step to resume from; "latest" is the newest that is complete, or a fresh start where there is
-    no checkpoint; 0 always starts afresh; a missing or damaged step is an error."""
+    no checkpoint; 0 never resumes; a missing or damaged step is an error."""
     initial_load_path: str = ""
     """A checkpoint of another run, as runs/a/checkpoint/step-1000, to begin from where this run
     does not resume."""
     initial_load_model_only: Annotated[bool, Needs("initial_load_path", unless="")] = True
-    """Take the weights only from initial_load_path; false goes on from it: optimizer, step, data
+    """Take the weights only from initial_load_path; false continues from it: optimizer, step, data
     position and generators."""
     exclude_from_loading: Annotated[list[str], Needs("initial_load_path", unless="")] = []
     """Parameters that initial_load_path does not fill: names with "*", as "output.*"."""

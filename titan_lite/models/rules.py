@@ -154,8 +154,8 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
     if args.padded_vocab_size % tp:
         yield SettingError(
             ("parallel.tp", "model.vocab_size"),
-            f"parallel.tp ({tp}) must divide the vocabulary, padded to {args.padded_vocab_size} "
-            f"rows, a multiple of {VOCAB_MULTIPLE}",
+            f"vocab_size, padded to a multiple of {VOCAB_MULTIPLE} ({args.padded_vocab_size}), "
+            f"is not divisible by parallel.tp ({tp})",
         )
 
 
