@@ -1,0 +1,293 @@
+"""Muon against torch's in one process, and its layouts against one process, bit by bit."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from tests.distributed import Workers
+from titan_lite.optim import muon, muon_exchange
+from titan_lite.optim.muon import Muon
+
+# Name, shape, and the dim that tensor parallel splits. Rows that 2 and 4 ranks do not divide, more
+# ranks than rows, wide, tall and square ones, and a stack of experts.
+MATRICES = {
+    "layers.0.wq.weight": ((10, 14), 0),
+    "layers.0.wo.weight": ((14, 10), 1),
+    "layers.0.router.weight": ((3, 14), None),
+    "layers.0.experts": ((5, 6, 14), None),
+    "layers.1.w1.weight": ((38, 14), 0),
+    "layers.1.w2.weight": ((14, 38), 1),
+    "layers.1.square.weight": ((12, 12), None),
+}
+LR, DECAY, STEPS = 0.02, 0.1, 3
+
+
+def drawn(name: str, step: int) -> Tensor:
+    """A parameter (step 0), or its gradient in a step."""
+    shape, _ = MATRICES[name]
+    seed = list(MATRICES).index(name) * 100 + step
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def muon_by_hand(
+    p: Tensor, gradients: list[Tensor], *, heads: int | None = None, dtype: Any = torch.float32
+) -> Tensor:
+    """Muon written out for one whole parameter, one matrix after the other."""
+    average = torch.zeros_like(p)
+    for gradient in gradients:
+        average = average.lerp(gradient, 0.05)
+        matrices = gradient.lerp(average, 0.95)
+        if heads:
+            matrices = matrices.view(heads, -1, p.shape[-1])
+        rows, columns = matrices.shape[-2:]
+        updates = []
+        for matrix in matrices.view(-1, 1, rows, columns):
+            x = matrix.to(dtype)
+            x = x.mT if rows > columns else x
+            x = x / x.norm().clamp(min=1e-7)
+            for _ in range(5):
+                a = x @ x.mT
+                b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+                x = torch.baddbmm(x, b, x, beta=3.4445)
+            updates.append(x.mT if rows > columns else x)
+        update = torch.stack(updates).view_as(p).float()
+        p = p * (1 - LR * DECAY)
+        p = p.add(update, alpha=-LR * 0.2 * max(rows, columns) ** 0.5)
+    return p
+
+
+def plain(**settings: Any) -> tuple[Muon, dict[str, nn.Parameter]]:
+    """Muon of whole parameters."""
+    parameters = {name: nn.Parameter(drawn(name, 0)) for name in MATRICES}
+    settings = {"lr": LR, "weight_decay": DECAY} | settings
+    return Muon([{"params": list(parameters.items())}], **settings), parameters
+
+
+def take(optimizer: Muon, parameters: Mapping[str, Tensor], **step: Any) -> None:
+    for number in range(1, STEPS + 1):
+        for name, parameter in parameters.items():
+            whole = drawn(name, number)
+            parameter.grad = whole
+            if isinstance(parameter, DTensor):
+                parameter.grad = distribute_tensor(
+                    whole, parameter.device_mesh, parameter.placements, src_data_rank=None
+                )
+        optimizer.step(**step)
+
+
+def gradients(name: str) -> list[Tensor]:
+    return [drawn(name, step) for step in range(1, STEPS + 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_process_takes_the_steps_written_out(dtype: torch.dtype) -> None:
+    optimizer, parameters = plain(ns_dtype=dtype)
+    take(optimizer, parameters)
+    for name, parameter in parameters.items():
+        assert torch.equal(parameter, muon_by_hand(drawn(name, 0), gradients(name), dtype=dtype))
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("adjust_lr", ["match_rms_adamw", "original"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_equals_torch_optim_muon(
+    dtype: torch.dtype, tolerance: float, adjust_lr: Any, nesterov: bool
+) -> None:
+    optimizer, parameters = plain(ns_dtype=dtype, adjust_lr=adjust_lr, nesterov=nesterov)
+    names = [name for name in MATRICES if "experts" not in name]
+    # Small ones, or the rounding of the weights would be more than that of their steps.
+    theirs = {name: nn.Parameter(drawn(name, 0) / 100) for name in names}
+    for name in names:
+        parameters[name].data = theirs[name].detach().clone()
+    reference = torch.optim.Muon(
+        theirs.values(), lr=LR, weight_decay=DECAY, adjust_lr_fn=adjust_lr, nesterov=nesterov
+    )
+    take(optimizer, parameters)
+    # torch always orthogonalizes in bfloat16: its own code, told not to.
+    keep = mock.patch.object(Tensor, "bfloat16", Tensor.clone)
+    with keep if dtype == torch.float32 else nullcontext():
+        take(reference, theirs)  # type: ignore[arg-type]
+    for name in names:
+        moved = (theirs[name] - drawn(name, 0) / 100).norm()
+        assert (parameters[name] - theirs[name]).norm() <= tolerance * moved, name
+
+
+def test_heads_are_orthogonalized_one_by_one() -> None:
+    name = "layers.0.wq.weight"
+    optimizer, parameters = plain(num_heads={name: 5})
+    take(optimizer, parameters)
+    assert torch.equal(parameters[name], muon_by_hand(drawn(name, 0), gradients(name), heads=5))
+
+
+def test_gradients_are_divided_by_the_scale_that_clips_them() -> None:
+    scaled, parameters = plain()
+    take(scaled, parameters, grad_scale=torch.tensor(4.0))
+    for name, parameter in parameters.items():
+        divided = [gradient / 4 for gradient in gradients(name)]
+        assert torch.equal(parameter, muon_by_hand(drawn(name, 0), divided))
+
+
+def test_a_parameter_without_a_gradient_decays_and_keeps_its_momentum() -> None:
+    name = "layers.1.square.weight"
+    optimizer, parameters = plain()
+    take(optimizer, parameters)
+    parameters[name].grad = None
+    optimizer.step()
+    expected = muon_by_hand(drawn(name, 0), [*gradients(name), torch.zeros(12, 12)])
+    assert torch.equal(parameters[name], expected)
+
+
+def test_owners_share_the_work_and_the_costliest_matrix_comes_first() -> None:
+    # m^2 n: 8000, 2000, 2000, 4000, 1000
+    shapes = [(20, 20), (10, 20), (20, 10), (10, 40), (10, 10)]
+    assert muon_exchange.assign_owners(shapes, 2) == [0, 1, 1, 1, 0]
+    assert muon_exchange.assign_owners(shapes, 8) == [0, 2, 3, 1, 4]
+
+
+# Layouts of 4 processes: sizes of the mesh's axes, pp first.
+LAYOUTS = {
+    "fsdp 4": (1, 1, 4, 1),
+    "fsdp 2 x tp 2": (1, 1, 2, 2),
+    "hsdp 2x2": (1, 2, 2, 1),
+    "hsdp 2x1 x tp 2": (1, 2, 1, 2),
+    "pp 2 x fsdp 2": (2, 1, 2, 1),
+}
+OF_TWO = {"fsdp 2": (1, 1, 2, 1), "tp 2": (1, 1, 1, 2), "pp 2": (2, 1, 1, 1)}
+
+
+def sharded(sizes: tuple[int, ...], **settings: Any) -> tuple[Muon, dict[str, Any]]:
+    """Muon of this rank's shards in a layout; of a pipeline's stages each has one block."""
+    model = init_device_mesh("cpu", sizes, mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
+    stages = init_device_mesh(
+        "cpu", (sizes[0], dist.get_world_size() // sizes[0]), mesh_dim_names=("pp", "stage")
+    )
+    stage = f"layers.{stages.get_local_rank('pp')}." if sizes[0] > 1 else "layers."
+    modules: dict[str, nn.Module] = {}
+    for name, (_, dim) in MATRICES.items():
+        if not name.startswith(stage):
+            continue
+        module = modules[name] = nn.Module()
+        module.weight = nn.Parameter(drawn(name, 0))
+        if sizes[3] > 1:
+            placement = Replicate() if dim is None else Shard(dim)
+            module.weight = nn.Parameter(
+                distribute_tensor(module.weight, model["tp"], [placement], src_data_rank=None)
+            )
+        fsdp = model["dp_replicate", "fsdp"] if sizes[1] > 1 else model["fsdp"]
+        fully_shard(module, mesh=fsdp)
+    parameters = {name: module.weight for name, module in modules.items()}
+    group = stages.get_group("stage")
+    settings = {"lr": LR, "weight_decay": DECAY, "group": group} | settings
+    return Muon([{"params": list(parameters.items())}], **settings), parameters
+
+
+def wrong(sizes: tuple[int, ...], plant: str = "nothing", **settings: Any) -> list[str]:
+    """Names of this rank's parameters that differ in any bit from those of one process.
+
+    "sent" is among them where an element travels to its owner more often than once.
+    """
+    sent = torch.zeros(())
+    exchange = dist.all_to_all_single
+
+    def count(received: Tensor, pieces: Tensor, *arguments: Any, **options: Any) -> Any:
+        sent.add_(pieces.numel())
+        return exchange(received, pieces, *arguments, **options)
+
+    with PLANTS[plant](), mock.patch.object(dist, "all_to_all_single", count):
+        optimizer, parameters = sharded(sizes, **settings)
+        take(optimizer, parameters)
+        for parameter in parameters.values():
+            parameter.grad = torch.full_like(parameter, torch.nan)
+        optimizer.step(is_finite=torch.tensor(False))
+        take(optimizer, parameters, is_finite=torch.tensor(True))
+    heads, names, expected_to_be_sent = settings.get("num_heads", {}), [], torch.zeros(())
+    for name, parameter in parameters.items():
+        expected = muon_by_hand(drawn(name, 0), gradients(name) * 2, heads=heads.get(name))
+        if not torch.equal(parameter.full_tensor(), expected):
+            names.append(name)
+        if parameter.ndim == 2 and math.prod(sizes[1:]) > 1:
+            once = parameter.numel() * sizes[0] / dist.get_world_size()
+            expected_to_be_sent += (2 * STEPS + 1) * (once + parameter.to_local().numel())
+    dist.all_reduce(sent)
+    dist.all_reduce(expected_to_be_sent)
+    return [*names, *(["sent"] if sent != expected_to_be_sent else [])]
+
+
+def around_apply(before: Callable[..., Any]) -> AbstractContextManager[Any]:
+    apply = Muon._apply
+
+    def planted(self: Muon, entry: Any, update: Tensor, is_finite: Any) -> None:
+        apply(self, before(self, entry, update), update, is_finite)
+
+    return mock.patch.object(Muon, "_apply", planted)
+
+
+def decay_by_adjusted_lr(self: Muon, entry: Any, _: Tensor) -> Any:
+    factor = muon.lr_factor(entry.shape, self.adjust_lr)
+    self.param_groups[entry.group]["weight_decay"] = DECAY * factor
+    return entry
+
+
+def keep_momentum_of_skipped_steps() -> AbstractContextManager[Any]:
+    direction = Muon._direction
+    return mock.patch.object(
+        Muon, "_direction", lambda self, entry, _, scale: direction(self, entry, None, scale)
+    )
+
+
+# Faults put in on purpose; each is noticed in a layout of four processes.
+PLANTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "nothing": nullcontext,
+    "shards orthogonalized by themselves": lambda: mock.patch.object(
+        muon, "_is_whole", return_value=True
+    ),
+    "learning rate adjusted by the shard's shape": lambda: around_apply(
+        lambda _, entry, update: dataclasses.replace(entry, shape=update.shape)
+    ),
+    "learning rate adjusted by experts and rows": lambda: mock.patch.object(
+        muon, "lr_factor", lambda shape, adjust, f=muon.lr_factor: f(shape[:2], adjust)
+    ),
+    "decay by the adjusted learning rate": lambda: around_apply(decay_by_adjusted_lr),
+    "momentum of a skipped step": keep_momentum_of_skipped_steps,
+    "replicas send as well": lambda: mock.patch.object(
+        muon_exchange.Matrix, "senders", property(lambda self: range(len(self.boxes)))
+    ),
+}
+EVERYTHING = set(MATRICES)
+CAUGHT_BY = {
+    "nothing": set(),
+    "shards orthogonalized by themselves": EVERYTHING - {"layers.0.experts"} | {"sent"},
+    # Of rows that were split the longer side may be the same.
+    "learning rate adjusted by the shard's shape": {"layers.0.wo.weight", "layers.1.w1.weight"},
+    "learning rate adjusted by experts and rows": {"layers.0.experts"},
+    "decay by the adjusted learning rate": EVERYTHING,
+    "momentum of a skipped step": EVERYTHING,
+    "replicas send as well": {"sent"},
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", [*LAYOUTS, *OF_TWO])
+def test_a_layout_takes_the_steps_of_one_process(
+    layout: str, workers: Mapping[int, Workers]
+) -> None:
+    sizes = (LAYOUTS | OF_TWO)[layout]
+    assert workers[math.prod(sizes)].run(wrong, sizes) == [[]] * math.prod(sizes)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("plant", PLANTS)
+def test_a_planted_fault_is_caught(plant: str, workers: Mapping[int, Workers]) -> None:
+    results = workers[4].run(wrong, LAYOUTS["hsdp 2x2"], plant)
+    assert set().union(*results) == CAUGHT_BY[plant]

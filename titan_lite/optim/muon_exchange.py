@@ -1,0 +1,181 @@
+"""Gives every matrix one owner, which gets all of its shards and returns to each rank its part."""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Placement
+
+Box = tuple[slice, ...]
+"""Rows and columns of a matrix, or experts, rows and columns."""
+
+
+def box(
+    shape: Sequence[int],
+    mesh_shape: Sequence[int],
+    place: Sequence[int],
+    placements: Sequence[Placement],
+) -> Box:
+    """Returns the part of a tensor that a DTensor has at a place in its mesh.
+
+    FSDP2 shards what tensor parallel has already split: its placement is strided, and divides
+    after the axes on its right.
+    """
+    bounds = [(0, size) for size in shape]
+    order = [axis for axis, placement in enumerate(placements) if placement.is_shard()]
+    order += [axis for axis in reversed(range(len(placements))) if _is_strided(placements[axis])]
+    for axis in order:
+        dim = placements[axis].dim  # type: ignore[attr-defined]
+        start, end = bounds[dim]
+        rows = math.ceil((end - start) / mesh_shape[axis])
+        first = min(start + place[axis] * rows, end)
+        bounds[dim] = first, min(first + rows, end)
+    return tuple(slice(start, end) for start, end in bounds)
+
+
+def _is_strided(placement: Placement) -> bool:
+    return hasattr(placement, "split_factor")
+
+
+def numel(part: Box) -> int:
+    """Elements of a box."""
+    return math.prod(side.stop - side.start for side in part)
+
+
+def boxes(parameter: Tensor, ranks: Sequence[int]) -> list[Box]:
+    """Returns the boxes of these ranks; of a tensor that is no DTensor, all of it."""
+    if not isinstance(parameter, DTensor):
+        return [tuple(slice(0, size) for size in parameter.shape) for _ in ranks]
+    mesh, placements = parameter.device_mesh, parameter.placements
+    # As nested lists: a dry run's tensors have no values.
+    flat: list[object] = mesh.mesh.tolist()
+    for _ in mesh.shape[1:]:
+        flat = list(itertools.chain.from_iterable(flat))  # type: ignore[arg-type]
+    places = dict(zip(flat, itertools.product(*map(range, mesh.shape)), strict=True))
+    return [box(parameter.shape, mesh.shape, places[rank], placements) for rank in ranks]
+
+
+def cost(shape: Sequence[int]) -> int:
+    """Returns what Newton-Schulz's time is proportional to: m^2 n for sides m <= n."""
+    *batch, rows, columns = shape
+    return math.prod(batch) * rows * columns * min(rows, columns)
+
+
+def assign_owners(shapes: Sequence[Sequence[int]], num_ranks: int) -> list[int]:
+    """Returns the owner of each matrix: the costliest first, to the rank with the least to do."""
+    owners, loads = [0] * len(shapes), [0] * num_ranks
+    for index in sorted(range(len(shapes)), key=lambda index: -cost(shapes[index])):
+        owners[index] = loads.index(min(loads))
+        loads[owners[index]] += cost(shapes[index])
+    return owners
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Where the parts of one matrix are, by rank of the group."""
+
+    shape: torch.Size
+    owner: int
+    boxes: list[Box]
+
+    @property
+    def senders(self) -> list[int]:
+        """The first rank that has each part; replicas have the same."""
+        first: dict[tuple[tuple[int, int], ...], int] = {}
+        for rank, part in enumerate(self.boxes):
+            first.setdefault(tuple((side.start, side.stop) for side in part), rank)
+        return list(first.values())
+
+
+class Transfer:
+    """Tensors on their way: `pieces` by destination, of `expected` sizes by source."""
+
+    def __init__(
+        self,
+        pieces: Sequence[Sequence[Tensor]],
+        expected: Sequence[Sequence[int]],
+        group: dist.ProcessGroup,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.expected = list(itertools.chain.from_iterable(expected))
+        flat = [piece.flatten() for piece in itertools.chain.from_iterable(pieces)]
+        self.sent = torch.cat([torch.empty(0, dtype=dtype, device=device), *flat])
+        self.received = torch.empty(sum(self.expected), dtype=dtype, device=device)
+        self.work = dist.all_to_all_single(
+            self.received,
+            self.sent,
+            [sum(sizes) for sizes in expected],
+            [sum(piece.numel() for piece in some) for some in pieces],
+            group=group,
+            async_op=True,
+        )
+
+    def wait(self) -> Sequence[Tensor]:
+        """Returns what has arrived, flat, by source."""
+        if self.work is not None:
+            self.work.wait()
+        return self.received.split(self.expected)
+
+
+class Exchange:
+    """Moves the matrices of one bucket; collective over `group`, whose ranks have all of them."""
+
+    def __init__(
+        self,
+        matrices: Iterable[Matrix],
+        group: dist.ProcessGroup,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.matrices = list(matrices)
+        self.group, self.dtype, self.device = group, dtype, device
+        self.rank, self.ranks = dist.get_rank(group), range(dist.get_world_size(group))
+        self.owned = [matrix for matrix in self.matrices if matrix.owner == self.rank]
+
+    def gather(self, shards: Sequence[Tensor]) -> Transfer:
+        """Sends this rank's part of every matrix to its owner."""
+        pieces: list[list[Tensor]] = [[] for _ in self.ranks]
+        for matrix, shard in zip(self.matrices, shards, strict=True):
+            if self.rank in matrix.senders:
+                pieces[matrix.owner].append(shard.to(self.device, self.dtype))
+        expected = [
+            [numel(matrix.boxes[rank]) for matrix in self.owned if rank in matrix.senders]
+            for rank in self.ranks
+        ]
+        return Transfer(pieces, expected, self.group, self.dtype, self.device)
+
+    def assemble(self, transfer: Transfer) -> list[Tensor]:
+        """Returns the matrices that this rank owns, whole."""
+        wholes = [
+            torch.empty(matrix.shape, dtype=self.dtype, device=self.device) for matrix in self.owned
+        ]
+        arrived = iter(transfer.wait())
+        for rank in self.ranks:
+            for matrix, whole in zip(self.owned, wholes, strict=True):
+                if rank in matrix.senders:
+                    part = whole[matrix.boxes[rank]]
+                    part.copy_(next(arrived).view_as(part))
+        return wholes
+
+    def scatter(self, wholes: Sequence[Tensor]) -> list[Tensor]:
+        """Returns every matrix's part of this rank, from the whole ones of the owners."""
+        pieces = [
+            [whole[matrix.boxes[rank]] for matrix, whole in zip(self.owned, wholes, strict=True)]
+            for rank in self.ranks
+        ]
+        own = [matrix.boxes[self.rank] for matrix in self.matrices]
+        expected: list[list[int]] = [[] for _ in self.ranks]
+        for matrix, part in zip(self.matrices, own, strict=True):
+            expected[matrix.owner].append(numel(part))
+        arrived = iter(Transfer(pieces, expected, self.group, self.dtype, self.device).wait())
+        by_owner = sorted(range(len(own)), key=lambda index: self.matrices[index].owner)
+        parts = {index: next(arrived) for index in by_owner}
+        return [
+            parts[index].view([side.stop - side.start for side in part])
+            for index, part in enumerate(own)
+        ]
