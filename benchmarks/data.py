@@ -11,21 +11,26 @@
 import argparse
 import shutil
 import statistics
+import struct
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import datasets
+import numpy as np
+import numpy.typing as npt
 import tiktoken
 
 from benchmarks.manifest import report
 from titan_lite.config.schema import Data
 from titan_lite.data.assets import bundled_asset
-from titan_lite.data.documents import text_of
+from titan_lite.data.documents import document_of
 from titan_lite.data.loader import DataLoader
 from titan_lite.data.packing import join_documents, pack
 from titan_lite.data.sources import open_dataset, resolve_source
-from titan_lite.data.token_files import Manifest
+from titan_lite.data.token_files import Manifest, TokenFolder
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.data.tokenizer_files import load_tokenizer
 from titan_lite.data.tokenizing import tokenize
@@ -70,12 +75,18 @@ def tokenized(section: Data, target: Path, processes: int) -> Manifest:
 
 
 def reading(tokenizer: Tokenizer, seq_len: int, rounds: int) -> dict[str, float]:
-    """Tokens/s of one epoch's batches, of text and of token files in the page cache."""
-    seconds_of: dict[str, list[float]] = {"text": [], "tokens": []}
+    """Tokens/s of one epoch's batches, of text and of token ids in the page cache."""
     with tempfile.TemporaryDirectory() as folder:
-        manifest = tokenized(Data(), Path(folder) / "tokens", 1)
+        manifest = tokenized(Data(), Path(folder) / "token_files", 1)
         num_batches = manifest.tokens // (BATCH * seq_len)
-        sections = {"text": Data(), "tokens": Data(dataset_path=f"{folder}/tokens")}
+        stored = TokenFolder(Path(folder) / "token_files")
+        write_others(Path(folder), [stored.tokens(row) for row in range(manifest.documents)])
+        forms = ("token_files", "arrow", "parquet", "megatron")
+        sections = {
+            "text": Data(),
+            **{form: Data(dataset_path=f"{folder}/{form}") for form in forms},
+        }
+        seconds_of: dict[str, list[float]] = {form: [] for form in sections}
         for _ in range(rounds):
             for form, section in sections.items():
                 loader = DataLoader(
@@ -94,12 +105,31 @@ def reading(tokenizer: Tokenizer, seq_len: int, rounds: int) -> dict[str, float]
                 seconds_of[form].append(time.perf_counter() - start)
                 loader.close()
     count = num_batches * BATCH * seq_len
-    text, tokens = (count / statistics.median(times) for times in seconds_of.values())
+    speeds = {form: count / statistics.median(times) for form, times in seconds_of.items()}
     return {
-        "batches_of_text_tokens_per_s": round(text),
-        "batches_of_token_files_tokens_per_s": round(tokens),
-        "token_files_over_text": round(tokens / text, 2),
+        **{f"batches_of_{form}_tokens_per_s": round(speed) for form, speed in speeds.items()},
+        **{
+            f"{form}_over_token_files": round(speed / speeds["token_files"], 2)
+            for form, speed in speeds.items()
+        },
     }
+
+
+def write_others(folder: Path, documents: list[npt.NDArray[Any]]) -> None:
+    """The same documents as a saved dataset, as Parquet and as Megatron's pair of files."""
+    features = datasets.Features({"input_ids": datasets.List(datasets.Value("uint16"))})
+    dataset = datasets.Dataset.from_dict({"input_ids": documents}, features=features)
+    dataset.save_to_disk(folder / "arrow")
+    (folder / "parquet").mkdir()
+    dataset.to_parquet(folder / "parquet" / "0.parquet")
+    (folder / "megatron").mkdir()
+    np.concatenate(documents).tofile(folder / "megatron/0.bin")
+    lengths = np.array([len(document) for document in documents], np.int32)
+    offsets = 2 * (np.cumsum(lengths, dtype=np.int64) - lengths)
+    boundaries = np.arange(len(documents) + 1, dtype=np.int64)
+    header = struct.pack("<9sQBQQ", b"MMIDIDX", 1, 8, len(lengths), len(boundaries))
+    content = header + lengths.tobytes() + offsets.tobytes() + boundaries.tobytes()
+    (folder / "megatron/0.idx").write_bytes(content)
 
 
 def tokenizing(copies: int, rounds: int) -> dict[str, float]:
@@ -140,7 +170,7 @@ def main() -> None:
     cold = first_batch_seconds(tokenizer, arguments.seq_len)
     warm = first_batch_seconds(tokenizer, arguments.seq_len)
     source = resolve_source(Data())
-    texts = [text_of(row, source.kind, "text") for row in open_dataset(source)]
+    texts = [document_of(row, source.kind, "text", "") for row in open_dataset(source)]
     encoding: tiktoken.Encoding = tokenizer._encoding
 
     def ours() -> int:

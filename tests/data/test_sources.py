@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from titan_lite.config.schema import Data
-from titan_lite.data.documents import text_of
+from titan_lite.data.documents import document_of
 from titan_lite.data.sources import open_dataset, resolve_source, stream_of
 
 TEXTS = [f"document {i} \u00e9" for i in range(10)]
@@ -25,7 +25,7 @@ def write_parquet(path, texts):
 
 
 def texts_of(dataset, kind="lines"):
-    return [text_of(row, kind, "text") for row in dataset]
+    return [document_of(row, kind, "text", "") for row in dataset]
 
 
 def read(path):

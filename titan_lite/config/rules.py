@@ -169,7 +169,8 @@ def file_rules(config: Config) -> Iterator[SettingError]:
         # A pattern of folders below folders is left to the search for files. Path.glob refuses
         # absolute patterns.
         found = found or "**" in Path(dataset).parts or bool(glob.glob(dataset))  # noqa: PTH207
-        if dataset and not found:
+        # Megatron names a pair of files by what their names share.
+        if dataset and not (found or os.path.exists(f"{dataset}.idx")):  # noqa: PTH110
             yield SettingError(key, _missing("file", path, key))
     checkpoint = config.checkpoint
     tokenizer = config.data.tokenizer_path

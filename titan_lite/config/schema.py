@@ -119,8 +119,8 @@ class Documents(Section):
     dataset: Annotated[str, Needs("dataset_path", values=("",))] = "bundled"
     """"bundled" (the corpus in assets/), "c4", or any Hugging Face dataset name, streamed."""
     dataset_path: str = ""
-    """Local file, folder or glob of JSON, Parquet, Arrow or text, or a folder that `titan-lite
-    tokenize` or `datasets.save_to_disk` wrote, read instead of `dataset`."""
+    """Local file, folder or glob of JSON, Parquet, Arrow, text or Megatron's .bin/.idx, or a folder
+    that `titan-lite tokenize` or `datasets.save_to_disk` wrote, read instead of `dataset`."""
     subset: Annotated[
         str, Needs("dataset_path", values=("",)), Needs("dataset", unless="bundled")
     ] = ""
@@ -129,6 +129,9 @@ class Documents(Section):
     """Split of the dataset, by name or as DatasetDict.save_to_disk wrote it."""
     text_field: str = "text"
     """Field of a document that holds its text."""
+    tokens_field: str = ""
+    """Field of a document that holds its token ids, read instead of text_field. Empty: "input_ids"
+    in documents that have it and no field text_field."""
 
 
 class DataSource(Documents):

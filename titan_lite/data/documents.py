@@ -1,60 +1,96 @@
-"""The text of a document, or why it has none."""
+"""A document of a row: its text, or its token ids; BadDocument where it has neither."""
 
 import difflib
 import json
 from typing import Any, Literal
 
-Kind = Literal["lines", "files", "rows", "tokens"]
-"""Kind of rows: undecoded JSON lines or whole text files, columns, or "tokens" of token files."""
+import numpy as np
+import numpy.typing as npt
+
+Kind = Literal["lines", "files", "rows"]
+"""Kind of rows: undecoded JSON lines, whole text files, or columns."""
+Document = str | npt.NDArray[Any]
 
 # One character per byte: what is not UTF-8 is a fault of its document, not of the whole file.
 RAW_ENCODING = "latin-1"
+TOKENS_FIELD = "input_ids"
+"""Column of token ids in the datasets of Hugging Face's tokenizers."""
 
 
 class BadDocument(ValueError):
     """A document that cannot be trained on; its text is the reason.
 
-    names_field: data.text_field may name another one than that of the text.
+    key: the key of [data] that may name another field, "" if none does.
     """
 
-    def __init__(self, reason: str, *, names_field: bool = False) -> None:
+    def __init__(self, reason: str, *, key: str = "") -> None:
         super().__init__(reason)
-        self.names_field = names_field
+        self.key = key
 
 
-def text_of(row: dict[str, Any], kind: Kind, field: str) -> str:
-    """The text of a row; raises BadDocument."""
-    if kind == "rows":
-        return _field(row, field)
+def document_of(row: dict[str, Any], kind: Kind, text_field: str, tokens_field: str) -> Document:
+    """The token ids or the text of a row; raises BadDocument."""
+    if kind != "rows":
+        text = _decoded(row["text"])
+        if kind == "files":
+            if not text:
+                raise BadDocument("is empty")
+            return text
+        row = _parsed(text)
+    if tokens_field:
+        return _tokens(row, tokens_field)
+    if text_field not in row and TOKENS_FIELD in row:
+        return _tokens(row, TOKENS_FIELD)
+    return _text(row, text_field)
+
+
+def _decoded(raw: str) -> str:
     try:
-        text = row["text"].encode(RAW_ENCODING).decode("utf-8-sig")
+        return raw.encode(RAW_ENCODING).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise BadDocument(f"not UTF-8: byte 0x{byte:02x} at position {error.start}") from None
-    if kind == "files":
-        if not text:
-            raise BadDocument("is empty")
-        return text
+
+
+def _parsed(text: str) -> dict[str, Any]:
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadDocument(f"not JSON: {error}") from None
     if not isinstance(document, dict):
         raise BadDocument(f"expected a JSON object, found {text:.60}")
-    return _field(document, field)
+    return document
 
 
-def _field(document: dict[str, Any], field: str) -> str:
+def _text(document: dict[str, Any], field: str) -> str:
+    text = _field(document, field, "text_field")
+    if not isinstance(text, str):
+        raise BadDocument(f"field {field!r} is {text!r:.60}, expected text", key="text_field")
+    if not text:
+        raise BadDocument(f"field {field!r} is empty", key="text_field")
+    return text
+
+
+def _tokens(document: dict[str, Any], field: str) -> npt.NDArray[Any]:
+    tokens = _field(document, field, "tokens_field")
+    if not isinstance(tokens, np.ndarray):
+        is_ids = isinstance(tokens, list) and all(type(token) is int for token in tokens)
+        if not is_ids:
+            raise BadDocument(
+                f"field {field!r} is {tokens!r:.60}, expected a list of token ids",
+                key="tokens_field",
+            )
+        tokens = np.array(tokens, np.int64)
+    if not tokens.size:
+        raise BadDocument(f"field {field!r} is empty", key="tokens_field")
+    return tokens
+
+
+def _field(document: dict[str, Any], field: str, key: str) -> Any:
     if field not in document:
         near = difflib.get_close_matches(field, document, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
         raise BadDocument(
-            f"{field!r} is not one of its fields: it has {', '.join(document)}{hint}",
-            names_field=True,
+            f"{field!r} is not one of its fields: it has {', '.join(document)}{hint}", key=key
         )
-    text = document[field]
-    if not isinstance(text, str):
-        raise BadDocument(f"field {field!r} is {text!r:.60}, expected text", names_field=True)
-    if not text:
-        raise BadDocument(f"field {field!r} is empty", names_field=True)
-    return text
+    return document[field]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from titan_lite.data.documents import BadDocument, Kind, text_of
+from titan_lite.data.documents import BadDocument, Kind, document_of
 from titan_lite.data.token_files import BAD, GOOD
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.data.tokenizer_files import load_tokenizer
@@ -38,7 +38,7 @@ class Encoder:
         texts, reasons = [], {}
         for index, row in enumerate(rows):
             try:
-                texts.append(text_of(row, self.kind, self._field))
+                texts.append(str(document_of(row, self.kind, self._field, "")))
             except BadDocument as error:
                 uses[index], reasons[index] = BAD, error
         documents = self._tokenizer.encode_documents(texts)

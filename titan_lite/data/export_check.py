@@ -8,8 +8,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from titan_lite.config.schema import Data, Documents
-from titan_lite.data.documents import BadDocument, text_of
+from titan_lite.config.schema import Data
+from titan_lite.data.documents import BadDocument, document_of
 from titan_lite.data.probes import PROBES, SPACE_KINDS
 from titan_lite.data.sources import Source, open_dataset, reading, resolve_sources
 from titan_lite.data.token_files import GOOD, TokenFolder
@@ -108,14 +108,11 @@ def corpus_texts(section: Data, tokenizer: Tokenizer) -> list[str]:
 
     ValueError where these cannot be read.
     """
-    sources = resolve_sources(section)
-    tables: list[Documents] = [*section.sources] or [section]
-    fields = [table.text_field for table in tables]
-    texts = []
-    for source, field in zip(sources, fields, strict=True):
+    sources, texts = resolve_sources(section), []
+    for source in sources:
         num_lines = 0
         with reading(source):
-            for document in _documents(source, field, tokenizer):
+            for document in _documents(source, tokenizer):
                 lines = document.splitlines(keepends=True)
                 texts += [document[:_MOST_CHARS], *(line[:_MOST_CHARS] for line in lines)]
                 num_lines += len(lines)
@@ -133,7 +130,7 @@ def with_spaces(texts: list[str]) -> list[str]:
     ]
 
 
-def _documents(source: Source, field: str, tokenizer: Tokenizer) -> Iterator[str]:
+def _documents(source: Source, tokenizer: Tokenizer) -> Iterator[str]:
     dataset: Any = open_dataset(source)
     if isinstance(dataset, TokenFolder):
         for row in range(dataset.first_rows[-1]):
@@ -142,9 +139,10 @@ def _documents(source: Source, field: str, tokenizer: Tokenizer) -> Iterator[str
         return
     for row in dataset:
         try:
-            yield text_of(row, source.kind, field)
+            document = document_of(row, source.kind, source.text_field, source.tokens_field)
         except BadDocument:
             continue
+        yield document if isinstance(document, str) else tokenizer.decode(document)
 
 
 def _reason(tokenizer: Tokenizer) -> str:

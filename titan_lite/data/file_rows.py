@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
+from titan_lite.data.columns import arrow_columns, megatron_column, parquet_columns
 from titan_lite.data.documents import RAW_ENCODING
 from titan_lite.data.files import compression_of, format_of, plain_suffix
 
-_BATCH_ROWS = 1024
 _BOM = codecs.BOM_UTF8.decode(RAW_ENCODING)
 
 
@@ -72,48 +72,52 @@ class FileRows:
         self._file, self._row, self._total = start["file"], start["row"], start["total"]
         while self._file < len(self._files):
             file = self._files[self._file]
-            rows = rows_of(file, self._field, first=self._row)
-            while (row := _next(rows, file)) is not None:
-                is_kept = self._total % self._step == self._offset
-                self._row, self._total = self._row + 1, self._total + 1
-                if is_kept:
-                    yield row
+            try:
+                yield from self._rows(file)
+            # Parsers and decompressors each raise types of their own.
+            except Exception as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise UnreadableError(f"cannot read {file}: {reason:.300}") from error
             self._file, self._row = self._file + 1, 0
 
+    def place(self) -> str:
+        """File and line or row of the row that was read last."""
+        file = self._files[self._file]
+        match format_of(file):
+            case "text":
+                return str(file)
+            case "json":
+                unit = "document" if plain_suffix(file) == ".json" else "line"
+                lines = (number for number, text in enumerate(_texts(file), 1) if text.strip())
+                return f"{file}, {unit} {next(itertools.islice(lines, self._row - 1, None))}"
+            case _:
+                return f"{file}, row {self._row}"
 
-def rows_of(file: Path, field: str, *, first: int = 0) -> Iterator[dict[str, Any]]:
-    """The rows of a file from number `first` on; of Parquet and Arrow, the field's values."""
+    def _rows(self, file: Path) -> Iterator[dict[str, Any]]:
+        """The rows of a file from the place on."""
+        for rows in _batches(file, self._field, self._row):
+            row, total = self._row, self._total
+            for index in range((self._offset - total) % self._step, len(rows), self._step):
+                self._row, self._total = row + index + 1, total + index + 1
+                yield rows[index]
+            self._row, self._total = row + len(rows), total + len(rows)
+
+
+def _batches(file: Path, field: str, first: int) -> Iterator[Sequence[dict[str, Any]]]:
+    """Consecutive rows of a file from number `first` on; of columns, the field's values."""
     match format_of(file):
         case "parquet":
-            return _parquet(file, field, first)
+            return parquet_columns(file, field, first)
         case "arrow":
-            return _arrow(file, field, first)
+            return arrow_columns(file, field, first)
+        case "megatron":
+            return megatron_column(file, field, first)
         case "text":
             texts = _texts(file)
         case _:
             # Empty lines are no documents.
             texts = filter(str.strip, _texts(file))
-    return ({"text": text} for text in itertools.islice(texts, first, None))
-
-
-def place_of(row: dict[str, Any], files: Sequence[Path]) -> str:
-    """File and line of an undecoded row, found by reading the files; "" where that is not known."""
-    for file in files:
-        if format_of(file) in ("json", "text"):
-            for number, text in enumerate(_texts(file), start=1):
-                if text == row.get("text"):
-                    unit = "document" if plain_suffix(file) == ".json" else "line"
-                    return str(file) if format_of(file) == "text" else f"{file}, {unit} {number}"
-    return ""
-
-
-def _next(rows: Iterator[dict[str, Any]], file: Path) -> dict[str, Any] | None:
-    try:
-        return next(rows, None)
-    # Parsers and decompressors each raise types of their own.
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UnreadableError(f"cannot read {file}: {reason:.300}") from error
+    return ([{"text": text}] for text in itertools.islice(texts, first, None))
 
 
 def _open(file: Path) -> IO[str]:
@@ -172,58 +176,12 @@ def _parsed(text: str) -> Any:
         return None
 
 
-def _parquet(file: Path, field: str, first: int) -> Iterator[dict[str, Any]]:
-    from pyarrow import parquet
-
-    with parquet.ParquetFile(file) as opened:
-        names = opened.schema_arrow.names
-        for group in range(opened.num_row_groups):
-            num_rows = opened.metadata.row_group(group).num_rows
-            if first >= num_rows:
-                first -= num_rows
-                continue
-            rows = (
-                row
-                for batch in opened.iter_batches(
-                    _BATCH_ROWS,
-                    row_groups=[group],
-                    columns=[field] if field in names else [],
-                    use_threads=False,
-                )
-                for row in _values(batch, names, field)
-            )
-            yield from itertools.islice(rows, first, None)
-            first = 0
-
-
-def _arrow(file: Path, field: str, first: int) -> Iterator[dict[str, Any]]:
-    """Yields the rows of both forms of Arrow's files."""
-    import pyarrow
-    from pyarrow import ipc
-
-    with pyarrow.memory_map(str(file)) as opened:
-        if opened.read(6) == b"ARROW1":
-            reader = ipc.open_file(opened)
-            batches = map(reader.get_batch, range(reader.num_record_batches))
-        else:
-            opened.seek(0)
-            batches = iter(ipc.open_stream(opened))
-        for batch in batches:
-            if first >= batch.num_rows:
-                first -= batch.num_rows
-                continue
-            yield from itertools.islice(_values(batch, batch.schema.names, field), first, None)
-            first = 0
-
-
-def _values(batch: Any, names: Sequence[str], field: str) -> Iterator[dict[str, Any]]:
-    """The field of each row; where there is none of its name, the others without their values."""
-    if field not in names:
-        yield from (dict.fromkeys(names) for _ in range(batch.num_rows))
-        return
-    column = batch.column(batch.schema.names.index(field))
-    # A damaged one crashes the process that looks at it.
-    column.validate(full=True)
-    for start in range(0, batch.num_rows, _BATCH_ROWS):
-        for value in column.slice(start, _BATCH_ROWS).to_pylist():
-            yield {field: value}
+def place_of(row: dict[str, Any], files: Sequence[Path]) -> str:
+    """File and line of an undecoded row, found by reading the files; "" where that is not known."""
+    for file in files:
+        if format_of(file) in ("json", "text"):
+            for number, text in enumerate(_texts(file), start=1):
+                if text == row.get("text"):
+                    unit = "document" if plain_suffix(file) == ".json" else "line"
+                    return str(file) if format_of(file) == "text" else f"{file}, {unit} {number}"
+    return ""

@@ -15,11 +15,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from titan_lite.data.megatron import MegatronFile
 from titan_lite.data.token_files import shard_files
 
 logger = logging.getLogger(__name__)
 
-Format = Literal["json", "text", "parquet", "arrow"]
+Format = Literal["json", "text", "parquet", "arrow", "megatron"]
 
 FORMATS: dict[str, Format] = {
     ".jsonl": "json",
@@ -28,6 +29,7 @@ FORMATS: dict[str, Format] = {
     ".txt": "text",
     ".parquet": "parquet",
     ".arrow": "arrow",
+    ".idx": "megatron",
 }
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 """Compressions of JSON and text files."""
@@ -67,7 +69,7 @@ def plain_suffix(file: Path) -> str:
 def format_of(file: Path) -> Format | None:
     """The format that a name says; None for one that is not read."""
     form = FORMATS.get(plain_suffix(file))
-    return None if form in ("parquet", "arrow") and compression_of(file) else form
+    return form if form in ("json", "text") or not compression_of(file) else None
 
 
 def find_files(path: Path, chosen: str) -> list[Path]:
@@ -78,9 +80,15 @@ def find_files(path: Path, chosen: str) -> list[Path]:
     """
     # A name that exists is taken as it is, whatever characters it has.
     names = [path] if os.path.lexists(path) else _matches(path)
+    if not names and (index := path.with_name(f"{path.name}.idx")).is_file():
+        # Megatron names a pair of files by what their names share.
+        names = [index]
     files: list[Path] = []
     for name in names:
-        files += _files_of_folder(name, chosen) if name.is_dir() else [name]
+        if name.is_dir():
+            files += _files_of_folder(name, chosen)
+        else:
+            files.append(name.with_suffix(".idx") if name.suffix == ".bin" else name)
     files = _without_aliases(files, chosen)
     for file in files:
         _check(file)
@@ -102,12 +110,20 @@ def has_splits(path: Path) -> bool:
 
 def signature(file: Path) -> str:
     """Tells files apart without reading them: name, size, and what `datasets` knows its rows by."""
-    size = file.stat().st_size
+    size = num_bytes(file)
     state = file.parent / _STATE
     rows = ""
     if format_of(file) == "arrow" and state.is_file():
         rows = f" {_read_json(state).get('_fingerprint')}"
     return f"{file.name} {size}{rows}"
+
+
+def num_bytes(file: Path) -> int:
+    """Size of a file of documents, of Megatron's pairs that of both."""
+    size = file.stat().st_size
+    if format_of(file) == "megatron":
+        size += file.with_suffix(".bin").stat().st_size
+    return size
 
 
 def _saved_files(folder: Path) -> set[Path]:
@@ -264,6 +280,8 @@ def _is_companion(file: Path) -> bool:
         return form is None and not file.is_dir()
     if form in (None, "text") and _COMPANION_NAMES.fullmatch(name):
         return True
+    if file.suffix == ".bin" and file.with_suffix(".idx").is_file():
+        return True
     return file.suffix.lower() in _COMPANION_SUFFIXES
 
 
@@ -317,6 +335,8 @@ def _check(file: Path) -> None:
                     f"{file} is a pointer of Git LFS instead of the file: fetch it with "
                     "git lfs pull"
                 )
+    if format_of(file) == "megatron":
+        MegatronFile(file)
 
 
 @functools.cache

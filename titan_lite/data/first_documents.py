@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from titan_lite.config.problems import SettingError
-from titan_lite.config.schema import Data, Documents
+from titan_lite.config.schema import Data
 from titan_lite.data.files import plain_suffix
 from titan_lite.data.mixture import Mixture
-from titan_lite.data.readers import TextReader, TokenReader
+from titan_lite.data.readers import DatasetReader, TokenReader
 from titan_lite.data.sources import Source, open_dataset
 from titan_lite.data.streams import too_few
 from titan_lite.data.token_files import TokenFolder
@@ -23,15 +23,13 @@ def check_documents(
     streams that the run reads.
     """
     mixture = Mixture([source.weight for source in section.sources] or [1])
-    mixed: Sequence[Documents] = section.sources or [section]
-    for number, (source, documents) in enumerate(zip(sources, mixed, strict=True)):
+    for number, source in enumerate(sources):
         if not (source.files or source.stored):
             continue
         # Beyond some rounds of all streams, every source has had each of them.
         samples = range(min(num_samples, 64 * section.num_streams))
         streams = {g % section.num_streams for g in samples if mixture.source(g) == number}
-        update = {"text_field": documents.text_field, "num_streams": 1}
-        own_section = section.model_copy(update=update)
+        own_section = section.model_copy(update={"num_streams": 1})
         # A folder may have files of other things than documents, with another suffix.
         by_suffix = {plain_suffix(file): file for file in reversed(source.files)}
         for file in list(by_suffix.values()):
@@ -55,8 +53,8 @@ def check_documents(
             raise too_few(source, total, section.num_streams)
 
 
-def _reader(source: Source, section: Data, tokenizer: Tokenizer) -> TextReader | TokenReader:
+def _reader(source: Source, section: Data, tokenizer: Tokenizer) -> DatasetReader | TokenReader:
     dataset = open_dataset(source)
     if isinstance(dataset, TokenFolder):
         return TokenReader(dataset, 0, 1)
-    return TextReader(dataset, source, section, 0, tokenizer)
+    return DatasetReader(dataset, source, section, 0, tokenizer)

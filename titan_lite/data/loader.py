@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
-from titan_lite.config.schema import Data, Documents
+from titan_lite.config.schema import Data
 from titan_lite.data.mixture import Mixture
 from titan_lite.data.packing import Packing, Row, Rows
 from titan_lite.data.settings import check_data_settings, data_settings
@@ -183,11 +183,6 @@ class DataLoader:
         """Batches after the first `num_samples`, each with the new positions of its streams."""
         streams: dict[int, Stream] = {}
         datasets = [open_dataset(source) for source in self._sources]
-        mixed: Sequence[Documents] = self._section.sources or [self._section]
-        sections = [
-            self._section.model_copy(update={"text_field": documents.text_field})
-            for documents in mixed
-        ]
         num_streams = self._section.num_streams
         # This rank's first sample that has not been handed out.
         sample = num_samples + (self._rank - num_samples) % self._degree
@@ -203,7 +198,7 @@ class DataLoader:
                     streams[number] = Stream(
                         datasets[source],
                         self._sources[source],
-                        sections[source],
+                        self._section,
                         stream=v,
                         seed=self._seed,
                         tokenizer=self._tokenizer,

@@ -1,4 +1,4 @@
-"""How a stream gets its documents: from text, tokenized on the way, or from token files."""
+"""How a stream gets its documents: from a dataset, whose text is tokenized, or token files."""
 
 import itertools
 import logging
@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data
-from titan_lite.data.documents import BadDocument, text_of
-from titan_lite.data.file_rows import FileRows, place_of
+from titan_lite.data.documents import BadDocument, Document, document_of
+from titan_lite.data.file_rows import FileRows
 from titan_lite.data.sources import Source, reading, stream_of
 from titan_lite.data.token_files import GOOD, RowsOfStream, TokenFolder
 from titan_lite.data.tokenizer import Tokenizer
@@ -24,10 +24,10 @@ SKIP_HINT = 'data.on_bad_document = "skip" leaves such documents out'
 # Not some bad documents any more, but a source that is not what the configuration says.
 MAX_BAD_IN_A_ROW = 1000
 
-Document = TypeVar("Document")
+AnyDocument = TypeVar("AnyDocument")
 
 
-class Reader(Protocol, Generic[Document]):
+class Reader(Protocol, Generic[AnyDocument]):
     """The documents of one stream, once."""
 
     def start(self, cursor: dict[str, Any] | None) -> None:
@@ -36,18 +36,18 @@ class Reader(Protocol, Generic[Document]):
     def cursor(self) -> dict[str, Any]:
         """The place after what was read; small JSON."""
 
-    def read(self, size: int) -> tuple[int, list[Document]]:
+    def read(self, size: int) -> tuple[int, list[AnyDocument]]:
         """Number of the next documents, up to `size`, and those that can be used; 0 at the end."""
 
-    def encode(self, documents: Sequence[Document]) -> Sequence[npt.NDArray[Any]]:
+    def encode(self, documents: Sequence[AnyDocument]) -> Sequence[npt.NDArray[Any]]:
         """Tokens of documents, without BOS and EOS."""
 
     def count(self, limit: int) -> int:
         """Documents of all streams, counted up to a limit; those that cannot be used are some."""
 
 
-class TextReader:
-    """Text of a Hugging Face dataset or local files."""
+class DatasetReader:
+    """Texts or token ids of a Hugging Face dataset or local files."""
 
     def __init__(
         self,
@@ -71,25 +71,49 @@ class TextReader:
         state: dict[str, Any] = self._dataset.state_dict()
         return state
 
-    def read(self, size: int) -> tuple[int, list[str]]:
-        with reading(self._source):
-            rows = list(itertools.islice(self._rows, size))
-        texts = []
-        for row in rows:
-            try:
-                texts.append(text_of(row, self._source.kind, self._section.text_field))
+    def read(self, size: int) -> tuple[int, list[Document]]:
+        source, documents, num_read = self._source, list[Document](), 0
+        with reading(source):
+            for row in itertools.islice(self._rows, size):
+                num_read += 1
+                try:
+                    document = document_of(row, source.kind, source.text_field, source.tokens_field)
+                except BadDocument as error:
+                    self._judge.bad(error, self._place())
+                    continue
                 self._judge.good()
-            except BadDocument as error:
-                self._judge.bad(row, error)
-        return len(rows), texts
+                if not isinstance(document, str):
+                    document = self._content(document)
+                documents.append(document)
+        return num_read, documents
 
-    def encode(self, documents: Sequence[str]) -> Sequence[npt.NDArray[Any]]:
+    def encode(self, documents: Sequence[Document]) -> Sequence[npt.NDArray[Any]]:
         threads = self._section.tokenizer_threads
-        return self._tokenizer.encode_documents(documents, threads=threads)
+        texts = [document for document in documents if isinstance(document, str)]
+        encoded = iter(self._tokenizer.encode_documents(texts, threads=threads))
+        return [next(encoded) if isinstance(each, str) else each for each in documents]
 
     def count(self, limit: int) -> int:
         with reading(self._source):
             return sum(1 for _ in itertools.islice(self._whole, limit))
+
+    def _content(self, tokens: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Token ids without the BOS and EOS around them, which the stream adds."""
+        tokenizer, source = self._tokenizer, self._source
+        least, most = int(tokens.min()), int(tokens.max())
+        if least < 0 or most >= tokenizer.vocab_size:
+            place, token = self._place() or source.name, least if least < 0 else most
+            raise SettingError(
+                source.key,
+                f"{place}: token id {token} is outside the tokenizer's vocabulary of "
+                f"{tokenizer.vocab_size:,}; set data.tokenizer_path to the tokenizer that made it",
+            )
+        start = int(tokens[0] == tokenizer.bos_id)
+        end = len(tokens) - int(tokens[-1] == tokenizer.eos_id)
+        return tokens[start:end]
+
+    def _place(self) -> str:
+        return self._dataset.place() if isinstance(self._dataset, FileRows) else ""
 
 
 class TokenReader:
@@ -131,7 +155,7 @@ class Judge:
         """A document can be used."""
         self._in_a_row = 0
 
-    def bad(self, row: dict[str, Any], error: BadDocument) -> None:
+    def bad(self, error: BadDocument, place: str) -> None:
         """One cannot: raises SettingError naming its place, unless it is to be left out."""
         source = self._source
         self._in_a_row += 1
@@ -140,11 +164,10 @@ class Judge:
             if self._in_a_row == 1:
                 logger.warning("A document of %s was skipped: %s", source.name, error)
             return
-        place = place_of(row, source.files)
         # The table of the key that chose the source has the field's, too.
         table = source.key.rpartition(".")[0]
         raise SettingError(
-            f"{table}.text_field" if error.names_field else source.key,
+            f"{table}.{error.key}" if error.key else source.key,
             f"{place or f'a document of {source.name}'}: {error}; "
             + (f"{self._in_a_row} in a row" if too_many else SKIP_HINT),
         )

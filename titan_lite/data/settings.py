@@ -25,7 +25,11 @@ def data_settings(
     mixed = section.sources
     return {
         "dataset": identities if mixed else identities[0],
-        "data.sources": [[s.name, s.weight, s.text_field] for s in mixed] or None,
+        "data.sources": [
+            [s.name, s.weight, s.text_field, *([s.tokens_field] if s.tokens_field else [])]
+            for s in mixed
+        ]
+        or None,
         "training.seq_len": seq_len,
         "training.seed": seed,
         **rows.settings(),
@@ -33,6 +37,7 @@ def data_settings(
         "data.shuffle": section.shuffle,
         "data.shuffle_buffer": section.shuffle_buffer,
         "data.text_field": section.text_field,
+        "data.tokens_field": section.tokens_field or None,
     }
 
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from titan_lite.config.problems import SettingError, about, how_to_fetch, one_of, quote
 from titan_lite.config.schema import Data, Documents
 from titan_lite.data.assets import bundled_asset
-from titan_lite.data.documents import Kind
+from titan_lite.data.columns import column_names
+from titan_lite.data.documents import TOKENS_FIELD, Kind
 from titan_lite.data.file_rows import FileRows, UnreadableError
 from titan_lite.data.files import (
     find_files,
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 # data.dataset -> (name on the hub, configuration)
 PRESETS = {"c4": ("allenai/c4", "en")}
-KINDS: dict[str, Kind] = {"json": "lines", "text": "files", "parquet": "rows", "arrow": "rows"}
+KINDS: dict[str, Kind] = {"json": "lines", "text": "files"}
 BUNDLED_SPLITS = ("train", "validation")
 
 
@@ -58,7 +59,9 @@ class Source:
     files: tuple[Path, ...] = ()
     """Local files, in their order."""
     text_field: str = "text"
-    """The column that is read from local files."""
+    """Field of a document's text."""
+    tokens_field: str = ""
+    """Field of a document's token ids, read in place of its text."""
     stored: TokenFolder | None = None
     """The token folder of a tokenized source."""
 
@@ -66,6 +69,11 @@ class Source:
     def documents(self) -> str:
         """Same documents, same text: tokenized or not."""
         return self.stored.manifest.source if self.stored else self.identity
+
+    @property
+    def is_tokenized(self) -> bool:
+        """True where documents are known to be token ids before they are read."""
+        return bool(self.stored or self.tokens_field)
 
 
 def resolve_sources(section: Data) -> list[Source]:
@@ -108,7 +116,7 @@ def resolve_source(section: Documents, table: str = "data", *, skip: bool = Fals
         # os.path: leaves a ~user that does not exist, where Path raises.
         path = Path(os.path.expanduser(section.dataset_path))  # noqa: PTH111
         if is_token_folder(path):
-            _refuse(section, ("subset", "split", "text_field"), chosen, table)
+            _refuse(section, ("subset", "split", "text_field", "tokens_field"), chosen, table)
             return _stored_source(path, key)
         if has_splits(path):
             _refuse(section, ("subset",), chosen, table)
@@ -144,7 +152,14 @@ def resolve_source(section: Documents, table: str = "data", *, skip: bool = Fals
     subset = section.subset or subset
     name = " ".join(filter(None, (hub_name, subset, section.split)))
     arguments = {"path": hub_name, "name": subset or None, "split": section.split}
-    return Source(name=name, key=key, identity=name, arguments=arguments)
+    return Source(
+        name=name,
+        key=key,
+        identity=name,
+        arguments=arguments,
+        text_field=section.text_field,
+        tokens_field=section.tokens_field,
+    )
 
 
 def check_tokens(sources: Iterable[Source], tokenizer: Tokenizer) -> None:
@@ -159,7 +174,7 @@ def open_dataset(source: Source) -> "IterableDataset | FileRows | TokenFolder":
     if source.stored:
         return source.stored
     if source.files:
-        return FileRows(source.files, source.text_field)
+        return FileRows(source.files, source.tokens_field or source.text_field)
     import datasets
 
     datasets.disable_progress_bars()
@@ -172,6 +187,8 @@ def reading(source: Source) -> Iterator[None]:
     """Whatever fails becomes one sentence of ValueError that names source and key."""
     try:
         yield
+    except SettingError:
+        raise
     except UnreadableError as error:
         raise SettingError(source.key, f"{error}") from error
     except StopIteration:  # datasets looks for the fields in the first document
@@ -245,7 +262,7 @@ def _stored_source(path: Path, key: str) -> Source:
     with about(key):
         stored = TokenFolder(path)
     identity = f"tokens of {stored.manifest.source}"
-    return Source(str(path), key, identity, kind="tokens", stored=stored)
+    return Source(str(path), key, identity, stored=stored)
 
 
 def _files_source(section: Documents, key: str, files: list[Path]) -> Source:
@@ -261,7 +278,28 @@ def _files_source(section: Documents, key: str, files: list[Path]) -> Source:
         name=name,
         key=key,
         identity=f"{count} {form} files {digest}",
-        kind=KINDS[form],
+        kind=KINDS.get(form, "rows"),
         files=tuple(files),
         text_field=section.text_field,
+        tokens_field=_tokens_field(section, form, files[0], key),
     )
+
+
+def _tokens_field(section: Documents, form: str, first: Path, key: str) -> str:
+    """The field of token ids that files have, "" where their text is read."""
+    if form == "text" and section.tokens_field:
+        table = key.rpartition(".")[0]
+        raise SettingError(
+            f"{table}.tokens_field",
+            f"{quote(section.tokens_field)} has no effect on text files: leave it {quote('')}",
+        )
+    if section.tokens_field or form in KINDS:
+        return section.tokens_field
+    if form == "megatron":
+        return TOKENS_FIELD
+    try:
+        names = column_names(first)
+    except (OSError, ValueError):
+        # A damaged file is reported when it is read.
+        return ""
+    return TOKENS_FIELD if section.text_field not in names and TOKENS_FIELD in names else ""

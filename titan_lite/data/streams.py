@@ -10,7 +10,7 @@ from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data
 from titan_lite.data.file_rows import FileRows
 from titan_lite.data.packing import Row, Rows, join_documents
-from titan_lite.data.readers import Reader, TextReader, TokenReader
+from titan_lite.data.readers import DatasetReader, Reader, TokenReader
 from titan_lite.data.sources import Source
 from titan_lite.data.token_files import TokenFolder
 from titan_lite.data.tokenizer import Tokenizer, Tokens
@@ -74,7 +74,7 @@ class Stream:
         self._reader: Reader[Any] = (
             TokenReader(dataset, stream, section.num_streams)
             if isinstance(dataset, TokenFolder)
-            else TextReader(dataset, source, section, stream, tokenizer)
+            else DatasetReader(dataset, source, section, stream, tokenizer)
         )
         blocks = self._blocks(position.block)
         key = (seed, stream)

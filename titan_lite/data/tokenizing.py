@@ -19,6 +19,7 @@ from titan_lite import __version__
 from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data
 from titan_lite.data.encoding import Encoded, Encoder, encode_in_worker, start_worker
+from titan_lite.data.file_rows import place_of
 from titan_lite.data.readers import Judge
 from titan_lite.data.sources import Source, open_dataset, reading
 from titan_lite.data.token_files import (
@@ -89,7 +90,7 @@ def tokenize(
                     if use == GOOD:
                         judge.good()
                     elif use == BAD:
-                        judge.bad(chunk.rows[index], encoded.reasons[index])
+                        judge.bad(encoded.reasons[index], place_of(chunk.rows[index], source.files))
                 writer.add(chunk, encoded)
                 report(done, dataset.num_shards)
             if not done.documents:

@@ -13,6 +13,7 @@ from titan_lite.config.problems import FIELDS, SettingError, about, collecting, 
 from titan_lite.config.schema import Checkpoint, Data
 from titan_lite.config.stored import words
 from titan_lite.data.export_check import export_report
+from titan_lite.data.files import num_bytes
 from titan_lite.data.first_documents import check_documents
 from titan_lite.data.held_out import held_out_rows, resolve_held_out
 from titan_lite.data.hf_documents import hf_documents
@@ -58,8 +59,8 @@ def preflight(plan: Plan) -> Preflight:
             sources = resolve_sources(config.data)
             if tokenizer is not None:
                 check_tokens(sources, tokenizer)
-            if all(source.stored for source in sources):
-                _warn_of_idle_keys(plan)
+            if all(source.is_tokenized for source in sources):
+                _warn_of_idle_keys(plan, are_checked=all(source.stored for source in sources))
         with problems.checking("validation.dataset"):
             if config.validation.enable:
                 held_out = resolve_held_out(config.validation, config.data)
@@ -141,7 +142,7 @@ def _most_tokens(source: Source) -> int | None:
     """A bound on the tokens of a source, each a byte of text at least; None for one by name."""
     if source.stored:
         return source.stored.manifest.tokens
-    return sum(file.stat().st_size for file in source.files) if source.files else None
+    return sum(map(num_bytes, source.files)) if source.files else None
 
 
 def check_model(start: Start, plan: Plan) -> None:
@@ -214,9 +215,9 @@ def _locked_folders(plan: Plan) -> dict[str, Path]:
     return folders
 
 
-def _warn_of_idle_keys(plan: Plan) -> None:
-    """Says which keys were set that only text needs."""
-    for name in ("on_bad_document", "tokenizer_threads"):
+def _warn_of_idle_keys(plan: Plan, *, are_checked: bool) -> None:
+    """Warns of keys that have no effect on token ids, or on those of documents all checked."""
+    for name in ("tokenizer_threads", *(["on_bad_document"] if are_checked else [])):
         key = f"data.{name}"
         if getattr(plan.config.data, name) != FIELDS["data"][name].default:
             logger.warning(

@@ -1,0 +1,116 @@
+"""Columns of Arrow, Parquet and Megatron's files: texts, or arrays of token ids."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+from pyarrow import ipc, parquet, types
+
+from titan_lite.data.megatron import MegatronFile
+
+_BATCH_ROWS = 1024
+
+
+class Column(Sequence[dict[str, Any]]):
+    """Rows of one column; token ids are views of the file, a missing list is None."""
+
+    def __init__(self, array: Any, field: str) -> None:
+        """Raises ValueError for lists of something else than integers."""
+        # A damaged one crashes the process that looks at it.
+        array.validate(full=True)
+        self._array, self._field = array, field
+        self._offsets: Any = None
+        if types.is_fixed_size_list(array.type):
+            array = self._array = array.cast(pyarrow.list_(array.type.value_type))
+        if types.is_list(array.type) or types.is_large_list(array.type):
+            if not types.is_integer(array.type.value_type) or array.values.null_count:
+                raise ValueError(
+                    f"column {field!r} is {array.type}; token ids must be integers without nulls"
+                )
+            self._offsets, self._values = array.offsets.to_numpy(), array.values.to_numpy()
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __getitem__(self, row: Any) -> Any:
+        if self._offsets is None or (self._array.null_count and not self._array[row].is_valid):
+            return {self._field: self._array[row].as_py()}
+        return {self._field: self._values[self._offsets[row] : self._offsets[row + 1]]}
+
+
+class _Documents(Sequence[dict[str, Any]]):
+    """The documents of a Megatron file from a number on."""
+
+    def __init__(self, file: MegatronFile, field: str, first: int) -> None:
+        self._file, self._field, self._first = file, field, first
+
+    def __len__(self) -> int:
+        return max(0, len(self._file) - self._first)
+
+    def __getitem__(self, row: Any) -> Any:
+        return {self._field: self._file[self._first + row]}
+
+
+def column_names(file: Path) -> list[str]:
+    """Names of the columns of a Parquet or Arrow file."""
+    if file.suffix.lower() == ".parquet":
+        names: list[str] = parquet.read_schema(file).names
+        return names
+    with pyarrow.memory_map(str(file)) as opened:
+        schema, _ = _batches(opened)
+        return list(schema.names)
+
+
+def parquet_columns(file: Path, field: str, first: int) -> Iterator[Sequence[dict[str, Any]]]:
+    """The rows of a Parquet file from number `first` on."""
+    with parquet.ParquetFile(file) as opened:
+        names = opened.schema_arrow.names
+        for group in range(opened.num_row_groups):
+            num_rows = opened.metadata.row_group(group).num_rows
+            if first >= num_rows:
+                first -= num_rows
+                continue
+            columns = [field] if field in names else []
+            batches = opened.iter_batches(
+                _BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False
+            )
+            yield from _columns(batches, names, field, first)
+            first = 0
+
+
+def arrow_columns(file: Path, field: str, first: int) -> Iterator[Sequence[dict[str, Any]]]:
+    """The rows of an Arrow file, of either form, from number `first` on."""
+    with pyarrow.memory_map(str(file)) as opened:
+        schema, batches = _batches(opened)
+        yield from _columns(batches, schema.names, field, first)
+
+
+def megatron_column(file: Path, field: str, first: int) -> Iterator[Sequence[dict[str, Any]]]:
+    """The documents of a Megatron file from number `first` on."""
+    yield _Documents(MegatronFile(file), field, first)
+
+
+def _batches(opened: Any) -> tuple[Any, Iterator[Any]]:
+    """Schema and record batches of Arrow's file form or stream form."""
+    if opened.read(6) == b"ARROW1":
+        reader = ipc.open_file(opened)
+        return reader.schema, map(reader.get_batch, range(reader.num_record_batches))
+    opened.seek(0)
+    stream = ipc.open_stream(opened)
+    return stream.schema, iter(stream)
+
+
+def _columns(
+    batches: Iterator[Any], names: Sequence[str], field: str, first: int
+) -> Iterator[Sequence[dict[str, Any]]]:
+    """The field of each row; where there is none of its name, the others without their values."""
+    for batch in batches:
+        if first >= batch.num_rows:
+            first -= batch.num_rows
+        elif field in names:
+            yield Column(batch.column(field).slice(first), field)
+            first = 0
+        else:
+            yield [dict.fromkeys(names)] * (batch.num_rows - first)
+            first = 0
