@@ -45,7 +45,7 @@ MODES = EAGER | COMPILED
 
 def activation_memory() -> Values:
     """MiB that one forward and backward take, and whether they are the peak or what is saved."""
-    saved = Run.trainer.config.compile.enable and DEVICE.type == "cpu"
+    saved = Run.trainer.plan.config.compile.enable and DEVICE.type == "cpu"
     mib = (saved_bytes() if saved else peak_bytes()) / 2**20
     return {"activation_mib": round(mib, 2), "activation_memory": "saved" if saved else "peak"}
 

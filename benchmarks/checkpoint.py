@@ -30,11 +30,13 @@ from benchmarks.measure import Values, positive
 from benchmarks.workers import BenchmarkError, Group
 from titan_lite.checkpoint.agreement import agree_on_start
 from titan_lite.checkpoint.manifest import read_manifest
+from titan_lite.checkpoint.state import find_start
 from titan_lite.config.load import ConfigError, load_config
 from titan_lite.config.schema import AsyncMode
 from titan_lite.metrics.record import Record
 from titan_lite.models.plan import make_plan
 from titan_lite.runtime.distributed import Process
+from titan_lite.training.open_run import open_run
 from titan_lite.training.trainer import Trainer
 
 CONFIG = "benchmarks/configs/llama_104m.toml"
@@ -111,8 +113,8 @@ def train(config: str, settings: list[str]) -> list[Record]:
     """The records of a whole run."""
     trainer = _build(config, settings)
     records: list[Record] = []
-    log = trainer.meter.log
-    trainer.meter.log = lambda *args, **kwargs: _kept(records, log(*args, **kwargs))  # type: ignore[method-assign]
+    log = trainer.monitor.meter.log
+    trainer.monitor.meter.log = lambda *args, **kwargs: _kept(records, log(*args, **kwargs))  # type: ignore[method-assign]
     try:
         trainer.train()
     finally:
@@ -169,11 +171,13 @@ def resume(config: str, settings: list[str]) -> Values:
     began = time.perf_counter()
     trainer = _build(config, settings)
     built = time.perf_counter() - began
+    section, folder = trainer.plan.config.checkpoint, trainer.checkpoints.folder
+    start = find_start(section, folder)
     began = time.perf_counter()
-    agree_on_start(trainer.start, trainer.config.checkpoint, trainer.checkpoints.folder)
+    agree_on_start(start, section, folder)
     checksums = time.perf_counter() - began
     began = time.perf_counter()
-    trainer.checkpoints.load(trainer.start)
+    trainer.checkpoints.load(start)
     load = time.perf_counter() - began
     trainer.close()
     return {
@@ -185,7 +189,7 @@ def resume(config: str, settings: list[str]) -> Values:
 
 def _build(config: str, settings: list[str]) -> Trainer:
     plan = make_plan(config, settings, Process.from_environment().world_size)
-    return Trainer(plan)
+    return open_run(plan)
 
 
 def _kept(records: list[Record], record: Record) -> Record:

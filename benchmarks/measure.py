@@ -22,8 +22,9 @@ from titan_lite.config.load import ConfigError
 from titan_lite.metrics.record import Record
 from titan_lite.models.plan import make_plan
 from titan_lite.runtime.distributed import Process
-from titan_lite.runtime.garbage import collected_every
+from titan_lite.runtime.garbage import GarbageCollector
 from titan_lite.runtime.run_folder import RUN_FILE
+from titan_lite.training.open_run import open_run
 from titan_lite.training.trainer import Trainer
 
 Values = dict[str, Any]
@@ -168,7 +169,6 @@ class Run:
     trainer: Trainer
     turn: int
     step: int
-    collect: Callable[[int], None]
     stack: contextlib.ExitStack
     pause: contextlib.ExitStack
 
@@ -176,10 +176,10 @@ class Run:
 def start(config: str, overrides: list[str], turn: int, warmup_turns: int) -> None:
     """Builds the trainer of this process and warms it up."""
     plan = make_plan(config, overrides, Process.from_environment().world_size)
-    Run.trainer = trainer = Trainer(plan)
+    Run.trainer = trainer = open_run(plan)
     Run.turn, Run.step = turn, 0
     Run.stack, Run.pause = contextlib.ExitStack(), contextlib.ExitStack()
-    Run.collect = Run.stack.enter_context(collected_every(plan.config.training.gc_freq))
+    Run.stack.enter_context(GarbageCollector(plan.config.training.gc_freq))
     for _ in range(warmup_turns):
         take_turn()
     trainer.report_compiled()
@@ -192,8 +192,7 @@ def take_turn() -> Record:
     for _ in range(Run.turn):
         Run.step += 1
         record = Run.trainer.train_step(Run.step)
-        Run.collect(Run.step)
-    Run.pause.enter_context(Run.trainer.meter.excluded())
+    Run.pause.enter_context(Run.trainer.monitor.meter.excluded())
     assert record is not None, "the last step of a turn is logged"
     return record
 
@@ -202,7 +201,7 @@ def forward_and_backward() -> None:
     """Of the next micro-batch, without a step of the optimizer."""
     step = Run.trainer.training.step
     step.forward_backward(
-        [step.local(next(Run.trainer.batches))], torch.ones((), device=step.device)
+        [step.local(next(Run.trainer.data.batches))], torch.ones((), device=step.device)
     )
 
 

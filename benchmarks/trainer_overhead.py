@@ -63,7 +63,7 @@ def shard(model: Decoder, dtype: torch.dtype) -> None:
 
 def bare_loop(trainer: Trainer, dtype: torch.dtype, same_loss: bool) -> Callable[[int], Tensor]:
     """A step on the very batches and weights that the trainer begins with; returns the loss."""
-    config, device = trainer.config, trainer.process.device
+    config, device = trainer.plan.config, trainer.process.device
     ranks = trainer.process.world_size
     model = build(*resolve(config.model)).to(device)
     model.load_state_dict(
@@ -84,7 +84,7 @@ def bare_loop(trainer: Trainer, dtype: torch.dtype, same_loss: bool) -> Callable
         weight_decay=settings.weight_decay,
         fused=True,
     )
-    batches = iter(trainer.build_loader())
+    batches = iter(trainer.data.build_loader())
 
     def mean_loss(model: Decoder, inputs: Tensor, labels: Tensor) -> Tensor:
         if not same_loss:

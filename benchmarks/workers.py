@@ -14,7 +14,7 @@ from titan_lite.config.load import ConfigError
 from titan_lite.runtime.distributed import stop_process_group
 
 # Imported once, in the fork server, instead of once in every process.
-PRELOADED = ["titan_lite.training.trainer", "benchmarks.measure"]
+PRELOADED = ["titan_lite.training.open_run", "benchmarks.measure"]
 
 # A process that waits for others in a collective will not leave.
 SECONDS_TO_LEAVE = 5

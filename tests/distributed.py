@@ -21,7 +21,7 @@ PRELOADED = [
     "tests.distributed",
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint.state_dict",
-    "titan_lite.training.trainer",
+    "titan_lite.training.open_run",
     "torch._inductor.compile_fx",
 ]
 
@@ -53,7 +53,7 @@ def _serve(
     import torch
     import torch.distributed as dist
 
-    from titan_lite.training import trainer
+    from titan_lite.training import open_run
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -75,7 +75,7 @@ def _serve(
         device_id=torch.device("cuda", rank) if on_gpu else None,
     )
     # One set of groups per layout, not per run: each has threads as long as the process lives.
-    trainer.build_meshes = cache(trainer.build_meshes)
+    open_run.build_meshes = cache(open_run.build_meshes)
     while True:
         try:
             function, arguments = connection.recv()

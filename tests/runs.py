@@ -22,6 +22,7 @@ from titan_lite.parallel.init_weights import CHECKPOINT_PREFIX
 from titan_lite.parallel.pipeline import CAN_SPLIT_BACKWARD
 from titan_lite.runtime.distributed import Process
 from titan_lite.training.loss import IGNORE_INDEX
+from titan_lite.training.open_run import open_run
 from titan_lite.training.trainer import Trainer
 
 # Small enough for 20 steps in a few seconds, with grouped heads and several of everything.
@@ -83,10 +84,10 @@ def train_and_gather(
     """
     trainer = build_trainer(folder, *overrides)
     if mask_labels:
-        trainer.batches = masked(trainer.batches)
+        trainer.data.batches = masked(trainer.data.batches)
     gathered = {"initial weights": gather(trainer)}
     batches: list[Batch] = []
-    trainer.batches = _remembered(trainer.batches, batches)
+    trainer.data.batches = _remembered(trainer.data.batches, batches)
 
     def gather_step(*_: Any) -> None:
         step = trainer.state.step + 1
@@ -153,7 +154,7 @@ class Clock:
 
     def __init__(self, trainer: Trainer) -> None:
         self.now = time.perf_counter()
-        trainer.meter._clock = trainer.forward_times._now = self  # type: ignore[method-assign]
+        trainer.monitor.meter._clock = trainer.monitor.forward_times._now = self  # type: ignore[method-assign]
 
     def __call__(self) -> float:
         return self.now
@@ -164,7 +165,7 @@ def build_trainer(folder: Path | str, *overrides: str) -> Trainer:
     if "--compile.enable=true" in overrides and not any("components" in o for o in overrides):
         # A graph less to wait for: tests/parallel/test_compile.py and test_tensor.py compile it.
         settings.append('--compile.components=["model"]')
-    return Trainer(make_plan(None, settings, Process.from_environment().world_size))
+    return open_run(make_plan(None, settings, Process.from_environment().world_size))
 
 
 def compiled_by(backend: str) -> AbstractContextManager[Any]:
@@ -199,7 +200,7 @@ def gather(trainer: Trainer, *, gradients: bool = False) -> Tensors:
     arrays = whole(trainer.training.model, gradients=gradients)
     if trainer.training.meshes.pp is None:
         return arrays
-    stages: list[Tensors] = [{}] * trainer.dims.pp
+    stages: list[Tensors] = [{}] * trainer.plan.dims.pp
     dist.all_gather_object(stages, arrays, group=trainer.training.meshes.pp)
     return {name: array for stage in stages for name, array in stage.items()}
 

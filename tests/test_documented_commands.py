@@ -29,7 +29,7 @@ from titan_lite.data.assets import bundled_asset
 from titan_lite.models.plan import make_plan
 from titan_lite.regression.golden import Case
 from titan_lite.runtime.distributed import Process
-from titan_lite.training.trainer import Trainer
+from titan_lite.training.open_run import open_run
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -108,7 +108,7 @@ def _train(folder: Path, config: str, *overrides: str) -> int:
     os.chdir(folder)
     try:
         plan = make_plan(config, overrides, Process.from_environment().world_size)
-        trainer = Trainer(plan)
+        trainer = open_run(plan)
         trainer.train()
         trainer.close()
         return trainer.state.step

@@ -70,12 +70,12 @@ def _dry(
 def _real(folder: Path, overrides: tuple[str, ...]) -> Any:
     from titan_lite.dryrun.measure import measure_step, recorder
     from titan_lite.runtime.distributed import Process
-    from titan_lite.training.trainer import Trainer
+    from titan_lite.training.open_run import open_run
 
     settings = [*overrides, f"--job.dump_folder={folder}"]
     plan = make_plan(None, settings, Process.from_environment().world_size)
     with recorder(plan.dims) as record:
-        trainer = Trainer(plan)
+        trainer = open_run(plan)
         # Logged, and with what is set up only once.
         trainer.train_step(1)
         measured = measure_step(trainer.training, lambda: trainer.train_step(2), record)

@@ -465,7 +465,7 @@ def _asked_on_one_rank(folder: Path, *overrides: str) -> tuple[int, bool, list[s
         trainer.train()
     trainer.close()
     warnings = [call.args[0] % call.args[1:] for call in warning.call_args_list]
-    return trainer.state.step, trainer.outcomes.is_stopping, warnings
+    return trainer.state.step, trainer.is_stopping, warnings
 
 
 @pytest.mark.distributed

@@ -23,7 +23,7 @@ from tests.runs import (
 from titan_lite.data.loader import Batch
 from titan_lite.models.plan import make_plan
 from titan_lite.nn.documents import dense_mask
-from titan_lite.training.trainer import Trainer
+from titan_lite.training.open_run import open_run
 
 BERT = (
     "--model.name=megatron_bert",
@@ -80,8 +80,8 @@ def test_every_layout_trains_and_validates_what_one_process_does(
 def _first_step(folder: Path, *overrides: str) -> dict[str, Any]:
     """What the model is called with, and both losses and all counts from whole logits."""
     trainer = build_trainer(folder, *overrides, "--training.steps=1")
-    batch, calls = next(trainer.batches), []
-    trainer.batches = iter([batch])
+    batch, calls = next(trainer.data.batches), []
+    trainer.data.batches = iter([batch])
     hook = trainer.training.model.register_forward_pre_hook(
         lambda _model, inputs, kwargs: calls.append((inputs[0], kwargs)), with_kwargs=True
     )
@@ -190,7 +190,7 @@ def _train_preset(folder: Path) -> list[dict[str, Any]]:
     path = Path(__file__).parent.parent / "train_configs" / "debug_bert.toml"
     overrides = [f"--{setting}" for setting in (*small, f"job.dump_folder={folder}")]
     plan = make_plan(path, [*overrides, "--training.local_batch_size=8"], 1)
-    trainer = Trainer(plan)
+    trainer = open_run(plan)
     trainer.train()
     trainer.close()
     return read_metrics(folder)

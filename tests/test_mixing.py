@@ -40,7 +40,7 @@ def _by_source(records: list[dict[str, Any]]) -> list[dict[str, float]]:
 def _by_hand(folder: Path, *overrides: str) -> tuple[list[dict[str, float]], list[dict[str, Any]]]:
     """Losses of each source from whole logits of the model before each step."""
     trainer = build_trainer(folder, *overrides)
-    names = [source.name for source in trainer.config.data.sources]
+    names = [source.name for source in trainer.plan.config.data.sources]
     forward_backward, found = trainer.training.step.forward_backward, []
 
     def look(batches: list[Batch], factor: Tensor) -> Tensor:

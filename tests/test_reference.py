@@ -26,7 +26,7 @@ RATES = {1: 5e-4, 2: 1e-3, 11: 5.5e-4, 20: 1e-4}
 
 def _train_both(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, float]], float]:
     trainer = build_trainer(folder, *SETTINGS)
-    config = trainer.config
+    config = trainer.plan.config
     model: nn.Module = build(*resolve(config.model))
     model.load_state_dict(
         {n: p.full_tensor() for n, p in trainer.training.model.named_parameters()}
@@ -40,7 +40,7 @@ def _train_both(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, floa
         betas=(0.9, 0.9),
         weight_decay=0.3,
     )
-    loader = trainer.build_loader()
+    loader = trainer.data.build_loader()
     expected = []
     for step in range(1, 21):
         micro_batches = [next(loader), next(loader)]

@@ -166,7 +166,7 @@ def _spied(folder: Path) -> dict[str, Any]:
         folder, FEW_STEPS, "--training.loss_chunks=3", "--checkpoint.enable=true"
     )
     seen: dict[str, Any] = {}
-    loss, batches, save = module.cross_entropy_sum, trainer.batches, trainer.save
+    loss, batches, save = module.cross_entropy_sum, trainer.data.batches, trainer.save
     clock = Clock(trainer)
 
     def spying_loss(*args: Any, **kwargs: Any) -> Any:
@@ -183,7 +183,7 @@ def _spied(folder: Path) -> dict[str, Any]:
         save()
 
     module.cross_entropy_sum = spying_loss
-    trainer.batches = slow_batches()
+    trainer.data.batches = slow_batches()
     trainer.save = slow_save  # type: ignore[method-assign]
     trainer.checkpoints.should_save = lambda step, last: step == 2  # type: ignore[method-assign]
     try:

@@ -115,10 +115,11 @@ def _validate_by_hand(folder: Path, *overrides: str) -> tuple[list[Any], list[fl
     """Loss from whole logits, and what validation leaves behind, beside what it says."""
     trainer = build_trainer(folder, *overrides, "--training.steps=2", *ON)
     seconds = []
-    log = trainer.meter.log
-    trainer.meter.log = lambda *a, **k: seconds.append(trainer.meter._excluded) or log(*a, **k)  # type: ignore[method-assign,func-returns-value]
+    meter = trainer.monitor.meter
+    log = meter.log
+    meter.log = lambda *a, **k: seconds.append(meter._excluded) or log(*a, **k)  # type: ignore[method-assign,func-returns-value]
     trainer.train()
-    held_out = trainer.held_out
+    held_out = trainer.data.held_out
     assert held_out is not None
     sharded = [isinstance(p, DTensor) for p in trainer.training.model.parameters()]
     losses, spelt = [], 0

@@ -79,13 +79,13 @@ def _train(
     gc.disable()
     from titan_lite.optim.nonfinite import NonFiniteError
     from titan_lite.runtime.distributed import stop_process_group
-    from titan_lite.training.trainer import Trainer
+    from titan_lite.training.open_run import open_run
 
     gc.freeze()
     gc.enable()
 
     try:
-        trainer = Trainer(plan, stop=stop)
+        trainer = open_run(plan, stop=stop)
     except WriteError as error:
         return _end(error)
     try:
@@ -117,7 +117,7 @@ def _train(
     finally:
         trainer.close()
     stop_process_group()
-    if trainer.outcomes.is_stopping:
+    if trainer.is_stopping:
         return EXIT_STOPPED if plan.config.checkpoint.enable else EXIT_STOPPED_UNSAVED
     return 0
 

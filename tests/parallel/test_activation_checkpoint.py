@@ -165,7 +165,7 @@ def one_backward(folder: str, *overrides: str, backend: str = "inductor") -> dic
     """Gradients of one micro-batch, what backward executed and what forward saved for it."""
     with compiled_by(backend):
         trainer = build_trainer(folder, *overrides)
-    batch = next(trainer.batches)
+    batch = next(trainer.data.batches)
     storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -185,7 +185,7 @@ def one_backward(folder: str, *overrides: str, backend: str = "inductor") -> dic
         )
     saved_bytes = sum(storage.nbytes() for storage in storages.values())
     counts: Counter[str] = Counter()
-    if trainer.config.compile.enable:
+    if trainer.plan.config.compile.enable:
         loss.backward()
     else:
         with Operations() as operations:
@@ -196,7 +196,7 @@ def one_backward(folder: str, *overrides: str, backend: str = "inductor") -> dic
         "gradients": whole(trainer.training.model, gradients=True),
         "counts": counts,
         "saved_bytes": saved_bytes,
-        "applied": trainer.applied,
+        "applied": trainer.training.applied,
     }
 
 

@@ -216,8 +216,8 @@ def test_a_model_over_several_ranks_gives_each_token_its_logits(
 
 def _what_the_model_gets(folder: Path, *overrides: str) -> dict[str, Any]:
     trainer = build_trainer(folder, *overrides)
-    batch = next(trainer.batches)
-    trainer.batches = itertools.chain([batch], trainer.batches)
+    batch = next(trainer.data.batches)
+    trainer.data.batches = itertools.chain([batch], trainer.data.batches)
     found = {"whole": (batch.inputs, batch.labels)}
 
     def look(_model: nn.Module, inputs: Any, settings: dict[str, Any]) -> None:

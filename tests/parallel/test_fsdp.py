@@ -48,7 +48,7 @@ def _gathered_after_forward(folder: Path, choice: str) -> dict[str, bool]:
     )
     model = trainer.training.model
     rows = {name: p.shape[0] for name, p in model.named_parameters()}
-    model(next(trainer.batches).inputs).sum()
+    model(next(trainer.data.batches).inputs).sum()
     whole = {
         name: p.shape[0] for name, p in model.named_parameters() if type(p).__name__ != "DTensor"
     }

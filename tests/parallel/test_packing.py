@@ -97,8 +97,8 @@ def test_every_layout_trains_what_one_process_does(
 
 def _what_the_model_gets(folder: Path, *overrides: str) -> tuple[Batch, dict[str, Tensor]]:
     trainer = build_trainer(folder, *overrides)
-    batch, found = next(trainer.batches), {}
-    trainer.batches = iter([batch])
+    batch, found = next(trainer.data.batches), {}
+    trainer.data.batches = iter([batch])
     trainer.training.model.register_forward_pre_hook(
         lambda _model, _inputs, kwargs: found.update(
             {name: kwargs[name] for name in ("positions_S", "mask")}

@@ -177,7 +177,7 @@ def _say(folder: Path) -> tuple[str, list[str]]:
     names = [name for name, _ in trainer.training.model.named_parameters()]
     trainer.train()
     trainer.close()
-    return str(trainer.applied), names
+    return str(trainer.training.applied), names
 
 
 @pytest.mark.distributed

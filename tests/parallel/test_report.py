@@ -119,7 +119,7 @@ def _report(folder: Path) -> str:
         "--model.attention_dropout=0.05",
     )
     trainer.close()
-    return str(trainer.applied)
+    return str(trainer.training.applied)
 
 
 @pytest.mark.distributed

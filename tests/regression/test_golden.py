@@ -17,7 +17,7 @@ from titan_lite.regression.compare import compare
 from titan_lite.regression.curves import Mistake, read_curve
 from titan_lite.regression.golden import Case
 from titan_lite.runtime.distributed import Process
-from titan_lite.training.trainer import Trainer
+from titan_lite.training.open_run import open_run
 
 FOLDER = Path(__file__).parent.parent / "golden"
 CASES = {path.stem: Case(path) for path in sorted(FOLDER.glob("*.toml"))}
@@ -33,7 +33,7 @@ def train(case: Case, folder: Path) -> None:
         [*overrides, f"--job.dump_folder={folder}"],
         Process.from_environment().world_size,
     )
-    trainer = Trainer(plan)
+    trainer = open_run(plan)
     try:
         trainer.train()
     finally:

@@ -3,7 +3,6 @@
 import logging
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,15 +79,14 @@ def test_advice_on_a_known_device_is_computed(monkeypatch: pytest.MonkeyPatch) -
     from titan_lite.training import trainer
 
     plan = make_plan(None, ["--model.flavor=llama3_8b", "--training.local_batch_size=8"], 8)
-    run = SimpleNamespace(plan=plan, config=plan.config, dims=plan.dims, process=SimpleNamespace())
-    run.process.device = torch.device("cpu")
+    device = torch.device("cpu")
     monkeypatch.setattr(trainer, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    advice = trainer.Trainer._memory_advice(run)  # type: ignore[arg-type]
+    advice = trainer.advise_on_memory(plan, device)
     assert advice
     for line in advice:
         assert re.fullmatch(r"--.*: [\d.]+ of 80 GiB, predicted", line)
     monkeypatch.setattr(trainer, "device_name", lambda device: "a processor")
-    fixed = trainer.Trainer._memory_advice(run)  # type: ignore[arg-type]
+    fixed = trainer.advise_on_memory(plan, device)
     assert fixed == memory_advice(plan.config, plan.dims)
 
 

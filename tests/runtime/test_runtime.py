@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from tests.distributed import Workers
 from titan_lite.runtime.distributed import check_dtype, set_timeout
-from titan_lite.runtime.garbage import collected_every
+from titan_lite.runtime.garbage import GarbageCollector
 from titan_lite.runtime.run_folder import (
     git_commit,
     open_run_folder,
@@ -38,10 +38,10 @@ def test_garbage_is_collected_every_so_many_steps_and_not_in_between() -> None:
         cycle.itself = cycle  # type: ignore[attr-defined]
         reference = weakref.ref(cycle)
         del cycle
-        collect(step)
+        collector.after_step(step)
         return reference() is None
 
-    with collected_every(2) as collect:
+    with GarbageCollector(2) as collector:
         assert not gc.isenabled()
         assert not is_collected_at(1)
         assert is_collected_at(2)

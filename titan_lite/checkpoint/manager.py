@@ -1,12 +1,10 @@
 """Saving and resuming: a checkpoint is complete or it does not exist."""
 
-import json
 import logging
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -57,6 +55,16 @@ BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 STATE = "state."
 
 
+class Stateful(Protocol):
+    """A part of a run whose state each checkpoint holds, in JSON, the same on all ranks."""
+
+    def state_dict(self) -> Any:
+        """Collective."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """Restores what `state_dict` returned, in whatever layout."""
+
+
 class CheckpointManager:
     """Checkpoints of one run, each a folder `step-N` below `folder`.
 
@@ -72,6 +80,7 @@ class CheckpointManager:
         *,
         model: Transformer,
         optimizer: torch.optim.Optimizer,
+        stateful: Mapping[str, Stateful],
         device: torch.device,
         layout: Layout,
         config: dict[str, Any],
@@ -87,6 +96,7 @@ class CheckpointManager:
         self.folder = folder
         self.model = model
         self.optimizer = optimizer
+        self.stateful = stateful
         self.device = device
         self.layout = layout
         self.config = config
@@ -105,7 +115,7 @@ class CheckpointManager:
         return self.section.enable and (step % self.section.interval == 0 or step == last_step)
 
     def save(self, state: RunState, *, is_last: bool = False) -> None:
-        """Saves `state` and what it belongs to, or begins to; a saved step is not saved again.
+        """Saves the run at `state`, or begins to; a saved step is not saved again.
 
         is_last: no step follows, so that weights may do. Raises SaveError if this save, or the one
         before it, fails.
@@ -113,6 +123,7 @@ class CheckpointManager:
         if state.step == self.latest_step:
             return
         self.wait()
+        state.parts = {name: part.state_dict() for name, part in self.stateful.items()}
         content = "model" if is_last and self.section.last_save_model_only else "run"
         save = Save(state.step, content, self.folder / f"step-{state.step}")
         with save.blocking():
@@ -153,7 +164,7 @@ class CheckpointManager:
         return costs
 
     def load(self, start: Start) -> None:
-        """Restores in place what `start` names: model, optimizer and generators, or weights."""
+        """Restores in place what `start` names: all that trains and its parts, or weights."""
         assert start.source is not None
         whole = self._tensors(start.content)
         rng_key = f"rng.rank{self.rank}"
@@ -183,6 +194,8 @@ class CheckpointManager:
             optim_state_dict=self._optimizer() | tensors["optimizer"],
             options=BY_NAME,
         )
+        for name in self.stateful.keys() & start.state.parts.keys():
+            self.stateful[name].load_state_dict(start.state.parts[name])
         if has_rng:
             torch.set_rng_state(rng["cpu"])
             if self.device.type == "cuda":
@@ -236,8 +249,9 @@ class CheckpointManager:
             try:
                 shutil.rmtree(save.aside, ignore_errors=True)
                 save.aside.mkdir(parents=True)
-                text = json.dumps(asdict(state), indent=1)
-                save.files[RUN_STATE_FILE] = write_text(save.aside / RUN_STATE_FILE, text)
+                save.files[RUN_STATE_FILE] = write_text(
+                    save.aside / RUN_STATE_FILE, state.to_json()
+                )
             except OSError as error:
                 failure = [str(error)]
         dist.broadcast_object_list(failure, src=0)

@@ -28,16 +28,21 @@ STEP_FOLDER = re.compile(r"step-(\d+)")
 class RunState:
     """Progress of a run, JSON-serialisable: written by rank 0, equal on all ranks.
 
-    step: optimizer steps done; tokens: tokens trained on by the whole job;
-    data: the loader's merged state; guard: numbers of what skips steps;
-    source_tokens: labels counted of each of data.sources.
+    step: optimizer steps done; tokens: tokens trained on by the whole job; parts: the state of each
+    Stateful by its name.
     """
 
     step: int = 0
     tokens: int = 0
-    data: dict[str, Any] = field(default_factory=dict)
-    guard: dict[str, float] = field(default_factory=dict)
-    source_tokens: list[int] = field(default_factory=list)
+    parts: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps({"step": self.step, "tokens": self.tokens, **self.parts}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "RunState":
+        parts = json.loads(text)
+        return cls(step=parts.pop("step"), tokens=parts.pop("tokens"), parts=parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +179,7 @@ def _start(source: Path, manifest: Manifest, content: str, *, resumes: bool) -> 
             "go on: checkpoint.load_step can name an earlier step, checkpoint.initial_load_path "
             "begins another run with these weights, titan-lite convert dcp-to-hf exports them"
         )
-    state = RunState(**json.loads((source / RUN_STATE_FILE).read_text()))
+    state = RunState.from_json((source / RUN_STATE_FILE).read_text())
     return Start(state=state, source=source, manifest=manifest, content=content, resumes=resumes)
 
 

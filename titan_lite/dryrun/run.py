@@ -28,8 +28,8 @@ from titan_lite.parallel.mesh import build_meshes
 from titan_lite.parallel.pipeline import local_stages
 from titan_lite.runtime.distributed import Process
 from titan_lite.runtime.parent import end_with_parent
-from titan_lite.training.meta_model import build_meta_model, check_float8
-from titan_lite.training.objective import Objective
+from titan_lite.training.meta_model import build_meta_model, check_float8, pipeline_stages
+from titan_lite.training.objective import OBJECTIVES, Objective
 from titan_lite.training.setup import Training, build_training
 
 
@@ -78,7 +78,16 @@ def dry_run(
         # Drawing looks at the values, of which there are none.
         model.init_parameter = _draw_nothing  # type: ignore[method-assign]
         meshes = build_meshes(plan.dims, "cpu")
-        training = build_training(plan, model, meshes, process, allocating=fake)
+        objective = OBJECTIVES[plan.family.objective](plan.config)
+        training = build_training(
+            plan,
+            model,
+            objective,
+            pipeline_stages(plan, model, objective),
+            meshes,
+            process,
+            allocating=fake,
+        )
         if training.pipeline is not None:
             training.pipeline.take_shapes_for_granted()
         labelled = partial(_labelled, training.objective)

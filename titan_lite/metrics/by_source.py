@@ -5,26 +5,36 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from titan_lite.config.schema import Data
 from titan_lite.metrics.meter import AllReduce
+from titan_lite.runtime.distributed import all_reduce
+
+
+def build_source_meter(section: Data) -> "SourceMeter | None":
+    """The meter of data.sources, if there are any."""
+    names = [source.name for source in section.sources]
+    return SourceMeter(names, all_reduce) if names else None
 
 
 class SourceMeter:
     """Counts tokens of each source on the device; reads it on log steps only."""
 
-    def __init__(self, names: Sequence[str], tokens: Sequence[int], all_reduce: AllReduce) -> None:
-        """tokens: counted before this process, none in a run that starts afresh."""
+    def __init__(self, names: Sequence[str], all_reduce: AllReduce) -> None:
         self._names = names
-        self._tokens = torch.tensor(tokens or [0] * len(names))
+        self._tokens = torch.zeros(len(names), dtype=torch.int64)
         self._all_reduce = all_reduce
 
     def add(self, tokens: Tensor) -> None:
         """Counts a step's tokens of each source, of the whole job."""
         self._tokens = self._tokens.to(tokens.device) + tokens
 
-    def tokens(self) -> list[int]:
+    def state_dict(self) -> list[int]:
         """Returns the tokens of each source since step 0."""
         counts: list[int] = self._tokens.tolist()
         return counts
+
+    def load_state_dict(self, state: Sequence[int]) -> None:
+        self._tokens = torch.tensor(state)
 
     def metrics(
         self, losses: Tensor, tokens: Tensor, epochs: Sequence[Sequence[int]]
@@ -42,7 +52,7 @@ class SourceMeter:
         ended = self._all_reduce(torch.tensor(epochs, device=device), "max").double().mean(1)
         found: dict[str, float] = {}
         for name, loss, count, total, epoch in zip(
-            self._names, sums, tokens.tolist(), self.tokens(), ended.tolist(), strict=True
+            self._names, sums, tokens.tolist(), self.state_dict(), ended.tolist(), strict=True
         ):
             if count:
                 found[f"source/{name}/loss"] = loss / count

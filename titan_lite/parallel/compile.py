@@ -94,7 +94,7 @@ class Compilations:
 
         clear_compilation_metrics()
 
-    def after_step(self, step: int) -> list[str]:
+    def after_step(self, step: int, _: object = None) -> None:
         """Warns of dynamo's reason for each recompilation in the step; of none in the warm-up."""
         from titan_lite.parallel.torch_compiler import (
             clear_compilation_metrics,
@@ -105,7 +105,7 @@ class Compilations:
         clear_compilation_metrics()
         self._steps += 1
         if self._steps <= WARMUP_STEPS:
-            return []
+            return
         found = [" ".join(reason.split()) for reason in reasons if reason]
         self.recompilations += len(found)
         for reason in found:
@@ -115,7 +115,6 @@ class Compilations:
                 self.recompilations,
                 reason,
             )
-        return found
 
 
 def _num_graphs() -> int:

@@ -24,25 +24,29 @@ def check_profiling(section: Profiling, device: torch.device) -> None:
         raise ValueError(f"memory snapshots need a CUDA device, this run is on {device.type}")
 
 
-@contextlib.contextmanager
-def profiling(section: Profiling, folder: Path, rank: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function to call after each step with its number; files go below `folder`.
+class Profiler(contextlib.ExitStack):
+    """Writes what [profiling] asks for below `folder`, of the steps inside its context.
 
     A Chrome trace `traces/step-N/rankR.json.gz` holds the last 3 steps of each period of
     `profile_freq` steps. An out-of-memory error writes a last memory snapshot and is raised again.
     """
-    with contextlib.ExitStack() as stack:
-        callbacks: list[Callable[[int], None]] = []
-        if section.enable_profiling:
-            callbacks.append(stack.enter_context(_traces(section.profile_freq, folder, rank)))
-        if section.enable_memory_snapshot:
-            callbacks.append(stack.enter_context(_snapshots(section.profile_freq, folder, rank)))
 
-        def after_step(step: int) -> None:
-            for callback in callbacks:
-                callback(step)
+    def __init__(self, section: Profiling, folder: Path, rank: int) -> None:
+        super().__init__()
+        self._section, self._folder, self._rank = section, folder, rank
+        self._callbacks: list[Callable[[int], None]] = []
 
-        yield after_step
+    def __enter__(self) -> "Profiler":
+        where = self._section.profile_freq, self._folder, self._rank
+        if self._section.enable_profiling:
+            self._callbacks.append(self.enter_context(_traces(*where)))
+        if self._section.enable_memory_snapshot:
+            self._callbacks.append(self.enter_context(_snapshots(*where)))
+        return self
+
+    def after_step(self, step: int, _: object = None) -> None:
+        for callback in self._callbacks:
+            callback(step)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from types import FrameType
 import torch.distributed as dist
 
 import titan_lite
+from titan_lite.runtime.distributed import set_timeout
 from titan_lite.runtime.progress import PHASES, Phase, Progress
 
 logger = logging.getLogger(__name__)
@@ -47,10 +48,7 @@ class Beat:
 
 
 class Watchdog:
-    """A thread that tells the store where this rank is, and the log where all are if it is stuck.
-
-    `timeout`: seconds after which a collective that waits gives up.
-    """
+    """A thread that tells the store where this rank is, and logs where all are if it is stuck."""
 
     def __init__(
         self,
@@ -65,12 +63,13 @@ class Watchdog:
     ) -> None:
         """store: of its own, since one that waits for a key keeps others from it.
 
+        timeout: seconds after which a collective that waits gives up.
         tells: whether this rank is one of those, a few for all, that write to the log. hint: where
         else to look, with which a report ends.
         """
         self.tells = tells
         self._hint = hint
-        self.timeout = timeout
+        self._timeout = timeout
         self._progress, self._store = progress, store
         self._rank, self._world_size = rank, world_size
         self._main_thread = threading.get_ident()
@@ -82,6 +81,11 @@ class Watchdog:
         """Ends the thread."""
         self._stopped.set()
         self._thread.join(timeout=1)
+
+    def set_timeout(self, seconds: int) -> None:
+        """Sets the timeout of all process groups that training waits for; collective."""
+        set_timeout(seconds)
+        self._timeout = seconds
 
     def report(self) -> str:
         """Where every rank is, those furthest behind first."""
@@ -115,7 +119,7 @@ class Watchdog:
 
     @property
     def _beat_seconds(self) -> float:
-        return min(MAX_SECONDS_BETWEEN_BEATS, self.timeout / 10)
+        return min(MAX_SECONDS_BETWEEN_BEATS, self._timeout / 10)
 
     def _run(self) -> None:
         told, beaten = None, -math.inf
@@ -125,7 +129,7 @@ class Watchdog:
                     self._beat()
                     beaten = time.monotonic()
                 since = self._progress.since
-                is_stuck = self._progress.seconds() > TOLD_AFTER * self.timeout
+                is_stuck = self._progress.seconds() > TOLD_AFTER * self._timeout
                 if self.tells and is_stuck and since != told:
                     told = since
                     seconds = self._progress.seconds()

@@ -14,7 +14,6 @@ from titan_lite.checkpoint.state import Start, check_excluded, newest_below
 from titan_lite.checkpoint.storage import check_weights
 from titan_lite.config.problems import SettingError, about, collecting, literal
 from titan_lite.config.schema import Config, Float8
-from titan_lite.models.args import DecoderArgs
 from titan_lite.models.plan import Plan
 from titan_lite.nn.build import build
 from titan_lite.nn.init import rule_of
@@ -35,6 +34,7 @@ from titan_lite.planner.counts import (
 )
 from titan_lite.runtime.distributed import Process, check_dtype
 from titan_lite.runtime.profiler import check_profiling
+from titan_lite.training.objective import OBJECTIVES, Objective
 
 
 def check_run(plan: Plan, start: Start) -> None:
@@ -44,7 +44,7 @@ def check_run(plan: Plan, start: Start) -> None:
     model = build_meta_model(plan)
     with collecting() as problems:
         with problems.checking():
-            pipeline_stages(plan, model, head_share=1.0)
+            pipeline_stages(plan, model, OBJECTIVES[plan.family.objective](plan.config))
         with problems.checking():
             check_device(plan, model, device)
         with problems.checking(start.key):
@@ -70,11 +70,8 @@ def build_meta_model(plan: Plan) -> Transformer:
     return model
 
 
-def pipeline_stages(plan: Plan, model: Transformer, head_share: float) -> list[Stage]:
-    """The stages of the whole model; a list of one without pipeline parallel.
-
-    head_share: of the tokens, those that the output projection multiplies.
-    """
+def pipeline_stages(plan: Plan, model: Transformer, objective: Objective) -> list[Stage]:
+    """The stages of the whole model; a list of one without pipeline parallel."""
     config, parallel = plan.config, plan.config.parallel
     with about("parallel.pp_schedule"):
         check_schedule(parallel)
@@ -84,7 +81,7 @@ def pipeline_stages(plan: Plan, model: Transformer, head_share: float) -> list[S
             model,
             parallel,
             attention_flops=12 * plan.args.attention_dim * _attended(config),
-            head_share=head_share,
+            head_share=_head_share(config, objective),
         )
     section = config.activation_checkpoint
     if section.mode == "fraction" and not any(section.layers(s.blocks) for s in stages):
@@ -97,17 +94,13 @@ def pipeline_stages(plan: Plan, model: Transformer, head_share: float) -> list[S
 
 
 def count_flops(
-    config: Config,
-    args: DecoderArgs,
-    model: Transformer,
-    stages: list[Stage],
-    head_share: float,
+    plan: Plan, model: Transformer, stages: list[Stage], objective: Objective
 ) -> FlopsPerToken:
-    """Counts the FLOPs of the whole model. head_share: as for pipeline_stages."""
-    section = config.activation_checkpoint
+    """Counts the FLOPs of the whole model."""
+    config, args, section = plan.config, plan.args, plan.config.activation_checkpoint
     recomputed = [section.layers(stage.blocks) for stage in stages]
     num_params = model.num_parameters - num_unused_params(args)
-    num_params -= round((1 - head_share) * args.vocab_size * args.dim)
+    num_params -= round((1 - _head_share(config, objective)) * args.vocab_size * args.dim)
     return flops_per_token(
         num_params_non_embedding=num_params,
         num_block_params=sum(p.numel() for p in model.layers.parameters()),
@@ -118,6 +111,11 @@ def count_flops(
         is_causal=args.causal,
         num_recomputed_layers=0 if section.mode == "selective_op" else sum(map(len, recomputed)),
     )
+
+
+def _head_share(config: Config, objective: Objective) -> float:
+    """The share of the tokens that the output projection multiplies."""
+    return 1.0 if config.training.loss_positions == "all" else objective.labelled_share
 
 
 def _attended(config: Config) -> int:

@@ -114,7 +114,7 @@ def check_contents(plan: Plan, found: Preflight) -> None:
         with problems.checking():
             _check_export(plan, found.tokenizer)
         with problems.checking(found.start.key):
-            if saved := found.start.state.data.get("settings"):
+            if saved := found.start.state.parts.get("data", {}).get("settings"):
                 settings = data_settings(
                     config.data,
                     found.sources,

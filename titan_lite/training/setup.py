@@ -20,8 +20,8 @@ from titan_lite.parallel.report import Applied
 from titan_lite.planner.counts import FlopsPerToken
 from titan_lite.runtime.distributed import Process
 from titan_lite.runtime.progress import Progress
-from titan_lite.training.meta_model import count_flops, pipeline_stages
-from titan_lite.training.objective import OBJECTIVES, Objective
+from titan_lite.training.meta_model import count_flops
+from titan_lite.training.objective import Objective
 from titan_lite.training.step import TrainStep
 
 
@@ -49,6 +49,8 @@ class Training:
 def build_training(
     plan: Plan,
     model: Transformer,
+    objective: Objective,
+    stages: list[Stage],
     meshes: Meshes,
     process: Process,
     *,
@@ -60,10 +62,7 @@ def build_training(
     progress: of the steps. allocating: entered while weights and optimizer are made.
     """
     config, training = plan.config, plan.config.training
-    objective = OBJECTIVES[plan.family.objective](config)
-    head_share = 1.0 if training.loss_positions == "all" else objective.labelled_share
-    stages = pipeline_stages(plan, model, head_share)
-    flops = count_flops(config, plan.args, model, stages, head_share)
+    flops = count_flops(plan, model, stages, objective)
     num_params = model.num_parameters
     parameter_names = [name for name, _ in model.named_parameters()]
     parallel_model = build_parallel(model, stages, plan, meshes, process)

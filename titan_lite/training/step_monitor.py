@@ -1,4 +1,4 @@
-"""How steps came out, read from the device after the fact, and what follows from it."""
+"""Measures the steps of a run, and reads from the device how they came out."""
 
 import logging
 from collections import deque
@@ -6,14 +6,106 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from titan_lite.checkpoint.state import RunState
+from titan_lite.data.loader import DataLoader
+from titan_lite.metrics.build import build_meter
+from titan_lite.metrics.by_source import SourceMeter
+from titan_lite.metrics.forward_times import ForwardTimes
+from titan_lite.metrics.record import Record
+from titan_lite.metrics.warnings import RecordWatch
+from titan_lite.models.plan import Plan
 from titan_lite.optim.guard import Guard
 from titan_lite.optim.nonfinite import NonFiniteError
 from titan_lite.parallel.init_weights import CHECKPOINT_PREFIX
+from titan_lite.runtime.distributed import Process, all_reduce
 from titan_lite.runtime.readback import Readback
+from titan_lite.training.setup import Training
 from titan_lite.training.step import StepResult
 
 logger = logging.getLogger(__name__)
+
+
+class StepMonitor:
+    """Counts and times steps, warns of what somebody should look at, and writes the records.
+
+    tokens: trained on since step 0, by the whole job.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        process: Process,
+        training: Training,
+        loader: DataLoader,
+        sources: SourceMeter | None,
+        state: RunState,
+    ) -> None:
+        config = plan.config
+        self.tokens: int | Tensor = state.tokens
+        self.outcomes = Outcomes(training.guard, training.parameter_names)
+        self.meter = build_meter(
+            config, process, plan.run_folder, training.flops, start_step=state.step
+        )
+        self.forward_times = ForwardTimes(
+            training.model.layers.children(),
+            process.device,
+            compiled=config.compile.covers("model"),
+        )
+        pp_ranks = [plan.dims.coordinates(rank)["pp"] for rank in range(plan.dims.world_size)]
+        self._watch = RecordWatch(process, pp_ranks, start_step=state.step)
+        self._plan, self._process, self._training = plan, process, training
+        self._loader, self._sources = loader, sources
+
+    def after_step(self, step: int, result: StepResult, *, logs: bool) -> None:
+        """Counts a step, and looks at how it came out; on a device, unless `logs`, one step late.
+
+        So the device has work while the host waits.
+        """
+        tokens: int | Tensor = self._plan.global_batch_size * self._plan.config.training.seq_len
+        if self._training.objective.has_padding:
+            # A number that the host does not wait for.
+            tokens = result.num_tokens
+        self.tokens += tokens
+        self.meter.add(tokens=tokens, samples=self._plan.global_batch_size)
+        if self._sources is not None and result.source_valid is not None:
+            self._sources.add(result.source_valid)
+        self.outcomes.add(step, result)
+        self.outcomes.read(keep=int(self._process.device.type == "cuda" and not logs))
+
+    def log(self, step: int, result: StepResult, lr: float, extra: dict[str, float]) -> Record:
+        """Writes the record of a step, with `extra` metrics, and returns it; collective."""
+        guard, objective = self._training.guard, self._training.objective
+        extra = extra | guard.metrics() | self._data_metrics(result)
+        extra |= objective.metrics(result.loss, result.sums, result.num_pairs)
+        waited = self.meter.data_wait
+        record = self.meter.log(
+            step,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            lr=lr,
+            tokens_seen=int(self.tokens),
+            extra=extra,
+        )
+        guard.check(step, record["grad_norm"])
+        self._watch.look(record, waited, self.forward_times.seconds() * self._plan.micro_steps)
+        return record
+
+    def _data_metrics(self, result: StepResult) -> dict[str, float]:
+        """Of what was read; collective."""
+        found: dict[str, float] = {}
+        if self._plan.config.data.on_bad_document != "raise":
+            # Ranks that share a stream may differ in how far they have read it.
+            counts = torch.tensor(self._loader.num_skipped(), device=self._process.device)
+            found["skipped_documents"] = all_reduce(counts, "max").sum().item()
+        if self._sources is not None:
+            assert result.source_losses is not None
+            assert result.source_valid is not None
+            found |= self._sources.metrics(
+                result.source_losses, result.source_valid, self._loader.epochs()
+            )
+        return found
 
 
 class Outcomes:

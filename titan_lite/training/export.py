@@ -1,0 +1,30 @@
+"""The export of a run's last checkpoint for Hugging Face transformers."""
+
+import logging
+from pathlib import Path
+
+from titan_lite.checkpoint.hf import DCPToHF
+from titan_lite.data.export_check import README, export_report
+from titan_lite.data.hf_documents import hf_documents
+from titan_lite.data.tokenizer import Tokenizer
+from titan_lite.models.plan import Plan
+from titan_lite.runtime.writing import writing
+
+logger = logging.getLogger(__name__)
+
+
+def export_hf(plan: Plan, checkpoints: Path, tokenizer: Tokenizer, rank: int) -> None:
+    """Writes the checkpoint of the last step to `checkpoints`/hf; collective."""
+    family, args, data = plan.family, plan.args, plan.config.data
+    assert family.hf_config is not None
+    export = DCPToHF(checkpoints / f"step-{plan.config.training.steps}", family, args)
+    target = checkpoints / "hf"
+    documents = hf_documents(args, family.hf_config, tokenizer, dtype=export.dtype)
+    if rank == 0:
+        # The preflight has refused a difference, unless it is on purpose.
+        report = export_report(documents, tokenizer, data, of_pairs=not args.causal)
+        documents[README] = report.readme()
+        logger.log(logging.INFO if report.is_same else logging.WARNING, "%s", report.sentence)
+    with writing(target):
+        export.write(target, documents)
+    logger.info("Hugging Face model written to %s", target)

@@ -1,0 +1,229 @@
+"""Opens a run: from a plan to a Trainer that stands before its next step.
+
+`open_run` reads top to bottom. What can be refused is refused before any process waits for another.
+"""
+
+import contextlib
+import dataclasses
+import logging
+
+import torch.distributed as dist
+
+from titan_lite.checkpoint.agreement import agree_on_data, agree_on_start
+from titan_lite.checkpoint.hf import load_hf
+from titan_lite.checkpoint.hf_files import HFFolder
+from titan_lite.checkpoint.hf_layout import HFModel
+from titan_lite.checkpoint.manager import CheckpointManager, Stateful
+from titan_lite.checkpoint.same_model import model_facts
+from titan_lite.checkpoint.state import Start
+from titan_lite.checkpoint.storage import versions
+from titan_lite.config.problems import about
+from titan_lite.metrics.by_source import build_source_meter
+from titan_lite.metrics.device import Peak, device_name
+from titan_lite.models.plan import Plan
+from titan_lite.parallel.compile import Compilations
+from titan_lite.parallel.mesh import build_meshes
+from titan_lite.planner.counts import FORMULA
+from titan_lite.runtime.distributed import (
+    Process,
+    record_flights,
+    start_process_group,
+    store_of_its_own,
+)
+from titan_lite.runtime.garbage import GarbageCollector
+from titan_lite.runtime.profiler import Profiler
+from titan_lite.runtime.run_folder import RUN_FILE, open_run_folder, write_run_file
+from titan_lite.runtime.seed import set_determinism
+from titan_lite.runtime.stop import StopRequest
+from titan_lite.runtime.watchdog import Watchdog
+from titan_lite.training.meta_model import (
+    build_meta_model,
+    check_device,
+    open_hf_weights,
+    pipeline_stages,
+)
+from titan_lite.training.objective import OBJECTIVES
+from titan_lite.training.preflight import check_model, lock_folders, preflight
+from titan_lite.training.resuming import log_changes
+from titan_lite.training.run_data import RunData
+from titan_lite.training.setup import Training, build_training
+from titan_lite.training.step_monitor import StepMonitor
+from titan_lite.training.trainer import Trainer, Watcher
+
+logger = logging.getLogger(__name__)
+
+
+def open_run(
+    plan: Plan, process: Process | None = None, *, stop: StopRequest | None = None
+) -> Trainer:
+    """Builds everything in order, resumes or begins; collective. Trainer.close undoes it."""
+    config = plan.config
+    process = process or Process.from_environment()
+    stop = stop or StopRequest()
+    with plan.reporting(), contextlib.ExitStack() as stack:
+        if process.rank == 0:
+            stack.enter_context(lock_folders(plan))
+        found = preflight(plan)
+        hf = open_hf_weights(plan) if found.start.source is None else None
+        model = build_meta_model(plan)
+        objective = OBJECTIVES[plan.family.objective](config)
+        stages = pipeline_stages(plan, model, objective)
+        check_device(plan, model, process.device)
+        data = RunData(plan, process, found.tokenizer, objective)
+        stack.callback(data.close)
+        data.open(found.start)
+
+        set_determinism(config.training.seed, deterministic=config.training.deterministic)
+        watchdog = _join(plan, process, stop)
+        stack.callback(watchdog.close)
+        start = _agree(plan, found.start, data)
+
+        meshes = build_meshes(plan.dims, process.device.type)
+        # The meshes' groups do not inherit the timeout of the first one.
+        watchdog.set_timeout(config.comm.init_timeout_seconds)
+        logger.info("Building the model: %s parameters", f"{model.num_parameters:,}")
+        training = build_training(
+            plan, model, objective, stages, meshes, process, progress=stop.progress
+        )
+        compilations = Compilations() if config.compile.enable else None
+        sources = build_source_meter(config.data)
+        stateful: dict[str, Stateful] = {"data": data, "guard": training.guard}
+        if sources is not None:
+            stateful["source_tokens"] = sources
+        checkpoints = CheckpointManager(
+            config.checkpoint,
+            plan.checkpoint_folder,
+            model=training.model,
+            optimizer=training.optimizer,
+            stateful=stateful,
+            device=process.device,
+            layout=dataclasses.asdict(plan.dims),
+            config=config.model_dump(),
+            tokenizer=found.tokenizer.fingerprint,
+            model_facts=model_facts(plan.family.name, plan.args),
+            timeout_seconds=config.comm.init_timeout_seconds,
+        )
+        stack.callback(checkpoints.close)
+        _load(plan, start, hf, training, checkpoints)
+        if process.rank == 0:
+            open_run_folder(plan.run_folder, resume_step=start.own_step)
+            checkpoints.leave_later_branch(start.own_step)
+
+        _log_run(plan, process, training)
+        monitor = StepMonitor(plan, process, training, data.loader, sources, start.state)
+        stack.callback(monitor.meter.close)
+        if process.rank == 0:
+            _write_run_file(plan, process, training, monitor.meter.peak, start.state.step)
+        watchers: list[Watcher] = [
+            GarbageCollector(config.training.gc_freq),
+            Profiler(config.profiling, plan.run_folder / "profile", process.rank),
+        ]
+        if compilations is not None:
+            watchers.append(compilations)
+        return Trainer(
+            plan=plan,
+            process=process,
+            stop=stop,
+            state=start.state,
+            tokenizer=found.tokenizer,
+            training=training,
+            data=data,
+            checkpoints=checkpoints,
+            monitor=monitor,
+            watchers=watchers,
+            compilations=compilations,
+            watchdog=watchdog,
+            opened=stack.pop_all(),
+        )
+
+
+def _join(plan: Plan, process: Process, stop: StopRequest) -> Watchdog:
+    """Starts the process group, and the watchdog over its collectives."""
+    comm, hint = plan.config.comm, ""
+    if process.device.type == "cuda":
+        hint = record_flights(plan.run_folder)
+    start_process_group(process, comm)
+    return Watchdog(
+        stop.progress,
+        store_of_its_own(),
+        rank=process.rank,
+        world_size=process.world_size,
+        timeout=comm.init_timeout_seconds,
+        tells=process.local_rank == 0,
+        hint=hint,
+    )
+
+
+def _agree(plan: Plan, found: Start, data: RunData) -> Start:
+    """Where all ranks begin, and what they read; collective."""
+    with about("data.dataset"):
+        agree_on_data(data.loader.state_dict()["settings"])
+    with about(found.key):
+        start = agree_on_start(
+            found,
+            plan.config.checkpoint,
+            plan.checkpoint_folder,
+            last_step=plan.config.training.steps,
+        )
+    if start is not found:
+        # An earlier checkpoint: the contents of the latest are damaged.
+        check_model(start, plan)
+        data.open(start)
+    return start
+
+
+def _load(
+    plan: Plan,
+    start: Start,
+    hf: tuple[HFFolder, HFModel] | None,
+    training: Training,
+    checkpoints: CheckpointManager,
+) -> None:
+    """Loads the checkpoint or the Hugging Face weights to begin from, if there are any."""
+    if start.source is not None:
+        with about(start.key):
+            checkpoints.load(start)
+        logger.info("%s from %s", "Resumed" if start.resumes else "Begun", start.source)
+        if start.manifest is not None and start.content == "run" and dist.get_rank() == 0:
+            log_changes(start.manifest, plan, versions())
+    elif hf is not None:
+        load_hf(training.model, *hf)
+        logger.info("Weights are those of %s", hf[0].path)
+    training.step.refresh()
+
+
+def _log_run(plan: Plan, process: Process, training: Training) -> None:
+    config = plan.config
+    logger.info(
+        "%s%s %s: %s parameters on %d x %s. Applied:\n%s",
+        f"{config.job.description}. " if config.job.description else "",
+        config.model.name,
+        config.model.flavor,
+        f"{training.num_params:,}",
+        plan.dims.world_size,
+        device_name(process.device),
+        training.applied,
+    )
+
+
+def _write_run_file(
+    plan: Plan, process: Process, training: Training, peak: Peak, start_step: int
+) -> None:
+    """Says in run.json what this run is."""
+    # A finished run stays described by the settings that trained it.
+    if start_step >= plan.config.training.steps and (plan.run_folder / RUN_FILE).exists():
+        return
+    write_run_file(
+        plan.run_folder,
+        {
+            "device": device_name(process.device),
+            "mesh": dataclasses.asdict(plan.dims),
+            "applied": dataclasses.asdict(training.applied),
+            "parameters": training.num_params,
+            "stages": [dataclasses.asdict(stage) for stage in training.stages],
+            "flops_per_token": dataclasses.asdict(training.flops) | {"formula": FORMULA},
+            "peak": dataclasses.asdict(peak),
+            "config": plan.config.model_dump(),
+        },
+        resumed_from_step=start_step,
+    )

@@ -1,0 +1,72 @@
+"""What a rank of a run reads: its share of the samples, and the held-out documents."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+
+from titan_lite.checkpoint.state import Start
+from titan_lite.config.problems import about
+from titan_lite.data.held_out import HeldOut, read_held_out
+from titan_lite.data.loader import Batch, DataLoader, merge_states
+from titan_lite.data.tokenizer import Tokenizer
+from titan_lite.models.plan import Plan
+from titan_lite.runtime.distributed import Process
+from titan_lite.training.objective import Objective
+
+
+class RunData:
+    """Opens the data where a run begins; a Stateful whose state is that of all ranks."""
+
+    held_out: HeldOut | None = None
+    batches: Iterator[Batch]
+
+    def __init__(
+        self, plan: Plan, process: Process, tokenizer: Tokenizer, objective: Objective
+    ) -> None:
+        self._config = plan.config
+        with about("data.tokenizer_path"):
+            rows = objective.rows(tokenizer)
+        self._share: dict[str, Any] = {
+            "seq_len": plan.config.training.seq_len,
+            "local_batch_size": plan.config.training.local_batch_size,
+            "global_batch_size": plan.global_batch_size,
+            "batch_rank": plan.dims.batch_rank(process.rank),
+            "batch_degree": plan.dims.batch,
+            "tokenizer": tokenizer,
+            "rows": rows,
+        }
+        self.loader = self.build_loader()
+        if plan.config.validation.enable:
+            with about("validation.dataset"):
+                self.held_out = read_held_out(
+                    plan.config.validation, plan.config.data, **self._share
+                )
+
+    def open(self, start: Start) -> None:
+        """Moves the loader to the state of `start`, and reads the first batch."""
+        if start.state.step > 0:
+            with about(start.key):
+                self.loader.load_state_dict(start.state.parts["data"])
+        # Documents that cannot be read are a mistake to answer now, not in the first step.
+        with about("data.dataset"):
+            batches = iter(self.loader)
+            self.batches = itertools.chain([next(batches)], batches)
+
+    def build_loader(self) -> DataLoader:
+        """A loader of this rank's share of the run's samples, from the first one on."""
+        return DataLoader(self._config.data, seed=self._config.training.seed, **self._share)
+
+    def close(self) -> None:
+        """Stops the loader's worker."""
+        self.loader.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of all ranks' loaders together; collective."""
+        states: list[dict[str, Any]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(states, self.loader.state_dict())
+        return merge_states(states)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Does nothing: `open` begins at the state, before ranks wait for each other."""
