@@ -141,7 +141,7 @@ def _preflight(plan: Plan) -> None:
             or config.parallel.async_tp
             or config.parallel.fsdp_symm_mem
             or config.parallel.pp > 1
-            or config.model.module
+            or config.job.plugins
             or config.checkpoint.initial_load_hf
             or config.checkpoint.exclude_from_loading
             or config.profiling.enable_memory_snapshot
@@ -161,7 +161,7 @@ def _rendered(loaded: LoadedConfig) -> str:
     except SettingError:
         return to_toml(loaded)
     resolved = dataclasses.asdict(args) | {"head_dim": args.head_size}
-    # A module's own model may have other parameters than its args say.
+    # A plugin's own model may have other parameters than its args say.
     is_ours = family.build.startswith("titan_lite.")
     return to_toml(loaded, resolved, num_params(args) if is_ours else None)
 

@@ -27,7 +27,7 @@ def table(section: str, **values: st.SearchStrategy[object]) -> st.SearchStrateg
 configs = st.builds(
     Config,
     job=table("job", dump_folder=words, description=words),
-    model=table("model", dim=positive, rope_theta=number, module=words),
+    model=table("model", dim=positive, rope_theta=number),
     data=table("data", shuffle=st.booleans(), dataset=words, num_streams=positive),
     training=table(
         "training",

@@ -45,7 +45,7 @@ def test_an_editor_offers_names_and_flavors_and_refuses_others_where_it_knows_al
     }
     assert by_name == {name: list(family.flavors) for name, family in families().items()}
     assert {*known["properties"]["flavor"]["enum"]} == {f for fs in by_name.values() for f in fs}
-    # A module may register others, and a base file may name a family or a module.
+    # Plugins may register others, and a base file may name a family or plugins.
     unknown = schema["if"]["not"]["anyOf"]
     assert unknown[0] == {"required": ["extends"]}
-    assert unknown[1]["properties"]["model"] == {"required": ["module"]}
+    assert unknown[1]["properties"]["job"] == {"required": ["plugins"]}

@@ -1,8 +1,6 @@
 """Looking up families and flavors, and registering others."""
 
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 
@@ -51,7 +49,7 @@ def test_each_override_replaces_its_field_and_nothing_else() -> None:
         "hidden_dropout": 0.25,
         "attention_dropout": 0.75,
     }
-    overridable = Model.model_fields.keys() - {"name", "flavor", "module"}
+    overridable = Model.model_fields.keys() - {"name", "flavor"}
     assert given.keys() == overridable
     for key, value in given.items():
         _, args = resolve(Model(flavor="llama3.1_8b", **{key: value}))
@@ -93,33 +91,3 @@ def test_a_name_is_registered_once_but_again_with_the_same_content() -> None:
     assert families()["mine"] == mine
     with pytest.raises(ValueError, match='already registered as "mine"; choose another name'):
         register(replace(mine, flavors={}))
-
-
-@pytest.mark.parametrize(
-    ("asked", "missing"),
-    [("no_pkg.my_family", "no_pkg"), ("titan_lite.models.typo", "titan_lite.models.typo")],
-)
-def test_a_module_that_does_not_exist_is_named(asked: str, missing: str) -> None:
-    with pytest.raises(SettingError) as error:
-        resolve(Model(module=asked))
-    assert error.value.keys[0] == "model.module"
-    assert error.value.message.startswith(f'no module named "{missing}", asked for "{asked}"')
-
-
-@pytest.mark.parametrize("module", ["../x", ".x", "x.", "a b", "my-pkg.family", "a/b.py", "."])
-def test_what_is_no_name_of_a_module_is_refused_in_words(module: str) -> None:
-    with pytest.raises(SettingError) as error:
-        resolve(Model(module=module))
-    assert error.value.keys[0] == "model.module"
-    assert error.value.message.startswith(f'"{module}" is no name of a module')
-
-
-def test_an_import_that_fails_inside_the_users_module_is_not_hidden(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "family_with_a_typo.py").write_text("import nunpy_typo\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="nunpy_typo") as error:
-        resolve(Model(module="family_with_a_typo"))
-    assert not isinstance(error.value, SettingError)
-    sys.modules.pop("family_with_a_typo", None)

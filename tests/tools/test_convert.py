@@ -415,6 +415,13 @@ def edit_model(folder: Path, **changes: Any) -> None:
     write_manifest(folder, replace(manifest, config={"model": model}, model={}))
 
 
+def made_with_plugins(folder: Path) -> None:
+    """As if a plugin had registered the family."""
+    manifest = read_manifest(folder)
+    config = {"job": {"plugins": ["mine"]}, "model": {"name": "my_family"}}
+    write_manifest(folder, replace(manifest, config=config))
+
+
 def edit_facts(folder: Path) -> None:
     """As if the flavor had become another one since."""
     manifest = read_manifest(folder)
@@ -442,8 +449,8 @@ def spoil_metadata(folder: Path) -> None:
         (lambda f: edit_model(f, name="lama"), [], 'no "lama"; did you mean "llama"?'),
         (lambda f: edit_model(f, num_layers=3), [], "has no weight layers.2.attention_norm.weig"),
         (lambda f: edit_model(f, ffn_dim=49), [], "w1.weight is (48, 32) in "),
-        (lambda f: edit_model(f, module="mine"), [], "a module of yours, mine: name it with --mod"),
-        (lambda f: None, ["--module=mine"], 'no module named "mine"'),
+        (made_with_plugins, [], 'its run had job.plugins = ["mine"]: name them with --plugin'),
+        (lambda f: None, ["--plugin=mine"], "No module named 'mine'; install its package"),
         (
             lambda f: None,
             ["--tokenizer=meta-llama/Llama-3.1-8B"],

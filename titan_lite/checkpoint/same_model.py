@@ -7,6 +7,7 @@ from typing import Any
 
 from titan_lite.checkpoint.manifest import Manifest
 from titan_lite.config.schema import Model
+from titan_lite.config.stored import stored_model
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.registry import resolve
 
@@ -45,11 +46,11 @@ def model_differences(
 
     section, args: the run's.
 
-    Empty where the manifest names no model that can be resolved here, as one of a module that the
+    Empty where the manifest names no model that can be resolved here, as one of a plugin that the
     run does not import: loading then compares the weights themselves.
     """
     own = model_facts(section.name, args)
-    saved = manifest.model or _resolved(manifest.config, section.module) or own
+    saved = manifest.model or _resolved(manifest.config) or own
     # A field that is newer than the checkpoint had its default.
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     pairs = {
@@ -61,12 +62,10 @@ def model_differences(
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _resolved(config: Mapping[str, Any], module: str) -> dict[str, Any]:
-    """The facts of a stored [model], for manifests without them; module: the run's."""
+def _resolved(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a stored [model], for manifests without them."""
     try:
-        section = Model.model_validate(config["model"])
-        if section.module not in ("", module):
-            return {}
+        section = stored_model(config)
         return model_facts(section.name, resolve(section)[1])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, TypeError, AttributeError):
         return {}

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from titan_lite.config.plugins import import_plugins
 from titan_lite.config.problems import (
     FIELDS,
     KEYS,
@@ -80,6 +81,12 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Loade
     for override in overrides:
         if tables := _parse_override(override, problems):
             layers.append((COMMAND_LINE, tables))
+    for source, modules in _plugins(layers):
+        try:
+            import_plugins(modules)
+        except SettingError as error:
+            # What it would have registered is not to be called unknown.
+            raise ConfigError([*problems, Problem("job.plugins", source, error.message)]) from error
     for source, tables in layers:
         problems += _problems_of(source, tables)
     if problems:
@@ -92,6 +99,20 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Loade
             merged[section] |= table
             origins.update({f"{section}.{key}": source for key in table})
     return LoadedConfig(Config.model_validate(merged), origins)
+
+
+def _plugins(layers: Sequence[tuple[str, Tables]]) -> list[tuple[str, list[str]]]:
+    """Returns job.plugins of the last layer that has it, with its source; [] for a wrong type."""
+    given = [
+        (source, job["plugins"])
+        for source, tables in layers
+        if isinstance(job := tables.get("job"), dict) and "plugins" in job
+    ]
+    return [
+        (source, modules)
+        for source, modules in given[-1:]
+        if isinstance(modules, list) and all(isinstance(module, str) for module in modules)
+    ]
 
 
 def _read_layers(name: str, chain: list[str], problems: list[Problem]) -> list[tuple[str, Tables]]:

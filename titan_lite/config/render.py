@@ -57,7 +57,7 @@ def _inline(tables: list[dict[str, Any]]) -> str:
 def json_schema(flavors: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """The schema of a TOML file, for editors: sections inlined, no null (TOML has none).
 
-    flavors: names of each model family's. Those of a module, or of a base file's, may be others.
+    flavors: names of each model family's. Plugins, or those of a base file, may add others.
     """
     schema = Config.model_json_schema()
     sections = schema.pop("$defs")
@@ -81,12 +81,12 @@ def json_schema(flavors: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         # Offered by an editor; "then" below refuses others, where these are all there are.
         del model[key]["type"]
         model[key]["anyOf"] = [{"enum": names}, {"type": "string"}]
-    has_module = {"required": ["model"], "properties": {"model": {"required": ["module"]}}}
+    has_plugins = {"required": ["job"], "properties": {"job": {"required": ["plugins"]}}}
     return {
         "$schema": SCHEMA_DRAFT,
         **schema,
         "properties": properties,
-        "if": {"not": {"anyOf": [{"required": ["extends"]}, has_module]}},
+        "if": {"not": {"anyOf": [{"required": ["extends"]}, has_plugins]}},
         "then": {
             "properties": {
                 "model": {

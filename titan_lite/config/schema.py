@@ -46,6 +46,9 @@ class Job(Section):
     """Run folder: run.json, metrics.jsonl, tb/, checkpoint/, profile/ are written below it."""
     description: str = ""
     """Free text, printed at start and kept in run.json."""
+    plugins: list[str] = []
+    """Modules that are imported before the configuration is checked, e.g. ["my_pkg.setup"], which
+    may register model families."""
 
 
 class Model(Section):
@@ -55,9 +58,6 @@ class Model(Section):
     """Family in the model registry."""
     flavor: str = "debug"
     """Flavor (size) of the family."""
-    module: str = ""
-    """Import path of a module outside the package that registers a family, e.g.
-    "my_pkg.my_family"."""
     dim: Positive | None = None
     """Overrides the flavor's model width."""
     num_layers: Positive | None = None

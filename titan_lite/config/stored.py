@@ -5,12 +5,18 @@ from typing import Any
 
 from titan_lite.config.dims import resolve_global_batch
 from titan_lite.config.problems import FIELDS, literal
+from titan_lite.config.schema import Model
 
 
 def setting(config: Mapping[str, Any], key: str) -> Any:
     """The value of section.key; an older version that lacks the key had its default."""
     section, _, name = key.partition(".")
     return config.get(section, {}).get(name, FIELDS[section][name].default)
+
+
+def stored_model(config: Mapping[str, Any]) -> Model:
+    """The stored [model], without the key `module` that older versions had."""
+    return Model(**{key: value for key, value in config["model"].items() if key != "module"})
 
 
 def global_batch_size(config: Mapping[str, Any], mesh: Mapping[str, int]) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from titan_lite.config.load import ConfigError, Problem
+from titan_lite.config.plugins import import_plugins
 from titan_lite.config.schema import Config
 from titan_lite.data.loader import Batch
 from titan_lite.dryrun.gpu_kernels import gpu_kernels
@@ -214,6 +215,7 @@ def _eager(config: Config) -> Config:
 def _quiet_dry_run(plan: Plan, place: tuple[int, int, int], *, repeats: bool) -> DryRank:
     # What torch warns about is the fake world, or said by a real run, too.
     warnings.simplefilter("ignore")
+    import_plugins(plan.config.job.plugins)
     with contextlib.closing(RankProgress(*place)) as progress:
         return dry_run(plan, place[0], repeats=repeats, progress=progress)
 

@@ -1,7 +1,6 @@
-"""The table of model families: the built-in ones, and those that a user's module registers."""
+"""The table of model families: the built-in ones, and those that plugins register."""
 
 import dataclasses
-import importlib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -44,13 +43,11 @@ def families() -> Mapping[str, Family]:
 def resolve(section: Model) -> tuple[Family, DecoderArgs]:
     """The family and the args that [model] asks for, its overrides applied.
 
-    Imports section.module first, which is expected to call `register`. SettingError names
-    an unknown module, family, flavor or override and the nearest one that exists.
+    SettingError names an unknown family, flavor or override and the nearest one that exists.
     """
-    load_module(section.module)
     family = _look_up("model.name", section.name, _FAMILIES)
     args = _look_up("model.flavor", section.flavor, family.flavors)
-    overrides = section.model_dump(exclude={"name", "flavor", "module"}, exclude_none=True)
+    overrides = section.model_dump(exclude={"name", "flavor"}, exclude_none=True)
     fields = [field.name for field in dataclasses.fields(args)]
     for key in overrides:
         if key not in fields:
@@ -72,7 +69,7 @@ def family_of(config: Mapping[str, Any], registered: Mapping[str, Family]) -> Fa
         for name, family in registered.items()
         if family.hf_config is not None
     }
-    # Those of a user's module come later.
+    # Those of plugins come later.
     found = [registered[name] for name, hf in known.items() if hf.is_called(wanted)]
     if not found:
         raise ValueError(
@@ -90,26 +87,3 @@ def _look_up(key: str, name: str, known: Mapping[str, T]) -> T:
         hint = did_you_mean(nearest(name, known))
         raise SettingError(key, f"no {quote(name)}{hint} (known: {', '.join(sorted(known))})")
     return known[name]
-
-
-def load_module(module: str) -> None:
-    """Imports a user's module, which registers families; "" is none."""
-    if not module:
-        return
-    if not all(part.isidentifier() for part in module.split(".")):
-        raise SettingError(
-            "model.module",
-            f"{quote(module)} is no name of a module: expected words joined by dots, as in "
-            '"my_pkg.my_family", and the folder of my_pkg on PYTHONPATH',
-        )
-    try:
-        importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        # An import that fails inside the user's module is theirs to see in full.
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise
-        raise SettingError(
-            "model.module",
-            f"no module named {quote(error.name)}, asked for {quote(module)}; "
-            "is its folder on PYTHONPATH, or the package installed?",
-        ) from error

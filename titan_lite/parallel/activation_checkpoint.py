@@ -65,7 +65,7 @@ def apply_activation_checkpoint(model: Transformer, section: ActivationCheckpoin
     for index in section.layers(len(blocks)):
         name, block = blocks[index]
         # The random state is restored for a recomputed dropout to drop the same: no model here
-        # draws, but one from model.module may, and its gradients would be wrong in silence.
+        # draws, but one from a plugin may, and its gradients would be wrong in silence.
         wrapped = checkpoint_wrapper(block, preserve_rng_state=True, **settings)
         model.layers.register_module(name, wrapped)
 

@@ -21,14 +21,16 @@ from titan_lite.checkpoint.manifest import (
 )
 from titan_lite.checkpoint.same_model import model_differences, model_facts
 from titan_lite.checkpoint.state import newest_below
-from titan_lite.config.problems import how_to_fetch, literal
+from titan_lite.config.plugins import import_plugins
+from titan_lite.config.problems import SettingError, how_to_fetch, literal
 from titan_lite.config.schema import Data, Model
+from titan_lite.config.stored import stored_model
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.data.tokenizer_files import FILE_NAMES, files_in, load_tokenizer
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.family import Family
 from titan_lite.models.hf_config import args_from_hf, unsaid_in_hf
-from titan_lite.models.registry import families, family_of, load_module, resolve
+from titan_lite.models.registry import families, family_of, resolve
 
 # Files of a model's folder that make its tokenizer, whatever its kind.
 TOKENIZER_FILES = (
@@ -53,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         _check_source(options, argv)
         if target.exists():
             raise ValueError(f"{target} exists already; name a folder that does not")
-        load_module(options.module)
+        import_plugins(options.plugin)
         for key, given in (
             ("SRC", options.source),
             ("--tokenizer", vars(options).get("tokenizer")),
@@ -66,7 +68,6 @@ def main(argv: Sequence[str]) -> int:
             dcp_to_hf(
                 source,
                 target,
-                module=options.module,
                 dtype=options.dtype,
                 max_shard_bytes=options.max_shard_size,
                 tokenizer_path=options.tokenizer,
@@ -151,7 +152,6 @@ def dcp_to_hf(
     source: Path,
     target: Path,
     *,
-    module: str,
     dtype: str | None,
     max_shard_bytes: int,
     tokenizer_path: str | None,
@@ -163,12 +163,12 @@ def dcp_to_hf(
     """
     manifest = read_manifest(source)
     section = _model_section_of(source, manifest)
-    if section.module and section.module != module:
-        raise ValueError(
-            f"the model of {source} is that of a module of yours, {section.module}: name it with "
-            "--module, to have it imported"
-        )
-    family, args = resolve(section)
+    try:
+        family, args = resolve(section)
+    except SettingError as error:
+        plugins = manifest.config.get("job", {}).get("plugins")
+        hint = f"; its run had job.plugins = {literal(plugins)}: name them with --plugin"
+        raise ValueError(f"{error}{hint if plugins else ''}") from error
     if differing := model_differences(manifest, section, args):
         words = [f"{name} is {now}, not {saved}" for name, (saved, now) in differing.items()]
         raise ValueError(
@@ -238,7 +238,7 @@ def model_section(family: Family, args: DecoderArgs) -> dict[str, Any]:
         raise ValueError(
             f"no flavor of model family {family.name} has {args.rope_scaling}, which [model] "
             "cannot say: register one, as docs/adding_a_family.md shows, and name its module with "
-            "--module"
+            "--plugin"
         )
     flavor, differing = min(found, key=lambda candidate: len(candidate[1]))
     return {"name": family.name, "flavor": flavor, **differing}
@@ -247,8 +247,8 @@ def model_section(family: Family, args: DecoderArgs) -> dict[str, Any]:
 def _model_section_of(source: Path, manifest: Manifest) -> Model:
     """The model section that a checkpoint was saved with."""
     try:
-        return Model(**manifest.config["model"])
-    except (ValueError, KeyError, TypeError) as error:
+        return stored_model(manifest.config)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{source} does not say what model it is: {error}") from error
 
 
@@ -325,7 +325,11 @@ def _parser() -> argparse.ArgumentParser:
         direction.add_argument("source", metavar="SRC", help=what)
         direction.add_argument("target", metavar="DST", help="folder to write, not there yet")
         direction.add_argument(
-            "--module", default="", help="import path of a module that registers the model family"
+            "--plugin",
+            action="append",
+            default=[],
+            metavar="MODULE",
+            help="module that registers the model family, as in job.plugins; may be repeated",
         )
     to_hf.add_argument(
         "--dtype", choices=list(DTYPES.values()), help="type of the weights (default: as saved)"

@@ -7,6 +7,7 @@ from typing import Any
 
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import ConfigError, Problem
+from titan_lite.config.plugins import import_plugins
 from titan_lite.config.schema import Config
 from titan_lite.models.registry import resolve
 from titan_lite.planner.cluster import Cluster
@@ -25,6 +26,7 @@ def recalibrate(folder: str, cluster: Cluster) -> dict[str, Any]:
         facts = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines]
+        import_plugins(facts["config"]["job"].get("plugins", []))
         config = Config.model_validate(facts["config"])
         dims = ParallelDims(**facts["mesh"])
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -56,7 +56,7 @@ def check_run(plan: Plan, start: Start) -> None:
 
 def build_meta_model(plan: Plan) -> Transformer:
     """Builds the model, all of whose parameters the configuration's names and plan must fit."""
-    with about("model.module"), torch.device("meta"):
+    with about("model.name"), torch.device("meta"):
         model = build(plan.family, plan.args)
         if type(model).init_parameter is Transformer.init_parameter:
             for name, _ in model.named_parameters():

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 WITHOUT_EFFECT = ("job", "checkpoint", "metrics", "profiling", "comm")
 WITHOUT_EFFECT_KEYS = ("data.prefetch", "data.tokenizer_threads", "training.gc_freq")
 # Its fields are compared as they were resolved.
-MODEL_CHOICE = ("model.flavor", "model.module")
+MODEL_CHOICE = ("model.flavor",)
 
 SCHEDULE_KEYS = (
     "training.steps",
