@@ -189,7 +189,9 @@ def test_a_folder_of_checkpoints_that_another_run_has_or_nobody_can_is_refused(
     lock.release()
     (tmp_path / "file").touch()
     nowhere = f"--checkpoint.folder={tmp_path}/file/below"
-    with pytest.raises(ConfigError, match=r"checkpoint\.folder .* cannot be made: .*file\" is a f"):
+    with pytest.raises(
+        ConfigError, match=r"checkpoint\.folder .* cannot be created: .*file\" is a f"
+    ):
         build_trainer(tmp_path / "second", settings[0], nowhere)
     # What the refused run held is free, and a run does not stand in its own way.
     FolderLock(tmp_path / "second").release()

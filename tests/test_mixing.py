@@ -168,7 +168,7 @@ A, B = '{name = "a", weight = 1}', '{name = "b", weight = 2.5}'
         (
             [f"--data.sources=[{A}, {B}]", "--data.dataset=c4"],
             "data.dataset",
-            '"c4" is not read beside data.sources: make it a key of one of them',
+            '"c4" cannot be combined with data.sources; set it in a table of data.sources',
         ),
         (
             ['--data.sources=[{name = "a", weight = 1, dataset_path = "none.jsonl"}]'],
@@ -183,7 +183,7 @@ A, B = '{name = "a", weight = 1}', '{name = "b", weight = 2.5}'
         (
             [f"--data.sources=[{A}]", "--validation.enable=true"],
             "validation.enable",
-            "nothing is held out: beside data.sources, set validation.dataset_path",
+            "true requires held-out documents with data.sources; set validation.dataset_path",
         ),
     ],
 )

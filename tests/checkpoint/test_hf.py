@@ -217,9 +217,12 @@ def test_numbers_that_a_run_may_change_on_purpose_are_warned_about(
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("last_save_hf=true", r"last_save_hf .*true takes the weights from the last checkpoint"),
+        ("last_save_hf=true", r"last_save_hf .*true requires checkpoint.enable = true"),
         ("initial_load_hf=nowhere", r"initial_load_hf .*: no such folder: \"nowhere\""),
-        ("initial_load_hf=.", r"initial_load_hf .*: the weights cannot be those of \"\.\" \(init"),
+        (
+            "initial_load_hf=.",
+            r"initial_load_hf .*: cannot be combined with checkpoint\.initial_load_path",
+        ),
     ],
 )
 def test_settings_that_cannot_act_are_refused(setting: str, message: str) -> None:

@@ -43,13 +43,13 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             ["parallel.tp=2", "parallel.reshard_after_forward=2"],
             8,
             "parallel.reshard_after_forward",
-            "2: FSDP2 does not regroup parameters that parallel.tp (2) has split",
+            "2: FSDP2 cannot regroup parameters that parallel.tp (2) has sharded",
         ),
         (
             ["parallel.cp=2", "data.packing=document"],
             2,
             "data.packing",
-            '"document" attends to parts of a sample, parallel.cp_method "ring" to all of it; use',
+            '"document" keeps attention inside documents, which parallel.cp_method = "ring"',
         ),
         (
             ["data.packing=fixed", "data.packing_block=96"],
@@ -67,20 +67,20 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             ["parallel.pp=4", "training.global_batch_size=3"],
             4,
             "training.global_batch_size",
-            '"1F1B" on 4 ranks runs at least 4 micro-batches, and a step has 3 (3 samples / '
-            "(local_batch_size (1) x data-parallel degree (1))); a smaller local_batch_size or a",
+            '"1F1B" on 4 ranks requires at least 4 micro-batches, but a step has 3 (3 samples '
+            "/ (local_batch_size (1) x data-parallel degree (1))); lower local_batch_size or",
         ),
         (
             [*PP2, 'parallel.pp_schedule="Interleaved1F1B"', "parallel.pp_micro_batches=1"],
             2,
             "training.global_batch_size",
-            '"Interleaved1F1B" on 2 ranks runs a multiple of 2 micro-batches, and a pass has 1',
+            '"Interleaved1F1B" on 2 ranks requires a multiple of 2 micro-batches, but a pass has 1',
         ),
         (
             [*PP2, "parallel.pp_schedule=DualPipeV", "parallel.pp_micro_batches=2"],
             2,
             "training.global_batch_size",
-            '"DualPipeV" on 2 ranks runs at least 4 micro-batches, and a pass has 2',
+            '"DualPipeV" on 2 ranks requires at least 4 micro-batches, but a pass has 2',
         ),
         (
             [*PP2, "parallel.pp_micro_batches=3"],
@@ -92,7 +92,8 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             [*PP2, "parallel.pp_schedule=ZBVZeroBubble", "compile.enable=true"],
             2,
             "parallel.pp_schedule",
-            "the gradients of inputs and of weights apart, which torch does not do for compiled",
+            "computes input and weight gradients separately, which torch does not support for "
+            "compiled",
         ),
         (
             [
@@ -108,7 +109,7 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             [*PP2, "parallel.pp_split=explicit", 'parallel.pp_stage_modules=[["layers.0"], []]'],
             2,
             "parallel.pp_stage_modules",
-            '2 stages, of at least one module each, where "1F1B" on 2 ranks has 2',
+            'got 2 stages, but "1F1B" on 2 ranks requires 2, of at least one module each',
         ),
         (
             ["parallel.dp_shard=4", "parallel.dp_replicate=2"],
@@ -122,7 +123,7 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             ["checkpoint.initial_load_hf=.", 'checkpoint.exclude_from_loading=["output.*"]'],
             1,
             "checkpoint.exclude_from_loading",
-            "initial_load_hf loads all parameters: titan-lite convert hf-to-dcp makes a checkpoint",
+            "has no effect on checkpoint.initial_load_hf, which loads all parameters; convert the",
         ),
         (["data.dataset_path=none[0].txt"], 1, "data.dataset_path", "no such file"),
         (["data.dataset_path=~/no/such/x.txt"], 1, "data.dataset_path", "and no folder"),
@@ -139,7 +140,7 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             ["parallel.reshard_after_forward=3"],
             8,
             "parallel.reshard_after_forward",
-            "3 ranks are no smaller group that divides the 8 over which FSDP shards; use one of 2",
+            "3 must be a proper divisor of the FSDP degree (8), greater than 1; use one of 2",
         ),
         (
             ["parallel.reshard_after_forward=8"],
@@ -157,19 +158,19 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             ["checkpoint.load_step=20"],
             1,
             "checkpoint.load_step",
-            "20 cannot be loaded: checkpoint.enable is false",
+            "20 requires checkpoint.enable = true",
         ),
         (
             ["checkpoint.enable=true", "checkpoint.load_step=20", "training.steps=20"],
             1,
             "checkpoint.load_step",
-            "20 leaves nothing to train: training.steps is 20",
+            "20 must be below training.steps (20): no step would be trained",
         ),
         (
             ["checkpoint.initial_load_path=."],
             1,
             "checkpoint.initial_load_path",
-            '"." cannot be loaded: checkpoint.enable is false',
+            '"." requires checkpoint.enable = true',
         ),
         (
             ["checkpoint.enable=true", "checkpoint.initial_load_path=no/such"],
@@ -193,7 +194,7 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             ["profiling.enable_profiling=true", "profiling.profile_freq=2"],
             1,
             "profiling.profile_freq",
-            "2 is shorter than the 3 steps recorded in each period",
+            "2 must be at least 3, the steps recorded in each period",
         ),
         (
             ["parallel.async_tp=true", "parallel.sequence_parallel=false"],
@@ -235,9 +236,14 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             ],
             4,
             "parallel.fsdp_symm_mem",
-            "uses NCCL's symmetric memory, and parallel.async_tp = true CUDA's: a process has one",
+            "cannot be combined with parallel.async_tp = true: a process can use the symmetric",
         ),
-        (["optimizer.beta2=1"], 1, "optimizer.beta2", "1 never forgets, and divides by zero"),
+        (
+            ["optimizer.beta2=1"],
+            1,
+            "optimizer.beta2",
+            "must be below 1: bias correction divides by 1 - beta",
+        ),
         (
             ["data.dataset_path=texts/*.jsonl"],
             1,
@@ -297,7 +303,7 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             ["job.dump_folder=tokeniser.model/run"],
             1,
             "job.dump_folder",
-            'cannot be made: "tokeniser.model" is a file',
+            'cannot be created: "tokeniser.model" is a file',
         ),
     ],
 )
@@ -422,12 +428,12 @@ def test_what_can_work_gives_the_degrees() -> None:
     ("settings", "world_size", "message"),
     [
         (["data.num_streams=6"], 4, "data.num_streams (6) is not a multiple of the data-parallel"),
-        (["data.shuffle_buffer=100"], 1, "data.shuffle_buffer (100) leaves fewer than 2 documents"),
+        (["data.shuffle_buffer=100"], 1, "data.shuffle_buffer (100) / data.num_streams"),
         (
             ["training.steps=20"],
             1,
-            "lr_scheduler.warmup_steps (200) are not over before training.steps (20) are: "
-            "the peak optimizer.lr (0.0003) is not reached",
+            "lr_scheduler.warmup_steps (200) >= training.steps (20): "
+            "the learning rate never reaches optimizer.lr (0.0003)",
         ),
         (
             ["lr_scheduler.decay_ratio=0"],

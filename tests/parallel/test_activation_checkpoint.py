@@ -327,7 +327,7 @@ def test_the_compiler_keeps_to_the_memory_budget(one_process: Workers, tmp_path:
 @pytest.mark.parametrize(
     ("settings", "key", "message"),
     [
-        (["mode=memory_budget"], "mode", '"memory_budget" is kept by the compiler: set compile.en'),
+        (["mode=memory_budget"], "mode", '"memory_budget" is a feature of the compiler: set'),
         (
             ["mode=memory_budget", "memory_budget=1"],
             "memory_budget",

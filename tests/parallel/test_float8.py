@@ -65,27 +65,27 @@ def tiny(**overrides: int) -> Decoder:
         (
             ["recipe=rowwise", "fsdp_all_gather=true"],
             "float8.fsdp_all_gather",
-            'one scale, recipe "rowwise" needs one per row; use recipe "tensorwise"',
+            'is not supported by float8.recipe = "rowwise", which has one scale per row; use "tens',
         ),
         (
             ["recipe=rowwise_gw_hp", "fsdp_all_gather=true"],
             "float8.fsdp_all_gather",
-            'recipe "rowwise_gw_hp" needs one per row',
+            'float8.recipe = "rowwise_gw_hp", which has one scale per row',
         ),
         (
             [*("recipe=tensorwise", "fsdp_all_gather=true"), "parallel.reshard_after_forward=2"],
             "float8.fsdp_all_gather",
-            "no float8 weights from the smaller groups of parallel.reshard_after_forward (2)",
+            "is not supported with parallel.reshard_after_forward = 2",
         ),
         (
             [*("recipe=tensorwise", "fsdp_all_gather=true"), "parallel.cpu_offload=true"],
             "float8.fsdp_all_gather",
-            "the scales are lost when parallel.cpu_offload copies a weight",
+            "cannot be combined with parallel.cpu_offload = true, whose copies lose the scales",
         ),
         (
             [*("recipe=rowwise", "training.seq_len=100"), "training.local_batch_size=2"],
             "training.seq_len",
-            "local_batch_size (2) x seq_len (100) / cp (1) = 200 tokens is not divisible by 16",
+            "local_batch_size (2) x seq_len (100) / cp (1) = 200 tokens must be divisible by 16",
         ),
     ],
 )

@@ -1,1 +1,1 @@
-"""What a run is asked to do: schema, loading, rules, parallel dimensions. Never imports torch."""
+"""The configuration of a run: schema, loading, rules, parallel dimensions. Never imports torch."""

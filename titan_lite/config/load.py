@@ -65,7 +65,7 @@ class LoadedConfig:
         return Problem(key, self.origin(key), error.message)
 
     def origin(self, key: str) -> str:
-        """Where a value comes from; those of a source, as data.sources.NAME.split, come with it."""
+        """The origin of a value; keys of a source (data.sources.NAME.split) share its origin."""
         return self.origins[".".join(key.split(".")[:2])]
 
 
@@ -210,7 +210,7 @@ def _parse_value(text: str) -> Any:
 
 
 def _problems_of(source: str, tables: Tables) -> Iterator[Problem]:
-    """What is wrong with a layer, in words of problems.py, not pydantic's."""
+    """The problems of a layer, in the words of problems.py, not pydantic's."""
     places: dict[tuple[str, ...], tuple[str, tuple[int | str, ...]]] = {}
     try:
         Config.model_validate(tables)

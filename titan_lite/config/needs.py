@@ -23,7 +23,7 @@ class Needs:
         self.keys, self.values, self.above, self.unless = keys, values, above, unless
 
     def holds(self, config: BaseModel, table: str) -> bool:
-        """Whether the key of a table has an effect."""
+        """Returns True if the key of a table has an effect."""
         return any(self._accepts(value_of(config, key)) for key in self._dotted(table))
 
     def _accepts(self, value: Any) -> bool:
@@ -65,7 +65,7 @@ def value_of(config: BaseModel, key: str) -> Any:
 
 
 def needs_of(section: type[BaseModel], key: str) -> list[Needs]:
-    """What a key of a table needs, the table's own condition first."""
+    """The conditions of a key of a table, the table's own condition first."""
     of_table: Needs | None = getattr(section, "NEEDS", None)
     always = getattr(section, "ALWAYS", ())
     first = [of_table] if of_table and key not in (*of_table.keys, *always) else []
@@ -74,7 +74,7 @@ def needs_of(section: type[BaseModel], key: str) -> list[Needs]:
 
 
 def unmet_needs(config: BaseModel, kind: type[Needs]) -> Iterator[tuple[str, str, Needs]]:
-    """The keys that somebody changed without effect, with their tables and the needs of a kind."""
+    """The keys that were set without effect, with their tables and unmet needs of a kind."""
     for table, section in config:
         for key, field in type(section).model_fields.items():
             if getattr(section, key) != field.default:

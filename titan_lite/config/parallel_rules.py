@@ -14,8 +14,8 @@ def parallel_rules(config: Config, dims: ParallelDims | None) -> Iterator[Settin
     if parallel.cp > 1 and parallel.cp_method == "ring" and config.data.masks_attention:
         yield SettingError(
             "data.packing",
-            f"{quote(config.data.packing)} attends to parts of a sample, parallel.cp_method "
-            '"ring" to all of it; use "ulysses" or "all_gather"',
+            f"{quote(config.data.packing)} keeps attention inside documents, which "
+            'parallel.cp_method = "ring" does not support; use "ulysses" or "all_gather"',
         )
     yield from _attention(config)
     yield from _activation_checkpoint(config)
@@ -23,14 +23,14 @@ def parallel_rules(config: Config, dims: ParallelDims | None) -> Iterator[Settin
     if parallel.fsdp_symm_mem and parallel.async_tp:
         yield SettingError(
             "parallel.fsdp_symm_mem",
-            "uses NCCL's symmetric memory, and parallel.async_tp = true CUDA's: a process has one "
-            "kind; set one of the two to false",
+            "cannot be combined with parallel.async_tp = true: a process can use the symmetric "
+            "memory of NCCL or of CUDA, not both; set one of the two to false",
         )
     if parallel.tp > 1 and isinstance(parallel.reshard_after_forward, int):
         yield SettingError(
             "parallel.reshard_after_forward",
-            f"{parallel.reshard_after_forward}: FSDP2 does not regroup parameters that "
-            f'parallel.tp ({parallel.tp}) has split; use "always" or "never"',
+            f"{parallel.reshard_after_forward}: FSDP2 cannot regroup parameters that "
+            f'parallel.tp ({parallel.tp}) has sharded; use "always" or "never"',
         )
     if parallel.pp > 1:
         yield from _stages(config)
@@ -40,7 +40,7 @@ def parallel_rules(config: Config, dims: ParallelDims | None) -> Iterator[Settin
 
 
 def _attention(config: Config) -> Iterator[SettingError]:
-    """What each kernel of attention does not compute."""
+    """Unsupported features of each attention kernel."""
     kernel, key = config.attention.kernel, "attention.kernel"
     parallel, training, packing = config.parallel, config.training, config.data.packing
     if kernel not in ("auto", "math") and training.param_dtype == "float32":
@@ -71,32 +71,32 @@ def _attention(config: Config) -> Iterator[SettingError]:
 
 
 def _stages(config: Config) -> Iterator[SettingError]:
-    """Whether the schedule has stages to its liking."""
+    """Checks the stages against the pipeline schedule."""
     parallel, schedule = config.parallel, quote(config.parallel.pp_schedule)
     if parallel.splits_backward and config.compile.covers("model"):
         yield SettingError(
             "parallel.pp_schedule",
-            f"{schedule} computes the gradients of inputs and of weights apart, which torch does "
-            'not do for compiled blocks; use "Interleaved1F1B", or compile.enable = false',
+            f"{schedule} computes input and weight gradients separately, which torch does not "
+            'support for compiled blocks; use "Interleaved1F1B", or compile.enable = false',
         )
     if parallel.splits_backward and config.activation_checkpoint.mode == "selective_op":
         yield SettingError(
             "parallel.pp_schedule",
-            f"{schedule} computes the gradients of inputs and of weights apart, and torch "
+            f"{schedule} computes input and weight gradients separately, and torch "
             'recomputes a "selective_op" block only once; use activation_checkpoint.mode = "full"',
         )
     if parallel.pp_split == "explicit":
-        found, needed = len(parallel.pp_stage_modules), parallel.num_stages
-        if found != needed or not all(parallel.pp_stage_modules):
+        count, needed = len(parallel.pp_stage_modules), parallel.num_stages
+        if count != needed or not all(parallel.pp_stage_modules):
             yield SettingError(
                 "parallel.pp_stage_modules",
-                f"{found} stages, of at least one module each, where {schedule} on "
-                f"{parallel.pp} ranks has {needed}",
+                f"got {count} stages, but {schedule} on {parallel.pp} ranks requires "
+                f"{needed}, of at least one module each",
             )
 
 
 def _micro_batches(config: Config, micro_steps: int, words: str) -> Iterator[SettingError]:
-    """Whether the schedule can run the micro-batches of a step."""
+    """Checks the number of micro-batches against the pipeline schedule."""
     parallel, pp = config.parallel, config.parallel.pp
     schedule = parallel.pp_schedule
     count = parallel.pp_micro_batches
@@ -115,8 +115,8 @@ def _micro_batches(config: Config, micro_steps: int, words: str) -> Iterator[Set
         step = "a step" if parallel.pp_micro_batches == -1 else "a pass"
         yield SettingError(
             "training.global_batch_size",
-            f"{quote(schedule)} on {pp} ranks runs {fits} micro-batches, and {step} has {count} "
-            f"({words}); a smaller local_batch_size or a larger global_batch_size makes more",
+            f"{quote(schedule)} on {pp} ranks requires {fits} micro-batches, but {step} has "
+            f"{count} ({words}); lower local_batch_size or raise global_batch_size",
         )
 
 
@@ -142,19 +142,19 @@ def _sequence(seq_len: int, parallel: Parallel) -> Iterator[SettingError]:
 
 
 def _activation_checkpoint(config: Config) -> Iterator[SettingError]:
-    """What the modes of activation checkpointing need."""
+    """Requirements of the activation checkpointing modes."""
     section = config.activation_checkpoint
     if section.mode == "memory_budget":
         if not config.compile.covers("model"):
             yield SettingError(
                 "activation_checkpoint.mode",
-                '"memory_budget" is kept by the compiler: set compile.enable = true and '
+                '"memory_budget" is a feature of the compiler: set compile.enable = true and '
                 'compile.components = ["model"], or use "selective_op"',
             )
         if config.parallel.tp > 1:
             yield SettingError(
                 "activation_checkpoint.mode",
-                '"memory_budget": the compiler cannot tell the sizes of tensor-parallel '
+                '"memory_budget": the compiler does not know the sizes of tensor-parallel '
                 f'activations (parallel.tp is {config.parallel.tp}); use "selective_op"',
             )
         if section.memory_budget == 1:
@@ -172,7 +172,7 @@ def _activation_checkpoint(config: Config) -> Iterator[SettingError]:
 
 
 def _async_tp(config: Config) -> Iterator[SettingError]:
-    """What async tensor parallel is made of."""
+    """Requirements of async tensor parallel."""
     parallel = config.parallel
     needs = (
         (not config.compile.enable, "compile.enable = true"),
@@ -226,13 +226,13 @@ def _layout(config: Config, dims: ParallelDims | None) -> Iterator[SettingError]
         use = f"use one of {', '.join(map(str, sizes))}" if sizes else 'use "always" or "never"'
         yield SettingError(
             "parallel.reshard_after_forward",
-            f"{reshard} ranks are no smaller group that divides the {dims.fsdp} over which FSDP "
-            f"shards; {use}",
+            f"{reshard} must be a proper divisor of the FSDP degree ({dims.fsdp}), "
+            f"greater than 1; {use}",
         )
 
 
 def _float8(config: Config, dims: ParallelDims) -> Iterator[SettingError]:
-    """What torchao's float8 linears and their gathers cannot do in any model."""
+    """Limits of torchao's float8 linears and of their gathers."""
     float8, training, parallel = config.float8, config.training, config.parallel
     tokens = training.local_batch_size * training.seq_len // dims.cp
     # Of the three products of a linear, that of the weight gradient sums over the tokens.
@@ -240,8 +240,8 @@ def _float8(config: Config, dims: ParallelDims) -> Iterator[SettingError]:
         yield SettingError(
             "training.seq_len",
             f"local_batch_size ({training.local_batch_size}) x seq_len ({training.seq_len}) / "
-            f"cp ({dims.cp}) = {tokens} tokens is not divisible by 16, as float8 matrix products "
-            'need; float8.recipe = "rowwise_gw_hp" does not sum over tokens in float8',
+            f"cp ({dims.cp}) = {tokens} tokens must be divisible by 16 for float8 matrix products; "
+            'or use float8.recipe = "rowwise_gw_hp", which does not sum over tokens in float8',
         )
     if not float8.fsdp_all_gather:
         return
@@ -249,19 +249,18 @@ def _float8(config: Config, dims: ParallelDims) -> Iterator[SettingError]:
     if float8.recipe.startswith("rowwise"):
         yield SettingError(
             key,
-            f"a weight gathered in float8 has one scale, recipe {quote(float8.recipe)} needs one "
-            'per row; use recipe "tensorwise"',
+            f"is not supported by float8.recipe = {quote(float8.recipe)}, which has one scale per "
+            'row; use "tensorwise"',
         )
     if isinstance(parallel.reshard_after_forward, int):
         yield SettingError(
             key,
-            "FSDP gathers no float8 weights from the smaller groups of "
-            f"parallel.reshard_after_forward ({parallel.reshard_after_forward}); use "
-            '"always" or "never"',
+            "is not supported with parallel.reshard_after_forward = "
+            f'{parallel.reshard_after_forward}; use "always" or "never"',
         )
     if parallel.cpu_offload:
         yield SettingError(
             key,
-            "the scales are lost when parallel.cpu_offload copies a weight to the device; "
-            "use one of the two",
+            "cannot be combined with parallel.cpu_offload = true, whose copies lose the scales; "
+            "set one of the two to false",
         )

@@ -1,4 +1,4 @@
-"""What can be wrong in a configuration, in words: problems, their one block, and nearest names."""
+"""The wording of configuration errors: problems, their one block, and nearest names."""
 
 import contextlib
 import difflib
@@ -64,7 +64,7 @@ class ConfigError(ValueError):
 class SettingError(ValueError):
     """A setting that cannot work, raised where its key is known.
 
-    keys: the key to blame, or several: of these the last one that somebody set, else the first.
+    keys: the key at fault, or several: the last one that was set, else the first.
     """
 
     def __init__(self, keys: str | Sequence[str], message: str) -> None:
@@ -148,7 +148,7 @@ def did_you_mean(names: Sequence[str]) -> str:
 
 def near_file(path: Path, pattern: str = "*") -> str:
     """'; did you mean "a"?' for a file that does not exist, or ', and no folder "b"'."""
-    if not os.path.isdir(path.parent):  # noqa: PTH112  (answers for a name that no folder can have)
+    if not os.path.isdir(path.parent):  # noqa: PTH112  (False for a name that is too long for a folder)
         return f", and no folder {quote(str(path.parent))}"
     # By stem: a common suffix makes no two names alike. Of one stem, the right suffix comes first.
     files = sorted(path.parent.glob(pattern), key=lambda file: (file.suffix != path.suffix, file))
@@ -236,7 +236,7 @@ def unknown_key(section: str, key: str) -> str:
 
 
 def wrong_value(section: str, key: str, value: Any) -> str:
-    """What the schema expects of a key, what it got, and the nearest choice of a misspelt word."""
+    """The expected values of a key, the value it got, and the nearest choice of a misspelt word."""
     field = FIELDS[section][key]
     got = literal(value)
     got = got if len(got) <= 80 else f"{got[:77]}..."
@@ -248,7 +248,7 @@ def wrong_value(section: str, key: str, value: Any) -> str:
 
 
 def wrong_source(value: Any, place: Sequence[int | str], kind: str) -> str:
-    """What is wrong, at a place inside of it, with the tables of [[data.sources]]."""
+    """The problem at a place inside the tables of [[data.sources]]."""
     fields = DataSource.model_fields
     match place:
         case [int(index), str(key), *_]:
@@ -291,10 +291,10 @@ def _bounds(metadata: Sequence[Any]) -> list[Any]:
 
 
 def _bound_words(bounds: Sequence[Any]) -> str:
-    found = {name: getattr(b, name) for b in bounds for name in BOUNDS if hasattr(b, name)}
-    if found.keys() == {"ge", "le"}:
-        return f"from {found['ge']} to {found['le']}"
-    return " and ".join(f"{BOUNDS[name]} {bound}" for name, bound in found.items())
+    values = {name: getattr(b, name) for b in bounds for name in BOUNDS if hasattr(b, name)}
+    if values.keys() == {"ge", "le"}:
+        return f"from {values['ge']} to {values['le']}"
+    return " and ".join(f"{BOUNDS[name]} {bound}" for name, bound in values.items())
 
 
 def _choices(annotation: Any) -> list[Any]:

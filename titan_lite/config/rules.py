@@ -1,4 +1,4 @@
-"""What a configuration may ask for as a whole: rules between keys, checked before any start."""
+"""Rules between keys, checked before any process starts."""
 
 import glob
 import importlib.util
@@ -54,29 +54,29 @@ def _single(config: Config) -> Iterator[SettingError]:
     for beta in ("beta1", "beta2"):
         if getattr(config.optimizer, beta) == 1:
             yield SettingError(
-                f"optimizer.{beta}", "1 never forgets, and divides by zero; use less than 1"
+                f"optimizer.{beta}", "must be below 1: bias correction divides by 1 - beta"
             )
     yield from _checkpoint(config)
     profiling = config.profiling
     if profiling.enable_profiling and profiling.profile_freq < PROFILED_STEPS:
         yield SettingError(
             "profiling.profile_freq",
-            f"{profiling.profile_freq} is shorter than the {PROFILED_STEPS} steps recorded "
-            "in each period",
+            f"{profiling.profile_freq} must be at least {PROFILED_STEPS}, the steps recorded in "
+            "each period",
         )
-    if config.metrics.enable_wandb and (lack := _lack_of_wandb()):
-        yield SettingError("metrics.enable_wandb", lack)
+    if config.metrics.enable_wandb and (problem := _wandb_problem()):
+        yield SettingError("metrics.enable_wandb", problem)
 
 
-def _lack_of_wandb() -> str:
-    """Why nothing could be logged to Weights & Biases from here."""
+def _wandb_problem() -> str:
+    """The reason why Weights & Biases cannot be used here, or ""."""
     spec = importlib.util.find_spec("wandb")
     # A folder of that name, as wandb itself leaves behind, looks like a package without a file.
     if spec is None or spec.origin is None:
-        return "needs wandb, which is not installed: pip install wandb"
+        return "true requires the package wandb, which is not installed: pip install wandb"
     offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
     if not (offline or os.environ.get("WANDB_API_KEY")):
-        return "needs its token in the variable WANDB_API_KEY, or WANDB_MODE=offline"
+        return "true requires the variable WANDB_API_KEY, or WANDB_MODE=offline"
     return ""
 
 
@@ -84,34 +84,35 @@ def _checkpoint(config: Config) -> Iterator[SettingError]:
     """Rules of [checkpoint]."""
     section = config.checkpoint
     load_step = section.load_step
-    asked = {"load_step": load_step, "initial_load_path": section.initial_load_path}
-    for key, value in asked.items():
+    sources = {"load_step": load_step, "initial_load_path": section.initial_load_path}
+    for key, value in sources.items():
         if value not in ("latest", "", 0) and not section.enable:
             yield SettingError(
                 f"checkpoint.{key}",
-                f"{literal(value)} cannot be loaded: checkpoint.enable is false",
+                f"{literal(value)} requires checkpoint.enable = true",
             )
     if isinstance(load_step, int) and load_step >= config.training.steps:
         yield SettingError(
             "checkpoint.load_step",
-            f"{load_step} leaves nothing to train: training.steps is {config.training.steps}",
+            f"{load_step} must be below training.steps ({config.training.steps}): no step would be "
+            "trained",
         )
     if section.last_save_hf and not section.enable:
         yield SettingError(
             "checkpoint.last_save_hf",
-            "true takes the weights from the last checkpoint, and checkpoint.enable is false",
+            "true requires checkpoint.enable = true: it exports the last checkpoint",
         )
     if section.initial_load_hf and section.initial_load_path:
         yield SettingError(
             "checkpoint.initial_load_hf",
-            f"the weights cannot be those of {quote(section.initial_load_path)} "
-            "(initial_load_path), too",
+            "cannot be combined with checkpoint.initial_load_path = "
+            f"{quote(section.initial_load_path)}; set one of the two",
         )
     if section.initial_load_hf and section.exclude_from_loading:
         yield SettingError(
             "checkpoint.exclude_from_loading",
-            "initial_load_hf loads all parameters: titan-lite convert hf-to-dcp makes a checkpoint "
-            "of them, for initial_load_path",
+            "has no effect on checkpoint.initial_load_hf, which loads all parameters; convert the "
+            "model with titan-lite convert hf-to-dcp and set checkpoint.initial_load_path",
         )
     if section.keep_every % section.interval:
         yield SettingError(
@@ -122,13 +123,13 @@ def _checkpoint(config: Config) -> Iterator[SettingError]:
     if Path(os.path.normpath(section.folder)).parts[:1] == ("..",):
         yield SettingError(
             "checkpoint.folder",
-            f"{quote(section.folder)} is outside of job.dump_folder: write an absolute path if "
-            "that is what you want",
+            f"{quote(section.folder)} is outside of job.dump_folder; use an absolute path to "
+            "allow this",
         )
 
 
 def _documents(config: Config) -> Iterator[SettingError]:
-    """What is read, and what is held out of it."""
+    """The documents of training and of validation."""
     data, validation = config.data, config.validation
     mixed_or_files = "data.dataset_path" if data.dataset_path else "data.sources"
     if (
@@ -138,8 +139,8 @@ def _documents(config: Config) -> Iterator[SettingError]:
     ):
         yield SettingError(
             "validation.enable",
-            f"nothing is held out: beside {mixed_or_files}, set validation.dataset_path or "
-            "validation.dataset",
+            f"true requires held-out documents with {mixed_or_files}; set validation.dataset_path "
+            "or validation.dataset",
         )
     names = [source.name for source in data.sources]
     for name in sorted({name for name in names if names.count(name) > 1}):
@@ -151,7 +152,8 @@ def _documents(config: Config) -> Iterator[SettingError]:
         if data.sources and value != field.default:
             yield SettingError(
                 f"data.{key}",
-                f"{quote(value)} is not read beside data.sources: make it a key of one of them",
+                f"{quote(value)} cannot be combined with data.sources; set it in a table of "
+                "data.sources",
             )
 
 
@@ -163,14 +165,14 @@ def file_rules(config: Config) -> Iterator[SettingError]:
     ]
     for key, documents in paths:
         path = documents.dataset_path
-        # os.path.exists: unlike Path's, it answers for a name that no file can have.
+        # os.path.exists: unlike Path's, it returns False for a name that is too long for a file.
         dataset = os.path.expanduser(path)  # noqa: PTH111
-        found = os.path.exists(dataset)  # noqa: PTH110
+        exists = os.path.exists(dataset)  # noqa: PTH110
         # A pattern of folders below folders is left to the search for files. Path.glob refuses
         # absolute patterns.
-        found = found or "**" in Path(dataset).parts or bool(glob.glob(dataset))  # noqa: PTH207
+        exists = exists or "**" in Path(dataset).parts or bool(glob.glob(dataset))  # noqa: PTH207
         # Megatron names a pair of files by what their names share.
-        if dataset and not (found or os.path.exists(f"{dataset}.idx")):  # noqa: PTH110
+        if dataset and not (exists or os.path.exists(f"{dataset}.idx")):  # noqa: PTH110
             yield SettingError(key, _missing("file", path, key))
     checkpoint = config.checkpoint
     tokenizer = config.data.tokenizer_path
@@ -184,11 +186,9 @@ def file_rules(config: Config) -> Iterator[SettingError]:
             key = f"checkpoint.{key}"
             yield SettingError(key, _missing("folder", folder, key))
     if not config.job.dump_folder:
-        yield SettingError(
-            "job.dump_folder", 'is empty: "." is the folder in which the run is started'
-        )
+        yield SettingError("job.dump_folder", 'is empty; set "." for the current folder')
     if not checkpoint.folder:
-        yield SettingError("checkpoint.folder", 'is empty: "." is job.dump_folder itself')
+        yield SettingError("checkpoint.folder", 'is empty; set "." for job.dump_folder itself')
     dump_folder = Path(os.path.expanduser(config.job.dump_folder))  # noqa: PTH111
     wrong = _unwritable(dump_folder)
     if wrong:
@@ -207,15 +207,15 @@ def _missing(what: str, given: str, key: str) -> str:
 
 
 def _unwritable(folder: Path) -> str:
-    """Why nothing can be written to a folder that is there, or can be made; "" where it can."""
-    for found in map(str, (folder, *folder.parents)):
-        if not os.path.exists(found):  # noqa: PTH110
+    """The reason why a folder cannot be created or written to; "" if it can."""
+    for path in map(str, (folder, *folder.parents)):
+        if not os.path.exists(path):  # noqa: PTH110
             continue
-        if not os.path.isdir(found):  # noqa: PTH112
-            return f"cannot be made: {quote(found)} is a file"
-        if os.access(found, os.W_OK | os.X_OK):
+        if not os.path.isdir(path):  # noqa: PTH112
+            return f"cannot be created: {quote(path)} is a file"
+        if os.access(path, os.W_OK | os.X_OK):
             return ""
-        if os.statvfs(found).f_flag & os.ST_RDONLY:
-            return f"cannot be written: {quote(found)} is on a file system that is read-only"
-        return f"cannot be written: no permission to write in {quote(found)}"
+        if os.statvfs(path).f_flag & os.ST_RDONLY:
+            return f"cannot be written: {quote(path)} is on a file system that is read-only"
+        return f"cannot be written: no permission to write in {quote(path)}"
     return ""

@@ -138,7 +138,7 @@ class DataSource(Documents):
     """[[data.sources]]: documents that are mixed with those of other sources."""
 
     name: Annotated[str, Field(min_length=1)]
-    """What the metrics call it: source/NAME/loss."""
+    """Name of the source in the metrics: source/NAME/loss."""
     weight: PositiveFloat
     """Share of the samples, relative to the other weights."""
 
@@ -150,25 +150,25 @@ class Data(Documents):
     """Several sets of documents, read instead of the one that the keys above name: a table
     [[data.sources]] for each, with these keys, a `name` and a `weight`."""
     on_bad_document: Literal["raise", "skip"] = "raise"
-    """What happens at a document that is not JSON or not UTF-8, or whose text is missing, empty or
-    no text: "raise" ends the run with its file and line, "skip" leaves it out and counts it. Of
+    """Handling of a document that is not JSON or not UTF-8, or whose text is missing, empty or not
+    text: "raise" ends the run with its file and line, "skip" leaves it out and counts it. Of
     Parquet, Arrow and datasets by name only the text can be judged. "skip" also leaves out, with a
     warning, local files that are called Parquet and cannot be opened as such; one that is damaged
     further in ends the run."""
     tokenizer_path: str = ""
     """A file, or a folder that has it: a tokenizer.json of Hugging Face, a sentencepiece model, or
     a table in tiktoken's format (base64 token, rank), as Llama 3's tokenizer.model. BOS and EOS are
-    those that tokenizer_config.json or special_tokens_map.json beside it name, else found by their
+    those that tokenizer_config.json or special_tokens_map.json in its folder names, else their
     usual spellings. Empty: the bundled tokenizer."""
     allow_tokenizer_mismatch: bool = False
     """Train with a tokenizer that does not match the model: one that fills less than 90 % of the
     vocabulary, or gives other ids than the tokenizer of the checkpoint or the Hugging Face model
     that the weights come from."""
     packing: Literal["concat", "document", "fixed", "none"] = "concat"
-    """What a sample of training.seq_len tokens is cut from, and what attends to what: "concat":
-    documents one after the other, attention crosses their borders; "document": the same, but
-    attention, positions and loss stay inside a document; "fixed": inside blocks of `packing_block`
-    tokens; "none": one document, padded, or a part of a longer one."""
+    """How documents fill samples of training.seq_len tokens, and which tokens may attend to each
+    other: "concat": documents one after the other, attention crosses their borders; "document": the
+    same, but attention, positions and loss stay inside a document; "fixed": inside blocks of
+    `packing_block` tokens; "none": one document, padded, or a part of a longer one."""
     packing_block: Annotated[Positive, Needs("packing", values=("fixed",))] = 2048
     """Tokens of a block of packing = "fixed", several of which fill a sample."""
     shuffle: bool = True
@@ -185,7 +185,7 @@ class Data(Documents):
 
     @property
     def masks_attention(self) -> bool:
-        """Whether a token attends to less than all that is before it in its sample."""
+        """True if a token attends to only a part of the tokens before it in its sample."""
         return self.packing in ("document", "fixed")
 
 
@@ -217,12 +217,11 @@ class Training(Section):
     """Samples per optimizer step over all ranks; reached by gradient accumulation. -1:
     local_batch_size times the data-parallel degree."""
     max_norm: NonNegativeFloat = 1.0
-    """Clip the global gradient norm to this; 0 turns clipping off, the norm is logged all the
-    same."""
+    """Clip the global gradient norm to this; 0 turns clipping off, the norm is still logged."""
     nonfinite: Annotated[Literal["stop", "skip"], Needs("param_dtype", unless="float16")] = "stop"
-    """What a step does whose loss or gradient norm is not finite: "stop" ends the run before it is
-    applied and names the parameters at fault, "skip" drops it and counts it. float16 has a rule of
-    its own, that of loss scaling."""
+    """Handling of a step whose loss or gradient norm is NaN or Inf: "stop" ends the run before it
+    is applied and names the parameters at fault, "skip" drops it and counts it. float16 uses loss
+    scaling instead."""
     param_dtype: DType = "bfloat16"
     """Parameters are gathered and activations computed in this type; masters stay float32.
     "float16", for devices without bfloat16, comes with dynamic loss scaling."""
@@ -249,7 +248,7 @@ class Validation(Documents):
     NEEDS: ClassVar = Needs("enable", values=(True,))
 
     dataset: Annotated[str, Needs("dataset_path", values=("",))] = ""
-    """As data.dataset; empty: the same, of which `split` is held out."""
+    """Data set for validation; empty: the `split` of data.dataset."""
     split: str = "validation"
     """Split of the dataset."""
     enable: bool = False
@@ -307,7 +306,7 @@ class Parallel(Section):
     cp: Positive = 1
     """Context-parallel degree: ranks that hold each sequence together."""
     cp_method: Annotated[Literal["ring", "all_gather", "ulysses"], Needs("cp", above=1)] = "ring"
-    """What attention exchanges under context parallel: keys and values, around a "ring" while it
+    """Exchange of attention under context parallel: keys and values, around a "ring" while it
     computes, or all at once with "all_gather"; with "ulysses": tokens for heads, and back."""
     tp: Positive = 1
     """Tensor-parallel degree."""
@@ -340,8 +339,8 @@ class Parallel(Section):
     pp_split: Annotated[
         Literal["uniform", "parameters", "time", "explicit"], Needs("pp", above=1)
     ] = "time"
-    """How blocks are dealt to stages: equal numbers of blocks, of parameters (embedding and head
-    included), of FLOPs (head included), or as `pp_stage_modules` says."""
+    """How blocks are split into stages: equal numbers of blocks, of parameters (embedding and head
+    included), of FLOPs (head included), or as listed in `pp_stage_modules`."""
     pp_stage_modules: Annotated[
         list[list[str]], Needs("pp", above=1), Needs("pp_split", values=("explicit",))
     ] = []
@@ -378,12 +377,12 @@ class Parallel(Section):
 
     @property
     def is_v_schedule(self) -> bool:
-        """Whether the first rank has the first and the last stage, and so on inwards."""
+        """True if the first rank has the first and the last stage."""
         return self.pp_schedule in ("ZBVZeroBubble", "DualPipeV")
 
     @property
     def splits_backward(self) -> bool:
-        """Whether the gradients of a stage's inputs are computed before those of its weights."""
+        """True if a stage computes the gradients of its inputs before those of its weights."""
         return self.pp_schedule in ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 
     @property
@@ -429,7 +428,7 @@ class ActivationCheckpoint(Section):
             case "full" | "selective_op":
                 return range(num_layers)
             case "every_nth":
-                # The first of n, not the last: backward begins at the other end, with everything
+                # The first of n, not the last: backward starts at the other end, with everything
                 # else still in memory, and had better not add a recomputed block to that.
                 return range(0, num_layers, self.every_nth)
             case "first_k":
@@ -461,7 +460,7 @@ class Compile(Section):
     what the loss computes between its matmuls."""
 
     def covers(self, component: Literal["model", "loss"]) -> bool:
-        """Whether this part of a step is compiled."""
+        """True if this part of a step is compiled."""
         return self.enable and component in self.components
 
 
@@ -478,8 +477,8 @@ class Float8(Section):
     """FSDP gathers the weights in float8 instead of param_dtype; "tensorwise" only."""
     filter: list[str] = []
     """Linears left in high precision: module names, a "*" inside a part, as
-    "layers.0.attention.w*". The output head and linears whose rows or columns are no multiple of
-    16 always are."""
+    "layers.0.attention.w*". The output head and linears whose rows or columns are not multiples of
+    16 are never converted."""
     min_dim: NonNegative = 0
     """Linears with fewer rows or columns than this stay in high precision."""
     emulate: bool = False
@@ -488,7 +487,7 @@ class Float8(Section):
 
 
 class Checkpoint(Section):
-    """[checkpoint]: saving, resuming, and beginning from the weights of others."""
+    """[checkpoint]: saving, resuming, and starting from the weights of another run."""
 
     NEEDS: ClassVar = Needs("enable", values=(True,))
     # A fresh start takes weights from elsewhere without saving any.
@@ -501,9 +500,9 @@ class Checkpoint(Section):
     interval: Positive = 500
     """Steps between saves; the last step is always saved."""
     async_mode: AsyncMode = "disabled"
-    """What training waits for: "disabled": until all is on the disk; "async": until all is copied
-    to host memory; "async_pinned": for nothing before the next optimizer step, the copy being made
-    meanwhile, to pinned host memory that is kept for the next save."""
+    """When training continues after a save starts: "disabled": until all is on the disk; "async":
+    until all is copied to host memory; "async_pinned": for nothing before the next optimizer step,
+    the copy being made meanwhile, to pinned host memory that is kept for the next save."""
     keep_latest_k: NonNegative = 10
     """Checkpoints kept, oldest deleted first; 0 keeps all."""
     keep_every: Annotated[NonNegative, Needs("keep_latest_k", above=0)] = 0
@@ -517,8 +516,8 @@ class Checkpoint(Section):
     """Step to resume from; "latest" is the newest that is complete, or a fresh start where there is
     no checkpoint; 0 never resumes; a missing or damaged step is an error."""
     initial_load_path: str = ""
-    """A checkpoint of another run, as runs/a/checkpoint/step-1000, to begin from where this run
-    does not resume."""
+    """A checkpoint of another run, as runs/a/checkpoint/step-1000, whose weights a new run starts
+    from."""
     initial_load_model_only: Annotated[bool, Needs("initial_load_path", unless="")] = True
     """Take the weights only from initial_load_path; false continues from it: optimizer, step, data
     position and generators."""
@@ -548,8 +547,8 @@ class Metrics(Section):
     enable_tensorboard: bool = True
     """Write TensorBoard events to tb/."""
     enable_wandb: bool = False
-    """Log to Weights & Biases, under TensorBoard's names; where, and the token, its environment
-    variables say (WANDB_PROJECT, WANDB_API_KEY, WANDB_MODE)."""
+    """Log to Weights & Biases, under TensorBoard's names. Its environment variables set project,
+    token and mode (WANDB_PROJECT, WANDB_API_KEY, WANDB_MODE)."""
     peak_tflops: PositiveFloat | None = None
     """Peak TFLOP/s per device that MFU divides by, for a device the table does not know or a
     capped one."""

@@ -30,7 +30,7 @@ def log_warnings(
 
 
 def _wasteful(config: Config, dims: ParallelDims) -> Iterator[str]:
-    """Settings that have an effect, but hardly the one that was meant."""
+    """Settings that are valid but probably not intended."""
     data, scheduler, steps = config.data, config.lr_scheduler, config.training.steps
     if data.num_streams % dims.batch:
         yield (
@@ -39,14 +39,13 @@ def _wasteful(config: Config, dims: ParallelDims) -> Iterator[str]:
         )
     if data.shuffle and data.shuffle_buffer < 2 * data.num_streams:
         yield (
-            f"data.shuffle_buffer ({data.shuffle_buffer}) leaves fewer than 2 documents to each of "
-            f"the data.num_streams ({data.num_streams}): nothing is shuffled"
+            f"data.shuffle_buffer ({data.shuffle_buffer}) / data.num_streams "
+            f"({data.num_streams}) is below 2 documents per stream, so nothing is shuffled"
         )
     if scheduler.warmup_steps >= steps:
         yield (
-            f"lr_scheduler.warmup_steps ({scheduler.warmup_steps}) are not over before "
-            f"training.steps ({steps}) are: the peak optimizer.lr ({config.optimizer.lr:g}) "
-            "is not reached"
+            f"lr_scheduler.warmup_steps ({scheduler.warmup_steps}) >= training.steps "
+            f"({steps}): the learning rate never reaches optimizer.lr ({config.optimizer.lr:g})"
         )
     decay_steps = round(scheduler.decay_ratio * steps)
     if scheduler.decay_type == "constant" or scheduler.decay_ratio == 1:
@@ -81,7 +80,7 @@ def _uncompiled(config: Config, attention_dropout: float) -> Iterator[str]:
 
 
 def _without_effect(loaded: LoadedConfig, dims: ParallelDims, objective: str) -> Iterator[str]:
-    """Keys that somebody changed and another key, or the layout, switches off."""
+    """Keys that were set but have no effect because of another key or the layout."""
     config = loaded.config
     # Parts that do not follow are taken from the documents of the buffer, shuffled or not.
     makes_pairs = objective == "masked_lm" and config.masked_lm.next_sentence
@@ -119,7 +118,7 @@ def _by_layout(config: Config, dims: ParallelDims) -> Iterator[tuple[str, str]]:
 
 
 def _missing_saved_ops(loaded: LoadedConfig, attention_dropout: float) -> Iterator[str]:
-    """Operations that somebody asked to save and that this run does not have."""
+    """Operations in activation_checkpoint.save that this run does not have."""
     config, key = loaded.config, "activation_checkpoint.save"
     if config.activation_checkpoint.mode != "selective_op" or loaded.origins[key] == DEFAULT:
         return
