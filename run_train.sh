@@ -22,7 +22,7 @@ MAX_RESTARTS how often all processes start again, from the
              last checkpoint, after one has failed           0
 PYTHON       interpreter that has titan_lite, or makes .venv python3
 
-SIGTERM, SIGUSR1, SIGHUP (unless ignored, as by nohup) and Ctrl-C end the run after the step in hand, with a
+SIGTERM, SIGUSR1, SIGHUP (unless ignored, as by nohup) and Ctrl-C end the run after the current step, with a
 checkpoint if checkpoint.enable is true; a second Ctrl-C ends it at once.
 A process whose launcher was killed ends too.
 Exit codes: 0 done, 1 failed, 2 a mistake in the configuration, 75 stopped with a checkpoint, 143 stopped without one.

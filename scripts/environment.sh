@@ -1,7 +1,7 @@
 # Sourced by run_train.sh and run_tests.sh: sets PYTHON to an interpreter that has titan_lite.
 #   use_environment base   what training needs
 #   use_environment dev    and what lint, types and tests need
-# An active environment that has titan_lite is used as it is. Otherwise .venv is made beside this
+# An active environment that has titan_lite is used as it is. Otherwise .venv is made next to this
 # file's folder (in ~/.cache/titan_lite where that cannot be written), from constraints.txt, and left
 # alone until pyproject.toml or constraints.txt changes, or a GPU appears where the CPU build of torch
 # was installed. Needs nothing but bash, coreutils and Python.
@@ -37,7 +37,7 @@ torch_pin() {
 }
 
 # On Linux the default torch wheel brings several GB of CUDA libraries. Without an NVIDIA GPU the
-# CPU build is asked for first: of pip's own sources, then of uv, which knows where PyTorch keeps it.
+# CPU build is tried first: from pip's own sources, then with uv, which knows where PyTorch keeps it.
 install_torch() {
     local pin cpu_build=$VENV/torch-is-cpu-build
     pin=$(torch_pin)
@@ -104,7 +104,7 @@ use_environment() {
     local kind=$1 needed="titan_lite" candidate
     [ "$kind" = base ] || needed="titan_lite mypy pytest ruff"
     for candidate in "${PYTHON:-python3}" python; do
-        # Asked from another folder: here, the source tree itself would answer for the package.
+        # Run from another folder: here, the source tree itself would be found as the package.
         if (cd / && "$candidate" -c 'import sys, importlib.metadata as m
 [m.version(p) for p in sys.argv[1:]]' $needed 2>/dev/null); then
             PYTHON=$candidate

@@ -38,7 +38,7 @@ fi
 
 # stage NAME SECONDS MODULE ARGUMENT...
 stage() {
-    local name=$1 limit=$2 begin=$SECONDS code=0
+    local name=$1 limit=$2 start=$SECONDS code=0
     shift 2
     [[ $STAGES == *" $name "* ]] || return 0
     if [ -e "$OUTPUT/$name.done" ]; then
@@ -51,7 +51,7 @@ stage() {
     [ -z "${REHEARSE:-}" ] || limit=$((10 * limit))
     echo "== $name, at most $limit s" >&2
     timeout --kill-after=10 "$limit" "$PYTHON" -m "$@" >"$OUTPUT/$name.log" 2>&1 || code=$?
-    printf '%s\t%s\t%s\n' "$name" "$code" $((SECONDS - begin)) >>"$OUTPUT/stages.tsv"
+    printf '%s\t%s\t%s\n' "$name" "$code" $((SECONDS - start)) >>"$OUTPUT/stages.tsv"
     if [ "$code" = 0 ]; then
         touch "$OUTPUT/$name.done"
     else

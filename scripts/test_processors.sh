@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests as other processors would, and once with load beside them. Arguments go to pytest.
-# Exit code 1 if any of the runs fails; the last lines say which.
+# Runs the tests as other processors would, and once with load next to them. Arguments go to pytest.
+# Exit code 1 if any of the runs fails; the last lines name them.
 set -uo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

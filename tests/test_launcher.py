@@ -371,7 +371,7 @@ def test_a_configuration_that_is_not_there_or_a_folder_is_named(tmp_path: Path) 
         ({"RDZV_ENDPOINT": "node0..net:5"}, "RDZV_ENDPOINT must be HOST:PORT, got 'node0..net:5'"),
         ({"MASTER_ADDR": ".net"}, "RDZV_ENDPOINT must be HOST:PORT, got '.net:29500'"),
         ({"RDZV_ENDPOINT": "node0:0"}, "RDZV_ENDPOINT must be HOST:PORT, got 'node0:0'"),
-        ({}, "NNODES is more than 1: set RDZV_ENDPOINT or MASTER_ADDR"),
+        ({}, "NNODES > 1 requires RDZV_ENDPOINT or MASTER_ADDR"),
     ],
 )
 def test_the_endpoint_is_read_from_the_variables(
@@ -413,7 +413,9 @@ def test_a_machine_without_an_address_of_version_4_reaches_itself_by_version_6(
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "count_gpus", lambda: 2)
     monkeypatch.setenv("NGPU", "4")
-    with pytest.raises(UsageError, match="NGPU is 4, and torch can use 2 GPUs of this machine"):
+    with pytest.raises(
+        UsageError, match="NGPU is 4, but torch can use only 2 GPUs of this machine"
+    ):
         launcher.Settings.read(["my.toml"])
 
 
@@ -668,7 +670,7 @@ def test_the_first_signal_asks_to_stop(
     launched.wait_for("0 is there", "1 is there")
     launched.process.send_signal(number)
     hint = "; a second Ctrl-C ends at once" if number == signal.SIGINT else ""
-    asked = f"titan-lite: {number.name}: stopping after the step in hand{hint}\n"
+    asked = f"titan-lite: {number.name}: stopping after the current step{hint}\n"
     assert launched.end() == (75, asked)
 
 
@@ -677,7 +679,7 @@ def test_a_second_ctrl_c_ends_at_once(start: Callable[..., Launched]) -> None:
     launched = start(deaf + SLEEP)
     launched.wait_for("0 deaf", "1 deaf")
     launched.process.send_signal(signal.SIGINT)
-    launched.read_until("SIGINT: stopping after the step in hand; a second Ctrl-C ends at once")
+    launched.read_until("SIGINT: stopping after the current step; a second Ctrl-C ends at once")
     launched.process.send_signal(signal.SIGINT)
     assert launched.end() == (130, "")
     for pid in launched.pids():
@@ -699,7 +701,7 @@ def test_further_signals_do_not_end_a_run_without_its_checkpoint(
         # The launcher looks at each of them by itself.
         time.sleep(3 * POLL_SECONDS)
     (launched.folder / "go").touch()
-    assert launched.end() == (75, "titan-lite: SIGTERM: stopping after the step in hand\n")
+    assert launched.end() == (75, "titan-lite: SIGTERM: stopping after the current step\n")
 
 
 def test_a_process_that_is_asked_before_it_listens_does_not_leave_the_others_waiting(
@@ -808,10 +810,10 @@ def test_the_code_of_one_node_is_that_of_all_and_a_killed_one_can_be_replaced(
     assert (code, seen + output) == (
         2,
         "titan-lite: Node 1 has gone\n"
-        "titan-lite: Ending: another node has failed, and its log has the reason\n"
+        "titan-lite: Exiting because another node failed; see its log for the cause\n"
         "titan-lite: Starting all processes again: restart 1 of 1\n"
         f"titan-lite: Waiting for 1 of 2 nodes at {endpoint}\n"
-        "titan-lite: Ending: another node has failed, and its log has the reason\n",
+        "titan-lite: Exiting because another node failed; see its log for the cause\n",
     )
 
 

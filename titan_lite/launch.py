@@ -64,7 +64,9 @@ class Settings:
             raise UsageError(str(error)) from error
         processes = _number("NGPU", gpus or 2, at_least=1)
         if gpus and processes > gpus:
-            raise UsageError(f"NGPU is {processes}, and torch can use {gpus} GPUs of this machine")
+            raise UsageError(
+                f"NGPU is {processes}, but torch can use only {gpus} GPUs of this machine"
+            )
         if name := unexpected_start(nodes, (nodes, nodes * processes)):
             raise UsageError(
                 f"{name} is {os.environ[name]}, but run_train.sh starts {processes} processes on "
@@ -88,7 +90,7 @@ def read_endpoint() -> tuple[str, int]:
     if not text:
         address = os.environ.get("MASTER_ADDR")
         if not address:
-            raise UsageError("NNODES is more than 1: set RDZV_ENDPOINT or MASTER_ADDR")
+            raise UsageError("NNODES > 1 requires RDZV_ENDPOINT or MASTER_ADDR")
         if ":" in address:
             address = f"[{address}]"
         text = f"{address}:{os.environ.get('MASTER_PORT') or DEFAULT_PORT}"
@@ -139,7 +141,7 @@ class Signals:
 class Attempt:
     """The training processes of this node, from their start to their end.
 
-    `was_asked` once a signal has asked them to stop.
+    `was_signalled` once a signal has requested a stop.
     """
 
     def __init__(self, settings: Settings, start: Start, address: str, folder: str) -> None:
@@ -166,32 +168,32 @@ class Attempt:
                 | {name: str(value) for name, value in shared.items()}
                 | {"RANK": str(start.node * job.NGPU + local), "LOCAL_RANK": str(local)},
                 stdin=subprocess.DEVNULL,
-                # The keyboard's Ctrl-C and a hang-up are this process's to answer.
+                # The launcher handles Ctrl-C and a hang-up for all of them.
                 start_new_session=True,
             )
             for local in range(job.NGPU)
         ]
-        self.was_asked = self._was_interrupted = False
+        self.was_signalled = self._was_interrupted = False
         self._kill_at: float | None = None
 
     def watch(self, nodes: Nodes, signals: Signals) -> int:
         """Waits until all processes have ended; returns their exit code together."""
         while True:
             codes = [process.poll() for process in self._processes]
-            if nodes.stopped or (self.was_asked and -signal.SIGUSR1 in codes):
-                # It did not listen yet, so nobody trains: the others would wait for it in vain.
+            if nodes.stopped or (self.was_signalled and -signal.SIGUSR1 in codes):
+                # It did not listen yet, so no process trains: the others would wait for it forever.
                 nodes.stop()
                 self.kill()
                 return EXIT_STOPPED_UNSAVED
             if None not in codes:
                 break
-            self._answer(signals.take())
+            self._handle_signals(signals.take())
             nodes.poll()
             if self._kill_at is None:
                 failed = [code for code in codes if code is not None and not self._is_orderly(code)]
                 if failed or nodes.failed:
                     if not failed:
-                        say("Ending: another node has failed, and its log has the reason")
+                        say("Exiting because another node failed; see its log for the cause")
                     self._report_killed(codes)
                     nodes.fail()
                     self._send(signal.SIGTERM)
@@ -212,18 +214,18 @@ class Attempt:
         for process in self._processes:
             process.wait()
 
-    def _answer(self, numbers: Sequence[signal.Signals]) -> None:
+    def _handle_signals(self, numbers: Sequence[signal.Signals]) -> None:
         # One event sends several: GNU timeout to the process and to its group, a closed terminal
         # from the shell and from the system, systemd SIGHUP after SIGTERM. A user presses twice.
         if self._was_interrupted and signal.SIGINT in numbers:
             self.kill()
             raise SystemExit(128 + signal.SIGINT)
         self._was_interrupted |= signal.SIGINT in numbers
-        if self.was_asked or not numbers:
+        if self.was_signalled or not numbers:
             return
-        self.was_asked, name = True, numbers[0].name
+        self.was_signalled, name = True, numbers[0].name
         hint = "; a second Ctrl-C ends at once" if self._was_interrupted else ""
-        say(f"{name}: stopping after the step in hand{hint}")
+        say(f"{name}: stopping after the current step{hint}")
         with contextlib.suppress(OSError):
             (Path(self._folder) / SENT).write_text(f"{name} to the launcher")
         # The one that has no time limit.
@@ -234,8 +236,8 @@ class Attempt:
             process.send_signal(number)
 
     def _code(self, code: int) -> int:
-        # Asked before it could listen.
-        return EXIT_STOPPED_UNSAVED if self.was_asked and code == -signal.SIGUSR1 else code
+        # Signalled before it could listen.
+        return EXIT_STOPPED_UNSAVED if self.was_signalled and code == -signal.SIGUSR1 else code
 
     def _is_orderly(self, code: int) -> bool:
         return self._code(code) in ORDERLY
@@ -299,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(settings: Settings) -> int:
-    """Looks for mistakes once, in a process of its own, before every process would meet them."""
+    """Checks the configuration once, in a separate process, before the training processes start."""
     world_size = settings.job.NNODES * settings.job.NGPU
     command = [sys.executable, "-m", "titan_lite.cli", "config", settings.config, "--quiet"]
     command += ["--preflight", "--world-size", str(world_size), "--", *settings.overrides]
@@ -330,7 +332,7 @@ def _run(settings: Settings, signals: Signals) -> int:
                 attempt.kill()
                 raise
         signals.are_noted = False
-        verdict = nodes.agree(signals.code, asked=attempt.was_asked)
+        verdict = nodes.agree(signals.code, is_stopping=attempt.was_signalled)
         if not verdict.again:
             return verdict.code
         signals.code = None

@@ -28,7 +28,7 @@ USAGE = "usage: python -m titan_lite.train CONFIG [--section.key=value ...]"
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ENVIRONMENT = "environment"
 
-# A launcher asks the others to stop when one process has failed, and looks ten times a second.
+# A launcher stops the others when one process has failed, and looks ten times a second.
 LAUNCHER_SECONDS = 3.0
 
 # Not __name__, which is "__main__" here.
@@ -36,10 +36,10 @@ logger = logging.getLogger("titan_lite.train")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains as the configuration says.
+    """Trains the model of the configuration.
 
-    Returns 2 for a mistake in it, 1 for a failure, 75 when a signal asked to stop and a checkpoint
-    was saved, 143 when none was. A second SIGINT ends the process at once, with 130.
+    Returns 2 for a mistake in it, 1 for a failure, 75 when a signal stopped it and a checkpoint was
+    saved, 143 when none was. A second SIGINT ends the process at once, with 130.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if {"-h", "--help"} & set(argv):
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging(rank)
     stop = StopRequest()
     with stop.listening():
-        # Whoever starts processes by hand may leave them to themselves (nohup).
+        # Processes that were started by hand may outlive their parent (nohup).
         if PARENT in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
             watch_parent(stop.launcher_has_gone)
         try:
@@ -74,7 +74,7 @@ def _train(
     plan = make_plan(path, overrides, world_size)
     if rank == 0:
         logger.info("Starting %s in %d process%s", path, world_size, "es" if world_size > 1 else "")
-    # torch takes seconds to import: a mistake is answered before. What it makes stays: looking
+    # torch takes seconds to import: mistakes are reported before. What it makes stays: looking
     # for garbage among it would take a tenth of them.
     gc.disable()
     from titan_lite.optim.nonfinite import NonFiniteError
@@ -106,7 +106,7 @@ def _train(
             # A document that cannot be read: the message has its file and line.
             return _end(error)
         has_timed_out = "timed out" in str(error).lower()
-        # Those who waited in vain have nothing to add to each other.
+        # Ranks that waited for another one have the same message.
         if is_first_to_say("timed out" if has_timed_out else str(error)):
             logger.error("%s", error)
             logger.exception("Failed in step %d (%s)", stop.progress.step, stop.progress.phase)
@@ -123,7 +123,7 @@ def _train(
 
 
 def _end(error: Exception) -> int:
-    """Ends a failed process with a sentence that says all, and without a traceback."""
+    """Ends a failed process with one sentence, without a traceback."""
     if is_first_to_say(str(error)):
         logger.error("%s", error)
     _leave_others(EXIT_FAILED)

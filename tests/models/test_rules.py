@@ -69,13 +69,12 @@ def test_heads_that_do_not_divide_the_width_are_refused() -> None:
     [
         (
             ["--model.dim=24", "--model.num_heads=8"],
-            "rotary_fraction (1) of the 3 features of a head is 3: pairs of features are rotated, "
-            "at least one",
+            "rotary_fraction (1) of the 3 features of a head is 3; it must be even and at least 2",
         ),
         (
             ["--model.num_heads=8", "--model.rotary_fraction=0.01"],
-            "rotary_fraction (0.01) of the 32 features of a head is 0: pairs of features are "
-            "rotated, at least one",
+            "rotary_fraction (0.01) of the 32 features of a head is 0; it must be even and "
+            "at least 2",
         ),
     ],
 )
@@ -133,8 +132,8 @@ def test_a_tied_embedding_is_not_held_twice_by_a_rank() -> None:
         return [message for _, message in rules_broken(config, args)]
 
     assert broken("DualPipeV") == [
-        '"DualPipeV" has the first and the last stage on one rank, which would hold the tied '
-        "embedding twice; use a schedule without a V"
+        '"DualPipeV" has the first and the last stage on one rank, which does not support a '
+        "tied embedding; use a schedule without a V"
     ]
     assert not broken("1F1B")
 
@@ -145,8 +144,8 @@ def test_heads_that_ulysses_cannot_deal_to_the_ranks_are_refused() -> None:
         return [message for _, message in rules_broken(config, LLAMA.flavors["debug"])]
 
     assert broken(cp=8, tp=2, cp_method="ulysses") == [
-        "num_heads (8) / parallel.tp (2) = 4 is not divisible by parallel.cp (8), as "
-        '"ulysses" deals heads to ranks; cp_method "ring" does not'
+        "num_heads (8) / parallel.tp (2) = 4 is not divisible by parallel.cp (8), which "
+        'cp_method "ulysses" requires; use cp_method = "ring"'
     ]
     assert not broken(cp=8, tp=2, cp_method="ring")
     # 4 key/value heads: repeated for 8 ranks.
@@ -160,7 +159,7 @@ def test_weights_of_attention_are_not_dropped_where_no_rank_has_all_of_a_sequenc
         (
             ("parallel.cp", "model.flavor", "model.attention_dropout"),
             "attention_dropout (0.1) needs whole sequences, which parallel.cp (2) splits: use 0; "
-            "hidden_dropout acts all the same",
+            "hidden_dropout is supported",
         )
     ]
     assert not rules_broken(config, replace(dropping, attention_dropout=0.0))
@@ -179,8 +178,8 @@ def test_an_encoder_is_not_split_over_the_sequences_of_causal_attention() -> Non
     assert rules_broken(config, BERT.flavors["base"]) == [
         (
             ("model.name", "parallel.cp"),
-            "2 ranks exchange keys and values for causal attention, and an encoder attends to what "
-            "follows as well: use parallel.cp = 1",
+            "2 is not supported: context parallel requires causal attention, which an encoder does "
+            "not have; use parallel.cp = 1",
         )
     ]
 
@@ -192,7 +191,7 @@ def test_a_residual_stream_that_is_normalised_is_neither_parallel_nor_kept_wide(
     assert rules_broken(config, replace(BERT.flavors["base"], **given)) == [
         (
             ("model.name", "model.flavor", f"model.{name}"),
-            f"{name} has no effect: the residual stream of this model is what its norms give",
+            f"{name} has no effect: it is not supported by post-norm models",
         )
     ]
     assert not rules_broken(config, replace(MEGATRON_BERT.flavors["base"], **given))
@@ -232,7 +231,7 @@ def test_broken_rules_of_the_configuration_and_of_the_model_come_together() -> N
     [
         (
             "data.packing=none",
-            '"none" has no effect: samples of "bert" are made as [masked_lm] says',
+            '"none" does not apply to "bert"; its samples are built by [masked_lm]',
         ),
         (
             "attention.kernel=cudnn",
@@ -241,12 +240,12 @@ def test_broken_rules_of_the_configuration_and_of_the_model_come_together() -> N
         ),
         (
             "training.seq_len=7",
-            '7 tokens are too few for two parts and what is put around them; "bert" needs 8',
+            '7 must be at least 8 for a pair of "bert": two texts and their special tokens',
         ),
         (
             "data.shuffle_buffer=127",
-            "data.shuffle_buffer (127) leaves fewer than 2 documents to each of the "
-            "data.num_streams (64): there is no other one to take a part from that does not follow",
+            "data.shuffle_buffer (127) / data.num_streams (64) is below 2: next-sentence pairs "
+            "need at least 2 documents per stream",
         ),
     ],
 )

@@ -347,7 +347,7 @@ def test_the_compiler_keeps_to_the_memory_budget(one_process: Workers, tmp_path:
         (
             ["mode=fraction", "fraction=0.2"],
             "fraction",
-            "fraction (0.2) of the model's num_layers (4) is no layer",
+            "fraction (0.2) x num_layers (4) rounds down to 0 layers",
         ),
     ],
 )

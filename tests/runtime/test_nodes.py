@@ -53,7 +53,9 @@ def test_nodes_start_together_and_end_with_the_worst_code(
     other.poll()
     assert not first.failed
     assert not other.failed
-    verdicts = together(lambda: first.agree(0, asked=False), lambda: other.agree(75, asked=True))
+    verdicts = together(
+        lambda: first.agree(0, is_stopping=False), lambda: other.agree(75, is_stopping=True)
+    )
     assert verdicts == [Verdict(75, again=False)] * 2
 
 
@@ -64,7 +66,7 @@ def test_a_failure_on_one_node_reaches_the_others_and_is_tried_again_as_often_as
     for attempt in (0, 1):
         other.fail()
         verdicts = together(
-            lambda: first.agree(143, asked=False), lambda: other.agree(1, asked=False)
+            lambda: first.agree(143, is_stopping=False), lambda: other.agree(1, is_stopping=False)
         )
         assert first.failed
         assert verdicts == [Verdict(1, again=attempt == 0)] * 2
@@ -85,12 +87,12 @@ def test_the_end_of_one_node_by_a_failure_is_told_to_the_others_that_still_run(
         while not node.failed and time.monotonic() < deadline:
             node.poll()
             time.sleep(0.01)
-        return node.agree(143, asked=False)
+        return node.agree(143, is_stopping=False)
 
     nodes = [first, other]
     for failing, running in (nodes, reversed(nodes)):
         verdicts = together(
-            partial(failing.agree, 1, asked=False), partial(run_until_failed, running)
+            partial(failing.agree, 1, is_stopping=False), partial(run_until_failed, running)
         )
         assert running.failed
         assert [verdict.code for verdict in verdicts] == [1, 1]
@@ -102,13 +104,15 @@ def test_mistakes_and_stops_are_not_tried_again(
     together: Callable[..., list[object]], port: int
 ) -> None:
     first, other = meet(together, port)
-    verdicts = together(lambda: first.agree(1, asked=False), lambda: other.agree(2, asked=False))
+    verdicts = together(
+        lambda: first.agree(1, is_stopping=False), lambda: other.agree(2, is_stopping=False)
+    )
     assert verdicts == [Verdict(2, again=False)] * 2
     alone = FirstNode(replace(JOB, NNODES=1), print)
     alone.start(0)
-    assert alone.agree(1, asked=True) == Verdict(1, again=False)
+    assert alone.agree(1, is_stopping=True) == Verdict(1, again=False)
     alone.start(0)
-    assert alone.agree(1, asked=False) == Verdict(1, again=False)
+    assert alone.agree(1, is_stopping=False) == Verdict(1, again=False)
 
 
 def test_a_node_that_has_gone_fails_the_attempt_and_can_be_replaced(
@@ -116,14 +120,14 @@ def test_a_node_that_has_gone_fails_the_attempt_and_can_be_replaced(
 ) -> None:
     first, other = meet(together, port)
     other._first.close()  # type: ignore[attr-defined]
-    assert together(lambda: first.agree(143, asked=False)) == [Verdict(1, again=True)]
+    assert together(lambda: first.agree(143, is_stopping=False)) == [Verdict(1, again=True)]
     started, replaced = together(
         lambda: first.start(9), lambda: join(JOB, "localhost", port, print)
     )
     assert (started.attempt, replaced.start(0).node) == (1, 1)
     # The first one goes: it holds the store, and nobody can take its place.
     first._running[0].close()  # type: ignore[attr-defined]
-    verdict = replaced.agree(75, asked=False)
+    verdict = replaced.agree(75, is_stopping=False)
     assert replaced.failed
     assert verdict == Verdict(1, again=False)
 
@@ -143,13 +147,13 @@ def test_a_node_of_another_job_or_too_many_are_refused(
 
     def answer() -> None:
         with contextlib.suppress(NodesError):
-            first.agree(0, asked=False)
+            first.agree(0, is_stopping=False)
 
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(answer)
         with pytest.raises(NodesError, match=message) as error:
             join(job, "localhost", port, print)
-        _other.agree(0, asked=False)
+        _other.agree(0, is_stopping=False)
         waiting.result(timeout=GUARD)
     assert error.value.code == 2
 

@@ -106,7 +106,7 @@ class EncoderArgs(DecoderArgs):
 
     causal: ClassVar[bool] = False
     num_token_types: int = 2
-    """Rows of the embedding that tells the texts of a pair apart."""
+    """Rows of the embedding of token types (first or second text of a pair)."""
     post_norm: bool = False
     """Blocks normalise after they add to the residual stream, the embeddings are normalised, and
     there is no final norm: the original BERT. Otherwise blocks are those of a decoder."""

@@ -4,7 +4,7 @@ Sources. Original: arXiv:1810.04805 and Hugging Face's BertForPreTraining, which
 each sum. Megatron: arXiv:1909.08053, section 5.3, which moves the norms before attention and
 feed-forward and adds a final one; its flavors are those of the BERT-base and BERT-large that NeMo
 trained on a 64,000-token vocabulary with a table of 2,048 positions and LayerNorm epsilon 1e-5.
-Both predict hidden tokens through a transform and the tied embedding with a bias of its own, and
+Both predict masked tokens through a transform and the tied embedding with a separate bias, and
 whether the second text follows the first. Both train with dropout of 0.1.
 """
 
@@ -44,9 +44,9 @@ def _megatron(args: EncoderArgs) -> EncoderArgs:
     return replace(args, vocab_size=64_000, max_seq_len=2048, norm_eps=1e-5, post_norm=False)
 
 
-def _parameters(ours: str, theirs: str) -> dict[str, str]:
+def _parameters(name: str, hf_name: str) -> dict[str, str]:
     """Rows for a module's weight and bias."""
-    return {f"{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")}
+    return {f"{name}.{kind}": f"{hf_name}.{kind}" for kind in ("weight", "bias")}
 
 
 _BASE, _LARGE = _bert(768, 12, 12), _bert(1024, 24, 16)
@@ -78,7 +78,7 @@ _KEY_MAP = {
 }
 _CONFIG = HFConfig(
     architecture="BertForPreTraining",
-    # What Google's own files say, which have both heads.
+    # The class of Google's own files, which have both heads.
     aliases=("BertForMaskedLM",),
     model_type="bert",
     args=EncoderArgs,
@@ -120,7 +120,7 @@ _CONFIG = HFConfig(
         "add_cross_attention": False,
     },
 )
-# A second name of the output's bias, and numbers from 0 on, in old files.
+# A second name of the output's bias, and numbers from 0, in old files.
 _IGNORED = ("cls.predictions.decoder.bias", "bert.embeddings.position_ids")
 
 MEGATRON_BERT = Family(

@@ -16,9 +16,10 @@ class Family:
     name: str
     """Value of model.name."""
     flavors: Mapping[str, DecoderArgs]
-    """Published sizes by the name that model.flavor says."""
+    """Published sizes by the name that model.flavor selects."""
     build: str
-    """Where to build it: "module:function" of (args) -> nn.Module, imported only when built."""
+    """The function that builds it: "module:function" of (args) -> nn.Module, imported only when
+    built."""
     tp_plan: tuple[PlanRow, ...]
     """Tensor-parallel roles; the module of each parameter is matched by exactly one row."""
     hf_key_map: Mapping[str, str]
@@ -30,4 +31,4 @@ class Family:
     hf_layouts: Mapping[str, HFLayout] = field(default_factory=dict)
     """Hugging Face's parameter names -> how they are stored, where not as ours."""
     hf_ignored: tuple[str, ...] = ()
-    """Tensors in files of Hugging Face's that are no parameters."""
+    """Tensors in Hugging Face files that are not parameters."""

@@ -39,15 +39,15 @@ def _learned(args: DecoderArgs) -> DecoderArgs:
     return replace(args, ffn="gelu_tanh", positions="learned", tied_head=True)
 
 
-def _parameters(ours: str, theirs: str) -> dict[str, str]:
+def _parameters(name: str, hf_name: str) -> dict[str, str]:
     """Rows for a module's weight and bias."""
-    return {f"{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")}
+    return {f"{name}.{kind}": f"{hf_name}.{kind}" for kind in ("weight", "bias")}
 
 
-def _fused(theirs: str) -> dict[str, str]:
+def _fused(hf_name: str) -> dict[str, str]:
     """Rows for the weights and biases of query, key and value."""
-    parts = [_parameters(f"layers.*.attention.{ours}", theirs) for ours in ("wq", "wk", "wv")]
-    return {ours: name for rows in parts for ours, name in rows.items()}
+    parts = [_parameters(f"layers.*.attention.{name}", hf_name) for name in ("wq", "wk", "wv")]
+    return {name: hf for rows in parts for name, hf in rows.items()}
 
 
 _DEBUG = _neox(256, 4, 8, 2048)

@@ -25,7 +25,7 @@ _SCALING_KEYS = {
 
 @dataclass(frozen=True, kw_only=True)
 class HFConfig:
-    """How config.json says what a family's args say."""
+    """How config.json stores a family's args."""
 
     architecture: str
     """The class in transformers, which `architectures` names."""
@@ -43,8 +43,8 @@ class HFConfig:
     fallbacks: Mapping[str, str] = field(default_factory=dict)
     """Keys that have another key's value where config.json lacks them, or has null."""
     names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """Keys whose values are called otherwise in the args: theirs -> ours. Of several of theirs for
-    one of ours the first is written."""
+    """Keys whose values have other names in the args: Hugging Face -> args. Where several Hugging
+    Face names have one name in the args, the first is written."""
     constants: Mapping[str, object] = field(default_factory=dict)
     """Keys that can have no other value in this family, which is also transformers' default."""
 
@@ -62,7 +62,7 @@ class HFLayout:
     """
 
     groups: str = ""
-    """The args' number of groups that the rows of each part are dealt to, as in GPT-NeoX's
+    """The args' number of groups that the rows of each part are distributed over, as in GPT-NeoX's
     q, k, v of head 0, q, k, v of head 1, ...: "num_heads"; empty: each part in one piece."""
     transposed: bool = False
     """Stored as (in, out), as by GPT-2's Conv1D."""
@@ -96,12 +96,12 @@ def differences(
 ) -> dict[str, tuple[object, object]]:
     """Fields of the args -> (config.json's value, the args'), where they differ.
 
-    What is no part of the model is left out, as are dropout and the longest sequence: no weight
+    Settings outside of the model are left out, as are dropout and the longest sequence: no weight
     knows it, or the shape of learned positions does.
     """
-    theirs = args_from_hf(config, hf)
+    hf_args = args_from_hf(config, hf)
     pairs = {
-        known.name: (_value(theirs, known.name), _value(args, known.name))
+        known.name: (_value(hf_args, known.name), _value(args, known.name))
         for known in dataclasses.fields(args)
         if known.name not in UNCOMPARED
     }
@@ -141,7 +141,7 @@ def hf_config_from_args(
 def unsaid_in_hf(args: DecoderArgs, hf: HFConfig) -> str:
     """Returns the features of a model that config.json cannot express, or ""."""
     different = differences(hf_config_from_args(args, hf, dtype="float32"), hf, args)
-    words = [f"{name} {ours}, not {theirs}" for name, (theirs, ours) in different.items()]
+    words = [f"{name} {value}, not {hf_value}" for name, (hf_value, value) in different.items()]
     return f"{hf.architecture} cannot have {', '.join(words)}" if words else ""
 
 
@@ -163,11 +163,11 @@ def _theirs(value: Any, key: str, hf: HFConfig) -> Any:
     names = hf.names.get(key)
     if names is None:
         return value
-    return next((theirs for theirs, ours in names.items() if ours == value), next(iter(names)))
+    return next((hf_name for hf_name, name in names.items() if name == value), next(iter(names)))
 
 
 def _value(args: DecoderArgs, name: str) -> Any:
-    """The field of the args, which for head_dim may be said by other fields."""
+    """The field of the args, which for head_dim may come from other fields."""
     return args.head_size if name == "head_dim" else getattr(args, name)
 
 
@@ -188,7 +188,7 @@ def _flatten_rope(config: Mapping[str, Any], hf: HFConfig) -> Mapping[str, Any]:
     rope = dict(config.get("rope_parameters") or {})
     if not rope:
         return config
-    found = {
+    flat = {
         hf.keys.get(name, key): rope.pop(key)
         for name, key in (
             ("rope_theta", "rope_theta"),
@@ -196,11 +196,11 @@ def _flatten_rope(config: Mapping[str, Any], hf: HFConfig) -> Mapping[str, Any]:
         )
         if key in rope
     }
-    return {**config, **found, "rope_scaling": rope}
+    return {**config, **flat, "rope_scaling": rope}
 
 
 def _read_scaling(scaling: Mapping[str, Any] | None) -> RopeScaling | None:
-    # Older files say "type".
+    # Older files have "type".
     kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
     if scaling is None or kind == "default":
         return None

@@ -27,7 +27,7 @@ class Plan(LoadedConfig):
     micro_steps: int
     """Micro-batches of a rank in an optimizer step."""
     run_folder: Path
-    """Where the run writes."""
+    """Folder that the run writes to."""
     checkpoint_folder: Path
 
 

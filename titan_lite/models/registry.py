@@ -41,7 +41,7 @@ def families() -> Mapping[str, Family]:
 
 
 def resolve(section: Model) -> tuple[Family, DecoderArgs]:
-    """The family and the args that [model] asks for, its overrides applied.
+    """The family and the args of [model], with its overrides applied.
 
     SettingError names an unknown family, flavor or override and the nearest one that exists.
     """
@@ -70,16 +70,18 @@ def family_of(config: Mapping[str, Any], registered: Mapping[str, Family]) -> Fa
         if family.hf_config is not None
     }
     # Those of plugins come later.
-    found = [registered[name] for name, hf in known.items() if hf.is_called(wanted)]
-    if not found:
+    matching = [registered[name] for name, hf in known.items() if hf.is_called(wanted)]
+    if not matching:
         raise ValueError(
             f"config.json: no model family here is of architectures {wanted} "
             f"(known: {', '.join(sorted({hf.architecture for hf in known.values()}))})"
         )
     fitting = (
-        family for family in found if family.hf_config and not unfit_keys(config, family.hf_config)
+        family
+        for family in matching
+        if family.hf_config and not unfit_keys(config, family.hf_config)
     )
-    return next(fitting, found[0])
+    return next(fitting, matching[0])
 
 
 def _look_up(key: str, name: str, known: Mapping[str, T]) -> T:

@@ -21,7 +21,7 @@ Role = Literal[
     # Embedding table kept whole on every rank, looks up its own part of the sequence (positions,
     # token types).
     "positions",
-    # Has no parameters of its own: gathers its sequence-split input once for its children.
+    # Has no parameters: gathers its sequence-split input once for its children.
     "gather",
     # Output projection split over the vocabulary; gathers the sequence, the logits stay split.
     "head",

@@ -1,4 +1,4 @@
-"""What a run may ask of its model: the configuration's rules together with the model's."""
+"""Rules between the configuration and the model."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -46,8 +46,9 @@ def objective_rules(config: Config, family: Family) -> Iterator[SettingError]:
     if data.packing != "concat":
         yield SettingError(
             ("model.name", "data.packing"),
-            f"{quote(data.packing)} has no effect: samples of {quote(family.name)} are made as "
-            "[masked_lm] says",
+            f"{quote(data.packing)} does not apply to {quote(family.name)}; its samples are built "
+            "by "
+            "[masked_lm]",
         )
     if config.attention.kernel == "cudnn":
         yield SettingError(
@@ -58,15 +59,14 @@ def objective_rules(config: Config, family: Family) -> Iterator[SettingError]:
     if config.training.seq_len < SHORTEST_PAIR:
         yield SettingError(
             ("model.name", "training.seq_len"),
-            f"{config.training.seq_len} tokens are too few for two parts and what is put around "
-            f"them; {quote(family.name)} needs {SHORTEST_PAIR}",
+            f"{config.training.seq_len} must be at least {SHORTEST_PAIR} for a pair of "
+            f"{quote(family.name)}: two texts and their special tokens",
         )
     if masked.next_sentence and data.shuffle_buffer < 2 * data.num_streams:
         yield SettingError(
             ("masked_lm.next_sentence", "data.num_streams", "data.shuffle_buffer"),
-            f"data.shuffle_buffer ({data.shuffle_buffer}) leaves fewer than 2 documents to each of "
-            f"the data.num_streams ({data.num_streams}): there is no other one to take a part from "
-            "that does not follow",
+            f"data.shuffle_buffer ({data.shuffle_buffer}) / data.num_streams ({data.num_streams}) "
+            f"is below 2: next-sentence pairs need at least 2 documents per stream",
         )
 
 
@@ -89,14 +89,14 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
         yield SettingError(
             ("parallel.cp", "parallel.cp_method", "parallel.tp", "model.num_heads"),
             f"num_heads ({args.num_heads}) / parallel.tp ({tp}) = {heads} is not divisible by "
-            f'parallel.cp ({cp}), as "ulysses" deals heads to ranks; cp_method "ring" does not',
+            f'parallel.cp ({cp}), which cp_method "ulysses" requires; use cp_method = "ring"',
         )
     parallel = config.parallel
     if args.tied_head and parallel.pp > 1 and parallel.is_v_schedule:
         yield SettingError(
             ("parallel.pp_schedule", "model.tied_head"),
-            f'"{parallel.pp_schedule}" has the first and the last stage on one rank, which would '
-            "hold the tied embedding twice; use a schedule without a V",
+            f'"{parallel.pp_schedule}" has the first and the last stage on one rank, which does '
+            "not support a tied embedding; use a schedule without a V",
         )
     section, layers = config.activation_checkpoint, args.num_layers
     if section.mode == "first_k" and section.first_k > layers:
@@ -107,7 +107,7 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
     if section.mode == "fraction" and not section.layers(layers):
         yield SettingError(
             ("activation_checkpoint.fraction", "model.num_layers"),
-            f"fraction ({section.fraction:g}) of the model's num_layers ({layers}) is no layer",
+            f"fraction ({section.fraction:g}) x num_layers ({layers}) rounds down to 0 layers",
         )
     known = ["name", *(field.name for field in dataclasses.fields(args))]
     for name in config.checkpoint.allow_model_changes:
@@ -135,7 +135,7 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
         yield SettingError(
             ("parallel.cp", "model.flavor", "model.attention_dropout"),
             f"attention_dropout ({args.attention_dropout:g}) needs whole sequences, which "
-            f"parallel.cp ({cp}) splits: use 0; hidden_dropout acts all the same",
+            f"parallel.cp ({cp}) splits: use 0; hidden_dropout is supported",
         )
     if args.positions == "learned":
         for key in ("rotary_fraction", "rope_theta"):
@@ -160,20 +160,20 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
 
 
 def _encoder_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
-    """What only decoders can do, or only pre-norm blocks."""
+    """Features that only decoders support, or only pre-norm blocks."""
     if not isinstance(args, EncoderArgs):
         return
     if (cp := config.parallel.cp) > 1:
         yield SettingError(
             ("model.name", "parallel.cp"),
-            f"{cp} ranks exchange keys and values for causal attention, and an encoder attends to "
-            "what follows as well: use parallel.cp = 1",
+            f"{cp} is not supported: context parallel requires causal attention, which an encoder "
+            "does not have; use parallel.cp = 1",
         )
     for name in ("parallel_residual", "fp32_residual"):
         if args.post_norm and getattr(args, name):
             yield SettingError(
                 ("model.name", "model.flavor", f"model.{name}"),
-                f"{name} has no effect: the residual stream of this model is what its norms give",
+                f"{name} has no effect: it is not supported by post-norm models",
             )
 
 
@@ -189,5 +189,5 @@ def _head_rules(args: DecoderArgs) -> Iterator[SettingError]:
         yield SettingError(
             ("model.flavor", "model.dim", "model.num_heads", "model.rotary_fraction"),
             f"rotary_fraction ({args.rotary_fraction:g}) of the {args.head_size} features of a "
-            f"head is {args.rotary_dim}: pairs of features are rotated, at least one",
+            f"head is {args.rotary_dim}; it must be even and at least 2",
         )

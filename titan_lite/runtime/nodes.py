@@ -78,10 +78,10 @@ class Nodes(Protocol):
         """Tells the others that this attempt has failed."""
 
     def stop(self) -> None:
-        """Tells the others that this attempt has ended as asked, before all processes listened."""
+        """Reports to the others that a signal ended this attempt before all processes listened."""
 
-    def agree(self, code: int, *, asked: bool) -> Verdict:
-        """Waits for the end of the attempt on all nodes; asked: whether this one was to stop."""
+    def agree(self, code: int, *, is_stopping: bool) -> Verdict:
+        """Waits for the end of the attempt on all nodes; is_stopping: a signal stopped this one."""
 
 
 class Connection:
@@ -178,17 +178,17 @@ class FirstNode:
             for member in self._running:
                 member.send(stopped=True)
 
-    def agree(self, code: int, *, asked: bool) -> Verdict:
+    def agree(self, code: int, *, is_stopping: bool) -> Verdict:
         if code not in ORDERLY:
             self.fail()
         while len(self._ended) < len(self._running):
             time.sleep(POLL_SECONDS)
             self._admit()
         codes = [code, *(ended for ended, _ in self._ended.values())]
-        was_asked = asked or any(asked for _, asked in self._ended.values())
+        is_stopping |= any(stopping for _, stopping in self._ended.values())
         is_left = self._attempt < self._job.MAX_RESTARTS
         code = worst_code(codes)
-        verdict = Verdict(code, code == EXIT_FAILED and is_left and not was_asked)
+        verdict = Verdict(code, code == EXIT_FAILED and is_left and not is_stopping)
         for member in self._running:
             member.send(verdict=asdict(verdict))
         return verdict
@@ -246,7 +246,7 @@ class FirstNode:
             if "stopped" in message:
                 self.stop()
             if "code" in message:
-                self._ended[member] = message["code"], message["asked"]
+                self._ended[member] = message["code"], message["is_stopping"]
         if not member.is_open and member in self._running and member not in self._ended:
             self._ended[member] = EXIT_FAILED, False
             self._say(f"Node {self._running.index(member) + 1} has gone")
@@ -288,10 +288,10 @@ class OtherNode:
             self.stopped = True
             self._first.send(stopped=True)
 
-    def agree(self, code: int, *, asked: bool) -> Verdict:
+    def agree(self, code: int, *, is_stopping: bool) -> Verdict:
         if code not in ORDERLY:
             self.fail()
-        self._first.send(code=code, asked=asked)
+        self._first.send(code=code, is_stopping=is_stopping)
         while self._verdict is None:
             if not self._first.is_open:
                 self._say(f"The node at {self._endpoint} has gone")
