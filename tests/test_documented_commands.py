@@ -32,7 +32,7 @@ from titan_lite.runtime.distributed import Process
 from titan_lite.training.open_run import open_run
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(
     r"(?:<!-- not run: (.*?) -->\n)?^( *)```(\w*)\n(.*?)^\2```$", re.MULTILINE | re.DOTALL
 )
@@ -201,6 +201,34 @@ def test_every_command_of_the_pages_works(
         except (Exception, SystemExit) as error:
             failed[str(command)] = f"{error!r:.600} {capsys.readouterr().err}"
     assert failed == {}
+
+
+GUIDES = sorted((ROOT / "docs/how_to").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
+def test_a_guide_ends_with_a_command_that_is_run(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    (last,) = commands_of("page", text[text.rindex("```bash") :])
+    assert text.endswith("\n```\n")
+    assert last.not_run == ""
+
+
+def test_the_index_lists_every_page() -> None:
+    docs = ROOT / "docs"
+    linked = set(re.findall(r"\]\((\w[\w/]*\.md)\)", (docs / "README.md").read_text()))
+    pages = {str(page.relative_to(docs)) for page in docs.rglob("*.md")}
+    assert linked == pages - {"README.md"}
+
+
+def test_an_export_generates_text_as_its_guide_shows(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    text = (ROOT / "docs/how_to/export_and_evaluate.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(program.replace("exported_model", "outputs/checkpoint/hf"), {})
+    assert "Call me" in capsys.readouterr().out
 
 
 def test_a_preset_on_another_number_of_nodes_is_a_failure(

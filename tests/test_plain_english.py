@@ -108,7 +108,7 @@ def rooms() -> dict[str, list[Path]]:
     package = ROOT / "titan_lite"
     for path in package.rglob("*.py"):
         by_room.setdefault(path.relative_to(package).parts[0].removesuffix(".py"), []).append(path)
-    by_room["docs"] = [*(ROOT / "docs").glob("*.md")]
+    by_room["docs"] = [*(ROOT / "docs").rglob("*.md")]
     by_room["pages"] = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
     by_room["scripts"] = [*ROOT.glob("*.sh"), *(ROOT / "scripts").glob("*.*")]
     by_room["toml"] = [*ROOT.glob("*.toml"), *(ROOT / "train_configs").rglob("*.toml")]
