@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from titan_lite.config.arguments import UsageError, split_arguments
 from titan_lite.config.load import ConfigError, Problem, load_config
 from titan_lite.config.schema import Model
 from titan_lite.models.plan import make_plan
@@ -124,7 +125,7 @@ def _scaling(argv: Sequence[str]) -> int:
     configs = [argument for argument in rest if not argument.startswith("-")]
     overrides = [*(argument for argument in rest if argument.startswith("-")), *NO_FILES]
     if not configs:
-        raise ConfigError([Problem("CONFIG", "command line", "at least one file is required")])
+        raise UsageError("expected at least one configuration")
     cluster = _cluster(options)
     rows = plan_scaling.scaling(configs, cluster, options.gpus, overrides)
     print(plan_scaling.report(rows, cluster, as_json=options.json))
@@ -214,10 +215,8 @@ def _parse(
 ) -> tuple[argparse.Namespace, str | None, list[str]]:
     """The options, CONFIG and the overrides, in any order."""
     options, rest = parser.parse_known_args(argv)
-    path = next((argument for argument in rest if not argument.startswith("-")), None)
-    overrides = [argument for argument in rest if argument != path]
     logging.basicConfig(format="titan-lite: warning: %(message)s", level=logging.ERROR)
-    return options, path, overrides
+    return options, *split_arguments(rest)
 
 
 def _cluster(options: argparse.Namespace) -> Cluster:
