@@ -135,6 +135,14 @@ class Rates:
         whole = self.args.dim / (job.tp if job.sequence_parallel else 1)
         return 2 * self.bytes.norm[0] * whole * job.local_tokens * self.scale / self.hbm
 
+    def loss(self, job: Job, tokens: float, rows: float) -> float:
+        """Seconds of the cross-entropy of tokens over this many rows of the vocabulary."""
+        return job.loss_bytes * tokens * rows / (self.hbm * self.k["loss"])
+
+    def optimizer(self, job: Job, params: float) -> float:
+        """Seconds of the optimizer's step on a rank's parameters."""
+        return job.optimizer_bytes * params / (self.hbm * self.k["optimizer"])
+
     @property
     def block_matrix(self) -> float:
         """Elements of one block's matrices."""

@@ -142,7 +142,7 @@ class StepModel:
             tokens = job.local_tokens * job.head_share
             rows = self.args.padded_vocab_size / job.tp
             matmul = sum(self.rates.linear(tokens, self.args.dim, rows))
-            loss = job.loss_bytes * tokens * rows / self.rates.hbm
+            loss = self.rates.loss(job, tokens, rows)
             size = 2 * self.rates.scale * job.local_tokens * self.args.dim
             found = self._heads[key] = matmul + loss, 4 * self.ring(size, job.tp, 1)
         return found
@@ -161,7 +161,7 @@ class StepModel:
             self._replicated(job, block, parts)
         local = self.params / (job.tp * job.pp)
         held = job.shards if job.sharding != "ddp" else 1
-        parts["optimizer"] = job.optimizer_bytes * local / held / self.rates.hbm
+        parts["optimizer"] = self.rates.optimizer(job, local / held)
         if m > 1 and (job.syncs_last or job.sharding != "fsdp" or job.pp > 1):
             parts["optimizer"] += m * job.accumulate_bytes * local / self.rates.hbm
         doublings = math.log2(max(1, job.gpus / self.cluster.gpus_per_node))

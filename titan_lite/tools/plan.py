@@ -23,6 +23,7 @@ FORMS = """
 other forms, each with its own --help:
   plan search CONFIG --world-size N [--count K] [--write FILE]
   plan scaling CONFIG ... [--gpus N,N,...] [--plot FILE]
+  plan calibrate [-o cluster.toml]
   plan recalibrate RUN
   plan validate ROWS.toml [--constants fitted|literature|leave-one-system-out] [--fit]
 """
@@ -45,7 +46,7 @@ NO_FILES = ('--checkpoint.initial_load_hf=""', "--metrics.enable_wandb=false")
 def main(argv: list[str]) -> int:
     """Runs one form of the command."""
     commands = {"validate": _validate, "search": _search, "scaling": _scaling}
-    commands["recalibrate"] = _recalibrate
+    commands |= {"calibrate": _calibrate, "recalibrate": _recalibrate}
     if argv[:1] and argv[0] in commands:
         return commands[argv[0]](argv[1:])
     return _plan(argv)
@@ -131,6 +132,32 @@ def _scaling(argv: Sequence[str]) -> int:
     print(plan_scaling.report(rows, cluster, as_json=options.json))
     if options.plot:
         plan_scaling.plot(rows, cluster, options.plot)
+    return 0
+
+
+def _calibrate(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="titan-lite plan calibrate",
+        description="Measures this machine's devices for about two minutes, and writes a cluster's "
+        "file for --cluster. Nothing else must run. Of several nodes: torchrun --no-python "
+        "titan-lite plan calibrate, on each.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "-o", "--output", default="this-machine.toml", metavar="FILE", help="(this-machine.toml)"
+    )
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="default: one per GPU, 2 without GPUs"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=120.0, metavar="S", help="to measure for, about (120)"
+    )
+    parser.add_argument("--price", type=float, default=0.0, metavar="P", help="of a GPU-hour")
+    options = parser.parse_args(argv)
+    # Imports torch, which the other forms do without.
+    from titan_lite.tools import calibrate
+
+    calibrate.main(options.output, options.processes, options.seconds, options.price)
     return 0
 
 

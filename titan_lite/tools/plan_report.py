@@ -58,7 +58,7 @@ def facts(p: Prediction, better: Sequence[Advice]) -> dict[str, Any]:
             "wps": p.step.wps,
             "tflops": p.tflops,
             "mfu": p.mfu,
-            "watts": p.step.watts,
+            "watts": p.step.watts or None,
             "parts": p.step.parts,
             "limit": limit(p),
             "notes": list(p.interval.notes),
@@ -68,8 +68,8 @@ def facts(p: Prediction, better: Sequence[Advice]) -> dict[str, Any]:
             "days": p.seconds / DAYS,
             "gpu_hours": p.gpu_hours,
             "cost": p.cost,
-            "mwh_devices": p.device_mwh,
-            "mwh_with_hosts": p.total_mwh,
+            "mwh_devices": p.device_mwh or None,
+            "mwh_with_hosts": p.total_mwh if p.device_mwh else None,
         },
         "advice": [
             {
@@ -117,8 +117,7 @@ def text(p: Prediction, better: Sequence[Advice]) -> str:
         f"  time        {p.seconds / DAYS:,.2f} days "
         f"({p.seconds * low / seconds / DAYS:,.2f} to {p.seconds * high / seconds / DAYS:,.2f})",
         f"  GPU-hours   {p.gpu_hours:,.0f}, {_cost(p)}",
-        f"  energy      {p.device_mwh:,.3g} MWh of the devices ({p.step.watts:.0f} W each), "
-        f"{p.total_mwh:,.3g} MWh with hosts and PUE {p.cluster.pue:g}",
+        f"  energy      {_energy(p)}",
     ]
     if better:
         lines.append("Would help most" if p.fits else "Would fit")
@@ -195,6 +194,15 @@ def _fit(p: Prediction) -> str:
 def _cost(p: Prediction) -> str:
     price = p.cluster.price_per_gpu_hour
     return f"${p.cost:,.0f} at ${price:g} each" if price else "no price in the cluster's file"
+
+
+def _energy(p: Prediction) -> str:
+    if not p.device_mwh:
+        return "no watts of the device in the cluster's file"
+    return (
+        f"{p.device_mwh:,.3g} MWh of the devices ({p.step.watts:.0f} W each), "
+        f"{p.total_mwh:,.3g} MWh with hosts and PUE {p.cluster.pue:g}"
+    )
 
 
 def _size(size: float) -> str:

@@ -1,0 +1,116 @@
+"""titan-lite plan calibrate: the fit on known machines, and a measurement by real processes."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from tests.distributed import Workers
+from titan_lite import cli
+from titan_lite.planner.cluster import Cluster, find_cluster
+from titan_lite.runtime.distributed import Process
+from titan_lite.tools import calibrate
+from titan_lite.tools.calibrate import Machine, explain, fit, to_toml
+
+# Two nodes of two devices.
+MACHINE = Machine(Process(0, 0, 4, torch.device("cpu")), per_node=2, budget=0.0)
+CONSTANTS = {
+    "kernel_us": 7.0,
+    "hbm": 0.6,
+    "matmul": 0.55,
+    "inner": 64.0,
+    "attention/flash": 0.2,
+    "attention_forward": 1.0,
+    "attention_forward_tokens": 120.0,
+    "attention_backward": 0.7,
+    "attention_backward_tokens": 450.0,
+    "loss": 0.5,
+    "optimizer": 0.8,
+    "link": 0.4,
+    "hop_us": 60.0,
+    "nic": 0.3,
+    "node_hop_us": 200.0,
+}
+
+
+def cluster(device: str) -> Cluster:
+    """Two devices a node, with the name of a shipped cluster's, as slow as a CPU."""
+    known = find_cluster(device)
+    slow = dataclasses.replace(
+        known.device, bf16_tflops=0.1, fp32_tflops=0.05, hbm_gbs=4.0, source=calibrate.MEASURED
+    )
+    return dataclasses.replace(known, device=slow, gpus_per_node=2, node_nic_gbs=2.0)
+
+
+@pytest.mark.parametrize("device", ["h100", "b200"])
+def test_the_fit_finds_the_constants_that_made_the_times(device: str, tmp_path: Path) -> None:
+    """On an architecture with constants of its own, and on one without."""
+    true = calibrate._with(cluster(device), CONSTANTS)
+    seconds = explain(true, MACHINE)
+    seconds |= {"alone": 1.0, "beside": 1.0 + 0.25 * seconds[f"{MACHINE.rings()[-9]}"]}
+    found = fit(cluster(device), MACHINE, seconds)
+    assert explain(found, MACHINE) == pytest.approx(explain(true, MACHINE), rel=2e-3)
+    assert found.measured.keys() == true.measured.keys() | {"interference"}
+    for name, value in true.measured.items():
+        assert found.measured[name] == pytest.approx(value, rel=0.01), name
+    file = tmp_path / "this-machine.toml"
+    file.write_text(to_toml(found, "a test", 2.5))
+    read = find_cluster(str(file))
+    assert read.calibrated
+    assert read.price_per_gpu_hour == 2.5
+    assert explain(read, MACHINE) == explain(found, MACHINE)
+
+
+def test_what_was_not_measured_keeps_its_constant() -> None:
+    """One device has no collectives."""
+    alone = Machine(Process(0, 0, 1, torch.device("cpu")), per_node=1, budget=0.0)
+    found = fit(cluster("h100"), alone, explain(cluster("h100"), alone))
+    assert not {"link", "hop_us", "nic", "node_hop_us", "interference"} & found.measured.keys()
+    assert "# Not measured: node_nic_gbs" in to_toml(found, "a test", 0.0)
+
+
+def measure() -> tuple[str, dict[str, float], dict[str, float]]:
+    process = Process.from_environment()
+    tiny = calibrate.Sizes(64, ((64, 64, 64), (128, 64, 128)), (64, 128), (16, 64), 128, (64, 4096))
+    with (
+        mock.patch.dict(calibrate.SIZES, cpu=tiny),
+        mock.patch.object(calibrate, "ROUNDS", 1),
+    ):
+        found, seconds, explained = calibrate.calibrate(process, per_node=2, budget=0.0)
+    return to_toml(found, "a test", 0.0), seconds, explained
+
+
+@pytest.mark.distributed
+def test_real_processes_measure_this_machine(
+    workers: Mapping[int, Workers], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of them come to the same file, from which plan predicts a run."""
+    (text, seconds, explained), (other, *_) = workers[2].run(measure)
+    assert text == other
+    assert seconds.keys() == explained.keys() | {"alone", "beside"}
+    assert all(0 < second < math.inf for second in [*seconds.values(), *explained.values()])
+    assert sum("ranks 2, stride 1" in name for name in seconds) == 6
+    file = tmp_path / "this-machine.toml"
+    file.write_text(text)
+    assert cli.main(["plan", "--cluster", str(file), "--world-size=2"]) == 0
+    assert "this-machine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "cluster.json"], "--output must be a .toml file in a folder that exists, got 'clu"),
+        (["-o", "nowhere/c.toml"], "--output must be a .toml file in a folder that exists"),
+        (["--processes=0"], "--processes must be at least 1, got 0"),
+    ],
+)
+def test_bad_input_is_one_message(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with mock.patch.object(calibrate, "count_gpus", return_value=0):
+        assert cli.main(["plan", "calibrate", *arguments]) == 2
+    assert message in capsys.readouterr().err
