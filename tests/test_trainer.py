@@ -19,9 +19,8 @@ FEW_STEPS = "--training.steps=3"
 
 
 def test_the_run_file_says_what_ran(one_process: Workers, tmp_path: Path) -> None:
-    one_process.run(
-        train, tmp_path, FEW_STEPS, "--activation_checkpoint.mode=full", "--model.num_layers=3"
-    )
+    settings = ("--activation_checkpoint.mode=full", "--model.num_layers=3", "--job.cluster=h100")
+    one_process.run(train, tmp_path, FEW_STEPS, *settings)
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["versions"]["torch"] == torch.__version__
     assert run["mesh"] == {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1}
@@ -35,6 +34,9 @@ def test_the_run_file_says_what_ran(one_process: Workers, tmp_path: Path) -> Non
     assert "document masks hide is not subtracted" in run["flops_per_token"]["formula"]
     assert run["flops_per_token"]["hardware"] > run["flops_per_token"]["model"]
     assert run["config"]["training"]["steps"] == 3
+    assert run["prediction"]["cluster"] == "h100"
+    seconds = [record["seconds_per_step"] for record in read_metrics(tmp_path)[1:]]
+    assert run["prediction"]["measured"]["seconds_per_step"] == pytest.approx(sum(seconds) / 2)
 
 
 def test_records_count_tokens_and_mark_the_warm_up(one_process: Workers, tmp_path: Path) -> None:

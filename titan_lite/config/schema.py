@@ -46,6 +46,9 @@ class Job(Section):
     """Run folder: run.json, metrics.jsonl, tb/, checkpoint/, profile/ are written below it."""
     description: str = ""
     """Free text, printed at start and kept in run.json."""
+    cluster: str = ""
+    """A cluster of assets/clusters/, or a TOML file as `titan-lite plan calibrate` writes it, whose
+    predictions run.json and the end of the run show beside the measured values."""
     plugins: list[str] = []
     """Modules that are imported before the configuration is checked, e.g. ["my_pkg.setup"], which
     may register model families."""

@@ -73,8 +73,9 @@ class Meter:
         self._last: Record = {}
         self._measured_tokens = 0
         self._measured_seconds = 0.0
+        self._measured_steps = 0
         self._excluded = 0.0
-        self._peak_memory_gib = 0.0
+        self.peak_memory_gib = 0.0
         if peak.tflops is None:
             logger.info("MFU is not measured: %s", peak.source)
         else:
@@ -115,6 +116,11 @@ class Meter:
     def data_wait(self) -> float:
         """Seconds that this rank has waited for data since the last log step."""
         return self._window.waited
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Mean since the warm-up window, None where no later step was logged."""
+        return self._measured_seconds / self._measured_steps if self._measured_steps else None
 
     def should_log(self, step: int) -> bool:
         """True for the first and the last step of this process and every `log_freq` steps."""
@@ -158,9 +164,10 @@ class Meter:
         else:
             self._measured_tokens += int(window.tokens)
             self._measured_seconds += seconds
+            self._measured_steps += step + 1 - window.first_step
         self._first = self._first or record
         self._last = record
-        self._peak_memory_gib = max(self._peak_memory_gib, record["memory_gib"])
+        self.peak_memory_gib = max(self.peak_memory_gib, record["memory_gib"])
         for sink in self._sinks:
             sink.write(record)
         return record
@@ -182,7 +189,7 @@ class Meter:
             kind = (
                 "resident in one process" if self._device.type == "cpu" else "active on one device"
             )
-            memory = f"{format_number(self._peak_memory_gib, '.2f')} GiB {kind}"
+            memory = f"{format_number(self.peak_memory_gib, '.2f')} GiB {kind}"
         wps_text = mfu = not_measured
         if self._measured_seconds > 0:
             wps = self._measured_tokens / (self._measured_seconds * self._num_devices)

@@ -62,7 +62,7 @@ def _plan(argv: Sequence[str]) -> int:
     parser.add_argument("--tokens", type=_tokens, help="of the whole run, as 2T or 300B")
     options, path, overrides = _parse(parser, argv)
     plan = make_plan(path, [*overrides, *NO_FILES], options.world_size, with_files=False)
-    cluster = _cluster(options)
+    cluster = _cluster(options, plan.config.job.cluster)
     job = read_job(plan.config, plan.dims, plan.family, plan.args)
     tokens = options.tokens or plan.config.training.steps * job.tokens
     prediction = predict(job, cluster, tokens)
@@ -93,7 +93,7 @@ def _search(argv: Sequence[str]) -> int:
         samples = training.local_batch_size * max(1, world_size // others)
     fixed = (*overrides, *NO_FILES, *ONE_DEVICE, f"--training.global_batch_size={samples}")
     plan = make_plan(path, fixed, 1, with_files=False)
-    cluster, start = _cluster(options), time.perf_counter()
+    cluster, start = _cluster(options, config.job.cluster), time.perf_counter()
     found = search(config, world_size, samples, plan.family, plan.args, cluster)
     best = found.best(options.count)
     if options.json:
@@ -229,7 +229,7 @@ def _parser(command: str, description: str, epilog: str = "") -> argparse.Argume
 
 def _cluster_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--cluster", default="h100", help="of assets/clusters/, or a TOML file (h100)"
+        "--cluster", help="of assets/clusters/, or a TOML file (job.cluster, else h100)"
     )
     parser.add_argument(
         "--price", type=float, metavar="P", help="of a GPU-hour, in place of the file's"
@@ -246,8 +246,8 @@ def _parse(
     return options, *split_arguments(rest)
 
 
-def _cluster(options: argparse.Namespace) -> Cluster:
-    cluster = find_cluster(options.cluster)
+def _cluster(options: argparse.Namespace, named: str = "") -> Cluster:
+    cluster = find_cluster(options.cluster or named or "h100")
     if options.price is None:
         return cluster
     return dataclasses.replace(cluster, price_per_gpu_hour=options.price)

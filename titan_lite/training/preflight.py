@@ -25,6 +25,7 @@ from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.data.tokenizer_files import files_in, load_tokenizer
 from titan_lite.models.hf_config import TUNABLE, UNCOMPARED
 from titan_lite.models.plan import Plan
+from titan_lite.planner.cluster import Cluster, find_cluster
 from titan_lite.runtime.folder_lock import FolderLock
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class Preflight:
 def preflight(plan: Plan) -> Preflight:
     """Reads the tokenizer and the checkpoint's state and finds the data; raises SettingErrors."""
     config = plan.config
+    named_cluster(plan)
     tokenizer = start = held_out = None
     sources: list[Source] = []
     with collecting() as problems:
@@ -79,6 +81,12 @@ def preflight(plan: Plan) -> Preflight:
     assert tokenizer is not None
     assert start is not None
     return Preflight(tokenizer, sources, held_out, start)
+
+
+def named_cluster(plan: Plan) -> Cluster | None:
+    """The cluster of job.cluster; ConfigError where there is none of that name."""
+    name = plan.config.job.cluster
+    return find_cluster(name, "job.cluster", plan.origin("job.cluster")) if name else None
 
 
 def check_contents(plan: Plan, found: Preflight) -> None:
