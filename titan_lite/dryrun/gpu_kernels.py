@@ -1,6 +1,7 @@
-"""Kernels of GPUs that keep other tensors for backward than the CPU's, as fake tensors see them."""
+"""Kernels of GPUs where the CPU has others, as fake tensors see them."""
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,17 +10,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
 from titan_lite.nn import norm
+from titan_lite.parallel import gradients
 
 
 @contextlib.contextmanager
 def gpu_kernels() -> Iterator[None]:
-    """RMSNorm in one kernel: the CPU takes it apart, and keeps its steps in float32."""
-    of_cpu = norm.rms_norm
-    norm.rms_norm = _rms_norm  # type: ignore[assignment]
+    """RMSNorm in one kernel, which keeps no step in float32; norms of whole gradients."""
+    of_cpu, chunk = norm.rms_norm, gradients.CPU_CHUNK
+    norm.rms_norm, gradients.CPU_CHUNK = _rms_norm, sys.maxsize  # type: ignore[assignment]
     try:
         yield
     finally:
-        norm.rms_norm = of_cpu
+        norm.rms_norm, gradients.CPU_CHUNK = of_cpu, chunk
 
 
 def _rms_norm(
