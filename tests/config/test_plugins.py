@@ -8,6 +8,11 @@ import pytest
 
 from titan_lite import cli
 from titan_lite.config.load import ConfigError, load_config
+from titan_lite.config.problems import SettingError
+from titan_lite.config.registry import SOURCES
+from titan_lite.config.schedules import SCHEDULES, Schedule
+from titan_lite.config.schema import Data
+from titan_lite.data.sources import resolve_source
 from titan_lite.models import registry
 from titan_lite.models.plan import make_plan
 
@@ -106,3 +111,44 @@ def test_a_module_that_cannot_be_found_is_named(module: str) -> None:
 def test_a_wrong_type_is_answered_as_for_any_key() -> None:
     with pytest.raises(ConfigError, match='expected a list of a string, got "x"'):
         load_config(None, ["--job.plugins=x"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("parallel.pp_schedule=1F1C", '"DualPipeV", got "1F1C"; did you mean "1F1B"?'),
+        ("metrics.sinks=['wand']", '"wandb", got ["wand"]; did you mean "wandb"?'),
+    ],
+)
+def test_a_name_that_nothing_registered_is_answered_with_those_that_are(
+    setting: str, message: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(None, [f"--{setting}"])
+    assert error.value.problems[0].message.endswith(message)
+
+
+def test_a_source_that_nothing_registered_is_answered_with_those_that_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(SOURCES, "_rows", {})
+    with pytest.raises(SettingError, match="registered: none"):
+        resolve_source(Data(dataset="s4://books"))
+    SOURCES.register("s3", "my_plugin:Books")
+    with pytest.raises(SettingError, match='no data source "s4"; did you mean "s3"'):
+        resolve_source(Data(dataset="s4://books"))
+    with pytest.raises(ValueError, match='another data source is already registered as "s3"'):
+        SOURCES.register("s3", "other:Books")
+
+
+def test_a_looped_schedule_of_a_plugin_chooses_its_stages(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(SCHEDULES, "_rows", dict(SCHEDULES))
+    SCHEDULES.register("Mine", Schedule(build="mine:Mine", stages_per_rank=None, min_per_rank=3))
+    settings = ["--parallel.pp=2", "--parallel.pp_schedule=Mine", "--parallel.pp_stages_per_rank=4"]
+    with pytest.raises(ConfigError, match='"Mine" on 2 ranks requires at least 6 micro-batches'):
+        make_plan(None, [*settings, "--training.global_batch_size=5"])
+    plan = make_plan(None, [*settings, "--training.global_batch_size=6"])
+    assert plan.config.parallel.num_stages == 8
+    assert "pp_stages_per_rank" not in caplog.text

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from titan_lite.config.schema import Metrics
 from titan_lite.metrics.record import METRICS
-from titan_lite.metrics.sinks import ConsoleSink, JsonlSink, WandbSink, open_sinks
+from titan_lite.metrics.sinks import ConsoleSink, Destination, JsonlSink, WandbSink, open_sinks
 from titan_lite.metrics.tensorboard_sink import TensorBoardSink
 
 
@@ -207,10 +207,15 @@ def test_tensorboard_takes_values_that_are_not_finite(tmp_path):
     assert math.isnan(value)
 
 
+def destination(folder, settings=None):
+    return Destination(folder=folder, start_step=0, num_steps=100, settings=settings or {})
+
+
 def test_tensorboard_can_be_switched_off(tmp_path):
-    off = open_sinks(Metrics(enable_tensorboard=False), tmp_path, num_steps=10, start_step=0)
+    off = open_sinks(Metrics(enable_tensorboard=False), destination(tmp_path))
     assert [type(sink) for sink in off] == [ConsoleSink, JsonlSink]
-    on = open_sinks(Metrics(), tmp_path, num_steps=10, start_step=0)
+    # One that is named as well is opened once.
+    on = open_sinks(Metrics(sinks=["tensorboard", "jsonl"]), destination(tmp_path))
     assert [type(sink) for sink in on] == [ConsoleSink, JsonlSink, TensorBoardSink]
     for sink in off + on:
         sink.close()
@@ -271,7 +276,7 @@ def test_wandb_gets_the_scalars_of_tensorboard_and_the_settings(tmp_path, monkey
     monkeypatch.setitem(sys.modules, "wandb", fake)
     section = Metrics(enable_wandb=True)
     settings = {"training": {"steps": 100}}
-    sinks = open_sinks(section, tmp_path, num_steps=100, start_step=0, settings=settings)
+    sinks = open_sinks(section, destination(tmp_path, settings))
     for sink in sinks:
         sink.write(record(1, warmup=True))
         sink.write(record(2))

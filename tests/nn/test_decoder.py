@@ -180,13 +180,7 @@ def test_fsdp2_mixed_precision_leaves_the_rope_tables_in_float32(one_process_gro
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize(
-    ("build_path", "message"),
-    [
-        ("titan_lite.nn.build", "must be 'module:function', not 'titan_lite.nn.build'"),
-        ("titan_lite.nn.build:typo", "module 'titan_lite.nn.build' has no function 'typo'"),
-    ],
-)
-def test_a_build_path_that_leads_nowhere_is_named(build_path: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("build_path", ["titan_lite.nn.build", "titan_lite.nn.build:typo"])
+def test_a_build_path_that_leads_nowhere_is_named(build_path: str) -> None:
+    with pytest.raises(ValueError, match=f'an existing "module:function", got "{build_path}"'):
         build(replace(LLAMA, build=build_path), ARGS)

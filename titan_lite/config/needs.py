@@ -1,7 +1,7 @@
 """The conditions under which keys have an effect, stated at the keys: schema.py annotates them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from pydantic import BaseModel
@@ -16,7 +16,7 @@ class Needs:
     def __init__(
         self,
         *keys: str,
-        values: tuple[Any, ...] = (),
+        values: Collection[Any] = (),
         above: float | None = None,
         unless: str = "",
     ) -> None:

@@ -73,13 +73,13 @@ def _attention(config: Config) -> Iterator[SettingError]:
 def _stages(config: Config) -> Iterator[SettingError]:
     """Checks the stages against the pipeline schedule."""
     parallel, schedule = config.parallel, quote(config.parallel.pp_schedule)
-    if parallel.splits_backward and config.compile.covers("model"):
+    if parallel.schedule.splits_backward and config.compile.covers("model"):
         yield SettingError(
             "parallel.pp_schedule",
             f"{schedule} computes input and weight gradients separately, which torch does not "
             'support for compiled blocks; use "Interleaved1F1B", or compile.enable = false',
         )
-    if parallel.splits_backward and config.activation_checkpoint.mode == "selective_op":
+    if parallel.schedule.splits_backward and config.activation_checkpoint.mode == "selective_op":
         yield SettingError(
             "parallel.pp_schedule",
             f"{schedule} computes input and weight gradients separately, and torch "
@@ -98,7 +98,6 @@ def _stages(config: Config) -> Iterator[SettingError]:
 def _micro_batches(config: Config, micro_steps: int, words: str) -> Iterator[SettingError]:
     """Checks the number of micro-batches against the pipeline schedule."""
     parallel, pp = config.parallel, config.parallel.pp
-    schedule = parallel.pp_schedule
     count = parallel.pp_micro_batches
     if count == -1:
         count = micro_steps
@@ -108,15 +107,15 @@ def _micro_batches(config: Config, micro_steps: int, words: str) -> Iterator[Set
             f"{count} does not divide the {micro_steps} micro-batches of a step ({words})",
         )
         return
-    least = {"1F1B": pp, "DualPipeV": 2 * pp}.get(schedule, 1)
-    multiple = pp if schedule in ("Interleaved1F1B", "InterleavedZeroBubble") else 1
+    least = max(1, parallel.schedule.min_per_rank * pp)
+    multiple = pp if parallel.schedule.multiple_of_ranks else 1
     if count < least or count % multiple:
         fits = f"at least {least}" if count < least else f"a multiple of {multiple}"
         step = "a step" if parallel.pp_micro_batches == -1 else "a pass"
         yield SettingError(
             "training.global_batch_size",
-            f"{quote(schedule)} on {pp} ranks requires {fits} micro-batches, but {step} has "
-            f"{count} ({words}); lower local_batch_size or raise global_batch_size",
+            f"{quote(parallel.pp_schedule)} on {pp} ranks requires {fits} micro-batches, but "
+            f"{step} has {count} ({words}); lower local_batch_size or raise global_batch_size",
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from titan_lite.config.registry import Registry
 from titan_lite.config.schema import Config, DataSource, Section
 
 SECTIONS: dict[str, type[Section]] = {name: type(section) for name, section in Config()}
@@ -241,7 +242,8 @@ def wrong_value(section: str, key: str, value: Any) -> str:
     got = literal(value)
     got = got if len(got) <= 80 else f"{got[:77]}..."
     message = f"expected {expected(field)}, got {got}"
-    choices = [choice for choice in _choices(field.annotation) if isinstance(choice, str)]
+    choices = _choices(field.annotation, field.metadata)
+    choices = [choice for choice in choices if isinstance(choice, str)]
     words = value if isinstance(value, list) else [value]
     wrong = [word for word in words if isinstance(word, str) and word not in choices]
     return message + did_you_mean(nearest(wrong[0], choices) if wrong else [])
@@ -271,8 +273,8 @@ def expected(field: FieldInfo) -> str:
 
 def _alternatives(annotation: Any, metadata: Sequence[Any] = ()) -> list[str]:
     origin = get_origin(annotation)
-    if origin is Literal:
-        return [literal(choice) for choice in get_args(annotation)]
+    if choices := _choices(annotation, metadata) if origin is Literal or annotation is str else []:
+        return [literal(choice) for choice in choices]
     if origin in (Union, types.UnionType):
         options = [option for option in get_args(annotation) if option is not types.NoneType]
         return [words for option in options for words in _alternatives(option)]
@@ -297,7 +299,11 @@ def _bound_words(bounds: Sequence[Any]) -> str:
     return " and ".join(f"{BOUNDS[name]} {bound}" for name, bound in values.items())
 
 
-def _choices(annotation: Any) -> list[Any]:
+def _choices(annotation: Any, metadata: Sequence[Any] = ()) -> list[Any]:
+    """The values of Literals and registries in a type."""
     if get_origin(annotation) is Literal:
         return list(get_args(annotation))
-    return [choice for inner in get_args(annotation) for choice in _choices(inner)]
+    if hasattr(annotation, "__metadata__"):
+        return _choices(annotation.__origin__, annotation.__metadata__)
+    names = [name for item in metadata if isinstance(item, Registry) for name in item]
+    return names + [choice for inner in get_args(annotation) for choice in _choices(inner)]

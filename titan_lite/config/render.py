@@ -8,6 +8,7 @@ from typing import Any
 from titan_lite.config.load import LoadedConfig
 from titan_lite.config.needs import Variant, needs_of
 from titan_lite.config.problems import FIELDS, SECTIONS, SOURCES, expected, literal
+from titan_lite.config.registry import Registry
 from titan_lite.config.schema import Config
 
 # The newest draft that the TOML language servers (Taplo, Even Better TOML) read.
@@ -75,12 +76,16 @@ def json_schema(flavors: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         _state_needs(name, section)
         properties[name] = section
     properties["data"]["properties"]["sources"]["items"] = sections["DataSource"]
+    registered: dict[str, dict[str, Any]] = {}
+    for table, fields in FIELDS.items():
+        for key, field in fields.items():
+            for registry in (item for item in field.metadata if isinstance(item, Registry)):
+                _offer(properties[table]["properties"][key], list(registry))
+                registered.setdefault(table, {})[key] = {"enum": list(registry)}
     known = {"name": list(flavors), "flavor": sorted({*chain.from_iterable(flavors.values())})}
     model = properties["model"]["properties"]
     for key, names in known.items():
-        # Offered by an editor; "then" below refuses others, where these are all there are.
-        del model[key]["type"]
-        model[key]["anyOf"] = [{"enum": names}, {"type": "string"}]
+        _offer(model[key], names)
     has_plugins = {"required": ["job"], "properties": {"job": {"required": ["plugins"]}}}
     return {
         "$schema": SCHEMA_DRAFT,
@@ -89,6 +94,7 @@ def json_schema(flavors: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         "if": {"not": {"anyOf": [{"required": ["extends"]}, has_plugins]}},
         "then": {
             "properties": {
+                **{table: {"properties": keys} for table, keys in registered.items()},
                 "model": {
                     "properties": {key: {"enum": names} for key, names in known.items()},
                     "allOf": [
@@ -98,10 +104,16 @@ def json_schema(flavors: Mapping[str, Sequence[str]]) -> dict[str, Any]:
                         }
                         for family, names in flavors.items()
                     ],
-                }
+                },
             }
         },
     }
+
+
+def _offer(field: dict[str, Any], names: list[str]) -> None:
+    """Has an editor offer names; "then" refuses others, where these are all there are."""
+    del field["type"]
+    field["anyOf"] = [{"enum": names}, {"type": "string"}]
 
 
 def to_markdown() -> str:

@@ -8,6 +8,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from titan_lite.config.needs import Needs, Variant
+from titan_lite.config.registry import SINKS
+from titan_lite.config.schedules import SCHEDULES, Looped, Schedule
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -48,10 +50,10 @@ class Job(Section):
     """Free text, printed at start and kept in run.json."""
     cluster: str = ""
     """A cluster of assets/clusters/, or a TOML file as `titan-lite plan calibrate` writes it, whose
-    predictions run.json and the end of the run show beside the measured values."""
+    predictions run.json and the end of the run show next to the measured values."""
     plugins: list[str] = []
     """Modules that are imported before the configuration is checked, e.g. ["my_pkg.setup"], which
-    may register model families."""
+    may register families, data sources, metric sinks and schedules: docs/extending.md."""
 
 
 class Model(Section):
@@ -315,24 +317,13 @@ class Parallel(Section):
     """Tensor-parallel degree."""
     pp: Positive = 1
     """Pipeline-parallel degree."""
-    pp_schedule: Annotated[
-        Literal[
-            "GPipe",
-            "1F1B",
-            "Interleaved1F1B",
-            "LoopedBFS",
-            "InterleavedZeroBubble",
-            "ZBVZeroBubble",
-            "DualPipeV",
-        ],
-        Needs("pp", above=1),
-    ] = "1F1B"
-    """Order in which a rank works on its micro-batches, as torch.distributed.pipelining names it. A
-    micro-batch is local_batch_size samples."""
+    pp_schedule: Annotated[str, SCHEDULES, Needs("pp", above=1)] = "1F1B"
+    """Order in which a rank works on its micro-batches, as torch.distributed.pipelining names it;
+    plugins add others. A micro-batch is local_batch_size samples."""
     pp_stages_per_rank: Annotated[
         Annotated[int, Field(ge=2)],
         Needs("pp", above=1),
-        Needs("pp_schedule", values=("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble")),
+        Needs("pp_schedule", values=Looped()),
     ] = 2
     """Stages that each rank has in turn under Interleaved1F1B, LoopedBFS and InterleavedZeroBubble;
     the others have one, or two in a V."""
@@ -374,19 +365,12 @@ class Parallel(Section):
     @property
     def stages_per_rank(self) -> int:
         """Pipeline stages of each rank under the schedule."""
-        if self.pp_schedule in ("GPipe", "1F1B"):
-            return 1
-        return 2 if self.is_v_schedule else self.pp_stages_per_rank
+        return self.schedule.stages_per_rank or self.pp_stages_per_rank
 
     @property
-    def is_v_schedule(self) -> bool:
-        """True if the first rank has the first and the last stage."""
-        return self.pp_schedule in ("ZBVZeroBubble", "DualPipeV")
-
-    @property
-    def splits_backward(self) -> bool:
-        """True if a stage computes the gradients of its inputs before those of its weights."""
-        return self.pp_schedule in ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+    def schedule(self) -> Schedule:
+        """The facts of the schedule."""
+        return SCHEDULES[self.pp_schedule]
 
     @property
     def num_stages(self) -> int:
@@ -552,6 +536,9 @@ class Metrics(Section):
     enable_wandb: bool = False
     """Log to Weights & Biases, under TensorBoard's names. Its environment variables set project,
     token and mode (WANDB_PROJECT, WANDB_API_KEY, WANDB_MODE)."""
+    sinks: list[Annotated[str, SINKS]] = []
+    """Names of further sinks that get every record, such as those of plugins. "console" and "jsonl"
+    always do."""
     peak_tflops: PositiveFloat | None = None
     """Peak TFLOP/s per device that MFU divides by, for a device the table does not know or a
     capped one."""

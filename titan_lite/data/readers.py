@@ -11,6 +11,7 @@ from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data
 from titan_lite.data.documents import BadDocument, Document, document_of
 from titan_lite.data.file_rows import FileRows
+from titan_lite.data.plugin_source import PluginRows
 from titan_lite.data.sources import Source, reading, stream_of
 from titan_lite.data.token_files import GOOD, RowsOfStream, TokenFolder
 from titan_lite.data.tokenizer import Tokenizer
@@ -51,7 +52,7 @@ class DatasetReader:
 
     def __init__(
         self,
-        dataset: "IterableDataset | FileRows",
+        dataset: "IterableDataset | FileRows | PluginRows",
         source: Source,
         section: Data,
         stream: int,

@@ -14,7 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titan_lite.config.problems import SettingError, about, how_to_fetch, one_of, quote
+from titan_lite.config.problems import (
+    SettingError,
+    about,
+    did_you_mean,
+    how_to_fetch,
+    nearest,
+    one_of,
+    quote,
+)
+from titan_lite.config.registry import SOURCES, load
 from titan_lite.config.schema import Data, Documents
 from titan_lite.data.assets import bundled_asset
 from titan_lite.data.columns import column_names
@@ -25,9 +34,11 @@ from titan_lite.data.files import (
     folder_of_split,
     format_of,
     has_splits,
+    plain_suffix,
     signature,
     warn_once,
 )
+from titan_lite.data.plugin_source import PluginRows, PluginSource
 from titan_lite.data.token_files import TokenFolder, is_token_folder
 from titan_lite.data.tokenizer import Tokenizer
 
@@ -64,6 +75,8 @@ class Source:
     """Field of a document's token ids, read in place of its text."""
     stored: TokenFolder | None = None
     """The token folder of a tokenized source."""
+    plugin: PluginSource | None = None
+    """The source of a plugin."""
 
     @property
     def documents(self) -> str:
@@ -110,6 +123,8 @@ def resolve_source(section: Documents, table: str = "data", *, skip: bool = Fals
     otherwise, and a hub is not asked. Raises ValueError for files that are missing or of unknown or
     mixed format, and for a subset or split that the source does not have.
     """
+    if plugin := _plugin_source(section, table):
+        return plugin
     if section.dataset_path:
         key = f"{table}.dataset_path"
         chosen = f"{key} = {quote(section.dataset_path)}"
@@ -162,6 +177,28 @@ def resolve_source(section: Documents, table: str = "data", *, skip: bool = Fals
     )
 
 
+def _plugin_source(section: Documents, table: str) -> Source | None:
+    """The source that a plugin registered for the prefix or file kind of a table, if one did."""
+    if section.dataset_path:
+        key, given = "dataset_path", section.dataset_path
+        kind = plain_suffix(Path(given))
+    else:
+        key, given = "dataset", section.dataset
+        kind, separator, _ = given.partition("://")
+        if separator and kind not in SOURCES:
+            known = ", ".join(SOURCES) or "none; job.plugins may register some"
+            raise SettingError(
+                f"{table}.dataset",
+                f"no data source {quote(kind)}{did_you_mean(nearest(kind, SOURCES))} "
+                f"(registered: {known})",
+            )
+    if kind not in SOURCES:
+        return None
+    with about(f"{table}.{key}"):
+        plugin: PluginSource = load(SOURCES[kind])(section)
+    return Source(given, f"{table}.{key}", plugin.identity, plugin=plugin)
+
+
 def check_tokens(sources: Iterable[Source], tokenizer: Tokenizer) -> None:
     """ValueError where what is tokenized already is not so by a run's tokenizer."""
     for source in sources:
@@ -169,8 +206,11 @@ def check_tokens(sources: Iterable[Source], tokenizer: Tokenizer) -> None:
             source.stored.check(tokenizer, source.key)
 
 
-def open_dataset(source: Source) -> "IterableDataset | FileRows | TokenFolder":
+def open_dataset(source: Source) -> "IterableDataset | FileRows | PluginRows | TokenFolder":
     """Open a source for streaming; ValueError when it cannot be reached or read."""
+    if source.plugin:
+        with reading(source):
+            return PluginRows(source.plugin)
     if source.stored:
         return source.stored
     if source.files:
@@ -206,13 +246,15 @@ def reading(source: Source) -> Iterator[None]:
 
 
 def stream_of(
-    dataset: "IterableDataset | FileRows", stream: int, num_streams: int
-) -> "IterableDataset | FileRows":
+    dataset: "IterableDataset | FileRows | PluginRows", stream: int, num_streams: int
+) -> "IterableDataset | FileRows | PluginRows":
     """The documents of one stream out of `num_streams`, which together hold each document once.
 
     With a file or more per stream, a stream reads whole files; with fewer, every stream reads all
     files and keeps every num_streams-th document, so that no file weighs more than its size.
     """
+    if isinstance(dataset, PluginRows):
+        return dataset.stream(stream, num_streams)
     if dataset.num_shards >= num_streams:
         return dataset.shard(num_shards=num_streams, index=stream, contiguous=False)
     if isinstance(dataset, FileRows):

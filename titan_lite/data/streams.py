@@ -10,6 +10,7 @@ from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data
 from titan_lite.data.file_rows import FileRows
 from titan_lite.data.packing import Row, Rows, join_documents
+from titan_lite.data.plugin_source import PluginRows
 from titan_lite.data.readers import DatasetReader, Reader, TokenReader
 from titan_lite.data.sources import Source
 from titan_lite.data.token_files import TokenFolder
@@ -58,7 +59,7 @@ class Stream:
 
     def __init__(
         self,
-        dataset: "IterableDataset | FileRows | TokenFolder",
+        dataset: "IterableDataset | FileRows | PluginRows | TokenFolder",
         source: Source,
         section: Data,
         *,

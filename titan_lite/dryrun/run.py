@@ -98,7 +98,7 @@ def dry_run(
             progress.watch(model.layers.values(), plan.micro_steps, training.optimizer)
         # A schedule that splits backward looks for the parameters of each block in its graph, and
         # each block has dropout keys of its own, which are freed between blocks.
-        splits_backward = plan.config.parallel.splits_backward
+        splits_backward = plan.config.parallel.schedule.splits_backward
         if repeats and not splits_backward and not plan.args.has_dropout:
             repeat_blocks(record, _blocks(training))
         batches = _batches(

@@ -8,7 +8,7 @@ import torch
 from titan_lite.config.schema import Config
 from titan_lite.metrics.device import find_peak
 from titan_lite.metrics.meter import Meter
-from titan_lite.metrics.sinks import open_sinks
+from titan_lite.metrics.sinks import Destination, open_sinks
 from titan_lite.planner.counts import FlopsPerToken
 from titan_lite.runtime.distributed import Process, all_reduce
 
@@ -28,10 +28,12 @@ def build_meter(
     if process.rank == 0:
         sinks = open_sinks(
             config.metrics,
-            folder,
-            num_steps=config.training.steps,
-            start_step=start_step,
-            settings=config.model_dump(),
+            Destination(
+                folder=folder,
+                start_step=start_step,
+                num_steps=config.training.steps,
+                settings=config.model_dump(),
+            ),
         )
     return Meter(
         section=config.metrics,

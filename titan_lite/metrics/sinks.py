@@ -7,9 +7,11 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from titan_lite.config.registry import SINKS, load
 from titan_lite.config.schema import Metrics
 from titan_lite.config.units import format_duration, format_number
 from titan_lite.metrics.progress_line import ProgressLine
@@ -29,30 +31,43 @@ class Sink(Protocol):
         """Writes what is pending and lets go of files."""
 
 
-def open_sinks(
-    section: Metrics,
-    folder: Path,
-    *,
-    num_steps: int,
-    start_step: int,
-    settings: Mapping[str, Any] | None = None,
-) -> list[Sink]:
-    """The sinks of a run below its folder, for the one rank that writes.
+@dataclass(frozen=True, kw_only=True)
+class Destination:
+    """Facts that a sink is opened with, on the one rank that writes."""
 
-    settings: the run's, by section, for a sink that stores them.
-    """
-    sinks: list[Sink] = [
-        ConsoleSink(num_steps),
-        JsonlSink(folder / "metrics.jsonl", start_step=start_step),
-    ]
+    folder: Path
+    """The run's folder."""
+    start_step: int
+    """Steps done before: a sink that kept records of later ones drops them."""
+    num_steps: int
+    """Last step of the run."""
+    settings: Mapping[str, Any]
+    """The configuration, by table and key."""
+
+
+def open_sinks(section: Metrics, destination: Destination) -> list[Sink]:
+    """Opens the sinks of a run, each by its row of SINKS."""
+    names = ["console", "jsonl"]
     if section.enable_tensorboard:
-        # Takes a tenth of a second, which the ranks that write nothing need not wait for.
-        from titan_lite.metrics.tensorboard_sink import TensorBoardSink
-
-        sinks.append(TensorBoardSink(folder / "tb", start_step=start_step))
+        names.append("tensorboard")
     if section.enable_wandb:
-        sinks.append(WandbSink(folder, settings or {}))
-    return sinks
+        names.append("wandb")
+    return [load(SINKS[name])(destination) for name in dict.fromkeys([*names, *section.sinks])]
+
+
+def open_console(destination: Destination) -> "ConsoleSink":
+    """Opens the console."""
+    return ConsoleSink(destination.num_steps)
+
+
+def open_jsonl(destination: Destination) -> "JsonlSink":
+    """Opens metrics.jsonl."""
+    return JsonlSink(destination.folder / "metrics.jsonl", start_step=destination.start_step)
+
+
+def open_wandb(destination: Destination) -> "WandbSink":
+    """Opens or resumes the run of Weights & Biases."""
+    return WandbSink(destination.folder, destination.settings)
 
 
 class ConsoleSink:

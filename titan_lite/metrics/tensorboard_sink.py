@@ -12,7 +12,13 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from titan_lite.metrics.record import Record, scalars
+from titan_lite.metrics.sinks import Destination
 from titan_lite.runtime.writing import writing
+
+
+def open_tensorboard(destination: Destination) -> "TensorBoardSink":
+    """Opens a file of events in tb/."""
+    return TensorBoardSink(destination.folder / "tb", start_step=destination.start_step)
 
 
 class TensorBoardSink:

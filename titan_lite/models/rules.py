@@ -92,7 +92,7 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
             f'parallel.cp ({cp}), which cp_method "ulysses" requires; use cp_method = "ring"',
         )
     parallel = config.parallel
-    if args.tied_head and parallel.pp > 1 and parallel.is_v_schedule:
+    if args.tied_head and parallel.pp > 1 and parallel.schedule.is_v:
         yield SettingError(
             ("parallel.pp_schedule", "model.tied_head"),
             f'"{parallel.pp_schedule}" has the first and the last stage on one rank, which does '

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from titan_lite.config.registry import load
 from titan_lite.config.schema import Parallel
 from titan_lite.config.units import format_scaled
 from titan_lite.nn.transformer import Transformer
@@ -176,14 +177,14 @@ def add_tied_gradients(model: Transformer, group: dist.ProcessGroup) -> None:
 
 def local_stages(parallel: Parallel, pp_rank: int) -> list[int]:
     """Numbers of the stages of one rank: every pp-th, or for V schedules one from either end."""
-    if parallel.is_v_schedule:
+    if parallel.schedule.is_v:
         return [pp_rank, parallel.num_stages - 1 - pp_rank]
     return list(range(pp_rank, parallel.num_stages, parallel.pp))
 
 
 def rank_of_stage(parallel: Parallel, number: int) -> int:
     """The rank that has a stage, among those of the pipeline."""
-    if parallel.is_v_schedule:
+    if parallel.schedule.is_v:
         return min(number, parallel.num_stages - 1 - number)
     return number % parallel.pp
 
@@ -200,7 +201,7 @@ def forward_ticks(parallel: Parallel, rank: int, count: int) -> dict[int, tuple[
         # As many micro-batches as ranks fill these for one round of the stages; a V has both of a
         # rank's stages an odd number of ticks apart.
         group, place = divmod(index, pp)
-        start = 2 * index if parallel.is_v_schedule else group * num_stages + place
+        start = 2 * index if parallel.schedule.is_v else group * num_stages + place
         for number in local_stages(parallel, rank):
             ticks[start + number] = number, index
     return ticks
@@ -212,7 +213,7 @@ CAN_SPLIT_BACKWARD = torch.torch_version.TorchVersion(torch.__version__) >= (2, 
 
 def check_schedule(parallel: Parallel) -> None:
     """Raises ValueError for a schedule that this version of torch cannot run."""
-    if parallel.splits_backward and not CAN_SPLIT_BACKWARD:
+    if parallel.schedule.splits_backward and not CAN_SPLIT_BACKWARD:
         raise ValueError(
             f'"{parallel.pp_schedule}" splits backward, which requires torch 2.13 or later, got '
             f'{torch.__version__}; set parallel.pp_schedule = "1F1B" or "Interleaved1F1B"'
@@ -237,7 +238,6 @@ class Pipeline:
         """stages: by their number; shapes: of a micro-batch's tokens, and of what stages send."""
         # Takes the compiler with it, which runs without pipelines need not wait for.
         from torch.distributed.pipelining import PipelineStage
-        from torch.distributed.pipelining.schedules import get_schedule_class
 
         self.num_micro_batches = num_micro_batches
         self.parallel = parallel
@@ -260,7 +260,7 @@ class Pipeline:
             )
             for number, module in stages.items()
         ]
-        schedule = get_schedule_class(parallel.pp_schedule)
+        schedule = load(parallel.schedule.build)
         self.schedule = schedule(
             self.stages if parallel.stages_per_rank > 1 else self.stages[0],
             num_micro_batches,
@@ -268,7 +268,7 @@ class Pipeline:
             loss_fn=lambda output, _target: output,
             scale_grads=False,
         )
-        if parallel.is_v_schedule and device.type == "cpu":
+        if parallel.schedule.is_v and device.type == "cpu":
             # torch 2.11 sends a first message between neighbouring stages, and gloo none to itself.
             self._skip_first_messages()
 

@@ -1,0 +1,74 @@
+"""Tables of what can be chosen by name; plugins add rows to them."""
+
+import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
+
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+T = TypeVar("T")
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """Rows by name. As the annotation of a key, it accepts the names that are registered."""
+
+    def __init__(self, noun: str, rows: Mapping[str, T] | None = None) -> None:
+        self._noun, self._rows = noun, dict(rows or {})
+
+    def register(self, name: str, row: T) -> None:
+        """Adds a row; ValueError where the name has another one."""
+        if self._rows.setdefault(name, row) != row:
+            raise ValueError(
+                f"another {self._noun} is already registered as {json.dumps(name)}; "
+                "choose another name"
+            )
+
+    def __getitem__(self, name: str) -> T:
+        """The row of a name."""
+        return self._rows[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names, built-in ones first."""
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self._rows)
+
+    def __get_pydantic_core_schema__(
+        self, source: type[Any], handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """Validates a name."""
+        return core_schema.no_info_after_validator_function(self._known, handler(source))
+
+    def _known(self, name: str) -> str:
+        if name not in self._rows:
+            raise ValueError(f"no {self._noun} {json.dumps(name)}")
+        return name
+
+
+def load(path: str) -> Callable[..., Any]:
+    """Imports "module:function"; ValueError where there is no such function."""
+    module, _, name = path.partition(":")
+    function: Callable[..., Any] | None = getattr(importlib.import_module(module), name, None)
+    if function is None:
+        raise ValueError(f'must be an existing "module:function", got {json.dumps(path)}')
+    return function
+
+
+SOURCES: Registry[str] = Registry("data source")
+"""Prefix of data.dataset, as "s3" of "s3://...", or suffix of data.dataset_path, as ".zarr" ->
+"module:function" of ([data], [validation] or a table of data.sources) -> data.plugin_source."""
+
+SINKS: Registry[str] = Registry(
+    "metric sink",
+    {
+        "console": "titan_lite.metrics.sinks:open_console",
+        "jsonl": "titan_lite.metrics.sinks:open_jsonl",
+        "tensorboard": "titan_lite.metrics.tensorboard_sink:open_tensorboard",
+        "wandb": "titan_lite.metrics.sinks:open_wandb",
+    },
+)
+"""Name -> "module:function" of (metrics.sinks.Destination) -> metrics.sinks.Sink."""

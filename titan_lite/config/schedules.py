@@ -1,0 +1,75 @@
+"""Pipeline schedules as rows of facts, from which stages, rules and the planner follow."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from titan_lite.config.registry import Registry
+
+TORCH = "torch.distributed.pipelining.schedules"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """One order in which ranks work on micro-batches."""
+
+    build: str
+    """Class of the schedule, "module:class", called as those of torch.distributed.pipelining."""
+    stages_per_rank: int | None = 1
+    """Stages of each rank; None: parallel.pp_stages_per_rank."""
+    is_v: bool = False
+    """The first rank has the first and the last stage, and so on inwards; else rank r has stages r,
+    r + pp, ..."""
+    splits_backward: bool = False
+    """The gradients of a stage's inputs are computed before those of its weights."""
+    min_per_rank: int = 0
+    """Smallest number of micro-batches, as a multiple of the ranks; 0: one is enough."""
+    multiple_of_ranks: bool = False
+    """The number of micro-batches is a multiple of the ranks."""
+
+
+SCHEDULES: Registry[Schedule] = Registry(
+    "pipeline schedule",
+    {
+        "GPipe": Schedule(build=f"{TORCH}:ScheduleGPipe"),
+        "1F1B": Schedule(build=f"{TORCH}:Schedule1F1B", min_per_rank=1),
+        "Interleaved1F1B": Schedule(
+            build=f"{TORCH}:ScheduleInterleaved1F1B", stages_per_rank=None, multiple_of_ranks=True
+        ),
+        "LoopedBFS": Schedule(build=f"{TORCH}:ScheduleLoopedBFS", stages_per_rank=None),
+        "InterleavedZeroBubble": Schedule(
+            build=f"{TORCH}:ScheduleInterleavedZeroBubble",
+            stages_per_rank=None,
+            multiple_of_ranks=True,
+            splits_backward=True,
+        ),
+        "ZBVZeroBubble": Schedule(
+            build=f"{TORCH}:ScheduleZBVZeroBubble",
+            stages_per_rank=2,
+            is_v=True,
+            splits_backward=True,
+        ),
+        "DualPipeV": Schedule(
+            build=f"{TORCH}:ScheduleDualPipeV",
+            stages_per_rank=2,
+            is_v=True,
+            splits_backward=True,
+            min_per_rank=2,
+        ),
+    },
+)
+
+
+class Looped(Collection[str]):
+    """Names of the schedules whose stages per rank can be chosen, those of plugins included."""
+
+    def __contains__(self, name: object) -> bool:
+        """Returns whether it is one of them."""
+        return name in list(self)
+
+    def __iter__(self) -> Iterator[str]:
+        """Their names."""
+        return (name for name, row in SCHEDULES.items() if row.stages_per_rank is None)
+
+    def __len__(self) -> int:
+        """Their number."""
+        return len(list(iter(self)))
