@@ -161,7 +161,7 @@ def _plays(module: nn.Module, role: Role) -> bool:
         # FSDP2's own hook is on each of its units.
         hooks = module._forward_pre_hooks.values()
         return any(not hook.__module__.startswith("torch.distributed.fsdp") for hook in hooks)
-    weight = module.weight
+    weight = next(module.parameters())
     if not isinstance(weight, DTensor) or "tp" not in (weight.device_mesh.mesh_dim_names or ()):
         return False
     return weight.placements[-1] == WEIGHT_PLACEMENTS[role]
