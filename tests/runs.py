@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from titan_lite.data.loader import Batch
 from titan_lite.models.plan import make_plan
-from titan_lite.parallel.init_weights import CHECKPOINT_PREFIX
+from titan_lite.nn.init import CHECKPOINT_PREFIX
 from titan_lite.parallel.pipeline import CAN_SPLIT_BACKWARD
 from titan_lite.runtime.distributed import Process
 from titan_lite.training.loss import IGNORE_INDEX

@@ -141,7 +141,11 @@ def test_an_integer_serves_as_a_float_but_nothing_else_is_converted() -> None:
         ("[optimizer]\nlr = 0", "optimizer.lr", "expected a number greater than 0, got 0"),
         ("[optimizer]\nlr = inf", "optimizer.lr", "expected a number greater than 0, got inf"),
         ("[optimizer]\nlr = nan", "optimizer.lr", "expected a number greater than 0, got nan"),
-        ("[optimizer]\nbeta1 = 2", "optimizer.beta1", "expected a number from 0 to 1, got 2"),
+        (
+            "[optimizer]\nbeta1 = 1",
+            "optimizer.beta1",
+            "expected a number of at least 0 and less than 1, got 1",
+        ),
         (
             "[masked_lm]\nmask_prob = 1.0",
             "masked_lm.mask_prob",

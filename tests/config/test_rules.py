@@ -239,10 +239,10 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             "cannot be combined with parallel.async_tp = true: a process can use the symmetric",
         ),
         (
-            ["optimizer.beta2=1"],
+            ['optimizer.groups=[{pattern="*", algorithm="Muon"}]'],
             1,
-            "optimizer.beta2",
-            "must be below 1: bias correction divides by 1 - beta",
+            "optimizer.groups",
+            'table 1: optimizer.name = "AdamW" has no algorithm "Muon"; leave algorithm out',
         ),
         (
             ["data.dataset_path=texts/*.jsonl"],
@@ -351,14 +351,14 @@ def test_all_broken_rules_stand_together() -> None:
     found = broken(
         "parallel.reshard_after_forward=5",
         "training.global_batch_size=3",
-        "optimizer.beta1=1",
+        "training.reduce_dtype=float16",
         "data.tokenizer_path=x",
         world_size=4,
     )
     assert {p.key for p in found} == {
         "parallel.reshard_after_forward",
         "training.global_batch_size",
-        "optimizer.beta1",
+        "training.reduce_dtype",
         "data.tokenizer_path",
     }
 

@@ -9,7 +9,7 @@ import torch
 from tests.distributed import Workers
 from tests.runs import build_trainer, train, whole
 from titan_lite.models.plan import make_plan
-from titan_lite.optim.nonfinite import NonFiniteError, NonFiniteGuard
+from titan_lite.optim.nonfinite import DeviceGuardedOptimizer, NonFiniteError, NonFiniteGuard
 from titan_lite.training.trainer import Trainer
 
 SKIP = "--training.nonfinite=skip"
@@ -109,6 +109,61 @@ def test_no_step_after_a_bad_one_is_applied_before_the_host_has_heard(implementa
         )
     assert weight.tolist() == [1, 1]
     assert guard.bad_gradients() == {"b"}
+
+
+class _Sign(DeviceGuardedOptimizer):
+    """Steps by the sign of the gradient, and decides on the device."""
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        closure: Any = None,
+        *,
+        is_finite: torch.Tensor | None = None,
+        grad_scale: torch.Tensor | None = None,
+    ) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                stepped = parameter - group["lr"] * parameter.grad.sign()
+                parameter.copy_(torch.where(is_finite, stepped, parameter))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        torch.optim.SGD,
+        torch.optim.Adafactor,
+        torch.optim.Adagrad,
+        torch.optim.Adamax,
+        torch.optim.NAdam,
+        torch.optim.RAdam,
+        torch.optim.RMSprop,
+        torch.optim.Rprop,
+        torch.optim.ASGD,
+        torch.optim.Adadelta,
+        torch.optim.Muon,
+        _Sign,
+    ],
+)
+def test_any_optimizer_leaves_weights_and_state_alone_in_a_bad_step(optimizer: Any) -> None:
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    defaults = ({"lr": 0.1},) if optimizer is _Sign else ()
+    instance = optimizer([weight], *defaults)
+    guard = NonFiniteGuard("skip", torch.device("cpu"))
+    changed = []
+    for value in (1.0, torch.nan, 1.0):
+        before = weight.detach().clone(), str(instance.state)
+        weight.grad = torch.full((2, 2), value)
+        is_applied = guard.step(
+            instance,
+            is_finite=weight.grad.isfinite().all(),
+            grad_scale=None,
+            norms=torch.ones(1),
+            owners=["a"],
+        )
+        changed.append(bool((weight != before[0]).any()) or str(instance.state) != before[1])
+        assert bool(is_applied) == changed[-1]
+    assert changed == [True, False, True]
 
 
 def test_the_count_of_dropped_steps_is_resumed() -> None:

@@ -234,13 +234,7 @@ class CheckpointManager:
 
     def _optimizer(self) -> dict[str, Any]:
         """The optimizer's state and groups by the parameters' names."""
-        is_new = not self.optimizer.state
         flat: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizer, options=BY_NAME)
-        if is_new:
-            # Torch made the state, by a step that does not count.
-            for key, value in flat.items():
-                if key.startswith(STATE):
-                    value.zero_()
         return flat
 
     def _make_folder(self, save: Save, state: RunState) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,23 +14,24 @@ from pydantic import ValidationError
 from titan_lite.config.plugins import import_plugins
 from titan_lite.config.problems import (
     FIELDS,
-    KEYS,
-    SOURCES,
     ConfigError,
     Problem,
     SettingError,
     SettingErrors,
     did_you_mean,
+    foreign_key,
+    keys,
     literal,
     near_file,
     nearest,
     quote,
+    rows_of,
     unknown_key,
     unknown_table,
-    wrong_source,
+    wrong_row,
     wrong_value,
 )
-from titan_lite.config.schema import Config
+from titan_lite.config.schema import TAGGED, Config
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -87,13 +88,14 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Loade
         except SettingError as error:
             # What it would have registered is not to be called unknown.
             raise ConfigError([*problems, Problem("job.plugins", source, error.message)]) from error
+    tags = _tags(layers)
     for source, tables in layers:
-        problems += _problems_of(source, tables)
+        problems += _problems_of(source, tables, tags)
     if problems:
         raise ConfigError(problems)
 
     merged: dict[str, dict[str, Any]] = {section: {} for section in FIELDS}
-    origins = dict.fromkeys(KEYS, DEFAULT)
+    origins = dict.fromkeys(keys(), DEFAULT)
     for source, tables in layers:
         for section, table in tables.items():
             merged[section] |= table
@@ -191,10 +193,11 @@ def _parse_override(override: str, problems: list[Problem]) -> Tables | None:
             message = f"{shape}; the table {key} cannot be overridden as a whole"
             problems.append(Problem(override, COMMAND_LINE, message))
             return None
-        names = [key] if key in KEYS else nearest(key, KEYS)
+        known_keys = keys()
+        names = [key] if key in known_keys else nearest(key, known_keys)
         if not dot:
-            names = [known for known in KEYS if known.endswith(f".{key}")] or names
-        missing = "; the value is missing" if key in KEYS and not equals else ""
+            names = [known for known in known_keys if known.endswith(f".{key}")] or names
+        missing = "; the value is missing" if key in known_keys and not equals else ""
         message = f"{shape}{missing or did_you_mean([f'--{n}=' for n in names[:3]])}"
         problems.append(Problem(override, COMMAND_LINE, message))
         return None
@@ -209,11 +212,30 @@ def _parse_value(text: str) -> Any:
     return parsed["value"] if parsed.keys() == {"value"} else text
 
 
-def _problems_of(source: str, tables: Tables) -> Iterator[Problem]:
-    """The problems of a layer, in the words of problems.py, not pydantic's."""
+def _tags(layers: Sequence[tuple[str, Tables]]) -> Tables:
+    """The tag of each tagged table, which a layer may leave to another."""
+    tags = {name: table.fields[table.tag].default for name, table in TAGGED.items()}
+    for _, tables in layers:
+        for name, table in TAGGED.items():
+            given = tables.get(name)
+            if isinstance(given, dict) and table.tag in given and (tag := table.tag_of(given)):
+                tags[name] = tag
+    return tags
+
+
+def _problems_of(source: str, tables: Tables, tags: Mapping[str, str]) -> Iterator[Problem]:
+    """The problems of a layer, in the words of problems.py, not pydantic's.
+
+    tags: those of the tagged tables, by all layers.
+    """
+    tagged = {
+        name: tables[name] | {TAGGED[name].tag: tag}
+        for name, tag in tags.items()
+        if TAGGED[name].tag_of(tables.get(name)) is not None
+    }
     places: dict[tuple[str, ...], tuple[str, tuple[int | str, ...]]] = {}
     try:
-        Config.model_validate(tables)
+        Config.model_validate(tables | tagged)
     except ValidationError as error:
         # A union reports one error per alternative: the first stands for all.
         for details in error.errors(include_url=False, include_context=False):
@@ -227,8 +249,10 @@ def _problems_of(source: str, tables: Tables) -> Iterator[Problem]:
             message = f"expected a table, got {literal(content)}"
         elif not key:
             message = unknown_table(section, content)
-        elif FIELDS[section].get(key[0]) is SOURCES:
-            message = wrong_source(content[key[0]], inside, kind)
+        elif kind == "extra_forbidden" and key[0] in FIELDS[section] and not inside:
+            message = foreign_key(section, key[0], tags[section])
+        elif key[0] in FIELDS[section] and (row := rows_of(FIELDS[section][key[0]])):
+            message = wrong_row(f"{section}.{key[0]}", row, content[key[0]], inside, kind)
         elif kind == "extra_forbidden":
             message = unknown_key(section, key[0])
         else:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 
 class Needs:
@@ -64,13 +65,12 @@ def value_of(config: BaseModel, key: str) -> Any:
     return getattr(getattr(config, section), name)
 
 
-def needs_of(section: type[BaseModel], key: str) -> list[Needs]:
+def needs_of(section: type[BaseModel], key: str, field: FieldInfo) -> list[Needs]:
     """The conditions of a key of a table, the table's own condition first."""
     of_table: Needs | None = getattr(section, "NEEDS", None)
     always = getattr(section, "ALWAYS", ())
     first = [of_table] if of_table and key not in (*of_table.keys, *always) else []
-    metadata = section.model_fields[key].metadata
-    return [*first, *(item for item in metadata if isinstance(item, Needs))]
+    return [*first, *(item for item in field.metadata if isinstance(item, Needs))]
 
 
 def unmet_needs(config: BaseModel, kind: type[Needs]) -> Iterator[tuple[str, str, Needs]]:
@@ -78,6 +78,6 @@ def unmet_needs(config: BaseModel, kind: type[Needs]) -> Iterator[tuple[str, str
     for table, section in config:
         for key, field in type(section).model_fields.items():
             if getattr(section, key) != field.default:
-                needs = [need for need in needs_of(type(section), key) if type(need) is kind]
+                needs = [need for need in needs_of(type(section), key, field) if type(need) is kind]
                 if missing := [need for need in needs if not need.holds(config, table)]:
                     yield table, key, missing[0]

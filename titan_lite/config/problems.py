@@ -14,12 +14,16 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from titan_lite.config.needs import Variant
 from titan_lite.config.registry import Registry
-from titan_lite.config.schema import Config, DataSource, Section
+from titan_lite.config.schema import TAGGED, Config
+from titan_lite.config.section import Section
 
 SECTIONS: dict[str, type[Section]] = {name: type(section) for name, section in Config()}
-FIELDS = {section: dict(model.model_fields) for section, model in SECTIONS.items()}
-SOURCES = FIELDS["data"]["sources"]
+FIELDS = {
+    section: TAGGED[section].fields if section in TAGGED else dict(model.model_fields)
+    for section, model in SECTIONS.items()
+}
 BOUNDS = {"gt": "greater than", "ge": "of at least", "lt": "less than", "le": "of at most"}
 _HUB_NAME = re.compile(
     r"(?:(?:https?://)?(?:huggingface\.co|hf\.co)/|hf://)?(?:datasets/|models/)?"
@@ -27,7 +31,6 @@ _HUB_NAME = re.compile(
     re.ASCII,
 )
 _SUFFIX = re.compile(r"\.[a-z]+\d?$")
-KEYS = tuple(f"{section}.{key}" for section, fields in FIELDS.items() for key in fields)
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,11 @@ def collecting() -> Iterator[Collector]:
         raise SettingErrors(collector.errors)
 
 
+def keys() -> list[str]:
+    """Every section.key, those of plugins included."""
+    return [f"{section}.{key}" for section, fields in FIELDS.items() for key in fields]
+
+
 def nearest(name: str, candidates: Iterable[str], limit: int = 1) -> list[str]:
     """The candidates spelt most like `name`, best first; case and dashes are ignored."""
     spellings: dict[str, str] = {}
@@ -213,7 +221,7 @@ def unknown_table(name: str, content: Any) -> str:
     """Why a top-level name is wrong."""
     if not isinstance(content, dict):
         homes = [f"{section}.{name}" for section, fields in FIELDS.items() if name in fields]
-        names = (homes or nearest(name, KEYS))[:3]
+        names = (homes or nearest(name, keys()))[:3]
         return f"a key outside of any table{did_you_mean(names)}"
     if names := nearest(name, FIELDS):
         return f"unknown table{did_you_mean(names)}"
@@ -236,6 +244,21 @@ def unknown_key(section: str, key: str) -> str:
     return f"unknown key; [{section}] has {', '.join(FIELDS[section])}"
 
 
+def foreign_key(section: str, key: str, tag: str) -> str:
+    """The problem of a key that belongs to other variants of its table than that of this tag."""
+    (need,) = [need for need in FIELDS[section][key].metadata if isinstance(need, Variant)]
+    return (
+        f"has no place where {section}.{need.keys[0]} is {quote(tag)}: set {need.stated(section)}, "
+        f"or leave {key} out"
+    )
+
+
+def rows_of(field: FieldInfo) -> type[Section] | None:
+    """The section of each row, where a key is a list of tables."""
+    (row, *_) = get_args(field.annotation) or (None,)
+    return row if isinstance(row, type) and issubclass(row, Section) else None
+
+
 def wrong_value(section: str, key: str, value: Any) -> str:
     """The expected values of a key, the value it got, and the nearest choice of a misspelt word."""
     field = FIELDS[section][key]
@@ -249,9 +272,11 @@ def wrong_value(section: str, key: str, value: Any) -> str:
     return message + did_you_mean(nearest(wrong[0], choices) if wrong else [])
 
 
-def wrong_source(value: Any, place: Sequence[int | str], kind: str) -> str:
-    """The problem at a place inside the tables of [[data.sources]]."""
-    fields = DataSource.model_fields
+def wrong_row(
+    key: str, row: type[Section], value: Any, place: Sequence[int | str], kind: str
+) -> str:
+    """The problem at a place inside the tables of a key, such as data.sources."""
+    fields = row.model_fields
     match place:
         case [int(index), str(key), *_]:
             entry, names = f"table {index + 1}", list(fields)
@@ -263,7 +288,7 @@ def wrong_source(value: Any, place: Sequence[int | str], kind: str) -> str:
             got = literal(value[index][key])
             return f"{entry}: {key}: expected {expected(fields[key])}, got {got}"
         case _:
-            return f"expected tables, as [[data.sources]] makes them, got {literal(value)}"
+            return f"expected tables, as [[{key}]] makes them, got {literal(value)}"
 
 
 def expected(field: FieldInfo) -> str:

@@ -5,11 +5,14 @@ from itertools import chain
 from textwrap import TextWrapper
 from typing import Any
 
+from pydantic.fields import FieldInfo
+
 from titan_lite.config.load import LoadedConfig
 from titan_lite.config.needs import Variant, needs_of
-from titan_lite.config.problems import FIELDS, SECTIONS, SOURCES, expected, literal
+from titan_lite.config.problems import FIELDS, SECTIONS, expected, literal, rows_of
 from titan_lite.config.registry import Registry
-from titan_lite.config.schema import Config
+from titan_lite.config.schema import TAGGED, Config
+from titan_lite.config.section import Section
 
 # The newest draft that the TOML language servers (Taplo, Even Better TOML) read.
 SCHEMA_DRAFT = "http://json-schema.org/draft-07/schema#"
@@ -27,14 +30,15 @@ def to_toml(
     for section, fields in FIELDS.items():
         rows.append((f"\n[{section}]" if rows else f"[{section}]", ""))
         for key in fields:
-            value = getattr(getattr(loaded.config, section), key)
-            needs = needs_of(SECTIONS[section], key)
+            needs = needs_of(SECTIONS[section], key, fields[key])
             variants = [need for need in needs if isinstance(need, Variant)]
             if other := [need for need in variants if not need.holds(loaded.config, section)]:
                 rows.append((f"# {key} is not set", f"needs {other[0].stated(section)}"))
                 continue
-            if fields[key] is SOURCES:
-                line = f"{key} = {_inline([source.model_dump() for source in value])}"
+            value = getattr(getattr(loaded.config, section), key)
+            if rows_of(fields[key]):
+                rows_given = [row.model_dump(exclude_none=True) for row in value]
+                line = f"{key} = {_inline(rows_given)}"
             elif value is not None:
                 line = f"{key} = {literal(value)}"
             elif section == "model" and resolved and key in resolved:
@@ -69,13 +73,18 @@ def json_schema(flavors: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         }
     }
     for name, reference in schema["properties"].items():
-        section = sections[reference["$ref"].rpartition("/")[2]]
+        if name in TAGGED:
+            section = TAGGED[name].json_schema()
+        else:
+            section = sections[reference["$ref"].rpartition("/")[2]]
         section["properties"] = {
             key: _without_null(field) for key, field in section["properties"].items()
         }
+        for key, field in FIELDS[name].items():
+            if row := rows_of(field):
+                section["properties"][key]["items"] = _row_schema(row)
         _state_needs(name, section)
         properties[name] = section
-    properties["data"]["properties"]["sources"]["items"] = sections["DataSource"]
     registered: dict[str, dict[str, Any]] = {}
     for table, fields in FIELDS.items():
         for key, field in fields.items():
@@ -125,15 +134,31 @@ def to_markdown() -> str:
     for table, fields in FIELDS.items():
         lines += ["", f"## [{table}]", ""]
         for key, field in fields.items():
-            values = "tables" if field is SOURCES else expected(field)
-            default = "not set" if field.default is None else f"`{literal(field.default)}`"
-            description = f"{field.description}{_needs_in_words(table, key)}"
-            lines.append(wrap.fill(f"`{key}`: {values}; default {default}. {description}"))
+            lines.append(wrap.fill(_described(key, field) + _needs_in_words(table, key)))
+        for key, field in fields.items():
+            if row := rows_of(field):
+                lines += ["", f"## [[{table}.{key}]]", ""]
+                lines += [wrap.fill(_described(*item)) for item in row.model_fields.items()]
     return "\n".join(lines)
 
 
+def _described(key: str, field: FieldInfo) -> str:
+    values = "tables" if rows_of(field) else expected(field)
+    default = "not set" if field.default is None else f"`{literal(field.default)}`"
+    required = field.is_required()
+    return f"`{key}`: {values}; {'required' if required else f'default {default}'}. " + (
+        field.description or ""
+    )
+
+
+def _row_schema(row: type[Section]) -> dict[str, Any]:
+    schema = row.model_json_schema()
+    schema["properties"] = {k: _without_null(field) for k, field in schema["properties"].items()}
+    return schema
+
+
 def _needs_in_words(table: str, key: str) -> str:
-    needs = needs_of(SECTIONS[table], key)
+    needs = needs_of(SECTIONS[table], key, FIELDS[table][key])
     return f" Needs {' and '.join(need.stated(table) for need in needs)}." if needs else ""
 
 
@@ -141,7 +166,7 @@ def _state_needs(table: str, schema: dict[str, Any]) -> None:
     """Adds to a table's schema what its keys need, and refuses keys of another variant."""
     for key, field in schema["properties"].items():
         field["description"] += _needs_in_words(table, key)
-        for need in needs_of(SECTIONS[table], key):
+        for need in needs_of(SECTIONS[table], key, FIELDS[table][key]):
             if isinstance(need, Variant):
                 (tag,) = need.keys
                 rule = {

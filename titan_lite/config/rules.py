@@ -8,8 +8,16 @@ from pathlib import Path
 
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.needs import Variant, unmet_needs
+from titan_lite.config.optimizers import Optimizer
 from titan_lite.config.parallel_rules import parallel_rules
-from titan_lite.config.problems import SettingError, how_to_fetch, literal, near_file, quote
+from titan_lite.config.problems import (
+    SettingError,
+    how_to_fetch,
+    literal,
+    near_file,
+    one_of,
+    quote,
+)
 from titan_lite.config.schema import Config, Documents
 
 # Steps at the end of a period that the profiler records (profiling.profile_freq).
@@ -51,11 +59,7 @@ def _single(config: Config) -> Iterator[SettingError]:
             f'"fixed" cuts a sample into several blocks: data.packing_block ({block}) {wrong} '
             f'training.seq_len ({seq_len}); samples of one block are "concat"',
         )
-    for beta in ("beta1", "beta2"):
-        if getattr(config.optimizer, beta) == 1:
-            yield SettingError(
-                f"optimizer.{beta}", "must be below 1: bias correction divides by 1 - beta"
-            )
+    yield from _groups(config.optimizer)
     yield from _checkpoint(config)
     profiling = config.profiling
     if profiling.enable_profiling and profiling.profile_freq < PROFILED_STEPS:
@@ -66,6 +70,20 @@ def _single(config: Config) -> Iterator[SettingError]:
         )
     if config.metrics.enable_wandb and (problem := _wandb_problem()):
         yield SettingError("metrics.enable_wandb", problem)
+
+
+def _groups(section: Optimizer) -> Iterator[SettingError]:
+    """Algorithms of optimizer.groups that the optimizer does not have."""
+    for number, group in enumerate(section.groups, start=1):
+        if group.algorithm and group.algorithm not in section.ALGORITHMS:
+            hint = "leave algorithm out"
+            if section.ALGORITHMS:
+                hint = f"use {one_of([quote(name) for name in section.ALGORITHMS])}"
+            yield SettingError(
+                "optimizer.groups",
+                f"table {number}: optimizer.name = {quote(section.name)} has no algorithm "
+                f"{quote(group.algorithm)}; {hint}",
+            )
 
 
 def _wandb_problem() -> str:

@@ -5,19 +5,23 @@ Units are in the docstrings. A key that is not listed here is an error, never ig
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BeforeValidator, Field, SerializeAsAny
 
 from titan_lite.config.needs import Needs, Variant
+from titan_lite.config.optimizers import OPTIMIZERS, AdamW, Optimizer
 from titan_lite.config.registry import SINKS
 from titan_lite.config.schedules import SCHEDULES, Looped, Schedule
+from titan_lite.config.section import (
+    Dropped,
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+    Timeout,
+)
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Timeout = Annotated[int, Field(ge=1, le=7 * 24 * 3600)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Dropped = Annotated[float, Field(ge=0, lt=1)]
 DType = Literal["float32", "bfloat16", "float16"]
 AsyncMode = Literal["disabled", "async", "async_pinned"]
 NormKind = Literal["rmsnorm", "layernorm"]
@@ -27,18 +31,6 @@ AttentionKernel = Literal["auto", "math", "cudnn", "flash2", "flash3", "flash4"]
 SavedOp = Literal[
     "attention", "matmul", "every_second_matmul", "reduce_scatter", "all_reduce", "max"
 ]
-
-
-class Section(BaseModel):
-    """Base of every table: frozen, no unknown keys, no type coercion."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
 
 
 class Job(Section):
@@ -262,29 +254,6 @@ class Validation(Documents):
     """Steps between validations."""
     steps: Positive = 10
     """Batches of training.global_batch_size samples in each."""
-
-
-class Optimizer(Section):
-    """[optimizer]"""
-
-    name: Literal["AdamW", "Adam"] = "AdamW"
-    """AdamW decays weights decoupled from the gradient, Adam adds the decay to the gradient."""
-    lr: PositiveFloat = 3e-4
-    """Peak learning rate."""
-    beta1: Fraction = 0.9
-    """Decay of the first moment."""
-    beta2: Fraction = 0.95
-    """Decay of the second moment."""
-    eps: PositiveFloat = 1e-8
-    """Added to the denominator."""
-    weight_decay: NonNegativeFloat = 0.1
-    """Weight decay of the parameters that `no_decay` does not name."""
-    no_decay: Annotated[
-        list[Literal["norm", "bias", "embedding"]], Needs("weight_decay", above=0)
-    ] = ["norm", "bias"]
-    """Kinds of parameters without weight decay."""
-    implementation: Literal["auto", "fused", "foreach", "for-loop"] = "auto"
-    """Kernel of the step; "auto" takes fused where the device has it."""
 
 
 class LRScheduler(Section):
@@ -576,7 +545,7 @@ class Config(Section):
     masked_lm: MaskedLM = MaskedLM()
     training: Training = Training()
     validation: Validation = Validation()
-    optimizer: Optimizer = Optimizer()
+    optimizer: Annotated[SerializeAsAny[Optimizer], BeforeValidator(OPTIMIZERS.validate)] = AdamW()
     lr_scheduler: LRScheduler = LRScheduler()
     parallel: Parallel = Parallel()
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
@@ -587,3 +556,7 @@ class Config(Section):
     metrics: Metrics = Metrics()
     profiling: Profiling = Profiling()
     comm: Comm = Comm()
+
+
+TAGGED = {"optimizer": OPTIMIZERS}
+"""Tables whose keys depend on one of them."""

@@ -51,15 +51,11 @@ def recorder(dims: ParallelDims, *, fuses_float8_casts: bool = False) -> Recorde
 def measure_step(
     training: Training, take_step: Callable[[], object], recorder: Recorder
 ) -> Measured:
-    """Measures `take_step` within `recorder`, which was entered before `training` was built.
-
-    The optimizer's state exists before, as from the second step on.
-    """
+    """Measures `take_step` within `recorder`, which was entered before `training` was built."""
     held: dict[Category, int] = {
         "parameters": recorder.mark(training.model.parameters(), "parameters"),
         "buffers": recorder.mark(training.model.buffers(), "buffers"),
     }
-    _fill_optimizer(training.optimizer)
     held["optimizer"] = recorder.mark(_state(training.optimizer), "optimizer")
 
     def mark_gradients(*_: object) -> None:
@@ -80,16 +76,6 @@ def measure_step(
             for (operation, axis), count in sorted(recorder.counts.items())
         ),
     )
-
-
-def _fill_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Makes the optimizer's state, by a step at learning rate 0 with gradients of 0."""
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def _state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

@@ -28,13 +28,38 @@ Role = Literal[
 ]
 
 
+Kind = Literal["embedding", "head", "matrix", "expert", "router", "vector"]
+"""What a parameter is to an optimizer; "vector": norms, biases, and small linears of no role."""
+
+KINDS: dict[Role, Kind] = {
+    "vocab": "embedding",
+    "positions": "embedding",
+    "head": "head",
+    "colwise": "matrix",
+    "rowwise": "matrix",
+}
+
+
 @dataclass(frozen=True)
 class PlanRow:
-    """All modules whose dotted name matches `pattern` (see models/patterns.py) play `role`."""
+    """All modules whose dotted name matches `pattern` (see models/patterns.py) play `role`.
+
+    kind: of their parameters but biases; None: as KINDS has it, else "vector".
+    """
 
     pattern: str
     role: Role
+    kind: Kind | None = None
 
     def matches(self, module_name: str) -> bool:
         """Returns whether this row applies to the module."""
         return matches(self.pattern, module_name)
+
+
+def kind_of(parameter: str, plan: tuple[PlanRow, ...]) -> Kind:
+    """Returns the kind of a parameter by its name."""
+    module, _, name = parameter.rpartition(".")
+    if "bias" in name:
+        return "vector"
+    row = next((row for row in plan if row.matches(module)), None)
+    return (row.kind or KINDS.get(row.role, "vector")) if row else "vector"

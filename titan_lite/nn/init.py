@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from titan_lite.models.patterns import matches
 
+# What activation checkpointing inserts into module names.
+CHECKPOINT_PREFIX = "_checkpoint_wrapped_module."
+
 Fill = Callable[[Tensor, torch.Generator, int], None]
 """(whole parameter, generator, layer number or 0) -> fills the parameter in place."""
 

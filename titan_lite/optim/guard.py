@@ -29,8 +29,8 @@ class Guard(Protocol):
         grad_scale: Tensor | None,
         norms: Tensor,
         owners: Sequence[str],
-    ) -> None:
-        """Steps the optimizer, see `step_if`.
+    ) -> Tensor:
+        """Steps the optimizer, see `step_if`; returns whether the step was applied, a bool scalar.
 
         norms: (P,), of this rank's parts of the gradients, owners: P names of parameters; the same
         in each step.

@@ -46,7 +46,7 @@ class LossScaler:
         grad_scale: Tensor | None,
         norms: Tensor,
         owners: Sequence[str],
-    ) -> None:
+    ) -> Tensor:
         step_if(optimizer, is_finite, grad_scale)
         self.skipped_steps = self.skipped_steps + ~is_finite
         self.good_steps = torch.where(is_finite, self.good_steps + 1, 0)
@@ -54,6 +54,7 @@ class LossScaler:
         factor = torch.where(is_finite, torch.where(grows, GROWTH_FACTOR, 1.0), BACKOFF_FACTOR)
         self.scale = (self.scale * factor).clamp(min=MIN_SCALE)
         self.good_steps = torch.where(grows, 0, self.good_steps)
+        return is_finite
 
     def bad_gradients(self) -> set[str]:
         return set()

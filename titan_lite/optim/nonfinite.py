@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,13 +12,32 @@ class NonFiniteError(RuntimeError):
     """A step was not finite, and the run ends; raised by every rank after the same step."""
 
 
+class DeviceGuardedOptimizer(torch.optim.Optimizer):
+    """An optimizer whose `step` decides on the device whether it has an effect."""
+
+    def step(  # type: ignore[override]
+        self,
+        closure: Any = None,
+        *,
+        is_finite: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+    ) -> None:
+        """Divides gradients by `grad_scale` and steps if `is_finite`, else changes nothing.
+
+        Both are scalars on the parameters' device, None: 1 and True. The host does not wait.
+        """
+        raise NotImplementedError
+
+
 def step_if(optimizer: torch.optim.Optimizer, is_finite: Tensor, grad_scale: Tensor | None) -> None:
     """Steps the optimizer on gradients divided by `grad_scale` if `is_finite`, both scalars.
 
-    With a fused optimizer the host does not wait: the kernels read both on the device, as they do
-    for torch.amp.GradScaler.
+    With a fused or DeviceGuardedOptimizer the host does not wait: fused kernels read both on the
+    device, as they do for torch.amp.GradScaler. With any other one the host waits for `is_finite`.
     """
-    if optimizer.defaults.get("fused"):
+    if isinstance(optimizer, DeviceGuardedOptimizer):
+        optimizer.step(is_finite=is_finite, grad_scale=grad_scale)
+    elif optimizer.defaults.get("fused"):
         optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
         optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
         optimizer.step()
@@ -55,7 +74,7 @@ class NonFiniteGuard:
         grad_scale: Tensor | None,
         norms: Tensor,
         owners: Sequence[str],
-    ) -> None:
+    ) -> Tensor:
         if self.mode == "stop":
             is_good_so_far = self.skipped_steps == 0
             former = norms if self._norms is None else self._norms
@@ -64,6 +83,7 @@ class NonFiniteGuard:
             is_finite = is_finite & is_good_so_far
         step_if(optimizer, is_finite, grad_scale)
         self.skipped_steps = self.skipped_steps + ~is_finite
+        return is_finite
 
     def bad_gradients(self) -> set[str]:
         assert self._norms is not None

@@ -1,46 +1,146 @@
-"""AdamW and Adam with weight-decay groups."""
+"""Builds the optimizer of a run: its parameters with their settings, and AdamW and Adam."""
+
+import fnmatch
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from titan_lite.config.schema import Optimizer
+from titan_lite.config.optimizers import BUILDERS, AdamOptimizer, Optimizer, OptimizerGroup
+from titan_lite.config.problems import SettingError, did_you_mean, nearest, quote
+from titan_lite.models.args import DecoderArgs
+from titan_lite.models.roles import Kind, PlanRow, kind_of
+from titan_lite.nn.init import CHECKPOINT_PREFIX
 
-CLASSES: dict[str, type[torch.optim.Adam]] = {
-    "AdamW": torch.optim.AdamW,
-    "Adam": torch.optim.Adam,
-}
 FUSED_DEVICES = ("cuda", "cpu")
 
 
-def parameter_kind(module: nn.Module, parameter_name: str) -> str:
-    """ "norm", "bias", "embedding" or "weight", from the module that owns the parameter."""
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """A parameter, and how it is stepped.
+
+    name: in the whole model, that of the embedding for a head tied to it. algorithm: one of its
+    section's ALGORITHMS, or "" for the builder to choose by `kind`.
+    """
+
+    name: str
+    tensor: nn.Parameter
+    kind: Kind
+    lr_factor: float
+    weight_decay: float
+    algorithm: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What a builder may need to know besides its section and parameters.
+
+    ranks: those that have parts of the same parameters. param_dtype: training.param_dtype.
+    """
+
+    ranks: dist.ProcessGroup | None
+    param_dtype: torch.dtype
+    args: DecoderArgs
+
+
+Builder = Callable[[Any, Sequence[Parameter], Surroundings], torch.optim.Optimizer]
+
+
+def build_optimizer(
+    model: nn.Module, section: Optimizer, plan: tuple[PlanRow, ...], surroundings: Surroundings
+) -> torch.optim.Optimizer:
+    """The optimizer of all parameters, by its registered builder.
+
+    plan: of the model's family. Its state is there from the start where the optimizer makes it in
+    its first step: ranks and checkpoints then have the same, whatever got a gradient.
+    """
+    parameters = list(parameters_of(model, section, plan, tied_head=surroundings.args.tied_head))
+    module, _, function = BUILDERS[section.name].partition(":")
+    build: Builder = getattr(importlib.import_module(module), function)
+    optimizer = build(section, parameters, surroundings)
+    if not optimizer.state:
+        _make_state(optimizer)
+    return optimizer
+
+
+def parameters_of(
+    model: nn.Module, section: Optimizer, plan: tuple[PlanRow, ...], *, tied_head: bool
+) -> Iterator[Parameter]:
+    """The parameters of a model, or a stage of it, with the settings of their groups."""
+    for full_name, tensor in model.named_parameters():
+        name = full_name.replace(CHECKPOINT_PREFIX, "")
+        if tied_head and name == "output.weight":
+            # The last stage's copy of the first stage's.
+            name, decay_kind = "tok_embeddings.weight", "embedding"
+        else:
+            decay_kind = _decay_kind(model.get_submodule(full_name.rpartition(".")[0]), name)
+        group = _group_of(section, name) or OptimizerGroup(pattern="*")
+        decay = 0.0 if decay_kind in section.no_decay else section.weight_decay
+        yield Parameter(
+            name=name,
+            tensor=tensor,
+            kind=kind_of(name, plan),
+            lr_factor=group.lr_factor,
+            weight_decay=decay if group.weight_decay is None else group.weight_decay,
+            algorithm=group.algorithm,
+        )
+
+
+def _decay_kind(module: nn.Module, name: str) -> str:
+    """Returns what no_decay calls a parameter, from the module that owns it, or "weight"."""
     if isinstance(module, nn.RMSNorm | nn.LayerNorm):
         return "norm"
     if isinstance(module, nn.Embedding):
         return "embedding"
-    return "bias" if parameter_name.endswith("bias") else "weight"
+    return "bias" if name.endswith("bias") else "weight"
 
 
-def build_optimizer(model: nn.Module, section: Optimizer) -> torch.optim.Adam:
-    """The optimizer of all parameters, in groups with and without weight decay, if it has any."""
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
-    seen: set[nn.Parameter] = set()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            # One that two modules share is of the first one's kind.
-            if parameter in seen:
-                continue
-            seen.add(parameter)
-            kind = parameter_kind(module, name)
-            (kept if kind in section.no_decay else decayed).append(parameter)
-    device_type = (decayed or kept)[0].device.type
+def _group_of(section: Optimizer, name: str) -> OptimizerGroup | None:
+    matching = (g for g in section.groups if fnmatch.fnmatchcase(name, g.pattern))
+    return next(matching, None)
+
+
+def check_groups(section: Optimizer, names: Sequence[str]) -> None:
+    """Raises SettingError for a group without parameters. names: of the whole model."""
+    taken = [_group_of(section, name) for name in names]
+    for number, group in enumerate(section.groups, start=1):
+        if any(other is group for other in taken):
+            continue
+        entry = f"table {number}: {quote(group.pattern)}"
+        if any(fnmatch.fnmatchcase(name, group.pattern) for name in names):
+            message = f"{entry} matches only parameters of earlier tables; put it before them"
+        else:
+            hint = did_you_mean(nearest(group.pattern, names))
+            message = f"{entry} matches no parameter; the model has {names[0]} to {names[-1]}{hint}"
+        raise SettingError("optimizer.groups", message)
+
+
+def torch_groups(parameters: Sequence[Parameter]) -> list[dict[str, Any]]:
+    """Groups for a torch.optim.Optimizer: parameters of one rate and decay, at least one each."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for p in parameters:
+        groups.setdefault((p.lr_factor, p.weight_decay), []).append(p.tensor)
+    return [
+        {"params": tensors, "lr_factor": factor, "weight_decay": decay}
+        for (factor, decay), tensors in groups.items()
+    ]
+
+
+def build_adam(
+    section: AdamOptimizer, parameters: Sequence[Parameter], _: Surroundings
+) -> torch.optim.Optimizer:
+    """AdamW or Adam."""
     implementation = section.implementation
     if implementation == "auto":
+        device_type = parameters[0].tensor.device.type
         implementation = "fused" if device_type in FUSED_DEVICES else "foreach"
-    groups = ((decayed, section.weight_decay), (kept, 0.0))
-    return CLASSES[section.name](
-        [{"params": params, "weight_decay": decay} for params, decay in groups if params],
+    adam = torch.optim.AdamW if section.name == "AdamW" else torch.optim.Adam
+    return adam(
+        torch_groups(parameters),
         lr=section.lr,
         betas=(section.beta1, section.beta2),
         eps=section.eps,
@@ -49,7 +149,25 @@ def build_optimizer(model: nn.Module, section: Optimizer) -> torch.optim.Adam:
     )
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate of every group."""
+def _make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Makes the state by a step without rate, decay and gradients, which does not count."""
+    settings = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = group["weight_decay"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, (lr, weight_decay) in zip(optimizer.param_groups, settings, strict=True):
+        group["lr"], group["weight_decay"] = lr, weight_decay
+    for state in optimizer.state.values():
+        if isinstance(step := state.get("step"), torch.Tensor):
+            step.zero_()
+        elif step is not None:
+            state["step"] = 0
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate of every group, by its factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_factor", 1.0)

@@ -3,11 +3,9 @@
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from titan_lite.nn.init import CHECKPOINT_PREFIX
 from titan_lite.nn.transformer import Transformer
 from titan_lite.runtime.seed import derive_seed
-
-# What activation checkpointing inserts into module names.
-CHECKPOINT_PREFIX = "_checkpoint_wrapped_module."
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ class Meshes:
     loss: the ranks whose token sums add up to the global batch's (dp_replicate x dp_shard x cp).
     cp: the ranks that hold one sequence together, None where each holds its own.
     pp: the ranks whose stages make one model, None where each has all of it.
+    stage: the ranks that have parts of the same parameters.
     """
 
     model: DeviceMesh
@@ -25,6 +26,7 @@ class Meshes:
     loss: dist.ProcessGroup | None
     cp: dist.ProcessGroup | None
     pp: dist.ProcessGroup | None
+    stage: dist.ProcessGroup | None
 
 
 def build_meshes(dims: ParallelDims, device_type: str) -> Meshes:
@@ -48,5 +50,10 @@ def build_meshes(dims: ParallelDims, device_type: str) -> Meshes:
             (dims.pp * dims.batch, dims.cp, dims.tp),
             mesh_dim_names=("pp_batch", "cp", "tp"),
         ).get_group("cp")
-    pp = model.get_group("pp") if dims.pp > 1 else None
-    return Meshes(model=model, fsdp=fsdp, tp=model["tp"], loss=loss, cp=cp, pp=pp)
+    pp, stage = None, dist.group.WORLD
+    if dims.pp > 1:
+        pp = model.get_group("pp")
+        stage = init_device_mesh(
+            device_type, (dims.pp, dims.world_size // dims.pp), mesh_dim_names=("pp", "stage")
+        ).get_group("stage")
+    return Meshes(model=model, fsdp=fsdp, tp=model["tp"], loss=loss, cp=cp, pp=pp, stage=stage)

@@ -14,13 +14,13 @@ from titan_lite.config.schema import ActivationCheckpoint, Compile, Parallel
 from titan_lite.models.roles import PlanRow, Role
 from titan_lite.nn.attention import Attention, DropoutAttention
 from titan_lite.nn.dropout import Dropout
+from titan_lite.nn.init import CHECKPOINT_PREFIX
 from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.activation_checkpoint import is_checkpointed, memory_budget, saved_ops
 from titan_lite.parallel.attention_kernel import applied_attention_kernel
 from titan_lite.parallel.context import ShardedAttention, context_parallel
 from titan_lite.parallel.float8 import float8_linears, is_gathered_in_float8
 from titan_lite.parallel.fsdp import precision, uses_symm_mem
-from titan_lite.parallel.init_weights import CHECKPOINT_PREFIX
 from titan_lite.parallel.tensor import split_modules
 
 Modules = Mapping[str, Sequence[str]]

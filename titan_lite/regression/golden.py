@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from titan_lite.config.problems import literal, near_file
-from titan_lite.config.schema import Positive, PositiveFloat, Section
+from titan_lite.config.section import Positive, PositiveFloat, Section
 from titan_lite.regression.compare import LAYOUT_TOLERANCES, Comparison, Tier, compare
 from titan_lite.regression.curves import (
     QUANTITIES,

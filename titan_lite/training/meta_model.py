@@ -18,6 +18,7 @@ from titan_lite.models.plan import Plan
 from titan_lite.nn.build import build
 from titan_lite.nn.init import rule_of
 from titan_lite.nn.transformer import Transformer
+from titan_lite.optim.optimizer import check_groups
 from titan_lite.parallel.async_tp import check_async_tp
 from titan_lite.parallel.attention_kernel import check_attention_kernel
 from titan_lite.parallel.compile import check_compiler
@@ -64,6 +65,7 @@ def build_meta_model(plan: Plan) -> Transformer:
     with about("checkpoint.exclude_from_loading"):
         names = [name for name, _ in model.named_parameters()]
         check_excluded(plan.config.checkpoint.exclude_from_loading, names)
+    check_groups(plan.config.optimizer, names)
     if plan.dims.tp > 1:
         with about("parallel.tp"):
             check_plan(model, plan.family.tp_plan)

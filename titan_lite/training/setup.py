@@ -11,7 +11,7 @@ from titan_lite.nn.transformer import Transformer
 from titan_lite.optim.guard import Guard
 from titan_lite.optim.loss_scaler import LossScaler
 from titan_lite.optim.nonfinite import NonFiniteGuard
-from titan_lite.optim.optimizer import build_optimizer
+from titan_lite.optim.optimizer import Surroundings, build_optimizer
 from titan_lite.parallel.build import build_parallel
 from titan_lite.parallel.init_weights import init_weights
 from titan_lite.parallel.mesh import Meshes
@@ -73,7 +73,12 @@ def build_training(
             seed=training.seed,
             cpu_offload=config.parallel.cpu_offload,
         )
-        optimizer = build_optimizer(model, config.optimizer)
+        surroundings = Surroundings(
+            ranks=meshes.stage,
+            param_dtype=getattr(torch, training.param_dtype),
+            args=plan.args,
+        )
+        optimizer = build_optimizer(model, config.optimizer, plan.family.tp_plan, surroundings)
         device = next(model.parameters()).device
         guard: Guard = (
             LossScaler(device)

@@ -1,7 +1,7 @@
 """One optimizer step: forward and backward, the global gradient norm, clipping, the update."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -73,6 +73,8 @@ class TrainStep:
         self.has_float8_all_gather = parallel_model.applied.count("float8 all-gather") > 0
         self.optimizer = optimizer
         self.guard = guard
+        # In this order on every rank, given whether the step was applied, a bool on the device.
+        self.after_step: list[Callable[[Tensor], None]] = [lambda _: self.refresh()]
         self.progress = progress
         self.objective = objective
         self.num_sources = len(config.data.sources)
@@ -111,14 +113,15 @@ class TrainStep:
         norm = self._norm(loss_scale)
         set_lr(self.optimizer, lr)
         is_finite = self.guard.is_finite(loss, norm.total)
-        self.guard.step(
+        is_applied = self.guard.step(
             self.optimizer,
             is_finite=is_finite,
             grad_scale=norm.grad_scale,
             norms=norm.parts,
             owners=norm.owners,
         )
-        self.refresh()
+        for update in self.after_step:
+            update(is_applied)
         self.optimizer.zero_grad()
         by_source = (valid, self.source_losses) if self.num_sources else ()
         return StepResult(

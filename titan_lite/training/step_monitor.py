@@ -16,9 +16,9 @@ from titan_lite.metrics.forward_times import ForwardTimes
 from titan_lite.metrics.record import Record
 from titan_lite.metrics.warnings import RecordWatch
 from titan_lite.models.plan import Plan
+from titan_lite.nn.init import CHECKPOINT_PREFIX
 from titan_lite.optim.guard import Guard
 from titan_lite.optim.nonfinite import NonFiniteError
-from titan_lite.parallel.init_weights import CHECKPOINT_PREFIX
 from titan_lite.runtime.distributed import Process, all_reduce
 from titan_lite.runtime.readback import Readback
 from titan_lite.training.setup import Training

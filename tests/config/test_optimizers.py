@@ -1,0 +1,104 @@
+"""[optimizer], whose keys depend on its name."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from titan_lite.config.load import ConfigError, load_config
+from titan_lite.config.optimizers import BUILDERS, OPTIMIZERS, Adam, Optimizer, register_optimizer
+from titan_lite.config.render import json_schema, to_markdown, to_toml
+
+
+class Momentum(Optimizer):
+    name: Literal["Momentum"] = "Momentum"
+    momentum: float = 0.9
+    """Decay of the average."""
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    register_optimizer(Momentum, "nowhere:build")
+    yield
+    del BUILDERS["Momentum"], OPTIMIZERS.variants["Momentum"]
+    # Merges the keys again.
+    OPTIMIZERS.add(Adam)
+
+
+def problem(*overrides: str, path: str | None = None) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_config(path, [f"--optimizer.{override}" for override in overrides])
+    (found,) = error.value.problems
+    return f"{found.key} ({found.source}): {found.message}"
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_registered_optimizer_has_the_common_keys_and_its_own() -> None:
+    section = load_config(None, ["--optimizer.name=Momentum", "--optimizer.momentum=0.5"]).config
+    assert section.optimizer == Momentum(momentum=0.5)
+    assert section.model_dump()["optimizer"]["momentum"] == 0.5
+    assert problem("name=Momentun") == (
+        'optimizer.name (command line): expected "AdamW", "Adam" or "Momentum", got "Momentun"; '
+        'did you mean "Momentum"?'
+    )
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_key_of_another_optimizer_is_an_error_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert problem("momentum=0.5") == (
+        'optimizer.momentum (command line): has no place where optimizer.name is "AdamW": set '
+        'optimizer.name = "Momentum", or leave momentum out'
+    )
+    assert problem("name=Momentum", "momentun=1.0") == (
+        'optimizer.momentun (command line): unknown key; did you mean "optimizer.momentum"?'
+    )
+    monkeypatch.chdir(tmp_path)
+    Path("a.toml").write_text("[optimizer]\nbeta1 = 0.8")
+    assert problem("name=Momentum", path="a.toml").startswith(
+        'optimizer.beta1 (a.toml): has no place where optimizer.name is "Momentum": set '
+        'optimizer.name = "AdamW" or "Adam", or'
+    )
+
+
+@pytest.mark.usefixtures("registered")
+def test_what_is_written_states_which_optimizer_has_a_key() -> None:
+    text = to_toml(load_config(None, ["--optimizer.name=Momentum"]))
+    assert "\nmomentum = 0.9 " in text
+    (line,) = [line for line in text.splitlines() if line.startswith("# beta1 is not set")]
+    assert line.endswith('# needs optimizer.name = "AdamW" or "Adam"')
+    assert 'Decay of the average. Needs optimizer.name = "Momentum".' in to_markdown()
+    table = json_schema({})["properties"]["optimizer"]
+    assert table["properties"]["name"]["enum"] == ["AdamW", "Adam", "Momentum"]
+    assert {
+        "if": {"required": ["momentum", "name"]},
+        "then": {"properties": {"name": {"enum": ["Momentum"]}}},
+    } in table["allOf"]
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_name_is_registered_once() -> None:
+    class Other(Optimizer):
+        name: Literal["Momentum"] = "Momentum"
+
+    with pytest.raises(ValueError, match='already registered as "Momentum"; choose another name'):
+        register_optimizer(Other, "nowhere:build")
+    register_optimizer(Momentum, "nowhere:build")
+
+
+def test_a_wrong_group_is_named_by_its_place(tmp_path: Path) -> None:
+    assert problem('groups=[{pattern="a"}, {patern="b"}]').endswith(
+        'table 2: unknown key patern; did you mean "pattern"?'
+    )
+    path = tmp_path / "a.toml"
+    path.write_text(
+        '[[optimizer.groups]]\npattern = "*.weight"\nlr_factor = 0.5\n'
+        '[[optimizer.groups]]\npattern = "*"\n'
+    )
+    loaded = load_config(path)
+    assert [group.lr_factor for group in loaded.config.optimizer.groups] == [0.5, 1]
+    written = tmp_path / "b.toml"
+    written.write_text(to_toml(loaded))
+    assert load_config(written).config == loaded.config

@@ -1,0 +1,99 @@
+"""[optimizer]: a section for each optimizer, and where it is built."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from titan_lite.config.needs import Needs
+from titan_lite.config.section import (
+    Dropped,
+    NonNegativeFloat,
+    PositiveFloat,
+    Section,
+)
+from titan_lite.config.tagged import TaggedTable
+
+
+class OptimizerGroup(Section):
+    """[[optimizer.groups]]: parameters with settings of their own."""
+
+    pattern: Annotated[str, Field(min_length=1)]
+    """Names of parameters, in which "*" stands for anything: "layers.*.attention.w[qk].weight"."""
+    lr_factor: NonNegativeFloat = 1.0
+    """Factor of the learning rate."""
+    weight_decay: NonNegativeFloat | None = None
+    """Weight decay, whatever optimizer.no_decay; not set: as without the group."""
+    algorithm: str = ""
+    """Which of the algorithms of an optimizer that has several takes them; empty: as without the
+    group."""
+
+
+class Optimizer(Section):
+    """[optimizer]: what every optimizer has."""
+
+    ALGORITHMS: ClassVar[tuple[str, ...]] = ()
+    """Values of a group's `algorithm`."""
+
+    name: str
+    """The optimizer. "AdamW" decays weights decoupled from the gradient, "Adam" adds the decay to
+    the gradient."""
+    lr: PositiveFloat = 3e-4
+    """Peak learning rate."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Weight decay of the parameters that `no_decay` does not name."""
+    no_decay: Annotated[
+        list[Literal["norm", "bias", "embedding"]], Needs("weight_decay", above=0)
+    ] = ["norm", "bias"]
+    """Kinds of parameters without weight decay."""
+    groups: list[OptimizerGroup] = []
+    """Parameters with settings of their own: a table [[optimizer.groups]] for each, of which the
+    first whose `pattern` matches a parameter's name counts."""
+
+
+class AdamOptimizer(Optimizer):
+    """Keys of AdamW and Adam."""
+
+    beta1: Dropped = 0.9
+    """Decay of the first moment."""
+    beta2: Dropped = 0.95
+    """Decay of the second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the denominator."""
+    implementation: Literal["auto", "fused", "foreach", "for-loop"] = "auto"
+    """Kernel of the step; "auto" takes fused where the device has it."""
+
+
+class AdamW(AdamOptimizer):
+    """Adam with decoupled weight decay (arXiv:1711.05101)."""
+
+    name: Literal["AdamW"] = "AdamW"
+
+
+class Adam(AdamOptimizer):
+    """Adam whose weight decay is part of the gradient (arXiv:1412.6980)."""
+
+    name: Literal["Adam"] = "Adam"
+
+
+OPTIMIZERS = TaggedTable("name", Optimizer)
+BUILDERS: dict[str, str] = {}
+"""By name, "module:function" of (section, parameters, context) -> torch.optim.Optimizer."""
+
+
+def register_optimizer(section: type[Optimizer], build: str) -> None:
+    """Adds an optimizer, called as the default of its section's `name`.
+
+    build: "module:function", imported when a model is built; see titan_lite/optim/optimizer.py.
+    ValueError where another optimizer has the name.
+    """
+    name = section.model_fields["name"].default
+    if OPTIMIZERS.variants.get(name, section) is not section:
+        raise ValueError(
+            f'another optimizer is already registered as "{name}"; choose another name'
+        )
+    OPTIMIZERS.add(section)
+    BUILDERS[name] = build
+
+
+register_optimizer(AdamW, "titan_lite.optim.optimizer:build_adam")
+register_optimizer(Adam, "titan_lite.optim.optimizer:build_adam")

@@ -1,0 +1,65 @@
+"""Tables whose keys depend on one of them, the tag: a section for each of its values."""
+
+from copy import copy
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import create_model
+from pydantic.fields import FieldInfo
+
+from titan_lite.config.needs import Variant
+from titan_lite.config.section import Section
+
+S = TypeVar("S", bound=Section)
+
+
+class TaggedTable(Generic[S]):
+    """Variants of the section `base` by their default of the key `tag`; the first is the default.
+
+    fields: the keys of all variants; a key that some of them lack needs one of the others.
+    """
+
+    def __init__(self, tag: str, base: type[S]) -> None:
+        self.tag, self.base = tag, base
+        self.variants: dict[str, type[S]] = {}
+        self.fields: dict[str, FieldInfo] = {}
+
+    def add(self, variant: type[S]) -> None:
+        """Adds a variant."""
+        self.variants[variant.model_fields[self.tag].default] = variant
+        fields = dict(self.base.model_fields)
+        for section in self.variants.values():
+            fields = {**section.model_fields, **fields}
+        # In place: FIELDS holds it.
+        self.fields.clear()
+        self.fields.update({key: self._merged(key, field) for key, field in fields.items()})
+
+    def _merged(self, key: str, field: FieldInfo) -> FieldInfo:
+        merged = copy(field)
+        owners = [name for name, section in self.variants.items() if key in section.model_fields]
+        if key == self.tag:
+            merged.annotation = Literal[tuple(self.variants)]  # type: ignore[assignment]
+            merged.default = owners[0]
+        elif len(owners) < len(self.variants):
+            merged.metadata = [*field.metadata, Variant(self.tag, *owners)]
+        return merged
+
+    def json_schema(self) -> dict[str, Any]:
+        """The schema of a table with the keys of all variants."""
+        fields: dict[str, Any] = {k: (field.annotation, field) for k, field in self.fields.items()}
+        schema = create_model(self.base.__name__, __base__=Section, **fields).model_json_schema()
+        schema.pop("$defs", None)
+        return schema
+
+    def tag_of(self, table: Any) -> str | None:
+        """Returns the tag of a table's variant, if it has one of those that there are."""
+        if not isinstance(table, dict):
+            return None
+        tag = table.get(self.tag, self.fields[self.tag].default)
+        return tag if isinstance(tag, str) and tag in self.variants else None
+
+    def validate(self, table: Any) -> Any:
+        """Makes a table the section of its variant; the base lacks its tag where there is none."""
+        if not isinstance(table, dict):
+            return table
+        tag = self.tag_of(table)
+        return {} if tag is None else self.variants[tag].model_validate(table)
