@@ -15,7 +15,7 @@ from titan_lite.config.tagged import TaggedTable
 
 
 class OptimizerGroup(Section):
-    """[[optimizer.groups]]: parameters with settings of their own."""
+    """[[optimizer.groups]]: separate settings of some parameters."""
 
     pattern: Annotated[str, Field(min_length=1)]
     """Names of parameters, in which "*" stands for anything: "layers.*.attention.w[qk].weight"."""
@@ -46,7 +46,7 @@ class Optimizer(Section):
     ] = ["norm", "bias"]
     """Kinds of parameters without weight decay."""
     groups: list[OptimizerGroup] = []
-    """Parameters with settings of their own: a table [[optimizer.groups]] for each, of which the
+    """Separate settings of some parameters: a table [[optimizer.groups]] for each, of which the
     first whose `pattern` matches a parameter's name counts."""
 
 

@@ -37,7 +37,7 @@ class Parameter:
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
-    """What a builder may need to know besides its section and parameters.
+    """The rest of a run that a builder may need to know.
 
     ranks: those that have parts of the same parameters. param_dtype: training.param_dtype.
     """
