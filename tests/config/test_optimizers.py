@@ -21,7 +21,7 @@ class Momentum(Optimizer):
 def registered() -> Iterator[None]:
     register_optimizer(Momentum, "nowhere:build")
     yield
-    del BUILDERS["Momentum"], OPTIMIZERS.variants["Momentum"]
+    del BUILDERS._rows["Momentum"], OPTIMIZERS.variants["Momentum"]
     # Merges the keys again.
     OPTIMIZERS.add(Adam)
 

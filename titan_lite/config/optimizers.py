@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from titan_lite.config.needs import Needs
+from titan_lite.config.registry import Registry
 from titan_lite.config.section import (
     Dropped,
     NonNegativeFloat,
@@ -76,23 +77,14 @@ class Adam(AdamOptimizer):
 
 
 OPTIMIZERS = TaggedTable("name", Optimizer)
-BUILDERS: dict[str, str] = {}
-"""By name, "module:function" of (section, parameters, context) -> torch.optim.Optimizer."""
+BUILDERS: Registry[tuple[type[Optimizer], str]] = Registry("optimizer")
+"""Name -> its section, and "module:function" of an optim.optimizer.Builder."""
 
 
 def register_optimizer(section: type[Optimizer], build: str) -> None:
-    """Adds an optimizer, called as the default of its section's `name`.
-
-    build: "module:function", imported when a model is built; see titan_lite/optim/optimizer.py.
-    ValueError where another optimizer has the name.
-    """
-    name = section.model_fields["name"].default
-    if OPTIMIZERS.variants.get(name, section) is not section:
-        raise ValueError(
-            f'another optimizer is already registered as "{name}"; choose another name'
-        )
+    """Adds an optimizer under the default of its section's `name`, by the path of its builder."""
+    BUILDERS.register(section.model_fields["name"].default, (section, build))
     OPTIMIZERS.add(section)
-    BUILDERS[name] = build
 
 
 register_optimizer(AdamW, "titan_lite.optim.optimizer:build_adam")

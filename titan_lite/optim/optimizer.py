@@ -1,7 +1,6 @@
 """Builds the optimizer of a run: its parameters with their settings, and AdamW and Adam."""
 
 import fnmatch
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 
 from titan_lite.config.optimizers import BUILDERS, AdamOptimizer, Optimizer, OptimizerGroup
 from titan_lite.config.problems import SettingError, did_you_mean, nearest, quote
+from titan_lite.config.registry import load
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.roles import Kind, PlanRow, kind_of
 from titan_lite.nn.init import CHECKPOINT_PREFIX
@@ -59,8 +59,7 @@ def build_optimizer(
     its first step: ranks and checkpoints then have the same, whatever got a gradient.
     """
     parameters = list(parameters_of(model, section, plan, tied_head=surroundings.args.tied_head))
-    module, _, function = BUILDERS[section.name].partition(":")
-    build: Builder = getattr(importlib.import_module(module), function)
+    build: Builder = load(BUILDERS[section.name][1])
     optimizer = build(section, parameters, surroundings)
     if not optimizer.state:
         _make_state(optimizer)
