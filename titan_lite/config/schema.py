@@ -511,6 +511,9 @@ class Metrics(Section):
     peak_tflops: PositiveFloat | None = None
     """Peak TFLOP/s per device that MFU divides by, for a device the table does not know or a
     capped one."""
+    power: bool = False
+    """Log the devices' mean power in watts, and joules per token: of NVIDIA GPUs, through
+    nvidia-ml-py (pip install nvidia-ml-py)."""
 
 
 class Profiling(Section):

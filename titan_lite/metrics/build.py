@@ -8,6 +8,7 @@ import torch
 from titan_lite.config.schema import Config
 from titan_lite.metrics.device import find_peak
 from titan_lite.metrics.meter import Meter
+from titan_lite.metrics.power import EnergyCounter
 from titan_lite.metrics.sinks import Destination, open_sinks
 from titan_lite.planner.counts import FlopsPerToken
 from titan_lite.runtime.distributed import Process, all_reduce
@@ -45,4 +46,5 @@ def build_meter(
         num_steps=config.training.steps,
         start_step=start_step,
         all_reduce=all_reduce,
+        energy=EnergyCounter(process.device) if config.metrics.power else None,
     )

@@ -24,7 +24,10 @@ AllReduce = Callable[[Tensor, str], Tensor]
 
 @dataclass
 class _Window:
-    """The steps since the last log step; seconds are of the meter's clock."""
+    """The steps since the last log step; seconds are of the meter's clock.
+
+    joules: at the start, plus what was used in excluded time.
+    """
 
     start: float
     first_step: int
@@ -32,6 +35,7 @@ class _Window:
     samples: int = 0
     waited: float = 0.0
     excluded: float = 0.0
+    joules: float = 0.0
 
 
 class Meter:
@@ -54,6 +58,7 @@ class Meter:
         num_steps: int,
         start_step: int = 0,
         all_reduce: AllReduce | None = None,
+        energy: Callable[[], float] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._log_freq = section.log_freq
@@ -66,9 +71,10 @@ class Meter:
         self._num_steps = num_steps
         self._start_step = start_step
         self._all_reduce = all_reduce
+        self._energy = energy
         self._clock = clock
         self._start = clock()
-        self._window = _Window(start=self._start, first_step=start_step + 1)
+        self._window = _Window(self._start, start_step + 1, joules=self._joules())
         self._first: Record = {}
         self._last: Record = {}
         self._measured_tokens = 0
@@ -96,11 +102,12 @@ class Meter:
         if self._device.type != "cpu":
             # What the device still has to compute is not part of what follows.
             torch.get_device_module(self._device).synchronize(self._device)
-        start = self._clock()
+        start, joules = self._clock(), self._joules()
         try:
             yield
         finally:
             seconds = self._clock() - start
+            self._window.joules += self._joules() - joules
             self._window.excluded += seconds
             self._excluded += seconds
 
@@ -149,12 +156,15 @@ class Meter:
             "tokens": tokens_seen,
         }
         now = self._clock()
-        window, self._window = self._window, _Window(start=now, first_step=step + 1)
+        joules = self._joules()
+        window, self._window = self._window, _Window(now, step + 1, joules=joules)
         seconds = now - window.start - window.excluded
         record |= self._speeds(window, steps=step + 1 - window.first_step, seconds=seconds)
         record |= self._worst_rank(
             {"data_wait": 100 * window.waited / seconds, **self._memory.snapshot()}
         )
+        if self._energy is not None:
+            record |= self._power(joules - window.joules, int(window.tokens), seconds)
         self._memory.reset_peak()
         for key, value in (extra or {}).items():
             assert key not in record, f"{key} is a metric of the meter's own"
@@ -227,6 +237,17 @@ class Meter:
             if self._flops.hardware is not None:
                 speeds["hfu"] = self._percent_of_peak(self._flops.hardware, wps)
         return speeds
+
+    def _joules(self) -> float:
+        return self._energy() if self._energy is not None else 0.0
+
+    def _power(self, joules: float, tokens: int, seconds: float) -> Record:
+        """Power and energy of all devices, in one collective."""
+        total = torch.tensor(joules, dtype=torch.float64, device=self._device)
+        if self._all_reduce is not None:
+            total = self._all_reduce(total, "sum")
+        watts = total.item() / seconds / self._num_devices
+        return {"watts": watts, "joules_per_token": total.item() / tokens}
 
     def _percent_of_peak(self, flops_per_token: float, wps: float) -> float:
         assert self.peak.tflops is not None

@@ -54,6 +54,8 @@ METRICS: dict[str, Metric] = {
     "mfu_causal": Metric("% of peak", "global", "speed/mfu_causal_percent"),
     "hfu": Metric("% of peak", "global", "speed/hfu_percent"),
     "data_wait": Metric("% of the time", "max", "speed/data_wait_percent"),
+    "watts": Metric("W, mean of the devices", "global", "power/watts"),
+    "joules_per_token": Metric("J, of all devices", "global", "power/joules_per_token"),
     "memory_gib": Metric("GiB, peak", "max", "memory/peak_gib"),
     "memory_reserved_gib": Metric("GiB, peak", "max", "memory/peak_reserved_gib"),
     "alloc_retries": Metric("count since start", "max", "memory/alloc_retries"),

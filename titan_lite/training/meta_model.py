@@ -14,6 +14,7 @@ from titan_lite.checkpoint.state import Start, check_excluded, newest_below
 from titan_lite.checkpoint.storage import check_weights
 from titan_lite.config.problems import SettingError, about, collecting, literal
 from titan_lite.config.schema import Config, Float8
+from titan_lite.metrics.power import EnergyCounter
 from titan_lite.models.plan import Plan
 from titan_lite.nn.build import build
 from titan_lite.nn.init import rule_of
@@ -132,6 +133,9 @@ def check_device(plan: Plan, model: Transformer, device: torch.device) -> None:
     with collecting() as problems:
         with problems.checking("profiling.enable_memory_snapshot"):
             check_profiling(config.profiling, device)
+        if config.metrics.power:
+            with problems.checking("metrics.power"):
+                EnergyCounter(device)
         with problems.checking("training.param_dtype"):
             check_dtype(dtype, device)
         with problems.checking("attention.kernel"):

@@ -1,0 +1,32 @@
+"""The energy that a GPU uses, by NVIDIA's management library."""
+
+import torch
+
+
+class EnergyCounter:
+    """Joules that a device has used since its driver was loaded."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Raises ValueError where they cannot be read."""
+        if device.type != "cuda":
+            raise ValueError(f"true requires an NVIDIA GPU, got device {device.type!r}")
+        try:
+            # Of the extra "power".
+            import pynvml
+        except ImportError as error:
+            message = "true requires nvidia-ml-py, which is not installed: pip install nvidia-ml-py"
+            raise ValueError(message) from error
+        self._nvml = pynvml
+        # Its index would not be torch's where CUDA_VISIBLE_DEVICES is set.
+        uuid = torch.cuda.get_device_properties(device).uuid
+        try:
+            pynvml.nvmlInit()
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+            self()
+        except pynvml.NVMLError as error:
+            raise ValueError(
+                f"true requires a GPU whose energy NVML can read, got {error!s} for GPU-{uuid}"
+            ) from error
+
+    def __call__(self) -> float:
+        return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000)
