@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests as other processors would, and once with load next to them. Arguments go to pytest.
+# Runs the tests as other processors would, and once with load next to them. Arguments are those of
+# run_tests.sh: --all for the slow tests as well, folders and options of pytest.
 # Exit code 1 if any of the runs fails; the last lines name them.
 set -uo pipefail
 

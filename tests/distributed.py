@@ -3,6 +3,7 @@
 They talk over gloo, on the CPU, with GPUs hidden from them; or over NCCL, each on a GPU of its own.
 """
 
+import gc
 import multiprocessing
 import os
 import traceback
@@ -66,6 +67,8 @@ def _serve(
         # Before CUDA is first asked, or it would not be heard.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     _share_gloo_device()
+    # Collections, of which every run makes some, need not look at what was imported.
+    gc.freeze()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         init_method=f"file://{store}",

@@ -371,7 +371,7 @@ def test_a_short_run_that_fails_or_hangs_is_reported_with_the_end_of_its_log(
 @pytest.mark.parametrize("name", features.FEATURES)
 def test_every_short_run_is_a_valid_configuration(name: str) -> None:
     config, *settings = features.FEATURES[name]
-    make_plan(config, settings, 1)
+    assert make_plan(config, settings, 1).dims.batch == 1
 
 
 def write_stages(folder: Path) -> None:

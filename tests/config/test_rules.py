@@ -344,7 +344,8 @@ def test_sequences_must_divide_over_the_context_and_tensor_axes(
 
 
 def test_ulysses_needs_no_halves_of_what_a_rank_holds() -> None:
-    check("parallel.cp=4", "parallel.cp_method=ulysses", "training.seq_len=100", world_size=4)
+    settings = ("parallel.cp_method=ulysses", "training.seq_len=100")
+    assert check("parallel.cp=4", *settings, world_size=4).cp == 4
 
 
 def test_all_broken_rules_stand_together() -> None:
@@ -395,9 +396,11 @@ def test_a_path_of_documents_is_literal_before_it_is_a_glob(
 ) -> None:
     Path("part[0].txt").write_text("")
     monkeypatch.setenv("HOME", str(tmp_path))
-    check("data.dataset_path=part[0].txt")
-    check("data.dataset_path=~/part[0].txt", "data.tokenizer_path=~/part[0].txt")
-    check("data.dataset_path=~/*.txt")
+    assert check("data.dataset_path=part[0].txt")
+    assert check("data.dataset_path=~/part[0].txt", "data.tokenizer_path=~/part[0].txt")
+    assert check("data.dataset_path=~/*.txt")
+    (problem,) = broken("data.dataset_path=part[1].txt")
+    assert problem.key == "data.dataset_path"
 
 
 def test_rules_without_degrees_hold_where_the_world_size_does_not_divide() -> None:

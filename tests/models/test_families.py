@@ -201,3 +201,5 @@ def test_every_parameter_has_exactly_one_init_rule(family: Family, flavor: str) 
     for name, parameter in model.named_parameters():
         # On meta, filling costs nothing and still finds the rule or raises.
         model.init_parameter(name, parameter.data, torch.Generator())
+    with pytest.raises(ValueError, match="matched by 0 init rules, not one"):
+        model.init_parameter("nothing.like.it", parameter.data, torch.Generator())

@@ -262,6 +262,24 @@ IN_PRECISION = (
     Case("tp2", alike=(*BFLOAT16, "model.fp32_residual=true")),
 )
 
+
+def _quick() -> frozenset[Case]:
+    """The cases that show a mode, a layout's axis or a setting which no smaller case does."""
+    seen: set[object] = set()
+    quick = set()
+    cases = (*CASES, *FURTHER, *FAMILIES, *IN_PRECISION)
+    for case in sorted(cases, key=lambda case: (case.world_size, case.execution == "compile")):
+        shown = {*LAYOUTS[case.layout][1], *case.more, *case.alike}
+        shown |= {case.mode, case.execution, f"accumulates: {case.micro_batches > 1}"}
+        if not shown <= seen:
+            quick.add(case)
+            seen |= shown
+    return frozenset(quick)
+
+
+QUICK = _quick()
+"""Cases of the developer's run; the others are marked slow."""
+
 TENSORWISE = ("float8.recipe=tensorwise", "float8.emulate=true")
 GATHERED = (*TENSORWISE, "float8.fsdp_all_gather=true")
 ASYNC_TP = "parallel.async_tp=true"

@@ -100,7 +100,7 @@ def test_what_no_model_can_do_is_refused(settings: list[str], key: str, message:
 
 def test_any_number_of_tokens_does_where_no_float8_product_sums_over_them() -> None:
     settings = ["--float8.recipe=rowwise_gw_hp", "--training.seq_len=100"]
-    make_plan(None, settings, world_size=1)
+    assert make_plan(None, settings, world_size=1).config.training.seq_len == 100
 
 
 @pytest.mark.parametrize(

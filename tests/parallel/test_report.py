@@ -37,7 +37,8 @@ SELECTIVE = ActivationCheckpoint(mode="selective_op", save=["max"])
 
 
 def test_what_was_asked_for_passes() -> None:
-    APPLIED.check(APPLIED.modules, FULL, Parallel(dp_shard=2), PRECISION, "auto")
+    problems = APPLIED.check(APPLIED.modules, FULL, Parallel(dp_shard=2), PRECISION, "auto")
+    assert problems is None
 
 
 @pytest.mark.parametrize(

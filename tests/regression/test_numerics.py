@@ -14,9 +14,12 @@ from titan_lite.regression.noise import ALPHA, WINDOWS, _student_t
 
 @pytest.mark.parametrize("pair", numerics.PAIRS, ids=lambda pair: pair.name)
 def test_each_side_of_a_pair_is_a_run_of_one_global_batch(pair: numerics.Pair) -> None:
+    batches = set()
     for side in (pair.a, pair.b):
-        settings = [*numerics.RUN, *side.settings]
-        make_plan(numerics.CONFIG, [f"--{setting}" for setting in settings], side.nproc)
+        settings = [f"--{setting}" for setting in (*numerics.RUN, *side.settings)]
+        plan = make_plan(numerics.CONFIG, settings, side.nproc)
+        batches.add(plan.global_batch_size)
+    assert len(batches) == 1
 
 
 def test_pairs_become_a_table_and_each_run_is_trained_once(
