@@ -3,7 +3,7 @@
     python -m benchmarks.data [--threads 1] [--rounds 9] [--copies 16] [--output data.json]
 
 - tokenize-and-pack throughput over tiktoken's encode_ordinary_batch, on the same text and threads;
-- batches read from token files over the same batches tokenized on the way;
+- batches read from token ids in Arrow, Parquet and Megatron's files over the same ones of text;
 - `titan-lite tokenize` with 2 processes over 1, on `copies` of the corpus, one file each; process
   start included.
 """
@@ -16,11 +16,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
-import numpy.typing as npt
 import tiktoken
 
 from benchmarks.manifest import report
@@ -30,7 +28,7 @@ from titan_lite.data.documents import document_of
 from titan_lite.data.loader import DataLoader
 from titan_lite.data.packing import join_documents, pack
 from titan_lite.data.sources import open_dataset, resolve_source
-from titan_lite.data.token_files import Manifest, TokenFolder
+from titan_lite.data.token_folder import Manifest
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.data.tokenizer_files import load_tokenizer
 from titan_lite.data.tokenizing import tokenize
@@ -69,19 +67,17 @@ def tokenized(section: Data, target: Path, processes: int) -> Manifest:
         section,
         target,
         processes=processes,
-        shard_tokens=2**27,
-        report=lambda *_: None,
+        shard_size=2**29,
     )
 
 
 def reading(tokenizer: Tokenizer, seq_len: int, rounds: int) -> dict[str, float]:
     """Tokens/s of one epoch's batches, of text and of token ids in the page cache."""
     with tempfile.TemporaryDirectory() as folder:
-        manifest = tokenized(Data(), Path(folder) / "token_files", 1)
+        manifest = tokenized(Data(), Path(folder) / "arrow", 1)
         num_batches = manifest.tokens // (BATCH * seq_len)
-        stored = TokenFolder(Path(folder) / "token_files")
-        write_others(Path(folder), [stored.tokens(row) for row in range(manifest.documents)])
-        forms = ("token_files", "arrow", "parquet", "megatron")
+        write_others(Path(folder))
+        forms = ("arrow", "parquet", "megatron")
         sections = {
             "text": Data(),
             **{form: Data(dataset_path=f"{folder}/{form}") for form in forms},
@@ -108,18 +104,14 @@ def reading(tokenizer: Tokenizer, seq_len: int, rounds: int) -> dict[str, float]
     speeds = {form: count / statistics.median(times) for form, times in seconds_of.items()}
     return {
         **{f"batches_of_{form}_tokens_per_s": round(speed) for form, speed in speeds.items()},
-        **{
-            f"{form}_over_token_files": round(speed / speeds["token_files"], 2)
-            for form, speed in speeds.items()
-        },
+        **{f"{form}_over_text": round(speeds[form] / speeds["text"], 2) for form in forms},
     }
 
 
-def write_others(folder: Path, documents: list[npt.NDArray[Any]]) -> None:
-    """The same documents as a saved dataset, as Parquet and as Megatron's pair of files."""
-    features = datasets.Features({"input_ids": datasets.List(datasets.Value("uint16"))})
-    dataset = datasets.Dataset.from_dict({"input_ids": documents}, features=features)
-    dataset.save_to_disk(folder / "arrow")
+def write_others(folder: Path) -> None:
+    """Writes the documents of a saved dataset as Parquet and as Megatron's pair of files."""
+    dataset = datasets.load_from_disk(str(folder / "arrow"))
+    documents = [np.array(ids, np.uint16) for ids in dataset["input_ids"]]
     (folder / "parquet").mkdir()
     dataset.to_parquet(folder / "parquet" / "0.parquet")
     (folder / "megatron").mkdir()
@@ -151,7 +143,9 @@ def tokenizing(copies: int, rounds: int) -> dict[str, float]:
                 shutil.rmtree(target)
     one, two = (manifest.tokens / statistics.median(times) for times in seconds_of.values())
     return {
-        "tokenize_megabytes": round(manifest.bytes / 1e6, 1),
+        "tokenize_megabytes": round(
+            copies * bundled_asset("corpus/train.jsonl").stat().st_size / 1e6, 1
+        ),
         "tokenize_1_process_tokens_per_s": round(one),
         "tokenize_2_processes_tokens_per_s": round(two),
         "tokenize_2_over_1": round(two / one, 2),

@@ -299,7 +299,7 @@ MAY_TAKE_THE_WHOLE = {
     "planner/predict": {"advice", "_changes", "fitting_settings"},
     "planner/read": {"read_job", "_recompute", "is_legal", "with_values"},
     "planner/search": {"search", "candidates"},
-    "tools/tokenize": {"write"},
+    "tools/tokenize_data": {"write"},
     "training/export": {"export_hf"},
     "training/open_run": {"open_run", "_join", "_agree", "_load", "_log_run", "_write_run_file"},
     "training/run_data": {"__init__"},

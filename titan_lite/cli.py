@@ -36,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": (_train, "train a model (in one process; torchrun or run_train.sh start many)"),
         "config": (_config, "check a configuration and print it with the origin of each value"),
         "checkpoint": (_checkpoint, "list the checkpoints of a run, or verify them"),
-        "tokenize": (_tokenize, "documents become token files, which runs read without tokenizing"),
+        "tokenize": (
+            _tokenize,
+            "write the documents that a run reads as a dataset of token ids",
+        ),
         "convert": (_convert, "weights from Hugging Face's safetensors to checkpoints, and back"),
         "dryrun": (_dryrun, "memory, FLOPs and collectives of a step, on a machine without GPUs"),
         "plan": (_plan, "memory, time, cost and energy of a run on any cluster, before it starts"),
@@ -175,10 +178,10 @@ def _convert(argv: list[str]) -> int:
 def _tokenize(argv: list[str]) -> int:
     parser = _parser(
         "tokenize",
-        "--output DIR [--processes N] [--shard-tokens N] | --verify DIR",
-        "Writes what [data] reads (dataset, dataset_path, subset, split, text_field) as token "
-        "files by its tokenizer, for data.dataset_path of other runs. Broken off, the same command "
-        "goes on.",
+        "--output DIR [--processes N] [--shard-size N] | --verify DIR",
+        "Writes what [data] reads (dataset, dataset_path, subset, split, text_field) as a dataset "
+        "of token ids, for data.dataset_path of other runs. If interrupted, rerun the same command "
+        "to resume.",
         world=False,
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write")
@@ -190,28 +193,28 @@ def _tokenize(argv: list[str]) -> int:
         help="that tokenize (default: one per core)",
     )
     parser.add_argument(
-        "--shard-tokens",
+        "--shard-size",
         type=_positive,
-        default=2**27,
+        default=2**29,
         metavar="N",
-        help="after which a file is followed by the next (134217728)",
+        help="characters of a source file after which a new file is started (536870912)",
     )
     parser.add_argument(
         "--verify", type=Path, metavar="DIR", help="compare a folder's files with their checksums"
     )
     options, path, overrides = _parse(parser, argv)
-    from titan_lite.tools import tokenize
+    from titan_lite.tools import tokenize_data
 
     if options.verify:
-        return tokenize.verify(options.verify)
+        return tokenize_data.verify(options.verify)
     if options.output is None:
         parser.error("--output says where to, --verify what to check: one of the two is needed")
     logging.basicConfig(format="titan-lite: warning: %(message)s", level=logging.WARNING)
-    return tokenize.write(
+    return tokenize_data.write(
         load_config(path, overrides),
         options.output,
         processes=options.processes,
-        shard_tokens=options.shard_tokens,
+        shard_size=options.shard_size,
     )
 
 

@@ -25,8 +25,8 @@ from titan_lite.data import files
 from titan_lite.data.file_rows import FileRows
 from titan_lite.data.held_out import resolve_held_out
 from titan_lite.data.sources import open_dataset, resolve_source, resolve_sources
-from titan_lite.data.token_files import TokenFolder
-from titan_lite.tools import tokenize
+from titan_lite.data.token_folder import read_manifest
+from titan_lite.tools import tokenize_data
 
 TEXTS = [f"{i} " + "whale \u00e9 " * (i % 7) for i in range(30)]
 LINES = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(TEXTS)).encode()
@@ -154,9 +154,9 @@ def test_samples_are_those_of_plain_jsonl_wherever_documents_are_named(
     held_out = resolve_held_out(Validation(dataset_path=str(path)), Data())
     assert held_out.identity == resolve_sources(mixed)[0].identity
     loaded = load_config(None, [f"--data.dataset_path={path}"])
-    assert tokenize.write(loaded, target, processes=1, shard_tokens=99) == 0
+    assert tokenize_data.write(loaded, target, processes=1, shard_size=99) == 0
     assert run(data(target), 72) == expected
-    assert TokenFolder(target).manifest.rows_per_file == [30]
+    assert read_manifest(target).documents == 30
     (target / "a.jsonl").write_bytes(b"")
     with pytest.raises(ValueError, match=r"/tokens holds tokens: name this folder itself"):
         resolve_source(data(tmp_path))
@@ -535,6 +535,6 @@ def test_a_place_in_the_data_from_before_files_were_read_directly_is_refused(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "a.jsonl").write_bytes(LINES)
-    rows = FileRows([tmp_path / "a.jsonl"], "text")
+    rows = FileRows([[tmp_path / "a.jsonl"]], "text")
     with pytest.raises(ValueError, match=r"saved by an older version .* checkpoint.initial_load_p"):
         rows.load_state_dict({"shard_idx": 0, "shard_example_idx": 12})

@@ -1,6 +1,6 @@
 """Columns of Arrow, Parquet and Megatron's files: texts, or arrays of token ids."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,14 @@ from pyarrow import ipc, parquet, types
 from titan_lite.data.megatron import MegatronFile
 
 _BATCH_ROWS = 1024
+
+
+class UnreadableError(ValueError):
+    """A file that cannot be opened, or is damaged."""
+
+    def __init__(self, file: Path, error: Exception) -> None:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        super().__init__(f"cannot read {file}: {reason:.300}")
 
 
 class Column(Sequence[dict[str, Any]]):
@@ -79,11 +87,18 @@ def parquet_columns(file: Path, field: str, first: int) -> Iterator[Sequence[dic
             first = 0
 
 
-def arrow_columns(file: Path, field: str, first: int) -> Iterator[Sequence[dict[str, Any]]]:
-    """The rows of an Arrow file, of either form, from number `first` on."""
-    with pyarrow.memory_map(str(file)) as opened:
-        schema, batches = _batches(opened)
-        yield from _columns(batches, schema.names, field, first)
+def arrow_columns(
+    files: Sequence[Path], field: str, first: int
+) -> Iterator[Sequence[dict[str, Any]]]:
+    """The rows of Arrow files, of either form, from number `first` on."""
+    for file in files:
+        try:
+            with pyarrow.memory_map(str(file)) as opened:
+                schema, batches = _batches(opened)
+                first = yield from _columns(batches, schema.names, field, first)
+        # Arrow raises types of its own.
+        except Exception as error:
+            raise UnreadableError(file, error) from error
 
 
 def megatron_column(file: Path, field: str, first: int) -> Iterator[Sequence[dict[str, Any]]]:
@@ -103,8 +118,11 @@ def _batches(opened: Any) -> tuple[Any, Iterator[Any]]:
 
 def _columns(
     batches: Iterator[Any], names: Sequence[str], field: str, first: int
-) -> Iterator[Sequence[dict[str, Any]]]:
-    """The field of each row; where there is none of its name, the others without their values."""
+) -> Generator[Sequence[dict[str, Any]], None, int]:
+    """Yields the field of each row from number `first` on; returns what is left of `first`.
+
+    Where there is no field of its name, rows have the others without their values.
+    """
     for batch in batches:
         if first >= batch.num_rows:
             first -= batch.num_rows
@@ -114,3 +132,4 @@ def _columns(
         else:
             yield [dict.fromkeys(names)] * (batch.num_rows - first)
             first = 0
+    return first

@@ -12,7 +12,6 @@ from titan_lite.config.schema import Data
 from titan_lite.data.documents import BadDocument, document_of
 from titan_lite.data.probes import PROBES, SPACE_KINDS
 from titan_lite.data.sources import Source, open_dataset, reading, resolve_sources
-from titan_lite.data.token_files import GOOD, TokenFolder
 from titan_lite.data.tokenizer import Tokenizer
 
 NUM_LINES = 500
@@ -131,13 +130,7 @@ def with_spaces(texts: list[str]) -> list[str]:
 
 
 def _documents(source: Source, tokenizer: Tokenizer) -> Iterator[str]:
-    dataset: Any = open_dataset(source)
-    if isinstance(dataset, TokenFolder):
-        for row in range(dataset.first_rows[-1]):
-            if dataset.use(row) == GOOD:
-                yield tokenizer.decode(dataset.tokens(row))
-        return
-    for row in dataset:
+    for row in open_dataset(source):
         try:
             document = document_of(row, source.kind, source.text_field, source.tokens_field)
         except BadDocument:

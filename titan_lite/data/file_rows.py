@@ -11,25 +11,27 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
-from titan_lite.data.columns import arrow_columns, megatron_column, parquet_columns
+from titan_lite.data.columns import (
+    UnreadableError,
+    arrow_columns,
+    megatron_column,
+    parquet_columns,
+)
 from titan_lite.data.documents import RAW_ENCODING
 from titan_lite.data.files import compression_of, format_of, plain_suffix
 
 _BOM = codecs.BOM_UTF8.decode(RAW_ENCODING)
 
 
-class UnreadableError(ValueError):
-    """A file that cannot be opened, or is damaged."""
-
-
 class FileRows:
     """The rows of files in their order; what readers use of a datasets.IterableDataset.
 
-    step, offset: of the rows of all files, every `step`-th, from number `offset` on.
+    Each of them is the parts of one file, of which only Arrow's have several. step, offset: of the
+    rows of all files, every `step`-th, from number `offset` on.
     """
 
     def __init__(
-        self, files: Sequence[Path], field: str, *, offset: int = 0, step: int = 1
+        self, files: Sequence[Sequence[Path]], field: str, *, offset: int = 0, step: int = 1
     ) -> None:
         self._files, self._field = files, field
         self._offset, self._step = offset, step
@@ -71,18 +73,20 @@ class FileRows:
         start = self._start or {"file": 0, "row": 0, "total": 0}
         self._file, self._row, self._total = start["file"], start["row"], start["total"]
         while self._file < len(self._files):
-            file = self._files[self._file]
+            parts = self._files[self._file]
             try:
-                yield from self._rows(file)
+                yield from self._rows(parts)
+            except UnreadableError:
+                raise
             # Parsers and decompressors each raise types of their own.
             except Exception as error:
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise UnreadableError(f"cannot read {file}: {reason:.300}") from error
+                raise UnreadableError(parts[0], error) from error
             self._file, self._row = self._file + 1, 0
 
     def place(self) -> str:
         """File and line or row of the row that was read last."""
-        file = self._files[self._file]
+        parts = self._files[self._file]
+        file = parts[0]
         match format_of(file):
             case "text":
                 return str(file)
@@ -91,11 +95,12 @@ class FileRows:
                 lines = (number for number, text in enumerate(_texts(file), 1) if text.strip())
                 return f"{file}, {unit} {next(itertools.islice(lines, self._row - 1, None))}"
             case _:
-                return f"{file}, row {self._row}"
+                others = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
+                return f"{file}{others}, row {self._row}"
 
-    def _rows(self, file: Path) -> Iterator[dict[str, Any]]:
+    def _rows(self, parts: Sequence[Path]) -> Iterator[dict[str, Any]]:
         """The rows of a file from the place on."""
-        for rows in _batches(file, self._field, self._row):
+        for rows in _batches(parts, self._field, self._row):
             row, total = self._row, self._total
             for index in range((self._offset - total) % self._step, len(rows), self._step):
                 self._row, self._total = row + index + 1, total + index + 1
@@ -103,13 +108,14 @@ class FileRows:
             self._row, self._total = row + len(rows), total + len(rows)
 
 
-def _batches(file: Path, field: str, first: int) -> Iterator[Sequence[dict[str, Any]]]:
+def _batches(parts: Sequence[Path], field: str, first: int) -> Iterator[Sequence[dict[str, Any]]]:
     """Consecutive rows of a file from number `first` on; of columns, the field's values."""
+    file = parts[0]
     match format_of(file):
         case "parquet":
             return parquet_columns(file, field, first)
         case "arrow":
-            return arrow_columns(file, field, first)
+            return arrow_columns(parts, field, first)
         case "megatron":
             return megatron_column(file, field, first)
         case "text":
@@ -174,14 +180,3 @@ def _parsed(text: str) -> Any:
         return json.loads(text.encode(RAW_ENCODING).decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return None
-
-
-def place_of(row: dict[str, Any], files: Sequence[Path]) -> str:
-    """File and line of an undecoded row, found by reading the files; "" where that is not known."""
-    for file in files:
-        if format_of(file) in ("json", "text"):
-            for number, text in enumerate(_texts(file), start=1):
-                if text == row.get("text"):
-                    unit = "document" if plain_suffix(file) == ".json" else "line"
-                    return str(file) if format_of(file) == "text" else f"{file}, {unit} {number}"
-    return ""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from titan_lite.data.megatron import MegatronFile
-from titan_lite.data.token_files import shard_files
+from titan_lite.data.token_folder import MANIFEST_FILE, PROGRESS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -261,8 +261,16 @@ def _below(folder: Path) -> Iterator[Path]:
     Names that begin with . or _ are not data, as in Hive; the latter are passed on to be named.
     """
     for path, inner, files in _walk(folder, hidden=(".", "_")):
-        if shard_files(0)[0] in files:
+        if "00000.tokens" in files:
+            raise ValueError(
+                f"{path} holds token files of an earlier version: run titan-lite tokenize again"
+            )
+        if {_STATE, MANIFEST_FILE} <= set(files):
             raise ValueError(f"{path} holds tokens: name this folder itself")
+        if PROGRESS_FILE in files:
+            raise ValueError(
+                f"{path} is not complete: run the titan-lite tokenize command that writes it again"
+            )
         if _SPLITS in files:
             raise ValueError(f"{path} holds several splits: name this folder itself")
         saved = _saved_files(path) if {_STATE, _INFO} <= set(files) else set()

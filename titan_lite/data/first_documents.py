@@ -7,10 +7,9 @@ from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data
 from titan_lite.data.files import plain_suffix
 from titan_lite.data.mixture import Mixture
-from titan_lite.data.readers import DatasetReader, TokenReader
+from titan_lite.data.readers import Reader
 from titan_lite.data.sources import Source, open_dataset
 from titan_lite.data.streams import too_few
-from titan_lite.data.token_files import TokenFolder
 from titan_lite.data.tokenizer import Tokenizer
 
 
@@ -24,7 +23,7 @@ def check_documents(
     """
     mixture = Mixture([source.weight for source in section.sources] or [1])
     for number, source in enumerate(sources):
-        if not (source.files or source.stored):
+        if not source.parts:
             continue
         # Beyond some rounds of all streams, every source has had each of them.
         samples = range(min(num_samples, 64 * section.num_streams))
@@ -33,7 +32,7 @@ def check_documents(
         # A folder may have files of other things than documents, with another suffix.
         by_suffix = {plain_suffix(file): file for file in reversed(source.files)}
         for file in list(by_suffix.values()):
-            first = _reader(replace(source, files=(file,)), own_section, tokenizer)
+            first = _reader(replace(source, parts=((file,),)), own_section, tokenizer)
             first.start(None)
             first.read(1)
         reader = _reader(source, own_section, tokenizer)
@@ -53,8 +52,5 @@ def check_documents(
             raise too_few(source, total, section.num_streams)
 
 
-def _reader(source: Source, section: Data, tokenizer: Tokenizer) -> DatasetReader | TokenReader:
-    dataset = open_dataset(source)
-    if isinstance(dataset, TokenFolder):
-        return TokenReader(dataset, 0, 1)
-    return DatasetReader(dataset, source, section, 0, tokenizer)
+def _reader(source: Source, section: Data, tokenizer: Tokenizer) -> Reader:
+    return Reader(open_dataset(source), source, section, 0, tokenizer)

@@ -37,6 +37,15 @@ class PluginRows:
         self.load_state_dict = self._reader.load_state_dict
         self.state_dict = self._reader.state_dict
 
+    @property
+    def num_shards(self) -> int:
+        """Number of parts that titan-lite tokenize reads one by one."""
+        return 1
+
+    def shard(self, num_shards: int, index: int, *, contiguous: bool) -> "PluginRows":
+        """All documents."""
+        return PluginRows(self._source)
+
     def stream(self, stream: int, num_streams: int) -> "PluginRows":
         """Opens one stream."""
         return PluginRows(self._source, stream, num_streams)

@@ -1,9 +1,9 @@
-"""How a stream gets its documents: from a dataset, whose text is tokenized, or token files."""
+"""How a stream gets its documents: from a dataset, whose text is tokenized."""
 
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
@@ -13,7 +13,6 @@ from titan_lite.data.documents import BadDocument, Document, document_of
 from titan_lite.data.file_rows import FileRows
 from titan_lite.data.plugin_source import PluginRows
 from titan_lite.data.sources import Source, reading, stream_of
-from titan_lite.data.token_files import GOOD, RowsOfStream, TokenFolder
 from titan_lite.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -25,30 +24,9 @@ SKIP_HINT = 'data.on_bad_document = "skip" leaves such documents out'
 # Not some bad documents any more, but a source that is not what the configuration says.
 MAX_BAD_IN_A_ROW = 1000
 
-AnyDocument = TypeVar("AnyDocument")
 
-
-class Reader(Protocol, Generic[AnyDocument]):
-    """The documents of one stream, once."""
-
-    def start(self, cursor: dict[str, Any] | None) -> None:
-        """Go to a place; None: before the first document."""
-
-    def cursor(self) -> dict[str, Any]:
-        """The place after what was read; small JSON."""
-
-    def read(self, size: int) -> tuple[int, list[AnyDocument]]:
-        """Number of the next documents, up to `size`, and those that can be used; 0 at the end."""
-
-    def encode(self, documents: Sequence[AnyDocument]) -> Sequence[npt.NDArray[Any]]:
-        """Tokens of documents, without BOS and EOS."""
-
-    def count(self, limit: int) -> int:
-        """Documents of all streams, counted up to a limit; those that cannot be used are some."""
-
-
-class DatasetReader:
-    """Texts or token ids of a Hugging Face dataset or local files."""
+class Reader:
+    """The documents of one stream, once: texts or token ids."""
 
     def __init__(
         self,
@@ -61,91 +39,72 @@ class DatasetReader:
         self._whole, self._source, self._section = dataset, source, section
         self._dataset = stream_of(dataset, stream, section.num_streams)
         self._tokenizer = tokenizer
-        self._judge = Judge(source, skip=section.on_bad_document == "skip")
+        self._policy = BadDocumentPolicy(source, skip=section.on_bad_document == "skip")
         self._rows: Iterator[dict[str, Any]] = iter(())
 
     def start(self, cursor: dict[str, Any] | None) -> None:
+        """Go to a place; None: before the first document."""
         self._dataset.load_state_dict(cursor)
         self._rows = iter(self._dataset)
 
     def cursor(self) -> dict[str, Any]:
+        """The place after what was read; small JSON."""
         state: dict[str, Any] = self._dataset.state_dict()
         return state
 
     def read(self, size: int) -> tuple[int, list[Document]]:
-        source, documents, num_read = self._source, list[Document](), 0
-        with reading(source):
-            for row in itertools.islice(self._rows, size):
-                num_read += 1
-                try:
-                    document = document_of(row, source.kind, source.text_field, source.tokens_field)
-                except BadDocument as error:
-                    self._judge.bad(error, self._place())
-                    continue
-                self._judge.good()
-                if not isinstance(document, str):
-                    document = self._content(document)
-                documents.append(document)
-        return num_read, documents
+        """Number of the next documents, up to `size`, and those that can be used; 0 at the end."""
+        with reading(self._source):
+            documents = [self._document(row) for row in itertools.islice(self._rows, size)]
+        return len(documents), [document for document in documents if document is not None]
 
     def encode(self, documents: Sequence[Document]) -> Sequence[npt.NDArray[Any]]:
+        """Tokens of documents, without BOS and EOS."""
         threads = self._section.tokenizer_threads
         texts = [document for document in documents if isinstance(document, str)]
         encoded = iter(self._tokenizer.encode_documents(texts, threads=threads))
         return [next(encoded) if isinstance(each, str) else each for each in documents]
 
     def count(self, limit: int) -> int:
+        """Documents of all streams, counted up to a limit; those that cannot be used are some."""
         with reading(self._source):
             return sum(1 for _ in itertools.islice(self._whole, limit))
 
-    def _content(self, tokens: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Token ids without the BOS and EOS around them, which the stream adds."""
-        tokenizer, source = self._tokenizer, self._source
-        least, most = int(tokens.min()), int(tokens.max())
-        if least < 0 or most >= tokenizer.vocab_size:
-            place, token = self._place() or source.name, least if least < 0 else most
+    def _document(self, row: dict[str, Any]) -> Document | None:
+        """The document of a row; None for one that is left out."""
+        source = self._source
+        if source.manifest:
+            # Bad ones were left out when it was written.
+            tokens = row[source.tokens_field]
+            return None if tokens is None else self._checked(tokens)
+        try:
+            document = document_of(row, source.kind, source.text_field, source.tokens_field)
+        except BadDocument as error:
+            self._policy.bad(error, self._dataset)
+            return None
+        self._policy.good()
+        if isinstance(document, str):
+            return document
+        tokens = self._checked(document)
+        # The stream adds BOS and EOS.
+        start = int(tokens[0] == self._tokenizer.bos_id)
+        return tokens[start : len(tokens) - int(tokens[-1] == self._tokenizer.eos_id)]
+
+    def _checked(self, tokens: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Token ids that are in the vocabulary; SettingError where one is not."""
+        vocab_size = self._tokenizer.vocab_size
+        if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab_size):
+            outside = tokens[(tokens < 0) | (tokens >= vocab_size)][0]
             raise SettingError(
-                source.key,
-                f"{place}: token id {token} is outside the tokenizer's vocabulary of "
-                f"{tokenizer.vocab_size:,}; set data.tokenizer_path to the tokenizer that made it",
+                self._source.key,
+                f"{place_of(self._dataset) or self._source.name}: token id {outside} is outside "
+                f"the tokenizer's vocabulary of {vocab_size:,}; set data.tokenizer_path to the "
+                "tokenizer that made it",
             )
-        start = int(tokens[0] == tokenizer.bos_id)
-        end = len(tokens) - int(tokens[-1] == tokenizer.eos_id)
-        return tokens[start:end]
-
-    def _place(self) -> str:
-        return self._dataset.place() if isinstance(self._dataset, FileRows) else ""
+        return tokens
 
 
-class TokenReader:
-    """Rows of a folder that `titan-lite tokenize` wrote."""
-
-    def __init__(self, folder: TokenFolder, stream: int, num_streams: int) -> None:
-        self._folder = folder
-        self._rows = RowsOfStream(folder, stream, num_streams)
-        self._next = 0
-
-    def start(self, cursor: dict[str, Any] | None) -> None:
-        self._next = cursor["row"] if cursor else 0
-
-    def cursor(self) -> dict[str, Any]:
-        return {"row": self._next}
-
-    def read(self, size: int) -> tuple[int, list[int]]:
-        end = min(self._next + size, self._rows.size)
-        rows = [self._rows[number] for number in range(self._next, end)]
-        self._next = end
-        return len(rows), [row for row in rows if self._folder.use(row) == GOOD]
-
-    def encode(self, documents: Sequence[int]) -> Sequence[npt.NDArray[Any]]:
-        return [self._folder.tokens(row) for row in documents]
-
-    def count(self, limit: int) -> int:
-        manifest = self._folder.manifest
-        return min(limit, manifest.documents + manifest.skipped)
-
-
-class Judge:
+class BadDocumentPolicy:
     """The policy of `data.on_bad_document` for documents that cannot be used."""
 
     def __init__(self, source: Source, *, skip: bool) -> None:
@@ -156,8 +115,8 @@ class Judge:
         """A document can be used."""
         self._in_a_row = 0
 
-    def bad(self, error: BadDocument, place: str) -> None:
-        """One cannot: raises SettingError naming its place, unless it is to be left out."""
+    def bad(self, error: BadDocument, rows: object) -> None:
+        """The row read last cannot: raises SettingError, unless it is to be left out."""
         source = self._source
         self._in_a_row += 1
         too_many = self._in_a_row == MAX_BAD_IN_A_ROW
@@ -169,6 +128,11 @@ class Judge:
         table = source.key.rpartition(".")[0]
         raise SettingError(
             f"{table}.{error.key}" if error.key else source.key,
-            f"{place or f'a document of {source.name}'}: {error}; "
+            f"{place_of(rows) or f'a document of {source.name}'}: {error}; "
             + (f"{self._in_a_row} in a row" if too_many else SKIP_HINT),
         )
+
+
+def place_of(rows: object) -> str:
+    """File and line or row of the row that was read last; "" where that is not known."""
+    return rows.place() if isinstance(rows, FileRows) else ""

@@ -26,9 +26,9 @@ from titan_lite.config.problems import (
 from titan_lite.config.registry import SOURCES, load
 from titan_lite.config.schema import Data, Documents
 from titan_lite.data.assets import bundled_asset
-from titan_lite.data.columns import column_names
+from titan_lite.data.columns import UnreadableError, column_names
 from titan_lite.data.documents import TOKENS_FIELD, Kind
-from titan_lite.data.file_rows import FileRows, UnreadableError
+from titan_lite.data.file_rows import FileRows
 from titan_lite.data.files import (
     find_files,
     folder_of_split,
@@ -39,7 +39,7 @@ from titan_lite.data.files import (
     warn_once,
 )
 from titan_lite.data.plugin_source import PluginRows, PluginSource
-from titan_lite.data.token_files import TokenFolder, is_token_folder
+from titan_lite.data.token_folder import MANIFEST_FILE, Manifest, read_manifest
 from titan_lite.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -67,26 +67,31 @@ class Source:
     """Arguments of datasets.load_dataset, for a dataset by name."""
     kind: Kind = "rows"
     """Kind of its rows."""
-    files: tuple[Path, ...] = ()
-    """Local files, in their order."""
+    parts: tuple[tuple[Path, ...], ...] = ()
+    """Local files, in their order; those that titan-lite tokenize wrote may have several parts."""
     text_field: str = "text"
     """Field of a document's text."""
     tokens_field: str = ""
     """Field of a document's token ids, read in place of its text."""
-    stored: TokenFolder | None = None
-    """The token folder of a tokenized source."""
     plugin: PluginSource | None = None
     """The source of a plugin."""
+    manifest: Manifest | None = None
+    """The manifest of a folder that titan-lite tokenize wrote."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Local files, part by part."""
+        return tuple(file for parts in self.parts for file in parts)
 
     @property
     def documents(self) -> str:
         """Same documents, same text: tokenized or not."""
-        return self.stored.manifest.source if self.stored else self.identity
+        return self.manifest.source if self.manifest else self.identity
 
     @property
     def is_tokenized(self) -> bool:
         """True where documents are known to be token ids before they are read."""
-        return bool(self.stored or self.tokens_field)
+        return bool(self.tokens_field)
 
 
 def resolve_sources(section: Data) -> list[Source]:
@@ -130,9 +135,9 @@ def resolve_source(section: Documents, table: str = "data", *, skip: bool = Fals
         chosen = f"{key} = {quote(section.dataset_path)}"
         # os.path: leaves a ~user that does not exist, where Path raises.
         path = Path(os.path.expanduser(section.dataset_path))  # noqa: PTH111
-        if is_token_folder(path):
+        if (path / MANIFEST_FILE).is_file():
             _refuse(section, ("subset", "split", "text_field", "tokens_field"), chosen, table)
-            return _stored_source(path, key)
+            return _tokenized_source(path, key)
         if has_splits(path):
             _refuse(section, ("subset",), chosen, table)
             with about(f"{table}.split"):
@@ -202,19 +207,17 @@ def _plugin_source(section: Documents, table: str) -> Source | None:
 def check_tokens(sources: Iterable[Source], tokenizer: Tokenizer) -> None:
     """ValueError where what is tokenized already is not so by a run's tokenizer."""
     for source in sources:
-        if source.stored:
-            source.stored.check(tokenizer, source.key)
+        if source.manifest:
+            source.manifest.check(source.files[0].parent, tokenizer, source.key)
 
 
-def open_dataset(source: Source) -> "IterableDataset | FileRows | PluginRows | TokenFolder":
+def open_dataset(source: Source) -> "IterableDataset | FileRows | PluginRows":
     """Open a source for streaming; ValueError when it cannot be reached or read."""
     if source.plugin:
         with reading(source):
             return PluginRows(source.plugin)
-    if source.stored:
-        return source.stored
-    if source.files:
-        return FileRows(source.files, source.tokens_field or source.text_field)
+    if source.parts:
+        return FileRows(source.parts, source.tokens_field or source.text_field)
     import datasets
 
     datasets.disable_progress_bars()
@@ -300,11 +303,17 @@ def _readable(files: tuple[Path, ...], chosen: str) -> list[Path]:
     return kept
 
 
-def _stored_source(path: Path, key: str) -> Source:
+def _tokenized_source(path: Path, key: str) -> Source:
     with about(key):
-        stored = TokenFolder(path)
-    identity = f"tokens of {stored.manifest.source}"
-    return Source(str(path), key, identity, stored=stored)
+        manifest = read_manifest(path)
+    return Source(
+        name=str(path),
+        key=key,
+        identity=f"tokens of {manifest.source}",
+        parts=manifest.paths(path),
+        tokens_field=TOKENS_FIELD,
+        manifest=manifest,
+    )
 
 
 def _files_source(section: Documents, key: str, files: list[Path]) -> Source:
@@ -321,7 +330,7 @@ def _files_source(section: Documents, key: str, files: list[Path]) -> Source:
         key=key,
         identity=f"{count} {form} files {digest}",
         kind=KINDS.get(form, "rows"),
-        files=tuple(files),
+        parts=tuple((file,) for file in files),
         text_field=section.text_field,
         tokens_field=_tokens_field(section, form, files[0], key),
     )

@@ -8,12 +8,12 @@ import numpy as np
 
 from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data
+from titan_lite.data.documents import Document
 from titan_lite.data.file_rows import FileRows
 from titan_lite.data.packing import Row, Rows, join_documents
 from titan_lite.data.plugin_source import PluginRows
-from titan_lite.data.readers import DatasetReader, Reader, TokenReader
+from titan_lite.data.readers import Reader
 from titan_lite.data.sources import Source
-from titan_lite.data.token_files import TokenFolder
 from titan_lite.data.tokenizer import Tokenizer, Tokens
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Stream:
 
     def __init__(
         self,
-        dataset: "IterableDataset | FileRows | PluginRows | TokenFolder",
+        dataset: "IterableDataset | FileRows | PluginRows",
         source: Source,
         section: Data,
         *,
@@ -72,11 +72,7 @@ class Stream:
         self.position = position
         self._source, self._section, self._stream, self._seed = source, section, stream, seed
         self._tokenizer = tokenizer
-        self._reader: Reader[Any] = (
-            TokenReader(dataset, stream, section.num_streams)
-            if isinstance(dataset, TokenFolder)
-            else DatasetReader(dataset, source, section, stream, tokenizer)
-        )
+        self._reader = Reader(dataset, source, section, stream, tokenizer)
         blocks = self._blocks(position.block)
         key = (seed, stream)
         self._rows = rows.rows(blocks, position.offset, key=key, item=position.item)
@@ -107,7 +103,7 @@ class Stream:
                 raise self._empty(block.skipped)
             block = Block(block.epoch + 1, skipped=block.skipped)
 
-    def _tokens(self, block: Block, documents: Sequence[Any]) -> Tokens:
+    def _tokens(self, block: Block, documents: Sequence[Document]) -> Tokens:
         if self._section.shuffle:
             # numpy keeps raw bits of a generator the same in all versions, but not permutation().
             key = (self._seed, block.epoch, self._stream, block.index)

@@ -1,196 +1,359 @@
-"""Documents become token files: read by one process, tokenized by several, written in order.
+"""Writes the documents of a source as a dataset of token ids, by several processes.
 
-What is written does not depend on the number of processes, nor on how often the work was broken
-off: the folder NAME.incomplete holds what is done.
+Each process reads whole files of the source, or takes turns at the parts of one, and writes a part
+as an Arrow file. An interrupted call resumes after the parts that are complete. The result depends
+neither on the number of processes nor on interruptions.
 """
 
-import contextlib
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+import itertools
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
+from dataclasses import dataclass
+from importlib.metadata import version
 from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
-import tokenizers
+import pyarrow
+from pyarrow import compute, ipc
+from tqdm import tqdm
 
 from titan_lite import __version__
 from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data
-from titan_lite.data.encoding import Encoded, Encoder, encode_in_worker, start_worker
-from titan_lite.data.file_rows import place_of
-from titan_lite.data.readers import Judge
+from titan_lite.data.documents import TOKENS_FIELD, BadDocument, document_of
+from titan_lite.data.readers import BadDocumentPolicy
 from titan_lite.data.sources import Source, open_dataset, reading
-from titan_lite.data.token_files import (
-    BAD,
+from titan_lite.data.token_folder import (
     FORMAT,
-    GOOD,
+    MANIFEST_FILE,
+    PROGRESS_FILE,
     UNFINISHED,
     Manifest,
-    TokenFolder,
-)
-from titan_lite.data.token_writer import (
-    PROGRESS_FILE,
-    Chunk,
-    Done,
-    TargetError,
-    Writer,
-    resume,
+    Shard,
+    shard_name,
 )
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.data.tokenizer_files import load_tokenizer
-from titan_lite.runtime.folder_lock import LOCK_FILE, FolderLock
-from titan_lite.runtime.stored_files import sync_folder
+from titan_lite.runtime.folder_lock import FolderLock
+from titan_lite.runtime.parent import end_with_parent
+from titan_lite.runtime.stored_files import stored_file, sync_folder, write_text
 
-# What one process gets at a time: enough to hide its cost, little enough to keep all busy.
-CHUNK_ROWS = 256
-CHUNK_CHARS = 500_000
-# Chunks that wait for or after each process.
-_AHEAD = 3
+if TYPE_CHECKING:
+    from datasets import Features
+
+# Rows and characters of a record batch.
+BATCH_ROWS = 1000
+BATCH_CHARS = 2_000_000
+# Between lines of a log; a terminal's line is redrawn more often.
+LOG_SECONDS = 30.0
+Report = Callable[[int, int], None]
+"""Called with further documents and tokens."""
+
+
+class TargetError(ValueError):
+    """A folder that cannot be written, or was started with different settings."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process needs. folder: the unfinished one."""
+
+    source: Source
+    folder: Path
+    tokenizer_path: str
+    skip: bool
+    shard_size: int
+    schema: pyarrow.Schema
+
+
+@dataclass(frozen=True)
+class Task:
+    """Every `turns`-th part of the source's file `number`, from part `turn` on."""
+
+    number: int
+    turn: int
+    turns: int
+
+    def marker(self, folder: Path) -> Path:
+        """The file that a complete task leaves."""
+        return folder / f"{self.number:05d}.{self.turn}-of-{self.turns}"
 
 
 def tokenize(
-    source: Source,
-    section: Data,
-    target: Path,
-    *,
-    processes: int,
-    shard_tokens: int,
-    report: Callable[[Done, int], None],
+    source: Source, section: Data, target: Path, *, processes: int, shard_size: int
 ) -> Manifest:
-    """Writes the folder `target`, or goes on where an earlier call was broken off.
+    """Writes the folder `target`, or resumes an earlier call.
 
-    `report` is called after each chunk, with what is done and the number of the source's files.
-    Raises TargetError, and ValueError where a document or the tokenizer cannot be used.
+    shard_size: characters after which a part ends. Raises TargetError, and SettingError where a
+    document or the tokenizer cannot be used.
     """
     if target.exists():
-        raise TargetError(f"{target} exists already: name a folder that does not")
-    if source.stored:
+        raise TargetError(f"{target} exists already: choose another folder")
+    if source.is_tokenized:
         raise SettingError(source.key, f"{source.name} is tokenized already")
     tokenizer = load_tokenizer(section.tokenizer_path)
-    dataset: Any = open_dataset(source)
-    aside = target.with_name(target.name + UNFINISHED)
+    folder = target.with_name(target.name + UNFINISHED)
     try:
-        lock = FolderLock(aside, "folder")
+        lock = FolderLock(folder, "folder")
     except (ValueError, OSError) as error:
         raise TargetError(str(error)) from error
     try:
-        settings = _settings(source, section, tokenizer, shard_tokens)
-        done = resume(aside, settings)
-        judge = Judge(source, skip=section.on_bad_document == "skip")
-        encoder = Encoder(tokenizer, source.kind, section.text_field)
-        chunks = _chunks(source, dataset, done)
-        with (
-            Writer(aside, done, settings, tokenizer.dtype) as writer,
-            contextlib.closing(_encoded(chunks, encoder, section, processes)) as results,
-        ):
-            for chunk, encoded in results:
-                for index, use in enumerate(encoded.uses):
-                    if use == GOOD:
-                        judge.good()
-                    elif use == BAD:
-                        judge.bad(encoded.reasons[index], place_of(chunk.rows[index], source.files))
-                writer.add(chunk, encoded)
-                report(done, dataset.num_shards)
-            if not done.documents:
-                raise SettingError(source.key, f"{source.name} holds no documents")
-            writer.finish()
-        _manifest(source, section, tokenizer, done).write(aside)
-        manifest = TokenFolder(aside).manifest
-        (aside / PROGRESS_FILE).unlink()
-        (aside / LOCK_FILE).unlink()
-        sync_folder(aside)
-        aside.rename(target)
+        settings = {
+            "format": FORMAT,
+            "dataset": source.identity,
+            "data.text_field": section.text_field,
+            "tokenizer": tokenizer.fingerprint,
+            "--shard-size": shard_size,
+            "versions": _versions(),
+        }
+        _check_settings(folder, settings)
+        features = _features(tokenizer)
+        skip = section.on_bad_document == "skip"
+        path, schema = section.tokenizer_path, features.arrow_schema
+        job = Job(source, folder, path, skip, shard_size, schema)
+        dataset: Any = open_dataset(source)
+        turns = -(-processes // dataset.num_shards)
+        tasks = [
+            Task(number, turn, turns)
+            for number in range(dataset.num_shards)
+            for turn in range(turns)
+        ]
+        _run(job, tasks, processes)
+        with ThreadPoolExecutor(processes) as pool:
+            files = [
+                list(pool.map(_shard, sorted(folder.glob(f"{number:05d}-*.arrow"))))
+                for number in range(dataset.num_shards)
+            ]
+        manifest = Manifest(
+            tokenizer=tokenizer.fingerprint,
+            tokenizer_path=section.tokenizer_path,
+            source=source.identity,
+            source_name=source.name,
+            text_field=section.text_field,
+            dtype=tokenizer.dtype.name,
+            files=files,
+            versions=_versions(),
+        )
+        if not manifest.documents:
+            raise SettingError(source.key, f"{source.name} holds no documents")
+        _finish(folder, manifest, features)
+        folder.rename(target)
         sync_folder(target.parent)
     finally:
         lock.release()
     return manifest
 
 
-def _settings(
-    source: Source, section: Data, tokenizer: Tokenizer, shard_tokens: int
-) -> dict[str, Any]:
-    """Settings that must be the same for work to resume."""
-    return {
-        "format": FORMAT,
-        "dataset": source.identity,
-        "data.text_field": section.text_field,
-        "data.on_bad_document": section.on_bad_document,
-        "tokenizer": tokenizer.fingerprint,
-        "tokens of a shard": shard_tokens,
-        "versions": _versions(),
-    }
-
-
 def _versions() -> dict[str, str]:
-    return {
-        "titan_lite": __version__,
-        "datasets": datasets.__version__,
-        "tokenizers": tokenizers.__version__,
-    }
+    versions = {name: version(name) for name in ("datasets", "tokenizers")}
+    return {"titan_lite": __version__, **versions}
 
 
-def _manifest(source: Source, section: Data, tokenizer: Tokenizer, done: Done) -> Manifest:
-    return Manifest(
-        tokenizer=tokenizer.fingerprint,
-        tokenizer_path=section.tokenizer_path,
-        source=source.identity,
-        source_name=source.name,
-        text_field=section.text_field,
-        dtype=tokenizer.dtype.name,
-        documents=done.documents,
-        tokens=done.tokens,
-        bytes=done.bytes,
-        skipped=done.skipped,
-        rows_per_file=done.rows_per_file[:-1],
-        shards=done.shards,
-        versions=_versions(),
-    )
+def _features(tokenizer: Tokenizer) -> "Features":
+    # Processes that tokenize start faster without it.
+    import datasets
+
+    ids = datasets.Sequence(datasets.Value(tokenizer.dtype.name))
+    return datasets.Features({TOKENS_FIELD: ids})
 
 
-def _chunks(source: Source, dataset: Any, done: Done) -> Iterator[Chunk]:
-    """The rows that are not done yet, file by file."""
-    cursor = done.cursor
-    for number in range(len(done.rows_per_file) - 1, dataset.num_shards):
-        file = dataset.shard(num_shards=dataset.num_shards, index=number, contiguous=False)
-        file.load_state_dict(cursor)
-        cursor = None
-        rows: list[dict[str, Any]] = []
-        size = 0
-        with reading(source):
-            for row in file:
-                rows.append(row)
-                size += sum(len(value) for value in row.values() if isinstance(value, str))
-                if len(rows) == CHUNK_ROWS or size > CHUNK_CHARS:
-                    yield Chunk(rows, size, file.state_dict())
-                    rows, size = [], 0
-        yield Chunk(rows, size, None)
-
-
-def _encoded(
-    chunks: Iterable[Chunk], encoder: Encoder, section: Data, processes: int
-) -> Generator[tuple[Chunk, Encoded], None, None]:
-    """Chunks in their order, with what became of them."""
-    if processes == 1:
-        for chunk in chunks:
-            yield chunk, encoder(chunk.rows)
+def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Stores the settings in a new folder; TargetError where an earlier call had others."""
+    path = folder / PROGRESS_FILE
+    if not path.exists():
+        write_text(path, json.dumps(settings))
         return
-    # No fork: it would copy whatever locks the threads of libraries hold.
-    with ProcessPoolExecutor(
-        processes,
-        get_context("spawn"),
-        initializer=start_worker,
-        initargs=(section.tokenizer_path, encoder.kind, section.text_field),
-    ) as pool:
-        waiting: deque[tuple[Chunk, Future[Encoded]]] = deque()
+    try:
+        earlier = dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise TargetError(f"{path} is damaged ({error!r}): remove {folder}") from None
+    differing = [
+        f"{key} was {earlier.get(key)!r} and is {value!r}"
+        for key, value in settings.items()
+        if value != earlier.get(key)
+    ]
+    if differing:
+        raise TargetError(
+            f"{folder} was started with different settings: {'; '.join(differing)}; remove it, or "
+            "choose another folder"
+        )
+
+
+def _run(job: Job, tasks: list[Task], processes: int) -> None:
+    """Runs the tasks that are not complete, with a bar on stderr."""
+    due = [task for task in tasks if not task.marker(job.folder).exists()]
+    seconds = 0.5 if sys.stderr.isatty() else LOG_SECONDS
+    with tqdm(total=len(tasks), initial=len(tasks) - len(due), mininterval=seconds) as bar:
+        if processes == 1:
+            counts = [0, 0]
+
+            def report(documents: int, tokens: int) -> None:
+                counts[:] = counts[0] + documents, counts[1] + tokens
+                _show(bar, counts)
+
+            worker = _Worker(job, report)
+            for task in due:
+                worker.write(task)
+                bar.update()
+            return
+        # No fork: it would copy whatever locks the threads of libraries hold.
+        context = get_context("spawn")
+        shared = context.Array("q", 2)
+        with ProcessPoolExecutor(
+            processes, context, initializer=_start_worker, initargs=(job, shared)
+        ) as pool:
+            pending = {pool.submit(_write, task) for task in due}
+            try:
+                while pending:
+                    done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        future.result()
+                    _show(bar, shared[:])
+                    bar.update(len(done))
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _show(bar: "tqdm[None]", counts: list[int]) -> None:
+    bar.set_postfix_str(f"{counts[0]:,} documents, {counts[1]:,} tokens", refresh=False)
+    bar.update(0)
+
+
+def _start_worker(job: Job, counts: Any) -> None:
+    global _worker
+    # The parent answers Ctrl-C. A worker whose parent was killed would wait for it forever.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
+    # The parent has warned of the tokenizer and the files.
+    logging.getLogger("titan_lite").setLevel(logging.ERROR)
+
+    def report(documents: int, tokens: int) -> None:
+        with counts.get_lock():
+            counts[0] += documents
+            counts[1] += tokens
+
+    _worker = _Worker(job, report)
+
+
+def _write(task: Task) -> None:
+    _worker.write(task)
+
+
+class _Worker:
+    """Tokenizes in one process."""
+
+    def __init__(self, job: Job, report: Report) -> None:
+        self._job, self._report = job, report
+        self._tokenizer = load_tokenizer(job.tokenizer_path)
+        self._dataset: Any = open_dataset(job.source)
+
+    def write(self, task: Task) -> None:
+        """Writes the parts of a task that are not complete yet."""
+        file = self._dataset.shard(
+            num_shards=self._dataset.num_shards, index=task.number, contiguous=False
+        )
+        policy = BadDocumentPolicy(self._job.source, skip=self._job.skip)
+        parts = itertools.groupby(self._numbered(file), key=itemgetter(0))
+        for part, (_, rows) in enumerate(parts):
+            path = self._job.folder / shard_name(task.number, part)
+            if part % task.turns == task.turn and not path.exists():
+                self._write_part(path, (self._text(row, file, policy) for _, row in rows))
+        empty = self._job.folder / shard_name(task.number, 0)
+        if task.turn == 0 and not empty.exists():
+            self._write_part(empty, ())
+        task.marker(self._job.folder).touch()
+
+    def _numbered(self, file: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Rows, each with a number that is the same for those of one part."""
+        size = 0
+        with reading(self._job.source):
+            for row in file:
+                yield size // self._job.shard_size, row
+                size += sum(len(value) for value in row.values() if isinstance(value, str))
+
+    def _text(self, row: dict[str, Any], file: Any, policy: BadDocumentPolicy) -> str:
+        """The text of a row, which is never empty; "" for a bad document."""
+        source = self._job.source
         try:
-            for chunk in chunks:
-                waiting.append((chunk, pool.submit(encode_in_worker, chunk.rows)))
-                if len(waiting) == _AHEAD * processes:
-                    first, encoded = waiting.popleft()
-                    yield first, encoded.result()
-            for chunk, encoded in waiting:
-                yield chunk, encoded.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            text = document_of(row, source.kind, source.text_field, "")
+        except BadDocument as error:
+            policy.bad(error, file)
+            return ""
+        if not isinstance(text, str):
+            raise SettingError(source.key, f"{source.name} is tokenized already")
+        policy.good()
+        return text
+
+    def _write_part(self, path: Path, texts: Iterable[str]) -> None:
+        unfinished = path.with_suffix(".new")
+        with unfinished.open("wb") as file:
+            with ipc.new_stream(file, self._job.schema) as stream:
+                for batch in _batches(texts):
+                    good = [text for text in batch if text]
+                    dtype = self._tokenizer.dtype
+                    encoded = iter(self._tokenizer.encode_documents(good))
+                    documents = [next(encoded).astype(dtype) if text else None for text in batch]
+                    array = pyarrow.array(documents, self._job.schema.types[0])
+                    stream.write_batch(pyarrow.record_batch([array], schema=self._job.schema))
+                    self._report(len(good), len(array.flatten()))
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+
+
+_worker: _Worker
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if len(batch) == BATCH_ROWS or size > BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _shard(path: Path) -> Shard:
+    with pyarrow.memory_map(str(path)) as file:
+        column = ipc.open_stream(file).read_all().column(0)
+        tokens = compute.sum(compute.list_value_length(column)).as_py() or 0
+        return Shard(len(column), column.null_count, tokens, stored_file(path))
+
+
+def _finish(folder: Path, manifest: Manifest, features: "Features") -> None:
+    """Makes a saved dataset of the parts, with its manifest."""
+    import datasets
+
+    datasets.DatasetInfo(features=features).write_to_directory(str(folder))
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": name} for name in manifest.shards],
+        "_fingerprint": "".join(shard.file.crc32 for shard in manifest.shards.values())[:32],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    write_text(folder / "state.json", json.dumps(state, indent=1))
+    manifest.write(folder)
+    kept = {*manifest.shards, "dataset_info.json", "state.json", MANIFEST_FILE}
+    for file in folder.iterdir():
+        if file.name not in kept:
+            file.unlink()
+    sync_folder(folder)

@@ -35,6 +35,16 @@ def write_bytes(path: Path, content: bytes) -> StoredFile:
     return StoredFile(len(content), hexadecimal(zlib.crc32(content)))
 
 
+def stored_file(path: Path) -> StoredFile:
+    """Size and checksum of a file, which is read."""
+    size = checksum = 0
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            size += len(chunk)
+            checksum = zlib.crc32(chunk, checksum)
+    return StoredFile(size, hexadecimal(checksum))
+
+
 def sync_folder(folder: Path) -> None:
     """Waits until the names in a folder are on the disk, too."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -58,19 +68,14 @@ def damaged_files(folder: Path, files: Mapping[str, StoredFile], names: Iterable
     """A sentence for each of the named files whose content is not what was written; reads all."""
     found = []
     for name in names:
-        checksum, path = 0, folder / name
+        path, expected = folder / name, files[name].crc32
         try:
-            with path.open("rb", buffering=0) as file:
-                while chunk := file.read(_CHUNK):
-                    checksum = zlib.crc32(chunk, checksum)
+            checksum = stored_file(path).crc32
         except OSError as error:
             found.append(f"{path} cannot be read: {error}")
             continue
-        expected = files[name].crc32
-        if hexadecimal(checksum) != expected:
-            found.append(
-                f"{path} is damaged: its checksum is {hexadecimal(checksum)}, and was {expected}"
-            )
+        if checksum != expected:
+            found.append(f"{path} is damaged: its checksum is {checksum}, and was {expected}")
     return found
 
 

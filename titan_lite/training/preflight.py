@@ -62,7 +62,7 @@ def preflight(plan: Plan) -> Preflight:
             if tokenizer is not None:
                 check_tokens(sources, tokenizer)
             if all(source.is_tokenized for source in sources):
-                _warn_of_idle_keys(plan, are_checked=all(source.stored for source in sources))
+                _warn_of_idle_keys(plan, are_checked=all(source.manifest for source in sources))
         with problems.checking("validation.dataset"):
             if config.validation.enable:
                 held_out = resolve_held_out(config.validation, config.data)
@@ -148,8 +148,8 @@ def _check_export(plan: Plan, tokenizer: Tokenizer) -> None:
 
 def _most_tokens(source: Source) -> int | None:
     """A bound on the tokens of a source, each a byte of text at least; None for one by name."""
-    if source.stored:
-        return source.stored.manifest.tokens
+    if source.manifest:
+        return source.manifest.tokens
     return sum(map(num_bytes, source.files)) if source.files else None
 
 

@@ -1,5 +1,6 @@
-"""Token files: written the same however often the work is broken off, read as the text would be."""
+"""titan-lite tokenize: the same files after any interruption, read as the text would be."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -38,12 +39,11 @@ from tests.data.jobs import (
 from tests.data.test_loader import BAD, TEXTS
 from titan_lite.cli import main
 from titan_lite.config.schema import Data, DataSource, MaskedLM, Validation
-from titan_lite.data import token_writer, tokenizing
+from titan_lite.data import tokenizing
 from titan_lite.data.held_out import read_held_out, resolve_held_out
 from titan_lite.data.masked_lm import MaskedPairs
 from titan_lite.data.sources import resolve_source
-from titan_lite.data.token_files import Manifest, TokenFolder
-from titan_lite.data.token_writer import Done
+from titan_lite.data.token_folder import Manifest, read_manifest
 from titan_lite.data.tokenizing import tokenize
 from titan_lite.runtime.folder_lock import FolderLock
 
@@ -79,8 +79,7 @@ def write(
     target: Path,
     *,
     processes: int = 1,
-    shard_tokens: int = 60,
-    report: Callable[[Done, int], None] = lambda *_: None,
+    shard_size: int = 300,
     **keys: Any,
 ) -> Manifest:
     section = text_data(source, **keys)
@@ -89,9 +88,12 @@ def write(
         section,
         target,
         processes=processes,
-        shard_tokens=shard_tokens,
-        report=report,
+        shard_size=shard_size,
     )
+
+
+def rows_per_file(manifest: Manifest) -> list[int]:
+    return [sum(shard.rows for shard in shards) for shards in manifest.files]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -193,15 +195,14 @@ def test_a_dataset_by_name_gives_the_samples_of_its_stream(
         section,
         tmp_path / "tokens",
         processes=1,
-        shard_tokens=60,
-        report=lambda *_: None,
+        shard_size=300,
     )
     for num_streams in (2, 3, 5):
         stream = section.model_copy(update={"num_streams": num_streams})
         stored = text_data(tmp_path / "tokens", num_streams=num_streams)
         assert run(stream, 60) == run(stored, 60)
-    manifest = TokenFolder(tmp_path / "tokens").manifest
-    assert (manifest.source, manifest.rows_per_file) == ("someone/corpus train", [10, 10, 10])
+    manifest = read_manifest(tmp_path / "tokens")
+    assert (manifest.source, rows_per_file(manifest)) == ("someone/corpus train", [10, 10, 10])
 
 
 def test_tokens_and_text_are_mixed_as_text_is(folder: Path) -> None:
@@ -238,79 +239,83 @@ def test_a_run_on_text_is_not_resumed_on_tokens(folder: Path) -> None:
         loaders(text_data(folder / "one.tokens"), state=state)
 
 
-def test_documents_are_views_of_the_file(folder: Path) -> None:
-    stored = TokenFolder(folder / "one.tokens")
-    documents = [stored.tokens(row) for row in range(sum(stored.manifest.rows_per_file))]
-    assert {document.dtype for document in documents} == {np.dtype("<u2")}
-    assert not any(document.flags.owndata for document in documents)
-    good = [document for row, document in enumerate(documents) if stored.use(row) == 0]
+def test_datasets_reads_the_folder(folder: Path) -> None:
+    saved = datasets.load_from_disk(str(folder / "one.tokens"))
+    good = [ids for ids in saved["input_ids"] if ids is not None]
+    assert (len(good), len(saved)) == (len(TEXTS), len(TEXTS) + len(BAD))
     assert list(map(TOKENIZER.decode, good)) == TEXTS
-    assert len(stored.manifest.shards) > 2
+    assert len(read_manifest(folder / "one.tokens").shards) > 2
 
 
 def test_the_manifest_counts_what_there_is(folder: Path) -> None:
-    manifest = TokenFolder(folder / "four.tokens").manifest
+    manifest = read_manifest(folder / "four.tokens")
     assert (manifest.documents, manifest.skipped) == (len(TEXTS), len(BAD))
-    assert manifest.bytes == sum(map(len, TEXTS))
     assert manifest.tokens == sum(map(len, TOKENIZER.encode_documents(TEXTS)))
     assert (manifest.tokenizer, manifest.dtype) == (TOKENIZER.fingerprint, "uint16")
 
 
-def test_two_processes_write_what_one_does(folder: Path, tmp_path: Path) -> None:
-    write(folder / "four", tmp_path / "two", processes=2)
-    assert contents(tmp_path / "two") == contents(folder / "four.tokens")
+def test_two_processes_take_turns_at_a_file_and_write_what_one_does(
+    folder: Path, tmp_path: Path
+) -> None:
+    write(folder / "one", tmp_path / "two", processes=2)
+    assert contents(tmp_path / "two") == contents(folder / "one.tokens")
 
 
 class Killed(BaseException):
     """As a signal, at a moment of the test's choosing."""
 
 
-@pytest.mark.parametrize("commit_seconds", [0.0, 1e9])
-def test_work_broken_off_anywhere_goes_on_to_the_same_bytes(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commit_seconds: float
+@pytest.mark.parametrize("files", ["one", "four"])
+def test_an_interrupted_call_resumes_after_its_complete_parts(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: str
 ) -> None:
-    monkeypatch.setattr(tokenizing, "CHUNK_ROWS", 3)
-    monkeypatch.setattr(token_writer, "COMMIT_SECONDS", commit_seconds)
-    target, calls = tmp_path / "tokens", 0
+    write_part, written = tokenizing._Worker._write_part, list[str]()
 
-    def report(done: Done, _num_files: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls % 4 == 0:
+    def interrupted(worker: Any, path: Path, texts: Iterator[str]) -> None:
+        if len(written) % 3 == 2:
+            next(texts)
+            written.append("")
             raise Killed
+        written.append(path.name)
+        write_part(worker, path, texts)
 
-    for _ in range(4):
-        with pytest.raises(Killed):
-            write(folder / "four", target, report=report)
-    progress = tmp_path / "tokens.incomplete" / "progress.json"
-    # Four times four chunks, or four times the first four.
-    assert progress.exists() == (commit_seconds == 0)
-    if commit_seconds == 0:
-        assert json.loads(progress.read_bytes())["done"]["documents"] > 12
-    write(folder / "four", target)
-    assert contents(target) == contents(folder / "four.tokens")
+    monkeypatch.setattr(tokenizing._Worker, "_write_part", interrupted)
+    target = tmp_path / "tokens"
+    with pytest.raises(Killed):
+        write(folder / files, target)
+    with contextlib.suppress(Killed):
+        write(folder / files, target)
+    monkeypatch.setattr(
+        tokenizing._Worker,
+        "_write_part",
+        lambda worker, path, texts: (written.append(path.name), write_part(worker, path, texts)),
+    )
+    if not target.exists():
+        write(folder / files, target)
+    assert contents(target) == contents(folder / f"{files}.tokens")
     assert not target.with_name("tokens.incomplete").exists()
+    # Each part once.
+    assert sorted(filter(None, written)) == list(read_manifest(target).shards)
 
 
-def test_a_killed_command_leaves_no_process_and_goes_on_to_the_same_bytes(
+def test_a_killed_command_leaves_no_process_and_resumes_to_the_same_bytes(
     folder: Path, tmp_path: Path
 ) -> None:
     program = (
         "import sys, time\n"
-        "from titan_lite.data import token_writer, tokenizing\n"
+        "from titan_lite.data import tokenizing\n"
         "from titan_lite.cli import main\n"
-        "token_writer.COMMIT_SECONDS, tokenizing.CHUNK_ROWS = 0, 2\n"
-        "add = token_writer.Writer.add\n"
-        "token_writer.Writer.add = lambda *a: (add(*a), time.sleep(0.2))\n"
-        "main(sys.argv[1:])\n"
+        "write = tokenizing._Worker._write_part\n"
+        "tokenizing._Worker._write_part = lambda *a: (write(*a), time.sleep(0.2))\n"
+        "if __name__ == '__main__': main(sys.argv[1:])\n"
     )
+    (tmp_path / "slow.py").write_text(program)
     command = ["tokenize", f"--data.dataset_path={folder / 'four'}", "--processes=2"]
-    command += ["--data.on_bad_document=skip", "--shard-tokens=60", f"--output={tmp_path / 'x'}"]
+    command += ["--data.on_bad_document=skip", "--shard-size=300", f"--output={tmp_path / 'x'}"]
     process = subprocess.Popen(
-        [sys.executable, "-c", program, *command], stderr=subprocess.PIPE, cwd=ROOT
+        [sys.executable, str(tmp_path / "slow.py"), *command], stderr=subprocess.PIPE, cwd=ROOT
     )
-    progress = tmp_path / "x.incomplete" / "progress.json"
-    wait_for(lambda: progress.exists() and json.loads(progress.read_bytes())["done"]["documents"])
+    wait_for(lambda: list((tmp_path / "x.incomplete").glob("*.arrow")))
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) >= 2
     process.send_signal(signal.SIGKILL)
@@ -344,42 +349,32 @@ def test_the_command_writes_says_so_and_verifies(
     assert written.startswith(f"Written to {target}: 30 documents, 6 bad ones left out, ")
     assert main(["tokenize", f"--verify={target}"]) == 0
     assert capsys.readouterr().out.startswith(f"{target} is verified: 30 documents, ")
-    content = bytearray((target / "00000.tokens").read_bytes())
-    content[7] ^= 1
-    (target / "00000.tokens").write_bytes(content)
+    shard = target / "00000-00000.arrow"
+    content = bytearray(shard.read_bytes())
+    content[-70] ^= 1
+    shard.write_bytes(content)
     assert main(["tokenize", f"--verify={target}"]) == 1
-    assert f"{target}/00000.tokens is damaged: its checksum is " in capsys.readouterr().err
-    (target / "00000.rows").write_bytes(b"")
+    assert f"{shard} is damaged: its checksum is " in capsys.readouterr().err
+    shard.write_bytes(b"")
     assert main(["tokenize", f"--verify={target}"]) == 1
-    assert "00000.rows has 0 bytes, and was written with 3" in capsys.readouterr().err
+    assert "00000-00000.arrow has 0 bytes, and was written with " in capsys.readouterr().err
     assert main(["tokenize", f"--verify={tmp_path}"]) == 1
-    assert "has no manifest.json: no tokenization that was completed" in capsys.readouterr().err
+    assert "has no tokens.json: it is not complete" in capsys.readouterr().err
 
 
-def test_progress_is_a_line_of_a_log_or_one_of_a_terminal(
+def test_progress_is_shown(
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from titan_lite.tools import tokenize as command
-
-    monkeypatch.setattr(command, "_LOG_SECONDS", 0.0)
-    monkeypatch.setattr(command, "_DRAW_SECONDS", 0.0)
-    monkeypatch.setattr(tokenizing, "CHUNK_ROWS", 10)
-    arguments = ["tokenize", f"--data.dataset_path={folder / 'one'}", "--processes=1"]
-    arguments.append("--data.on_bad_document=skip")
-    main([*arguments, f"--output={tmp_path / 'a'}"])
-    log = capsys.readouterr().err.splitlines()
-    assert log[1].split("  ")[1:3] == ["file 1/1", "15 documents"]
-    assert log[1].startswith(" 50%")
-    assert "\r" not in "".join(log)
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    main([*arguments, f"--output={tmp_path / 'b'}"])
-    drawn = capsys.readouterr().err
-    assert "\r 50%  file 1/1  15 documents" in drawn
-    assert drawn.rpartition("\r")[2] == ""
-    assert "\n" not in drawn
+    monkeypatch.setattr(tokenizing, "LOG_SECONDS", 0.0)
+    arguments = ["tokenize", f"--data.dataset_path={folder / 'four'}", "--processes=1"]
+    main([*arguments, "--data.on_bad_document=skip", f"--output={tmp_path / 'a'}"])
+    log = capsys.readouterr().err
+    assert "100%" in log
+    assert "4/4" in log
+    assert f"30 documents, {read_manifest(tmp_path / 'a').tokens} tokens" in log
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -396,7 +391,7 @@ def test_what_cannot_be_tokenized_is_refused(
 
     assert "one/0.jsonl, line 2: not JSON: " in refused()
     message = refused(f"--output={folder / 'one.tokens'}")
-    assert f"--output (command line): {folder}/one.tokens exists already: name" in message
+    assert f"--output (command line): {folder}/one.tokens exists already: choose" in message
     assert "one.tokens is tokenized already" in refused(source="one.tokens")
     skip = "--data.on_bad_document=skip"
     message = refused(skip, "--data.tokenizer_path=Qwen/Qwen3-8B")
@@ -416,34 +411,31 @@ def test_what_cannot_be_tokenized_is_refused(
         message = refused(skip)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, former)
-    assert f"{tmp_path}/x.incomplete cannot be written: File too large; the same " in message
+    message = message.replace(str(tmp_path), "")
+    assert "/x.incomplete cannot be written: File too large; rerun the same command" in message
     sources = '--data.sources=[{name="a", weight=1.0}]'
     message = refusal(capsys, sources, f"--output={tmp_path / 'x'}")
     assert "data.sources" in message
     assert "several sources: tokenize each by itself" in message
 
 
-def test_the_beginning_of_something_else_is_not_gone_on_with(
+def test_a_folder_that_was_started_with_other_settings_is_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def report(*_: object) -> None:
-        raise Killed
-
-    monkeypatch.setattr(token_writer, "COMMIT_SECONDS", 0.0)
-    with pytest.raises(Killed):
-        write(folder / "one", tmp_path / "x", report=report)
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizing, "_finish", lambda *_: Path("/no/such/file").stat())
+        with pytest.raises(OSError, match="no/such"):
+            write(folder / "one", tmp_path / "x")
     with pytest.raises(
         ValueError,
-        match=r"x\.incomplete holds the beginning of something else: dataset was '1 json files .*' "
-        r"and is '4 json files .*'; tokens of a shard was 60 and is 61; remove it, or name another",
+        match=r"x\.incomplete was started with different settings: dataset was '1 json files .*' "
+        r"and is '4 json files .*'; --shard-size was 300 and is 301; remove it, or choose another",
     ):
-        write(folder / "four", tmp_path / "x", shard_tokens=61)
-    aside = tmp_path / "x.incomplete"
-    (sorted(aside.glob("*.rows"))[-1]).write_bytes(b"")
-    with pytest.raises(ValueError, match=r"\.rows has 0 bytes where \d+ were written: remove"):
-        write(folder / "one", tmp_path / "x")
-    (aside / "progress.json").write_text("{")
-    with pytest.raises(ValueError, match=r"progress\.json is damaged .* remove .* to begin again"):
+        write(folder / "four", tmp_path / "x", shard_size=301)
+    with pytest.raises(ValueError, match=r"x\.incomplete is not complete: run the titan-lite tok"):
+        resolve_source(text_data(tmp_path / "x.incomplete"))
+    (tmp_path / "x.incomplete" / "progress.json").write_text("{")
+    with pytest.raises(ValueError, match=r"progress\.json is damaged .* remove .*x\.incomplete"):
         write(folder / "one", tmp_path / "x")
 
 
@@ -453,7 +445,7 @@ def test_a_process_that_dies_is_said_so(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(tokenizing, "start_worker", os._exit)
+    monkeypatch.setattr(tokenizing, "_start_worker", os._exit)
     message = refusal(
         capsys,
         f"--data.dataset_path={folder / 'one'}",
@@ -464,7 +456,7 @@ def test_a_process_that_dies_is_said_so(
     assert "a process that tokenizes was killed, by the system if memory was short" in message
 
 
-def test_a_command_that_is_interrupted_says_how_to_go_on(
+def test_an_interrupted_command_names_the_way_to_resume(
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -473,10 +465,10 @@ def test_a_command_that_is_interrupted_says_how_to_go_on(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("titan_lite.tools.tokenize._Progress.update", interrupt)
+    monkeypatch.setattr(tokenizing, "document_of", interrupt)
     keys = [f"--data.dataset_path={folder / 'one'}", "--data.on_bad_document=skip"]
     assert main(["tokenize", *keys, "--processes=1", f"--output={tmp_path / 'x'}"]) == 130
-    expected = f"Stopped; the same command goes on from {tmp_path / 'x'}.incomplete"
+    expected = f"Stopped; rerun the same command to resume from {tmp_path / 'x'}.incomplete"
     assert expected in capsys.readouterr().err
 
 
@@ -485,7 +477,7 @@ def test_empty_files_among_others_are_read_over(tmp_path: Path) -> None:
     for number, texts in enumerate(([], TEXTS[:10], [], TEXTS[10:], [])):
         (tmp_path / "text" / f"{number}.jsonl").write_bytes(b"\n".join(lines(texts)))
     manifest = write(tmp_path / "text", tmp_path / "tokens")
-    assert manifest.rows_per_file == [0, 10, 0, 20, 0]
+    assert rows_per_file(manifest) == [0, 10, 0, 20, 0]
     for num_streams in (1, 2, 6):
         with_text, stored = (
             [*loaders(text_data(tmp_path / name, num_streams=num_streams))]
@@ -508,7 +500,7 @@ def test_empty_files_among_others_are_read_over(tmp_path: Path) -> None:
     [
         ([], "--output says where to, --verify what to check: one of the two is needed"),
         (["--processes=0"], "expected a number from 1 on, got '0'"),
-        (["--shard-tokens=1.5"], "expected a number from 1 on, got '1.5'"),
+        (["--shard-size=1.5"], "expected a number from 1 on, got '1.5'"),
     ],
 )
 def test_options_that_are_missing_or_wrong_are_named(
@@ -540,31 +532,46 @@ def test_a_folder_that_is_not_whole_is_refused(folder: Path, tmp_path: Path) -> 
         return str(error.value)
 
     shutil.copytree(folder / "one.tokens", tmp_path / "tokens")
-    assert 'data.text_field: "x" has no effect with data.dataset_path = ' in refused(text_field="x")
-    content = (tmp_path / "tokens" / "00001.tokens").read_bytes()
-    (tmp_path / "tokens" / "00001.tokens").write_bytes(content[:-2])
-    message = f"{tmp_path}/tokens/00001.tokens has {len(content) - 2} bytes, and was written with"
-    assert refused() == f"data.dataset_path: {message} {len(content)}"
-    (tmp_path / "tokens" / "00001.tokens").unlink()
-    assert "00001.tokens is missing, or cannot be read" in refused()
-    manifest = json.loads((tmp_path / "tokens" / "manifest.json").read_bytes())
-    del manifest["shards"]
-    (tmp_path / "tokens" / "manifest.json").write_text(json.dumps(manifest))
-    assert "manifest.json is damaged: KeyError('shards')" in refused()
-    manifest = json.loads((folder / "one.tokens" / "manifest.json").read_bytes())
-    for changes, reason in (
-        ({"dtype": "uint17"}, "data type 'uint17' not understood"),
-        ({"rows_per_file": [1]}, "rows_per_file and shards differ in the number of rows"),
-    ):
-        (tmp_path / "tokens" / "manifest.json").write_text(json.dumps({**manifest, **changes}))
-        assert reason in refused()
-    (tmp_path / "tokens" / "manifest.json").write_text(json.dumps({**manifest, "format": "x 1"}))
-    assert "tokens has 'x 1' instead of 'titan_lite tokens 3': tokenize it again" in refused()
-    # Its name ends as that of documents does.
-    (tmp_path / "tokens" / "manifest.json").write_text(json.dumps(manifest)[:-9])
-    assert "manifest.json is damaged: JSONDecodeError" in refused()
-    (tmp_path / "tokens" / "manifest.json").rename(tmp_path / "tokens" / "progress.json")
-    assert "tokens has no manifest.json: no tokenization that was completed" in refused()
+    for key in ("text_field", "tokens_field"):
+        message = f'data.{key}: "x" has no effect with data.dataset_path = '
+        assert message in refused(**{key: "x"})
+    shard, manifest_file = tmp_path / "tokens/00000-00001.arrow", tmp_path / "tokens/tokens.json"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-2])
+    message = f"{shard} has {len(content) - 2:,} bytes, and was written with {len(content):,}"
+    assert refused() == f"data.dataset_path: {message}"
+    shard.unlink()
+    assert "00000-00001.arrow is missing, or cannot be read" in refused()
+    manifest = json.loads(manifest_file.read_bytes())
+    manifest_file.write_text(json.dumps({**manifest, "format": "x 1"}))
+    assert (
+        "tokens has format 'x 1'; 'titan_lite tokens 4' is required: run titan-lite tokenize again"
+        in refused()
+    )
+    del manifest["files"]
+    manifest_file.write_text(json.dumps(manifest))
+    assert "tokens.json is damaged: KeyError('files')" in refused()
+    manifest_file.write_text(json.dumps(manifest)[:-9])
+    assert "tokens.json is damaged: JSONDecodeError" in refused()
+    # As earlier versions wrote them.
+    (tmp_path / "old").mkdir()
+    for name in ("manifest.json", "00000.tokens", "00000.rows"):
+        (tmp_path / "old" / name).write_text("{}")
+    for path in (tmp_path / "old", tmp_path):
+        with pytest.raises(
+            ValueError, match=r"old holds token files of an earlier version: run titan-lite tok"
+        ):
+            resolve_source(text_data(path))
+
+
+def test_a_damaged_shard_is_named_when_it_is_read(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "one.tokens", tmp_path / "tokens")
+    shard = tmp_path / "tokens/00000-00001.arrow"
+    shard.write_bytes(bytes(len(shard.read_bytes())))
+    ranks = loaders(text_data(tmp_path / "tokens", num_streams=1))
+    with pytest.raises(ValueError, match=r"cannot read .*tokens/00000-00001\.arrow: "):
+        take(ranks, 60)
+    close(ranks)
 
 
 def test_what_only_text_needs_is_warned_about(

@@ -1,0 +1,78 @@
+"""`titan-lite tokenize`: the documents of a configuration as token ids, or a check of such."""
+
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from titan_lite.config.load import ConfigError, LoadedConfig, Problem
+from titan_lite.config.problems import SettingError, about
+from titan_lite.data.sources import resolve_sources
+from titan_lite.data.token_folder import UNFINISHED, Manifest, read_manifest
+from titan_lite.runtime.stored_files import damaged_files
+
+
+def write(loaded: LoadedConfig, target: Path, *, processes: int, shard_size: int) -> int:
+    """Writes the folder `target` of what [data] reads, or resumes writing it; ConfigError."""
+    data = loaded.config.data
+    if data.sources:
+        with loaded.reporting():
+            message = "several sources: tokenize each by itself, with the keys of [data]"
+            raise SettingError("data.sources", message)
+    from titan_lite.data.tokenizing import TargetError, tokenize
+
+    with loaded.reporting(), about("data.dataset"):
+        (source,) = resolve_sources(data)
+        try:
+            manifest = tokenize(source, data, target, processes=processes, shard_size=shard_size)
+        except TargetError as error:
+            raise ConfigError([Problem("--output", "command line", str(error))]) from error
+        except OSError as error:
+            message = (
+                f"{error.filename or f'{target}{UNFINISHED}'} cannot be written: {error.strerror}; "
+                "rerun the same command to resume"
+            )
+            raise ConfigError([Problem("--output", "command line", message)]) from error
+        except BrokenProcessPool:
+            raise ValueError(
+                "a process that tokenizes was killed, by the system if memory was short: rerun the "
+                "same command to resume; fewer --processes need less memory"
+            ) from None
+        except KeyboardInterrupt:
+            print(
+                f"\nStopped; rerun the same command to resume from {target}{UNFINISHED}",
+                file=sys.stderr,
+            )
+            return 130
+    print(f"Written to {target}: {_summary(manifest)}")
+    return 0
+
+
+def verify(folder: Path) -> int:
+    """Compares all files of a folder with their checksums; returns 1 where one differs."""
+    try:
+        manifest = read_manifest(folder)
+        files = {name: shard.file for name, shard in manifest.shards.items()}
+
+        def read(name: str) -> list[str]:
+            return damaged_files(folder, files, [name])
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            problems = [message for messages in pool.map(read, files) for message in messages]
+    except ValueError as error:
+        problems = [str(error)]
+    for message in problems:
+        print(f"titan-lite tokenize: {message}", file=sys.stderr)
+    if not problems:
+        print(f"{folder} is verified: {_summary(manifest)}")
+    return int(bool(problems))
+
+
+def _summary(manifest: Manifest) -> str:
+    skipped = f", {manifest.skipped:,} bad ones left out" if manifest.skipped else ""
+    files = len(manifest.shards)
+    return (
+        f"{manifest.documents:,} documents{skipped}, {manifest.tokens:,} tokens of {manifest.dtype}"
+        f" in {files:,} file{'s' * (files != 1)}"
+    )
