@@ -31,7 +31,7 @@ from benchmarks.measure import Values, add_options, positive, spread
 from benchmarks.workers import BenchmarkError, Group
 from titan_lite.models.family import Family
 from titan_lite.models.registry import families
-from titan_lite.planner.counts import num_params
+from titan_lite.planner.counts import in_words, num_params
 from titan_lite.regression.curves import Mistake, read_facts, read_records
 from titan_lite.regression.launch import launch
 
@@ -222,7 +222,7 @@ def flavors_table() -> str:
             heads = f"{args.num_heads}, {args.num_kv_heads}"
             numbers = (args.num_layers, args.dim, heads, args.vocab_size, args.max_seq_len)
             cells = [number if isinstance(number, str) else f"{number:,}" for number in numbers]
-            cells += [f"{num_params(args):,}"]
+            cells += [in_words(num_params(args), args)]
             lines.append(f"| `{name}` | `{flavor}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

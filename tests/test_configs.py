@@ -53,7 +53,7 @@ SIZES = {
 
 
 def test_there_are_presets() -> None:
-    assert {"debug", "debug_bert", *SIZES} == {path.stem for path in PRESETS}
+    assert {"debug", "debug_bert", "debug_moe", *SIZES} == {path.stem for path in PRESETS}
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)

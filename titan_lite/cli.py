@@ -20,7 +20,7 @@ from titan_lite.config.rules import file_rules
 from titan_lite.models import registry
 from titan_lite.models.plan import Plan, make_plan
 from titan_lite.planner import hardware
-from titan_lite.planner.counts import num_params
+from titan_lite.planner.counts import in_words, num_params
 
 OVERRIDES = """
 Every key of the TOML file can be overridden: --section.key=value, the value written as in TOML,
@@ -166,7 +166,7 @@ def _rendered(loaded: LoadedConfig) -> str:
     resolved = dataclasses.asdict(args) | {"head_dim": args.head_size}
     # A plugin's own model may have other parameters than its args say.
     is_ours = family.build.startswith("titan_lite.")
-    return to_toml(loaded, resolved, num_params(args) if is_ours else None)
+    return to_toml(loaded, resolved, in_words(num_params(args), args) if is_ours else None)
 
 
 def _convert(argv: list[str]) -> int:

@@ -13,7 +13,7 @@ from titan_lite.models.registry import families
 from titan_lite.models.roles import PlanRow
 from titan_lite.nn.build import build
 from titan_lite.nn.transformer import Transformer
-from titan_lite.planner.counts import num_block_params, num_params
+from titan_lite.planner.counts import in_words, num_block_params, num_inactive_params, num_params
 
 FLAVORS = [
     pytest.param(family, flavor, id=f"{family.name}-{flavor}")
@@ -48,6 +48,10 @@ PARAMETERS = {
     ("qwen3", "8b"): 8_190_735_360,
     ("qwen3", "14b"): 14_768_307_200,
     ("qwen3", "32b"): 32_762_123_264,
+    ("qwen3_moe", "30b-a3b"): 30_532_122_624,
+    ("qwen3_moe", "235b-a22b"): 235_093_634_560,
+    ("mixtral", "8x7b"): 46_702_792_704,
+    ("mixtral", "8x22b"): 140_630_071_296,
     ("gpt_neox", "1.4b"): 1_435_739_040,
     ("gpt_neox", "16b"): 16_023_920_640,
     ("gpt_neox", "20b"): 20_554_567_680,
@@ -59,6 +63,13 @@ PARAMETERS = {
     ("bert", "large"): 336_226_108,
     ("megatron_bert", "base"): 137_030_658,
     ("megatron_bert", "large"): 372_113_922,
+}
+# Of a token's experts, and of all else; billions on the model cards.
+ACTIVE = {
+    ("qwen3_moe", "30b-a3b"): (3_353_032_704, 3.3),
+    ("qwen3_moe", "235b-a22b"): (22_190_763_520, 22),
+    ("mixtral", "8x7b"): (12_879_925_248, 12.9),
+    ("mixtral", "8x22b"): (39_161_468_928, 39),
 }
 # Billions on the model cards: all parameters, and those of neither embedding nor head.
 QWEN_CARDS = {
@@ -90,6 +101,20 @@ def test_a_flavor_has_exactly_the_published_number_of_parameters(family: str, fl
     expected = PARAMETERS[family, flavor]
     assert meta_model(family, flavor).num_parameters == expected
     assert num_params(families()[family].flavors[flavor]) == expected
+
+
+@pytest.mark.parametrize(("family", "flavor"), ACTIVE)
+def test_a_mixture_of_experts_has_the_published_number_of_active_parameters(
+    family: str, flavor: str
+) -> None:
+    expected, billions = ACTIVE[family, flavor]
+    args = families()[family].flavors[flavor]
+    assert num_params(args) - num_inactive_params(args) == expected
+    assert expected / 1e9 == pytest.approx(billions, rel=0.02)
+    model = meta_model(family, flavor)
+    assert expected == sum(model.active(*named).numel() for named in model.named_parameters())
+    words = f"{num_params(args):,}, {expected:,} of them active"
+    assert in_words(model.num_parameters, args) == words
 
 
 def test_every_flavor_but_debug_has_a_size_to_be_tested_against() -> None:

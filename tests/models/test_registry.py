@@ -8,6 +8,7 @@ from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Model
 from titan_lite.models import registry
 from titan_lite.models.llama import LLAMA
+from titan_lite.models.moe import MIXTRAL
 from titan_lite.models.registry import families, register, resolve
 
 
@@ -49,11 +50,15 @@ def test_each_override_replaces_its_field_and_nothing_else() -> None:
         "hidden_dropout": 0.25,
         "attention_dropout": 0.75,
     }
+    of_experts = {"num_experts": 4, "top_k": 1, "route_norm": False}
     overridable = Model.model_fields.keys() - {"name", "flavor"}
-    assert given.keys() == overridable
+    assert given.keys() | of_experts.keys() == overridable
     for key, value in given.items():
         _, args = resolve(Model(flavor="llama3.1_8b", **{key: value}))
         assert args == replace(flavor, **{key: value})
+    for key, value in of_experts.items():
+        _, args = resolve(Model(name="mixtral", **{key: value}))
+        assert args == replace(MIXTRAL.flavors["debug"], **{key: value})
 
 
 def test_an_unknown_family_names_the_nearest_and_all() -> None:
@@ -61,7 +66,8 @@ def test_an_unknown_family_names_the_nearest_and_all() -> None:
         resolve(Model(name="lama"))
     assert str(error.value) == (
         'model.name: no "lama"; did you mean "llama"? '
-        "(known: bert, gpt, gpt_neox, internlm, llama, megatron_bert, qwen, qwen2.5, qwen3)"
+        "(known: bert, gpt, gpt_neox, internlm, llama, megatron_bert, mixtral, qwen, qwen2.5, "
+        "qwen3, qwen3_moe)"
     )
 
 

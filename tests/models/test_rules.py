@@ -50,6 +50,61 @@ def test_a_long_row_of_blocks_is_as_long_as_its_blocks() -> None:
     assert message == "packing_block (4096) is longer than the model's max_seq_len (2048)"
 
 
+MOE = "--model.name=qwen3_moe"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "key", "message"),
+    [
+        (
+            ["--model.top_k=9"],
+            1,
+            "model.top_k",
+            "top_k must be at most num_experts (8), got 9",
+        ),
+        (
+            ["--model.ffn=gelu"],
+            1,
+            "model.ffn",
+            'experts require ffn = "swiglu" and ffn_bias = false',
+        ),
+        (
+            ["--model.ffn_dim=36", "--training.param_dtype=bfloat16"],
+            1,
+            "model.ffn_dim",
+            "ffn_dim must be a multiple of 8: rows of 16 bytes in bfloat16, as grouped_mm "
+            "requires; got 36",
+        ),
+        (
+            ["--parallel.tp=2"],
+            2,
+            "parallel.tp",
+            "tp must be 1 for Mixture of Experts, got 2: set parallel.tp = 1",
+        ),
+        (
+            [
+                "--parallel.pp=2",
+                "--parallel.pp_schedule=InterleavedZeroBubble",
+                "--training.global_batch_size=32",
+            ],
+            2,
+            "parallel.pp_schedule",
+            '"InterleavedZeroBubble" splits backward, which Mixture of Experts does not support: '
+            'set parallel.pp_schedule = "1F1B" or another one that does not',
+        ),
+    ],
+)
+def test_what_experts_cannot_do_is_refused(
+    overrides: list[str], world_size: int, key: str, message: str
+) -> None:
+    [(found_key, _, found)] = problems([MOE, *overrides], world_size)
+    assert (found_key, found) == (key, message)
+
+
+def test_rows_of_experts_may_be_4_numbers_of_float32() -> None:
+    make_plan(None, [MOE, "--model.ffn_dim=36", "--training.param_dtype=float32"], 1)
+
+
 def test_the_key_that_somebody_set_is_blamed() -> None:
     [(key, source, _)] = problems(["--model.max_seq_len=64"])
     assert (key, source) == ("model.max_seq_len", "command line")

@@ -1,8 +1,9 @@
 """Logits and gradients against Hugging Face transformers on the same random weights."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
@@ -15,13 +16,12 @@ from titan_lite.models.gpt import GPT, GPT_NEOX
 from titan_lite.models.hf_config import differences, hf_config_from_args
 from titan_lite.models.internlm import INTERNLM
 from titan_lite.models.llama import LLAMA
+from titan_lite.models.moe import MIXTRAL, QWEN3_MOE
 from titan_lite.models.qwen import QWEN2_5, QWEN3
 from titan_lite.models.registry import families
 from titan_lite.nn.build import build, build_decoder
 
 transformers = pytest.importorskip("transformers")
-
-T = TypeVar("T")
 
 # Small, but for what makes the family.
 SMALL = {
@@ -67,16 +67,49 @@ CASES = {
     "gpt_neox, one after the other": Case(GPT_NEOX, {"parallel_residual": False}),
     "gpt_neox, as the 20b": Case(GPT_NEOX, {"ffn": "gelu_tanh"}),
     "gpt": Case(GPT),
+    "qwen3_moe": Case(QWEN3_MOE, {"num_kv_heads": 2, "head_dim": 32}),
+    "qwen3_moe, weights as they are": Case(QWEN3_MOE, {"route_norm": False, "top_k": 3}),
+    "mixtral": Case(MIXTRAL, {"num_kv_heads": 2}),
+    "qwen3_moe, one expert": Case(QWEN3_MOE, {"route_norm": False, "top_k": 1}),
 }
 
 
-def in_files(tensors: Mapping[str, T]) -> dict[str, T]:
-    """By the names that files have: transformers 5 renames GPT-NeoX's head as it reads one."""
-    is_neox = any(name.startswith("gpt_neox.") for name in tensors)
+def in_files(tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """By the names that files have.
+
+    transformers 5 renames GPT-NeoX's head and Mixtral's router as it reads them, and makes one
+    tensor of all experts of a block.
+    """
+    renamed = {"lm_head.weight": "embed_out.weight"} if family is GPT_NEOX else {}
     return {
-        "embed_out.weight" if is_neox and name == "lm_head.weight" else name: tensor
-        for name, tensor in tensors.items()
+        renamed.get(stored, stored): tensor
+        for name, whole in tensors.items()
+        for stored, tensor in _of_each_expert(name, whole, family)
     }
+
+
+def _of_each_expert(name: str, tensor: Tensor, family: Family) -> Iterator[tuple[str, Tensor]]:
+    pattern = r"model\.layers\.(\d+)\.mlp\.(gate\.weight|experts\.\w+)"
+    match = re.fullmatch(pattern, name)
+    if match is None:
+        yield name, tensor
+        return
+    layer, kind = match.groups()
+
+    def stored(ours: str, expert: int = 0) -> str:
+        theirs = family.hf_key_map[f"layers.*.feed_forward.{ours}"]
+        return theirs.replace("*", layer, 1).replace("*", str(expert))
+
+    if kind == "gate.weight":
+        yield stored("router.weight"), tensor
+        return
+    for expert, whole in enumerate(tensor):
+        if kind == "experts.down_proj":
+            yield stored("experts.w2", expert), whole
+        else:
+            gate, up = whole.chunk(2)
+            yield stored("experts.w1", expert), gate
+            yield stored("experts.w3", expert), up
 
 
 def their_model(args: DecoderArgs, family: Family) -> nn.Module:
@@ -102,9 +135,7 @@ def taken(
 ) -> Iterator[tuple[str, Tensor]]:
     """Our tensors' names and values, out of Hugging Face's."""
     for part, tensor in parts.items():
-        name, _ = hf.places[part]
-        offsets = (0,) * tensor.ndim
-        yield part, hf.tensors[name].read(stored[name], part, offsets, tensor.shape)
+        yield part, hf.read(part, stored.__getitem__, (0,) * tensor.ndim, tensor.shape)
 
 
 def give_weights(hf: HFModel, ours: nn.Module, theirs: Mapping[str, Tensor]) -> None:
@@ -117,9 +148,9 @@ def give_weights(hf: HFModel, ours: nn.Module, theirs: Mapping[str, Tensor]) -> 
 
 
 def assert_same_gradients(hf: HFModel, ours: nn.Module, theirs: Mapping[str, Tensor]) -> None:
+    """theirs: gradients by the names that files have."""
     gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
-    their_gradients = {name: p.grad for name, p in theirs.items() if p.grad is not None}
-    references = dict(taken(hf, their_gradients, gradients))
+    references = dict(taken(hf, theirs, gradients))
     assert references.keys() == dict(ours.named_parameters()).keys()
     # Softmax does not see what is added to all keys: the gradient of such a bias is rounding.
     scale = max(reference.abs().max() for reference in references.values())
@@ -140,8 +171,7 @@ def test_logits_and_every_gradient_equal_hugging_face(name: str) -> None:
         torch.nn.init.normal_(parameter, std=0.1 if name.endswith("bias") else 0.3)
     hf = HFModel.of(case.family, args)
     theirs = their_model(args, case.family)
-    their_parameters = in_files(dict(theirs.named_parameters()))
-    give_weights(hf, ours, their_parameters)
+    give_weights(hf, ours, in_files(dict(theirs.named_parameters()), case.family))
     tokens = torch.randint(args.vocab_size, (2, 100))
     cotangent = torch.randn(2, 100, args.vocab_size)
 
@@ -151,9 +181,10 @@ def test_logits_and_every_gradient_equal_hugging_face(name: str) -> None:
     (expected * cotangent).mean().backward()
 
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
-    with_gradient = {name for name, p in their_parameters.items() if p.grad is not None}
-    assert with_gradient == hf.tensors.keys()
-    assert_same_gradients(hf, ours, their_parameters)
+    gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    their_gradients = in_files(gradients, case.family)
+    assert their_gradients.keys() == hf.tensors.keys()
+    assert_same_gradients(hf, ours, their_gradients)
 
 
 def test_the_scaled_case_keeps_blends_and_stretches_frequencies() -> None:
@@ -184,7 +215,7 @@ def test_shapes_of_every_flavor_are_those_of_hugging_face(
     args = replace(args, num_layers=2)
     with torch.device("meta"):
         model = their_model(args, family)
-    theirs = in_files(dict(model.named_parameters()))
+    theirs = in_files(dict(model.named_parameters()), family)
     ours = HFModel.of(family, args).tensors
     assert {name: tensor.shape for name, tensor in ours.items()} == {
         name: tuple(parameter.shape) for name, parameter in theirs.items()

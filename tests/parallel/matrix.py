@@ -212,6 +212,9 @@ QWEN = family("qwen")
 # With as many heads of keys as qwen has, whose compiled graph it can take.
 QWEN2_5 = family("qwen2.5", "model.num_kv_heads=8")
 QWEN3 = family("qwen3")
+QWEN3_MOE = family("qwen3_moe")
+# No number of ranks here divides 7: the rows of each expert are sharded.
+MIXTRAL = family("mixtral", "model.num_experts=7")
 GPT_NEOX = family("gpt_neox")
 BERT = family("bert", "model.qkv_bias=false")
 MEGATRON_BERT = family("megatron_bert", "model.qkv_bias=false")
@@ -234,6 +237,10 @@ FAMILIES = (
         "compile",
         alike=family("qwen3", "model.norm=layernorm", "model.out_bias=true"),
     ),
+    Case("hsdp 2x1", "selective_op", "compile", 4, alike=QWEN3_MOE),
+    Case("pp2 x cp2", "full", micro_batches=4, alike=QWEN3_MOE),
+    Case("hsdp 2x1", "selective_op", "compile", 4, alike=MIXTRAL),
+    Case("pp2 x cp2", "full", micro_batches=4, alike=MIXTRAL),
     Case("hsdp 2x1", "none", "compile", 4, alike=GPT_NEOX),
     Case("pp2 x tp2", "selective_op", micro_batches=4, alike=GPT_NEOX),
     Case("cp2", "full", alike=GPT_NEOX),
@@ -312,6 +319,9 @@ HOLES = (
     Hole(2, (*PP2_BATCH, schedule("ZBVZeroBubble"), COMPILE)),
     Hole(2, (*PP2_BATCH, schedule("ZBVZeroBubble"), "activation_checkpoint.mode=selective_op")),
     Hole(2, (*PP2_BATCH, schedule("ZBVZeroBubble"), *TIED)),
+    Hole(2, (TP2, "model.name=qwen3_moe")),
+    Hole(2, (TP2, "model.name=mixtral")),
+    Hole(2, (*PP2_BATCH, schedule("ZBVZeroBubble"), "model.name=qwen3_moe")),
     Hole(1, ("training.reduce_dtype=float16",)),
     Hole(1, ("float8.recipe=tensorwise",)),
     Hole(2, (*TENSORWISE, TP2)),

@@ -186,7 +186,17 @@ def test_a_model_without_a_tokenizer_that_can_be_read_is_said_so(
     assert (tmp_path / "ours" / "tokenizer.json").read_text() == "{}"
 
 
-NAMES = ("internlm", "qwen2.5", "qwen3", "gpt_neox", "gpt", "bert", "megatron_bert")
+NAMES = (
+    "internlm",
+    "qwen2.5",
+    "qwen3",
+    "qwen3_moe",
+    "mixtral",
+    "gpt_neox",
+    "gpt",
+    "bert",
+    "megatron_bert",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -64,7 +64,7 @@ def hf_to_dcp(
     """
 
     def stored_dtype(name: str) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, folder.tensors[hf.places[name][0]].dtype)
+        dtype: torch.dtype = getattr(torch, folder.tensors[hf.places[name][0][0]].dtype)
         return dtype
 
     weights = {
@@ -197,6 +197,7 @@ class DCPToHF:
             for name, tensor in self.reader.read_metadata().state_dict_metadata.items()
             if name.startswith(PREFIX) and isinstance(tensor, TensorStorageMetadata)
         }
+        self.parts: dict[str, Tensor] = {}
         self._check(source)
         self.dtypes = {
             name: getattr(torch, dtype)
@@ -252,22 +253,26 @@ class DCPToHF:
 
     def _tensor(self, name: str) -> Tensor:
         tensor = self.hf.tensors[name]
-        parts = {}
-        for part in tensor.parts:
-            saved = self.saved[part]
-            parts[PREFIX + part] = torch.empty(saved.size, dtype=saved.properties.dtype)
-        with _one_process():
-            dcp.load(parts, storage_reader=self.reader, no_dist=True)
-        return tensor.join(list(parts.values())).to(self.dtypes[name])
+        names = [PREFIX + part for part in tensor.parts]
+        # The experts of one tensor of ours follow each other.
+        if self.parts.keys() != set(names):
+            self.parts = {}
+            for name_of_ours in tensor.parts:
+                saved = self.saved[name_of_ours]
+                empty = torch.empty(saved.size, dtype=saved.properties.dtype)
+                self.parts[PREFIX + name_of_ours] = empty
+            with _one_process():
+                dcp.load(self.parts, storage_reader=self.reader, no_dist=True)
+        return tensor.join([self.parts[part] for part in names]).to(self.dtypes[name])
 
     def _check(self, source: Path) -> None:
         for tensor in self.hf.tensors.values():
-            for part, rows in tensor.parts.items():
+            for part in tensor.parts:
                 if part not in self.saved:
                     raise ValueError(f"{source} has no weight {part}")
                 size, expected = self.saved[part].size, self.hf.shape(part)
                 # More rows are a vocabulary's padding.
-                if size[1:] != expected[1:] or size[0] < rows:
+                if size[1:] != expected[1:] or size[0] < expected[0]:
                     raise ValueError(
                         f"{part} is {tuple(size)} in {source}, {expected} in the model"
                     )
@@ -286,10 +291,14 @@ class _ReadOnce(Reader):
 
 def _read(folder: HFFolder, hf: HFModel, name: str, offsets: Any, lengths: Any) -> Tensor:
     """A box of our tensor `name`."""
-    hf_name, part = hf.places[name]
-    stored = folder.tensors[hf_name]
-    with safe_open(stored.file, framework="pt") as opened:
-        return hf.tensors[hf_name].read(opened.get_slice(stored.name), part, offsets, lengths)
+    with contextlib.ExitStack() as opened:
+
+        def stored(hf_name: str) -> Any:
+            place = folder.tensors[hf_name]
+            file = opened.enter_context(safe_open(place.file, framework="pt"))
+            return file.get_slice(place.name)
+
+        return hf.read(name, stored, offsets, lengths)
 
 
 @contextlib.contextmanager

@@ -1,12 +1,13 @@
 """Which tensors of ours are in which of Hugging Face's, and where.
 
 A tensor of Hugging Face's is made of parts, each one tensor of ours. The rows of a part are dealt
-to groups, and the groups follow each other, each with its rows of every part.
+to groups, and the groups follow each other, each with its rows of every part. Of a tensor with the
+weights of several experts, each expert's is a tensor there.
 """
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,16 +26,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class HFTensor:
-    """One tensor of Hugging Face's; parts: our names, and how many rows each has there."""
+    """One tensor of Hugging Face's; parts: our names, and how many rows each has there.
+
+    expert: the one of its only part that it is; None where it is all of its parts.
+    """
 
     name: str
     parts: Mapping[str, int]
     shape: tuple[int, ...]
     groups: int = 1
     transposed: bool = False
+    expert: int | None = None
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The whole tensor from its parts, in order, without the padding of a vocabulary."""
+        if self.expert is not None:
+            return parts[0][self.expert].contiguous()
         parts = [part[:rows] for part, rows in zip(parts, self.parts.values(), strict=True)]
         grouped = [part.unflatten(0, (self.groups, -1)) for part in parts]
         whole = torch.cat(grouped, dim=1).flatten(0, 1) if len(parts) > 1 else parts[0]
@@ -79,12 +86,12 @@ class HFModel:
     """All tensors of a model in Hugging Face's form, without the padding of a vocabulary.
 
     tensors: by Hugging Face's name, in the order of the model. places: our names -> (Hugging
-    Face's name, the part's name), both names of a tied weight among them. ignored: patterns of
-    names that a file may hold as well.
+    Face's names, the part's name), both names of a tied weight among them; one name, or one for
+    each expert. ignored: patterns of names that a file may hold as well.
     """
 
     tensors: Mapping[str, HFTensor]
-    places: Mapping[str, tuple[str, str]]
+    places: Mapping[str, tuple[tuple[str, ...], str]]
     ignored: tuple[str, ...]
 
     @classmethod
@@ -98,13 +105,14 @@ class HFModel:
         places, tied = {}, []
         for name, parameter in model.state_dict(keep_vars=True).items():
             part = first_name[id(parameter)]
-            places[name] = (translate(part, family.hf_key_map), part)
+            hf_name = translate(part, family.hf_key_map)
+            places[name] = (_names(hf_name, parameter), part)
             if name == part:
-                parts.setdefault(places[name][0], []).append(name)
+                parts.setdefault(hf_name, []).append(name)
             else:
                 tied.append(translate(name, family.hf_key_map))
         rows = list(family.hf_key_map)
-        tensors = {}
+        tensors: dict[str, HFTensor] = {}
         shapes = {
             name: model.without_padding(name, parameter).shape
             for name, parameter in parameters.items()
@@ -112,15 +120,43 @@ class HFModel:
         for name, ours in parts.items():
             # The order of the map is the order of the parts.
             ours.sort(key=lambda part: next(n for n, row in enumerate(rows) if matches(row, part)))
-            tensors[name] = _hf_tensor(name, ours, shapes, family, args)
+            if "*" not in name:
+                tensors[name] = _hf_tensor(name, ours, shapes, family, args)
+                continue
+            _, *shape = shapes[ours[0]]
+            for expert, of_expert in enumerate(_names(name, parameters[ours[0]])):
+                tensors[of_expert] = HFTensor(
+                    name=of_expert, parts={ours[0]: shape[0]}, shape=tuple(shape), expert=expert
+                )
         return cls(tensors, places, (*family.hf_ignored, *tied))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of our tensor, without the padding of a vocabulary."""
-        hf_name, part = self.places[name]
-        tensor = self.tensors[hf_name]
+        names, part = self.places[name]
+        tensor = self.tensors[names[0]]
         shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
-        return (tensor.parts[part], *shape[1:])
+        experts = () if tensor.expert is None else (len(names),)
+        return (*experts, tensor.parts[part], *shape[1:])
+
+    def read(
+        self,
+        name: str,
+        stored: Callable[[str], Any],
+        offsets: Sequence[int],
+        lengths: Sequence[int],
+    ) -> Tensor:
+        """The box of our tensor at `offsets`; stored: the slice of a tensor of Hugging Face's."""
+        names, part = self.places[name]
+        if self.tensors[names[0]].expert is None:
+            return self.tensors[names[0]].read(stored(names[0]), part, offsets, lengths)
+        box = torch.empty(0)
+        for index in range(lengths[0]):
+            hf_name = names[offsets[0] + index]
+            rows = self.tensors[hf_name].read(stored(hf_name), part, offsets[1:], lengths[1:])
+            if index == 0:
+                box = rows.new_empty(tuple(lengths))
+            box[index] = rows
+        return box
 
     @property
     def num_parameters(self) -> int:
@@ -184,6 +220,13 @@ def check_start(folder: HFFolder, hf: HFModel, family: Family, args: DecoderArgs
             "%s was trained with %s %s, this run has %s", folder.path, name, theirs, ours
         )
     hf.check(folder)
+
+
+def _names(hf_name: str, parameter: Tensor) -> tuple[str, ...]:
+    """Hugging Face's names of a tensor of ours: one for each expert where the name has a `*`."""
+    if "*" not in hf_name:
+        return (hf_name,)
+    return tuple(hf_name.replace("*", str(expert)) for expert in range(len(parameter)))
 
 
 def _hf_tensor(

@@ -17,6 +17,7 @@ SHOWN_BY_WEIGHTS = frozenset(
         "dim",
         "num_layers",
         "ffn_dim",
+        "num_experts",
         "vocab_size",
         "norm",
         "qkv_bias",

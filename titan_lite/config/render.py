@@ -19,12 +19,12 @@ SCHEMA_DRAFT = "http://json-schema.org/draft-07/schema#"
 
 
 def to_toml(
-    loaded: LoadedConfig, resolved: Mapping[str, Any] | None = None, num_params: int | None = None
+    loaded: LoadedConfig, resolved: Mapping[str, Any] | None = None, num_params: str | None = None
 ) -> str:
     """Every key with its value and, as an aligned comment, its origin; loads back to the same.
 
     resolved: the value of each key of [model] that is left to the flavor, as comments.
-    num_params: of the model, another comment.
+    num_params: of the model, in words, another comment.
     """
     rows: list[tuple[str, str]] = []
     for section, fields in FIELDS.items():
@@ -48,7 +48,7 @@ def to_toml(
                 line = f"# {key} is not set"
             rows.append((line, loaded.origins[f"{section}.{key}"]))
         if section == "model" and num_params is not None:
-            rows.append((f"# parameters: {num_params:,}", ""))
+            rows.append((f"# parameters: {num_params}", ""))
     # A long value pushes its own comment, not everybody's.
     width = max(len(line) for line, _ in rows if len(line) <= 50)
     return "\n".join(f"{line:<{width}}  # {origin}" if origin else line for line, origin in rows)

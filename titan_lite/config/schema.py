@@ -71,6 +71,13 @@ class Model(Section):
     ffn: FFNKind | None = None
     """Overrides the flavor's feed-forward: "swiglu", gated; "gelu", "gelu_tanh": plain, with the
     exact GELU or its tanh approximation."""
+    num_experts: Positive | None = None
+    """Overrides the number of experts of a Mixture-of-Experts flavor; ffn_dim is the width of
+    each."""
+    top_k: Positive | None = None
+    """Overrides how many experts a token goes to."""
+    route_norm: bool | None = None
+    """Overrides whether the weights of a token's experts are divided by their sum."""
     norm: NormKind | None = None
     """Overrides the flavor's normalisation."""
     qkv_bias: bool | None = None

@@ -11,6 +11,7 @@ from titan_lite.config.dims import ParallelDims
 from titan_lite.config.units import format_scaled
 from titan_lite.dryrun.run import DryRank, dry_runs, left_out
 from titan_lite.metrics.device import GIB
+from titan_lite.models.args import MoEArgs
 from titan_lite.models.plan import Plan
 from titan_lite.planner.counts import FORMULA
 from titan_lite.planner.hardware import Device
@@ -44,7 +45,8 @@ def report(plan: Plan, ranks: Sequence[int], device: Device, *, as_json: bool) -
     for rank in found:
         lines += ["", *_rank(rank, device)]
     peak = max(rank.measured.peak.bytes for rank in found)
-    if device.memory_gb is not None and peak > device.memory_gb * GIB:
+    is_planned = not isinstance(plan.args, MoEArgs)
+    if is_planned and device.memory_gb is not None and peak > device.memory_gb * GIB:
         settings = fitting_settings(plan.config, plan.dims, plan.family, plan.args, device)
         lines += ["", "Would fit", *(f"  {text}" for text in settings or ["on more devices only"])]
     return "\n".join(lines)

@@ -101,6 +101,18 @@ class DecoderArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MoEArgs(DecoderArgs):
+    """A decoder whose feed-forwards are experts, each `ffn_dim` wide."""
+
+    num_experts: int
+    """Experts of a block."""
+    top_k: int
+    """Experts of a token."""
+    route_norm: bool = True
+    """The weights of a token's experts are divided by their sum."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EncoderArgs(DecoderArgs):
     """An encoder of pairs of texts, after BERT (arXiv:1810.04805): every token sees all others."""
 

@@ -16,6 +16,7 @@ def matches(pattern: str, name: str) -> bool:
 def translate(name: str, table: Mapping[str, str]) -> str:
     """The name's other spelling by a table of patterns whose `*`, whole parts, keep their order.
 
+    A `*` of the target beyond those of the source stays: the number of an expert.
     Used with Family.hf_key_map for our name -> Hugging Face's, and with its inverse for the way
     back. KeyError where no row matches.
     """
@@ -23,5 +24,6 @@ def translate(name: str, table: Mapping[str, str]) -> str:
         if matches(source, name):
             wildcards = zip(source.split("."), name.split("."), strict=True)
             values = (part for pattern, part in wildcards if pattern == "*")
-            return ".".join(next(values) if part == "*" else part for part in target.split("."))
+            parts = target.split(".")
+            return ".".join(next(values, "*") if part == "*" else part for part in parts)
     raise KeyError(f"{name} is matched by no row of {sorted(table)}")

@@ -14,6 +14,7 @@ from titan_lite.models.gpt import GPT, GPT_NEOX
 from titan_lite.models.hf_config import unfit_keys
 from titan_lite.models.internlm import INTERNLM
 from titan_lite.models.llama import LLAMA
+from titan_lite.models.moe import MIXTRAL, QWEN3_MOE
 from titan_lite.models.qwen import QWEN, QWEN2_5, QWEN3
 
 __all__ = ["Family", "families", "family_of", "register", "resolve"]
@@ -21,7 +22,10 @@ __all__ = ["Family", "families", "family_of", "register", "resolve"]
 T = TypeVar("T")
 _FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (LLAMA, INTERNLM, QWEN, QWEN2_5, QWEN3, GPT_NEOX, GPT, BERT, MEGATRON_BERT)
+    for family in (
+        *(LLAMA, INTERNLM, QWEN, QWEN2_5, QWEN3, QWEN3_MOE, MIXTRAL),
+        *(GPT_NEOX, GPT, BERT, MEGATRON_BERT),
+    )
 }
 
 

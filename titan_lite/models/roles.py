@@ -23,6 +23,10 @@ Role = Literal[
     "positions",
     # Has no parameters: gathers its sequence-split input once for its children.
     "gather",
+    # Chooses the experts of the tokens of its part of the sequence.
+    "router",
+    # Weights of all experts of a block.
+    "expert",
     # Output projection split over the vocabulary; gathers the sequence, the logits stay split.
     "head",
 ]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from titan_lite.config.problems import SettingError, did_you_mean, nearest, quote
 from titan_lite.config.schema import Config, MaskedLM
-from titan_lite.models.args import VOCAB_MULTIPLE, DecoderArgs, EncoderArgs
+from titan_lite.models.args import VOCAB_MULTIPLE, DecoderArgs, EncoderArgs, MoEArgs
 from titan_lite.models.family import Family
 from titan_lite.models.hf_config import unsaid_in_hf
 
@@ -118,6 +118,7 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
             )
     yield from _head_rules(args)
     yield from _encoder_rules(config, args)
+    yield from _moe_rules(config, args)
     if args.num_heads % args.num_kv_heads:
         yield SettingError(
             ("model.flavor", "model.num_heads", "model.num_kv_heads"),
@@ -174,6 +175,42 @@ def _encoder_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
             yield SettingError(
                 ("model.name", "model.flavor", f"model.{name}"),
                 f"{name} has no effect: it is not supported by post-norm models",
+            )
+
+
+def _moe_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
+    """Rules of Mixture of Experts."""
+    if not isinstance(args, MoEArgs):
+        return
+    if args.top_k > args.num_experts:
+        yield SettingError(
+            ("model.flavor", "model.num_experts", "model.top_k"),
+            f"top_k must be at most num_experts ({args.num_experts}), got {args.top_k}",
+        )
+    if args.ffn != "swiglu" or args.ffn_bias:
+        yield SettingError(
+            ("model.ffn", "model.ffn_bias"),
+            'experts require ffn = "swiglu" and ffn_bias = false',
+        )
+    parallel, dtype = config.parallel, config.training.param_dtype
+    if parallel.tp > 1:
+        yield SettingError(
+            ("model.name", "parallel.tp"),
+            f"tp must be 1 for Mixture of Experts, got {parallel.tp}: set parallel.tp = 1",
+        )
+    if parallel.pp > 1 and parallel.schedule.splits_backward:
+        yield SettingError(
+            ("model.name", "parallel.pp_schedule"),
+            f"{quote(parallel.pp_schedule)} splits backward, which Mixture of Experts does not "
+            'support: set parallel.pp_schedule = "1F1B" or another one that does not',
+        )
+    multiple = 4 if dtype == "float32" else 8
+    for name in ("dim", "ffn_dim"):
+        if (size := getattr(args, name)) % multiple:
+            yield SettingError(
+                ("model.flavor", f"model.{name}"),
+                f"{name} must be a multiple of {multiple}: rows of 16 bytes in "
+                f"{dtype}, as grouped_mm requires; got {size}",
             )
 
 

@@ -6,7 +6,8 @@ Shape suffixes: B batch, S sequence, D model width.
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from titan_lite.models.args import DecoderArgs
+from titan_lite.models.args import DecoderArgs, MoEArgs
+from titan_lite.nn.moe import MoE
 
 
 class GatedFeedForward(nn.Module):
@@ -43,5 +44,7 @@ def build_gelu(args: DecoderArgs) -> nn.GELU:
 
 
 def build_feed_forward(args: DecoderArgs) -> nn.Module:
-    """Feed-forward classes by the value of model.ffn."""
+    """Feed-forward classes by the value of model.ffn; experts where the model has them."""
+    if isinstance(args, MoEArgs):
+        return MoE(args)
     return GatedFeedForward(args) if args.ffn == "swiglu" else PlainFeedForward(args)

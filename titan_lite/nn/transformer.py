@@ -6,7 +6,7 @@ Shape suffixes: B batch, S sequence, D model width.
 import torch
 from torch import Tensor, nn
 
-from titan_lite.models.args import DecoderArgs
+from titan_lite.models.args import DecoderArgs, MoEArgs
 from titan_lite.nn.block import Block
 from titan_lite.nn.documents import DocumentMask
 from titan_lite.nn.dropout import build_dropout, scramble
@@ -44,6 +44,7 @@ class Transformer(nn.Module):
         self.vocab_size = args.vocab_size
         self.fp32_residual = args.fp32_residual
         self.tied_head = args.tied_head
+        self.top_k = args.top_k if isinstance(args, MoEArgs) else 0
         self.tok_embeddings = nn.Embedding(args.padded_vocab_size, args.dim)
         learned = args.positions == "learned"
         self.pos_embeddings = nn.Embedding(args.max_seq_len, args.dim) if learned else None
@@ -72,6 +73,12 @@ class Transformer(nn.Module):
     def without_padding(self, name: str, tensor: Tensor) -> Tensor:
         """A view of a parameter, by its name, without the rows that pad the vocabulary."""
         return tensor[: self.vocab_size] if name in self.vocab_parameters else tensor
+
+    def active(self, name: str, tensor: Tensor) -> Tensor:
+        """A view of a parameter, by its name, of what multiplies a token: its experts alone."""
+        if tensor.ndim == 3 and self.top_k:
+            return tensor[: self.top_k]
+        return self.without_padding(name, tensor)
 
     def embed(self, tokens_BS: Tensor, positions_S: Tensor | None) -> Tensor:
         """Embeddings (B, S, D) of tokens, and of positions where those are learned.

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import Shard
 
 from titan_lite.config.schema import Parallel
 from titan_lite.nn.transformer import Transformer
@@ -106,6 +107,13 @@ def apply_fsdp(
     if model.fp32_residual and model.tok_embeddings is not None:
         model.tok_embeddings.register_forward_hook(lambda _module, _inputs, output: output.float())
 
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        """Shards experts by their rows where there are not as many for each rank."""
+        size = mesh.shape[-1]
+        if parameter.ndim < 3 or parameter.shape[0] % size == 0:
+            return None
+        return Shard(0 if parameter.shape[1] % size else 1)
+
     def shard(module: nn.Module | list[nn.Module], reshard_after_forward: bool | int) -> None:
         fully_shard(
             module,
@@ -113,6 +121,7 @@ def apply_fsdp(
             reshard_after_forward=reshard_after_forward,
             mp_policy=policy,
             offload_policy=offload,
+            shard_placement_fn=placement,
         )
 
     choice = _reshard(section, mesh)

@@ -1,6 +1,7 @@
 """Weights that depend on the seed and the parameter's name, and on no layout."""
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from titan_lite.nn.init import CHECKPOINT_PREFIX
@@ -16,12 +17,15 @@ def init_weights(
 
     Each parameter is drawn whole from its own generator, seeded by (seed, name), and the local
     shard kept: the same weights on 1 device or 1,024 of a kind (generators of different kinds of
-    device differ), at the peak cost of one whole parameter.
+    device differ), at the peak cost of one whole parameter; of experts, one of them at a time.
     `device` draws the values; with cpu_offload the shards live in host memory.
     """
     model.to_empty(device="cpu" if cpu_offload else device)
     for name, parameter in model.named_parameters():
         name = name.replace(CHECKPOINT_PREFIX, "")
+        if parameter.ndim == 3 and model.top_k:
+            _draw_experts(model, name, parameter, device, seed)
+            continue
         generator = torch.Generator(device).manual_seed(derive_seed(seed, name))
         whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         model.init_parameter(name, whole, generator)
@@ -34,3 +38,23 @@ def init_weights(
         else:
             parameter.copy_(whole)
     model.init_buffers(device)
+
+
+def _draw_experts(
+    model: Transformer, name: str, parameter: nn.Parameter, device: torch.device, seed: int
+) -> None:
+    """Draws each expert that this rank has a part of from its own generator."""
+    local, offsets, sizes = parameter.data, (0, 0, 0), parameter.shape
+    if isinstance(parameter, DTensor):
+        local = parameter.to_local()
+        # No chunk where there are fewer experts than ranks.
+        for chunk in parameter.__create_chunk_list__():
+            offsets, sizes = chunk.offsets, chunk.sizes
+    for index in range(len(local)):
+        expert = offsets[0] + index
+        generator = torch.Generator(device).manual_seed(derive_seed(seed, f"{name}.{expert}"))
+        whole = torch.empty(parameter.shape[1:], dtype=parameter.dtype, device=device)
+        model.init_parameter(name, whole, generator)
+        for dim in (0, 1):
+            whole = whole.narrow(dim, offsets[dim + 1], sizes[dim + 1])
+        local[index].copy_(whole)

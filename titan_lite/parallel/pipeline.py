@@ -4,7 +4,7 @@ The only file that knows torch.distributed.pipelining's private names.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,16 +53,11 @@ def split(
     first = [name for name in model.ends if name in model.first]
     last = [name for name in model.ends if name in model.last]
     blocks = [f"layers.{name}" for name in model.layers]
-    parameters = {
-        name: sum(
-            model.without_padding(f"{name}.{part}", parameter).numel()
-            for part, parameter in model.get_submodule(name).named_parameters()
-        )
-        for name in (*first, *blocks, *last)
-    }
+    names = (*first, *blocks, *last)
+    parameters = {name: _numel(model, name, model.without_padding) for name in names}
     # A lookup multiplies nothing, and what sees one token of a sample next to nothing.
     free = (*first, *model.per_sample)
-    flops = {name: 6 * size for name, size in parameters.items() if name not in free}
+    flops = {name: 6 * _numel(model, name, model.active) for name in names if name not in free}
     if model.tied_head and parallel.pp == 1:
         parameters["output"] = 0
     for name in blocks:
@@ -102,6 +97,12 @@ def split(
         )
         for names in stages
     ]
+
+
+def _numel(model: Transformer, name: str, part: Callable[[str, Tensor], Tensor]) -> int:
+    """Numbers in the `part` of each parameter of a child or block."""
+    parameters = model.get_submodule(name).named_parameters()
+    return sum(part(f"{name}.{own}", parameter).numel() for own, parameter in parameters)
 
 
 def describe(stages: Sequence[Stage], schedule: str) -> str:

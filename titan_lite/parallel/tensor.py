@@ -201,6 +201,8 @@ def _style(role: Role, between: Placement, *, float8: bool) -> ParallelStyle:
             return SequenceParallel(sequence_dim=2, use_local_output=True)
         case "positions":
             return PositionsParallel(between)
+        case "router" | "expert":
+            raise AssertionError("models/rules.py refuses parallel.tp > 1 with experts")
         case "head":
             return VocabParallelHead(between)
 

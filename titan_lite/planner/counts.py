@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
-from titan_lite.models.args import DecoderArgs, EncoderArgs
+from titan_lite.models.args import DecoderArgs, EncoderArgs, MoEArgs
 
 FORMULA = (
-    "6 * (parameters - input embedding - head of pairs) + 12 * layers * attention_dim * seq_len, "
-    'or with data.packing "fixed" packing_block in the place of seq_len; '
+    "6 * (active parameters - input embedding - head of pairs) "
+    "+ 12 * layers * attention_dim * seq_len, where active are all but those of the experts that a "
+    'token does not go to; with data.packing "fixed" packing_block in the place of seq_len; '
     "what causal and document masks hide is not subtracted, and padding is no token; of positions "
     "that training.loss_positions leaves out, the head is subtracted"
 )
@@ -44,8 +45,25 @@ def num_params_non_embedding(args: DecoderArgs) -> int:
 
 
 def num_unused_params(args: DecoderArgs) -> int:
-    """Parameters that are looked up, or see one token of a sample: next to nothing per token."""
-    return num_looked_up_params(args) + num_pair_head_params(args)
+    """Parameters that a token is not multiplied by.
+
+    They are looked up, see one token of a sample, or are those of experts that were not chosen.
+    """
+    return num_looked_up_params(args) + num_pair_head_params(args) + num_inactive_params(args)
+
+
+def in_words(num_params: int, args: DecoderArgs) -> str:
+    """Returns a model's number of parameters, and how many of them are active where not all are."""
+    inactive = num_inactive_params(args)
+    active = f", {num_params - inactive:,} of them active" if inactive else ""
+    return f"{num_params:,}{active}"
+
+
+def num_inactive_params(args: DecoderArgs) -> int:
+    """Parameters of the experts that a token does not go to."""
+    if not isinstance(args, MoEArgs):
+        return 0
+    return args.num_layers * (args.num_experts - args.top_k) * 3 * args.dim * args.ffn_dim
 
 
 def num_looked_up_params(args: DecoderArgs) -> int:
@@ -67,7 +85,8 @@ def num_last_matmul_params(args: DecoderArgs) -> int:
     """Parameters of the matmuls that end all blocks; of none, where a norm ends them."""
     if isinstance(args, EncoderArgs) and args.post_norm:
         return 0
-    return args.num_layers * args.dim * args.ffn_dim
+    experts = args.top_k if isinstance(args, MoEArgs) else 1
+    return args.num_layers * experts * args.dim * args.ffn_dim
 
 
 def num_block_params(args: DecoderArgs) -> int:
@@ -80,6 +99,8 @@ def num_block_params(args: DecoderArgs) -> int:
     inner = 2 if args.ffn == "swiglu" else 1
     feed_forward = inner * _linear(args.dim, args.ffn_dim, args.ffn_bias)
     feed_forward += _linear(args.ffn_dim, args.dim, args.ffn_bias)
+    if isinstance(args, MoEArgs):
+        feed_forward = args.num_experts * (feed_forward + args.dim)
     return args.num_layers * (attention + feed_forward + 2 * _norm(args, args.dim))
 
 

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.schema import Config
-from titan_lite.models.args import DecoderArgs
+from titan_lite.models.args import DecoderArgs, MoEArgs
 from titan_lite.models.family import Family
 from titan_lite.planner.cluster import Cluster
 from titan_lite.planner.counts import (
@@ -166,7 +166,12 @@ def advice(
 def fitting_settings(
     config: Config, dims: ParallelDims, family: Family, args: DecoderArgs, device: Device
 ) -> list[str]:
-    """Changes with which a run that does not fit would, those that cost least speed first."""
+    """Changes with which a run that does not fit would, those that cost least speed first.
+
+    None for Mixture of Experts, which the planner does not support.
+    """
+    if isinstance(args, MoEArgs):
+        return []
     cluster = Cluster(name=device.name, device=device)
     now = predict(read_job(config, dims, family, args), cluster, 1.0)
     found = advice(config, dims, family, args, cluster, count=3, below=now.peak.bytes)

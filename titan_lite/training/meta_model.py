@@ -106,7 +106,9 @@ def count_flops(
     num_params -= round((1 - _head_share(config, objective)) * args.vocab_size * args.dim)
     return flops_per_token(
         num_params_non_embedding=num_params,
-        num_block_params=sum(p.numel() for p in model.layers.parameters()),
+        num_block_params=sum(
+            model.active(name, p).numel() for name, p in model.layers.named_parameters()
+        ),
         num_last_matmul_params=num_last_matmul_params(args),
         num_layers=args.num_layers,
         attention_dim=args.attention_dim,

@@ -23,7 +23,7 @@ from titan_lite.metrics.device import Peak, device_name
 from titan_lite.models.plan import Plan
 from titan_lite.parallel.compile import Compilations
 from titan_lite.parallel.mesh import build_meshes
-from titan_lite.planner.counts import FORMULA
+from titan_lite.planner.counts import FORMULA, in_words, num_inactive_params
 from titan_lite.runtime.distributed import (
     Process,
     record_flights,
@@ -82,7 +82,7 @@ def open_run(
         meshes = build_meshes(plan.dims, process.device.type)
         # The meshes' groups do not inherit the timeout of the first one.
         watchdog.set_timeout(config.comm.init_timeout_seconds)
-        logger.info("Building the model: %s parameters", f"{model.num_parameters:,}")
+        logger.info("Building the model: %s parameters", in_words(model.num_parameters, plan.args))
         training = build_training(
             plan, model, objective, stages, meshes, process, progress=stop.progress
         )
@@ -203,7 +203,7 @@ def _log_run(plan: Plan, process: Process, training: Training) -> None:
         f"{config.job.description}. " if config.job.description else "",
         config.model.name,
         config.model.flavor,
-        f"{training.num_params:,}",
+        in_words(training.num_params, plan.args),
         plan.dims.world_size,
         device_name(process.device),
         training.applied,
@@ -224,6 +224,7 @@ def _write_run_file(
             "mesh": dataclasses.asdict(plan.dims),
             "applied": dataclasses.asdict(training.applied),
             "parameters": training.num_params,
+            "active_parameters": training.num_params - num_inactive_params(plan.args),
             "stages": [dataclasses.asdict(stage) for stage in training.stages],
             "flops_per_token": dataclasses.asdict(training.flops) | {"formula": FORMULA},
             "peak": dataclasses.asdict(peak),

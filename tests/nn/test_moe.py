@@ -1,0 +1,136 @@
+"""Router and experts: against transformers' blocks, and where tokens are routed unevenly."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from titan_lite.models.args import MoEArgs
+from titan_lite.models.moe import MIXTRAL
+from titan_lite.nn.moe import MoE
+
+D, H, E, K, T = 64, 32, 8, 2, 96
+DEBUG = MIXTRAL.flavors["debug"]
+assert isinstance(DEBUG, MoEArgs)
+ARGS = replace(DEBUG, dim=D, ffn_dim=H, num_experts=E, top_k=K)
+
+
+def drawn(args: MoEArgs = ARGS) -> MoE:
+    torch.manual_seed(0)
+    moe = MoE(args)
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return moe
+
+
+def qwen(args: MoEArgs) -> Any:
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    return Qwen3MoeSparseMoeBlock(
+        Qwen3MoeConfig(
+            hidden_size=D,
+            moe_intermediate_size=H,
+            num_experts=E,
+            num_experts_per_tok=args.top_k,
+            norm_topk_prob=args.route_norm,
+        )
+    )
+
+
+def mixtral(args: MoEArgs) -> Any:
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    return MixtralSparseMoeBlock(
+        MixtralConfig(
+            hidden_size=D,
+            intermediate_size=H,
+            num_local_experts=E,
+            num_experts_per_tok=args.top_k,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("theirs_of", "args"),
+    [
+        (qwen, ARGS),
+        (qwen, replace(ARGS, route_norm=False, top_k=1)),
+        (qwen, replace(ARGS, route_norm=False, top_k=5)),
+        (mixtral, ARGS),
+    ],
+)
+def test_output_and_every_gradient_equal_transformers_block(theirs_of: Any, args: MoEArgs) -> None:
+    pytest.importorskip("transformers")
+    ours, theirs = drawn(args), theirs_of(args)
+    pairs = {
+        theirs.gate.weight: lambda: ours.router.weight,
+        theirs.experts.gate_up_proj: lambda: torch.cat([ours.experts.w1, ours.experts.w3], 1),
+        theirs.experts.down_proj: lambda: ours.experts.w2,
+    }
+    for parameter, value in pairs.items():
+        parameter.data.copy_(value().detach())
+    x, cotangent = torch.randn(2, 1, T // 2, D)
+    mine, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    got, expected = ours(mine), theirs(other)
+    (got * cotangent).sum().backward()
+    (expected * cotangent).sum().backward()
+    for parameter in ours.parameters():
+        parameter.data = parameter.grad
+    close(got, expected)
+    close(mine.grad, other.grad)
+    for parameter, gradient in pairs.items():
+        close(gradient(), parameter.grad)
+
+
+def close(got: Tensor | None, expected: Tensor | None) -> None:
+    assert got is not None
+    assert expected is not None
+    assert (got - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+def test_of_equal_experts_the_first_are_chosen() -> None:
+    moe = drawn()
+    torch.nn.init.zeros_(moe.router.weight)
+    weights, chosen = moe.router(torch.randn(T, D))
+    assert torch.equal(chosen, torch.arange(K).expand(T, K))
+    assert torch.equal(weights, torch.full((T, K), 1 / K))
+
+
+@pytest.mark.parametrize("num_tokens", [1, T])
+def test_an_expert_without_tokens_has_a_gradient_of_zero(num_tokens: int) -> None:
+    moe = drawn(replace(ARGS, top_k=1, route_norm=False))
+    # All tokens are equal, and go to one expert.
+    x = torch.randn(D).expand(1, num_tokens, D)
+    out = moe(x)
+    # The gradient of a sum has no strides of its own.
+    out.sum().backward()
+    _, ((chosen,),) = moe.router(x[0, :1])
+    for weight in moe.experts.parameters():
+        assert weight.grad is not None
+        used = weight.grad.flatten(1).any(1)
+        assert used.tolist() == [expert == chosen for expert in range(E)]
+
+
+def test_the_matmuls_of_all_experts_are_counted_also_on_fake_float32_tensors() -> None:
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        moe = MoE(ARGS)
+        moe(torch.randn(1, T, D, requires_grad=True)).sum().backward()
+    # Three weights and the router; of each, forward and two gradients.
+    assert counter.get_total_flops() == 3 * 2 * T * (K * 3 * D * H + D * E)
+
+
+def test_the_same_bits_come_out_of_every_run() -> None:
+    def run() -> list[Tensor]:
+        moe = drawn()
+        x = torch.randn(4, T, D, requires_grad=True)
+        out = moe(x)
+        out.square().sum().backward()
+        return [out, *(p.grad for p in (x, *moe.parameters()) if p.grad is not None)]
+
+    assert all(map(torch.equal, run(), run()))

@@ -1,0 +1,94 @@
+"""Mixture of Experts: a router chooses feed-forwards for each token; no token is dropped.
+
+Shape suffixes: B batch, S sequence, D model width, H expert width, T = B x S tokens, E experts,
+K experts of a token, R = T x K rows, one for each expert of each token.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear, silu
+
+from titan_lite.models.args import MoEArgs
+from titan_lite.nn.grouped_matmul import grouped_matmul
+
+
+class Router(nn.Module):
+    """Chooses the experts of each token, and their weights, in float32."""
+
+    def __init__(self, args: MoEArgs) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(args.num_experts, args.dim))
+        self.top_k = args.top_k
+        self.route_norm = args.route_norm
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the weights (T, K) and the numbers (T, K) of the experts, best first."""
+        logits_TE = linear(x_TD.float(), self.weight.float())
+        # Stable: of equal experts the first is chosen, on every device.
+        ranked_TE = logits_TE.detach().sort(dim=-1, descending=True, stable=True).indices
+        chosen_TK = ranked_TE[:, : self.top_k]
+        weights_TK = logits_TE.softmax(-1).gather(1, chosen_TK)
+        if self.route_norm:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        return weights_TK, chosen_TK
+
+
+class Experts(nn.Module):
+    """SwiGLU feed-forwards, each over its own rows."""
+
+    def __init__(self, args: MoEArgs) -> None:
+        super().__init__()
+        E, D, H = args.num_experts, args.dim, args.ffn_dim
+        self.w1 = nn.Parameter(torch.empty(E, H, D))
+        self.w2 = nn.Parameter(torch.empty(E, D, H))
+        self.w3 = nn.Parameter(torch.empty(E, H, D))
+
+    def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
+        """ends_E: int32, the row after the last one of each expert."""
+        gate_RH = silu(grouped_matmul(x_RD, self.w1, ends_E))
+        h_RH = gate_RH * grouped_matmul(x_RD, self.w3, ends_E)
+        return grouped_matmul(h_RH, self.w2, ends_E)
+
+
+class MoE(nn.Module):
+    """Sums the outputs of each token's experts, by the router's weights."""
+
+    def __init__(self, args: MoEArgs) -> None:
+        super().__init__()
+        self.num_experts = args.num_experts
+        self.router = Router(args)
+        self.experts = Experts(args)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        x_TD = x_BSD.flatten(0, 1)
+        weights_TK, chosen_TK = self.router(x_TD)
+        sorted_R, order_R = chosen_TK.flatten().sort(stable=True)
+        places_TK = order_R.argsort().view_as(chosen_TK)
+        numbers_E = torch.arange(self.num_experts, device=x_TD.device)
+        ends_E = torch.searchsorted(sorted_R, numbers_E, right=True, out_int32=True)
+        x_RD = _Take.apply(x_TD, order_R // chosen_TK.shape[1], places_TK)
+        out_TKD = _Take.apply(self.experts(x_RD, ends_E), places_TK, order_R)
+        out_TD = (out_TKD * weights_TK.unsqueeze(-1)).sum(1)
+        return out_TD.type_as(x_BSD).view_as(x_BSD)
+
+
+class _Take(torch.autograd.Function):
+    """x[rows]; the gradient of x takes rows of the output's, too, and adds up in their order.
+
+    places: for each row of x, those of the flattened output that hold it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return x[rows]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        taken = grad.flatten(0, -2)[places]
+        return (taken.sum(1) if places.ndim > 1 else taken), None, None
