@@ -1,5 +1,6 @@
 """ParallelDims: degrees multiply to the world, and ranks have one place each."""
 
+import dataclasses
 import math
 from collections import Counter
 
@@ -79,3 +80,15 @@ def test_a_wrong_world_size_is_told_with_the_numbers() -> None:
         ParallelDims.resolve(Parallel(dp_replicate=4), 6)
     with pytest.raises(ValueError, match="world size 0 is not a multiple"):
         ParallelDims.resolve(Parallel(), 0)
+
+
+def test_each_row_of_the_mesh_is_a_degree_and_a_key() -> None:
+    assert [field.name for field in dataclasses.fields(ParallelDims)] == list(ParallelDims.AXES)
+    assert set(ParallelDims.AXES) <= Parallel.model_fields.keys()
+
+
+@given(dims_of_any_world)
+def test_views_are_products_of_their_axes(dims: ParallelDims) -> None:
+    assert dims.batch == dims.dp_replicate * dims.dp_shard
+    assert dims.fsdp == dims.dp_shard * dims.cp
+    assert dims.loss == dims.dp_replicate * dims.dp_shard * dims.cp

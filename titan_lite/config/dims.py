@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Parallel
@@ -16,11 +16,41 @@ def resolve_global_batch(size: int, local_batch_size: int, batch_degree: int) ->
     return local_batch_size * batch_degree if size == -1 else size
 
 
+@dataclass(frozen=True)
+class Axis:
+    """A mesh axis, and what its ranks have in common."""
+
+    name: str
+    parameters: Literal["stages", "copies", "shards", "split"]
+    """Each rank has the parameters of other layers ("stages") or all of them ("copies"), a part of
+    each that FSDP2 gathers ("shards"), or parts of some that it computes with ("split")."""
+    splits_samples: bool = False
+    """Each rank reads other samples."""
+    splits_sequence: bool = False
+    """Each rank has other tokens of a sample."""
+
+
+MESH = (
+    Axis("pp", "stages"),
+    Axis("dp_replicate", "copies", splits_samples=True),
+    Axis("dp_shard", "shards", splits_samples=True),
+    Axis("cp", "shards", splits_sequence=True),
+    Axis("tp", "split"),
+)
+"""The axes in their order: ranks are numbered row-major, those of the last one are neighbours."""
+BATCH = tuple(axis.name for axis in MESH if axis.splits_samples)
+SEQUENCE = tuple(axis.name for axis in MESH if axis.splits_sequence)
+LOSS = tuple(axis.name for axis in MESH if axis.splits_samples or axis.splits_sequence)
+SAME_LAYERS = tuple(axis.name for axis in MESH if axis.parameters != "stages")
+COPIES = tuple(axis.name for axis in MESH if axis.parameters == "copies")
+FSDP = tuple(axis.name for axis in MESH if axis.parameters == "shards")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParallelDims:
-    """Degree of each mesh axis; ranks are numbered row-major in AXES order, tp fastest."""
+    """Degree of each mesh axis."""
 
-    AXES: ClassVar[tuple[str, ...]] = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+    AXES: ClassVar[tuple[str, ...]] = tuple(axis.name for axis in MESH)
 
     pp: int
     dp_replicate: int
@@ -62,20 +92,24 @@ class ParallelDims:
         """Ranks of the run."""
         return math.prod(asdict(self).values())
 
+    def over(self, axes: Iterable[str]) -> int:
+        """Ranks that differ only in their places on these axes."""
+        return math.prod(getattr(self, axis) for axis in axes)
+
     @property
     def batch(self) -> int:
         """Ranks (or groups of them) that get different samples."""
-        return self.dp_replicate * self.dp_shard
+        return self.over(BATCH)
 
     @property
     def fsdp(self) -> int:
         """Ranks over which FSDP2 shards each parameter."""
-        return self.dp_shard * self.cp
+        return self.over(FSDP)
 
     @property
     def loss(self) -> int:
         """Ranks over which token losses are summed."""
-        return self.batch * self.cp
+        return self.over(LOSS)
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """Place of a rank on each axis."""
@@ -94,5 +128,7 @@ class ParallelDims:
 
     def batch_rank(self, rank: int) -> int:
         """Which share of the samples a rank reads, from 0 to batch - 1."""
-        place = self.coordinates(rank)
-        return place["dp_replicate"] * self.dp_shard + place["dp_shard"]
+        place, share = self.coordinates(rank), 0
+        for axis in BATCH:
+            share = share * getattr(self, axis) + place[axis]
+        return share

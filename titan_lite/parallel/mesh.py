@@ -1,11 +1,12 @@
 """The device meshes of a run, from its parallel dimensions."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from titan_lite.config.dims import ParallelDims
+from titan_lite.config.dims import COPIES, FSDP, LOSS, SAME_LAYERS, SEQUENCE, ParallelDims
 
 
 @dataclass(frozen=True)
@@ -30,30 +31,29 @@ class Meshes:
 
 
 def build_meshes(dims: ParallelDims, device_type: str) -> Meshes:
-    """Builds the meshes; collective. Merged axes are neighbours in `ParallelDims.AXES`."""
-    model = init_device_mesh(
-        device_type,
-        (dims.pp, dims.dp_replicate, dims.fsdp, dims.tp),
-        mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"),
-    )
-    fsdp = model["dp_replicate", "fsdp"] if dims.dp_replicate > 1 else model["fsdp"]
-    if dims.pp * dims.tp == 1:
-        loss = dist.group.WORLD
-    else:
-        loss = init_device_mesh(
-            device_type, (dims.pp, dims.loss, dims.tp), mesh_dim_names=("pp", "loss", "tp")
-        ).get_group("loss")
-    cp = None
-    if dims.cp > 1:
-        cp = init_device_mesh(
+    """Builds the meshes; collective."""
+
+    def group(name: str, axes: Sequence[str]) -> dist.ProcessGroup:
+        """The ranks that differ only in their places on `axes`, which are neighbours."""
+        first = dims.AXES.index(axes[0])
+        end = first + len(axes)
+        assert dims.AXES[first:end] == tuple(axes)
+        return init_device_mesh(
             device_type,
-            (dims.pp * dims.batch, dims.cp, dims.tp),
-            mesh_dim_names=("pp_batch", "cp", "tp"),
-        ).get_group("cp")
-    pp, stage = None, dist.group.WORLD
-    if dims.pp > 1:
-        pp = model.get_group("pp")
-        stage = init_device_mesh(
-            device_type, (dims.pp, dims.world_size // dims.pp), mesh_dim_names=("pp", "stage")
-        ).get_group("stage")
-    return Meshes(model=model, fsdp=fsdp, tp=model["tp"], loss=loss, cp=cp, pp=pp, stage=stage)
+            (dims.over(dims.AXES[:first]), dims.over(axes), dims.over(dims.AXES[end:])),
+            mesh_dim_names=("before", name, "after"),
+        ).get_group(name)
+
+    names = tuple(dict.fromkeys("fsdp" if axis in FSDP else axis for axis in dims.AXES))
+    degrees = tuple(getattr(dims, name) for name in names)
+    model = init_device_mesh(device_type, degrees, mesh_dim_names=names)
+    copies = [name for name in COPIES if getattr(dims, name) > 1]
+    return Meshes(
+        model=model,
+        fsdp=model[(*copies, "fsdp")],
+        tp=model["tp"],
+        loss=dist.group.WORLD if dims.loss == dims.world_size else group("loss", LOSS),
+        cp=group("cp", SEQUENCE) if dims.cp > 1 else None,
+        pp=model.get_group("pp") if dims.pp > 1 else None,
+        stage=group("stage", SAME_LAYERS) if dims.pp > 1 else dist.group.WORLD,
+    )
