@@ -178,7 +178,8 @@ class _ReadWhenWritten(dcp.DefaultSavePlanner):
 class DCPToHF:
     """The weights of a checkpoint on disk, to be written as Hugging Face's files.
 
-    dtype: as torch spells it; None: as saved. ValueError where the checkpoint's model is another.
+    dtype: as torch spells it; None: as saved. prefix: of the weights to take, "ema." for their
+    average. ValueError where the checkpoint's model is another.
     """
 
     def __init__(
@@ -189,13 +190,15 @@ class DCPToHF:
         *,
         dtype: str | None = None,
         max_shard_bytes: int = MAX_SHARD_BYTES,
+        prefix: str = PREFIX,
     ) -> None:
+        self.prefix = prefix
         self.hf = HFModel.of(family, args)
         self.reader = _ReadOnce(source)
         self.saved = {
-            name.removeprefix(PREFIX): tensor
+            name.removeprefix(prefix): tensor
             for name, tensor in self.reader.read_metadata().state_dict_metadata.items()
-            if name.startswith(PREFIX) and isinstance(tensor, TensorStorageMetadata)
+            if name.startswith(prefix) and isinstance(tensor, TensorStorageMetadata)
         }
         self.parts: dict[str, Tensor] = {}
         self._check(source)
@@ -253,14 +256,14 @@ class DCPToHF:
 
     def _tensor(self, name: str) -> Tensor:
         tensor = self.hf.tensors[name]
-        names = [PREFIX + part for part in tensor.parts]
+        names = [self.prefix + part for part in tensor.parts]
         # The experts of one tensor of ours follow each other.
         if self.parts.keys() != set(names):
             self.parts = {}
             for name_of_ours in tensor.parts:
                 saved = self.saved[name_of_ours]
                 empty = torch.empty(saved.size, dtype=saved.properties.dtype)
-                self.parts[PREFIX + name_of_ours] = empty
+                self.parts[self.prefix + name_of_ours] = empty
             with _one_process():
                 dcp.load(self.parts, storage_reader=self.reader, no_dist=True)
         return tensor.join([self.parts[part] for part in names]).to(self.dtypes[name])

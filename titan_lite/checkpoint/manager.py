@@ -80,6 +80,8 @@ class CheckpointManager:
         *,
         model: Transformer,
         optimizer: torch.optim.Optimizer,
+        average: Mapping[str, torch.Tensor] | None,
+        exports_average: bool,
         stateful: Mapping[str, Stateful],
         device: torch.device,
         layout: Layout,
@@ -88,7 +90,9 @@ class CheckpointManager:
         model_facts: dict[str, Any],
         timeout_seconds: int,
     ) -> None:
-        """layout, config, tokenizer, model_facts: of the run, for the manifest.
+        """average: of the weights, by name. exports_average: as the weights that are saved alone.
+
+        layout, config, tokenizer, model_facts: of the run, for the manifest.
 
         timeout_seconds: for the slowest disk.
         """
@@ -96,6 +100,7 @@ class CheckpointManager:
         self.folder = folder
         self.model = model
         self.optimizer = optimizer
+        self.average, self.exports_average = average, exports_average
         self.stateful = stateful
         self.device = device
         self.layout = layout
@@ -129,6 +134,8 @@ class CheckpointManager:
         with save.blocking():
             tensors = self._tensors(content)
             if content == "model":
+                if self.average is not None and self.exports_average:
+                    tensors["model"] |= self.average
                 dtype = getattr(torch, self.section.export_dtype)
                 tensors["model"] = {key: value.to(dtype) for key, value in tensors["model"].items()}
             self._make_folder(save, state)
@@ -174,6 +181,9 @@ class CheckpointManager:
         reader = Reader(start.source)
         saved = reader.read_metadata().state_dict_metadata
         # A rank that the saving run did not have keeps the generators it was seeded with.
+        averages = tensors.pop("ema", {})
+        if averages := {k: v for k, v in averages.items() if f"ema.{k}" in saved}:
+            tensors["ema"] = averages
         has_rng = bool(rng) and all(f"{rng_key}.{kind}" in saved for kind in rng)
         if has_rng:
             tensors[rng_key] = rng
@@ -183,13 +193,17 @@ class CheckpointManager:
         except CheckpointException as error:
             raise ValueError(str(first_failure(error)[1])) from error
         self.latest_step = start.own_step
+        weights = whole["model"] | tensors["model"]
+        for name, average in (self.average or {}).items():
+            if name not in averages:
+                average.copy_(weights[name])
         if start.content == "model":
-            set_model_state_dict(self.model, whole["model"] | tensors["model"])
+            set_model_state_dict(self.model, weights)
             return
         set_state_dict(
             self.model,
             self.optimizer,
-            model_state_dict=whole["model"] | tensors["model"],
+            model_state_dict=weights,
             # With the groups of this run: what they hold is the configuration's.
             optim_state_dict=self._optimizer() | tensors["optimizer"],
             options=BY_NAME,
@@ -226,11 +240,14 @@ class CheckpointManager:
         generators = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             generators["cuda"] = torch.cuda.get_rng_state(self.device)
-        return {
+        tensors: dict[str, Any] = {
             "model": get_model_state_dict(self.model),
             "optimizer": optimizer,
             f"rng.rank{self.rank}": generators,
         }
+        if self.average is not None:
+            tensors["ema"] = self.average
+        return tensors
 
     def _optimizer(self) -> dict[str, Any]:
         """The optimizer's state and groups by the parameters' names."""

@@ -277,6 +277,26 @@ class LRScheduler(Section):
     """Floor of the decay, as a factor of the peak."""
 
 
+class EMA(Section):
+    """[ema]: an exponential moving average of the weights, 4 bytes per parameter, sharded alike."""
+
+    NEEDS: ClassVar = Needs("enable", values=(True,))
+
+    enable: bool = False
+    """Keep the average, and save it in checkpoints."""
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """Share of the average that a step keeps; the rest is the weights after the step."""
+    start_step: NonNegative = 0
+    """Up to this step the average is the weights themselves."""
+    validation: Annotated[bool, Needs("validation.enable", values=(True,))] = True
+    """Validate with the average in place of the weights."""
+    export: Annotated[
+        bool, Needs("checkpoint.last_save_hf", "checkpoint.last_save_model_only", values=(True,))
+    ] = False
+    """Write the average in place of the weights in checkpoint.last_save_hf and
+    last_save_model_only."""
+
+
 class Parallel(Section):
     """[parallel]: degrees of each mesh axis, in mesh order pp, dp_replicate, dp_shard, cp, tp."""
 
@@ -557,6 +577,7 @@ class Config(Section):
     validation: Validation = Validation()
     optimizer: Annotated[SerializeAsAny[Optimizer], BeforeValidator(OPTIMIZERS.validate)] = AdamW()
     lr_scheduler: LRScheduler = LRScheduler()
+    ema: EMA = EMA()
     parallel: Parallel = Parallel()
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
     attention: Attention = Attention()

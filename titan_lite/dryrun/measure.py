@@ -56,7 +56,8 @@ def measure_step(
         "parameters": recorder.mark(training.model.parameters(), "parameters"),
         "buffers": recorder.mark(training.model.buffers(), "buffers"),
     }
-    held["optimizer"] = recorder.mark(_state(training.optimizer), "optimizer")
+    averages = training.average.tensors.values() if training.average is not None else ()
+    held["optimizer"] = recorder.mark([*_state(training.optimizer), *averages], "optimizer")
 
     def mark_gradients(*_: object) -> None:
         grads = [p.grad for p in training.model.parameters() if p.grad is not None]

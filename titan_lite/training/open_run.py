@@ -96,6 +96,8 @@ def open_run(
             plan.checkpoint_folder,
             model=training.model,
             optimizer=training.optimizer,
+            average=None if training.average is None else training.average.tensors,
+            exports_average=config.ema.export,
             stateful=stateful,
             device=process.device,
             layout=dataclasses.asdict(plan.dims),
@@ -192,6 +194,8 @@ def _load(
             log_changes(start.manifest, plan, versions())
     elif hf is not None:
         load_hf(training.model, *hf)
+        if training.average is not None:
+            training.average.restart()
         logger.info("Weights are those of %s", hf[0].path)
     training.step.refresh()
 

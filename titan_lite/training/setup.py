@@ -8,6 +8,7 @@ import torch
 
 from titan_lite.models.plan import Plan
 from titan_lite.nn.transformer import Transformer
+from titan_lite.optim.ema import WeightAverage
 from titan_lite.optim.guard import Guard
 from titan_lite.optim.loss_scaler import LossScaler
 from titan_lite.optim.nonfinite import NonFiniteGuard
@@ -42,6 +43,7 @@ class Training:
     pipeline: Pipeline | None
     applied: Applied
     optimizer: torch.optim.Optimizer
+    average: WeightAverage | None
     guard: Guard
     step: TrainStep
 
@@ -85,6 +87,7 @@ def build_training(
             if training.param_dtype == "float16"
             else NonFiniteGuard(training.nonfinite, device)
         )
+        average = WeightAverage(config.ema, model) if config.ema.enable else None
         step = TrainStep(
             config,
             parallel_model,
@@ -94,6 +97,7 @@ def build_training(
             args=plan.args,
             device=process.device,
             progress=progress or Progress(),
+            average=average,
         )
         step.refresh()
     return Training(
@@ -107,6 +111,7 @@ def build_training(
         pipeline=parallel_model.pipeline,
         applied=parallel_model.applied,
         optimizer=optimizer,
+        average=average,
         guard=guard,
         step=step,
     )

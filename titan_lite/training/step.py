@@ -15,6 +15,7 @@ from titan_lite.data.loader import Batch
 from titan_lite.models.args import DecoderArgs
 from titan_lite.nn.documents import DocumentMask, dense_mask, document_spans, has_kernel
 from titan_lite.nn.dropout import token_keys
+from titan_lite.optim.ema import WeightAverage
 from titan_lite.optim.guard import Guard
 from titan_lite.optim.optimizer import set_lr
 from titan_lite.parallel.build import ParallelModel
@@ -65,6 +66,7 @@ class TrainStep:
         args: DecoderArgs,
         device: torch.device,
         progress: Progress,
+        average: WeightAverage | None = None,
     ) -> None:
         self.config = config
         self.model = parallel_model.model
@@ -73,8 +75,12 @@ class TrainStep:
         self.has_float8_all_gather = parallel_model.applied.count("float8 all-gather") > 0
         self.optimizer = optimizer
         self.guard = guard
-        # In this order on every rank, given whether the step was applied, a bool on the device.
-        self.after_step: list[Callable[[Tensor], None]] = [lambda _: self.refresh()]
+        # Called in order, on every rank, with the step and whether it was applied, a bool on the
+        # device.
+        self.after_step: list[Callable[[int, Tensor], None]] = [lambda *_: self.refresh()]
+        self.average = average
+        if average is not None:
+            self.after_step.append(average.update)
         self.progress = progress
         self.objective = objective
         self.num_sources = len(config.data.sources)
@@ -121,7 +127,7 @@ class TrainStep:
             owners=norm.owners,
         )
         for update in self.after_step:
-            update(is_applied)
+            update(self.progress.step, is_applied)
         self.optimizer.zero_grad()
         by_source = (valid, self.source_losses) if self.num_sources else ()
         return StepResult(
@@ -199,6 +205,16 @@ class TrainStep:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+        """As `_evaluate`, with the average of the weights where ema.validation is true."""
+        if self.average is None or not self.config.ema.validation:
+            return self._evaluate(batches)
+        with self.average.swapped():
+            self.refresh()
+            sums = self._evaluate(batches)
+        self.refresh()
+        return sums
+
+    def _evaluate(self, batches: Sequence[Batch]) -> Tensor:
         """Sum of the losses of this and all other ranks' micro-batches; collective.
 
         Float64: of all losses, and after it what the objective adds up. Leaves no trace in what the

@@ -1,0 +1,59 @@
+"""Exponential moving average of the weights, kept by each rank for its own shards."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from titan_lite.config.schema import EMA
+from titan_lite.nn.init import CHECKPOINT_PREFIX
+
+
+class WeightAverage:
+    """The average of a model's weights; nothing is exchanged, so that it is equal in every layout.
+
+    tensors: by the names of parameters, a tied one by each of its names, laid out as they are.
+    """
+
+    def __init__(self, section: EMA, model: nn.Module) -> None:
+        self.section = section
+        averages = {weight: weight.detach().clone() for weight in model.parameters()}
+        self._pairs = [(weight.data, average) for weight, average in averages.items()]
+        self.tensors: dict[str, Tensor] = {}
+        for name, weight in model.named_parameters(remove_duplicate=False):
+            self.tensors[name.replace(CHECKPOINT_PREFIX, "")] = averages[weight]
+
+    def restart(self) -> None:
+        """Sets the average to the weights."""
+        for weight, average in self._pairs:
+            average.copy_(weight)
+
+    @torch.no_grad()
+    def update(self, step: int, is_applied: Tensor) -> None:
+        """Moves the average towards the weights, unless the step was skipped: no host sync."""
+        share = 1.0 if step <= self.section.start_step else 1 - self.section.decay
+        for weight, average in self._local():
+            average.lerp_(weight, (is_applied * share).to(average))
+
+    @contextlib.contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Exchanges weights and average inside, one parameter at a time."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for weight, average in self._local():
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+    def _local(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for pair in self._pairs:
+            weight, average = (t.to_local() if isinstance(t, DTensor) else t for t in pair)
+            yield weight, average
