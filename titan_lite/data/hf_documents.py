@@ -7,6 +7,7 @@ that documents begin with. Generation continues a text, so that no EOS follows.
 import json
 from typing import Any
 
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from titan_lite.data.hf_tokenizer import BYTE_LETTERS, HFTokenizer
@@ -148,59 +149,26 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _tiktoken_json(tokenizer: TiktokenTokenizer) -> dict[str, Any]:
     """Byte-level BPE that gives our tokens; special tokens in a text are special."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": SPLIT_PATTERN},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {
-                "id": len(tokenizer.ranks) + number,
-                "content": token,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for number, token in enumerate(SPECIAL_TOKENS)
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [split, byte_level | {"use_regex": False}],
-        },
-        "post_processor": None,
-        "decoder": byte_level | {"use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            # A piece that is a token is that token, as in tiktoken.
-            "ignore_merges": True,
-            "vocab": {_spell(token): rank for token, rank in tokenizer.ranks.items()},
-            "merges": _merges(tokenizer.ranks),
-        },
-    }
+    vocabulary = {_spell(token): rank for token, rank in tokenizer.ranks.items()}
+    # A piece that is a token is that token, as in tiktoken.
+    backend = Backend(models.BPE(vocabulary, _merges(tokenizer.ranks), ignore_merges=True))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
+    document: dict[str, Any] = json.loads(backend.to_str())
+    return document
 
 
-def _merges(ranks: dict[bytes, int]) -> list[str]:
+def _merges(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
     """Pairs of tokens that make a token, by its rank: tiktoken merges any such pair."""
     splits = ((token[:i], token[i:]) for token in ranks for i in range(1, len(token)))
     return [
-        f"{_spell(left)} {_spell(right)}"
-        for left, right in splits
-        if left in ranks and right in ranks
+        (_spell(left), _spell(right)) for left, right in splits if left in ranks and right in ranks
     ]
 
 
