@@ -27,7 +27,7 @@ from titan_lite.data.assets import bundled_asset
 from titan_lite.data.documents import document_of
 from titan_lite.data.loader import DataLoader
 from titan_lite.data.packing import join_documents, pack
-from titan_lite.data.sources import open_dataset, resolve_source
+from titan_lite.data.sources import resolve_source
 from titan_lite.data.token_folder import Manifest
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.data.tokenizer_files import load_tokenizer
@@ -164,7 +164,7 @@ def main() -> None:
     cold = first_batch_seconds(tokenizer, arguments.seq_len)
     warm = first_batch_seconds(tokenizer, arguments.seq_len)
     source = resolve_source(Data())
-    texts = [document_of(row, source.kind, "text", "") for row in open_dataset(source)]
+    texts = [document_of(row, source.kind, "text", "") for row in source.open()]
     encoding: tiktoken.Encoding = tokenizer._encoding
 
     def ours() -> int:

@@ -15,7 +15,7 @@ from tests.checkpoint.test_same_model import checkpoint_of
 from titan_lite import cli
 from titan_lite.checkpoint.manifest import read_manifest, write_manifest
 from titan_lite.checkpoint.state import RUN_STATE_FILE
-from titan_lite.data import first_documents
+from titan_lite.data.sources import Source
 from titan_lite.parallel import compile as compiling
 from titan_lite.parallel import pipeline
 from titan_lite.runtime.folder_lock import FolderLock
@@ -346,8 +346,8 @@ def test_a_run_on_local_files_is_checked_without_torch_and_datasets(tmp_path: Pa
 def test_a_dataset_by_name_is_left_to_the_run(
     monkeypatch: pytest.MonkeyPatch, accepted: Callable[..., None]
 ) -> None:
-    def unreachable(_: object) -> None:
+    def unreachable(*_: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(first_documents, "open_dataset", unreachable)
+    monkeypatch.setattr(Source, "open", unreachable)
     accepted("--data.dataset=c4", "--validation.enable=true", "--validation.split=validation")

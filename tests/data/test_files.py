@@ -24,7 +24,7 @@ from titan_lite.config.schema import Data, DataSource, Validation
 from titan_lite.data import files
 from titan_lite.data.file_rows import FileRows
 from titan_lite.data.held_out import resolve_held_out
-from titan_lite.data.sources import open_dataset, resolve_source, resolve_sources
+from titan_lite.data.sources import resolve_source, resolve_sources
 from titan_lite.data.token_folder import read_manifest
 from titan_lite.tools import tokenize_data
 
@@ -359,7 +359,7 @@ def test_parquet_without_rows_is_read_among_others_and_refused_alone(tmp_path: P
         parquet.write_table(table().slice(10 * (i > 0), rows), tmp_path / f"{i}.parquet")
     with parquet.ParquetWriter(tmp_path / "no_groups.parquet", table().schema):
         pass
-    rows = list(open_dataset(resolve_source(data(tmp_path))))
+    rows = list(resolve_source(data(tmp_path)).open())
     assert [row["text"] for row in rows] == TEXTS
     whole = run(data(tmp_path, num_streams=7), 30)
     assert whole == in_parts(data(tmp_path, num_streams=7), [(1, 9), (3, 7)])[0]
@@ -455,7 +455,7 @@ def test_a_saved_dataset_is_read_by_its_split(tmp_path: Path) -> None:
     test, train = (
         resolve_source(Data(dataset_path=str(path), split=split)) for split in ("test", "train")
     )
-    assert [len(list(open_dataset(source))) for source in (test, train)] == [1, 30]
+    assert [len(list(source.open())) for source in (test, train)] == [1, 30]
     assert train.identity == resolve_source(Data(dataset_path=str(path / "train"))).identity
     held_out = Validation(dataset_path=str(path), split="test")
     resolve_held_out(held_out, Data(dataset_path=str(path)))

@@ -10,7 +10,7 @@ import pytest
 
 from titan_lite.config.schema import Data
 from titan_lite.data.documents import document_of
-from titan_lite.data.sources import open_dataset, resolve_source, stream_of
+from titan_lite.data.sources import resolve_source
 
 TEXTS = [f"document {i} \u00e9" for i in range(10)]
 
@@ -30,7 +30,7 @@ def texts_of(dataset, kind="lines"):
 
 def read(path):
     source = resolve_source(Data(dataset_path=str(path)))
-    return texts_of(open_dataset(source), source.kind)
+    return texts_of(source.open(), source.kind)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.parquet"])
@@ -85,8 +85,8 @@ def test_a_file_name_with_glob_characters_is_taken_as_it_is(tmp_path):
 def test_streams_hold_every_document_once(tmp_path, num_files):
     for i in range(num_files):
         write_jsonl(tmp_path / f"{i}.jsonl", TEXTS[i::num_files])
-    dataset = open_dataset(resolve_source(Data(dataset_path=str(tmp_path))))
-    streams = [texts_of(stream_of(dataset, v, 4)) for v in range(4)]
+    source = resolve_source(Data(dataset_path=str(tmp_path)))
+    streams = [texts_of(source.open(v, 4)) for v in range(4)]
     assert all(streams)
     assert sorted(text for texts in streams for text in texts) == TEXTS
 
@@ -95,8 +95,8 @@ def test_streams_hold_every_document_once(tmp_path, num_files):
 def test_with_a_file_or_more_per_stream_a_stream_reads_whole_files(tmp_path, num_files, expected):
     for i in range(num_files):
         write_jsonl(tmp_path / f"{i}.jsonl", [f"file {i}"] * 3)
-    dataset = open_dataset(resolve_source(Data(dataset_path=str(tmp_path))))
-    assert texts_of(stream_of(dataset, 1, 4)) == [f"file {i}" for i in expected for _ in range(3)]
+    source = resolve_source(Data(dataset_path=str(tmp_path)))
+    assert texts_of(source.open(1, 4)) == [f"file {i}" for i in expected for _ in range(3)]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,8 @@ def test_with_a_file_or_more_per_stream_a_stream_reads_whole_files(tmp_path, num
 def test_a_hub_name_is_streamed_with_its_arguments(monkeypatch, section, arguments):
     calls = []
     monkeypatch.setattr(datasets, "load_dataset", lambda **kwargs: calls.append(kwargs))
-    open_dataset(resolve_source(section))
+    with pytest.raises(AttributeError, match="num_shards"):
+        resolve_source(section).open()
     assert calls == [{**arguments, "streaming": True}]
 
 
@@ -138,7 +139,7 @@ def test_whatever_datasets_raises_becomes_one_sentence(monkeypatch, raised, mess
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(ValueError) as error:  # noqa: PT011  (the whole message is compared)
-        open_dataset(resolve_source(Data(dataset="c4")))
+        resolve_source(Data(dataset="c4")).open()
     assert str(error.value) == message
     assert error.value.__cause__ is raised
 
@@ -148,7 +149,7 @@ def test_the_bundled_corpus_is_clean_prose_with_no_work_in_both_splits():
     for split in ("train", "validation"):
         documents = [
             json.loads(row["text"].encode("latin-1"))
-            for row in open_dataset(resolve_source(Data(split=split)))
+            for row in resolve_source(Data(split=split)).open()
         ]
         sources[split] = {document["source"] for document in documents}
         for text in (document["text"] for document in documents):

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from titan_lite.config.schema import Data
 from titan_lite.data.documents import BadDocument, document_of
 from titan_lite.data.probes import PROBES, SPACE_KINDS
-from titan_lite.data.sources import Source, open_dataset, reading, resolve_sources
+from titan_lite.data.sources import Source, reading, resolve_sources
 from titan_lite.data.tokenizer import Tokenizer
 
 NUM_LINES = 500
@@ -130,7 +130,7 @@ def with_spaces(texts: list[str]) -> list[str]:
 
 
 def _documents(source: Source, tokenizer: Tokenizer) -> Iterator[str]:
-    for row in open_dataset(source):
+    for row in source.open():
         try:
             document = document_of(row, source.kind, source.text_field, source.tokens_field)
         except BadDocument:

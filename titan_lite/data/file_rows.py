@@ -24,33 +24,24 @@ _BOM = codecs.BOM_UTF8.decode(RAW_ENCODING)
 
 
 class FileRows:
-    """The rows of files in their order; what readers use of a datasets.IterableDataset.
+    """The rows of one stream of files: those of whole files, or every num_streams-th of all files.
 
-    Each of them is the parts of one file, of which only Arrow's have several. step, offset: of the
-    rows of all files, every `step`-th, from number `offset` on.
+    Each file is a sequence of its parts; only Arrow files have several.
     """
 
     def __init__(
-        self, files: Sequence[Sequence[Path]], field: str, *, offset: int = 0, step: int = 1
+        self,
+        files: Sequence[Sequence[Path]],
+        field: str,
+        stream: int = 0,
+        num_streams: int = 1,
     ) -> None:
-        self._files, self._field = files, field
-        self._offset, self._step = offset, step
+        reads_whole_files = len(files) >= num_streams
+        self._files = files[stream::num_streams] if reads_whole_files else files
+        self._offset, self._step = (0, 1) if reads_whole_files else (stream, num_streams)
+        self._field = field
         self._start: dict[str, int] | None = None
         self._file = self._row = self._total = 0
-
-    @property
-    def num_shards(self) -> int:
-        """Number of files."""
-        return len(self._files)
-
-    def shard(self, num_shards: int, index: int, *, contiguous: bool) -> "FileRows":
-        """The rows of every num_shards-th file."""
-        assert not contiguous
-        return FileRows(self._files[index::num_shards], self._field)
-
-    def every(self, step: int, offset: int) -> "FileRows":
-        """Every step-th row of all files."""
-        return FileRows(self._files, self._field, offset=offset, step=step)
 
     def load_state_dict(self, state: dict[str, int] | None) -> None:
         """Sets where the next iteration starts; None: before the first row.

@@ -15,7 +15,6 @@ from titan_lite.data.packing import IGNORED, Packing, Row, Rows
 from titan_lite.data.sources import (
     Source,
     check_tokens,
-    open_dataset,
     resolve_source,
     resolve_sources,
 )
@@ -125,7 +124,6 @@ def held_out_rows(
     source = resolve_held_out(validation, data)
     check_tokens([source], tokenizer)
     stream = Stream(
-        open_dataset(source),
         source,
         section,
         stream=0,

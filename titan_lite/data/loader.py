@@ -26,7 +26,7 @@ from titan_lite.config.schema import Data
 from titan_lite.data.mixture import Mixture
 from titan_lite.data.packing import Packing, Row, Rows
 from titan_lite.data.settings import check_data_settings, data_settings
-from titan_lite.data.sources import check_tokens, open_dataset, resolve_sources
+from titan_lite.data.sources import check_tokens, resolve_sources
 from titan_lite.data.streams import Position, Stream
 from titan_lite.data.tokenizer import Tokenizer
 
@@ -182,7 +182,6 @@ class DataLoader:
     ) -> Iterator[tuple[Batch, dict[int, Position]]]:
         """Batches after the first `num_samples`, each with the new positions of its streams."""
         streams: dict[int, Stream] = {}
-        datasets = [open_dataset(source) for source in self._sources]
         num_streams = self._section.num_streams
         # This rank's first sample that has not been handed out.
         sample = num_samples + (self._rank - num_samples) % self._degree
@@ -196,7 +195,6 @@ class DataLoader:
                 number = source * num_streams + v
                 if number not in streams:
                     streams[number] = Stream(
-                        datasets[source],
                         self._sources[source],
                         self._section,
                         stream=v,

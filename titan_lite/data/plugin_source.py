@@ -29,26 +29,26 @@ class PluginSource(Protocol):
         """Opens one of the streams, which together hold each document once."""
 
 
+class Rows(Protocol):
+    """The rows of one stream."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Reads on from the place that was set last, or from the first row."""
+
+    def state_dict(self) -> Any:
+        """The place after the last row that was read; small JSON."""
+
+    def load_state_dict(self, state: Any, /) -> None:
+        """Sets the place; None: before the first row."""
+
+
 class PluginRows:
-    """One stream of a plugin's source, or all of it, as rows."""
+    """The documents of a plugin's reader, as rows."""
 
-    def __init__(self, source: PluginSource, stream: int = 0, num_streams: int = 1) -> None:
-        self._source, self._reader = source, source.open(stream, num_streams)
-        self.load_state_dict = self._reader.load_state_dict
-        self.state_dict = self._reader.state_dict
-
-    @property
-    def num_shards(self) -> int:
-        """Number of parts that titan-lite tokenize reads one by one."""
-        return 1
-
-    def shard(self, num_shards: int, index: int, *, contiguous: bool) -> "PluginRows":
-        """All documents."""
-        return PluginRows(self._source)
-
-    def stream(self, stream: int, num_streams: int) -> "PluginRows":
-        """Opens one stream."""
-        return PluginRows(self._source, stream, num_streams)
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self.load_state_dict = reader.load_state_dict
+        self.state_dict = reader.state_dict
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The documents, each as a row with a field of text or token ids."""

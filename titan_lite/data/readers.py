@@ -3,7 +3,7 @@
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy.typing as npt
 
@@ -11,12 +11,8 @@ from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data
 from titan_lite.data.documents import BadDocument, Document, document_of
 from titan_lite.data.file_rows import FileRows
-from titan_lite.data.plugin_source import PluginRows
-from titan_lite.data.sources import Source, reading, stream_of
+from titan_lite.data.sources import Source, reading
 from titan_lite.data.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from datasets import IterableDataset
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +26,13 @@ class Reader:
 
     def __init__(
         self,
-        dataset: "IterableDataset | FileRows | PluginRows",
         source: Source,
         section: Data,
         stream: int,
         tokenizer: Tokenizer,
     ) -> None:
-        self._whole, self._source, self._section = dataset, source, section
-        self._dataset = stream_of(dataset, stream, section.num_streams)
+        self._source, self._section = source, section
+        self._dataset = source.open(stream, section.num_streams)
         self._tokenizer = tokenizer
         self._policy = BadDocumentPolicy(source, skip=section.on_bad_document == "skip")
         self._rows: Iterator[dict[str, Any]] = iter(())
@@ -68,7 +63,7 @@ class Reader:
     def count(self, limit: int) -> int:
         """Documents of all streams, counted up to a limit; those that cannot be used are some."""
         with reading(self._source):
-            return sum(1 for _ in itertools.islice(self._whole, limit))
+            return sum(1 for _ in itertools.islice(self._source.open(), limit))
 
     def _document(self, row: dict[str, Any]) -> Document | None:
         """The document of a row; None for one that is left out."""

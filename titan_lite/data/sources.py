@@ -38,7 +38,7 @@ from titan_lite.data.files import (
     signature,
     warn_once,
 )
-from titan_lite.data.plugin_source import PluginRows, PluginSource
+from titan_lite.data.plugin_source import PluginRows, PluginSource, Rows
 from titan_lite.data.token_folder import MANIFEST_FILE, Manifest, read_manifest
 from titan_lite.data.tokenizer import Tokenizer
 
@@ -92,6 +92,40 @@ class Source:
     def is_tokenized(self) -> bool:
         """True where documents are known to be token ids before they are read."""
         return bool(self.tokens_field)
+
+    @property
+    def num_files(self) -> int:
+        """Files, or parts of a dataset by name; open(number, num_files) reads one of them."""
+        if self.plugin:
+            return 1
+        return len(self.parts) or int(self._dataset.num_shards)
+
+    def open(self, stream: int = 0, num_streams: int = 1) -> Rows:
+        """One stream of the documents out of `num_streams`, which together hold each once.
+
+        With a file or more per stream, a stream reads whole files; with fewer, every stream reads
+        all files and keeps every num_streams-th document, so that no file weighs more than its
+        size. ValueError where the source cannot be reached or read.
+        """
+        if self.plugin:
+            with reading(self):
+                return PluginRows(self.plugin.open(stream, num_streams))
+        if self.parts:
+            field = self.tokens_field or self.text_field
+            return FileRows(self.parts, field, stream, num_streams)
+        if self._dataset.num_shards >= num_streams:
+            return self._dataset.shard(num_shards=num_streams, index=stream, contiguous=False)
+        from datasets.distributed import split_dataset_by_node
+
+        return split_dataset_by_node(self._dataset, rank=stream, world_size=num_streams)
+
+    @functools.cached_property
+    def _dataset(self) -> "IterableDataset":
+        import datasets
+
+        datasets.disable_progress_bars()
+        with reading(self):
+            return datasets.load_dataset(**self.arguments, streaming=True)
 
 
 def resolve_sources(section: Data) -> list[Source]:
@@ -211,20 +245,6 @@ def check_tokens(sources: Iterable[Source], tokenizer: Tokenizer) -> None:
             source.manifest.check(source.files[0].parent, tokenizer, source.key)
 
 
-def open_dataset(source: Source) -> "IterableDataset | FileRows | PluginRows":
-    """Open a source for streaming; ValueError when it cannot be reached or read."""
-    if source.plugin:
-        with reading(source):
-            return PluginRows(source.plugin)
-    if source.parts:
-        return FileRows(source.parts, source.tokens_field or source.text_field)
-    import datasets
-
-    datasets.disable_progress_bars()
-    with reading(source):
-        return datasets.load_dataset(**source.arguments, streaming=True)
-
-
 @contextlib.contextmanager
 def reading(source: Source) -> Iterator[None]:
     """Whatever fails becomes one sentence of ValueError that names source and key."""
@@ -246,25 +266,6 @@ def reading(source: Source) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SettingError(source.key, f"cannot read {source.name}: {reason:.300}") from error
-
-
-def stream_of(
-    dataset: "IterableDataset | FileRows | PluginRows", stream: int, num_streams: int
-) -> "IterableDataset | FileRows | PluginRows":
-    """The documents of one stream out of `num_streams`, which together hold each document once.
-
-    With a file or more per stream, a stream reads whole files; with fewer, every stream reads all
-    files and keeps every num_streams-th document, so that no file weighs more than its size.
-    """
-    if isinstance(dataset, PluginRows):
-        return dataset.stream(stream, num_streams)
-    if dataset.num_shards >= num_streams:
-        return dataset.shard(num_shards=num_streams, index=stream, contiguous=False)
-    if isinstance(dataset, FileRows):
-        return dataset.every(num_streams, stream)
-    from datasets.distributed import split_dataset_by_node
-
-    return split_dataset_by_node(dataset, rank=stream, world_size=num_streams)
 
 
 def _refuse(section: Documents, keys: tuple[str, ...], source: str, table: str) -> None:

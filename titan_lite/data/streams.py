@@ -2,22 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data
 from titan_lite.data.documents import Document
-from titan_lite.data.file_rows import FileRows
 from titan_lite.data.packing import Row, Rows, join_documents
-from titan_lite.data.plugin_source import PluginRows
 from titan_lite.data.readers import Reader
 from titan_lite.data.sources import Source
 from titan_lite.data.tokenizer import Tokenizer, Tokens
-
-if TYPE_CHECKING:
-    from datasets import IterableDataset
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,6 @@ class Stream:
 
     def __init__(
         self,
-        dataset: "IterableDataset | FileRows | PluginRows",
         source: Source,
         section: Data,
         *,
@@ -72,7 +66,7 @@ class Stream:
         self.position = position
         self._source, self._section, self._stream, self._seed = source, section, stream, seed
         self._tokenizer = tokenizer
-        self._reader = Reader(dataset, source, section, stream, tokenizer)
+        self._reader = Reader(source, section, stream, tokenizer)
         blocks = self._blocks(position.block)
         key = (seed, stream)
         self._rows = rows.rows(blocks, position.offset, key=key, item=position.item)

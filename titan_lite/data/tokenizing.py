@@ -5,6 +5,7 @@ as an Arrow file. An interrupted call resumes after the parts that are complete.
 neither on the number of processes nor on interruptions.
 """
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -34,7 +35,7 @@ from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data
 from titan_lite.data.documents import TOKENS_FIELD, BadDocument, document_of
 from titan_lite.data.readers import BadDocumentPolicy
-from titan_lite.data.sources import Source, open_dataset, reading
+from titan_lite.data.sources import Source, reading
 from titan_lite.data.token_folder import (
     FORMAT,
     MANIFEST_FILE,
@@ -122,19 +123,17 @@ def tokenize(
         features = _features(tokenizer)
         skip = section.on_bad_document == "skip"
         path, schema = section.tokenizer_path, features.arrow_schema
-        job = Job(source, folder, path, skip, shard_size, schema)
-        dataset: Any = open_dataset(source)
-        turns = -(-processes // dataset.num_shards)
+        # A copy: what a source has opened stays in its process.
+        job = Job(dataclasses.replace(source), folder, path, skip, shard_size, schema)
+        turns = -(-processes // source.num_files)
         tasks = [
-            Task(number, turn, turns)
-            for number in range(dataset.num_shards)
-            for turn in range(turns)
+            Task(number, turn, turns) for number in range(source.num_files) for turn in range(turns)
         ]
         _run(job, tasks, processes)
         with ThreadPoolExecutor(processes) as pool:
             files = [
                 list(pool.map(_shard, sorted(folder.glob(f"{number:05d}-*.arrow"))))
-                for number in range(dataset.num_shards)
+                for number in range(source.num_files)
             ]
         manifest = Manifest(
             tokenizer=tokenizer.fingerprint,
@@ -257,14 +256,12 @@ class _Worker:
     def __init__(self, job: Job, report: Report) -> None:
         self._job, self._report = job, report
         self._tokenizer = load_tokenizer(job.tokenizer_path)
-        self._dataset: Any = open_dataset(job.source)
 
     def write(self, task: Task) -> None:
         """Writes the parts of a task that are not complete yet."""
-        file = self._dataset.shard(
-            num_shards=self._dataset.num_shards, index=task.number, contiguous=False
-        )
-        policy = BadDocumentPolicy(self._job.source, skip=self._job.skip)
+        source = self._job.source
+        file = source.open(task.number, source.num_files)
+        policy = BadDocumentPolicy(source, skip=self._job.skip)
         parts = itertools.groupby(self._numbered(file), key=itemgetter(0))
         for part, (_, rows) in enumerate(parts):
             path = self._job.folder / shard_name(task.number, part)
