@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import Workers
-from tests.runs import TINY, train
+from tests.runs import TINY, train, train_and_gather
 from titan_lite.config.load import ConfigError
 from titan_lite.data.assets import bundled_asset
 from titan_lite.models.plan import make_plan
@@ -48,12 +48,36 @@ def run(packages: Path, folder: Path, *overrides: str) -> list[dict[str, Any]]:
     return train(folder, *SHORT, *overrides)
 
 
+def steps_of_weights(packages: Path, folder: Path, *overrides: str) -> list[tuple[Any, Any, Any]]:
+    """Each weight before and after the only step, with its gradient."""
+    sys.path.insert(0, str(packages))
+    _, tensors = train_and_gather(folder, *SHORT, *overrides)
+    moments = ("initial weights", "gradients of step 1", "final weights")
+    return [tuple(tensors[moment][name] for moment in moments) for name in tensors[moments[0]]]
+
+
 def losses(records: list[dict[str, Any]]) -> list[float]:
     return [record["loss"] for record in records]
 
 
 def test_the_page_has_an_example_of_each_seam() -> None:
-    assert PLUGINS.keys() == {"my_sqlite", "my_csv", "my_schedule", "my_groups"}
+    assert PLUGINS.keys() == {"my_sgd", "my_sqlite", "my_csv", "my_schedule", "my_groups"}
+
+
+def test_an_optimizer_of_a_plugin_steps_as_torch_does(
+    packages: Path, tmp_path: Path, one_process: Workers
+) -> None:
+    plain = ("--optimizer.weight_decay=0.0", "--training.max_norm=0.0", "--training.steps=1")
+    rate = (
+        "--optimizer.lr=0.5",
+        "--lr_scheduler.warmup_steps=0",
+        "--lr_scheduler.decay_type=constant",
+    )
+    settings = (*PLUGINS["my_sgd"], *plain, *rate)
+    (steps,) = one_process.run(steps_of_weights, packages, tmp_path, *settings)
+    assert steps
+    for before, gradient, after in steps:
+        assert (after == before - 0.5 * gradient).all()
 
 
 def test_a_database_gives_the_samples_of_its_texts_and_a_sink_every_record(

@@ -45,7 +45,8 @@ class Job(Section):
     predictions run.json and the end of the run show next to the measured values."""
     plugins: list[str] = []
     """Modules that are imported before the configuration is checked, e.g. ["my_pkg.setup"], which
-    may register families, data sources, metric sinks and schedules: docs/extending.md."""
+    may register optimizers, data sources, metric sinks, schedules and families:
+    docs/extending.md."""
 
 
 class Model(Section):
