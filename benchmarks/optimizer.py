@@ -1,0 +1,274 @@
+"""Optimizers beside AdamW: what a step costs, and how fast the loss falls.
+
+    python -m benchmarks.optimizer cost [--warmup 2] [--rounds 5] [--steps 2] [--output FILE]
+    python -m benchmarks.optimizer curves [--folder DIR] [--write]
+
+`cost` trains train_configs/debug.toml with each optimizer of OPTIMIZERS in each layout of LAYOUTS;
+they take turns, of whole steps and of the optimizer's part alone, and ratios are by round.
+`curves` trains a small model with AdamW and Muon at each learning rate of RATES, then at the best
+one with more seeds. Runs are kept below --folder, and those that are there are not repeated;
+--write keeps the result in benchmarks/results/, and its picture and table in docs/optimizers.md.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from benchmarks.families import put
+from benchmarks.manifest import report
+from benchmarks.measure import Run, Values, Variant, add_options, finish, spread, start, take_turn
+from benchmarks.workers import Group
+from titan_lite.dryrun.measure import recorder
+from titan_lite.models.plan import make_plan
+from titan_lite.training.trainer import Trainer
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "optimizers.md"
+CONFIG = "train_configs/debug.toml"
+
+OPTIMIZERS: dict[str, tuple[str, ...]] = {
+    "AdamW": (),
+    "Muon": ("--optimizer.name=Muon",),
+    "Muon, bfloat16": ("--optimizer.name=Muon", "--optimizer.ns_dtype=bfloat16"),
+}
+LAYOUTS: dict[str, tuple[str, ...]] = {"fsdp 4": (), "fsdp 2 x tp 2": ("--parallel.tp=2",)}
+PROCESSES = 4
+
+STEPS = 150
+# Of `curves`. Adjusted as AdamW's, Muon's rates are of the same size.
+RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+SEEDS = (1, 2, 3)
+SETTINGS = (
+    "--model.num_layers=2",
+    "--model.dim=128",
+    "--model.ffn_dim=384",
+    "--training.seq_len=128",
+    "--training.local_batch_size=16",
+    f"--training.steps={STEPS}",
+    "--training.param_dtype=float32",
+    "--lr_scheduler.warmup_steps=10",
+    "--metrics.log_freq=1",
+    "--metrics.peak_tflops=1.0",
+    "--metrics.enable_tensorboard=false",
+)
+# A point of a curve is the mean of so many steps.
+AVERAGE = 10
+
+
+def optimizer_turn(steps: int) -> float:
+    """Seconds of one step of the optimizer alone."""
+    training = Run.trainer.training
+    for parameter in training.model.parameters():
+        parameter.grad = parameter.detach().clone()
+    dist.barrier()
+    begin = time.perf_counter()
+    for _ in range(steps):
+        training.optimizer.step()
+    dist.barrier()
+    seconds = (time.perf_counter() - begin) / steps
+    training.optimizer.zero_grad()
+    return seconds
+
+
+def sent_and_held() -> Values:
+    """Bytes that this rank hands to collectives in a step of the optimizer, and of its state."""
+    training = Run.trainer.training
+    recording = recorder(Run.trainer.dims)
+    for parameter in training.model.parameters():
+        parameter.grad = parameter.detach().clone()
+    with recording:
+        training.optimizer.step()
+    training.optimizer.zero_grad()
+    state = [
+        value.to_local() if isinstance(value, DTensor) else value
+        for values in training.optimizer.state.values()
+        for value in values.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    return {
+        "sent": sum(recording.bytes.values()),
+        "state": sum(tensor.nbytes for tensor in state),
+        "parameters": training.num_params,
+    }
+
+
+def cost(layout: str, options: argparse.Namespace) -> list[Values]:
+    """Of every optimizer in a layout."""
+    variants = [
+        Variant(name, CONFIG, (*overrides, *LAYOUTS[layout], *options.overrides), PROCESSES)
+        for name, overrides in OPTIMIZERS.items()
+    ]
+    whole: list[list[float]] = [[] for _ in variants]
+    alone: list[list[float]] = [[] for _ in variants]
+    with contextlib.ExitStack() as stack:
+        groups = [stack.enter_context(Group(PROCESSES)) for _ in variants]
+        for variant, group in zip(variants, groups, strict=True):
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            settings = variant.settings(folder, options.steps)
+            group.call(start, CONFIG, settings, options.steps, options.warmup)
+        for _ in range(options.rounds):
+            for group, of_steps, of_optimizer in zip(groups, whole, alone, strict=True):
+                of_steps.append(group.call(take_turn)[0]["seconds_per_step"])
+                of_optimizer.append(max(group.call(optimizer_turn, options.steps)))
+        results = []
+        for index, (variant, group) in enumerate(zip(variants, groups, strict=True)):
+            ranks = group.call(sent_and_held)
+            group.call(finish)
+            num_params = ranks[0]["parameters"]
+            results.append(
+                {
+                    "optimizer": variant.name,
+                    "layout": layout,
+                    "step_over_adamw": spread(_ratios(whole[index], whole[0])),
+                    "optimizer_over_adamw": spread(_ratios(alone[index], alone[0])),
+                    "seconds_of_optimizer": spread(alone[index]),
+                    "sent_bytes_per_parameter_and_rank": round(
+                        max(rank["sent"] for rank in ranks) / num_params, 3
+                    ),
+                    "state_bytes_per_parameter": round(
+                        sum(rank["state"] for rank in ranks) / num_params, 3
+                    ),
+                }
+            )
+    return results
+
+
+def _ratios(seconds: Sequence[float], first: Sequence[float]) -> list[float]:
+    return [ours / theirs for ours, theirs in zip(seconds, first, strict=True)]
+
+
+def train(folder: str, overrides: Sequence[str]) -> None:
+    """Trains into a run folder."""
+    settings = [*SETTINGS, *overrides, f"--job.dump_folder={folder}"]
+    trainer = Trainer(make_plan(CONFIG, settings, 1))
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+
+
+class Curves:
+    """Losses and step times of runs, each of which is trained when first asked for."""
+
+    def __init__(self, folder: Path, group: Group) -> None:
+        self.folder, self.group = folder, group
+
+    def losses(self, name: str, lr: float, seed: int) -> list[float]:
+        """The loss of each step."""
+        target = self.folder / name / f"{lr:g}" / str(seed)
+        file = target / "metrics.jsonl"
+        if not file.exists() or len(file.read_text().splitlines()) < STEPS:
+            own = (*OPTIMIZERS[name], f"--optimizer.lr={lr}", f"--training.seed={seed}")
+            self.group.call(train, str(target), own)
+        return [json.loads(line)["loss"] for line in file.read_text().splitlines()]
+
+    def mean(self, name: str, lr: float, seeds: Sequence[int]) -> list[float]:
+        """The mean over seeds, smoothed."""
+        runs = [self.losses(name, lr, seed) for seed in seeds]
+        means = [statistics.fmean(at) for at in zip(*runs, strict=True)]
+        return [
+            statistics.fmean(means[max(0, end - AVERAGE) : end]) for end in range(1, len(means) + 1)
+        ]
+
+    def best(self, name: str) -> tuple[float, dict[str, float]]:
+        """The learning rate with the lowest final loss, and that loss at each."""
+        final = {lr: self.mean(name, lr, SEEDS[:1])[-1] for lr in RATES}
+        return min(final, key=lambda lr: final[lr]), {f"{lr:g}": final[lr] for lr in final}
+
+
+def curves(options: argparse.Namespace) -> Values:
+    """AdamW's and Muon's best, and the step at which Muon has reached AdamW's final loss."""
+    results: Values = {"settings": SETTINGS, "seeds": SEEDS, "average": AVERAGE, "optimizers": {}}
+    with Group(1) as group:
+        runs = Curves(options.folder, group)
+        for name in ("AdamW", "Muon"):
+            lr, final = runs.best(name)
+            last = [statistics.fmean(runs.losses(name, lr, seed)[-AVERAGE:]) for seed in SEEDS]
+            results["optimizers"][name] = {
+                "lr": lr,
+                "final_loss_by_lr": final,
+                "final_loss_by_seed": last,
+                "curve": [round(loss, 4) for loss in runs.mean(name, lr, SEEDS)],
+            }
+    adamw, muon = (results["optimizers"][name]["curve"] for name in ("AdamW", "Muon"))
+    reached = next((step for step, loss in enumerate(muon, 1) if loss <= adamw[-1]), None)
+    return results | {"steps": len(adamw), "muon_reaches_adamw_at": reached}
+
+
+def draw(optimizers: Mapping[str, Any], path: Path) -> None:
+    """Draws the losses of both, and the final ones at each learning rate."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, of_one in optimizers.items():
+        curve = of_one["curve"]
+        label = f"{name}, lr {of_one['lr']:g}"
+        left.plot(range(1, len(curve) + 1), curve, label=label, linewidth=1.2)
+        rates = of_one["final_loss_by_lr"]
+        right.plot([float(lr) for lr in rates], rates.values(), "o-", label=name)
+    final = optimizers["AdamW"]["curve"][-1]
+    left.axhline(final, color="0.45", linestyle="--", linewidth=1)
+    left.set(xlabel="step", ylabel="loss, nats per token", title="best learning rate, 3 seeds")
+    right.set(xlabel="learning rate", xscale="log", title="final loss, 1 seed")
+    for axes in (left, right):
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def table(found: Values) -> str:
+    """The result of `curves` as Markdown."""
+    lines = [
+        "| optimizer | best learning rate | final loss, mean of 3 seeds | smallest, largest |",
+        "|---|---:|---:|---|",
+    ]
+    for name, of_one in found["optimizers"].items():
+        last = of_one["final_loss_by_seed"]
+        lines.append(
+            f"| {name} | {of_one['lr']:g} | {statistics.fmean(last):.3f} "
+            f"| {min(last):.3f}, {max(last):.3f} |"
+        )
+    reached = found["muon_reaches_adamw_at"]
+    answer = f"at step {reached} of {found['steps']}" if reached else "in none of its steps"
+    return "\n".join([*lines, "", f"Muon reaches AdamW's final loss {answer}."]) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the result as JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.optimizer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("what", choices=("cost", "curves"))
+    parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "optimizer")
+    parser.add_argument("--write", action="store_true", help="into benchmarks/results/ and docs/")
+    add_options(parser, warmup=2, rounds=5, steps=2)
+    options, options.overrides = parser.parse_known_args(argv)
+    if options.what == "cost":
+        results: Any = [result for layout in LAYOUTS for result in cost(layout, options)]
+        report("optimizer", results, options.output)
+        return 0
+    results = curves(options)
+    report("optimizer", results, "optimizer_curves.json" if options.write else options.output)
+    if options.write:
+        draw(results["optimizers"], PAGE.with_suffix(".png"))
+        PAGE.write_text(put(PAGE.read_text(), "curves", table(results)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
