@@ -1,4 +1,4 @@
-"""Optimizers beside AdamW: what a step costs, and how fast the loss falls.
+"""Optimizers compared with AdamW: what a step costs, and how fast the loss falls.
 
     python -m benchmarks.optimizer cost [--warmup 2] [--rounds 5] [--steps 2] [--output FILE]
     python -m benchmarks.optimizer curves [--folder DIR] [--write]
@@ -45,16 +45,16 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
 LAYOUTS: dict[str, tuple[str, ...]] = {"fsdp 4": (), "fsdp 2 x tp 2": ("--parallel.tp=2",)}
 PROCESSES = 4
 
-STEPS = 150
+STEPS = 100
 # Of `curves`. Adjusted as AdamW's, Muon's rates are of the same size.
-RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 SEEDS = (1, 2, 3)
 SETTINGS = (
     "--model.num_layers=2",
     "--model.dim=128",
     "--model.ffn_dim=384",
     "--training.seq_len=128",
-    "--training.local_batch_size=16",
+    "--training.local_batch_size=8",
     f"--training.steps={STEPS}",
     "--training.param_dtype=float32",
     "--lr_scheduler.warmup_steps=10",
@@ -104,7 +104,7 @@ def sent_and_held() -> Values:
 
 
 def cost(layout: str, options: argparse.Namespace) -> list[Values]:
-    """Of every optimizer in a layout."""
+    """Measures every optimizer in a layout."""
     variants = [
         Variant(name, CONFIG, (*overrides, *LAYOUTS[layout], *options.overrides), PROCESSES)
         for name, overrides in OPTIMIZERS.items()
@@ -145,7 +145,7 @@ def cost(layout: str, options: argparse.Namespace) -> list[Values]:
 
 
 def _ratios(seconds: Sequence[float], first: Sequence[float]) -> list[float]:
-    return [ours / theirs for ours, theirs in zip(seconds, first, strict=True)]
+    return [own / reference for own, reference in zip(seconds, first, strict=True)]
 
 
 def train(folder: str, overrides: Sequence[str]) -> None:
@@ -159,7 +159,7 @@ def train(folder: str, overrides: Sequence[str]) -> None:
 
 
 class Curves:
-    """Losses and step times of runs, each of which is trained when first asked for."""
+    """Losses and step times of runs, each trained on first use."""
 
     def __init__(self, folder: Path, group: Group) -> None:
         self.folder, self.group = folder, group
@@ -228,20 +228,20 @@ def draw(optimizers: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def table(found: Values) -> str:
+def table(result: Values) -> str:
     """The result of `curves` as Markdown."""
     lines = [
         "| optimizer | best learning rate | final loss, mean of 3 seeds | smallest, largest |",
         "|---|---:|---:|---|",
     ]
-    for name, of_one in found["optimizers"].items():
+    for name, of_one in result["optimizers"].items():
         last = of_one["final_loss_by_seed"]
         lines.append(
             f"| {name} | {of_one['lr']:g} | {statistics.fmean(last):.3f} "
             f"| {min(last):.3f}, {max(last):.3f} |"
         )
-    reached = found["muon_reaches_adamw_at"]
-    answer = f"at step {reached} of {found['steps']}" if reached else "in none of its steps"
+    reached = result["muon_reaches_adamw_at"]
+    answer = f"at step {reached} of {result['steps']}" if reached else "in none of its steps"
     return "\n".join([*lines, "", f"Muon reaches AdamW's final loss {answer}."]) + "\n"
 
 

@@ -1,6 +1,7 @@
 """A checkpoint goes on under another layout, and another run begins with its weights."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,11 @@ JOURNEY = (
     (2, ("--parallel.tp=2",), 24),
     (1, (), 34),
 )
+MUON_JOURNEY = (
+    (4, ("--parallel.tp=2", "--training.local_batch_size=4"), 3),
+    (4, ("--parallel.pp=2", "--training.local_batch_size=2"), 5),
+    (1, (), 6),
+)
 
 
 def _train_until(folder: Path, last: int, *overrides: str) -> None:
@@ -41,14 +47,17 @@ def _train_until(folder: Path, last: int, *overrides: str) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize(("optimizer", "journey"), [("AdamW", JOURNEY), ("Muon", MUON_JOURNEY)])
 def test_a_run_that_moves_from_layout_to_layout_equals_one_that_stays(
-    workers: dict[int, Workers], tmp_path: Path
+    workers: dict[int, Workers], tmp_path: Path, optimizer: str, journey: tuple[Any, ...]
 ) -> None:
-    expected = workers[1].run(train, tmp_path / "stays", *SETTINGS[1:])[0]
-    for processes, layout, last in JOURNEY:
-        workers[processes].run(_train_until, tmp_path / "moves", last, *layout)
+    last = journey[-1][2]
+    more = (f"--optimizer.name={optimizer}", f"--training.steps={last}")
+    expected = workers[1].run(train, tmp_path / "stays", *SETTINGS[1:], *more)[0]
+    for processes, layout, until in journey:
+        workers[processes].run(_train_until, tmp_path / "moves", until, *layout, *more)
     got = read_metrics(tmp_path / "moves")
-    assert [record["step"] for record in got] == list(range(1, 35))
+    assert [record["step"] for record in got] == list(range(1, last + 1))
     for key in ("loss", "grad_norm", "lr", "tokens"):
         wanted = [record[key] for record in expected]
         assert [record[key] for record in got] == pytest.approx(wanted, rel=1e-5), key

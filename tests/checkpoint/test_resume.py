@@ -52,7 +52,14 @@ def _interrupted(folder: Path, *overrides: str) -> None:
     ("world_size", "settings"),
     [
         (1, ()),
-        (2, ("training.local_batch_size=2", "training.param_dtype=bfloat16")),
+        (
+            2,
+            (
+                "training.local_batch_size=2",
+                "training.param_dtype=bfloat16",
+                "optimizer.name=Muon",
+            ),
+        ),
         (
             2,
             (

@@ -527,6 +527,11 @@ def test_what_can_work_gives_the_degrees() -> None:
             1,
             'because validation.dataset_path is "."',
         ),
+        (
+            ["optimizer.name=Muon", "optimizer.ns_dtype=bfloat16", "training.param_dtype=float32"],
+            1,
+            "layouts differ by up to 2 % of an update",
+        ),
         (["data.subset=en"], 1, 'because data.dataset is "bundled"'),
         (
             ["optimizer.weight_decay=0", 'optimizer.no_decay=["norm"]'],

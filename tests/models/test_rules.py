@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 from titan_lite.config.load import ConfigError
+from titan_lite.config.optimizers import Muon, OptimizerGroup
 from titan_lite.config.schema import Config
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.bert import BERT, MEGATRON_BERT
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.plan import make_plan
-from titan_lite.models.rules import model_rules
+from titan_lite.models.roles import PlanRow
+from titan_lite.models.rules import model_rules, optimizer_rules
 
 
 def problems(overrides: Sequence[str], world_size: int = 1) -> list[tuple[str, str, str]]:
@@ -348,3 +350,29 @@ def test_pairs_are_made_of_a_buffer_that_nothing_shuffles(
     assert warnings("--model.name=bert") == []
     assert warnings("--model.name=bert", "--masked_lm.next_sentence=false") == idle
     assert warnings("--model.name=llama") == idle
+
+
+def test_muon_is_refused_where_it_is_not_proven_or_has_no_matrices() -> None:
+    muon = "--optimizer.name=Muon"
+    [(key, _, message)] = problems([muon, "--training.param_dtype=float16"])
+    assert key == "optimizer.name"
+    assert message == (
+        '"Muon" is not tested with the loss scaling of training.param_dtype = "float16"; set '
+        'training.param_dtype = "bfloat16"'
+    )
+    config = make_plan(None, [muon, "--optimizer.per_head=true"], 1).config
+    nameless = replace(LLAMA, name="mine", tp_plan=(PlanRow("blocks.*", "whole"),))
+    assert [(error.keys[0], error.message) for error in optimizer_rules(config, nameless)] == [
+        (
+            "optimizer.name",
+            '"Muon" requires matrices, and no row of the tp_plan of family "mine" names any; set '
+            'algorithm = "muon" in a table of [[optimizer.groups]]',
+        ),
+        (
+            "optimizer.per_head",
+            'per_head has no effect: family "mine" has no layers.*.attention.wq',
+        ),
+    ]
+    group = OptimizerGroup(pattern="blocks.*", algorithm="muon")
+    named = config.model_copy(update={"optimizer": Muon(groups=[group])})
+    assert list(optimizer_rules(named, nameless)) == []

@@ -16,16 +16,27 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from tests.distributed import Workers
+from titan_lite.config.optimizers import Muon as Section
+from titan_lite.config.optimizers import OptimizerGroup
+from titan_lite.config.problems import SettingError
+from titan_lite.models import roles
+from titan_lite.models.family import Family
+from titan_lite.models.llama import LLAMA
+from titan_lite.models.registry import families
+from titan_lite.nn.build import build
 from titan_lite.optim import muon, muon_exchange
-from titan_lite.optim.muon import Muon
+from titan_lite.optim.muon import Muon, build_muon
+from titan_lite.optim.optimizer import Parameter, Surroundings, parameters_of
 
 # Name, shape, and the dim that tensor parallel splits. Rows that 2 and 4 ranks do not divide, more
 # ranks than rows, wide, tall and square ones, and a stack of experts.
 MATRICES = {
-    "layers.0.wq.weight": ((10, 14), 0),
-    "layers.0.wo.weight": ((14, 10), 1),
+    "layers.0.attention.wq.weight": ((10, 14), 0),
+    "layers.0.attention.wo.weight": ((14, 10), 1),
     "layers.0.router.weight": ((3, 14), None),
     "layers.0.experts": ((5, 6, 14), None),
+    # Sharded by rows, as where ranks do not divide the number of experts.
+    "layers.1.few_experts": ((3, 12, 14), None),
     "layers.1.w1.weight": ((38, 14), 0),
     "layers.1.w2.weight": ((14, 38), 1),
     "layers.1.square.weight": ((12, 12), None),
@@ -67,11 +78,18 @@ def muon_by_hand(
     return p
 
 
+def muon_of(parameters: Mapping[str, nn.Parameter], **settings: Any) -> Muon:
+    """Muon with settings of its section, or further arguments."""
+    own = {key: settings.pop(key) for key in ("ns_dtype", "head_size", "ranks") if key in settings}
+    section = Section(lr=LR, **settings)
+    groups = [{"params": list(parameters.values()), "weight_decay": DECAY}]
+    return Muon(groups, {p: name for name, p in parameters.items()}, section, **own)
+
+
 def plain(**settings: Any) -> tuple[Muon, dict[str, nn.Parameter]]:
     """Muon of whole parameters."""
     parameters = {name: nn.Parameter(drawn(name, 0)) for name in MATRICES}
-    settings = {"lr": LR, "weight_decay": DECAY} | settings
-    return Muon([{"params": list(parameters.items())}], **settings), parameters
+    return muon_of(parameters, **settings), parameters
 
 
 def take(optimizer: Muon, parameters: Mapping[str, Tensor], **step: Any) -> None:
@@ -107,25 +125,25 @@ def test_equals_torch_optim_muon(
     optimizer, parameters = plain(ns_dtype=dtype, adjust_lr=adjust_lr, nesterov=nesterov)
     names = [name for name in MATRICES if "experts" not in name]
     # Small ones, or the rounding of the weights would be more than that of their steps.
-    theirs = {name: nn.Parameter(drawn(name, 0) / 100) for name in names}
+    peer = {name: nn.Parameter(drawn(name, 0) / 100) for name in names}
     for name in names:
-        parameters[name].data = theirs[name].detach().clone()
+        parameters[name].data = peer[name].detach().clone()
     reference = torch.optim.Muon(
-        theirs.values(), lr=LR, weight_decay=DECAY, adjust_lr_fn=adjust_lr, nesterov=nesterov
+        peer.values(), lr=LR, weight_decay=DECAY, adjust_lr_fn=adjust_lr, nesterov=nesterov
     )
     take(optimizer, parameters)
-    # torch always orthogonalizes in bfloat16: its own code, told not to.
+    # torch always orthogonalizes in bfloat16: here its own code without that cast.
     keep = mock.patch.object(Tensor, "bfloat16", Tensor.clone)
     with keep if dtype == torch.float32 else nullcontext():
-        take(reference, theirs)  # type: ignore[arg-type]
+        take(reference, peer)  # type: ignore[arg-type]
     for name in names:
-        moved = (theirs[name] - drawn(name, 0) / 100).norm()
-        assert (parameters[name] - theirs[name]).norm() <= tolerance * moved, name
+        moved = (peer[name] - drawn(name, 0) / 100).norm()
+        assert (parameters[name] - peer[name]).norm() <= tolerance * moved, name
 
 
 def test_heads_are_orthogonalized_one_by_one() -> None:
-    name = "layers.0.wq.weight"
-    optimizer, parameters = plain(num_heads={name: 5})
+    name = "layers.0.attention.wq.weight"
+    optimizer, parameters = plain(head_size=2)
     take(optimizer, parameters)
     assert torch.equal(parameters[name], muon_by_hand(drawn(name, 0), gradients(name), heads=5))
 
@@ -153,6 +171,96 @@ def test_owners_share_the_work_and_the_costliest_matrix_comes_first() -> None:
     shapes = [(20, 20), (10, 20), (20, 10), (10, 40), (10, 10)]
     assert muon_exchange.assign_owners(shapes, 2) == [0, 1, 1, 1, 0]
     assert muon_exchange.assign_owners(shapes, 8) == [0, 2, 3, 1, 4]
+
+
+def parameters_on_meta(family: Family, **settings: Any) -> tuple[Any, list[Parameter]]:
+    """The args and parameters of a family's debug model."""
+    args = family.flavors["debug"]
+    with torch.device("meta"):
+        model = build(family, args)
+    section = Section(**settings)
+    return args, list(parameters_of(model, section, family.tp_plan, tied_head=args.tied_head))
+
+
+def matrices_of(family: Family, **settings: Any) -> set[str]:
+    """Names of the parameters that Muon orthogonalizes."""
+    args, parameters = parameters_on_meta(family, **settings)
+    around = Surroundings(ranks=None, param_dtype=torch.float32, args=args)
+    optimizer = build_muon(Section(**settings), parameters, around)
+    chosen = {id(entry.parameter) for entry in optimizer.local}
+    return {p.name for p in parameters if id(p.tensor) in chosen}
+
+
+@pytest.mark.parametrize("family", families().values(), ids=lambda family: family.name)
+def test_the_matrices_of_blocks_are_orthogonalized_and_nothing_else(family: Family) -> None:
+    _, parameters = parameters_on_meta(family)
+    of_blocks = {p.name for p in parameters if p.tensor.ndim > 1 and p.name.startswith("layers.")}
+    assert matrices_of(family) == of_blocks
+    # A head that is taken for a matrix does not go unnoticed.
+    with mock.patch.dict(roles.KINDS, head="matrix", vocab="matrix"):
+        assert matrices_of(family) > of_blocks
+
+
+def test_groups_choose_the_algorithm() -> None:
+    groups = [
+        OptimizerGroup(pattern="output.weight", algorithm="muon"),
+        OptimizerGroup(pattern="layers.*.wo.weight", algorithm="adamw"),
+    ]
+    chosen = matrices_of(LLAMA, groups=groups)
+    assert "output.weight" in chosen
+    assert not any(".wo." in name for name in chosen)
+    norms = [OptimizerGroup(pattern="norm.weight", algorithm="muon")]
+    with pytest.raises(SettingError, match=r'"muon" requires matrices, and norm.weight has 1 dim'):
+        matrices_of(LLAMA, groups=norms)
+
+
+@pytest.mark.parametrize(
+    ("param_dtype", "ns_dtype", "expected"),
+    [
+        (torch.float32, "auto", torch.float32),
+        (torch.bfloat16, "auto", torch.bfloat16),
+        (torch.bfloat16, "float32", torch.float32),
+    ],
+)
+def test_newton_schulz_is_as_precise_as_the_parameters_or_as_set(
+    param_dtype: torch.dtype, ns_dtype: Any, expected: torch.dtype
+) -> None:
+    args, parameters = parameters_on_meta(LLAMA)
+    around = Surroundings(ranks=None, param_dtype=param_dtype, args=args)
+    assert build_muon(Section(ns_dtype=ns_dtype), parameters, around).ns_dtype == expected
+
+
+def test_a_skipped_step_leaves_matrices_and_the_rest_alone_and_loaded_state_counts() -> None:
+    def built() -> tuple[Muon, list[nn.Parameter]]:
+        tensors = [nn.Parameter(drawn("layers.1.square.weight", 0)), nn.Parameter(torch.ones(3))]
+        rest = {"lr_factor": 1.0, "weight_decay": 0.0, "algorithm": ""}
+        kinds: list[Any] = ["matrix", "vector"]
+        parameters = [
+            Parameter(name=f"p{n}", tensor=tensor, kind=kind, **rest)
+            for n, (tensor, kind) in enumerate(zip(tensors, kinds, strict=True))
+        ]
+        args = LLAMA.flavors["debug"]
+        around = Surroundings(ranks=None, param_dtype=torch.float32, args=args)
+        return build_muon(Section(lr=LR), parameters, around), tensors
+
+    def step(optimizer: Muon, tensors: list[nn.Parameter], value: float) -> None:
+        for tensor in tensors:
+            tensor.grad = torch.full_like(tensor, value)
+        optimizer.step(is_finite=torch.tensor(value).isfinite(), grad_scale=torch.tensor(2.0))
+
+    skipping, tensors = built()
+    straight, expected = built()
+    step(skipping, tensors, 1.0)
+    step(skipping, tensors, torch.nan)
+    step(straight, expected, 1.0)
+    again, loaded = built()
+    again.load_state_dict(skipping.state_dict())
+    for old, new in zip(tensors, loaded, strict=True):
+        new.data.copy_(old)
+    for optimizer, parameters in ((straight, expected), (again, loaded)):
+        step(optimizer, parameters, 3.0)
+    for got, wanted in zip(loaded, expected, strict=True):
+        assert torch.equal(got, wanted)
 
 
 # Layouts of 4 processes: sizes of the mesh's axes, pp first.
@@ -185,11 +293,10 @@ def sharded(sizes: tuple[int, ...], **settings: Any) -> tuple[Muon, dict[str, An
                 distribute_tensor(module.weight, model["tp"], [placement], src_data_rank=None)
             )
         fsdp = model["dp_replicate", "fsdp"] if sizes[1] > 1 else model["fsdp"]
-        fully_shard(module, mesh=fsdp)
+        by_rows = "few" in name
+        fully_shard(module, mesh=fsdp, shard_placement_fn=lambda _, dim=by_rows: Shard(int(dim)))
     parameters = {name: module.weight for name, module in modules.items()}
-    group = stages.get_group("stage")
-    settings = {"lr": LR, "weight_decay": DECAY, "group": group} | settings
-    return Muon([{"params": list(parameters.items())}], **settings), parameters
+    return muon_of(parameters, ranks=stages.get_group("stage"), **settings), parameters
 
 
 def wrong(sizes: tuple[int, ...], plant: str = "nothing", **settings: Any) -> list[str]:
@@ -211,12 +318,13 @@ def wrong(sizes: tuple[int, ...], plant: str = "nothing", **settings: Any) -> li
             parameter.grad = torch.full_like(parameter, torch.nan)
         optimizer.step(is_finite=torch.tensor(False))
         take(optimizer, parameters, is_finite=torch.tensor(True))
-    heads, names, expected_to_be_sent = settings.get("num_heads", {}), [], torch.zeros(())
+    names, expected_to_be_sent = [], torch.zeros(())
     for name, parameter in parameters.items():
-        expected = muon_by_hand(drawn(name, 0), gradients(name) * 2, heads=heads.get(name))
+        expected = muon_by_hand(drawn(name, 0), gradients(name) * 2)
         if not torch.equal(parameter.full_tensor(), expected):
             names.append(name)
-        if parameter.ndim == 2 and math.prod(sizes[1:]) > 1:
+        has_whole = "experts" in name and not ("few" in name and sizes[2] > 1)
+        if not has_whole and math.prod(sizes[1:]) > 1:
             once = parameter.numel() * sizes[0] / dist.get_world_size()
             expected_to_be_sent += (2 * STEPS + 1) * (once + parameter.to_local().numel())
     dist.all_reduce(sent)
@@ -234,7 +342,7 @@ def around_apply(before: Callable[..., Any]) -> AbstractContextManager[Any]:
 
 
 def decay_by_adjusted_lr(self: Muon, entry: Any, _: Tensor) -> Any:
-    factor = muon.lr_factor(entry.shape, self.adjust_lr)
+    factor = muon.lr_factor(entry.shape, self.section.adjust_lr)
     self.param_groups[entry.group]["weight_decay"] = DECAY * factor
     return entry
 
@@ -269,8 +377,11 @@ CAUGHT_BY = {
     "nothing": set(),
     "shards orthogonalized by themselves": EVERYTHING - {"layers.0.experts"} | {"sent"},
     # Of rows that were split the longer side may be the same.
-    "learning rate adjusted by the shard's shape": {"layers.0.wo.weight", "layers.1.w1.weight"},
-    "learning rate adjusted by experts and rows": {"layers.0.experts"},
+    "learning rate adjusted by the shard's shape": {
+        "layers.0.attention.wo.weight",
+        "layers.1.w1.weight",
+    },
+    "learning rate adjusted by experts and rows": {"layers.0.experts", "layers.1.few_experts"},
     "decay by the adjusted learning rate": EVERYTHING,
     "momentum of a skipped step": EVERYTHING,
     "replicas send as well": {"sent"},

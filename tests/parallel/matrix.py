@@ -153,6 +153,7 @@ CASES = tuple(_cases())
 FOUR_LAYERS = ("model.num_layers=4",)
 TIED = ("model.tied_head=true",)
 HIDDEN_DROPOUT = ("model.hidden_dropout=0.1",)
+MUON = ("optimizer.name=Muon",)
 DROPOUT = (*HIDDEN_DROPOUT, "model.attention_dropout=0.1")
 
 
@@ -196,6 +197,10 @@ FURTHER = (
     Case("pp2 x tp2", micro_batches=4, more=(schedule("Interleaved1F1B"),), alike=FOUR_LAYERS),
     Case("pp2 x cp2", micro_batches=4, alike=FOUR_LAYERS),
     Case("pp2 x dp2 x tp2", "full", micro_batches=4, alike=(*FOUR_LAYERS, *TIED)),
+    # Shards that FSDP2 makes of tensor parallel's, replicas that share the work, and stages.
+    Case("dp2 x tp2", alike=MUON),
+    Case("hsdp 2x2", micro_batches=4, alike=MUON),
+    Case("pp2 x dp2", micro_batches=4, alike=MUON),
 )
 
 
@@ -323,6 +328,7 @@ HOLES = (
     Hole(2, (TP2, "model.name=mixtral")),
     Hole(2, (*PP2_BATCH, schedule("ZBVZeroBubble"), "model.name=qwen3_moe")),
     Hole(1, ("training.reduce_dtype=float16",)),
+    Hole(1, (*MUON, "training.param_dtype=float16")),
     Hole(1, ("float8.recipe=tensorwise",)),
     Hole(2, (*TENSORWISE, TP2)),
     Hole(4, (*GATHERED, "parallel.reshard_after_forward=2")),

@@ -8,8 +8,11 @@ import pytest
 
 from titan_lite.models.plan import make_plan
 from titan_lite.planner.cluster import find_cluster
+from titan_lite.planner.counts import block_matrices, num_block_params
+from titan_lite.planner.job import Job
 from titan_lite.planner.memory import memory, peak, room
 from titan_lite.planner.read import read_job
+from titan_lite.planner.step import StepModel
 
 FOLDER = Path(__file__).parent
 PRESETS = FOLDER.parent.parent / "train_configs"
@@ -68,3 +71,20 @@ def test_llama_3_70b_needs_more_than_one_node() -> None:
     )
     job = read_job(plan.config, plan.dims, plan.family, plan.args)
     assert peak(job).bytes > find_cluster("h100").memory
+
+
+def test_muon_keeps_12_bytes_for_a_parameter_of_a_matrix_and_adamw_16() -> None:
+    def job_with(optimizer: str) -> Job:
+        overrides = [f"--optimizer.name={optimizer}", "--data.tokenizer_path="]
+        plan = make_plan(PRESETS / "llama3_8b.toml", overrides, 8, with_files=False)
+        return read_job(plan.config, plan.dims, plan.family, plan.args)
+
+    adamw, muon = (job_with(name) for name in ("AdamW", "Muon"))
+    saved = peak(adamw).parts["optimizer"] - peak(muon).parts["optimizer"]
+    assert saved == 4 * num_block_params(muon.args) / 8
+    # Without the vocabulary: 666e12 FLOPs of 5 steps (arXiv:2502.16982 has the formula).
+    products = [5 * (4 * m * m * n + 2 * m**3) for m, n in block_matrices(muon.args)]
+    assert sum(products) * muon.args.num_layers == pytest.approx(666e12, rel=0.01)
+    model = StepModel(find_cluster("h100"), muon)
+    longer = model.predict(muon).parts["optimizer"] / model.predict(adamw).parts["optimizer"]
+    assert longer > 2

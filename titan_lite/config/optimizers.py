@@ -37,7 +37,7 @@ class Optimizer(Section):
 
     name: str
     """The optimizer. "AdamW" decays weights decoupled from the gradient, "Adam" adds the decay to
-    the gradient."""
+    the gradient, "Muon" orthogonalizes the momentum of matrices and steps the rest by AdamW."""
     lr: PositiveFloat = 3e-4
     """Peak learning rate."""
     weight_decay: NonNegativeFloat = 0.1
@@ -76,6 +76,34 @@ class Adam(AdamOptimizer):
     name: Literal["Adam"] = "Adam"
 
 
+class Muon(AdamOptimizer):
+    """Matrices of attention and feed-forward by Muon (arXiv:2502.16982), the rest by AdamW."""
+
+    ALGORITHMS: ClassVar[tuple[str, ...]] = ("muon", "adamw")
+
+    name: Literal["Muon"] = "Muon"
+    momentum: Dropped = 0.95
+    """Decay of the average of gradients that is orthogonalized."""
+    nesterov: bool = True
+    """Orthogonalize the average as it will be if the gradient stays the same."""
+    adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Factor of a matrix' learning rate: 0.2 sqrt(max(rows, columns)), with which AdamW's rate and
+    decay fit, or sqrt(max(1, rows / columns)), which takes rates near 0.02."""
+    ns_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of Newton-Schulz; "auto": float32 with training.param_dtype "float32", else
+    bfloat16."""
+    ns_coefficients: Annotated[list[float], Field(min_length=3, max_length=3)] = [
+        3.4445,
+        -4.7750,
+        2.0315,
+    ]
+    """Factors of x, x^3 and x^5 in an iteration of Newton-Schulz."""
+    ns_steps: Annotated[int, Field(gt=0, lt=100)] = 5
+    """Iterations of Newton-Schulz."""
+    per_head: bool = False
+    """Orthogonalize the rows of each head of queries, keys and values on their own."""
+
+
 OPTIMIZERS = TaggedTable("name", Optimizer)
 BUILDERS: Registry[tuple[type[Optimizer], str]] = Registry("optimizer")
 """Name -> its section, and "module:function" of an optim.optimizer.Builder."""
@@ -89,3 +117,4 @@ def register_optimizer(section: type[Optimizer], build: str) -> None:
 
 register_optimizer(AdamW, "titan_lite.optim.optimizer:build_adam")
 register_optimizer(Adam, "titan_lite.optim.optimizer:build_adam")
+register_optimizer(Muon, "titan_lite.optim.muon:build_muon")

@@ -7,6 +7,7 @@ from typing import Any
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import DEFAULT, LoadedConfig
 from titan_lite.config.needs import Needs, unmet_needs, value_of
+from titan_lite.config.optimizers import Muon
 from titan_lite.config.problems import FIELDS, quote
 from titan_lite.config.schema import Config
 
@@ -46,6 +47,13 @@ def _wasteful(config: Config, dims: ParallelDims) -> Iterator[str]:
         yield (
             f"lr_scheduler.warmup_steps ({scheduler.warmup_steps}) >= training.steps "
             f"({steps}): the learning rate never reaches optimizer.lr ({config.optimizer.lr:g})"
+        )
+    optimizer = config.optimizer
+    rounds = isinstance(optimizer, Muon) and optimizer.ns_dtype == "bfloat16"
+    if rounds and config.training.param_dtype == "float32":
+        yield (
+            'optimizer.ns_dtype = "bfloat16" rounds the updates of float32 parameters: layouts '
+            'differ by up to 2 % of an update; "float32" keeps them within 1e-5'
         )
     decay_steps = round(scheduler.decay_ratio * steps)
     if scheduler.decay_type == "constant" or scheduler.decay_ratio == 1:

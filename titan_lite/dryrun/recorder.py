@@ -37,6 +37,7 @@ ALLOCATORS: tuple[tuple[str, Category], ...] = (
     ("/torch/distributed/fsdp/", "unsharded"),
     ("/titan_lite/training/loss.py", "logits"),
     ("/torch/optim/", "optimizer"),
+    ("/titan_lite/optim/", "optimizer"),
 )
 # Where DTensor tries an operation on the global shapes, to know those of the result.
 SHARDING_PROPAGATION = "/torch/distributed/tensor/_sharding_prop.py"

@@ -12,7 +12,7 @@ from titan_lite.config.rules import config_rules, file_rules
 from titan_lite.config.warnings import log_warnings
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.registry import Family, resolve
-from titan_lite.models.rules import hf_rules, model_rules, objective_rules
+from titan_lite.models.rules import hf_rules, model_rules, objective_rules, optimizer_rules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,7 @@ def make_plan(
             family, args = model = resolve(config.model)
             problems.errors += model_rules(config, args)
             problems.errors += objective_rules(config, family)
+            problems.errors += optimizer_rules(config, family)
             problems.errors += hf_rules(config, family, args)
     assert dims is not None
     assert model is not None

@@ -41,7 +41,11 @@ KINDS: dict[Role, Kind] = {
     "head": "head",
     "colwise": "matrix",
     "rowwise": "matrix",
+    "router": "router",
+    "expert": "expert",
 }
+MATRIX_KINDS: tuple[Kind, ...] = ("matrix", "expert", "router")
+"""What Muon steps."""
 
 
 @dataclass(frozen=True)

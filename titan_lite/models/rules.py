@@ -3,11 +3,13 @@
 import dataclasses
 from collections.abc import Iterator
 
+from titan_lite.config.optimizers import Muon
 from titan_lite.config.problems import SettingError, did_you_mean, nearest, quote
 from titan_lite.config.schema import Config, MaskedLM
 from titan_lite.models.args import VOCAB_MULTIPLE, DecoderArgs, EncoderArgs, MoEArgs
 from titan_lite.models.family import Family
 from titan_lite.models.hf_config import unsaid_in_hf
+from titan_lite.models.roles import KINDS, MATRIX_KINDS
 
 # Special tokens, and a few of text in each part.
 SHORTEST_PAIR = 8
@@ -67,6 +69,31 @@ def objective_rules(config: Config, family: Family) -> Iterator[SettingError]:
             ("masked_lm.next_sentence", "data.num_streams", "data.shuffle_buffer"),
             f"data.shuffle_buffer ({data.shuffle_buffer}) / data.num_streams ({data.num_streams}) "
             f"is below 2: next-sentence pairs need at least 2 documents per stream",
+        )
+
+
+def optimizer_rules(config: Config, family: Family) -> Iterator[SettingError]:
+    """Broken rules between Muon, the precision and the family."""
+    section, plan = config.optimizer, family.tp_plan
+    if not isinstance(section, Muon):
+        return
+    if config.training.param_dtype == "float16":
+        yield SettingError(
+            "optimizer.name",
+            '"Muon" is not tested with the loss scaling of training.param_dtype = "float16"; '
+            'set training.param_dtype = "bfloat16"',
+        )
+    has_group = any(group.algorithm == "muon" for group in section.groups)
+    if not has_group and not any((row.kind or KINDS.get(row.role)) in MATRIX_KINDS for row in plan):
+        yield SettingError(
+            ("optimizer.name", "model.name"),
+            f'"Muon" requires matrices, and no row of the tp_plan of family {quote(family.name)} '
+            'names any; set algorithm = "muon" in a table of [[optimizer.groups]]',
+        )
+    if section.per_head and not any(row.matches("layers.0.attention.wq") for row in plan):
+        yield SettingError(
+            ("optimizer.per_head", "model.name"),
+            f"per_head has no effect: family {quote(family.name)} has no layers.*.attention.wq",
         )
 
 

@@ -5,28 +5,61 @@ Moonlight's (arXiv:2502.16982). Half of a matrix orthogonalized is not half of t
 matrix: one rank works on the whole of it, another rank on the next.
 """
 
+import fnmatch
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from titan_lite.config.optimizers import Muon as Section
+from titan_lite.config.problems import SettingError
+from titan_lite.models.roles import MATRIX_KINDS
 from titan_lite.optim.muon_exchange import Exchange, Matrix, Transfer, assign_owners, boxes
+from titan_lite.optim.nonfinite import DeviceGuardedOptimizer, step_if
+from titan_lite.optim.optimizer import Parameter, Surroundings, build_adam, torch_groups
 
-AdjustLR = Literal["match_rms_adamw", "original"]
-# As torch.optim.Muon's: what a norm is divided by at least.
+# As torch.optim.Muon's: the least that a matrix is divided by.
 EPS = 1e-7
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+# Parameters whose rows are those of heads.
+HEADS = "*.attention.w[qkv].weight"
 
 
-def orthogonalize(
-    matrices: Tensor, coefficients: Sequence[float] = COEFFICIENTS, steps: int = 5
-) -> Tensor:
+def build_muon(
+    section: Section, parameters: Sequence[Parameter], surroundings: Surroundings
+) -> "Muon":
+    """Muon of the matrices, and AdamW of the rest, as one optimizer."""
+    matrices: list[Parameter] = []
+    rest: list[Parameter] = []
+    for p in parameters:
+        is_matrix = p.algorithm == "muon" or (not p.algorithm and p.kind in MATRIX_KINDS)
+        (matrices if is_matrix else rest).append(p)
+        if is_matrix and p.tensor.ndim < 2:
+            raise SettingError(
+                "optimizer.groups",
+                f'algorithm "muon" requires matrices, and {p.name} has {p.tensor.ndim} dim; '
+                'set algorithm = "adamw" for it',
+            )
+    ns_dtype = section.ns_dtype
+    if ns_dtype == "auto":
+        ns_dtype = "float32" if surroundings.param_dtype == torch.float32 else "bfloat16"
+    return Muon(
+        torch_groups(matrices),
+        {p.tensor: p.name for p in matrices},
+        section,
+        ns_dtype=getattr(torch, ns_dtype),
+        head_size=surroundings.args.head_size if section.per_head else None,
+        ranks=surroundings.ranks,
+        adamw=build_adam(section, rest, surroundings) if rest else None,
+    )
+
+
+def orthogonalize(matrices: Tensor, coefficients: Sequence[float], steps: int) -> Tensor:
     """Returns each of (..., rows, columns) with singular values near 1, by Newton-Schulz."""
     a, b, c = coefficients
     is_tall = matrices.shape[-2] > matrices.shape[-1]
@@ -39,7 +72,7 @@ def orthogonalize(
     return (x.mT if is_tall else x).reshape(matrices.shape)
 
 
-def lr_factor(shape: Sequence[int], adjust_lr: AdjustLR) -> float:
+def lr_factor(shape: Sequence[int], adjust_lr: str) -> float:
     """Returns the factor of the learning rate for matrices (..., rows, columns)."""
     rows, columns = shape[-2:]
     if adjust_lr == "original":
@@ -62,55 +95,52 @@ class Entry:
     shape: torch.Size
 
 
-class Muon(torch.optim.Optimizer):
-    """Steps matrices, or stacks of them, given as groups of named parameters.
+class Muon(DeviceGuardedOptimizer):
+    """Steps the matrices of `groups`, or stacks of them, and with `adamw` its parameters.
 
-    group: the ranks that have parts of every parameter; None: this rank has all of them.
-    num_heads: of parameters whose rows are orthogonalized head by head, by name.
+    names: of the matrices. head_size: rows of a head of queries, keys and values, if each head is
+    a separate matrix. ranks: those that have parts of every matrix; None: this one has all.
     """
 
     def __init__(
         self,
-        groups: Iterable[dict[str, Any]],
+        groups: Sequence[dict[str, Any]],
+        names: Mapping[Tensor, str],
+        section: Section,
         *,
-        lr: float = 1e-3,
-        weight_decay: float = 0.1,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        adjust_lr: AdjustLR = "match_rms_adamw",
         ns_dtype: torch.dtype = torch.float32,
-        ns_coefficients: Sequence[float] = COEFFICIENTS,
-        ns_steps: int = 5,
-        num_heads: Mapping[str, int] | None = None,
-        group: dist.ProcessGroup | None = None,
+        head_size: int | None = None,
+        ranks: dist.ProcessGroup | None = None,
+        adamw: torch.optim.Optimizer | None = None,
     ) -> None:
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
-        self.momentum, self.nesterov, self.adjust_lr = momentum, nesterov, adjust_lr
-        self.ns_dtype, self.ns_coefficients, self.ns_steps = ns_dtype, ns_coefficients, ns_steps
+        others = [] if adamw is None else adamw.param_groups
+        super().__init__([*groups, *others], {"lr": section.lr})
+        self.section, self.ns_dtype, self.adamw = section, ns_dtype, adamw
+        self.num_groups = len(groups)
         named: dict[str, Entry] = {}
-        for number, settings in enumerate(self.param_groups):
-            for name, parameter in zip(settings["param_names"], settings["params"], strict=True):
-                heads = (num_heads or {}).get(name)
-                shape = parameter.shape
-                stack = (heads, shape[0] // heads, *shape[1:]) if heads else shape
-                named[name] = Entry(parameter, number, torch.Size(stack))
-                # Now and not later: ranks whose experts got no gradient have it as well.
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        self.local, self.buckets = self._plan(named, group)
+        for number, group in enumerate(groups):
+            for parameter in group["params"]:
+                name, shape = names[parameter], parameter.shape
+                if head_size is not None and fnmatch.fnmatchcase(name, HEADS):
+                    shape = torch.Size((shape[0] // head_size, head_size, *shape[1:]))
+                named[name] = Entry(parameter, number, shape)
+        self.local, self.buckets = self._plan(named, ranks)
 
     def _plan(
         self, named: dict[str, Entry], group: dist.ProcessGroup | None
     ) -> tuple[list[Entry], list[tuple[list[Entry], Exchange]]]:
         """Returns the parameters that need no exchange, and the others, block by block."""
-        ranks = dist.get_process_group_ranks(group) if group is not None else [0]
-        parts = {name: boxes(entry.parameter, ranks) for name, entry in named.items()}
+        rank, num_ranks = 0, 1
+        if group is not None:
+            rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
+        parts = {name: boxes(entry.parameter, rank, num_ranks) for name, entry in named.items()}
         split = [
             name
             for name, entry in named.items()
-            if len(ranks) > 1 and not _is_whole(entry.parameter, parts[name])
+            if num_ranks > 1 and not _is_whole(entry.parameter, parts[name])
         ]
         local = [entry for name, entry in named.items() if name not in split]
-        owners = assign_owners([named[name].shape for name in split], len(ranks))
+        owners = assign_owners([named[name].shape for name in split], num_ranks)
         blocks: dict[str, list[tuple[Entry, Matrix]]] = defaultdict(list)
         for name, owner in zip(split, owners, strict=True):
             entry = named[name]
@@ -128,15 +158,20 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(  # type: ignore[override]
         self,
-        closure: Callable[[], float] | None = None,
+        closure: Any = None,
         *,
         is_finite: Tensor | None = None,
         grad_scale: Tensor | None = None,
     ) -> None:
-        """Divides gradients by `grad_scale` and steps, where `is_finite`; both scalars.
-
-        The host does not wait: a step that is not finite computes, and leaves all as it was.
-        """
+        """A non-finite step computes and communicates, and changes nothing."""
+        if self.adamw is not None:
+            # A checkpoint that is loaded replaces them.
+            self.adamw.param_groups = self.param_groups[self.num_groups :]
+            self.adamw.state = self.state
+            if is_finite is None:
+                self.adamw.step()
+            else:
+                step_if(self.adamw, is_finite, grad_scale)
         for entry in self.local:
             update = self._orthogonalize(self._direction(entry, is_finite, grad_scale), entry)
             self._apply(entry, update, is_finite)
@@ -175,27 +210,32 @@ class Muon(torch.optim.Optimizer):
     ) -> Tensor:
         """Updates the momentum of this rank's part, and returns what is to be orthogonalized."""
         parameter = entry.parameter
-        average = _local(self.state[parameter]["momentum_buffer"])
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        average = _local(state["momentum_buffer"])
         # A parameter without a gradient moves by its momentum.
         gradient = torch.zeros_like(average)
         if parameter.grad is not None:
             gradient = _local(parameter.grad)
         if grad_scale is not None:
             gradient = gradient / grad_scale
-        _assign(average, average.lerp(gradient, 1 - self.momentum), is_finite)
-        return gradient.lerp(average, self.momentum) if self.nesterov else average
+        momentum = self.section.momentum
+        _assign(average, average.lerp(gradient, 1 - momentum), is_finite)
+        return gradient.lerp(average, momentum) if self.section.nesterov else average
 
     def _orthogonalize(self, whole: Tensor, entry: Entry) -> Tensor:
         # A stack of experts may be a part of all of them.
         stack = whole.view(entry.shape) if entry.shape != entry.parameter.shape else whole
-        result = orthogonalize(stack.to(self.ns_dtype), self.ns_coefficients, self.ns_steps)
+        section = self.section
+        result = orthogonalize(stack.to(self.ns_dtype), section.ns_coefficients, section.ns_steps)
         return result.view_as(whole)
 
     def _apply(self, entry: Entry, update: Tensor, is_finite: Tensor | None) -> None:
         settings = self.param_groups[entry.group]
         lr, parameter = settings["lr"], _local(entry.parameter)
         decayed = parameter * (1 - lr * settings["weight_decay"])
-        adjusted = lr * lr_factor(entry.shape, self.adjust_lr)
+        adjusted = lr * lr_factor(entry.shape, self.section.adjust_lr)
         stepped = decayed.add_(update.to(parameter), alpha=-adjusted)
         _assign(parameter, stepped, is_finite)
 

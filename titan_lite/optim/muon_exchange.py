@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -26,9 +27,9 @@ def box(
     after the axes on its right.
     """
     bounds = [(0, size) for size in shape]
-    order = [axis for axis, placement in enumerate(placements) if placement.is_shard()]
-    order += [axis for axis in reversed(range(len(placements))) if _is_strided(placements[axis])]
-    for axis in order:
+    split = [axis for axis, placement in enumerate(placements) if hasattr(placement, "dim")]
+    strided = [axis for axis in reversed(split) if hasattr(placements[axis], "split_factor")]
+    for axis in [*(axis for axis in split if axis not in strided), *strided]:
         dim = placements[axis].dim  # type: ignore[attr-defined]
         start, end = bounds[dim]
         rows = math.ceil((end - start) / mesh_shape[axis])
@@ -37,26 +38,21 @@ def box(
     return tuple(slice(start, end) for start, end in bounds)
 
 
-def _is_strided(placement: Placement) -> bool:
-    return hasattr(placement, "split_factor")
-
-
 def numel(part: Box) -> int:
     """Elements of a box."""
     return math.prod(side.stop - side.start for side in part)
 
 
-def boxes(parameter: Tensor, ranks: Sequence[int]) -> list[Box]:
-    """Returns the boxes of these ranks; of a tensor that is no DTensor, all of it."""
+def boxes(parameter: Tensor, rank: int, num_ranks: int) -> list[Box]:
+    """Returns the boxes of all ranks, of which this is one; without a DTensor there is one rank."""
     if not isinstance(parameter, DTensor):
-        return [tuple(slice(0, size) for size in parameter.shape) for _ in ranks]
+        assert num_ranks == 1
+        return [tuple(slice(0, size) for size in parameter.shape)]
     mesh, placements = parameter.device_mesh, parameter.placements
-    # As nested lists: a dry run's tensors have no values.
-    flat: list[object] = mesh.mesh.tolist()
-    for _ in mesh.shape[1:]:
-        flat = list(itertools.chain.from_iterable(flat))  # type: ignore[arg-type]
-    places = dict(zip(flat, itertools.product(*map(range, mesh.shape)), strict=True))
-    return [box(parameter.shape, mesh.shape, places[rank], placements) for rank in ranks]
+    places = list(itertools.product(*map(range, mesh.shape)))
+    assert len(places) == num_ranks, (mesh, num_ranks)
+    assert list(places[rank]) == list(mesh.get_coordinate() or ()), (mesh, rank)
+    return [box(parameter.shape, mesh.shape, place, placements) for place in places]
 
 
 def cost(shape: Sequence[int]) -> int:
@@ -76,19 +72,19 @@ def assign_owners(shapes: Sequence[Sequence[int]], num_ranks: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Where the parts of one matrix are, by rank of the group."""
+    """The parts of one matrix, by rank of the group."""
 
     shape: torch.Size
     owner: int
     boxes: list[Box]
 
-    @property
-    def senders(self) -> list[int]:
+    @cached_property
+    def senders(self) -> frozenset[int]:
         """The first rank that has each part; replicas have the same."""
         first: dict[tuple[tuple[int, int], ...], int] = {}
         for rank, part in enumerate(self.boxes):
             first.setdefault(tuple((side.start, side.stop) for side in part), rank)
-        return list(first.values())
+        return frozenset(first.values())
 
 
 class Transfer:

@@ -137,7 +137,7 @@ def build_adam(
     if implementation == "auto":
         device_type = parameters[0].tensor.device.type
         implementation = "fused" if device_type in FUSED_DEVICES else "foreach"
-    adam = torch.optim.AdamW if section.name == "AdamW" else torch.optim.Adam
+    adam = torch.optim.Adam if section.name == "Adam" else torch.optim.AdamW
     return adam(
         torch_groups(parameters),
         lr=section.lr,

@@ -104,6 +104,14 @@ def num_block_params(args: DecoderArgs) -> int:
     return args.num_layers * (attention + feed_forward + 2 * _norm(args, args.dim))
 
 
+def block_matrices(args: DecoderArgs) -> list[tuple[int, int]]:
+    """The smaller and the larger side of each matrix of a block."""
+    inner = 2 if args.ffn == "swiglu" else 1
+    experts = args.num_experts if isinstance(args, MoEArgs) else 1
+    sides = [args.attention_dim, args.kv_dim] * 2 + [args.ffn_dim] * (inner + 1) * experts
+    return [(min(args.dim, side), max(args.dim, side)) for side in sides]
+
+
 def _linear(features_in: int, features_out: int, bias: bool) -> int:
     return features_in * features_out + (features_out if bias else 0)
 

@@ -20,6 +20,7 @@ class Job:
     are reduced after the last micro-batch only. kernels: class of the element-wise kernels.
     cp_balanced: each rank has a part of
     the head and of the tail of a causal sequence.
+    ns_steps: of Newton-Schulz, with Muon; 0: all by AdamW.
     stack: the library, as constants.py names it, "" for this one.
     """
 
@@ -57,6 +58,7 @@ class Job:
     reduce_bytes: int = 4
     accumulate_bytes: int = 10
     optimizer_bytes: int = 44
+    ns_steps: int = 0
     kernels: str = "fused"
     attention: str = "flash"
     loss_bytes: int = 28

@@ -89,6 +89,7 @@ def read_job(config: Config, dims: ParallelDims, family: Family, args: DecoderAr
         attention="unfused" if args.attention_dropout else "flash",
         loss_bytes=14 if config.compile.covers("loss") else 28,
         loss_chunks=chunks,
+        ns_steps=getattr(config.optimizer, "ns_steps", 0),
         head_share=share,
     )
 

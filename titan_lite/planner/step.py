@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from titan_lite.planner.cluster import Cluster
-from titan_lite.planner.counts import num_block_params, num_params
+from titan_lite.planner.counts import block_matrices, num_block_params, num_params
 from titan_lite.planner.job import Job
 from titan_lite.planner.kernels import Rates, num_tensors
 
@@ -162,6 +162,8 @@ class StepModel:
         local = self.params / (job.tp * job.pp)
         held = job.shards if job.sharding != "ddp" else 1
         parts["optimizer"] = self.rates.optimizer(job, local / held)
+        if job.ns_steps:
+            parts["optimizer"] += self._muon(job, local / held)
         if m > 1 and (job.syncs_last or job.sharding != "fsdp" or job.pp > 1):
             parts["optimizer"] += m * job.accumulate_bytes * local / self.rates.hbm
         doublings = math.log2(max(1, job.gpus / self.cluster.gpus_per_node))
@@ -171,6 +173,16 @@ class StepModel:
         )
         factor = self.cluster.measured.get(f"step/{job.kernels}", self.k["step"])
         return Step(job, self.cluster, {name: factor * part for name, part in parts.items()})
+
+    def _muon(self, job: Job, shard: float) -> float:
+        """Newton-Schulz on the owners of the matrices, to which shards travel, and back."""
+        owners, matmul = job.gpus // job.pp, self.rates.matmul
+        each = [
+            job.ns_steps * (matmul(m, n, m) + matmul(m, m, m) + matmul(m, m, n))
+            for m, n in block_matrices(job.args)
+        ]
+        busiest = max(max(each), job.args.num_layers / job.gpus * sum(each))
+        return busiest + 2 * self.ring(job.width * shard, owners, 1)
 
     def _slowest(self, job: Job, block: Block, head: float) -> tuple[int, int, bool]:
         """The slowest pipeline rank: its blocks, recomputed blocks, and whether it has the head."""
