@@ -1,13 +1,13 @@
 """Optimizers compared with AdamW: what a step costs, and how fast the loss falls.
 
-    python -m benchmarks.optimizer cost [--warmup 2] [--rounds 5] [--steps 2] [--output FILE]
+    python -m benchmarks.optimizer cost [--warmup 2] [--rounds 5] [--steps 2] [--write]
     python -m benchmarks.optimizer curves [--folder DIR] [--write]
 
 `cost` trains train_configs/debug.toml with each optimizer of OPTIMIZERS in each layout of LAYOUTS;
 they take turns, of whole steps and of the optimizer's part alone, and ratios are by round.
-`curves` trains a small model with AdamW and Muon at each learning rate of RATES, then at the best
-one with more seeds. Runs are kept below --folder, and those that are there are not repeated;
---write keeps the result in benchmarks/results/, and its picture and table in docs/optimizers.md.
+`curves` trains a small model with AdamW and Muon at each learning rate of RATES with each of SEEDS.
+Runs are kept below --folder, and those that are there are not repeated;
+--write keeps the result in benchmarks/results/, and its table and picture in docs/optimizers.md.
 """
 
 import argparse
@@ -27,11 +27,21 @@ from torch.distributed.tensor import DTensor
 
 from benchmarks.families import put
 from benchmarks.manifest import report
-from benchmarks.measure import Run, Values, Variant, add_options, finish, spread, start, take_turn
+from benchmarks.measure import (
+    Run,
+    Values,
+    Variant,
+    add_options,
+    finish,
+    measure,
+    spread,
+    start,
+    take_turn,
+)
 from benchmarks.workers import Group
 from titan_lite.dryrun.measure import recorder
 from titan_lite.models.plan import make_plan
-from titan_lite.training.trainer import Trainer
+from titan_lite.training.open_run import open_run
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "optimizers.md"
@@ -151,7 +161,7 @@ def _ratios(seconds: Sequence[float], first: Sequence[float]) -> list[float]:
 def train(folder: str, overrides: Sequence[str]) -> None:
     """Trains into a run folder."""
     settings = [*SETTINGS, *overrides, f"--job.dump_folder={folder}"]
-    trainer = Trainer(make_plan(CONFIG, settings, 1))
+    trainer = open_run(make_plan(CONFIG, settings, 1))
     try:
         trainer.train()
     finally:
@@ -183,7 +193,7 @@ class Curves:
 
     def best(self, name: str) -> tuple[float, dict[str, float]]:
         """The learning rate with the lowest final loss, and that loss at each."""
-        final = {lr: self.mean(name, lr, SEEDS[:1])[-1] for lr in RATES}
+        final = {lr: self.mean(name, lr, SEEDS)[-1] for lr in RATES}
         return min(final, key=lambda lr: final[lr]), {f"{lr:g}": final[lr] for lr in final}
 
 
@@ -203,7 +213,24 @@ def curves(options: argparse.Namespace) -> Values:
             }
     adamw, muon = (results["optimizers"][name]["curve"] for name in ("AdamW", "Muon"))
     reached = next((step for step, loss in enumerate(muon, 1) if loss <= adamw[-1]), None)
-    return results | {"steps": len(adamw), "muon_reaches_adamw_at": reached}
+    return results | {
+        "steps": len(adamw),
+        "muon_reaches_adamw_at": reached,
+        "step_over_adamw": step_over_adamw(options),
+    }
+
+
+def step_over_adamw(options: argparse.Namespace) -> Values:
+    """The time of Muon's step over AdamW's, of the model of `curves` in one process."""
+    settings = [
+        s
+        for s in SETTINGS
+        if not s.startswith(("--training.steps", "--metrics.log", "--metrics.enable"))
+    ]
+    variants = [Variant(name, CONFIG, (*settings, *OPTIMIZERS[name])) for name in ("AdamW", "Muon")]
+    results = measure(variants, warmup=options.warmup, rounds=options.rounds, steps=options.steps)
+    ratio: Values = results[1]["over_first"]["seconds_per_step"]
+    return ratio
 
 
 def draw(optimizers: Mapping[str, Any], path: Path) -> None:
@@ -221,7 +248,7 @@ def draw(optimizers: Mapping[str, Any], path: Path) -> None:
     final = optimizers["AdamW"]["curve"][-1]
     left.axhline(final, color="0.45", linestyle="--", linewidth=1)
     left.set(xlabel="step", ylabel="loss, nats per token", title="best learning rate, 3 seeds")
-    right.set(xlabel="learning rate", xscale="log", title="final loss, 1 seed")
+    right.set(xlabel="learning rate", xscale="log", title="final loss, 3 seeds")
     for axes in (left, right):
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
@@ -241,8 +268,34 @@ def table(result: Values) -> str:
             f"| {min(last):.3f}, {max(last):.3f} |"
         )
     reached = result["muon_reaches_adamw_at"]
-    answer = f"at step {reached} of {result['steps']}" if reached else "in none of its steps"
-    return "\n".join([*lines, "", f"Muon reaches AdamW's final loss {answer}."]) + "\n"
+    ratio = result["step_over_adamw"]["median"]
+    if reached:
+        time = reached / result["steps"] * ratio
+        answer = (
+            f"Muon reaches AdamW's final loss at step {reached} of {result['steps']}. Its step "
+            f"takes {ratio:.2f} times as long, so this is {time:.2f} of AdamW's wall time."
+        )
+    else:
+        answer = (
+            f"Muon does not reach AdamW's final loss. Its step takes {ratio:.2f} times as long."
+        )
+    return "\n".join([*lines, "", answer]) + "\n"
+
+
+def cost_table(results: Sequence[Values]) -> str:
+    """The result of `cost` as Markdown."""
+    lines = [
+        "| optimizer | layout | training step over AdamW's | optimizer's part over AdamW's "
+        "| bytes sent by a rank, per parameter | state, bytes per parameter |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {r['optimizer']} | {r['layout']} | {r['step_over_adamw']['median']:.2f} "
+        f"| {r['optimizer_over_adamw']['median']:.1f} "
+        f"| {r['sent_bytes_per_parameter_and_rank']:.2f} | {r['state_bytes_per_parameter']:.2f} |"
+        for r in results
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -260,13 +313,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, options.overrides = parser.parse_known_args(argv)
     if options.what == "cost":
         results: Any = [result for layout in LAYOUTS for result in cost(layout, options)]
-        report("optimizer", results, options.output)
-        return 0
-    results = curves(options)
-    report("optimizer", results, "optimizer_curves.json" if options.write else options.output)
+        text = cost_table(results)
+    else:
+        results = curves(options)
+        text = table(results)
+    report(
+        "optimizer", results, f"optimizer_{options.what}.json" if options.write else options.output
+    )
     if options.write:
-        draw(results["optimizers"], PAGE.with_suffix(".png"))
-        PAGE.write_text(put(PAGE.read_text(), "curves", table(results)))
+        PAGE.write_text(put(PAGE.read_text(), options.what, text))
+        if options.what == "curves":
+            draw(results["optimizers"], PAGE.with_suffix(".png"))
     return 0
 
 

@@ -24,6 +24,7 @@ from benchmarks import (
     h200,
     idle,
     measure,
+    optimizer,
     step,
     torchtitan_side,
     trainer_overhead,
@@ -526,3 +527,18 @@ def test_a_torchtitan_that_cannot_be_installed_is_one_message(
     packages = tmp_path / "packages"
     assert beside_torchtitan.main([f"--packages={packages}"]) == 2
     assert f"torchtitan could not be installed into {packages}\n" in capsys.readouterr().err
+
+
+def test_the_best_learning_rate_is_that_of_the_lowest_last_losses(tmp_path: Path) -> None:
+    for rate in optimizer.RATES:
+        for seed in optimizer.SEEDS:
+            folder = tmp_path / "AdamW" / f"{rate:g}" / str(seed)
+            folder.mkdir(parents=True)
+            losses = [8 - 5 * step / optimizer.STEPS for step in range(optimizer.STEPS)]
+            records = [{"loss": loss + abs(rate - 8e-3) + seed / 10} for loss in losses]
+            (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    # Nothing is left to train.
+    curves = optimizer.Curves(tmp_path, None)  # type: ignore[arg-type]
+    best, final = curves.best("AdamW")
+    assert best == 8e-3
+    assert final["0.008"] == pytest.approx(8 - 5 * 0.945 + 0.2)
