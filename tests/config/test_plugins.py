@@ -35,7 +35,7 @@ def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (package / "setup.py").write_text(FAMILY)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
+    monkeypatch.setattr(registry._FAMILIES, "_rows", dict(registry._FAMILIES))
     yield package / "setup.py"
     for name in [name for name in sys.modules if name.split(".")[0] == "my_plugin"]:
         del sys.modules[name]

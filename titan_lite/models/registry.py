@@ -2,10 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 from titan_lite.config.problems import SettingError, did_you_mean, nearest, quote
+from titan_lite.config.registry import Registry
 from titan_lite.config.schema import Model
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.bert import BERT, MEGATRON_BERT
@@ -20,28 +20,26 @@ from titan_lite.models.qwen import QWEN, QWEN2_5, QWEN3
 __all__ = ["Family", "families", "family_of", "register", "resolve"]
 
 T = TypeVar("T")
-_FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (
-        *(LLAMA, INTERNLM, QWEN, QWEN2_5, QWEN3, QWEN3_MOE, MIXTRAL),
-        *(GPT_NEOX, GPT, BERT, MEGATRON_BERT),
-    )
-}
+_FAMILIES: Registry[Family] = Registry(
+    "model family",
+    {
+        family.name: family
+        for family in (
+            *(LLAMA, INTERNLM, QWEN, QWEN2_5, QWEN3, QWEN3_MOE, MIXTRAL),
+            *(GPT_NEOX, GPT, BERT, MEGATRON_BERT),
+        )
+    },
+)
 
 
 def register(family: Family) -> None:
     """Adds a family; ValueError where another one already has its name."""
-    known = _FAMILIES.setdefault(family.name, family)
-    if known != family:
-        raise ValueError(
-            f"another model family is already registered as {quote(family.name)}; "
-            "choose another name"
-        )
+    _FAMILIES.register(family.name, family)
 
 
 def families() -> Mapping[str, Family]:
     """All families registered so far, by name."""
-    return MappingProxyType(_FAMILIES)
+    return _FAMILIES
 
 
 def resolve(section: Model) -> tuple[Family, DecoderArgs]:
