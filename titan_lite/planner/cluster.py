@@ -3,14 +3,13 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from titan_lite.config.load import ConfigError, Problem
 from titan_lite.config.problems import did_you_mean, nearest, quote
-from titan_lite.planner.constants import ASSETS, FITTED, LITERATURE, Constants, architecture
-from titan_lite.planner.hardware import DEVICES, Device, NumberFormat
+from titan_lite.planner.constants import ASSETS, FITTED, LITERATURE, Constants
+from titan_lite.planner.hardware import DEFAULT_MULTIPROCESSORS, DEVICES, Device, NumberFormat
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -46,21 +45,10 @@ class Cluster:
     calibrated: bool = False
     source: str = ""
     values: Mapping[str, float] = field(default_factory=lambda: LITERATURE | FITTED)
-    multiprocessors: int | None = None
 
     def constants(self, stack: str = "") -> Constants:
         """The constants on this cluster under a software stack."""
-        return Constants({**self.values, **self.measured}, self.architecture, stack)
-
-    @property
-    def architecture(self) -> str:
-        """Of the devices, as constants.py names them."""
-        return architecture(self.device.name)[0]
-
-    @cached_property
-    def num_multiprocessors(self) -> int:
-        """Of a device."""
-        return self.multiprocessors or architecture(self.device.name)[1]
+        return Constants({**self.values, **self.measured}, self.device.architecture, stack)
 
     def peak(self, number_format: NumberFormat) -> float:
         """Dense peak in FLOP/s; of float32 where the device has no such format."""
@@ -121,18 +109,18 @@ def cluster_from(tables: dict[str, Any], path: Path) -> Cluster:
     device = tables.pop("device", None)
     if isinstance(device, dict):
         blank = dict.fromkeys(Device.__dataclass_fields__)
-        tables.setdefault("multiprocessors", device.pop("multiprocessors", None))
         if unknown := device.keys() - blank.keys():
             raise wrong(f"device.{min(unknown)}", f"unknown key (known: {', '.join(blank)})")
-        found = Device(**{**blank, "names": (), "source": str(path), **device})
+        own = {"architecture": str(device.get("name")), "multiprocessors": DEFAULT_MULTIPROCESSORS}
+        found = Device(**{**blank, **own, "names": (), "source": str(path), **device})
     else:
         names = {known.name: known for known in DEVICES}
         if device not in names:
             hint = did_you_mean(nearest(str(device), list(names)))
-            raise wrong("device", f"no device {quote(str(device))} in planner/hardware.py{hint}")
+            raise wrong("device", f"no device {quote(str(device))} in assets/devices.txt{hint}")
         found = names[device]
     numbers = ("gpus_per_node", "node_nic_gbs", "price_per_gpu_hour", "pue", "host_watts")
-    known = {*numbers, "power_limit_w", "measured", "calibrated", "source", "multiprocessors"}
+    known = {*numbers, "power_limit_w", "measured", "calibrated", "source"}
     if unknown := tables.keys() - known:
         hint = did_you_mean(nearest(min(unknown), sorted(known)))
         raise wrong(min(unknown), f"unknown key{hint}")

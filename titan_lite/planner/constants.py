@@ -19,36 +19,12 @@ LITERATURE: dict[str, float] = TABLES["literature"]
 FITTED: dict[str, float] = TABLES["fitted"]
 SPREADS: dict[str, float] = TABLES["spreads"]
 
-# First words of a device's name -> its architecture and multiprocessors (AMD: compute units).
-ARCHITECTURES = (
-    ("A100 SXM 64GB", "A100-64", 124),
-    ("A100", "A100", 108),
-    ("A800", "A100", 108),
-    ("H100 PCIe", "H100", 114),
-    ("H100", "H100", 132),
-    ("H200", "H100", 132),
-    ("GH200", "H100", 132),
-    ("B200", "B200", 148),
-    ("GB200", "B200", 148),
-    ("V100", "V100", 80),
-    ("MI250X", "MI250X", 110),
-    ("MI300X", "MI300X", 304),
-)
-
 
 def base_name(name: str) -> str:
     """The name in LITERATURE that covers this one: "hbm" for "hbm/A100/llm-foundry"."""
     while name not in LITERATURE:
         name = name.rpartition("/")[0]
     return name
-
-
-def architecture(device: str) -> tuple[str, int]:
-    """The architecture and multiprocessors of a device; 108 of one that is not listed."""
-    for words, name, count in ARCHITECTURES:
-        if device.startswith(words):
-            return name, count
-    return device, 108
 
 
 @dataclass(frozen=True)

@@ -39,11 +39,6 @@ def num_params(args: DecoderArgs) -> int:
     return rest + num_looked_up_params(args)
 
 
-def num_params_non_embedding(args: DecoderArgs) -> int:
-    """Parameters less those that no token is multiplied by."""
-    return num_params(args) - num_unused_params(args)
-
-
 def num_unused_params(args: DecoderArgs) -> int:
     """Parameters that a token is not multiplied by.
 
@@ -149,30 +144,3 @@ def flops_per_token(
         causal=model - attention // 2 if is_causal else model,
         hardware=model + again if num_recomputed_layers else None,
     )
-
-
-def megatron_flops_per_token(
-    *,
-    dim: int,
-    num_layers: int,
-    attention_dim: int,
-    kv_dim: int,
-    ffn_dim: float,
-    vocab_size: int,
-    seq_len: int,
-    gated: bool = True,
-    recompute: bool = False,
-    causal: bool = False,
-) -> float:
-    """FLOPs per token by matmul: 3 times the forward; recomputed blocks 4 times, the head still 3.
-
-    Megatron SC'21 (Narayanan et al., arXiv:2104.04473, appendix) is the plain, recomputed case with
-    ffn_dim = 4 dim: 96 L h^2 (1 + s / 6h + V / 16 L h). InternLM's get_megatron_flops is the gated
-    one with ffn_dim = mlp_ratio dim, not rounded; nanotron's get_flops the gated one, never
-    recomputed; Megatron-LM now, NeMo and MaxText halve the attention (causal).
-    """
-    projections = 4 * dim * attention_dim + 4 * dim * kv_dim
-    scores = 4 * seq_len * attention_dim / (2 if causal else 1)
-    feed_forward = (6 if gated else 4) * dim * ffn_dim
-    blocks = num_layers * (projections + scores + feed_forward)
-    return (4 if recompute else 3) * blocks + 3 * 2 * dim * vocab_size

@@ -33,7 +33,7 @@ def interval(step: Step) -> Interval:
     """The interval around a predicted step."""
     job, cluster, notes = step.job, step.cluster, []
     low, high = CALIBRATED if cluster.calibrated else KNOWN
-    if not cluster.calibrated and cluster.architecture not in VALIDATED:
+    if not cluster.calibrated and cluster.device.architecture not in VALIDATED:
         low, high = UNKNOWN
         notes.append(f"no run on {cluster.device.name} validates the model: calibrate it")
     elif not cluster.calibrated and job.kernels not in STACKS:

@@ -59,7 +59,7 @@ class Rates:
 
     def matmul(self, M: float, K: float, N: float, *, float8: bool = False) -> float:
         """Seconds of an (M, K) x (K, N) product."""
-        units = self.cluster.num_multiprocessors
+        units = self.cluster.device.multiprocessors
         best = 0.0
         for rows, columns, quality in TILES:
             waves = math.ceil(M / rows) * math.ceil(N / columns) / units

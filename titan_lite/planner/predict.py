@@ -145,7 +145,9 @@ def advice(
     now = predict(read_job(config, dims, family, args), cluster, 1.0)
     better = []
     for values in _changes(config, dims, cluster, now.job):
-        other = with_values(config, values | {"training.global_batch_size": _samples(now.job)})
+        other = with_values(
+            config, values | {"training.global_batch_size": now.job.tokens // now.job.seq_len}
+        )
         try:
             new_dims = ParallelDims.resolve(other.parallel, dims.world_size)
         except ValueError:
@@ -185,10 +187,6 @@ def fitting_settings(
 def setting(key: str, value: object) -> str:
     """A key and its value, as an override."""
     return f"--{key}={value}".lower() if isinstance(value, bool) else f"--{key}={value}"
-
-
-def _samples(job: Job) -> int:
-    return job.tokens // job.seq_len
 
 
 def _changes(config: Config, dims: ParallelDims, cluster: Cluster, job: Job) -> Iterator[Values]:

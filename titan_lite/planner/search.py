@@ -2,10 +2,12 @@
 
 import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
+
+from pydantic import BaseModel
 
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.schema import Config, Parallel
@@ -97,21 +99,10 @@ def candidates(
 
     The other keys stay as they are. A candidate has the sections that rules and the planner read.
     """
-    trainings = [
-        (
-            {"training.local_batch_size": micro, "training.global_batch_size": samples},
-            config.training.model_copy(
-                update={"local_batch_size": micro, "global_batch_size": samples}
-            ),
-        )
-        for micro in MICRO_BATCHES
-    ]
-    section = config.activation_checkpoint
-    modes = dict.fromkeys((section.mode, *MODES))
-    checkpoints = [
-        ({"activation_checkpoint.mode": mode}, section.model_copy(update={"mode": mode}))
-        for mode in modes
-    ]
+    batches = [{"local_batch_size": m, "global_batch_size": samples} for m in MICRO_BATCHES]
+    modes = [{"mode": mode} for mode in dict.fromkeys((config.activation_checkpoint.mode, *MODES))]
+    trainings = _variants("training", config.training, batches)
+    checkpoints = _variants("activation_checkpoint", config.activation_checkpoint, modes)
     sections = {name: getattr(config, name) for name in type(config).model_fields}
     for keys, parallel, dims in layouts_of(config.parallel, world_size, cluster):
         for (batch, training), (mode, checkpoint) in itertools.product(trainings, checkpoints):
@@ -124,6 +115,16 @@ def candidates(
             yield keys | batch | mode, cast(Config, SimpleNamespace(**changed)), dims
 
 
+def _variants(
+    name: str, section: BaseModel, choices: Sequence[Mapping[str, object]]
+) -> list[tuple[dict[str, object], Any]]:
+    """A section with other values, and their keys."""
+    return [
+        ({f"{name}.{key}": v for key, v in values.items()}, section.model_copy(update=values))
+        for values in choices
+    ]
+
+
 def layouts_of(
     parallel: Parallel, world_size: int, cluster: Cluster
 ) -> Iterator[tuple[dict[str, object], Parallel, ParallelDims]]:
@@ -133,16 +134,9 @@ def layouts_of(
         if remainder or tp > cluster.gpus_per_node:
             continue
         for shard in divisors(rest):
-            degrees = {
-                "dp_replicate": rest // shard,
-                "dp_shard": shard,
-                "cp": cp,
-                "tp": tp,
-                "pp": pp,
-            }
-            dims = ParallelDims(**degrees)
+            dims = ParallelDims(pp=pp, dp_replicate=rest // shard, dp_shard=shard, cp=cp, tp=tp)
             for choice in _choices(parallel, dims):
-                values: dict[str, object] = {**degrees, **choice}
+                values = asdict(dims) | choice
                 if parallel.async_tp and tp == 1:
                     values["async_tp"] = False
                 keys = {f"parallel.{key}": value for key, value in values.items()}

@@ -459,7 +459,7 @@ def _hops(ring: Ring, number: int) -> float:
 
 def _with(cluster: Cluster, constants: Mapping[str, float]) -> Cluster:
     """The cluster with these in place of what is known of its architecture."""
-    special = {name: f"{name}/{cluster.architecture}" for name in constants}
+    special = {name: f"{name}/{cluster.device.architecture}" for name in constants}
     measured = {
         special[name] if special[name] in cluster.values else name: value
         for name, value in constants.items()
@@ -483,14 +483,13 @@ def _line(
 def describe_machine(machine: Machine, seconds: Seconds) -> Cluster:
     """Devices and nodes, by datasheet where there is one, else by the best of what was measured."""
     process, name = machine.process, device_name(machine.process.device)
-    device, multiprocessors = find_device(name), None
+    device, multiprocessors = find_device(name), 1
     if device is None:
         linears = range(len(machine.sizes.linears))
         flops = [6 * math.prod(shape) for shape in machine.sizes.linears]
         best = max(flops[n] / seconds[f"linear {n}"] for n in linears) / 1e12
         faster = [seconds[f"linear {n}"] / seconds[f"float32 {n}"] for n in linears]
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / machine.per_node
-        multiprocessors = 1
         if process.device.type == "cuda":
             properties = torch.cuda.get_device_properties(process.device)
             memory, multiprocessors = properties.total_memory, properties.multi_processor_count
@@ -501,6 +500,8 @@ def describe_machine(machine: Machine, seconds: Seconds) -> Cluster:
             "fp32_tflops": best * math.exp(statistics.mean(map(math.log, faster))),
             "memory_gb": memory / 2**30,
             "hbm_gbs": 2 * machine.sizes.rings[-1] / seconds["copy"] / 1e9,
+            "architecture": name,
+            "multiprocessors": multiprocessors,
             "source": MEASURED,
         }
         device = Device(**facts)
@@ -509,7 +510,6 @@ def describe_machine(machine: Machine, seconds: Seconds) -> Cluster:
         device=device,
         gpus_per_node=machine.per_node,
         node_nic_gbs=50.0 * machine.per_node,
-        multiprocessors=multiprocessors,
     )
 
 
@@ -529,7 +529,7 @@ def to_toml(cluster: Cluster, source: str, price: float) -> str:
     """The cluster's file."""
     device, table = cluster.device.name, {}
     if cluster.device.source == MEASURED:
-        facts = dataclasses.asdict(cluster.device) | {"multiprocessors": cluster.multiprocessors}
+        facts = dataclasses.asdict(cluster.device)
         table = {key: value for key, value in facts.items() if key != "names" and value is not None}
     rows: dict[str, Any] = {
         **({} if table else {"device": device}),
