@@ -7,7 +7,7 @@ from titan_lite.planner.cluster import VALIDATED
 from titan_lite.planner.step import Step
 
 # Measured over predicted step time: of published runs on known stacks (predictions are optimistic),
-# on machines that were calibrated, and on stacks or devices that nothing validates.
+# on such machines once calibrated, and on stacks or devices that nothing validates.
 KNOWN, CALIBRATED, UNKNOWN = (0.93, 1.12), (0.94, 1.06), (0.93, 1.60)
 # 90 % intervals are wider by this.
 WIDER = 1.5
@@ -33,9 +33,10 @@ def interval(step: Step) -> Interval:
     """The interval around a predicted step."""
     job, cluster, notes = step.job, step.cluster, []
     low, high = CALIBRATED if cluster.calibrated else KNOWN
-    if not cluster.calibrated and cluster.device.architecture not in VALIDATED:
+    if cluster.device.architecture not in VALIDATED:
         low, high = UNKNOWN
-        notes.append(f"no run on {cluster.device.name} validates the model: calibrate it")
+        remedy = "" if cluster.calibrated else ": calibrate it"
+        notes.append(f"no run on {cluster.device.name} validates the model{remedy}")
     elif not cluster.calibrated and job.kernels not in STACKS:
         low, high = UNKNOWN
         notes.append(f'no run with kernels of class "{job.kernels}" validates the model')
