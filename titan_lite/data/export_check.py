@@ -139,10 +139,10 @@ def _documents(source: Source, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def _reason(tokenizer: Tokenizer) -> str:
-    from titan_lite.data.sentencepiece_json import model_json
+    from titan_lite.data.sentencepiece_json import sentencepiece_backend
 
     try:
-        model_json(tokenizer.files["tokenizer.model"])
+        sentencepiece_backend(tokenizer.files["tokenizer.model"])
     except ValueError as error:
         return str(error)
     raise AssertionError("a tokenizer.json is possible")

@@ -136,18 +136,19 @@ def _begin_as_in_training(
 
 def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """A tokenizer.json that gives the ids of a tokenizer; ValueError where there is none."""
-    if isinstance(tokenizer, TiktokenTokenizer):
-        return _tiktoken_json(tokenizer)
     if isinstance(tokenizer, HFTokenizer):
-        document: dict[str, Any] = json.loads(tokenizer.files["tokenizer.json"])
-        return document | {"truncation": None, "padding": None}
-    from titan_lite.data.sentencepiece_json import model_json
+        content: str | bytes = tokenizer.files["tokenizer.json"]
+    elif isinstance(tokenizer, TiktokenTokenizer):
+        content = _tiktoken_backend(tokenizer).to_str()
+    else:
+        from titan_lite.data.sentencepiece_json import sentencepiece_backend
 
-    parts = model_json(tokenizer.files["tokenizer.model"])
-    return {"version": "1.0", "truncation": None, "padding": None, "post_processor": None, **parts}
+        content = sentencepiece_backend(tokenizer.files["tokenizer.model"]).to_str()
+    document: dict[str, Any] = json.loads(content)
+    return document | {"truncation": None, "padding": None}
 
 
-def _tiktoken_json(tokenizer: TiktokenTokenizer) -> dict[str, Any]:
+def _tiktoken_backend(tokenizer: TiktokenTokenizer) -> Backend:
     """Byte-level BPE that gives our tokens; special tokens in a text are special."""
     vocabulary = {_spell(token): rank for token, rank in tokenizer.ranks.items()}
     # A piece that is a token is that token, as in tiktoken.
@@ -160,8 +161,7 @@ def _tiktoken_json(tokenizer: TiktokenTokenizer) -> dict[str, Any]:
     )
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
-    document: dict[str, Any] = json.loads(backend.to_str())
-    return document
+    return backend
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[str, str]]:

@@ -10,7 +10,15 @@ import unicodedata
 from typing import Any
 
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
-from tokenizers import normalizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+)
 
 SPACE = "\u2581"
 # Stands between characters that are normalized one by one: no rule knows it.
@@ -27,8 +35,8 @@ _TrainerSpec: Any = sentencepiece_model_pb2.__dict__["TrainerSpec"]
 _Piece = _ModelProto.SentencePiece
 
 
-def model_json(content: bytes) -> dict[str, Any]:
-    """The parts of a tokenizer.json that turn a text into ids, and back.
+def sentencepiece_backend(content: bytes) -> Tokenizer:
+    """The tokenizer of `tokenizers` that turns a text into the ids of a model, and back.
 
     Raises ValueError where `tokenizers` has nothing that does what the model does.
     """
@@ -40,50 +48,37 @@ def model_json(content: bytes) -> dict[str, Any]:
         raise ValueError("treat_whitespace_as_suffix has no form there")
     if any(piece.type == _Piece.UNUSED for piece in proto.pieces):
         raise ValueError("pieces of type UNUSED have no form there")
-    splits = _splits(proto)
-    return {
-        "added_tokens": [
-            _added(number, piece.piece)
-            for number, piece in enumerate(proto.pieces)
-            if piece.type == _Piece.CONTROL
-        ],
-        "normalizer": {"type": "Sequence", "normalizers": _normalizers(content, spec)},
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": splits} if splits else None,
-        "decoder": _decoder(strip=spec.add_dummy_prefix),
-        "model": _unigram(proto) if trainer.model_type == _TrainerSpec.UNIGRAM else _bpe(proto),
-    }
+    is_unigram = trainer.model_type == _TrainerSpec.UNIGRAM
+    backend = Tokenizer(_unigram(proto) if is_unigram else _bpe(proto))
+    backend.normalizer = normalizers.Sequence(_normalizers(content, spec))
+    if splits := _splits(proto):
+        backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(
+        [*steps, *[decoders.Strip(" ", 1, 0)] * spec.add_dummy_prefix]
+    )
+    control = [piece.piece for piece in proto.pieces if piece.type == _Piece.CONTROL]
+    backend.add_special_tokens([AddedToken(piece, normalized=False) for piece in control])
+    return backend
 
 
-def _added(number: int, content: str) -> dict[str, Any]:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": number, "content": content, **flags, "special": True}
-
-
-def _decoder(*, strip: bool) -> dict[str, Any]:
-    decoders: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
-    if strip:
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    return {"type": "Sequence", "decoders": decoders}
-
-
-def _normalizers(content: bytes, spec: Any) -> list[dict[str, Any]]:
+def _normalizers(content: bytes, spec: Any) -> list[Any]:
     """In sentencepiece's order: rules for characters, white space, the prefix, the space's mark."""
-    prefix = [{"type": "Prepend", "prepend": " "}] * spec.add_dummy_prefix
+    prefix = [normalizers.Prepend(" ")] * spec.add_dummy_prefix
     rules = _rules(SentencePieceProcessor(model_proto=content), spec)
     if spec.remove_extra_whitespaces:
-        squeezed = [_regex(r"\A +", ""), _regex("  +", " "), _regex(rf"[ {SPACE}]+\z", "")]
+        squeezed = [
+            normalizers.Replace(Regex(pattern), content)
+            for pattern, content in ((r"\A +", ""), ("  +", " "), (rf"[ {SPACE}]+\z", ""))
+        ]
         # Of nothing but spaces nothing is left, and no prefix is put before that.
         steps = [*rules, *squeezed, *prefix]
     else:
         steps = [*prefix, *rules]
-    return [*steps, _string(" ", SPACE)] if spec.escape_whitespaces else steps
+    return [*steps, normalizers.Replace(" ", SPACE)] if spec.escape_whitespaces else steps
 
 
-def _rules(model: SentencePieceProcessor, spec: Any) -> list[dict[str, Any]]:
+def _rules(model: SentencePieceProcessor, spec: Any) -> list[Any]:
     """The model's replacements of single characters.
 
     `tokenizers` composes characters where sentencepiece does not if they come in an unusual order.
@@ -118,14 +113,14 @@ def _rules(model: SentencePieceProcessor, spec: Any) -> list[dict[str, Any]]:
         if sequence.normalize_str(content) != content:
             # The rule's result is not for the normalizers that follow.
             content, kept = chr(_KEPT + number), content
-            after.append(_string(content, kept))
+            after.append(normalizers.Replace(content, kept))
         before.append(
             # Plain strings are found several times as fast.
-            _string(characters[0], content)
+            normalizers.Replace(characters[0], content)
             if len(characters) == 1
-            else _regex(f"[{''.join(map(re.escape, characters))}]", content)
+            else normalizers.Replace(Regex(f"[{''.join(map(re.escape, characters))}]"), content)
         )
-    return [*before, *({"type": kind} for kind in kinds), *after]
+    return [*before, *(getattr(normalizers, kind)() for kind in kinds), *after]
 
 
 @functools.cache
@@ -135,7 +130,7 @@ def _characters() -> list[str]:
     return [c for c in every if unicodedata.category(c) not in ("Cn", "Co", "Cs")]
 
 
-def _splits(proto: Any) -> list[dict[str, Any]]:
+def _splits(proto: Any) -> list[pre_tokenizers.Split]:
     """Where a text is cut before it is tokenized."""
     own = [p.piece for p in proto.pieces if p.type == _Piece.USER_DEFINED]
     splits = []
@@ -164,46 +159,38 @@ def _cut(name: str, pieces: list[str]) -> str:
     return f"(?<={re.escape(name[:place])})(?={re.escape(name[place:])})"
 
 
-def _bpe(proto: Any) -> dict[str, Any]:
+def _bpe(proto: Any) -> models.BPE:
     """Any two pieces that make a piece are merged, by its score."""
     pieces = list(proto.pieces)
     scores = {p.piece: p.score for p in pieces if p.type == _Piece.NORMAL}
     merges = []
     if proto.trainer_spec.model_type == _TrainerSpec.BPE:
         merges = [
-            (-score, [piece[:i], piece[i:]])
+            (-score, (piece[:i], piece[i:]))
             for piece, score in scores.items()
             for i in range(1, len(piece))
             if piece[:i] in scores and piece[i:] in scores
         ]
-    return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": _unknown(proto)[1],
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": True,
-        "byte_fallback": _has_bytes(proto),
+    return models.BPE(
+        {p.piece: number for number, p in enumerate(pieces)},
+        [pair for _, pair in sorted(merges, key=lambda merge: merge[0])],
+        unk_token=_unknown(proto)[1],
+        fuse_unk=True,
+        byte_fallback=_has_bytes(proto),
         # A user's symbol, which was cut out, is the token of that name.
-        "ignore_merges": any(p.type == _Piece.USER_DEFINED for p in pieces),
-        "vocab": {p.piece: number for number, p in enumerate(pieces)},
-        "merges": [pair for _, pair in sorted(merges, key=lambda merge: merge[0])],
-    }
+        ignore_merges=any(p.type == _Piece.USER_DEFINED for p in pieces),
+    )
 
 
-def _unigram(proto: Any) -> dict[str, Any]:
+def _unigram(proto: Any) -> models.Unigram:
     """User's symbols are what is most probable, other tokens count for no minimum."""
     least = min(p.score for p in proto.pieces if p.type == _Piece.NORMAL)
     scores = {_Piece.USER_DEFINED: 0.0}
-    return {
-        "type": "Unigram",
-        "unk_id": _unknown(proto)[0],
-        "vocab": [
-            [p.piece, p.score if p.type == _Piece.NORMAL else scores.get(p.type, least)]
-            for p in proto.pieces
-        ],
-        "byte_fallback": _has_bytes(proto),
-    }
+    vocabulary = [
+        (p.piece, p.score if p.type == _Piece.NORMAL else scores.get(p.type, least))
+        for p in proto.pieces
+    ]
+    return models.Unigram(vocabulary, _unknown(proto)[0], _has_bytes(proto))
 
 
 def _unknown(proto: Any) -> tuple[int, str]:
@@ -214,14 +201,5 @@ def _has_bytes(proto: Any) -> bool:
     return any(piece.type == _Piece.BYTE for piece in proto.pieces)
 
 
-def _isolate(pattern: str) -> dict[str, Any]:
-    regex = {"Regex": pattern}
-    return {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}
-
-
-def _regex(pattern: str, content: str) -> dict[str, Any]:
-    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
-
-
-def _string(pattern: str, content: str) -> dict[str, Any]:
-    return {"type": "Replace", "pattern": {"String": pattern}, "content": content}
+def _isolate(pattern: str) -> pre_tokenizers.Split:
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
