@@ -24,13 +24,10 @@ APPLIED = Applied(
     whole_parameters=0,
     precision=PRECISION,
     symm_mem=False,
-    sequence_parallel=True,
-    loss_parallel=True,
     saved_ops=(),
     activation_memory_budget=1.0,
     attention="auto",
     dropout={},
-    compiled_loss=False,
 )
 FULL = ActivationCheckpoint(mode="full")
 SELECTIVE = ActivationCheckpoint(mode="selective_op", save=["max"])
@@ -90,7 +87,6 @@ def test_a_mismatch_names_the_modules(
             "attention         torch's choice; cudnn for the keys of each rank\n",
         ),
         ({"activation_memory_budget": 0.5}, "activation memory kept to 0.5 by the compiler\n"),
-        ({"compiled_loss": True}, "compiled          0 of 2 blocks and the loss"),
     ],
 )
 def test_the_table_has_a_line_for_each_technique(changes: dict[str, Any], words: str) -> None:
@@ -131,8 +127,7 @@ def test_everything_is_counted_on_the_modules_of_a_run(
         "  mesh              pp 1 x dp_replicate 1 x fsdp 2 x tp 2",
         "  FSDP2             6 units; 21 parameters sharded, 0 whole; float32 computation, "
         "float32 reduction",
-        "  tensor parallel   1 vocab, 10 colwise, 4 rowwise, 5 sequence, 4 gather, 1 head; "
-        "activations split over the sequence, logits split for the loss",
+        "  tensor parallel   1 vocab, 10 colwise, 4 rowwise, 5 sequence, 4 gather, 1 head",
         "  context parallel  0 modules",
         "  float8            10 linears, 0 of them gathered in it",
         "  attention         torch's choice",

@@ -68,7 +68,7 @@ def parallelize(
         param_dtype=getattr(torch, training.param_dtype),
         reduce_dtype=getattr(torch, training.reduce_dtype),
     )
-    applied = count_applied(model, tp_plan, meshes.model, parallel=parallel, compile=compile)
+    applied = count_applied(model, tp_plan, meshes.model)
     asked = asked_modules(
         model,
         tp_plan,

@@ -55,13 +55,10 @@ class Applied:
     whole_parameters: int
     precision: str
     symm_mem: bool
-    sequence_parallel: bool
-    loss_parallel: bool
     saved_ops: tuple[str, ...]
     activation_memory_budget: float
     attention: str
     dropout: Mapping[str, int]
-    compiled_loss: bool
     merged_attention: tuple[str, ...] = ()
     pipeline: str = ""
     compiled_graphs: int | None = None
@@ -162,11 +159,7 @@ class Applied:
 
     def _tensor_parallel(self) -> str:
         roles = [f"{self.count(role)} {role}" for role in get_args(Role) if self.count(role)]
-        if not roles:
-            return "0 modules"
-        activations = "split over the sequence" if self.sequence_parallel else "whole"
-        logits = "split" if self.loss_parallel else "gathered"
-        return f"{', '.join(roles)}; activations {activations}, logits {logits} for the loss"
+        return ", ".join(roles) or "0 modules"
 
     def _context_parallel(self) -> str:
         kinds = [f"{self.count(name)} {name}" for name in self.modules if " attention over" in name]
@@ -185,8 +178,7 @@ class Applied:
         return f"{blocks} of {self.blocks} blocks{but_for}"
 
     def _compiled(self) -> str:
-        loss = " and the loss" if self.compiled_loss else ""
-        return f"{self.count('compiled')} of {self.blocks} blocks{loss}"
+        return f"{self.count('compiled')} of {self.blocks} blocks"
 
 
 def together(stages: Sequence[Applied]) -> Applied:
@@ -242,14 +234,7 @@ def asked_modules(
     return asked
 
 
-def count_applied(
-    model: Transformer,
-    tp_plan: tuple[PlanRow, ...],
-    mesh: DeviceMesh,
-    *,
-    parallel: Parallel,
-    compile: Compile,
-) -> Applied:
+def count_applied(model: Transformer, tp_plan: tuple[PlanRow, ...], mesh: DeviceMesh) -> Applied:
     """Looks at every module and parameter of a parallelized model."""
     modules = _by_name(model)
     found: dict[str, list[str]] = defaultdict(list)
@@ -291,14 +276,11 @@ def count_applied(
         whole_parameters=whole,
         precision=precision(model),
         symm_mem=uses_symm_mem(model),
-        sequence_parallel=parallel.sequence_parallel,
-        loss_parallel=parallel.loss_parallel,
         saved_ops=saved,
         activation_memory_budget=memory_budget(),
         attention=applied_attention_kernel(),
         merged_attention=tuple(sorted(merged)),
         dropout=dict(dropout),
-        compiled_loss=compile.covers("loss"),
     )
 
 
