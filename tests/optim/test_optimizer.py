@@ -11,6 +11,7 @@ from titan_lite.config.problems import SettingError
 from titan_lite.models.bert import MEGATRON_BERT
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.plan import make_plan
+from titan_lite.models.roles import PlanRow, kind_of
 from titan_lite.nn.build import build
 from titan_lite.optim.optimizer import (
     Surroundings,
@@ -136,6 +137,11 @@ def test_kinds_follow_from_the_roles_of_the_family() -> None:
         "feed_forward.w2.weight",
     }
     assert all("norm" in name or name.endswith("bias") for name in kinds["vector"])
+    moe = (PlanRow("moe.router", "router"), PlanRow("moe.experts", "expert"))
+    assert [kind_of(name, moe) for name in ("moe.router.weight", "moe.experts.w1")] == [
+        "router",
+        "expert",
+    ]
 
 
 @pytest.mark.parametrize("section", [AdamW, Adam])

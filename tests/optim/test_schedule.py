@@ -1,12 +1,15 @@
 """Laws of the learning-rate schedules."""
 
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from titan_lite.config.load import ConfigError
 from titan_lite.config.schema import LRScheduler
+from titan_lite.models.plan import make_plan
 from titan_lite.optim.schedule import lr_factor
 
 sections = st.builds(
@@ -47,3 +50,57 @@ def test_wsd_stays_at_the_peak_until_the_decay_begins() -> None:
     assert [lr_factor(step, section, 100) for step in (5, 10, 50, 80, 90, 100)] == pytest.approx(
         [0.5, 1, 1, 1, 0.5, 0]
     )
+
+
+def factors(steps: tuple[int, ...], total: int = 100, **settings: Any) -> list[float]:
+    section = LRScheduler(**{"warmup_steps": 10, "decay_type": "linear", **settings})
+    return [round(lr_factor(step, section, total), 9) for step in steps]
+
+
+def test_the_decay_starts_and_ends_where_the_keys_set_it() -> None:
+    at = (10, 50, 55, 60, 80, 100)
+    assert factors(at, decay_start=50, min_lr_factor=0) == [1, 1, 0.9, 0.8, 0.4, 0]
+    assert factors(at, decay_steps=50, min_lr_factor=0) == [1, 1, 0.9, 0.8, 0.4, 0]
+    # The decay of a run that goes on: it does not depend on training.steps.
+    both = {"decay_start": 50, "decay_steps": 10, "min_lr_factor": 0.2}
+    assert factors(at, **both) == factors(at, total=1000, **both) == [1, 1, 0.6, 0.2, 0.2, 0.2]
+
+
+def test_inverse_sqrt_falls_from_its_start_to_the_floor() -> None:
+    settings = {"decay_type": "inverse_sqrt", "warmup_steps": 4, "min_lr_factor": 0.25}
+    assert factors((2, 4, 16, 36, 100), **settings) == [0.5, 1, 0.5, 0.333333333, 0.25]
+    assert factors((16, 64), **settings, decay_start=16) == [1, 0.5]
+    assert factors((1, 4), **{**settings, "warmup_steps": 0}) == [1, 0.5]
+
+
+def test_a_second_warm_up_rises_from_0_to_the_schedule() -> None:
+    settings = {"decay_type": "constant", "rewarmup_start": 50, "rewarmup_steps": 4}
+    at = (49, 50, 51, 52, 53, 54, 55)
+    assert factors(at, **settings) == [1, 1, 0.25, 0.5, 0.75, 1, 1]
+    settings |= {"decay_type": "linear", "warmup_steps": 0, "min_lr_factor": 0}
+    assert factors((50, 52, 54), **settings) == [0.5, 0.24, 0.46]
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "message"),
+    [
+        (["decay_start=5"], "decay_start", r"5 must be at least .*warmup_steps \(10\) and below"),
+        (["decay_start=100"], "decay_start", r"below training.steps \(100\)"),
+        (["decay_steps=91"], "decay_steps", r"91 must be at most training.steps \(100\) - "),
+        (
+            ["decay_steps=9", "decay_ratio=0.5"],
+            "decay_ratio",
+            "0.5 cannot be combined with decay_start or decay_steps",
+        ),
+        (
+            ["decay_type=inverse_sqrt", "decay_start=50", "decay_steps=9"],
+            "decay_steps",
+            '"inverse_sqrt" has no end',
+        ),
+    ],
+)
+def test_a_decay_that_cannot_be_is_refused(settings: list[str], key: str, message: str) -> None:
+    overrides = [f"--lr_scheduler.{setting}" for setting in ("warmup_steps=10", *settings)]
+    with pytest.raises(ConfigError, match=message) as error:
+        make_plan(None, ["--training.steps=100", *overrides], world_size=1)
+    assert [problem.key for problem in error.value.problems] == [f"lr_scheduler.{key}"]

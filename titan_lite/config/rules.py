@@ -18,7 +18,7 @@ from titan_lite.config.problems import (
     one_of,
     quote,
 )
-from titan_lite.config.schema import Config, Documents
+from titan_lite.config.schema import Config, Documents, LRScheduler
 
 # Steps at the end of a period that the profiler records (profiling.profile_freq).
 PROFILED_STEPS = 3
@@ -60,6 +60,7 @@ def _single(config: Config) -> Iterator[SettingError]:
             f'training.seq_len ({seq_len}); samples of one block are "concat"',
         )
     yield from _groups(config.optimizer)
+    yield from _decay(config.lr_scheduler, training.steps)
     yield from _checkpoint(config)
     profiling = config.profiling
     if profiling.enable_profiling and profiling.profile_freq < PROFILED_STEPS:
@@ -70,6 +71,37 @@ def _single(config: Config) -> Iterator[SettingError]:
         )
     if config.metrics.enable_wandb and (problem := _wandb_problem()):
         yield SettingError("metrics.enable_wandb", problem)
+
+
+def _decay(section: LRScheduler, steps: int) -> Iterator[SettingError]:
+    """Broken rules of the decay's start and length."""
+    start, length, warmup = section.decay_start, section.decay_steps, section.warmup_steps
+    key = "lr_scheduler.decay_start"
+    if (start, length) == (-1, -1):
+        return
+    if section.decay_ratio != 1:
+        yield SettingError(
+            "lr_scheduler.decay_ratio",
+            f"{section.decay_ratio:g} cannot be combined with decay_start or decay_steps; leave it "
+            "or them out",
+        )
+    if start != -1 and not warmup <= start < steps:
+        yield SettingError(
+            key,
+            f"{start} must be at least lr_scheduler.warmup_steps ({warmup}) and below "
+            f"training.steps ({steps})",
+        )
+    if start == -1 and length > steps - warmup:
+        yield SettingError(
+            "lr_scheduler.decay_steps",
+            f"{length} must be at most training.steps ({steps}) - lr_scheduler.warmup_steps "
+            f"({warmup})",
+        )
+    if start != -1 and length != -1 and section.decay_type == "inverse_sqrt":
+        yield SettingError(
+            "lr_scheduler.decay_steps",
+            'must be left out: "inverse_sqrt" has no end after decay_start',
+        )
 
 
 def _groups(section: Optimizer) -> Iterator[SettingError]:

@@ -269,13 +269,24 @@ class LRScheduler(Section):
 
     warmup_steps: NonNegative = 200
     """Steps of linear warm-up from 0 to the peak."""
-    decay_type: Literal["linear", "cosine", "sqrt", "constant"] = "cosine"
-    """Shape of the decay; "sqrt" falls as 1 - sqrt(progress)."""
+    decay_type: Literal["linear", "cosine", "sqrt", "inverse_sqrt", "constant"] = "cosine"
+    """Shape of the decay; "sqrt" falls as 1 - sqrt(progress), "inverse_sqrt" as sqrt(start / step),
+    without an end."""
     decay_ratio: Annotated[Fraction, Needs("decay_type", unless="constant")] = 1.0
     """Share of training.steps spent decaying at the end; 1.0 decays from the end of the warm-up,
     less gives warm-up / stable / decay (WSD)."""
+    decay_start: Annotated[NonNegative | Literal[-1], Needs("decay_type", unless="constant")] = -1
+    """Last step at the peak; -1: as many before the end as decay_steps or decay_ratio say."""
+    decay_steps: Annotated[Positive | Literal[-1], Needs("decay_type", unless="constant")] = -1
+    """Steps of the decay, after which the learning rate stays at the floor; -1: up to the last step
+    from decay_start, or as decay_ratio says."""
     min_lr_factor: Annotated[Fraction, Needs("decay_type", unless="constant")] = 0.1
     """Floor of the decay, as a factor of the peak."""
+    rewarmup_steps: NonNegative = 0
+    """Steps of a second linear warm-up, from 0 to what the schedule has after it."""
+    rewarmup_start: Annotated[NonNegative, Needs("rewarmup_steps", above=0)] = 0
+    """Step after which the second warm-up starts: that of the checkpoint to continue from. It is a
+    setting, so that a restart in or after the warm-up does not warm up again."""
 
 
 class EMA(Section):

@@ -41,18 +41,35 @@ def jump(before: Schedule, after: Schedule, step: int) -> tuple[float, float] | 
 def lr_factor(step: int, section: LRScheduler, total_steps: int) -> float:
     """Factor of the peak learning rate that optimizer step `step` (1 to total_steps) uses.
 
-    Linear warm-up reaches 1 at step warmup_steps; the decay reaches min_lr_factor at the last
-    step. With decay_ratio < 1 a stable phase lies between them (warm-up / stable / decay,
-    arXiv:2404.06395).
+    Linear warm-up reaches 1 at step warmup_steps; a stable phase may lie between it and the decay
+    (warm-up / stable / decay, arXiv:2404.06395). A second warm-up multiplies all of this.
     """
-    warmup = section.warmup_steps
-    if step <= warmup:
-        return step / warmup
-    decay_steps = min(round(total_steps * section.decay_ratio), total_steps - warmup)
-    decayed_steps = step - (total_steps - decay_steps)
-    if section.decay_type == "constant" or decayed_steps <= 0:
+    factor = _first_factor(step, section, total_steps)
+    after = step - section.rewarmup_start
+    return factor * after / section.rewarmup_steps if 0 < after < section.rewarmup_steps else factor
+
+
+def decay_span(section: LRScheduler, total_steps: int) -> tuple[int, int]:
+    """Returns the last step at the peak, and the first one at the floor."""
+    warmup, start = section.warmup_steps, section.decay_start
+    if section.decay_steps == -1 and start == -1:
+        steps = min(round(total_steps * section.decay_ratio), total_steps - warmup)
+        return total_steps - steps, total_steps
+    if start == -1:
+        start = max(total_steps - section.decay_steps, warmup)
+    end = total_steps if section.decay_steps == -1 else start + section.decay_steps
+    return start, end
+
+
+def _first_factor(step: int, section: LRScheduler, total_steps: int) -> float:
+    if step <= section.warmup_steps:
+        return step / section.warmup_steps
+    start, end = decay_span(section, total_steps)
+    if section.decay_type == "constant" or step <= start:
         return 1.0
-    progress = decayed_steps / decay_steps
+    if section.decay_type == "inverse_sqrt":
+        return max(math.sqrt(max(start, 1) / step), section.min_lr_factor)
+    progress = min((step - start) / (end - start), 1.0)
     shape = {
         "linear": 1 - progress,
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
