@@ -276,10 +276,10 @@ class LRScheduler(Section):
     """Share of training.steps spent decaying at the end; 1.0 decays from the end of the warm-up,
     less gives warm-up / stable / decay (WSD)."""
     decay_start: Annotated[NonNegative | Literal[-1], Needs("decay_type", unless="constant")] = -1
-    """Last step at the peak; -1: as many before the end as decay_steps or decay_ratio say."""
+    """Last step at the peak; -1: set by decay_steps or decay_ratio."""
     decay_steps: Annotated[Positive | Literal[-1], Needs("decay_type", unless="constant")] = -1
     """Steps of the decay, after which the learning rate stays at the floor; -1: up to the last step
-    from decay_start, or as decay_ratio says."""
+    from decay_start, or set by decay_ratio."""
     min_lr_factor: Annotated[Fraction, Needs("decay_type", unless="constant")] = 0.1
     """Floor of the decay, as a factor of the peak."""
     rewarmup_steps: NonNegative = 0
