@@ -7,7 +7,7 @@ from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data
 from titan_lite.data.files import plain_suffix
 from titan_lite.data.mixture import Mixture
-from titan_lite.data.readers import Reader
+from titan_lite.data.readers import DocumentReader
 from titan_lite.data.sources import Source
 from titan_lite.data.streams import too_few
 from titan_lite.data.tokenizer import Tokenizer
@@ -32,10 +32,10 @@ def check_documents(
         # A folder may have files of other things than documents, with another suffix.
         by_suffix = {plain_suffix(file): file for file in reversed(source.files)}
         for file in list(by_suffix.values()):
-            first = Reader(replace(source, parts=((file,),)), own_section, 0, tokenizer)
+            first = DocumentReader(replace(source, parts=((file,),)), own_section, 0, tokenizer)
             first.start(None)
             first.read(1)
-        reader = Reader(source, own_section, 0, tokenizer)
+        reader = DocumentReader(source, own_section, 0, tokenizer)
         reader.start(None)
         num_read = num_good = 0
         while num_good == 0:

@@ -29,7 +29,7 @@ class PluginSource(Protocol):
         """Opens one of the streams, which together hold each document once."""
 
 
-class Rows(Protocol):
+class RowStream(Protocol):
     """The rows of one stream."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

@@ -21,7 +21,7 @@ SKIP_HINT = 'data.on_bad_document = "skip" leaves such documents out'
 MAX_BAD_IN_A_ROW = 1000
 
 
-class Reader:
+class DocumentReader:
     """The documents of one stream, once: texts or token ids."""
 
     def __init__(

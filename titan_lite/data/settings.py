@@ -43,13 +43,17 @@ def data_settings(
 
 def check_data_settings(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Raises ValueError naming each setting that differs from the checkpoint's."""
-    differing = {
-        key: f"{key} was {saved.get(key)!r} and is {value!r}"
-        for key, value in settings.items()
-        if value != saved.get(key)
-    }
-    if differing:
+    if differing := differences(settings, saved):
         raise SettingError(
             ("checkpoint.load_step", *(key for key in differing if "." in key)),
             f"cannot resume the data of another run: {'; '.join(differing.values())}",
         )
+
+
+def differences(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the settings that differ from saved ones, each with both values in words."""
+    return {
+        key: f"{key} was {saved.get(key)!r} and is {value!r}"
+        for key, value in settings.items()
+        if value != saved.get(key)
+    }

@@ -38,7 +38,7 @@ from titan_lite.data.files import (
     signature,
     warn_once,
 )
-from titan_lite.data.plugin_source import PluginRows, PluginSource, Rows
+from titan_lite.data.plugin_source import PluginRows, PluginSource, RowStream
 from titan_lite.data.token_folder import MANIFEST_FILE, Manifest, read_manifest
 from titan_lite.data.tokenizer import Tokenizer
 
@@ -100,7 +100,7 @@ class Source:
             return 1
         return len(self.parts) or int(self._dataset.num_shards)
 
-    def open(self, stream: int = 0, num_streams: int = 1) -> Rows:
+    def open(self, stream: int = 0, num_streams: int = 1) -> RowStream:
         """One stream of the documents out of `num_streams`, which together hold each once.
 
         With a file or more per stream, a stream reads whole files; with fewer, every stream reads

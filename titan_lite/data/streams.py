@@ -10,7 +10,7 @@ from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data
 from titan_lite.data.documents import Document
 from titan_lite.data.packing import Row, Rows, join_documents
-from titan_lite.data.readers import Reader
+from titan_lite.data.readers import DocumentReader
 from titan_lite.data.sources import Source
 from titan_lite.data.tokenizer import Tokenizer, Tokens
 
@@ -66,7 +66,7 @@ class Stream:
         self.position = position
         self._source, self._section, self._stream, self._seed = source, section, stream, seed
         self._tokenizer = tokenizer
-        self._reader = Reader(source, section, stream, tokenizer)
+        self._reader = DocumentReader(source, section, stream, tokenizer)
         blocks = self._blocks(position.block)
         key = (seed, stream)
         self._rows = rows.rows(blocks, position.offset, key=key, item=position.item)

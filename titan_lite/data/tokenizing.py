@@ -35,6 +35,7 @@ from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data
 from titan_lite.data.documents import TOKENS_FIELD, BadDocument, document_of
 from titan_lite.data.readers import BadDocumentPolicy
+from titan_lite.data.settings import differences
 from titan_lite.data.sources import Source, reading
 from titan_lite.data.token_folder import (
     FORMAT,
@@ -178,15 +179,10 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
         earlier = dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError) as error:
         raise TargetError(f"{path} is damaged ({error!r}): remove {folder}") from None
-    differing = [
-        f"{key} was {earlier.get(key)!r} and is {value!r}"
-        for key, value in settings.items()
-        if value != earlier.get(key)
-    ]
-    if differing:
+    if differing := differences(settings, earlier):
         raise TargetError(
-            f"{folder} was started with different settings: {'; '.join(differing)}; remove it, or "
-            "choose another folder"
+            f"{folder} was started with different settings: {'; '.join(differing.values())}; "
+            "remove it, or choose another folder"
         )
 
 
