@@ -333,7 +333,7 @@ def test_the_command_prints_memory_against_the_device_and_what_it_leaves_out(
     )
     assert re.search(r"\d  +[\d.]+ [KM]iB  reduce-scatter over dp_shard", text)
     assert "DOES NOT FIT" not in text
-    assert "not as asked      compile.enable: the step is traced eagerly" in text
+    assert "approximated      compile.enable: the step is traced eagerly" in text
     assert 'data.packing "document": attention is counted over whole samples' in text
     assert "validation.enable: forward passes without backward, which are left out" in text
     assert not (tmp_path / "outputs").exists()

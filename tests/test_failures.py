@@ -171,7 +171,7 @@ def test_two_runs_in_one_folder_are_refused_and_a_killed_one_leaves_no_lock(
         holder.stdout.readline()
         second = launch("--training.steps=1", f"--job.dump_folder={tmp_path}")
         assert second.returncode == 2
-        expected = f"another run writes to {tmp_path}: process {holder.pid} on {gethostname()}; end"
+        expected = f"{tmp_path} is in use by another run (process {holder.pid} on {gethostname()})"
         assert expected in second.stderr
         holder.kill()
     FolderLock(tmp_path).release()
@@ -184,7 +184,9 @@ def test_a_folder_of_checkpoints_that_another_run_has_or_nobody_can_is_refused(
     shared = tmp_path / "shared"
     lock = FolderLock(shared, "checkpoint.folder")
     settings = ("--checkpoint.enable=true", f"--checkpoint.folder={shared}")
-    with pytest.raises(ConfigError, match=rf"another run writes to {shared}: .* set another check"):
+    with pytest.raises(
+        ConfigError, match=rf"{shared} is in use by another run .* set another check"
+    ):
         build_trainer(tmp_path / "second", *settings)
     lock.release()
     (tmp_path / "file").touch()

@@ -326,7 +326,7 @@ def test_both_folders_of_a_run_are_tried(
     for key, name in (("job.dump_folder", "run"), ("checkpoint.folder", "saved")):
         lock = FolderLock(tmp_path / name)
         settings = ("--checkpoint.enable=true", f"--checkpoint.folder={tmp_path / 'saved'}")
-        assert f"{key} (command line): another run writes to {tmp_path / name}" in refused(
+        assert f"{key} (command line): {tmp_path / name} is in use by another run" in refused(
             *settings
         )
         lock.release()

@@ -110,7 +110,7 @@ def _train(
         if is_first_to_say("timed out" if has_timed_out else str(error)):
             logger.error("%s", error)
             logger.exception("Failed in step %d (%s)", stop.progress.step, stop.progress.phase)
-        if trainer.watchdog.tells and has_timed_out:
+        if trainer.watchdog.logs and has_timed_out:
             logger.error("%s", trainer.watchdog.report())
         _leave_others(EXIT_FAILED)
         return EXIT_FAILED

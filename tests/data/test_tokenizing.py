@@ -402,7 +402,9 @@ def test_what_cannot_be_tokenized_is_refused(
     empty = f"--data.dataset_path={tmp_path / 'blank.jsonl'}"
     assert "blank.jsonl holds no documents" in refused(empty, f"--output={tmp_path / 'y'}")
     lock = FolderLock(tmp_path / "x.incomplete")
-    assert f"another run writes to {tmp_path}/x.incomplete: process {os.getpid()} " in refused(skip)
+    assert f"{tmp_path}/x.incomplete is in use by another run (process {os.getpid()} " in refused(
+        skip
+    )
     lock.release()
     # A limit on the size of files stands for a full disk.
     former = resource.getrlimit(resource.RLIMIT_FSIZE)

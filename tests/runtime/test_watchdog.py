@@ -29,7 +29,7 @@ def _report(phase_by_rank: list[Any]) -> str:
         rank=rank,
         world_size=dist.get_world_size(),
         timeout=1,
-        tells=True,
+        logs=True,
         hint="Look elsewhere, too",
     )
     try:

@@ -453,7 +453,7 @@ def spoil_metadata(folder: Path) -> None:
             [],
             "has no manifest.json: no checkpoint that w",
         ),
-        (edit_model, [], "dcp does not say what model it is: "),
+        (edit_model, [], "dcp does not name a known model: "),
         (edit_facts, [], "has changed since the checkpoint was saved: norm_eps is 1e-05, not 0.5"),
         (spoil_metadata, [], "asks for posix.system, which no checkpoint needs"),
         (lambda f: edit_model(f, name="lama"), [], 'no "lama"; did you mean "llama"?'),

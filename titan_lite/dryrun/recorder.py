@@ -77,7 +77,7 @@ class Peak:
 
 @dataclass(frozen=True)
 class Moment:
-    """What a recorder holds at a time. live: allocations that are not freed."""
+    """State of a recorder at a time. live: allocations that are not freed."""
 
     live: frozenset[Allocation]
     num_changes: int
@@ -88,7 +88,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Passage:
-    """What was recorded between two moments."""
+    """The record between two moments."""
 
     changes: list[tuple[Allocation, int]]
     flops: int
@@ -139,7 +139,7 @@ class Recorder(TorchDispatchMode):
         return Moment(live, self.now(), self.flops, self.counts.copy(), self.bytes.copy())
 
     def since(self, moment: Moment) -> Passage:
-        """What was recorded from a moment on."""
+        """The record since a moment."""
         return Passage(
             self._changes[moment.num_changes :],
             self.flops - moment.flops,
@@ -188,7 +188,7 @@ class Recorder(TorchDispatchMode):
         return Peak(most, at_most)
 
     def mark(self, tensors: Iterable[Tensor], category: Category) -> int:
-        """Says what tensors are, whenever they were allocated; returns their bytes."""
+        """Assigns a category to tensors, whenever they were allocated; returns their bytes."""
         allocations = set()
         for tensor in tensors:
             for part in _parts(tensor):
@@ -200,7 +200,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not all(kind in (Tensor, FakeTensor) for kind in types):
-            return NotImplemented  # A DTensor, say, comes back as its local tensor.
+            return NotImplemented  # A DTensor, for example, comes back as its local tensor.
         if _is_called_by(SHARDING_PROPAGATION):
             return func(*args, **kwargs)
         if func in BODIES:
@@ -270,7 +270,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors with storages of their own inside a DTensor, or one of torchao's."""
+    """The tensors with separate storages inside a DTensor, or one of torchao's."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     if hasattr(local, "__tensor_flatten__"):
         yield from (part for part in vars(local).values() if isinstance(part, Tensor))

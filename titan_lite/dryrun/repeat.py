@@ -89,7 +89,7 @@ def _is_setting(value: object) -> bool:
 
 
 class _Repeater:
-    """Stands in the place of a block's forward."""
+    """Replaces a block's forward."""
 
     runs_left: int
 
@@ -188,10 +188,10 @@ class _Repeater:
             if name in owners or [n for n, _, _ in changes].count(name) != 1:
                 raise NotRepeatableError(f"{place} makes a tensor in several steps")
             owners[name], makers[name] = owner, _maker(tensor, storage.bytes)
-        found = Pass(changes, owners, makers, recorded.flops, recorded.counts, recorded.bytes)
-        if self.passes.setdefault(place, found) != found:
+        learned = Pass(changes, owners, makers, recorded.flops, recorded.counts, recorded.bytes)
+        if self.passes.setdefault(place, learned) != learned:
             raise NotRepeatableError(f"two passes differ at {place}")
-        return found
+        return learned
 
     @staticmethod
     def _check_freed(forward: Pass, backward: Pass) -> None:

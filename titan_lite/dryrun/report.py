@@ -29,22 +29,22 @@ WORDS = {
 
 
 def report(plan: Plan, ranks: Sequence[int], device: Device, *, as_json: bool) -> str:
-    """Dry-runs the ranks, and says what it found."""
-    found = dry_runs(plan, ranks)
+    """Dry-runs the ranks and returns the report."""
+    results = dry_runs(plan, ranks)
     notes = left_out(plan.config)
     if as_json:
-        return json.dumps(_facts(found, plan, device, notes), indent=2)
+        return json.dumps(_facts(results, plan, device, notes), indent=2)
     model = plan.config.model
     lines = [
-        f"{model.name} {model.flavor}: {found[0].parameters:,} parameters on "
+        f"{model.name} {model.flavor}: {results[0].parameters:,} parameters on "
         f"{plan.dims.world_size} x {device.name}",
         f"  mesh              {_mesh(plan.dims)}",
-        *(f"  not as asked      {note}" for note in notes),
+        *(f"  approximated      {note}" for note in notes),
         "  counted           one step after the first, not logged; fake tensors, below DTensor",
     ]
-    for rank in found:
+    for rank in results:
         lines += ["", *_rank(rank, device)]
-    peak = max(rank.measured.peak.bytes for rank in found)
+    peak = max(rank.measured.peak.bytes for rank in results)
     is_planned = not isinstance(plan.args, MoEArgs)
     if is_planned and device.memory_gb is not None and peak > device.memory_gb * GIB:
         settings = fitting_settings(plan.config, plan.dims, plan.family, plan.args, device)
@@ -75,7 +75,7 @@ def _rank(rank: DryRank, device: Device) -> list[str]:
 
 
 def _facts(
-    found: Sequence[DryRank], plan: Plan, device: Device, notes: Sequence[str]
+    results: Sequence[DryRank], plan: Plan, device: Device, notes: Sequence[str]
 ) -> dict[str, Any]:
     memory = None if device.memory_gb is None else int(device.memory_gb * GIB)
     return {
@@ -84,13 +84,13 @@ def _facts(
         "memory_bytes": memory,
         "world_size": plan.dims.world_size,
         "mesh": dataclasses.asdict(plan.dims),
-        "parameters": found[0].parameters,
+        "parameters": results[0].parameters,
         "formula": FORMULA,
         "not_as_asked": list(notes),
         "ranks": [
             dataclasses.asdict(rank)
             | {"fits": None if memory is None else rank.measured.peak.bytes <= memory}
-            for rank in found
+            for rank in results
         ],
     }
 

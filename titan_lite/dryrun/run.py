@@ -36,7 +36,7 @@ from titan_lite.training.setup import Training, build_training
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DryRank:
-    """What one rank of a run is, and its step. formula_flops: this rank's share of the planner's.
+    """One rank of a run and its step. formula_flops: this rank's share of the planner's.
 
     place: on each axis of the mesh. stages: numbers of its pipeline stages.
     """
@@ -97,7 +97,7 @@ def dry_run(
             progress.enter("optimizer state")
             progress.watch(model.layers.values(), plan.micro_steps, training.optimizer)
         # A schedule that splits backward looks for the parameters of each block in its graph, and
-        # each block has dropout keys of its own, which are freed between blocks.
+        # each block has its own dropout keys, which are freed between blocks.
         splits_backward = plan.config.parallel.schedule.splits_backward
         if repeats and not splits_backward and not plan.args.has_dropout:
             repeat_blocks(record, _blocks(training))
@@ -140,7 +140,7 @@ def _blocks(training: Training) -> list[list[nn.Module]]:
 
 
 def dry_runs(plan: Plan, ranks: Sequence[int]) -> list[DryRank]:
-    """`dry_run` of several ranks, each in a process of its own; ConfigError if one is killed."""
+    """`dry_run` of several ranks, each in a separate process; ConfigError if one is killed."""
     context = multiprocessing.get_context("spawn")
 
     def run(number: int, rank: int) -> DryRank:
@@ -213,7 +213,7 @@ def _eager(config: Config) -> Config:
 
 
 def _quiet_dry_run(plan: Plan, place: tuple[int, int, int], *, repeats: bool) -> DryRank:
-    # What torch warns about is the fake world, or said by a real run, too.
+    # What torch warns about concerns the fake world, or appears in a real run, too.
     warnings.simplefilter("ignore")
     import_plugins(plan.config.job.plugins)
     with contextlib.closing(RankProgress(*place)) as progress:

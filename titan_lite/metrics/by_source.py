@@ -50,11 +50,11 @@ class SourceMeter:
         device = losses.device
         # Ranks that share a stream may differ in how far they have read it.
         ended = self._all_reduce(torch.tensor(epochs, device=device), "max").double().mean(1)
-        found: dict[str, float] = {}
+        values: dict[str, float] = {}
         for name, loss, count, total, epoch in zip(
             self._names, sums, tokens.tolist(), self.state_dict(), ended.tolist(), strict=True
         ):
             if count:
-                found[f"source/{name}/loss"] = loss / count
-            found |= {f"source/{name}/tokens": total, f"source/{name}/epochs": epoch}
-        return found
+                values[f"source/{name}/loss"] = loss / count
+            values |= {f"source/{name}/tokens": total, f"source/{name}/epochs": epoch}
+        return values

@@ -32,7 +32,7 @@ _FORMATS: dict[torch.dtype, NumberFormat] = {
 class Peak:
     """The rate that MFU divides by, in TFLOP/s of one device, and where it comes from.
 
-    Without a value `source` says why and which key supplies one.
+    Without a value `source` has the reason and the key that supplies one.
     """
 
     tflops: float | None
@@ -79,7 +79,7 @@ def measured_peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
     """The sum of the threads' best rates of a square matmul, in TFLOP/s; takes about 0.2 s.
 
     Each thread multiplies on its own, all at once. In a matmul that they share, each waits for the
-    last, and beside one other busy process the best of such a matmul is up to ten times too slow.
+    last, and next to one other busy process the best of such a matmul is up to ten times too slow.
     """
     n, threads = _MATMUL_SIZE, torch.get_num_threads()
     # The run's random numbers do not move.
@@ -102,7 +102,7 @@ def measured_peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
 def best_seconds(
     work: Callable[[], object], budget: float, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """The shortest of the repetitions that begin within `budget` seconds, of which one always does.
+    """The shortest of the repetitions that start within `budget` seconds, of which one always does.
 
     What disturbs a repetition only makes it longer.
     """
@@ -119,14 +119,14 @@ class DeviceMemory:
     """The memory this process holds on its device.
 
     Accelerators: the allocator's peaks since `reset_peak`. CPU: the peak resident set since the
-    process began, which the system does not reset.
+    process started, which the system does not reset.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def snapshot(self) -> dict[str, float]:
-        """Values by record key: GiB, and counts since the process began."""
+        """Values by record key: GiB, and counts since the process started."""
         if self._device.type == "cpu":
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             unit = 1 if sys.platform == "darwin" else 1024
@@ -140,6 +140,6 @@ class DeviceMemory:
         }
 
     def reset_peak(self) -> None:
-        """Starts the peaks of an accelerator anew."""
+        """Resets the peaks of an accelerator."""
         if self._device.type != "cpu":
             torch.get_device_module(self._device).reset_peak_memory_stats(self._device)

@@ -16,9 +16,9 @@ STEPS = 10
 class ForwardTimes:
     """Times this rank's forward of each block, in the first micro-batch of a step.
 
-    Between blocks a rank waits for the parameters that others send; within one it computes, but
-    for what tensor and context parallel exchange there. Adds two readings of a clock per block,
-    and no wait: of a GPU, they are events in its stream.
+    Between blocks a rank waits for the parameters that others send; within one it computes, except
+    for what tensor and context parallel exchange there. Adds two readings of a clock per block, and
+    no wait: of a GPU, they are events in its stream.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class ForwardTimes:
             block.register_forward_hook(read_clock, prepend=True)
 
     def start_step(self) -> None:
-        """Says that what comes next is another step's."""
+        """Starts the next step."""
         self._steps.append({})
 
     def seconds(self) -> float:

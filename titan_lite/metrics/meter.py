@@ -42,7 +42,7 @@ class Meter:
     """Measures whole steps between log steps; reads the device on log steps only.
 
     A window runs from one log step to the next, less the time inside `excluded`. The first one,
-    which holds start-up (first batch, compilation), is marked `warmup` and kept out of the
+    which holds start-up (first batch, compilation), is marked `warmup` and excluded from the
     summary's averages. Every rank calls `log`; the ranks that write pass sinks.
     """
 

@@ -77,7 +77,7 @@ class ProgressLine:
         return f"[{'=' * (length * step // self._num_steps):<{length}}] {text}"
 
     def erase(self) -> None:
-        """Leaves the cursor at the begin of an empty line."""
+        """Leaves the cursor at the start of an empty line."""
         if self._drawn:
             self._write(f"\r{' ' * self._drawn}\r")
             self._drawn = 0

@@ -22,8 +22,8 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "loss": Metric("nats per token", "global", "train/loss"),
     "grad_norm": Metric("1", "global", "train/grad_norm"),
-    # Of families with a masked language model, beside their sum, the loss.
-    "masked_lm_loss": Metric("nats per hidden token", "global", "train/masked_lm_loss"),
+    # Of families with a masked language model, in addition to their sum, the loss.
+    "masked_lm_loss": Metric("nats per masked token", "global", "train/masked_lm_loss"),
     "next_sentence_loss": Metric("nats per pair", "global", "train/next_sentence_loss"),
     "next_sentence_accuracy": Metric("share of pairs", "global", "train/next_sentence_accuracy"),
     "lr": Metric("1", "global", "train/lr"),
@@ -33,7 +33,7 @@ METRICS: dict[str, Metric] = {
     "tokens": Metric("tokens since step 0", "global", "train/tokens"),
     "validation/loss": Metric("nats per token", "global", "validation/loss"),
     "validation/masked_lm_loss": Metric(
-        "nats per hidden token", "global", "validation/masked_lm_loss"
+        "nats per masked token", "global", "validation/masked_lm_loss"
     ),
     "validation/next_sentence_loss": Metric(
         "nats per pair", "global", "validation/next_sentence_loss"
@@ -64,7 +64,7 @@ METRICS: dict[str, Metric] = {
     "checkpoint_blocked_seconds": Metric(
         "s that training waited", "max", "checkpoint/blocked_seconds"
     ),
-    "checkpoint_seconds": Metric("s from begin to commit", "max", "checkpoint/seconds"),
+    "checkpoint_seconds": Metric("s from start to commit", "max", "checkpoint/seconds"),
     "checkpoint_bytes": Metric("bytes of all files", "global", "checkpoint/bytes"),
     "checkpoint_gb_per_second": Metric("GB/s", "global", "checkpoint/gb_per_second"),
 }

@@ -1,4 +1,4 @@
-"""Where records go: a line on the console, a JSON line, TensorBoard events, W&B."""
+"""Sinks for records: a line on the console, a JSON line, TensorBoard events, W&B."""
 
 import contextlib
 import json
@@ -132,8 +132,8 @@ class JsonlSink:
     """Appends one strict JSON object per record and line.
 
     Opening drops the records after `start_step`, which the run is about to write again (all of them
-    for a run that starts afresh), and a line cut short by a crash. Non-finite numbers, which JSON
-    does not have, are the strings "nan", "inf" and "-inf": Python's float() reads them back.
+    for a run that starts from step 0), and a line cut short by a crash. Non-finite numbers, which
+    JSON does not have, are the strings "nan", "inf" and "-inf": Python's float() reads them back.
     """
 
     def __init__(self, path: Path, *, start_step: int = 0) -> None:
@@ -154,7 +154,7 @@ class JsonlSink:
             self._file.flush()
 
     def close(self) -> None:
-        """Closes the file; what could not be written has been told before."""
+        """Closes the file; what could not be written has been reported before."""
         with contextlib.suppress(OSError):
             self._file.close()
 
@@ -169,17 +169,17 @@ def _drop_records_after(path: Path, step: int) -> None:
             continue
         if record["step"] <= step:
             kept.append(line + "\n")
-    # Written aside and renamed: a crash here must not lose the records of a long run.
+    # Written to another file and renamed: a crash here must not lose the records of a long run.
     aside = path.with_name(path.name + ".tmp")
     aside.write_text("".join(kept), encoding="utf-8")
     aside.replace(path)
 
 
 class WandbSink:
-    """Logs the same scalars to Weights & Biases, as its own environment variables say.
+    """Logs the same scalars to Weights & Biases, as its own environment variables configure.
 
-    WANDB_API_KEY, WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE. A run that resumes in its folder goes on
-    in the same run there, which keeps the first value of a step that is logged twice.
+    WANDB_API_KEY, WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE. A run that resumes in its folder
+    continues the same run there, which keeps the first value of a step that is logged twice.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:

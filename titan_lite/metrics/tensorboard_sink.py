@@ -25,7 +25,7 @@ class TensorBoardSink:
     """Writes a scalar per key; on resuming, TensorBoard hides what came after `start_step`.
 
     By TensorBoard's writer of records: the one of files writes in a thread, which on a full disk
-    prints a traceback of its own, and at the end of a run loses what is left.
+    prints its own traceback, and at the end of a run loses what is left.
     """
 
     def __init__(self, folder: Path, *, start_step: int = 0) -> None:
@@ -46,7 +46,7 @@ class TensorBoardSink:
         self._add(Event(step=int(record["step"]), summary=Summary(value=values)))
 
     def close(self) -> None:
-        """Closes the file; what could not be written has been told before."""
+        """Closes the file; what could not be written has been reported before."""
         with contextlib.suppress(OSError):
             self._writer.close()
 

@@ -35,7 +35,7 @@ class RecordWatch:
         self._loss_watch = LossWatch()
 
     def look(self, record: Record, waited: float, forward: float) -> None:
-        """Warns of what somebody should look at; collective.
+        """Warns about loss spikes, data stalls and slow ranks; collective.
 
         Seconds of this rank: waited, for data, since the last record; forward, of its blocks, per
         step.

@@ -64,7 +64,7 @@ class Cluster:
 
     @property
     def throttle(self) -> float:
-        """What a power limit below the rated watts leaves of the matmul rate."""
+        """Share of the matmul rate under a power limit below the rated watts."""
         rated = CUSTOM.get(self.device.name, (0, 0, self.device.tdp_w))[2]
         return min(1.0, self.limit_w / rated) ** 0.75 if rated and self.limit_w else 1.0
 
@@ -112,13 +112,13 @@ def cluster_from(tables: dict[str, Any], path: Path) -> Cluster:
         if unknown := device.keys() - blank.keys():
             raise wrong(f"device.{min(unknown)}", f"unknown key (known: {', '.join(blank)})")
         own = {"architecture": str(device.get("name")), "multiprocessors": DEFAULT_MULTIPROCESSORS}
-        found = Device(**{**blank, **own, "names": (), "source": str(path), **device})
+        resolved = Device(**{**blank, **own, "names": (), "source": str(path), **device})
     else:
         names = {known.name: known for known in DEVICES}
         if device not in names:
             hint = did_you_mean(nearest(str(device), list(names)))
             raise wrong("device", f"no device {quote(str(device))} in assets/devices.txt{hint}")
-        found = names[device]
+        resolved = names[device]
     numbers = ("gpus_per_node", "node_nic_gbs", "price_per_gpu_hour", "pue", "host_watts")
     known = {*numbers, "power_limit_w", "measured", "calibrated", "source"}
     if unknown := tables.keys() - known:
@@ -136,4 +136,4 @@ def cluster_from(tables: dict[str, Any], path: Path) -> Cluster:
             raise wrong(f"measured.{name}", "not a constant of assets/planner_constants.toml")
         if not isinstance(value, int | float) or value < 0:
             raise wrong(f"measured.{name}", f"expected a number of at least 0, got {value!r}")
-    return Cluster(name=path.stem, device=found, **tables)
+    return Cluster(name=path.stem, device=resolved, **tables)

@@ -6,10 +6,10 @@ from titan_lite.models.args import DecoderArgs, EncoderArgs, MoEArgs
 
 FORMULA = (
     "6 * (active parameters - input embedding - head of pairs) "
-    "+ 12 * layers * attention_dim * seq_len, where active are all but those of the experts that a "
-    'token does not go to; with data.packing "fixed" packing_block in the place of seq_len; '
-    "what causal and document masks hide is not subtracted, and padding is no token; of positions "
-    "that training.loss_positions leaves out, the head is subtracted"
+    "+ 12 * layers * attention_dim * seq_len, where active excludes the experts that a "
+    'token does not go to; with data.packing "fixed" packing_block instead of seq_len; '
+    "what causal and document masks hide is not subtracted, and padding does not count as tokens; "
+    "of positions that training.loss_positions leaves out, the head is subtracted"
 )
 """What `mfu` counts: torchtitan's convention, full attention, nothing for recomputation."""
 

@@ -20,8 +20,8 @@ class Device:
     None where the device has no such format or no value was found. memory_gb, hbm_gbs: device
     memory in GB (10^9 bytes) and GB/s. link_gbs: GB/s of the links to other devices, both
     directions together. tdp_w: W at the default power limit.
-    architecture: as the planner's constants name it. source: where the peaks come from; it says so
-    where they could not be verified.
+    architecture: as the planner's constants name it. source: where the peaks come from; it notes
+    values that could not be verified.
     """
 
     name: str
@@ -60,7 +60,7 @@ def find_device(device_name: str) -> Device | None:
 
 
 def find_by_short_name(name: str) -> Device | None:
-    """The first device whose name in the table begins with these words, in any case."""
+    """The first device whose name in the table starts with these words, in any case."""
     words = name.lower().replace("-", " ").replace("_", " ").split()
     names = ((device, device.name.lower().split()) for device in DEVICES)
     return next((d for d, name in names if words and name[: len(words)] == words), None)

@@ -1,4 +1,4 @@
-"""A training job in the numbers that decide its time and memory, whoever's library runs it."""
+"""A training job in the numbers that decide its time and memory, for any library."""
 
 from dataclasses import dataclass
 from typing import Literal

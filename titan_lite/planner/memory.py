@@ -13,7 +13,7 @@ from titan_lite.planner.counts import num_block_params, num_params
 from titan_lite.planner.job import Job
 from titan_lite.planner.step import rank_stages
 
-# A layout is said to fit below a share of the device's memory, and may fit up to all of it: the
+# A layout counts as fitting below a share of the device's memory, and may fit up to all of it: the
 # CUDA context, NCCL's buffers and fragmentation take the rest. The formulas are less sure of what
 # context parallel and pipelines keep.
 FITS, FITS_CP, FITS_PP = 0.92, 0.85, 0.72
@@ -28,12 +28,12 @@ class Memory:
 
     @property
     def bytes(self) -> float:
-        """Of all categories."""
+        """Sum of all categories."""
         return sum(self.parts.values())
 
 
 def room(job: Job) -> float:
-    """The share of a device's memory below which the job is said to fit."""
+    """The share of a device's memory below which the job counts as fitting."""
     return FITS_PP if job.pp > 1 else FITS_CP if job.cp > 1 else FITS
 
 
@@ -48,7 +48,7 @@ def peak(job: Job) -> Memory:
     for place, stages in enumerate(rank_stages(job)):
         has_head = len(job.blocks) - 1 in stages
         first.setdefault((has_head, *(job.blocks[stage] for stage in stages)), (place, stages))
-    return max((_place(job, *found) for found in first.values()), key=lambda found: found.bytes)
+    return max((_place(job, *moment) for moment in first.values()), key=lambda moment: moment.bytes)
 
 
 @functools.cache

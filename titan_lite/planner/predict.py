@@ -36,12 +36,12 @@ class Prediction:
 
     @property
     def job(self) -> Job:
-        """What is predicted."""
+        """The job that is predicted."""
         return self.step.job
 
     @property
     def cluster(self) -> Cluster:
-        """Where it runs."""
+        """The cluster that it runs on."""
         return self.step.cluster
 
     @property
@@ -51,17 +51,17 @@ class Prediction:
 
     @property
     def share(self) -> float:
-        """Of the device's memory, what the peak takes."""
+        """Share of the device's memory at the peak."""
         return self.peak.bytes / self.cluster.memory if self.cluster.memory else 0.0
 
     @property
     def fits(self) -> bool:
-        """Whether it fits for sure."""
+        """True if it fits with margin."""
         return self.share <= room(self.job)
 
     @cached_property
     def interval(self) -> Interval:
-        """Of the step's seconds."""
+        """Interval of the step's seconds."""
         return interval(self.step)
 
     @property
@@ -71,23 +71,23 @@ class Prediction:
 
     @property
     def mfu(self) -> float:
-        """Of the bfloat16 peak (float32's, where the job computes in that)."""
+        """Share of the bfloat16 peak (float32's, where the job computes in that)."""
         number_format = "bfloat16" if self.job.width == 2 else "float32"
         return self.tflops * 1e12 / self.cluster.peak(number_format)  # type: ignore[arg-type]
 
     @property
     def seconds(self) -> float:
-        """Of the whole run, without pauses."""
+        """Days of the whole run, without pauses."""
         return self.tokens / self.job.tokens * self.step.seconds
 
     @property
     def gpu_hours(self) -> float:
-        """Of the whole run."""
+        """Total of the whole run."""
         return self.seconds * self.job.gpus / HOURS
 
     @property
     def cost(self) -> float:
-        """Of the whole run, at the cluster's price."""
+        """Cost of the whole run at the cluster's price."""
         return self.gpu_hours * self.cluster.price_per_gpu_hour
 
     @property
@@ -155,14 +155,14 @@ def advice(
         if not is_legal(other, new_dims, args):
             continue
         job = read_job(other, new_dims, family, args)
-        found = predict(job, cluster, 1.0)
+        change = predict(job, cluster, 1.0)
         if below is not None or not now.fits:
-            helps = found.peak.bytes < (below or now.peak.bytes)
+            helps = change.peak.bytes < (below or now.peak.bytes)
         else:
-            helps = found.step.seconds < 0.99 * now.step.seconds
-        if found.fits and helps:
-            better.append(Advice(values, found))
-    return sorted(better, key=lambda found: found.prediction.step.seconds)[:count]
+            helps = change.step.seconds < 0.99 * now.step.seconds
+        if change.fits and helps:
+            better.append(Advice(values, change))
+    return sorted(better, key=lambda change: change.prediction.step.seconds)[:count]
 
 
 def fitting_settings(
@@ -176,11 +176,11 @@ def fitting_settings(
         return []
     cluster = Cluster(name=device.name, device=device)
     now = predict(read_job(config, dims, family, args), cluster, 1.0)
-    found = advice(config, dims, family, args, cluster, count=3, below=now.peak.bytes)
+    better = advice(config, dims, family, args, cluster, count=3, below=now.peak.bytes)
     return [
         f"{' '.join(setting(*item) for item in one.values.items())}: "
         f"{one.prediction.peak.bytes / 2**30:.1f} of {device.memory_gb:g} GiB, predicted"
-        for one in found
+        for one in better
     ]
 
 

@@ -1,4 +1,4 @@
-"""What a configuration of this library asks for, as a Job.
+"""Converts a configuration of this library to a Job.
 
 The only file of the planner that reads configurations.
 """
@@ -130,7 +130,7 @@ def _recompute(config: Config, blocks: Sequence[int]) -> tuple[Recompute, tuple[
 
 
 def is_legal(config: Config, dims: ParallelDims, args: DecoderArgs) -> bool:
-    """Whether a layout of a valid configuration breaks none of the rules between its keys."""
+    """Returns True if a layout breaks none of the rules between its keys."""
     broken = itertools.chain(parallel_rules(config, dims), model_rules(config, args))
     stages = config.parallel.num_stages
     return next(broken, None) is None and stages <= args.num_layers

@@ -37,7 +37,7 @@ class Layout:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What tells layouts apart that are worth showing side by side."""
+        """The kind of a layout; only the best of each kind is shown."""
         job = self.job
         return job.tp, job.cp, job.pp, job.stages_per_rank, job.replicas > 1
 

@@ -1,4 +1,4 @@
-"""How blocks are dealt to pipeline stages, from costs alone."""
+"""How blocks are split into pipeline stages, from costs alone."""
 
 import functools
 import itertools
@@ -10,7 +10,7 @@ def balanced(costs: Sequence[int], num_parts: int) -> list[tuple[int, int]]:
     """Bounds of consecutive, non-empty parts, the largest cost of which is as small as can be.
 
     Of several such cuts the most even one, the larger parts first: the last stage of a pipeline
-    has the loss to compute beside its blocks.
+    has the loss to compute in addition to its blocks.
     """
     n, total = len(costs), list(itertools.accumulate(costs, initial=0))
 

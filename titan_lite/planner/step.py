@@ -37,7 +37,7 @@ class Block(NamedTuple):
     again: tuple[float, float, float, float]
 
     def seconds(self, way: int, recomputed: float = 0.0) -> float:
-        """Of all parts; backward with this share of the recomputation."""
+        """Sum of all parts; backward with this share of the recomputation."""
         parts = self.matmul, self.attention, self.elementwise, self.tp, self.cp
         return sum(part[way] for part in parts) + (recomputed * sum(self.again) if way else 0)
 
@@ -62,17 +62,17 @@ class StepModel:
     def ring(self, size: float, ranks: int, stride: int, passes: int = 1) -> float:
         """Seconds of a ring over ranks that are `stride` apart."""
         key = size, ranks, stride
-        if (found := self._rings.get(key)) is None:
-            found = self._rings[key] = self.rates.ring(size, ranks, self.inner(ranks, stride))
-        return passes * found
+        if (seconds := self._rings.get(key)) is None:
+            seconds = self._rings[key] = self.rates.ring(size, ranks, self.inner(ranks, stride))
+        return passes * seconds
 
     def block(self, job: Job) -> Block:
         """One block of the job."""
         key = (job.tp, job.cp, job.micro_batch, job.recompute, job.float8, job.sequence_parallel,
                job.async_tp, job.cp_method, job.width, job.kernels)  # fmt: skip
-        if (found := self._blocks.get(key)) is None:
-            found = self._blocks[key] = self._block(job)
-        return found
+        if (cost := self._blocks.get(key)) is None:
+            cost = self._blocks[key] = self._block(job)
+        return cost
 
     def _block(self, job: Job) -> Block:
         rates, args, t, M = self.rates, self.args, job.tp, job.local_tokens
@@ -138,14 +138,14 @@ class StepModel:
     def head(self, job: Job) -> tuple[float, float]:
         """Output projection and loss of a micro-batch, and their tensor-parallel collectives."""
         key = job.tp, job.cp, job.micro_batch, job.sequence_parallel, job.loss_bytes, job.width
-        if (found := self._heads.get(key)) is None:
+        if (cost := self._heads.get(key)) is None:
             tokens = job.local_tokens * job.head_share
             rows = self.args.padded_vocab_size / job.tp
             matmul = sum(self.rates.linear(tokens, self.args.dim, rows))
             loss = self.rates.loss(job, tokens, rows)
             size = 2 * self.rates.scale * job.local_tokens * self.args.dim
-            found = self._heads[key] = matmul + loss, 4 * self.ring(size, job.tp, 1)
-        return found
+            cost = self._heads[key] = matmul + loss, 4 * self.ring(size, job.tp, 1)
+        return cost
 
     def predict(self, job: Job) -> "Step":
         """The job's step."""
@@ -216,7 +216,7 @@ class StepModel:
         return (0 if args.tied_head else table), table
 
     def _exposed(self, network: float, compute: float) -> float:
-        """What communication adds to the compute that hides it."""
+        """Slowdown of the compute that hides communication."""
         return max(network, compute + self.k["interference"] * network) - compute
 
     def _units(self, job: Job, params: float) -> tuple[float, float]:
@@ -270,7 +270,7 @@ class StepModel:
         if job.sharding in ("zero1", "zero2", "hybrid_zero"):
             exposed += self.ring(values, job.shards, stride)
         elif job.sharding == "greedy_zero1":
-            # Whole tensors have owners, who send theirs along a chain of all ranks in turn.
+            # Whole tensors have owners, which send them along a chain of all ranks in turn.
             inner = self.inner(ranks, stride)
             nodes = max(1, ranks // inner)
             hops = (ranks - nodes) * self.k["hop_us"] + nodes * self.k["node_hop_us"]
@@ -321,7 +321,7 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        """Of the step."""
+        """Seconds of the step."""
         return sum(self.parts.values())
 
     @property

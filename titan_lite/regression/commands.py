@@ -52,7 +52,7 @@ A case is a TOML file:
   why = "..."             why it need not be closer
   [tolerance]             closer than the tier, as: loss = 1e-6, grad_norm = 1e-5
   [overrides]             keys that differ, as: training.steps = 20
-Its golden curve stands beside it, as NAME.golden.json.
+Its golden curve is next to it, as NAME.golden.json.
 exit code: 0 within (or skipped, for want of a device), 1 outside, 2 for a mistake
 """
 
@@ -104,7 +104,7 @@ def compare_command(argv: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--tier", choices=TIERS, default="layout", help="how close they must be")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw curves, difference and band (a PNG)"
     )
@@ -150,14 +150,14 @@ def _sides(rest: Sequence[str]) -> tuple[_Side, _Side]:
     given: tuple[list[str], list[str]] = ([], [])
     for argument in rest:
         if "job.dump_folder=" in argument:
-            raise Mistake(f"{argument} has no effect: --keep FOLDER says where runs are kept")
+            raise Mistake(f"{argument} has no effect; --keep FOLDER sets where runs are kept")
         if argument.startswith("-"):
             # "--a." or "--b." is for one side, anything else for both.
             side = {"--a.": 0, "--b.": 1}.get(argument[:4])
             meant = (0, 1) if side is None else (side,)
             if not any(paths[index].suffix == ".toml" for index in meant):
                 names = " and ".join(str(paths[index]) for index in meant)
-                raise Mistake(f"{argument} has no effect: {names} is no TOML file to train")
+                raise Mistake(f"{argument} has no effect: {names} is not a TOML file to train")
             for index in meant:
                 given[index].append(argument if side is None else f"--{argument[4:]}")
     return _side(paths[0], given[0]), _side(paths[1], given[1])
@@ -175,25 +175,27 @@ def _side(path: Path, arguments: Sequence[str]) -> _Side:
 
 
 def _curves(sides: tuple[_Side, _Side], keep: Path | None, tier: Tier) -> list[Curve]:
-    """Reads what is there, then runs what is not: a mistake is answered before any run."""
+    """Reads the existing curves, then trains the others: mistakes are reported before any run."""
     if keep and not any(side.is_config for side in sides):
         raise Mistake("--keep has no effect: there is no TOML file to train")
-    found = [side.planned() if side.is_config else read_curve(side.path) for side in sides]
-    check_same_data(*(one.data for one in found), other_seeds=tier == "statistical")
-    there = [one for one in found if isinstance(one, Curve)]
-    if len(there) < 2 and found[0].last_step != found[1].last_step:
-        ends = " and ".join(f"{s.path} at {f.last_step}" for s, f in zip(sides, found, strict=True))
+    curves = [side.planned() if side.is_config else read_curve(side.path) for side in sides]
+    check_same_data(*(one.data for one in curves), other_seeds=tier == "statistical")
+    there = [one for one in curves if isinstance(one, Curve)]
+    if len(there) < 2 and curves[0].last_step != curves[1].last_step:
+        ends = " and ".join(
+            f"{s.path} at {f.last_step}" for s, f in zip(sides, curves, strict=True)
+        )
         raise Mistake(f"the runs would end at different steps: {ends}")
     # As often as the run that is there.
     like = [f"--metrics.log_freq={setting(x.facts['config'], 'metrics.log_freq')}" for x in there]
     with tempfile.TemporaryDirectory(prefix="titan-lite-") as temporary:
         folders = [(keep or Path(temporary)) / name for name in "ab"]
-        for folder, one in zip(folders, found, strict=True):
+        for folder, one in zip(folders, curves, strict=True):
             if isinstance(one, _Planned) and folder.exists():
                 raise Mistake(f"--keep: {folder} exists already")
         return [
             one if isinstance(one, Curve) else one.train(folder, like)
-            for folder, one in zip(folders, found, strict=True)
+            for folder, one in zip(folders, curves, strict=True)
         ]
 
 
@@ -204,7 +206,7 @@ def _check_output(option: str, path: Path | None) -> None:
     if path.is_dir():
         raise Mistake(f"{option}: {path} is a folder")
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise Mistake(f"{option}: {path.parent} is no folder that can be written to")
+        raise Mistake(f"{option}: {path.parent} is not a writable folder")
 
 
 def golden_command(argv: Sequence[str]) -> int:
@@ -231,10 +233,10 @@ def golden_command(argv: Sequence[str]) -> int:
 
 def _golden(case: Case, action: str) -> int:
     file = case.file
-    if file.device == "cuda" and (lack := _lack_of_devices(file.nproc)):
+    if file.device == "cuda" and (reason := _missing_devices(file.nproc)):
         if action == "accept":
-            raise Mistake(f"{case.path}: {lack}")
-        print(f"{case.path}: skipped, {lack}")
+            raise Mistake(f"{case.path}: {reason}")
+        print(f"{case.path}: skipped, {reason}")
         return WITHIN
     if action == "run" and file.device == "cpu":
         case.accepted("")
@@ -254,11 +256,11 @@ def _golden(case: Case, action: str) -> int:
     return OUTSIDE if comparison.first_outside else WITHIN
 
 
-def _lack_of_devices(needed: int) -> str:
+def _missing_devices(needed: int) -> str:
     import torch
 
-    found = torch.cuda.device_count()
-    return f"it needs {needed} CUDA devices and there are {found}" if found < needed else ""
+    available = torch.cuda.device_count()
+    return f"it needs {needed} CUDA devices and there are {available}" if available < needed else ""
 
 
 def report_command(argv: Sequence[str]) -> int:

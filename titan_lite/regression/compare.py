@@ -38,7 +38,7 @@ class Track:
     """One quantity of two curves, at each step.
 
     a, b: the curves, smoothed in the statistical tier. difference: of b from a, relative; NaN where
-    one is not finite. band: what it may be.
+    one is NaN or Inf. band: its bound.
     """
 
     a: Array
@@ -59,7 +59,7 @@ class Track:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two curves and what was found of each quantity."""
+    """Two curves and the deviation of each quantity."""
 
     a: Curve
     b: Curve
@@ -76,10 +76,10 @@ class Comparison:
     def verdict(self) -> str:
         """One line."""
         count = f"{len(self.a.steps)} steps"
-        found = self.first_outside
-        if found is None:
+        outside = self.first_outside
+        if outside is None:
             return f"within: {count} agree, tier {self.tier} ({self._allowed()})"
-        name, index = found
+        name, index = outside
         track, a, b = self.tracks[name], self.a.values[name], self.b.values[name]
         return (
             f"OUTSIDE: {name} leaves the band of tier {self.tier} at step {self.a.steps[index]}: "
@@ -116,10 +116,10 @@ class Comparison:
         )
 
     def report(self) -> dict[str, Any]:
-        """All that was found, for JSON; what is not finite is text."""
-        found = self.first_outside
+        """The result for JSON; NaN and Inf are text."""
+        outside = self.first_outside
         return {
-            "verdict": "within" if found is None else "outside",
+            "verdict": "within" if outside is None else "outside",
             "tier": self.tier,
             "a": self.a.name,
             "b": self.b.name,
@@ -127,7 +127,8 @@ class Comparison:
             "steps": len(self.a.steps),
             "first_step": int(self.a.steps[0]),
             "last_step": int(self.a.steps[-1]),
-            "first_outside": found and {"quantity": found[0], "step": int(self.a.steps[found[1]])},
+            "first_outside": outside
+            and {"quantity": outside[0], "step": int(self.a.steps[outside[1]])},
             "quantities": {name: self._summary(track) for name, track in self.tracks.items()},
             "different_settings": {
                 key: list(values) for key, values in changed_settings(self.a, self.b).items()
@@ -148,7 +149,7 @@ class Comparison:
 def compare(
     a: Curve, b: Curve, tier: Tier, tolerances: Mapping[str, float] | None = None
 ) -> Comparison:
-    """Holds b against a; Mistake where the tier says nothing of two such runs.
+    """Compares b with a; Mistake if the tier does not apply to two such runs.
 
     tolerances: of loss and grad_norm in the layout tier, in place of LAYOUT_TOLERANCES.
     """
@@ -201,9 +202,9 @@ def _statistical(a: Array, b: Array) -> Track:
     end = len(a) if sane.all() else int(np.argmin(sane))
     smooth_a, smooth_b, difference, band = (np.full(len(a), np.nan) for _ in range(4))
     if end >= noise.MIN_STEPS:
-        found = noise.distance(a[:end], b[:end])
-        smooth_a[:end], smooth_b[:end] = found.smooth_a, found.smooth_b
-        difference[:end], band[:end] = found.difference, found.band
+        noisy = noise.distance(a[:end], b[:end])
+        smooth_a[:end], smooth_b[:end] = noisy.smooth_a, noisy.smooth_b
+        difference[:end], band[:end] = noisy.difference, noisy.band
     return Track(smooth_a, smooth_b, difference, band)
 
 

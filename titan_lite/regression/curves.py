@@ -17,7 +17,7 @@ from titan_lite.config.stored import global_batch_size, setting
 QUANTITIES = ("loss", "grad_norm", "lr", "tokens")
 METRICS_FILE, RUN_FILE = "metrics.jsonl", "run.json"
 
-# Keys of [data] that say how fast, not what, is read.
+# Keys of [data] that affect the speed of reading, not the samples.
 _SPEED_KEYS = frozenset({"prefetch", "tokenizer_threads"})
 # The coarsest first.
 _DTYPES = ("float8", "bfloat16", "float16", "float32")
@@ -40,8 +40,8 @@ class Changes(str):
 class Curve:
     """The logged values of each quantity of a run.
 
-    values: by quantity, one for each of `steps`. data: the settings that say what it was trained
-    on. dtype: the coarsest of its arithmetic. facts: what run.json says of it.
+    values: by quantity, one for each of `steps`. data: the settings of its training data. dtype:
+    the coarsest of its arithmetic. facts: the values in run.json.
     """
 
     name: str
@@ -89,7 +89,7 @@ def read_records(folder: Path) -> list[Record]:
         except json.JSONDecodeError:
             raise Mistake(f"{path}: line {number} is not JSON: {line[:60]!r}") from None
         if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
-            raise Mistake(f"{path}: line {number} is no record of a step: {line[:60]!r}")
+            raise Mistake(f"{path}: line {number} is not a record of a step: {line[:60]!r}")
         records.append(record)
     return records
 
@@ -133,7 +133,7 @@ def _check_facts(name: str, facts: Any) -> None:
 def segments(facts: Mapping[str, Any], last_step: int) -> list[Mapping[str, Any]]:
     """Facts of run.json on each part of a run between two resumes that has logged steps.
 
-    A run.json of an older version tells of the last part only, which then stands for all.
+    A run.json of an older version has the last part only, which then stands for all.
     """
     known = facts.get("segments") or [facts]
     logged = [s for s in known if s.get("resumed_from_step", 0) < last_step]
@@ -148,15 +148,15 @@ def words(value: Any) -> str:
 def over_segments(
     segments: Sequence[Mapping[str, Any]],
     values: Sequence[Any],
-    say: Callable[[Any], str] = words,
+    describe: Callable[[Any], str] = words,
 ) -> Any:
-    """The value that all segments share, or Changes, each of whose values `say` puts into words."""
+    """The value that all segments share, or Changes, whose values `describe` puts into words."""
     pairs = zip(segments[1:], values, values[1:], strict=False)
     changes = [(s.get("resumed_from_step", 0) + 1, new) for s, old, new in pairs if new != old]
     if not changes:
         return values[0]
-    later = (f"from step {step} on {say(new)}" for step, new in changes)
-    return Changes(", ".join([say(values[0]), *later]))
+    later = (f"from step {step} on {describe(new)}" for step, new in changes)
+    return Changes(", ".join([describe(values[0]), *later]))
 
 
 def make_curve(name: str, records: Sequence[Record], facts: Mapping[str, Any]) -> Curve:
@@ -186,7 +186,7 @@ def column(name: str, records: Sequence[Record], key: str) -> Array:
         except KeyError:
             raise Mistake(f"{name}: no {key} in the record of step {record['step']}") from None
         except (TypeError, ValueError):
-            message = f"{name}: {key} of step {record['step']} is no number: {record[key]!r}"
+            message = f"{name}: {key} of step {record['step']} is not a number: {record[key]!r}"
             raise Mistake(message) from None
     return np.array(values)
 
@@ -270,16 +270,16 @@ def _steps(curve: Curve) -> str:
 
 
 def changed_settings(a: Curve, b: Curve) -> dict[str, tuple[Any, Any]]:
-    """The keys whose values differ, but for where the runs write."""
-    found = {}
+    """The keys whose values differ, except the folders that the runs write to."""
+    changed = {}
     parts = [segments(curve.facts, curve.last_step) for curve in (a, b)]
     for section, fields in FIELDS.items():
         for name in fields:
             key = f"{section}.{name}"
             values = [over_segments(p, [setting(s["config"], key) for s in p]) for p in parts]
             if values[0] != values[1] and key != "job.dump_folder":
-                found[key] = values[0], values[1]
-    return found
+                changed[key] = values[0], values[1]
+    return changed
 
 
 def non_default(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Golden curves: runs whose curve is kept as text beside the case that describes them."""
+"""Golden curves: runs whose curve is kept as text next to the case that describes them."""
 
 import json
 import re
@@ -49,9 +49,9 @@ class CaseFile(Section):
     nproc: Positive
     """Processes."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where it runs; "cuda" has a golden for each kind of device."""
+    """Device that it runs on; "cuda" has a golden for each kind of device."""
     tier: Tier
-    """As of titan-lite compare."""
+    """Tier of titan-lite compare."""
     why: str
     """Why no closer."""
     tolerance: Tolerance | None = None
@@ -64,7 +64,7 @@ class Case:
     """A case file, with its paths resolved."""
 
     def __init__(self, path: Path) -> None:
-        """Mistake where there is no such case, or it says what a case cannot."""
+        """Mistake if there is no such case, or it is not valid."""
         self.path = path
         try:
             self.file = CaseFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
@@ -85,7 +85,7 @@ class Case:
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """As on the command line."""
+        """The overrides as command-line arguments."""
         return tuple(
             f"--{section}.{key}={literal(value)}"
             for section, table in self.file.overrides.items()
@@ -120,7 +120,8 @@ class Case:
         return LAYOUT_TOLERANCES[dtype] if own is None else own.model_dump()
 
     def accept(self, run: Path) -> tuple[Path, Comparison | None]:
-        """Writes the curve of a run folder as the golden one; what changed, if it could be told."""
+        """Writes the curve of a run folder as the golden one; returns the comparison with the old
+        one, if there is one."""
         facts = read_facts(run)
         path = self.golden(facts["device"])
         changed = None

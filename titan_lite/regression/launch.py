@@ -1,4 +1,4 @@
-"""Starts a training run in processes of its own, by the launcher, and waits for it."""
+"""Starts a training run in separate processes, with the launcher, and waits for it."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ def launch(
 ) -> None:
     """Trains into a run folder; what the run prints, its progress, goes to standard error.
 
-    Raises Mistake where the run fails, which has said why.
+    Raises Mistake if the run fails; the run has printed the reason.
     """
     arguments = [str(config), *_DEFAULTS, *overrides]
     arguments.append(f"--job.dump_folder={quote(str(folder))}")

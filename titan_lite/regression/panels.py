@@ -56,14 +56,14 @@ def thin(steps: Array, values: Array, low: float, high: float) -> tuple[Array, A
 def running_mean(values: Array) -> Array:
     """The mean of a window around each value, taken twice for spikes to leave no steps.
 
-    The window narrows towards the begin, where curves are steep, and is cut at the end.
+    The window narrows towards the start, where curves are steep, and is cut at the end.
     """
     index = np.arange(len(values))
     half = np.minimum(len(values) // (2 * _MEANS), index)
-    begin, end = index - half, np.minimum(index + half + 1, len(values))
+    start, end = index - half, np.minimum(index + half + 1, len(values))
     for _ in range(2):
         sums = np.concatenate([[0.0], np.cumsum(values)])
-        values = (sums[end] - sums[begin]) / (end - begin)
+        values = (sums[end] - sums[start]) / (end - start)
     return values
 
 

@@ -244,7 +244,7 @@ def _settings(runs: Sequence[Run]) -> Callable[[Run], dict[str, str]]:
             key = f"{section}.{name}"
             values = [run.setting(key) for run in runs]
             others = values[1:] or [field.default]
-            # Each run has a folder of its own.
+            # Each run has its own folder.
             same = len(runs) > 1 and key == "job.dump_folder"
             if not same and any(value != values[0] for value in others):
                 chosen.append(key)

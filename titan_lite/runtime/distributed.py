@@ -24,7 +24,7 @@ FLIGHT_RECORDER = {
     ("TORCH_NCCL_DUMP_ON_TIMEOUT",): "1",
 }
 
-# Description of groups that serve a thread beside training, and have timeouts of their own.
+# Description of groups that serve a background thread, and have their own timeouts.
 BACKGROUND = "background"
 
 
@@ -98,8 +98,8 @@ def store_of_its_own() -> dist.Store:
 def record_flights(folder: Path) -> str:
     """Has NCCL write down each rank's last collectives below `folder` when one times out.
 
-    To be called before the process group is there; what the environment says goes first. Returns
-    a sentence on where to look.
+    To be called before the process group is there; variables that are set in the environment win.
+    Returns a sentence on where to look.
     """
     path = folder.absolute() / "flight_recorder"
     path.mkdir(parents=True, exist_ok=True)
@@ -150,7 +150,7 @@ def stop_process_group() -> None:
 
 
 def leave_at_once(code: int) -> None:
-    """Ends a process of several, which has said why, with an exit code.
+    """Ends a process of several with an exit code; it has logged the reason.
 
     Others may wait for this one until the launcher ends them, so nothing may hold it up: no group
     that wants to be left in order, no thread that writes.

@@ -37,7 +37,7 @@ class FolderLock:
                 holder = holder_of(self._file)
                 self._file.close()
                 raise ValueError(
-                    f"another run writes to {folder}: {holder}; end it, or set another {key}"
+                    f"{folder} is in use by another run ({holder}); stop it, or set another {key}"
                 )
             time.sleep(0.1)
         holder = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
@@ -68,10 +68,10 @@ class FolderLock:
 
 
 def holder_of(file: TextIO) -> str:
-    """Who holds a lock, from what it wrote into the file."""
+    """The holder of a lock, as written in the file."""
     file.seek(0)
     try:
         holder = json.loads(file.read())
         return f"process {holder['pid']} on {holder['host']}"
     except (ValueError, KeyError, TypeError):
-        return "a process that has not yet said who it is"
+        return "unknown process"

@@ -61,8 +61,8 @@ class Verdict:
 class Nodes(Protocol):
     """This node's connection to the others.
 
-    `failed` once an attempt has failed on any of them, `stopped` once it has ended before it began,
-    as asked.
+    `failed` once an attempt has failed on any of them, `stopped` once a signal has ended it before
+    it started.
     """
 
     failed: bool
@@ -75,7 +75,7 @@ class Nodes(Protocol):
         """Reads what the others sent."""
 
     def fail(self) -> None:
-        """Tells the others that this attempt has failed."""
+        """Reports to the others that this attempt has failed."""
 
     def stop(self) -> None:
         """Reports to the others that a signal ended this attempt before all processes listened."""
@@ -144,11 +144,11 @@ class FirstNode:
         self._ended: dict[Connection, tuple[int, bool]] = {}
 
     def start(self, port: int) -> Start:
-        told, deadline = "", time.monotonic() + WAIT_SECONDS
+        last_message, deadline = "", time.monotonic() + WAIT_SECONDS
         while missing := self._job.NNODES - self._admit():
             text = f"{missing} of {self._job.NNODES} nodes at {self._endpoint}"
-            if text != told:
-                told = text
+            if text != last_message:
+                last_message = text
                 self._say(f"Waiting for {text}")
                 for member in self._members:
                     member.send(waiting=text)
@@ -326,7 +326,7 @@ def join(job: Job, host: str, port: int, say: Say) -> Nodes:
             if error.errno != errno.EADDRINUSE:
                 message = f"cannot listen at port {port} of {host}: {error.strerror}"
                 raise NodesError(message) from error
-    # Of this machine's port, which is in use, somebody answers at once.
+    # Of this machine's port, which is in use, the other program accepts at once.
     wait_seconds = ANSWER_SECONDS if is_local else WAIT_SECONDS
     for first in _connections(host, port, say, wait_seconds):
         first.send(titan_lite=asdict(job))
@@ -357,14 +357,14 @@ def _connections(host: str, port: int, say: Say, seconds: float) -> Iterator[Con
 
     Ends a few seconds after the first one; raises NodesError where none succeeds.
     """
-    told, deadline, is_answered = False, time.monotonic() + seconds, False
+    has_warned, deadline, is_answered = False, time.monotonic() + seconds, False
     while time.monotonic() < deadline:
         try:
             connection = Connection(socket.create_connection((host, port), timeout=5))
         except OSError as error:
-            if not told:
+            if not has_warned:
                 say(f"Waiting for the first node at {host}:{port}: {error.strerror or error}")
-                told = True
+                has_warned = True
             last = error
         else:
             if not is_answered:

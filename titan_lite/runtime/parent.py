@@ -29,7 +29,7 @@ def end_with_parent() -> None:
 
 
 def _wait(parent: int, then: Callable[[], None]) -> None:
-    # Polling works on every system; whoever adopts an orphan has another id.
+    # Polling works on every system; the process that adopts an orphan has another id.
     while os.getppid() == parent:
         time.sleep(POLL_SECONDS)
     then()

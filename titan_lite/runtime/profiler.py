@@ -25,7 +25,8 @@ def check_profiling(section: Profiling, device: torch.device) -> None:
 
 
 class Profiler(contextlib.ExitStack):
-    """Writes what [profiling] asks for below `folder`, of the steps inside its context.
+    """Writes the traces and snapshots of [profiling] below `folder`, of the steps inside its
+    context.
 
     A Chrome trace `traces/step-N/rankR.json.gz` holds the last 3 steps of each period of
     `profile_freq` steps. An out-of-memory error writes a last memory snapshot and is raised again.

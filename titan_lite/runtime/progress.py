@@ -1,4 +1,4 @@
-"""Where a rank is in its work, for whoever wants to know why it does not go on."""
+"""The current step and phase of a rank, for reports about a hang."""
 
 import time
 from typing import Literal
@@ -26,11 +26,11 @@ class Progress:
         self.since = time.monotonic()
 
     def seconds(self) -> float:
-        """Since the phase began."""
+        """Time at which the phase started."""
         return time.monotonic() - self.since
 
     def enter(self, phase: Phase, *, step: int | None = None) -> None:
-        """Begins a phase, of the step in hand unless one is given."""
+        """Starts a phase, of the current step unless one is given."""
         if step is not None:
             self.step = step
         self.phase = phase

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class Readback:
-    """A copy of a tensor for the host, which is not held up before it asks for it."""
+    """A copy of a tensor for the host, which only waits when it reads the value."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._event = None

@@ -1,4 +1,5 @@
-"""The folder of a run: an earlier run is moved aside, and what this one is goes to run.json."""
+"""The folder of a run: an earlier run is moved to previous/, and this one is described in
+run.json."""
 
 import json
 import logging
@@ -70,13 +71,14 @@ def write_run_file(folder: Path, facts: dict[str, Any], *, resumed_from_step: in
 
 
 def update_run_file(folder: Path, facts: dict[str, Any]) -> None:
-    """Replaces `facts` in run.json, for what is only known once the run has begun."""
+    """Replaces `facts` in run.json, for what is only known once the run has started."""
     path = folder / RUN_FILE
     _write(path, json.loads(path.read_text()) | facts)
 
 
 def _segments_before(step: int, path: Path) -> list[dict[str, Any]]:
-    """The segments in a run.json that began before a step; none where it is missing or damaged."""
+    """The segments in a run.json that started before a step; none where it is missing or
+    damaged."""
     if not path.exists():
         return []
     try:
@@ -93,7 +95,7 @@ def _segment(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(path: Path, run: dict[str, Any]) -> None:
-    """Writes to a file beside it first: no reader sees half of run.json."""
+    """Writes to a temporary file first: no reader sees half of run.json."""
     with writing(path):
         aside = path.with_suffix(".incomplete")
         aside.write_text(json.dumps(run, indent=2) + "\n")

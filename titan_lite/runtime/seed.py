@@ -13,7 +13,8 @@ def derive_seed(seed: int, name: str) -> int:
 
 
 def set_determinism(seed: int, *, deterministic: bool) -> None:
-    """Seeds torch's default generators and, if asked, refuses non-deterministic algorithms."""
+    """Seeds torch's default generators and, if deterministic, refuses non-deterministic
+    algorithms."""
     torch.manual_seed(seed)
     if deterministic:
         # Read by cuBLAS when its first handle is made.

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: noted when they come, answered between steps. No torch."""
+"""Signals that ask a run to end: noted when they come, handled between steps. No torch."""
 
 import contextlib
 import logging
@@ -21,12 +21,12 @@ EXIT_MISTAKE = 2
 EXIT_STOPPED = 75
 # As of a process that SIGTERM ended: there is no checkpoint to resume from.
 EXIT_STOPPED_UNSAVED = 128 + signal.SIGTERM
-# Codes of a process that did what it was asked to.
+# Exit codes of a process that ended as requested.
 ORDERLY = (0, EXIT_STOPPED, EXIT_STOPPED_UNSAVED)
 # In the folder of MESSAGES, the name of the signal that the launcher got.
 SENT = "signal"
 STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-# Seconds without progress after which SIGTERM ends a process after all. A launcher sends it to the
+# Seconds without progress after which SIGTERM ends a process at once. A launcher sends it to the
 # processes that a dead one has left waiting, and kills them after 30 s.
 TERM_GRACE = 25.0
 
@@ -52,19 +52,19 @@ def _sent(number: signal.Signals) -> str:
 
 
 class StopRequest:
-    """A request to stop this process; `signal` names what asked, None before."""
+    """A request to stop this process; `signal` names the signal, None before."""
 
     def __init__(self, progress: Progress | None = None) -> None:
         self.signal: str | None = None
         self.progress = progress or Progress()
 
     def launcher_has_gone(self) -> None:
-        """Asks to stop because the process that started this one has ended."""
+        """Requests a stop because the process that started this one has ended."""
         self.signal = "its launcher has ended"
         self._end_if_stuck()
 
     def comes_within(self, seconds: float) -> bool:
-        """Waits until this process is asked to stop, or the time is over."""
+        """Waits until a stop is requested, or the time is over."""
         deadline = time.monotonic() + seconds
         while self.signal is None and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Files whose size and checksum are kept in a manifest beside them; no torch."""
+"""Files whose size and checksum are kept in a manifest next to them; no torch."""
 
 import os
 import zlib
@@ -66,17 +66,17 @@ def check_size(path: Path, file: StoredFile) -> None:
 
 def damaged_files(folder: Path, files: Mapping[str, StoredFile], names: Iterable[str]) -> list[str]:
     """A sentence for each of the named files whose content is not what was written; reads all."""
-    found = []
+    problems = []
     for name in names:
         path, expected = folder / name, files[name].crc32
         try:
             checksum = stored_file(path).crc32
         except OSError as error:
-            found.append(f"{path} cannot be read: {error}")
+            problems.append(f"{path} cannot be read: {error}")
             continue
         if checksum != expected:
-            found.append(f"{path} is damaged: its checksum is {checksum}, and was {expected}")
-    return found
+            problems.append(f"{path} is damaged: its checksum is {checksum}, and was {expected}")
+    return problems
 
 
 def hexadecimal(crc32: int) -> str:

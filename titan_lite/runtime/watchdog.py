@@ -1,4 +1,4 @@
-"""Who was where, for the message when some ranks wait for one that does not come."""
+"""Reports each rank's step and phase when a collective hangs."""
 
 import contextlib
 import json
@@ -20,10 +20,10 @@ from titan_lite.runtime.progress import PHASES, Phase, Progress
 
 logger = logging.getLogger(__name__)
 
-# Of the timeout: told before NCCL ends the process, which leaves Python no time.
-TOLD_AFTER = 0.8
+# Share of the timeout: reported before NCCL ends the process, which leaves Python no time.
+REPORT_AFTER = 0.8
 MAX_SECONDS_BETWEEN_BEATS = 5.0
-MAX_RANKS_TOLD = 8
+MAX_RANKS_REPORTED = 8
 PACKAGE = Path(titan_lite.__file__).parent
 # Files of torch whose functions are collectives.
 COLLECTIVES = ("distributed_c10d.py", "_functional_collectives.py")
@@ -48,7 +48,7 @@ class Beat:
 
 
 class Watchdog:
-    """A thread that tells the store where this rank is, and logs where all are if it is stuck."""
+    """A thread that writes this rank's step to the store, and logs all ranks' if it is stuck."""
 
     def __init__(
         self,
@@ -58,16 +58,15 @@ class Watchdog:
         rank: int,
         world_size: int,
         timeout: float,
-        tells: bool,
+        logs: bool,
         hint: str = "",
     ) -> None:
-        """store: of its own, since one that waits for a key keeps others from it.
+        """store: a separate one, since waiting for a key blocks a store.
 
         timeout: seconds after which a collective that waits gives up.
-        tells: whether this rank is one of those, a few for all, that write to the log. hint: where
-        else to look, with which a report ends.
+        logs: True on the few ranks that log the report. hint: the last line of a report.
         """
-        self.tells = tells
+        self.logs = logs
         self._hint = hint
         self._timeout = timeout
         self._progress, self._store = progress, store
@@ -88,14 +87,14 @@ class Watchdog:
         self._timeout = seconds
 
     def report(self) -> str:
-        """Where every rank is, those furthest behind first."""
+        """The step and phase of every rank, those furthest behind first."""
         now = time.time()
         beats: dict[int, Beat] = {}
         for rank in range(self._world_size):
             with contextlib.suppress(RuntimeError):
                 if self._store.check([_key(rank)]):
                     beats[rank] = Beat(**json.loads(self._store.get(_key(rank))))
-        # Who waits in a collective is not the one who is waited for.
+        # A rank that waits in a collective is not the one that is waited for.
         order = sorted(
             beats,
             key=lambda rank: (
@@ -107,10 +106,10 @@ class Watchdog:
         )
         lines = [
             f"  rank {rank}: {beats[rank].describe(now, self._beat_seconds)}"
-            for rank in order[:MAX_RANKS_TOLD]
+            for rank in order[:MAX_RANKS_REPORTED]
         ]
-        if len(order) > MAX_RANKS_TOLD:
-            lines.append(f"  and {len(order) - MAX_RANKS_TOLD} more")
+        if len(order) > MAX_RANKS_REPORTED:
+            lines.append(f"  and {len(order) - MAX_RANKS_REPORTED} more")
         if unknown := [rank for rank in range(self._world_size) if rank not in beats]:
             lines.append(f"  never heard of: {unknown}")
         if self._hint:
@@ -122,16 +121,16 @@ class Watchdog:
         return min(MAX_SECONDS_BETWEEN_BEATS, self._timeout / 10)
 
     def _run(self) -> None:
-        told, beaten = None, -math.inf
+        reported, beaten = None, -math.inf
         while True:
             try:
                 if time.monotonic() - beaten >= self._beat_seconds:
                     self._beat()
                     beaten = time.monotonic()
                 since = self._progress.since
-                is_stuck = self._progress.seconds() > TOLD_AFTER * self._timeout
-                if self.tells and is_stuck and since != told:
-                    told = since
+                is_stuck = self._progress.seconds() > REPORT_AFTER * self._timeout
+                if self.logs and is_stuck and since != reported:
+                    reported = since
                     seconds = self._progress.seconds()
                     logger.warning("No progress for %.0f s. %s", seconds, self.report())
             except RuntimeError:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class WriteError(RuntimeError):
-    """Something that a run keeps could not be written; the message says what, where and why."""
+    """Something that a run keeps could not be written; the message has the file and the reason."""
 
 
 @contextlib.contextmanager

@@ -221,26 +221,26 @@ def dcp_to_hf(
 def model_section(family: Family, args: DecoderArgs) -> dict[str, Any]:
     """The [model] that resolves to `args`: the nearest flavor, and what it has otherwise.
 
-    ValueError where no flavor comes near enough for [model] to say the rest.
+    ValueError if no flavor is close enough for [model] to set the rest.
     """
     assert family.hf_config is not None
-    said = [*family.hf_config.keys, "rope_scaling"]
-    fields = [field.name for field in dataclasses.fields(args) if field.name in said]
-    found: list[tuple[str, dict[str, Any]]] = []
+    stored = [*family.hf_config.keys, "rope_scaling"]
+    fields = [field.name for field in dataclasses.fields(args) if field.name in stored]
+    candidates: list[tuple[str, dict[str, Any]]] = []
     for flavor, known in family.flavors.items():
         values = {name: getattr(args, name) for name in fields}
         if known.head_dim is not None:
             values["head_dim"] = args.head_size
         differing = {name: v for name, v in values.items() if v != getattr(known, name)}
         if differing.keys() <= Model.model_fields.keys():
-            found.append((flavor, differing))
-    if not found:
+            candidates.append((flavor, differing))
+    if not candidates:
         raise ValueError(
             f"no flavor of model family {family.name} has {args.rope_scaling}, which [model] "
-            "cannot say: register one, as docs/adding_a_family.md shows, and name its module with "
-            "--plugin"
+            "cannot set: register a family, as docs/adding_a_family.md shows, and name its module "
+            "with --plugin"
         )
-    flavor, differing = min(found, key=lambda candidate: len(candidate[1]))
+    flavor, differing = min(candidates, key=lambda candidate: len(candidate[1]))
     return {"name": family.name, "flavor": flavor, **differing}
 
 
@@ -249,7 +249,7 @@ def _model_section_of(source: Path, manifest: Manifest) -> Model:
     try:
         return stored_model(manifest.config)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{source} does not say what model it is: {error}") from error
+        raise ValueError(f"{source} does not name a known model: {error}") from error
 
 
 def _data_of(manifest: Manifest) -> Data | None:

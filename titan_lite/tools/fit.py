@@ -26,7 +26,7 @@ class Fit:
 
 
 def fit(rows: Sequence[Row], spreads: Mapping[str, float] = SPREADS) -> Fit:
-    """The constants of `spreads` that rows with use = "time" say, by Gauss-Newton steps."""
+    """The constants of `spreads` that fit the rows with use = "time", by Gauss-Newton steps."""
     distinct = {str(sorted(r.items() - {("note", r.get("note"))}, key=str)): r for r in rows}
     used = [r for r in distinct.values() if predict_row(r, LITERATURE).value is not None]
     names = list(spreads)
@@ -34,10 +34,9 @@ def fit(rows: Sequence[Row], spreads: Mapping[str, float] = SPREADS) -> Fit:
     theta = np.zeros(len(names))
 
     def values(theta: Vector) -> dict[str, float]:
-        found = {
+        return LITERATURE | {
             n: LITERATURE[base_name(n)] * math.exp(x) for n, x in zip(names, theta, strict=True)
         }
-        return LITERATURE | found
 
     def logs(theta: Vector) -> Vector:
         known = values(theta)

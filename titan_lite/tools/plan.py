@@ -81,7 +81,7 @@ def _search(argv: Sequence[str]) -> int:
         "fit and differ in kind. Degrees, micro-batch, recomputation, resharding, gradient "
         "synchronisation and pipeline stages vary; all other keys stay.",
     )
-    parser.add_argument("--count", type=int, default=5, metavar="N", help="layouts to show (5)")
+    parser.add_argument("--count", type=int, default=5, metavar="N", help="result to show (5)")
     parser.add_argument("--write", metavar="FILE", help="TOML file that extends CONFIG by the best")
     options, path, overrides = _parse(parser, argv)
     config = load_config(path, overrides).config
@@ -94,14 +94,14 @@ def _search(argv: Sequence[str]) -> int:
     fixed = (*overrides, *NO_FILES, *ONE_DEVICE, f"--training.global_batch_size={samples}")
     plan = make_plan(path, fixed, 1, with_files=False)
     cluster, start = _cluster(options, config.job.cluster), time.perf_counter()
-    found = search(config, world_size, samples, plan.family, plan.args, cluster)
-    best = found.best(options.count)
+    result = search(config, world_size, samples, plan.family, plan.args, cluster)
+    best = result.best(options.count)
     if options.json:
-        print(json.dumps(plan_report.search_facts(found, best), indent=2))
+        print(json.dumps(plan_report.search_facts(result, best), indent=2))
     else:
         machines = f"{world_size} x {cluster.device.name}"
         print(f"{_model(plan.config.model)} on {machines}, {samples} samples a step")
-        print(plan_report.search_text(found, best, time.perf_counter() - start))
+        print(plan_report.search_text(result, best, time.perf_counter() - start))
     if options.write and best:
         if path is None:
             message = "there is no CONFIG that the file could extend"
@@ -172,8 +172,8 @@ def _recalibrate(argv: Sequence[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="the run's folder")
     _cluster_options(parser)
     options = parser.parse_args(argv)
-    found = plan_recalibrate.recalibrate(options.run, _cluster(options))
-    print(json.dumps(found, indent=2) if options.json else plan_recalibrate.text(found))
+    result = plan_recalibrate.recalibrate(options.run, _cluster(options))
+    print(json.dumps(result, indent=2) if options.json else plan_recalibrate.text(result))
     return 0
 
 

@@ -53,10 +53,10 @@ def recalibrate(folder: str, cluster: Cluster) -> dict[str, Any]:
     }
 
 
-def text(found: dict[str, Any]) -> str:
+def text(result: dict[str, Any]) -> str:
     """The factor for a reader, as a line of a cluster's file."""
     return (
-        f"measured {found['measured_seconds']:.4g} s a step, predicted "
-        f"{found['predicted_seconds']:.4g} s; in the cluster's file:\n"
-        f'[measured]\n"{found["constant"]}" = {found["value"]}'
+        f"measured {result['measured_seconds']:.4g} s a step, predicted "
+        f"{result['predicted_seconds']:.4g} s; in the cluster's file:\n"
+        f'[measured]\n"{result["constant"]}" = {result["value"]}'
     )

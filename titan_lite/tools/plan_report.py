@@ -73,17 +73,17 @@ def facts(p: Prediction, better: Sequence[Advice]) -> dict[str, Any]:
         },
         "advice": [
             {
-                "settings": found.values,
-                "seconds": found.prediction.step.seconds,
-                "gain": 1 - found.prediction.step.seconds / p.step.seconds,
+                "settings": change.values,
+                "seconds": change.prediction.step.seconds,
+                "gain": 1 - change.prediction.step.seconds / p.step.seconds,
             }
-            for found in better
+            for change in better
         ],
     }
 
 
 def limit(p: Prediction) -> str:
-    """What most of the step's time is spent on."""
+    """The part that takes most of the step's time."""
     parts = p.step.parts
     return max(LIMITS, key=lambda words: sum(parts[name] for name in LIMITS[words]))
 
@@ -121,17 +121,17 @@ def text(p: Prediction, better: Sequence[Advice]) -> str:
     ]
     if better:
         lines.append("Would help most" if p.fits else "Would fit")
-    for found in better:
-        gain = 1 - found.prediction.step.seconds / seconds
-        settings = " ".join(setting(key, value) for key, value in found.values.items())
-        lines.append(f"  {settings}: {found.prediction.step.seconds:.3g} s a step ({-gain:+.0%})")
+    for change in better:
+        gain = 1 - change.prediction.step.seconds / seconds
+        settings = " ".join(setting(key, value) for key, value in change.values.items())
+        lines.append(f"  {settings}: {change.prediction.step.seconds:.3g} s a step ({-gain:+.0%})")
     return "\n".join(lines)
 
 
-def search_text(found: Found, best: Sequence[Layout], seconds: float) -> str:
-    """The layouts that a search found."""
+def search_text(result: Found, best: Sequence[Layout], seconds: float) -> str:
+    """The layouts of a search as text."""
     lines = [
-        f"{found.tried:,} layouts, {found.legal:,} legal, {len(found.layouts):,} fit, "
+        f"{result.tried:,} layouts, {result.legal:,} legal, {len(result.layouts):,} fit, "
         f"{seconds:.1f} s"
     ]
     for number, layout in enumerate(best, start=1):
@@ -150,12 +150,12 @@ def search_text(found: Found, best: Sequence[Layout], seconds: float) -> str:
     return "\n".join(lines)
 
 
-def search_facts(found: Found, best: Sequence[Layout]) -> dict[str, Any]:
+def search_facts(result: Found, best: Sequence[Layout]) -> dict[str, Any]:
     """The same as JSON."""
     return {
-        "tried": found.tried,
-        "legal": found.legal,
-        "fit": len(found.layouts),
+        "tried": result.tried,
+        "legal": result.legal,
+        "fit": len(result.layouts),
         "best": [
             {
                 "settings": layout.values,

@@ -1,7 +1,7 @@
 """titan-lite plan scaling: days, energy and cost as models and the number of devices grow.
 
 The projections of Yin et al. (https://doi.org/10.1007/s11227-023-05479-7): compute-optimal training
-at 20 tokens per parameter, ideal at the devices' peak, beside what the planner predicts.
+at 20 tokens per parameter, ideal at the devices' peak, next to what the planner predicts.
 """
 
 import json
@@ -123,11 +123,11 @@ def plot(rows: Sequence[dict[str, Any]], cluster: Cluster, target: str) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for number, config in enumerate(dict.fromkeys(row["config"] for row in rows)):
-        found = [row for row in rows if row["config"] == config and "days" in row]
-        gpus, color = [row["gpus"] for row in found], f"C{number}"
-        axes.plot(gpus, [row["ideal_days"] for row in found], "--", color=color)
-        axes.plot(gpus, [row["days"] for row in found], "o-", color=color, label=config)
-        low, high = ([row["days_80"][side] for row in found] for side in (0, 1))
+        points = [row for row in rows if row["config"] == config and "days" in row]
+        gpus, color = [row["gpus"] for row in points], f"C{number}"
+        axes.plot(gpus, [row["ideal_days"] for row in points], "--", color=color)
+        axes.plot(gpus, [row["days"] for row in points], "o-", color=color, label=config)
+        low, high = ([row["days_80"][side] for row in points] for side in (0, 1))
         axes.fill_between(gpus, low, high, color=color, alpha=0.15)
     axes.set(
         xscale="log",

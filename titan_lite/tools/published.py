@@ -1,4 +1,4 @@
-"""Rows of published runs: what each says was run, as a Job on a Cluster."""
+"""Rows of published runs: each as a Job on a Cluster."""
 
 import functools
 import re
@@ -33,7 +33,7 @@ ATTENTION = {"flash1": "flash1", "flash2": "flash", "flash3": "cudnn", "cudnn": 
              "unfused": "unfused", "flash;": "unskipped"}  # fmt: skip
 # Bytes that a cross-entropy moves per logit.
 LOSS_BYTES = {"float32": 28, "compile": 14, "fused": 10, "amp": 68}
-# Where a row does not say: the network of torchtitan's A100s fits 100 to 130 GB/s a node.
+# Default of a row without one: the network of torchtitan's A100s fits 100 to 130 GB/s a node.
 UNKNOWN_NIC = 100.0
 # Stacks whose checkpoints stop once the last saved tensor is back (torch 2.1 and later).
 EARLY_STOP = ("eager", "compile", "fused", "native")

@@ -127,17 +127,17 @@ def _statistics(errors: Sequence[float]) -> dict[str, float | None]:
     }
 
 
-def _fit_facts(found: Fit) -> dict[str, Any]:
+def _fit_facts(fit: Fit) -> dict[str, Any]:
     return {
-        "effective_degrees_of_freedom": round(found.freedom, 2),
+        "effective_degrees_of_freedom": round(fit.freedom, 2),
         "constants": {
             name: {
                 "value": value,
                 "spread_before": SPREADS[name],
-                "spread_after": round(found.spreads[name], 4),
-                "learned": found.spreads[name] < 0.8 * SPREADS[name],
+                "spread_after": round(fit.spreads[name], 4),
+                "learned": fit.spreads[name] < 0.8 * SPREADS[name],
             }
-            for name, value in found.values.items()
+            for name, value in fit.values.items()
         },
     }
 

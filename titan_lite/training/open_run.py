@@ -155,7 +155,7 @@ def _join(plan: Plan, process: Process, stop: StopRequest) -> Watchdog:
         rank=process.rank,
         world_size=process.world_size,
         timeout=comm.init_timeout_seconds,
-        tells=process.local_rank == 0,
+        logs=process.local_rank == 0,
         hint=hint,
     )
 
