@@ -99,7 +99,7 @@ DAMAGES = {
         folder / "run_state.json", 3
     ),
     r"step-8/manifest.json has format 9; this version of titan_lite reads 1": _other_format,
-    r"step-8 is not what its name says: a checkpoint of 12": _rename,
+    r"step-8 is a checkpoint of step 12, not of the step in its name": _rename,
 }
 
 
@@ -116,7 +116,8 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_complete_one_is_resumed_fr
     with pytest.raises(ValueError, match=message):
         find_start(SECTION.model_copy(update={"load_step": 8}), tmp_path)
     with pytest.raises(
-        ValueError, match=rf"no checkpoint in .* is complete: .*{message}.*; 4 is bad.*afresh"
+        ValueError,
+        match=rf"no checkpoint in .* is complete: .*{message}.*; 4 is bad.*start from step 0",
     ):
         find_start(SECTION, tmp_path, {good: DamagedError("4 is bad")})
 

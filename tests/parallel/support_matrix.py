@@ -56,7 +56,7 @@ With further settings; those of another model, or of clipping, are the one proce
 """
 
 FAMILIES_TEXT = """\
-Debug flavors of the other families, with settings that the one process has too, but for
+Debug flavors of the other families, with settings that the one process has too, except
 `parallel.sequence_parallel`. The rows above are Llama's. GPT is here without the biases of queries,
 keys and values: softmax does not see what is added to all keys, so that, without rotation, the
 gradient of that bias is rounding.

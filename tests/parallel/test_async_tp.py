@@ -102,7 +102,8 @@ def test_a_rewrite_that_fuses_nothing_is_an_error_after_the_first_step(
 ) -> None:
     message = workers[2].run(_train_unfused, tmp_path)[0]
     assert message == (
-        "what was applied is not what was asked: parallel.async_tp is true, but the first step "
+        "applied features do not match the configuration: parallel.async_tp is true, but the first "
+        "step "
         "compiled 2 of 2 blocks into 1 graphs with 0 fused all-gather-matmuls and 0 fused "
         "matmul-reduce-scatters"
     )

@@ -139,8 +139,8 @@ def problems(
         (
             {"emulate": False},
             "float8.recipe",
-            '"tensorwise" needs a GPU that multiplies float8 (CUDA capability 8.9 or higher), and '
-            "this is a CPU; float8.emulate = true gives its numbers without its speed",
+            '"tensorwise" requires CUDA compute capability >= 8.9, but this device is a CPU; set '
+            "float8.emulate = true to emulate it (slow)",
         ),
         (
             {"emulate": False, "device": "cuda", "recipe": "rowwise"},

@@ -44,26 +44,34 @@ def test_what_was_asked_for_passes() -> None:
         (
             {"modules": {**APPLIED.modules, "checkpointed": ()}},
             FULL,
-            "not checkpointed: layers.0",
+            "missing checkpointed: layers.0",
         ),
-        ({"modules": {**APPLIED.modules, "compiled": BLOCKS}}, FULL, "unasked compiled: layers.0"),
-        ({"modules": {"checkpointed": BLOCKS}}, FULL, "not FSDP unit: layers.0, layers.1, model"),
+        (
+            {"modules": {**APPLIED.modules, "compiled": BLOCKS}},
+            FULL,
+            "unexpected compiled: layers.0",
+        ),
+        (
+            {"modules": {"checkpointed": BLOCKS}},
+            FULL,
+            "missing FSDP unit: layers.0, layers.1, model",
+        ),
         ({"precision": "float32 computation"}, FULL, "float32 computation where bfloat16 comp"),
-        ({"symm_mem": True}, FULL, "symmetric memory True where False was asked for"),
-        ({"attention": "math"}, FULL, "attention by math where auto was asked for"),
-        ({"mesh": APPLIED.mesh | {"fsdp": 4}}, FULL, "fsdp 4 where 2 was asked for"),
-        ({"mesh": APPLIED.mesh | {"tp": 2}}, FULL, "tp 2 where 1 was asked for"),
-        ({}, SELECTIVE, "saved operations () where ('max',) were asked for"),
-        ({"saved_ops": ("max",)}, FULL, "saved operations ('max',) where () were asked for"),
+        ({"symm_mem": True}, FULL, "symmetric memory True where False was configured"),
+        ({"attention": "math"}, FULL, "attention by math where auto was configured"),
+        ({"mesh": APPLIED.mesh | {"fsdp": 4}}, FULL, "fsdp 4 where 2 was configured"),
+        ({"mesh": APPLIED.mesh | {"tp": 2}}, FULL, "tp 2 where 1 was configured"),
+        ({}, SELECTIVE, "saved operations () where ('max',) were configured"),
+        ({"saved_ops": ("max",)}, FULL, "saved operations ('max',) where () were configured"),
         (
             {"activation_memory_budget": 0.5},
             FULL,
-            "an activation memory budget of 0.5 where 1.0 was asked for",
+            "an activation memory budget of 0.5 where 1.0 was configured",
         ),
         (
             {},
             ActivationCheckpoint(mode="memory_budget", memory_budget=0.25),
-            "an activation memory budget of 1.0 where 0.25 was asked for",
+            "an activation memory budget of 1.0 where 0.25 was configured",
         ),
     ],
 )
@@ -79,7 +87,7 @@ def test_a_mismatch_names_the_modules(
     ("changes", "words"),
     [
         ({}, "checkpointed      2 of 2 blocks\n"),
-        ({"saved_ops": ("max",)}, "checkpointed      2 of 2 blocks but for max\n"),
+        ({"saved_ops": ("max",)}, "checkpointed      2 of 2 blocks except max\n"),
         ({"symm_mem": True}, "float32 reduction; symmetric memory\n"),
         ({"attention": "flash3"}, "attention         flash3\n"),
         (
@@ -95,7 +103,7 @@ def test_the_table_has_a_line_for_each_technique(changes: dict[str, Any], words:
 
 def test_attentions_over_other_ranks_than_asked_for_are_named() -> None:
     asked = {**APPLIED.modules, "ring attention over 2 ranks": ["layers.0.attention"]}
-    message = "not ring attention over 2 ranks: layers.0.attention"
+    message = "missing ring attention over 2 ranks: layers.0.attention"
     with pytest.raises(RuntimeError, match=message):
         APPLIED.check(asked, FULL, Parallel(), PRECISION, "auto")
     applied = dataclasses.replace(APPLIED, modules=asked)
@@ -161,11 +169,19 @@ def _skip(folder: Path, function: str, *overrides: str) -> str:
         (
             "apply_fsdp",
             (),
-            "not FSDP unit: layers.0, layers.1, model, norm, output, tok_em",
+            "missing FSDP unit: layers.0, layers.1, model, norm, output, tok_em",
         ),
-        ("apply_activation_checkpoint", ("--activation_checkpoint.mode=full",), "not checkpointed"),
-        ("apply_compile", ("--compile.enable=true",), "not compiled: layers.0, layers.1"),
-        ("apply_tp", ("--parallel.tp=2",), "not vocab: tok_embeddings; not sequence: layers.0.att"),
+        (
+            "apply_activation_checkpoint",
+            ("--activation_checkpoint.mode=full",),
+            "missing checkpointed",
+        ),
+        ("apply_compile", ("--compile.enable=true",), "missing compiled: layers.0, layers.1"),
+        (
+            "apply_tp",
+            ("--parallel.tp=2",),
+            "missing vocab: tok_embeddings; missing sequence: layers.0.att",
+        ),
     ],
 )
 def test_what_was_forgotten_is_named(

@@ -69,7 +69,7 @@ def test_a_parameter_that_no_row_of_the_plan_splits_is_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(
         ConfigError,
-        match=r"parallel.tp +\(command line\): parallel.tp does not know how to split "
-        r"layers.0.attention.q_norm.weight: 0 rows of the family's tp_plan are about its module",
+        match=r"parallel.tp +\(command line\): parallel.tp cannot split "
+        r"layers.0.attention.q_norm.weight: it matches 0 rows of the family's tp_plan; exactly 1",
     ):
         build_trainer(tmp_path, TP2, "--model.qk_norm=true")

@@ -1,4 +1,4 @@
-"""All ranks begin from the same checkpoint, undamaged, and read the same data."""
+"""All ranks start from the same checkpoint, undamaged, and read the same data."""
 
 import logging
 from collections.abc import Mapping
@@ -45,16 +45,16 @@ def agree_on_start(
 
 def agree_on_data(settings: Mapping[str, Any]) -> None:
     """ValueError on every rank unless what decides about their data is the same; collective."""
-    told: list[Mapping[str, Any]] = [settings] * dist.get_world_size()
-    dist.all_gather_object(told, settings)
-    for rank, theirs in enumerate(told):
-        for key, value in theirs.items():
-            if value != told[0][key]:
+    by_rank: list[Mapping[str, Any]] = [settings] * dist.get_world_size()
+    dist.all_gather_object(by_rank, settings)
+    for rank, of_rank in enumerate(by_rank):
+        for key, value in of_rank.items():
+            if value != by_rank[0][key]:
                 raise SettingError(
                     ("data.dataset", "data.dataset_path", "data.sources"),
-                    f"ranks read different data: {key} is {told[0][key]!r} on rank 0 and {value!r} "
-                    f"on rank {rank}; the files of data.dataset_path or data.sources must be the "
-                    "same on all nodes",
+                    f"ranks read different data: {key} is {by_rank[0][key]!r} on rank 0 and "
+                    f"{value!r} on rank {rank}; the files of data.dataset_path or data.sources "
+                    "must be the same on all nodes",
                 )
 
 
@@ -63,8 +63,8 @@ def _damage(source: Path) -> list[str]:
     manifest = read_manifest(source)
     logger.info("Reading %s in %s for its checksums", format_scaled(manifest.bytes, "B"), source)
     rank, size = dist.get_rank(), dist.get_world_size()
-    found: list[list[str]] = [[]] * size
+    problems: list[list[str]] = [[]] * size
     dist.all_gather_object(
-        found, damaged_files(source, manifest.files, sorted(manifest.files)[rank::size])
+        problems, damaged_files(source, manifest.files, sorted(manifest.files)[rank::size])
     )
-    return [sentence for sentences in found for sentence in sentences]
+    return [sentence for sentences in problems for sentence in sentences]

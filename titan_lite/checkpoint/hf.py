@@ -43,7 +43,7 @@ def load_hf(model: nn.Module, folder: HFFolder, hf: HFModel) -> None:
     weights: dict[str, Any] = get_model_state_dict(model)
     reader = HFReader(folder, hf, {name: tensor.shape for name, tensor in weights.items()})
     dcp.load(weights, storage_reader=reader)
-    # In place as it is, torch asks for this after every load.
+    # In place as it is, torch calls this after every load.
     set_model_state_dict(model, weights)
 
 
@@ -59,7 +59,7 @@ def hf_to_dcp(
 ) -> None:
     """Writes a checkpoint of the weights alone, in the dtypes they have; in one process.
 
-    It holds one tensor at a time, and writes each to a file of its own. config, model, tokenizer:
+    It holds one tensor at a time, and writes each to a separate file. config, model, tokenizer:
     for the manifest. tokenizer_files: by name.
     """
 
@@ -282,7 +282,7 @@ class DCPToHF:
 
 
 class _ReadOnce(Reader):
-    """Keeps the metadata, which dcp.load asks for at every call."""
+    """Keeps the metadata, which dcp.load reads at every call."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -306,7 +306,7 @@ def _read(folder: HFFolder, hf: HFModel, name: str, offsets: Any, lengths: Any) 
 
 @contextlib.contextmanager
 def _one_process() -> Iterator[None]:
-    """Without torch's warning that what was asked for, no_dist, is so."""
+    """Without torch's warning about no_dist, which is set on purpose."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

@@ -56,7 +56,7 @@ class PlannedFile:
 def plan_files(sizes: Mapping[str, int], max_bytes: int) -> list[PlannedFile]:
     """Deals tensors, of `sizes` bytes, to files in order: none larger than max_bytes.
 
-    A tensor that is larger itself has a file of its own.
+    A tensor that is larger itself has a separate file.
     """
     groups: list[list[str]] = [[]]
     used = 0
@@ -76,7 +76,7 @@ def plan_files(sizes: Mapping[str, int], max_bytes: int) -> list[PlannedFile]:
 
 
 def write_index(folder: Path, files: Iterable[PlannedFile]) -> None:
-    """Says which file holds which tensor; a single file needs no index."""
+    """Maps each tensor to its file; a single file needs no index."""
     files = list(files)
     if len(files) > 1:
         index = {
@@ -99,7 +99,7 @@ def _weight_files(path: Path) -> list[Path]:
         names = sorted({str(name) for name in weight_map.values()})
         for name in names:
             if Path(name).name != name:
-                raise ValueError(f"{path / INDEX_FILE}: {name!r} is no file of the same folder")
+                raise ValueError(f"{path / INDEX_FILE}: {name!r} is not a file of the same folder")
             if not (path / name).is_file():
                 raise ValueError(f"{path / INDEX_FILE} names {name}, which is not there")
         return [path / name for name in names]
@@ -124,7 +124,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
                 for name, s in slices.items()
             }
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is damaged, or no safetensors file: {error}") from error
+        raise ValueError(f"{file} is damaged, or not a safetensors file: {error}") from error
 
 
 def _modern(name: str) -> str:
@@ -142,7 +142,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content

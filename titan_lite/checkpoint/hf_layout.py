@@ -1,8 +1,8 @@
 """Which tensors of ours are in which of Hugging Face's, and where.
 
-A tensor of Hugging Face's is made of parts, each one tensor of ours. The rows of a part are dealt
-to groups, and the groups follow each other, each with its rows of every part. Of a tensor with the
-weights of several experts, each expert's is a tensor there.
+A tensor of Hugging Face's is made of parts, each one tensor of ours. The rows of a part are split
+into groups, and the groups follow each other, each with its rows of every part. Of a tensor with
+the weights of several experts, each expert's is a tensor there.
 """
 
 import logging
@@ -68,7 +68,7 @@ class HFTensor:
         return torch.cat(boxes) if len(boxes) > 1 else boxes[0]
 
     def _runs(self, part: str, first: int, last: int) -> Iterator[slice]:
-        """Where the part's rows from `first` up to `last` are stored, in pieces without gaps."""
+        """Locations of the part's rows from `first` up to `last`, in pieces without gaps."""
         names = list(self.parts)
         before = sum(self.parts[name] for name in names[: names.index(part)]) // self.groups
         size = self.parts[part] // self.groups
@@ -117,16 +117,16 @@ class HFModel:
             name: model.without_padding(name, parameter).shape
             for name, parameter in parameters.items()
         }
-        for name, ours in parts.items():
+        for name, names in parts.items():
             # The order of the map is the order of the parts.
-            ours.sort(key=lambda part: next(n for n, row in enumerate(rows) if matches(row, part)))
+            names.sort(key=lambda part: next(n for n, row in enumerate(rows) if matches(row, part)))
             if "*" not in name:
-                tensors[name] = _hf_tensor(name, ours, shapes, family, args)
+                tensors[name] = _hf_tensor(name, names, shapes, family, args)
                 continue
-            _, *shape = shapes[ours[0]]
-            for expert, of_expert in enumerate(_names(name, parameters[ours[0]])):
+            _, *shape = shapes[names[0]]
+            for expert, of_expert in enumerate(_names(name, parameters[names[0]])):
                 tensors[of_expert] = HFTensor(
-                    name=of_expert, parts={ours[0]: shape[0]}, shape=tuple(shape), expert=expert
+                    name=of_expert, parts={names[0]: shape[0]}, shape=tuple(shape), expert=expert
                 )
         return cls(tensors, places, (*family.hf_ignored, *tied))
 
@@ -205,19 +205,19 @@ def check_start(folder: HFFolder, hf: HFModel, family: Family, args: DecoderArgs
     """
     assert family.hf_config is not None
     architecture = family.hf_config.architecture
-    if not family.hf_config.is_called(found := folder.config.get("architectures") or []):
+    if not family.hf_config.is_called(architectures := folder.config.get("architectures") or []):
         raise ValueError(
-            f"{folder.path} is a model of architectures {found}; model.name = "
+            f"{folder.path} is a model of architectures {architectures}; model.name = "
             f'"{family.name}" is {architecture}'
         )
     different = differences(folder.config, family.hf_config, args)
     tuned = {name: different.pop(name) for name in TUNABLE if name in different}
     if different:
-        words = [f"{name} {theirs}, not {ours}" for name, (theirs, ours) in different.items()]
-        raise ValueError(f"the model of {folder.path} has other numbers: {', '.join(words)}")
-    for name, (theirs, ours) in tuned.items():
+        words = [f"{name} {hf_value}, not {value}" for name, (hf_value, value) in different.items()]
+        raise ValueError(f"[model] does not match the model of {folder.path}: {', '.join(words)}")
+    for name, (hf_value, value) in tuned.items():
         logger.warning(
-            "%s was trained with %s %s, this run has %s", folder.path, name, theirs, ours
+            "%s was trained with %s %s, this run has %s", folder.path, name, hf_value, value
         )
     hf.check(folder)
 

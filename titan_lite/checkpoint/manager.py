@@ -120,7 +120,7 @@ class CheckpointManager:
         return self.section.enable and (step % self.section.interval == 0 or step == last_step)
 
     def save(self, state: RunState, *, is_last: bool = False) -> None:
-        """Saves the run at `state`, or begins to; a saved step is not saved again.
+        """Saves the run at `state`, or starts to; a saved step is not saved again.
 
         is_last: no step follows, so that weights may do. Raises SaveError if this save, or the one
         before it, fails.
@@ -216,7 +216,7 @@ class CheckpointManager:
                 torch.cuda.set_rng_state(rng["cuda"], self.device)
 
     def leave_later_branch(self, step: int) -> None:
-        """Retires the checkpoints later than `step`, which the run goes on from; on one rank."""
+        """Retires the checkpoints later than `step`, which the run continues from; on one rank."""
         if self.section.enable:
             if retired := retire_later_steps(self.folder, step):
                 logger.warning("Checkpoints later than step %d were moved to %s", step, retired)
@@ -271,14 +271,14 @@ class CheckpointManager:
 
     def _check_shared(self, aside: Path, size: int) -> int:
         """The sum of all ranks' sizes; ValueError unless all see what rank 0 has made."""
-        told: list[tuple[bool, int]] = [(False, 0)] * dist.get_world_size()
-        dist.all_gather_object(told, ((aside / RUN_STATE_FILE).exists(), size))
-        if blind := [rank for rank, (seen, _) in enumerate(told) if not seen]:
+        by_rank: list[tuple[bool, int]] = [(False, 0)] * dist.get_world_size()
+        dist.all_gather_object(by_rank, ((aside / RUN_STATE_FILE).exists(), size))
+        if blind := [rank for rank, (seen, _) in enumerate(by_rank) if not seen]:
             raise ValueError(
                 f"ranks {blind} do not see {aside}, which rank 0 made: job.dump_folder must be "
                 "on a file system that all nodes share"
             )
-        return sum(size for _, size in told)
+        return sum(size for _, size in by_rank)
 
     def _commit(self, save: Save, files: Files) -> None:
         """On rank 0, once all ranks have finished: from the rename on the checkpoint exists."""

@@ -59,13 +59,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint all of whose files are there, in full length.
 
-    Raises DamagedError. What is in the files is for `damaged_files` to say.
+    Raises DamagedError. What is in the files is checked by `damaged_files`.
     """
     path = folder / MANIFEST_FILE
     if not folder.is_dir():
-        raise DamagedError(f"{folder} is no folder")
+        raise DamagedError(f"{folder} is not a folder")
     if not path.exists():
-        raise DamagedError(f"{folder} has no {MANIFEST_FILE}: no checkpoint that was completed")
+        raise DamagedError(f"{folder} has no {MANIFEST_FILE}: it is not a complete checkpoint")
     try:
         content = json.loads(path.read_bytes())
         number, checksum = content.pop("format"), content.pop("crc32")
@@ -78,7 +78,9 @@ def read_manifest(folder: Path) -> Manifest:
     files = {name: StoredFile(**file) for name, file in content.pop("files").items()}
     manifest = Manifest(files=files, **content)
     if folder.name.startswith("step-") and folder.name != f"step-{manifest.step}":
-        raise DamagedError(f"{folder} is not what its name says: a checkpoint of {manifest.step}")
+        raise DamagedError(
+            f"{folder} is a checkpoint of step {manifest.step}, not of the step in its name"
+        )
     for name, file in files.items():
         check_size(folder / name, file)
     return manifest

@@ -28,7 +28,7 @@ from titan_lite.runtime.writing import WriteError
 
 logger = logging.getLogger(__name__)
 
-# What a system says where there is no room: on the disk, in a quota, for one file.
+# Errors of a system without space: on the disk, in a quota, for one file.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # Before, torch's was good for one save (pytorch/pytorch#183424).
@@ -44,7 +44,7 @@ class Save:
     """A save, and its costs on this rank.
 
     folder: what it becomes; size: bytes of its tensors, on all ranks together; files: on rank 0,
-    those that are there. blocked: seconds that training waited; seconds: from begin to commit.
+    those that are there. blocked: seconds that training waited; seconds: from start to commit.
     """
 
     step: int
@@ -73,7 +73,7 @@ class Save:
             self.blocked += time.perf_counter() - began
 
     def end(self, upload: "Future[Any]") -> None:
-        """Takes the time, and only then tells those who wait."""
+        """Takes the time, and only then releases the waiting threads."""
         self.seconds = time.perf_counter() - self.started
         if error := upload.exception():
             self.written.set_exception(error)
@@ -99,7 +99,7 @@ class Save:
 
 
 class Saver:
-    """Hands checkpoints to torch.distributed.checkpoint as `async_mode` says; collective."""
+    """Hands checkpoints to torch.distributed.checkpoint in the `async_mode`; collective."""
 
     def __init__(self, mode: AsyncMode, device: torch.device, timeout_seconds: int) -> None:
         self.mode = mode
@@ -107,7 +107,7 @@ class Saver:
         self.group = None
         self.stager: DefaultStager | None = None
         if mode != "disabled":
-            # Of its own: what a thread sends must not come between what training sends.
+            # A separate one: what a thread sends must not come between what training sends.
             self.group = dist.new_group(
                 backend="gloo",
                 timeout=timedelta(seconds=timeout_seconds),
@@ -120,7 +120,7 @@ class Saver:
             )
 
     def start(self, save: Save, tensors: dict[str, Any], writer: Writer) -> None:
-        """Writes `tensors`, or begins to; `save.staged` and `save.written` tell how it goes."""
+        """Writes `tensors`, or starts to; `save.staged` and `save.written` report the progress."""
         save.started = time.perf_counter()
         if self.mode == "disabled":
             upload: Future[Any] = Future()

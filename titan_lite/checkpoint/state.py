@@ -1,4 +1,4 @@
-"""Which checkpoints there are, where a run begins, and which are deleted; no torch."""
+"""Which checkpoints there are, where a run starts, and which are deleted; no torch."""
 
 import fnmatch
 import json
@@ -47,10 +47,8 @@ class RunState:
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Where a run begins.
-
-    source: the checkpoint to load, None for fresh weights; content: what of it, "run" or "model".
-    manifest: of the checkpoint. resumes: whether it is the run's own.
+    """The start of a run. source: the checkpoint to load, None for fresh weights; content: what of
+    it, "run" or "model". manifest: of the checkpoint. resumes: whether it is the run's own.
     """
 
     state: RunState = field(default_factory=RunState)
@@ -66,7 +64,7 @@ class Start:
 
     @property
     def key(self) -> str:
-        """The key that asks for the checkpoint."""
+        """The key that names the checkpoint."""
         return "checkpoint.load_step" if self.resumes else "checkpoint.initial_load_path"
 
 
@@ -83,9 +81,9 @@ def newest_below(folder: Path) -> Path | None:
     if (folder / MANIFEST_FILE).exists():
         return None
     for depth in ("", "*/", "*/*/"):
-        found = [file.parent for file in folder.glob(f"{depth}step-*/{MANIFEST_FILE}")]
-        if found := [path for path in found if STEP_FOLDER.fullmatch(path.name)]:
-            return max(found, key=lambda path: int(path.name.removeprefix("step-")))
+        paths = [file.parent for file in folder.glob(f"{depth}step-*/{MANIFEST_FILE}")]
+        if paths := [path for path in paths if STEP_FOLDER.fullmatch(path.name)]:
+            return max(paths, key=lambda path: int(path.name.removeprefix("step-")))
     return None
 
 
@@ -99,16 +97,16 @@ def find_start(
     """The run's own checkpoint to resume from, else the initial one, else a fresh start.
 
     damaged: checkpoints that are known not to be what was written. last_step: the run's, of which
-    weights are enough: nothing is left to train. Raises ValueError for what was
-    asked for and is missing, damaged (DamagedError) or holds no run.
+    weights are enough: nothing is left to train. Raises ValueError if the configured checkpoint is
+    missing, damaged (DamagedError) or not of a run.
     """
     if not section.enable:
         return Start()
     if section.load_step != 0:
-        found = _own_checkpoint(section.load_step, folder, dict(damaged or {}))
-        if found is not None:
-            is_done = found[1].step == last_step
-            return _start(*found, found[1].content if is_done else "run", resumes=True)
+        own = _own_checkpoint(section.load_step, folder, dict(damaged or {}))
+        if own is not None:
+            is_done = own[1].step == last_step
+            return _start(*own, own[1].content if is_done else "run", resumes=True)
     if not section.initial_load_path:
         return Start()
     source = Path(section.initial_load_path).expanduser()
@@ -132,8 +130,8 @@ def _own_checkpoint(
         source = folder / f"step-{step}"
         if step in steps:
             return source, _manifest_of(source)
-        found = ", ".join(map(str, steps)) or "none"
-        raise ValueError(f"no checkpoint of step {step} in {folder}; steps found: {found}")
+        available = ", ".join(map(str, steps)) or "none"
+        raise ValueError(f"no checkpoint of step {step} in {folder}; steps found: {available}")
     worse = []
     for number in reversed(steps):
         source = folder / f"step-{number}"
@@ -149,8 +147,8 @@ def _own_checkpoint(
         return source, manifest
     if worse:
         raise DamagedError(
-            f"no checkpoint in {folder} is complete: {'; '.join(worse)}. checkpoint.load_step = 0 "
-            "starts afresh"
+            f"no checkpoint in {folder} is complete: {'; '.join(worse)}. set "
+            "checkpoint.load_step = 0 to start from step 0"
         )
     return None
 
@@ -172,12 +170,12 @@ def _start(source: Path, manifest: Manifest, content: str, *, resumes: bool) -> 
             raise SettingError(
                 "checkpoint.initial_load_model_only",
                 f"{source} holds weights only, from which no run can go on: set "
-                "checkpoint.initial_load_model_only = true to begin another run with them",
+                "checkpoint.initial_load_model_only = true to start another run with them",
             )
         raise ValueError(
             f"{source} holds weights only (last_save_model_only), from which no run can "
             "go on: checkpoint.load_step can name an earlier step, checkpoint.initial_load_path "
-            "begins another run with these weights, titan-lite convert dcp-to-hf exports them"
+            "starts another run with these weights, titan-lite convert dcp-to-hf exports them"
         )
     state = RunState.from_json((source / RUN_STATE_FILE).read_text())
     return Start(state=state, source=source, manifest=manifest, content=content, resumes=resumes)

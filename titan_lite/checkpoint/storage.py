@@ -34,7 +34,7 @@ from titan_lite.runtime.stored_files import StoredFile, hexadecimal
 
 Files = dict[str, StoredFile]
 
-# All that a file of metadata is made of, beside data types.
+# All classes in a file of metadata, in addition to data types.
 METADATA_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -98,7 +98,7 @@ class _ChecksummedFiles(FileSystem):
             try:
                 yield file
             except RuntimeError as error:
-                # Torch closes its archive where the disk was full, and then only tells of that.
+                # Torch closes its archive where the disk was full, and then only reports that.
                 raise file.error or error from None
         self.written[Path(path).name] = StoredFile(file.size, hexadecimal(file.crc32))
 
@@ -150,18 +150,20 @@ class Writer(dcp.FileSystemWriter):
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        found = None
+        member = None
         if name in METADATA_CLASSES.get(module, ()):
-            found = super().find_class(module, name)
+            member = super().find_class(module, name)
         elif module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            found = getattr(torch, name)
-        if found is None:
-            raise pickle.UnpicklingError(f"asks for {module}.{name}, which no checkpoint needs")
-        return found
+            member = getattr(torch, name)
+        if member is None:
+            raise pickle.UnpicklingError(
+                f"refusing to unpickle {module}.{name}, which no checkpoint contains"
+            )
+        return member
 
 
 class Reader(dcp.FileSystemReader):
-    """Reads a checkpoint's files without executing anything that they say."""
+    """Reads a checkpoint's files without executing any code in them."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """ValueError for metadata that are not, or not only, metadata."""
@@ -205,7 +207,7 @@ def check_shape(key: str, saved: Any, shape: torch.Size, vocab_size: int, source
 def check_none_left(
     metadata: Metadata, asked: Set[str], source: Path, excluded: Sequence[str]
 ) -> None:
-    """Raises ValueError for a saved weight that nothing asks for, unless it is excluded."""
+    """Raises ValueError for a saved weight that the model does not have, unless it is excluded."""
     for key in metadata.state_dict_metadata:
         name = key.removeprefix("model.")
         if name != key and key not in asked and not excludes(excluded, name):
@@ -232,19 +234,19 @@ class LoadPlanner(dcp.DefaultLoadPlanner):
         for key, value in self.state_dict.items():
             if key not in saved:
                 raise ValueError(_is_missing(key, self.source))
-            found = saved[key]
-            if not isinstance(found, TensorStorageMetadata) or not isinstance(value, Tensor):
+            entry = saved[key]
+            if not isinstance(entry, TensorStorageMetadata) or not isinstance(value, Tensor):
                 continue
-            check_shape(key, found, value.shape, self.vocab_size, self.source)
+            check_shape(key, entry, value.shape, self.vocab_size, self.source)
             # Padding, which was not saved, stays as it is: zero.
-            saved[key] = dataclasses.replace(found, size=value.shape)
+            saved[key] = dataclasses.replace(entry, size=value.shape)
         self.metadata = dataclasses.replace(self.metadata, state_dict_metadata=saved)
         return super().create_local_plan()
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         assert self.metadata is not None
-        asked = {item.dest_index.fqn for plan in global_plan for item in plan.items}
-        check_none_left(self.metadata, asked, self.source, self.excluded)
+        wanted = {item.dest_index.fqn for plan in global_plan for item in plan.items}
+        check_none_left(self.metadata, wanted, self.source, self.excluded)
         return super().create_global_plan(global_plan)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:

@@ -46,8 +46,8 @@ class ScaledDotProductAttention(nn.Module):
 class DropoutAttention(ScaledDotProductAttention):
     """The same with dropout of the softmax' results, which exist as a whole: (B, N, S, S).
 
-    No fused kernel drops the same whoever has the head. site: as of Dropout. shard: which of as
-    many equal parts of the heads as there are this device has.
+    No fused kernel drops the same on every rank that has the head. site: as of Dropout. shard:
+    which of as many equal parts of the heads as there are this device has.
     """
 
     shard = 0
@@ -88,7 +88,7 @@ class Attention(nn.Module):
     """Projections, normalisation of heads and rotary embedding around `inner_attention`.
 
     The inner attention has no parameters and sees heads only: what splits a sequence over devices
-    puts its own in its place.
+    replaces it by its own.
     """
 
     def __init__(self, args: DecoderArgs, rope: nn.Module) -> None:

@@ -62,7 +62,7 @@ class Block(nn.Module):
 
 
 class ParallelBlock(Block):
-    """Attention and feed-forward beside each other, on the same input (GPT-J, GPT-NeoX)."""
+    """Attention and feed-forward in parallel, on the same input (GPT-J, GPT-NeoX)."""
 
     def forward(
         self,

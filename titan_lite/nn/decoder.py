@@ -38,7 +38,7 @@ class Decoder(Transformer):
         """Logits (B, S, V), or what head_loss(hidden_BSD, output_weight_VD) returns.
 
         positions_S: where in the sequence the tokens are, (B, S) where rows differ; None: at 0 to
-        S - 1. mask: what they see of the past, as nn.documents.DocumentMask says; None: all.
+        S - 1. mask: what they see of the past, as in nn.documents.DocumentMask; None: all.
         dropout_keys_BS: of the tokens, as nn.dropout.token_keys gives them; None: nothing is
         dropped.
 

@@ -15,7 +15,7 @@ TILE = 128
 
 
 class Spans(NamedTuple):
-    """Queries next to each other in each row, and where in the batch those of a document begin.
+    """Queries next to each other in each row, and where in the batch those of a document start.
 
     Of document d, queries [query_starts_D[d], query_starts_D[d + 1]) see the keys from
     key_starts_D[d] up to their own, or all of them without causality, for which the queries have to
@@ -53,7 +53,8 @@ def dense_mask(
 
 
 def document_spans(documents_BS: Tensor, queries_Q: Tensor) -> tuple[Spans, ...]:
-    """As `dense_mask`, on the host: one for each run of queries that are next to each other."""
+    """Variant of `dense_mask` on the host: one for each run of queries that are next to each
+    other."""
     jumps = (queries_Q.diff() != 1).nonzero().flatten() + 1
     runs = queries_Q.tensor_split(jumps.tolist())
     return tuple(_spans(documents_BS, int(run[0]), len(run)) for run in runs)
@@ -64,7 +65,7 @@ def _spans(documents_BS: Tensor, first: int, count: int) -> Spans:
     B, S = documents_BS.shape
     starts_BS = torch.ones_like(documents_BS, dtype=torch.bool)
     starts_BS[:, 1:] = documents_BS.diff() != 0
-    # What follows the last query of a row is seen by none: a document of its own.
+    # What follows the last query of a row is seen by none: a separate document.
     starts_BS[:, first + count :][:, :1] = True
     row_D, key_D = starts_BS.nonzero(as_tuple=True)
     query_starts_D = row_D * count + (key_D - first).clamp(0, count)

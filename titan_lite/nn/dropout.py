@@ -55,7 +55,7 @@ class NoDropout(nn.Module):
 class Dropout(nn.Module):
     """Drops features of tokens with probability p, and none without keys.
 
-    site: tells the places in a block apart. shard: which of as many equal parts of the sequence as
+    site: number of the place in a block. shard: which of as many equal parts of the sequence as
     there are this device has.
     """
 

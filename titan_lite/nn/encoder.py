@@ -36,7 +36,7 @@ class Transform(nn.Module):
 
 
 class PairHead(nn.Module):
-    """Tells from a sample's first token whether its second text follows the first."""
+    """Classifies from a sample's first token whether its second text follows the first."""
 
     def __init__(self, args: EncoderArgs) -> None:
         super().__init__()

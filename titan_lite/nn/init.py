@@ -98,18 +98,18 @@ ENCODER_RULES = (
     InitRule("pair_head.*.weight", linear),
     InitRule("pair_head.*.bias", zeros),
 )
-"""BERT's std of 0.02 (arXiv:1810.04805), but for what writes to the residual stream."""
+"""BERT's std of 0.02 (arXiv:1810.04805), except for what writes to the residual stream."""
 
 
 def rule_of(rules: tuple[InitRule, ...], name: str) -> InitRule:
     """The one rule that matches a parameter's name; ValueError without one."""
-    found = [rule for rule in rules if matches(rule.pattern, name)]
-    if len(found) != 1:
+    matching = [rule for rule in rules if matches(rule.pattern, name)]
+    if len(matching) != 1:
         raise ValueError(
-            f"parameter {name!r} is matched by {len(found)} init rules, not one: give the model "
+            f"parameter {name!r} is matched by {len(matching)} init rules, not one: give the model "
             "an init_rules row for it"
         )
-    return found[0]
+    return matching[0]
 
 
 @torch.no_grad()

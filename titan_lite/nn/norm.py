@@ -23,4 +23,4 @@ class LayerNorm(nn.LayerNorm):
 
 
 NORMS: dict[NormKind, type[RMSNorm | LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
-"""The classes by the name that model.norm says."""
+"""The classes by the name in model.norm."""

@@ -64,7 +64,7 @@ class Transformer(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in all parameters, each counted once, but for the padding of a vocabulary."""
+        """Numbers in all parameters, each counted once, without the padding of a vocabulary."""
         return sum(
             self.without_padding(name, parameter).numel()
             for name, parameter in self.named_parameters()
@@ -127,7 +127,7 @@ class Transformer(nn.Module):
         fill(self.init_rules, name, tensor, generator)
 
     def init_buffers(self, device: torch.device | str) -> None:
-        """Computes the buffers anew on `device`, as is needed after a meta build."""
+        """Computes the buffers again on `device`, as is needed after a meta build."""
         for module in self.modules():
             # Several where this model was joined from pipeline stages.
             if isinstance(module, RotaryEmbedding):

@@ -51,7 +51,7 @@ Attention inside documents is not among them: its import is one of those that ta
 
 
 def apply_activation_checkpoint(model: Transformer, section: ActivationCheckpoint) -> None:
-    """Wraps the chosen blocks in place; for "memory_budget", tells the compiler instead.
+    """Wraps the chosen blocks in place; for "memory_budget", configures the compiler instead.
 
     The budget is one of the whole process, for what is compiled from here on.
     """
@@ -71,7 +71,7 @@ def apply_activation_checkpoint(model: Transformer, section: ActivationCheckpoin
 
 
 class SavePolicy:
-    """Tells torch, for each operation of one forward of a block, whether its result is kept.
+    """Decides for torch, for each operation of one forward of a block, whether its result is kept.
 
     Of "every_second_matmul" the second, fourth, ... are kept: the last of an odd number is not, as
     with a gated feed-forward's, whose result backward does not need.
@@ -85,7 +85,7 @@ class SavePolicy:
             self.saved.add(OPERATION)
         self.every_second = set(MATMULS) if "every_second_matmul" in save else set()
         # Separately for forward and recomputation, for both to find the same matmuls second:
-        # torch < 2.13 asks again in backward.
+        # torch < 2.13 repeats the calls in backward.
         self.matmuls: Counter[bool] = Counter()
 
     def __call__(

@@ -66,7 +66,7 @@ def apply_async_tp(mesh: DeviceMesh, *, enable: bool) -> None:
         counters["inductor"].pop(name, None)
     if enable:
         with warnings.catch_warnings():
-            # Deprecated in torch 2.13, whose rewrite asks for it all the same.
+            # Deprecated in torch 2.13, whose rewrite still needs it.
             warnings.simplefilter("ignore", FutureWarning)
             symmetric_memory.enable_symm_mem_for_group(mesh.get_group().group_name)
 

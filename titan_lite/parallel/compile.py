@@ -76,7 +76,7 @@ def _untag_attention_on_cpu() -> None:
 class Compilations:
     """Watches dynamo from when it is made on.
 
-    recompilations: how many graphs were compiled anew after the warm-up steps.
+    recompilations: how many graphs were recompiled after the warm-up steps.
     """
 
     recompilations: int = 0
@@ -106,11 +106,11 @@ class Compilations:
         self._steps += 1
         if self._steps <= WARMUP_STEPS:
             return
-        found = [" ".join(reason.split()) for reason in reasons if reason]
-        self.recompilations += len(found)
-        for reason in found:
+        sentences = [" ".join(reason.split()) for reason in reasons if reason]
+        self.recompilations += len(sentences)
+        for reason in sentences:
             logger.warning(
-                "Step %d compiled anew (%d times so far since the warm-up): %s",
+                "Step %d recompiled (%d times so far since the warm-up): %s",
                 step,
                 self.recompilations,
                 reason,

@@ -25,7 +25,7 @@ Method = Literal["ring", "all_gather", "ulysses"]
 
 
 def local_positions(method: Method, seq_len: int, rank: int, size: int) -> Tensor:
-    """Where in a sequence the tokens of a rank are, in the order in which it holds them.
+    """Positions in a sequence of the tokens of a rank, in its order.
 
     Contiguous for "ulysses", whose ranks all attend from the first token to the last. Else a chunk
     of the head and one of the tail: later tokens see more, and so each rank has the same to do.

@@ -30,7 +30,7 @@ from titan_lite.nn.transformer import Transformer
 
 logger = logging.getLogger(__name__)
 
-# What torch._scaled_mm asks of rows and columns.
+# Divisor of rows and columns that torch._scaled_mm requires.
 MULTIPLE = 16
 # Ada, the first with float8 matrix products; Hopper is 9.0.
 MIN_CAPABILITY = (8, 9)
@@ -107,11 +107,11 @@ def _device_problems(
     float8: Float8, parallel: Parallel, dims: ParallelDims, device: torch.device
 ) -> Iterator[SettingError]:
     recipe = quote(float8.recipe)
-    if not float8.emulate and (lack := _lack_of_hardware(device)):
+    if not float8.emulate and (device_name := _unsupported_device(device)):
         yield SettingError(
             "float8.recipe",
-            f"{recipe} needs a GPU that multiplies float8 (CUDA capability 8.9 or higher), {lack}; "
-            "float8.emulate = true gives its numbers without its speed",
+            f"{recipe} requires CUDA compute capability >= 8.9, but {device_name}; set "
+            "float8.emulate = true to emulate it (slow)",
         )
     gathers_float8 = float8.recipe == "tensorwise" and dims.tp > 1 and parallel.sequence_parallel
     if gathers_float8 and device.type == "cpu":
@@ -165,20 +165,20 @@ def _layout_problems(
             )
 
 
-def _lack_of_hardware(device: torch.device) -> str | None:
+def _unsupported_device(device: torch.device) -> str | None:
     if device.type != "cuda":
-        return f"and this is a {device.type.upper()}"
+        return f"this device is a {device.type.upper()}"
     capability = torch.cuda.get_device_capability(device)
     if capability >= MIN_CAPABILITY:
         return None
-    return f"and {torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
+    return f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
 
 
 def convert(model: Transformer, section: Float8, plan: tuple[PlanRow, ...]) -> tuple[str, ...]:
     """Replaces the chosen linears by torchao's in place, and returns their names.
 
     Parameters keep their names, shapes and float32 masters; with fsdp_all_gather they are wrapped
-    in a tensor subclass that FSDP2 asks for what to send.
+    in a tensor subclass whose hooks give FSDP2 what to send.
     """
     if section.recipe == "none":
         return ()
@@ -255,7 +255,7 @@ def in_float8_styles(model: Transformer, plan: tuple[PlanRow, ...]) -> set[str]:
     """Names of the modules that take torchao's styles: what they pass on is float8.
 
     These are the linears with one scale per tensor, and the modules that gather for such linears
-    only: another linear beside them needs the input in high precision.
+    only: another linear next to them needs the input in high precision.
     """
     tensorwise = {
         name

@@ -138,7 +138,7 @@ def apply_fsdp(
     if embeddings:
         shard(embeddings, reshard)
     for index, block in enumerate(blocks):
-        # Backward begins with the last block: freeing it would only gather it again at once.
+        # Backward starts with the last block: freeing it would only gather it again at once.
         kept = choice == "last_block_kept" and index == len(blocks) - 1
         shard(block, False if kept else reshard)
     if head:

@@ -78,7 +78,7 @@ def split(
             f"model's {len(blocks)} blocks"
         )
     else:
-        # Embedding and head go with the blocks beside them.
+        # Embedding and head go with the blocks next to them.
         groups = [[name] for name in blocks]
         groups[0][:0] = first
         groups[-1] += last
@@ -138,7 +138,7 @@ def keep(model: Transformer, modules: Sequence[str]) -> Transformer:
 
 
 def join(model: Transformer, stages: Sequence[Transformer]) -> Transformer:
-    """Puts the children and blocks of this rank's stages in the place of a model's own.
+    """Puts the children and blocks of this rank's stages instead of a model's own.
 
     The model then names this rank's parameters as the whole model does; it is not to be called.
     """
@@ -164,16 +164,16 @@ def add_tied_gradients(model: Transformer, group: dist.ProcessGroup) -> None:
     assert model.tok_embeddings is not None
     grad = model.tok_embeddings.weight.grad
     assert isinstance(grad, DTensor)
-    ours = grad.to_local()
-    theirs = torch.empty_like(ours)
+    local = grad.to_local()
+    peer = torch.empty_like(local)
     operations = [
-        dist.P2POp(dist.isend, ours, group=group, group_peer=other),
-        dist.P2POp(dist.irecv, theirs, group=group, group_peer=other),
+        dist.P2POp(dist.isend, local, group=group, group_peer=other),
+        dist.P2POp(dist.irecv, peer, group=group, group_peer=other),
     ]
     for work in dist.batch_isend_irecv(operations):
         work.wait()
     # The same on both: a sum of two does not depend on their order.
-    ours += theirs
+    local += peer
 
 
 def local_stages(parallel: Parallel, pp_rank: int) -> list[int]:
@@ -208,7 +208,8 @@ def forward_ticks(parallel: Parallel, rank: int, count: int) -> dict[int, tuple[
     return ticks
 
 
-# torch 2.11 looks for gradients of all arguments of a stage, and ours has some that are no tensors.
+# torch 2.11 looks for gradients of all arguments of a stage, and ours has some that are not
+# tensors.
 CAN_SPLIT_BACKWARD = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)  # type: ignore[operator]
 
 
@@ -244,7 +245,7 @@ class Pipeline:
         self.parallel = parallel
         self.group = group
         num_stages = parallel.num_stages
-        # Told beforehand, for torch not to run the model once to find them out.
+        # Set in advance, so that torch does not run the model once to find them out.
         tokens = torch.empty(tokens_shape, dtype=torch.int64, device="meta")
         hidden = torch.empty(hidden_shape, dtype=hidden_dtype, device="meta", requires_grad=True)
         self.hidden, self.device = hidden, device
@@ -315,7 +316,7 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> list[Tensor]:
-        """As `step`, forward only, whatever the schedule."""
+        """Forward pass of `step`, for any schedule."""
         modules = {stage.stage_index: stage.submod for stage in self.stages}
         rank, last = self.group.rank(), self.parallel.num_stages - 1
         jobs = forward_ticks(self.parallel, rank, len(micro_batches))

@@ -24,8 +24,8 @@ from titan_lite.parallel.fsdp import precision, uses_symm_mem
 from titan_lite.parallel.tensor import split_modules
 
 Modules = Mapping[str, Sequence[str]]
-"""Names of modules by the feature that is asked for, or applied to them."""
-MISMATCH = "what was applied is not what was asked: "
+"""Names of modules by the feature that is configured for, or applied to them."""
+MISMATCH = "applied features do not match the configuration: "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Applied:
 
     modules: names by feature: "FSDP unit", tensor-parallel roles, "float8 linear",
     "float8 all-gather", "ring attention over 4 ranks" and the like, "checkpointed",
-    "selectively checkpointed" but for saved_ops, "compiled".
+    "selectively checkpointed" except saved_ops, "compiled".
     mesh: degree of each axis that parameters are laid out over.
     sharded_parameters: those of which a rank holds a part; whole_parameters: the others.
     attention: the kernel that torch is left, "auto" for its choice; merged_attention: those that
@@ -71,42 +71,43 @@ class Applied:
 
     def check(
         self,
-        asked: Modules,
+        configured: Modules,
         activation_checkpoint: ActivationCheckpoint,
         parallel: Parallel,
         precision: str,
         attention: str,
     ) -> None:
-        """Raises RuntimeError naming the modules that lack what is `asked`, or have it unasked."""
+        """Raises RuntimeError naming the modules that lack a feature of `configured`, or have one
+        that is not in it."""
         mismatches = []
         if self.precision != precision:
-            mismatches.append(f"{self.precision} where {precision} was asked for")
+            mismatches.append(f"{self.precision} where {precision} was configured")
         symm_mem = parallel.fsdp_symm_mem and self.mesh["fsdp"] > 1
         if self.symm_mem != symm_mem:
-            mismatches.append(f"symmetric memory {self.symm_mem} where {symm_mem} was asked for")
+            mismatches.append(f"symmetric memory {self.symm_mem} where {symm_mem} was configured")
         if self.attention != attention:
-            mismatches.append(f"attention by {self.attention} where {attention} was asked for")
+            mismatches.append(f"attention by {self.attention} where {attention} was configured")
         degrees = {axis: getattr(parallel, axis) for axis in ("pp", "dp_replicate", "tp")}
         if parallel.dp_shard != -1:
             degrees["fsdp"] = parallel.dp_shard * parallel.cp
         for axis, degree in degrees.items():
             if self.mesh[axis] != degree:
-                mismatches.append(f"{axis} {self.mesh[axis]} where {degree} was asked for")
-        for feature in dict.fromkeys((*asked, *self.modules)):
-            expected, found = set(asked.get(feature, ())), set(self.modules.get(feature, ()))
-            for words, names in (("not", expected - found), ("unasked", found - expected)):
+                mismatches.append(f"{axis} {self.mesh[axis]} where {degree} was configured")
+        for feature in dict.fromkeys((*configured, *self.modules)):
+            expected, actual = set(configured.get(feature, ())), set(self.modules.get(feature, ()))
+            for words, names in (("missing", expected - actual), ("unexpected", actual - expected)):
                 if names:
                     mismatches.append(f"{words} {feature}: {', '.join(sorted(names))}")
         selective = activation_checkpoint.mode == "selective_op"
         saved = tuple(activation_checkpoint.save) if selective else ()
         if self.saved_ops != saved:
-            mismatches.append(f"saved operations {self.saved_ops} where {saved} were asked for")
+            mismatches.append(f"saved operations {self.saved_ops} where {saved} were configured")
         with_budget = activation_checkpoint.mode == "memory_budget"
         budget = activation_checkpoint.memory_budget if with_budget else 1.0
         if self.activation_memory_budget != budget:
             mismatches.append(
                 f"an activation memory budget of {self.activation_memory_budget} where {budget} "
-                "was asked for"
+                "was configured"
             )
         if mismatches:
             raise RuntimeError(MISMATCH + "; ".join(mismatches))
@@ -174,8 +175,8 @@ class Applied:
         if self.activation_memory_budget < 1:
             return f"activation memory kept to {self.activation_memory_budget:g} by the compiler"
         blocks = self.count("checkpointed") + self.count("selectively checkpointed")
-        but_for = f" but for {', '.join(self.saved_ops)}" if self.saved_ops else ""
-        return f"{blocks} of {self.blocks} blocks{but_for}"
+        exceptions = f" except {', '.join(self.saved_ops)}" if self.saved_ops else ""
+        return f"{blocks} of {self.blocks} blocks{exceptions}"
 
     def _compiled(self) -> str:
         return f"{self.count('compiled')} of {self.blocks} blocks"
@@ -211,10 +212,11 @@ def asked_modules(
     float8: Sequence[str],
     float8_all_gather: bool,
 ) -> Modules:
-    """The modules that each feature is asked for; `float8` names the linears to be converted."""
+    """The modules that each feature is configured for; `float8` names the linears to be
+    converted."""
     blocks = [f"layers.{name}" for name, _ in model.layers.named_children()]
     selective = activation_checkpoint.mode == "selective_op"
-    asked: dict[str, Sequence[str]] = {
+    configured: dict[str, Sequence[str]] = {
         "FSDP unit": ["model", *model.ends, *blocks],
         "float8 linear": float8,
         "float8 all-gather": float8 if float8_all_gather else (),
@@ -224,20 +226,20 @@ def asked_modules(
         "compiled": blocks if compile.covers("model") else (),
     }
     if parallel.cp > 1:
-        asked[_attention_over(parallel.cp_method, parallel.cp)] = [
+        configured[_attention_over(parallel.cp_method, parallel.cp)] = [
             name for name, module in _by_name(model).items() if isinstance(module, Attention)
         ]
     if parallel.tp > 1:
         for row in tp_plan:
             names = [name for name in _by_name(model) if row.matches(name)]
-            asked[row.role] = [*asked.get(row.role, ()), *names]
-    return asked
+            configured[row.role] = [*configured.get(row.role, ()), *names]
+    return configured
 
 
 def count_applied(model: Transformer, tp_plan: tuple[PlanRow, ...], mesh: DeviceMesh) -> Applied:
     """Looks at every module and parameter of a parallelized model."""
     modules = _by_name(model)
-    found: dict[str, list[str]] = defaultdict(list)
+    features: dict[str, list[str]] = defaultdict(list)
     saved: tuple[str, ...] = ()
     dropout: dict[str, int] = defaultdict(int)
     merged: set[str] = set()
@@ -247,30 +249,30 @@ def count_applied(model: Transformer, tp_plan: tuple[PlanRow, ...], mesh: Device
         if isinstance(module, DropoutAttention):
             dropout[f"{module.p:g} of attention's weights"] += 1
         if isinstance(module, FSDPModule):
-            found["FSDP unit"].append(name)
+            features["FSDP unit"].append(name)
         if is_checkpointed(module):
             ops = saved_ops(module)
             saved = saved or ops
-            found["selectively checkpointed" if ops else "checkpointed"].append(name)
+            features["selectively checkpointed" if ops else "checkpointed"].append(name)
         if isinstance(module, Attention) and (kind := context_parallel(module)):
-            found[_attention_over(*kind)].append(name)
+            features[_attention_over(*kind)].append(name)
         if isinstance(module, ShardedAttention):
             merged.add(module.kernel)
         if module._compiled_call_impl is not None:
-            found["compiled"].append(name)
+            features["compiled"].append(name)
     for name, linear in float8_linears(model).items():
-        found["float8 linear"].append(_clean(name))
+        features["float8 linear"].append(_clean(name))
         if is_gathered_in_float8(linear.weight):
-            found["float8 all-gather"].append(_clean(name))
+            features["float8 all-gather"].append(_clean(name))
     for role, names in split_modules(modules, tp_plan).items():
-        found[role] += names
+        features[role] += names
     local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
     whole = sum(
         part.numel() == p.numel() for part, p in zip(local, model.parameters(), strict=True)
     )
     return Applied(
         blocks=len(model.layers),
-        modules=dict(found),
+        modules=dict(features),
         mesh=dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),
         sharded_parameters=len(local) - whole,
         whole_parameters=whole,

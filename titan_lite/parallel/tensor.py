@@ -63,7 +63,8 @@ class VocabParallelEmbedding(RowwiseParallel):
 
 
 class ReplicateParallel(ParallelStyle):
-    """Computes the same on every rank, with weights that an optimizer holds beside split ones."""
+    """Computes the same on every rank, with weights that an optimizer holds together with sharded
+    ones."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         return distribute_module(
@@ -124,8 +125,8 @@ def check_plan(model: Transformer, plan: tuple[PlanRow, ...]) -> None:
         rows = [row.pattern for row in plan if row.matches(name.rpartition(".")[0])]
         if len(rows) != 1:
             raise ValueError(
-                f"parallel.tp does not know how to split {name}: {len(rows)} rows of the family's "
-                "tp_plan are about its module, not one"
+                f"parallel.tp cannot split {name}: it matches {len(rows)} rows of the family's "
+                "tp_plan; exactly 1 is required"
             )
 
 
@@ -147,13 +148,13 @@ def apply_tp(
 def split_modules(
     modules: Mapping[str, nn.Module], plan: tuple[PlanRow, ...]
 ) -> dict[Role, list[str]]:
-    """Names of the modules that are laid out over tensor-parallel ranks as their role says."""
-    found = defaultdict(list)
+    """Names of the modules that are laid out over tensor-parallel ranks by their role."""
+    by_role = defaultdict(list)
     for row in plan:
         for name, module in modules.items():
             if row.matches(name) and _plays(module, row.role):
-                found[row.role].append(name)
-    return dict(found)
+                by_role[row.role].append(name)
+    return dict(by_role)
 
 
 def _plays(module: nn.Module, role: Role) -> bool:
@@ -188,8 +189,7 @@ def _style(role: Role, between: Placement, *, float8: bool) -> ParallelStyle:
         case "rowwise":
             return rowwise(output_layouts=between)
         case "sequence":
-            # Whose parts the rows are is all the same to it: those of the first dimension are what
-            # a linear of three dimensions can flatten.
+            # A norm does not care which dim is sharded; dim 0 lets the linear flatten (B, S).
             split = SequenceParallel(sequence_dim=0, use_local_output=True)
             return split if between.is_shard() else ReplicateParallel()
         case "whole":
