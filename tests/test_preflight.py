@@ -235,7 +235,7 @@ def test_what_the_devices_cannot_do_is_refused_in_one_block(
         "'text' is not one of its fields",
         "2 ranks with 1 stages each are too many for the model's 1 blocks",
         "compile.enable (command line): needs a C++ compiler, and ",
-        'float8.recipe (command line): "rowwise" needs a GPU that multiplies float8',
+        'float8.recipe (command line): "rowwise" requires CUDA compute capability',
         "profiling.enable_memory_snapshot (command line): memory snapshots need a CUDA device",
     ):
         assert words in found, words

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from titan_lite import __version__
-from titan_lite.config.arguments import UsageError, split_arguments
+from titan_lite.config.arguments import HelpFormatter, UsageError, examples, split_arguments
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import ConfigError, LoadedConfig, Problem, load_config
 from titan_lite.config.problems import SettingError, collecting, did_you_mean, nearest
@@ -36,24 +36,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": (_train, "train a model (in one process; torchrun or run_train.sh start many)"),
         "config": (_config, "check a configuration and print it with the origin of each value"),
         "checkpoint": (_checkpoint, "list the checkpoints of a run, or verify them"),
-        "tokenize": (
-            _tokenize,
-            "write the documents that a run reads as a dataset of token ids",
-        ),
-        "convert": (_convert, "weights from Hugging Face's safetensors to checkpoints, and back"),
-        "dryrun": (_dryrun, "memory, FLOPs and collectives of a step, on a machine without GPUs"),
-        "plan": (_plan, "memory, time, cost and energy of a run on any cluster, before it starts"),
-        "compare": (_compare, "whether two runs follow the same curve, at every step"),
-        "golden": (_golden, "whether runs still follow the curves that were accepted"),
-        "report": (_report, "a page on one or several runs, to look at in a browser"),
+        "tokenize": (_tokenize, "write the documents that a run reads as a dataset of token ids"),
+        "convert": (_convert, "convert Hugging Face safetensors to checkpoints, and back"),
+        "dryrun": (_dryrun, "run one step of any rank on fake tensors: memory, FLOPs, collectives"),
+        "plan": (_plan, "predict memory, time, cost and energy of a run on any cluster"),
+        "compare": (_compare, "compare the curves of two runs at every step"),
+        "golden": (_golden, "compare runs with curves that are kept in the repository"),
+        "report": (_report, "write a page with one or several runs for the browser"),
     }
     parser = argparse.ArgumentParser(
         prog="titan-lite",
         description="FSDP2-native pre-training of transformer language models.",
         epilog="commands:\n"
         + "\n".join(f"  {name:<10} {text}" for name, (_, text) in commands.items())
-        + "\n\n'titan-lite COMMAND --help' explains a command.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        + "\n\n'titan-lite COMMAND --help' explains a command.\n"
+        + examples("titan-lite config run.toml", "titan-lite plan run.toml"),
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"titan-lite {__version__}")
     parser.add_argument("command", metavar="COMMAND", choices=commands, help="see below")
@@ -78,7 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
-        print("usage: titan-lite train CONFIG [--section.key=value ...]\n" + OVERRIDES, end="")
+        print(
+            "usage: titan-lite train CONFIG [--section.key=value ...]\n\n"
+            "Trains in one process; ./run_train.sh starts one process per GPU.\n"
+            + OVERRIDES
+            + examples(
+                "titan-lite train my.toml --data.dataset_path=books/a.jsonl",
+                "titan-lite train run.toml --checkpoint.enable=true --checkpoint.last_save_hf=true",
+            )
+        )
         return 0
     from titan_lite import train
 
@@ -90,6 +96,8 @@ def _config(argv: list[str]) -> int:
         "config",
         "[--world-size N] [--quiet] | --schema | --docs",
         "Checks a configuration, and prints it with the origin of each value.",
+        "titan-lite config run.toml",
+        "titan-lite config my.toml --preflight --quiet --data.dataset_path=books/a.jsonl",
     )
     parser.add_argument("--quiet", action="store_true", help="print nothing but problems")
     parser.add_argument("--schema", action="store_true", help="print a JSON schema for editors")
@@ -130,11 +138,11 @@ def _preflight(plan: Plan) -> None:
     """Checks what a run on this machine would find out before its first step."""
     from titan_lite.training.preflight import check_contents, check_locks, preflight
 
-    found = preflight(plan)
+    results = preflight(plan)
     config = plan.config
     with collecting() as problems:
         with problems.checking():
-            check_contents(plan, found)
+            check_contents(plan, results)
         with problems.checking():
             check_locks(plan)
         if (
@@ -154,17 +162,17 @@ def _preflight(plan: Plan) -> None:
             from titan_lite.training.meta_model import check_run
 
             with problems.checking():
-                check_run(plan, found.start)
+                check_run(plan, results.start)
 
 
 def _rendered(loaded: LoadedConfig) -> str:
-    """The configuration as TOML, with what its flavor says, if there is such a flavor."""
+    """The configuration as TOML, with the numbers of its flavor, if there is such a flavor."""
     try:
         family, args = registry.resolve(loaded.config.model)
     except SettingError:
         return to_toml(loaded)
     resolved = dataclasses.asdict(args) | {"head_dim": args.head_size}
-    # A plugin's own model may have other parameters than its args say.
+    # A plugin's own model may have parameters that its args do not count.
     is_ours = family.build.startswith("titan_lite.")
     return to_toml(loaded, resolved, in_words(num_params(args), args) if is_ours else None)
 
@@ -182,6 +190,8 @@ def _tokenize(argv: list[str]) -> int:
         "Writes what [data] reads (dataset, dataset_path, subset, split, text_field) as a dataset "
         "of token ids, for data.dataset_path of other runs. If interrupted, rerun the same command "
         "to resume.",
+        "titan-lite tokenize my_run.toml --output corpus.tokens",
+        "titan-lite tokenize --verify books.tokens",
         world=False,
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write")
@@ -190,7 +200,7 @@ def _tokenize(argv: list[str]) -> int:
         type=_positive,
         default=os.cpu_count(),
         metavar="N",
-        help="that tokenize (default: one per core)",
+        help="number of tokenizing processes (default: one per core)",
     )
     parser.add_argument(
         "--shard-size",
@@ -208,7 +218,7 @@ def _tokenize(argv: list[str]) -> int:
     if options.verify:
         return tokenize_data.verify(options.verify)
     if options.output is None:
-        parser.error("--output says where to, --verify what to check: one of the two is needed")
+        parser.error("pass either --output or --verify")
     logging.basicConfig(format="titan-lite: warning: %(message)s", level=logging.WARNING)
     return tokenize_data.write(
         load_config(path, overrides),
@@ -220,7 +230,7 @@ def _tokenize(argv: list[str]) -> int:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a number from 1 on, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
     return int(text)
 
 
@@ -237,6 +247,8 @@ def _dryrun(argv: list[str]) -> int:
         "Runs one training step as one rank of many, on fake tensors in a fake world: prints what "
         "was applied, the memory, FLOPs and collectives of the step. Needs no GPU, no data and no "
         "tokenizer.",
+        "titan-lite dryrun run.toml",
+        "titan-lite dryrun train_configs/llama3_405b_pp.toml --device h100",
     )
     parser.add_argument(
         "--rank",
@@ -295,7 +307,7 @@ def _report(argv: list[str]) -> int:
 
 
 def _ranks(option: str | None, dims: ParallelDims) -> list[int]:
-    """The ranks to run: the one asked for, or the first ones at places of the pipeline."""
+    """The ranks to run: the one in --rank, or the first ones at places of the pipeline."""
     stages = [dims.rank(dict.fromkeys(dims.AXES, 0) | {"pp": place}) for place in range(dims.pp)]
     if option is None:
         return list(dict.fromkeys((stages[0], stages[-1])))
@@ -308,15 +320,15 @@ def _ranks(option: str | None, dims: ParallelDims) -> list[int]:
 
 
 def _parser(
-    command: str, options: str, description: str, *, world: bool = True
+    command: str, options: str, description: str, *example: str, world: bool = True
 ) -> argparse.ArgumentParser:
     """Builds a subcommand's parser of one configuration, by default for a world of some size."""
     parser = argparse.ArgumentParser(
         prog=f"titan-lite {command}",
         usage=f"%(prog)s [CONFIG] [--section.key=value ...] {options}",
         description=description,
-        epilog=OVERRIDES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=OVERRIDES + examples(*example),
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     if world:
@@ -342,7 +354,7 @@ def _parse(
 
 
 def _world_size(option: int | None) -> int | None:
-    """The size asked for, else the launcher's; None: the smallest that the degrees allow."""
+    """The size in --world-size, else the launcher's; None: the smallest that the degrees allow."""
     if option is not None:
         return option
     if (text := os.environ.get("WORLD_SIZE")) is not None:

@@ -312,7 +312,7 @@ def test_a_run_that_cannot_be_compared_is_a_mistake(spoil, message: str, capsys)
         (("run.toml", "a", "--keep=."), "--keep: a exists already"),
         (("a", "a", "--keep=k"), "--keep has no effect: there is no TOML file"),
         (("a", "run.toml", "--nproc", "2"), "got 3: a, run.toml, 2 (a setting is one word"),
-        (("a", "run.toml", "--b.job.dump_folder=x"), "--b.job.dump_folder=x has no effect: --keep"),
+        (("a", "run.toml", "--b.job.dump_folder=x"), "--b.job.dump_folder=x has no effect; --keep"),
         (("a", "run.toml", "--b.training.steps=7"), "steps: a at 5 and run.toml at 7"),
         (("a", "run.toml", "--b.data.shuffle=false"), "data.shuffle is true and false"),
         (("a", "run.toml", "--json=no/found.json"), "--json: no is not a writable folder"),

@@ -1,6 +1,6 @@
 """`titan-lite checkpoint ls|verify DIR`: what checkpoints there are, and whether they are whole.
 
-No torch: it answers on any machine that sees the files.
+No torch: it works on any machine that sees the files.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from titan_lite.checkpoint.manifest import (
     read_manifest,
 )
 from titan_lite.checkpoint.state import newest_below, saved_steps
+from titan_lite.config.arguments import HelpFormatter, examples
 from titan_lite.config.load import ConfigError, Problem
 from titan_lite.config.schema import Checkpoint
 from titan_lite.config.units import format_scaled
@@ -29,6 +30,11 @@ def main(argv: list[str]) -> int:
         prog="titan-lite checkpoint",
         description="Shows the checkpoints of a run (ls), or reads all their files and compares "
         "them with their checksums (verify). Exit code 1: a checkpoint is not complete.",
+        epilog=examples(
+            "titan-lite checkpoint ls outputs/checkpoint",
+            "titan-lite checkpoint verify outputs/checkpoint",
+        ),
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("action", choices=("ls", "verify"))
     parser.add_argument(
@@ -49,9 +55,9 @@ def _checkpoints(folder: Path) -> list[Path]:
     """The folders that are checkpoints, or were to become one, oldest first."""
     default = Checkpoint().folder
     for parent in (folder, folder / default):
-        found = [parent / f"step-{step}" for step in saved_steps(parent)]
-        if found := [*found, *sorted(parent.glob("step-*.incomplete"))]:
-            return found
+        folders = [parent / f"step-{step}" for step in saved_steps(parent)]
+        if folders := [*folders, *sorted(parent.glob("step-*.incomplete"))]:
+            return folders
     if (folder / MANIFEST_FILE).exists() or folder.name.startswith("step-"):
         return [folder]
     message = f"{NO_CHECKPOINT}, nor in {default}/ below it"
@@ -65,7 +71,7 @@ def _row(folder: Path, *, contents: bool) -> list[str]:
         manifest = read_manifest(folder)
     except DamagedError as error:
         return [folder.name, *["-"] * 5, str(error)]
-    found = _read_all(folder, manifest) if contents else []
+    problems = _read_all(folder, manifest) if contents else []
     layout = " x ".join(f"{axis} {size}" for axis, size in manifest.layout.items() if size > 1)
     return [
         folder.name,
@@ -74,7 +80,7 @@ def _row(folder: Path, *, contents: bool) -> list[str]:
         str(manifest.world_size),
         layout or "one process",
         manifest.versions["torch"],
-        "; ".join(found) or _sound(contents),
+        "; ".join(problems) or _sound(contents),
     ]
 
 
@@ -89,7 +95,11 @@ def _read_all(folder: Path, manifest: Manifest) -> list[str]:
         return damaged_files(folder, manifest.files, [name])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [sentence for found in pool.map(read, sorted(manifest.files)) for sentence in found]
+        return [
+            sentence
+            for sentences in pool.map(read, sorted(manifest.files))
+            for sentence in sentences
+        ]
 
 
 def _print_table(heads: list[str], rows: Iterable[list[str]]) -> None:

@@ -1,5 +1,6 @@
 """The words of a command line: one configuration, and overrides."""
 
+import argparse
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -17,3 +18,17 @@ def split_arguments(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     if len(files) > 1:
         raise UsageError(f"expected one configuration, got {' and '.join(files)}")
     return next(iter(files), None), [word for word in argv if word.startswith("-")]
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Wraps descriptions and keeps the lines of texts that have several."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return super()._fill_text(text, width, indent)
+        return argparse.HelpFormatter._fill_text(self, text, width, indent)
+
+
+def examples(*commands: str) -> str:
+    """The last part of a help text: whole commands, which tests run."""
+    return "\nexamples:\n" + "\n".join(f"  {command}" for command in commands)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from titan_lite.config.arguments import HelpFormatter, examples
 from titan_lite.config.load import ConfigError, Problem
 from titan_lite.config.stored import setting
 from titan_lite.config.units import format_scaled
@@ -99,8 +100,13 @@ def compare_command(argv: Sequence[str]) -> int:
         "[--[a.|b.]nproc=N] [--[a.|b.]section.key=value ...]",
         description="Compares loss, gradient norm, learning rate and tokens of two runs at every "
         "step that they logged.",
-        epilog=COMPARE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=COMPARE
+        + examples(
+            "titan-lite compare outputs/base outputs/change --tier layout",
+            "titan-lite compare outputs/base outputs/change --tier bitwise --json comparison.json "
+            "--plot comparison.png",
+        ),
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--tier", choices=TIERS, default="layout", help="how close they must be")
@@ -215,8 +221,9 @@ def golden_command(argv: Sequence[str]) -> int:
         prog="titan-lite golden",
         description="Trains each case and holds its curve against the golden one (run), or makes "
         "it the golden one (accept), which is how a golden is changed.",
-        epilog=GOLDEN,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=GOLDEN
+        + examples("titan-lite golden run case.toml", "titan-lite golden accept case.toml"),
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("action", choices=("run", "accept"))
     parser.add_argument("cases", nargs="+", type=Path, metavar="CASE", help="a case's TOML file")
@@ -269,6 +276,11 @@ def report_command(argv: Sequence[str]) -> int:
         prog="titan-lite report",
         description="Writes one HTML page, which needs no network, on one or several runs: curves, "
         "speeds, memory, stalls, settings, what was applied, the environment.",
+        epilog=examples(
+            "titan-lite report outputs/base outputs/change -o page.html",
+            "titan-lite report outputs/base",
+        ),
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE")

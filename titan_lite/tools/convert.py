@@ -21,6 +21,7 @@ from titan_lite.checkpoint.manifest import (
 )
 from titan_lite.checkpoint.same_model import model_differences, model_facts
 from titan_lite.checkpoint.state import newest_below
+from titan_lite.config.arguments import HelpFormatter, examples
 from titan_lite.config.plugins import import_plugins
 from titan_lite.config.problems import SettingError, how_to_fetch, literal
 from titan_lite.config.schema import Data, Model
@@ -319,8 +320,29 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     directions = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
-    to_dcp = directions.add_parser("hf-to-dcp", help="a Hugging Face model becomes a checkpoint")
-    to_hf = directions.add_parser("dcp-to-hf", help="a checkpoint becomes a Hugging Face model")
+    to_dcp = directions.add_parser(
+        "hf-to-dcp",
+        help="a Hugging Face model becomes a checkpoint",
+        description="Writes a checkpoint of the weights of a Hugging Face model, and prints the "
+        "tables of a run that starts from them.",
+        epilog=examples(
+            "titan-lite convert hf-to-dcp Llama-3.1-8B llama_dcp",
+            "titan-lite convert hf-to-dcp Llama-3.1-8B imported",
+        ),
+        formatter_class=HelpFormatter,
+    )
+    to_hf = directions.add_parser(
+        "dcp-to-hf",
+        help="a checkpoint becomes a Hugging Face model",
+        description="Writes a checkpoint as a folder that transformers reads: safetensors, "
+        "config.json and tokenizer.",
+        epilog=examples(
+            "titan-lite convert dcp-to-hf outputs/checkpoint/step-1000 exported_model",
+            "titan-lite convert dcp-to-hf outputs/checkpoint/step-1000 my_model --dtype bfloat16 "
+            "--max-shard-size 2GB",
+        ),
+        formatter_class=HelpFormatter,
+    )
     for direction, what in ((to_dcp, "folder with config.json"), (to_hf, "a checkpoint's folder")):
         direction.add_argument("source", metavar="SRC", help=what)
         direction.add_argument("target", metavar="DST", help="folder to write, not there yet")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from titan_lite.config.arguments import UsageError, split_arguments
+from titan_lite.config.arguments import HelpFormatter, UsageError, examples, split_arguments
 from titan_lite.config.load import ConfigError, Problem, load_config
 from titan_lite.config.schema import Model
 from titan_lite.models.plan import make_plan
@@ -57,9 +57,14 @@ def _plan(argv: Sequence[str]) -> int:
         "plan",
         "Predicts a run: whether it fits, how long a step takes and why, and what the whole run "
         "costs in days, money and energy.",
-        FORMS,
+        FORMS
+        + examples(
+            "titan-lite plan train_configs/llama3_8b.toml --cluster h100 --world-size 8 "
+            "--tokens 1T",
+            "titan-lite plan run.toml",
+        ),
     )
-    parser.add_argument("--tokens", type=_tokens, help="of the whole run, as 2T or 300B")
+    parser.add_argument("--tokens", type=_tokens, help="tokens of the whole run, as 2T or 300B")
     options, path, overrides = _parse(parser, argv)
     plan = make_plan(path, [*overrides, *NO_FILES], options.world_size, with_files=False)
     cluster = _cluster(options, plan.config.job.cluster)
@@ -80,8 +85,12 @@ def _search(argv: Sequence[str]) -> int:
         "Predicts every legal layout of a job on --world-size devices, and shows the best few that "
         "fit and differ in kind. Degrees, micro-batch, recomputation, resharding, gradient "
         "synchronisation and pipeline stages vary; all other keys stay.",
+        examples(
+            "titan-lite plan search train_configs/llama3_8b.toml --cluster h100 --world-size 8",
+            "titan-lite plan search run.toml --world-size 2",
+        ),
     )
-    parser.add_argument("--count", type=int, default=5, metavar="N", help="result to show (5)")
+    parser.add_argument("--count", type=int, default=5, metavar="N", help="layouts to show (5)")
     parser.add_argument("--write", metavar="FILE", help="TOML file that extends CONFIG by the best")
     options, path, overrides = _parse(parser, argv)
     config = load_config(path, overrides).config
@@ -116,6 +125,11 @@ def _scaling(argv: Sequence[str]) -> int:
         "plan scaling",
         "Projects compute-optimal training, 20 tokens per parameter: FLOPs, days at the devices' "
         "peak and as predicted, energy and cost, for several CONFIGs and numbers of devices.",
+        examples(
+            "titan-lite plan scaling train_configs/gpt_175b_fsdp.toml "
+            "train_configs/gpt_1t_fsdp.toml --cluster crusher --gpus 1024,4096,16384",
+            "titan-lite plan scaling train_configs/llama2_7b.toml --gpus 8,32",
+        ),
     )
     parser.add_argument(
         "--gpus", type=_numbers, default=[8, 32, 128, 512, 2048], help="as 8,32,128,512,2048"
@@ -141,18 +155,27 @@ def _calibrate(argv: Sequence[str]) -> int:
         description="Measures this machine's devices for about two minutes, and writes a cluster's "
         "file for --cluster. Nothing else must run. Of several nodes: torchrun --no-python "
         "titan-lite plan calibrate, on each.",
+        epilog=examples(
+            "titan-lite plan calibrate -o my_cluster.toml",
+            "titan-lite plan calibrate --seconds 30 --price 2.5",
+        ),
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
-        "-o", "--output", default="this-machine.toml", metavar="FILE", help="(this-machine.toml)"
+        "-o",
+        "--output",
+        default="this-machine.toml",
+        metavar="FILE",
+        help="file to write (this-machine.toml)",
     )
     parser.add_argument(
         "--processes", type=int, metavar="N", help="default: one per GPU, 2 without GPUs"
     )
     parser.add_argument(
-        "--seconds", type=float, default=120.0, metavar="S", help="to measure for, about (120)"
+        "--seconds", type=float, default=120.0, metavar="S", help="duration, about (120)"
     )
-    parser.add_argument("--price", type=float, default=0.0, metavar="P", help="of a GPU-hour")
+    parser.add_argument("--price", type=float, default=0.0, metavar="P", help="price of a GPU-hour")
     options = parser.parse_args(argv)
     # Imports torch, which the other forms do without.
     from titan_lite.tools import calibrate
@@ -165,8 +188,13 @@ def _recalibrate(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="titan-lite plan recalibrate",
         description="Compares a finished run's records with its prediction on a cluster, and "
-        "prints the factor that corrects it, for the cluster's file; it acts on runs of the same "
-        "stack.",
+        "prints the factor that corrects it, for the cluster's file; it applies to runs of the "
+        "same stack.",
+        epilog=examples(
+            "titan-lite plan recalibrate outputs/base",
+            "titan-lite plan recalibrate outputs/base --cluster a100",
+        ),
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", help="the run's folder")
@@ -188,6 +216,11 @@ def _validate(argv: Sequence[str]) -> int:
         prog="titan-lite plan validate",
         description="Predicts the runs of a file like assets/published_rows.toml, and prints the "
         "errors by system.",
+        epilog=examples(
+            "titan-lite plan validate assets/published_rows.toml",
+            "titan-lite plan validate assets/published_rows.toml --constants literature",
+        ),
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("rows", metavar="ROWS.toml")
@@ -212,14 +245,14 @@ def _validate(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser(command: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+def _parser(command: str, description: str, epilog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"titan-lite {command}",
         usage="%(prog)s [CONFIG] [--section.key=value ...] [--cluster NAME|FILE] [--world-size N] "
         "[--price P] [--json]",
         description=description,
         epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter if epilog else argparse.HelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--world-size", type=int, metavar="N", help="number of devices")
@@ -229,10 +262,10 @@ def _parser(command: str, description: str, epilog: str = "") -> argparse.Argume
 
 def _cluster_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--cluster", help="of assets/clusters/, or a TOML file (job.cluster, else h100)"
+        "--cluster", help="name in assets/clusters/, or a TOML file (job.cluster, else h100)"
     )
     parser.add_argument(
-        "--price", type=float, metavar="P", help="of a GPU-hour, in place of the file's"
+        "--price", type=float, metavar="P", help="price of a GPU-hour instead of the cluster's"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
