@@ -51,7 +51,7 @@ def test_the_fit_finds_the_constants_that_made_the_times(device: str, tmp_path: 
     """On an architecture with constants of its own, and on one without."""
     true = calibrate._with(cluster(device), CONSTANTS)
     seconds = explain(true, MACHINE)
-    seconds |= {"alone": 1.0, "beside": 1.0 + 0.25 * seconds[f"{MACHINE.rings()[-9]}"]}
+    seconds |= {"alone": 1.0, "overlapped": 1.0 + 0.25 * seconds[f"{MACHINE.rings()[-9]}"]}
     found = fit(cluster(device), MACHINE, seconds)
     assert explain(found, MACHINE) == pytest.approx(explain(true, MACHINE), rel=2e-3)
     assert found.measured.keys() == true.measured.keys() | {"interference"}
@@ -91,7 +91,7 @@ def test_real_processes_measure_this_machine(
     """All of them come to the same file, from which plan predicts a run."""
     (text, seconds, explained), (other, *_) = workers[2].run(measure)
     assert text == other
-    assert seconds.keys() == explained.keys() | {"alone", "beside"}
+    assert seconds.keys() == explained.keys() | {"alone", "overlapped"}
     assert all(0 < second < math.inf for second in [*seconds.values(), *explained.values()])
     assert sum("ranks 2, stride 1" in name for name in seconds) == 6
     file = tmp_path / "this-machine.toml"

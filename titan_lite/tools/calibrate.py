@@ -109,7 +109,7 @@ class Ring:
 
 @dataclass(frozen=True)
 class Machine:
-    """What is measured, and on what: the same on every rank."""
+    """The sizes of the measurements and their device: the same on every rank."""
 
     process: Process
     per_node: int
@@ -117,12 +117,12 @@ class Machine:
 
     @property
     def sizes(self) -> Sizes:
-        """Of this kind of device."""
+        """Sizes for this kind of device."""
         return SIZES[self.process.device.type]
 
     @property
     def dtype(self) -> torch.dtype:
-        """What runs compute in: float16 on GPUs without bfloat16."""
+        """The dtype of runs: float16 on GPUs without bfloat16."""
         on_gpu = self.process.device.type == "cuda"
         has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bf16 else torch.float16
@@ -153,7 +153,7 @@ class Machine:
         for _ in range(ROUNDS):
             for name, make in cases.items():
                 laps[name] += self._turn(make(), each)
-        medians = [statistics.median(found) for found in laps.values()]
+        medians = [statistics.median(lap) for lap in laps.values()]
         total = torch.tensor(medians, dtype=torch.float64, device=self.process.device)
         means = all_reduce(total, "sum") / self.process.world_size
         return dict(zip(cases, means.tolist(), strict=True))
@@ -228,7 +228,7 @@ class Kernels:
         return lambda: torch.autograd.grad(attend(*qkv), qkv, gradient)
 
     def elementwise(self, tokens: int) -> Work:
-        """What a block does between its products, forward and backward."""
+        """The work of a block between its products, forward and backward."""
         args = dataclasses.replace(self.args, max_seq_len=tokens)
         rope = RotaryEmbedding(args).to(self.device)
         block = Block(args, rope).to(self.device, self.dtype)
@@ -303,7 +303,7 @@ def _exchange(ring: Ring, group: dist.ProcessGroup, device: torch.device) -> Wor
 
 
 def overlaps(machine: Machine, kernels: Kernels, seconds: Seconds) -> dict[str, Callable[[], Work]]:
-    """Products alone, and with a gather over all ranks beside them that takes as long."""
+    """Products alone, and with a gather over all ranks at the same time that takes as long."""
     process, sizes = machine.process, machine.sizes
     ring = Ring("all_gather", process.world_size, 1, sizes.rings[-1])
     count = math.ceil(1.5 * seconds[str(ring)] / seconds["linear 0"])
@@ -314,7 +314,7 @@ def overlaps(machine: Machine, kernels: Kernels, seconds: Seconds) -> dict[str, 
         product = kernels.linear(*sizes.linears[0], kernels.dtype)
         return lambda: [product() for _ in range(count)]
 
-    def beside() -> Work:
+    def overlapped() -> Work:
         several = products()
 
         def work() -> None:
@@ -324,35 +324,35 @@ def overlaps(machine: Machine, kernels: Kernels, seconds: Seconds) -> dict[str, 
 
         return work
 
-    return {"alone": products, "beside": beside}
+    return {"alone": products, "overlapped": overlapped}
 
 
 def explain(cluster: Cluster, machine: Machine) -> Seconds:
     """The planner's seconds of all that is measured, interference apart."""
     sizes, job = machine.sizes, machine.job()
     rates, wide = Rates(cluster, job), Rates(cluster, dataclasses.replace(job, width=4))
-    found = {"copy": 2 * sizes.rings[-1] / cluster.hbm}
+    seconds = {"copy": 2 * sizes.rings[-1] / cluster.hbm}
     for number, shape in enumerate(sizes.linears):
-        found[f"linear {number}"] = sum(rates.linear(*shape))
-        found[f"float32 {number}"] = sum(wide.linear(*shape))
+        seconds[f"linear {number}"] = sum(rates.linear(*shape))
+        seconds[f"float32 {number}"] = sum(wide.linear(*shape))
     for length in sizes.lengths:
         one = dataclasses.replace(job, micro_batch=1, seq_len=length, span=length)
         forward, backward = rates.attention(one)
-        found[f"attention forward {length}"] = forward
-        found[f"attention both {length}"] = forward + backward
+        seconds[f"attention forward {length}"] = forward
+        seconds[f"attention both {length}"] = forward + backward
     for tokens in sizes.batches:
         one = dataclasses.replace(job, micro_batch=1, seq_len=tokens)
-        found[f"elementwise {tokens}"] = sum(rates.elementwise(one))
+        seconds[f"elementwise {tokens}"] = sum(rates.elementwise(one))
     tokens, rows = sizes.batches[1], sizes.vocabulary
-    found["loss"] = rates.loss(job, tokens, rows) + sum(rates.linear(tokens, LOSS_DIM, rows))
+    seconds["loss"] = rates.loss(job, tokens, rows) + sum(rates.linear(tokens, LOSS_DIM, rows))
     params = sum((inputs + 1) * outputs for _, inputs, outputs in sizes.linears)
-    found["optimizer"] = rates.optimizer(job, params)
+    seconds["optimizer"] = rates.optimizer(job, params)
     for ring in machine.rings():
         inner = _inner(machine, ring)
-        found[str(ring)] = rates.ring(
+        seconds[str(ring)] = rates.ring(
             ring.size, ring.ranks, inner, all_reduce=ring.operation == "all_reduce"
         )
-    return found
+    return seconds
 
 
 def _inner(machine: Machine, ring: Ring) -> int:
@@ -400,9 +400,9 @@ def fit(cluster: Cluster, machine: Machine, seconds: Seconds) -> Cluster:
     launch = 3e-6 * constants["kernel_us"]
 
     def shares(inner: float) -> list[float]:
-        found = explained(inner=inner)
+        predicted = explained(inner=inner)
         return [
-            math.log((found[c] - launch) / max(seconds[c] - launch, seconds[c] / 2))
+            math.log((predicted[c] - launch) / max(seconds[c] - launch, seconds[c] / 2))
             for c in linears
         ]
 
@@ -445,9 +445,9 @@ def fit(cluster: Cluster, machine: Machine, seconds: Seconds) -> Cluster:
     unknown = ([] if near else ["link", "hop_us"]) + ([] if far else ["nic", "node_hop_us"])
     for name in unknown:
         del constants[name]
-    if "beside" in seconds:
+    if "overlapped" in seconds:
         largest = Ring("all_gather", machine.process.world_size, 1, sizes.rings[-1])
-        longer = seconds["beside"] - seconds["alone"]
+        longer = seconds["overlapped"] - seconds["alone"]
         constants["interference"] = max(0.0, longer / seconds[str(largest)])
     return _with(cluster, {name: float(f"{value:.4g}") for name, value in constants.items()})
 
@@ -555,7 +555,7 @@ def _key(name: str) -> str:
 
 
 def report(cluster: Cluster, measured: Seconds, explained: Seconds) -> str:
-    """Constants beside those they replace, and how well they explain what was measured."""
+    """Constants next to those they replace, and their error on the measurements."""
     lines = [f"{'constant':<28}{'measured':>12}{'before':>12}"]
     known = cluster.values
     lines += [
@@ -571,7 +571,7 @@ def report(cluster: Cluster, measured: Seconds, explained: Seconds) -> str:
 
 
 def main(output: str, processes: int | None, budget: float, price: float) -> None:
-    """Measures, in processes of its own unless a launcher has started this one of several."""
+    """Measures, in new processes unless a launcher has started this one of several."""
     if not output.endswith(".toml") or not Path(output).absolute().parent.is_dir():
         raise UsageError(f"--output must be a .toml file in a folder that exists, got {output!r}")
     options = output, budget, price
