@@ -285,7 +285,7 @@ def test_an_old_gpu_is_refused_bfloat16_and_float8(
     found = refused("--float8.recipe=rowwise")
     assert "training.param_dtype (default): Tesla V100 has no bfloat16" in found
     assert "float8.recipe (command line): " in found
-    assert "and Tesla V100 has 7.0" in found
+    assert "but Tesla V100 has 7.0" in found
 
 
 @pytest.mark.parametrize(
