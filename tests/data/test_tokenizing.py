@@ -500,9 +500,9 @@ def test_empty_files_among_others_are_read_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--output says where to, --verify what to check: one of the two is needed"),
-        (["--processes=0"], "expected a number from 1 on, got '0'"),
-        (["--shard-size=1.5"], "expected a number from 1 on, got '1.5'"),
+        ([], "pass either --output or --verify"),
+        (["--processes=0"], "expected a positive integer, got '0'"),
+        (["--shard-size=1.5"], "expected a positive integer, got '1.5'"),
     ],
 )
 def test_options_that_are_missing_or_wrong_are_named(
