@@ -80,8 +80,12 @@ def num_last_matmul_params(args: DecoderArgs) -> int:
     """Parameters of the matmuls that end all blocks; of none, where a norm ends them."""
     if isinstance(args, EncoderArgs) and args.post_norm:
         return 0
-    experts = args.top_k if isinstance(args, MoEArgs) else 1
-    return args.num_layers * experts * args.dim * args.ffn_dim
+    return args.num_layers * num_experts(args) * args.dim * args.ffn_dim
+
+
+def num_experts(args: DecoderArgs) -> int:
+    """Feed-forwards of a block that a token goes through."""
+    return args.top_k if isinstance(args, MoEArgs) else 1
 
 
 def num_block_params(args: DecoderArgs) -> int:

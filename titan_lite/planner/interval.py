@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from titan_lite.models.args import MoEArgs
 from titan_lite.planner.cluster import VALIDATED
 from titan_lite.planner.step import Step
 
@@ -37,6 +38,9 @@ def interval(step: Step) -> Interval:
         low, high = UNKNOWN
         remedy = "" if cluster.calibrated else ": calibrate it"
         notes.append(f"no run on {cluster.device.name} validates the model{remedy}")
+    elif isinstance(job.args, MoEArgs):
+        low, high = UNKNOWN
+        notes.append("no run of a Mixture of Experts validates the model")
     elif not cluster.calibrated and job.kernels not in STACKS:
         low, high = UNKNOWN
         notes.append(f'no run with kernels of class "{job.kernels}" validates the model')

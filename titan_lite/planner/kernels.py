@@ -6,8 +6,9 @@ FLOPs and bytes are counted by hand; rates are a cluster's peaks times the share
 import math
 from typing import NamedTuple
 
-from titan_lite.models.args import DecoderArgs
+from titan_lite.models.args import DecoderArgs, MoEArgs
 from titan_lite.planner.cluster import Cluster
+from titan_lite.planner.counts import num_experts
 from titan_lite.planner.job import Job
 
 # (rows, columns) of the output tile of a matmul kernel, and the share of the rate it reaches.
@@ -106,12 +107,16 @@ class Rates:
         copied = heads if args.num_kv_heads < args.num_heads else 0
         # A dropout where attention and feed-forward add to the residual.
         drop = 10 * whole if args.hidden_dropout else 0
+        experts = num_experts(args)
+        # Of experts: rows are taken and put back, weighted in float32 and added up.
+        routed = 18 * experts * whole if isinstance(args, MoEArgs) else 0
         forward, backward = (
             2 * whole * (table.norm[way] + table.residual[way])
             + rotary * table.rotary[way]
-            + activation[way] * args.ffn_dim / t
+            + activation[way] * experts * args.ffn_dim / t
             + copied * table.copy[way]
             + drop
+            + routed
             + (2 * table.norm[way] * heads if args.qk_norm else 0)
             for way in (0, 1)
         )
@@ -120,7 +125,7 @@ class Rates:
         if job.float8 != "none":
             # 5 bytes for each input of a product and each gradient of an output, 2 for each
             # transposed copy; q, k, v share an input, as do gate and up.
-            inner = args.ffn_dim / t
+            inner = experts * args.ffn_dim / t
             ins = 2 * args.dim / (t if job.sequence_parallel else 1) + heads + inner
             outs = heads + 2 * kv + 2 * args.dim + (2 if args.ffn == "swiglu" else 1) * inner
             weights = self.block_matrix / t

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from titan_lite.models.args import DecoderArgs
-from titan_lite.planner.counts import num_block_params, num_params
+from titan_lite.models.args import DecoderArgs, MoEArgs
+from titan_lite.planner.counts import num_block_params, num_experts, num_params
 from titan_lite.planner.job import Job
 from titan_lite.planner.step import rank_stages
 
@@ -62,7 +62,9 @@ def _sizes(args: DecoderArgs) -> tuple[float, float, float]:
 def kept_elements(job: Job, recompute: str) -> float:
     """Elements that one block keeps for backward, per token of a micro-batch on a rank."""
     args, t = job.args, job.tp
-    heads, kv, f, H = args.attention_dim / t, args.kv_dim / t, args.ffn_dim / t, args.num_heads / t
+    heads, kv, H = args.attention_dim / t, args.kv_dim / t, args.num_heads / t
+    experts = num_experts(args)
+    f = experts * args.ffn_dim / t
     whole = args.dim / (t if job.sequence_parallel else 1)
     gated = args.ffn == "swiglu"
     if recompute == "full":
@@ -72,6 +74,9 @@ def kept_elements(job: Job, recompute: str) -> float:
     kept = 2 * heads + 2 * kv + (4 if gated else 2) * f + 2 * H + 2 * whole + 2 * args.dim
     if args.qk_norm:
         kept += heads + kv
+    if isinstance(args, MoEArgs):
+        # Each expert's rows, and its outputs, which are weighted.
+        kept += 2 * experts * args.dim
     if args.attention_dropout:
         # Of each score: its softmax in float32, rounded, and what dropout leaves of it.
         kept += 4 * H * job.span

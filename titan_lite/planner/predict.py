@@ -6,15 +6,10 @@ from functools import cached_property
 
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.schema import Config
-from titan_lite.models.args import DecoderArgs, MoEArgs
+from titan_lite.models.args import DecoderArgs
 from titan_lite.models.family import Family
+from titan_lite.planner import counts
 from titan_lite.planner.cluster import Cluster
-from titan_lite.planner.counts import (
-    flops_per_token,
-    num_block_params,
-    num_params,
-    num_unused_params,
-)
 from titan_lite.planner.hardware import Device
 from titan_lite.planner.interval import Interval, interval
 from titan_lite.planner.job import Job
@@ -104,9 +99,9 @@ class Prediction:
 
 def model_flops(args: DecoderArgs, span: int) -> int:
     """FLOPs per token, attention in full and nothing for recomputation."""
-    return flops_per_token(
-        num_params_non_embedding=num_params(args) - num_unused_params(args),
-        num_block_params=num_block_params(args),
+    return counts.flops_per_token(
+        num_params_non_embedding=counts.num_params(args) - counts.num_unused_params(args),
+        num_block_params=counts.num_block_params(args),
         num_layers=args.num_layers,
         attention_dim=args.attention_dim,
         seq_len=span,
@@ -168,12 +163,7 @@ def advice(
 def fitting_settings(
     config: Config, dims: ParallelDims, family: Family, args: DecoderArgs, device: Device
 ) -> list[str]:
-    """Changes with which a run that does not fit would, those that cost least speed first.
-
-    None for Mixture of Experts, which the planner does not support.
-    """
-    if isinstance(args, MoEArgs):
-        return []
+    """Changes with which a run that does not fit would, those that cost least speed first."""
     cluster = Cluster(name=device.name, device=device)
     now = predict(read_job(config, dims, family, args), cluster, 1.0)
     better = advice(config, dims, family, args, cluster, count=3, below=now.peak.bytes)

@@ -8,11 +8,10 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
-from titan_lite.config.arguments import UsageError
 from titan_lite.config.dims import ParallelDims, resolve_global_batch
 from titan_lite.config.parallel_rules import parallel_rules
 from titan_lite.config.schema import Config
-from titan_lite.models.args import DecoderArgs, MoEArgs
+from titan_lite.models.args import DecoderArgs
 from titan_lite.models.family import Family
 from titan_lite.models.rules import model_rules
 from titan_lite.planner.counts import num_block_params, num_looked_up_params, num_params
@@ -23,12 +22,7 @@ AUTO_CHUNK_BYTES = 2**29  # as titan_lite/loss.py cuts with training.loss_chunks
 
 
 def read_job(config: Config, dims: ParallelDims, family: Family, args: DecoderArgs) -> Job:
-    """The job of a checked configuration; UsageError where no constants are known for its model."""
-    if isinstance(args, MoEArgs):
-        raise UsageError(
-            f'the planner does not support Mixture of Experts (model.name = "{family.name}"); '
-            "titan-lite dryrun counts the memory, FLOPs and collectives of a step"
-        )
+    """The job of a checked configuration."""
     training, parallel, data = config.training, config.parallel, config.data
     micro = training.local_batch_size
     steps = (

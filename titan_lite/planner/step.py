@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from titan_lite.planner.cluster import Cluster
-from titan_lite.planner.counts import block_matrices, num_block_params, num_params
+from titan_lite.planner.counts import block_matrices, num_block_params, num_experts, num_params
 from titan_lite.planner.job import Job
 from titan_lite.planner.kernels import Rates, num_tensors
 
@@ -79,12 +79,14 @@ class StepModel:
         float8 = job.float8 != "none"
         gated = args.ffn == "swiglu"
 
-        def linear(K: float, N: float) -> tuple[float, float]:
-            return rates.linear(M, K, N, float8=float8)
+        def linear(K: float, N: float, experts: int = 1) -> tuple[float, float]:
+            return rates.linear(M * experts, K, N, float8=float8)
 
+        experts = num_experts(args)
         q, kv = linear(args.dim, args.attention_dim / t), linear(args.dim, args.kv_dim / t)
-        o, up = linear(args.attention_dim / t, args.dim), linear(args.dim, args.ffn_dim / t)
-        down = linear(args.ffn_dim / t, args.dim)
+        o = linear(args.attention_dim / t, args.dim)
+        up = linear(args.dim, args.ffn_dim / t, experts)
+        down = linear(args.ffn_dim / t, args.dim, experts)
         forward, backward = (
             q[way] + 2 * kv[way] + o[way] + (2 if gated else 1) * up[way] + down[way]
             for way in (0, 1)
