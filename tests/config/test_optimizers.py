@@ -11,17 +11,17 @@ from titan_lite.config.optimizers import BUILDERS, OPTIMIZERS, Adam, Optimizer, 
 from titan_lite.config.render import json_schema, to_markdown, to_toml
 
 
-class Momentum(Optimizer):
-    name: Literal["Momentum"] = "Momentum"
-    momentum: float = 0.9
+class Rolling(Optimizer):
+    name: Literal["Rolling"] = "Rolling"
+    friction: float = 0.9
     """Decay of the average."""
 
 
 @pytest.fixture
 def registered() -> Iterator[None]:
-    register_optimizer(Momentum, "nowhere:build")
+    register_optimizer(Rolling, "nowhere:build")
     yield
-    del BUILDERS._rows["Momentum"], OPTIMIZERS.variants["Momentum"]
+    del BUILDERS._rows["Rolling"], OPTIMIZERS.variants["Rolling"]
     # Merges the keys again.
     OPTIMIZERS.add(Adam)
 
@@ -35,12 +35,12 @@ def problem(*overrides: str, path: str | None = None) -> str:
 
 @pytest.mark.usefixtures("registered")
 def test_a_registered_optimizer_has_the_common_keys_and_its_own() -> None:
-    section = load_config(None, ["--optimizer.name=Momentum", "--optimizer.momentum=0.5"]).config
-    assert section.optimizer == Momentum(momentum=0.5)
-    assert section.model_dump()["optimizer"]["momentum"] == 0.5
-    assert problem("name=Momentun") == (
-        'optimizer.name (command line): expected "AdamW", "Adam" or "Momentum", got "Momentun"; '
-        'did you mean "Momentum"?'
+    section = load_config(None, ["--optimizer.name=Rolling", "--optimizer.friction=0.5"]).config
+    assert section.optimizer == Rolling(friction=0.5)
+    assert section.model_dump()["optimizer"]["friction"] == 0.5
+    assert problem("name=Rollin") == (
+        'optimizer.name (command line): expected "AdamW", "Adam", "Muon" or "Rolling", got '
+        '"Rollin"; did you mean "Rolling"?'
     )
 
 
@@ -48,44 +48,44 @@ def test_a_registered_optimizer_has_the_common_keys_and_its_own() -> None:
 def test_a_key_of_another_optimizer_is_an_error_that_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert problem("momentum=0.5") == (
-        'optimizer.momentum (command line): has no place where optimizer.name is "AdamW": set '
-        'optimizer.name = "Momentum", or leave momentum out'
+    assert problem("friction=0.5") == (
+        'optimizer.friction (command line): has no place where optimizer.name is "AdamW": set '
+        'optimizer.name = "Rolling", or leave friction out'
     )
-    assert problem("name=Momentum", "momentun=1.0") == (
-        'optimizer.momentun (command line): unknown key; did you mean "optimizer.momentum"?'
+    assert problem("name=Rolling", "frictoin=1.0") == (
+        'optimizer.frictoin (command line): unknown key; did you mean "optimizer.friction"?'
     )
     monkeypatch.chdir(tmp_path)
     Path("a.toml").write_text("[optimizer]\nbeta1 = 0.8")
-    assert problem("name=Momentum", path="a.toml").startswith(
-        'optimizer.beta1 (a.toml): has no place where optimizer.name is "Momentum": set '
-        'optimizer.name = "AdamW" or "Adam", or'
+    assert problem("name=Rolling", path="a.toml").startswith(
+        'optimizer.beta1 (a.toml): has no place where optimizer.name is "Rolling": set '
+        'optimizer.name = "AdamW" or "Adam" or "Muon", or'
     )
 
 
 @pytest.mark.usefixtures("registered")
 def test_what_is_written_states_which_optimizer_has_a_key() -> None:
-    text = to_toml(load_config(None, ["--optimizer.name=Momentum"]))
-    assert "\nmomentum = 0.9 " in text
+    text = to_toml(load_config(None, ["--optimizer.name=Rolling"]))
+    assert "\nfriction = 0.9 " in text
     (line,) = [line for line in text.splitlines() if line.startswith("# beta1 is not set")]
-    assert line.endswith('# needs optimizer.name = "AdamW" or "Adam"')
-    assert 'Decay of the average. Needs optimizer.name = "Momentum".' in to_markdown()
+    assert line.endswith('# needs optimizer.name = "AdamW" or "Adam" or "Muon"')
+    assert 'Decay of the average. Needs optimizer.name = "Rolling".' in to_markdown()
     table = json_schema({})["properties"]["optimizer"]
-    assert table["properties"]["name"]["enum"] == ["AdamW", "Adam", "Momentum"]
+    assert table["properties"]["name"]["enum"] == ["AdamW", "Adam", "Muon", "Rolling"]
     assert {
-        "if": {"required": ["momentum", "name"]},
-        "then": {"properties": {"name": {"enum": ["Momentum"]}}},
+        "if": {"required": ["friction", "name"]},
+        "then": {"properties": {"name": {"enum": ["Rolling"]}}},
     } in table["allOf"]
 
 
 @pytest.mark.usefixtures("registered")
 def test_a_name_is_registered_once() -> None:
     class Other(Optimizer):
-        name: Literal["Momentum"] = "Momentum"
+        name: Literal["Rolling"] = "Rolling"
 
-    with pytest.raises(ValueError, match='already registered as "Momentum"; choose another name'):
+    with pytest.raises(ValueError, match='already registered as "Rolling"; choose another name'):
         register_optimizer(Other, "nowhere:build")
-    register_optimizer(Momentum, "nowhere:build")
+    register_optimizer(Rolling, "nowhere:build")
 
 
 def test_a_wrong_group_is_named_by_its_place(tmp_path: Path) -> None:
