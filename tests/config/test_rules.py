@@ -239,6 +239,12 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             "cannot be combined with parallel.async_tp = true: a process can use the symmetric",
         ),
         (
+            ["optimizer.state_dtype=bfloat16", "optimizer.beta2=0.999"],
+            1,
+            "optimizer.beta2",
+            '0.999 must be at most 0.99 with optimizer.state_dtype = "bfloat16"',
+        ),
+        (
             ['optimizer.groups=[{pattern="*", algorithm="Muon"}]'],
             1,
             "optimizer.groups",

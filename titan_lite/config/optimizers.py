@@ -60,8 +60,14 @@ class AdamOptimizer(Optimizer):
     """Decay of the second moment."""
     eps: PositiveFloat = 1e-8
     """Added to the denominator."""
-    implementation: Literal["auto", "fused", "foreach", "for-loop"] = "auto"
+    implementation: Annotated[
+        Literal["auto", "fused", "foreach", "for-loop"], Needs("state_dtype", values=("float32",))
+    ] = "auto"
     """Kernel of the step; "auto" takes fused where the device has it."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which both moments are stored. "bfloat16" halves their memory; the step is computed
+    in float32, one parameter after the other, with the same result in every layout. It requires
+    beta1 and beta2 of at most 0.99."""
 
 
 class AdamW(AdamOptimizer):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.needs import Variant, unmet_needs
-from titan_lite.config.optimizers import Optimizer
+from titan_lite.config.optimizers import AdamOptimizer, Optimizer
 from titan_lite.config.parallel_rules import parallel_rules
 from titan_lite.config.problems import (
     SettingError,
@@ -22,6 +22,8 @@ from titan_lite.config.schema import Config, Documents, LRScheduler
 
 # Steps at the end of a period that the profiler records (profiling.profile_freq).
 PROFILED_STEPS = 3
+# The largest decay of a moment in bfloat16: 1 % of it in a step is above its rounding.
+MAX_ROUNDED_BETA = 0.99
 
 
 def config_rules(config: Config, dims: ParallelDims | None) -> Iterator[SettingError]:
@@ -60,6 +62,7 @@ def _single(config: Config) -> Iterator[SettingError]:
             f'training.seq_len ({seq_len}); samples of one block are "concat"',
         )
     yield from _groups(config.optimizer)
+    yield from _rounded_moments(config.optimizer)
     yield from _decay(config.lr_scheduler, training.steps)
     yield from _checkpoint(config)
     profiling = config.profiling
@@ -71,6 +74,18 @@ def _single(config: Config) -> Iterator[SettingError]:
         )
     if config.metrics.enable_wandb and (problem := _wandb_problem()):
         yield SettingError("metrics.enable_wandb", problem)
+
+
+def _rounded_moments(section: Optimizer) -> Iterator[SettingError]:
+    """Moments whose change in a step is lost to the 8 bits of bfloat16."""
+    if isinstance(section, AdamOptimizer) and section.state_dtype == "bfloat16":
+        for key in ("beta1", "beta2"):
+            if (beta := getattr(section, key)) > MAX_ROUNDED_BETA:
+                yield SettingError(
+                    f"optimizer.{key}",
+                    f"{beta:g} must be at most {MAX_ROUNDED_BETA} with optimizer.state_dtype = "
+                    '"bfloat16", whose rounding (1/256) would stop a moment from falling',
+                )
 
 
 def _decay(section: LRScheduler, steps: int) -> Iterator[SettingError]:

@@ -15,6 +15,7 @@ from titan_lite.config.registry import load
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.roles import Kind, PlanRow, kind_of
 from titan_lite.nn.init import CHECKPOINT_PREFIX
+from titan_lite.optim.bfloat16_adam import BFloat16Adam
 
 FUSED_DEVICES = ("cuda", "cpu")
 
@@ -133,6 +134,15 @@ def build_adam(
     section: AdamOptimizer, parameters: Sequence[Parameter], _: Surroundings
 ) -> torch.optim.Optimizer:
     """AdamW or Adam."""
+    betas = (section.beta1, section.beta2)
+    if section.state_dtype == "bfloat16":
+        return BFloat16Adam(
+            torch_groups(parameters),
+            lr=section.lr,
+            betas=betas,
+            eps=section.eps,
+            decoupled=section.name != "Adam",
+        )
     implementation = section.implementation
     if implementation == "auto":
         device_type = parameters[0].tensor.device.type
@@ -141,7 +151,7 @@ def build_adam(
     return adam(
         torch_groups(parameters),
         lr=section.lr,
-        betas=(section.beta1, section.beta2),
+        betas=betas,
         eps=section.eps,
         fused=implementation == "fused",
         foreach=implementation == "foreach",
