@@ -1,9 +1,10 @@
 """A configuration as run.json and manifests store it, maybe written by an older version."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from titan_lite.config.dims import resolve_global_batch
+from titan_lite.config.dims import BATCH, resolve_global_batch
 from titan_lite.config.problems import FIELDS, literal
 from titan_lite.config.schema import Model
 
@@ -24,7 +25,7 @@ def global_batch_size(config: Mapping[str, Any], mesh: Mapping[str, int]) -> int
     return resolve_global_batch(
         setting(config, "training.global_batch_size"),
         setting(config, "training.local_batch_size"),
-        mesh["dp_replicate"] * mesh["dp_shard"],
+        math.prod(mesh[axis] for axis in BATCH),
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from titan_lite.config.dims import SAME_LAYERS
 from titan_lite.config.load import ConfigError, Problem
 from titan_lite.config.plugins import import_plugins
 from titan_lite.config.schema import Config
@@ -126,7 +127,7 @@ def dry_run(
         stages=tuple(stages),
         parameters=training.num_params,
         applied=str(training.applied),
-        formula_flops=flops // (dims.batch * dims.cp * dims.tp),
+        formula_flops=flops // dims.over(SAME_LAYERS),
         measured=measured,
     )
 

@@ -1,5 +1,6 @@
 """The applied report: counted from the modules and checked against the configuration."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from titan_lite.config.dims import FSDP
 from titan_lite.config.schema import ActivationCheckpoint, Compile, Parallel
 from titan_lite.models.roles import PlanRow, Role
 from titan_lite.nn.attention import Attention, DropoutAttention
@@ -87,9 +89,9 @@ class Applied:
             mismatches.append(f"symmetric memory {self.symm_mem} where {symm_mem} was configured")
         if self.attention != attention:
             mismatches.append(f"attention by {self.attention} where {attention} was configured")
-        degrees = {axis: getattr(parallel, axis) for axis in ("pp", "dp_replicate", "tp")}
+        degrees = {axis: getattr(parallel, axis) for axis in self.mesh if axis != "fsdp"}
         if parallel.dp_shard != -1:
-            degrees["fsdp"] = parallel.dp_shard * parallel.cp
+            degrees["fsdp"] = math.prod(getattr(parallel, axis) for axis in FSDP)
         for axis, degree in degrees.items():
             if self.mesh[axis] != degree:
                 mismatches.append(f"{axis} {self.mesh[axis]} where {degree} was configured")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_lite.config.load import ConfigError, Problem
+from titan_lite.config.schedules import SCHEDULES
 from titan_lite.config.schema import Model
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.registry import families, resolve
@@ -155,7 +156,7 @@ def row_job(row: Row) -> Job:
         stages_per_rank=stages // pp,
         schedule=row.get("pp_schedule", "1F1B"),
         pipelined=steps,
-        splits_backward=row.get("pp_schedule", "") in SPLIT_BACKWARD,
+        splits_backward=SCHEDULES[row.get("pp_schedule", "1F1B")].splits_backward,
         sharding=sharding,  # type: ignore[arg-type]
         keeps_gathered=row.get("reshard", "") == "never",
         syncs_last=row.get("gradient_sync", "") == "last_micro_batch",
@@ -174,9 +175,6 @@ def row_job(row: Row) -> Job:
         loss_bytes=LOSS_BYTES.get(loss, 28) if not row.get("compiled_loss") else 14,
         stack="llm-foundry" if kernels == "torch" else "",
     )
-
-
-SPLIT_BACKWARD = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 
 
 def _recompute(
