@@ -49,7 +49,7 @@ def _share_gloo_device() -> None:
 
 
 def _serve(
-    rank: int, world_size: int, device_type: str, store: str, connection: Connection
+    rank: int, world_size: int, device_type: str, shares: bool, store: str, connection: Connection
 ) -> None:
     import torch
     import torch.distributed as dist
@@ -66,7 +66,10 @@ def _serve(
     else:
         # Before CUDA is first asked, or it would not be heard.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    _share_gloo_device()
+    if shares:
+        _share_gloo_device()
+        # One set of groups per layout, not per run: each has threads as long as the process lives.
+        open_run.build_meshes = cache(open_run.build_meshes)
     # Collections, of which every run makes some, need not look at what was imported.
     gc.freeze()
     dist.init_process_group(
@@ -77,8 +80,6 @@ def _serve(
         timeout=timedelta(seconds=GUARD),
         device_id=torch.device("cuda", rank) if on_gpu else None,
     )
-    # One set of groups per layout, not per run: each has threads as long as the process lives.
-    open_run.build_meshes = cache(open_run.build_meshes)
     while True:
         try:
             function, arguments = connection.recv()
@@ -91,9 +92,14 @@ def _serve(
 
 
 class Workers:
-    """`run(function, *arguments)` calls it in every process and returns the results by rank."""
+    """`run(function, *arguments)` calls it in every process and returns the results by rank.
 
-    def __init__(self, world_size: int, folder: Path, device_type: str = "cpu") -> None:
+    shares: runs share groups and gloo's device, as those of a launcher do not.
+    """
+
+    def __init__(
+        self, world_size: int, folder: Path, device_type: str = "cpu", *, shares: bool = True
+    ) -> None:
         self.is_closed = False  # as after a call that was not answered
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
@@ -103,7 +109,7 @@ class Workers:
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(rank, world_size, device_type, str(folder / "store"), theirs),
+                args=(rank, world_size, device_type, shares, str(folder / "store"), theirs),
                 daemon=True,
             )
             process.start()

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partialmethod
 from pathlib import Path
@@ -50,8 +50,20 @@ splits_backward = pytest.mark.skipif(
     not CAN_SPLIT_BACKWARD, reason="schedules that split backward require torch 2.13 or later"
 )
 
+
+def slow_but(quick: Collection[Any], parameters: Iterable[Any]) -> list[Any]:
+    """Parameters of a test, all but the quick ones marked slow."""
+    return [
+        pytest.param(
+            *(parameter if isinstance(parameter, tuple) else (parameter,)),
+            marks=[pytest.mark.slow] * (parameter not in quick),
+        )
+        for parameter in parameters
+    ]
+
+
 # Steps whose gradients are compared from the same weights, as those of step 1 are by themselves.
-LATER = (3, 10)
+LATER = (3, 6)
 
 Tensors = dict[str, Any]
 Run = tuple[list[dict[str, Any]], dict[str, Tensors]]
@@ -175,6 +187,12 @@ def compiled_by(backend: str) -> AbstractContextManager[Any]:
     """
     compile = partialmethod(torch.nn.Module.compile, backend=backend)
     return mock.patch.object(torch.nn.Module, "compile", compile)
+
+
+def train_traced(folder: Path | str, *overrides: str) -> list[dict[str, Any]]:
+    """As `train`, compiled without inductor's kernels: dynamo's graph and the partitioner's."""
+    with compiled_by("aot_eager"):
+        return train(folder, *overrides, "--compile.enable=true")
 
 
 def masked(batches: Iterator[Batch]) -> Iterator[Batch]:

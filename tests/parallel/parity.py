@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tests.distributed import Workers
-from tests.parallel.matrix import BATCH, EVERYWHERE, Case, as_overrides
-from tests.runs import Deviations, Run, deviations, later_weights, train_and_gather
+from tests.parallel.matrix import BATCH, EVERYWHERE, TRACED, Case, as_overrides
+from tests.runs import Deviations, Run, compiled_by, deviations, later_weights, train_and_gather
 
 TRAIN = partial(train_and_gather, mask_labels=True)
 
@@ -40,8 +40,10 @@ class Parity:
         folder = self.folders.mktemp("case")
         expected = self._one_process(case.alike, on_gpus)
         train = partial(train, weights=later_weights(expected))
+        if case.execution == TRACED:
+            train = partial(_traced, train)
         got = workers.run(train, folder, *overrides)[0]
-        if case.execution == "compile":
+        if case.execution != "eager":
             assert _applied(folder)["compiled_graphs"] == 1, "equal blocks share a graph"
         return deviations(got, expected)
 
@@ -59,6 +61,11 @@ class Parity:
             run = worker.run(TRAIN, self.folders.mktemp("one_process"), *as_overrides(*settings))
             self.one_process_runs[key] = run[0]
         return self.one_process_runs[key]
+
+
+def _traced(train: Callable[..., Run], *arguments: Any) -> Run:
+    with compiled_by(TRACED):
+        return train(*arguments)
 
 
 def _applied(folder: Path) -> dict[str, Any]:

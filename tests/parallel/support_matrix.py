@@ -48,7 +48,9 @@ Of a tensor the largest difference counts, relative to the largest element of th
 gradient, relative to that plus a quarter of the largest element of all gradients.
 
 Under each mode of activation checkpointing: eager or compiled, x micro-batches of a step. Every two
-values of layout, mode, execution and accumulation meet in one of these runs.
+values of layout, mode, execution and accumulation meet in one of these runs. What aot_eager runs is
+compiled by that backend of torch: the same graphs for forward and backward, without inductor's
+kernels.
 """
 
 FURTHER_TEXT = """\

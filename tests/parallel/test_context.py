@@ -20,7 +20,7 @@ from torch.utils.flop_counter import (
 
 from tests.distributed import Workers
 from tests.parallel.test_activation_checkpoint import Operations
-from tests.runs import build_trainer, train
+from tests.runs import build_trainer, train, train_traced
 from titan_lite.config.schema import ActivationCheckpoint
 from titan_lite.models.llama import LLAMA
 from titan_lite.nn.attention import ScaledDotProductAttention
@@ -172,7 +172,7 @@ def test_compiled_blocks_are_one_graph_that_trains_the_same_model(
 ) -> None:
     settings = ("--training.steps=4", "--model.num_layers=3", f"--{CP2}", *settings)
     eager = workers[2].run(train, tmp_path / "eager", *settings)[0]
-    compiled = workers[2].run(train, tmp_path / "compiled", *settings, "--compile.enable=true")[0]
+    compiled = workers[2].run(train_traced, tmp_path / "compiled", *settings)[0]
     for key in ("loss", "grad_norm"):
         assert [r[key] for r in compiled] == pytest.approx([r[key] for r in eager], rel=1e-5)
     applied = json.loads((tmp_path / "compiled" / "run.json").read_text())["applied"]

@@ -1,9 +1,13 @@
 """Groups of the meshes: which ranks are in them."""
 
+from pathlib import Path
+
 import pytest
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from tests.distributed import Workers
+from tests.runs import train
 from titan_lite.config.dims import ParallelDims
 from titan_lite.parallel.mesh import build_meshes
 
@@ -37,3 +41,24 @@ def test_a_group_has_the_ranks_that_differ_on_its_axes_only(degrees: tuple[int, 
 
 def _place(dims: ParallelDims, rank: int) -> list[tuple[str, int]]:
     return list(dims.coordinates(rank).items())
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_meshes_built_for_one_run_train_what_shared_ones_do(
+    workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    """Other tests of several processes share meshes and gloo's device between their runs."""
+    own = Workers(4, tmp_path, shares=False)
+    try:
+        for axes in (("tp", "pp"), ("cp", "dp_replicate")):
+            settings = [f"--parallel.{axis}=2" for axis in axes]
+            settings += ["--training.steps=2", "--training.local_batch_size=4"]
+            shared, built = (
+                group.run(train, tmp_path / f"{axes[0]} {name}", *settings)[0]
+                for name, group in (("shared", workers[4]), ("built", own))
+            )
+            for key in ("loss", "grad_norm"):
+                assert [record[key] for record in built] == [record[key] for record in shared]
+    finally:
+        own.close()
