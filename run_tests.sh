@@ -20,7 +20,8 @@ fi
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
-# Two at a time, a file of tests staying in one place, in the order of tests/conftest.py; one thread
-# per process unless OMP_NUM_THREADS is set, since the distributed tests start several.
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec "$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+# Three at a time keep two cores busy, since processes of a test wait for each other. A file of tests
+# stays in one place, in the order of tests/conftest.py; one thread per process unless OMP_NUM_THREADS
+# is set, since the distributed tests start several.
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec "$PYTHON" -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
     ${marked[@]+"${marked[@]}"} "$@"

@@ -211,6 +211,7 @@ def test_every_variant_of_the_gpu_suite_is_a_valid_configuration() -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_the_gpu_suite_goes_on_after_a_variant_that_cannot_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -452,6 +453,7 @@ def first_hour(folder: Path, *stages: str, **variables: str) -> subprocess.Compl
     )
 
 
+@pytest.mark.slow
 def test_the_first_hour_is_rehearsed_on_the_cpu(tmp_path: Path) -> None:
     done = first_hour(tmp_path, "ceilings", REHEARSE="1")
     assert done.returncode == 0, done.stderr

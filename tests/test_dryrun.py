@@ -5,7 +5,7 @@ import math
 import multiprocessing
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.pool import Pool
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ from titan_lite.nn.build import build
 from titan_lite.planner.hardware import DEVICES, find_by_short_name
 
 TRAIN_CONFIGS = Path(__file__).parent.parent / "train_configs"
-PRESETS = sorted(TRAIN_CONFIGS.glob("*.toml"))
+PRESETS = {path.stem: path for path in sorted(TRAIN_CONFIGS.glob("*.toml"))}
 # Of the several steps of a real run, one is measured that is not logged.
 STEP = ("--metrics.log_freq=10", "--training.param_dtype=bfloat16", "--training.seq_len=256")
 SHARE = "--training.local_batch_size=4"
@@ -41,6 +41,13 @@ LAYOUTS = {
     "pp 2": (2, ("--parallel.pp=2", "--training.local_batch_size=2")),
     "ring of cp 2": (2, ("--parallel.cp=2",)),
     "fsdp 2 x tp 2, Muon": (4, (SHARE, "--parallel.tp=2", "--optimizer.name=Muon")),
+}
+
+# Layouts and presets of the developer's run.
+QUICK = {
+    *("fsdp 2 x tp 2", "pp 2", "ring of cp 2"),
+    *("fsdp 2 x tp 2, full checkpointing", "pp 2, selective checkpointing"),
+    *("debug", "debug_bert", "llama3_8b", "llama3_8b_cp8_256k", "llama2_70b_tp4_pp8"),
 }
 
 
@@ -83,8 +90,22 @@ def _real(folder: Path, overrides: tuple[str, ...]) -> Any:
     return measured
 
 
+def parameters(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test, those that are not in QUICK marked slow."""
+    return [
+        pytest.param(
+            name,
+            marks=[
+                *[pytest.mark.slow] * (name not in QUICK),
+                *[splits_backward] * ("is split" in name),
+            ],
+        )
+        for name in names
+    ]
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", parameters(LAYOUTS))
 def test_memory_flops_and_collectives_are_those_of_a_real_run(
     layout: str, workers: dict[int, Workers], fresh: Pool, tmp_path: Path
 ) -> None:
@@ -161,13 +182,7 @@ REPEATED = {
 }
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        pytest.param(layout, marks=splits_backward) if "is split" in layout else layout
-        for layout in REPEATED
-    ],
-)
+@pytest.mark.parametrize("layout", parameters(REPEATED))
 def test_blocks_that_are_repeated_give_the_numbers_of_blocks_that_are_run(
     layout: str, fresh: Pool
 ) -> None:
@@ -265,9 +280,10 @@ def test_a_step_that_does_not_fit_names_settings_that_would(
     assert "Would fit" not in report.report(plan, [0], device, as_json=False)
 
 
-@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
-def test_a_preset_is_dry_run_at_its_world_size(path: Path, fresh: Pool) -> None:
+@pytest.mark.parametrize("name", parameters(PRESETS))
+def test_a_preset_is_dry_run_at_its_world_size(name: str, fresh: Pool) -> None:
     """With fewer layers and micro-batches, of the same width."""
+    path = PRESETS[name]
     parallel = load_config(path, [NO_FILE]).config.parallel
     degrees = [getattr(parallel, axis) for axis in ParallelDims.AXES]
     text = next(line for line in path.read_text().splitlines() if "world_size = " in line)

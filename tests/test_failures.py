@@ -126,6 +126,7 @@ def numbers(records: list[dict[str, Any]]) -> list[list[float]]:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_killed_restarted_stopped_and_resumed_a_run_is_the_undisturbed_one_bit_for_bit(
     workers: dict[int, Workers], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +216,7 @@ def test_a_file_system_without_locks_is_warned_about(
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_document_that_one_rank_cannot_read_ends_the_job_at_once_with_file_and_line(
     tmp_path: Path,
 ) -> None:
@@ -267,6 +269,7 @@ def test_processes_whose_launcher_was_killed_end_with_a_checkpoint(tmp_path: Pat
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_closing_the_terminal_ends_a_run_with_a_checkpoint(tmp_path: Path) -> None:
     """Nothing can be written to what is gone."""
     terminal, end = pty.openpty()
@@ -417,6 +420,7 @@ def test_a_full_disk_ends_a_run_with_one_sentence_before_and_after_its_first_ste
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_with_its_phase_and_ends_the_job_by_the_timeout(
     tmp_path: Path,
 ) -> None:

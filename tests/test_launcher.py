@@ -120,6 +120,7 @@ def test_several_nodes_need_a_place_to_meet() -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_two_nodes_meet_at_the_rendezvous_endpoint(tmp_path: Path) -> None:
     """Two launchers on this machine stand for two nodes."""
     command = (
@@ -512,6 +513,7 @@ sys.exit(99 if b"nowhere-at-all" in asked else code)
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_one_node_needs_no_name_for_itself(tmp_path: Path) -> None:
     """A lookup of the own name would wait for its timeout, again and again."""
     arguments = ["--training.steps=1", "--training.seq_len=64", f"--job.dump_folder={tmp_path}/run"]

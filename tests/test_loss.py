@@ -131,6 +131,7 @@ def test_gradients_of_chunks_are_added_inside_the_matmul_in_float32_where_a_devi
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.slow
 def test_compiled_it_computes_the_same(dtype: torch.dtype) -> None:
     def loss_and_gradients(compile: bool) -> tuple[Tensor, ...]:
         hidden, weight, labels = _inputs(dtype)

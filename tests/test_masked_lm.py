@@ -197,6 +197,7 @@ def _train_preset(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_the_loss_of_hidden_tokens_falls_on_the_bundled_corpus(
     workers: dict[int, Workers], tmp_path: Path
 ) -> None:

@@ -65,8 +65,8 @@ def undisturbed(
     ("moment", "mode", "left"),
     [
         ("in the middle of a file", "disabled", [2]),
-        ("before the commit", "async", [2]),
-        ("after the commit", "disabled", [2, 4]),
+        pytest.param("before the commit", "async", [2], marks=pytest.mark.slow),
+        pytest.param("after the commit", "disabled", [2, 4], marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_killed_while_saving_costs_no_more_than_the_steps_since_the_last_save(

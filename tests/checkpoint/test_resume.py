@@ -70,7 +70,11 @@ def _interrupted(folder: Path, *overrides: str) -> None:
                 "model.attention_dropout=0.1",
             ),
         ),
-        (4, ("training.local_batch_size=2", "activation_checkpoint.mode=full")),
+        pytest.param(
+            4,
+            ("training.local_batch_size=2", "activation_checkpoint.mode=full"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
@@ -372,7 +376,7 @@ def test_a_folder_that_ranks_do_not_share_is_named_when_saving_and_when_resuming
         pytest.param(
             ("--parallel.pp=2",),
             ("--parallel.pp=2", "--parallel.pp_schedule=ZBVZeroBubble"),
-            marks=splits_backward,
+            marks=[splits_backward, pytest.mark.slow],
         ),
     ],
     ids=["fsdp 2 to pp 2", "pp 2 to 2 stages in a V"],

@@ -20,7 +20,7 @@ from tests.data.test_tokenizer_files import (
     word_piece,
 )
 from tests.distributed import Workers
-from tests.runs import TINY, train_and_gather
+from tests.runs import TINY, slow_but, train_and_gather
 from titan_lite import cli
 from titan_lite.config.schema import Data, DataSource
 from titan_lite.data.export_check import NUM_LINES, ExportReport, corpus_texts, export_report
@@ -109,7 +109,7 @@ def export(tokenizer: Tokenizer, folder: Path, family: Family = LLAMA) -> dict[s
     return documents
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but([*KINDS][::3], KINDS))
 def test_transformers_gives_the_ids_of_training(
     kind: str, folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
 from tests.distributed import Workers
-from tests.runs import build_trainer, compiled_by, train, whole
+from tests.runs import build_trainer, compiled_by, slow_but, train, whole
 from titan_lite.config.load import ConfigError
 from titan_lite.config.schema import ActivationCheckpoint, SavedOp
 from titan_lite.models.args import DecoderArgs
@@ -230,7 +230,7 @@ LAYOUTS = {
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but(["tp 2"], LAYOUTS))
 def test_no_mode_changes_a_gradient_of_several_processes(
     layout: str, workers: dict[int, Workers], tmp_path: Path
 ) -> None:
@@ -276,7 +276,9 @@ def test_a_saved_sum_over_ranks_is_not_repeated(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("world_size", "settings"), [(1, []), (2, LAYOUTS["tp 2"])])
+@pytest.mark.parametrize(
+    ("world_size", "settings"), slow_but([(1, [])], [(1, []), (2, LAYOUTS["tp 2"])])
+)
 def test_the_compiler_keeps_to_the_policy(
     world_size: int, settings: list[str], workers: dict[int, Workers], tmp_path: Path
 ) -> None:

@@ -46,6 +46,7 @@ def _train_fused(folder: Path, *overrides: str) -> Any:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_collectives_are_fused_with_matmuls_and_the_numbers_are_the_same(
     workers: dict[int, Workers], tmp_path: Path
 ) -> None:

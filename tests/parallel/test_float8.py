@@ -326,6 +326,7 @@ def test_the_more_careful_a_recipe_the_less_its_noise(first_steps: dict[str, Any
     assert means[0] > 1.1 * means[1] > 1.2 * means[2]
 
 
+@pytest.mark.slow
 def test_the_loss_stays_as_close_to_bfloat16_as_many_steps_can_tell(
     one_process: Workers, tmp_path: Path
 ) -> None:
@@ -413,6 +414,7 @@ def _build_unchecked(folder: Path, *overrides: str) -> Any:
         return build_trainer(folder, *overrides)
 
 
+@pytest.mark.slow
 def test_compiled_and_checkpointed_blocks_compute_the_same(
     one_process: Workers, tmp_path: Path
 ) -> None:
@@ -560,6 +562,7 @@ def test_fsdp_in_float8_trains_as_without_its_gathers(
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_checkpoint_passes_between_runs_with_and_without_float8(
     workers: dict[int, Workers], tmp_path: Path
 ) -> None:

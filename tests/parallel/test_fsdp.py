@@ -195,6 +195,7 @@ def _dtypes(folder: Path, *overrides: str) -> tuple[list[dict[str, Any]], dict[s
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_float32_residual_stream_leaves_blocks_in_bfloat16(
     workers: dict[int, Workers], tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ from tests.runs import (
     deviations,
     exceeding,
     later_weights,
+    slow_but,
     train,
     train_and_gather,
 )
@@ -76,7 +77,10 @@ def expected(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("world_size", "packing", "settings"), CASES)
+@pytest.mark.parametrize(
+    ("world_size", "packing", "settings"),
+    slow_but([case for case in CASES if COMPILE not in case[2]], CASES),
+)
 def test_every_layout_trains_what_one_process_does(
     world_size: int,
     packing: str,

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.parallel.matrix import CASES, TOLERANCES
 from tests.parallel.parity import TRAIN, Parity
-from tests.runs import Run, Tensors, exceeding
+from tests.runs import Run, Tensors, exceeding, slow_but
 from titan_lite.parallel import activation_checkpoint, tensor
 from titan_lite.training import loss
 
@@ -92,7 +92,7 @@ def train_with(
 GRADIENTS = {name for name in TOLERANCES if name.startswith("gradients")}
 # Fault, the case of the matrix it is planted in, what catches it, and the worst gradient of step 1.
 PLANTED = (
-    # Adam divides a gradient by its size: not one of 20 losses moves.
+    # Adam divides a gradient by its size: not one of the losses moves.
     (average_over_ranks, ("dp2", "selective_op"), {"grad_norm", *GRADIENTS}, "weight"),
     (take_a_part_for_the_whole, ("tp2", "none"), {"loss", "grad_norm", *GRADIENTS}, "norm.weight"),
     (leave_norms_unsynchronised, ("tp2", "none"), {"loss", "grad_norm", *GRADIENTS}, "norm.weight"),
@@ -104,7 +104,7 @@ PLANTED = (
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("plant", "place", "caught_by", "worst"),
-    PLANTED,
+    slow_but(PLANTED[:1], PLANTED),
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_a_planted_fault_is_caught_and_the_loss_of_step_1_does_not_show_it(

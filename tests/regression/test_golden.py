@@ -10,6 +10,7 @@ import torch
 
 from tests.distributed import Workers
 from tests.regression.folders import write_run
+from tests.runs import slow_but
 from titan_lite import cli
 from titan_lite.models.plan import make_plan
 from titan_lite.regression import commands
@@ -22,6 +23,7 @@ from titan_lite.training.open_run import open_run
 FOLDER = Path(__file__).parent.parent / "golden"
 CASES = {path.stem: Case(path) for path in sorted(FOLDER.glob("*.toml"))}
 ON_CPU = [name for name, case in CASES.items() if case.file.device == "cpu"]
+QUICK = ("llama_one", "llama_tp2", "gpt_neox_dp2")
 LOSS, NORM = [8.0, 7.5, 7.0], [0.5, 0.6, 0.7]
 
 
@@ -41,7 +43,7 @@ def train(case: Case, folder: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("name", slow_but(QUICK, ON_CPU))
 def test_the_golden_curve_holds(name: str, workers: dict[int, Workers], tmp_path: Path) -> None:
     case = CASES[name]
     workers[case.file.nproc].run(train, case, tmp_path)

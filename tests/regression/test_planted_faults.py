@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests.distributed import Workers
 from tests.parallel.test_planted_bugs import average_over_ranks, leave_norms_unsynchronised
-from tests.runs import build_trainer, masked
+from tests.runs import build_trainer, masked, slow_but
 from titan_lite.checkpoint.manager import CheckpointManager
 from titan_lite.data import loader
 from titan_lite.optim import optimizer, schedule
@@ -137,18 +137,21 @@ def outside(a: Path, b: Path, tier: Tier = "layout") -> dict[str, int]:
     return {name: int(steps[t.outside[0]]) for name, t in comparison.tracks.items() if t.outside}
 
 
+FAULTS = (
+    # Adam divides a gradient by its size: the loss does not show it.
+    (average_over_ranks, 2, DP2, {"grad_norm": 1}),
+    (leave_norms_unsynchronised, 2, TP2, {"grad_norm": 1, "loss": 2}),
+    (divide_by_the_ranks_own_tokens, 2, DP2, {"loss": 1, "grad_norm": 1}),
+    (shuffle_by_rank, 2, DP2, {"loss": 1, "grad_norm": 1}),
+    (begin_the_schedule_a_step_late, 1, (), {"lr": 1, "loss": 2, "grad_norm": 2}),
+    (decay_norms, 1, (), {"loss": 3, "grad_norm": 3}),
+)
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("plant", "world_size", "settings", "found"),
-    [
-        # Adam divides a gradient by its size: the loss does not show it.
-        (average_over_ranks, 2, DP2, {"grad_norm": 1}),
-        (leave_norms_unsynchronised, 2, TP2, {"grad_norm": 1, "loss": 2}),
-        (divide_by_the_ranks_own_tokens, 2, DP2, {"loss": 1, "grad_norm": 1}),
-        (shuffle_by_rank, 2, DP2, {"loss": 1, "grad_norm": 1}),
-        (begin_the_schedule_a_step_late, 1, (), {"lr": 1, "loss": 2, "grad_norm": 2}),
-        (decay_norms, 1, (), {"loss": 3, "grad_norm": 3}),
-    ],
+    slow_but(FAULTS[-2:], FAULTS),
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_a_fault_is_outside_the_layout_tier(
