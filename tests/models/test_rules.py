@@ -104,7 +104,8 @@ def test_what_experts_cannot_do_is_refused(
 
 
 def test_rows_of_experts_may_be_4_numbers_of_float32() -> None:
-    make_plan(None, [MOE, "--model.ffn_dim=36", "--training.param_dtype=float32"], 1)
+    plan = make_plan(None, [MOE, "--model.ffn_dim=36", "--training.param_dtype=float32"], 1)
+    assert plan.args.ffn_dim == 36
 
 
 def test_the_key_that_somebody_set_is_blamed() -> None:
