@@ -50,8 +50,8 @@ def test_a_gradient_that_is_not_finite_ends_the_run_on_all_ranks_before_the_step
     assert [unchanged for _, unchanged in answers] == [True, True]
     (message,) = {message for message, _ in answers}
     assert message.startswith("the loss of step 2 is 8.09")
-    assert "its gradient norm inf. Not finite are the gradients of 1 of 21 parameters" in message
-    assert ": layers.1.attention.wo.weight (on rank 1); the step was not" in message
+    assert "its gradient norm inf. Non-finite gradients in 1 of 21 parameters. First in" in message
+    assert "layers.1.attention.wo.weight (rank 1). The step was not applied" in message
 
 
 def _infinite_loss(folder: Path, *overrides: str) -> list[dict[str, Any]]:

@@ -90,8 +90,8 @@ def pipeline_stages(plan: Plan, model: Transformer, objective: Objective) -> lis
     if section.mode == "fraction" and not any(section.layers(s.blocks) for s in stages):
         raise SettingError(
             "activation_checkpoint.fraction",
-            f"fraction ({section.fraction:g}) of the blocks of each pipeline stage "
-            f"({', '.join(str(stage.blocks) for stage in stages)}) is no layer",
+            f"fraction ({section.fraction:g}) x blocks of each pipeline stage "
+            f"({', '.join(str(stage.blocks) for stage in stages)}) rounds down to 0 layers",
         )
     return stages
 

@@ -149,11 +149,11 @@ class Outcomes:
         bad = [name for name in self._parameter_names if any(name in names for names in by_rank)]
         if not bad:
             return "All gradients are finite; the step was not applied"
-        places = [
-            f"{name} (on rank {next(r for r, names in enumerate(by_rank) if name in names)})"
-            for name in dict.fromkeys((bad[0], bad[-1]))
-        ]
+        first, last = (
+            f"{name} (rank {next(r for r, names in enumerate(by_rank) if name in names)})"
+            for name in (bad[-1], bad[0])
+        )
         return (
-            f"Not finite are the gradients of {len(bad)} of {len(self._parameter_names)} "
-            f"parameters: {' to, the first in backward, '.join(places)}; the step was not applied"
+            f"Non-finite gradients in {len(bad)} of {len(self._parameter_names)} parameters. First "
+            f"in backward order: {first}; last: {last}. The step was not applied"
         )
