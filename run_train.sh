@@ -11,7 +11,7 @@ for argument in "$@"; do
     cat <<'HELP'
 Trains a TOML file; further arguments override its keys:
   ./run_train.sh my.toml --training.steps=20 --job.description="first try"
-  NGPU=4 ./run_train.sh --parallel.tp=2
+  ./run_train.sh --parallel.tp=2
 
 CONFIG_FILE  the TOML where none is given                    train_configs/debug.toml
 NGPU         processes on this node                          one per GPU, 2 without GPUs
