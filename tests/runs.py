@@ -65,6 +65,9 @@ def slow_but(quick: Collection[Any], parameters: Iterable[Any]) -> list[Any]:
 # Steps whose gradients are compared from the same weights, as those of step 1 are by themselves.
 LATER = (3, 6)
 
+# Among weights, those that balance experts in the next step.
+COUNTS = "expert counts"
+
 Tensors = dict[str, Any]
 Run = tuple[list[dict[str, Any]], dict[str, Tensors]]
 """Records of metrics.jsonl, and whole tensors by moment and name."""
@@ -137,6 +140,8 @@ def _remembered(batches: Iterator[Batch], memory: list[Batch]) -> Iterator[Batch
 def _gradients_at(trainer: Trainer, weights: Tensors, batches: list[Batch]) -> Tensors:
     """Gradients of a step from these weights, which it changes."""
     load(trainer.training.model, weights)
+    if (balancer := trainer.training.step.balancer) is not None:
+        balancer.load_state_dict(weights[COUNTS].tolist())
     gathered: Tensors = {}
     hook = trainer.training.optimizer.register_step_pre_hook(
         lambda *_: gathered.update(gather(trainer, gradients=True))
@@ -149,6 +154,8 @@ def _gradients_at(trainer: Trainer, weights: Tensors, batches: list[Batch]) -> T
 @torch.no_grad()
 def load(model: torch.nn.Module, weights: Tensors) -> None:
     """Gives a model, or the stages of it that are here, these whole tensors."""
+    for name, bias in biases(model).items():
+        bias.copy_(torch.from_numpy(weights[name]))
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor), name
         array = weights[name.replace(CHECKPOINT_PREFIX, "")]
@@ -216,6 +223,8 @@ def read_metrics(folder: Path | str) -> list[dict[str, Any]]:
 def gather(trainer: Trainer, *, gradients: bool = False) -> Tensors:
     """Whole tensors of the whole model, from all stages of a pipeline."""
     arrays = whole(trainer.training.model, gradients=gradients)
+    if (balancer := trainer.training.step.balancer) is not None and not gradients:
+        arrays[COUNTS] = balancer.counts_LE.cpu().numpy().copy()
     if trainer.training.meshes.pp is None:
         return arrays
     stages: list[Tensors] = [{}] * trainer.plan.dims.pp
@@ -230,7 +239,18 @@ def whole(model: torch.nn.Module, *, gradients: bool = False) -> Tensors:
         tensor = parameter.grad if gradients else parameter
         assert isinstance(tensor, DTensor), (name, tensor)
         arrays[name.replace(CHECKPOINT_PREFIX, "")] = tensor.full_tensor().cpu().numpy().copy()
+    if not gradients:
+        arrays |= {name: bias.cpu().numpy().copy() for name, bias in biases(model).items()}
     return arrays
+
+
+def biases(model: torch.nn.Module) -> Tensors:
+    """Those that balance experts."""
+    return {
+        name.replace(CHECKPOINT_PREFIX, ""): buffer
+        for name, buffer in model.named_buffers()
+        if name.endswith("router.bias")
+    }
 
 
 def deviations(got: Run, expected: Run) -> Deviations:
@@ -241,8 +261,8 @@ def deviations(got: Run, expected: Run) -> Deviations:
     sums of terms that cancel, and have the rounding of the terms.
     """
     (records, tensors), (expected_records, expected_tensors) = got, expected
-    for key in ("step", "lr", "tokens"):
-        assert [r[key] for r in records] == [r[key] for r in expected_records], key
+    for key in ("step", "lr", "tokens", "moe/entropy_per_layer", "moe/max_bias"):
+        assert [r.get(key) for r in records] == [r.get(key) for r in expected_records], key
     found = {}
     for key in ("loss", "grad_norm"):
         off = [abs(r[key] / e[key] - 1) for r, e in zip(records, expected_records, strict=True)]

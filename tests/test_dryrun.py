@@ -31,6 +31,7 @@ PRESETS = {path.stem: path for path in sorted(TRAIN_CONFIGS.glob("*.toml"))}
 STEP = ("--metrics.log_freq=10", "--training.param_dtype=bfloat16", "--training.seq_len=256")
 SHARE = "--training.local_batch_size=4"
 LAYOUTS = {
+    "fsdp 2 of experts": (2, (SHARE, "--model.name=qwen3_moe")),
     "fsdp 2": (2, (SHARE,)),
     "tp 2": (2, ("--parallel.tp=2",)),
     "gpt, whole activations": (
@@ -156,6 +157,7 @@ REPEATED = {
             "--parallel.pp_stages_per_rank=2",
         ),
     ),
+    "experts": (2, 6, 8, ("--model.name=qwen3_moe",)),
     "ring of cp 2": (2, 6, 4, ("--parallel.cp=2",)),
     "float8 all-gathers": (
         2,

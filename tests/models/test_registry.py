@@ -51,6 +51,8 @@ def test_each_override_replaces_its_field_and_nothing_else() -> None:
         "attention_dropout": 0.75,
     }
     of_experts = {"num_experts": 4, "top_k": 1, "route_norm": False}
+    of_experts |= {"balance_loss": "sequence", "balance_coeff": 0.5, "z_loss_coeff": 0.25}
+    of_experts |= {"route_bias": True, "bias_rate": 0.125}
     overridable = Model.model_fields.keys() - {"name", "flavor"}
     assert given.keys() | of_experts.keys() == overridable
     for key, value in given.items():

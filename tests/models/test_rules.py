@@ -78,6 +78,32 @@ MOE = "--model.name=qwen3_moe"
             "requires; got 36",
         ),
         (
+            ["--model.balance_loss=micro_batch"],
+            1,
+            "model.balance_loss",
+            '"micro_batch" depends on training.local_batch_size, accumulation and the number of '
+            'ranks, so that no two layouts train alike: set "sequence" or "global_lagged"',
+        ),
+        (
+            ["--model.balance_loss=none", "--model.balance_coeff=0.1"],
+            1,
+            "model.balance_coeff",
+            'balance_coeff has no effect: model.balance_loss is "none"',
+        ),
+        (
+            ["--parallel.cp=2", "--model.balance_loss=sequence"],
+            2,
+            "parallel.cp",
+            '"sequence" requires whole sequences, which parallel.cp (2) splits: set '
+            'model.balance_loss = "global_lagged"',
+        ),
+        (
+            ["--model.bias_rate=0.001"],
+            1,
+            "model.bias_rate",
+            "bias_rate (0.001) has no effect: set model.route_bias = true",
+        ),
+        (
             ["--parallel.tp=2"],
             2,
             "parallel.tp",

@@ -97,7 +97,7 @@ def close(got: Tensor | None, expected: Tensor | None) -> None:
 def test_of_equal_experts_the_first_are_chosen() -> None:
     moe = drawn()
     torch.nn.init.zeros_(moe.router.weight)
-    weights, chosen = moe.router(torch.randn(T, D))
+    weights, chosen = moe.router(torch.randn(1, T, D))
     assert torch.equal(chosen, torch.arange(K).expand(T, K))
     assert torch.equal(weights, torch.full((T, K), 1 / K))
 
@@ -110,7 +110,7 @@ def test_an_expert_without_tokens_has_a_gradient_of_zero(num_tokens: int) -> Non
     out = moe(x)
     # The gradient of a sum has no strides of its own.
     out.sum().backward()
-    _, ((chosen,),) = moe.router(x[0, :1])
+    _, ((chosen,),) = moe.router(x[:, :1])
     for weight in moe.experts.parameters():
         assert weight.grad is not None
         used = weight.grad.flatten(1).any(1)

@@ -219,9 +219,16 @@ INTERNLM = family("internlm")
 QWEN = family("qwen")
 QWEN2_5 = family("qwen2.5", "model.num_kv_heads=8")
 QWEN3 = family("qwen3")
-QWEN3_MOE = family("qwen3_moe")
+QWEN3_MOE = family("qwen3_moe", "model.balance_coeff=0.1")
 # No number of ranks here divides 7: the rows of each expert are sharded.
-MIXTRAL = family("mixtral", "model.num_experts=7")
+MIXTRAL = family(
+    "mixtral",
+    "model.num_experts=7",
+    "model.z_loss_coeff=0.01",
+    "model.route_bias=true",
+    "model.bias_rate=0.01",
+)
+SEQUENCE_LOSS = ("model.balance_loss=sequence", "model.balance_coeff=0.1")
 GPT_NEOX = family("gpt_neox")
 BERT = family("bert", "model.qkv_bias=false")
 MEGATRON_BERT = family("megatron_bert", "model.qkv_bias=false")
@@ -246,7 +253,7 @@ FAMILIES = (
     ),
     Case("hsdp 2x1", "selective_op", "compile", 4, alike=QWEN3_MOE),
     Case("pp2 x cp2", "full", micro_batches=4, alike=QWEN3_MOE),
-    Case("hsdp 2x1", "selective_op", TRACED, 4, alike=MIXTRAL),
+    Case("hsdp 2x1", "selective_op", TRACED, 4, alike=(*MIXTRAL, *SEQUENCE_LOSS)),
     Case("pp2 x cp2", "full", micro_batches=4, alike=MIXTRAL),
     Case("hsdp 2x1", "none", TRACED, 4, alike=GPT_NEOX),
     Case("pp2 x tp2", "selective_op", micro_batches=4, alike=GPT_NEOX),

@@ -26,6 +26,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 AsyncMode = Literal["disabled", "async", "async_pinned"]
 NormKind = Literal["rmsnorm", "layernorm"]
 FFNKind = Literal["swiglu", "gelu", "gelu_tanh"]
+BalanceKind = Literal["none", "sequence", "global_lagged", "micro_batch"]
 PositionKind = Literal["rotary", "learned"]
 AttentionKernel = Literal["auto", "math", "cudnn", "flash2", "flash3", "flash4"]
 SavedOp = Literal[
@@ -79,6 +80,20 @@ class Model(Section):
     """Overrides how many experts a token goes to."""
     route_norm: bool | None = None
     """Overrides whether the weights of a token's experts are divided by their sum."""
+    balance_loss: BalanceKind | None = None
+    """Overrides the loss that spreads tokens over experts, in every block: "sequence", over each
+    sequence; "global_lagged", over the global batch, with the loads of the step before. The same in
+    every layout, which "micro_batch" cannot be: it is refused."""
+    balance_coeff: Annotated[float, Field(ge=0)] | None = None
+    """Overrides what balance_loss is multiplied by."""
+    z_loss_coeff: Annotated[float, Field(ge=0)] | None = None
+    """Overrides what the squared log-sum-exp of the router's logits is multiplied by, a loss that
+    keeps them small."""
+    route_bias: bool | None = None
+    """Overrides whether a bias of each expert is added to its scores for the choice alone."""
+    bias_rate: Annotated[float, Field(ge=0)] | None = None
+    """Overrides how much each step raises the biases of experts with fewer tokens than the mean,
+    and lowers the others'; needs route_bias."""
     norm: NormKind | None = None
     """Overrides the flavor's normalisation."""
     qkv_bias: bool | None = None

@@ -31,6 +31,14 @@ METRICS: dict[str, Metric] = {
     "skipped_steps": Metric("steps since step 0", "global", "train/skipped_steps"),
     "skipped_documents": Metric("documents since step 0", "global", "train/skipped_documents"),
     "tokens": Metric("tokens since step 0", "global", "train/tokens"),
+    # Of Mixture of Experts, whose records also have lists of each block's in metrics.jsonl.
+    "moe/load_max": Metric("largest expert's tokens over the mean", "global", "moe/load_max"),
+    "moe/unused_experts": Metric(
+        "experts without tokens, of all blocks", "global", "moe/unused_experts"
+    ),
+    "moe/entropy": Metric("1 where all experts are used alike", "global", "moe/entropy"),
+    "moe/balance_loss": Metric("nats, of all blocks", "global", "moe/balance_loss"),
+    "moe/max_bias": Metric("largest bias of an expert", "max", "moe/max_bias"),
     "validation/loss": Metric("nats per token", "global", "validation/loss"),
     "validation/masked_lm_loss": Metric(
         "nats per masked token", "global", "validation/masked_lm_loss"
@@ -71,15 +79,15 @@ METRICS: dict[str, Metric] = {
 
 
 def scalars(record: Record) -> dict[str, float]:
-    """The record's values by tag; a key outside METRICS is its own tag.
+    """The record's numbers by tag; a key outside METRICS is its own tag.
 
     Speeds that include start-up are left out: a curve cannot mark them.
     """
     values = {}
     for key, value in record.items():
         tag = METRICS[key].tag if key in METRICS else key
-        if key not in ("step", "warmup") and not (
-            record.get("warmup") and tag.startswith("speed/")
-        ):
+        if key in ("step", "warmup") or isinstance(value, list):
+            continue
+        if not (record.get("warmup") and tag.startswith("speed/")):
             values[tag] = value
     return values

@@ -147,7 +147,8 @@ class JsonlSink:
     def write(self, record: Record) -> None:
         """Appends the record and hands it to the system, so that a crash loses nothing."""
         values = {
-            key: value if math.isfinite(value) else str(value) for key, value in record.items()
+            key: value if isinstance(value, list) or math.isfinite(value) else str(value)
+            for key, value in record.items()
         }
         with writing(self._path):
             self._file.write(json.dumps(values, allow_nan=False) + "\n")

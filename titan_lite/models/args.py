@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from titan_lite.config.schema import FFNKind, NormKind, PositionKind
+from titan_lite.config.schema import BalanceKind, FFNKind, NormKind, PositionKind
 
 # One multiple in every layout, so that a checkpoint does not depend on parallel.tp.
 VOCAB_MULTIPLE = 128
@@ -110,6 +110,13 @@ class MoEArgs(DecoderArgs):
     """Experts of a token."""
     route_norm: bool = True
     """The weights of a token's experts are divided by their sum."""
+    balance_loss: BalanceKind = "none"
+    balance_coeff: float = 1e-3
+    z_loss_coeff: float = 0.0
+    route_bias: bool = False
+    """The choice of experts adds a bias, which no gradient changes, to their scores."""
+    bias_rate: float = 0.0
+    """How much a step changes the bias."""
 
 
 @dataclass(frozen=True, kw_only=True)

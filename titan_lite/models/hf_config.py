@@ -12,6 +12,10 @@ UNCOMPARED = (
     "fp32_residual",
     "hidden_dropout",
     "attention_dropout",
+    "balance_loss",
+    "balance_coeff",
+    "z_loss_coeff",
+    "bias_rate",
 )
 TUNABLE = ("rope_theta", "rope_scaling", "norm_eps")
 """Fields of the args that a run may set to other values than its weights were trained with."""

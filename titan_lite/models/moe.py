@@ -2,7 +2,8 @@
 
 Sources: arXiv:2505.09388 and arXiv:2401.04088, and at huggingface.co the config.json of
 Qwen/Qwen3-30B-A3B-Base and Qwen/Qwen3-235B-A22B, mistralai/Mixtral-8x7B-v0.1 and 8x22B-v0.3. The
-intermediate_size of Qwen's files, a width of dense layers, is that of none.
+intermediate_size of Qwen's files, a width of dense layers, is that of none. Qwen balances the load
+of the global batch, which is not known before it has been routed: here that of the step before.
 """
 
 from dataclasses import replace
@@ -27,6 +28,7 @@ _QWEN3_30B = MoEArgs(
     qk_norm=True,
     num_experts=128,
     top_k=8,
+    balance_loss="global_lagged",
 )
 _MIXTRAL_8X7B = MoEArgs(
     dim=4096,
@@ -78,7 +80,9 @@ QWEN3_MOE = Family(
     name="qwen3_moe",
     build=LLAMA.build,
     flavors={
-        "debug": replace(_DEBUG, head_dim=64, norm_eps=1e-6, qk_norm=True),
+        "debug": replace(
+            _DEBUG, head_dim=64, norm_eps=1e-6, qk_norm=True, balance_loss="global_lagged"
+        ),
         "30b-a3b": _QWEN3_30B,
         "235b-a22b": replace(_QWEN3_30B, dim=4096, num_layers=94, num_heads=64, ffn_dim=1536),
     },
@@ -99,7 +103,7 @@ QWEN3_MOE = Family(
             "top_k": "num_experts_per_tok",
             "route_norm": "norm_topk_prob",
         },
-        choices={"qk_norm": True},
+        choices={"qk_norm": True, "balance_loss": "global_lagged"},
         # transformers/models/qwen3_moe/configuration_qwen3_moe.py
         defaults={
             **LLAMA_CONFIG.defaults,

@@ -220,6 +220,27 @@ def _moe_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
             'experts require ffn = "swiglu" and ffn_bias = false',
         )
     parallel, dtype = config.parallel, config.training.param_dtype
+    if args.balance_loss == "micro_batch":
+        yield SettingError(
+            "model.balance_loss",
+            '"micro_batch" depends on training.local_batch_size, accumulation and the number of '
+            'ranks, so that no two layouts train alike: set "sequence" or "global_lagged"',
+        )
+    if args.balance_loss == "none" and config.model.balance_coeff is not None:
+        yield SettingError(
+            "model.balance_coeff", 'balance_coeff has no effect: model.balance_loss is "none"'
+        )
+    if args.balance_loss == "sequence" and parallel.cp > 1:
+        yield SettingError(
+            ("model.balance_loss", "parallel.cp"),
+            f'"sequence" requires whole sequences, which parallel.cp ({parallel.cp}) splits: set '
+            'model.balance_loss = "global_lagged"',
+        )
+    if args.bias_rate and not args.route_bias:
+        yield SettingError(
+            ("model.bias_rate", "model.route_bias"),
+            f"bias_rate ({args.bias_rate:g}) has no effect: set model.route_bias = true",
+        )
     if parallel.tp > 1:
         yield SettingError(
             ("model.name", "parallel.tp"),

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, silu
 
 from titan_lite.models.args import MoEArgs
+from titan_lite.nn.balance import Balance
 from titan_lite.nn.grouped_matmul import grouped_matmul
 
 
@@ -23,16 +24,28 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(args.num_experts, args.dim))
         self.top_k = args.top_k
         self.route_norm = args.route_norm
+        self.balance = Balance(args)
+        self.bias: Tensor | None
+        self.register_buffer("bias", torch.zeros(args.num_experts) if args.route_bias else None)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    def init_buffers(self, device: torch.device | str) -> None:
+        """Makes the bias zero on `device`; needed once more after a meta build."""
+        if self.bias is not None:
+            self.bias = torch.zeros(self.bias.shape, device=device)
+
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the weights (T, K) and the numbers (T, K) of the experts, best first."""
-        logits_TE = linear(x_TD.float(), self.weight.float())
+        logits_TE = linear(x_BSD.flatten(0, 1).float(), self.weight.float())
+        scores_TE = logits_TE.softmax(-1)
+        # Of logits fewer are equal than of scores.
+        priority_TE = logits_TE if self.bias is None else scores_TE + self.bias
         # Stable: of equal experts the first is chosen, on every device.
-        ranked_TE = logits_TE.detach().sort(dim=-1, descending=True, stable=True).indices
-        chosen_TK = ranked_TE[:, : self.top_k]
-        weights_TK = logits_TE.softmax(-1).gather(1, chosen_TK)
+        ranked_TE = priority_TE.detach().sort(dim=-1, descending=True, stable=True)
+        chosen_TK = ranked_TE.indices[:, : self.top_k]
+        weights_TK = scores_TE.gather(1, chosen_TK)
         if self.route_norm:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        weights_TK = self.balance(weights_TK, logits_TE, scores_TE, chosen_TK, len(x_BSD))
         return weights_TK, chosen_TK
 
 
@@ -64,7 +77,7 @@ class MoE(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         x_TD = x_BSD.flatten(0, 1)
-        weights_TK, chosen_TK = self.router(x_TD)
+        weights_TK, chosen_TK = self.router(x_BSD)
         sorted_R, order_R = chosen_TK.flatten().sort(stable=True)
         places_TK = order_R.argsort().view_as(chosen_TK)
         numbers_E = torch.arange(self.num_experts, device=x_TD.device)

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from titan_lite.models.args import DecoderArgs, MoEArgs
+from titan_lite.nn.balance import Balance
 from titan_lite.nn.block import Block
 from titan_lite.nn.documents import DocumentMask
 from titan_lite.nn.dropout import build_dropout, scramble
 from titan_lite.nn.init import InitRule, fill, linear
+from titan_lite.nn.moe import Router
 from titan_lite.nn.output_head import OutputHead
 from titan_lite.nn.rope import NoRotation, RotaryEmbedding
 
@@ -130,5 +132,5 @@ class Transformer(nn.Module):
         """Computes the buffers again on `device`, as is needed after a meta build."""
         for module in self.modules():
             # Several where this model was joined from pipeline stages.
-            if isinstance(module, RotaryEmbedding):
+            if isinstance(module, RotaryEmbedding | Router | Balance):
                 module.init_buffers(device)

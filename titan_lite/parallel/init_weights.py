@@ -44,17 +44,34 @@ def _draw_experts(
     model: Transformer, name: str, parameter: nn.Parameter, device: torch.device, seed: int
 ) -> None:
     """Draws each expert that this rank has a part of from its own generator."""
-    local, offsets, sizes = parameter.data, (0, 0, 0), parameter.shape
+    box, local = [(0, size) for size in parameter.shape], parameter.data
     if isinstance(parameter, DTensor):
-        local = parameter.to_local()
-        # No chunk where there are fewer experts than ranks.
-        for chunk in parameter.__create_chunk_list__():
-            offsets, sizes = chunk.offsets, chunk.sizes
+        box, local = _local_box(parameter), parameter.to_local()
     for index in range(len(local)):
-        expert = offsets[0] + index
-        generator = torch.Generator(device).manual_seed(derive_seed(seed, f"{name}.{expert}"))
+        generator = torch.Generator(device).manual_seed(
+            derive_seed(seed, f"{name}.{box[0][0] + index}")
+        )
         whole = torch.empty(parameter.shape[1:], dtype=parameter.dtype, device=device)
         model.init_parameter(name, whole, generator)
-        for dim in (0, 1):
-            whole = whole.narrow(dim, offsets[dim + 1], sizes[dim + 1])
+        for dim, (offset, size) in enumerate(box[1:]):
+            whole = whole.narrow(dim, offset, size)
         local[index].copy_(whole)
+
+
+def _local_box(parameter: DTensor) -> list[tuple[int, int]]:
+    """Returns offset and size of this rank's part in each dimension.
+
+    torch computes them with tensors, whose values a dry run does not have.
+    """
+    box = [(0, size) for size in parameter.shape]
+    mesh, placements = parameter.device_mesh, parameter.placements
+    # A strided placement splits what later axes have left.
+    axes = sorted(range(mesh.ndim), key=lambda axis: hasattr(placements[axis], "split_factor"))
+    for axis in axes:
+        placement = placements[axis]
+        if not placement.is_replicate():
+            offset, size = box[placement.dim]  # type: ignore[attr-defined]
+            step = -(-size // mesh.size(axis))
+            start = min(mesh.get_local_rank(axis) * step, size)
+            box[placement.dim] = offset + start, min(step, size - start)  # type: ignore[attr-defined]
+    return box

@@ -89,6 +89,8 @@ def open_run(
         compilations = Compilations() if config.compile.enable else None
         sources = build_source_meter(config.data)
         stateful: dict[str, Stateful] = {"data": data, "guard": training.guard}
+        if training.step.balancer is not None:
+            stateful["expert_counts"] = training.step.balancer
         if sources is not None:
             stateful["source_tokens"] = sources
         checkpoints = CheckpointManager(

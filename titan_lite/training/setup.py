@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from titan_lite.models.args import MoEArgs
 from titan_lite.models.plan import Plan
 from titan_lite.nn.transformer import Transformer
 from titan_lite.optim.ema import WeightAverage
@@ -21,6 +22,7 @@ from titan_lite.parallel.report import Applied
 from titan_lite.planner.counts import FlopsPerToken
 from titan_lite.runtime.distributed import Process
 from titan_lite.runtime.progress import Progress
+from titan_lite.training.balancing import Balancer
 from titan_lite.training.meta_model import count_flops
 from titan_lite.training.objective import Objective
 from titan_lite.training.step import TrainStep
@@ -88,6 +90,10 @@ def build_training(
             else NonFiniteGuard(training.nonfinite, device)
         )
         average = WeightAverage(config.ema, model) if config.ema.enable else None
+        balancer = None
+        if isinstance(plan.args, MoEArgs):
+            tokens = plan.global_batch_size * training.seq_len
+            balancer = Balancer(model, plan.args, meshes, tokens, process.device)
         step = TrainStep(
             config,
             parallel_model,
@@ -98,6 +104,7 @@ def build_training(
             device=process.device,
             progress=progress or Progress(),
             average=average,
+            balancer=balancer,
         )
         step.refresh()
     return Training(

@@ -24,6 +24,7 @@ from titan_lite.parallel.fsdp import free_gathered, set_gradient_sync
 from titan_lite.parallel.gradients import GradNorm, clipped_norm
 from titan_lite.parallel.pipeline import add_tied_gradients
 from titan_lite.runtime.progress import Progress
+from titan_lite.training.balancing import Balancer
 from titan_lite.training.loss import IGNORE_INDEX, cross_entropy_sum
 from titan_lite.training.objective import Objective
 
@@ -67,6 +68,7 @@ class TrainStep:
         device: torch.device,
         progress: Progress,
         average: WeightAverage | None = None,
+        balancer: Balancer | None = None,
     ) -> None:
         self.config = config
         self.model = parallel_model.model
@@ -90,6 +92,9 @@ class TrainStep:
         self.device = device
         self.pair_factor = torch.ones((), device=device)
         self.sums = self._zeros(torch.float32)
+        self.balancer = balancer
+        if balancer is not None:
+            self.after_step.append(balancer.after_step)
 
     def __call__(self, batches: Sequence[Batch], lr: float, *, stop: bool = False) -> StepResult:
         """`batches`: this rank's micro-batches of the step, whole sequences on the host.
@@ -111,6 +116,8 @@ class TrainStep:
         if loss_scale is not None:
             loss_scale = loss_scale.to(self.device)
             factor, self.pair_factor = factor * loss_scale, self.pair_factor * loss_scale
+        if self.balancer is not None:
+            self.balancer.start_step(loss_scale)
         loss = self.forward_backward(micro_batches, factor)
         if loss_scale is not None:
             loss /= loss_scale

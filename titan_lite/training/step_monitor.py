@@ -79,6 +79,8 @@ class StepMonitor:
         guard, objective = self._training.guard, self._training.objective
         extra = extra | guard.metrics() | self._data_metrics(result)
         extra |= objective.metrics(result.loss, result.sums, result.num_pairs)
+        if (balancer := self._training.step.balancer) is not None:
+            extra |= balancer.metrics()
         waited = self.meter.data_wait
         record = self.meter.log(
             step,

@@ -1,0 +1,134 @@
+"""Losses that spread tokens over experts, and counts of the tokens of each.
+
+The loss of a block does not travel to the loss of the model: its gradient enters where the
+router's weights pass (arXiv:2408.15664 and Megatron-LM do the same), and so does the count, in
+backward, which runs once for each token whatever is computed again, and never in validation.
+
+Shape suffixes: B sequences, T tokens, E experts, K experts of a token.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from titan_lite.models.args import MoEArgs
+
+
+class NoBalanceLoss(nn.Module):
+    """Zero."""
+
+    def forward(self, shares_TE: Tensor, counts_BE: Tensor, lagged_E: Tensor) -> Tensor:
+        return shares_TE.new_zeros(())
+
+
+class SequenceBalanceLoss(nn.Module):
+    """Sum over tokens and experts of a score's share, times its expert's load in the sequence.
+
+    Source: arXiv:2412.19437, equations 17 to 20.
+    """
+
+    def forward(self, shares_TE: Tensor, counts_BE: Tensor, lagged_E: Tensor) -> Tensor:
+        shares_BE = shares_TE.unflatten(0, (len(counts_BE), -1)).sum(1)
+        return (shares_BE * relative_load(counts_BE)).sum()
+
+
+class LaggedBalanceLoss(nn.Module):
+    """The same with the loads in the global batch of the step before (after arXiv:2501.11873)."""
+
+    def forward(self, shares_TE: Tensor, counts_BE: Tensor, lagged_E: Tensor) -> Tensor:
+        return (shares_TE * lagged_E).sum()
+
+
+LOSSES: dict[str, type[nn.Module]] = {
+    "none": NoBalanceLoss,
+    "sequence": SequenceBalanceLoss,
+    "global_lagged": LaggedBalanceLoss,
+}
+"""The classes by the value of model.balance_loss."""
+
+
+def relative_load(counts_E: Tensor) -> Tensor:
+    """Tokens of each expert over their mean, in float32; zeros where nothing was counted."""
+    mean = counts_E.sum(-1, keepdim=True).clamp(min=1) / counts_E.shape[-1]
+    return (counts_E / mean).float()
+
+
+class Balance(nn.Module):
+    """Adds the balancing losses' gradients to a block's router, and counts.
+
+    counts_E: tokens of each expert, of this device, int64; loss: the losses of these. Both add up
+    until `clear`. lagged_E: relative loads in the step before. token_weight: of a token in the
+    loss.
+    """
+
+    counts_E: Tensor
+    loss: Tensor
+    lagged_E: Tensor
+    token_weight: Tensor
+
+    def __init__(self, args: MoEArgs) -> None:
+        super().__init__()
+        self.num_experts = args.num_experts
+        self.coeff = args.balance_coeff
+        self.z_coeff = args.z_loss_coeff
+        self.balance_loss = LOSSES[args.balance_loss]()
+        self.init_buffers(None)
+
+    def init_buffers(self, device: torch.device | str | None) -> None:
+        """Zeros on `device`; needed once more after a meta build."""
+        E = self.num_experts
+        buffers = {
+            "counts_E": torch.zeros(E, dtype=torch.int64, device=device),
+            "loss": torch.zeros((), device=device),
+            "lagged_E": torch.zeros(E, device=device),
+            "token_weight": torch.zeros((), device=device),
+        }
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer, persistent=False)
+
+    def clear(self) -> None:
+        """Forgets counts and loss."""
+        self.counts_E.zero_()
+        self.loss.zero_()
+
+    def forward(
+        self,
+        weights_TK: Tensor,
+        logits_TE: Tensor,
+        scores_TE: Tensor,
+        chosen_TK: Tensor,
+        num_sequences: int,
+    ) -> Tensor:
+        """Returns the weights as they are."""
+        is_chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
+        counts_BE = is_chosen_TE.unflatten(0, (num_sequences, -1)).sum(1)
+        shares_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
+        loss = self.coeff * self.balance_loss(shares_TE, counts_BE, self.lagged_E)
+        loss = loss + self.z_coeff * logits_TE.logsumexp(-1).square().sum()
+        added = _AddLoss.apply(
+            weights_TK, loss * self.token_weight, counts_BE.sum(0), self.loss, self.counts_E
+        )
+        result: Tensor = added
+        return result
+
+
+class _AddLoss(torch.autograd.Function):
+    """Passes weights on; in backward the loss gets a gradient of one, and is added up."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weights: Tensor, loss: Tensor, counts: Tensor, sum_: Tensor, total: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(loss, counts)
+        # Not among those saved, which must not change before backward.
+        ctx.sums = sum_, total
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        loss, counts = ctx.saved_tensors
+        sum_, total = ctx.sums
+        sum_.add_(loss)
+        total.add_(counts)
+        return grad, torch.ones_like(loss), None, None, None

@@ -1,0 +1,113 @@
+"""Load of the experts: counted over the global batch, and balanced for the next step.
+
+Counts are integers, so that they, and all that follows from them, are the same in every layout.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from titan_lite.models.args import MoEArgs
+from titan_lite.nn.balance import relative_load
+from titan_lite.nn.moe import Router
+from titan_lite.nn.transformer import Transformer
+from titan_lite.parallel.mesh import Meshes
+from titan_lite.runtime.distributed import all_reduce
+
+
+class Balancer:
+    """Counts each step's tokens of every expert, and updates what balances them.
+
+    model: this rank's blocks. counts_LE: of the last step that was applied, of all blocks, int64.
+    tokens: of the global batch.
+    """
+
+    def __init__(
+        self, model: Transformer, args: MoEArgs, meshes: Meshes, tokens: int, device: torch.device
+    ) -> None:
+        self.meshes, self.tokens, self.bias_rate = meshes, tokens, args.bias_rate
+        self.device = device
+        self.routers: dict[int, Router] = {
+            int(name): module
+            for name, block in model.layers.items()
+            for module in block.modules()
+            if isinstance(module, Router)
+        }
+        shape = args.num_layers, args.num_experts
+        self.counts_LE = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.loss_scale: Tensor | None = None
+        self.loss_L = torch.zeros(args.num_layers, device=device)
+
+    def start_step(self, loss_scale: Tensor | None) -> None:
+        """Gives each token its weight in the loss, and forgets the counts of the step before."""
+        self.loss_scale = loss_scale
+        for router in self.routers.values():
+            balance = router.balance
+            balance.clear()
+            balance.token_weight.fill_(1 / self.tokens)
+            if loss_scale is not None:
+                balance.token_weight.mul_(loss_scale)
+
+    @torch.no_grad()
+    def after_step(self, _step: int, is_applied: Tensor) -> None:
+        """Adds up over ranks; updates biases and loads unless the step was skipped; collective."""
+        counts_LE = torch.zeros_like(self.counts_LE)
+        loss_L = torch.zeros_like(self.loss_L)
+        for layer, router in self.routers.items():
+            counts_LE[layer] = router.balance.counts_E
+            loss_L[layer] = router.balance.loss
+        if self.loss_scale is not None:
+            loss_L /= self.loss_scale
+        for tensor in (counts_LE, loss_L):
+            dist.all_reduce(tensor, group=self.meshes.loss)
+            if self.meshes.pp is not None:
+                dist.all_reduce(tensor, group=self.meshes.pp)
+        self.loss_L = loss_L
+        is_applied = is_applied.to(self.device)
+        self.counts_LE = torch.where(is_applied, counts_LE, self.counts_LE)
+        self._set_loads()
+        # Above the mean by integers alone.
+        sign_LE = (counts_LE.sum(1, keepdim=True) - counts_LE * counts_LE.shape[1]).sign()
+        for layer, router in self.routers.items():
+            if router.bias is not None:
+                router.bias += torch.where(is_applied, self.bias_rate * sign_LE[layer], 0.0)
+
+    def _set_loads(self) -> None:
+        for layer, router in self.routers.items():
+            router.balance.lagged_E.copy_(relative_load(self.counts_LE[layer]))
+
+    def metrics(self) -> dict[str, Any]:
+        """Of the last step, and lists of each block's, for a log record; collective."""
+        counts_LE = self.counts_LE.double()
+        load_LE = counts_LE / counts_LE.mean(1, keepdim=True).clamp(min=1)
+        shares_LE = load_LE / counts_LE.shape[1]
+        entropy_L = torch.special.entr(shares_LE).sum(1) / torch.log(
+            torch.tensor(counts_LE.shape[1], dtype=torch.float64)
+        )
+        load_max_L = load_LE.amax(1)
+        unused_L = (counts_LE == 0).sum(1)
+        biases = [r.bias.abs().max() for r in self.routers.values() if r.bias is not None]
+        found: dict[str, Any] = {
+            "moe/load_max": load_max_L.max().item(),
+            "moe/unused_experts": unused_L.sum().item(),
+            "moe/entropy": entropy_L.mean().item(),
+            "moe/balance_loss": self.loss_L.sum().item(),
+        }
+        if self.bias_rate:
+            largest = torch.stack(biases).max() if biases else torch.zeros((), device=self.device)
+            found["moe/max_bias"] = all_reduce(largest, "max").item()
+        per_layer = {"load_max": load_max_L, "unused_experts": unused_L, "entropy": entropy_L}
+        per_layer["balance_loss"] = self.loss_L
+        return found | {f"moe/{name}_per_layer": t.tolist() for name, t in per_layer.items()}
+
+    def state_dict(self) -> list[list[int]]:
+        """The counts, which are the same on all ranks."""
+        counts: list[list[int]] = self.counts_LE.tolist()
+        return counts
+
+    def load_state_dict(self, state: list[list[int]]) -> None:
+        """Restores the counts of a checkpoint."""
+        self.counts_LE.copy_(torch.tensor(state))
+        self._set_loads()
