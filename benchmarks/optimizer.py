@@ -50,7 +50,7 @@ CONFIG = "train_configs/debug.toml"
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "AdamW": (),
     "Muon": ("--optimizer.name=Muon",),
-    "Muon, bfloat16": ("--optimizer.name=Muon", "--optimizer.ns_dtype=bfloat16"),
+    "Muon, float32": ("--optimizer.name=Muon", "--optimizer.ns_dtype=float32"),
 }
 LAYOUTS: dict[str, tuple[str, ...]] = {"fsdp 4": (), "fsdp 2 x tp 2": ("--parallel.tp=2",)}
 PROCESSES = 4
@@ -94,7 +94,7 @@ def optimizer_turn(steps: int) -> float:
 def sent_and_held() -> Values:
     """Bytes that this rank hands to collectives in a step of the optimizer, and of its state."""
     training = Run.trainer.training
-    recording = recorder(Run.trainer.dims)
+    recording = recorder(Run.trainer.plan.dims)
     for parameter in training.model.parameters():
         parameter.grad = parameter.detach().clone()
     with recording:
@@ -269,16 +269,16 @@ def table(result: Values) -> str:
         )
     reached = result["muon_reaches_adamw_at"]
     ratio = result["step_over_adamw"]["median"]
+    low, high = result["step_over_adamw"]["quartiles"]
+    longer = f"Its step takes {ratio:.2f} times as long (quartiles {low:.2f} to {high:.2f})"
     if reached:
         time = reached / result["steps"] * ratio
         answer = (
-            f"Muon reaches AdamW's final loss at step {reached} of {result['steps']}. Its step "
-            f"takes {ratio:.2f} times as long, so this is {time:.2f} of AdamW's wall time."
+            f"Muon reaches AdamW's final loss at step {reached} of {result['steps']}. {longer}, so "
+            f"this is {time:.2f} of AdamW's wall time."
         )
     else:
-        answer = (
-            f"Muon does not reach AdamW's final loss. Its step takes {ratio:.2f} times as long."
-        )
+        answer = f"Muon does not reach AdamW's final loss. {longer}."
     return "\n".join([*lines, "", answer]) + "\n"
 
 
