@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from unittest import mock
@@ -15,6 +17,11 @@ from titan_lite.planner.cluster import Cluster, find_cluster
 from titan_lite.runtime.distributed import Process
 from titan_lite.tools import calibrate
 from titan_lite.tools.calibrate import Machine, explain, fit, to_toml
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 # Two nodes of two devices.
 MACHINE = Machine(Process(0, 0, 4, torch.device("cpu")), per_node=2, budget=0.0)
@@ -73,7 +80,8 @@ def test_what_was_not_measured_keeps_its_constant() -> None:
     assert "# Not measured: node_nic_gbs" in to_toml(found, "a test", 0.0)
 
 
-def measure() -> tuple[str, dict[str, float], dict[str, float]]:
+def measure(file: Path) -> tuple[str, dict[str, float], dict[str, float]]:
+    """Measures tiny kernels; then runs the command, as a launcher's processes do."""
     process = Process.from_environment()
     tiny = calibrate.Sizes(64, ((64, 64, 64), (128, 64, 128)), (64, 128), (16, 64), 128, (64, 4096))
     with (
@@ -81,6 +89,12 @@ def measure() -> tuple[str, dict[str, float], dict[str, float]]:
         mock.patch.object(calibrate, "ROUNDS", 1),
     ):
         found, seconds, explained = calibrate.calibrate(process, per_node=2, budget=0.0)
+        with (
+            mock.patch.dict(os.environ, LOCAL_WORLD_SIZE="2"),
+            mock.patch.object(calibrate, "stop_process_group"),
+        ):
+            arguments = ["-o", str(file), "--seconds=0", "--price=2"]
+            assert cli.main(["plan", "calibrate", *arguments]) == 0
     return to_toml(found, "a test", 0.0), seconds, explained
 
 
@@ -89,13 +103,15 @@ def test_real_processes_measure_this_machine(
     workers: Mapping[int, Workers], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All of them come to the same file, from which plan predicts a run."""
-    (text, seconds, explained), (other, *_) = workers[2].run(measure)
+    file = tmp_path / "this-machine.toml"
+    (text, seconds, explained), (other, *_) = workers[2].run(measure, file)
     assert text == other
     assert seconds.keys() == explained.keys() | {"alone", "overlapped"}
     assert all(0 < second < math.inf for second in [*seconds.values(), *explained.values()])
     assert sum("ranks 2, stride 1" in name for name in seconds) == 6
-    file = tmp_path / "this-machine.toml"
-    file.write_text(text)
+    cluster = find_cluster(str(file))
+    assert (cluster.gpus_per_node, cluster.price_per_gpu_hour, cluster.calibrated) == (2, 2, True)
+    assert cluster.measured.keys() == set(tomllib.loads(text)["measured"])
     assert cli.main(["plan", "--cluster", str(file), "--world-size=2"]) == 0
     assert "this-machine" in capsys.readouterr().out
 
