@@ -24,7 +24,8 @@ def test_measured_values_join_the_prediction_once_there_are_any(
     plan = make_plan(None, [f"--job.dump_folder={tmp_path}"], 1, with_files=False)
     (tmp_path / "run.json").write_text('{"device": "d"}')
     cluster = find_cluster("h100")
-    meter: Any = SimpleNamespace(seconds_per_step=measured, peak_memory_gib=3.0)
+    kind = "resident in one process"
+    meter: Any = SimpleNamespace(seconds_per_step=measured, peak_memory_gib=3.0, memory_kind=kind)
 
     def prediction() -> dict[str, Any]:
         run: dict[str, Any] = json.loads((tmp_path / "run.json").read_text())
@@ -48,6 +49,7 @@ def test_measured_values_join_the_prediction_once_there_are_any(
     assert found["measured"] == {"seconds_per_step": 2.0, "memory_gib": 3.0}
     assert "Predicted for h100: 1 s per step" in caplog.text
     assert "measured: 2 s (+100 %)" in caplog.text
+    assert "measured: 3.00 GiB resident in one process" in caplog.text
 
 
 @pytest.mark.parametrize("command", [["config", "--preflight"], ["train"]])

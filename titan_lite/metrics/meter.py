@@ -129,6 +129,11 @@ class Meter:
         """Mean since the warm-up window, None where no later step was logged."""
         return self._measured_seconds / self._measured_steps if self._measured_steps else None
 
+    @property
+    def memory_kind(self) -> str:
+        """Describes the peak memory: on a CPU it holds more than a run allocates."""
+        return "resident in one process" if self._device.type == "cpu" else "active on one device"
+
     def should_log(self, step: int) -> bool:
         """True for the first and the last step of this process and every `log_freq` steps."""
         return step in (self._start_step + 1, self._num_steps) or step % self._log_freq == 0
@@ -196,10 +201,7 @@ class Meter:
             loss = " -> ".join(
                 f"{r['loss']:.4f} (step {r['step']})" for r in (self._first, self._last)
             )
-            kind = (
-                "resident in one process" if self._device.type == "cpu" else "active on one device"
-            )
-            memory = f"{format_number(self.peak_memory_gib, '.2f')} GiB {kind}"
+            memory = f"{format_number(self.peak_memory_gib, '.2f')} GiB {self.memory_kind}"
         wps_text = mfu = not_measured
         if self._measured_seconds > 0:
             wps = self._measured_tokens / (self._measured_seconds * self._num_devices)

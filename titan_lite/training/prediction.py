@@ -39,7 +39,7 @@ class PredictedBesideMeasured:
         self._update({"seconds_per_step": seconds, "memory_gib": memory})
         logger.info(
             "Predicted for %s: %.3g s per step (80 %%: %.3g to %.3g), measured: %.3g s (%+.0f %%); "
-            "predicted memory: %.2f GiB, measured: %.2f GiB",
+            "predicted memory: %.2f GiB, measured: %.2f GiB %s",
             self._prediction.cluster.name,
             predicted,
             interval.low,
@@ -48,6 +48,7 @@ class PredictedBesideMeasured:
             100 * (seconds / predicted - 1),
             self._prediction.peak.bytes / GIB,
             memory,
+            self._meter.memory_kind,
         )
 
     def _update(self, measured: dict[str, float]) -> None:
