@@ -1,5 +1,6 @@
 """AdamW and Adam with moments in bfloat16, against torch.optim and in several layouts."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,12 @@ import torch
 
 from tests.distributed import Workers
 from tests.runs import build_trainer, train, whole
+from titan_lite.config.optimizers import Muon
+from titan_lite.models.llama import LLAMA
+from titan_lite.nn.build import build
 from titan_lite.optim.bfloat16_adam import BFloat16Adam
-from titan_lite.optim.nonfinite import NonFiniteGuard
+from titan_lite.optim.nonfinite import NonFiniteGuard, step_if
+from titan_lite.optim.optimizer import Surroundings, build_optimizer
 
 BFLOAT16 = "--optimizer.state_dtype=bfloat16"
 
@@ -55,6 +60,22 @@ def test_a_bad_step_changes_nothing_and_scaled_gradients_are_divided() -> None:
         assert optimizer.state[weight]["step"] == 2
     assert (weights[0] == weights[1]).all()
     assert weights[0].isfinite().all()
+
+
+def test_muon_steps_its_other_parameters_with_it() -> None:
+    args = replace(LLAMA.flavors["debug"], num_layers=1, vocab_size=64)
+    model = build(LLAMA, args)
+    around = Surroundings(ranks=None, param_dtype=torch.float32, args=args)
+    optimizer = build_optimizer(model, Muon(state_dtype="bfloat16"), LLAMA.tp_plan, around)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for is_finite in (True, False):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        step_if(optimizer, torch.tensor(is_finite), None)
+        pairs = zip(before, model.parameters(), strict=True)
+        assert all(bool((old != new).any()) == is_finite for old, new in pairs)
+    state = optimizer.state[model.get_parameter("norm.weight")]
+    assert (state["exp_avg"].dtype, state["step"]) == (torch.bfloat16, 1)
 
 
 def _resume(folder: Path, *overrides: str) -> dict[str, np.ndarray]:

@@ -26,13 +26,6 @@ class BFloat16Adam(DeviceGuardedOptimizer):
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self.decoupled = decoupled
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self.state[parameter] = {
-                    "step": torch.zeros((), device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter, dtype=torch.bfloat16),
-                    "exp_avg_sq": torch.zeros_like(parameter, dtype=torch.bfloat16),
-                }
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -55,6 +48,9 @@ class BFloat16Adam(DeviceGuardedOptimizer):
         self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], is_finite: Tensor | None
     ) -> None:
         state, weight, lr = self.state[parameter], _local(parameter), group["lr"]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
         for key in ("exp_avg", "exp_avg_sq"):
             # Torch loads state in the type of its parameter.
             state[key] = state[key].bfloat16()
