@@ -27,7 +27,7 @@ HEAD = f"""\
 
 Written by the tests from what they find, and compared with what they find whenever they run:
 
-<!-- not run: takes half an hour; run_tests.sh runs the same rows -->
+<!-- not run: takes minutes; run_tests.sh --all runs the same rows -->
 ```bash
 pytest tests/parallel/test_matrix.py --support-matrix docs/support_matrix.md
 ```
