@@ -34,6 +34,11 @@ MUON_JOURNEY = (
     (4, ("--parallel.pp=2", "--training.local_batch_size=2"), 5),
     (1, (), 6),
 )
+EXPERTS_JOURNEY = (
+    (2, ("--parallel.ep=2", "--training.local_batch_size=4"), 2),
+    (4, ("--parallel.ep=2", "--training.local_batch_size=2"), 4),
+    (1, (), 6),
+)
 
 
 def _train_until(folder: Path, last: int, *overrides: str) -> None:
@@ -47,12 +52,23 @@ def _train_until(folder: Path, last: int, *overrides: str) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("optimizer", "journey"), [("AdamW", JOURNEY), ("Muon", MUON_JOURNEY)])
+@pytest.mark.parametrize(
+    ("settings", "journey"),
+    [
+        (("--optimizer.name=AdamW",), JOURNEY),
+        (("--optimizer.name=Muon",), MUON_JOURNEY),
+        (("--optimizer.name=Muon", "--model.name=qwen3_moe"), EXPERTS_JOURNEY),
+    ],
+    ids=["AdamW", "Muon", "experts"],
+)
 def test_a_run_that_moves_from_layout_to_layout_equals_one_that_stays(
-    workers: dict[int, Workers], tmp_path: Path, optimizer: str, journey: tuple[Any, ...]
+    workers: dict[int, Workers],
+    tmp_path: Path,
+    settings: tuple[str, ...],
+    journey: tuple[Any, ...],
 ) -> None:
     last = journey[-1][2]
-    more = (f"--optimizer.name={optimizer}", f"--training.steps={last}")
+    more = (*settings, f"--training.steps={last}")
     expected = workers[1].run(train, tmp_path / "stays", *SETTINGS[1:], *more)[0]
     for processes, layout, until in journey:
         workers[processes].run(_train_until, tmp_path / "moves", until, *layout, *more)

@@ -82,8 +82,16 @@ def test_a_wrong_world_size_is_told_with_the_numbers() -> None:
         ParallelDims.resolve(Parallel(), 0)
 
 
+def test_the_smallest_world_has_ranks_to_share_the_experts() -> None:
+    assert ParallelDims.smallest_world(Parallel(ep=4)) == 4
+    assert ParallelDims.smallest_world(Parallel(ep=4, cp=2, pp=2)) == 8
+    assert ParallelDims.smallest_world(Parallel(ep=2, dp_shard=8)) == 8
+
+
 def test_each_row_of_the_mesh_is_a_degree_and_a_key() -> None:
-    assert [field.name for field in dataclasses.fields(ParallelDims)] == list(ParallelDims.AXES)
+    # ep is no axis of its own: its ranks are some of those that FSDP2 shards over.
+    fields = [field.name for field in dataclasses.fields(ParallelDims)]
+    assert fields == [*ParallelDims.AXES, "ep"]
     assert set(ParallelDims.AXES) <= Parallel.model_fields.keys()
 
 

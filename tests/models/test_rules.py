@@ -104,6 +104,24 @@ MOE = "--model.name=qwen3_moe"
             "bias_rate (0.001) has no effect: set model.route_bias = true",
         ),
         (
+            ["--parallel.ep=3"],
+            3,
+            "parallel.ep",
+            "ep must divide num_experts (8), got 3",
+        ),
+        (
+            ["--parallel.ep=8"],
+            4,
+            "parallel.ep",
+            "ep must divide dp_shard (4) x cp (1) = 4, whose ranks share the experts; got 8",
+        ),
+        (
+            ["--parallel.ep=2", "--model.name=llama"],
+            2,
+            "model.name",
+            "ep must be 1 for llama, which has no experts; got 2",
+        ),
+        (
             ["--parallel.tp=2"],
             2,
             "parallel.tp",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from titan_lite.config.problems import SettingError
@@ -57,6 +57,8 @@ class ParallelDims:
     dp_shard: int
     cp: int
     tp: int
+    ep: int = 1
+    """Ranks that share the experts, neighbours among those that FSDP2 shards over."""
 
     @classmethod
     def resolve(cls, parallel: Parallel, world_size: int) -> ParallelDims:
@@ -80,17 +82,27 @@ class ParallelDims:
                 f"the world size {world_size} is not a multiple of {factors} = {product}, "
                 "so dp_shard = -1 has nothing to become",
             )
-        return cls(**{"dp_shard": world_size // product, **given})
+        dims = cls(**{"dp_shard": world_size // product, **given}, ep=parallel.ep)
+        if dims.fsdp % dims.ep:
+            raise SettingError(
+                ("parallel.ep", "parallel.dp_shard", "parallel.cp"),
+                f"ep must divide dp_shard ({dims.dp_shard}) x cp ({dims.cp}) = {dims.fsdp}, whose "
+                f"ranks share the experts; got {dims.ep}",
+            )
+        return dims
 
     @classmethod
     def smallest_world(cls, parallel: Parallel) -> int:
         """The smallest number of ranks that the degrees allow."""
-        return math.prod(max(1, getattr(parallel, axis)) for axis in cls.AXES)
+        axes = {axis: max(1, getattr(parallel, axis)) for axis in cls.AXES}
+        if parallel.dp_shard == -1:
+            axes["dp_shard"] = parallel.ep // math.gcd(parallel.ep, parallel.cp)
+        return math.prod(axes.values())
 
     @property
     def world_size(self) -> int:
         """Ranks of the run."""
-        return math.prod(asdict(self).values())
+        return math.prod(getattr(self, axis) for axis in self.AXES)
 
     def over(self, axes: Iterable[str]) -> int:
         """Ranks that differ only in their places on these axes."""

@@ -336,6 +336,9 @@ class Parallel(Section):
     cp_method: Annotated[Literal["ring", "all_gather", "ulysses"], Needs("cp", above=1)] = "ring"
     """Exchange of attention under context parallel: keys and values, around a "ring" while it
     computes, or all at once with "all_gather"; with "ulysses": tokens for heads, and back."""
+    ep: Positive = 1
+    """Expert-parallel degree: ranks, of dp_shard x cp, that share the experts of each block; tokens
+    are sent to them and back."""
     tp: Positive = 1
     """Tensor-parallel degree."""
     pp: Positive = 1

@@ -105,7 +105,8 @@ def _of_capacity(size: int, device: Device) -> str:
 
 
 def _mesh(dims: ParallelDims) -> str:
-    return " x ".join(f"{axis} {degree}" for axis, degree in dataclasses.asdict(dims).items())
+    axes = " x ".join(f"{axis} {getattr(dims, axis)}" for axis in dims.AXES)
+    return f"{axes}, ep {dims.ep}" if dims.ep > 1 else axes
 
 
 def _ratio(rank: DryRank) -> str:

@@ -26,6 +26,7 @@ from titan_lite.dryrun.progress import RankProgress
 from titan_lite.dryrun.repeat import NotRepeatableError, repeat_blocks
 from titan_lite.dryrun.torch_private import FakeTensorMode, fake_world
 from titan_lite.models.plan import Plan
+from titan_lite.parallel.expert import assume_balance
 from titan_lite.parallel.mesh import build_meshes
 from titan_lite.parallel.pipeline import local_stages
 from titan_lite.runtime.distributed import Process
@@ -90,6 +91,7 @@ def dry_run(
             process,
             allocating=fake,
         )
+        assume_balance(model)
         if training.pipeline is not None:
             training.pipeline.take_shapes_for_granted()
         labelled = partial(_labelled, training.objective)

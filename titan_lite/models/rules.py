@@ -208,6 +208,11 @@ def _encoder_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
 def _moe_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
     """Rules of Mixture of Experts."""
     if not isinstance(args, MoEArgs):
+        if (ep := config.parallel.ep) > 1:
+            yield SettingError(
+                ("parallel.ep", "model.name"),
+                f"ep must be 1 for {config.model.name}, which has no experts; got {ep}",
+            )
         return
     if args.top_k > args.num_experts:
         yield SettingError(
@@ -240,6 +245,11 @@ def _moe_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
         yield SettingError(
             ("model.bias_rate", "model.route_bias"),
             f"bias_rate ({args.bias_rate:g}) has no effect: set model.route_bias = true",
+        )
+    if args.num_experts % parallel.ep:
+        yield SettingError(
+            ("parallel.ep", "model.flavor", "model.num_experts"),
+            f"ep must divide num_experts ({args.num_experts}), got {parallel.ep}",
         )
     if parallel.tp > 1:
         yield SettingError(

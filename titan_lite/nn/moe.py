@@ -49,8 +49,23 @@ class Router(nn.Module):
         return weights_TK, chosen_TK
 
 
+class GroupedSwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x), of each row by the weights of its expert."""
+
+    def forward(
+        self, x_RD: Tensor, ends_E: Tensor, w1_EHD: Tensor, w2_EDH: Tensor, w3_EHD: Tensor
+    ) -> Tensor:
+        """ends_E: int32, the row after the last one of each expert."""
+        gate_RH = silu(grouped_matmul(x_RD, w1_EHD, ends_E))
+        h_RH = gate_RH * grouped_matmul(x_RD, w3_EHD, ends_E)
+        return grouped_matmul(h_RH, w2_EDH, ends_E)
+
+
 class Experts(nn.Module):
-    """SwiGLU feed-forwards, each over its own rows."""
+    """The weights of a block's experts around `compute`.
+
+    `compute` has no weights; expert parallel replaces it.
+    """
 
     def __init__(self, args: MoEArgs) -> None:
         super().__init__()
@@ -58,12 +73,11 @@ class Experts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(E, H, D))
         self.w2 = nn.Parameter(torch.empty(E, D, H))
         self.w3 = nn.Parameter(torch.empty(E, H, D))
+        self.compute: nn.Module = GroupedSwiGLU()
 
     def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """ends_E: int32, the row after the last one of each expert."""
-        gate_RH = silu(grouped_matmul(x_RD, self.w1, ends_E))
-        h_RH = gate_RH * grouped_matmul(x_RD, self.w3, ends_E)
-        return grouped_matmul(h_RH, self.w2, ends_E)
+        out_RD: Tensor = self.compute(x_RD, ends_E, self.w1, self.w2, self.w3)
+        return out_RD
 
 
 class MoE(nn.Module):
@@ -82,13 +96,13 @@ class MoE(nn.Module):
         places_TK = order_R.argsort().view_as(chosen_TK)
         numbers_E = torch.arange(self.num_experts, device=x_TD.device)
         ends_E = torch.searchsorted(sorted_R, numbers_E, right=True, out_int32=True)
-        x_RD = _Take.apply(x_TD, order_R // chosen_TK.shape[1], places_TK)
-        out_TKD = _Take.apply(self.experts(x_RD, ends_E), places_TK, order_R)
+        x_RD = Take.apply(x_TD, order_R // chosen_TK.shape[1], places_TK)
+        out_TKD = Take.apply(self.experts(x_RD, ends_E), places_TK, order_R)
         out_TD = (out_TKD * weights_TK.unsqueeze(-1)).sum(1)
         return out_TD.type_as(x_BSD).view_as(x_BSD)
 
 
-class _Take(torch.autograd.Function):
+class Take(torch.autograd.Function):
     """x[rows]; the gradient of x takes rows of the output's, too, and adds up in their order.
 
     places: for each row of x, those of the flattened output that hold it.

@@ -12,6 +12,7 @@ import torch
 from titan_lite.config.schema import Compile
 from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.attention_ops import CPU_FLASH
+from titan_lite.parallel.expert import ExpertParallel
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,12 @@ def apply_compile(model: Transformer, section: Compile) -> None:
     if section.covers("model"):
         _untag_attention_on_cpu()
         for block in model.layers.children():
-            block.compile(fullgraph=True)
+            experts = [m for m in block.modules() if isinstance(m, ExpertParallel)]
+            for module in experts:
+                # A graph would be compiled for each number of rows.
+                module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+            # Hooks of FSDP2 units inside the block break its graph.
+            block.compile(fullgraph=not experts)
 
 
 def _untag_attention_on_cpu() -> None:

@@ -1,6 +1,7 @@
 """FSDP2 and HSDP: one unit per block, one for the embeddings, one for the norm and each head."""
 
 import warnings
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,10 +13,11 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from titan_lite.config.schema import Parallel
 from titan_lite.nn.transformer import Transformer
+from titan_lite.parallel.expert import expert_parallel
 
 
 def check_symm_mem(device: torch.device) -> None:
@@ -84,6 +86,7 @@ def precision(model: nn.Module) -> str:
 def apply_fsdp(
     model: Transformer,
     mesh: DeviceMesh,
+    expert_mesh: DeviceMesh | None,
     section: Parallel,
     *,
     param_dtype: torch.dtype,
@@ -91,6 +94,7 @@ def apply_fsdp(
 ) -> None:
     """Shards the model in place over `mesh`: 1D (fsdp), or 2D (dp_replicate, fsdp) for HSDP.
 
+    Under expert parallel, experts are separate units over `expert_mesh`.
     Applied at degree 1 too, so that one device computes in the same precision as many.
     Gradients are summed over the ranks, never averaged: the loss is already divided by the
     tokens of the global batch. At degree 1 no factor is set: FSDP2 would divide by it.
@@ -107,21 +111,25 @@ def apply_fsdp(
     if model.fp32_residual and model.tok_embeddings is not None:
         model.tok_embeddings.register_forward_hook(lambda _module, _inputs, output: output.float())
 
-    def placement(parameter: nn.Parameter) -> Shard | None:
+    def placement(size: int, parameter: nn.Parameter) -> Shard | None:
         """Shards experts by their rows where there are not as many for each rank."""
-        size = mesh.shape[-1]
-        if parameter.ndim < 3 or parameter.shape[0] % size == 0:
+        experts = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if parameter.ndim < 3 or experts.shape[0] % size == 0:
             return None
         return Shard(0 if parameter.shape[1] % size else 1)
 
-    def shard(module: nn.Module | list[nn.Module], reshard_after_forward: bool | int) -> None:
+    def shard(
+        module: nn.Module | list[nn.Module],
+        reshard_after_forward: bool | int,
+        mesh: DeviceMesh = mesh,
+    ) -> None:
         fully_shard(
             module,
             mesh=mesh,
             reshard_after_forward=reshard_after_forward,
             mp_policy=policy,
             offload_policy=offload,
-            shard_placement_fn=placement,
+            shard_placement_fn=partial(placement, mesh.shape[-1]),
         )
 
     choice = _reshard(section, mesh)
@@ -140,6 +148,10 @@ def apply_fsdp(
     for index, block in enumerate(blocks):
         # Backward starts with the last block: freeing it would only gather it again at once.
         kept = choice == "last_block_kept" and index == len(blocks) - 1
+        if expert_mesh is not None:
+            for module in block.modules():
+                if expert_parallel(module):
+                    shard(module, False if kept else reshard, expert_mesh)
         shard(block, False if kept else reshard)
     if head:
         shard(head, choice == "always")

@@ -16,6 +16,7 @@ class Meshes:
     model: axes pp, dp_replicate, fsdp (dp_shard x cp), tp: what parameters are laid out over.
     fsdp: the part of it that FSDP2 takes: (fsdp), or (dp_replicate, fsdp) for HSDP.
     loss: the ranks whose token sums add up to the global batch's (dp_replicate x dp_shard x cp).
+    ep: the ranks that share the experts, and efsdp: as fsdp, of each one's; None where ep is 1.
     cp: the ranks that hold one sequence together, None where each holds its own.
     pp: the ranks whose stages make one model, None where each has all of it.
     stage: the ranks that have parts of the same parameters.
@@ -24,6 +25,8 @@ class Meshes:
     model: DeviceMesh
     fsdp: DeviceMesh
     tp: DeviceMesh
+    ep: DeviceMesh | None
+    efsdp: DeviceMesh | None
     loss: dist.ProcessGroup | None
     cp: dist.ProcessGroup | None
     pp: dist.ProcessGroup | None
@@ -48,10 +51,22 @@ def build_meshes(dims: ParallelDims, device_type: str) -> Meshes:
     degrees = tuple(getattr(dims, name) for name in names)
     model = init_device_mesh(device_type, degrees, mesh_dim_names=names)
     copies = [name for name in COPIES if getattr(dims, name) > 1]
+    ep = efsdp = None
+    if dims.ep > 1:
+        # The same ranks, of which neighbours have different experts.
+        at = names.index("fsdp")
+        experts = init_device_mesh(
+            device_type,
+            (*degrees[:at], dims.fsdp // dims.ep, dims.ep, *degrees[at + 1 :]),
+            mesh_dim_names=(*names[:at], "efsdp", "ep", *names[at + 1 :]),
+        )
+        ep, efsdp = experts["ep"], experts[(*copies, "efsdp")]
     return Meshes(
         model=model,
         fsdp=model[(*copies, "fsdp")],
         tp=model["tp"],
+        ep=ep,
+        efsdp=efsdp,
         loss=dist.group.WORLD if dims.loss == dims.world_size else group("loss", LOSS),
         cp=group("cp", SEQUENCE) if dims.cp > 1 else None,
         pp=model.get_group("pp") if dims.pp > 1 else None,

@@ -19,6 +19,7 @@ from titan_lite.parallel.async_tp import apply_async_tp
 from titan_lite.parallel.attention_kernel import apply_attention_kernel, merged_kernel
 from titan_lite.parallel.compile import apply_compile
 from titan_lite.parallel.context import apply_cp
+from titan_lite.parallel.expert import apply_ep
 from titan_lite.parallel.float8 import convert
 from titan_lite.parallel.fsdp import apply_fsdp
 from titan_lite.parallel.mesh import Meshes
@@ -57,6 +58,8 @@ def parallelize(
             deterministic=training.deterministic,
         )
         apply_cp(model, meshes.cp, parallel.cp_method, kernel)
+    if meshes.ep is not None:
+        apply_ep(model, meshes.ep)
     apply_activation_checkpoint(model, activation_checkpoint)
     if compile.enable:
         apply_async_tp(meshes.tp, enable=parallel.async_tp)
@@ -64,6 +67,7 @@ def parallelize(
     apply_fsdp(
         model,
         meshes.fsdp,
+        meshes.efsdp,
         parallel,
         param_dtype=getattr(torch, training.param_dtype),
         reduce_dtype=getattr(torch, training.reduce_dtype),

@@ -17,10 +17,12 @@ from titan_lite.models.roles import PlanRow, Role
 from titan_lite.nn.attention import Attention, DropoutAttention
 from titan_lite.nn.dropout import Dropout
 from titan_lite.nn.init import CHECKPOINT_PREFIX
+from titan_lite.nn.moe import Experts
 from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.activation_checkpoint import is_checkpointed, memory_budget, saved_ops
 from titan_lite.parallel.attention_kernel import applied_attention_kernel
 from titan_lite.parallel.context import ShardedAttention, context_parallel
+from titan_lite.parallel.expert import expert_parallel
 from titan_lite.parallel.float8 import float8_linears, is_gathered_in_float8
 from titan_lite.parallel.fsdp import precision, uses_symm_mem
 from titan_lite.parallel.tensor import split_modules
@@ -35,8 +37,8 @@ class Applied:
     """Features found on the modules after `parallelize`.
 
     modules: names by feature: "FSDP unit", tensor-parallel roles, "float8 linear",
-    "float8 all-gather", "ring attention over 4 ranks" and the like, "checkpointed",
-    "selectively checkpointed" except saved_ops, "compiled".
+    "float8 all-gather", "ring attention over 4 ranks", "experts over 2 ranks" and the like,
+    "checkpointed", "selectively checkpointed" except saved_ops, "compiled".
     mesh: degree of each axis that parameters are laid out over.
     sharded_parameters: those of which a rank holds a part; whole_parameters: the others.
     attention: the kernel that torch is left, "auto" for its choice; merged_attention: those that
@@ -142,7 +144,8 @@ class Applied:
                 f"{'; symmetric memory' if self.symm_mem else ''}"
             ),
             "tensor parallel": self._tensor_parallel(),
-            "context parallel": self._context_parallel(),
+            "context parallel": self._over(" attention over"),
+            "expert parallel": self._over("experts over"),
             "float8": (
                 f"{self.count('float8 linear')} linears, {self.count('float8 all-gather')} of "
                 "them gathered in it"
@@ -164,8 +167,8 @@ class Applied:
         roles = [f"{self.count(role)} {role}" for role in get_args(Role) if self.count(role)]
         return ", ".join(roles) or "0 modules"
 
-    def _context_parallel(self) -> str:
-        kinds = [f"{self.count(name)} {name}" for name in self.modules if " attention over" in name]
+    def _over(self, words: str) -> str:
+        kinds = [f"{self.count(name)} {name}" for name in self.modules if words in name]
         return ", ".join(kinds) or "0 modules"
 
     def _attention(self) -> str:
@@ -231,6 +234,10 @@ def asked_modules(
         configured[_attention_over(parallel.cp_method, parallel.cp)] = [
             name for name, module in _by_name(model).items() if isinstance(module, Attention)
         ]
+    if parallel.ep > 1:
+        experts = [name for name, m in _by_name(model).items() if isinstance(m, Experts)]
+        configured[_experts_over(parallel.ep)] = experts
+        configured["FSDP unit"] = [*configured["FSDP unit"], *experts]
     if parallel.tp > 1:
         for row in tp_plan:
             names = [name for name in _by_name(model) if row.matches(name)]
@@ -258,6 +265,8 @@ def count_applied(model: Transformer, tp_plan: tuple[PlanRow, ...], mesh: Device
             features["selectively checkpointed" if ops else "checkpointed"].append(name)
         if isinstance(module, Attention) and (kind := context_parallel(module)):
             features[_attention_over(*kind)].append(name)
+        if degree := expert_parallel(module):
+            features[_experts_over(degree)].append(name)
         if isinstance(module, ShardedAttention):
             merged.add(module.kernel)
         if module._compiled_call_impl is not None:
@@ -290,6 +299,10 @@ def count_applied(model: Transformer, tp_plan: tuple[PlanRow, ...], mesh: Device
 
 def _attention_over(method: str, degree: int) -> str:
     return f"{method} attention over {degree} ranks"
+
+
+def _experts_over(degree: int) -> str:
+    return f"experts over {degree} ranks"
 
 
 def _by_name(model: nn.Module) -> dict[str, nn.Module]:

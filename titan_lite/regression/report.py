@@ -233,7 +233,9 @@ def _summary(run: Run) -> dict[str, str]:
 
 
 def _devices(segment: Mapping[str, Any]) -> str:
-    return f"{math.prod(segment['mesh'].values())} x {segment.get('device', '?')}"
+    # Experts are shared by ranks that the other axes count.
+    degrees = [degree for axis, degree in segment["mesh"].items() if axis != "ep"]
+    return f"{math.prod(degrees)} x {segment.get('device', '?')}"
 
 
 def _settings(runs: Sequence[Run]) -> Callable[[Run], dict[str, str]]:

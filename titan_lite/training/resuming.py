@@ -58,7 +58,8 @@ def changed_settings(
     """By key, the values of the checkpoint and of the run that differ and change its numbers."""
     before = _settings(manifest.config, manifest.layout)
     after = _settings(plan.config.model_dump(), dataclasses.asdict(plan.dims))
-    pairs = {key: (before[key], after[key]) for key in after}
+    # Older checkpoints know fewer axes.
+    pairs = {key: (before[key], after[key]) for key in after if key in before}
     for name, pair in model_differences(manifest, plan.config.model, plan.args).items():
         pairs[f"model.{name}"] = pair
     for name in ("titan_lite", "torch"):

@@ -1,0 +1,88 @@
+"""Expert parallelism: each rank has some of the experts, and computes them for all ranks' rows.
+
+Shape suffixes: R rows of this rank's tokens, ordered by expert; E experts, L of them on this rank;
+P ranks; X rows that this rank's experts get from all ranks; D model width.
+"""
+
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from titan_lite.nn.moe import Experts, Take
+from titan_lite.nn.transformer import Transformer
+from titan_lite.runtime.collectives import all_to_all_single_autograd
+
+
+def apply_ep(model: Transformer, mesh: DeviceMesh) -> None:
+    """Distributes the experts of each block over the ranks of `mesh`, by their numbers."""
+    for module in model.modules():
+        if isinstance(module, Experts):
+            for name, weight in list(module.named_parameters()):
+                shard = distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None)
+                module.register_parameter(name, nn.Parameter(shard))
+            module.compute = ExpertParallel(module.compute, mesh.get_group())
+
+
+class ExpertParallel(nn.Module):
+    """Sends each row to the rank that has its expert, and the results back: two all-to-alls.
+
+    Rows of an expert are computed in the order of ranks, and of tokens on each. The host waits once
+    per forward for the numbers of rows.
+    """
+
+    def __init__(self, compute: nn.Module, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.compute = compute
+        self.degree = group.size()
+        self.group_name = group.group_name
+
+    def forward(self, x_RD: Tensor, ends_E: Tensor, *weights: Tensor) -> Tensor:
+        counts_PL = ends_E.diff(prepend=ends_E.new_zeros(1)).view(self.degree, -1)
+        # Of each rank's rows, those for each of this rank's experts.
+        arriving_PL = self._exchange(counts_PL, None, None)
+        sent, received = self.row_counts(counts_PL, arriving_PL, x_RD.shape[0])
+        x_XD = self._exchange(x_RD, received, sent)
+        expert_X = torch.arange(arriving_PL.shape[1], device=x_XD.device).repeat(self.degree)
+        expert_X = expert_X.repeat_interleave(arriving_PL.flatten(), output_size=x_XD.shape[0])
+        order_X = expert_X.argsort(stable=True)
+        back_X = order_X.argsort()
+        ends_L = arriving_PL.sum(0).cumsum(0).to(torch.int32)
+        own = [w.to_local() if isinstance(w, DTensor) else w for w in weights]
+        out_XD = self.compute(Take.apply(x_XD, order_X, back_X), ends_L, *own)
+        return self._exchange(Take.apply(out_XD, back_X, order_X), sent, received)
+
+    def row_counts(
+        self, counts_PL: Tensor, arriving_PL: Tensor, num_rows: int
+    ) -> tuple[list[int], list[int]]:
+        """Rows that this rank sends to each rank, and gets from it."""
+        sent, received = torch.stack((counts_PL.sum(1), arriving_PL.sum(1))).tolist()
+        return sent, received
+
+    def _exchange(
+        self, rows: Tensor, arriving: list[int] | None, leaving: list[int] | None
+    ) -> Tensor:
+        return all_to_all_single_autograd(rows, arriving, leaving, self.group_name)
+
+
+def expert_parallel(module: nn.Module) -> int | None:
+    """Number of ranks that the experts of a module are distributed over, None for what has none."""
+    compute = module.compute if isinstance(module, Experts) else None
+    return compute.degree if isinstance(compute, ExpertParallel) else None
+
+
+def assume_balance(model: nn.Module) -> None:
+    """Has every rank get as many rows as any other: a dry run has no numbers of them."""
+    for module in model.modules():
+        if isinstance(module, ExpertParallel):
+            module.row_counts = partial(_balanced, module.degree)  # type: ignore[method-assign]
+
+
+def _balanced(
+    degree: int, counts_PL: Tensor, arriving_PL: Tensor, num_rows: int
+) -> tuple[list[int], list[int]]:
+    each = [num_rows // degree + (rank < num_rows % degree) for rank in range(degree)]
+    return each, each
