@@ -242,13 +242,13 @@ def test_selected_rows_are_cut_into_chunks_of_the_size_that_all_would_have() -> 
     assert not any(grad.any() for grad in grads)
 
 
-def test_the_loss_of_pairs_equals_torch_and_counts_those_told_right() -> None:
+def test_the_loss_of_pairs_equals_torch_and_counts_those_classified_correctly() -> None:
     logits = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.5], [9.0, 0.0]], requires_grad=True)
-    labels, found = torch.tensor([0, 1, 1, IGNORE_INDEX]), torch.ones(2)
-    loss = pair_cross_entropy_sum(logits, labels=labels, factor=torch.tensor(0.25), found=found)
+    labels, sums = torch.tensor([0, 1, 1, IGNORE_INDEX]), torch.ones(2)
+    loss = pair_cross_entropy_sum(logits, labels=labels, factor=torch.tensor(0.25), sums=sums)
     expected = F.cross_entropy(logits[:3], labels[:3], reduction="sum")
     torch.testing.assert_close(loss, expected / 4)
-    torch.testing.assert_close(found, torch.stack([1 + expected.detach(), torch.tensor(3.0)]))
+    torch.testing.assert_close(sums, torch.stack([1 + expected.detach(), torch.tensor(3.0)]))
     (grad,) = torch.autograd.grad(loss, logits)
     assert not grad[3].any()
 

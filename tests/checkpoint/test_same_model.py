@@ -82,11 +82,12 @@ def test_another_model_is_refused_with_the_key(
     error = " ".join(capsys.readouterr().err.split())
     assert f"{key} (command line): " in error
     assert message in error
-    assert f" as in {checkpoint}, whose weights are of another model" in error
-    assert ("checkpoint.initial_load_path starts another" in error) == (source == "resume")
+    assert f" as in the checkpoint {checkpoint}" in error
+    new_run = "to start a new run from these weights, set checkpoint.initial_load_path"
+    assert (new_run in error) == (source == "resume")
     fits = key not in ("model.dim", "model.num_layers", "model.vocab_size", "model.positions")
     fits = fits and change.get("name") not in ("bert", "gpt_neox")
-    remedy = "on purpose: checkpoint.allow_model_changes = ["
+    remedy = "to load the weights nevertheless, set checkpoint.allow_model_changes = ["
     assert (remedy in error) == (source == "initial" and fits)
 
 

@@ -125,7 +125,7 @@ def test_weights_that_another_tokenizer_came_with_are_refused(
     assert (
         f"the bundled tokenizer gives other ids than the tokenizer of {source} "
         f"({BUNDLED.fingerprint} instead of {theirs}): set data.tokenizer_path = "
-        f'"{other}"; data.allow_tokenizer_mismatch = true trains with another one'
+        f'"{other}"; data.allow_tokenizer_mismatch = true trains with this one'
     ) in message
     assert not preflight(capsys, *start, "--data.allow_tokenizer_mismatch=true")
     assert not preflight(capsys, *start, f"--data.tokenizer_path={other}")

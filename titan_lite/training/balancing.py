@@ -1,6 +1,6 @@
 """Load of the experts: counted over the global batch, and balanced for the next step.
 
-Counts are integers, so that they, and all that follows from them, are the same in every layout.
+Counts are integers, so they and everything computed from them are the same in every layout.
 """
 
 from typing import Any
@@ -18,10 +18,10 @@ from titan_lite.runtime.distributed import all_reduce
 
 
 class Balancer:
-    """Counts each step's tokens of every expert, and updates what balances them.
+    """Counts the tokens of each expert in a step, and updates the routers' biases and loads.
 
-    model: this rank's blocks. counts_LE: of the last step that was applied, of all blocks, int64.
-    tokens: of the global batch.
+    model: this rank's blocks. tokens: in the global batch. counts_LE: int64, tokens per expert of
+    all blocks in the last applied step.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Balancer:
         self.loss_L = torch.zeros(args.num_layers, device=device)
 
     def start_step(self, loss_scale: Tensor | None) -> None:
-        """Gives each token its weight in the loss, and forgets the counts of the step before."""
+        """Sets the weight of a token in the balancing loss, and clears the last step's counts."""
         self.loss_scale = loss_scale
         for router in self.routers.values():
             balance = router.balance
@@ -52,7 +52,7 @@ class Balancer:
 
     @torch.no_grad()
     def after_step(self, _step: int, is_applied: Tensor) -> None:
-        """Adds up over ranks; updates biases and loads unless the step was skipped; collective."""
+        """Sums counts over ranks; updates biases and loads if the step was applied; collective."""
         counts_LE = torch.zeros_like(self.counts_LE)
         loss_L = torch.zeros_like(self.loss_L)
         for layer, router in self.routers.items():
@@ -68,7 +68,7 @@ class Balancer:
         is_applied = is_applied.to(self.device)
         self.counts_LE = torch.where(is_applied, counts_LE, self.counts_LE)
         self._set_loads()
-        # Above the mean by integers alone.
+        # Compared with the mean in integers, without rounding.
         sign_LE = (counts_LE.sum(1, keepdim=True) - counts_LE * counts_LE.shape[1]).sign()
         for layer, router in self.routers.items():
             if router.bias is not None:
@@ -79,7 +79,7 @@ class Balancer:
             router.balance.lagged_E.copy_(relative_load(self.counts_LE[layer]))
 
     def metrics(self) -> dict[str, Any]:
-        """Of the last step, and lists of each block's, for a log record; collective."""
+        """Returns the last step's metrics, overall and as lists per block; collective."""
         counts_LE = self.counts_LE.double()
         load_LE = counts_LE / counts_LE.mean(1, keepdim=True).clamp(min=1)
         shares_LE = load_LE / counts_LE.shape[1]
@@ -89,7 +89,7 @@ class Balancer:
         load_max_L = load_LE.amax(1)
         unused_L = (counts_LE == 0).sum(1)
         biases = [r.bias.abs().max() for r in self.routers.values() if r.bias is not None]
-        found: dict[str, Any] = {
+        overall: dict[str, Any] = {
             "moe/load_max": load_max_L.max().item(),
             "moe/unused_experts": unused_L.sum().item(),
             "moe/entropy": entropy_L.mean().item(),
@@ -97,13 +97,13 @@ class Balancer:
         }
         if self.bias_rate:
             largest = torch.stack(biases).max() if biases else torch.zeros((), device=self.device)
-            found["moe/max_bias"] = all_reduce(largest, "max").item()
+            overall["moe/max_bias"] = all_reduce(largest, "max").item()
         per_layer = {"load_max": load_max_L, "unused_experts": unused_L, "entropy": entropy_L}
         per_layer["balance_loss"] = self.loss_L
-        return found | {f"moe/{name}_per_layer": t.tolist() for name, t in per_layer.items()}
+        return overall | {f"moe/{name}_per_layer": t.tolist() for name, t in per_layer.items()}
 
     def state_dict(self) -> list[list[int]]:
-        """The counts, which are the same on all ranks."""
+        """Returns the counts, which are the same on all ranks."""
         counts: list[list[int]] = self.counts_LE.tolist()
         return counts
 

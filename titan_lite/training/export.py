@@ -25,7 +25,7 @@ def export_hf(plan: Plan, checkpoints: Path, tokenizer: Tokenizer, rank: int) ->
     target = checkpoints / "hf"
     documents = hf_documents(args, family.hf_config, tokenizer, dtype=export.dtype)
     if rank == 0:
-        # The preflight has refused a difference, unless it is on purpose.
+        # The preflight rejects a difference unless checkpoint.allow_export_mismatch = true.
         report = export_report(documents, tokenizer, data, of_pairs=not args.causal)
         documents[README] = report.readme()
         logger.log(logging.INFO if report.is_same else logging.WARNING, "%s", report.sentence)

@@ -1,4 +1,4 @@
-"""Cross-entropy of tokens, summed over the valid ones, without ever holding the whole logits.
+"""Cross-entropy summed over the labelled tokens, computed in chunks of the logits.
 
 Shape suffixes: N tokens, n tokens of a chunk, D model width, V vocabulary (this rank's part of it),
 P ranks whose logits are gathered.
@@ -20,7 +20,7 @@ from titan_lite.runtime.collectives import all_gather_single, traceable_all_redu
 
 IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default
 AUTO_CHUNK_BYTES = 2**29
-# Types of devices whose matmul adds products of 16-bit matrices to a float32 sum.
+# Device types whose matmul can add a product of 16-bit matrices to a float32 sum.
 ACCUMULATING_DEVICES = ("cuda",)
 
 
@@ -39,20 +39,24 @@ def cross_entropy_sum(
     groups: Tensor | None = None,
     group_losses: Tensor | None = None,
 ) -> Tensor:
-    """Sum over valid tokens of the cross-entropy of hidden @ weight.T + bias, a float32 scalar.
+    """Returns the cross-entropy of hidden @ weight.T + bias, summed over tokens: a float32 scalar.
 
-    hidden: (..., D), labels: (...), equal leading dims; a label of -100 is not counted. Rows of the
-    weight from `vocab_size` on are padding. The tokens are cut into `num_chunks` ("auto": see
-    training.loss_chunks); each chunk's logits (float32, N / num_chunks x V) live only while its
-    loss and gradients are computed, all in the forward pass. `positions`, int64 (M,), are the only
-    ones of the flattened tokens that are computed, in as few chunks of the same size as hold them.
-    `factor`, a scalar, multiplies the sum, and its gradients before they are rounded to the
-    weight's dtype. A DTensor weight, split over the vocabulary, gives the same loss on each of its
-    ranks: two all-reduces of n numbers a chunk (arXiv:1909.08053, section 3), or without
-    `loss_parallel` an all-gather of its logits. With `compile` what a chunk computes between its
-    matmuls is one compiled graph. `groups`, int64 with the shape of the labels, numbers what each
-    token belongs to: to `group_losses`, float32, their losses are added, without `factor`, and of a
-    split vocabulary those of the labels in this rank's part.
+    hidden: (..., D). labels: (...), the same leading dims; a label of -100 is not counted.
+    weight_VD: rows with index `vocab_size` or higher are padding. A DTensor, split over the
+    vocabulary, gives the same loss on all its ranks.
+    num_chunks: the tokens are cut into this many chunks ("auto": see training.loss_chunks). The
+    logits of a chunk (float32, N / num_chunks x V) exist only while its loss and its gradients are
+    computed, both in the forward pass.
+    positions: int64 (M,), indices of flattened tokens; only these are computed, in as few chunks of
+    the same size as possible.
+    factor: a scalar that multiplies the sum, and the gradients before they are rounded to the
+    weight's dtype.
+    loss_parallel: for a DTensor weight, True takes two all-reduces of n numbers per chunk
+    (arXiv:1909.08053, section 3), False an all-gather of the chunk's logits.
+    compile: compiles the operations between a chunk's matmuls into one graph.
+    groups: int64, the shape of the labels, the group of each token. group_losses: float32, the loss
+    of each group is added to it, without `factor`; with a split vocabulary, only the losses of
+    labels in this rank's part.
     """
     group, first_row = None, 0
     if isinstance(weight_VD, DTensor):
@@ -62,10 +66,10 @@ def cross_entropy_sum(
         bias_V = bias_V.to_local() if isinstance(bias_V, DTensor) else bias_V
         first_row = mesh.get_local_rank() * len(weight_VD)
         assert isinstance(hidden, DTensor)
-        # A rank's part of the vocabulary gives a part of the sum that is this gradient.
+        # Each rank computes the part of the gradient that comes from its part of the vocabulary.
         hidden = hidden.to_local(grad_placements=[Partial()])
     if not torch.is_grad_enabled():
-        # Asked inside, autograd would say that they need gradients all the same.
+        # ctx.needs_input_grad is True under no_grad, too, unless the tensors are detached.
         hidden, weight_VD = hidden.detach(), weight_VD.detach()
         bias_V = None if bias_V is None else bias_V.detach()
     hidden_ND, per_token = hidden.flatten(0, -2), [labels.flatten()]
@@ -113,7 +117,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         need_grad = any(ctx.needs_input_grad)
         dtype, V = weight_VD.dtype, len(weight_VD)
-        # What the label of each token is worth, computed once for all chunks.
+        # Row, presence and weight of each token's label, computed once for all chunks.
         is_valid_N = labels_N != IGNORE_INDEX
         is_here_N, target_N = is_valid_N, labels_N
         if group is not None:
@@ -124,7 +128,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             is_here_N.to(torch.float32).unsqueeze(1),
             (is_valid_N * factor).unsqueeze(1),
         )
-        # All chunks share these buffers: fresh ones would cost the CPU more than the arithmetic.
+        # All chunks share these buffers: on a CPU, allocating costs more than the arithmetic.
         logits = weight_VD.new_empty(min(chunk, len(hidden_ND)), V)
         to_gradient = compiled
         if to_gradient is None:
@@ -132,7 +136,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             to_gradient = functools.partial(_to_gradient, log_probs)
         if need_grad:
             grad_hidden_ND = torch.empty_like(hidden_ND)
-            # float32, since bfloat16 sums over chunks would lose the small terms.
+            # float32, since sums over chunks in bfloat16 would lose small terms.
             if chunk < len(hidden_ND):
                 grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
             grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
@@ -160,7 +164,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                     grad_weight_VD = grad_nV.T @ hidden_nD
                 else:
                     _add_matmul(grad_weight_VD, grad_nV.T, hidden_nD)
-        # Not a product with is_here: the log-probability of a row of padding is -inf.
+        # Multiplying by is_here would give NaN: a padding row's log-probability is -inf.
         log_probs_N = torch.where(is_here_N, torch.cat(label_log_probs).squeeze(1), 0)
         loss = log_probs_N.sum() * -factor
         if group_losses is not None:
@@ -177,17 +181,17 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grads = ctx.saved_tensors
-        # In place, since these are the largest gradients of the model. Once: pipeline schedules
-        # ask for the gradient of hidden first, and for the weight's in a second backward.
+        # In place, since these are the largest gradients of the model. Only once, since pipeline
+        # schedules run backward twice: for the gradient of hidden, then for the weight's.
         if not ctx.is_scaled:
             for grad in filter(lambda grad: grad is not None, grads):
-                grad.data.mul_(grad_loss)  # Not seen by autograd, which would refuse the second.
+                grad.data.mul_(grad_loss)  # .data, or autograd would reject the second backward.
             ctx.is_scaled = True
         return *grads, *(None,) * 10
 
 
 def _add_matmul(sum_VD: Tensor, a_Vn: Tensor, b_nD: Tensor) -> None:
-    """Adds a product to a float32 sum, inside the matmul where torch can."""
+    """Adds a @ b to a float32 sum, inside the matmul where torch supports it."""
     if a_Vn.dtype == torch.float32:
         sum_VD.addmm_(a_Vn, b_nD)
     elif sum_VD.device.type in ACCUMULATING_DEVICES:
@@ -206,10 +210,10 @@ def _to_gradient(
     group: dist.ProcessGroup | None,
     loss_parallel: bool,
 ) -> Tensor:
-    """Returns a chunk's log-probabilities (n, 1) at its targets; its logits become gradients.
+    """Returns a chunk's log-probabilities (n, 1) at its targets, and turns its logits to gradients.
 
-    log_probs: a buffer. target: a row of this rank's, any where the label is not here; is_here: 1.0
-    or 0.0; weight: of the token's loss in the sum.
+    log_probs: a buffer. is_here: 1.0 where the label is a row of this rank, else 0.0. target: that
+    row, or any row where is_here is 0. weight: the weight of the token's loss in the sum.
     """
     log_probs_nV = log_probs[: len(logits_nV)]
     if num_rows < logits_nV.shape[1]:
@@ -230,7 +234,7 @@ def _to_gradient(
 def _max_and_sum(
     logits_nV: Tensor, group: dist.ProcessGroup | None, loss_parallel: bool
 ) -> tuple[Tensor, Tensor]:
-    """The largest logit m and the sum of exp(logit - m), over the whole vocabulary: each (n, 1)."""
+    """Returns the largest logit m and the sum of exp(logit - m), over the whole vocabulary."""
     parts_PnV = logits_nV.unsqueeze(0)
     if group is not None and not loss_parallel:
         parts_PnV = logits_nV.new_empty(group.size(), *logits_nV.shape)
@@ -247,8 +251,8 @@ def _max_and_sum(
 
 @functools.cache
 def _compiled(any_size: bool) -> Callable[..., Tensor]:
-    # A last, shorter chunk gets a graph of its own rather than all of them a dynamic one, unless
-    # each micro-batch has another one.
+    # Static shapes, with one more graph for a shorter last chunk; dynamic shapes only where the
+    # size changes in each micro-batch.
     return torch.compile(_to_gradient_in_one_graph, fullgraph=True, dynamic=any_size)
 
 
@@ -261,7 +265,7 @@ def _to_gradient_in_one_graph(
     group: dist.ProcessGroup | None,
     loss_parallel: bool,
 ) -> Tensor:
-    """As `_to_gradient`, written to be fused: no float32 copy of the logits is ever stored."""
+    """Computes `_to_gradient` in a form that fuses: no float32 copy of the logits is stored."""
     column_V = torch.arange(logits_nV.shape[1], device=logits_nV.device)
     is_target_nV = column_V == target_n1
     wide_nV = logits_nV.float().masked_fill(column_V >= num_rows, -torch.inf)
@@ -273,15 +277,15 @@ def _to_gradient_in_one_graph(
 
 
 def pair_cross_entropy_sum(
-    logits_B2: Tensor, *, labels: Tensor, factor: Tensor, found: Tensor
+    logits_B2: Tensor, *, labels: Tensor, factor: Tensor, sums: Tensor
 ) -> Tensor:
-    """Sum over pairs of the cross-entropy of their logits, times `factor`, as a float32 scalar.
+    """Returns the cross-entropy summed over pairs, times `factor`, as a float32 scalar.
 
-    labels: (B,), -100 is not counted. To `found`, float32 (2,), the sum without `factor` is added,
-    and how many of the pairs the logits tell right.
+    labels: (B,), -100 is not counted. sums: float32 (2,), the sum without `factor` and the number
+    of pairs classified correctly are added to it.
     """
     loss = functional.cross_entropy(
         logits_B2.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum"
     )
-    found += torch.stack([loss.detach(), (logits_B2.argmax(1) == labels).sum()])
+    sums += torch.stack([loss.detach(), (logits_B2.argmax(1) == labels).sum()])
     return loss * factor

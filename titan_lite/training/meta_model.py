@@ -1,6 +1,6 @@
-"""The whole model on the meta device: what it is, and what is refused of it before anybody waits.
+"""The whole model on the meta device, and the checks that need it.
 
-Each function raises a SettingError about the key whose value cannot be.
+They run before any process waits for another; each raises a SettingError for the key to change.
 """
 
 from pathlib import Path
@@ -40,7 +40,7 @@ from titan_lite.training.objective import OBJECTIVES, Objective
 
 
 def check_run(plan: Plan, start: Start) -> None:
-    """Refuses, all together, what a run on this machine would refuse of its model and devices."""
+    """Runs all checks of the model and of this machine's device, and raises all their errors."""
     device = Process.from_environment().device
     section = plan.config.checkpoint
     model = build_meta_model(plan)
@@ -57,7 +57,7 @@ def check_run(plan: Plan, start: Start) -> None:
 
 
 def build_meta_model(plan: Plan) -> Transformer:
-    """Builds the model, all of whose parameters the configuration's names and plan must fit."""
+    """Builds the model, and checks every name of a parameter in the configuration against it."""
     with about("model.name"), torch.device("meta"):
         model = build(plan.family, plan.args)
         if type(model).init_parameter is Transformer.init_parameter:
@@ -74,7 +74,7 @@ def build_meta_model(plan: Plan) -> Transformer:
 
 
 def pipeline_stages(plan: Plan, model: Transformer, objective: Objective) -> list[Stage]:
-    """The stages of the whole model; a list of one without pipeline parallel."""
+    """Returns the pipeline stages of the whole model: one without pipeline parallel."""
     config, parallel = plan.config, plan.config.parallel
     with about("parallel.pp_schedule"):
         check_schedule(parallel)
@@ -119,18 +119,18 @@ def count_flops(
 
 
 def _head_share(config: Config, objective: Objective) -> float:
-    """The share of the tokens that the output projection multiplies."""
+    """Returns the fraction of the tokens that the output projection is computed for."""
     return 1.0 if config.training.loss_positions == "all" else objective.labelled_share
 
 
 def _attended(config: Config) -> int:
-    """Tokens that each is counted to attend to; how long documents are is not known before."""
+    """Returns the tokens that each attends to, as counted: document lengths are not known yet."""
     data = config.data
     return data.packing_block if data.packing == "fixed" else config.training.seq_len
 
 
 def check_device(plan: Plan, model: Transformer, device: torch.device) -> None:
-    """Refuses what this device, or float8 with this model, cannot do."""
+    """Raises a SettingError for each setting that this device does not support."""
     config, dtype = plan.config, plan.config.training.param_dtype
     with collecting() as problems:
         with problems.checking("profiling.enable_memory_snapshot"):
@@ -159,7 +159,7 @@ def check_device(plan: Plan, model: Transformer, device: torch.device) -> None:
 
 
 def check_float8(plan: Plan, model: Transformer, section: Float8, device: torch.device) -> None:
-    """Refuses what cannot train in float8, all of it together."""
+    """Raises a SettingError for each part of the model that cannot be trained in float8."""
     with collecting() as problems:
         problems.errors += float8_problems(
             model,
@@ -172,7 +172,7 @@ def check_float8(plan: Plan, model: Transformer, section: Float8, device: torch.
 
 
 def open_hf_weights(plan: Plan) -> tuple[HFFolder, HFModel] | None:
-    """The Hugging Face model to start from, which must be this one; None if none is asked for."""
+    """Returns checkpoint.initial_load_hf, which must be the same model; None if it is not set."""
     path = plan.config.checkpoint.initial_load_hf
     if not path:
         return None
@@ -180,8 +180,8 @@ def open_hf_weights(plan: Plan) -> tuple[HFFolder, HFModel] | None:
     checkpoint = source if (source / MANIFEST_FILE).exists() else newest_below(source)
     if checkpoint and not (source / CONFIG_FILE).exists():
         message = (
-            f"{source} is a checkpoint or holds some: set checkpoint.initial_load_path = "
-            f"{literal(str(checkpoint))} instead"
+            f"{source} is, or contains, a checkpoint of titan-lite, not Hugging Face weights: set "
+            f"checkpoint.initial_load_path = {literal(str(checkpoint))} instead"
         )
         raise SettingError("checkpoint.initial_load_hf", message)
     with about("checkpoint.initial_load_hf"):

@@ -1,6 +1,6 @@
-"""Training objectives: how documents become samples, and losses besides that of tokens.
+"""Training objectives: how documents become samples, and losses other than that of tokens.
 
-The loss of labelled tokens is common to all, and so is its mean over those of the global batch.
+All have the loss of labelled tokens, averaged over those of the global batch.
 """
 
 import math
@@ -21,11 +21,11 @@ from titan_lite.training.loss import pair_cross_entropy_sum
 
 
 class Objective(Protocol):
-    """Data and loss that belong together.
+    """Data and loss of one way to train.
 
-    has_pairs: whether samples have two parts and a label for both. has_padding: whether some of a
-    batch's tokens are none. labelled_share: of the tokens, those whose label counts. num_sums:
-    numbers that `arguments` adds up over a step.
+    has_pairs: samples have two parts, and one label for the pair. has_padding: a batch may have
+    padding tokens. labelled_share: the fraction of tokens whose label counts. num_sums: the length
+    of `sums`, which are added up over a step.
     """
 
     has_pairs: bool
@@ -36,31 +36,34 @@ class Objective(Protocol):
     def __init__(self, config: Config) -> None: ...
 
     def rows(self, tokenizer: Tokenizer) -> Rows:
-        """How documents become rows; ValueError where the tokenizer cannot be used."""
+        """Returns the maker of rows from documents; ValueError if the tokenizer lacks a token."""
 
     def num_tokens(self, batch: Batch) -> Tensor:
-        """Its tokens but padding, an int64 scalar."""
+        """Returns the number of tokens that are not padding, an int64 scalar."""
 
     def arguments(
         self, batch: Batch, factor: Tensor, sums: Tensor, to_device: Callable[[Tensor], Tensor]
     ) -> dict[str, Any]:
-        """Returns arguments for the model, besides tokens, positions, mask and the head's loss.
+        """Returns the model's arguments other than tokens, positions, mask and the head's loss.
 
-        factor: of what is summed over pairs. sums: what is found is added to it.
+        factor: multiplies the loss of the pairs. sums: (num_sums,), the forward pass adds to it.
         """
 
     def metrics(self, loss: Tensor, sums: Tensor, num_pairs: Tensor) -> dict[str, float]:
-        """For a log record, from a step's loss and sums; the host waits for them."""
+        """Returns metrics for a log record from a step's loss and sums; waits for the device."""
 
     def validation(self, sums: Tensor, held_out: HeldOut) -> dict[str, float]:
-        """For a log record: of all losses, and of `sums` after them, the sums over the held-out."""
+        """Returns metrics for a log record.
+
+        sums: over the held-out documents, the loss and then the objective's own sums.
+        """
 
 
 class CausalLM:
-    """The next token, from those before it."""
+    """Prediction of the next token."""
 
     has_pairs = False
-    labelled_share = 1.0  # but for a sample's last one
+    labelled_share = 1.0  # all except a sample's last one
     num_sums = 0
 
     def __init__(self, config: Config) -> None:
@@ -92,14 +95,14 @@ class CausalLM:
 
 
 class MaskedLM:
-    """Hidden tokens, from all others, and whether a sample's second part follows its first.
+    """Prediction of masked tokens, and next-sentence prediction for a sample's two parts.
 
-    The loss is the mean over hidden tokens of the global batch and the mean over its pairs, added.
+    The loss is the mean over masked tokens of the global batch plus the mean over its pairs.
     """
 
     has_pairs = True
     has_padding = True
-    num_sums = 2  # of the losses of pairs, and of the pairs that were told right
+    num_sums = 2  # the losses of pairs, and the pairs classified correctly
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -109,7 +112,7 @@ class MaskedLM:
         return MaskedPairs(self._config.masked_lm, self._config.training.seq_len, tokenizer)
 
     def num_tokens(self, batch: Batch) -> Tensor:
-        if batch.documents is None:  # A dry run's, where there is no telling.
+        if batch.documents is None:  # In a dry run, which has no documents.
             return torch.tensor(batch.inputs.numel())
         return (batch.documents == 0).sum()
 
@@ -119,7 +122,7 @@ class MaskedLM:
         assert batch.token_types is not None
         assert batch.pair_labels is not None
         labels = to_device(batch.pair_labels)
-        loss = partial(pair_cross_entropy_sum, labels=labels, factor=factor, found=sums)
+        loss = partial(pair_cross_entropy_sum, labels=labels, factor=factor, sums=sums)
         return {"token_types_BS": to_device(batch.token_types), "pair_loss": loss}
 
     def metrics(self, loss: Tensor, sums: Tensor, num_pairs: Tensor) -> dict[str, float]:
@@ -135,16 +138,16 @@ class MaskedLM:
     def validation(self, sums: Tensor, held_out: HeldOut) -> dict[str, float]:
         nats, pair_nats, right = sums.tolist()
         masked = (nats - pair_nats) / held_out.num_tokens
-        found = {"validation/loss": masked, "validation/perplexity": _exp(masked)}
+        metrics = {"validation/loss": masked, "validation/perplexity": _exp(masked)}
         if held_out.num_pairs:
             pair_loss = pair_nats / held_out.num_pairs
-            found |= {
+            metrics |= {
                 "validation/loss": masked + pair_loss,
                 "validation/masked_lm_loss": masked,
                 "validation/next_sentence_loss": pair_loss,
                 "validation/next_sentence_accuracy": right / held_out.num_pairs,
             }
-        return found
+        return metrics
 
 
 OBJECTIVES: dict[str, Callable[[Config], Objective]] = {
@@ -155,5 +158,5 @@ OBJECTIVES: dict[str, Callable[[Config], Objective]] = {
 
 
 def _exp(nats: float) -> float:
-    # In torch, for what is too large is infinite, and no error.
+    # torch returns Inf where math.exp raises OverflowError.
     return torch.tensor(nats, dtype=torch.float64).exp().item()

@@ -1,6 +1,6 @@
-"""Opens a run: from a plan to a Trainer that stands before its next step.
+"""Opens a run: builds a Trainer from a plan, ready for its next step.
 
-`open_run` reads top to bottom. What can be refused is refused before any process waits for another.
+`open_run` reads top to bottom. Settings are rejected before any process waits for another.
 """
 
 import contextlib
@@ -57,30 +57,30 @@ logger = logging.getLogger(__name__)
 def open_run(
     plan: Plan, process: Process | None = None, *, stop: StopRequest | None = None
 ) -> Trainer:
-    """Builds everything in order, resumes or begins; collective. Trainer.close undoes it."""
+    """Builds a run and loads its checkpoint or start weights; collective. See Trainer.close."""
     config = plan.config
     process = process or Process.from_environment()
     stop = stop or StopRequest()
     with plan.reporting(), contextlib.ExitStack() as stack:
         if process.rank == 0:
             stack.enter_context(lock_folders(plan))
-        found = preflight(plan)
-        hf = open_hf_weights(plan) if found.start.source is None else None
+        checked = preflight(plan)
+        hf = open_hf_weights(plan) if checked.start.source is None else None
         model = build_meta_model(plan)
         objective = OBJECTIVES[plan.family.objective](config)
         stages = pipeline_stages(plan, model, objective)
         check_device(plan, model, process.device)
-        data = RunData(plan, process, found.tokenizer, objective)
+        data = RunData(plan, process, checked.tokenizer, objective)
         stack.callback(data.close)
-        data.open(found.start)
+        data.open(checked.start)
 
         set_determinism(config.training.seed, deterministic=config.training.deterministic)
         watchdog = _join(plan, process, stop)
         stack.callback(watchdog.close)
-        start = _agree(plan, found.start, data)
+        start = _agree(plan, checked.start, data)
 
         meshes = build_meshes(plan.dims, process.device.type)
-        # The meshes' groups do not inherit the timeout of the first one.
+        # The meshes' process groups do not inherit the timeout of the default group.
         watchdog.set_timeout(config.comm.init_timeout_seconds)
         logger.info("Building the model: %s parameters", in_words(model.num_parameters, plan.args))
         training = build_training(
@@ -104,7 +104,7 @@ def open_run(
             device=process.device,
             layout=dataclasses.asdict(plan.dims),
             config=config.model_dump(),
-            tokenizer=found.tokenizer.fingerprint,
+            tokenizer=checked.tokenizer.fingerprint,
             model_facts=model_facts(plan.family.name, plan.args),
             timeout_seconds=config.comm.init_timeout_seconds,
         )
@@ -133,7 +133,7 @@ def open_run(
             process=process,
             stop=stop,
             state=start.state,
-            tokenizer=found.tokenizer,
+            tokenizer=checked.tokenizer,
             training=training,
             data=data,
             checkpoints=checkpoints,
@@ -146,7 +146,7 @@ def open_run(
 
 
 def _join(plan: Plan, process: Process, stop: StopRequest) -> Watchdog:
-    """Starts the process group, and the watchdog over its collectives."""
+    """Starts the process group and the watchdog of its collectives."""
     comm, hint = plan.config.comm, ""
     if process.device.type == "cuda":
         hint = record_flights(plan.run_folder)
@@ -162,19 +162,22 @@ def _join(plan: Plan, process: Process, stop: StopRequest) -> Watchdog:
     )
 
 
-def _agree(plan: Plan, found: Start, data: RunData) -> Start:
-    """Where all ranks begin, and what they read; collective."""
+def _agree(plan: Plan, local: Start, data: RunData) -> Start:
+    """Returns the start on which all ranks agree, and checks that they read the same; collective.
+
+    local: the start that this rank would take.
+    """
     with about("data.dataset"):
         agree_on_data(data.loader.state_dict()["settings"])
-    with about(found.key):
+    with about(local.key):
         start = agree_on_start(
-            found,
+            local,
             plan.config.checkpoint,
             plan.checkpoint_folder,
             last_step=plan.config.training.steps,
         )
-    if start is not found:
-        # An earlier checkpoint: the contents of the latest are damaged.
+    if start is not local:
+        # An earlier checkpoint, since the latest is damaged.
         check_model(start, plan)
         data.open(start)
     return start
@@ -187,18 +190,18 @@ def _load(
     training: Training,
     checkpoints: CheckpointManager,
 ) -> None:
-    """Loads the checkpoint or the Hugging Face weights to begin from, if there are any."""
+    """Loads the checkpoint or the Hugging Face weights to start from, if there are any."""
     if start.source is not None:
         with about(start.key):
             checkpoints.load(start)
-        logger.info("%s from %s", "Resumed" if start.resumes else "Begun", start.source)
+        logger.info("%s from %s", "Resumed" if start.resumes else "Started", start.source)
         if start.manifest is not None and start.content == "run" and dist.get_rank() == 0:
             log_changes(start.manifest, plan, versions())
     elif hf is not None:
         load_hf(training.model, *hf)
         if training.average is not None:
             training.average.restart()
-        logger.info("Weights are those of %s", hf[0].path)
+        logger.info("Loaded the weights of %s", hf[0].path)
     training.step.refresh()
 
 
@@ -219,8 +222,8 @@ def _log_run(plan: Plan, process: Process, training: Training) -> None:
 def _write_run_file(
     plan: Plan, process: Process, training: Training, peak: Peak, start_step: int
 ) -> None:
-    """Says in run.json what this run is."""
-    # A finished run stays described by the settings that trained it.
+    """Writes the run's device, layout, applied features and configuration to run.json."""
+    # The file of a finished run keeps the settings that trained it.
     if start_step >= plan.config.training.steps and (plan.run_folder / RUN_FILE).exists():
         return
     write_run_file(

@@ -1,4 +1,4 @@
-"""Shows what the planner predicts of a run beside what is measured."""
+"""Compares the planner's prediction of a run with what is measured."""
 
 import logging
 from typing import Any
@@ -16,7 +16,7 @@ GIB = 2**30
 
 
 class PredictedBesideMeasured:
-    """Writes the prediction to run.json as the loop begins, and the measured values at its end."""
+    """Writes the prediction to run.json before the first step, the measured values at the end."""
 
     def __init__(self, plan: Plan, cluster: Cluster, meter: Meter) -> None:
         self._folder, self._meter = plan.run_folder, meter

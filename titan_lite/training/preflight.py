@@ -1,4 +1,4 @@
-"""Checks what a run needs from the disk before any process exists to wait for; no torch."""
+"""Checks what a run reads from the disk before any process is started; no torch."""
 
 import contextlib
 import logging
@@ -32,9 +32,7 @@ logger = logging.getLogger(__name__)
 
 # Published models pad their vocabularies by at most 2.4 % (DeepSeek-V2: 102,400 for 100,015).
 LEAST_FILLED = 0.9
-
-
-# Held-out documents of more tokens are read by the ranks alone: one process would take seconds.
+# More tokens of held-out documents are not read by the preflight, which would take seconds.
 MAX_HELD_OUT_TOKENS = 2**22
 
 
@@ -49,7 +47,7 @@ class Preflight:
 
 
 def preflight(plan: Plan) -> Preflight:
-    """Reads the tokenizer and the checkpoint's state and finds the data; raises SettingErrors."""
+    """Loads the tokenizer, finds the data and reads the checkpoint's state; SettingErrors."""
     config = plan.config
     named_cluster(plan)
     tokenizer = start = held_out = None
@@ -84,48 +82,48 @@ def preflight(plan: Plan) -> Preflight:
 
 
 def named_cluster(plan: Plan) -> Cluster | None:
-    """The cluster of job.cluster; ConfigError where there is none of that name."""
+    """Returns the cluster that job.cluster names; ConfigError if there is none of that name."""
     name = plan.config.job.cluster
     return find_cluster(name, "job.cluster", plan.origin("job.cluster")) if name else None
 
 
-def check_contents(plan: Plan, found: Preflight) -> None:
-    """Reads what the run will read first: documents, what is held out, the checkpoint's data.
+def check_contents(plan: Plan, checked: Preflight) -> None:
+    """Reads the first documents, the held-out documents and the checkpoint's data settings.
 
     Raises SettingErrors for what would end the run before or in its first step.
     """
     config, training = plan.config, plan.config.training
     rows: Rows = Packing(config.data, training.seq_len)
     if plan.family.objective == "masked_lm":
-        rows = MaskedPairs(config.masked_lm, training.seq_len, found.tokenizer)
+        rows = MaskedPairs(config.masked_lm, training.seq_len, checked.tokenizer)
     with collecting() as problems:
         with problems.checking("data.dataset"):
             check_documents(
                 config.data,
-                found.sources,
-                found.tokenizer,
-                num_samples=(training.steps - found.start.state.step) * plan.global_batch_size,
+                checked.sources,
+                checked.tokenizer,
+                num_samples=(training.steps - checked.start.state.step) * plan.global_batch_size,
             )
         with problems.checking("validation.dataset"):
             needed = config.validation.steps * plan.global_batch_size * training.seq_len
-            most = _most_tokens(found.held_out) if found.held_out else None
+            most = _most_tokens(checked.held_out) if checked.held_out else None
             if most is not None and min(needed, most) <= MAX_HELD_OUT_TOKENS:
                 for _ in held_out_rows(
                     config.validation,
                     config.data,
                     seq_len=training.seq_len,
                     global_batch_size=plan.global_batch_size,
-                    tokenizer=found.tokenizer,
+                    tokenizer=checked.tokenizer,
                     rows=rows,
                 ):
                     pass
         with problems.checking():
-            _check_export(plan, found.tokenizer)
-        with problems.checking(found.start.key):
-            if saved := found.start.state.parts.get("data", {}).get("settings"):
+            _check_export(plan, checked.tokenizer)
+        with problems.checking(checked.start.key):
+            if saved := checked.start.state.parts.get("data", {}).get("settings"):
                 settings = data_settings(
                     config.data,
-                    found.sources,
+                    checked.sources,
                     rows,
                     seq_len=training.seq_len,
                     seed=training.seed,
@@ -134,7 +132,7 @@ def check_contents(plan: Plan, found: Preflight) -> None:
 
 
 def _check_export(plan: Plan, tokenizer: Tokenizer) -> None:
-    """Raises SettingError where last_save_hf would write a tokenizer that gives other ids."""
+    """Raises SettingError if the tokenizer exported by last_save_hf would give different ids."""
     section, hf = plan.config.checkpoint, plan.family.hf_config
     if not (section.enable and section.last_save_hf and hf) or section.allow_export_mismatch:
         return
@@ -142,21 +140,25 @@ def _check_export(plan: Plan, tokenizer: Tokenizer) -> None:
     data, of_pairs = plan.config.data, not plan.args.causal
     report = export_report(documents, tokenizer, data, of_pairs=of_pairs)
     if not report.is_same:
-        remedy = "checkpoint.allow_export_mismatch = true exports it with a README.md that has this"
+        remedy = (
+            "To export it with a README.md that describes the difference, set "
+            "checkpoint.allow_export_mismatch = true"
+        )
         raise SettingError("checkpoint.last_save_hf", f"{report.sentence}. {remedy}")
 
 
 def _most_tokens(source: Source) -> int | None:
-    """A bound on the tokens of a source, each a byte of text at least; None for one by name."""
+    """Returns an upper bound of a source's tokens, each at least a byte; None for Hub datasets."""
     if source.manifest:
         return source.manifest.tokens
     return sum(map(num_bytes, source.files)) if source.files else None
 
 
 def check_model(start: Start, plan: Plan) -> None:
-    """Raises SettingErrors for settings with which a checkpoint's weights compute something else.
+    """Raises a SettingError for each model setting that differs from the checkpoint's.
 
-    Where another run's weights are loaded, those that runs tune on purpose are logged instead.
+    If another run's weights are loaded, differences in settings that are often changed on purpose
+    are logged instead.
     """
     section = plan.config.checkpoint
     if start.manifest is None:
@@ -165,39 +167,47 @@ def check_model(start: Start, plan: Plan) -> None:
     for name in UNCOMPARED:
         if name != "max_seq_len" or plan.args.positions == "rotary":
             different.pop(name, None)
-    remedy = "; a resumed run keeps its model, and checkpoint.initial_load_path starts another"
+    remedy = (
+        "; a resumed run must keep its model; to start a new run from these weights, set "
+        "checkpoint.initial_load_path"
+    )
     if not start.resumes:
         for name in section.allow_model_changes:
             different.pop(name, None)
         for name in SHOWN_BY_WEIGHTS if section.exclude_from_loading else ():
-            # Which weights are left out, the names of all have to show.
+            # Whether the other weights fit is checked by their names and shapes.
             different.pop(name, None)
         for name in TUNABLE:
             if pair := different.pop(name, None):
-                told = name, words(pair[1]), start.source, words(pair[0])
-                logger.warning("model.%s is %s; the weights of %s were trained with %s", *told)
-        remedy = f"; on purpose: checkpoint.allow_model_changes = {literal(sorted(different))}"
+                logger.warning(
+                    "model.%s is %s; the weights of %s were trained with %s",
+                    name,
+                    words(pair[1]),
+                    start.source,
+                    words(pair[0]),
+                )
+        remedy = (
+            "; to load the weights nevertheless, set checkpoint.allow_model_changes = "
+            f"{literal(sorted(different))}"
+        )
         if different.keys() & SHOWN_BY_WEIGHTS:
-            # They cannot be plan.
+            # Weights of other shapes cannot be loaded on purpose.
             remedy = ""
     by_key: dict[str, list[str]] = {}
     for name, (saved, own) in different.items():
-        # Heads whose width is not set share the model's.
+        # head_dim, if not set, is dim / num_heads.
         sizes = ("model.num_heads", "model.dim") if name == "head_dim" else ()
         keys = (f"model.{name}", *sizes, "model.flavor", "model.name")
         key = next((key for key in keys if plan.origins.get(key, DEFAULT) != DEFAULT), start.key)
         by_key.setdefault(key, []).append(f"{name} is {words(own)}, not {words(saved)}")
     with collecting() as problems:
         for key, listed in by_key.items():
-            message = (
-                f"{', '.join(listed)} as in {start.source}, whose weights are of another model"
-                f"{remedy}"
-            )
+            message = f"{', '.join(listed)} as in the checkpoint {start.source}{remedy}"
             problems.errors.append(SettingError(key, message))
 
 
 def lock_folders(plan: Plan) -> contextlib.ExitStack:
-    """Keeps other runs from the run's folder and its checkpoints' until closed, or SettingError."""
+    """Locks the run's folder and its checkpoints' until closed; SettingError if in use."""
     with contextlib.ExitStack() as locks:
         for key, folder in _locked_folders(plan).items():
             with about(key):
@@ -206,7 +216,7 @@ def lock_folders(plan: Plan) -> contextlib.ExitStack:
 
 
 def check_locks(plan: Plan) -> None:
-    """Raises SettingError for a folder that another run writes to; makes none."""
+    """Raises SettingError for a folder that another run writes to; creates no folder."""
     for key, folder in _locked_folders(plan).items():
         if folder.is_dir():
             with about(key):
@@ -216,7 +226,7 @@ def check_locks(plan: Plan) -> None:
 def _locked_folders(plan: Plan) -> dict[str, Path]:
     folders = {"job.dump_folder": plan.run_folder}
     checkpoints = plan.checkpoint_folder
-    # Two runs may share one that is not below their own folders.
+    # A checkpoint folder outside the run's folder may be shared by two runs.
     is_elsewhere = not checkpoints.resolve().is_relative_to(plan.run_folder.resolve())
     if plan.config.checkpoint.enable and is_elsewhere:
         folders["checkpoint.folder"] = checkpoints
@@ -224,7 +234,10 @@ def _locked_folders(plan: Plan) -> dict[str, Path]:
 
 
 def _warn_of_idle_keys(plan: Plan, *, are_checked: bool) -> None:
-    """Warns of keys that have no effect on token ids, or on those of documents all checked."""
+    """Warns about set keys that have no effect on tokenized data.
+
+    are_checked: all documents were checked when they were tokenized.
+    """
     for name in ("tokenizer_threads", *(["on_bad_document"] if are_checked else [])):
         key = f"data.{name}"
         if getattr(plan.config.data, name) != FIELDS["data"][name].default:
@@ -236,13 +249,14 @@ def _warn_of_idle_keys(plan: Plan, *, are_checked: bool) -> None:
 
 
 def fitting_tokenizer(section: Data, plan: Plan) -> Tokenizer:
-    """The run's tokenizer; ValueError if it lacks a token or does not fit the vocabulary."""
+    """Returns the run's tokenizer; ValueError if a token is missing or its vocabulary differs."""
     tokenizer, vocab_size = load_tokenizer(section.tokenizer_path), plan.args.vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise SettingError(
             ("data.tokenizer_path", "model.vocab_size"),
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model a vocabulary of "
-            f"{vocab_size}: set model.vocab_size, or another data.tokenizer_path",
+            f"{_name(section.tokenizer_path)} has {tokenizer.vocab_size:,} tokens, more than the "
+            f"model's vocabulary of {vocab_size:,}: set model.vocab_size = {tokenizer.vocab_size} "
+            "or data.tokenizer_path to the model's tokenizer",
         )
     filled = tokenizer.vocab_size / vocab_size
     if filled < LEAST_FILLED and not section.allow_tokenizer_mismatch:
@@ -259,7 +273,7 @@ def fitting_tokenizer(section: Data, plan: Plan) -> Tokenizer:
 
 
 def check_origin(section: Data, checkpoint: Checkpoint, tokenizer: Tokenizer, start: Start) -> None:
-    """Raises ValueError for another tokenizer than that of the weights to begin from."""
+    """Raises ValueError if the tokenizer is not that of the weights to start from."""
     if start.source is not None:
         manifest = start.manifest
         assert manifest is not None
@@ -278,12 +292,12 @@ def check_origin(section: Data, checkpoint: Checkpoint, tokenizer: Tokenizer, st
         return
     if not expected or tokenizer.fingerprint in expected:
         return
-    goes_on = start.source is not None and start.content == "run"
-    if section.allow_tokenizer_mismatch and not goes_on:
+    resumes = start.source is not None and start.content == "run"
+    if section.allow_tokenizer_mismatch and not resumes:
         return
     remedy = "a run that resumes cannot change its tokenizer"
-    if not goes_on:
-        remedy = "data.allow_tokenizer_mismatch = true trains with another one"
+    if not resumes:
+        remedy = "data.allow_tokenizer_mismatch = true trains with this one"
     raise ValueError(
         f"{_name(section.tokenizer_path)} gives other ids than the tokenizer of {origin} "
         f"({tokenizer.fingerprint} instead of {expected[0]}): set data.tokenizer_path = "

@@ -1,4 +1,4 @@
-"""Tells what a run that continues from a checkpoint changes of its configuration; no torch."""
+"""Reports the settings that a resumed run has changed since its checkpoint; no torch."""
 
 import dataclasses
 import logging
@@ -15,10 +15,10 @@ from titan_lite.optim.schedule import Schedule, jump
 
 logger = logging.getLogger(__name__)
 
-# They change no number that is trained or validated.
+# Sections and keys that change neither training nor validation results.
 WITHOUT_EFFECT = ("job", "checkpoint", "metrics", "profiling", "comm")
 WITHOUT_EFFECT_KEYS = ("data.prefetch", "data.tokenizer_threads", "training.gc_freq")
-# Its fields are compared as they were resolved.
+# The only compared key of [model]: its other fields are compared as resolved.
 MODEL_CHOICE = ("model.flavor",)
 
 SCHEDULE_KEYS = (
@@ -55,10 +55,10 @@ def log_changes(manifest: Manifest, plan: Plan, versions: Mapping[str, str]) -> 
 def changed_settings(
     manifest: Manifest, plan: Plan, versions: Mapping[str, str]
 ) -> dict[str, tuple[Any, Any]]:
-    """By key, the values of the checkpoint and of the run that differ and change its numbers."""
+    """Returns (checkpoint's value, run's value) of each key that differs and changes results."""
     before = _settings(manifest.config, manifest.layout)
     after = _settings(plan.config.model_dump(), dataclasses.asdict(plan.dims))
-    # Older checkpoints know fewer axes.
+    # Older checkpoints have fewer mesh axes.
     pairs = {key: (before[key], after[key]) for key in after if key in before}
     for name, pair in model_differences(manifest, plan.config.model, plan.args).items():
         pairs[f"model.{name}"] = pair
@@ -68,7 +68,7 @@ def changed_settings(
 
 
 def _settings(config: Mapping[str, Any], layout: Mapping[str, int]) -> dict[str, Any]:
-    """The settings that change numbers, by key, with the values that -1 stands for."""
+    """Returns the settings that change results by key, with -1 replaced by the resolved value."""
     keys = (
         f"{section}.{name}"
         for section, fields in FIELDS.items()
@@ -86,7 +86,7 @@ def _settings(config: Mapping[str, Any], layout: Mapping[str, int]) -> dict[str,
 
 def _schedule(config: Mapping[str, Any]) -> Schedule:
     section = {name: setting(config, f"lr_scheduler.{name}") for name in LRScheduler.model_fields}
-    # What an older version wrote need not be valid today.
+    # Not validated: values of an older version may be invalid today.
     return Schedule(
         setting(config, "optimizer.lr"),
         LRScheduler.model_construct(**section),

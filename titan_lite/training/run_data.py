@@ -1,4 +1,4 @@
-"""What a rank of a run reads: its share of the samples, and the held-out documents."""
+"""The data of one rank: its share of the samples, and the held-out documents."""
 
 import itertools
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from titan_lite.training.objective import Objective
 
 
 class RunData:
-    """Opens the data where a run begins; a Stateful whose state is that of all ranks."""
+    """The loader at the position where the run starts; a Stateful with the state of all ranks."""
 
     held_out: HeldOut | None = None
     batches: Iterator[Batch]
@@ -49,13 +49,13 @@ class RunData:
         if start.state.step > 0:
             with about(start.key):
                 self.loader.load_state_dict(start.state.parts["data"])
-        # Documents that cannot be read are a mistake to answer now, not in the first step.
+        # Unreadable documents end the run here, not in the first step.
         with about("data.dataset"):
             batches = iter(self.loader)
             self.batches = itertools.chain([next(batches)], batches)
 
     def build_loader(self) -> DataLoader:
-        """A loader of this rank's share of the run's samples, from the first one on."""
+        """Returns a loader of this rank's share of the samples, at the first one."""
         return DataLoader(self._config.data, seed=self._config.training.seed, **self._share)
 
     def close(self) -> None:
@@ -63,10 +63,10 @@ class RunData:
         self.loader.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of all ranks' loaders together; collective."""
+        """Returns the merged state of all ranks' loaders; collective."""
         states: list[dict[str, Any]] = [{}] * dist.get_world_size()
         dist.all_gather_object(states, self.loader.state_dict())
         return merge_states(states)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Does nothing: `open` begins at the state, before ranks wait for each other."""
+        """No-op: `open` has already restored the state, before ranks wait for each other."""

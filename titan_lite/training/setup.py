@@ -1,4 +1,4 @@
-"""Builds what trains, as it is at step 0: of a real run, and of a dry one on fake tensors."""
+"""Builds model, optimizer and step at step 0, for real runs and for dry runs on fake tensors."""
 
 import contextlib
 from contextlib import AbstractContextManager
@@ -30,9 +30,9 @@ from titan_lite.training.step import TrainStep
 
 @dataclass(kw_only=True)
 class Training:
-    """This rank's part of a model, and what trains it.
+    """This rank's part of a model, with its optimizer and training step.
 
-    Of the whole model: num_params, parameter_names in its order, stages, flops.
+    num_params, parameter_names (in the model's order), stages and flops are of the whole model.
     """
 
     num_params: int
@@ -61,9 +61,9 @@ def build_training(
     progress: Progress | None = None,
     allocating: AbstractContextManager[object] | None = None,
 ) -> Training:
-    """Parallelizes the whole `model`, on the meta device, in place, and draws its weights.
+    """Parallelizes the whole `model`, on the meta device, in place, and initializes its weights.
 
-    progress: of the steps. allocating: entered while weights and optimizer are made.
+    progress: the run's current phase. allocating: entered while weights and optimizer are created.
     """
     config, training = plan.config, plan.config.training
     flops = count_flops(plan, model, stages, objective)

@@ -31,14 +31,15 @@ from titan_lite.training.objective import Objective
 
 @dataclass(frozen=True)
 class StepResult:
-    """Scalars on the device, the same on all ranks, for the host to read when it can.
+    """Tensors on the device, which the host reads later; the same on all ranks.
 
-    loss: the global mean. sums: what the objective adds up beside it, global. grad_norm: global,
-    before clipping. Of the global batch, int64: num_valid, labels that count, num_pairs, pairs that
-    do, num_tokens, inputs but padding. is_finite: loss and norm are. num_stopping: ranks that were
-    asked to stop.
-    With data.sources, for each of them: source_valid, as num_valid, and source_losses, this rank's
-    part of the sum of the losses.
+    loss: the global mean. sums: the objective's other sums, global. grad_norm: global, before
+    clipping. is_finite: whether both loss and norm are. num_stopping: ranks that have received a
+    stop signal.
+    Counts of the global batch, int64: num_valid, labels that are not -100; num_pairs, pairs whose
+    label is not -100; num_tokens, inputs that are not padding.
+    Per entry of data.sources: source_valid, its part of num_valid; source_losses, the sum of its
+    losses, this rank's part only.
     """
 
     loss: Tensor
@@ -54,7 +55,7 @@ class StepResult:
 
 
 class TrainStep:
-    """Steps the optimizer over micro-batches; collective, and never waits for the device."""
+    """One optimizer step over micro-batches; collective. The host never waits for the device."""
 
     def __init__(
         self,
@@ -77,8 +78,8 @@ class TrainStep:
         self.has_float8_all_gather = parallel_model.applied.count("float8 all-gather") > 0
         self.optimizer = optimizer
         self.guard = guard
-        # Called in order, on every rank, with the step and whether it was applied, a bool on the
-        # device.
+        # Called in order, on every rank, with the step's number and whether it was applied (a bool
+        # tensor on the device).
         self.after_step: list[Callable[[int, Tensor], None]] = [lambda *_: self.refresh()]
         self.average = average
         if average is not None:
@@ -97,15 +98,16 @@ class TrainStep:
             self.after_step.append(balancer.after_step)
 
     def __call__(self, batches: Sequence[Batch], lr: float, *, stop: bool = False) -> StepResult:
-        """`batches`: this rank's micro-batches of the step, whole sequences on the host.
+        """Runs one step.
 
-        stop: whether this rank was asked to stop, for all of them to know.
+        batches: this rank's micro-batches, whole sequences on the host. lr: of this step. stop:
+        whether this rank has received a stop signal, which is summed over all ranks.
         """
         self.progress.enter("forward")
         micro_batches = [self.local(batch) for batch in batches]
         valid, (num_pairs, num_tokens, num_stopping) = self._agree(micro_batches, stop)
-        # Every token of the global batch weighs the same, wherever it is: the sum over
-        # micro-batches and ranks is divided by the valid tokens of all of them.
+        # Every token of the global batch has the same weight: the sum over micro-batches and ranks
+        # is divided by the number of valid tokens in all of them.
         num_valid = valid.sum()
         if self.num_sources:
             self.source_losses = torch.zeros(self.num_sources, device=self.device)
@@ -150,12 +152,12 @@ class TrainStep:
         )
 
     def refresh(self) -> None:
-        """Computes what depends on the weights, which have changed: the scales of float8."""
+        """Recomputes the float8 scales, which depend on the weights, after these have changed."""
         if self.has_float8_all_gather:
             refresh_scales(self.model)
 
     def _agree(self, micro_batches: Sequence[Batch], stop: bool) -> tuple[Tensor, Tensor]:
-        """`_count_valid` of the global batch, and its pairs, tokens and ranks to stop; int64."""
+        """Returns labels per source, and (pairs, tokens, stopping ranks): global counts, int64."""
         counted = [
             torch.cat([self._count_valid(batch), self._count_pairs(batch)])
             for batch in micro_batches
@@ -163,29 +165,29 @@ class TrainStep:
         counts = torch.cat([torch.stack(counted).sum(0), torch.tensor([int(stop)])])
         counts = self.to_device(counts)
         dist.all_reduce(counts)
-        # Ranks of one place in the data have the same tokens.
+        # Tensor and pipeline ranks count the same tokens again.
         counts[:-1] //= dist.get_world_size() // dist.get_world_size(self.meshes.loss)
         return counts[:-3], counts[-3:]
 
     def _count_pairs(self, batch: Batch) -> Tensor:
-        """Pairs that count, and tokens but padding."""
+        """Returns the number of labelled pairs, and of tokens that are not padding."""
         num_pairs = torch.tensor(0)
         if batch.pair_labels is not None:
             num_pairs = (batch.pair_labels != IGNORE_INDEX).sum()
         return torch.stack([num_pairs, self.objective.num_tokens(batch)])
 
     def _count_valid(self, batch: Batch) -> Tensor:
-        """Labels that count, of each source, or of all where there are none."""
+        """Returns the number of labels that are not -100: of each source, else one number."""
         valid_B = (batch.labels != IGNORE_INDEX).sum(1)
         if batch.sources is None:
             return valid_B.sum(0, keepdim=True)
         return valid_B.new_zeros(self.num_sources).index_add_(0, batch.sources, valid_B)
 
     def global_loss(self, loss: Tensor) -> Tensor:
-        """The sum of every rank's part, in place; collective."""
+        """Sums the parts of all ranks in place; collective."""
         dist.all_reduce(loss, group=self.meshes.loss)
         if self.meshes.pp is not None:
-            # Only ranks that have the last stage know a part of it.
+            # Only ranks with the last stage compute a loss; the others have 0.
             dist.all_reduce(loss, group=self.meshes.pp)
         return loss
 
@@ -212,7 +214,7 @@ class TrainStep:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
-        """As `_evaluate`, with the average of the weights where ema.validation is true."""
+        """Runs `_evaluate`, with the averaged weights if ema.validation is true."""
         if self.average is None or not self.config.ema.validation:
             return self._evaluate(batches)
         with self.average.swapped():
@@ -222,10 +224,9 @@ class TrainStep:
         return sums
 
     def _evaluate(self, batches: Sequence[Batch]) -> Tensor:
-        """Sum of the losses of this and all other ranks' micro-batches; collective.
+        """Returns the loss summed over all ranks' micro-batches, then the objective's sums.
 
-        Float64: of all losses, and after it what the objective adds up. Leaves no trace in what the
-        next step does.
+        Float64, (1 + num_sums,); collective. Does not affect the next step.
         """
         factor = self.pair_factor = torch.ones((), device=self.device)
         self.sums = self._zeros(torch.float64)
@@ -268,7 +269,7 @@ class TrainStep:
         return self.to_device(batch.inputs), kwargs
 
     def _dropout(self, batch: Batch) -> dict[str, Tensor]:
-        """Returns the keys of dropout for the model; none in `evaluate`, which has no gradients."""
+        """Returns the dropout keys of a micro-batch; none in `evaluate`, which has no gradients."""
         if not (self.args.has_dropout and torch.is_grad_enabled()):
             return {}
         assert batch.samples is not None
@@ -282,11 +283,11 @@ class TrainStep:
         return torch.zeros(self.objective.num_sums, dtype=dtype, device=self.device)
 
     def labelled(self, batch: Batch) -> Tensor:
-        """Returns the flattened tokens whose label counts; the host knows how many."""
+        """Returns indices of the flattened tokens with a label; the host needs their number."""
         return (batch.labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)
 
     def local(self, batch: Batch) -> Batch:
-        """This rank's part of each sequence, but the documents of whole ones."""
+        """Returns this rank's part of each sequence; `documents` stays that of whole sequences."""
         if self.positions is None:
             return batch
         positions = self.positions
@@ -321,13 +322,13 @@ class TrainStep:
         )
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        """A host tensor's copy; only from pinned memory does it leave the host free to go on."""
+        """Copies a host tensor to the device, from pinned memory: the host does not wait."""
         if self.device.type != "cuda":
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _norm(self, loss_scale: Tensor | None) -> GradNorm:
-        """Returns the global norm of the gradients, and what clips and unscales them."""
+        """Returns the global norm of the gradients, and the factor that clips and unscales them."""
         pp_group, copy = self.meshes.pp, None
         if pp_group is not None and self.model.tied_head:
             add_tied_gradients(self.model, pp_group)

@@ -1,4 +1,4 @@
-"""Measures the steps of a run, and reads from the device how they came out."""
+"""Measures the steps of a run, and reads their results from the device."""
 
 import logging
 from collections import deque
@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 
 
 class StepMonitor:
-    """Counts and times steps, warns of what somebody should look at, and writes the records.
+    """Counts and times steps, warns about unusual ones, and writes the log records.
 
-    tokens: trained on since step 0, by the whole job.
+    tokens: trained on since step 0, by all ranks.
     """
 
     def __init__(
@@ -59,13 +59,14 @@ class StepMonitor:
         self._loader, self._sources = loader, sources
 
     def after_step(self, step: int, result: StepResult, *, logs: bool) -> None:
-        """Counts a step, and looks at how it came out; on a device, unless `logs`, one step late.
+        """Counts a step and reads its result.
 
-        So the device has work while the host waits.
+        On a GPU the result is read one step late, so that the GPU has work while the host waits;
+        with `logs`, at once.
         """
         tokens: int | Tensor = self._plan.global_batch_size * self._plan.config.training.seq_len
         if self._training.objective.has_padding:
-            # A number that the host does not wait for.
+            # A tensor on the device, which the host does not wait for.
             tokens = result.num_tokens
         self.tokens += tokens
         self.meter.add(tokens=tokens, samples=self._plan.global_batch_size)
@@ -95,42 +96,42 @@ class StepMonitor:
         return record
 
     def _data_metrics(self, result: StepResult) -> dict[str, float]:
-        """Of what was read; collective."""
-        found: dict[str, float] = {}
+        """Returns metrics of the data that was read; collective."""
+        metrics: dict[str, float] = {}
         if self._plan.config.data.on_bad_document != "raise":
-            # Ranks that share a stream may differ in how far they have read it.
+            # Ranks that share a stream may have read different parts of it.
             counts = torch.tensor(self._loader.num_skipped(), device=self._process.device)
-            found["skipped_documents"] = all_reduce(counts, "max").sum().item()
+            metrics["skipped_documents"] = all_reduce(counts, "max").sum().item()
         if self._sources is not None:
             assert result.source_losses is not None
             assert result.source_valid is not None
-            found |= self._sources.metrics(
+            metrics |= self._sources.metrics(
                 result.source_losses, result.source_valid, self._loader.epochs()
             )
-        return found
+        return metrics
 
 
 class Outcomes:
-    """Steps that the host has not looked at yet; `is_stopping` once a rank was asked to stop.
+    """Results that the host has not read yet; `is_stopping` once a rank received a stop signal.
 
-    All ranks read after the same steps, so that they do the same about what they find.
+    All ranks read after the same steps, so that they decide the same.
     """
 
     def __init__(self, guard: Guard, parameter_names: Sequence[str]) -> None:
-        """parameter_names: of the whole model, in its order."""
+        """Takes parameter_names of the whole model, in its order."""
         self.is_stopping = False
         self._guard = guard
         self._parameter_names = parameter_names
         self._unread: deque[tuple[int, Readback]] = deque()
 
     def add(self, step: int, result: StepResult) -> None:
-        """Has a step's outcome sent to the host."""
+        """Starts copying a step's result to the host."""
         outcome = (result.is_finite, result.num_stopping, result.loss, result.grad_norm)
         numbers = [number.to(result.loss.device, torch.float32) for number in outcome]
         self._unread.append((step, Readback(torch.stack(numbers))))
 
     def read(self, keep: int = 0) -> None:
-        """Looks at all but the last `keep` steps; NonFiniteError where one ends the run."""
+        """Reads all results except the last `keep`; NonFiniteError if one has to end the run."""
         while len(self._unread) > keep:
             step, readback = self._unread.popleft()
             is_finite, num_stopping, loss, grad_norm = readback.read()
@@ -144,7 +145,7 @@ class Outcomes:
                 logger.warning("Skipped: %s", numbers)
 
     def _blame(self) -> str:
-        """Names the parameters with non-finite gradients, in a sentence; collective."""
+        """Returns a sentence with the parameters that have non-finite gradients; collective."""
         mine = {name.replace(CHECKPOINT_PREFIX, "") for name in self._guard.bad_gradients()}
         by_rank: list[set[str]] = [set()] * dist.get_world_size()
         dist.all_gather_object(by_rank, mine)

@@ -1,4 +1,4 @@
-"""The training loop: steps, checkpoints and validation in their order."""
+"""The training loop: steps, validation and checkpoints."""
 
 import contextlib
 import dataclasses
@@ -37,17 +37,17 @@ logger = logging.getLogger(__name__)
 
 
 class Watcher(Protocol):
-    """Looks at each step; one that is a context manager is entered around the loop."""
+    """An observer of each step; if it is a context manager, it is entered around the loop."""
 
     def after_step(self, step: int, result: StepResult) -> None:
-        """Called once the step has been handed to the device."""
+        """Runs once the step is queued on the device."""
 
 
 @dataclass(kw_only=True)
 class Trainer:
-    """An opened run. `train` does the steps that are left, `close` undoes what open_run did.
+    """An opened run: `train` runs the remaining steps, `close` releases what open_run opened.
 
-    opened: closed last.
+    opened: what `close` has to release.
     """
 
     plan: Plan
@@ -71,12 +71,12 @@ class Trainer:
 
     @property
     def is_stopping(self) -> bool:
-        """Whether a rank was asked to stop, and the run ends before its last step."""
+        """True if a rank has received a stop signal and steps are left."""
         is_done = self.state.step >= self.plan.config.training.steps
         return self.monitor.outcomes.is_stopping and not is_done
 
     def train(self) -> None:
-        """Trains up to `training.steps`, logging, saving and profiling on the way; collective."""
+        """Trains up to `training.steps`, with logs, checkpoints and profiles; collective."""
         config = self.plan.config
         first, last = self.state.step + 1, config.training.steps
         if first > last:
@@ -99,7 +99,7 @@ class Trainer:
                 stops = self.is_stopping and config.checkpoint.enable
                 if stops or self.checkpoints.should_save(step, last):
                     self.monitor.outcomes.read()
-                    # The slowest disk of all is waited for.
+                    # Waits for the rank with the slowest disk.
                     with self._outside_steps():
                         self.save()
                 if self.is_stopping:
@@ -114,7 +114,7 @@ class Trainer:
         logger.info("Everything is in %s\n%s", self.plan.run_folder, summary)
 
     def train_step(self, step: int) -> Record | None:
-        """One optimizer step over the global batch; collective. Returns its record if logged."""
+        """Runs one step over the global batch; collective. Returns its record if logged."""
         monitor = self.monitor
         self.stop.progress.enter("data", step=step)
         with monitor.meter.waiting_for_data():
@@ -140,10 +140,10 @@ class Trainer:
         return monitor.log(step, result, lr, self.checkpoints.metrics() | validated)
 
     def validate(self) -> dict[str, float]:
-        """Metrics over the held-out documents; collective."""
+        """Returns metrics over the held-out documents; collective."""
         held_out = self.data.held_out
         assert held_out is not None
-        # The first one compiles.
+        # The first validation compiles.
         with self._outside_steps():
             sums = self.training.step.evaluate(held_out.batches)
             metrics = self.training.objective.validation(sums, held_out)
@@ -152,27 +152,27 @@ class Trainer:
         return metrics
 
     def _validates(self, step: int) -> bool:
-        """Whether the loss over held-out documents is computed after this step."""
+        """Returns whether this step is followed by a validation."""
         if self.data.held_out is None:
             return False
         config = self.plan.config
         return step % config.validation.interval == 0 or step == config.training.steps
 
     def save(self) -> None:
-        """Saves a checkpoint of the step just done, or begins to; collective."""
+        """Saves a checkpoint of the step just done, or starts an async save; collective."""
         self.stop.progress.enter("save")
         self.state.tokens = int(self.monitor.tokens)
         is_last = self.state.step == self.plan.config.training.steps
         self.checkpoints.save(self.state, is_last=is_last)
 
     def report_compiled(self) -> None:
-        """Adds to the report what only the first step could tell."""
+        """Adds the numbers of compiled graphs, known after the first step, to the report."""
         if self.compilations is None:
             return
-        found: dict[str, Any] = {"compiled_graphs": self.compilations.graphs}
+        counts: dict[str, Any] = {"compiled_graphs": self.compilations.graphs}
         if self.plan.config.parallel.async_tp:
-            found |= count_fused()
-        applied = self.training.applied = dataclasses.replace(self.training.applied, **found)
+            counts |= count_fused()
+        applied = self.training.applied = dataclasses.replace(self.training.applied, **counts)
         logger.info("The first step compiled %s", applied.compiled())
         if self.plan.config.parallel.async_tp:
             applied.check_async_tp()
@@ -180,12 +180,12 @@ class Trainer:
             update_run_file(self.plan.run_folder, {"applied": dataclasses.asdict(applied)})
 
     def close(self) -> None:
-        """Lets a save end, closes metric files, stops the loader's worker, leaves the folder."""
+        """Finishes a save, closes metric files, stops the loader's worker, unlocks the folder."""
         self.opened.close()
 
     @contextlib.contextmanager
     def _outside_steps(self) -> Iterator[None]:
-        """For what may take longer than a step, and counts in no speed; collective."""
+        """Excludes the block from measured speeds, and gives it the longer timeout; collective."""
         comm = self.plan.config.comm
         self.watchdog.set_timeout(comm.init_timeout_seconds)
         with self.monitor.meter.excluded():
@@ -193,14 +193,14 @@ class Trainer:
         self.watchdog.set_timeout(comm.train_timeout_seconds)
 
     def _export(self) -> None:
-        """Writes the last step's checkpoint for Hugging Face transformers, if asked; collective."""
+        """Exports the last checkpoint if checkpoint.last_save_hf is true; collective."""
         if self.plan.config.checkpoint.last_save_hf:
             self.stop.progress.enter("save")
             self.watchdog.set_timeout(self.plan.config.comm.init_timeout_seconds)
             export_hf(self.plan, self.checkpoints.folder, self.tokenizer, self.process.rank)
 
     def _log_stopped(self) -> None:
-        """Logs why the run stopped, whichever rank was asked; collective."""
+        """Logs the signal that stopped the run, on whichever rank it arrived; collective."""
         reasons: list[str | None] = [None] * self.process.world_size
         dist.all_gather_object(reasons, self.stop.signal)
         if self.process.rank > 0:
@@ -212,7 +212,7 @@ class Trainer:
 
 
 def advise_on_memory(plan: Plan, device: torch.device) -> list[str]:
-    """Settings that would fit, by the planner where it knows the device."""
+    """Returns settings that would fit: the planner's if it knows the device, else general ones."""
     known = find_device(device_name(device))
     if known is not None and known.memory_gb is not None:
         fitting = fitting_settings(plan.config, plan.dims, plan.family, plan.args, known)
