@@ -63,7 +63,8 @@ def test_a_scale_that_can_fall_no_further_ends_a_run_that_has_diverged() -> None
             scaler.check(step, torch.inf)
         scaler.step(optimizer, **UNUSED, is_finite=torch.tensor(False), grad_scale=None)
     assert scaler.metrics() == {"loss_scale": 1, "skipped_steps": 17}
-    with pytest.raises(RuntimeError, match=r"step 18: the gradient norm is nan though the loss is"):
+    message = r"step 18: the gradient norm is nan at the minimum loss scale \(1\), after 17 skipped"
+    with pytest.raises(RuntimeError, match=message):
         scaler.check(18, float("nan"))
 
 

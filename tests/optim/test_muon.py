@@ -210,7 +210,7 @@ def test_groups_choose_the_algorithm() -> None:
     assert "output.weight" in chosen
     assert not any(".wo." in name for name in chosen)
     norms = [OptimizerGroup(pattern="norm.weight", algorithm="muon")]
-    with pytest.raises(SettingError, match=r'"muon" requires matrices, and norm.weight has 1 dim'):
+    with pytest.raises(SettingError, match=r'"muon" requires matrices, but norm.weight has 1 dim'):
         matrices_of(LLAMA, groups=norms)
 
 

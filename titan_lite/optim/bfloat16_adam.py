@@ -1,4 +1,4 @@
-"""AdamW and Adam whose moments are stored in bfloat16: 4 bytes per parameter in place of 8."""
+"""AdamW and Adam with moments in bfloat16: 4 bytes per parameter instead of 8."""
 
 from typing import Any
 
@@ -10,9 +10,10 @@ from titan_lite.optim.nonfinite import DeviceGuardedOptimizer
 
 
 class BFloat16Adam(DeviceGuardedOptimizer):
-    """Computes a step in float32 and rounds the moments, element by element.
+    """Adam that computes in float32 and rounds the moments to bfloat16.
 
-    No number depends on another: the step is the same in every layout. decoupled: AdamW's decay.
+    Each element is computed separately, so the step is the same in every layout. decoupled: True
+    for AdamW's weight decay, False for Adam's.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class BFloat16Adam(DeviceGuardedOptimizer):
             state["step"] = torch.zeros((), device=parameter.device)
             state |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
         for key in ("exp_avg", "exp_avg_sq"):
-            # Torch loads state in the type of its parameter.
+            # torch loads the state in the dtype of the parameter.
             state[key] = state[key].bfloat16()
         (beta1, beta2), decay = group["betas"], group["weight_decay"]
         if not self.decoupled:

@@ -12,9 +12,10 @@ from titan_lite.nn.init import CHECKPOINT_PREFIX
 
 
 class WeightAverage:
-    """The average of a model's weights; nothing is exchanged, so that it is equal in every layout.
+    """The average of a model's weights: elementwise, so it is the same in every layout.
 
-    tensors: by the names of parameters, a tied one by each of its names, laid out as they are.
+    tensors: averages by the parameters' names, with the parameters' placements; a tied parameter
+    has an entry for each of its names.
     """
 
     def __init__(self, section: EMA, model: nn.Module) -> None:
@@ -32,14 +33,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int, is_applied: Tensor) -> None:
-        """Moves the average towards the weights, unless the step was skipped: no host sync."""
+        """Moves the average towards the weights if the step was applied; no host sync."""
         share = 1.0 if step <= self.section.start_step else 1 - self.section.decay
         for weight, average in self._local():
             average.lerp_(weight, (is_applied * share).to(average))
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
-        """Exchanges weights and average inside, one parameter at a time."""
+        """Swaps weights and averages inside the block, one parameter at a time."""
         self._swap()
         try:
             yield

@@ -8,18 +8,18 @@ from torch import Tensor
 
 
 class Guard(Protocol):
-    """Steps the optimizer unless the loss or the gradient norm is NaN or Inf; all ranks alike."""
+    """Steps the optimizer unless the loss or gradient norm is NaN or Inf; the same on all ranks."""
 
     @property
     def mode(self) -> Literal["stop", "skip", "rescale"]:
-        """What follows such a step: the end of the run, a warning, or only another `scale`."""
+        """Reaction to a non-finite step: end the run, log a warning, or reduce `scale`."""
 
     @property
     def scale(self) -> Tensor | None:
-        """Factor of the loss in backward, a scalar; None: 1."""
+        """Factor of the loss in backward, a scalar tensor; None: 1."""
 
     def is_finite(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """A bool scalar, from the global loss and gradient norm."""
+        """Returns a bool scalar tensor, from the global loss and gradient norm."""
 
     def step(
         self,
@@ -30,23 +30,26 @@ class Guard(Protocol):
         norms: Tensor,
         owners: Sequence[str],
     ) -> Tensor:
-        """Steps the optimizer, see `step_if`; returns whether the step was applied, a bool scalar.
+        """Steps the optimizer (see `step_if`); returns whether the step was applied, a bool tensor.
 
-        norms: (P,), of this rank's parts of the gradients, owners: P names of parameters; the same
-        in each step.
+        norms: (P,), norms of this rank's parts of the gradients. owners: the names of their P
+        parameters, the same in each step.
         """
 
     def bad_gradients(self) -> set[str]:
-        """Under "stop", whose gradients on this rank were not finite in the first bad step."""
+        """Names of parameters with NaN or Inf gradients on this rank in the first bad step.
+
+        Only for mode "stop".
+        """
 
     def check(self, step: int, grad_norm: float) -> None:
-        """Raises RuntimeError on a log step after which training on cannot help."""
+        """Raises RuntimeError, on a log step, if the run has diverged."""
 
     def metrics(self) -> dict[str, float]:
-        """For a log record; waits for the device."""
+        """Returns metrics for a log record; waits for the device."""
 
     def state_dict(self) -> dict[str, float]:
-        """Numbers for a checkpoint; waits for the device."""
+        """Returns numbers for a checkpoint; waits for the device."""
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Of a checkpoint, which another kind of guard may have written."""
+        """Restores the numbers of a checkpoint, which another kind of guard may have written."""

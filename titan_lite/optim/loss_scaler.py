@@ -9,22 +9,22 @@ from torch import Tensor
 
 from titan_lite.optim.nonfinite import step_if
 
-# As torch.amp.GradScaler's.
+# The defaults of torch.amp.GradScaler.
 INIT_SCALE = 65536.0
 GROWTH_FACTOR = 2.0
 BACKOFF_FACTOR = 0.5
 GROWTH_INTERVAL = 2000
-# Loss and gradients as they are: what overflows now has diverged.
+# The loss is not scaled: if gradients still overflow, the run has diverged.
 MIN_SCALE = 1.0
 
 
 class LossScaler:
     """The factor that keeps small gradients above float16's smallest number.
 
-    Halved, down to MIN_SCALE, by a step whose gradient norm is not finite, and which is skipped;
-    doubled after GROWTH_INTERVAL others in a row. torch.amp.GradScaler looks at the gradients that
-    one rank holds; the norm is global, so that all ranks take the same decision. Its numbers stay
-    on the parameters' device: with a fused optimizer no step waits for the host.
+    A step with a NaN or Inf gradient norm is skipped and halves the factor, down to MIN_SCALE;
+    GROWTH_INTERVAL finite steps in a row double it. torch.amp.GradScaler checks the gradients of
+    one rank; this one checks the global norm, so that all ranks decide the same. The numbers stay
+    on the parameters' device: with a fused optimizer, the host does not wait for it.
     """
 
     mode: Literal["rescale"] = "rescale"
@@ -62,8 +62,10 @@ class LossScaler:
     def check(self, step: int, grad_norm: float) -> None:
         if not math.isfinite(grad_norm) and self.scale.item() <= MIN_SCALE:
             raise RuntimeError(
-                f"step {step}: the gradient norm is {grad_norm} though the loss is not scaled any "
-                f"more, after {self.skipped_steps.item():.0f} skipped steps: the run has diverged"
+                f"step {step}: the gradient norm is {grad_norm} at the minimum loss scale "
+                f"({MIN_SCALE:g}), after {self.skipped_steps.item():.0f} skipped steps: the run "
+                "has diverged. Resume from an earlier checkpoint with a lower optimizer.lr, or set "
+                'training.param_dtype = "bfloat16"'
             )
 
     def metrics(self) -> dict[str, float]:
@@ -73,6 +75,6 @@ class LossScaler:
         return {name: getattr(self, name).item() for name in self.STATE}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        # A run in another precision leaves the number of skipped steps alone.
+        # The checkpoint of a run in another precision has only skipped_steps, or nothing.
         for name in state:
             getattr(self, name).fill_(state[name])

@@ -1,8 +1,8 @@
-"""Muon: matrices step along their orthogonalized momentum, the same in every layout.
+"""Muon: updates matrices by their orthogonalized momentum, the same in every layout.
 
 Keller Jordan et al., https://kellerjordan.github.io/posts/muon; the adjusted learning rate is
-Moonlight's (arXiv:2502.16982). Half of a matrix orthogonalized is not half of the orthogonalized
-matrix: one rank works on the whole of it, another rank on the next.
+Moonlight's (arXiv:2502.16982). Parts of a matrix cannot be orthogonalized separately: one rank
+gathers the whole matrix and orthogonalizes it, and the matrices are distributed over the ranks.
 """
 
 import fnmatch
@@ -24,16 +24,16 @@ from titan_lite.optim.muon_exchange import Exchange, Matrix, Transfer, assign_ow
 from titan_lite.optim.nonfinite import DeviceGuardedOptimizer, step_if
 from titan_lite.optim.optimizer import Parameter, Surroundings, build_adam, torch_groups
 
-# As torch.optim.Muon's: the least that a matrix is divided by.
+# The smallest norm that a matrix is divided by, as in torch.optim.Muon.
 EPS = 1e-7
-# Parameters whose rows are those of heads.
+# Parameters whose rows belong to attention heads.
 HEADS = "*.attention.w[qkv].weight"
 
 
 def build_muon(
     section: Section, parameters: Sequence[Parameter], surroundings: Surroundings
 ) -> "Muon":
-    """Muon of the matrices, and AdamW of the rest, as one optimizer."""
+    """Builds one optimizer: Muon for the matrices, and AdamW for the rest."""
     matrices: list[Parameter] = []
     rest: list[Parameter] = []
     for p in parameters:
@@ -42,7 +42,7 @@ def build_muon(
         if is_matrix and p.tensor.ndim < 2:
             raise SettingError(
                 "optimizer.groups",
-                f'algorithm "muon" requires matrices, and {p.name} has {p.tensor.ndim} dim; '
+                f'algorithm "muon" requires matrices, but {p.name} has {p.tensor.ndim} dim: '
                 'set algorithm = "adamw" for it',
             )
     ns_dtype = section.ns_dtype
@@ -60,7 +60,7 @@ def build_muon(
 
 
 def orthogonalize(matrices: Tensor, coefficients: Sequence[float], steps: int) -> Tensor:
-    """Returns each of (..., rows, columns) with singular values near 1, by Newton-Schulz."""
+    """Orthogonalizes matrices (..., rows, columns) by Newton-Schulz: singular values near 1."""
     a, b, c = coefficients
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = (matrices.mT if is_tall else matrices).reshape(-1, *sorted(matrices.shape[-2:]))
@@ -77,7 +77,7 @@ def lr_factor(shape: Sequence[int], adjust_lr: str) -> float:
     rows, columns = shape[-2:]
     if adjust_lr == "original":
         return math.sqrt(max(1, rows / columns))
-    # An update's root mean square is then 0.2, about that of AdamW's.
+    # The root mean square of an update is then 0.2, close to AdamW's.
     return 0.2 * math.sqrt(max(rows, columns))
 
 
@@ -88,7 +88,7 @@ def by_block(name: str) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """A parameter; its group's settings change, and are looked up in each step."""
+    """A parameter with the index of its group, whose settings change from step to step."""
 
     parameter: Tensor
     group: int
@@ -96,10 +96,10 @@ class Entry:
 
 
 class Muon(DeviceGuardedOptimizer):
-    """Steps the matrices of `groups`, or stacks of them, and with `adamw` its parameters.
+    """Muon for the matrices, or stacks of matrices, of `groups`; `adamw` for other parameters.
 
     names: of the matrices. head_size: rows of a head of queries, keys and values, if each head is
-    a separate matrix. ranks: those that have parts of every matrix; None: this one has all.
+    a separate matrix. ranks: the group of ranks that shard the matrices; None: not sharded.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Muon(DeviceGuardedOptimizer):
     def _plan(
         self, named: dict[str, Entry], group: dist.ProcessGroup | None
     ) -> tuple[list[Entry], list[tuple[list[Entry], Exchange]]]:
-        """Returns the parameters that need no exchange, and the others, block by block."""
+        """Returns the parameters that are whole on this rank, and the sharded ones by block."""
         rank, num_ranks = 0, 1
         if group is not None:
             rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
@@ -163,9 +163,9 @@ class Muon(DeviceGuardedOptimizer):
         is_finite: Tensor | None = None,
         grad_scale: Tensor | None = None,
     ) -> None:
-        """A non-finite step computes and communicates, and changes nothing."""
+        """Runs one step; a non-finite step computes and communicates, but changes nothing."""
         if self.adamw is not None:
-            # A checkpoint that is loaded replaces them.
+            # Loading a checkpoint replaces these objects.
             self.adamw.param_groups = self.param_groups[self.num_groups :]
             self.adamw.state = self.state
             if is_finite is None:
@@ -175,7 +175,7 @@ class Muon(DeviceGuardedOptimizer):
         for entry in self.local:
             update = self._orthogonalize(self._direction(entry, is_finite, grad_scale), entry)
             self._apply(entry, update, is_finite)
-        # A bucket's shards travel while the one before is worked on.
+        # A bucket's shards are sent while the previous bucket is orthogonalized.
         pending: tuple[list[Entry], Exchange, Transfer] | None = None
         for entries, exchange in self.buckets:
             shards = [self._direction(entry, is_finite, grad_scale) for entry in entries]
@@ -208,13 +208,13 @@ class Muon(DeviceGuardedOptimizer):
     def _direction(
         self, entry: Entry, is_finite: Tensor | None, grad_scale: Tensor | None
     ) -> Tensor:
-        """Updates the momentum of this rank's part, and returns what is to be orthogonalized."""
+        """Updates the momentum of this rank's part, and returns the update to orthogonalize."""
         parameter = entry.parameter
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         average = _local(state["momentum_buffer"])
-        # A parameter without a gradient moves by its momentum.
+        # A parameter without a gradient is updated by its momentum.
         gradient = torch.zeros_like(average)
         if parameter.grad is not None:
             gradient = _local(parameter.grad)
@@ -225,7 +225,7 @@ class Muon(DeviceGuardedOptimizer):
         return gradient.lerp(average, momentum) if self.section.nesterov else average
 
     def _orthogonalize(self, whole: Tensor, entry: Entry) -> Tensor:
-        # A stack of experts may be a part of all of them.
+        # A stack may have only this rank's experts.
         stack = whole.view(entry.shape) if entry.shape != entry.parameter.shape else whole
         section = self.section
         result = orthogonalize(stack.to(self.ns_dtype), section.ns_coefficients, section.ns_steps)
@@ -241,7 +241,7 @@ class Muon(DeviceGuardedOptimizer):
 
 
 def _is_whole(parameter: Tensor, parts: Sequence[tuple[slice, ...]]) -> bool:
-    """Returns whether every rank has whole matrices of a stack."""
+    """Returns whether the ranks split a stack only between its matrices."""
     sides = [slice(0, size) for size in parameter.shape[-2:]]
     return parameter.ndim > 2 and all(list(part[-2:]) == sides for part in parts)
 

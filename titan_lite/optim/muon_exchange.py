@@ -1,4 +1,4 @@
-"""Gives every matrix one owner, which gets all of its shards and returns to each rank its part."""
+"""Gathers the shards of each matrix on one rank, its owner, and scatters the updates."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement
 
 Box = tuple[slice, ...]
-"""Rows and columns of a matrix, or experts, rows and columns."""
+"""Ranges of a matrix's rows and columns, or of experts, rows and columns."""
 
 
 def box(
@@ -21,10 +21,10 @@ def box(
     place: Sequence[int],
     placements: Sequence[Placement],
 ) -> Box:
-    """Returns the part of a tensor that a DTensor has at a place in its mesh.
+    """Returns the part of a tensor that a rank holds, by its coordinates `place` in the mesh.
 
-    FSDP2 shards what tensor parallel has already split: its placement is strided, and divides
-    after the axes on its right.
+    FSDP2's placement is strided where tensor parallel has already split the dim: the axes on its
+    right are divided first.
     """
     bounds = [(0, size) for size in shape]
     split = [axis for axis, placement in enumerate(placements) if hasattr(placement, "dim")]
@@ -39,12 +39,12 @@ def box(
 
 
 def numel(part: Box) -> int:
-    """Elements of a box."""
+    """Returns the number of elements in a box."""
     return math.prod(side.stop - side.start for side in part)
 
 
 def boxes(parameter: Tensor, rank: int, num_ranks: int) -> list[Box]:
-    """Returns the boxes of all ranks, of which this is one; without a DTensor there is one rank."""
+    """Returns the boxes of all ranks; a parameter that is not a DTensor has one rank."""
     if not isinstance(parameter, DTensor):
         assert num_ranks == 1
         return [tuple(slice(0, size) for size in parameter.shape)]
@@ -56,13 +56,13 @@ def boxes(parameter: Tensor, rank: int, num_ranks: int) -> list[Box]:
 
 
 def cost(shape: Sequence[int]) -> int:
-    """Returns what Newton-Schulz's time is proportional to: m^2 n for sides m <= n."""
+    """Returns the relative time of Newton-Schulz: m^2 n for sides m <= n."""
     *batch, rows, columns = shape
     return math.prod(batch) * rows * columns * min(rows, columns)
 
 
 def assign_owners(shapes: Sequence[Sequence[int]], num_ranks: int) -> list[int]:
-    """Returns the owner of each matrix: the costliest first, to the rank with the least to do."""
+    """Returns the owner of each matrix: costliest first, each to the least loaded rank."""
     owners, loads = [0] * len(shapes), [0] * num_ranks
     for index in sorted(range(len(shapes)), key=lambda index: -cost(shapes[index])):
         owners[index] = loads.index(min(loads))
@@ -72,7 +72,7 @@ def assign_owners(shapes: Sequence[Sequence[int]], num_ranks: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Matrix:
-    """The parts of one matrix, by rank of the group."""
+    """A matrix with its owner, and the part of each rank of the group."""
 
     shape: torch.Size
     owner: int
@@ -80,7 +80,7 @@ class Matrix:
 
     @cached_property
     def senders(self) -> frozenset[int]:
-        """The first rank that has each part; replicas have the same."""
+        """The ranks that send: of replicas of the same part, the first."""
         first: dict[tuple[tuple[int, int], ...], int] = {}
         for rank, part in enumerate(self.boxes):
             first.setdefault(tuple((side.start, side.stop) for side in part), rank)
@@ -88,7 +88,7 @@ class Matrix:
 
 
 class Transfer:
-    """Tensors on their way: `pieces` by destination, of `expected` sizes by source."""
+    """An all-to-all in progress: sends `pieces` by destination, receives `expected` by source."""
 
     def __init__(
         self,
@@ -112,14 +112,14 @@ class Transfer:
         )
 
     def wait(self) -> Sequence[Tensor]:
-        """Returns what has arrived, flat, by source."""
+        """Returns the received tensors, flat, by source."""
         if self.work is not None:
             self.work.wait()
         return self.received.split(self.expected)
 
 
 class Exchange:
-    """Moves the matrices of one bucket; collective over `group`, whose ranks have all of them."""
+    """Gathers and scatters the matrices of one bucket; collective over `group`."""
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ class Exchange:
         return wholes
 
     def scatter(self, wholes: Sequence[Tensor]) -> list[Tensor]:
-        """Returns every matrix's part of this rank, from the whole ones of the owners."""
+        """Returns this rank's part of every matrix. wholes: the matrices that this rank owns."""
         pieces = [
             [whole[matrix.boxes[rank]] for matrix, whole in zip(self.owned, wholes, strict=True)]
             for rank in self.ranks

@@ -1,4 +1,4 @@
-"""Handling of steps whose loss or gradient norm is NaN or infinite."""
+"""Handling of steps whose loss or gradient norm is NaN or Inf."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 class NonFiniteError(RuntimeError):
-    """A step was not finite, and the run ends; raised by every rank after the same step."""
+    """A NaN or Inf step that ends the run; every rank raises it after the same step."""
 
 
 class DeviceGuardedOptimizer(torch.optim.Optimizer):
-    """An optimizer whose `step` decides on the device whether it has an effect."""
+    """An optimizer whose `step` is a no-op if a flag on the device is false."""
 
     def step(  # type: ignore[override]
         self,
@@ -22,9 +22,9 @@ class DeviceGuardedOptimizer(torch.optim.Optimizer):
         is_finite: Tensor | None = None,
         grad_scale: Tensor | None = None,
     ) -> None:
-        """Divides gradients by `grad_scale` and steps if `is_finite`, else changes nothing.
+        """Divides gradients by `grad_scale` (None: 1) and steps if `is_finite` (None: True).
 
-        Both are scalars on the parameters' device, None: 1 and True. The host does not wait.
+        Both are scalars on the parameters' device, for which the host does not wait.
         """
         raise NotImplementedError
 
@@ -32,8 +32,8 @@ class DeviceGuardedOptimizer(torch.optim.Optimizer):
 def step_if(optimizer: torch.optim.Optimizer, is_finite: Tensor, grad_scale: Tensor | None) -> None:
     """Steps the optimizer on gradients divided by `grad_scale` if `is_finite`, both scalars.
 
-    With a fused or DeviceGuardedOptimizer the host does not wait: fused kernels read both on the
-    device, as they do for torch.amp.GradScaler. With any other one the host waits for `is_finite`.
+    The host does not wait with a DeviceGuardedOptimizer, nor with a fused optimizer, whose kernels
+    read both on the device. With any other optimizer, the host waits for `is_finite`.
     """
     if isinstance(optimizer, DeviceGuardedOptimizer):
         optimizer.step(is_finite=is_finite, grad_scale=grad_scale)
@@ -49,11 +49,11 @@ def step_if(optimizer: torch.optim.Optimizer, is_finite: Tensor, grad_scale: Ten
 
 
 class NonFiniteGuard:
-    """Keeps a step that is not finite from the weights: "skip" counts it, "stop" ends the run.
+    """Prevents non-finite steps from updating the weights: "skip" counts them, "stop" ends the run.
 
-    What `is_finite` says is global, so that all ranks take the same decision. The numbers stay on
-    the parameters' device. The host may learn of a bad step when the device has begun the next
-    one, so that under "stop" no later step is applied either.
+    `is_finite` is global, so that all ranks decide the same. The numbers stay on the parameters'
+    device. With "stop", steps after the first bad one are not applied either: the host may read the
+    result only after the device has started the next step.
     """
 
     def __init__(self, mode: Literal["stop", "skip"], device: torch.device) -> None:
@@ -90,7 +90,7 @@ class NonFiniteGuard:
         return {self._owners[i] for i in (~self._norms.isfinite()).nonzero().flatten().tolist()}
 
     def check(self, step: int, grad_norm: float) -> None:
-        # The step monitor looks at every step.
+        # StepMonitor reads every step's result.
         pass
 
     def metrics(self) -> dict[str, float]:

@@ -22,10 +22,10 @@ FUSED_DEVICES = ("cuda", "cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """A parameter, and how it is stepped.
+    """A parameter with its optimizer settings.
 
-    name: in the whole model, that of the embedding for a head tied to it. algorithm: one of its
-    section's ALGORITHMS, or "" for the builder to choose by `kind`.
+    name: in the whole model; for a tied head, that of the embedding. algorithm: one of the
+    section's ALGORITHMS, or "": the builder chooses by `kind`.
     """
 
     name: str
@@ -38,9 +38,9 @@ class Parameter:
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
-    """The rest of a run that a builder may need to know.
+    """Facts of a run that an optimizer may depend on.
 
-    ranks: those that have parts of the same parameters. param_dtype: training.param_dtype.
+    ranks: the group of ranks that shard the same parameters. param_dtype: training.param_dtype.
     """
 
     ranks: dist.ProcessGroup | None
@@ -54,10 +54,11 @@ Builder = Callable[[Any, Sequence[Parameter], Surroundings], torch.optim.Optimiz
 def build_optimizer(
     model: nn.Module, section: Optimizer, plan: tuple[PlanRow, ...], surroundings: Surroundings
 ) -> torch.optim.Optimizer:
-    """The optimizer of all parameters, by its registered builder.
+    """Builds the optimizer with its registered builder.
 
-    plan: of the model's family. Its state is there from the start where the optimizer makes it in
-    its first step: ranks and checkpoints then have the same, whatever got a gradient.
+    plan: of the model's family. State that the optimizer would create in its first step is created
+    here, so that ranks and checkpoints have the same state whether or not a parameter has a
+    gradient.
     """
     parameters = list(parameters_of(model, section, plan, tied_head=surroundings.args.tied_head))
     build: Builder = load(BUILDERS[section.name][1])
@@ -70,11 +71,11 @@ def build_optimizer(
 def parameters_of(
     model: nn.Module, section: Optimizer, plan: tuple[PlanRow, ...], *, tied_head: bool
 ) -> Iterator[Parameter]:
-    """The parameters of a model, or a stage of it, with the settings of their groups."""
+    """Yields the parameters of a model, or of a stage of it, with the settings of their groups."""
     for full_name, tensor in model.named_parameters():
         name = full_name.replace(CHECKPOINT_PREFIX, "")
         if tied_head and name == "output.weight":
-            # The last stage's copy of the first stage's.
+            # The last stage has a copy of the first stage's embedding.
             name, decay_kind = "tok_embeddings.weight", "embedding"
         else:
             decay_kind = _decay_kind(model.get_submodule(full_name.rpartition(".")[0]), name)
@@ -91,7 +92,7 @@ def parameters_of(
 
 
 def _decay_kind(module: nn.Module, name: str) -> str:
-    """Returns what no_decay calls a parameter, from the module that owns it, or "weight"."""
+    """Returns the parameter's name in optimizer.no_decay, by the module that owns it."""
     if isinstance(module, nn.RMSNorm | nn.LayerNorm):
         return "norm"
     if isinstance(module, nn.Embedding):
@@ -105,7 +106,7 @@ def _group_of(section: Optimizer, name: str) -> OptimizerGroup | None:
 
 
 def check_groups(section: Optimizer, names: Sequence[str]) -> None:
-    """Raises SettingError for a group without parameters. names: of the whole model."""
+    """Raises SettingError for a group without parameters. names: all of the model's."""
     taken = [_group_of(section, name) for name in names]
     for number, group in enumerate(section.groups, start=1):
         if any(other is group for other in taken):
@@ -120,7 +121,7 @@ def check_groups(section: Optimizer, names: Sequence[str]) -> None:
 
 
 def torch_groups(parameters: Sequence[Parameter]) -> list[dict[str, Any]]:
-    """Groups for a torch.optim.Optimizer: parameters of one rate and decay, at least one each."""
+    """Returns groups for a torch.optim.Optimizer: the parameters by lr_factor and weight_decay."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for p in parameters:
         groups.setdefault((p.lr_factor, p.weight_decay), []).append(p.tensor)
@@ -133,7 +134,7 @@ def torch_groups(parameters: Sequence[Parameter]) -> list[dict[str, Any]]:
 def build_adam(
     section: AdamOptimizer, parameters: Sequence[Parameter], _: Surroundings
 ) -> torch.optim.Optimizer:
-    """AdamW or Adam."""
+    """Builds AdamW or Adam."""
     betas = (section.beta1, section.beta2)
     if section.state_dtype == "bfloat16":
         return BFloat16Adam(
@@ -159,7 +160,7 @@ def build_adam(
 
 
 def _make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Makes the state by a step without rate, decay and gradients, which does not count."""
+    """Creates the state by a step with zero rate, decay and gradients, which is not counted."""
     settings = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = group["weight_decay"] = 0.0
@@ -177,6 +178,6 @@ def _make_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate of every group, by its factor."""
+    """Sets the learning rate of every group to lr x its lr_factor."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_factor", 1.0)

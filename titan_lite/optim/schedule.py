@@ -1,4 +1,4 @@
-"""Learning-rate schedules as functions of the step: nothing to save, nothing to resume."""
+"""Learning-rate schedules as functions of the step, without state to save."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from titan_lite.config.schema import LRScheduler
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate of each step from 1 to total_steps; lr: the peak."""
+    """The learning rate of each step from 1 to total_steps. lr: its peak."""
 
     lr: float
     section: LRScheduler
@@ -18,16 +18,16 @@ class Schedule:
         return self.lr * lr_factor(step, self.section, self.total_steps)
 
     def changes(self, step: int) -> list[float]:
-        """From each of the steps around this one to the next."""
+        """Returns the changes of the rate from step to step, around this one."""
         near = [s for s in range(step - 1, step + 3) if 1 <= s <= self.total_steps]
         return [self(s) - self(s - 1) for s in near[1:]]
 
 
 def jump(before: Schedule, after: Schedule, step: int) -> tuple[float, float] | None:
-    """The rates of `step` and the next one, where the schedule changes between them with a jump.
+    """Returns the rates of `step` and the next one if the change of schedules makes a jump.
 
-    A jump is larger than what either schedule does from one step to the next around there, or goes
-    the other way by more than 1 %.
+    A jump is larger than either schedule's changes from step to step around `step`, or more than
+    1 % in the opposite direction.
     """
     if not 1 <= step < after.total_steps:
         return None
@@ -39,10 +39,10 @@ def jump(before: Schedule, after: Schedule, step: int) -> tuple[float, float] | 
 
 
 def lr_factor(step: int, section: LRScheduler, total_steps: int) -> float:
-    """Factor of the peak learning rate that optimizer step `step` (1 to total_steps) uses.
+    """Returns the factor of the peak learning rate for step `step` (1 to total_steps).
 
-    Linear warm-up reaches 1 at step warmup_steps; a stable phase may lie between it and the decay
-    (warm-up / stable / decay, arXiv:2404.06395). A second warm-up multiplies all of this.
+    A linear warm-up reaches 1 at step warmup_steps. A stable phase may follow before the decay
+    (arXiv:2404.06395). The second warm-up, if set, multiplies the result.
     """
     factor = _first_factor(step, section, total_steps)
     after = step - section.rewarmup_start
