@@ -63,13 +63,13 @@ WORDS = {"text": "word " * 300}
         ([{"text": 3}] * 99, (), "line 1: field 'text' is 3, expected text"),
         ([{"text": ""}] * 99, (), "line 1: field 'text' is empty"),
         (["words"] * 99, (), "line 1: expected a JSON object"),
-        ([], (), "holds no documents"),
+        ([], (), "has no documents"),
         (
             [{"body": "a"}] * 99,
             ("--data.on_bad_document=skip",),
             "none of the 99 documents of",
         ),
-        ([WORDS] * 63, (), "holds 63 documents, too few for 64 streams"),
+        ([WORDS] * 63, (), "has 63 documents, too few for 64 streams"),
     ],
 )
 def test_documents_that_a_run_cannot_begin_with_are_refused(
@@ -164,7 +164,7 @@ def test_a_run_that_reads_few_streams_needs_few_documents(
         (("--training.seq_len=8192",), "10 batches of 2 samples of 8192 tokens"),
         (
             ("--training.global_batch_size=64",),
-            "10 batches of 64 samples of 2048 tokens are more than bundled",
+            "10 batches of 64 samples of 2048 tokens are more than the ",
         ),
         (
             (*BERT, "--validation.steps=10000"),

@@ -279,8 +279,8 @@ def test_a_model_that_has_no_form_in_a_tokenizer_json_is_exported_alone_and_said
     assert export_report(documents, ours, Data(), of_pairs=False) == ExportReport(
         False,
         "The tokenizer has no tokenizer.json that gives the same ids, since "
-        "treat_whitespace_as_suffix has no form there: tokenizer.model gives the ids of training "
-        "in sentencepiece alone, transformers may give others",
+        "treat_whitespace_as_suffix cannot be represented there: tokenizer.model gives the ids of "
+        "training only in sentencepiece, transformers may give others",
     )
     (folder / "tokenizer.model").write_bytes(default_pieces(model_type="word", vocab_size=300))
     documents = export(load_tokenizer(folder), tmp_path / "words")

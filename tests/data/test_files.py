@@ -158,7 +158,7 @@ def test_samples_are_those_of_plain_jsonl_wherever_documents_are_named(
     assert run(data(target), 72) == expected
     assert read_manifest(target).documents == 30
     (target / "a.jsonl").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"/tokens holds tokens: name this folder itself"):
+    with pytest.raises(ValueError, match=r"/tokens has tokens: name this folder itself"):
         resolve_source(data(tmp_path))
 
 
@@ -194,23 +194,23 @@ def test_companions_are_no_documents_and_other_files_are_named(
     start = f'data.dataset_path = "{tmp_path}" leaves out'
     assert caplog.messages == [
         f"{start} e.csv, g.parquet.gz, sub/f.jsonl.lz4: documents end in {files.KNOWN}",
-        f"{start} _h.jsonl, _temporary, by name no documents: to read them, name the files by a "
-        "glob",
+        f"{start} _h.jsonl, _temporary, not documents by their names: to read them, name the "
+        "files by a glob",
     ]
 
 
 def test_a_folder_without_documents_is_refused_by_its_files(tmp_path: Path) -> None:
-    start = f"data.dataset_path: {tmp_path} holds no file ending in {files.KNOWN}"
+    start = f"data.dataset_path: {tmp_path} has no file ending in {files.KNOWN}"
     assert refused(tmp_path) == start
     fill(tmp_path, "LICENSE.txt")
-    assert refused(tmp_path) == f"{start}; LICENSE.txt is not taken for documents"
+    assert refused(tmp_path) == f"{start}; LICENSE.txt is not read as documents"
     fill(tmp_path, "a.jsonl.lz4", "b.tar.gz")
     assert refused(tmp_path) == (
-        f"{start}; a.jsonl.lz4, b.tar.gz cannot be read; LICENSE.txt is not taken for documents"
+        f"{start}; a.jsonl.lz4, b.tar.gz cannot be read; LICENSE.txt is not read as documents"
     )
     fill(tmp_path, "urls.txt")
     assert refused(tmp_path) == (
-        f"data.dataset_path: {tmp_path} holds text (urls.txt) next to what cannot be read "
+        f"data.dataset_path: {tmp_path} has text (urls.txt) next to files that cannot be read "
         "(a.jsonl.lz4, b.tar.gz): if the text is the documents, name it by a glob"
     )
     assert read(tmp_path / "*.txt") == ["LICENSE.txt", "urls.txt"]
@@ -226,7 +226,7 @@ def test_a_file_and_its_compressed_copy_are_warned_about(
     assert read(tmp_path) == ["a.jsonl", "b.jsonl.gz", "a.jsonl", "a.jsonl.gz"]
     assert caplog.messages == [
         f'data.dataset_path = "{tmp_path}" reads sub/a.jsonl.gz and the file of the same name '
-        "without compression: if they hold the same documents, name one of the two by a glob"
+        "without compression: if they have the same documents, name one of the two by a glob"
     ]
 
 
@@ -236,8 +236,8 @@ def test_of_text_the_companions_are_named_too(
     fill(tmp_path, "moby dick.txt", "Terms of endearment.txt", "README.md")
     assert read(tmp_path) == ["moby dick.txt"]
     assert caplog.messages == [
-        f'data.dataset_path = "{tmp_path}" leaves out Terms of endearment.txt, by name no '
-        "documents: to read them, name the files by a glob"
+        f'data.dataset_path = "{tmp_path}" leaves out Terms of endearment.txt, not '
+        "documents by their names: to read them, name the files by a glob"
     ]
 
 
@@ -284,7 +284,7 @@ def test_a_folder_of_several_splits_is_warned_about(
     assert caplog.text == ""
     fill(tmp_path, "validation/0.jsonl")
     read(tmp_path)
-    assert "reads files of several splits (train, validation): if only one" in caplog.text
+    assert "reads files of several splits (train, validation): to train on one" in caplog.text
 
 
 def test_a_link_within_a_path_is_followed(tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_what_is_no_file_of_its_own_is_refused_and_does_not_hang(
     (tmp_path / name).unlink()
     for target in ("nowhere", name):
         (tmp_path / name).symlink_to(target)
-        assert f"{tmp_path / name} is a link that leads to no file" in refused(tmp_path)
+        assert f"{tmp_path / name} is a link to a missing file" in refused(tmp_path)
         (tmp_path / name).unlink()
 
 
@@ -365,7 +365,7 @@ def test_parquet_without_rows_is_read_among_others_and_refused_alone(tmp_path: P
     assert whole == in_parts(data(tmp_path, num_streams=7), [(1, 9), (3, 7)])[0]
     for name in ("3", "no_groups"):
         path = tmp_path / f"{name}.parquet"
-        assert error_of(data(path)) == f"data.dataset_path: {path} holds no documents"
+        assert error_of(data(path)) == f"data.dataset_path: {path} has no documents"
 
 
 def cut(content: bytes) -> bytes:
@@ -431,12 +431,12 @@ def test_a_field_that_a_later_file_lacks_is_named_with_file_and_line(tmp_path: P
     [
         (b'{\n "text": "one",\n "id": 1\n}\n', None),
         (b'{"text": broken\n{"text": "fine"}\n', "document 1: not JSON"),
-        (b'["a string"]', 'document 1: expected a JSON object, found "a string"'),
+        (b'["a string"]', 'document 1: expected a JSON object, got "a string"'),
         (b'{"data": [{"text": "a"}]}', "is not one of its fields: it has data"),
         (b"\x00\x00\x00", "document 1: not JSON"),
         (b"\xff\xfe{\x00}\x00", "document 1: not UTF-8: byte 0xff"),
-        (b" \n\r\n\t\n", "holds no documents"),
-        (b"[]", "holds no documents"),
+        (b" \n\r\n\t\n", "has no documents"),
+        (b"[]", "has no documents"),
     ],
 )
 def test_json_is_one_document_or_lines(tmp_path: Path, content: bytes, reason: str | None) -> None:
@@ -459,22 +459,23 @@ def test_a_saved_dataset_is_read_by_its_split(tmp_path: Path) -> None:
     assert train.identity == resolve_source(Data(dataset_path=str(path / "train"))).identity
     held_out = Validation(dataset_path=str(path), split="test")
     resolve_held_out(held_out, Data(dataset_path=str(path)))
-    with pytest.raises(ValueError, match=r"saved is what \[data\] trains on, not held out"):
+    with pytest.raises(ValueError, match=r"\[data\] trains on .*saved, too: set another"):
         resolve_held_out(held_out, Data(dataset_path=str(path), split="test"))
     message = refused(path, split="validation")
     assert message == (
-        f"data.split: 'validation' is not one of the splits of {path}, which are ['test', 'train']"
+        f"data.split: 'validation' is not a split of {path}, which has ['test', 'train']"
     )
     assert 'data.subset: "en" has no effect' in refused(path, subset="en")
     assert 'data.split: "test" has no effect' in refused(path / "train", split="test")
-    assert f"{path} holds several splits: name this folder itself" in refused(tmp_path)
+    assert f"{path} has several splits: name this folder itself" in refused(tmp_path)
 
 
 def test_a_file_among_those_that_are_trained_on_is_not_held_out(tmp_path: Path) -> None:
     fill(tmp_path, "x/a.jsonl", "x/b.jsonl")
     (tmp_path / "held_out.jsonl").symlink_to("x/b.jsonl")
     held_out = Validation(dataset_path=str(tmp_path / "held_out.jsonl"))
-    message = rf"^validation.dataset_path: \[data\] trains on {tmp_path}/held_out.jsonl, too$"
+    file = tmp_path / "held_out.jsonl"
+    message = rf"^validation.dataset_path: \[data\] trains on {file}, too: set other files$"
     with pytest.raises(ValueError, match=message):
         resolve_held_out(held_out, data(tmp_path / "x"))
 
@@ -496,7 +497,7 @@ def test_splits_of_the_same_size_are_told_apart(tmp_path: Path) -> None:
         (
             "state.json",
             '{"_data_files": [], "_indices_data_files": [{"filename": "indices.arrow"}]}',
-            "holds a selection of rows, written by an old version of datasets",
+            "is a selection of rows, written by an old version of datasets",
         ),
         ("data-00000-of-00001.arrow", None, "data-00000-of-00001.arrow is missing"),
     ],

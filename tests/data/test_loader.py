@@ -217,27 +217,27 @@ def test_a_document_whose_text_is_not_text_is_named(tmp_path):
 
 def test_too_few_documents_name_the_number_of_streams_that_would_do(folder):
     message = error_of(data(folder, num_streams=64), num_batches=64)
-    assert "holds 30 documents, too few for 64 streams: set data.num_streams" in message
+    assert "has 30 documents, too few for 64 streams: set data.num_streams" in message
     assert message.endswith("to at most 30")
 
 
 def test_one_document_for_eight_streams_is_refused_in_good_english(tmp_path):
     path = write(tmp_path / "a.jsonl", ["alone"])
     message = error_of(Data(dataset_path=str(path), num_streams=8), num_batches=8)
-    assert "a.jsonl holds 1 document, too few for 8 streams" in message
+    assert "a.jsonl has 1 document, too few for 8 streams" in message
 
 
 def test_a_stream_whose_files_are_empty_is_named(tmp_path):
     for i in range(4):
         write(tmp_path / f"{i}.jsonl", TEXTS if i % 2 else [])
     message = error_of(Data(dataset_path=str(tmp_path), num_streams=2))
-    assert "that stream 0 of 2 reads hold no documents" in message
+    assert "that stream 0 of 2 reads have no documents" in message
 
 
 def test_an_empty_dataset_is_named(tmp_path):
     path = write(tmp_path / "a.jsonl", [])
     message = error_of(Data(dataset_path=str(path)))
-    assert message == f"data.dataset_path: {path} holds no documents"
+    assert message == f"data.dataset_path: {path} has no documents"
 
 
 MALFORMED = {
@@ -326,7 +326,7 @@ def test_files_that_are_no_parquet_are_left_out_by_name_in_every_layout_alike(
 def test_nothing_but_files_that_are_no_parquet_is_refused(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"<html>not found</html>")
     section = Data(dataset_path=str(tmp_path), on_bad_document="skip")
-    told = rf"^data.dataset_path: no Parquet file .* read: {tmp_path}/a.parquet: Parq"
+    told = rf"^data.dataset_path: none of the Parquet files .* read: {tmp_path}/a.parquet: Parq"
     with pytest.raises(ValueError, match=told):
         loaders(section)
 

@@ -255,13 +255,15 @@ def test_another_token_for_what_is_masked_cannot_resume_the_samples(documents, m
 def test_a_tokenizer_without_a_mask_is_refused(monkeypatch):
     tokenizer = load_tokenizer()
     monkeypatch.setattr(tokenizer, "mask_id", None)
-    with pytest.raises(ValueError, match=r"^data\.tokenizer_path: this tokenizer has no token for"):
+    with pytest.raises(
+        ValueError, match=r"^data\.tokenizer_path: this tokenizer has no mask token"
+    ):
         MaskedPairs(MaskedLM(), 16, tokenizer)
 
 
 def test_documents_that_are_all_too_short_end_the_run():
     blocks = [(n, documents_of([1, 1])) for n in range(MAX_EMPTY_BLOCKS)]
-    with pytest.raises(ValueError, match="no document in 100 blocks of them has 2 tokens"):
+    with pytest.raises(ValueError, match="no document in 100 blocks of documents has 2"):
         list(pairs_of(blocks))
     # One that is long enough among them does not.
     assert list(pairs_of([*blocks[:-1], (99, documents_of([1, 2])), *blocks[:9]]))

@@ -291,8 +291,8 @@ def test_a_masked_language_model_is_refused_a_tokenizer_without_a_mask_before_an
     settings += ["--quiet", "--preflight"]
     assert cli.main(["config", *settings, f"--data.tokenizer_path={path}"]) == 2
     message = " ".join(capsys.readouterr().err.split())
-    assert "this tokenizer has no token for what is masked" in message
-    assert 'tokenizer_config.json beside it, {"mask_token": "..."}' in message
+    assert "this tokenizer has no mask token, which a masked language model requires" in message
+    assert 'tokenizer_config.json next to it, {"mask_token": "..."}' in message
 
 
 def test_the_spelling_of_a_special_token_inside_a_document_is_ordinary_text(
@@ -339,20 +339,20 @@ def refused(file: Path) -> str:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no tokenizer.json of Hugging Face: EOF while parsing"),
-        ("{}", "is no tokenizer.json of Hugging Face: Model missing"),
-        ("[1]", "is no tokenizer.json of Hugging Face: invalid type: sequence"),
+        ("{", "is not a tokenizer.json of Hugging Face: EOF while parsing"),
+        ("{}", "is not a tokenizer.json of Hugging Face: Model missing"),
+        ("[1]", "is not a tokenizer.json of Hugging Face: invalid type: sequence"),
         ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}', "out of vocabulary"),
         ('{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}', "no tokens"),
         (
             '{"version": "1.0", "model": {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": '
             '"[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}}',
-            "is no tokenizer.json of Hugging Face: WordPiece error: Missing [UNK] token",
+            "is not a tokenizer.json of Hugging Face: WordPiece error: Missing [UNK] token",
         ),
         (
             '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}',
-            "has no token for the end of a document: name it in a tokenizer_config.json beside it, "
-            '{"eos_token": "..."}',
+            "has no token for the end of a document: name it in a tokenizer_config.json next to "
+            'it, {"eos_token": "..."}',
         ),
     ],
 )
@@ -366,9 +366,9 @@ def test_a_tokenizer_json_that_cannot_be_used_is_refused(
 @pytest.mark.parametrize(
     ("beside", "message"),
     [
-        ('{"eos_token": "<eot>"}', "eos_token is '<eot>', which tokenizer.json does not have"),
+        ('{"eos_token": "<eot>"}', "eos_token is '<eot>', which is not a token of tokenizer.json"),
         ("{", "tokenizer_config.json is not JSON: "),
-        ("[]", "tokenizer_config.json holds no JSON object"),
+        ("[]", "tokenizer_config.json is not a JSON object"),
     ],
 )
 def test_a_file_beside_a_tokenizer_that_cannot_be_used_is_named(
@@ -385,7 +385,7 @@ def test_bytes_that_are_no_tokenizer_are_refused(files: dict[str, Path], tmp_pat
     assert "is not UTF-8" in refused(binary)
     cut = tmp_path / "tokenizer.model"
     cut.write_bytes(files["pieces"].read_bytes()[:3000])
-    assert "begins as a sentencepiece model and is none: damaged, or cut short" in refused(cut)
+    assert "is a damaged or truncated sentencepiece model" in refused(cut)
     (tmp_path / "empty").mkdir()
     message = refused(tmp_path / "empty")
     assert message.endswith("has neither tokenizer.json nor tokenizer.model")

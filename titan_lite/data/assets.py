@@ -1,4 +1,4 @@
-"""Where the bundled corpus and tokenizer lie: in assets/, beside the package in the repository."""
+"""The bundled corpus and tokenizer, in assets/ next to the package in the repository."""
 
 from pathlib import Path
 
@@ -8,10 +8,7 @@ ASSETS = Path(titan_lite.__file__).resolve().parent.parent / "assets"
 
 
 def bundled_asset(name: str) -> Path:
-    """Path of a bundled file.
-
-    Raises ValueError naming the place looked at when it is not there.
-    """
+    """Returns the path of a bundled file; ValueError naming it if it does not exist."""
     path = ASSETS / name
     if not path.is_file():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Columns of Arrow, Parquet and Megatron's files: texts, or arrays of token ids."""
+"""Columns of Arrow, Parquet and Megatron files: texts, or arrays of token ids."""
 
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
@@ -21,11 +21,11 @@ class UnreadableError(ValueError):
 
 
 class Column(Sequence[dict[str, Any]]):
-    """Rows of one column; token ids are views of the file, a missing list is None."""
+    """The rows of one column; token ids are views of the file, a missing list is None."""
 
     def __init__(self, array: Any, field: str) -> None:
-        """Raises ValueError for lists of something else than integers."""
-        # A damaged one crashes the process that looks at it.
+        """Raises ValueError for lists that are not of integers."""
+        # Without this check, reading a damaged array crashes the process.
         array.validate(full=True)
         self._array, self._field = array, field
         self._offsets: Any = None
@@ -48,7 +48,7 @@ class Column(Sequence[dict[str, Any]]):
 
 
 class _Documents(Sequence[dict[str, Any]]):
-    """The documents of a Megatron file from a number on."""
+    """The documents of a Megatron file from number `first` on."""
 
     def __init__(self, file: MegatronFile, field: str, first: int) -> None:
         self._file, self._field, self._first = file, field, first
@@ -61,7 +61,7 @@ class _Documents(Sequence[dict[str, Any]]):
 
 
 def column_names(file: Path) -> list[str]:
-    """Names of the columns of a Parquet or Arrow file."""
+    """Returns the names of the columns of a Parquet or Arrow file."""
     if file.suffix.lower() == ".parquet":
         names: list[str] = parquet.read_schema(file).names
         return names
@@ -71,7 +71,7 @@ def column_names(file: Path) -> list[str]:
 
 
 def parquet_columns(file: Path, field: str, first: int) -> Iterator[Sequence[dict[str, Any]]]:
-    """The rows of a Parquet file from number `first` on."""
+    """Yields the rows of a Parquet file from number `first` on."""
     with parquet.ParquetFile(file) as opened:
         names = opened.schema_arrow.names
         for group in range(opened.num_row_groups):
@@ -90,24 +90,24 @@ def parquet_columns(file: Path, field: str, first: int) -> Iterator[Sequence[dic
 def arrow_columns(
     files: Sequence[Path], field: str, first: int
 ) -> Iterator[Sequence[dict[str, Any]]]:
-    """The rows of Arrow files, of either form, from number `first` on."""
+    """Yields the rows of Arrow files, in file or stream format, from number `first` on."""
     for file in files:
         try:
             with pyarrow.memory_map(str(file)) as opened:
                 schema, batches = _batches(opened)
                 first = yield from _columns(batches, schema.names, field, first)
-        # Arrow raises types of its own.
+        # Arrow raises its own types.
         except Exception as error:
             raise UnreadableError(file, error) from error
 
 
 def megatron_column(file: Path, field: str, first: int) -> Iterator[Sequence[dict[str, Any]]]:
-    """The documents of a Megatron file from number `first` on."""
+    """Yields the documents of a Megatron file from number `first` on."""
     yield _Documents(MegatronFile(file), field, first)
 
 
 def _batches(opened: Any) -> tuple[Any, Iterator[Any]]:
-    """Schema and record batches of Arrow's file form or stream form."""
+    """Returns schema and record batches of an Arrow file, in file or stream format."""
     if opened.read(6) == b"ARROW1":
         reader = ipc.open_file(opened)
         return reader.schema, map(reader.get_batch, range(reader.num_record_batches))
@@ -119,9 +119,9 @@ def _batches(opened: Any) -> tuple[Any, Iterator[Any]]:
 def _columns(
     batches: Iterator[Any], names: Sequence[str], field: str, first: int
 ) -> Generator[Sequence[dict[str, Any]], None, int]:
-    """Yields the field of each row from number `first` on; returns what is left of `first`.
+    """Yields the field of each row from number `first` on; returns the rows left to skip.
 
-    Where there is no field of its name, rows have the others without their values.
+    If no field has the name, rows have all field names with None as values.
     """
     for batch in batches:
         if first >= batch.num_rows:

@@ -1,4 +1,4 @@
-"""A document of a row: its text, or its token ids; BadDocument where it has neither."""
+"""Gets the document of a row: its text or its token ids."""
 
 import difflib
 import json
@@ -11,16 +11,16 @@ Kind = Literal["lines", "files", "rows"]
 """Kind of rows: undecoded JSON lines, whole text files, or columns."""
 Document = str | npt.NDArray[Any]
 
-# One character per byte: what is not UTF-8 is a fault of its document, not of the whole file.
+# One character per byte, so that bytes that are not UTF-8 spoil one document, not the file.
 RAW_ENCODING = "latin-1"
 TOKENS_FIELD = "input_ids"
 """Column of token ids in the datasets of Hugging Face's tokenizers."""
 
 
 class BadDocument(ValueError):
-    """A document that cannot be trained on; its text is the reason.
+    """A document that cannot be trained on, with the reason.
 
-    key: the key of [data] that may name another field, "" if none does.
+    key: the key of [data] that names the field; "" if the field is not the problem.
     """
 
     def __init__(self, reason: str, *, key: str = "") -> None:
@@ -29,7 +29,7 @@ class BadDocument(ValueError):
 
 
 def document_of(row: dict[str, Any], kind: Kind, text_field: str, tokens_field: str) -> Document:
-    """The token ids or the text of a row; raises BadDocument."""
+    """Returns the token ids or the text of a row; raises BadDocument."""
     if kind != "rows":
         text = _decoded(row["text"])
         if kind == "files":
@@ -58,7 +58,7 @@ def _parsed(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise BadDocument(f"not JSON: {error}") from None
     if not isinstance(document, dict):
-        raise BadDocument(f"expected a JSON object, found {text:.60}")
+        raise BadDocument(f"expected a JSON object, got {text:.60}")
     return document
 
 

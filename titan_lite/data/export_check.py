@@ -16,7 +16,7 @@ from titan_lite.data.tokenizer import Tokenizer
 
 NUM_LINES = 500
 README = "README.md"
-# A document may be a book on one line.
+# Longer documents and lines are cut.
 _MOST_CHARS = 20_000
 
 
@@ -25,7 +25,7 @@ class ExportReport:
     """The result of comparing an exported tokenizer with the one of training."""
 
     is_same: bool
-    """True where all texts get the ids of training, in which special tokens are spelled as text."""
+    """True if all texts get the ids of training, where spelled special tokens are text."""
     sentence: str
 
     def readme(self) -> bytes:
@@ -51,8 +51,8 @@ def export_report(
         return ExportReport(
             False,
             "The tokenizer has no tokenizer.json that gives the same ids, since "
-            f"{_reason(tokenizer)}: tokenizer.model gives the ids of {origin} in sentencepiece "
-            "alone, transformers may give others",
+            f"{_reason(tokenizer)}: tokenizer.model gives the ids of {origin} only in "
+            "sentencepiece, transformers may give others",
         )
     texts, note = list(PROBES), ""
     try:
@@ -79,7 +79,7 @@ def export_report(
     if example := _differences(texts, as_tokens, expected):
         sentence = (
             f"{sentence}, but {example[0]:,} of them spell a special token, which is text in "
-            f"training, and in transformers with split_special_tokens=True alone. {example[1]}"
+            f"training, and in transformers only with split_special_tokens=True. {example[1]}"
         )
     return ExportReport(True, sentence)
 
@@ -87,7 +87,7 @@ def export_report(
 def _differences(
     texts: list[str], ids: list[list[int]], expected: list[list[int]]
 ) -> tuple[int, str] | None:
-    """The number of texts that get other ids, and the first of them in words; None if all agree."""
+    """Returns the number of texts with other ids and a sentence about the first; None if none."""
     differing = [row for row in zip(texts, ids, expected, strict=True) if row[1] != row[2]]
     if not differing:
         return None
@@ -103,9 +103,9 @@ def _differences(
 
 
 def corpus_texts(section: Data, tokenizer: Tokenizer) -> list[str]:
-    """Lines of the run's documents, as many of each source, and the documents they are from.
+    """Returns documents of the run and their lines, the same number of lines from each source.
 
-    ValueError where these cannot be read.
+    Raises ValueError if they cannot be read.
     """
     sources, texts = resolve_sources(section), []
     for source in sources:
@@ -121,7 +121,7 @@ def corpus_texts(section: Data, tokenizer: Tokenizer) -> list[str]:
 
 
 def with_spaces(texts: list[str]) -> list[str]:
-    """The texts, and each of them with white space of another kind around it and in it."""
+    """Returns each text, followed by the text with other white space around it and in it."""
     kinds = cycle((*SPACE_KINDS, "  ", "\n\n", " " * 8, "\t\t", " \n"))
     pairs = zip(texts, kinds, strict=False)
     return [

@@ -1,4 +1,4 @@
-"""Rows of local files, from any place in them: lines and texts, undecoded, or a column's values."""
+"""Rows of local files, from any position: undecoded lines and texts, or a column's values."""
 
 import bz2
 import codecs
@@ -24,9 +24,9 @@ _BOM = codecs.BOM_UTF8.decode(RAW_ENCODING)
 
 
 class FileRows:
-    """The rows of one stream of files: those of whole files, or every num_streams-th of all files.
+    """The rows of one stream: of whole files, or every num_streams-th row of all files.
 
-    Each file is a sequence of its parts; only Arrow files have several.
+    files: each a sequence of its parts; only Arrow files have several.
     """
 
     def __init__(
@@ -44,23 +44,24 @@ class FileRows:
         self._file = self._row = self._total = 0
 
     def load_state_dict(self, state: dict[str, int] | None) -> None:
-        """Sets where the next iteration starts; None: before the first row.
+        """Sets the position where the next iteration starts; None: before the first row.
 
-        Raises ValueError for a place as `datasets` names it, which read these files before.
+        Raises ValueError for a position of an older version, which read these files by `datasets`.
         """
         if state is not None and state.keys() != self.state_dict().keys():
             raise ValueError(
-                "the checkpoint's place in the data was saved by an older version of titan_lite; "
-                "checkpoint.initial_load_path = its folder starts a new run with its weights"
+                "the checkpoint's position in the data was saved by an older version of "
+                "titan_lite; to start a new run with its weights, set "
+                "checkpoint.initial_load_path = its folder"
             )
         self._start = state
 
     def state_dict(self) -> dict[str, int]:
-        """The place after the last row: its file, rows of this file and of all before it."""
+        """Returns the position after the last row: file, rows read of this file and of all."""
         return {"file": self._file, "row": self._row, "total": self._total}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Raises UnreadableError naming the file."""
+        """Yields rows; raises UnreadableError naming the file."""
         start = self._start or {"file": 0, "row": 0, "total": 0}
         self._file, self._row, self._total = start["file"], start["row"], start["total"]
         while self._file < len(self._files):
@@ -69,13 +70,13 @@ class FileRows:
                 yield from self._rows(parts)
             except UnreadableError:
                 raise
-            # Parsers and decompressors each raise types of their own.
+            # Parsers and decompressors each raise other types.
             except Exception as error:
                 raise UnreadableError(parts[0], error) from error
             self._file, self._row = self._file + 1, 0
 
     def place(self) -> str:
-        """File and line or row of the row that was read last."""
+        """Returns file and line, or file and row, of the last row that was read."""
         parts = self._files[self._file]
         file = parts[0]
         match format_of(file):
@@ -90,7 +91,7 @@ class FileRows:
                 return f"{file}{others}, row {self._row}"
 
     def _rows(self, parts: Sequence[Path]) -> Iterator[dict[str, Any]]:
-        """The rows of a file from the place on."""
+        """Yields the rows of a file after the position."""
         for rows in _batches(parts, self._field, self._row):
             row, total = self._row, self._total
             for index in range((self._offset - total) % self._step, len(rows), self._step):
@@ -100,7 +101,7 @@ class FileRows:
 
 
 def _batches(parts: Sequence[Path], field: str, first: int) -> Iterator[Sequence[dict[str, Any]]]:
-    """Consecutive rows of a file from number `first` on; of columns, the field's values."""
+    """Yields batches of a file's rows from number `first` on; of columns, only the field."""
     file = parts[0]
     match format_of(file):
         case "parquet":
@@ -112,13 +113,13 @@ def _batches(parts: Sequence[Path], field: str, first: int) -> Iterator[Sequence
         case "text":
             texts = _texts(file)
         case _:
-            # Empty lines are no documents.
+            # An empty line is not a document.
             texts = filter(str.strip, _texts(file))
     return ([{"text": text}] for text in itertools.islice(texts, first, None))
 
 
 def _open(file: Path) -> IO[str]:
-    """A file without its compression; all newlines become one."""
+    """Opens a file, decompressed; all kinds of newlines become "\\n"."""
     match compression_of(file):
         case ".gz":
             return gzip.open(file, "rt", encoding=RAW_ENCODING)
@@ -136,7 +137,7 @@ def _open(file: Path) -> IO[str]:
 
 
 def _texts(file: Path) -> Iterator[str]:
-    """Undecoded documents, and empty lines."""
+    """Returns undecoded documents, and empty lines."""
     if format_of(file) == "text":
         return _whole(file)
     return _json(file) if plain_suffix(file) == ".json" else _lines(file)
@@ -154,7 +155,7 @@ def _lines(file: Path) -> Iterator[str]:
 
 
 def _json(file: Path) -> Iterator[str]:
-    """The documents of an array, one document on several lines, or lines."""
+    """Yields the documents of an array, one document on several lines, or a document per line."""
     with _open(file) as opened:
         head = next((line for line in opened if line.strip()), "")
         is_line = head.removeprefix(_BOM).lstrip()[:1] == "{" and _parsed(head) is not None
@@ -166,7 +167,7 @@ def _json(file: Path) -> Iterator[str]:
 
 
 def _parsed(text: str) -> Any:
-    """JSON; None where it is none."""
+    """Returns parsed JSON; None if it is invalid."""
     try:
         return json.loads(text.encode(RAW_ENCODING).decode("utf-8-sig"))
     except (ValueError, RecursionError):

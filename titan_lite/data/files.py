@@ -1,4 +1,4 @@
-"""Which local files a path names: a file, a folder, a glob, a folder of datasets.save_to_disk.
+"""Finds the local files of a path: a file, a folder, a glob, or a folder of datasets.save_to_disk.
 
 The name under which a file is listed decides its format, never the target of a link.
 """
@@ -37,7 +37,7 @@ KNOWN = f"{', '.join(FORMATS)} (JSON and text also with {', '.join(COMPRESSIONS)
 
 # Files of datasets.save_to_disk.
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
-# Names that accompany documents in a folder; of JSON and text files only these.
+# Names of companions: files in a folder of documents that are not documents.
 _COMPANION_NAMES = re.compile(
     r"(readme|licen[cs]es?|copying|copyright|notice|terms|authors|contributors|changelog|citation"
     r"|(check|md5|sha\d+)sums?)([-_. ].*)?"
@@ -56,32 +56,32 @@ _LFS_POINTER, _LFS_LIMIT = b"version https://git-lfs.github.com/spec/", 1024
 
 
 def compression_of(file: Path) -> str:
-    """One of COMPRESSIONS, or ""."""
+    """Returns one of COMPRESSIONS, or ""."""
     suffix = file.suffix.lower()
     return suffix if suffix in COMPRESSIONS else ""
 
 
 def plain_suffix(file: Path) -> str:
-    """The suffix in lower case, that of a compression left out."""
+    """Returns the suffix in lower case, without that of a compression."""
     return (Path(file.stem) if compression_of(file) else file).suffix.lower()
 
 
 def format_of(file: Path) -> Format | None:
-    """The format that a name says; None for one that is not read."""
+    """Returns the format of a file by its name; None if it is not a supported one."""
     form = FORMATS.get(plain_suffix(file))
     return form if form in ("json", "text") or not compression_of(file) else None
 
 
 def find_files(path: Path, chosen: str) -> list[Path]:
-    """The files of documents that a path names, in their order; a warning names what is left out.
+    """Returns the files of documents that a path names, in order; warns about those it leaves out.
 
-    Empty where nothing has the name. Raises ValueError where one cannot be read, and for a folder
-    whose documents are in files of other formats.
+    Empty if nothing matches. Raises ValueError if a file cannot be read, and for a folder without
+    files of a supported format.
     """
-    # A name that exists is taken as it is, whatever characters it has.
+    # A name that exists is not a glob, whatever characters it has.
     names = [path] if os.path.lexists(path) else _matches(path)
     if not names and (index := path.with_name(f"{path.name}.idx")).is_file():
-        # Megatron names a pair of files by what their names share.
+        # Megatron names a pair of files by their common name without a suffix.
         names = [index]
     files: list[Path] = []
     for name in names:
@@ -96,20 +96,20 @@ def find_files(path: Path, chosen: str) -> list[Path]:
 
 
 def folder_of_split(path: Path, split: str) -> Path:
-    """Where DatasetDict.save_to_disk wrote a split."""
+    """Returns the folder of a split in a folder of DatasetDict.save_to_disk."""
     splits = _read_json(path / _SPLITS).get("splits")
     if not isinstance(splits, list) or split not in splits:
-        raise ValueError(f"{split!r} is not one of the splits of {path}, which are {splits}")
+        raise ValueError(f"{split!r} is not a split of {path}, which has {splits}")
     return path / split
 
 
 def has_splits(path: Path) -> bool:
-    """Returns whether DatasetDict.save_to_disk wrote a folder."""
+    """Returns whether a folder was written by DatasetDict.save_to_disk."""
     return (path / _SPLITS).is_file()
 
 
 def signature(file: Path) -> str:
-    """Tells files apart without reading them: name, size, and what `datasets` knows its rows by."""
+    """Identifies a file without reading it: by name, size, and the fingerprint of `datasets`."""
     size = num_bytes(file)
     state = file.parent / _STATE
     rows = ""
@@ -119,7 +119,7 @@ def signature(file: Path) -> str:
 
 
 def num_bytes(file: Path) -> int:
-    """Size of a file of documents, of Megatron's pairs that of both."""
+    """Returns the size of a file of documents; for Megatron, of the pair of files."""
     size = file.stat().st_size
     if format_of(file) == "megatron":
         size += file.with_suffix(".bin").stat().st_size
@@ -127,11 +127,11 @@ def num_bytes(file: Path) -> int:
 
 
 def _saved_files(folder: Path) -> set[Path]:
-    """The data of a saved dataset: its own list, since map() keeps caches beside it."""
+    """Returns the data files that a saved dataset lists; map() keeps caches next to them."""
     state = _read_json(folder / _STATE)
     if state.get("_indices_data_files"):
         raise ValueError(
-            f"{folder} holds a selection of rows, written by an old version of datasets: "
+            f"{folder} is a selection of rows, written by an old version of datasets: "
             "load it with datasets.load_from_disk and save it again"
         )
     try:
@@ -153,7 +153,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _files_of_folder(folder: Path, chosen: str) -> list[Path]:
-    """The documents below a folder, in order; the rest is companions, or is warned about."""
+    """Returns the files of documents below a folder, in order; warns about those left out."""
     files, others, companions = [], [], []
     for file in sorted(_below(folder)):
         if _is_companion(file):
@@ -162,7 +162,7 @@ def _files_of_folder(folder: Path, chosen: str) -> list[Path]:
             files.append(file)
         else:
             others.append(file)
-    # The blobs of a hub's cache are read by the names of its snapshots.
+    # The cache of a hub has the blobs, too, to which its snapshots link.
     targets = {os.path.realpath(file) for file in files} if others else set()
     others = [file for file in others if os.path.realpath(file) not in targets]
     if not files:
@@ -170,30 +170,30 @@ def _files_of_folder(folder: Path, chosen: str) -> list[Path]:
             f"{_some(rest, folder)} {reason}"
             for rest, reason in (
                 (others, "cannot be read"),
-                (companions, "is not taken for documents"),
+                (companions, "is not read as documents"),
             )
             if rest
         ]
-        raise ValueError("; ".join([f"{folder} holds no file ending in {KNOWN}", *reasons]))
+        raise ValueError("; ".join([f"{folder} has no file ending in {KNOWN}", *reasons]))
     formats = {format_of(file) for file in files}
     if formats == {"text"} and (unread := [file for file in others if not _is_marked(file)]):
         raise ValueError(
-            f"{folder} holds text ({_some(files, folder)}) next to what cannot be read "
+            f"{folder} has text ({_some(files, folder)}) next to files that cannot be read "
             f"({_some(unread, folder)}): if the text is the documents, name it by a glob"
         )
     names = "\n".join(str(file.relative_to(folder)) for file in files)
     splits = set(_SPLIT_WORDS.findall(names.lower()))
     if len(splits) > 1 and "train" in splits:
         warn_once(
-            f"{chosen} reads files of several splits ({', '.join(sorted(splits))}): if only one of "
-            "them is to be trained on, name it by a glob"
+            f"{chosen} reads files of several splits ({', '.join(sorted(splits))}): to train on "
+            "one of them, name it by a glob"
         )
     plain = set(files)
     twice = [file for file in files if compression_of(file) and file.with_suffix("") in plain]
     if twice:
         warn_once(
             f"{chosen} reads {_some(twice, folder)} and the file of the same name without "
-            "compression: if they hold the same documents, name one of the two by a glob"
+            "compression: if they have the same documents, name one of the two by a glob"
         )
     if unread := [file for file in others if not _is_marked(file)]:
         warn_once(f"{chosen} leaves out {_some(unread, folder)}: documents end in {KNOWN}")
@@ -203,18 +203,18 @@ def _files_of_folder(folder: Path, chosen: str) -> list[Path]:
     unlike += [file for file in companions if _MODEL_JSON.fullmatch(file.name.lower())]
     if unlike:
         warn_once(
-            f"{chosen} leaves out {_some(unlike, folder)}, by name no documents: to read them, "
-            "name the files by a glob"
+            f"{chosen} leaves out {_some(unlike, folder)}, not documents by their names: to read "
+            "them, name the files by a glob"
         )
     return files
 
 
 def _matches(pattern: Path) -> list[Path]:
-    """Paths that a glob names; of all that is below a folder, only files."""
+    """Returns the paths that match a glob; after a final **, only files."""
     parts = pattern.parts
     if "**" not in parts:
         return [Path(name) for name in glob.glob(str(pattern))]  # noqa: PTH207  (absolute ones, too)
-    # Python's own ** follows loops, and hangs where there are two.
+    # Python's ** follows loops of links, and hangs if there are two.
     place = parts.index("**")
     rest = parts[place + 1 :] or ("*",)
     matches = []
@@ -225,7 +225,7 @@ def _matches(pattern: Path) -> list[Path]:
 
 
 def _walk(folder: Path, hidden: tuple[str, ...]) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """As os.walk, in an order of its own. Linked folders are entered, each folder once."""
+    """Walks folders as os.walk does, sorted; follows links to folders, and enters each once."""
     entered: set[str] = set()
     folders, linked = deque([folder]), deque[Path]()
     while folders or linked:
@@ -249,30 +249,31 @@ def _walk(folder: Path, hidden: tuple[str, ...]) -> Iterator[tuple[Path, list[st
                 continue
             if not entry.is_symlink():
                 folders.append(file)
-            # A link to a folder that it lies in is a loop.
+            # A link to a folder that contains the link is a loop.
             elif not Path(real).is_relative_to(os.path.realpath(file)):
                 linked.append(file)
         yield path, inner, files
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """Files below a folder, and folders that are not entered.
+    """Yields the files below a folder, and folders whose names start with _.
 
-    Names that begin with . or _ are not data, as in Hive; the latter are passed on to be named.
+    Names that start with . or _ are not data, as in Hive. The folders that start with _ are not
+    entered, but a warning names them.
     """
     for path, inner, files in _walk(folder, hidden=(".", "_")):
         if "00000.tokens" in files:
             raise ValueError(
-                f"{path} holds token files of an earlier version: run titan-lite tokenize again"
+                f"{path} has token files of an earlier version: run titan-lite tokenize again"
             )
         if {_STATE, MANIFEST_FILE} <= set(files):
-            raise ValueError(f"{path} holds tokens: name this folder itself")
+            raise ValueError(f"{path} has tokens: name this folder itself")
         if PROGRESS_FILE in files:
             raise ValueError(
                 f"{path} is not complete: run the titan-lite tokenize command that writes it again"
             )
         if _SPLITS in files:
-            raise ValueError(f"{path} holds several splits: name this folder itself")
+            raise ValueError(f"{path} has several splits: name this folder itself")
         saved = _saved_files(path) if {_STATE, _INFO} <= set(files) else set()
         yield from saved
         names = [name for name in files if not name.startswith(".")]
@@ -294,7 +295,7 @@ def _is_companion(file: Path) -> bool:
 
 
 def _is_marked(file: Path) -> bool:
-    """Returns whether a name says that a file is not data."""
+    """Returns whether a file is marked as not data by its name."""
     # Caches of datasets.
     return file.name.startswith("_") or (
         file.name.startswith("cache-") and format_of(file) == "arrow"
@@ -302,14 +303,14 @@ def _is_marked(file: Path) -> bool:
 
 
 def _some(files: list[Path], folder: Path) -> str:
-    """The first names of files, and how many more there are."""
+    """Returns the first three names of files, and the number of the others."""
     names = [str(file.relative_to(folder)) for file in files[:3]]
     more = f" and {len(files) - 3:,} more" if len(files) > 3 else ""
     return ", ".join(names) + more
 
 
 def _without_aliases(files: Iterable[Path], chosen: str) -> list[Path]:
-    """Each file once, in the order of their names: by its own name before those of links to it."""
+    """Returns each file once, sorted by name: under its own name rather than that of a link."""
     by_target: dict[str, list[Path]] = {}
     for file in {file.absolute() for file in files}:
         by_target.setdefault(os.path.realpath(file), []).append(file)
@@ -324,11 +325,11 @@ def _without_aliases(files: Iterable[Path], chosen: str) -> list[Path]:
 
 
 def _check(file: Path) -> None:
-    """ValueError for a file that cannot be opened, waits for a writer, or is of no known format."""
+    """Raises ValueError for a file that cannot be opened, is a pipe, or has an unknown format."""
     try:
         status = file.stat()
     except OSError as error:
-        reason = "is a link that leads to no file" if file.is_symlink() else "is missing"
+        reason = "is a link to a missing file" if file.is_symlink() else "is missing"
         raise ValueError(f"{file} {reason}") from error
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{file} is not a regular file")
@@ -349,5 +350,5 @@ def _check(file: Path) -> None:
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """A run looks for its files several times."""
+    """Logs a warning once per process, since a run searches its files several times."""
     logger.warning(message)

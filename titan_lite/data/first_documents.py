@@ -16,20 +16,19 @@ from titan_lite.data.tokenizer import Tokenizer
 def check_documents(
     section: Data, sources: Sequence[Source], tokenizer: Tokenizer, *, num_samples: int
 ) -> None:
-    """Raises ValueError for local documents that a run of num_samples cannot begin with.
+    """Raises ValueError for local documents with which a run of num_samples would fail.
 
-    Those are a first document without text, a file that cannot be read, and fewer documents than
-    streams that the run reads.
+    These are a bad first document, an unreadable file, and fewer documents than the run's streams.
     """
     mixture = Mixture([source.weight for source in section.sources] or [1])
     for number, source in enumerate(sources):
         if not source.parts:
             continue
-        # Beyond some rounds of all streams, every source has had each of them.
+        # After 64 rounds of all streams, each source has had each of its streams.
         samples = range(min(num_samples, 64 * section.num_streams))
         streams = {g % section.num_streams for g in samples if mixture.source(g) == number}
         own_section = section.model_copy(update={"num_streams": 1})
-        # A folder may have files of other things than documents, with another suffix.
+        # One file of each suffix: files of another suffix may not be documents.
         by_suffix = {plain_suffix(file): file for file in reversed(source.files)}
         for file in list(by_suffix.values()):
             first = DocumentReader(replace(source, parts=((file,),)), own_section, 0, tokenizer)
@@ -45,8 +44,8 @@ def check_documents(
             num_read, num_good = num_read + size, num_good + len(good)
         if num_read > 0 and num_good == 0:
             raise SettingError(
-                source.key, f"none of the {num_read} documents of {source.name} could be used"
+                source.key, f"none of the {num_read} documents of {source.name} is usable"
             )
-        # Of fewer documents than streams, those of the last streams have none.
+        # With fewer documents than streams, the last streams have none.
         if (total := reader.count(section.num_streams)) <= max(streams, default=0):
             raise too_few(source, total, section.num_streams)

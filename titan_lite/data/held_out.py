@@ -1,7 +1,7 @@
 """The batches of a validation: the first ones of a held-out dataset, the same every time.
 
-Legend: as in loader.py. Sample g is the g-th of one stream over all documents, in their order;
-global batches and what ranks get of them are cut as in training.
+Sample g is the g-th of one stream over all documents, in order; samples are distributed to ranks
+as in training, see loader.py.
 """
 
 import os
@@ -29,9 +29,8 @@ if TYPE_CHECKING:
 class HeldOut:
     """The validation set, kept in host memory for the whole run.
 
-    batches: this rank's micro-batches. num_tokens: labels counted in those of all ranks; num_bytes:
-    of text that these labels spell, where BOS and EOS spell none; num_pairs: samples of two parts
-    whose label counts.
+    batches: this rank's micro-batches. Counts over all ranks: num_tokens, labels that are not -100;
+    num_bytes, of the text of these labels, without BOS and EOS; num_pairs, pairs with a label.
     """
 
     batches: "list[Batch]"
@@ -41,7 +40,7 @@ class HeldOut:
 
 
 def documents_held_out(validation: Validation, data: Data) -> Documents:
-    """Documents of [validation]; without a dataset of its own, another split of [data]'s."""
+    """Returns the documents of [validation]; if it has no dataset, another split of [data]'s."""
     if validation.dataset or validation.dataset_path:
         own = validation.dataset or "bundled"
         return validation.model_copy(update={"dataset": own})
@@ -50,16 +49,18 @@ def documents_held_out(validation: Validation, data: Data) -> Documents:
 
 
 def resolve_held_out(validation: Validation, data: Data) -> Source:
-    """Finds the documents; ValueError where they are those that are trained on."""
+    """Finds the documents; ValueError if they are also trained on."""
     skip = data.on_bad_document == "skip"
     source = resolve_source(documents_held_out(validation, data), "validation", skip=skip)
     sources = resolve_sources(data)
     if source.documents in [trained.documents for trained in sources]:
-        raise SettingError(source.key, f"{source.name} is what [data] trains on, not held out")
+        raise SettingError(
+            source.key, f"[data] trains on {source.name}, too: set another dataset or split"
+        )
     trained_files = {os.path.realpath(file) for trained in sources for file in trained.files}
     for file in source.files:
         if os.path.realpath(file) in trained_files:
-            raise SettingError(source.key, f"[data] trains on {file}, too")
+            raise SettingError(source.key, f"[data] trains on {file}, too: set other files")
     return source
 
 
@@ -75,11 +76,12 @@ def read_held_out(
     tokenizer: Tokenizer,
     rows: Rows | None = None,
 ) -> HeldOut:
-    """Reads and tokenizes all of it, on every rank; rows: None: packed as [data] says.
+    """Reads and tokenizes the whole validation set on every rank.
 
-    Raises ValueError where the documents are too few for `validation.steps` batches.
+    rows: turns documents into samples; None: packed by data.packing. Raises ValueError if there are
+    too few documents for `validation.steps` batches.
     """
-    # Imports torch, which what is known before a run does without.
+    # Imports torch, which the preflight runs without.
     from titan_lite.data.loader import Batch
 
     mine: list[Row] = []
@@ -114,10 +116,10 @@ def held_out_rows(
     tokenizer: Tokenizer,
     rows: Rows,
 ) -> Iterator[Row]:
-    """Yields the samples of one validation; ValueError where the documents are too few."""
+    """Yields the samples of one validation; ValueError if there are too few documents."""
     documents = documents_held_out(validation, data)
     read = {key: getattr(documents, key) for key in Documents.model_fields}
-    # In order, a few at a time.
+    # In order, 64 documents at a time.
     section = data.model_copy(
         update={**read, "shuffle": False, "num_streams": 1, "shuffle_buffer": 64, "sources": []}
     )
@@ -137,8 +139,8 @@ def held_out_rows(
         if stream.position.block.epoch > 0:
             raise SettingError(
                 "validation.steps",
-                f"{validation.steps} batches of {global_batch_size} samples of "
-                f"{seq_len} tokens are more than {source.name} holds: it has "
-                f"{sample // global_batch_size}",
+                f"{validation.steps} batches of {global_batch_size} samples of {seq_len} tokens "
+                f"are more than the {sample // global_batch_size} in {source.name}: set a smaller "
+                "validation.steps, or add documents",
             )
         yield row

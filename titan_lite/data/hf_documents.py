@@ -1,7 +1,7 @@
 """The files next to a Hugging Face model's weights: config.json and the tokenizer's.
 
-A tokenizer becomes a tokenizer.json that gives a text the ids it has in training, after the BOS
-that documents begin with. Generation continues a text, so that no EOS follows.
+A tokenizer becomes a tokenizer.json that gives a text the same ids as in training, after the BOS
+that starts a document. No EOS follows, since generation continues a text.
 """
 
 import json
@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from titan_lite.data.hf_tokenizer import BYTE_LETTERS, HFTokenizer
-from titan_lite.data.special_tokens import FILE_NAMES as BESIDE
+from titan_lite.data.special_tokens import FILE_NAMES as COMPANIONS
 from titan_lite.data.tiktoken_tokenizer import (
     SPECIAL_TOKENS,
     SPLIT_PATTERN,
@@ -21,7 +21,8 @@ from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.hf_config import HFConfig, hf_config_from_args
 
-# Keys of a tokenizer_config.json that are kept. Others have transformers change tokenizer.json.
+# Keys of a tokenizer_config.json that are kept. Others would make transformers change
+# tokenizer.json.
 _KEPT = (
     "unk_token",
     "additional_special_tokens",
@@ -35,10 +36,10 @@ _KEPT = (
 def hf_documents(
     args: DecoderArgs, hf: HFConfig, tokenizer: Tokenizer | None, *, dtype: str
 ) -> dict[str, dict[str, Any] | bytes]:
-    """JSON documents, or contents, by file name; without a tokenizer, config.json alone.
+    """Returns JSON documents, or contents, by file name; without a tokenizer, only config.json.
 
-    dtype: of the weights, as torch spells it. There is no tokenizer.json where `tokenizers` has
-    nothing that does what a sentencepiece model does: `export_report` states it.
+    dtype: of the weights, as torch spells it. There is no tokenizer.json if `tokenizers` cannot
+    represent a sentencepiece model; `export_report` reports that.
     """
     if tokenizer is None:
         return {"config.json": hf_config_from_args(args, hf, dtype=dtype)}
@@ -49,7 +50,7 @@ def hf_documents(
         dtype=dtype,
         bos_id=tokenizer.bos_id,
         eos_id=eos_id,
-        # An EOS that stands in for padding is a token that learns.
+        # An EOS used as padding is not declared as padding, since the model is trained on it.
         pad_id=None if pad_id == eos_id else pad_id,
     )
     documents: dict[str, dict[str, Any] | bytes] = {"config.json": config}
@@ -60,7 +61,7 @@ def hf_documents(
     except ValueError:
         return documents
     names = Backend.from_str(json.dumps(document)).id_to_token
-    _begin_as_in_training(document, tokenizer, of_pairs=not args.causal)
+    _add_bos_template(document, tokenizer, of_pairs=not args.causal)
     return {
         **documents,
         "tokenizer.json": document,
@@ -69,13 +70,13 @@ def hf_documents(
 
 
 def _config(tokenizer: Tokenizer, args: DecoderArgs, name_of: Any) -> dict[str, Any]:
-    """Has transformers take tokenizer.json as it is, by a class that changes nothing in it."""
-    beside: dict[str, Any] = {}
-    for name in reversed(BESIDE):
-        beside |= json.loads(tokenizer.files.get(name, b"{}"))
+    """Returns a tokenizer_config.json with a class that leaves tokenizer.json unchanged."""
+    original: dict[str, Any] = {}
+    for name in reversed(COMPANIONS):
+        original |= json.loads(tokenizer.files.get(name, b"{}"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{key: beside[key] for key in _KEPT if beside.get(key) is not None},
+        **{key: original[key] for key in _KEPT if original.get(key) is not None},
         "bos_token": name_of(tokenizer.bos_id),
         "eos_token": name_of(tokenizer.eos_id),
         "pad_token": name_of(tokenizer.pad_id),
@@ -83,7 +84,7 @@ def _config(tokenizer: Tokenizer, args: DecoderArgs, name_of: Any) -> dict[str, 
         "model_max_length": args.max_seq_len,
     }
     if not args.causal:
-        # As masked_lm.py makes samples.
+        # The format of samples made by masked_lm.py.
         config |= {
             "cls_token": name_of(tokenizer.bos_id),
             "sep_token": name_of(tokenizer.eos_id),
@@ -94,12 +95,10 @@ def _config(tokenizer: Tokenizer, args: DecoderArgs, name_of: Any) -> dict[str, 
     return config
 
 
-def _begin_as_in_training(
-    document: dict[str, Any], tokenizer: Tokenizer, *, of_pairs: bool
-) -> None:
-    """Has a tokenizer.json put [BOS] before a text, where it does not.
+def _add_bos_template(document: dict[str, Any], tokenizer: Tokenizer, *, of_pairs: bool) -> None:
+    """Adds a template to a tokenizer.json that puts [BOS] before a text, unless it has one.
 
-    of_pairs: [BOS] A [EOS], or [BOS] A [EOS] B [EOS], with types; otherwise BOS alone is put there.
+    of_pairs: adds [BOS] A [EOS] and [BOS] A [EOS] B [EOS], with types; otherwise only [BOS] A.
     """
     backend = Backend.from_str(json.dumps(document))
     text = backend.encode("a", add_special_tokens=False).ids
@@ -125,7 +124,7 @@ def _begin_as_in_training(
         },
     }
     earlier = document.get("post_processor") or {}
-    # Byte-level ones move the offsets of tokens to their text.
+    # Byte-level processors correct the offsets of tokens.
     kept = [
         part for part in earlier.get("processors", [earlier]) if part.get("type") == "ByteLevel"
     ]
@@ -135,7 +134,7 @@ def _begin_as_in_training(
 
 
 def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """A tokenizer.json that gives the ids of a tokenizer; ValueError where there is none."""
+    """Returns a tokenizer.json with the tokenizer's ids; ValueError if there is no such file."""
     if isinstance(tokenizer, HFTokenizer):
         content: str | bytes = tokenizer.files["tokenizer.json"]
     elif isinstance(tokenizer, TiktokenTokenizer):
@@ -149,9 +148,9 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _tiktoken_backend(tokenizer: TiktokenTokenizer) -> Backend:
-    """Byte-level BPE that gives our tokens; special tokens in a text are special."""
+    """Returns the same byte-level BPE of `tokenizers`; special tokens in a text are special."""
     vocabulary = {_spell(token): rank for token, rank in tokenizer.ranks.items()}
-    # A piece that is a token is that token, as in tiktoken.
+    # ignore_merges: text that is a token becomes that token, as in tiktoken.
     backend = Backend(models.BPE(vocabulary, _merges(tokenizer.ranks), ignore_merges=True))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -165,7 +164,7 @@ def _tiktoken_backend(tokenizer: TiktokenTokenizer) -> Backend:
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
-    """Pairs of tokens that make a token, by its rank: tiktoken merges any such pair."""
+    """Returns all pairs of tokens whose text is a token, by its rank, as tiktoken merges them."""
     splits = ((token[:i], token[i:]) for token in ranks for i in range(1, len(token)))
     return [
         (_spell(left), _spell(right)) for left, right in splits if left in ranks and right in ranks

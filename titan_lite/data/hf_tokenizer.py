@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face: a tokenizer.json, read by the library `tokenizers`."""
+"""Hugging Face's tokenizers: a tokenizer.json, read by the library `tokenizers`."""
 
 import itertools
 import json
@@ -13,32 +13,32 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import WordPiece
 
 from titan_lite.config.problems import SettingError
-from titan_lite.data.special_tokens import read_beside, special_tokens
+from titan_lite.data.special_tokens import read_companions, special_tokens
 from titan_lite.data.tokenizer import Tokenizer, Tokens, begins_word, warn_of_lost_space
 
-# Threads are those of data.tokenizer_threads; the library's own warn in every process that forks.
+# data.tokenizer_threads sets the threads; the library's own threads log a warning at each fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# What of tokenizer.json makes tokens of a text: no template, padding or truncation is applied.
+# The mark that replaces a space in tokens.
 _SPACE = "\u2581"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-# A text that any tokenizer takes, and one that few have tokens for.
+# A text that any tokenizer can encode, and one that few have tokens for.
 _PROBES = ("a", "\U0010fffd")
 
 
 class HFTokenizer(Tokenizer):
-    """A tokenizer.json with the special tokens that the files beside it name.
+    """A tokenizer.json with the special tokens that its companion files name.
 
-    Special tokens inside a text are ordinary text; BOS and EOS come from the data code, not from
-    the file's template.
+    Special tokens inside a text are ordinary text. The data code adds BOS and EOS, not the file's
+    template; padding and truncation are off.
     """
 
-    def __init__(self, file: Path, content: bytes, beside: dict[str, bytes]) -> None:
-        """Raises ValueError naming the file when it cannot be used."""
+    def __init__(self, file: Path, content: bytes, companions: dict[str, bytes]) -> None:
+        """Raises ValueError naming the file if it cannot be used."""
         self._backend = _read(file, content)
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
-        special = special_tokens(file, beside, self._backend.token_to_id)
+        special = special_tokens(file, companions, self._backend.token_to_id)
         self.bos_id, self.eos_id = special.bos_id, special.eos_id
         self.pad_id, self.mask_id = special.pad_id, special.mask_id
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
@@ -62,16 +62,16 @@ class HFTokenizer(Tokenizer):
             self._is_special[vocabulary[unknown]] = False
         self._special_text = re.compile("|".join(special_texts))
         self.spellings = spellings
-        # A prefix that only tokens know: how many more bytes a letter has with it.
+        # A prefix shows up only in tokens: the extra bytes in the tokens of one letter.
         probe = self._encode(_PROBES[0])
         self.prefix_bytes = max(0, int(self.bytes_per_token[probe].sum()) - len(_PROBES[0]))
-        self.files = {"tokenizer.json": content, **beside}
+        self.files = {"tokenizer.json": content, **companions}
 
     @classmethod
     def load(cls, file: Path, content: bytes) -> "HFTokenizer":
-        """A file's content, with what lies beside the file."""
-        tokenizer = cls(file, content, read_beside(file))
-        # Word pieces hold no white space by design.
+        """Returns the tokenizer of a file's content and of its companion files."""
+        tokenizer = cls(file, content, read_companions(file))
+        # Word pieces drop white space by design.
         if not isinstance(tokenizer._backend.model, WordPiece):
             warn_of_lost_space(file, tokenizer)
         return tokenizer
@@ -84,20 +84,20 @@ class HFTokenizer(Tokenizer):
         tokens = self._tokens([text])
         if not self._is_special[tokens].any():
             return tokens
-        # Unigram models know special tokens as pieces: none is whole in a text that is cut there.
+        # Unigram models match special tokens as pieces, unless the text is cut inside of them.
         cuts = [match.start() + 1 for match in self._special_text.finditer(text)]
         parts = [text[i:j] for i, j in itertools.pairwise([0, *cuts, len(text)])]
         return self._tokens(parts)
 
     def _tokens(self, texts: list[str]) -> Tokens:
-        """Tokenizes texts, one after the other."""
-        # A batch, since encode() keeps Python's lock; without the offsets, which nothing needs.
+        """Returns the concatenated tokens of texts."""
+        # A batch, since encode() holds Python's lock; the fast version, without unused offsets.
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return np.concatenate([np.array(encoding.ids, np.uint32) for encoding in encodings])
 
 
 class _Spelling:
-    """The text of a token of the vocabulary, by the kind of its tokenizer."""
+    """Converts tokens of the vocabulary to the text they stand for, by the kind of tokenizer."""
 
     def __init__(self, document: dict[str, Any]) -> None:
         components = [
@@ -106,7 +106,7 @@ class _Spelling:
             for component in _components(document.get(key))
         ]
         self._byte_level = any(component["type"] == "ByteLevel" for component in components)
-        # By Metaspace, Replace or Prepend.
+        # Metaspace, Replace and Prepend mark spaces.
         self._space_marked = any(_SPACE in component.values() for component in components)
         model = document["model"]
         self._has_bytes = model.get("byte_fallback", False)
@@ -128,17 +128,17 @@ class _Spelling:
 
 
 def _read(file: Path, content: bytes) -> Backend:
-    """The library's tokenizer, after it has shown that it works."""
+    """Returns the library's tokenizer, after a test of two texts."""
     try:
         backend = Backend.from_str(content.decode())
         for text in _PROBES:
             backend.encode(text, add_special_tokens=False)
     except UnicodeDecodeError as error:
         raise SettingError("data.tokenizer_path", f"{file} is not UTF-8: {error.reason}") from None
-    # The library raises nothing more specific.
+    # The library raises plain Exceptions.
     except Exception as error:
         raise SettingError(
-            "data.tokenizer_path", f"{file} is no tokenizer.json of Hugging Face: {error}"
+            "data.tokenizer_path", f"{file} is not a tokenizer.json of Hugging Face: {error}"
         ) from None
     if not backend.get_vocab_size():
         raise SettingError("data.tokenizer_path", f"{file} has no tokens")
@@ -146,7 +146,7 @@ def _read(file: Path, content: bytes) -> Backend:
 
 
 def _components(part: Any) -> Iterator[dict[str, Any]]:
-    """A part of a tokenizer.json, and what it is a sequence of."""
+    """Yields a part of a tokenizer.json and, of a sequence, its parts."""
     if isinstance(part, dict):
         if "type" in part:
             yield part
@@ -158,7 +158,7 @@ def _components(part: Any) -> Iterator[dict[str, Any]]:
 
 
 def _unknown(model: dict[str, Any]) -> str | None:
-    """The token of what no other token spells."""
+    """Returns the token for unknown text, if there is one."""
     if model.get("unk_id") is not None:
         token: str = model["vocab"][model["unk_id"]][0]
         return token
@@ -166,7 +166,7 @@ def _unknown(model: dict[str, Any]) -> str | None:
 
 
 def _byte_letters() -> list[str]:
-    """GPT-2's letter for each byte: itself where it can be printed, else one from 256 on."""
+    """Returns GPT-2's letter for each byte: itself if printable, else a letter above 255."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(b if b in printable else 256 + others.index(b)) for b in range(256)]

@@ -2,10 +2,10 @@
 
 Global sample g of a run is sample g // V of stream g % V, with V = data.num_streams. Optimizer
 step b trains on samples [b * global_batch_size, (b + 1) * global_batch_size); of these, rank r of D
-takes those with g % D == r, in order, and reads only the streams that they come from.
+takes those with g % D == r, in order, and reads only their streams.
 
-With several sources each has V streams of its own, and stream g % V is dealt from those of this
-number: sample g is the next one of the stream of its source, which mixture.py tells.
+With several sources, each has V streams. mixture.py chooses the source of sample g, which is then
+the next sample of that source's stream g % V.
 
 Legend: B = local_batch_size, S = seq_len.
 """
@@ -42,22 +42,23 @@ class Batch:
     labels: torch.Tensor
     """(B, S) int64: the token to predict at each input; -100 is not counted in the loss."""
     positions: torch.Tensor | None = None
-    """(B, S) int64, in what goes together; None: 0 to S - 1 in each row."""
+    """(B, S) int64: position ids within the document; None: 0 to S - 1 in each row."""
     documents: torch.Tensor | None = None
-    """(B, S) int64: numbers of what attends to itself only, in order; None: each row is one."""
+    """(B, S) int64: document numbers, ascending; tokens attend within their document. None: each
+    row is one document."""
     token_types: torch.Tensor | None = None
     """(B, S) int64: 0 or 1, the part of a pair; None: samples have no parts."""
     pair_labels: torch.Tensor | None = None
-    """(B,) int64: 0 where a sample's second part follows the first, 1 where it does not; -100 is
-    not counted."""
+    """(B,) int64: 0 if a sample's second part follows the first, 1 if it does not; -100 is not
+    counted."""
     sources: torch.Tensor | None = None
-    """(B,) int64: which of data.sources each row is from; None without them."""
+    """(B,) int64: the index in data.sources of each row; None without data.sources."""
     samples: torch.Tensor | None = None
-    """(B,) int64: the number of each row in the run; None where it is no sample of one."""
+    """(B,) int64: the number of each row in the run; None for validation."""
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> "Batch":
-        """Rows of one packing, one below the other."""
+        """Stacks rows."""
         columns: dict[str, Any] = {}
         for name in vars(rows[0]):
             arrays = [getattr(row, name) for row in rows]
@@ -68,8 +69,8 @@ class Batch:
 class DataLoader:
     """Endless micro-batches of one rank, in order, prepared ahead by a worker thread.
 
-    Raises ValueError at once for a source that cannot be found, and from next() what goes wrong in
-    the worker, in its place in the order.
+    Raises ValueError at once for a source that does not exist. Errors in the worker are raised by
+    the next() whose batch failed.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class DataLoader:
         tokenizer: Tokenizer,
         rows: Rows | None = None,
     ) -> None:
-        """rows: how documents become rows; None: packed as `section` says."""
+        """Takes rows, which turns documents into samples; None: packed by data.packing."""
         if global_batch_size % (local_batch_size * batch_degree):
             raise ValueError(
                 f"training.global_batch_size={global_batch_size} is not a multiple of "
@@ -105,7 +106,7 @@ class DataLoader:
         self._worker: _Worker[tuple[Batch, dict[int, Position]]] | None = None
 
     def __iter__(self) -> "DataLoader":
-        """Start the worker, which from now on runs ahead."""
+        """Starts the worker, which runs ahead from now on."""
         if self._worker is None:
             batches = self._batches(self._num_samples, dict(self._positions))
             self._worker = _Worker(batches, self._section.prefetch)
@@ -120,20 +121,20 @@ class DataLoader:
         return batch
 
     def close(self) -> None:
-        """Stop the worker and forget what it prepared; next() would start it again."""
+        """Stops the worker and discards its batches; next() would start it again."""
         if self._worker is not None:
             self._worker.close()
             self._worker = None
 
     def num_skipped(self) -> list[int]:
-        """Documents of each stream left out so far; 0 where this rank does not read it."""
+        """Returns the documents skipped so far in each stream; 0 if this rank does not read it."""
         streams = range(len(self._sources) * self._section.num_streams)
         return [self._positions.get(v, Position()).block.skipped for v in streams]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the batches handed out so far end, over the streams this rank reads; small JSON.
+        """Returns the positions after the batches returned so far in this rank's streams.
 
-        The states of all ranks go through merge_states, whose result any rank of any degree loads.
+        Small JSON. merge_states merges those of all ranks; any rank of any degree loads the result.
         """
         return {
             "num_samples": self._num_samples,
@@ -142,10 +143,10 @@ class DataLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after a merged state; what was prepared before is forgotten.
+        """Continues after a merged state, and discards prepared batches.
 
-        Raises ValueError naming each setting that differs from the state's, since with it the
-        positions mean nothing.
+        Raises ValueError naming each setting that differs from the state's: the positions are valid
+        only with the same settings.
         """
         check_data_settings(self._settings(), state["settings"])
         self.close()
@@ -154,7 +155,7 @@ class DataLoader:
         self._positions = {int(v): Position.from_state(s) for v, s in mine.items()}
 
     def epochs(self) -> list[list[int]]:
-        """Epochs of each source's streams: how often read to the end; 0 where others read it."""
+        """Returns how often each stream of each source was read to the end; 0 if by other ranks."""
         num_streams = self._section.num_streams
         return [
             [
@@ -180,7 +181,7 @@ class DataLoader:
     def _batches(
         self, num_samples: int, positions: dict[int, Position]
     ) -> Iterator[tuple[Batch, dict[int, Position]]]:
-        """Batches after the first `num_samples`, each with the new positions of its streams."""
+        """Yields batches after the first `num_samples`, with the new positions of their streams."""
         streams: dict[int, Stream] = {}
         num_streams = self._section.num_streams
         # This rank's first sample that has not been handed out.
@@ -214,9 +215,9 @@ class DataLoader:
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One state of the whole job from the states of its ranks, the same for every layout.
+    """Returns one state for the whole job, the same in every layout, from the ranks' states.
 
-    Ranks that share a stream may differ in how far they have read it: the furthest counts.
+    Of ranks that share a stream, the one that has read furthest counts.
     """
     num_samples = {state["num_samples"] for state in states}
     assert len(num_samples) == 1, f"ranks are not at the same step: {num_samples}"
@@ -230,7 +231,7 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 class _Worker(Generic[T]):
-    """A daemon thread that runs an iterator ahead, up to a bound."""
+    """A daemon thread that runs an iterator up to `ahead` items ahead."""
 
     def __init__(self, items: Iterator[T], ahead: int) -> None:
         self._queue: queue.Queue[T | _Failure] = queue.Queue(ahead)
@@ -240,11 +241,11 @@ class _Worker(Generic[T]):
             target=self._run, args=(items,), name="titan_lite data", daemon=True
         )
         self._thread.start()
-        # A daemon thread that is inside pyarrow when the interpreter ends aborts the process.
+        # A daemon thread inside pyarrow at the interpreter's end would abort the process.
         atexit.register(self.close)
 
     def get(self) -> T:
-        """The next item, or the exception that took its place, again at each call."""
+        """Returns the next item, or raises the iterator's exception, again at each call."""
         item = self._failure or self._queue.get()
         if isinstance(item, _Failure):
             self._failure = item
@@ -252,7 +253,7 @@ class _Worker(Generic[T]):
         return item
 
     def close(self) -> None:
-        """Stop after the item in work; a read that hangs is left to its daemon thread."""
+        """Stops after the current item; a read that hangs is left to the daemon thread."""
         self._stopped.set()
         with contextlib.suppress(queue.Empty):
             while True:

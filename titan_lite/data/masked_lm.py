@@ -1,12 +1,11 @@
-"""Documents become the samples of a masked language model, as BERT's: [CLS] A [SEP] B [SEP].
+"""Samples of a masked language model from documents, as in BERT: [CLS] A [SEP] B [SEP].
 
-As Devlin et al., arXiv:1810.04805, section 3.1 and appendix A.2, have it, but for one thing: there
-A and B are made of sentences. A stream of tokens knows none, so that both are spans of tokens, and
-begin where a word does. Under a B that does not follow A its real continuation is not lost: the
-next sample's A begins there.
+Follows Devlin et al., arXiv:1810.04805, section 3.1 and appendix A.2, with one difference: A and B
+are spans of tokens that start at a word, not sentences. If B is random, the next sample's A starts
+at A's real continuation, so no text is lost.
 
-All that is drawn for a sample follows from the run's seed and the sample's number in its stream: it
-is the same in every layout and after any resume, and another one in the next epoch.
+Random numbers depend only on the run's seed and the sample's number in its stream: they are the
+same in every layout and after any resume, and differ between epochs.
 """
 
 import functools
@@ -21,17 +20,17 @@ from titan_lite.config.schema import MaskedLM
 from titan_lite.data.packing import IGNORED, Ints, MakeRow, Mark, Row
 from titan_lite.data.tokenizer import Tokenizer, Tokens
 
-FOLLOWS, OTHER = 0, 1  # labels of a pair, as Hugging Face has them
-MASKED, REPLACED = 0.8, 0.1  # of what is predicted; the rest stays as it is
-# Tokens after which a word is cut: what a script without spaces writes would be one word, and one
-# word at least is hidden.
+FOLLOWS, OTHER = 0, 1  # labels of a pair, as in Hugging Face
+MASKED, REPLACED = 0.8, 0.1  # fractions of the predicted tokens; the rest stays unchanged
+# Longer words are cut: text in a script without spaces would be one word, and at least one word is
+# masked.
 MAX_WORD = 16
-# Not some documents too short for a sample, but a source that has no others.
+# More blocks in a row without a long enough document end the run.
 MAX_EMPTY_BLOCKS = 100
 
 
 class Pair(NamedTuple):
-    """The parts of one sample, without special tokens, and how they belong together."""
+    """The two parts of a sample, without special tokens, and the label of the pair."""
 
     first: Tokens
     second: Tokens | None
@@ -39,38 +38,34 @@ class Pair(NamedTuple):
 
 
 class Draws:
-    """Uniform numbers from a key; numpy keeps the raw bits of a generator in all versions."""
+    """Uniform random numbers from a key; all versions of numpy give the same raw bits."""
 
     def __init__(self, *key: int) -> None:
         self._bits = np.random.PCG64(np.random.SeedSequence(key))
 
     def uniform(self, count: int) -> npt.NDArray[np.float64]:
-        """`count` numbers in [0, 1)."""
+        """Returns `count` numbers in [0, 1)."""
         numbers: npt.NDArray[np.float64] = (self._bits.random_raw(count) >> np.uint64(11)) / 2.0**53
         return numbers
 
     def below(self, limit: int) -> int:
-        """One of 0 to limit - 1."""
+        """Returns an integer from 0 to limit - 1."""
         return int(self.uniform(1)[0] * limit)
 
 
 def mask_of(tokenizer: Tokenizer) -> int:
-    """The token for what is masked; ValueError where a tokenizer has none."""
+    """Returns the mask token; ValueError if the tokenizer has none."""
     if tokenizer.mask_id is None:
         raise SettingError(
             "data.tokenizer_path",
-            "this tokenizer has no token for what is masked, which a masked "
-            'language model needs: name one in a tokenizer_config.json beside it, {"mask_token": '
-            '"..."}',
+            "this tokenizer has no mask token, which a masked language model requires: name one in "
+            'a tokenizer_config.json next to it, {"mask_token": "..."}',
         )
     return tokenizer.mask_id
 
 
 class MaskedPairs:
-    """Makes rows as [masked_lm] says; a Rows, as packing.Packing is.
-
-    Raises ValueError for a tokenizer without a token for what is masked.
-    """
+    """Rows made according to [masked_lm]; ValueError for a tokenizer without a mask token."""
 
     def __init__(self, section: MaskedLM, seq_len: int, tokenizer: Tokenizer) -> None:
         self._section, self._seq_len, self._tokenizer = section, seq_len, tokenizer
@@ -82,16 +77,16 @@ class MaskedPairs:
     def settings(self) -> dict[str, Any]:
         """Settings that a resumed run must keep."""
         own = {f"masked_lm.{key}": value for key, value in self._section.model_dump().items()}
-        # The fingerprint of a tokenizer leaves it out.
+        # The tokenizer's fingerprint does not include mask_id.
         return {"data.packing": None, "data.packing_block": None, "mask_id": self._mask_id} | own
 
     def rows(
         self, blocks: Iterable[tuple[Mark, Tokens]], offset: int, *, key: tuple[int, int], item: int
     ) -> Iterator[tuple[MakeRow, Mark, int]]:
-        """Rows of samples number `item` on, each with the place after it, as those of `pack`.
+        """Yields rows from sample number `item` on, each with the place after it (see `pack`).
 
-        key: the run's seed and the stream. What a document has left that is too short for a sample
-        is not given out.
+        key: the run's seed and the stream's number. A remainder of a document that is too short for
+        a sample is dropped.
         """
         empty = 0
         for mark, tokens in blocks:
@@ -99,15 +94,15 @@ class MaskedPairs:
             ends = np.append(starts[1:], len(tokens)) - 1
             # Without BOS and EOS.
             contents = [(a + 1, b) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
-            contents = [(begin, end) for begin, end in contents if begin < end]
-            empty = 0 if any(e - b >= self._least for b, e in contents) else empty + 1
+            contents = [(start, end) for start, end in contents if start < end]
+            empty = 0 if any(end - a >= self._least for a, end in contents) else empty + 1
             if empty == MAX_EMPTY_BLOCKS:
                 raise ValueError(
-                    f"no document in {empty} blocks of them has {self._least} tokens, the least "
-                    "that a sample is made of"
+                    f"no document in {empty} blocks of documents has {self._least} tokens, the "
+                    "minimum for a sample: use longer documents"
                 )
-            for number, (begin, end) in enumerate(contents):
-                offset = max(offset, begin)
+            for number, (start, end) in enumerate(contents):
+                offset = max(offset, start)
                 while end - offset >= self._least:
                     draws = Draws(*key, item)
                     pair, offset = self._cut(tokens[:, 0], contents, number, offset, draws)
@@ -120,40 +115,40 @@ class MaskedPairs:
         tokens: Tokens,
         contents: list[tuple[int, int]],
         number: int,
-        begin: int,
+        start: int,
         draws: Draws,
     ) -> tuple[Pair, int]:
-        """A sample that begins in document `number` of a block, and where in it the next one does.
+        """Returns the sample at `start` in document `number`, and the start of the next one.
 
-        contents: where in `tokens` each document lies.
+        contents: (start, end) of each document in `tokens`.
         """
         length = self._most
         if draws.uniform(1)[0] < self._section.short_seq_prob:
             length = self._least + draws.below(self._most - self._least + 1)
-        end = min(begin + length, contents[number][1])
+        end = min(start + length, contents[number][1])
         if not self._section.next_sentence:
-            return Pair(tokens[begin:end], None, IGNORED), end
-        middle = self._word_from(tokens, begin + 1 + draws.below(end - begin - 1), end)
-        first, second = tokens[begin:middle], tokens[middle:end]
+            return Pair(tokens[start:end], None, IGNORED), end
+        middle = self._word_from(tokens, start + 1 + draws.below(end - start - 1), end)
+        first, second = tokens[start:middle], tokens[middle:end]
         if draws.below(2) == FOLLOWS:
             return Pair(first, second, FOLLOWS), end
         if len(contents) == 1:
-            # No other document at hand: what does not follow is what comes before.
+            # Without another document, the two parts are swapped.
             return Pair(second, first, OTHER), end
         other = draws.below(len(contents) - 1)
         low, high = contents[other + (other >= number)]
-        # As long as what follows, for lengths not to tell which it is.
-        start = low + draws.below(max(1, high - low - len(second) + 1))
-        start = self._word_from(tokens, start, high)
-        return Pair(first, tokens[start : min(high, start + len(second))], OTHER), middle
+        # As long as the real second part, so that lengths do not give away the label.
+        place = low + draws.below(max(1, high - low - len(second) + 1))
+        place = self._word_from(tokens, place, high)
+        return Pair(first, tokens[place : min(high, place + len(second))], OTHER), middle
 
     def _word_from(self, tokens: Tokens, place: int, end: int) -> int:
-        """The first place from this one on, before the end, where a word begins; else this one."""
+        """Returns the first start of a word from `place` up to `end`, or `place` if none."""
         starts = np.flatnonzero(self._tokenizer.starts_word[tokens[place:end]])
         return place + int(starts[0]) if len(starts) else place
 
     def _row(self, pair: Pair, draws: Draws) -> Row:
-        """Masked and padded; padding is a document of its own."""
+        """Returns the masked and padded row; padding has a separate document number."""
         cls, sep = np.array([[self._tokenizer.bos_id], [self._tokenizer.eos_id]], np.uint32)
         parts = [cls, pair.first, sep]
         second = len(pair.first) + 2
@@ -174,20 +169,20 @@ class MaskedPairs:
         )
 
     def _mask(self, tokens: Ints, places: Ints, draws: Draws) -> tuple[Ints, Ints]:
-        """Inputs and labels; places: of the tokens that may be predicted."""
-        begins = np.ones(len(places), np.bool_)
+        """Returns inputs and labels. places: indices of the tokens that may be predicted."""
+        starts = np.ones(len(places), np.bool_)
         if self._section.whole_word_masking:
-            # A part's first word may have begun before it.
-            begins = self._tokenizer.starts_word[tokens[places]] | (np.diff(places, prepend=0) > 1)
+            # The first token of a part counts as a word's start.
+            starts = self._tokenizer.starts_word[tokens[places]] | (np.diff(places, prepend=0) > 1)
             numbers = np.arange(len(places))
-            of_word = numbers - np.maximum.accumulate(np.where(begins, numbers, 0))
-            begins |= of_word % MAX_WORD == 0
-        firsts = np.flatnonzero(begins | (np.arange(len(places)) == 0))
+            of_word = numbers - np.maximum.accumulate(np.where(starts, numbers, 0))
+            starts |= of_word % MAX_WORD == 0
+        firsts = np.flatnonzero(starts | (np.arange(len(places)) == 0))
         lengths = np.diff(firsts, append=len(places))
         wanted = max(1, round(len(places) * self._section.mask_prob))
         order = np.argsort(draws.uniform(len(lengths)), kind="stable")
         ends = lengths[order].cumsum()
-        # Words up to the number of tokens that is nearest to what is wanted, and at least one.
+        # The number of words, at least one, whose tokens are closest to the wanted number.
         count = max(1, int((ends - lengths[order] / 2 < wanted).sum()))
         is_chosen = np.zeros(len(lengths), np.bool_)
         is_chosen[order[:count]] = True

@@ -1,4 +1,4 @@
-"""Megatron-LM's token files: NAME.bin holds the ids of all sequences, NAME.idx where they lie.
+"""Megatron-LM's token files: NAME.bin has the ids of all sequences, NAME.idx their positions.
 
 NAME.idx is little-endian: the magic bytes, version (uint64), dtype code (uint8), the number of
 sequences and of document boundaries (uint64), then each sequence's length (int32) and byte offset
@@ -60,15 +60,15 @@ class MegatronFile:
             raise ValueError(f"{index} is damaged: its documents do not cover its sequences")
         self._tokens: npt.NDArray[Any] = np.empty(0, self._dtype)
         if size:
-            # As a plain array: slices of a memmap cost several times as much.
+            # A plain array: slices of a memmap take several times as long.
             self._tokens = np.memmap(self._data, self._dtype, "r").view(np.ndarray)
 
     def __len__(self) -> int:
-        """Number of documents."""
+        """Returns the number of documents."""
         return len(self._boundaries) - 1
 
     def __getitem__(self, number: int) -> npt.NDArray[Any]:
-        """The token ids of a document; a view of the file."""
+        """Returns the token ids of a document, a view of the file."""
         first, last = self._boundaries[number], self._boundaries[number + 1] - 1
         if last < first:
             return self._tokens[:0]

@@ -1,8 +1,7 @@
-"""Documents become samples: the rows of a batch, and what of them goes together.
+"""Packs documents into samples: the rows of a batch, and which tokens may attend to each other.
 
-Legend: S = seq_len. A sample is up to S + 1 tokens: S inputs and, shifted by one, S labels. Each
-token comes with its index in its document: an array (n, 2) of uint32, so that an index of 0 is
-where a document starts.
+Legend: S = seq_len. A sample is up to S + 1 tokens: S inputs and, shifted by one, S labels. Tokens
+are arrays (n, 2) of uint32: the token's id, and its index in its document, 0 at a document's start.
 """
 
 import functools
@@ -20,15 +19,15 @@ from titan_lite.data.tokenizer import Tokens
 Mark = TypeVar("Mark")
 Ints = npt.NDArray[np.int64]
 IGNORED = -100
-"""Label of a token after which nothing is predicted, as loss.IGNORE_INDEX."""
+"""Label that is not counted in the loss, equal to loss.IGNORE_INDEX."""
 
 
 @dataclass(frozen=True)
 class Row:
     """One sample as the model gets it; every array is (S,).
 
-    positions and documents (numbers, in order) are None where all of a row goes together. Of a
-    masked language model: token_types, 0 or 1 by the part of the pair; pair_labels, a number.
+    positions and documents (ascending numbers) are None if the whole row is one document. A masked
+    language model has token_types, 0 or 1 by the part of the pair, and pair_labels, a number.
     """
 
     inputs: Ints
@@ -43,7 +42,7 @@ MakeRow = Callable[[], Row]
 
 
 class Rows(Protocol):
-    """How the documents of a stream become its rows."""
+    """A maker of rows from the documents of a stream."""
 
     def settings(self) -> dict[str, Any]:
         """Settings that a resumed run must keep."""
@@ -51,14 +50,14 @@ class Rows(Protocol):
     def rows(
         self, blocks: Iterable[tuple[Mark, Tokens]], offset: int, *, key: tuple[int, int], item: int
     ) -> Iterator[tuple[MakeRow, Mark, int]]:
-        """Rows of samples number `item` on, each with the place after it, as those of `pack`.
+        """Yields rows from sample number `item` on, each with the place after it (see `pack`).
 
         key: the run's seed, and the stream's number.
         """
 
 
 class Packing:
-    """Rows as data.packing says."""
+    """Rows packed according to data.packing."""
 
     def __init__(self, section: Data, seq_len: int) -> None:
         self._section, self._seq_len = section, seq_len
@@ -74,14 +73,14 @@ class Packing:
     def rows(
         self, blocks: Iterable[tuple[Mark, Tokens]], offset: int, *, key: tuple[int, int], item: int
     ) -> Iterator[tuple[MakeRow, Mark, int]]:
-        """As Rows says; nothing is drawn."""
+        """Yields rows (see Rows); `key` and `item` are unused: packing is not random."""
         cut = cut_documents if self._section.packing == "none" else pack
         for sample, mark, place in cut(blocks, self._seq_len, offset):
             yield functools.partial(to_row, sample, self._seq_len, self._section), mark, place
 
 
 def join_documents(documents: Sequence[npt.NDArray[Any]], bos_id: int, eos_id: int) -> Tokens:
-    """[BOS] document [EOS] of each document, one after the other, with the indices: (n, 2)."""
+    """Concatenates [BOS] document [EOS] of each document, with indices: (n, 2)."""
     joined = [np.empty((0, 2), np.uint32)]
     for document in documents:
         numbered = np.empty((len(document) + 2, 2), np.uint32)
@@ -94,13 +93,12 @@ def join_documents(documents: Sequence[npt.NDArray[Any]], bos_id: int, eos_id: i
 def pack(
     blocks: Iterable[tuple[Mark, Tokens]], seq_len: int, offset: int = 0
 ) -> Iterator[tuple[Tokens, Mark, int]]:
-    """Samples of S + 1 tokens, each with the place where the next one starts.
+    """Yields samples of S + 1 tokens, each with the place where the next one starts.
 
-    The last token of a sample is the first of the next one, so that every token but the very first
-    is a label once. The first sample starts `offset` tokens into the first block. A place is the
-    mark of a block and an offset into its tokens: blocks from that mark on, packed from that
-    offset, give the samples that follow. What is left at the end and is too short for a sample is
-    not given out.
+    The last token of a sample is the first of the next one, so that every token except the very
+    first is a label once. The first sample starts `offset` tokens into the first block. A place is
+    the mark of a block and an offset into its tokens: packing from there gives the samples that
+    follow. A remainder at the end that is too short for a sample is dropped.
     """
     window: deque[tuple[Mark, Tokens]] = deque()
     available = -offset
@@ -119,9 +117,10 @@ def pack(
 def cut_documents(
     blocks: Iterable[tuple[Mark, Tokens]], seq_len: int, offset: int = 0
 ) -> Iterator[tuple[Tokens, Mark, int]]:
-    """Samples of one document each, or of up to S + 1 tokens of a longer one; places as `pack`'s.
+    """Yields samples of one document, or of a part of a longer one, with places as in `pack`.
 
-    A long document's samples overlap by one token, as those of `pack`; only its last is shorter.
+    A sample has up to S + 1 tokens. Samples of one document overlap by one token, as in `pack`;
+    only the last is shorter.
     """
     for mark, tokens in blocks:
         ends = np.append(np.flatnonzero(tokens[:, 1] == 0), len(tokens))
@@ -134,19 +133,18 @@ def cut_documents(
 
 
 def to_row(sample: Tokens, seq_len: int, section: Data) -> Row:
-    """Inputs and labels of a sample, its positions and documents, by `data.packing`.
+    """Returns inputs, labels, positions and documents of a sample, according to `data.packing`.
 
-    "document": positions count from a document's start, or from the sample's for a document that
-    began before it. The token after a document's last is the next one's BOS, whatever that says:
-    its label is not counted.
-    "fixed": the same for blocks of `packing_block` tokens instead of documents, but for the label
-    at a block's end: it is the token that follows there, and counted, as at the end of a sample.
-    "none": a shorter sample is padded, with its last token; labels of padding are not counted.
+    "document": positions count from a document's start, or from the sample's start if the document
+    started earlier. The label at a document's end, the BOS of the next one, is not counted.
+    "fixed": positions and documents are of blocks of `packing_block` tokens. The label at a block's
+    end is the next token, and is counted.
+    "none": a shorter sample is padded with its last token; labels of padding are not counted.
     """
     tokens, indices = sample.astype(np.int64).T
     padding = seq_len + 1 - len(tokens)
     inputs, labels = tokens[:-1], tokens[1:].copy()
-    # np.pad takes longer than all else here together.
+    # np.pad is slow, so it is called only if needed.
     if padding:
         inputs = np.pad(tokens, (0, padding - 1), mode="edge")
         labels = np.pad(labels, (0, padding), constant_values=IGNORED)
@@ -163,12 +161,12 @@ def to_row(sample: Tokens, seq_len: int, section: Data) -> Row:
 
 
 def _take(window: Iterable[tuple[Mark, Tokens]], offset: int, count: int) -> Tokens:
-    pieces = []
+    parts = []
     for _, tokens in window:
-        piece = tokens[offset : offset + count]
-        pieces.append(piece)
-        count -= len(piece)
+        part = tokens[offset : offset + count]
+        parts.append(part)
+        count -= len(part)
         offset = max(0, offset - len(tokens))
         if not count:
             break
-    return np.concatenate(pieces)
+    return np.concatenate(parts)

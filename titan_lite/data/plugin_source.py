@@ -1,4 +1,4 @@
-"""Documents of a plugin's data source, read as the rows of a dataset."""
+"""The interface of a plugin's data source, whose documents are read as rows of a dataset."""
 
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -10,36 +10,36 @@ class Reader(Protocol):
     """The documents of one stream: texts, or arrays of token ids without BOS and EOS."""
 
     def __iter__(self) -> Iterator[Document]:
-        """Reads on from the place that was set last, or from the first document."""
+        """Yields documents after the loaded position, or from the first one."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The place after the last document that was read; small JSON."""
+        """Returns the position after the last document that was read; small JSON."""
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Sets the place; None: before the first document."""
+        """Sets the position; None: before the first document."""
 
 
 class PluginSource(Protocol):
-    """A set of documents, as a function of the registry SOURCES returns it."""
+    """A set of documents, returned by a function of the registry SOURCES."""
 
     identity: str
-    """The same for the same documents: a resumed run compares it."""
+    """A name that is the same for the same documents; a resumed run compares it."""
 
     def open(self, stream: int, num_streams: int) -> Reader:
-        """Opens one of the streams, which together hold each document once."""
+        """Opens one of the streams, which together have each document once."""
 
 
 class RowStream(Protocol):
     """The rows of one stream."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Reads on from the place that was set last, or from the first row."""
+        """Yields rows after the loaded position, or from the first one."""
 
     def state_dict(self) -> Any:
-        """The place after the last row that was read; small JSON."""
+        """Returns the position after the last row that was read; small JSON."""
 
     def load_state_dict(self, state: Any, /) -> None:
-        """Sets the place; None: before the first row."""
+        """Sets the position; None: before the first row."""
 
 
 class PluginRows:
@@ -51,6 +51,6 @@ class PluginRows:
         self.state_dict = reader.state_dict
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The documents, each as a row with a field of text or token ids."""
+        """Yields each document as a row with a field of text or token ids."""
         for document in self._reader:
             yield {"text" if isinstance(document, str) else TOKENS_FIELD: document}

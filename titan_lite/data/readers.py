@@ -1,4 +1,4 @@
-"""How a stream gets its documents: from a dataset, whose text is tokenized."""
+"""Reads the documents of a stream and tokenizes their text."""
 
 import itertools
 import logging
@@ -17,7 +17,7 @@ from titan_lite.data.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 SKIP_HINT = 'data.on_bad_document = "skip" leaves such documents out'
-# Not some bad documents any more, but a source that is not what the configuration says.
+# More bad documents in a row suggest a wrong configuration, and end the run.
 MAX_BAD_IN_A_ROW = 1000
 
 
@@ -38,38 +38,38 @@ class DocumentReader:
         self._rows: Iterator[dict[str, Any]] = iter(())
 
     def start(self, cursor: dict[str, Any] | None) -> None:
-        """Go to a place; None: before the first document."""
+        """Moves to a cursor(); None: before the first document."""
         self._dataset.load_state_dict(cursor)
         self._rows = iter(self._dataset)
 
     def cursor(self) -> dict[str, Any]:
-        """The place after what was read; small JSON."""
+        """Returns the position after the last document that was read; small JSON."""
         state: dict[str, Any] = self._dataset.state_dict()
         return state
 
     def read(self, size: int) -> tuple[int, list[Document]]:
-        """Number of the next documents, up to `size`, and those that can be used; 0 at the end."""
+        """Reads up to `size` documents; returns their number, 0 at the end, and the usable ones."""
         with reading(self._source):
             documents = [self._document(row) for row in itertools.islice(self._rows, size)]
         return len(documents), [document for document in documents if document is not None]
 
     def encode(self, documents: Sequence[Document]) -> Sequence[npt.NDArray[Any]]:
-        """Tokens of documents, without BOS and EOS."""
+        """Returns the tokens of documents, without BOS and EOS."""
         threads = self._section.tokenizer_threads
         texts = [document for document in documents if isinstance(document, str)]
         encoded = iter(self._tokenizer.encode_documents(texts, threads=threads))
         return [next(encoded) if isinstance(each, str) else each for each in documents]
 
     def count(self, limit: int) -> int:
-        """Documents of all streams, counted up to a limit; those that cannot be used are some."""
+        """Counts the documents of all streams up to a limit, including bad ones."""
         with reading(self._source):
             return sum(1 for _ in itertools.islice(self._source.open(), limit))
 
     def _document(self, row: dict[str, Any]) -> Document | None:
-        """The document of a row; None for one that is left out."""
+        """Returns the document of a row; None if it is skipped."""
         source = self._source
         if source.manifest:
-            # Bad ones were left out when it was written.
+            # A bad document was written as null.
             tokens = row[source.tokens_field]
             return None if tokens is None else self._checked(tokens)
         try:
@@ -86,7 +86,7 @@ class DocumentReader:
         return tokens[start : len(tokens) - int(tokens[-1] == self._tokenizer.eos_id)]
 
     def _checked(self, tokens: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Token ids that are in the vocabulary; SettingError where one is not."""
+        """Returns the token ids; SettingError if one is not in the vocabulary."""
         vocab_size = self._tokenizer.vocab_size
         if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab_size):
             outside = tokens[(tokens < 0) | (tokens >= vocab_size)][0]
@@ -100,18 +100,18 @@ class DocumentReader:
 
 
 class BadDocumentPolicy:
-    """The policy of `data.on_bad_document` for documents that cannot be used."""
+    """The policy of data.on_bad_document for bad documents."""
 
     def __init__(self, source: Source, *, skip: bool) -> None:
         self._source, self._skip = source, skip
         self._in_a_row = 0
 
     def good(self) -> None:
-        """A document can be used."""
+        """Resets the count of bad documents in a row."""
         self._in_a_row = 0
 
     def bad(self, error: BadDocument, rows: object) -> None:
-        """The row read last cannot: raises SettingError, unless it is to be left out."""
+        """Counts and logs the last row as bad, or raises SettingError if it must not be skipped."""
         source = self._source
         self._in_a_row += 1
         too_many = self._in_a_row == MAX_BAD_IN_A_ROW
@@ -119,7 +119,7 @@ class BadDocumentPolicy:
             if self._in_a_row == 1:
                 logger.warning("A document of %s was skipped: %s", source.name, error)
             return
-        # The table of the key that chose the source has the field's, too.
+        # The field's key is in the same table as the source's key.
         table = source.key.rpartition(".")[0]
         raise SettingError(
             f"{table}.{error.key}" if error.key else source.key,
@@ -129,5 +129,5 @@ class BadDocumentPolicy:
 
 
 def place_of(rows: object) -> str:
-    """File and line or row of the row that was read last; "" where that is not known."""
+    """Returns file and line, or file and row, of the last row that was read; "" if unknown."""
     return rows.place() if isinstance(rows, FileRows) else ""

@@ -1,7 +1,7 @@
-"""A sentencepiece model as a tokenizer.json, which gives the same ids in Hugging Face's libraries.
+"""Converts a sentencepiece model to a tokenizer.json with the same ids in Hugging Face's libraries.
 
-The converters of transformers build another tokenizer: one in which a text that begins with a space
-gets no prefix, and in which a normalizer sees several characters at once.
+The converters of transformers give other ids: a text that starts with a space gets no prefix, and a
+normalizer is applied to several characters at once.
 """
 
 import functools
@@ -21,12 +21,12 @@ from tokenizers import (
 )
 
 SPACE = "\u2581"
-# Stands between characters that are normalized one by one: no rule knows it.
+# Separates characters that are normalized one by one; no rule applies to it.
 _MARK = "\ue000"
-# Normalizers of `tokenizers` that may do most of what a model's rules do, the rest is replaced.
+# Normalizers of `tokenizers` that may cover most of a model's rules; the rest become replacements.
 _SEQUENCES: tuple[list[str], ...] = ([], ["NFKC"], ["NFKC", "Lowercase"])
 _FEW_REPLACEMENTS, _MOST_REPLACEMENTS = 100, 400
-# First of the private characters that stand for what these normalizers would change.
+# First of the private characters that protect results from these normalizers.
 _KEPT = 0xF0000
 
 # The generated module declares its names when it is imported.
@@ -36,18 +36,18 @@ _Piece = _ModelProto.SentencePiece
 
 
 def sentencepiece_backend(content: bytes) -> Tokenizer:
-    """The tokenizer of `tokenizers` that turns a text into the ids of a model, and back.
+    """Returns a tokenizer of `tokenizers` with the same ids as the model.
 
-    Raises ValueError where `tokenizers` has nothing that does what the model does.
+    Raises ValueError, with the reason, if `tokenizers` cannot represent the model.
     """
     proto = _ModelProto.FromString(content)
     trainer, spec = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type == _TrainerSpec.WORD:
-        raise ValueError("models of whole words have no form there")
+        raise ValueError("models of whole words cannot be represented there")
     if trainer.treat_whitespace_as_suffix:
-        raise ValueError("treat_whitespace_as_suffix has no form there")
+        raise ValueError("treat_whitespace_as_suffix cannot be represented there")
     if any(piece.type == _Piece.UNUSED for piece in proto.pieces):
-        raise ValueError("pieces of type UNUSED have no form there")
+        raise ValueError("pieces of type UNUSED cannot be represented there")
     is_unigram = trainer.model_type == _TrainerSpec.UNIGRAM
     backend = Tokenizer(_unigram(proto) if is_unigram else _bpe(proto))
     backend.normalizer = normalizers.Sequence(_normalizers(content, spec))
@@ -63,7 +63,7 @@ def sentencepiece_backend(content: bytes) -> Tokenizer:
 
 
 def _normalizers(content: bytes, spec: Any) -> list[Any]:
-    """In sentencepiece's order: rules for characters, white space, the prefix, the space's mark."""
+    """Returns normalizers in sentencepiece's order: characters, white space, prefix, space mark."""
     prefix = [normalizers.Prepend(" ")] * spec.add_dummy_prefix
     rules = _rules(SentencePieceProcessor(model_proto=content), spec)
     if spec.remove_extra_whitespaces:
@@ -71,7 +71,7 @@ def _normalizers(content: bytes, spec: Any) -> list[Any]:
             normalizers.Replace(Regex(pattern), content)
             for pattern, content in ((r"\A +", ""), ("  +", " "), (rf"[ {SPACE}]+\z", ""))
         ]
-        # Of nothing but spaces nothing is left, and no prefix is put before that.
+        # Text of only spaces becomes empty, and gets no prefix.
         steps = [*rules, *squeezed, *prefix]
     else:
         steps = [*prefix, *rules]
@@ -79,43 +79,44 @@ def _normalizers(content: bytes, spec: Any) -> list[Any]:
 
 
 def _rules(model: SentencePieceProcessor, spec: Any) -> list[Any]:
-    """The model's replacements of single characters.
+    """Returns normalizers for the model's replacements of single characters.
 
-    `tokenizers` composes characters where sentencepiece does not if they come in an unusual order.
+    They differ from sentencepiece for combining characters in an unusual order, which `tokenizers`
+    composes.
     """
     if not spec.precompiled_charsmap:
         return []
     joined = _MARK.join(["", *_characters(), ""])
     normalized = model.normalize(joined)
-    # No rule makes it a space, which would be removed here.
+    # Normalizing the space mark may give a space, which would be removed here.
     marked, plain = map(model.normalize, (SPACE + "a", "a"))
     keeps_mark = spec.remove_extra_whitespaces and marked != plain
     if spec.escape_whitespaces:
         normalized = normalized.replace(SPACE, " ")
     wanted = normalized.split(_MARK)[1:-1]
-    found: list[tuple[list[str], dict[str, list[str]]]] = []
+    candidates: list[tuple[list[str], dict[str, list[str]]]] = []
     for kinds in _SEQUENCES:
         sequence = normalizers.Sequence([getattr(normalizers, kind)() for kind in kinds])
         given = sequence.normalize_str(joined).split(_MARK)[1:-1]
         others: dict[str, list[str]] = {}
-        for character, ours, theirs in zip(_characters(), wanted, given, strict=True):
-            if ours != theirs and not (keeps_mark and character == SPACE):
-                others.setdefault(ours, []).append(character)
-        found.append((kinds, others))
+        for character, expected, actual in zip(_characters(), wanted, given, strict=True):
+            if expected != actual and not (keeps_mark and character == SPACE):
+                others.setdefault(expected, []).append(character)
+        candidates.append((kinds, others))
         if len(others) <= _FEW_REPLACEMENTS:
             break
-    kinds, others = min(found, key=lambda candidate: len(candidate[1]))
+    kinds, others = min(candidates, key=lambda candidate: len(candidate[1]))
     if len(others) > _MOST_REPLACEMENTS:
-        raise ValueError(f"its normalizer has {len(others):,} rules that have no form there")
+        raise ValueError(f"{len(others):,} rules of its normalizer cannot be represented there")
     sequence = normalizers.Sequence([getattr(normalizers, kind)() for kind in kinds])
     before, after = [], []
     for number, (content, characters) in enumerate(others.items()):
         if sequence.normalize_str(content) != content:
-            # The rule's result is not for the normalizers that follow.
+            # Protects the rule's result from the normalizers that follow.
             content, kept = chr(_KEPT + number), content
             after.append(normalizers.Replace(content, kept))
         before.append(
-            # Plain strings are found several times as fast.
+            # Searching a plain string is several times as fast as a pattern.
             normalizers.Replace(characters[0], content)
             if len(characters) == 1
             else normalizers.Replace(Regex(f"[{''.join(map(re.escape, characters))}]"), content)
@@ -125,21 +126,22 @@ def _rules(model: SentencePieceProcessor, spec: Any) -> list[Any]:
 
 @functools.cache
 def _characters() -> list[str]:
-    """All that Unicode has assigned."""
+    """Returns all assigned characters of Unicode."""
     every = map(chr, range(1, 0x110000))
     return [c for c in every if unicodedata.category(c) not in ("Cn", "Co", "Cs")]
 
 
 def _splits(proto: Any) -> list[pre_tokenizers.Split]:
-    """Where a text is cut before it is tokenized."""
+    """Returns the splits of a text that are made before it is tokenized."""
     own = [p.piece for p in proto.pieces if p.type == _Piece.USER_DEFINED]
     splits = []
     if own:
-        # As sentencepiece, which takes the longest.
+        # sentencepiece takes the longest match.
         longest_first = sorted(own, key=len, reverse=True)
         splits.append(_isolate("|".join(map(re.escape, longest_first))))
     if proto.trainer_spec.model_type == _TrainerSpec.UNIGRAM:
-        # Unigram finds every token in a text, other than sentencepiece: none is whole here.
+        # The Unigram of `tokenizers` matches special tokens in a text, sentencepiece does not: cuts
+        # their names.
         kinds = (_Piece.CONTROL, _Piece.UNKNOWN, _Piece.BYTE)
         names = [p.piece for p in proto.pieces if p.type in kinds and len(p.piece) > 1]
         normal = [p.piece for p in proto.pieces if p.type == _Piece.NORMAL]
@@ -148,7 +150,7 @@ def _splits(proto: Any) -> list[pre_tokenizers.Split]:
 
 
 def _cut(name: str, pieces: list[str]) -> str:
-    """A pattern of the place in a token's name that is cut: one that no piece or unknown spans."""
+    """Returns a pattern for a place in a token's name that no piece and no unknown spans."""
     text = "\n".join(pieces)
     places = [
         i
@@ -160,7 +162,7 @@ def _cut(name: str, pieces: list[str]) -> str:
 
 
 def _bpe(proto: Any) -> models.BPE:
-    """Any two pieces that make a piece are merged, by its score."""
+    """Returns a BPE that merges any two pieces whose text is a piece, by its score."""
     pieces = list(proto.pieces)
     scores = {p.piece: p.score for p in pieces if p.type == _Piece.NORMAL}
     merges = []
@@ -177,13 +179,13 @@ def _bpe(proto: Any) -> models.BPE:
         unk_token=_unknown(proto)[1],
         fuse_unk=True,
         byte_fallback=_has_bytes(proto),
-        # A user's symbol, which was cut out, is the token of that name.
+        # A user's symbol, split off before, becomes the token of that name.
         ignore_merges=any(p.type == _Piece.USER_DEFINED for p in pieces),
     )
 
 
 def _unigram(proto: Any) -> models.Unigram:
-    """User's symbols are what is most probable, other tokens count for no minimum."""
+    """Returns a Unigram in which user's symbols have the best score, special ones the worst."""
     least = min(p.score for p in proto.pieces if p.type == _Piece.NORMAL)
     scores = {_Piece.USER_DEFINED: 0.0}
     vocabulary = [

@@ -1,4 +1,4 @@
-"""Tokenizers of sentencepiece: its model file, as Llama 2's tokenizer.model."""
+"""Tokenizers of sentencepiece: a model file such as Llama 2's tokenizer.model."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from titan_lite.config.problems import SettingError
-from titan_lite.data.special_tokens import read_beside, special_tokens
+from titan_lite.data.special_tokens import read_companions, special_tokens
 from titan_lite.data.tokenizer import Tokenizer, Tokens, begins_word, warn_of_lost_space
 
 if TYPE_CHECKING:
@@ -17,24 +17,24 @@ _SPACE = "\u2581"
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A model of pieces; files beside it, as Hugging Face's, may name other special tokens."""
+    """A sentencepiece model; companion files may name other special tokens."""
 
-    def __init__(self, file: Path, content: bytes, beside: dict[str, bytes]) -> None:
-        """Raises ValueError naming the file when it cannot be used."""
+    def __init__(self, file: Path, content: bytes, companions: dict[str, bytes]) -> None:
+        """Raises ValueError naming the file if it cannot be used."""
         self._model = _read(file, content)
-        special = special_tokens(file, beside, self._id_of, self._own_ids())
+        special = special_tokens(file, companions, self._id_of, self._own_ids())
         self.bos_id, self.eos_id = special.bos_id, special.eos_id
         self.pad_id, self.mask_id = special.pad_id, special.mask_id
         self.vocab_size = self._model.vocab_size()
         self.spellings = list(map(self._spelling, range(self.vocab_size)))
         self.starts_word = np.array(list(map(begins_word, self.spellings)))
         self.prefix_bytes = max(0, int(self.bytes_per_token[self._encode("a")].sum()) - 1)
-        self.files = {"tokenizer.model": content, **beside}
+        self.files = {"tokenizer.model": content, **companions}
 
     @classmethod
     def load(cls, file: Path, content: bytes) -> "SentencePieceTokenizer":
-        """A file's content, with what lies beside the file."""
-        tokenizer = cls(file, content, read_beside(file))
+        """Returns the tokenizer of a file's content and of its companion files."""
+        tokenizer = cls(file, content, read_companions(file))
         warn_of_lost_space(file, tokenizer)
         return tokenizer
 
@@ -59,7 +59,7 @@ class SentencePieceTokenizer(Tokenizer):
         return number if self._model.id_to_piece(number) == piece else None
 
     def _own_ids(self) -> dict[str, int]:
-        """By use, what the model itself says; it has -1 for none."""
+        """Returns the special tokens that the model itself names (-1: none), by use."""
         model = self._model
         own = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id()}
         return {use: number for use, number in own.items() if number >= 0}
@@ -78,5 +78,5 @@ def _read(file: Path, content: bytes) -> "SentencePieceProcessor":
     except RuntimeError:
         raise SettingError(
             "data.tokenizer_path",
-            f"{file} begins as a sentencepiece model and is none: damaged, or cut short",
+            f"{file} is a damaged or truncated sentencepiece model",
         ) from None

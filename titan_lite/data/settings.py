@@ -1,4 +1,4 @@
-"""The settings that a run's data follow from, and that a resumed run must keep; no torch."""
+"""The settings that determine a run's data, and that a resumed run must keep; no torch."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -46,12 +46,12 @@ def check_data_settings(settings: Mapping[str, Any], saved: Mapping[str, Any]) -
     if differing := differences(settings, saved):
         raise SettingError(
             ("checkpoint.load_step", *(key for key in differing if "." in key)),
-            f"cannot resume the data of another run: {'; '.join(differing.values())}",
+            f"cannot resume with different data settings: {'; '.join(differing.values())}",
         )
 
 
 def differences(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the settings that differ from saved ones, each with both values in words."""
+    """Returns a sentence with both values for each setting that differs from the saved one."""
     return {
         key: f"{key} was {saved.get(key)!r} and is {value!r}"
         for key, value in settings.items()

@@ -1,6 +1,6 @@
-"""Where documents come from: the bundled corpus, local files, or a Hugging Face dataset by name.
+"""Sources of documents: the bundled corpus, local files, or a Hugging Face dataset by name.
 
-The last are read by the streaming code of Hugging Face `datasets`, which is imported on first use.
+Datasets by name are streamed by Hugging Face `datasets`, which is imported on first use.
 """
 
 import contextlib
@@ -58,21 +58,21 @@ class Source:
     """A set of documents, not yet opened."""
 
     name: str
-    """How messages call it."""
+    """Name in messages."""
     key: str
-    """The key that chose it, for messages."""
+    """The key that chose the source, for messages."""
     identity: str
-    """Same documents, same identity, wherever they lie: a resumed run compares it."""
+    """A name that is the same for the same documents in any folder; a resumed run compares it."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Arguments of datasets.load_dataset, for a dataset by name."""
     kind: Kind = "rows"
     """Kind of its rows."""
     parts: tuple[tuple[Path, ...], ...] = ()
-    """Local files, in their order; those that titan-lite tokenize wrote may have several parts."""
+    """Local files, in order; a file written by titan-lite tokenize may have several parts."""
     text_field: str = "text"
     """Field of a document's text."""
     tokens_field: str = ""
-    """Field of a document's token ids, read in place of its text."""
+    """Field of a document's token ids, read instead of its text."""
     plugin: PluginSource | None = None
     """The source of a plugin."""
     manifest: Manifest | None = None
@@ -85,27 +85,27 @@ class Source:
 
     @property
     def documents(self) -> str:
-        """Same documents, same text: tokenized or not."""
+        """The identity of the documents, the same for tokenized ones and their text."""
         return self.manifest.source if self.manifest else self.identity
 
     @property
     def is_tokenized(self) -> bool:
-        """True where documents are known to be token ids before they are read."""
+        """True if documents are known to be token ids before they are read."""
         return bool(self.tokens_field)
 
     @property
     def num_files(self) -> int:
-        """Files, or parts of a dataset by name; open(number, num_files) reads one of them."""
+        """Number of files, or of shards of a dataset by name; open(i, num_files) reads one."""
         if self.plugin:
             return 1
         return len(self.parts) or int(self._dataset.num_shards)
 
     def open(self, stream: int = 0, num_streams: int = 1) -> RowStream:
-        """One stream of the documents out of `num_streams`, which together hold each once.
+        """Opens one of `num_streams` streams, which together have each document once.
 
-        With a file or more per stream, a stream reads whole files; with fewer, every stream reads
-        all files and keeps every num_streams-th document, so that no file weighs more than its
-        size. ValueError where the source cannot be reached or read.
+        With at least one file per stream, a stream reads whole files; with fewer files, every
+        stream reads all files and keeps every num_streams-th document. ValueError if the source
+        cannot be reached or read.
         """
         if self.plugin:
             with reading(self):
@@ -129,7 +129,7 @@ class Source:
 
 
 def resolve_sources(section: Data) -> list[Source]:
-    """As resolve_source, of each of `data.sources`, or of the one that [data] itself names."""
+    """Finds the documents of each of data.sources, or of the one source that [data] names."""
     skip = section.on_bad_document == "skip"
     if not section.sources:
         return [resolve_source(section, skip=skip)]
@@ -142,7 +142,7 @@ def resolve_sources(section: Data) -> list[Source]:
 
 
 def _warn_of_shared(sources: Sequence[Source]) -> None:
-    """Logs which sources of a mixture read the same documents."""
+    """Logs sources of a mixture that read the same documents."""
     readers: dict[str, Source] = {}
     for source in sources:
         for item in (source.documents, *map(os.path.realpath, source.files)):
@@ -156,18 +156,19 @@ def _warn_of_shared(sources: Sequence[Source]) -> None:
 
 
 def resolve_source(section: Documents, table: str = "data", *, skip: bool = False) -> Source:
-    """Find the documents that a table, by default [data], asks for.
+    """Finds the documents that a table, by default [data], names.
 
-    skip: leaves out files that are called Parquet and are not; their ends are read for it, nothing
-    otherwise, and a hub is not asked. Raises ValueError for files that are missing or of unknown or
-    mixed format, and for a subset or split that the source does not have.
+    skip: leaves out files named Parquet that are not valid Parquet, whose last bytes are read to
+    check. Nothing else is read, and no request is sent to a hub. Raises ValueError for files that
+    are missing or have an unknown or mixed format, and for a subset or split that the source does
+    not have.
     """
     if plugin := _plugin_source(section, table):
         return plugin
     if section.dataset_path:
         key = f"{table}.dataset_path"
         chosen = f"{key} = {quote(section.dataset_path)}"
-        # os.path: leaves a ~user that does not exist, where Path raises.
+        # os.path leaves an unknown ~user unchanged, Path raises.
         path = Path(os.path.expanduser(section.dataset_path))  # noqa: PTH111
         if (path / MANIFEST_FILE).is_file():
             _refuse(section, ("subset", "split", "text_field", "tokens_field"), chosen, table)
@@ -217,7 +218,7 @@ def resolve_source(section: Documents, table: str = "data", *, skip: bool = Fals
 
 
 def _plugin_source(section: Documents, table: str) -> Source | None:
-    """The source that a plugin registered for the prefix or file kind of a table, if one did."""
+    """Returns the source of a plugin that registered the table's prefix or file suffix, if any."""
     if section.dataset_path:
         key, given = "dataset_path", section.dataset_path
         kind = plain_suffix(Path(given))
@@ -239,7 +240,7 @@ def _plugin_source(section: Documents, table: str) -> Source | None:
 
 
 def check_tokens(sources: Iterable[Source], tokenizer: Tokenizer) -> None:
-    """ValueError where what is tokenized already is not so by a run's tokenizer."""
+    """Raises ValueError for documents that another tokenizer has tokenized."""
     for source in sources:
         if source.manifest:
             source.manifest.check(source.files[0].parent, tokenizer, source.key)
@@ -247,7 +248,7 @@ def check_tokens(sources: Iterable[Source], tokenizer: Tokenizer) -> None:
 
 @contextlib.contextmanager
 def reading(source: Source) -> Iterator[None]:
-    """Whatever fails becomes one sentence of ValueError that names source and key."""
+    """Turns any exception into a one-sentence SettingError that names the source and its key."""
     try:
         yield
     except SettingError:
@@ -255,14 +256,14 @@ def reading(source: Source) -> Iterator[None]:
     except UnreadableError as error:
         raise SettingError(source.key, f"{error}") from error
     except StopIteration:  # datasets looks for the fields in the first document
-        raise SettingError(source.key, f"{source.name} holds no documents") from None
+        raise SettingError(source.key, f"{source.name} has no documents") from None
     except ConnectionError as error:
         raise SettingError(
             source.key,
             f"the Hugging Face hub could not be reached for {source.name}; "
             "without a network, set data.dataset_path to local files",
         ) from error
-    # Parsers, decompressors, file systems and HTTP clients each raise types of their own.
+    # Parsers, decompressors, file systems and HTTP clients each raise other types.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SettingError(source.key, f"cannot read {source.name}: {reason:.300}") from error
@@ -280,9 +281,9 @@ def _refuse(section: Documents, keys: tuple[str, ...], source: str, table: str) 
 
 @functools.cache
 def _readable(files: tuple[Path, ...], chosen: str) -> list[Path]:
-    """The files but those that are called Parquet and are not, each of which is warned about.
+    """Returns the files without those named Parquet that are not valid, with a warning for each.
 
-    Asked once, and a process warns of a file once, and has the same files wherever it reads them.
+    Cached, so that a process warns about a file once and always reads the same files.
     """
     from pyarrow import parquet
 
@@ -292,7 +293,7 @@ def _readable(files: tuple[Path, ...], chosen: str) -> list[Path]:
             try:
                 parquet.read_metadata(file)
             except (OSError, ValueError) as error:
-                # What the system has against it may be otherwise for another process.
+                # An error of the operating system may not occur in another process.
                 if isinstance(error, OSError) and error.errno is not None:
                     raise ValueError(f"{file}: {error}") from error
                 reason = f"{file}: {' '.join(str(error).split())}"
@@ -300,7 +301,7 @@ def _readable(files: tuple[Path, ...], chosen: str) -> list[Path]:
                 continue
         kept.append(file)
     if not kept:
-        raise ValueError(f"no Parquet file that can be read: {reason}")
+        raise ValueError(f"none of the Parquet files can be read: {reason}")
     return kept
 
 
@@ -338,7 +339,7 @@ def _files_source(section: Documents, key: str, files: list[Path]) -> Source:
 
 
 def _tokens_field(section: Documents, form: str, first: Path, key: str) -> str:
-    """The field of token ids that files have, "" where their text is read."""
+    """Returns the field of token ids in the files; "" if their text is read."""
     if form == "text" and section.tokens_field:
         table = key.rpartition(".")[0]
         raise SettingError(

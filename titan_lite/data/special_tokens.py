@@ -1,7 +1,8 @@
-"""Which tokens of a tokenizer begin and end a document, pad and mask, as Hugging Face's files say.
+"""The special tokens of a tokenizer: BOS, EOS, padding and mask.
 
-Beside a tokenizer may lie tokenizer_config.json and special_tokens_map.json, which name the special
-tokens by their use; a token that they do not name is looked for by its usual spellings.
+They are named by the companion files of Hugging Face, tokenizer_config.json and
+special_tokens_map.json, next to a tokenizer. A token that is not named there is searched by its
+usual spellings.
 """
 
 import json
@@ -15,7 +16,7 @@ from titan_lite.config.problems import SettingError
 
 FILE_NAMES = ("tokenizer_config.json", "special_tokens_map.json")
 
-# use -> (keys of the files, the first that is there counts; usual spellings, likewise)
+# use -> (keys of the companion files, usual spellings); the first one that exists counts.
 _USES = {
     "bos": (
         ("bos_token", "cls_token"),
@@ -32,7 +33,7 @@ _USES = {
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The numbers of the tokens; no BOS and no padding token: the EOS in their place."""
+    """Token ids; a missing BOS or padding token is the EOS."""
 
     bos_id: int
     eos_id: int
@@ -40,26 +41,26 @@ class SpecialTokens:
     mask_id: int | None
 
 
-def read_beside(file: Path) -> dict[str, bytes]:
-    """Contents of the files next to a tokenizer, by name."""
-    found = {name: file.with_name(name) for name in FILE_NAMES}
-    return {name: path.read_bytes() for name, path in found.items() if path.is_file()}
+def read_companions(file: Path) -> dict[str, bytes]:
+    """Returns the contents of the files next to a tokenizer, by name."""
+    paths = map(file.with_name, FILE_NAMES)
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
 def special_tokens(
     file: Path,
-    beside: Mapping[str, bytes],
+    companions: Mapping[str, bytes],
     id_of: Callable[[str], int | None],
     own_ids: Mapping[str, int] = MappingProxyType({}),
 ) -> SpecialTokens:
-    """Finds them; `id_of` gives a token's number by its spelling, None where there is none such.
+    """Finds the special tokens of a tokenizer.
 
-    own_ids: what the tokenizer's file itself says; the files beside it count before that.
-
-    Raises ValueError for files that are not JSON objects, for a token they name that the tokenizer
-    does not have, and without EOS.
+    id_of: returns a token's id by its spelling, None if there is no such token. own_ids: named by
+    the tokenizer's file itself; companion files take precedence. Raises ValueError for companion
+    files that are not JSON objects, for a named token that the tokenizer does not have, and for a
+    tokenizer without EOS.
     """
-    documents = {name: _document(file.with_name(name), raw) for name, raw in beside.items()}
+    documents = {name: _document(file.with_name(name), raw) for name, raw in companions.items()}
     ids: dict[str, int | None] = {}
     for use, (keys, spellings) in _USES.items():
         named = [
@@ -75,7 +76,7 @@ def special_tokens(
                 raise SettingError(
                     "data.tokenizer_path",
                     f"{file.with_name(name)}: {key} is {content!r}, which "
-                    f"{file.name} does not have",
+                    f"is not a token of {file.name}",
                 )
         elif use in own_ids:
             ids[use] = own_ids[use]
@@ -87,7 +88,7 @@ def special_tokens(
         raise SettingError(
             "data.tokenizer_path",
             f"{file} has no token for the end of a document: name it in a "
-            'tokenizer_config.json beside it, {"eos_token": "..."}',
+            'tokenizer_config.json next to it, {"eos_token": "..."}',
         )
     bos, pad = (eos if ids[use] is None else ids[use] for use in ("bos", "pad"))
     assert bos is not None
@@ -101,11 +102,11 @@ def _document(path: Path, raw: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise SettingError("data.tokenizer_path", f"{path} is not JSON: {error}") from None
     if not isinstance(document, dict):
-        raise SettingError("data.tokenizer_path", f"{path} holds no JSON object")
+        raise SettingError("data.tokenizer_path", f"{path} is not a JSON object")
     return document
 
 
 def _content(named: object) -> str | None:
-    """A special token is named by its text, or by an object that has it."""
+    """Returns the text of a special token, which is named by its text or by an object."""
     content = named.get("content") if isinstance(named, dict) else named
     return content if isinstance(content, str) else None

@@ -1,4 +1,4 @@
-"""A stream: one virtual shard of the documents as an endless run of samples, with its position."""
+"""Streams: virtual shards of the documents, each an endless sequence of samples."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,40 +17,40 @@ from titan_lite.data.tokenizer import Tokenizer, Tokens
 
 @dataclass(frozen=True)
 class Block:
-    """Where a block of documents that are shuffled together begins."""
+    """The start of a block of documents that are shuffled together."""
 
     epoch: int = 0
     index: int = 0
     """Number of the block in its epoch."""
     cursor: dict[str, Any] | None = None
-    """Where the reader stands before the block; None: at the start of the epoch."""
+    """The reader's position before the block; None: the start of the epoch."""
     skipped: int = 0
-    """Documents of the stream before it that could not be used."""
+    """Bad documents of the stream before the block."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where the next sample of a stream begins."""
+    """The start of a stream's next sample."""
 
     item: int = 0
     """Samples of the stream before it."""
     block: Block = Block()
     offset: int = 0
-    """Tokens of the block before it."""
+    """Tokens of the block before the sample."""
 
     def state(self) -> dict[str, Any]:
-        """As values that JSON holds."""
+        """Returns the position as JSON values."""
         return {"item": self.item, "offset": self.offset, **vars(self.block)}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Position":
-        """The inverse of state()."""
+        """Returns the position of a state()."""
         block = Block(state["epoch"], state["index"], state["cursor"], state["skipped"])
         return cls(state["item"], block, state["offset"])
 
 
 class Stream:
-    """Samples of one stream, from a position on; an exhausted stream starts its next epoch."""
+    """The samples of one stream after a position; at the end, the next epoch starts."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Stream:
         self._rows = rows.rows(blocks, position.offset, key=key, item=position.item)
 
     def row(self, item: int) -> Row:
-        """Sample number `item` of the stream; never one before the position."""
+        """Returns sample number `item` of the stream, which must not be before the position."""
         assert item >= self.position.item
         while True:
             make_row, block, offset = next(self._rows)
@@ -84,7 +84,7 @@ class Stream:
         size = max(1, self._section.shuffle_buffer // self._section.num_streams)
         while True:
             self._reader.start(block.cursor)
-            num_good = block.index  # A block before, if there was one, had some.
+            num_good = block.index  # Earlier blocks, if any, had usable documents.
             while True:
                 num_read, documents = self._reader.read(size)
                 if num_read == 0:
@@ -99,7 +99,7 @@ class Stream:
 
     def _tokens(self, block: Block, documents: Sequence[Document]) -> Tokens:
         if self._section.shuffle:
-            # numpy keeps raw bits of a generator the same in all versions, but not permutation().
+            # All versions of numpy give the same raw bits, but not the same permutation().
             key = (self._seed, block.epoch, self._stream, block.index)
             bits = np.random.PCG64(np.random.SeedSequence(key)).random_raw(len(documents))
             documents = [documents[i] for i in np.argsort(bits, kind="stable")]
@@ -111,7 +111,7 @@ class Stream:
             return SettingError(
                 self._source.key,
                 f"none of the {num_skipped} documents of stream {self._stream} of "
-                f"{self._source.name} could be used",
+                f"{self._source.name} is usable",
             )
         num_streams = self._section.num_streams
         total = self._reader.count(num_streams)
@@ -120,16 +120,16 @@ class Stream:
         return SettingError(
             "data.num_streams",
             f"the files of {self._source.name} that stream {self._stream} of {num_streams} reads "
-            "hold no documents: set a smaller data.num_streams",
+            "have no documents: set a smaller data.num_streams",
         )
 
 
 def too_few(source: Source, total: int, num_streams: int) -> SettingError:
-    """Returns what is wrong with a source of fewer documents than streams."""
+    """Returns the error of a source with fewer documents than streams."""
     if total == 0:
-        return SettingError(source.key, f"{source.name} holds no documents")
+        return SettingError(source.key, f"{source.name} has no documents")
     return SettingError(
         "data.num_streams",
-        f"{source.name} holds {total} document{'s' * (total != 1)}, too few for {num_streams} "
+        f"{source.name} has {total} document{'s' * (total != 1)}, too few for {num_streams} "
         f"streams: set data.num_streams to at most {total}",
     )

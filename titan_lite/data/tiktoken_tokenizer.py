@@ -11,7 +11,7 @@ import tiktoken
 from titan_lite.config.problems import SettingError
 from titan_lite.data.tokenizer import Tokenizer, Tokens, begins_word
 
-# Llama 3's split of text into pieces that are merged independently (llama_models.llama3.tokenizer).
+# Llama 3's split of a text into parts that BPE merges separately (llama_models.llama3.tokenizer).
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -33,14 +33,14 @@ _NAMED_SPECIAL_TOKENS = (
 SPECIAL_TOKENS = _NAMED_SPECIAL_TOKENS + tuple(
     f"<|reserved_special_token_{i}|>" for i in range(2, 256 - len(_NAMED_SPECIAL_TOKENS) + 2)
 )
-# A run of about a million spaces exhausts the regex engine's stack: such a document is cut.
+# About a million spaces in a row exhaust the regex engine's stack: such a document is cut.
 _CUT_CHARS = 100_000
 
 
 class TiktokenTokenizer(Tokenizer):
-    """The ranks of a file, then the 256 special tokens of Llama 3.
+    """The tokens of a file, followed by the 256 special tokens of Llama 3.
 
-    `ranks` holds its tokens in the order of their ranks.
+    ranks: token to rank, in the order of ranks.
     """
 
     def __init__(self, ranks: dict[bytes, int]) -> None:
@@ -62,7 +62,7 @@ class TiktokenTokenizer(Tokenizer):
 
     @classmethod
     def load(cls, file: Path, content: bytes) -> "TiktokenTokenizer":
-        """Read "base64-token rank" lines; ValueError naming file and line."""
+        """Reads "base64-token rank" lines; ValueError naming file and line."""
         return cls(_read_ranks(file, content))
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -91,7 +91,7 @@ def _read_ranks(path: Path, content: bytes) -> dict[bytes, int]:
             raise SettingError(
                 "data.tokenizer_path",
                 f"{path}, line {number}: expected a new base64 token and its "
-                f"rank {len(ranks)} (tiktoken's format), found "
+                f"rank {len(ranks)} (tiktoken's format), got "
                 f"{line[:60].decode('ascii', 'replace')!r}",
             )
         ranks[token_bytes] = len(ranks)

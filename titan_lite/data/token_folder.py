@@ -1,7 +1,7 @@
-"""A folder that `titan-lite tokenize` wrote: a saved dataset of token ids, and tokens.json.
+"""A folder written by `titan-lite tokenize`: a saved dataset of token ids, and tokens.json.
 
-The dataset is what `datasets.save_to_disk` would write: Arrow files with a column input_ids, which
-has no BOS and EOS, and a row for each document of the source in its order; a bad one is null. File
+The dataset has the format of `datasets.save_to_disk`: Arrow files with a column input_ids, without
+BOS and EOS, and a row for each document of the source, in order; a bad document is null. File
 00002-00001.arrow is the second part of the source's third file.
 """
 
@@ -32,9 +32,9 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """tokens.json.
+    """The content of tokens.json.
 
-    tokenizer: its fingerprint. source: the identity of the documents as text. files: the shards of
+    tokenizer: its fingerprint. source: the identity of the source's documents. files: the shards of
     each of the source's files.
     """
 
@@ -49,7 +49,7 @@ class Manifest:
 
     @property
     def shards(self) -> dict[str, Shard]:
-        """All shards by their names, in order."""
+        """All shards by name, in order."""
         return {
             shard_name(number, part): shard
             for number, shards in enumerate(self.files)
@@ -58,7 +58,7 @@ class Manifest:
 
     @property
     def documents(self) -> int:
-        """Number of documents, without bad ones."""
+        """Number of documents that are not bad."""
         return sum(shard.rows - shard.skipped for shard in self.shards.values())
 
     @property
@@ -72,14 +72,14 @@ class Manifest:
         return sum(shard.tokens for shard in self.shards.values())
 
     def paths(self, folder: Path) -> tuple[tuple[Path, ...], ...]:
-        """The shards of each of the source's files."""
+        """Returns the paths of the shards of each of the source's files."""
         return tuple(
             tuple(folder / shard_name(number, part) for part in range(len(shards)))
             for number, shards in enumerate(self.files)
         )
 
     def check(self, folder: Path, tokenizer: Tokenizer, key: str) -> None:
-        """SettingError where the ids are not those of a run's tokenizer."""
+        """Raises SettingError if another tokenizer than the run's made the ids."""
         if self.tokenizer != tokenizer.fingerprint:
             raise SettingError(
                 key,
@@ -95,12 +95,12 @@ class Manifest:
 
 
 def shard_name(number: int, part: int) -> str:
-    """Name of a part of the source's file `number`."""
+    """Returns the name of a part of the source's file `number`."""
     return f"{number:05d}-{part:05d}.arrow"
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder; ValueError naming the file that is missing, damaged or cut."""
+    """Reads a folder's manifest; ValueError naming a file that is missing, damaged or truncated."""
     file = folder / MANIFEST_FILE
     if not file.exists():
         raise ValueError(f"{folder} has no {MANIFEST_FILE}: it is not complete")

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 Tokens = npt.NDArray[np.uint32]
 Ints = npt.NDArray[np.int64]
 
-# Words of other scripts than ASCII's letters are cut nowhere.
+# All bytes of letters outside of ASCII continue a word.
 _INSIDE_WORD = frozenset(range(0x80, 0x100)) | frozenset(
     b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 )
@@ -32,27 +32,28 @@ class Tokenizer(ABC):
 
     vocab_size: int
     bos_id: int
-    """Put before each document; [CLS] of a tokenizer as BERT's."""
+    """The token before each document; [CLS] in BERT's tokenizer."""
     eos_id: int
-    """Put after each document; [SEP] of a tokenizer as BERT's."""
+    """The token after each document; [SEP] in BERT's tokenizer."""
     pad_id: int
-    """The EOS where a tokenizer has no token for padding."""
+    """The padding token; the EOS if the tokenizer has none."""
     mask_id: int | None
-    """None where a tokenizer has no token for what is masked."""
+    """The mask token; None if the tokenizer has none."""
     spellings: Sequence[bytes]
     """The text of each token, empty for special ones."""
     starts_word: npt.NDArray[np.bool_]
-    """(vocab_size,) Whether a token begins a word instead of continuing the one before it."""
+    """(vocab_size,) True for tokens that start a word, False for those that continue one."""
     prefix_bytes: int = 0
-    """Bytes of the space put before each document's text, which its first tokens spell."""
+    """Bytes of the space that the tokenizer adds before a document's text."""
     files: Mapping[str, bytes] = MappingProxyType({})
-    """Contents of the files it was read from, by their names in a folder of Hugging Face's."""
+    """Contents of the tokenizer's files, by their names in a Hugging Face folder."""
 
     @cached_property
     def fingerprint(self) -> str:
-        """BOS, EOS and a hash of the ids of PROBES and of the tokens' texts: same, same tokenizer.
+        """BOS, EOS and a hash of the ids of PROBES and of the tokens' texts.
 
-        It depends neither on the file's format nor on special tokens beyond BOS and EOS.
+        Tokenizers with the same fingerprint are the same. It depends neither on the file's format
+        nor on special tokens other than BOS and EOS.
         """
         ids = [tokens.tolist() for tokens in self.encode_documents(PROBES)]
         digest = hashlib.sha256(json.dumps(ids).encode())
@@ -63,21 +64,21 @@ class Tokenizer(ABC):
 
     @cached_property
     def bytes_per_token(self) -> Ints:
-        """(vocab_size,) Bytes of each token's text."""
+        """Bytes of each token's text, (vocab_size,)."""
         return np.array(list(map(len, self.spellings)))
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The smallest that holds each token."""
+        """The smallest unsigned dtype for token ids."""
         return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
 
     def encode(self, text: str, *, bos: bool, eos: bool) -> list[int]:
-        """Tokens of a text; the spelling of a special token inside it is ordinary text."""
+        """Returns the tokens of a text, in which spellings of special tokens are ordinary text."""
         tokens: list[int] = self._encode(_encodable(text)).tolist()
         return [self.bos_id] * bos + tokens + [self.eos_id] * eos
 
     def encode_documents(self, texts: Sequence[str], *, threads: int = 1) -> list[Tokens]:
-        """Tokens of each text, without BOS and EOS."""
+        """Returns the tokens of each text, without BOS and EOS."""
         encodable = map(_encodable, texts)
         if threads == 1:
             return [self._encode(text) for text in encodable]
@@ -85,24 +86,24 @@ class Tokenizer(ABC):
             return list(pool.map(self._encode, encodable))
 
     def num_bytes(self, tokens: Ints, before: Ints) -> int:
-        """Bytes of the text that tokens spell, each the one after a token of `before`."""
+        """Returns the bytes of the tokens' text. before: the token before each of them."""
         prefixes = self.prefix_bytes * np.count_nonzero(before == self.bos_id)
         return int(self.bytes_per_token[tokens].sum() - prefixes)
 
     @abstractmethod
     def decode(self, tokens: Iterable[int]) -> str:
-        """Text of the tokens; bytes that are not UTF-8 become U+FFFD."""
+        """Returns the text of tokens; bytes that are not UTF-8 become U+FFFD."""
 
     @abstractmethod
     def _encode(self, text: str) -> Tokens:
-        """Tokens of a text, without BOS and EOS; tokenizes without Python's lock."""
+        """Returns the tokens of a text, without BOS and EOS; releases Python's lock."""
 
 
 _warned: set[tuple[Path, str]] = set()
 
 
 def warn_of_lost_space(file: Path, tokenizer: Tokenizer) -> None:
-    """Logs, once for a tokenizer, which white space its tokens do not hold."""
+    """Logs, once per tokenizer, the kinds of white space that it drops."""
     if (file, tokenizer.fingerprint) in _warned:
         return
     _warned.add((file, tokenizer.fingerprint))
@@ -125,7 +126,7 @@ def warn_of_lost_space(file: Path, tokenizer: Tokenizer) -> None:
 
 
 def _encodable(text: str) -> str:
-    """The text, with U+FFFD for what is half a character."""
+    """Returns the text with U+FFFD for lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -134,5 +135,5 @@ def _encodable(text: str) -> str:
 
 
 def begins_word(spelling: bytes) -> bool:
-    """Returns whether a token begins a word: one that begins with a letter or digit does not."""
+    """Returns whether a token starts a word: it does not if its first byte is a letter or digit."""
     return not spelling or spelling[0] not in _INSIDE_WORD

@@ -7,18 +7,18 @@ from titan_lite.config.problems import SettingError, how_to_fetch
 from titan_lite.data.assets import bundled_asset
 from titan_lite.data.tokenizer import Tokenizer
 
-# In a folder, the first of these that it has; as Hugging Face's repositories name them.
+# A folder's tokenizer is the first of these files, named as in Hugging Face's repositories.
 FILE_NAMES = ("tokenizer.json", "tokenizer.model")
 
 
 def load_tokenizer(path: str | Path = "") -> Tokenizer:
-    """The tokenizer of a file, or of the one in a folder; no path: the bundled one.
+    """Loads the tokenizer of a file or folder, or, without a path, the bundled one.
 
-    What the file holds says which kind it is: Llama 3's tokenizer.model is a table of tiktoken's,
-    that of others a sentencepiece model. Loading runs no code of the file's.
-    Raises ValueError naming data.tokenizer_path and the file when it is missing or cannot be used.
+    The file's content decides the kind: Llama 3's tokenizer.model is a tiktoken table, that of
+    other models a sentencepiece model. No code in the file is run.
+    Raises ValueError naming data.tokenizer_path and the file if it is missing or cannot be used.
     """
-    # os.path: leaves a ~user that does not exist, where Path raises.
+    # os.path leaves an unknown ~user unchanged, Path raises.
     given = Path(os.path.expanduser(path))  # noqa: PTH111
     file = _file_of(given) if path else bundled_asset("tokenizer/tokenizer.model")
     if not file.is_file():
@@ -34,7 +34,7 @@ def load_tokenizer(path: str | Path = "") -> Tokenizer:
         from titan_lite.data.hf_tokenizer import HFTokenizer
 
         return HFTokenizer.load(file, content)
-    # The first field of a message that has its pieces there; no line of a table begins so.
+    # The first byte of a sentencepiece model; a line of a tiktoken table never starts with it.
     if content[:1] == b"\n":
         from titan_lite.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
@@ -45,7 +45,7 @@ def load_tokenizer(path: str | Path = "") -> Tokenizer:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The tokenizers' files in a folder."""
+    """Returns the tokenizer files in a folder."""
     return [folder / name for name in FILE_NAMES if (folder / name).is_file()]
 
 

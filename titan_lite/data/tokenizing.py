@@ -1,8 +1,8 @@
-"""Writes the documents of a source as a dataset of token ids, by several processes.
+"""Writes the documents of a source as a dataset of token ids, with several processes.
 
-Each process reads whole files of the source, or takes turns at the parts of one, and writes a part
-as an Arrow file. An interrupted call resumes after the parts that are complete. The result depends
-neither on the number of processes nor on interruptions.
+A process tokenizes whole files of the source, or takes turns with others at the parts of a file. A
+part becomes an Arrow file. An interrupted call resumes after the parts that are complete. The
+result depends neither on the number of processes nor on interruptions.
 """
 
 import dataclasses
@@ -58,10 +58,10 @@ if TYPE_CHECKING:
 # Rows and characters of a record batch.
 BATCH_ROWS = 1000
 BATCH_CHARS = 2_000_000
-# Between lines of a log; a terminal's line is redrawn more often.
+# Seconds between lines of a log; a terminal's line is redrawn more often.
 LOG_SECONDS = 30.0
 Report = Callable[[int, int], None]
-"""Called with further documents and tokens."""
+"""A function called with the numbers of new documents and tokens."""
 
 
 class TargetError(ValueError):
@@ -70,7 +70,7 @@ class TargetError(ValueError):
 
 @dataclass(frozen=True)
 class Job:
-    """What every process needs. folder: the unfinished one."""
+    """The arguments of every process. folder: the unfinished one."""
 
     source: Source
     folder: Path
@@ -89,7 +89,7 @@ class Task:
     turns: int
 
     def marker(self, folder: Path) -> Path:
-        """The file that a complete task leaves."""
+        """Returns the file that marks the task as complete."""
         return folder / f"{self.number:05d}.{self.turn}-of-{self.turns}"
 
 
@@ -98,8 +98,8 @@ def tokenize(
 ) -> Manifest:
     """Writes the folder `target`, or resumes an earlier call.
 
-    shard_size: characters after which a part ends. Raises TargetError, and SettingError where a
-    document or the tokenizer cannot be used.
+    shard_size: characters after which a part ends. Raises TargetError, and SettingError for a
+    document or tokenizer that cannot be used.
     """
     if target.exists():
         raise TargetError(f"{target} exists already: choose another folder")
@@ -124,7 +124,7 @@ def tokenize(
         features = _features(tokenizer)
         skip = section.on_bad_document == "skip"
         path, schema = section.tokenizer_path, features.arrow_schema
-        # A copy: what a source has opened stays in its process.
+        # A copy without what this process has opened.
         job = Job(dataclasses.replace(source), folder, path, skip, shard_size, schema)
         turns = -(-processes // source.num_files)
         tasks = [
@@ -147,7 +147,7 @@ def tokenize(
             versions=_versions(),
         )
         if not manifest.documents:
-            raise SettingError(source.key, f"{source.name} holds no documents")
+            raise SettingError(source.key, f"{source.name} has no documents")
         _finish(folder, manifest, features)
         folder.rename(target)
         sync_folder(target.parent)
@@ -162,7 +162,7 @@ def _versions() -> dict[str, str]:
 
 
 def _features(tokenizer: Tokenizer) -> "Features":
-    # Processes that tokenize start faster without it.
+    # Imported here, so that the processes that tokenize start faster.
     import datasets
 
     ids = datasets.Sequence(datasets.Value(tokenizer.dtype.name))
@@ -170,7 +170,7 @@ def _features(tokenizer: Tokenizer) -> "Features":
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Stores the settings in a new folder; TargetError where an earlier call had others."""
+    """Stores the settings in a new folder; TargetError if an earlier call had other settings."""
     path = folder / PROGRESS_FILE
     if not path.exists():
         write_text(path, json.dumps(settings))
@@ -187,7 +187,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _run(job: Job, tasks: list[Task], processes: int) -> None:
-    """Runs the tasks that are not complete, with a bar on stderr."""
+    """Runs the tasks that are not complete, with a progress bar on stderr."""
     due = [task for task in tasks if not task.marker(job.folder).exists()]
     seconds = 0.5 if sys.stderr.isatty() else LOG_SECONDS
     with tqdm(total=len(tasks), initial=len(tasks) - len(due), mininterval=seconds) as bar:
@@ -203,7 +203,7 @@ def _run(job: Job, tasks: list[Task], processes: int) -> None:
                 worker.write(task)
                 bar.update()
             return
-        # No fork: it would copy whatever locks the threads of libraries hold.
+        # Not fork, which would copy locks held by the threads of libraries.
         context = get_context("spawn")
         shared = context.Array("q", 2)
         with ProcessPoolExecutor(
@@ -228,10 +228,10 @@ def _show(bar: "tqdm[None]", counts: list[int]) -> None:
 
 def _start_worker(job: Job, counts: Any) -> None:
     global _worker
-    # The parent answers Ctrl-C. A worker whose parent was killed would wait for it forever.
+    # The parent handles Ctrl-C. A worker whose parent was killed would wait for it forever.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
-    # The parent has warned of the tokenizer and the files.
+    # The parent has logged the warnings about the tokenizer and the files.
     logging.getLogger("titan_lite").setLevel(logging.ERROR)
 
     def report(documents: int, tokens: int) -> None:
@@ -269,7 +269,7 @@ class _Worker:
         task.marker(self._job.folder).touch()
 
     def _numbered(self, file: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Rows, each with a number that is the same for those of one part."""
+        """Yields rows, each with the number of its part."""
         size = 0
         with reading(self._job.source):
             for row in file:
@@ -277,7 +277,7 @@ class _Worker:
                 size += sum(len(value) for value in row.values() if isinstance(value, str))
 
     def _text(self, row: dict[str, Any], file: Any, policy: BadDocumentPolicy) -> str:
-        """The text of a row, which is never empty; "" for a bad document."""
+        """Returns the text of a row; "" for a bad document."""
         source = self._job.source
         try:
             text = document_of(row, source.kind, source.text_field, "")
@@ -330,7 +330,7 @@ def _shard(path: Path) -> Shard:
 
 
 def _finish(folder: Path, manifest: Manifest, features: "Features") -> None:
-    """Makes a saved dataset of the parts, with its manifest."""
+    """Completes the folder: writes the files of a saved dataset and the manifest."""
     import datasets
 
     datasets.DatasetInfo(features=features).write_to_directory(str(folder))
