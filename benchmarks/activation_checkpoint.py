@@ -4,9 +4,9 @@
         [--rounds 10] [--steps 1] [--output FILE] [--section.key=value ...]
 
 One process per mode, since the compiler's memory budget is a process's; ratios are to the first
-mode. Activation memory is what forward and backward need beyond weights, gradients and optimizer
-state: on CUDA by the allocator's peak, on the CPU by torch's MemTracker, which cannot look into
-compiled blocks: for those it is what is saved for backward.
+mode. Activation memory is the memory of forward and backward without weights, gradients and
+optimizer state: on CUDA the allocator's peak, on the CPU that of torch's MemTracker, which does
+not see inside compiled blocks: for those, the tensors saved for backward.
 """
 
 import argparse
@@ -44,15 +44,15 @@ MODES = EAGER | COMPILED
 
 
 def activation_memory() -> Values:
-    """MiB that one forward and backward take, and whether they are the peak or what is saved."""
+    """Returns the MiB of one forward and backward, and their kind: the peak or saved tensors."""
     saved = Run.trainer.plan.config.compile.enable and DEVICE.type == "cpu"
     mib = (saved_bytes() if saved else peak_bytes()) / 2**20
     return {"activation_mib": round(mib, 2), "activation_memory": "saved" if saved else "peak"}
 
 
 def peak_bytes() -> int:
-    """Beyond what is held before and after."""
-    forward_and_backward()  # From now on gradients are held.
+    """Returns the peak bytes beyond those allocated before and after."""
+    forward_and_backward()  # Allocates the gradients.
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
@@ -66,7 +66,7 @@ def peak_bytes() -> int:
 
 
 def saved_bytes() -> int:
-    """Of the distinct storages that autograd keeps from forward to backward."""
+    """Returns the bytes of the distinct storages that autograd keeps from forward to backward."""
     storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,10 +3,10 @@
     python -m benchmarks.attention [--seq-len 8192] [--heads 32 8] [--head-dim 128]
         [--documents 1 20 200] [--output FILE]
 
-One sequence in bfloat16; --heads are those of queries and of keys and values. "default" is what
-scaled_dot_product_attention chooses. In documents, torch's variable-length attention is given the
-length of the sequence as the longest, or that of the longest document, rounded up to a power of
-two. A kernel that cannot run is reported as failed.
+One sequence in bfloat16; --heads are those of queries and of keys and values. "default" is the
+choice of scaled_dot_product_attention. With documents, the maximum length passed to torch's
+variable-length attention is that of the sequence, or that of the longest document, rounded up to a
+power of two. A kernel that cannot run is reported as failed.
 """
 
 import argparse
@@ -39,26 +39,26 @@ GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).par
 
 
 def whole(backend: SDPBackend | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of (1, heads, tokens, head dim) by one kernel, by torch's choice for None."""
+    """Computes attention of (1, heads, tokens, head dim) with a kernel; None: torch's choice."""
     with nullcontext() if backend is None else sdpa_kernel(backend):
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 def in_documents(starts: Tensor, longest: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of (tokens, heads, head dim) inside documents."""
+    """Computes attention of (tokens, heads, head dim) within documents."""
     out: Any = varlen_attn(q, k, v, starts, starts, longest, longest, window_size=(-1, 0), **GQA)
     return out
 
 
 def document_starts(seq_len: int, documents: int) -> list[int]:
-    """Starts of documents of random lengths, the same at each call, and the end of the last."""
+    """Returns starts of documents with random but fixed lengths, and the end of the last."""
     return [0, *sorted(random.Random(0).sample(range(1, seq_len), documents - 1)), seq_len]
 
 
 def cases(
     seq_len: int, heads: Sequence[int], head_dim: int, documents: Sequence[int]
 ) -> Iterator[Values]:
-    """One result per kernel and way of calling it."""
+    """Yields one result per kernel and way of calling it."""
     q, k, v = (
         torch.randn(1, n, seq_len, head_dim, device=DEVICE, dtype=torch.bfloat16)
         for n in (heads[0], heads[1], heads[1])
@@ -80,7 +80,7 @@ def cases(
 def measured(
     name: str, attend: Callable[..., Tensor], inputs: Sequence[Tensor], pairs: int
 ) -> Values:
-    """Milliseconds and TFLOP/s, half of `pairs` being seen by a causal mask, and the kernel."""
+    """Returns milliseconds, TFLOP/s, with half of `pairs` under a causal mask, and the kernel."""
     inputs = [tensor.requires_grad_() for tensor in inputs]
 
     def run() -> None:
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = []
     for result in cases(options.seq_len, options.heads, options.head_dim, options.documents):
         results.append(result)
-        # What follows may end this process.
+        # The next kernel may end this process.
         text = store("attention", results, options.output)
     print(text)
     return 0

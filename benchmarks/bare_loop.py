@@ -25,23 +25,23 @@ from titan_lite.training.objective import OBJECTIVES
 OURS, THEIRS = "titan_lite", "transformers"
 
 
-def their_model(family: Family, ours: nn.Module) -> nn.Module:
-    """What transformers builds from the debug flavor's config.json, with the weights of `ours`."""
+def their_model(family: Family, source: nn.Module) -> nn.Module:
+    """Builds transformers' model from the debug flavor's config.json, with `source`'s weights."""
     import transformers
 
     transformers.logging.disable_progress_bar()
     args, hf = family.flavors["debug"], family.hf_config
     assert hf is not None
-    state = ours.state_dict()
+    state = source.state_dict()
     weights = {
         name: tensor.join([state[part] for part in tensor.parts])
         for name, tensor in HFModel.of(family, args).tensors.items()
     }
-    theirs: Any = getattr(transformers, hf.architecture)
+    model_class: Any = getattr(transformers, hf.architecture)
     described = hf_config_from_args(args, hf, dtype="float32")
-    # No keys and values for a generation that does not follow.
-    config = theirs.config_class(**described, use_cache=False)
-    model: nn.Module = theirs.from_pretrained(None, config=config, state_dict=weights)
+    # No KV cache, since nothing is generated.
+    config = model_class.config_class(**described, use_cache=False)
+    model: nn.Module = model_class.from_pretrained(None, config=config, state_dict=weights)
     return model
 
 
@@ -56,9 +56,9 @@ class Loop:
 
 
 def start(side: str, name: str, preset: Path, dtype: str, shape: tuple[int, int]) -> None:
-    """Builds a side's model, of weights and batches (samples, tokens) that both sides share.
+    """Builds a side's model, with weights and batches (samples, tokens) that both sides share.
 
-    The batches are the preset's, but for their shape.
+    The batches are the preset's, except for their shape.
     """
     family = families()[name]
     args = family.flavors["debug"]
@@ -68,7 +68,7 @@ def start(side: str, name: str, preset: Path, dtype: str, shape: tuple[int, int]
         model.init_parameter(key, parameter, generator)
     Loop.is_theirs, Loop.dtype = side == THEIRS, getattr(torch, dtype)
     Loop.model = (their_model(family, model) if Loop.is_theirs else model).to(DEVICE)
-    # Without dropout, the only thing that depends on the mode.
+    # Turns dropout off, the only thing that depends on the mode.
     Loop.model.eval()
     Loop.optimizer = torch.optim.AdamW(Loop.model.parameters(), lr=1e-3, fused=True)
     samples, seq_len = shape
@@ -88,9 +88,9 @@ def start(side: str, name: str, preset: Path, dtype: str, shape: tuple[int, int]
 
 
 def take_turn(steps: int) -> tuple[float, float]:
-    """Seconds of a turn, and the loss of its last step."""
+    """Returns the seconds of a turn, and the loss of its last step."""
     batches = [on_device(next(Loop.loader)) for _ in range(steps)]
-    # It would prepare others while these are timed.
+    # It would prepare batches during the measurement.
     Loop.loader.close()
     begin = time.perf_counter()
     for batch in batches:
@@ -105,7 +105,7 @@ def take_turn(steps: int) -> tuple[float, float]:
 
 
 def on_device(batch: Batch) -> Batch:
-    """The batch, there."""
+    """Copies the batch to the device."""
     tensors = {name: tensor for name, tensor in vars(batch).items() if tensor is not None}
     return Batch(**{name: tensor.to(DEVICE) for name, tensor in tensors.items()})
 
@@ -131,14 +131,14 @@ def _their_loss(batch: Batch) -> Tensor:
     if batch.documents is None:
         return _mean_loss(Loop.model(batch.inputs).logits, batch.labels)
     assert batch.pair_labels is not None
-    told = Loop.model(
+    output = Loop.model(
         batch.inputs,
         # Padding is document 1.
         attention_mask=1 - batch.documents,
         token_type_ids=batch.token_types,
     )
-    pairs = _mean_loss(told.seq_relationship_logits, batch.pair_labels)
-    return _mean_loss(told.prediction_logits, batch.labels) + pairs
+    pairs = _mean_loss(output.seq_relationship_logits, batch.pair_labels)
+    return _mean_loss(output.prediction_logits, batch.labels) + pairs
 
 
 def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:

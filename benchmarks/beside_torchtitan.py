@@ -4,9 +4,9 @@
         [--dtypes bfloat16 float32] [--modes eager compile] [--warmup 4] [--rounds 8] [--steps 4]
         [--output FILE] [--section.key=value ...]
 
-Both sides have processes of their own and take turns of `steps` steps, going first in turn; a ratio
-is of one round. Each reads the bundled corpus by its own data pipeline. CONFIG is a model of the
-llama family, by default torchtitan's debug model. torchtitan 0.2.2 is installed into FOLDER, by
+Both sides have separate processes and take turns of `steps` steps, alternating which is first; a
+ratio is of one round. Each reads the bundled corpus by its own data pipeline. CONFIG is a model of
+the llama family, by default torchtitan's debug model. torchtitan 0.2.2 is installed into FOLDER, by
 default outputs/torchtitan, unless it is there; torch is the same on both sides. On a CPU,
 torchtitan is patched to run there, and CPU seconds are measured, too: those of the process's
 threads. On a GPU both models must fit at once.
@@ -32,8 +32,7 @@ from titan_lite.metrics.device import DeviceMemory
 from titan_lite.models.plan import make_plan
 
 OURS, THEIRS = "titan_lite", "torchtitan"
-# Without torch, tokenizers, datasets and what else titan_lite itself needs. triton is imported, but
-# not used on a CPU.
+# Requirements that titan_lite does not have. triton is imported, but not used on a CPU.
 PACKAGES = (
     "torchtitan==0.2.2",
     "tyro",
@@ -54,7 +53,7 @@ MODES = {"eager": (), "compile": ("--compile.enable=true",)}
 
 
 def install(folder: Path) -> None:
-    """Installs torchtitan and what it needs into the folder, unless it is there."""
+    """Installs torchtitan and its requirements into the folder, unless they are there."""
     if (folder / "torchtitan").exists():
         return
     print(f"Installing {PACKAGES[0]} into {folder}", file=sys.stderr)
@@ -65,7 +64,7 @@ def install(folder: Path) -> None:
 
 
 def timed(turn: Callable[[], Any]) -> Values:
-    """Seconds of a turn of this process, on the clock and of its threads, and its peak memory."""
+    """Runs a turn of this process; returns wall seconds, CPU seconds and peak memory."""
     dist.barrier()
     begin, cpu_begin = time.perf_counter(), time.process_time()
     record = turn()
@@ -82,46 +81,48 @@ def timed(turn: Callable[[], Any]) -> Values:
 def race(
     options: argparse.Namespace, overrides: Sequence[str], dtype: str, mode: str, folder: str
 ) -> Values:
-    """The result of one dtype, eager or compiled."""
+    """Measures both sides in one dtype, eager or compiled."""
     settings = (*overrides, f"--training.param_dtype={dtype}", *MODES[mode])
     variant = Variant(OURS, options.config, settings, options.nproc)
     run = variant.settings(f"{folder}/{OURS}", options.steps)
     config = make_plan(options.config, run, options.nproc).config
     warmup = -(-options.warmup // options.steps)
     turns = {OURS: measure.take_turn, THEIRS: torchtitan_side.take_turn}
-    with Group(options.nproc) as ours, Group(options.nproc) as theirs:
-        ours.call(measure.start, options.config, run, options.steps, warmup)
+    with Group(options.nproc) as local, Group(options.nproc) as peer:
+        local.call(measure.start, options.config, run, options.steps, warmup)
         packages = str(options.packages.absolute())
-        theirs_have, *_ = theirs.call(
+        peer_parameters, *_ = peer.call(
             torchtitan_side.start, packages, f"{folder}/{THEIRS}", config, options.steps
         )
         for _ in range(warmup):
-            theirs.call(torchtitan_side.take_turn)
-        groups = {OURS: ours, THEIRS: theirs}
+            peer.call(torchtitan_side.take_turn)
+        groups = {OURS: local, THEIRS: peer}
         rounds: list[dict[str, Values]] = []
         for number in range(options.rounds):
             order = list(groups)[:: 1 if number % 2 == 0 else -1]
             rounds.append(
                 {side: over_ranks(groups[side].call(timed, turns[side])) for side in order}
             )
-        we_have = ours.call(measure.finish)[0]["parameters"]
-        theirs.call(torchtitan_side.finish)
-    if we_have != theirs_have:
-        raise BenchmarkError(f"{OURS} has {we_have:,} parameters, {THEIRS} {theirs_have:,}")
+        local_parameters = local.call(measure.finish)[0]["parameters"]
+        peer.call(torchtitan_side.finish)
+    if local_parameters != peer_parameters:
+        raise BenchmarkError(
+            f"{OURS} has {local_parameters:,} parameters, {THEIRS} {peer_parameters:,}"
+        )
     return {
         "dtype": dtype,
         "mode": mode,
         "config": options.config,
         "with": list(settings),
-        "parameters": we_have,
+        "parameters": local_parameters,
         "processes": options.nproc,
-        "threads_per_process": ours.threads,
+        "threads_per_process": local.threads,
         **compared(rounds, options.steps),
     }
 
 
 def over_ranks(ranks: Sequence[Values]) -> Values:
-    """CPU seconds of all ranks, and the largest of what else they measured."""
+    """Sums the CPU seconds of all ranks, and takes the maximum of their other measurements."""
     return {
         key: sum(values) if key == "cpu_seconds" else max(values)
         for key, values in ((key, [rank[key] for rank in ranks]) for key in ranks[0])
@@ -129,18 +130,18 @@ def over_ranks(ranks: Sequence[Values]) -> Values:
 
 
 def compared(rounds: Sequence[dict[str, Values]], steps: int) -> Values:
-    """Ratios of the rounds, seconds of a step and peak memory of both sides."""
-    found: Values = {"rounds": rounds}
+    """Returns the ratios of the rounds, and both sides' seconds per step and peak memory."""
+    results: Values = {"rounds": rounds}
     for key in ("seconds", "cpu_seconds"):
         ratios = [sides[OURS][key] / sides[THEIRS][key] for sides in rounds]
-        found[f"{key}_over_torchtitan"] = spread(ratios)
+        results[f"{key}_over_torchtitan"] = spread(ratios)
         for side in (OURS, THEIRS):
             per_step = spread([sides[side][key] / steps for sides in rounds])
-            found.setdefault(side, {})[f"{key}_per_step"] = per_step
+            results.setdefault(side, {})[f"{key}_per_step"] = per_step
     for side in (OURS, THEIRS):
-        found[side]["peak_memory_gib"] = round(max(s[side]["memory_gib"] for s in rounds), 3)
-    ours, theirs = (found[side]["peak_memory_gib"] for side in (OURS, THEIRS))
-    return found | {"peak_memory_over_torchtitan": round(ours / theirs, 3)}
+        results[side]["peak_memory_gib"] = round(max(s[side]["memory_gib"] for s in rounds), 3)
+    local, peer = (results[side]["peak_memory_gib"] for side in (OURS, THEIRS))
+    return results | {"peak_memory_over_torchtitan": round(local / peer, 3)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.ceilings [--size 8192] [--copy-mb 4096] [--seconds 5] [--output FILE]
 
---seconds is how long the sustained matmul runs, whose rate is that of its end: a warm card is
+--seconds is the time of the sustained matmul, whose rate is measured at its end: a warm card is
 slower than a cold one.
 """
 
@@ -17,14 +17,14 @@ from benchmarks.measure import Values, positive
 
 
 def timed(function: Callable[[], object], seconds: float = 0.3) -> Measurement:
-    """Seconds of a call, over blocks of calls that the device finishes, for about `seconds`."""
+    """Returns the seconds of a call, measured over blocks of calls for about `seconds`."""
     timer = Timer("function()", globals={"function": function})
     timer.timeit(3)
     return timer.blocked_autorange(min_run_time=seconds)
 
 
 def ceilings(size: int, copy_mb: int, seconds: float) -> Values:
-    """TFLOP/s of matmuls and TB/s of a copy, which reads and writes each byte once."""
+    """Measures TFLOP/s of matmuls and TB/s of a copy, which reads and writes each byte once."""
     a, b = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     tflop = 2 * size**3 / 1e12
     short = timed(lambda: a @ b).median

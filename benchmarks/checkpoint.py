@@ -1,16 +1,16 @@
-"""What saving and resuming cost, for every checkpoint.async_mode, as JSON.
+"""The cost of saving and resuming for every checkpoint.async_mode, as JSON.
 
     python -m benchmarks.checkpoint [CONFIG] [--nproc N] [--saves 3] [--interval 8]
         [--modes disabled async async_pinned] [--folder DIR] [--output FILE]
         [--section.key=value ...]
 
-Each mode trains a run of its own that saves every `interval` steps below DIR, after as many steps
-without. Then a file of the size of each rank's share is written to the same disk, as plainly as
-can be, and the run is resumed from files that are not in the system's memory any more. FILE is
-kept in benchmarks/results/.
+Each mode trains a separate run that saves every `interval` steps below DIR, after `interval` steps
+without a save. Then a plain file of the size of each rank's share is written to the same disk, and
+the run is resumed from files that are no longer in the page cache. FILE is kept in
+benchmarks/results/.
 
 blocked_over_step: seconds that training waited for a save, over the median step without one.
-lost_over_step: the same and by how much the steps were slower while a save went on, together.
+lost_over_step: the same, plus the slowdown of steps while a save was in progress.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(
     mode: str, folder: str, options: argparse.Namespace, overrides: Sequence[str]
 ) -> Values:
-    """The run of one mode, in processes of its own."""
+    """Measures the run of one mode in separate processes."""
     steps = options.interval * (options.saves + 1)
     settings = [
         "--lr_scheduler.warmup_steps=1",
@@ -110,7 +110,7 @@ def measure(
 
 
 def train(config: str, settings: list[str]) -> list[Record]:
-    """The records of a whole run."""
+    """Trains a whole run; returns its records."""
     trainer = _build(config, settings)
     records: list[Record] = []
     log = trainer.monitor.meter.log
@@ -123,16 +123,16 @@ def train(config: str, settings: list[str]) -> list[Record]:
 
 
 def summarize(records: Sequence[Record], interval: int) -> Values:
-    """Medians over the saves; a save goes on from its step to the record that tells its costs."""
+    """Returns medians over the saves; a save lasts from its step to the record with its costs."""
     # The steps up to the first save, without those that warm up.
     alone = statistics.median(r["seconds_per_step"] for r in records[2:interval])
-    told = [index for index, record in enumerate(records) if "checkpoint_bytes" in record]
+    saves = [index for index, record in enumerate(records) if "checkpoint_bytes" in record]
     slower = []
-    for number, index in enumerate(told, start=1):
+    for number, index in enumerate(saves, start=1):
         # The first record is that of step 1.
         during = records[number * interval : index + 1]
         slower.append(sum(record["seconds_per_step"] - alone for record in during))
-    costs = [records[index] for index in told]
+    costs = [records[index] for index in saves]
     blocked = [record["checkpoint_blocked_seconds"] for record in costs]
     lost = [sum(pair) for pair in zip(blocked, slower, strict=True)]
     return {
@@ -146,7 +146,7 @@ def summarize(records: Sequence[Record], interval: int) -> Values:
 
 
 def write_plainly(folder: str) -> float:
-    """Seconds to write this rank's share of the latest checkpoint to a file, and to the disk."""
+    """Returns the seconds to write and sync this rank's share of the latest checkpoint."""
     (checkpoint,) = Path(folder, "checkpoint").glob("step-*")
     size = read_manifest(checkpoint).bytes // dist.get_world_size()
     block = os.urandom(min(BLOCK, size))
@@ -163,7 +163,7 @@ def write_plainly(folder: str) -> float:
 
 
 def resume(config: str, settings: list[str]) -> Values:
-    """Seconds to read and check all files, and to load them, in a run that goes on."""
+    """Returns the seconds to read and check all files, and to load them, when a run resumes."""
     settings = [*settings, "--training.steps=1000000"]
     if dist.get_rank() == 0:
         _forget(Path(load_config(config, settings).config.job.dump_folder))
@@ -198,7 +198,7 @@ def _kept(records: list[Record], record: Record) -> Record:
 
 
 def _forget(folder: Path) -> None:
-    """Has the system drop what it keeps of files in memory."""
+    """Drops files from the page cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:

@@ -4,9 +4,9 @@
         [--warmup 2] [--rounds 4] [--steps 2] [--output FILE] [--section.key=value ...]
 
 One sequence per step, on as many processes as the degree; the degrees of one length take turns,
-and ratios are to the first of them. Activation memory is what forward and backward need on one
-rank beyond weights, gradients and optimizer state, gathered weights and what attention receives
-included: by the allocator's peak on CUDA, by the profiler's record of it on the CPU.
+and ratios are to the first of them. Activation memory is the memory of forward and backward on one
+rank without weights, gradients and optimizer state, but with gathered weights and attention's
+received tensors: the allocator's peak on CUDA, the profiler's on the CPU.
 """
 
 import argparse
@@ -32,8 +32,8 @@ METHODS = ("ring", "all_gather", "ulysses")
 
 
 def activation_memory() -> Values:
-    """Peak MiB of one forward and backward, beyond what is held before it."""
-    forward_and_backward()  # From now on gradients are held.
+    """Returns the peak MiB of one forward and backward beyond those allocated before it."""
+    forward_and_backward()  # Allocates the gradients.
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
@@ -54,8 +54,8 @@ def activation_memory() -> Values:
 def variants(
     config: str, seq_len: int, degrees: Sequence[int], methods: Sequence[str], rest: Sequence[str]
 ) -> list[Variant]:
-    """One sequence of `seq_len` tokens on each degree, by each method where there is a choice."""
-    found = []
+    """Returns a variant with one sequence of `seq_len` tokens for each degree and method."""
+    variants_by_degree = []
     for degree in degrees:
         for method in methods if degree > 1 else [""]:
             settings = {
@@ -67,8 +67,8 @@ def variants(
             }
             overrides = (*(f"--{key}={value}" for key, value in settings.items()), *rest)
             name = " ".join(filter(None, (f"{seq_len} tokens, cp {degree}", method)))
-            found.append(Variant(name, config, overrides, nproc=degree))
-    return found
+            variants_by_degree.append(Variant(name, config, overrides, nproc=degree))
+    return variants_by_degree
 
 
 def main(argv: Sequence[str] | None = None) -> int:

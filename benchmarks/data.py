@@ -1,9 +1,9 @@
-"""What the data costs, on the bundled corpus; medians of runs in turn, printed as one JSON object.
+"""The cost of the data on the bundled corpus: medians of runs in turn, as one JSON object.
 
     python -m benchmarks.data [--threads 1] [--rounds 9] [--copies 16] [--output data.json]
 
 - tokenize-and-pack throughput over tiktoken's encode_ordinary_batch, on the same text and threads;
-- batches read from token ids in Arrow, Parquet and Megatron's files over the same ones of text;
+- batches read from token ids in Arrow, Parquet and Megatron files over those tokenized from text;
 - `titan-lite tokenize` with 2 processes over 1, on `copies` of the corpus, one file each; process
   start included.
 """
@@ -43,7 +43,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def first_batch_seconds(tokenizer: Tokenizer, seq_len: int) -> float:
-    """From making the loader to its first batch, on the bundled corpus."""
+    """Returns the seconds from creating the loader to its first batch, on the bundled corpus."""
     start = time.perf_counter()
     loader = DataLoader(
         Data(),
@@ -72,7 +72,7 @@ def tokenized(section: Data, target: Path, processes: int) -> Manifest:
 
 
 def reading(tokenizer: Tokenizer, seq_len: int, rounds: int) -> dict[str, float]:
-    """Tokens/s of one epoch's batches, of text and of token ids in the page cache."""
+    """Measures tokens/s of one epoch's batches, of text and of token ids in the page cache."""
     with tempfile.TemporaryDirectory() as folder:
         manifest = tokenized(Data(), Path(folder) / "arrow", 1)
         num_batches = manifest.tokens // (BATCH * seq_len)
@@ -125,7 +125,7 @@ def write_others(folder: Path) -> None:
 
 
 def tokenizing(copies: int, rounds: int) -> dict[str, float]:
-    """Tokens/s of `titan-lite tokenize`, by number of processes."""
+    """Measures tokens/s of `titan-lite tokenize`, by number of processes."""
     seconds_of: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "text").mkdir()
@@ -167,27 +167,24 @@ def main() -> None:
     texts = [document_of(row, source.kind, "text", "") for row in source.open()]
     encoding: tiktoken.Encoding = tokenizer._encoding
 
-    def ours() -> int:
+    def tokenize_and_pack() -> int:
         documents = tokenizer.encode_documents(texts, threads=arguments.threads)
         tokens = join_documents(documents, tokenizer.bos_id, tokenizer.eos_id)
         return sum(1 for _ in pack([(None, tokens)], arguments.seq_len))
 
-    def theirs() -> object:
+    def encode_batch() -> object:
         return encoding.encode_ordinary_batch(texts, num_threads=arguments.threads)
 
-    times: dict[str, list[float]] = {"ours": [], "theirs": []}
-    for _ in range(arguments.rounds):
-        times["ours"].append(seconds(ours))
-        times["theirs"].append(seconds(theirs))
+    times = [(seconds(tokenize_and_pack), seconds(encode_batch)) for _ in range(arguments.rounds)]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    ours_median, theirs_median = (statistics.median(times[key]) for key in ("ours", "theirs"))
+    pack_median, encode_median = map(statistics.median, zip(*times, strict=True))
     report(
         "data",
         {
             "threads": arguments.threads,
-            "tokenize_and_pack_mb_per_s": round(megabytes / ours_median, 2),
-            "encode_ordinary_batch_mb_per_s": round(megabytes / theirs_median, 2),
-            "throughput_ratio": round(theirs_median / ours_median, 3),
+            "tokenize_and_pack_mb_per_s": round(megabytes / pack_median, 2),
+            "encode_ordinary_batch_mb_per_s": round(megabytes / encode_median, 2),
+            "throughput_ratio": round(encode_median / pack_median, 3),
             "first_batch_seconds": round(cold, 3),
             "first_batch_seconds_datasets_imported": round(warm, 3),
             **reading(tokenizer, arguments.seq_len, arguments.rounds),

@@ -1,17 +1,17 @@
-"""The debug flavor of every family: its loss curve, and its speed beside transformers' own model.
+"""The debug flavor of every family: its loss curve, and its speed over transformers' own model.
 
     python -m benchmarks.families curves [--only NAME ...] [--folder DIR] [--write]
     python -m benchmarks.families long [--only NAME ...] [--folder DIR] [--write]
     python -m benchmarks.families speed [--only NAME ...] [--dtypes float32 bfloat16]
         [--batch 8] [--seq-len 256] [--warmup 4] [--rounds 12] [--steps 2] [--write]
 
-`curves` trains each as train_configs/debug.toml says, in 2 processes; runs are kept below --folder
-and not repeated. `long` trains BERT until it has learnt from context, each point of the curve being
-the mean of some steps. `speed` trains our model and transformers' with the same weights in
-the same bare loop: torch's cross_entropy of all positions, and for BERT of pairs as well, clipping
-and fused AdamW, under autocast in bfloat16, without dropout, on batches of the family's preset.
-Each of the two has a process of its own; their first losses have to agree, then they take turns of
-`steps` steps, and ratios are by round. A family that transformers has no class for has no speed.
+`curves` trains each with train_configs/debug.toml, in 2 processes; runs are kept below --folder
+and not repeated. `long` trains BERT until it has learnt from context; each point of the curve is
+the mean of some steps. `speed` trains our model and transformers' with the same weights in the same
+bare loop: torch's cross_entropy of all positions, and for BERT of pairs as well, clipping and fused
+AdamW, under autocast in bfloat16, without dropout, on batches of the family's preset. Each of the
+two has a separate process; their first losses must agree, then they take turns of `steps` steps,
+and ratios are by round. A family that is not in transformers has no speed.
 --write keeps the result in benchmarks/results/ and puts it into docs/families.md.
 """
 
@@ -39,18 +39,18 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "families.md"
 SPEED = "families.json"
 CONFIGS = ROOT / "train_configs"
-# Of families that are no causal language models; of all others: debug.toml.
+# Presets of families that are not causal language models; all others have debug.toml.
 PRESETS = {"bert": "debug_bert.toml", "megatron_bert": "debug_bert.toml"}
-# Nats, of the corpus' training tokens: scripts/train_tokenizer.py prints it.
+# Nats per training token of the corpus, printed by scripts/train_tokenizer.py.
 UNIGRAM_ENTROPY = 6.32
-# Relative, of the losses of one batch with the same weights, by dtype.
+# Relative tolerance of the first losses, by dtype.
 AGREE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 Curves = dict[str, dict[str, list[float]]]
 
 
 class Runs(NamedTuple):
-    """Runs of presets with some settings, of which `average` records are a point of a curve."""
+    """Runs of presets with some settings; `average` records make a point of a curve."""
 
     result: str
     picture: Path
@@ -66,7 +66,7 @@ RUNS = {
         (
             "--metrics.log_freq=1",
             "--training.steps=1500",
-            # Neighbours are found sooner among few, and more is learnt where more is hidden.
+            # With shorter sequences and more masked tokens, the model learns sooner.
             "--model.num_layers=2",
             "--training.seq_len=32",
             "--training.local_batch_size=64",
@@ -85,7 +85,7 @@ def preset(name: str) -> Path:
 
 
 def train(name: str, folder: Path, runs: Runs) -> dict[str, list[float]]:
-    """Steps and losses of a family's run in `folder`, which is trained unless it is there whole."""
+    """Returns steps and losses of a family's run in `folder`; trains it unless it is complete."""
     target = folder / name
     records: list[dict[str, Any]] = []
     with contextlib.suppress(Mistake):
@@ -98,8 +98,8 @@ def train(name: str, folder: Path, runs: Runs) -> dict[str, list[float]]:
 
 
 def points(records: Sequence[Mapping[str, Any]], average: int) -> dict[str, list[float]]:
-    """Of a curve, each at the last step of `average` records, whose means it is."""
-    # Of tokens alone where there are pairs as well.
+    """Returns the points of a curve: means of `average` records, at their last steps."""
+    # The loss of tokens, without that of pairs.
     columns = {"loss": [record.get("masked_lm_loss", record["loss"]) for record in records]}
     if (right := "next_sentence_accuracy") in records[0]:
         columns[right] = [record[right] for record in records]
@@ -143,12 +143,12 @@ def draw(curves: Curves, path: Path) -> None:
 
 
 def apart(heights: Mapping[str, float], gap: float) -> dict[str, float]:
-    """The heights, in the same order, moved until no two are nearer than `gap`."""
+    """Returns the heights, in the same order, moved until no two are nearer than `gap`."""
     names = sorted(heights, key=lambda name: heights[name])
     places: list[float] = []
     for name in names:
         places.append(max(heights[name], places[-1] + gap if places else -math.inf))
-    # As much too high as too low, all together.
+    # The mean shift is 0.
     shift = statistics.fmean(
         place - heights[name] for name, place in zip(names, places, strict=True)
     )
@@ -156,12 +156,12 @@ def apart(heights: Mapping[str, float], gap: float) -> dict[str, float]:
 
 
 def comparable(family: Family) -> bool:
-    """Whether transformers has the same model."""
+    """Returns whether transformers has the same model."""
     return family.hf_config is not None
 
 
 def race(groups: Mapping[str, Group], name: str, dtype: str, options: Any) -> Values:
-    """Tokens per second of both sides of one family, and their ratios by round."""
+    """Measures tokens per second of both sides of one family, and their ratios by round."""
     shape = (options.batch, options.seq_len)
     first = {}
     for side, group in groups.items():
@@ -169,8 +169,8 @@ def race(groups: Mapping[str, Group], name: str, dtype: str, options: Any) -> Va
         ((_, first[side]),) = group.call(take_turn, 1)
         group.call(take_turn, options.warmup)
     if not math.isclose(*first.values(), rel_tol=AGREE[dtype]):
-        told = " and ".join(f"{side} {loss}" for side, loss in first.items())
-        raise BenchmarkError(f"{name} in {dtype}: the first losses differ, {told}")
+        losses = " and ".join(f"{side} {loss}" for side, loss in first.items())
+        raise BenchmarkError(f"{name} in {dtype}: the first losses differ, {losses}")
     seconds: dict[str, list[float]] = {side: [] for side in groups}
     differences = []
     for _ in range(options.rounds):
@@ -187,23 +187,23 @@ def race(groups: Mapping[str, Group], name: str, dtype: str, options: Any) -> Va
         "tokens_per_second": {
             side: round(tokens / statistics.median(taken), 1) for side, taken in seconds.items()
         },
-        "over_transformers": spread([theirs / ours for theirs, ours in pairs]),
+        "over_transformers": spread([peer / local for peer, local in pairs]),
         "largest_relative_loss_difference": max(differences),
     }
 
 
 def measure_speed(options: argparse.Namespace) -> Values:
-    """Every family that transformers has, in every dtype."""
+    """Measures every family that transformers has, in every dtype."""
     import transformers
 
     names = [name for name in options.only if comparable(families()[name])]
     results = []
-    with Group(1) as ours, Group(1) as theirs:
+    with Group(1) as local, Group(1) as peer:
         for name in names:
             for dtype in options.dtypes:
-                results.append(race({OURS: ours, THEIRS: theirs}, name, dtype, options))
+                results.append(race({OURS: local, THEIRS: peer}, name, dtype, options))
                 print(speed_row(results[-1]), file=sys.stderr, flush=True)
-        threads = ours.threads
+        threads = local.threads
     return {
         "transformers": transformers.__version__,
         "samples": options.batch,
@@ -214,7 +214,7 @@ def measure_speed(options: argparse.Namespace) -> Values:
 
 
 def flavors_table() -> str:
-    """Every family's flavors and their exact numbers of parameters, as Markdown."""
+    """Returns every family's flavors and their exact numbers of parameters, as Markdown."""
     columns = ("layers", "width", "heads, of keys", "vocabulary", "positions", "parameters")
     lines = [f"| family | flavor | {' | '.join(columns)} |", "|---|---|" + "---:|" * len(columns)]
     for name, family in families().items():
@@ -227,32 +227,32 @@ def flavors_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def speed_table(found: Values) -> str:
-    """The result of `speed` as Markdown."""
+def speed_table(results: Values) -> str:
+    """Returns the result of `speed` as Markdown."""
     lines = [
-        f"titan_lite over transformers {found['transformers']}, {found['samples']} samples of "
-        f"{found['seq_len']} tokens a step, threads: {found['threads_per_process']}.",
+        f"titan_lite over transformers {results['transformers']}, {results['samples']} samples of "
+        f"{results['seq_len']} tokens a step, threads: {results['threads_per_process']}.",
         "",
         "| family | dtype | titan_lite, tokens/s | transformers, tokens/s | ratio | quartiles |",
         "|---|---|---:|---:|---:|---|",
-        *map(speed_row, found["families"]),
+        *map(speed_row, results["families"]),
     ]
     return "\n".join(lines) + "\n"
 
 
 def speed_row(result: Values) -> str:
-    """A line of the table."""
-    ours, theirs = (f"{result['tokens_per_second'][side]:,.0f}" for side in (OURS, THEIRS))
+    """Returns a line of the table."""
+    local, peer = (f"{result['tokens_per_second'][side]:,.0f}" for side in (OURS, THEIRS))
     ratio = result["over_transformers"]
     low, high = ratio["quartiles"]
     return (
-        f"| `{result['family']}` | {result['dtype']} | {ours} | {theirs} | {ratio['median']:.2f} "
+        f"| `{result['family']}` | {result['dtype']} | {local} | {peer} | {ratio['median']:.2f} "
         f"| {low:.2f} to {high:.2f} |"
     )
 
 
 def put(page: str, name: str, text: str) -> str:
-    """The page with `text` in the place of that name."""
+    """Returns the page with the part of that name replaced by `text`."""
     begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
     pattern = re.compile(f"({re.escape(begin)}).*({re.escape(end)})", re.DOTALL)
     return pattern.sub(lambda match: match[1] + text + match[2], page)
@@ -278,18 +278,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     page = put(PAGE.read_text(), "flavors", flavors_table())
     try:
         if options.what == "speed":
-            found = measure_speed(options)
-            result, page = SPEED, put(page, "speed", speed_table(found))
+            results = measure_speed(options)
+            result, page = SPEED, put(page, "speed", speed_table(results))
         else:
             runs = RUNS[options.what]
             folder = options.folder / options.what
-            found = {name: train(name, folder, runs) for name in options.only}
+            results = {name: train(name, folder, runs) for name in options.only}
             result = runs.result
-            draw(found, runs.picture if options.write else folder.with_suffix(".png"))
+            draw(results, runs.picture if options.write else folder.with_suffix(".png"))
     except (Mistake, BenchmarkError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(store("families", found, options.output or (result if options.write else None)))
+    print(store("families", results, options.output or (result if options.write else None)))
     if options.write:
         PAGE.write_text(page)
     return 0

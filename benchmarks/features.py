@@ -1,10 +1,10 @@
-"""Short runs of a small model, each with a feature that may fail on a device it never ran on.
+"""Short runs of a small model, each with a feature that may fail on a new device.
 
     python -m benchmarks.features [--only NAME ...] [--each 90] [--limit 200] [--output FILE]
         [--section.key=value ...]
 
-A run is given `each` seconds, and none starts later than `limit` seconds after the first. The file
-is written after each of them. Exits with 1 where a run failed or was not started.
+A run has `each` seconds, and none starts later than `limit` seconds after the first. The file is
+written after each run. Exits with 1 if a run failed or was not started.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from benchmarks.measure import Values, positive
 
 DEBUG, BERT = "train_configs/debug.toml", "train_configs/debug_bert.toml"
 COMPILE = "--compile.enable=true"
-# What float8 takes has dimensions that are multiples of 16.
+# float8 requires dimensions that are multiples of 16.
 FLOAT8 = (COMPILE, "--model.dim=512", "--model.ffn_dim=1536")
 SAVES = ("--checkpoint.enable=true", "--checkpoint.interval=10")
 
@@ -42,7 +42,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
 
 
 def run(name: str, each: int, overrides: Sequence[str]) -> Values:
-    """The first and last loss of the run, or the end of its log."""
+    """Returns the first and last loss of the run, or the end of its log."""
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         own = ("--training.steps=30", "--metrics.log_freq=1", f"--job.dump_folder={folder}")

@@ -1,9 +1,9 @@
-"""The table of scripts/first_gpu.sh: what its stages measured next to what was predicted.
+"""The table of scripts/first_gpu.sh: measured values of its stages next to predicted ones.
 
     python -m benchmarks.first_gpu FOLDER
 
 Prints it in Markdown and writes it to FOLDER, as table.md and, with machine and versions, as
-summary.json. Predictions are arithmetic for one H200, from before any GPU ran the library.
+summary.json. The predictions are arithmetic for one H200, made before the library ran on a GPU.
 """
 
 import argparse
@@ -50,7 +50,7 @@ OVER_TORCHTITAN: Range = (0.90, 1.00)
 
 
 def row(stage: str, what: str, measured: Any, predicted: Range | None = None) -> Values:
-    """One line of the table."""
+    """Returns one line of the table."""
     verdict = ""
     if predicted is not None and isinstance(measured, int | float):
         low, high = predicted
@@ -65,13 +65,13 @@ def row(stage: str, what: str, measured: Any, predicted: Range | None = None) ->
 
 
 def ceilings(results: Values) -> Iterator[Values]:
-    """Rows of benchmarks.ceilings."""
+    """Yields the rows of benchmarks.ceilings."""
     for what, predicted in CEILINGS.items():
         yield row("ceilings", what, results[what], predicted)
 
 
 def attention(results: Sequence[Values]) -> Iterator[Values]:
-    """Rows of benchmarks.attention."""
+    """Yields the rows of benchmarks.attention."""
     for result in results:
         what = f"{result['case']}: TFLOP/s"
         yield row("attention", what, result.get("tflops", result.get("failed")))
@@ -82,22 +82,22 @@ def attention(results: Sequence[Values]) -> Iterator[Values]:
 
 
 def features(results: Sequence[Values]) -> Iterator[Values]:
-    """Rows of benchmarks.features."""
+    """Yields the rows of benchmarks.features."""
     for result in results:
         losses = f"loss {result.get('first_loss', 0):.3f} to {result.get('last_loss', 0):.3f}"
         yield row("features", result["feature"], result.get("failed", losses))
 
 
 def tests(path: Path) -> Iterator[Values]:
-    """Rows of pytest's own report, in XML."""
+    """Yields the rows of pytest's XML report."""
     for case in ET.parse(path).iter("testcase"):
-        found = {child.tag for child in case}
-        outcome = next((o for o in ("failure", "error", "skipped") if o in found), "passed")
+        tags = {child.tag for child in case}
+        outcome = next((o for o in ("failure", "error", "skipped") if o in tags), "passed")
         yield row("tests", case.attrib["name"], outcome)
 
 
 def speeds(stage: str, results: Sequence[Values]) -> Iterator[Values]:
-    """Rows of benchmarks.step and benchmarks.h200."""
+    """Yields the rows of benchmarks.step and benchmarks.h200."""
     wps, mfu = SPEEDS["1b" if stage == "1b" else "8b"]
     for result in results:
         name = result["variant"].partition(", ")[2] or "compile"
@@ -117,7 +117,7 @@ def speeds(stage: str, results: Sequence[Values]) -> Iterator[Values]:
 
 
 def torchtitan(results: Sequence[Values]) -> Iterator[Values]:
-    """Rows of benchmarks.beside_torchtitan."""
+    """Yields the rows of benchmarks.beside_torchtitan."""
     for result in results:
         what = f"{result['dtype']}, {result['mode']}: step time"
         predicted = OVER_TORCHTITAN if result["mode"] == "compile" else None
@@ -125,9 +125,9 @@ def torchtitan(results: Sequence[Values]) -> Iterator[Values]:
 
 
 def rows(folder: Path) -> Iterator[Values]:
-    """All lines of the table: of each stage, and of what it wrote."""
+    """Yields all lines of the table: for each stage, its exit code and its results."""
     runs = [line.split("\t") for line in (folder / "stages.tsv").read_text().splitlines()]
-    # Of a stage that was run again, the last.
+    # The last run of a stage counts.
     for stage, (code, seconds) in {stage: rest for stage, *rest in runs}.items():
         outcome = {"0": "done", "124": "time limit", "137": "killed"}.get(code, f"exit code {code}")
         yield row(stage, f"stage, {seconds} s", outcome)
@@ -151,13 +151,13 @@ READERS: dict[str, Any] = {
 
 
 def table(lines: Sequence[Values]) -> str:
-    """The lines in Markdown."""
+    """Returns the lines in Markdown."""
     text = ["| stage | what | predicted | measured | |", "|---|---|---|---|---|"]
     for line in lines:
         predicted = "{:,g} to {:,g}".format(*line["predicted"]) if line["predicted"] else ""
         measured = line["measured"]
         if isinstance(measured, int | float):
-            # Four digits of it.
+            # Rounded to four digits.
             measured = f"{float(f'{measured:.4g}'):,g}"
         cells = (line["stage"], line["what"], predicted, measured, line["verdict"])
         text.append(f"| {' | '.join(map(str, cells))} |")

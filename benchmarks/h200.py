@@ -1,12 +1,12 @@
-"""What compile, float8, activation checkpointing and the chunked loss give on one H200.
+"""Speed and memory of compile, float8, activation checkpointing and loss chunks on one H200.
 
     python -m benchmarks.h200 [--only WORD ...] [--limit 450] [--warmup 3] [--rounds 4]
         [--steps 2] [--output h200.json] [--section.key=value ...]
 
-The variants run one after the other, since no two fit into the memory together; what is measured
-once more, last of its model, shows by how much the machine drifts. No variant begins later than
+The variants run one after the other, since no two fit into the memory together. The last variant of
+a model repeats an earlier one and shows the drift of the machine. No variant starts later than
 `limit` seconds after the first. The file, in benchmarks/results/, is written after each of them;
-a table is printed at the end. --only keeps the variants whose names hold one of the words.
+a table is printed at the end. --only keeps the variants whose names contain one of the words.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from benchmarks.measure import Values, Variant, add_options, measure, positive
 from benchmarks.workers import BenchmarkError
 
 CONFIGS = "benchmarks/configs"
-# What the others of a model are compared with.
+# The variant that the others of a model are compared with.
 BASE = "compile"
 COMPILE = "--compile.enable=true"
 TENSORWISE = "--float8.recipe=tensorwise"
@@ -47,20 +47,20 @@ SUITE: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def variants(words: Sequence[str], overrides: Sequence[str]) -> list[Variant]:
-    """The suite's variants that hold one of the words, all without words."""
-    found = [
+    """Returns the suite's variants whose names contain one of the words; without words, all."""
+    suite = [
         Variant(f"{model}, {name}", f"{CONFIGS}/{model}.toml", (*settings, *overrides))
         for model, ways in SUITE.items()
         for name, settings in ways.items()
     ]
-    kept = [v for v in found if not words or any(word in v.name for word in words)]
+    kept = [v for v in suite if not words or any(word in v.name for word in words)]
     if not kept:
-        raise BenchmarkError(f"--only {' '.join(words)}: no variant's name holds that")
+        raise BenchmarkError(f"--only {' '.join(words)}: no variant has such a name")
     return kept
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, stores, prints the table; returns 2 for a mistake, 1 where a variant failed."""
+    """Measures, stores, prints the table; returns 2 for a usage error, 1 if a variant failed."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.h200",
         description=__doc__,
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def one(variant: Variant, options: argparse.Namespace) -> Values:
-    """The variant's result, or why there is none: another may fit, or work."""
+    """Returns the variant's result, or the reason of its failure: others may still run."""
     try:
         (result,) = measure(
             [variant],
@@ -110,16 +110,16 @@ def one(variant: Variant, options: argparse.Namespace) -> Values:
 def with_ratios(results: Sequence[Values]) -> list[Values]:
     """Adds each variant's WPS over that of its model's base."""
     bases = {result["variant"]: result["wps"] for result in results if "wps" in result}
-    found = []
+    with_ratio = []
     for result in results:
         base = bases.get(f"{result['variant'].partition(', ')[0]}, {BASE}")
         ratio = round(result["wps"] / base, 3) if base and "wps" in result else None
-        found.append(result | {"wps_over_compile": ratio})
-    return found
+        with_ratio.append(result | {"wps_over_compile": ratio})
+    return with_ratio
 
 
 def table(results: Sequence[Values]) -> str:
-    """The results in Markdown."""
+    """Returns the results in Markdown."""
     lines = [
         "| variant | s per step | WPS | over compile | MFU % | peak GiB | no kernel ran |",
         "|---|---|---|---|---|---|---|",

@@ -1,7 +1,7 @@
-"""How much of a step no kernel runs in: what the host, launching, makes the device wait.
+"""The share of a step in which no kernel runs, because the device waits for the host to launch one.
 
-On a CPU operators stand for kernels: the rest is Python's, and the profiler's, which slows
-operators down, so that the number says little there.
+On a CPU, operators are counted instead of kernels; the profiler slows them down, so the number has
+little meaning there.
 """
 
 import json
@@ -14,13 +14,13 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.manifest import DEVICE
 from benchmarks.measure import Run, Values, take_turn
 
-# Of Chrome traces, as kineto writes them.
+# Categories of events in kineto's Chrome traces.
 DEVICE_WORK = {"kernel", "gpu_memcpy", "gpu_memset"} if DEVICE.type == "cuda" else {"cpu_op"}
 
 
 def kernel_time() -> Values:
-    """Of one profiled turn: kernels per step, and the seconds in which at least one ran."""
-    # Only what must be recorded: operators, too, would slow the host down.
+    """Profiles one turn: kernels per step, and seconds in which at least one kernel ran."""
+    # Recording operators, too, would slow the host down.
     cuda = DEVICE.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
         take_turn()
@@ -37,15 +37,15 @@ def kernel_time() -> Values:
 
 
 def covered(spans: list[tuple[float, float]]) -> float:
-    """Length of the union of the spans."""
+    """Returns the length of the union of the spans."""
     total = reached = 0.0
-    for begin, end in sorted(spans):
-        total += max(0.0, end - max(begin, reached))
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total
 
 
 def with_idle_share(result: Values) -> Values:
-    """Adds the share of the median step, measured without the profiler, that kernels leave idle."""
+    """Adds the idle share of the median step, which is measured without the profiler."""
     share = 1 - result["kernel_seconds_per_step"] / result["seconds_per_step"]["median"]
     return result | {"idle_share": round(share, 4)}

@@ -1,10 +1,10 @@
 """Time to the first logged step of ./run_train.sh, and of `titan-lite config`, over `import torch`.
 
-    python -m benchmarks.launch [--rounds 3] [--beside CHECKOUT] [--output launch.json]
+    python -m benchmarks.launch [--rounds 3] [--vs CHECKOUT] [--output launch.json]
 
-The environment exists already. What is measured takes turns; medians of the rounds are printed, as
-seconds and as processor time of all processes until they end, on which other programs have less
-influence. With --beside another checkout of this repository takes its turns as well.
+The environment must exist. The commands take turns; medians of the rounds are printed, as seconds
+and as CPU time of all processes until they end, which depends less on other programs. With --vs,
+another checkout of this repository takes turns as well.
 """
 
 import argparse
@@ -27,7 +27,7 @@ Measured = tuple[float, float]
 
 
 def measure(work: Callable[[], float]) -> Measured:
-    """Measures what returns its seconds, and waits for the processes that it starts."""
+    """Calls a function that returns its seconds, and waits for the processes that it starts."""
     start = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = work()
     end = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -35,7 +35,7 @@ def measure(work: Callable[[], float]) -> Measured:
 
 
 def launch(checkout: Path) -> Measured:
-    """Of the debug model's first step, in processes as the launcher starts them."""
+    """Returns the seconds to the debug model's first step, in processes of the launcher."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
     def run() -> float:
@@ -64,7 +64,7 @@ def launch(checkout: Path) -> Measured:
 
 
 def python(*arguments: str) -> Measured:
-    """Of one run of Python."""
+    """Returns the seconds of one run of Python."""
 
     def run() -> float:
         start = time.perf_counter()
@@ -75,7 +75,7 @@ def python(*arguments: str) -> Measured:
 
 
 def over(values: Sequence[Measured], imports: Sequence[Measured]) -> dict[str, float]:
-    """Medians over the rounds, and of the ratios to `import torch` in the same round."""
+    """Returns medians over the rounds, and of the ratios to `import torch` in the same round."""
     ratios = [
         (seconds / import_seconds, processor / import_processor)
         for (seconds, processor), (import_seconds, import_processor) in zip(
@@ -94,12 +94,12 @@ def over(values: Sequence[Measured], imports: Sequence[Measured]) -> dict[str, f
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--beside", type=Path, metavar="CHECKOUT")
+    parser.add_argument("--vs", type=Path, metavar="CHECKOUT")
     parser.add_argument("--output", metavar="FILE", help="kept in benchmarks/results/")
     options = parser.parse_args()
     checkouts = {"first_step": ROOT}
-    if options.beside is not None:
-        checkouts["first_step_beside"] = options.beside
+    if options.vs is not None:
+        checkouts["first_step_vs"] = options.vs
     imports: list[Measured] = []
     values: dict[str, list[Measured]] = {name: [] for name in (*checkouts, "config")}
     for _ in range(options.rounds):

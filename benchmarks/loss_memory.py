@@ -2,9 +2,9 @@
 
     python -m benchmarks.loss_memory [--tokens 2048] [--vocab 32000] [--dim 512]
 
-Each way runs in a process of its own; the peak is what it adds to the process's resident memory
-on CPU, to the allocator's peak on a GPU. Times are medians of 5 after a warm-up, ratios are over
-the plain way.
+Each way runs in a separate process; the peak is the increase of the process's resident memory on a
+CPU, of the allocator's peak on a GPU. Times are medians of 5 after a warm-up, ratios are over the
+plain way.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def peak_bytes() -> int:
 
 
 def measure(way: str, dtype: torch.dtype, tokens: int, vocab: int, dim: int) -> tuple[float, float]:
-    """(seconds, MiB) of one forward and backward."""
+    """Returns (seconds, MiB) of one forward and backward."""
     hidden = torch.randn(tokens, dim, device=DEVICE, dtype=dtype, requires_grad=True)
     weight = torch.randn(vocab, dim, device=DEVICE, dtype=dtype, requires_grad=True)
     labels = torch.randint(vocab, (tokens,), device=DEVICE)

@@ -1,12 +1,12 @@
-"""The output projection at every position against the labelled ones alone, as JSON.
+"""The output projection at every position against only the labelled ones, as JSON.
 
     python -m benchmarks.loss_positions [--tokens 1024] [--rounds 4] [--output FILE]
         [--section.key=value ...]
 
 Head and loss of BERT-base, forward and backward: 64,000 x 768, 15 of 100 positions labelled. Each
-way has a process of its own and they take turns; the peak is what a way adds to its process's
-resident memory on CPU, to the allocator's peak on a GPU. Then whole steps of BERT-base with 2 of
-its 12 layers; settings are for those. Ratios are labelled over all, medians of the rounds.
+way has a separate process and they take turns; the peak is the increase of the process's resident
+memory on a CPU, of the allocator's peak on a GPU. Then whole steps of BERT-base with 2 of its 12
+layers, to which settings apply. Ratios are labelled over all, medians of the rounds.
 """
 
 import argparse
@@ -41,7 +41,7 @@ SMALL = (
 
 
 def serve(connection: Connection, selects: bool, num_chunks: int, tokens: int) -> None:
-    """Sends the seconds of one forward and backward each time it is asked, at last the MiB."""
+    """Sends the seconds of one forward and backward at each request, and finally the MiB."""
     torch.manual_seed(0)
     hidden = torch.randn(tokens, DIM, device=DEVICE, requires_grad=True)
     weight = torch.randn(VOCAB, DIM, device=DEVICE, requires_grad=True)
@@ -71,17 +71,17 @@ def serve(connection: Connection, selects: bool, num_chunks: int, tokens: int) -
 
 
 def head(num_chunks: int, tokens: int, rounds: int) -> Values:
-    """Seconds and MiB of both ways, after a round that warms up."""
+    """Measures seconds and MiB of both ways, after a warm-up round."""
     context = multiprocessing.get_context("spawn")
     connections = []
     for selects in (False, True):
-        ours, theirs = context.Pipe()
-        context.Process(
-            target=serve, args=(theirs, selects, num_chunks, tokens), daemon=True
-        ).start()
-        connections.append(ours)
-    seconds = [[_ask(connection, True) for connection in connections] for _ in range(1 + rounds)]
-    mib = [_ask(connection, False) for connection in connections]
+        local, peer = context.Pipe()
+        context.Process(target=serve, args=(peer, selects, num_chunks, tokens), daemon=True).start()
+        connections.append(local)
+    seconds = [
+        [_request(connection, True) for connection in connections] for _ in range(1 + rounds)
+    ]
+    mib = [_request(connection, False) for connection in connections]
     whole, labelled = zip(*seconds[1:], strict=True)
     return {
         "chunks": num_chunks,
@@ -97,10 +97,10 @@ def head(num_chunks: int, tokens: int, rounds: int) -> Values:
     }
 
 
-def _ask(connection: Connection, another: bool) -> float:
+def _request(connection: Connection, another: bool) -> float:
     connection.send(another)
-    answer: float = connection.recv()
-    return answer
+    number: float = connection.recv()
+    return number
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Where and with what a benchmark ran; stored with every result."""
+"""The machine, versions and commit of a benchmark, stored with every result."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def report(benchmark: str, results: Any, output: str | None = None) -> None:
 
 
 def store(benchmark: str, results: Any, output: str | None) -> str:
-    """As report, but returns the text."""
+    """Stores the results as `report` does; returns the text."""
     manifest = {
         "command": shlex.join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]]),
         "device": device_name(DEVICE),
@@ -45,7 +45,7 @@ def store(benchmark: str, results: Any, output: str | None) -> str:
     content = {"benchmark": benchmark, "results": results, "manifest": manifest}
     text = json.dumps(content, indent=2)
     if output is not None:
-        # A benchmark that is ended while it writes leaves what it wrote before.
+        # Replaced in one step: a benchmark that is killed here keeps the earlier file.
         part = RESULTS / f"{output}.part"
         part.write_text(text + "\n")
         part.replace(RESULTS / output)
@@ -53,7 +53,7 @@ def store(benchmark: str, results: Any, output: str | None) -> str:
 
 
 def driver_version() -> str | None:
-    """Version of NVIDIA's driver, None without one."""
+    """Returns the version of NVIDIA's driver, None without one."""
     if not (program := shutil.which("nvidia-smi")):
         return None
     query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]

@@ -1,7 +1,7 @@
-"""Variants of a run measured side by side: each has its own processes, and they take turns.
+"""Measures variants of a run side by side: each has its own processes, and they take turns.
 
-Step time, WPS, MFU and memory are those of the library's own meter, one window per turn; the time
-in which the others have their turn is excluded.
+Step time, WPS, MFU and memory come from the library's own meter, one window per turn; the turns of
+the others are excluded.
 """
 
 import argparse
@@ -40,9 +40,9 @@ class Variant:
     nproc: int = 1
 
     def settings(self, folder: str, turn: int) -> list[str]:
-        """All overrides of a run whose turns of `turn` steps are logged at their end.
+        """Returns all overrides of a run whose turns of `turn` steps are logged at their end.
 
-        Raises BenchmarkError for one that measuring needs for itself, and for what is refused.
+        Raises BenchmarkError for an override that measuring sets itself, or that is rejected.
         """
         own = {
             "job.dump_folder": folder,
@@ -71,10 +71,10 @@ def measure(
     steps: int,
     extra: Callable[[], Values] | None = None,
 ) -> list[Values]:
-    """One result per variant: at least `warmup` steps, then `rounds` turns of `steps` steps each.
+    """Returns one result per variant: `rounds` turns of `steps` steps after `warmup` or more steps.
 
     Ratios to the first variant are medians over the rounds. `extra` is called in each process
-    after the last round; what it returns on rank 0 joins the result.
+    after the last round; its values on rank 0 are added to the result.
     """
     warmup_turns = math.ceil(warmup / steps)
     with contextlib.ExitStack() as stack:
@@ -111,7 +111,7 @@ def measure(
 
 
 def add_options(parser: argparse.ArgumentParser, *, warmup: int, rounds: int, steps: int) -> None:
-    """The options that every benchmark of steps has."""
+    """Adds the options that every benchmark of steps has."""
     parser.add_argument("--warmup", type=positive, default=warmup, help="steps at least")
     parser.add_argument("--rounds", type=positive, default=rounds, help="turns of each variant")
     parser.add_argument("--steps", type=positive, default=steps, help="steps of a turn")
@@ -119,7 +119,7 @@ def add_options(parser: argparse.ArgumentParser, *, warmup: int, rounds: int, st
 
 
 def positive(text: str) -> int:
-    """An argument that counts something."""
+    """Parses a positive integer."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected an integer greater than 0, got {text!r}")
     return int(text)
@@ -134,7 +134,7 @@ def _named(variant: Variant) -> Iterator[None]:
 
 
 def summary(windows: Sequence[Record]) -> Values:
-    """Medians over the turns, and the spread of the step time."""
+    """Returns medians over the turns, and the spread of the step time."""
     seconds = [window["seconds_per_step"] for window in windows]
     mfu = [window["mfu"] for window in windows if "mfu" in window]
     return {
@@ -146,15 +146,15 @@ def summary(windows: Sequence[Record]) -> Values:
 
 
 def ratios(windows: Sequence[Record], first: Sequence[Record]) -> Values:
-    """Of this variant over the first one, by round."""
+    """Returns the ratios of this variant over the first one, by round."""
     return {
-        key: spread([ours[key] / theirs[key] for ours, theirs in zip(windows, first, strict=True)])
+        key: spread([a[key] / b[key] for a, b in zip(windows, first, strict=True)])
         for key in ("seconds_per_step", "wps")
     }
 
 
 def spread(values: Sequence[float]) -> Values:
-    """Median, quartiles, smallest and largest."""
+    """Returns median, quartiles, minimum and maximum."""
     quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values
     return {
         "median": round(statistics.median(values), 5),
@@ -198,7 +198,7 @@ def take_turn() -> Record:
 
 
 def forward_and_backward() -> None:
-    """Of the next micro-batch, without a step of the optimizer."""
+    """Runs forward and backward of the next micro-batch, without an optimizer step."""
     step = Run.trainer.training.step
     step.forward_backward(
         [step.local(next(Run.trainer.data.batches))], torch.ones((), device=step.device)
@@ -206,14 +206,14 @@ def forward_and_backward() -> None:
 
 
 def finish() -> Values:
-    """Ends the run; what was applied, and what its MFU divides by."""
+    """Ends the run; returns the applied features, and the peak that MFU divides by."""
     trainer = Run.trainer
     Run.stack.close()
     trainer.close()
     if trainer.process.rank != 0:
         return {}
-    told = json.loads((trainer.plan.run_folder / RUN_FILE).read_text())
+    run_file = json.loads((trainer.plan.run_folder / RUN_FILE).read_text())
     # Names of hundreds of modules would hide the numbers.
-    counts = {feature: len(names) for feature, names in told["applied"]["modules"].items()}
-    applied = told["applied"] | {"modules": counts}
-    return {"parameters": told["parameters"], "applied": applied, "peak": told["peak"]}
+    counts = {feature: len(names) for feature, names in run_file["applied"]["modules"].items()}
+    applied = run_file["applied"] | {"modules": counts}
+    return {"parameters": run_file["parameters"], "applied": applied, "peak": run_file["peak"]}

@@ -1,8 +1,8 @@
-"""Pairs of runs that should follow one curve, each held against its tier of titan-lite compare.
+"""Pairs of runs that should have the same curve, compared by their tier of titan-lite compare.
 
     python -m benchmarks.numerics [--steps 300] [--only NAME ...] [--write]
 
-Trains train_configs/debug.toml, in float32 unless a pair says otherwise, 4 samples a step, with a
+Trains train_configs/debug.toml, in float32 unless a pair sets a dtype, 4 samples a step, with a
 learning rate of 1e-3. Runs are kept below --folder and not repeated. Prints a Markdown table;
 --write puts it into docs/numerics.md, and with matplotlib a picture of each pair into
 docs/numerics/.
@@ -33,20 +33,20 @@ RESUMED = "resumed"
 
 @dataclass(frozen=True)
 class Side:
-    """A run: processes, and settings beyond those of all runs."""
+    """A run: the number of processes, and settings added to those of all runs."""
 
     nproc: int = 1
     settings: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
-        """As in a picture's legend."""
+        """Returns a run's label in a picture's legend."""
         return ", ".join((f"{self.nproc} process{'es' * (self.nproc > 1)}", *self.settings))
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two runs and the tier that they should be within."""
+    """Two runs and the tier that their distance must be within."""
 
     name: str
     tier: Tier
@@ -54,7 +54,7 @@ class Pair:
     a: Side = Side()
 
 
-# At debug.toml's own rate of 3e-3 training magnifies rounding a hundredfold: docs/numerics.md.
+# At debug.toml's rate of 3e-3, training amplifies rounding a hundredfold: docs/numerics.md.
 RUN = ("training.global_batch_size=4", "training.local_batch_size=4", "optimizer.lr=1e-3")
 
 
@@ -82,7 +82,7 @@ PAIRS = (
 
 
 def run(side: Side, steps: int, folder: Path) -> Path:
-    """The folder of a run of `side`, trained unless it is there whole."""
+    """Returns the folder of a run of `side`; trains it unless it is complete."""
     words = "_".join([str(side.nproc), *side.settings]) or "1"
     target = folder / f"{steps}_{re.sub(r'[^a-z0-9_.=]+', '-', words)}"
     if (target / METRICS_FILE).exists() and read_records(target)[-1]["step"] == steps:
@@ -100,24 +100,24 @@ def run(side: Side, steps: int, folder: Path) -> Path:
         return target
     overrides.append(f"--checkpoint.interval={max(steps // 2, 1)}")
     launch(CONFIG, overrides, side.nproc, target)
-    # As after a crash in the second half: what it wrote is there, but for the last checkpoint.
+    # A crash in the second half: everything is written except the last checkpoint.
     shutil.rmtree(target / "checkpoint" / f"step-{steps}")
     launch(CONFIG, overrides, side.nproc, target)
     return target
 
 
-def row(pair: Pair, found: Comparison | Mistake) -> str:
-    """A line of the table."""
+def row(pair: Pair, comparison: Comparison | Mistake) -> str:
+    """Returns a line of the table."""
     label = f"| {pair.name} | {pair.tier} |"
-    if isinstance(found, Mistake):
-        return f"{label} {found} | | |"
-    outside = found.first_outside
+    if isinstance(comparison, Mistake):
+        return f"{label} {comparison} | | |"
+    outside = comparison.first_outside
     verdict = "within"
     if outside is not None:
-        verdict = f"**outside** at step {found.a.steps[outside[1]]}"
+        verdict = f"**outside** at step {comparison.a.steps[outside[1]]}"
     cells = []
     for name in ("loss", "grad_norm"):
-        track = found.tracks[name]
+        track = comparison.tracks[name]
         worst = track.worst
         cells.append(f"{abs(track.difference[worst]):.1e} of {track.band[worst]:.1e}")
     return f"{label} {verdict} | {cells[0]} | {cells[1]} |"
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pictures.mkdir(parents=True, exist_ok=True)
     lines = [
         f"{options.steps} steps of {CONFIG.name} with `{' '.join(RUN)}`,",
-        "each held against one process, in float32 unless its name says otherwise (the largest "
+        "each held against one process, in float32 unless its name has a dtype (the largest "
         "deviation, of what is allowed there):",
         "",
         "| run | tier | verdict | loss | gradient norm |",
@@ -153,15 +153,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         sides = [(side, run(side, options.steps, options.folder)) for side in (pair.a, pair.b)]
         try:
             curves = [replace(read_curve(folder), name=side.label) for side, folder in sides]
-            found: Comparison | Mistake = compare(*curves, pair.tier)
+            comparison: Comparison | Mistake = compare(*curves, pair.tier)
         except Mistake as mistake:
-            found = mistake
-        if isinstance(found, Comparison):
-            failed |= found.first_outside is not None
-            reports[pair.name] = found.report()
+            comparison = mistake
+        if isinstance(comparison, Comparison):
+            failed |= comparison.first_outside is not None
+            reports[pair.name] = comparison.report()
             if importlib.util.find_spec("matplotlib"):
-                plot(found, pictures / f"{pair.name.replace(' ', '_')}.png")
-        lines.append(row(pair, found))
+                plot(comparison, pictures / f"{pair.name.replace(' ', '_')}.png")
+        lines.append(row(pair, comparison))
         print(lines[-1], file=sys.stderr, flush=True)
     report("numerics", reports, "numerics.json" if options.write else None)
     table = "\n".join(lines) + "\n"

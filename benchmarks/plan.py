@@ -26,7 +26,7 @@ from titan_lite.tools import validate_plan
 ROOT = Path(__file__).parent.parent
 ROWS = str(ROOT / "assets/published_rows.toml")
 MODES = ("fitted", "literature", "leave-one-system-out")
-# llm-foundry's rows have constants of their own; Yin et al. do not state their batch.
+# llm-foundry's rows have separate constants; Yin et al. do not state their batch.
 APART = {"without llm-foundry": ("mpt",), "without llm-foundry and yin": ("mpt", "yin")}
 
 
@@ -55,30 +55,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def validated(mode: str, *, refit: bool) -> dict[str, Any]:
-    """What titan-lite plan validate --json prints."""
+    """Returns the output of titan-lite plan validate --json."""
     refit = refit and mode == "fitted"
     text = validate_plan.report(ROWS, constants=mode, refit=refit, as_json=True)
-    found: dict[str, Any] = json.loads(text)
-    return found
+    result: dict[str, Any] = json.loads(text)
+    return result
 
 
 def summary(facts: dict[str, Any]) -> dict[str, Any]:
-    """Errors over all rows, by system, and without the systems of APART."""
+    """Returns errors over all rows, by system, and without the systems of APART."""
     keys = ("mean", "median", "p90", "worst", "null_mean", "fitted_constants")
-    found = {key: facts[key] for key in keys} | {"systems": facts["systems"]}
+    result = {key: facts[key] for key in keys} | {"systems": facts["systems"]}
     for words, systems in APART.items():
         sizes = [
             abs(row["error"])
             for row in facts["rows"]
             if row["error"] is not None and not row["system"].startswith(systems)
         ]
-        found[words] = {"rows": len(sizes), "mean": statistics.mean(sizes)}
-    return found | ({"fit": facts["fit"]} if "fit" in facts else {})
+        result[words] = {"rows": len(sizes), "mean": statistics.mean(sizes)}
+    return result | ({"fit": facts["fit"]} if "fit" in facts else {})
 
 
 def peaks(kind: str) -> list[dict[str, Any]]:
-    """Predicted and dry-run peaks of the places in tests/planner/dry_runs_*.json."""
-    found = []
+    """Returns predicted and dry-run peaks of the places in tests/planner/dry_runs_*.json."""
+    result = []
     file = ROOT / f"tests/planner/dry_runs_{kind}.json"
     for row in json.loads(file.read_text(encoding="utf-8")):
         path = f"{ROOT}/train_configs/{row['config']}.toml" if row["config"] else None
@@ -86,7 +86,7 @@ def peaks(kind: str) -> list[dict[str, Any]]:
         plan = make_plan(path, overrides, row["world_size"], with_files=False)
         job = read_job(plan.config, plan.dims, plan.family, plan.args)
         place = memory(job)[row["place"]]
-        found.append(
+        result.append(
             {
                 "kind": kind,
                 "config": row["config"] or " ".join(row["overrides"]),
@@ -96,17 +96,17 @@ def peaks(kind: str) -> list[dict[str, Any]]:
                 "error": place.bytes / row["peak"] - 1,
             }
         )
-    return found
+    return result
 
 
 def errors(places: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and worst of the places' errors."""
+    """Returns mean and worst of the places' errors."""
     sizes = [abs(place["error"]) for place in places]
     return {"places": len(sizes), "mean": statistics.mean(sizes), "worst": max(sizes)}
 
 
 def draw(time: dict[str, dict[str, Any]], places: Sequence[dict[str, Any]], target: str) -> None:
-    """Predicted over published speeds, and over dry-run peaks."""
+    """Draws predicted over published speeds, and over dry-run peaks."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -138,10 +138,10 @@ def draw(time: dict[str, dict[str, Any]], places: Sequence[dict[str, Any]], targ
         axes.axhline(1, color="grey", lw=0.5)
     panels[0].legend(fontsize=7)
     for kind, marker in (("presets", "o"), ("random", ".")):
-        found = [place for place in places if place["kind"] == kind]
+        of_kind = [place for place in places if place["kind"] == kind]
         panels[2].scatter(
-            [place["dry_run"] / 2**30 for place in found],
-            [1 + place["error"] for place in found],
+            [place["dry_run"] / 2**30 for place in of_kind],
+            [1 + place["error"] for place in of_kind],
             s=16,
             marker=marker,
             label=kind,

@@ -6,7 +6,7 @@
 Under ten minutes on two quiet cores; nothing else may run. `--seconds` are those of
 `titan-lite plan calibrate`, which `--cluster` replaces by a file that it wrote. The runs have two
 processes each, and those of one group take turns. Printed: predicted and measured seconds of each
-step, the errors, and the pairs whose order is wrong though they differ by more than 15 %.
+step, the errors, and pairs that differ by more than 15 % but are predicted in the wrong order.
 """
 
 import argparse
@@ -30,7 +30,7 @@ PROCESSES = 2
 DEBUG, BERT = "train_configs/debug.toml", "train_configs/debug_bert.toml"
 # Pairs that are closer are not ranked.
 RANKED = 0.15
-# Those of a group take turns.
+# The runs of a group take turns.
 GROUPS = (
     {
         "debug": (DEBUG, ()),
@@ -88,14 +88,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def calibrated(seconds: float) -> str:
-    """The file that titan-lite plan calibrate writes."""
+    """Returns the file that titan-lite plan calibrate writes."""
     with Group(PROCESSES) as group:
         text: str = group.call(calibrate_here, seconds)[0]
     return text
 
 
 def calibrate_here(seconds: float) -> str:
-    """In each process of a group."""
+    """Calibrates in each process of a group."""
     from titan_lite.config.schema import Comm
     from titan_lite.tools.calibrate import calibrate, to_toml
 
@@ -106,22 +106,24 @@ def calibrate_here(seconds: float) -> str:
 
 
 def compared(variant: Variant, measured: Values, cluster: Cluster) -> Values:
-    """The predicted and the measured step of a run."""
+    """Returns the predicted and the measured step of a run."""
     plan = make_plan(variant.config, variant.overrides, variant.nproc)
-    found = predict(read_job(plan.config, plan.dims, plan.family, plan.args), cluster, tokens=1.0)
+    prediction = predict(
+        read_job(plan.config, plan.dims, plan.family, plan.args), cluster, tokens=1.0
+    )
     seconds = measured["seconds_per_step"]["median"]
     return {
         "run": variant.name,
         "measured": measured["seconds_per_step"],
-        "predicted": found.step.seconds,
-        "error": found.step.seconds / seconds - 1,
-        "in_interval": found.interval.low <= seconds <= found.interval.high,
-        "parts": found.step.parts,
+        "predicted": prediction.step.seconds,
+        "error": prediction.step.seconds / seconds - 1,
+        "in_interval": prediction.interval.low <= seconds <= prediction.interval.high,
+        "parts": prediction.step.parts,
     }
 
 
 def summary(runs: Sequence[Values]) -> Values:
-    """Errors over the runs, and the pairs in the wrong order."""
+    """Returns errors over the runs, and the pairs in the wrong order."""
     sizes = [abs(run["error"]) for run in runs]
     wrong = []
     for pair in itertools.combinations(runs, 2):

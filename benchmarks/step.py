@@ -4,9 +4,9 @@
         [--steps 2] [--profile] [--output FILE] [--section.key=value ...]
         [--a.section.key=value ...] [--b.section.key=value ...]
 
-With --vs the two, a and b, take turns of `steps` steps, each in N processes of its own (NCCL on
-GPUs, gloo on CPU); overrides that begin with a. or b. are for one of them. Ratios are b over a,
-round by round. --profile adds the share of the step in which no kernel ran. FILE is kept in
+With --vs the two, a and b, take turns of `steps` steps, each in N separate processes (NCCL on GPUs,
+gloo on CPU); overrides that start with a. or b. are for one of them. Ratios are b over a, round by
+round. --profile adds the share of the step in which no kernel ran. FILE is kept in
 benchmarks/results/.
 """
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def sides(config: str, vs: str | None, nproc: int, overrides: Sequence[str]) -> list[Variant]:
-    """The one or two variants that the arguments mean."""
+    """Returns the one or two variants that the arguments name."""
     configs = {"a": config} if vs is None else {"a": config, "b": vs}
     settings: dict[str, list[str]] = {side: [] for side in configs}
     for override in overrides:

@@ -29,9 +29,9 @@ class Peer:
 
 
 def start(packages: str, folder: str, config: Config, turn: int) -> int:
-    """Builds torchtitan's trainer for the model, batch and dtypes of `config`; its parameters.
+    """Builds torchtitan's trainer for the model, batch and dtypes of `config`; returns parameters.
 
-    packages: where torchtitan is installed. Turns of `turn` steps are logged at their end.
+    packages: the folder with torchtitan. Turns of `turn` steps are logged at their end.
     """
     sys.path.append(packages)
     os.environ["HF_DATASETS_CACHE"] = f"{folder}/datasets"
@@ -67,7 +67,7 @@ def finish() -> None:
 
 
 def take_cpu() -> None:
-    """Gives torchtitan, which needs an accelerator, the CPU for one; before its import."""
+    """Patches torchtitan, which requires an accelerator, to use the CPU; before its import."""
     device = types.SimpleNamespace(
         **vars(torch.cpu)
         | {
@@ -86,7 +86,7 @@ def take_cpu() -> None:
     set_factor = FSDPModule.set_gradient_divide_factor
 
     def set_factor_of_sums(module: FSDPModule, factor: float) -> None:
-        # gloo does not multiply while it reduces.
+        # gloo cannot multiply in a reduction.
         set_factor(module, factor)
         module.set_force_sum_reduction_for_comms(True)
 
@@ -94,14 +94,14 @@ def take_cpu() -> None:
 
 
 def their_args(kind: type, args: DecoderArgs) -> Any:
-    """torchtitan's description of the model."""
+    """Returns torchtitan's arguments of the model."""
     return kind(
         dim=args.dim,
         n_layers=args.num_layers,
         n_heads=args.num_heads,
         n_kv_heads=args.num_kv_heads,
         vocab_size=args.vocab_size,
-        # It rounds 8/3 of the width times this factor down.
+        # torchtitan rounds 8/3 of the width times this factor down.
         ffn_dim_multiplier=(args.ffn_dim + 0.5) / (8 * args.dim // 3),
         multiple_of=1,
         norm_eps=args.norm_eps,
@@ -110,29 +110,29 @@ def their_args(kind: type, args: DecoderArgs) -> Any:
 
 
 def their_config(config: Config, folder: Path, turn: int) -> Any:
-    """torchtitan's configuration, which has no loss chunks."""
+    """Returns torchtitan's configuration, which has no loss chunks."""
     from torchtitan.config import JobConfig
 
-    theirs = JobConfig()
-    theirs.job.dump_folder = str(folder)
-    theirs.model.name, theirs.model.flavor = "same", "same"
-    theirs.model.hf_assets_path = str(folder)
-    theirs.metrics.log_freq = turn
-    theirs.optimizer.lr = config.optimizer.lr
-    theirs.lr_scheduler.warmup_steps = config.lr_scheduler.warmup_steps
-    theirs.training.steps = config.training.steps
-    theirs.training.local_batch_size = config.training.local_batch_size
-    theirs.training.seq_len = config.training.seq_len
-    theirs.training.max_norm = config.training.max_norm
-    theirs.training.mixed_precision_param = config.training.param_dtype
-    theirs.training.dataset_path = str(folder / "corpus")
-    theirs.activation_checkpoint.mode = "none"
-    theirs.compile.enable = config.compile.enable
-    return theirs
+    job = JobConfig()
+    job.job.dump_folder = str(folder)
+    job.model.name, job.model.flavor = "same", "same"
+    job.model.hf_assets_path = str(folder)
+    job.metrics.log_freq = turn
+    job.optimizer.lr = config.optimizer.lr
+    job.lr_scheduler.warmup_steps = config.lr_scheduler.warmup_steps
+    job.training.steps = config.training.steps
+    job.training.local_batch_size = config.training.local_batch_size
+    job.training.seq_len = config.training.seq_len
+    job.training.max_norm = config.training.max_norm
+    job.training.mixed_precision_param = config.training.param_dtype
+    job.training.dataset_path = str(folder / "corpus")
+    job.activation_checkpoint.mode = "none"
+    job.compile.enable = config.compile.enable
+    return job
 
 
 def prepare_data(folder: Path, config: Config) -> Path:
-    """Writes the bundled corpus and tokenizer as torchtitan reads them, for this rank."""
+    """Writes the bundled corpus and tokenizer in torchtitan's format, for this rank."""
     own = folder / os.environ["RANK"]
     (own / "corpus").mkdir(parents=True)
     (own / "corpus" / "data.json").symlink_to(bundled_asset("corpus/train.jsonl"))

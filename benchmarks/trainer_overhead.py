@@ -7,7 +7,7 @@
 Within the same processes the two take turns of `steps` steps; ratios are by round. In one process
 the bare loop is a plain module, under autocast in bfloat16; in several it calls fully_shard with
 the Trainer's units and policy. Its loss is torch's cross_entropy, or with --same_loss the
-library's chunked one, which leaves the Trainer's own cost alone. In float32 the two losses must
+library's chunked one, so that only the Trainer's own cost differs. In float32 the two losses must
 agree.
 """
 
@@ -51,7 +51,7 @@ from titan_lite.training.trainer import Trainer
 
 
 def shard(model: Decoder, dtype: torch.dtype) -> None:
-    """The units and resharding of parallel/fsdp.py, averages and all else being FSDP2's own."""
+    """Shards with the units and resharding of parallel/fsdp.py, and FSDP2's defaults otherwise."""
     mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     blocks: list[Any] = list(model.layers.children())
@@ -62,7 +62,7 @@ def shard(model: Decoder, dtype: torch.dtype) -> None:
 
 
 def bare_loop(trainer: Trainer, dtype: torch.dtype, same_loss: bool) -> Callable[[int], Tensor]:
-    """A step on the very batches and weights that the trainer begins with; returns the loss."""
+    """Runs a step on the trainer's first batches and weights; returns the loss."""
     config, device = trainer.plan.config, trainer.process.device
     ranks = trainer.process.world_size
     model = build(*resolve(config.model)).to(device)
@@ -116,7 +116,7 @@ def bare_loop(trainer: Trainer, dtype: torch.dtype, same_loss: bool) -> Callable
 
 
 def alternate(config: str, overrides: list[str], options: argparse.Namespace, dtype: str) -> Values:
-    """Ratios of one dtype, measured in each process."""
+    """Measures the ratios of one dtype in each process."""
     steps, warmup_rounds = options.steps, math.ceil(options.warmup / options.steps)
     start(config, overrides, steps, 0)
     bare = bare_loop(Run.trainer, getattr(torch, dtype), options.same_loss)
@@ -131,12 +131,12 @@ def alternate(config: str, overrides: list[str], options: argparse.Namespace, dt
 
     ratios, seconds, differences = [], [], []
     for number in range(-warmup_rounds, options.rounds):
-        ours, record = timed(take_turn)
-        theirs, loss = timed(bare_turn)
+        trainer_seconds, record = timed(take_turn)
+        bare_seconds, loss = timed(bare_turn)
         differences.append(abs(record["loss"] - loss) / loss)
         if number >= 0:
-            ratios.append(ours / theirs)
-            seconds.append(theirs / steps)
+            ratios.append(trainer_seconds / bare_seconds)
+            seconds.append(bare_seconds / steps)
     finish()
     return {
         "dtype": dtype,
@@ -151,7 +151,7 @@ def alternate(config: str, overrides: list[str], options: argparse.Namespace, dt
 
 
 def timed(turn: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds and result; both kinds of turn end with the host reading the loss."""
+    """Returns seconds and result; both kinds of turn end with the host reading the loss."""
     dist.barrier()
     begin = time.perf_counter()
     result = turn()

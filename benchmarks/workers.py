@@ -1,4 +1,4 @@
-"""The processes of one measured variant, which join a process group as torchrun's do."""
+"""The processes of one measured variant, which join a process group as those of torchrun do."""
 
 import multiprocessing
 import os
@@ -21,14 +21,14 @@ SECONDS_TO_LEAVE = 5
 
 
 class BenchmarkError(Exception):
-    """What the user of a benchmark can put right; its text is all that is shown."""
+    """An error that the user of a benchmark can fix; only its message is shown."""
 
 
 class Group:
-    """`call(function, *arguments)` calls it in every process and returns the results by rank.
+    """Processes with ranks; `call(function, *arguments)` calls it in each, returns results by rank.
 
-    Rank and rendezvous are in the environment; what is called makes the process group, or its
-    Trainer does. Without OMP_NUM_THREADS the processes share the cores.
+    Rank and rendezvous are in the environment; the function, or its Trainer, creates the process
+    group. Without OMP_NUM_THREADS the processes share the cores.
     """
 
     def __init__(self, nproc: int) -> None:
@@ -48,19 +48,19 @@ class Group:
         # As torchrun's agent does: a port that the processes would open may be taken by then.
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(nproc):
-            ours, theirs = context.Pipe()
+            local, peer = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(rank, nproc, self.store.port, self.threads, theirs),
+                args=(rank, nproc, self.store.port, self.threads, peer),
                 daemon=True,
             )
             process.start()
-            theirs.close()
-            self.connections.append(ours)
+            peer.close()
+            self.connections.append(local)
             self.processes.append(process)
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """BenchmarkError for a configuration that is refused, RuntimeError for what fails."""
+        """Calls the function; BenchmarkError for a rejected configuration, else RuntimeError."""
         for connection in self.connections:
             connection.send((function, arguments))
         results: list[Any] = [None] * len(self.connections)
@@ -97,7 +97,7 @@ class Group:
 
 
 def threads_of_each(nproc: int) -> int:
-    """Threads of a process: OMP_NUM_THREADS, else its share of the cores."""
+    """Returns the threads of a process: OMP_NUM_THREADS, else its share of the cores."""
     asked = os.environ.get("OMP_NUM_THREADS")
     return int(asked) if asked else max(1, (os.cpu_count() or 1) // nproc)
 
