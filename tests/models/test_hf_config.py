@@ -13,7 +13,7 @@ from titan_lite.models.hf_config import (
     args_from_hf,
     differences,
     hf_config_from_args,
-    unsaid_in_hf,
+    unsupported_in_hf,
 )
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.registry import families, family_of
@@ -48,7 +48,7 @@ def test_every_flavor_survives_the_way_there_and_back(family: Family, args: Deco
     assert replace(read, head_dim=args.head_dim) == args
     assert read.head_size == args.head_size
     assert differences(written, family.hf_config, args) == {}
-    assert not unsaid_in_hf(args, family.hf_config)
+    assert not unsupported_in_hf(args, family.hf_config)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_form_that_the_class_has_not_is_named(
     family = families()[name]
     assert family.hf_config is not None
     args = replace(family.flavors["debug"], **changes)
-    assert unsaid_in_hf(args, family.hf_config) == message
+    assert unsupported_in_hf(args, family.hf_config) == message
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,9 @@ def check_start(folder: HFFolder, hf: HFModel, family: Family, args: DecoderArgs
     """
     assert family.hf_config is not None
     architecture = family.hf_config.architecture
-    if not family.hf_config.is_called(architectures := folder.config.get("architectures") or []):
+    if not family.hf_config.matches_architecture(
+        architectures := folder.config.get("architectures") or []
+    ):
         raise ValueError(
             f"{folder.path} is a model of architectures {architectures}; model.name = "
             f'"{family.name}" is {architecture}'

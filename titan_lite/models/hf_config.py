@@ -52,7 +52,7 @@ class HFConfig:
     constants: Mapping[str, object] = field(default_factory=dict)
     """Keys that can have no other value in this family, which is also transformers' default."""
 
-    def is_called(self, architectures: Collection[str]) -> bool:
+    def matches_architecture(self, architectures: Collection[str]) -> bool:
         """Returns whether the `architectures` of a config.json name it."""
         return not {self.architecture, *self.aliases}.isdisjoint(architectures)
 
@@ -142,7 +142,7 @@ def hf_config_from_args(
     return config
 
 
-def unsaid_in_hf(args: DecoderArgs, hf: HFConfig) -> str:
+def unsupported_in_hf(args: DecoderArgs, hf: HFConfig) -> str:
     """Returns the features of a model that config.json cannot express, or ""."""
     different = differences(hf_config_from_args(args, hf, dtype="float32"), hf, args)
     words = [f"{name} {value}, not {hf_value}" for name, (hf_value, value) in different.items()]

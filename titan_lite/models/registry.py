@@ -72,7 +72,7 @@ def family_of(config: Mapping[str, Any], registered: Mapping[str, Family]) -> Fa
         if family.hf_config is not None
     }
     # Those of plugins come later.
-    matching = [registered[name] for name, hf in known.items() if hf.is_called(wanted)]
+    matching = [registered[name] for name, hf in known.items() if hf.matches_architecture(wanted)]
     if not matching:
         raise ValueError(
             f"config.json: no model family here is of architectures {wanted} "

@@ -8,7 +8,7 @@ from titan_lite.config.problems import SettingError, did_you_mean, nearest, quot
 from titan_lite.config.schema import Config, MaskedLM
 from titan_lite.models.args import VOCAB_MULTIPLE, DecoderArgs, EncoderArgs, MoEArgs
 from titan_lite.models.family import Family
-from titan_lite.models.hf_config import unsaid_in_hf
+from titan_lite.models.hf_config import unsupported_in_hf
 from titan_lite.models.roles import KINDS, MATRIX_KINDS
 
 # Special tokens, and a few of text in each part.
@@ -22,7 +22,7 @@ def hf_rules(config: Config, family: Family, args: DecoderArgs) -> Iterator[Sett
             f"model family {family.name} has no form in transformers (its hf_config is not set)"
         )
     else:
-        message = unsaid_in_hf(args, family.hf_config)
+        message = unsupported_in_hf(args, family.hf_config)
     for key in ("initial_load_hf", "last_save_hf"):
         if message and getattr(config.checkpoint, key):
             yield SettingError((f"checkpoint.{key}", "model.name"), message)

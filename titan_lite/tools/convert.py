@@ -30,7 +30,7 @@ from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.data.tokenizer_files import FILE_NAMES, files_in, load_tokenizer
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.family import Family
-from titan_lite.models.hf_config import args_from_hf, unsaid_in_hf
+from titan_lite.models.hf_config import args_from_hf, unsupported_in_hf
 from titan_lite.models.registry import families, family_of, resolve
 
 # Files of a model's folder that make its tokenizer, whatever its kind.
@@ -178,8 +178,8 @@ def dcp_to_hf(
         )
     if family.hf_config is None:
         raise ValueError(f"model family {family.name} has no form in transformers")
-    if unsaid := unsaid_in_hf(args, family.hf_config):
-        raise ValueError(unsaid)
+    if unsupported := unsupported_in_hf(args, family.hf_config):
+        raise ValueError(unsupported)
 
     from titan_lite.checkpoint.hf import DCPToHF
     from titan_lite.data.export_check import README, export_report
