@@ -37,7 +37,7 @@ class Pair(NamedTuple):
     label: int
 
 
-class Draws:
+class KeyedRandom:
     """Uniform random numbers from a key; all versions of numpy give the same raw bits."""
 
     def __init__(self, *key: int) -> None:
@@ -53,7 +53,7 @@ class Draws:
         return int(self.uniform(1)[0] * limit)
 
 
-def mask_of(tokenizer: Tokenizer) -> int:
+def require_mask_id(tokenizer: Tokenizer) -> int:
     """Returns the mask token; ValueError if the tokenizer has none."""
     if tokenizer.mask_id is None:
         raise SettingError(
@@ -69,7 +69,7 @@ class MaskedPairs:
 
     def __init__(self, section: MaskedLM, seq_len: int, tokenizer: Tokenizer) -> None:
         self._section, self._seq_len, self._tokenizer = section, seq_len, tokenizer
-        self._mask_id = mask_of(tokenizer)
+        self._mask_id = require_mask_id(tokenizer)
         self._text_tokens = np.flatnonzero(tokenizer.bytes_per_token)
         num_parts = 2 if section.next_sentence else 1
         self._least, self._most = num_parts, seq_len - 1 - num_parts
@@ -104,10 +104,10 @@ class MaskedPairs:
             for number, (start, end) in enumerate(contents):
                 offset = max(offset, start)
                 while end - offset >= self._least:
-                    draws = Draws(*key, item)
-                    pair, offset = self._cut(tokens[:, 0], contents, number, offset, draws)
+                    random = KeyedRandom(*key, item)
+                    pair, offset = self._cut(tokens[:, 0], contents, number, offset, random)
                     item += 1
-                    yield functools.partial(self._row, pair, draws), mark, offset
+                    yield functools.partial(self._row, pair, random), mark, offset
             offset = 0
 
     def _cut(
@@ -116,29 +116,29 @@ class MaskedPairs:
         contents: list[tuple[int, int]],
         number: int,
         start: int,
-        draws: Draws,
+        random: KeyedRandom,
     ) -> tuple[Pair, int]:
         """Returns the sample at `start` in document `number`, and the start of the next one.
 
         contents: (start, end) of each document in `tokens`.
         """
         length = self._most
-        if draws.uniform(1)[0] < self._section.short_seq_prob:
-            length = self._least + draws.below(self._most - self._least + 1)
+        if random.uniform(1)[0] < self._section.short_seq_prob:
+            length = self._least + random.below(self._most - self._least + 1)
         end = min(start + length, contents[number][1])
         if not self._section.next_sentence:
             return Pair(tokens[start:end], None, IGNORED), end
-        middle = self._word_from(tokens, start + 1 + draws.below(end - start - 1), end)
+        middle = self._word_from(tokens, start + 1 + random.below(end - start - 1), end)
         first, second = tokens[start:middle], tokens[middle:end]
-        if draws.below(2) == FOLLOWS:
+        if random.below(2) == FOLLOWS:
             return Pair(first, second, FOLLOWS), end
         if len(contents) == 1:
             # Without another document, the two parts are swapped.
             return Pair(second, first, OTHER), end
-        other = draws.below(len(contents) - 1)
+        other = random.below(len(contents) - 1)
         low, high = contents[other + (other >= number)]
         # As long as the real second part, so that lengths do not give away the label.
-        place = low + draws.below(max(1, high - low - len(second) + 1))
+        place = low + random.below(max(1, high - low - len(second) + 1))
         place = self._word_from(tokens, place, high)
         return Pair(first, tokens[place : min(high, place + len(second))], OTHER), middle
 
@@ -147,7 +147,7 @@ class MaskedPairs:
         starts = np.flatnonzero(self._tokenizer.starts_word[tokens[place:end]])
         return place + int(starts[0]) if len(starts) else place
 
-    def _row(self, pair: Pair, draws: Draws) -> Row:
+    def _row(self, pair: Pair, random: KeyedRandom) -> Row:
         """Returns the masked and padded row; padding has a separate document number."""
         cls, sep = np.array([[self._tokenizer.bos_id], [self._tokenizer.eos_id]], np.uint32)
         parts = [cls, pair.first, sep]
@@ -157,7 +157,7 @@ class MaskedPairs:
         tokens = np.concatenate(parts).astype(np.int64)
         is_text = np.ones(len(tokens), np.bool_)
         is_text[[0, second - 1, -1]] = False
-        inputs, labels = self._mask(tokens, np.flatnonzero(is_text), draws)
+        inputs, labels = self._mask(tokens, np.flatnonzero(is_text), random)
         padding = (0, self._seq_len - len(tokens))
         token_types = np.arange(self._seq_len)
         return Row(
@@ -168,7 +168,7 @@ class MaskedPairs:
             pair_labels=np.int64(pair.label),
         )
 
-    def _mask(self, tokens: Ints, places: Ints, draws: Draws) -> tuple[Ints, Ints]:
+    def _mask(self, tokens: Ints, places: Ints, random: KeyedRandom) -> tuple[Ints, Ints]:
         """Returns inputs and labels. places: indices of the tokens that may be predicted."""
         starts = np.ones(len(places), np.bool_)
         if self._section.whole_word_masking:
@@ -180,7 +180,7 @@ class MaskedPairs:
         firsts = np.flatnonzero(starts | (np.arange(len(places)) == 0))
         lengths = np.diff(firsts, append=len(places))
         wanted = max(1, round(len(places) * self._section.mask_prob))
-        order = np.argsort(draws.uniform(len(lengths)), kind="stable")
+        order = np.argsort(random.uniform(len(lengths)), kind="stable")
         ends = lengths[order].cumsum()
         # The number of words, at least one, whose tokens are closest to the wanted number.
         count = max(1, int((ends - lengths[order] / 2 < wanted).sum()))
@@ -190,8 +190,8 @@ class MaskedPairs:
 
         inputs, labels = tokens.copy(), np.full_like(tokens, IGNORED)
         labels[chosen] = tokens[chosen]
-        kind = draws.uniform(len(chosen))
-        drawn = (draws.uniform(len(chosen)) * len(self._text_tokens)).astype(np.int64)
+        kind = random.uniform(len(chosen))
+        drawn = (random.uniform(len(chosen)) * len(self._text_tokens)).astype(np.int64)
         replaced = kind < MASKED + REPLACED
         inputs[chosen[replaced]] = self._text_tokens[drawn[replaced]]
         inputs[chosen[kind < MASKED]] = self._mask_id

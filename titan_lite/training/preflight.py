@@ -17,7 +17,7 @@ from titan_lite.data.files import num_bytes
 from titan_lite.data.first_documents import check_documents
 from titan_lite.data.held_out import held_out_rows, resolve_held_out
 from titan_lite.data.hf_documents import hf_documents
-from titan_lite.data.masked_lm import MaskedPairs, mask_of
+from titan_lite.data.masked_lm import MaskedPairs, require_mask_id
 from titan_lite.data.packing import Packing, Rows
 from titan_lite.data.settings import check_data_settings, data_settings
 from titan_lite.data.sources import Source, check_tokens, resolve_sources
@@ -268,7 +268,7 @@ def fitting_tokenizer(section: Data, plan: Plan) -> Tokenizer:
             f"{tokenizer.vocab_size}, or data.allow_tokenizer_mismatch = true to train with it",
         )
     if plan.family.objective == "masked_lm":
-        mask_of(tokenizer)
+        require_mask_id(tokenizer)
     return tokenizer
 
 
