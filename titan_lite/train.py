@@ -133,9 +133,9 @@ def _end(error: Exception) -> int:
 def _leave_others(code: int) -> None:
     """Ends this process, if it is one of several, in which others may be waiting for it."""
     if "RANK" in os.environ:
-        from titan_lite.runtime.distributed import leave_at_once
+        from titan_lite.runtime.distributed import exit_immediately
 
-        leave_at_once(code)
+        exit_immediately(code)
 
 
 def position() -> tuple[int, int]:

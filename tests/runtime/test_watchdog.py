@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import Workers
-from titan_lite.runtime.distributed import FLIGHT_RECORDER, record_flights, store_of_its_own
+from titan_lite.runtime.distributed import FLIGHT_RECORDER, clone_store, enable_flight_recorder
 from titan_lite.runtime.progress import Progress
 from titan_lite.runtime.watchdog import Watchdog
 
@@ -25,7 +25,7 @@ def _report(phase_by_rank: list[Any]) -> str:
     progress.enter(phase_by_rank[rank][1], step=phase_by_rank[rank][0])
     watchdog = Watchdog(
         progress,
-        dist.PrefixStore("test", store_of_its_own()),
+        dist.PrefixStore("test", clone_store()),
         rank=rank,
         world_size=dist.get_world_size(),
         timeout=1,
@@ -77,7 +77,7 @@ def test_the_flight_recorder_writes_below_the_run_folder_unless_told_otherwise(
         monkeypatch.delenv(name)
     # By the name it had before.
     monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "7")
-    hint = record_flights(tmp_path)
+    hint = enable_flight_recorder(tmp_path)
     folder = tmp_path / "flight_recorder"
     assert folder.is_dir()
     assert f"to {folder}/rankRANK: torchfrtrace {folder} compares" in hint
@@ -86,7 +86,9 @@ def test_the_flight_recorder_writes_below_the_run_folder_unless_told_otherwise(
     assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == f"{folder}/rank"
     monkeypatch.delenv("TORCH_FR_DUMP_TEMP_FILE")
     monkeypatch.setenv("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "/elsewhere/r")
-    assert "to /elsewhere/rRANK: torchfrtrace /elsewhere compares" in record_flights(tmp_path)
+    assert "to /elsewhere/rRANK: torchfrtrace /elsewhere compares" in enable_flight_recorder(
+        tmp_path
+    )
 
 
 def test_the_flight_recorders_variables_are_those_that_torch_reads() -> None:

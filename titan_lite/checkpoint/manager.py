@@ -215,7 +215,7 @@ class CheckpointManager:
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(rng["cuda"], self.device)
 
-    def leave_later_branch(self, step: int) -> None:
+    def retire_newer_checkpoints(self, step: int) -> None:
         """Retires the checkpoints later than `step`, which the run continues from; on one rank."""
         if self.section.enable:
             if retired := retire_later_steps(self.folder, step):

@@ -93,7 +93,7 @@ def dry_run(
         )
         assume_balance(model)
         if training.pipeline is not None:
-            training.pipeline.take_shapes_for_granted()
+            training.pipeline.skip_shape_negotiation()
         labelled = partial(_labelled, training.objective)
         training.step.labelled = labelled  # type: ignore[method-assign]
         if progress is not None:

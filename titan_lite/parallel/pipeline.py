@@ -278,7 +278,7 @@ class Pipeline:
         for stage in self.stages:
             stage._get_init_p2p_neighbors_ops = list  # type: ignore[method-assign]
 
-    def take_shapes_for_granted(self) -> None:
+    def skip_shape_negotiation(self) -> None:
         """Skips what stages exchange before the first step: a dry run has no peers.
 
         torch 2.11 opens connections, torch 2.13 also votes on shapes, torch 2.15 does neither over

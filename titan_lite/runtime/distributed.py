@@ -90,12 +90,12 @@ def loopback_interface() -> str:
     return "lo0" if sys.platform == "darwin" else "lo"
 
 
-def store_of_its_own() -> dist.Store:
+def clone_store() -> dist.Store:
     """Another connection to the process group's store, for a thread."""
     return distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
 
 
-def record_flights(folder: Path) -> str:
+def enable_flight_recorder(folder: Path) -> str:
     """Has NCCL write down each rank's last collectives below `folder` when one times out.
 
     To be called before the process group is there; variables that are set in the environment win.
@@ -149,7 +149,7 @@ def stop_process_group() -> None:
         dist.destroy_process_group()
 
 
-def leave_at_once(code: int) -> None:
+def exit_immediately(code: int) -> None:
     """Ends a process of several with an exit code; it has logged the reason.
 
     Others may wait for this one until the launcher ends them, so nothing may hold it up: no group

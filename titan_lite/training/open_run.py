@@ -26,9 +26,9 @@ from titan_lite.parallel.mesh import build_meshes
 from titan_lite.planner.counts import FORMULA, in_words, num_inactive_params
 from titan_lite.runtime.distributed import (
     Process,
-    record_flights,
+    clone_store,
+    enable_flight_recorder,
     start_process_group,
-    store_of_its_own,
 )
 from titan_lite.runtime.garbage import GarbageCollector
 from titan_lite.runtime.profiler import Profiler
@@ -112,7 +112,7 @@ def open_run(
         _load(plan, start, hf, training, checkpoints)
         if process.rank == 0:
             open_run_folder(plan.run_folder, resume_step=start.own_step)
-            checkpoints.leave_later_branch(start.own_step)
+            checkpoints.retire_newer_checkpoints(start.own_step)
 
         _log_run(plan, process, training)
         monitor = StepMonitor(plan, process, training, data.loader, sources, start.state)
@@ -149,11 +149,11 @@ def _join(plan: Plan, process: Process, stop: StopRequest) -> Watchdog:
     """Starts the process group and the watchdog of its collectives."""
     comm, hint = plan.config.comm, ""
     if process.device.type == "cuda":
-        hint = record_flights(plan.run_folder)
+        hint = enable_flight_recorder(plan.run_folder)
     start_process_group(process, comm)
     return Watchdog(
         stop.progress,
-        store_of_its_own(),
+        clone_store(),
         rank=process.rank,
         world_size=process.world_size,
         timeout=comm.init_timeout_seconds,

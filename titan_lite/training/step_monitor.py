@@ -44,7 +44,7 @@ class StepMonitor:
     ) -> None:
         config = plan.config
         self.tokens: int | Tensor = state.tokens
-        self.outcomes = Outcomes(training.guard, training.parameter_names)
+        self.unread_results = UnreadResults(training.guard, training.parameter_names)
         self.meter = build_meter(
             config, process, plan.run_folder, training.flops, start_step=state.step
         )
@@ -72,8 +72,8 @@ class StepMonitor:
         self.meter.add(tokens=tokens, samples=self._plan.global_batch_size)
         if self._sources is not None and result.source_valid is not None:
             self._sources.add(result.source_valid)
-        self.outcomes.add(step, result)
-        self.outcomes.read(keep=int(self._process.device.type == "cuda" and not logs))
+        self.unread_results.add(step, result)
+        self.unread_results.read(keep=int(self._process.device.type == "cuda" and not logs))
 
     def log(self, step: int, result: StepResult, lr: float, extra: dict[str, float]) -> Record:
         """Writes the record of a step, with `extra` metrics, and returns it; collective."""
@@ -111,7 +111,7 @@ class StepMonitor:
         return metrics
 
 
-class Outcomes:
+class UnreadResults:
     """Results that the host has not read yet; `is_stopping` once a rank received a stop signal.
 
     All ranks read after the same steps, so that they decide the same.

@@ -73,7 +73,7 @@ class Trainer:
     def is_stopping(self) -> bool:
         """True if a rank has received a stop signal and steps are left."""
         is_done = self.state.step >= self.plan.config.training.steps
-        return self.monitor.outcomes.is_stopping and not is_done
+        return self.monitor.unread_results.is_stopping and not is_done
 
     def train(self) -> None:
         """Trains up to `training.steps`, with logs, checkpoints and profiles; collective."""
@@ -98,7 +98,7 @@ class Trainer:
                     self.report_compiled()
                 stops = self.is_stopping and config.checkpoint.enable
                 if stops or self.checkpoints.should_save(step, last):
-                    self.monitor.outcomes.read()
+                    self.monitor.unread_results.read()
                     # Waits for the rank with the slowest disk.
                     with self._outside_steps():
                         self.save()
