@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks.manifest import report
 from titan_lite.regression.compare import Comparison, Tier, compare
-from titan_lite.regression.curves import METRICS_FILE, Mistake, read_curve, read_records
+from titan_lite.regression.curves import METRICS_FILE, UsageError, read_curve, read_records
 from titan_lite.regression.launch import launch
 from titan_lite.regression.plot import plot
 
@@ -106,10 +106,10 @@ def run(side: Side, steps: int, folder: Path) -> Path:
     return target
 
 
-def row(pair: Pair, comparison: Comparison | Mistake) -> str:
+def row(pair: Pair, comparison: Comparison | UsageError) -> str:
     """Returns a line of the table."""
     label = f"| {pair.name} | {pair.tier} |"
-    if isinstance(comparison, Mistake):
+    if isinstance(comparison, UsageError):
         return f"{label} {comparison} | | |"
     outside = comparison.first_outside
     verdict = "within"
@@ -153,9 +153,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sides = [(side, run(side, options.steps, options.folder)) for side in (pair.a, pair.b)]
         try:
             curves = [replace(read_curve(folder), name=side.label) for side, folder in sides]
-            comparison: Comparison | Mistake = compare(*curves, pair.tier)
-        except Mistake as mistake:
-            comparison = mistake
+            comparison: Comparison | UsageError = compare(*curves, pair.tier)
+        except UsageError as usage_error:
+            comparison = usage_error
         if isinstance(comparison, Comparison):
             failed |= comparison.first_outside is not None
             reports[pair.name] = comparison.report()
