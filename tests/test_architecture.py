@@ -272,7 +272,7 @@ MAY_TAKE_THE_WHOLE = {
         "pipeline_stages",
         "count_flops",
         "_attended",
-        "_head_share",
+        "_head_token_fraction",
         "check_device",
         "check_float8",
         "open_hf_weights",

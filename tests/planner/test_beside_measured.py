@@ -14,7 +14,7 @@ from titan_lite.models.plan import make_plan
 from titan_lite.planner.cluster import find_cluster
 from titan_lite.planner.predict import predict
 from titan_lite.planner.read import read_job
-from titan_lite.training.prediction import PredictedBesideMeasured
+from titan_lite.training.prediction import PredictionRecorder
 
 
 @pytest.mark.parametrize("measured", [None, 2.0])
@@ -36,7 +36,7 @@ def test_measured_values_join_the_prediction_once_there_are_any(
     step = predict(read_job(plan.config, plan.dims, plan.family, plan.args), cluster, 1.0).step
     # A device on which the predicted step takes a second.
     cluster = dataclasses.replace(cluster, measured={"step": 1 / step.seconds})
-    with caplog.at_level(logging.INFO), PredictedBesideMeasured(plan, cluster, meter):
+    with caplog.at_level(logging.INFO), PredictionRecorder(plan, cluster, meter):
         assert prediction()["measured"] == {}
     found = prediction()
     assert found["cluster"] == "h100"

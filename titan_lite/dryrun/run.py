@@ -225,7 +225,7 @@ def _quiet_dry_run(plan: Plan, place: tuple[int, int, int], *, repeats: bool) ->
 
 def _labelled(objective: Objective, batch: Batch) -> Tensor:
     """Positions with a label; their number is what matters, as labels are fake, too."""
-    return batch.labels.new_zeros(math.ceil(objective.labelled_share * batch.labels.numel()))
+    return batch.labels.new_zeros(math.ceil(objective.label_fraction * batch.labels.numel()))
 
 
 def _draw_nothing(name: str, tensor: Tensor, generator: torch.Generator) -> None:

@@ -41,12 +41,12 @@ class Stage:
 
 
 def split(
-    model: Transformer, parallel: Parallel, attention_flops: int, head_share: float = 1.0
+    model: Transformer, parallel: Parallel, attention_flops: int, head_token_fraction: float = 1.0
 ) -> list[Stage]:
     """The stages of the whole model, first to last; a list of one without pipeline parallel.
 
     attention_flops: of one block's products between tokens, per token, which have no parameters.
-    head_share: of the tokens, those that the output projection multiplies.
+    head_token_fraction: of the tokens, those that the output projection multiplies.
     Raises ValueError where there are fewer blocks than stages, or `pp_stage_modules` does not name
     every module once, in order, those that cannot be separated in the last stage.
     """
@@ -62,7 +62,7 @@ def split(
         parameters["output"] = 0
     for name in blocks:
         flops[name] += attention_flops
-    flops["output"] = round(head_share * flops["output"])
+    flops["output"] = round(head_token_fraction * flops["output"])
     num_stages = parallel.num_stages
     if parallel.pp_split == "explicit":
         stages = [tuple(names) for names in parallel.pp_stage_modules]

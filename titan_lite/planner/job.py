@@ -63,7 +63,7 @@ class Job:
     attention: str = "flash"
     loss_bytes: int = 28
     loss_chunks: int | None = None
-    head_share: float = 1.0
+    head_token_fraction: float = 1.0
     stack: str = ""
 
     @property

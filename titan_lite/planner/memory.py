@@ -116,7 +116,7 @@ def _place(job: Job, place: int, stages: tuple[int, ...]) -> Memory:
     rows = args.padded_vocab_size / (t if job.loss_parallel else 1)
     chunks = job.loss_chunks or 1
     # Of each logit: its gradient, its logarithm in float32, and under tensor parallel both again.
-    logits = tokens * job.head_share / chunks * rows * (width + 4) * (2 if t > 1 else 1)
+    logits = tokens * job.head_token_fraction / chunks * rows * (width + 4) * (2 if t > 1 else 1)
     logits += table * (width + (4 if chunks > 1 else 0)) + 2 * stream
     # In a pipeline, tensor parallel keeps what it gathers of a stage's input and gradient.
     passed = (1 if has_head else 2) * stream if t > 1 and job.pp > 1 else 0.0

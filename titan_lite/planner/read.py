@@ -84,7 +84,7 @@ def read_job(config: Config, dims: ParallelDims, family: Family, args: DecoderAr
         loss_bytes=14 if config.compile.covers("loss") else 28,
         loss_chunks=chunks,
         ns_steps=getattr(config.optimizer, "ns_steps", 0),
-        head_share=share,
+        head_token_fraction=share,
     )
 
 
@@ -94,7 +94,7 @@ def stage_blocks(
     split: str,
     num_stages: int,
     span: int,
-    head_share: float,
+    head_token_fraction: float,
     modules: Sequence[Sequence[str]] = (),
 ) -> tuple[int, ...]:
     """Blocks of each pipeline stage, as parallel/pipeline.py deals them."""
@@ -110,7 +110,7 @@ def stage_blocks(
         costs[-1] += ends - num_looked_up_params(args)
     elif split == "time":
         costs = [6 * block + 12 * args.attention_dim * span] * args.num_layers
-        costs[-1] += round(6 * head_share * args.padded_vocab_size * args.dim)
+        costs[-1] += round(6 * head_token_fraction * args.padded_vocab_size * args.dim)
     return tuple(end - start for start, end in balanced(costs, num_stages))
 
 

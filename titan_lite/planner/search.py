@@ -52,7 +52,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """layouts: that fit, best first. legal: layouts that no rule rejects. tried: all of them."""
 
     layouts: list[Layout]
@@ -74,7 +74,7 @@ def search(
     family: Family,
     args: DecoderArgs,
     cluster: Cluster,
-) -> Found:
+) -> SearchResult:
     """Tries every layout; samples: of a step, the same in all of them."""
     layouts, legal, tried = [], 0, 0
     model: StepModel | None = None
@@ -89,7 +89,7 @@ def search(
             continue
         model = model or StepModel(cluster, job)
         layouts.append(Layout(values, job, model.predict(job), need))
-    return Found(sorted(layouts, key=lambda layout: layout.order), legal, tried)
+    return SearchResult(sorted(layouts, key=lambda layout: layout.order), legal, tried)
 
 
 def candidates(

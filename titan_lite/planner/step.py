@@ -141,7 +141,7 @@ class StepModel:
         """Output projection and loss of a micro-batch, and their tensor-parallel collectives."""
         key = job.tp, job.cp, job.micro_batch, job.sequence_parallel, job.loss_bytes, job.width
         if (cost := self._heads.get(key)) is None:
-            tokens = job.local_tokens * job.head_share
+            tokens = job.local_tokens * job.head_token_fraction
             rows = self.args.padded_vocab_size / job.tp
             matmul = sum(self.rates.linear(tokens, self.args.dim, rows))
             loss = self.rates.loss(job, tokens, rows)

@@ -9,7 +9,7 @@ from typing import Any
 from titan_lite.config.units import format_scaled
 from titan_lite.planner.memory import room
 from titan_lite.planner.predict import DAYS, Advice, Prediction, setting
-from titan_lite.planner.search import Found, Layout
+from titan_lite.planner.search import Layout, SearchResult
 
 WORDS = {
     "matmul": "matrix products",
@@ -128,7 +128,7 @@ def text(p: Prediction, better: Sequence[Advice]) -> str:
     return "\n".join(lines)
 
 
-def search_text(result: Found, best: Sequence[Layout], seconds: float) -> str:
+def search_text(result: SearchResult, best: Sequence[Layout], seconds: float) -> str:
     """The layouts of a search as text."""
     lines = [
         f"{result.tried:,} layouts, {result.legal:,} legal, {len(result.layouts):,} fit, "
@@ -150,7 +150,7 @@ def search_text(result: Found, best: Sequence[Layout], seconds: float) -> str:
     return "\n".join(lines)
 
 
-def search_facts(result: Found, best: Sequence[Layout]) -> dict[str, Any]:
+def search_facts(result: SearchResult, best: Sequence[Layout]) -> dict[str, Any]:
     """The same as JSON."""
     return {
         "tried": result.tried,

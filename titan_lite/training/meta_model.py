@@ -84,7 +84,7 @@ def pipeline_stages(plan: Plan, model: Transformer, objective: Objective) -> lis
             model,
             parallel,
             attention_flops=12 * plan.args.attention_dim * _attended(config),
-            head_share=_head_share(config, objective),
+            head_token_fraction=_head_token_fraction(config, objective),
         )
     section = config.activation_checkpoint
     if section.mode == "fraction" and not any(section.layers(s.blocks) for s in stages):
@@ -103,7 +103,7 @@ def count_flops(
     config, args, section = plan.config, plan.args, plan.config.activation_checkpoint
     recomputed = [section.layers(stage.blocks) for stage in stages]
     num_params = model.num_parameters - num_unused_params(args)
-    num_params -= round((1 - _head_share(config, objective)) * args.vocab_size * args.dim)
+    num_params -= round((1 - _head_token_fraction(config, objective)) * args.vocab_size * args.dim)
     return flops_per_token(
         num_params_non_embedding=num_params,
         num_block_params=sum(
@@ -118,9 +118,9 @@ def count_flops(
     )
 
 
-def _head_share(config: Config, objective: Objective) -> float:
+def _head_token_fraction(config: Config, objective: Objective) -> float:
     """Returns the fraction of the tokens that the output projection is computed for."""
-    return 1.0 if config.training.loss_positions == "all" else objective.labelled_share
+    return 1.0 if config.training.loss_positions == "all" else objective.label_fraction
 
 
 def _attended(config: Config) -> int:

@@ -24,13 +24,13 @@ class Objective(Protocol):
     """Data and loss of one way to train.
 
     has_pairs: samples have two parts, and one label for the pair. has_padding: a batch may have
-    padding tokens. labelled_share: the fraction of tokens whose label counts. num_sums: the length
+    padding tokens. label_fraction: the fraction of tokens whose label counts. num_sums: the length
     of `sums`, which are added up over a step.
     """
 
     has_pairs: bool
     has_padding: bool
-    labelled_share: float
+    label_fraction: float
     num_sums: int
 
     def __init__(self, config: Config) -> None: ...
@@ -63,7 +63,7 @@ class CausalLM:
     """Prediction of the next token."""
 
     has_pairs = False
-    labelled_share = 1.0  # all except a sample's last one
+    label_fraction = 1.0  # all except a sample's last one
     num_sums = 0
 
     def __init__(self, config: Config) -> None:
@@ -106,7 +106,7 @@ class MaskedLM:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self.labelled_share = config.masked_lm.mask_prob
+        self.label_fraction = config.masked_lm.mask_prob
 
     def rows(self, tokenizer: Tokenizer) -> Rows:
         return MaskedPairs(self._config.masked_lm, self._config.training.seq_len, tokenizer)

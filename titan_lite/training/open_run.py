@@ -43,7 +43,7 @@ from titan_lite.training.meta_model import (
     pipeline_stages,
 )
 from titan_lite.training.objective import OBJECTIVES
-from titan_lite.training.prediction import PredictedBesideMeasured
+from titan_lite.training.prediction import PredictionRecorder
 from titan_lite.training.preflight import check_model, lock_folders, named_cluster, preflight
 from titan_lite.training.resuming import log_changes
 from titan_lite.training.run_data import RunData
@@ -127,7 +127,7 @@ def open_run(
             watchers.append(compilations)
         cluster = named_cluster(plan)
         if cluster is not None and process.rank == 0:
-            watchers.append(PredictedBesideMeasured(plan, cluster, monitor.meter))
+            watchers.append(PredictionRecorder(plan, cluster, monitor.meter))
         return Trainer(
             plan=plan,
             process=process,

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 GIB = 2**30
 
 
-class PredictedBesideMeasured:
+class PredictionRecorder:
     """Writes the prediction to run.json before the first step, the measured values at the end."""
 
     def __init__(self, plan: Plan, cluster: Cluster, meter: Meter) -> None:
@@ -23,7 +23,7 @@ class PredictedBesideMeasured:
         job = read_job(plan.config, plan.dims, plan.family, plan.args)
         self._prediction = predict(job, cluster, tokens=1.0)
 
-    def __enter__(self) -> "PredictedBesideMeasured":
+    def __enter__(self) -> "PredictionRecorder":
         self._update({})
         return self
 
