@@ -31,11 +31,11 @@ from titan_lite.nn.output_head import OutputHead
 from titan_lite.parallel.float8 import (
     choose_linears,
     convert,
-    describe,
     float8_linears,
     float8_problems,
     in_float8_styles,
     is_gathered_in_float8,
+    summarize_left_out,
 )
 
 PLAN = LLAMA.tp_plan
@@ -231,7 +231,7 @@ def test_linears_are_left_out_by_name_by_size_and_by_class_and_said_to_be() -> N
     chosen, left_out = choose_linears(model, section, PLAN)
     assert chosen == ("layers.0.attention.wq",)
     assert convert(model, section, PLAN) == chosen
-    assert describe(left_out) == (
+    assert summarize_left_out(left_out) == (
         "layers.*.attention.wk (32 x 64, float8.min_dim is 64), layers.*.attention.wv (a Special), "
         "layers.*.attention.wo (float8.filter), "
         "layers.*.feed_forward.w1 (72 x 64, not multiples of 16), "

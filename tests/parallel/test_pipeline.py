@@ -18,7 +18,7 @@ from titan_lite.config.schema import Model, Parallel
 from titan_lite.models.registry import resolve
 from titan_lite.nn.build import build
 from titan_lite.nn.decoder import Decoder
-from titan_lite.parallel.pipeline import describe, local_stages, split
+from titan_lite.parallel.pipeline import local_stages, split, summarize_stages
 from titan_lite.planner.split import balanced
 
 BLOCKS = [f"layers.{index}" for index in range(6)]
@@ -87,7 +87,7 @@ def test_parameters_and_flops_of_the_stages_are_those_of_the_model() -> None:
     total = 6 * (sum(p.numel() for p in whole.parameters()) - embedding) + 6 * 1000
     assert sum(stage.flops for stage in stages) == total
     assert sum(stage.blocks for stage in stages) == 6
-    first, *others = describe(stages, "1F1B").splitlines()
+    first, *others = summarize_stages(stages, "1F1B").splitlines()
     assert re.fullmatch(r"1F1B, 2 stages, the largest 1\.\d\d of an even share", first)
     assert others[1].endswith("per token: layers.3 to layers.5, norm, output")
 

@@ -13,8 +13,15 @@ from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.context import local_positions
 from titan_lite.parallel.mesh import Meshes
 from titan_lite.parallel.parallelize import parallelize
-from titan_lite.parallel.pipeline import Pipeline, Stage, describe, join, keep, local_stages
-from titan_lite.parallel.report import Applied, together
+from titan_lite.parallel.pipeline import (
+    Pipeline,
+    Stage,
+    local_stages,
+    merge_stages,
+    prune_to_stage,
+    summarize_stages,
+)
+from titan_lite.parallel.report import Applied, merge_applied
 from titan_lite.runtime.distributed import Process
 
 
@@ -50,10 +57,10 @@ def build_parallel(
     if meshes.pp is not None:
         with torch.device("meta"):
             local = {
-                number: keep(build(plan.family, plan.args), stages[number].modules)
+                number: prune_to_stage(build(plan.family, plan.args), stages[number].modules)
                 for number in local_stages(parallel, place["pp"])
             }
-    applied = together(
+    applied = merge_applied(
         [
             parallelize(
                 stage,
@@ -71,7 +78,7 @@ def build_parallel(
     )
     if meshes.pp is None:
         return ParallelModel(model, None, applied, meshes, positions)
-    applied = dataclasses.replace(applied, pipeline=describe(stages, parallel.pp_schedule))
+    applied = dataclasses.replace(applied, pipeline=summarize_stages(stages, parallel.pp_schedule))
     tokens = training.seq_len // parallel.cp
     split_over = parallel.tp if parallel.sequence_parallel else 1
     dtype = "float32" if plan.args.fp32_residual else training.param_dtype
@@ -87,5 +94,5 @@ def build_parallel(
         device=process.device,
         group=meshes.pp,
     )
-    join(model, list(local.values()))
+    merge_stages(model, list(local.values()))
     return ParallelModel(model, pipeline, applied, meshes, positions)

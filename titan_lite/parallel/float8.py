@@ -72,8 +72,8 @@ def _reason_against(
     return None
 
 
-def describe(left_out: Mapping[str, str]) -> str:
-    """Linears and reasons, the same in several layers named once."""
+def summarize_left_out(left_out: Mapping[str, str]) -> str:
+    """Returns the linears left out and the reasons; several layers have one entry."""
     parts = dict.fromkeys(f"{_pattern(name)} ({reason})" for name, reason in left_out.items())
     return ", ".join(parts)
 
@@ -135,7 +135,7 @@ def _choice_problems(
     if not chosen:
         yield SettingError(
             "float8.recipe",
-            f"{quote(float8.recipe)} finds no linear to convert: {describe(left_out)}",
+            f"{quote(float8.recipe)} finds no linear to convert: {summarize_left_out(left_out)}",
         )
 
 
@@ -191,7 +191,7 @@ def convert(model: Transformer, section: Float8, plan: tuple[PlanRow, ...]) -> t
         # rowwise scales gave NaN otherwise (github.com/pytorch/pytorch/issues/150859).
         inductor.emulate_precision_casts = True
     chosen, left_out = choose_linears(model, section, plan)
-    logger.info("Float8 leaves in high precision: %s", describe(left_out))
+    logger.info("Float8 leaves in high precision: %s", summarize_left_out(left_out))
     config = Float8LinearConfig.from_recipe_name(TORCHAO_NAMES.get(section.recipe, section.recipe))
     convert_to_float8_training(
         model,

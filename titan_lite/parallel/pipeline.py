@@ -105,8 +105,8 @@ def _numel(model: Transformer, name: str, part: Callable[[str, Tensor], Tensor])
     return sum(part(f"{name}.{own}", parameter).numel() for own, parameter in parameters)
 
 
-def describe(stages: Sequence[Stage], schedule: str) -> str:
-    """A line for each stage, and how much the slowest has to do beyond an even share."""
+def summarize_stages(stages: Sequence[Stage], schedule: str) -> str:
+    """Returns a line for each stage, and the slowest stage's work over an even share."""
     mean = sum(stage.flops for stage in stages) / len(stages)
     worst = max(stage.flops for stage in stages)
     lines = [f"{schedule}, {len(stages)} stages, the largest {worst / mean:.2f} of an even share"]
@@ -126,8 +126,8 @@ def describe(stages: Sequence[Stage], schedule: str) -> str:
     return "\n".join(lines)
 
 
-def keep(model: Transformer, modules: Sequence[str]) -> Transformer:
-    """Drops all children and blocks of a model but those named, in place."""
+def prune_to_stage(model: Transformer, modules: Sequence[str]) -> Transformer:
+    """Removes all children and blocks of a model except those named, in place."""
     for end in model.ends:
         if end not in modules:
             setattr(model, end, None)
@@ -137,10 +137,11 @@ def keep(model: Transformer, modules: Sequence[str]) -> Transformer:
     return model
 
 
-def join(model: Transformer, stages: Sequence[Transformer]) -> Transformer:
-    """Puts the children and blocks of this rank's stages instead of a model's own.
+def merge_stages(model: Transformer, stages: Sequence[Transformer]) -> Transformer:
+    """Replaces a model's children and blocks with those of this rank's stages.
 
-    The model then names this rank's parameters as the whole model does; it is not to be called.
+    The model's parameters are then this rank's, under the names of the whole model; it must not be
+    called.
     """
     for end in model.ends:
         setattr(model, end, next((m for s in stages if (m := getattr(s, end)) is not None), None))

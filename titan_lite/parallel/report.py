@@ -187,7 +187,7 @@ class Applied:
         return f"{self.count('compiled')} of {self.blocks} blocks"
 
 
-def together(stages: Sequence[Applied]) -> Applied:
+def merge_applied(stages: Sequence[Applied]) -> Applied:
     """Merges the reports of all pipeline stages of this rank."""
     modules: dict[str, list[str]] = defaultdict(list)
     dropout: dict[str, int] = defaultdict(int)
