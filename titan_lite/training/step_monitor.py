@@ -10,11 +10,11 @@ from torch import Tensor
 
 from titan_lite.checkpoint.state import RunState
 from titan_lite.data.loader import DataLoader
+from titan_lite.metrics.alerts import RecordWatch
 from titan_lite.metrics.build import build_meter
 from titan_lite.metrics.by_source import SourceMeter
 from titan_lite.metrics.forward_times import ForwardTimes
 from titan_lite.metrics.record import Record
-from titan_lite.metrics.warnings import RecordWatch
 from titan_lite.models.plan import Plan
 from titan_lite.nn.init import CHECKPOINT_PREFIX
 from titan_lite.optim.guard import Guard

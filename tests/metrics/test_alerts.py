@@ -9,7 +9,7 @@ import pytest
 
 from tests.distributed import Workers
 from tests.runs import Clock, build_trainer
-from titan_lite.metrics.warnings import LossWatch, slow_ranks
+from titan_lite.metrics.alerts import LossWatch, slow_ranks
 
 
 def _spikes(losses: list[float]) -> list[int]:
@@ -33,7 +33,7 @@ def _disturbed(folder: Path) -> list[str]:
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("titan_lite.metrics.warnings").addHandler(handler)
+    logging.getLogger("titan_lite.metrics.alerts").addHandler(handler)
     batches, train_step, clock = trainer.data.batches, trainer.training.step, Clock(trainer)
 
     def is_it(rank: int, *steps: int) -> bool:
@@ -61,7 +61,7 @@ def _disturbed(folder: Path) -> list[str]:
     try:
         trainer.train()
     finally:
-        logging.getLogger("titan_lite.metrics.warnings").removeHandler(handler)
+        logging.getLogger("titan_lite.metrics.alerts").removeHandler(handler)
         trainer.close()
     return messages
 
