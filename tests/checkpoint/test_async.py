@@ -36,7 +36,7 @@ def _slowly(folder: Path, mode: str, *overrides: str) -> list[dict[str, Any]]:
     In the background, writing goes on until training has come to the next step or waits for it, and
     a copy in a thread until training has come to the optimizer.
     """
-    write, stage, start = storage.Writer.write_data, DefaultStager._stage, Saver.start
+    write, stage, start = storage.CheckpointWriter.write_data, DefaultStager._stage, Saver.start
     wait, wait_for_copy = CheckpointManager.wait, CheckpointManager._wait_for_staging
     at_optimizer, at_next_step = threading.Event(), threading.Event()
 
@@ -69,7 +69,7 @@ def _slowly(folder: Path, mode: str, *overrides: str) -> list[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Saver, "start", slow_start)
         patch.setattr(DefaultStager, "_stage", slow_stage)
-        patch.setattr(storage.Writer, "write_data", slow_write)
+        patch.setattr(storage.CheckpointWriter, "write_data", slow_write)
         patch.setattr(CheckpointManager, "_wait_for_staging", tell_wait_for_copy)
         patch.setattr(CheckpointManager, "wait", tell_wait)
         trainer = build_trainer(folder, *EVERY_3, f"--checkpoint.async_mode={mode}", *overrides)

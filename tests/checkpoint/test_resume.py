@@ -27,7 +27,7 @@ from tests.runs import (
 from titan_lite import cli
 from titan_lite.checkpoint import manager
 from titan_lite.checkpoint.state import saved_steps
-from titan_lite.checkpoint.storage import Reader
+from titan_lite.checkpoint.storage import CheckpointReader
 from titan_lite.config.load import ConfigError, load_config
 from titan_lite.optim import loss_scaler
 from titan_lite.optim.optimizer import Surroundings, build_optimizer
@@ -178,7 +178,7 @@ def test_a_resume_takes_the_optimizers_settings_from_the_configuration(
     (expected,) = one_process.run(_change_by_hand, tmp_path / "by hand")
     if how == "resumed from groups in the file":
         one_process.run(_with_groups_in_the_file, _interrupted, tmp_path / "run")
-        saved = Reader(tmp_path / "run" / "checkpoint" / "step-4").read_metadata()
+        saved = CheckpointReader(tmp_path / "run" / "checkpoint" / "step-4").read_metadata()
         assert any(".param_groups." in key for key in saved.state_dict_metadata)
     else:
         one_process.run(_interrupted, tmp_path / "run")

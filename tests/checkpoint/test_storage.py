@@ -12,9 +12,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from titan_lite.checkpoint.storage import (
+    CheckpointReader,
+    CheckpointWriter,
     LoadPlanner,
-    Reader,
-    Writer,
     first_failure,
 )
 
@@ -31,14 +31,16 @@ class _Evil:
 
 
 def _save(folder: Path, **tensors: object) -> None:
-    writer = Writer(folder, lambda files: None)
+    writer = CheckpointWriter(folder, lambda files: None)
     dcp.save(dict(tensors), storage_writer=writer)
 
 
 def _load(folder: Path, **tensors: object) -> dict[str, object]:
     loaded = dict(tensors)
     dcp.load(
-        loaded, storage_reader=Reader(folder), planner=LoadPlanner(VOCAB_SIZE, folder, ["other.*"])
+        loaded,
+        storage_reader=CheckpointReader(folder),
+        planner=LoadPlanner(VOCAB_SIZE, folder, ["other.*"]),
     )
     return loaded
 
@@ -57,13 +59,13 @@ def test_code_in_the_metadata_is_refused_and_not_run(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"\.metadata was not loaded: refusing to unpickle posix.mkdir"
     ):
-        Reader(tmp_path).read_metadata()
+        CheckpointReader(tmp_path).read_metadata()
     assert not (tmp_path / "marker").exists()
     for name in ("load", "serialization.load", "Tensor"):
         asked = pickle.dumps(torch.load).replace(b"load", name.encode())
         (tmp_path / ".metadata").write_bytes(asked)
         with pytest.raises(ValueError, match="was not loaded"):
-            Reader(tmp_path).read_metadata()
+            CheckpointReader(tmp_path).read_metadata()
 
 
 def test_code_in_a_value_is_refused_and_not_run(tmp_path: Path) -> None:

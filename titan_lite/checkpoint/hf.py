@@ -27,7 +27,7 @@ from torch.futures import Future
 from titan_lite.checkpoint.hf_files import HFFolder, plan_files, write_index, write_json
 from titan_lite.checkpoint.hf_layout import HFModel
 from titan_lite.checkpoint.manifest import TOKENIZER_FOLDER, Manifest, write_manifest
-from titan_lite.checkpoint.storage import Files, Reader, Writer, versions
+from titan_lite.checkpoint.storage import CheckpointReader, CheckpointWriter, Files, versions
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.family import Family
 from titan_lite.runtime.stored_files import sync_folder, write_bytes
@@ -98,7 +98,7 @@ def hf_to_dcp(
         aside.rename(target)
 
     # Of a file that it writes, torch keeps all tensors until the end.
-    writer = Writer(aside, commit, single_file_per_rank=False)
+    writer = CheckpointWriter(aside, commit, single_file_per_rank=False)
     with _one_process():
         dcp.save(
             {PREFIX.removesuffix("."): weights},
@@ -281,7 +281,7 @@ class DCPToHF:
                     )
 
 
-class _ReadOnce(Reader):
+class _ReadOnce(CheckpointReader):
     """Keeps the metadata, which dcp.load reads at every call."""
 
     def __init__(self, path: Path) -> None:

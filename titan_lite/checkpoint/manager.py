@@ -35,10 +35,10 @@ from titan_lite.checkpoint.state import (
     saved_steps,
 )
 from titan_lite.checkpoint.storage import (
+    CheckpointReader,
+    CheckpointWriter,
     Files,
     LoadPlanner,
-    Reader,
-    Writer,
     first_failure,
     versions,
 )
@@ -140,7 +140,7 @@ class CheckpointManager:
                 tensors["model"] = {key: value.to(dtype) for key, value in tensors["model"].items()}
             self._make_folder(save, state)
             save.size = self._check_shared(save.aside, local_bytes(tensors))
-            writer = Writer(save.aside, lambda files: self._commit(save, files))
+            writer = CheckpointWriter(save.aside, lambda files: self._commit(save, files))
             self.saving, self.latest_step = save, state.step
             self.saver.start(save, tensors, writer)
         if self.saver.mode == "disabled":
@@ -178,7 +178,7 @@ class CheckpointManager:
         rng = whole.pop(rng_key, {})
         excluded = [] if start.resumes else self.section.exclude_from_loading
         tensors = {part: _without(values, excluded) for part, values in whole.items()}
-        reader = Reader(start.source)
+        reader = CheckpointReader(start.source)
         saved = reader.read_metadata().state_dict_metadata
         # A rank that the saving run did not have keeps the generators it was seeded with.
         averages = tensors.pop("ema", {})

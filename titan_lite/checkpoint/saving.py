@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from torch.distributed.tensor import DTensor
 
-from titan_lite.checkpoint.storage import Files, Writer, first_failure
+from titan_lite.checkpoint.storage import CheckpointWriter, Files, first_failure
 from titan_lite.config.schema import AsyncMode
 from titan_lite.config.units import format_scaled
 from titan_lite.runtime.distributed import BACKGROUND
@@ -119,7 +119,7 @@ class Saver:
                 "copies to plain memory, in a thread"
             )
 
-    def start(self, save: Save, tensors: dict[str, Any], writer: Writer) -> None:
+    def start(self, save: Save, tensors: dict[str, Any], writer: CheckpointWriter) -> None:
         """Writes `tensors`, or starts to; `save.staged` and `save.written` report the progress."""
         save.started = time.perf_counter()
         if self.mode == "disabled":

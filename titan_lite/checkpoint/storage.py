@@ -115,7 +115,7 @@ class _Written:
     files: Files
 
 
-class Writer(dcp.FileSystemWriter):
+class CheckpointWriter(dcp.FileSystemWriter):
     """Writes into `folder`, waiting for the disk; once all ranks have, the first calls `commit`.
 
     commit: gets size and checksum of every file, as the ranks that wrote them know them; if it
@@ -162,7 +162,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         return member
 
 
-class Reader(dcp.FileSystemReader):
+class CheckpointReader(dcp.FileSystemReader):
     """Reads a checkpoint's files without executing any code in them."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -182,7 +182,7 @@ class Reader(dcp.FileSystemReader):
 
 def check_weights(source: Path, model: Transformer, excluded: Sequence[str]) -> None:
     """Raises ValueError naming a weight of a checkpoint that does not fit the whole `model`."""
-    metadata = Reader(source).read_metadata()
+    metadata = CheckpointReader(source).read_metadata()
     saved, asked = metadata.state_dict_metadata, set()
     for name, value in model.state_dict().items():
         if excludes(excluded, name):
