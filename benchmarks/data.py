@@ -28,7 +28,7 @@ from titan_lite.data.documents import document_of
 from titan_lite.data.loader import DataLoader
 from titan_lite.data.packing import join_documents, pack
 from titan_lite.data.sources import resolve_source
-from titan_lite.data.token_folder import Manifest
+from titan_lite.data.token_folder import TokenManifest
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.data.tokenizer_files import load_tokenizer
 from titan_lite.data.tokenizing import tokenize
@@ -61,7 +61,7 @@ def first_batch_seconds(tokenizer: Tokenizer, seq_len: int) -> float:
     return taken
 
 
-def tokenized(section: Data, target: Path, processes: int) -> Manifest:
+def tokenized(section: Data, target: Path, processes: int) -> TokenManifest:
     return tokenize(
         resolve_source(section),
         section,

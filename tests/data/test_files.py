@@ -25,7 +25,7 @@ from titan_lite.data import files
 from titan_lite.data.file_rows import FileRows
 from titan_lite.data.held_out import resolve_held_out
 from titan_lite.data.sources import resolve_source, resolve_sources
-from titan_lite.data.token_folder import read_manifest
+from titan_lite.data.token_folder import read_token_manifest
 from titan_lite.tools import tokenize_data
 
 TEXTS = [f"{i} " + "whale \u00e9 " * (i % 7) for i in range(30)]
@@ -156,7 +156,7 @@ def test_samples_are_those_of_plain_jsonl_wherever_documents_are_named(
     loaded = load_config(None, [f"--data.dataset_path={path}"])
     assert tokenize_data.write(loaded, target, processes=1, shard_size=99) == 0
     assert run(data(target), 72) == expected
-    assert read_manifest(target).documents == 30
+    assert read_token_manifest(target).documents == 30
     (target / "a.jsonl").write_bytes(b"")
     with pytest.raises(ValueError, match=r"/tokens has tokens: name this folder itself"):
         resolve_source(data(tmp_path))

@@ -36,7 +36,7 @@ from titan_lite.data.held_out import resolve_held_out
 from titan_lite.data.loader import DataLoader
 from titan_lite.data.packing import join_documents
 from titan_lite.data.sources import resolve_sources
-from titan_lite.data.token_folder import read_manifest
+from titan_lite.data.token_folder import read_token_manifest
 from titan_lite.tools import tokenize_data
 
 TEXTS = [f"{i} " + "whale " * (i % 7) for i in range(30)]
@@ -306,7 +306,7 @@ def test_files_that_are_no_parquet_are_left_out_by_name_in_every_layout_alike(
     target = tmp_path_factory.mktemp("tokens") / "tokens"
     loaded = load_config(None, overrides)
     assert tokenize_data.write(loaded, target, processes=1, shard_size=9999) == 0
-    resolved = [resolve_held_out(held_out, text).identity, read_manifest(target).source]
+    resolved = [resolve_held_out(held_out, text).identity, read_token_manifest(target).source]
     for name in "bc":
         told = f'data.dataset_path = "{parquet}": a file is left out with all its documents: '
         assert caplog.text.count(f"{told}{parquet}/{name}.parquet: ") == 1

@@ -43,7 +43,7 @@ from titan_lite.data import tokenizing
 from titan_lite.data.held_out import read_held_out, resolve_held_out
 from titan_lite.data.masked_lm import MaskedPairs
 from titan_lite.data.sources import resolve_source
-from titan_lite.data.token_folder import Manifest, read_manifest
+from titan_lite.data.token_folder import TokenManifest, read_token_manifest
 from titan_lite.data.tokenizing import tokenize
 from titan_lite.runtime.folder_lock import FolderLock
 
@@ -81,7 +81,7 @@ def write(
     processes: int = 1,
     shard_size: int = 300,
     **keys: Any,
-) -> Manifest:
+) -> TokenManifest:
     section = text_data(source, **keys)
     return tokenize(
         resolve_source(section),
@@ -92,7 +92,7 @@ def write(
     )
 
 
-def rows_per_file(manifest: Manifest) -> list[int]:
+def rows_per_file(manifest: TokenManifest) -> list[int]:
     return [sum(shard.rows for shard in shards) for shards in manifest.files]
 
 
@@ -201,7 +201,7 @@ def test_a_dataset_by_name_gives_the_samples_of_its_stream(
         stream = section.model_copy(update={"num_streams": num_streams})
         stored = text_data(tmp_path / "tokens", num_streams=num_streams)
         assert run(stream, 60) == run(stored, 60)
-    manifest = read_manifest(tmp_path / "tokens")
+    manifest = read_token_manifest(tmp_path / "tokens")
     assert (manifest.source, rows_per_file(manifest)) == ("someone/corpus train", [10, 10, 10])
 
 
@@ -244,11 +244,11 @@ def test_datasets_reads_the_folder(folder: Path) -> None:
     good = [ids for ids in saved["input_ids"] if ids is not None]
     assert (len(good), len(saved)) == (len(TEXTS), len(TEXTS) + len(BAD))
     assert list(map(TOKENIZER.decode, good)) == TEXTS
-    assert len(read_manifest(folder / "one.tokens").shards) > 2
+    assert len(read_token_manifest(folder / "one.tokens").shards) > 2
 
 
 def test_the_manifest_counts_what_there_is(folder: Path) -> None:
-    manifest = read_manifest(folder / "four.tokens")
+    manifest = read_token_manifest(folder / "four.tokens")
     assert (manifest.documents, manifest.skipped) == (len(TEXTS), len(BAD))
     assert manifest.tokens == sum(map(len, TOKENIZER.encode_documents(TEXTS)))
     assert (manifest.tokenizer, manifest.dtype) == (TOKENIZER.fingerprint, "uint16")
@@ -295,7 +295,7 @@ def test_an_interrupted_call_resumes_after_its_complete_parts(
     assert contents(target) == contents(folder / f"{files}.tokens")
     assert not target.with_name("tokens.incomplete").exists()
     # Each part once.
-    assert sorted(filter(None, written)) == list(read_manifest(target).shards)
+    assert sorted(filter(None, written)) == list(read_token_manifest(target).shards)
 
 
 def test_a_killed_command_leaves_no_process_and_resumes_to_the_same_bytes(
@@ -374,7 +374,7 @@ def test_progress_is_shown(
     log = capsys.readouterr().err
     assert "100%" in log
     assert "4/4" in log
-    assert f"30 documents, {read_manifest(tmp_path / 'a').tokens} tokens" in log
+    assert f"30 documents, {read_token_manifest(tmp_path / 'a').tokens} tokens" in log
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -39,7 +39,7 @@ from titan_lite.data.files import (
     warn_once,
 )
 from titan_lite.data.plugin_source import PluginRows, PluginSource, RowStream
-from titan_lite.data.token_folder import MANIFEST_FILE, Manifest, read_manifest
+from titan_lite.data.token_folder import MANIFEST_FILE, TokenManifest, read_token_manifest
 from titan_lite.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Source:
     """Field of a document's token ids, read instead of its text."""
     plugin: PluginSource | None = None
     """The source of a plugin."""
-    manifest: Manifest | None = None
+    manifest: TokenManifest | None = None
     """The manifest of a folder that titan-lite tokenize wrote."""
 
     @property
@@ -307,7 +307,7 @@ def _readable(files: tuple[Path, ...], chosen: str) -> list[Path]:
 
 def _tokenized_source(path: Path, key: str) -> Source:
     with about(key):
-        manifest = read_manifest(path)
+        manifest = read_token_manifest(path)
     return Source(
         name=str(path),
         key=key,

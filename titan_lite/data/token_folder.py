@@ -31,7 +31,7 @@ class Shard:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
+class TokenManifest:
     """The content of tokens.json.
 
     tokenizer: its fingerprint. source: the identity of the source's documents. files: the shards of
@@ -99,7 +99,7 @@ def shard_name(number: int, part: int) -> str:
     return f"{number:05d}-{part:05d}.arrow"
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_token_manifest(folder: Path) -> TokenManifest:
     """Reads a folder's manifest; ValueError naming a file that is missing, damaged or truncated."""
     file = folder / MANIFEST_FILE
     if not file.exists():
@@ -111,7 +111,7 @@ def read_manifest(folder: Path) -> Manifest:
             [Shard(**{**shard, "file": StoredFile(**shard["file"])}) for shard in shards]
             for shards in content.pop("files")
         ]
-        manifest = Manifest(**content, files=files)
+        manifest = TokenManifest(**content, files=files)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error!r}") from None
     if form != FORMAT:

@@ -42,8 +42,8 @@ from titan_lite.data.token_folder import (
     MANIFEST_FILE,
     PROGRESS_FILE,
     UNFINISHED,
-    Manifest,
     Shard,
+    TokenManifest,
     shard_name,
 )
 from titan_lite.data.tokenizer import Tokenizer
@@ -95,7 +95,7 @@ class Task:
 
 def tokenize(
     source: Source, section: Data, target: Path, *, processes: int, shard_size: int
-) -> Manifest:
+) -> TokenManifest:
     """Writes the folder `target`, or resumes an earlier call.
 
     shard_size: characters after which a part ends. Raises TargetError, and SettingError for a
@@ -136,7 +136,7 @@ def tokenize(
                 list(pool.map(_shard, sorted(folder.glob(f"{number:05d}-*.arrow"))))
                 for number in range(source.num_files)
             ]
-        manifest = Manifest(
+        manifest = TokenManifest(
             tokenizer=tokenizer.fingerprint,
             tokenizer_path=section.tokenizer_path,
             source=source.identity,
@@ -329,7 +329,7 @@ def _shard(path: Path) -> Shard:
         return Shard(len(column), column.null_count, tokens, stored_file(path))
 
 
-def _finish(folder: Path, manifest: Manifest, features: "Features") -> None:
+def _finish(folder: Path, manifest: TokenManifest, features: "Features") -> None:
     """Completes the folder: writes the files of a saved dataset and the manifest."""
     import datasets
 

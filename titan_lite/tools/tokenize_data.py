@@ -9,7 +9,7 @@ from pathlib import Path
 from titan_lite.config.load import ConfigError, LoadedConfig, Problem
 from titan_lite.config.problems import SettingError, about
 from titan_lite.data.sources import resolve_sources
-from titan_lite.data.token_folder import UNFINISHED, Manifest, read_manifest
+from titan_lite.data.token_folder import UNFINISHED, TokenManifest, read_token_manifest
 from titan_lite.runtime.stored_files import damaged_files
 
 
@@ -52,7 +52,7 @@ def write(loaded: LoadedConfig, target: Path, *, processes: int, shard_size: int
 def verify(folder: Path) -> int:
     """Compares all files of a folder with their checksums; returns 1 where one differs."""
     try:
-        manifest = read_manifest(folder)
+        manifest = read_token_manifest(folder)
         files = {name: shard.file for name, shard in manifest.shards.items()}
 
         def read(name: str) -> list[str]:
@@ -69,7 +69,7 @@ def verify(folder: Path) -> int:
     return int(bool(problems))
 
 
-def _summary(manifest: Manifest) -> str:
+def _summary(manifest: TokenManifest) -> str:
     skipped = f", {manifest.skipped:,} bad ones left out" if manifest.skipped else ""
     files = len(manifest.shards)
     return (
