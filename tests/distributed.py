@@ -1,6 +1,6 @@
 """Several processes that stay alive for a whole test session and run many cases each.
 
-They talk over gloo, on the CPU, with GPUs hidden from them; or over NCCL, each on a GPU of its own.
+They talk over gloo, on the CPU, with GPUs hidden from them; or over NCCL, each on a separate GPU.
 """
 
 import gc
@@ -64,7 +64,7 @@ def _serve(
         # torch's default, which comparisons in float32 rely on: TF32 keeps 10 bits of a factor.
         torch.set_float32_matmul_precision("highest")
     else:
-        # Before CUDA is first asked, or it would not be heard.
+        # Before the first call of CUDA, or it would have no effect.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if shares:
         _share_gloo_device()
@@ -100,21 +100,21 @@ class Workers:
     def __init__(
         self, world_size: int, folder: Path, device_type: str = "cpu", *, shares: bool = True
     ) -> None:
-        self.is_closed = False  # as after a call that was not answered
+        self.is_closed = False  # True after a call that did not return
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self.connections: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
-            ours, theirs = context.Pipe()
+            local, reference = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(rank, world_size, device_type, shares, str(folder / "store"), theirs),
+                args=(rank, world_size, device_type, shares, str(folder / "store"), reference),
                 daemon=True,
             )
             process.start()
-            theirs.close()
-            self.connections.append(ours)
+            reference.close()
+            self.connections.append(local)
             self.processes.append(process)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -154,7 +154,7 @@ class Workers:
 
 
 class WorkersBySize(dict[int, Workers]):
-    """Workers by world size, started when first asked for."""
+    """Workers by world size, started on first use."""
 
     def __init__(self, folders: Any, device_type: str = "cpu") -> None:
         super().__init__()

@@ -91,9 +91,9 @@ def train_and_gather(
     mask_labels: bool = False,
     weights: Mapping[int, Tensors] | None = None,
 ) -> Run:
-    """As `train`, and whole tensors as arrays: weights before and after, gradients of some steps.
+    """Trains as `train` does; returns whole weights before and after, and gradients of some steps.
 
-    These are step 1, which all layouts of a model begin with the same bits, and those of LATER.
+    These are step 1, which all layouts of a model start with the same bits, and those of LATER.
     weights: `later_weights` of the run to compare with, from which gradients of LATER are taken,
     after the training; None: the run's own.
     """
@@ -197,7 +197,7 @@ def compiled_by(backend: str) -> AbstractContextManager[Any]:
 
 
 def train_traced(folder: Path | str, *overrides: str) -> list[dict[str, Any]]:
-    """As `train`, compiled without inductor's kernels: dynamo's graph and the partitioner's."""
+    """Trains as `train` does, compiled with the graphs of dynamo and the partitioner only."""
     with compiled_by("aot_eager"):
         return train(folder, *overrides, "--compile.enable=true")
 
@@ -207,7 +207,7 @@ def masked(batches: Iterator[Batch]) -> Iterator[Batch]:
     for batch in batches:
         tokens, chosen = batch.inputs, batch.inputs[:, 0]
         if batch.pair_labels is not None:
-            # Of a masked language model first tokens are all the same, as are hidden ones.
+            # A masked language model has the same first token everywhere, and the same mask token.
             tokens, chosen = batch.labels, batch.labels.sum(1)
         labels = batch.labels.masked_fill(tokens % 3 == 0, IGNORE_INDEX)
         # One sample in four has hardly anything left.
@@ -263,11 +263,11 @@ def deviations(got: Run, expected: Run) -> Deviations:
     (records, tensors), (expected_records, expected_tensors) = got, expected
     for key in ("step", "lr", "tokens", "moe/entropy_per_layer", "moe/max_bias"):
         assert [r.get(key) for r in records] == [r.get(key) for r in expected_records], key
-    found = {}
+    actual = {}
     for key in ("loss", "grad_norm"):
         off = [abs(r[key] / e[key] - 1) for r, e in zip(records, expected_records, strict=True)]
-        found[key] = _worst(off, [f"step {r['step']}" for r in records])
-        found[f"{key} of step 1"] = off[0], "step 1"
+        actual[key] = _worst(off, [f"step {r['step']}" for r in records])
+        actual[f"{key} of step 1"] = off[0], "step 1"
     for moment, by_name in tensors.items():
         references = expected_tensors[moment]
         assert by_name.keys() == references.keys()
@@ -275,14 +275,14 @@ def deviations(got: Run, expected: Run) -> Deviations:
         if moment.startswith("gradients"):
             terms = 0.25 * max(np.abs(array).max() for array in references.values())
         off = [_distance(array, references[name], terms) for name, array in by_name.items()]
-        found[moment] = _worst(off, list(by_name))
-    return found
+        actual[moment] = _worst(off, list(by_name))
+    return actual
 
 
 def _distance(got: Any, expected: Any, terms: float) -> float:
     # Rows beyond the expected ones pad a vocabulary, and should be zero.
     rows = [(0, len(got) - len(expected)), *[(0, 0)] * (got.ndim - 1)]
-    # Biases begin as zeros.
+    # Biases start as zeros.
     size = np.abs(expected).max() + terms or 1.0
     return float(np.abs(got - np.pad(expected, rows)).max() / size)
 
@@ -293,7 +293,7 @@ def _worst(values: list[float], places: list[str]) -> tuple[float, str]:
 
 
 def exceeding(
-    found: dict[str, tuple[float, str]], tolerances: dict[str, float]
+    actual: dict[str, tuple[float, str]], tolerances: dict[str, float]
 ) -> dict[str, tuple[float, str]]:
     """The quantities of `deviations` that are beyond their tolerances, or NaN."""
-    return {name: found[name] for name, most in tolerances.items() if not found[name][0] <= most}
+    return {name: actual[name] for name, most in tolerances.items() if not actual[name][0] <= most}

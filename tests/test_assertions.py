@@ -35,7 +35,7 @@ def unchecked(path: Path, shared: Functions) -> list[str]:
 def test_every_test_has_an_assertion() -> None:
     paths = sorted(FOLDER.rglob("*.py"))
     shared = {name: node for path in paths for name, node in functions(path).items()}
-    assert [found for path in paths for found in unchecked(path, shared)] == []
+    assert [actual for path in paths for actual in unchecked(path, shared)] == []
 
 
 def test_a_test_without_an_assertion_is_found(tmp_path: Path) -> None:

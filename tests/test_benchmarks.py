@@ -106,10 +106,10 @@ def test_the_turns_of_others_do_not_count(tmp_path: Path) -> None:
 def test_ratios_are_of_the_same_round() -> None:
     first = [{"seconds_per_step": 1.0, "wps": 8.0}, {"seconds_per_step": 4.0, "wps": 2.0}]
     second = [{"seconds_per_step": 2.0, "wps": 4.0}, {"seconds_per_step": 6.0, "wps": 1.0}]
-    found = measure.ratios(second, first)
-    assert found["seconds_per_step"]["median"] == 1.75
-    assert found["seconds_per_step"]["range"] == [1.5, 2.0]
-    assert found["wps"]["range"] == [0.5, 0.5]
+    actual = measure.ratios(second, first)
+    assert actual["seconds_per_step"]["median"] == 1.75
+    assert actual["seconds_per_step"]["range"] == [1.5, 2.0]
+    assert actual["wps"]["range"] == [0.5, 0.5]
     assert measure.spread([4.0, 1.0, 2.0, 3.0, 9.0]) == {
         "median": 3.0,
         "quartiles": [2.0, 4.0],
@@ -270,7 +270,7 @@ def test_the_bare_loop_trains_our_model_and_transformers_alike(name: str, dtype:
 
 
 class OfLoss:
-    """A group whose process tells one second and this loss of every turn."""
+    """A group whose process reports one second and this loss for every turn."""
 
     def __init__(self, loss: float) -> None:
         self.loss = loss
@@ -293,8 +293,8 @@ def test_the_page_of_families_lists_every_flavor_and_the_speeds_that_are_kept() 
     page = families.PAGE.read_text()
     again = families.put(page, "flavors", families.flavors_table())
     if (results := RESULTS / families.SPEED).exists():
-        found = json.loads(results.read_text())["results"]
-        again = families.put(again, "speed", families.speed_table(found))
+        actual = json.loads(results.read_text())["results"]
+        again = families.put(again, "speed", families.speed_table(actual))
     assert page == again, "python -m benchmarks.families curves --write"
 
 
@@ -401,8 +401,8 @@ def write_stages(folder: Path) -> None:
             {"dtype": "bfloat16", "mode": "compile", "seconds_over_torchtitan": {"median": 0.95}}
         ],
     }
-    for stage, found in results.items():
-        (folder / f"{stage}.json").write_text(json.dumps({"results": found}))
+    for stage, actual in results.items():
+        (folder / f"{stage}.json").write_text(json.dumps({"results": actual}))
     cases = '<testcase name="test_a"><failure/></testcase><testcase name="test_b"/>'
     (folder / "tests.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
     codes = {"ceilings": 0, "attention": 0, "features": 1, "tests": 1, "first": 2, "1b": 124}
@@ -500,25 +500,28 @@ def test_rounds_of_two_libraries_are_compared_one_by_one() -> None:
         {"seconds": 1.0, "cpu_seconds": 0.5, "memory_gib": 2.0},
         {"seconds": 3.0, "cpu_seconds": 0.7, "memory_gib": 1.0},
     ]
-    ours = beside_torchtitan.over_ranks(ranks)
-    assert ours == {"seconds": 3.0, "cpu_seconds": 1.2, "memory_gib": 2.0}
-    theirs = {"seconds": 2.0, "cpu_seconds": 2.4, "memory_gib": 4.0}
-    rounds = [{"titan_lite": ours, "torchtitan": theirs}, {"torchtitan": ours, "titan_lite": ours}]
-    found = beside_torchtitan.compared(rounds, steps=2)
-    assert found["seconds_over_torchtitan"]["range"] == [1.0, 1.5]
-    assert found["cpu_seconds_over_torchtitan"]["median"] == 0.75
-    assert found["torchtitan"]["seconds_per_step"]["range"] == [1.0, 1.5]
-    assert found["peak_memory_over_torchtitan"] == 0.5
+    local = beside_torchtitan.over_ranks(ranks)
+    assert local == {"seconds": 3.0, "cpu_seconds": 1.2, "memory_gib": 2.0}
+    reference = {"seconds": 2.0, "cpu_seconds": 2.4, "memory_gib": 4.0}
+    rounds = [
+        {"titan_lite": local, "torchtitan": reference},
+        {"torchtitan": local, "titan_lite": local},
+    ]
+    actual = beside_torchtitan.compared(rounds, steps=2)
+    assert actual["seconds_over_torchtitan"]["range"] == [1.0, 1.5]
+    assert actual["cpu_seconds_over_torchtitan"]["median"] == 0.75
+    assert actual["torchtitan"]["seconds_per_step"]["range"] == [1.0, 1.5]
+    assert actual["peak_memory_over_torchtitan"] == 0.5
 
 
 @pytest.mark.parametrize("flavor", ["debug", "llama3_8b", "llama2_7b", "llama3.1_405b"])
 def test_torchtitan_is_given_the_model_of_a_flavor(flavor: str) -> None:
     args = registered_families()["llama"].flavors[flavor]
-    theirs = torchtitan_side.their_args(SimpleNamespace, args)  # type: ignore[arg-type]
+    reference = torchtitan_side.their_args(SimpleNamespace, args)  # type: ignore[arg-type]
     # As torchtitan/models/llama3/model/model.py computes it, before it rounds up to multiple_of.
-    hidden = int(theirs.ffn_dim_multiplier * int(2 * 4 * args.dim / 3))
-    assert (hidden, theirs.multiple_of) == (args.ffn_dim, 1)
-    assert (theirs.n_heads, theirs.n_kv_heads) == (args.num_heads, args.num_kv_heads)
+    hidden = int(reference.ffn_dim_multiplier * int(2 * 4 * args.dim / 3))
+    assert (hidden, reference.multiple_of) == (args.ffn_dim, 1)
+    assert (reference.n_heads, reference.n_kv_heads) == (args.num_heads, args.num_kv_heads)
 
 
 def test_a_torchtitan_that_cannot_be_installed_is_one_message(

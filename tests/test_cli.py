@@ -1,4 +1,4 @@
-"""The command line, as a shell sees it: output, exit code, and nothing imported in vain."""
+"""The command line, as a shell sees it: output, exit code, and no needless imports."""
 
 import json
 import os

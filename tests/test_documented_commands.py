@@ -1,6 +1,6 @@
 """Every command in README and docs works as printed.
 
-A block of commands is run here, with a small model and small files in the place of a reader's own;
+A block of commands is run here, with a small model and small files instead of a reader's own;
 or it stands below a comment, <!-- not run: REASON -->, and its configurations are only checked.
 So are README's table of commands and the examples in the help texts. Of commands in sentences, the
 options are checked: a benchmark takes minutes of a quiet machine.
@@ -57,7 +57,7 @@ class Command:
 
 
 def commands_of(page: str, text: str) -> list[Command]:
-    found = []
+    actual = []
     for not_run, _, kind, body in BLOCK.findall(text):
         for line in body.replace("\\\n", " ").splitlines():
             if kind not in ("bash", "console", "") or (kind == "" and "[" in line):
@@ -72,8 +72,8 @@ def commands_of(page: str, text: str) -> list[Command]:
             if kind == "bash" or (words and words[0] in PROGRAMS):
                 assert not words or words[0] in PROGRAMS, f"{page}: nothing here runs {line!r}"
                 if words:
-                    found.append(Command(page, variables, tuple(words), not_run))
-    return found
+                    actual.append(Command(page, variables, tuple(words), not_run))
+    return actual
 
 
 COMMANDS = [
@@ -118,7 +118,7 @@ def _train(folder: Path, config: str, *overrides: str) -> int:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, workers: Mapping[int, Workers]) -> Path:
-    """What a reader has in the folder in which the commands are printed, all of it small."""
+    """Creates the small files that a reader of the commands would have in the folder."""
     folder = tmp_path_factory.mktemp("reader")
     for name in ("assets", "train_configs", "scripts", "run_train.sh", "run_tests.sh", "tests"):
         (folder / name).symlink_to(ROOT / name)

@@ -1,4 +1,4 @@
-"""The dry run tells what a real run of the same configuration does."""
+"""The dry run reports what a real run of the same configuration does."""
 
 import json
 import math
@@ -250,7 +250,7 @@ def test_the_dry_run_of_a_compiled_float8_run_has_no_casts_in_float32(fresh: Poo
 
 
 def test_memory_that_fsdp_frees_is_seen_after_an_operation_with_a_body() -> None:
-    """The recorder is entered again for the body of ring attention, and goes on afterwards."""
+    """The recorder is entered again for the body of ring attention, and continues afterwards."""
     from titan_lite.dryrun.recorder import Recorder
 
     recorder = Recorder(lambda group: "")

@@ -102,5 +102,5 @@ def test_blocks_with_other_settings_do_not_stand_for_each_other() -> None:
 
     numbers = iter(range(BLOCKS))
     *_, runs = step(numbered, repeats=True)
-    # Each is first and last of a row of its own.
+    # Each is first and last of a separate row.
     assert runs == BLOCKS * 2

@@ -164,7 +164,7 @@ def test_compiled_it_takes_any_number_of_labelled_rows_in_one_graph() -> None:
             losses.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
         torch.testing.assert_close(*losses)
         graphs.append(counters["unique_graphs"])
-    # Of 9 the last chunk is a single row, which has a graph of its own.
+    # Of 9 the last chunk is a single row, which has a separate graph.
     assert len(set(graphs)) == 1
 
 
@@ -260,7 +260,7 @@ def _over_a_split_vocabulary(num_chunks: int, loss_parallel: bool) -> list[tuple
     generator = torch.Generator().manual_seed(1)
     bias = torch.randn(50, generator=generator, requires_grad=True)
     labelled = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)
-    found = []
+    actual = []
     for positions in (None, labelled):
         whole = DTensor.from_local(hidden, mesh, [Replicate()], run_check=False)
         parts = [distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in (weight, bias)]
@@ -274,8 +274,8 @@ def _over_a_split_vocabulary(num_chunks: int, loss_parallel: bool) -> list[tuple
             loss_parallel=loss_parallel,
         )
         grads = torch.autograd.grad(loss, (whole, *parts))
-        found.append((loss.detach(), *(grad.full_tensor() for grad in grads)))
-    return found
+        actual.append((loss.detach(), *(grad.full_tensor() for grad in grads)))
+    return actual
 
 
 @pytest.mark.distributed

@@ -1,4 +1,4 @@
-"""Training on hidden tokens and pairs: one loss in every layout, what it is made of, and resume."""
+"""Training on masked tokens and pairs: one loss in every layout, what it is made of, and resume."""
 
 from functools import partial
 from pathlib import Path
@@ -44,7 +44,7 @@ OWN = ("masked_lm_loss", "next_sentence_loss", "next_sentence_accuracy")
 
 @pytest.fixture(scope="module")
 def expected(workers: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Of one process, at all positions."""
+    """Returns the result of one process, at all positions."""
     folder = tmp_path_factory.mktemp("one")
     return workers[1].run(train_and_gather, folder, *BERT, *VALIDATE)[0]
 
@@ -78,7 +78,7 @@ def test_every_layout_trains_and_validates_what_one_process_does(
 
 
 def _first_step(folder: Path, *overrides: str) -> dict[str, Any]:
-    """What the model is called with, and both losses and all counts from whole logits."""
+    """Returns the model's arguments, and both losses and all counts from whole logits."""
     trainer = build_trainer(folder, *overrides, "--training.steps=1")
     batch, calls = next(trainer.data.batches), []
     trainer.data.batches = iter([batch])
@@ -111,26 +111,26 @@ def _first_step(folder: Path, *overrides: str) -> dict[str, Any]:
 def test_the_loss_is_the_mean_over_hidden_tokens_and_the_mean_over_pairs(
     workers: dict[int, Workers], tmp_path: Path
 ) -> None:
-    found = workers[1].run(_first_step, tmp_path, *BERT)[0]
-    record, batch = found["record"], found["batch"]
+    actual = workers[1].run(_first_step, tmp_path, *BERT)[0]
+    record, batch = actual["record"], actual["batch"]
     assert isinstance(batch, Batch)
-    assert record["loss"] == pytest.approx(found["tokens"] + found["pairs"], rel=1e-5)
-    own = [found["tokens"], found["pairs"], found["right"]]
+    assert record["loss"] == pytest.approx(actual["tokens"] + actual["pairs"], rel=1e-5)
+    own = [actual["tokens"], actual["pairs"], actual["right"]]
     assert [record[key] for key in OWN] == pytest.approx(own, rel=1e-5)
-    # Tokens are those that are no padding, of which there is some.
+    # Padding, of which there is some, is not counted in tokens.
     assert batch.documents is not None
     assert record["tokens"] == (batch.documents == 0).sum() < batch.inputs.numel()
     assert record["iterations_per_second"] == pytest.approx(1 / record["seconds_per_step"])
     # Content sees content on both sides, and padding sees padding.
-    assert torch.equal(found["inputs"], batch.inputs)
-    assert torch.equal(found["call"]["token_types_BS"], batch.token_types)
+    assert torch.equal(actual["inputs"], batch.inputs)
+    assert torch.equal(actual["call"]["token_types_BS"], batch.token_types)
     mask = dense_mask(batch.documents, torch.arange(64), torch.float32, causal=False)
-    assert torch.equal(found["call"]["mask"], mask)
+    assert torch.equal(actual["call"]["mask"], mask)
     assert mask[0, 0, 0, 2] == 0
 
 
 def _flops(folder: Path, *overrides: str) -> tuple[int, int]:
-    """Of the model, and of its stages."""
+    """Returns the FLOPs of the model, and of its stages."""
     trainer = build_trainer(folder, *overrides)
     trainer.close()
     return trainer.training.flops.model, sum(stage.flops for stage in trainer.training.stages)

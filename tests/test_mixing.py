@@ -41,7 +41,7 @@ def _by_hand(folder: Path, *overrides: str) -> tuple[list[dict[str, float]], lis
     """Losses of each source from whole logits of the model before each step."""
     trainer = build_trainer(folder, *overrides)
     names = [source.name for source in trainer.plan.config.data.sources]
-    forward_backward, found = trainer.training.step.forward_backward, []
+    forward_backward, actual = trainer.training.step.forward_backward, []
 
     def look(batches: list[Batch], factor: Tensor) -> Tensor:
         (batch,) = batches
@@ -51,13 +51,13 @@ def _by_hand(folder: Path, *overrides: str) -> tuple[list[dict[str, float]], lis
         valid = (batch.labels != IGNORED).sum(1)
         rows = {name: batch.sources == number for number, name in enumerate(names)}
         means = {name: losses[rows].sum() / valid[rows].sum() for name, rows in rows.items()}
-        found.append({name: mean.item() for name, mean in means.items() if not mean.isnan()})
+        actual.append({name: mean.item() for name, mean in means.items() if not mean.isnan()})
         return forward_backward(batches, factor)
 
     trainer.training.step.forward_backward = look  # type: ignore[method-assign,assignment]
     trainer.train()
     trainer.close()
-    return found, read_metrics(folder)
+    return actual, read_metrics(folder)
 
 
 @pytest.fixture(scope="module")

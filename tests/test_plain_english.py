@@ -116,9 +116,9 @@ def rooms() -> dict[str, list[Path]]:
     by_room["benchmarks"] = [
         path for end in ("py", "md") for path in (ROOT / "benchmarks").glob(f"*.{end}")
     ]
-    by_room["tests"] = [
-        path for path in (ROOT / "tests").rglob("*.py") if path.name != Path(__file__).name
-    ]
+    tests = ROOT / "tests"
+    for path in {*tests.rglob("*.py")} - {Path(__file__)}:
+        by_room.setdefault(str(path.parent.relative_to(ROOT)), []).append(path)
     return by_room
 
 

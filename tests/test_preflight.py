@@ -80,9 +80,9 @@ def test_documents_that_a_run_cannot_begin_with_are_refused(
     message: str,
 ) -> None:
     path = write_lines(tmp_path / "a.jsonl", documents)
-    found = refused(f"--data.dataset_path={path}", *settings)
-    assert found.startswith("titan-lite: 1 problem in the configuration data.")
-    assert message in found
+    actual = refused(f"--data.dataset_path={path}", *settings)
+    assert actual.startswith("titan-lite: 1 problem in the configuration data.")
+    assert message in actual
 
 
 def test_documents_of_columns_are_looked_at_as_well(tmp_path: Path, refused: Preflight) -> None:
@@ -91,8 +91,8 @@ def test_documents_of_columns_are_looked_at_as_well(tmp_path: Path, refused: Pre
 
     parquet.write_table(pyarrow.table({"text": [1] * 99}), tmp_path / "a.parquet")
     assert "field 'text' is 1" in refused(f"--data.dataset_path={tmp_path}")
-    found = refused(f"--data.dataset_path={tmp_path}", "--data.text_field=body")
-    assert "'body' is not one of its fields: it has text" in found
+    actual = refused(f"--data.dataset_path={tmp_path}", "--data.text_field=body")
+    assert "'body' is not one of its fields: it has text" in actual
 
 
 def test_each_source_is_looked_at(tmp_path: Path, refused: Preflight) -> None:
@@ -101,9 +101,9 @@ def test_each_source_is_looked_at(tmp_path: Path, refused: Preflight) -> None:
     tables = ", ".join(
         f'{{name = "{path.stem}", weight = 1, dataset_path = "{path}"}}' for path in (good, bad)
     )
-    found = refused(f"--data.sources=[{tables}]")
-    assert f"{bad}, line 1: 'text' is not one of its fields" in found
-    assert "data.sources.bad.text_field (command line)" in found
+    actual = refused(f"--data.sources=[{tables}]")
+    assert f"{bad}, line 1: 'text' is not one of its fields" in actual
+    assert "data.sources.bad.text_field (command line)" in actual
 
 
 def test_files_of_a_model_among_documents_are_left_out_and_others_looked_at(
@@ -119,8 +119,10 @@ def test_files_of_a_model_among_documents_are_left_out_and_others_looked_at(
     accepted(setting)
     assert "leaves out config.json, tokenizer_config.json, vocab.json, by name no" in caplog.text
     (tmp_path / "statistics.json").write_text('{"documents": 64}')
-    found = refused(setting)
-    assert "statistics.json, document 1: 'text' is not one of its fields: it has documents" in found
+    actual = refused(setting)
+    assert (
+        "statistics.json, document 1: 'text' is not one of its fields: it has documents" in actual
+    )
 
 
 def test_sources_that_read_the_same_documents_are_named(
@@ -180,21 +182,21 @@ def test_held_out_documents_that_are_too_few_are_refused(
     few = write_lines(tmp_path / "few.jsonl", [{"text": "word"}])
     bad = write_lines(tmp_path / "bad.jsonl", [{"body": "word"}])
     keys = [setting.format(few=few, bad=bad) for setting in settings]
-    found = refused("--validation.enable=true", "--model.max_seq_len=8192", *keys)
-    assert found.startswith("titan-lite: 1 problem in the configuration validation.")
-    assert message in found
+    actual = refused("--validation.enable=true", "--model.max_seq_len=8192", *keys)
+    assert actual.startswith("titan-lite: 1 problem in the configuration validation.")
+    assert message in actual
 
 
 def test_a_path_that_spells_a_key_is_not_blamed(tmp_path: Path, refused: Preflight) -> None:
     """Nothing searches a message for keys, of which a path may have any."""
     folder = tmp_path / "optimizer.lr=1e-3"
-    found = refused(
+    actual = refused(
         f"--job.dump_folder={folder}",
         "--optimizer.lr=1e-3",
         "--checkpoint.enable=true",
         "--checkpoint.load_step=99",
     )
-    assert found == (
+    assert actual == (
         "titan-lite: 1 problem in the configuration checkpoint.load_step (command line): "
         f"no checkpoint of step 99 in {folder}/checkpoint; steps found: none"
     )
@@ -208,10 +210,10 @@ def test_data_settings_of_another_run_are_refused(tmp_path: Path, refused: Prefl
     text = json.dumps(state)
     manifest.files[RUN_STATE_FILE] = write_text(checkpoint / RUN_STATE_FILE, text)
     write_manifest(checkpoint, manifest)
-    found = refused("--checkpoint.enable=true")
-    assert "data.num_streams was 8 and is 64" in found
-    assert "checkpoint.load_step (default): " in found
-    assert "training.seed" not in found
+    actual = refused("--checkpoint.enable=true")
+    assert "data.num_streams was 8 and is 64" in actual
+    assert "checkpoint.load_step (default): " in actual
+    assert "training.seed" not in actual
 
 
 def test_what_the_devices_cannot_do_is_refused_in_one_block(
@@ -221,7 +223,7 @@ def test_what_the_devices_cannot_do_is_refused_in_one_block(
         raise OSError
 
     monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", no_compiler)
-    found = refused(
+    actual = refused(
         "--compile.enable=true",
         "--float8.recipe=rowwise",
         "--profiling.enable_memory_snapshot=true",
@@ -230,7 +232,7 @@ def test_what_the_devices_cannot_do_is_refused_in_one_block(
         "--training.global_batch_size=2",
         f"--data.dataset_path={write_lines(tmp_path / 'a.jsonl', [{'body': 'a'}])}",
     )
-    assert found.startswith("titan-lite: 5 problems in the configuration ")
+    assert actual.startswith("titan-lite: 5 problems in the configuration ")
     for words in (
         "'text' is not one of its fields",
         "2 ranks with 1 stages each are too many for the model's 1 blocks",
@@ -238,7 +240,7 @@ def test_what_the_devices_cannot_do_is_refused_in_one_block(
         'float8.recipe (command line): "rowwise" requires CUDA compute capability',
         "profiling.enable_memory_snapshot (command line): memory snapshots need a CUDA device",
     ):
-        assert words in found, words
+        assert words in actual, words
 
 
 def test_a_kernel_of_gpus_is_refused_on_a_cpu(refused: Preflight) -> None:
@@ -282,10 +284,10 @@ def test_an_old_gpu_is_refused_bfloat16_and_float8(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
-    found = refused("--float8.recipe=rowwise")
-    assert "training.param_dtype (default): Tesla V100 has no bfloat16" in found
-    assert "float8.recipe (command line): " in found
-    assert "but Tesla V100 has 7.0" in found
+    actual = refused("--float8.recipe=rowwise")
+    assert "training.param_dtype (default): Tesla V100 has no bfloat16" in actual
+    assert "float8.recipe (command line): " in actual
+    assert "but Tesla V100 has 7.0" in actual
 
 
 @pytest.mark.parametrize(
@@ -305,7 +307,7 @@ def test_compilation_needs_a_compiler(
     monkeypatch.delenv("CC", raising=False)
     cxx: tuple[str | None, ...] = (None, "nowhere/g++")
     if missing == "headers":
-        cxx = (sys.executable,)  # Answers --version.
+        cxx = (sys.executable,)  # Accepts --version.
         monkeypatch.setattr("sysconfig.get_path", lambda _: "nowhere")
     else:
         monkeypatch.setattr("shutil.which", lambda _: None)
@@ -315,8 +317,8 @@ def test_compilation_needs_a_compiler(
 
 
 def test_names_of_weights_that_no_parameter_has_are_refused(refused: Preflight) -> None:
-    found = refused('--checkpoint.exclude_from_loading=["outptu.*"]')
-    assert '"outptu.*" matches no parameter' in found
+    actual = refused('--checkpoint.exclude_from_loading=["outptu.*"]')
+    assert '"outptu.*" matches no parameter' in actual
 
 
 def test_both_folders_of_a_run_are_tried(

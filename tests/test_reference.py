@@ -60,8 +60,8 @@ def _train_both(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, floa
     trainer.train()
     trainer.close()
     largest = max(
-        np.abs(ours - model.get_parameter(name).detach().numpy()).max()
-        for name, ours in whole(trainer.training.model).items()
+        np.abs(local - model.get_parameter(name).detach().numpy()).max()
+        for name, local in whole(trainer.training.model).items()
     )
     return read_metrics(folder), expected, float(largest)
 

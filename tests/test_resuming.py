@@ -16,7 +16,7 @@ VERSIONS = {"titan_lite": "1", "torch": "2.13.0", "python": "3.12"}
 STEPS = ("--training.steps=1000", "--optimizer.lr=0.001", "--lr_scheduler.warmup_steps=100")
 
 
-def said(
+def printed(
     caplog: pytest.LogCaptureFixture,
     *changes: str,
     saved: tuple[str, ...] = STEPS,
@@ -24,7 +24,7 @@ def said(
     world_sizes: tuple[int, int] = (1, 1),
     **manifest: Any,
 ) -> list[str]:
-    """What is logged at `step` of a run of settings `saved`, which continues with `changes`."""
+    """Returns the log of a run saved at `step` with settings `saved`, resumed with `changes`."""
     before, after = (
         make_plan(None, overrides, size)
         for overrides, size in zip((saved, (*saved, *changes)), world_sizes, strict=True)
@@ -45,22 +45,22 @@ def said(
 
 def test_settings_that_differ_are_listed_with_both_values(caplog: Any) -> None:
     changes = ("--optimizer.weight_decay=50", "--optimizer.no_decay=[]", "--training.max_norm=0.5")
-    assert said(caplog, *changes) == [
+    assert printed(caplog, *changes) == [
         "Changed since the checkpoint was saved: training.max_norm 1.0 -> 0.5 "
         'optimizer.weight_decay 0.1 -> 50.0 optimizer.no_decay ["norm", "bias"] -> []'
     ]
 
 
 def test_the_same_settings_and_what_changes_no_number_are_not_listed(caplog: Any) -> None:
-    assert said(caplog) == []
+    assert printed(caplog) == []
     others = ("--job.dump_folder=moved", "--metrics.log_freq=1", "--checkpoint.interval=3")
     others += ("--data.prefetch=9", "--training.gc_freq=9", "--comm.train_timeout_seconds=9")
-    assert said(caplog, *others) == []
+    assert printed(caplog, *others) == []
 
 
 def test_the_mesh_the_batch_that_follows_from_it_and_versions_are_listed(caplog: Any) -> None:
     older = VERSIONS | {"torch": "2.11.0"}
-    assert said(caplog, "--parallel.tp=2", world_sizes=(2, 8), versions=older) == [
+    assert printed(caplog, "--parallel.tp=2", world_sizes=(2, 8), versions=older) == [
         "Changed since the checkpoint was saved: training.global_batch_size 2 -> 4 "
         'parallel.dp_shard 2 -> 4 parallel.tp 1 -> 2 torch "2.11.0" -> "2.13.0"'
     ]
@@ -68,8 +68,8 @@ def test_the_mesh_the_batch_that_follows_from_it_and_versions_are_listed(caplog:
 
 def test_of_the_model_what_was_resolved_is_listed(caplog: Any) -> None:
     # The flavor's own value in other words.
-    assert said(caplog, "--model.dim=256") == []
-    assert said(caplog, "--model.hidden_dropout=0.5", "--model.max_seq_len=4096") == [
+    assert printed(caplog, "--model.dim=256") == []
+    assert printed(caplog, "--model.hidden_dropout=0.5", "--model.max_seq_len=4096") == [
         "Changed since the checkpoint was saved: "
         "model.max_seq_len 2048 -> 4096 model.hidden_dropout 0.0 -> 0.5"
     ]
@@ -78,7 +78,7 @@ def test_of_the_model_what_was_resolved_is_listed(caplog: Any) -> None:
 def test_keys_that_an_older_version_did_not_have_had_their_defaults(caplog: Any) -> None:
     config = load_config(None, STEPS).config.model_dump()
     del config["float8"], config["optimizer"]["no_decay"]
-    assert said(caplog, "--optimizer.no_decay=[]", config=config) == [
+    assert printed(caplog, "--optimizer.no_decay=[]", config=config) == [
         'Changed since the checkpoint was saved: optimizer.no_decay ["norm", "bias"] -> []'
     ]
 
@@ -102,12 +102,12 @@ def test_keys_that_an_older_version_did_not_have_had_their_defaults(caplog: Any)
 def test_a_jump_of_the_learning_rate_is_told_with_both_values(
     caplog: Any, changes: tuple[str, ...], step: int, jump: str
 ) -> None:
-    told = said(caplog, *changes, step=step)
+    logged = printed(caplog, *changes, step=step)
     (key, value) = changes[0].removeprefix("--").split("=")
-    assert told[1].startswith("The learning rate jumps from ")
-    assert jump in told[1]
-    assert f" in step {step + 1}: {key} " in told[1]
-    assert told[1].endswith(f"-> {value}") or told[1].endswith(f'-> "{value}"')
+    assert logged[1].startswith("The learning rate jumps from ")
+    assert jump in logged[1]
+    assert f" in step {step + 1}: {key} " in logged[1]
+    assert logged[1].endswith(f"-> {value}") or logged[1].endswith(f'-> "{value}"')
     assert caplog.records[1].levelno == logging.WARNING
 
 
@@ -119,8 +119,8 @@ def test_a_rate_that_turns_is_a_jump_also_where_the_schedule_is_steeper(
     caplog: Any, saved: int, longer: int, rates: str
 ) -> None:
     of_run = (f"--training.steps={saved}", "--optimizer.lr=0.001", "--lr_scheduler.warmup_steps=0")
-    _, told = said(caplog, f"--training.steps={longer}", saved=of_run, step=saved)
-    assert told == (
+    _, logged = printed(caplog, f"--training.steps={longer}", saved=of_run, step=saved)
+    assert logged == (
         f"The learning rate jumps from {rates} in step {saved + 1}: "
         f"training.steps {saved} -> {longer}"
     )
@@ -147,5 +147,5 @@ def test_a_rate_that_turns_is_a_jump_also_where_the_schedule_is_steeper(
 def test_a_learning_rate_without_a_jump_is_not_warned_about(
     caplog: Any, saved: tuple[str, ...], changes: tuple[str, ...], step: int
 ) -> None:
-    told = said(caplog, *changes, saved=saved, step=step)
-    assert not [line for line in told if "jumps" in line]
+    logged = printed(caplog, *changes, saved=saved, step=step)
+    assert not [line for line in logged if "jumps" in line]

@@ -1,4 +1,4 @@
-"""What a run may write where, and that files are data."""
+"""Files are data, and a run writes only into its folders."""
 
 import os
 import pickle
@@ -29,7 +29,7 @@ def test_a_tilde_is_the_home_folder_and_no_folder_is_refused(
     assert plan.run_folder == tmp_path / "runs"
     assert plan.checkpoint_folder == tmp_path / "elsewhere"
     # As --job.dump_folder=$OUT where OUT is not set: all would be written to where it is started;
-    # checkpoints without a folder of their own, among the files of the run.
+    # checkpoints without a separate folder, among the files of the run.
     for folder in ("job.dump_folder", "checkpoint.folder"):
         with pytest.raises(ConfigError, match=rf'{re.escape(folder)} .*is empty: "\." is'):
             make_plan(None, [f"--{folder}="], world_size=1)

@@ -1,4 +1,4 @@
-"""What a run writes and does beside training."""
+"""The files and logs of a run."""
 
 import json
 from collections.abc import Iterator
@@ -161,7 +161,7 @@ def test_timeouts_shorten_after_the_first_step_in_every_group(
 
 
 def _spied(folder: Path) -> dict[str, Any]:
-    """What reaches the loss and the meter while data and saving take time."""
+    """Loss and meter while data and saving take time."""
     from titan_lite.training import step as module
 
     trainer = build_trainer(

@@ -112,7 +112,7 @@ def test_compiled_blocks_validate_and_are_not_said_to_be_compiled_anew(
 
 
 def _validate_by_hand(folder: Path, *overrides: str) -> tuple[list[Any], list[float], int]:
-    """Loss from whole logits, and what validation leaves behind, beside what it says."""
+    """Returns the validation's results, the loss from whole logits, and what validation changes."""
     trainer = build_trainer(folder, *overrides, "--training.steps=2", *ON)
     seconds = []
     meter = trainer.monitor.meter

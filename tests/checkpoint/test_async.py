@@ -33,8 +33,8 @@ SLOW = 0.3
 def _slowly(folder: Path, mode: str, *overrides: str) -> list[dict[str, Any]]:
     """Trains while saves take long.
 
-    In the background, writing goes on until training has come to the next step or waits for it, and
-    a copy in a thread until training has come to the optimizer.
+    In the background, writing lasts until training reaches the next step or waits for it. A copy in
+    a thread lasts until training reaches the optimizer.
     """
     write, stage, start = storage.CheckpointWriter.write_data, DefaultStager._stage, Saver.start
     wait, wait_for_copy = CheckpointManager.wait, CheckpointManager._wait_for_staging
@@ -89,10 +89,12 @@ def test_in_the_background_the_same_is_saved_while_training_takes_steps(
         mode: workers[2].run(_slowly, tmp_path / mode, mode)[0]
         for mode in ("disabled", "async", "async_pinned")
     }
-    costs = {mode: [r for r in found if "checkpoint_bytes" in r] for mode, found in records.items()}
+    costs = {
+        mode: [r for r in actual if "checkpoint_bytes" in r] for mode, actual in records.items()
+    }
     # At the next logged step; the last save ends after the last one.
     assert [record["step"] for record in costs["disabled"]] == [4, 7]
-    for mode, found in costs.items():
+    for mode, actual in costs.items():
         assert [record["loss"] for record in records[mode]] == [
             record["loss"] for record in records["disabled"]
         ]
@@ -104,12 +106,12 @@ def test_in_the_background_the_same_is_saved_while_training_takes_steps(
             # To the byte, of both ranks: what the optimizer did meanwhile is not in it.
             assert here == there, (mode, step)
         manifest = read_manifest(tmp_path / mode / "checkpoint" / "step-3")
-        for record in found:
+        for record in actual:
             assert record["checkpoint_bytes"] == pytest.approx(manifest.bytes, rel=0.01)
             seconds = record["checkpoint_seconds"]
             speed = record["checkpoint_bytes"] / seconds / 1e9
             assert record["checkpoint_gb_per_second"] == pytest.approx(speed)
-    first = {mode: found[0] for mode, found in costs.items()}
+    first = {mode: actual[0] for mode, actual in costs.items()}
     assert first["disabled"]["checkpoint_blocked_seconds"] >= SLOW
     for record in first.values():
         assert record["checkpoint_blocked_seconds"] > 0
@@ -169,12 +171,12 @@ def _on_a_full_disk(folder: Path, mode: str) -> tuple[str, int]:
 def test_a_full_disk_is_told_on_every_rank_with_the_folder_and_what_was_needed(
     mode: str, workers: dict[int, Workers], tmp_path: Path
 ) -> None:
-    told = workers[2].run(_on_a_full_disk, tmp_path, mode)
+    logged = workers[2].run(_on_a_full_disk, tmp_path, mode)
     # How much is free changes while they ask.
-    of_each = [re.sub(r"and \S+ GB are free", "", message) for message, _ in told]
+    of_each = [re.sub(r"and \S+ GB are free", "", message) for message, _ in logged]
     assert of_each[0] == of_each[1]
-    message, step = told[0]
-    assert told[1][1] == step
+    message, step = logged[0]
+    assert logged[1][1] == step
     folder = tmp_path / "checkpoint"
     assert message.startswith(f"step 6 was not saved to {folder}: rank 1: [Errno 28] No space left")
     size = read_manifest(folder / "step-3").bytes

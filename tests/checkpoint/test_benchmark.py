@@ -39,10 +39,10 @@ def test_only_the_seconds_of_a_save_count_as_lost() -> None:
     seconds = [9.0, 1.0, 1.0, 1.0, 1.2, 1.3, 5.0, 1.0]
     records = [{"step": step, "seconds_per_step": s} for step, s in enumerate(seconds, start=1)]
     records[5] |= costs
-    found = checkpoint.summarize(records, interval=4)
-    assert found["blocked_over_step"] == 0.5
-    assert found["lost_over_step"] == 1.0
-    assert found["gb_per_second"] == 2.0
+    actual = checkpoint.summarize(records, interval=4)
+    assert actual["blocked_over_step"] == 0.5
+    assert actual["lost_over_step"] == 1.0
+    assert actual["gb_per_second"] == 2.0
 
 
 def test_a_mistake_in_the_configuration_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,8 +22,8 @@ WQ, WK, WV = (f"layers.0.attention.w{letter}.weight" for letter in "qkv")
 def fused(layout: HFLayout, **changes: object) -> HFModel:
     """Llama with one tensor for q, k and v."""
     key_map = {
-        ours: FUSED if ours in ("layers.*.attention.w" + part for part in QKV) else theirs
-        for ours, theirs in LLAMA.hf_key_map.items()
+        local: FUSED if local in ("layers.*.attention.w" + part for part in QKV) else reference
+        for local, reference in LLAMA.hf_key_map.items()
     }
     family = replace(LLAMA, hf_key_map=key_map, hf_layouts={FUSED: layout})
     return HFModel.of(family, replace(ARGS, **changes))
@@ -44,7 +44,7 @@ def test_parts_follow_each_other_or_are_dealt_to_groups() -> None:
 
 
 def test_neox_interleaves_q_k_and_v_head_by_head() -> None:
-    """As transformers' GPTNeoXAttention splits it: view(heads, 3 * head_dim), then chunk(3)."""
+    """Splits as transformers' GPTNeoXAttention does: view(heads, 3 * head_dim), then chunk(3)."""
     args = replace(ARGS, num_kv_heads=4)
     weights = dict(build_decoder(args).named_parameters())
     tensor = fused(HFLayout(groups="num_heads"), num_kv_heads=4).tensors[

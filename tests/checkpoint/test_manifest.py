@@ -1,4 +1,4 @@
-"""Complete or absent: what is wrong with a checkpoint is told with the file, and not resumed from.
+"""Complete or absent: a damaged checkpoint is reported with the file, and not resumed from.
 
 Checkpoints of a few bytes: what these tests are about does not look into the files.
 """
@@ -68,7 +68,7 @@ def flip_a_bit(path: Path, offset: int) -> None:
 
 def _flip_the_manifest(checkpoint: Path) -> None:
     content = (checkpoint / "manifest.json").read_bytes()
-    # In the description: what it says is valid still.
+    # In the description, where any text is valid.
     flip_a_bit(checkpoint / "manifest.json", content.index(b"a test"))
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint goes on under another layout, and another run begins with its weights."""
+"""A checkpoint is resumed under another layout, and another run starts with its weights."""
 
 from pathlib import Path
 from typing import Any

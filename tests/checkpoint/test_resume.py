@@ -95,7 +95,7 @@ def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit
 
 
 def _of_its_own(folder: Path) -> str:
-    """Of a run whose ranks each have a copy of the data, not the same one."""
+    """Changes a run so that each rank has a different copy of the data."""
     copy = folder / f"rank{dist.get_rank()}"
     copy.mkdir()
     for number in range(1 + dist.get_rank()):
@@ -110,12 +110,12 @@ def _of_its_own(folder: Path) -> str:
 def test_ranks_that_find_other_documents_are_refused(
     workers: dict[int, Workers], tmp_path: Path
 ) -> None:
-    told = (
+    logged = (
         r"data\.dataset_path .*ranks read different data: dataset is '1 text files \w+' on rank 0 "
         r"and '2 text files \w+' on rank 1; the files of data\.dataset_path or data\.sources must "
     )
     for message in workers[2].run(_of_its_own, tmp_path):
-        assert re.search(told, message)
+        assert re.search(logged, message)
 
 
 def _with_overflows(function: Any, *arguments: Any) -> Any:
@@ -165,7 +165,7 @@ def _change_by_hand(folder: Path) -> Tensors:
 
 
 def _with_groups_in_the_file(function: Any, *arguments: Any) -> Any:
-    """As checkpoints were written that held the groups' settings, too."""
+    """Rewrites a checkpoint as older versions did, with the groups' settings."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(manager, "STATE", "")
         return function(*arguments)
@@ -202,7 +202,7 @@ def _train_two_more(folder: Path, *overrides: str) -> Tensors:
 
 
 def _steps_counted(folder: Path, *overrides: str) -> dict[str, float]:
-    """By parameter, the steps that the optimizer has counted when a run begins."""
+    """By parameter, the steps that the optimizer has counted when a run starts."""
     trainer = build_trainer(folder, *overrides)
     trainer.close()
     return {

@@ -25,7 +25,7 @@ SAVED = {"name": "llama", "flavor": "debug", "dim": 64, "num_heads": 4, "num_kv_
 
 
 def checkpoint_of(folder: Path, model: dict[str, Any], step: int = 4) -> Path:
-    """A checkpoint whose manifest says that it was saved with this [model]."""
+    """A checkpoint whose manifest has this [model]."""
     checkpoint = make_checkpoint(folder, step)
     manifest = read_manifest(checkpoint)
     write_manifest(checkpoint, dataclasses.replace(manifest, config={"model": model}))
@@ -113,8 +113,8 @@ def test_what_runs_tune_is_refused_where_a_run_resumes_and_else_logged(
     assert message.format("not ") in " ".join(capsys.readouterr().err.split())
     initial = [f"--checkpoint.initial_load_path={checkpoint}", f"--job.dump_folder={tmp_path}/new"]
     assert cli.main(["config", "--quiet", "--preflight", *overrides, *initial]) == 0
-    told = message.format(f"; the weights of {checkpoint} were trained with ")
-    assert caplog.messages == [f"model.{told}".replace(", ;", ";")]
+    logged = message.format(f"; the weights of {checkpoint} were trained with ")
+    assert caplog.messages == [f"model.{logged}".replace(", ;", ";")]
     caplog.clear()
     allowed = f"--checkpoint.allow_model_changes={json.dumps(list(change))}"
     assert cli.main(["config", "--quiet", "--preflight", *overrides, *initial, allowed]) == 0
@@ -145,8 +145,8 @@ def test_a_model_is_changed_on_purpose_by_naming_what_changes(
     assert cli.main([*run, new, excluded]) == 2
     assert "num_heads is 2, not 4" in capsys.readouterr().err
     assert cli.main([*run, new, '--checkpoint.allow_model_changes=["tied_haed"]']) == 2
-    told = '"tied_haed" is not a setting of the model; did you mean "tied_head"?'
-    assert told in capsys.readouterr().err
+    logged = '"tied_haed" is not a setting of the model; did you mean "tied_head"?'
+    assert logged in capsys.readouterr().err
 
 
 def test_the_manifest_holds_the_model_whatever_becomes_of_its_flavor(

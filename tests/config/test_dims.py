@@ -89,7 +89,7 @@ def test_the_smallest_world_has_ranks_to_share_the_experts() -> None:
 
 
 def test_each_row_of_the_mesh_is_a_degree_and_a_key() -> None:
-    # ep is no axis of its own: its ranks are some of those that FSDP2 shards over.
+    # ep is not a separate axis: its ranks are some of those that FSDP2 shards over.
     fields = [field.name for field in dataclasses.fields(ParallelDims)]
     assert fields == [*ParallelDims.AXES, "ep"]
     assert set(ParallelDims.AXES) <= Parallel.model_fields.keys()

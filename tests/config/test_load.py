@@ -77,7 +77,7 @@ def test_a_list_replaces_the_inherited_list() -> None:
         ('--job.description="quoted words"', "quoted words"),
         ("--job.description=", ""),
         ("--job.description=a=b", "a=b"),
-        ('--job.description=say "hi" it\'s # fine', 'say "hi" it\'s # fine'),
+        ('--job.description=write "hi" it\'s # fine', 'write "hi" it\'s # fine'),
         ("--job.description=1\nsteps = 2", "1\nsteps = 2"),
         ('--job.description="2024"', "2024"),
     ],
@@ -214,10 +214,10 @@ def test_an_integer_serves_as_a_float_but_nothing_else_is_converted() -> None:
     ],
 )
 def test_a_mistake_is_named_in_human_words(text: str, key: str, message: str) -> None:
-    found = the_problem(text)
-    assert found[:2] == (key, "run.toml")
-    assert message in found[2]
-    assert "Input should" not in found[2]
+    actual = the_problem(text)
+    assert actual[:2] == (key, "run.toml")
+    assert message in actual[2]
+    assert "Input should" not in actual[2]
 
 
 @pytest.mark.parametrize(
@@ -236,10 +236,10 @@ def test_a_mistake_is_named_in_human_words(text: str, key: str, message: str) ->
     ],
 )
 def test_a_malformed_override_is_a_problem_among_others(override: str, message: str) -> None:
-    found = problems("[training]\nsteps = 0", override)
-    assert [p.key for p in found] == [override, "training.steps"]
-    assert found[0].source == "command line"
-    assert message in found[0].message
+    actual = problems("[training]\nsteps = 0", override)
+    assert [p.key for p in actual] == [override, "training.steps"]
+    assert actual[0].source == "command line"
+    assert message in actual[0].message
 
 
 def test_an_override_with_an_unknown_key_is_named() -> None:
@@ -267,8 +267,8 @@ def test_all_problems_of_all_layers_stand_in_one_block() -> None:
 
 def test_a_mistake_in_a_base_is_one_even_where_it_is_overridden() -> None:
     Path("base.toml").write_text('[training]\nsteps = "many"')
-    found = the_problem('extends = "base.toml"\n[training]\nsteps = 5')
-    assert found[:2] == ("training.steps", "base.toml")
+    actual = the_problem('extends = "base.toml"\n[training]\nsteps = 5')
+    assert actual[:2] == ("training.steps", "base.toml")
 
 
 def test_a_toml_syntax_error_has_line_column_and_a_hint() -> None:
@@ -334,8 +334,8 @@ def test_names_that_no_file_can_have_are_problems_too() -> None:
 
 
 def test_a_problem_stays_on_one_line_of_bearable_length() -> None:
-    found = problems('"a\\nb" = 1', "--x\ny", f"--training.steps={'z' * 500}")
-    lines = str(ConfigError(found)).splitlines()
+    actual = problems('"a\\nb" = 1', "--x\ny", f"--training.steps={'z' * 500}")
+    lines = str(ConfigError(actual)).splitlines()
     assert len(lines) == 4
     assert max(map(len, lines)) < 200
 

@@ -1,4 +1,4 @@
-"""What keys need in order to have an effect, as the schema states it."""
+"""The settings that keys require to have an effect, as the schema states them."""
 
 import json
 

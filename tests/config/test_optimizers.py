@@ -29,8 +29,8 @@ def registered() -> Iterator[None]:
 def problem(*overrides: str, path: str | None = None) -> str:
     with pytest.raises(ConfigError) as error:
         load_config(path, [f"--optimizer.{override}" for override in overrides])
-    (found,) = error.value.problems
-    return f"{found.key} ({found.source}): {found.message}"
+    (actual,) = error.value.problems
+    return f"{actual.key} ({actual.source}): {actual.message}"
 
 
 @pytest.mark.usefixtures("registered")

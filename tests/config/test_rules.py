@@ -345,8 +345,8 @@ def test_what_cannot_work_is_refused_with_the_numbers(
 def test_sequences_must_divide_over_the_context_and_tensor_axes(
     settings: list[str], message: str
 ) -> None:
-    found = broken(*settings, "training.seq_len=100", world_size=24)
-    assert [p.message for p in found if p.key == "training.seq_len"] == [message]
+    actual = broken(*settings, "training.seq_len=100", world_size=24)
+    assert [p.message for p in actual if p.key == "training.seq_len"] == [message]
 
 
 def test_ulysses_needs_no_halves_of_what_a_rank_holds() -> None:
@@ -355,14 +355,14 @@ def test_ulysses_needs_no_halves_of_what_a_rank_holds() -> None:
 
 
 def test_all_broken_rules_stand_together() -> None:
-    found = broken(
+    actual = broken(
         "parallel.reshard_after_forward=5",
         "training.global_batch_size=3",
         "training.reduce_dtype=float16",
         "data.tokenizer_path=x",
         world_size=4,
     )
-    assert {p.key for p in found} == {
+    assert {p.key for p in actual} == {
         "parallel.reshard_after_forward",
         "training.global_batch_size",
         "training.reduce_dtype",
@@ -410,14 +410,14 @@ def test_a_path_of_documents_is_literal_before_it_is_a_glob(
 
 
 def test_rules_without_degrees_hold_where_the_world_size_does_not_divide() -> None:
-    found = broken(
+    actual = broken(
         "parallel.dp_replicate=2",
         "training.global_batch_size=3",
         "training.local_batch_size=2",
         world_size=3,
     )
-    assert [p.key for p in found] == ["parallel.dp_replicate", "training.global_batch_size"]
-    assert found[1].message == "3 is not a multiple of local_batch_size (2)"
+    assert [p.key for p in actual] == ["parallel.dp_replicate", "training.global_batch_size"]
+    assert actual[1].message == "3 is not a multiple of local_batch_size (2)"
 
 
 def test_what_can_work_gives_the_degrees() -> None:
@@ -584,7 +584,7 @@ def test_wandb_must_be_installed_and_have_its_token_in_the_environment(
 ) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
-    # A folder that wandb left behind is no package.
+    # A folder that wandb left behind is not a package.
     (tmp_path / "wandb").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)

@@ -38,7 +38,7 @@ def loaders(
     tokenizer: Any = TOKENIZER,
     rows: Rows | None = None,
 ) -> list[DataLoader]:
-    """Of `degree` ranks, each with `batch` samples at a time, from a merged state on."""
+    """Returns loaders of `degree` ranks with `batch` samples at a time, after a merged state."""
     made = [
         DataLoader(
             section,
@@ -113,6 +113,6 @@ def in_parts(
 
 
 def run(section: Data, num_batches: int, *, degree: int = 1, **layout: Any) -> list[list[int]]:
-    """The samples of a job that is not broken off."""
+    """Returns the samples of a job that is not interrupted."""
     samples, _ = in_parts(section, [(degree, num_batches)], **layout)
     return samples

@@ -113,42 +113,44 @@ def export(tokenizer: Tokenizer, folder: Path, family: Family = LLAMA) -> dict[s
 def test_transformers_gives_the_ids_of_training(
     kind: str, folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    ours = load_tokenizer(folder_of(kind))
-    documents = export(ours, tmp_path / "hf")
-    report = export_report(documents, ours, Data(), of_pairs=False)
+    local = load_tokenizer(folder_of(kind))
+    documents = export(local, tmp_path / "hf")
+    report = export_report(documents, local, Data(), of_pairs=False)
     assert report.is_same, report.sentence
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     texts = [*LINES, *TEXTS[:3], *PROBES, *HARD]
-    for text, ids in zip(texts, theirs(texts).input_ids, strict=True):
-        assert ids == ours.encode(text, bos=True, eos=False), text
+    for text, ids in zip(texts, reference(texts).input_ids, strict=True):
+        assert ids == local.encode(text, bos=True, eos=False), text
     # In training the spelling of a special token is text.
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", split_special_tokens=True)
-    expected = [ours.encode(text, bos=True, eos=False) for text in SPECIAL]
+    reference = transformers.AutoTokenizer.from_pretrained(
+        tmp_path / "hf", split_special_tokens=True
+    )
+    expected = [local.encode(text, bos=True, eos=False) for text in SPECIAL]
     # Of Hugging Face's, unigram finds them as pieces, where training cuts the text.
     if kind != "unigram":
-        assert theirs(SPECIAL).input_ids == expected
-    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
-    assert theirs.pad_token_id == ours.pad_id
+        assert reference(SPECIAL).input_ids == expected
+    assert (reference.bos_token_id, reference.eos_token_id) == (local.bos_id, local.eos_id)
+    assert reference.pad_token_id == local.pad_id
     # And this library reads what it wrote as the same tokenizer.
-    assert load_tokenizer(tmp_path / "hf").fingerprint == ours.fingerprint
-    ids = ours.encode("the white whale", bos=False, eos=False)
-    assert theirs.decode(ids).strip() == ours.decode(ids).strip()
+    assert load_tokenizer(tmp_path / "hf").fingerprint == local.fingerprint
+    ids = local.encode("the white whale", bos=False, eos=False)
+    assert reference.decode(ids).strip() == local.decode(ids).strip()
 
 
 @pytest.mark.parametrize("kind", ["pieces_kept", "byte_level", "word_piece"])
 def test_an_encoder_makes_pairs_as_in_training(
     kind: str, folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    ours = load_tokenizer(folder_of(kind))
-    export(ours, tmp_path / "hf", BERT)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    first, second = (ours.encode(text, bos=False, eos=False) for text in ("whale", "the sea"))
-    pair = theirs("whale", "the sea")
-    assert pair.input_ids == [ours.bos_id, *first, ours.eos_id, *second, ours.eos_id]
+    local = load_tokenizer(folder_of(kind))
+    export(local, tmp_path / "hf", BERT)
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    first, second = (local.encode(text, bos=False, eos=False) for text in ("whale", "the sea"))
+    pair = reference("whale", "the sea")
+    assert pair.input_ids == [local.bos_id, *first, local.eos_id, *second, local.eos_id]
     assert pair.token_type_ids == [0] * (len(first) + 2) + [1] * (len(second) + 1)
-    assert theirs("whale").input_ids == [ours.bos_id, *first, ours.eos_id]
-    assert (theirs.cls_token_id, theirs.sep_token_id) == (ours.bos_id, ours.eos_id)
-    assert theirs.mask_token_id == ours.mask_id
+    assert reference("whale").input_ids == [local.bos_id, *first, local.eos_id]
+    assert (reference.cls_token_id, reference.sep_token_id) == (local.bos_id, local.eos_id)
+    assert reference.mask_token_id == local.mask_id
 
 
 def test_what_lies_beside_a_tokenizer_does_not_change_what_was_exported(
@@ -161,15 +163,15 @@ def test_what_lies_beside_a_tokenizer_does_not_change_what_was_exported(
     named |= {"add_bos_token": False, "add_eos_token": True, "legacy": False, "auto_map": {}}
     named |= {"add_prefix_space": False, "chat_template": "{{ messages }}", "unk_token": "<unk>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(named))
-    ours = load_tokenizer(folder)
-    export(ours, tmp_path / "hf")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert type(theirs) is transformers.PreTrainedTokenizerFast
-    assert (ours.bos_id, theirs.bos_token_id) == (2, 2)
+    local = load_tokenizer(folder)
+    export(local, tmp_path / "hf")
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert type(reference) is transformers.PreTrainedTokenizerFast
+    assert (local.bos_id, reference.bos_token_id) == (2, 2)
     texts = [" whale", "the  sea\n"]
-    assert theirs(texts).input_ids == [ours.encode(text, bos=True, eos=False) for text in texts]
-    assert theirs.chat_template == "{{ messages }}"
-    assert theirs.unk_token == "<unk>"
+    assert reference(texts).input_ids == [local.encode(text, bos=True, eos=False) for text in texts]
+    assert reference.chat_template == "{{ messages }}"
+    assert reference.unk_token == "<unk>"
 
 
 def test_a_template_that_begins_as_in_training_is_left_as_it_is(
@@ -209,9 +211,9 @@ def test_a_text_that_gets_other_ids_is_stated(
     folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Characters composed in an unusual order, and a file that was tampered with."""
-    ours = load_tokenizer(folder_of("pieces_spaces"))
-    documents = export(ours, tmp_path / "hf")
-    report = functools.partial(export_report, documents, ours, of_pairs=False)
+    local = load_tokenizer(folder_of("pieces_spaces"))
+    documents = export(local, tmp_path / "hf")
+    report = functools.partial(export_report, documents, local, of_pairs=False)
     write_documents(tmp_path / "plain.jsonl", ["The whale.\n", "", "The sea."])
     plain = Data(dataset_path=str(tmp_path / "plain.jsonl"))
     num_texts = f"{len(PROBES) + 2 * 4:,} texts"
@@ -237,11 +239,11 @@ def test_a_text_that_gets_other_ids_is_stated(
 def test_a_text_that_spells_a_special_token_is_stated(
     folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    ours = load_tokenizer(folder_of("pieces_kept"))
-    documents = export(ours, tmp_path / "hf")
+    local = load_tokenizer(folder_of("pieces_kept"))
+    documents = export(local, tmp_path / "hf")
     write_documents(tmp_path / "strike.jsonl", ["A <s>price</s>.", "The sea."])
     section = Data(dataset_path=str(tmp_path / "strike.jsonl"))
-    report = export_report(documents, ours, section, of_pairs=False)
+    report = export_report(documents, local, section, of_pairs=False)
     assert report.is_same
     assert ", but 4 of them spell a special token, which is text in training" in report.sentence
     assert "The first is 'A <s>price</s>.'" in report.sentence
@@ -252,15 +254,15 @@ def test_a_text_that_spells_a_special_token_is_stated(
 def test_white_space_that_the_corpus_lacks_is_compared(
     kind: str, folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Of the run's lines, each in white space of some kind: none of them is lost."""
-    ours = load_tokenizer(folder_of("byte_level"))
-    documents = export(ours, tmp_path / "hf")
+    """Lines of the run's text keep all kinds of white space around them."""
+    local = load_tokenizer(folder_of("byte_level"))
+    documents = export(local, tmp_path / "hf")
     # Text next to it alone: the fixed texts have no such character.
     replace = {"type": "Replace", "pattern": {"String": f"\u0436{kind}"}, "content": "x"}
     documents["tokenizer.json"]["normalizer"] = replace
     write_documents(tmp_path / "plain.jsonl", [f"{number} \u0436" for number in range(40)])
     section = Data(dataset_path=str(tmp_path / "plain.jsonl"))
-    report = export_report(documents, ours, section, of_pairs=False)
+    report = export_report(documents, local, section, of_pairs=False)
     assert not report.is_same
     assert repr(kind)[1:-1] in report.sentence
 
@@ -272,11 +274,11 @@ def test_a_model_that_has_no_form_in_a_tokenizer_json_is_exported_alone_and_said
     folder.mkdir()
     content = bpe(treat_whitespace_as_suffix=True)
     (folder / "tokenizer.model").write_bytes(content)
-    ours = load_tokenizer(folder)
-    documents = export(ours, tmp_path / "hf")
+    local = load_tokenizer(folder)
+    documents = export(local, tmp_path / "hf")
     assert {*documents} == {"config.json", "tokenizer.model"}
     assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == content
-    assert export_report(documents, ours, Data(), of_pairs=False) == ExportReport(
+    assert export_report(documents, local, Data(), of_pairs=False) == ExportReport(
         False,
         "The tokenizer has no tokenizer.json that gives the same ids, since "
         "treat_whitespace_as_suffix cannot be represented there: tokenizer.model gives the ids of "

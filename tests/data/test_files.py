@@ -73,7 +73,7 @@ def write_splits(path: Path) -> None:
 
 
 def write_cache(path: Path) -> None:
-    """As the hub's cache: a name that links to a blob without suffix."""
+    """Creates a link to a blob without suffix, as in the hub's cache."""
     blob = path / "blobs" / "0123456789abcdef"
     blob.parent.mkdir(parents=True)
     blob.write_bytes(LINES)

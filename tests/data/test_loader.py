@@ -114,11 +114,11 @@ def test_resume_is_exact_across_epochs(folder):
 def test_every_packing_resumes_inside_documents_at_any_degree(folder, packing, fields):
     section = data(folder, num_streams=2, packing=packing, packing_block=4)
     expected, _ = in_parts(section, [(1, 60)], rows_of)
-    found, _ = in_parts(section, [(1, 7), (3, 5), (2, 19)], rows_of)
-    assert found == expected
+    actual, _ = in_parts(section, [(1, 7), (3, 5), (2, 19)], rows_of)
+    assert actual == expected
     assert all(len([v for v in row.values() if v is not None]) == fields for row in expected)
     assert [row["samples"] for row in expected] == list(range(60))
-    # Some of the samples begin inside a document, and only those of "none" hold no second one.
+    # Some of the samples start inside a document, and only those of "none" hold no second one.
     assert len({row["inputs"][0] for row in expected}) > 1
     several = [row for row in expected if TOKENIZER.bos_id in row["inputs"][1:]]
     assert (packing == "none") == (not several)
@@ -266,7 +266,7 @@ def test_malformed_data_surfaces_with_its_source_and_does_not_hang(tmp_path, nam
 
 @pytest.fixture
 def parquet(tmp_path):
-    """Four files of documents of their own."""
+    """Four files with different documents."""
     for i, name in enumerate("abcd"):
         table = pyarrow.table({"text": TEXTS[i::4] * 50})
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet", use_dictionary=False)
@@ -275,7 +275,7 @@ def parquet(tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "in the middle"])
 def test_a_damaged_parquet_file_is_named_among_good_ones(parquet, damage):
-    """In the middle, where opening it does not tell, under "skip" too."""
+    """Damage in the middle is not seen when the file is opened, under "skip" too."""
     bad = parquet / "b.parquet"
     content = bytearray(bad.read_bytes())
     content[30:] = content[30:-20] if damage == "cut" else bytes(400) + content[430:]
@@ -308,15 +308,15 @@ def test_files_that_are_no_parquet_are_left_out_by_name_in_every_layout_alike(
     assert tokenize_data.write(loaded, target, processes=1, shard_size=9999) == 0
     resolved = [resolve_held_out(held_out, text).identity, read_token_manifest(target).source]
     for name in "bc":
-        told = f'data.dataset_path = "{parquet}": a file is left out with all its documents: '
-        assert caplog.text.count(f"{told}{parquet}/{name}.parquet: ") == 1
+        logged = f'data.dataset_path = "{parquet}": a file is left out with all its documents: '
+        assert caplog.text.count(f"{logged}{parquet}/{name}.parquet: ") == 1
         (parquet / f"{name}.parquet").unlink()
     good = section.model_copy(update={"on_bad_document": "raise"})
     identity = resolve_sources(good)[0].identity
     assert resolved == [identity, identity]
     only_good = loaders(good)
     assert samples == take(only_good, 24)
-    # A file that was mended is more than the run began with.
+    # With a repaired file, the run has more data than at its start.
     (parquet / "b.parquet").write_bytes(whole["b"])
     with pytest.raises(ValueError, match=r"dataset was '2 parquet files .* is '3 parquet files"):
         loaders(section, state=merged(ranks))
@@ -326,8 +326,8 @@ def test_files_that_are_no_parquet_are_left_out_by_name_in_every_layout_alike(
 def test_nothing_but_files_that_are_no_parquet_is_refused(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"<html>not found</html>")
     section = Data(dataset_path=str(tmp_path), on_bad_document="skip")
-    told = rf"^data.dataset_path: none of the Parquet files .* read: {tmp_path}/a.parquet: Parq"
-    with pytest.raises(ValueError, match=told):
+    logged = rf"^data.dataset_path: none of the Parquet files .* read: {tmp_path}/a.parquet: Parq"
+    with pytest.raises(ValueError, match=logged):
         loaders(section)
 
 

@@ -131,7 +131,7 @@ DOCUMENT = st.integers(1, 40)
 
 
 def documents_of(lengths):
-    """A block whose tokens tell their document and place: 100 x document + place."""
+    """A block whose tokens encode their document and place: 100 x document + place."""
     docs = [np.arange(100 * d, 100 * d + n, dtype=np.uint32) for d, n in enumerate(lengths, 1)]
     return join_documents(docs, CLS, SEP)
 
@@ -167,7 +167,7 @@ def test_what_follows_follows_what_does_not_is_of_another_document_and_nothing_i
     for mark, lengths in enumerate(blocks):
         every = [t for t in documents_of(lengths)[:, 0].tolist() if t < CLS]
         used = seen.get(mark, [])
-        # Each once and in order, but for a last one of a document that is alone.
+        # Each once and in order, except the last one of a document that is alone.
         ends = {100 * d + n - 1 for d, n in enumerate(lengths, 1)}
         assert [t for t in every if t in set(used) or t not in ends] == used
 
@@ -201,7 +201,7 @@ def test_without_next_sentence_a_sample_is_one_part_whose_pair_is_not_counted():
 
 
 def layout(section):
-    """Of short samples made as `section` says."""
+    """Returns rows of short samples made according to `section`."""
     return {"seed": 5, "seq_len": 24, "rows": MaskedPairs(section, 24, TOKENIZER)}
 
 
@@ -224,8 +224,8 @@ def test_samples_are_the_same_at_every_degree_and_after_every_resume(
     documents, expected, degrees, steps
 ):
     parts = [(degree, steps) for degree in degrees]
-    found, _ = in_parts(documents, parts, rows_of, **layout(MaskedLM()))
-    assert found == expected[: len(found)]
+    actual, _ = in_parts(documents, parts, rows_of, **layout(MaskedLM()))
+    assert actual == expected[: len(actual)]
 
 
 def test_the_next_epoch_hides_other_tokens(expected):

@@ -74,9 +74,9 @@ def _letters(samples: list[list[int]]) -> list[str]:
     """The only letter of each sample."""
     tokenizer = load_tokenizer()
     texts = [tokenizer.decode(t for t in sample if t < tokenizer.bos_id) for sample in samples]
-    found = [{*text} - {" "} for text in texts]
-    assert all(len(letters) == 1 for letters in found)
-    return [letters.pop() for letters in found]
+    actual = [{*text} - {" "} for text in texts]
+    assert all(len(letters) == 1 for letters in actual)
+    return [letters.pop() for letters in actual]
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +109,8 @@ def test_each_stream_of_a_source_is_read_as_in_a_run_of_this_source_alone(
         alone = mixed.model_copy(update={**source.model_dump(), "sources": []})
         samples = run(alone, 36)
         for v in range(4):
-            ours = [whole[g] for g in range(v, 36, 4) if mixture.source(g) == number]
-            assert ours == samples[v::4][: len(ours)]
+            local = [whole[g] for g in range(v, 36, 4) if mixture.source(g) == number]
+            assert local == samples[v::4][: len(local)]
 
 
 def test_resuming_at_another_degree_continues_the_mixture(

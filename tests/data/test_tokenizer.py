@@ -98,15 +98,15 @@ def test_a_lone_surrogate_becomes_the_replacement_character(bundled):
 
 
 @pytest.mark.parametrize(
-    ("line", "found"),
+    ("line", "actual"),
     [(b"??? 256", "??? 256"), (b"YWI= x", "YWI= x"), (b"YWI=", "YWI="), (b"YWI= 300", "YWI= 300")],
 )
-def test_a_malformed_line_is_named_with_its_file(tmp_path, line, found):
+def test_a_malformed_line_is_named_with_its_file(tmp_path, line, actual):
     path = tmp_path / "broken.model"
     path.write_bytes(b"\n".join([*BYTES, line]) + b"\n")
     with pytest.raises(ValueError, match=r"broken\.model, line 257: expected .* rank 256") as error:
         load_tokenizer(path)
-    assert repr(found) in str(error.value)
+    assert repr(actual) in str(error.value)
 
 
 def test_a_token_that_stands_twice_is_named(tmp_path):

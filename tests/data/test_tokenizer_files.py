@@ -65,7 +65,7 @@ def byte_level(*, prefix: bool = False) -> Backend:
 
 
 def metaspace() -> Backend:
-    """As Llama 2's, converted."""
+    """A converted tokenizer like that of Llama 2."""
     backend = Backend(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     backend.normalizer = normalizers.Sequence(
         [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
@@ -89,7 +89,7 @@ def metaspace() -> Backend:
 
 
 def unigram() -> Backend:
-    """As T5's."""
+    """A tokenizer like that of T5."""
     backend = Backend(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
@@ -104,7 +104,7 @@ def unigram() -> Backend:
 
 
 def word_piece() -> Backend:
-    """As BERT's."""
+    """A tokenizer like that of BERT."""
     backend = Backend(models.WordPiece(unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -127,7 +127,7 @@ def pieces(**settings: Any) -> bytes:
 
 
 def default_pieces(**settings: Any) -> bytes:
-    """A sentencepiece model with the options that it has unless told otherwise."""
+    """Trains a sentencepiece model with its default options."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(line for text in TRAINED_ON for line in text.splitlines() if line),
@@ -183,7 +183,7 @@ def test_the_bytes_of_tokens_add_up_to_those_of_the_text(
     for text in [*TEXTS, *STRANGE[kind == "byte_level_prefix" :]]:
         document = np.array(tokenizer.encode(text, bos=True, eos=True))
         assert tokenizer.num_bytes(document[1:], document[:-1]) == len(text.encode())
-        # Of a part that begins inside the document, which has no prefix.
+        # A part that starts inside the document has no prefix.
         spelt = tokenizer.num_bytes(document[4:], document[3:-1])
         assert spelt == tokenizer.bytes_per_token[document[4:]].sum()
 
@@ -256,14 +256,14 @@ def test_the_template_padding_and_truncation_of_a_file_are_not_applied(
 def test_special_tokens_are_found_by_their_usual_spellings(
     tokenizers: dict[str, Tokenizer],
 ) -> None:
-    found = {name: (t.bos_id, t.eos_id, t.pad_id, t.mask_id) for name, t in tokenizers.items()}
-    assert found["word_piece"] == (2, 3, 0, 4)
-    assert found["byte_level"] == (0, 0, 0, None)
-    assert found["metaspace"] == (1, 2, 2, None)
-    assert found["unigram"] == (1, 1, 0, None)
-    assert found["pieces"] == (1, 2, 2, None)
-    assert found["pieces_unigram"] == (1, 2, 3, None)
-    assert found["pieces_plain"] == (2, 2, 2, None)  # No BOS: the EOS stands for it.
+    actual = {name: (t.bos_id, t.eos_id, t.pad_id, t.mask_id) for name, t in tokenizers.items()}
+    assert actual["word_piece"] == (2, 3, 0, 4)
+    assert actual["byte_level"] == (0, 0, 0, None)
+    assert actual["metaspace"] == (1, 2, 2, None)
+    assert actual["unigram"] == (1, 1, 0, None)
+    assert actual["pieces"] == (1, 2, 2, None)
+    assert actual["pieces_unigram"] == (1, 2, 3, None)
+    assert actual["pieces_plain"] == (2, 2, 2, None)  # No BOS: the EOS stands for it.
 
 
 @pytest.mark.parametrize(
@@ -364,7 +364,7 @@ def test_a_tokenizer_json_that_cannot_be_used_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("beside", "message"),
+    ("config", "message"),
     [
         ('{"eos_token": "<eot>"}', "eos_token is '<eot>', which is not a token of tokenizer.json"),
         ("{", "tokenizer_config.json is not JSON: "),
@@ -372,10 +372,10 @@ def test_a_tokenizer_json_that_cannot_be_used_is_refused(
     ],
 )
 def test_a_file_beside_a_tokenizer_that_cannot_be_used_is_named(
-    files: dict[str, Path], tmp_path: Path, beside: str, message: str
+    files: dict[str, Path], tmp_path: Path, config: str, message: str
 ) -> None:
     (tmp_path / "tokenizer.json").write_bytes(files["byte_level"].read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text(beside)
+    (tmp_path / "tokenizer_config.json").write_text(config)
     assert message in refused(tmp_path / "tokenizer.json")
 
 

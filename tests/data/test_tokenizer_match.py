@@ -116,15 +116,15 @@ def checkpoint(folder: Path, tokenizer: str, path: str, content: str = "model") 
 def test_weights_that_another_tokenizer_came_with_are_refused(
     other: str, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    theirs = load_tokenizer(other).fingerprint
-    source = checkpoint(tmp_path / "a", theirs, other)
+    reference = load_tokenizer(other).fingerprint
+    source = checkpoint(tmp_path / "a", reference, other)
     start = ("--checkpoint.enable=true", f"--checkpoint.initial_load_path={source}")
     start += (f"--job.dump_folder={tmp_path / 'run'}",)
     message = preflight(capsys, *start)
     assert message.startswith("titan-lite: 1 problem in the configuration data.tokenizer_path")
     assert (
         f"the bundled tokenizer gives other ids than the tokenizer of {source} "
-        f"({BUNDLED.fingerprint} instead of {theirs}): set data.tokenizer_path = "
+        f"({BUNDLED.fingerprint} instead of {reference}): set data.tokenizer_path = "
         f'"{other}"; data.allow_tokenizer_mismatch = true trains with this one'
     ) in message
     assert not preflight(capsys, *start, "--data.allow_tokenizer_mismatch=true")
@@ -164,7 +164,7 @@ def test_the_tokenizer_of_a_hugging_face_model_is_compared(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # The folders have tokenizers and no weights, which are looked at there.
+    # The folders have tokenizers but no weights, which check_run would read.
     monkeypatch.setattr("titan_lite.training.meta_model.check_run", lambda *_: None)
     start = f"--checkpoint.initial_load_hf={converted}"
     assert not preflight(capsys, start)

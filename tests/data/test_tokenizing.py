@@ -139,11 +139,11 @@ def test_resume_is_exact_across_epochs(folder: Path) -> None:
 
 @pytest.mark.parametrize("packing", ["document", "fixed", "none"])
 def test_every_packing_gives_the_rows_of_the_text(folder: Path, packing: str) -> None:
-    found = []
+    actual = []
     for name in ("four", "four.tokens"):
         section = text_data(folder / name, num_streams=2, packing=packing, packing_block=4)
-        found.append(in_parts(section, [(1, 40)], rows_of)[0])
-    assert found[0] == found[1]
+        actual.append(in_parts(section, [(1, 40)], rows_of)[0])
+    assert actual[0] == actual[1]
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "txt", "jsonl.gz"])
@@ -170,13 +170,13 @@ def test_masked_language_models_get_the_samples_of_the_text(tmp_path: Path) -> N
     texts = [text * 9 for text in TEXTS]
     (tmp_path / "text.jsonl").write_bytes(b"\n".join(lines(texts)))
     write(tmp_path / "text.jsonl", tmp_path / "tokens")
-    found = []
+    actual = []
     for name in ("text.jsonl", "tokens"):
         section = text_data(tmp_path / name, num_streams=2)
         pairs = MaskedPairs(MaskedLM(), 32, TOKENIZER)
-        found.append(in_parts(section, [(1, 60)], rows_of, seq_len=32, rows=pairs)[0])
-    assert found[0] == found[1]
-    assert None not in (found[0][0]["token_types"], found[0][0]["pair_labels"])
+        actual.append(in_parts(section, [(1, 60)], rows_of, seq_len=32, rows=pairs)[0])
+    assert actual[0] == actual[1]
+    assert None not in (actual[0][0]["token_types"], actual[0][0]["pair_labels"])
 
 
 def rows_of_shards(shards: list[int]) -> Iterator[dict[str, str]]:
@@ -206,15 +206,15 @@ def test_a_dataset_by_name_gives_the_samples_of_its_stream(
 
 
 def test_tokens_and_text_are_mixed_as_text_is(folder: Path) -> None:
-    found = []
+    actual = []
     for name in ("one", "one.tokens"):
         sources = [
             DataSource(name="a", weight=2, dataset_path=str(folder / name)),
             DataSource(name="b", weight=1, dataset_path=str(folder / "four")),
         ]
         section = Data(sources=sources, num_streams=2, on_bad_document="skip", shuffle_buffer=12)
-        found.append(run(section, 40))
-    assert found[0] == found[1]
+        actual.append(run(section, 40))
+    assert actual[0] == actual[1]
 
 
 def test_validation_reads_them_and_not_what_is_trained_on(folder: Path, tmp_path: Path) -> None:
@@ -226,8 +226,8 @@ def test_validation_reads_them_and_not_what_is_trained_on(folder: Path, tmp_path
     text = validation.model_copy(update={"dataset_path": str(folder / "one")})
     read = read_held_out(text, data, **settings)
     assert (stored.num_tokens, stored.num_bytes) == (read.num_tokens, read.num_bytes)
-    for ours, theirs in zip(stored.batches, read.batches, strict=True):
-        assert torch.equal(ours.labels, theirs.labels)
+    for local, reference in zip(stored.batches, read.batches, strict=True):
+        assert torch.equal(local.labels, reference.labels)
     trained = text_data(folder / "one")
     with pytest.raises(ValueError, match=r"\[data\] trains on .*one\.tokens, too: set"):
         resolve_held_out(validation, trained)
@@ -262,7 +262,7 @@ def test_two_processes_take_turns_at_a_file_and_write_what_one_does(
 
 
 class Killed(BaseException):
-    """As a signal, at a moment of the test's choosing."""
+    """Interrupts, as a signal would, at a chosen moment."""
 
 
 @pytest.mark.parametrize("files", ["one", "four"])

@@ -24,7 +24,7 @@ def test_a_loss_far_above_its_running_average_is_a_spike_and_what_falls_is_not()
     spiked[30] *= 2
     spiked[40] = float("nan")
     assert _spikes(spiked) == [30, 40]
-    assert _spikes([8.0, 20.0, 8.0]) == [], "too early to tell"
+    assert _spikes([8.0, 20.0, 8.0]) == [], "too early to judge"
 
 
 def _disturbed(folder: Path) -> list[str]:

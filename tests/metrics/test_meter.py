@@ -36,7 +36,7 @@ class Sink:
 
 
 class Run:
-    """A run of 1,000 tokens and 4 samples a step, with a meter on a clock of its own."""
+    """A run of 1,000 tokens and 4 samples a step, with a meter on a separate clock."""
 
     def __init__(self, *, log_freq=10, start_step=0, **changes):
         self.clock, self.sink, self.step = Clock(), Sink(), start_step

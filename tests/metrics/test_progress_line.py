@@ -1,4 +1,4 @@
-"""What a terminal shows: the bytes that are written to it, and what they leave on the screen."""
+"""The progress line: the bytes written to a terminal, and the resulting screen."""
 
 import io
 import logging

@@ -288,7 +288,7 @@ def test_wandb_gets_the_scalars_of_tensorboard_and_the_settings(tmp_path, monkey
     assert fake.given["config"] == settings
     assert fake.given["dir"] == str(tmp_path)
     assert fake.finished
-    # The next process of this run folder goes on in the same run.
+    # The next process of this run folder continues the same run.
     assert fake.given["id"] is None
     WandbSink(tmp_path, settings)
     assert fake.given["id"] == "drawn"

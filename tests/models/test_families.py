@@ -91,9 +91,9 @@ QWEN_CARDS = {
 
 @lru_cache
 def meta_model(family: str, flavor: str) -> Transformer:
-    found = families()[family]
+    actual = families()[family]
     with torch.device("meta"):
-        return build(found, found.flavors[flavor])
+        return build(actual, actual.flavors[flavor])
 
 
 @pytest.mark.parametrize(("family", "flavor"), PARAMETERS)
@@ -204,9 +204,9 @@ def test_hf_key_map_covers_every_parameter_and_only_q_k_and_v_share(
     for name, _ in meta_model(family.name, flavor).named_parameters():
         assert sum(matches(row, name) for row in family.hf_key_map) == 1, name
         parts.setdefault(translate(name, family.hf_key_map), []).append(name)
-    for theirs, ours in parts.items():
-        kinds = [name.split(".")[-2] for name in ours]
-        assert len(ours) == 1 or kinds == ["wq", "wk", "wv"], theirs
+    for reference, local in parts.items():
+        kinds = [name.split(".")[-2] for name in local]
+        assert len(local) == 1 or kinds == ["wq", "wk", "wv"], reference
 
 
 @pytest.mark.parametrize("family", families().values(), ids=lambda family: family.name)

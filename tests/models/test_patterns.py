@@ -27,7 +27,7 @@ def test_a_star_never_spans_a_dot() -> None:
 @given(st.lists(st.integers(0, 999), min_size=2, max_size=2))
 def test_translation_carries_numbers_over_and_back(numbers: list[int]) -> None:
     table = {"layers.*.experts.*.w1": "model.layers.*.mlp.*.gate", "norm": "model.norm"}
-    inverse = {theirs: ours for ours, theirs in table.items()}
+    inverse = {reference: local for local, reference in table.items()}
     name = f"layers.{numbers[0]}.experts.{numbers[1]}.w1"
     translated = translate(name, table)
     assert translated == f"model.layers.{numbers[0]}.mlp.{numbers[1]}.gate"

@@ -1,4 +1,4 @@
-"""What is worked out of a configuration before a run."""
+"""The values computed from a configuration before a run."""
 
 from dataclasses import FrozenInstanceError
 from pathlib import Path

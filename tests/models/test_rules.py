@@ -143,8 +143,8 @@ MOE = "--model.name=qwen3_moe"
 def test_what_experts_cannot_do_is_refused(
     overrides: list[str], world_size: int, key: str, message: str
 ) -> None:
-    [(found_key, _, found)] = problems([MOE, *overrides], world_size)
-    assert (found_key, found) == (key, message)
+    [(found_key, _, actual)] = problems([MOE, *overrides], world_size)
+    assert (found_key, actual) == (key, message)
 
 
 def test_rows_of_experts_may_be_4_numbers_of_float32() -> None:
@@ -183,13 +183,13 @@ def test_heads_that_do_not_divide_the_width_are_refused() -> None:
 def test_heads_that_cannot_be_rotated_in_pairs_are_refused(
     overrides: list[str], message: str
 ) -> None:
-    [(key, _, found)] = problems(overrides)
-    assert (key, found) == (overrides[-1].removeprefix("--").partition("=")[0], message)
+    [(key, _, actual)] = problems(overrides)
+    assert (key, actual) == (overrides[-1].removeprefix("--").partition("=")[0], message)
 
 
 def test_rotation_cannot_be_set_where_positions_are_learned() -> None:
-    found = problems(["--model.name=gpt", "--model.rope_theta=1e6", "--model.rotary_fraction=0.5"])
-    assert {(key, message) for key, _, message in found} == {
+    actual = problems(["--model.name=gpt", "--model.rope_theta=1e6", "--model.rotary_fraction=0.5"])
+    assert {(key, message) for key, _, message in actual} == {
         (f"model.{key}", f'{key} has no effect: positions are "learned", nothing is rotated')
         for key in ("rope_theta", "rotary_fraction")
     }
@@ -300,8 +300,8 @@ def test_a_residual_stream_that_is_normalised_is_neither_parallel_nor_kept_wide(
 
 
 def test_a_sequence_longer_than_the_table_of_positions_is_refused_with_both_numbers() -> None:
-    found = problems(["--model.name=bert", "--model.flavor=base", "--training.seq_len=1024"])
-    messages = [message for _, _, message in found]
+    actual = problems(["--model.name=bert", "--model.flavor=base", "--training.seq_len=1024"])
+    messages = [message for _, _, message in actual]
     assert "seq_len (1024) is longer than the model's max_seq_len (512)" in messages
 
 
@@ -310,8 +310,8 @@ def test_problems_of_the_configuration_and_of_the_model_come_together(tmp_path: 
     file.write_text('[model]\nflavor = "debgu"\n[parallel]\ndp_shard = 3\n')
     with pytest.raises(ConfigError) as error:
         make_plan(file, world_size=2)
-    found = {(p.key, p.source) for p in error.value.problems}
-    assert found == {("model.flavor", str(file)), ("parallel.dp_shard", str(file))}
+    actual = {(p.key, p.source) for p in error.value.problems}
+    assert actual == {("model.flavor", str(file)), ("parallel.dp_shard", str(file))}
     assert 'did you mean "debug"?' in str(error.value)
 
 
@@ -357,7 +357,7 @@ def test_what_a_masked_language_model_cannot_make_samples_of_is_refused(
     bert = ["--model.name=bert", "--masked_lm.next_sentence=true", "--model.attention_dropout=0"]
     short = [*bert, "--training.seq_len=512"]
     make_plan(None, short, world_size=1)
-    # Of those that somebody set, the key that bert asks something of is blamed.
+    # Of the keys that were set, the error names the one that bert restricts.
     key, _, _ = setting.partition("=")
     assert problems([*short, f"--{setting}"]) == [(key, "command line", message)]
 

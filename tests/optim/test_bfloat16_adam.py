@@ -24,22 +24,22 @@ BFLOAT16 = "--optimizer.state_dtype=bfloat16"
 def test_it_is_torch_s_step_but_for_the_rounding_of_the_moments(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(64, generator=generator)
-    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    local, peer = (torch.nn.Parameter(start.clone()) for _ in range(2))
     settings: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
-    groups = [{"params": [ours], "weight_decay": 0.2}]
+    groups = [{"params": [local], "weight_decay": 0.2}]
     optimizer = BFloat16Adam(groups, **settings, decoupled=name == "AdamW")
-    reference = getattr(torch.optim, name)([theirs], **settings, weight_decay=0.2)
+    reference = getattr(torch.optim, name)([peer], **settings, weight_decay=0.2)
     for step in range(4):
-        ours.grad = torch.randn(64, generator=generator)
-        theirs.grad = ours.grad.clone()
+        local.grad = torch.randn(64, generator=generator)
+        peer.grad = local.grad.clone()
         optimizer.step()
         reference.step()
         # The first step sees no rounded moment.
         rtol = 1e-6 if step == 0 else 2e-2
-        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=rtol / 10)
-    state = optimizer.state[ours]
+        torch.testing.assert_close(local, peer, rtol=rtol, atol=rtol / 10)
+    state = optimizer.state[local]
     assert {state[key].dtype for key in ("exp_avg", "exp_avg_sq")} == {torch.bfloat16}
-    assert (ours != theirs).any()
+    assert (local != peer).any()
 
 
 def test_a_bad_step_changes_nothing_and_scaled_gradients_are_divided() -> None:

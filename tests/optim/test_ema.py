@@ -115,7 +115,7 @@ def test_the_average_is_exported_on_request(one_process: Workers, tmp_path: Path
 
 
 def _begin(folder: Path, *overrides: str) -> bool:
-    """Whether averages and weights are the same before the first step."""
+    """Returns whether averages and weights are the same before the first step."""
     trainer = build_trainer(folder, *SETTINGS, *overrides)
     averages, weights = _averages(trainer), whole(trainer.training.model)
     trainer.close()

@@ -1,4 +1,4 @@
-"""Dynamic loss scaling: what overflows is skipped on every rank, and training goes on."""
+"""Dynamic loss scaling: a step that overflows is skipped on every rank, and training continues."""
 
 from pathlib import Path
 from typing import Any

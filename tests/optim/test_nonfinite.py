@@ -1,4 +1,4 @@
-"""Steps that are not finite: stopped before they are applied, or dropped, by all ranks alike."""
+"""NaN and Inf steps end the run before they are applied, or are skipped, on all ranks alike."""
 
 from pathlib import Path
 from typing import Any

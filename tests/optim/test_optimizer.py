@@ -40,8 +40,8 @@ def build_one(model: nn.Module, section: Optimizer) -> torch.optim.Optimizer:
 
 def decays(section: Optimizer, **settings: Any) -> dict[str, float]:
     settings = {"tied_head": False, **settings}
-    found = parameters_of(_Model(), section, PLAN, **settings)
-    return {parameter.name: parameter.weight_decay for parameter in found}
+    actual = parameters_of(_Model(), section, PLAN, **settings)
+    return {parameter.name: parameter.weight_decay for parameter in actual}
 
 
 def test_parameters_that_no_decay_names_are_not_decayed() -> None:
@@ -89,8 +89,8 @@ def test_the_copy_on_the_last_stage_of_a_tied_embedding_is_stepped_as_the_embedd
     section = AdamW(no_decay=["embedding"], groups=[OptimizerGroup(pattern="tok_*", lr_factor=3)])
     stage = _Model()
     stage.tok_embeddings = None  # type: ignore[assignment]
-    found = list(parameters_of(stage, section, PLAN, tied_head=True))
-    (copy,) = [parameter for parameter in found if parameter.tensor is stage.output.weight]
+    actual = list(parameters_of(stage, section, PLAN, tied_head=True))
+    (copy,) = [parameter for parameter in actual if parameter.tensor is stage.output.weight]
     assert (copy.name, copy.kind) == ("tok_embeddings.weight", "embedding")
     assert (copy.weight_decay, copy.lr_factor) == (0, 3)
 
@@ -121,8 +121,8 @@ def test_kinds_follow_from_the_roles_of_the_family() -> None:
     with torch.device("meta"):
         model = build(MEGATRON_BERT, args)
     kinds: dict[str, set[str]] = {}
-    found = parameters_of(model, AdamW(), MEGATRON_BERT.tp_plan, tied_head=args.tied_head)
-    for parameter in found:
+    actual = parameters_of(model, AdamW(), MEGATRON_BERT.tp_plan, tied_head=args.tied_head)
+    for parameter in actual:
         kinds.setdefault(parameter.kind, set()).add(parameter.name.replace("layers.0.", ""))
     assert kinds["embedding"] == {f"{table}_embeddings.weight" for table in ("tok", "pos", "type")}
     assert kinds["head"] == {
@@ -153,18 +153,18 @@ def test_each_implementation_takes_the_step_of_torch_optim(
     model, reference = _Model(), _Model()
     reference.load_state_dict(model.state_dict())
     settings = section(implementation=implementation, lr=0.1, no_decay=[], weight_decay=0.2)
-    ours = build_one(model, settings)
-    theirs = getattr(torch.optim, settings.name)(
+    local = build_one(model, settings)
+    peer = getattr(torch.optim, settings.name)(
         reference.parameters(), lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.2, foreach=False
     )
-    for net, optimizer in ((model, ours), (reference, theirs)):
+    for net, optimizer in ((model, local), (reference, peer)):
         for _ in range(3):
             net.output(net.norm(net.tok_embeddings.weight)).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
     torch.testing.assert_close(model.state_dict(), reference.state_dict())
     fused = implementation in ("auto", "fused")
-    assert ours.param_groups[0]["fused"] == fused
+    assert local.param_groups[0]["fused"] == fused
 
 
 @pytest.mark.parametrize("section", [AdamW, Adam])

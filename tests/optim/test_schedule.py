@@ -61,7 +61,7 @@ def test_the_decay_starts_and_ends_where_the_keys_set_it() -> None:
     at = (10, 50, 55, 60, 80, 100)
     assert factors(at, decay_start=50, min_lr_factor=0) == [1, 1, 0.9, 0.8, 0.4, 0]
     assert factors(at, decay_steps=50, min_lr_factor=0) == [1, 1, 0.9, 0.8, 0.4, 0]
-    # The decay of a run that goes on: it does not depend on training.steps.
+    # The decay of a continued run does not depend on training.steps.
     both = {"decay_start": 50, "decay_steps": 10, "min_lr_factor": 0.2}
     assert factors(at, **both) == factors(at, total=1000, **both) == [1, 1, 0.6, 0.2, 0.2, 0.2]
 

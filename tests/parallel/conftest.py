@@ -1,4 +1,4 @@
-"""What the comparisons with one process share."""
+"""Fixtures shared by the comparisons with one process."""
 
 from collections.abc import Mapping
 

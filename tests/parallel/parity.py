@@ -1,6 +1,6 @@
 """Runs the cases of the matrix, on GPUs where there are enough, and compares them with one process.
 
-Valid tokens are uneven over samples, hence over ranks and micro-batches, in all of them.
+Valid tokens are uneven over samples, and so over ranks and micro-batches, in all of them.
 """
 
 import json
@@ -33,7 +33,7 @@ class Parity:
         self.num_gpus = torch.cuda.device_count()
 
     def deviations(self, case: Case, train: Callable[..., Run] = TRAIN) -> Deviations:
-        """Of a case from one process; `train` is what each of its processes calls."""
+        """Returns a case's result from one process; `train` is called in each of its processes."""
         on_gpus = case.world_size <= self.num_gpus
         workers = (self.gpu_workers if on_gpus else self.workers)[case.world_size]
         overrides = as_overrides(*EVERYWHERE, *case.settings, *case.alike)
@@ -49,7 +49,7 @@ class Parity:
         return deviations(got, expected)
 
     def of_precision(self, case: Case) -> Deviations:
-        """Of one process with the settings that a case shares from one without, in float32."""
+        """Returns one process's deviation with the case's shared settings, in float32."""
         on_gpu = case.world_size <= self.num_gpus
         return deviations(self._one_process(case.alike, on_gpu), self._one_process((), on_gpu))
 

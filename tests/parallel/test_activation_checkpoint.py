@@ -1,4 +1,4 @@
-"""Each mode trains the same model, and really computes again what it says and nothing else."""
+"""Each mode trains the same model, and recomputes exactly what it is documented to recompute."""
 
 import itertools
 import json
@@ -53,7 +53,7 @@ MODES: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
 
 
 class Operations(TorchDispatchMode):
-    """Counts operations by name; those that a selective checkpoint answers from memory are none."""
+    """Counts operations by name; without those that a selective checkpoint has saved."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -356,8 +356,8 @@ def test_the_compiler_keeps_to_the_memory_budget(one_process: Workers, tmp_path:
 def test_what_cannot_work_is_refused(settings: list[str], key: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         make_plan(None, with_keys([], settings), 1)
-    found = {problem.key: problem.message for problem in error.value.problems}
-    assert message in found[f"activation_checkpoint.{key}"]
+    actual = {problem.key: problem.message for problem in error.value.problems}
+    assert message in actual[f"activation_checkpoint.{key}"]
 
 
 def test_a_memory_budget_is_refused_with_tensor_parallel() -> None:

@@ -83,7 +83,7 @@ def _count_in_a_graph_compiled_twice() -> list[tuple[bool, dict[str, int]]]:
 
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     group = mesh.get_group()
-    found = []
+    actual = []
     with kernels_on_cpu(), torch.no_grad():
         for _ in range(2):
             torch.compiler.reset()
@@ -92,9 +92,9 @@ def _count_in_a_graph_compiled_twice() -> list[tuple[bool, dict[str, int]]]:
             torch.compile(lambda x, w: all_gather_tensor(x, 0, group) @ w, fullgraph=True)(
                 torch.ones(8, 16), torch.ones(16, 4)
             )
-            found.append((counters["inductor"]["fxgraph_cache_hit"] > hits, count_fused()))
+            actual.append((counters["inductor"]["fxgraph_cache_hit"] > hits, count_fused()))
     apply_async_tp(mesh, enable=False)
-    return found
+    return actual
 
 
 @pytest.mark.distributed

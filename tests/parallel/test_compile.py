@@ -1,4 +1,4 @@
-"""A graph that is compiled anew is told.
+"""Recompilations are reported.
 
 That compiled blocks are one graph and train the same model: test_matrix.py, test_context.py.
 """
@@ -75,9 +75,9 @@ def _recompile_in_every_second_step() -> tuple[list[int], int]:
     torch.compiler.reset()
     compiled = torch.compile(torch.sin, backend="eager", dynamic=False)
     compilations = Compilations()
-    found = []
+    actual = []
     for step, size in enumerate((1, 2, 2, 3, 3, 4), start=1):
         compiled(torch.zeros(size))
         compilations.after_step(step)
-        found.append(compilations.recompilations)
-    return found, compilations.graphs
+        actual.append(compilations.recompilations)
+    return actual, compilations.graphs

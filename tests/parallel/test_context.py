@@ -137,7 +137,7 @@ CALLS: list[str] = []
 
 
 def _attend_by_cudnn(*args: Any) -> tuple[list[Tensor], list[Tensor], list[str]]:
-    """`_attend`, with plain operations in the place of cuDNN's kernels, and their calls."""
+    """`_attend`, with plain operations instead of cuDNN's kernels, and their calls."""
     CALLS.clear()
     library = torch.library.Library("aten", "IMPL")
     library.impl("_scaled_dot_product_cudnn_attention", _cudnn_forward, "CPU")
@@ -193,7 +193,7 @@ def test_the_positions_of_all_ranks_are_those_of_the_sequence_and_equal_work(met
 
 
 def _logits(method: str) -> tuple[Tensor, Tensor]:
-    """Of this rank's tokens: from one model of whole sequences, and from one over the ranks."""
+    """Returns results for this rank's tokens, of whole and of distributed sequences."""
     args = dataclasses.replace(LLAMA.flavors["debug"], dim=64, ffn_dim=128, num_layers=2)
     torch.manual_seed(0)
     model = build(LLAMA, args)
@@ -218,17 +218,17 @@ def _what_the_model_gets(folder: Path, *overrides: str) -> dict[str, Any]:
     trainer = build_trainer(folder, *overrides)
     batch = next(trainer.data.batches)
     trainer.data.batches = itertools.chain([batch], trainer.data.batches)
-    found = {"whole": (batch.inputs, batch.labels)}
+    actual = {"whole": (batch.inputs, batch.labels)}
 
     def look(_model: nn.Module, inputs: Any, settings: dict[str, Any]) -> None:
         labels = settings["head_loss"].keywords["labels"]
-        found["part"] = (inputs[0], labels)
-        found["positions"] = settings["positions_S"]
+        actual["part"] = (inputs[0], labels)
+        actual["positions"] = settings["positions_S"]
 
     trainer.training.model.register_forward_pre_hook(look, with_kwargs=True)
     trainer.train_step(1)
     trainer.close()
-    return found
+    return actual
 
 
 @pytest.mark.distributed
@@ -238,13 +238,13 @@ def test_ranks_of_a_sequence_get_its_tokens_their_labels_and_positions(
 ) -> None:
     overrides = (f"--{CP2}", f"--{HALF_BATCH}", f"--parallel.cp_method={method}")
     ranks = workers[4].run(_what_the_model_gets, tmp_path, *overrides)
-    for rank, found in enumerate(ranks):
-        positions = found["positions"]
+    for rank, actual in enumerate(ranks):
+        positions = actual["positions"]
         assert positions.tolist() == local_positions(method, 64, rank % 2, 2).tolist()
-        for part, whole in zip(found["part"], found["whole"], strict=True):
+        for part, whole in zip(actual["part"], actual["whole"], strict=True):
             assert torch.equal(part, whole[:, positions])
     # Ranks 0 and 1 hold the same sequences, 2 and 3 others.
-    inputs = [found["whole"][0] for found in ranks]
+    inputs = [actual["whole"][0] for actual in ranks]
     assert torch.equal(inputs[0], inputs[1])
     assert not torch.equal(inputs[0], inputs[2])
 

@@ -56,7 +56,7 @@ def tiny(**overrides: int) -> Decoder:
         return build(*resolve(Model(**numbers)))
 
 
-# What can be asked for.
+# The supported recipes.
 
 
 @pytest.mark.parametrize(
@@ -192,8 +192,8 @@ def test_what_this_model_cannot_do_here_is_refused_with_the_numbers(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
     settings = dict(settings)
-    found = problems(tiny(**settings.pop("model", {})), **settings)
-    assert any(key == k and message in m for k, m in found), found
+    actual = problems(tiny(**settings.pop("model", {})), **settings)
+    assert any(key == k and message in m for k, m in actual), actual
 
 
 def test_what_works_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,14 +308,14 @@ def test_weights_start_the_same_and_gradients_have_the_noise_of_the_format(
     for name, expected in first_steps["none"]["initial weights"].items():
         got = first_steps[recipe]["initial weights"][name]
         np.testing.assert_array_equal(got, expected, err_msg=name)
-    found = noise(first_steps, recipe)
-    linears = {name: n for name, n in found.items() if is_converted(name)}
+    actual = noise(first_steps, recipe)
+    linears = {name: n for name, n in actual.items() if is_converted(name)}
     assert len(linears) == LINEARS
     # Rounding to the 3 fraction bits of e4m3 is off by 2^-4 at most and 2.6 % in the root mean
     # square, to the 2 of e5m2 by twice that; a gradient gathers a few such operands. Measured: 6 to
     # 10 % tensorwise, 5 to 7 % rowwise, 4 to 6 % with high precision weight gradients.
     assert all(0.03 < n < 0.12 for n in linears.values()), linears
-    assert found["output.weight"] < 0.01, "only the head's input is noisy"
+    assert actual["output.weight"] < 0.01, "only the head's input is noisy"
 
 
 def test_the_more_careful_a_recipe_the_less_its_noise(first_steps: dict[str, Any]) -> None:
@@ -475,7 +475,7 @@ WRAPPERS = (
 
 
 def _watch(folder: Path, *overrides: str) -> tuple[Any, list[float]]:
-    """What the second step sends, and the curve of two steps."""
+    """Returns the messages of the second step, and the losses of two steps."""
     trainer = _build_unchecked(folder, "--training.steps=2", *overrides)
     with Wire() as wire:
         trainer.train_step(1)
@@ -491,11 +491,11 @@ BLOCK, NORMS = 36_864, 128
 
 
 def gathered(sent: Any) -> Counter[tuple[torch.dtype, int]]:
-    found: Counter[tuple[torch.dtype, int]] = Counter()
+    actual: Counter[tuple[torch.dtype, int]] = Counter()
     for (operation, dtype, size), count in sent.items():
         if operation.startswith("allgather_base"):
-            found[dtype, size] += count
-    return found
+            actual[dtype, size] += count
+    return actual
 
 
 @pytest.mark.distributed
@@ -520,7 +520,7 @@ def test_fsdp_gathers_weights_in_float8_and_scales_once_per_step(
 def _scales(folder: Path, *overrides: str) -> list[list[tuple[float, float]]]:
     """Before and after each of 2 steps: each weight's scale, and what it should be."""
     trainer = build_trainer(folder, "--training.steps=2", "--optimizer.lr=1e-2", *overrides)
-    found = []
+    actual = []
     for step in (0, 1, 2):
         if step:
             trainer.train_step(step)
@@ -531,9 +531,9 @@ def _scales(folder: Path, *overrides: str) -> list[list[tuple[float, float]]]:
             # to_local() would return an alias, which has no scale.
             scale = linear.weight._local_tensor._precomputed_scale
             pairs.append((scale.item(), 448 / np.abs(weights[f"{name}.weight"]).max().item()))
-        found.append(pairs)
+        actual.append(pairs)
     trainer.close()
-    return found
+    return actual
 
 
 @pytest.mark.distributed

@@ -1,4 +1,4 @@
-"""What FSDP2 is told: meshes, resharding, precision, offload, and when gradients are reduced."""
+"""Arguments of FSDP2: meshes, resharding, precision, offload, and when gradients are reduced."""
 
 import contextlib
 import json
@@ -139,7 +139,7 @@ def _policies(folder: Path, *overrides: str) -> tuple[set[str], set[str], set[in
     ]
     groups = []
     for state in states:
-        # torch 2.11 has one group per unit, or None in a unit without parameters of its own.
+        # torch 2.11 has one group per unit, or None in a unit without its own parameters.
         if hasattr(state, "_fsdp_param_groups"):
             groups += state._fsdp_param_groups
         elif state._fsdp_param_group is not None:
@@ -180,18 +180,18 @@ def test_precision_offload_and_integer_resharding_reach_every_unit(
 def _dtypes(folder: Path, *overrides: str) -> tuple[list[dict[str, Any]], dict[str, torch.dtype]]:
     """Records, and the types of the tensors that enter and leave modules."""
     trainer = build_trainer(folder, "--training.param_dtype=bfloat16", *overrides)
-    found = {}
+    actual = {}
     block = trainer.training.model.get_submodule("layers.1")
-    block.register_forward_pre_hook(lambda _, inputs: found.update(residual=inputs[0].dtype))
+    block.register_forward_pre_hook(lambda _, inputs: actual.update(residual=inputs[0].dtype))
     block.get_submodule("attention").register_forward_hook(
-        lambda _module, inputs, output: found.update(attention=inputs[0].dtype, sum=output.dtype)
+        lambda _module, inputs, output: actual.update(attention=inputs[0].dtype, sum=output.dtype)
     )
     trainer.training.model.get_submodule("output").register_forward_pre_hook(
-        lambda _, inputs: found.update(head=inputs[0].dtype)
+        lambda _, inputs: actual.update(head=inputs[0].dtype)
     )
     trainer.train()
     trainer.close()
-    return read_metrics(folder), found
+    return read_metrics(folder), actual
 
 
 @pytest.mark.distributed

@@ -13,7 +13,7 @@ from titan_lite.parallel.gradients import clipped_norm, global_norm
 
 @pytest.mark.parametrize("rows", [2048, 512], ids=["whole", "a quarter"])
 def test_the_norm_of_many_elements_is_exact_whatever_their_sizes_and_sharding(rows: int) -> None:
-    """As of an embedding, most of whose tokens do not occur, and some often."""
+    """Gradients like an embedding's: most tokens do not occur, and some occur often."""
     generator = torch.Generator().manual_seed(0)
     sizes = torch.rand(2048, 1, generator=generator).pow(8)
     grad = (torch.randn(2048, 512, generator=generator) * sizes)[:rows]
@@ -65,7 +65,7 @@ def test_the_scale_clips_to_the_norm_asked_for_as_torch_does(loss_scale: float |
 
 
 def _fsdp_sum() -> float:
-    """The gradient of a model whose every rank has a loss of its own."""
+    """The gradient of a model in which each rank has a separate loss."""
     from titan_lite.config.dims import ParallelDims
     from titan_lite.config.schema import Model, Parallel
     from titan_lite.models.registry import resolve

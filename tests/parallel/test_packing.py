@@ -67,7 +67,7 @@ def _settings(packing: str, corpus: Path) -> tuple[str, ...]:
 def expected(
     corpus: Path, workers: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Run]:
-    """Of one process, by packing."""
+    """Returns results of one process, by packing."""
     return {
         packing: workers[1].run(
             train_and_gather, tmp_path_factory.mktemp(packing), *_settings(packing, corpus)
@@ -101,17 +101,17 @@ def test_every_layout_trains_what_one_process_does(
 
 def _what_the_model_gets(folder: Path, *overrides: str) -> tuple[Batch, dict[str, Tensor]]:
     trainer = build_trainer(folder, *overrides)
-    batch, found = next(trainer.data.batches), {}
+    batch, actual = next(trainer.data.batches), {}
     trainer.data.batches = iter([batch])
     trainer.training.model.register_forward_pre_hook(
-        lambda _model, _inputs, kwargs: found.update(
+        lambda _model, _inputs, kwargs: actual.update(
             {name: kwargs[name] for name in ("positions_S", "mask")}
         ),
         with_kwargs=True,
     )
     trainer.train_step(1)
     trainer.close()
-    return batch, found
+    return batch, actual
 
 
 @pytest.mark.distributed

@@ -1,4 +1,4 @@
-"""Stages of a pipeline: who gets what, who is refused, and what a run says of it."""
+"""Stages of a pipeline: how a model is split, which splits are rejected, and the report."""
 
 import itertools
 import json

@@ -59,7 +59,7 @@ def leave_norms_unsynchronised() -> AbstractContextManager[Any]:
 
 
 class RoundedMatmuls(TorchDispatchMode):
-    """Matrix products as in bfloat16, in the type they were asked for in."""
+    """Computes matrix products in bfloat16, and returns them in the expected dtype."""
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = op(*args, **(kwargs or {}))
@@ -116,7 +116,7 @@ def test_a_planted_fault_is_caught_and_the_loss_of_step_1_does_not_show_it(
 ) -> None:
     (case,) = (case for case in CASES if (case.layout, case.mode) == place)
     assert case.execution == "eager"
-    found = parity.deviations(case, partial(train_with, plant))
-    assert found["loss of step 1"][0] <= TOLERANCES["loss"]
-    assert exceeding(found, TOLERANCES).keys() == caught_by
-    assert worst in found["gradients of step 1"][1]
+    actual = parity.deviations(case, partial(train_with, plant))
+    assert actual["loss of step 1"][0] <= TOLERANCES["loss"]
+    assert exceeding(actual, TOLERANCES).keys() == caught_by
+    assert worst in actual["gradients of step 1"][1]

@@ -1,4 +1,4 @@
-"""The report says what was found on the modules, and what is not as asked for is an error."""
+"""The report lists features of the modules; a difference from the configuration is an error."""
 
 import dataclasses
 import json
@@ -191,6 +191,6 @@ def test_what_was_forgotten_is_named(
     workers: dict[int, Workers],
     tmp_path: Path,
 ) -> None:
-    found = workers[2].run(_skip, tmp_path, function, "--training.local_batch_size=4", *settings)
-    assert message in found[1]
-    assert found[0] == found[1]
+    actual = workers[2].run(_skip, tmp_path, function, "--training.local_batch_size=4", *settings)
+    assert message in actual[1]
+    assert actual[0] == actual[1]

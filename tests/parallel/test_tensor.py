@@ -1,4 +1,4 @@
-"""What tensor parallel sends between ranks for the loss."""
+"""Messages of tensor parallel for the loss."""
 
 from pathlib import Path
 from typing import Any

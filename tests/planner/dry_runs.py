@@ -115,12 +115,12 @@ def measure(name: str, overrides: list[str], world: int, rank: int, queue: Any) 
     from titan_lite.dryrun.run import dry_run
 
     torch.set_num_threads(1)
-    found = dry_run(plan_of(name, overrides, world), rank)
-    measured = found.measured
+    actual = dry_run(plan_of(name, overrides, world), rank)
+    measured = actual.measured
     queue.put(
         {
-            "place": found.place["pp"],
-            "parameters": found.parameters,
+            "place": actual.place["pp"],
+            "parameters": actual.parameters,
             "flops": measured.flops,
             "held": measured.held,
             "peak": measured.peak.bytes,

@@ -1,4 +1,4 @@
-"""The benchmark of calibrated predictions, but for its measurements."""
+"""The benchmark of calibrated predictions, without its measurements."""
 
 from typing import Any
 
@@ -31,8 +31,8 @@ def test_pairs_that_differ_by_more_than_15_percent_are_ranked() -> None:
             "in_interval": abs(error) < 0.06,
         }
 
-    found = summary([run("a", 1.0, 1.3), run("b", 1.1, 1.2), run("c", 1.2, 1.2)])
-    assert found["wrong_order"] == [["c", "a"]]
-    assert found["worst_error"] == pytest.approx(0.3)
-    assert found["in_interval"] == 1
+    actual = summary([run("a", 1.0, 1.3), run("b", 1.1, 1.2), run("c", 1.2, 1.2)])
+    assert actual["wrong_order"] == [["c", "a"]]
+    assert actual["worst_error"] == pytest.approx(0.3)
+    assert actual["in_interval"] == 1
     assert len(RUNS) == 12

@@ -1,4 +1,4 @@
-"""job.cluster: what was predicted beside what is measured, in run.json and at the end of a run."""
+"""job.cluster: predicted next to measured values, in run.json and at the end of a run."""
 
 import dataclasses
 import json
@@ -30,23 +30,23 @@ def test_measured_values_join_the_prediction_once_there_are_any(
     def prediction() -> dict[str, Any]:
         run: dict[str, Any] = json.loads((tmp_path / "run.json").read_text())
         assert run["device"] == "d"
-        found: dict[str, Any] = run["prediction"]
-        return found
+        actual: dict[str, Any] = run["prediction"]
+        return actual
 
     step = predict(read_job(plan.config, plan.dims, plan.family, plan.args), cluster, 1.0).step
     # A device on which the predicted step takes a second.
     cluster = dataclasses.replace(cluster, measured={"step": 1 / step.seconds})
     with caplog.at_level(logging.INFO), PredictionRecorder(plan, cluster, meter):
         assert prediction()["measured"] == {}
-    found = prediction()
-    assert found["cluster"] == "h100"
-    assert found["predicted"]["seconds_per_step"] == pytest.approx(1.0)
-    low, high = found["predicted"]["seconds_80"]
+    actual = prediction()
+    assert actual["cluster"] == "h100"
+    assert actual["predicted"]["seconds_per_step"] == pytest.approx(1.0)
+    low, high = actual["predicted"]["seconds_80"]
     assert low < 1.0 < high
     if measured is None:
-        assert (found["measured"], caplog.messages) == ({}, [])
+        assert (actual["measured"], caplog.messages) == ({}, [])
         return
-    assert found["measured"] == {"seconds_per_step": 2.0, "memory_gib": 3.0}
+    assert actual["measured"] == {"seconds_per_step": 2.0, "memory_gib": 3.0}
     assert "Predicted for h100: 1 s per step" in caplog.text
     assert "measured: 2 s (+100 %)" in caplog.text
     assert "measured: 3.00 GiB resident in one process" in caplog.text

@@ -55,29 +55,29 @@ def cluster(device: str) -> Cluster:
 
 @pytest.mark.parametrize("device", ["h100", "b200"])
 def test_the_fit_finds_the_constants_that_made_the_times(device: str, tmp_path: Path) -> None:
-    """On an architecture with constants of its own, and on one without."""
+    """An architecture with its own constants, and one without."""
     true = calibrate._with(cluster(device), CONSTANTS)
     seconds = explain(true, MACHINE)
     seconds |= {"alone": 1.0, "overlapped": 1.0 + 0.25 * seconds[f"{MACHINE.rings()[-9]}"]}
-    found = fit(cluster(device), MACHINE, seconds)
-    assert explain(found, MACHINE) == pytest.approx(explain(true, MACHINE), rel=2e-3)
-    assert found.measured.keys() == true.measured.keys() | {"interference"}
+    actual = fit(cluster(device), MACHINE, seconds)
+    assert explain(actual, MACHINE) == pytest.approx(explain(true, MACHINE), rel=2e-3)
+    assert actual.measured.keys() == true.measured.keys() | {"interference"}
     for name, value in true.measured.items():
-        assert found.measured[name] == pytest.approx(value, rel=0.01), name
+        assert actual.measured[name] == pytest.approx(value, rel=0.01), name
     file = tmp_path / "this-machine.toml"
-    file.write_text(to_toml(found, "a test", 2.5))
+    file.write_text(to_toml(actual, "a test", 2.5))
     read = find_cluster(str(file))
     assert read.calibrated
     assert read.price_per_gpu_hour == 2.5
-    assert explain(read, MACHINE) == explain(found, MACHINE)
+    assert explain(read, MACHINE) == explain(actual, MACHINE)
 
 
 def test_what_was_not_measured_keeps_its_constant() -> None:
     """One device has no collectives."""
     alone = Machine(Process(0, 0, 1, torch.device("cpu")), per_node=1, budget=0.0)
-    found = fit(cluster("h100"), alone, explain(cluster("h100"), alone))
-    assert not {"link", "hop_us", "nic", "node_hop_us", "interference"} & found.measured.keys()
-    assert "# Not measured: node_nic_gbs" in to_toml(found, "a test", 0.0)
+    actual = fit(cluster("h100"), alone, explain(cluster("h100"), alone))
+    assert not {"link", "hop_us", "nic", "node_hop_us", "interference"} & actual.measured.keys()
+    assert "# Not measured: node_nic_gbs" in to_toml(actual, "a test", 0.0)
 
 
 def measure(file: Path) -> tuple[str, dict[str, float], dict[str, float]]:
@@ -88,14 +88,14 @@ def measure(file: Path) -> tuple[str, dict[str, float], dict[str, float]]:
         mock.patch.dict(calibrate.SIZES, cpu=tiny),
         mock.patch.object(calibrate, "ROUNDS", 1),
     ):
-        found, seconds, explained = calibrate.calibrate(process, per_node=2, budget=0.0)
+        actual, seconds, explained = calibrate.calibrate(process, per_node=2, budget=0.0)
         with (
             mock.patch.dict(os.environ, LOCAL_WORLD_SIZE="2"),
             mock.patch.object(calibrate, "stop_process_group"),
         ):
             arguments = ["-o", str(file), "--seconds=0", "--price=2"]
             assert cli.main(["plan", "calibrate", *arguments]) == 0
-    return to_toml(found, "a test", 0.0), seconds, explained
+    return to_toml(actual, "a test", 0.0), seconds, explained
 
 
 @pytest.mark.distributed

@@ -239,7 +239,7 @@ def test_bert_exceeds_nemos_formula_by_the_transform_and_what_is_no_matrix(flavo
     nemo = 72 * layers * h**2 * (1 + seq_len / (6 * h) + vocab / (12 * layers * h))
     assert megatron(args, seq_len, gated=False) == pytest.approx(nemo)
     counted = flops(args, seq_len)
-    # Of a block 2 norms, and biases of 4 h, 4 h and h features; a norm after all, and the head's.
+    # A block has 2 norms and biases of 4 h, 4 h and h features; then the last and the head's norm.
     vectors = layers * (4 * h + 9 * h) + 2 * h + vocab
     transform = h * h + 3 * h
     assert counted.model == round(nemo) + 6 * (transform + vectors)
@@ -272,10 +272,10 @@ def test_flops_are_those_that_torch_counts_in_a_training_step(family, checkpoint
     with FlopCounterMode(display=False) as counter:
         model(tokens).sum().backward()
     assert args.num_layers == 4
-    ours = flops(args, seq_len, recomputed=checkpointed)
+    local = flops(args, seq_len, recomputed=checkpointed)
     # Norms and biases, which the formula counts.
     counted = [p for name, p in model.named_parameters() if not name.startswith("pair_head")]
     vectors = sum(p.numel() for p in counted if p.ndim == 1)
     of_a_block = sum(p.numel() for p in block.parameters() if p.ndim == 1) if checkpointed else 0
-    ours_of_matmuls = (ours.hardware or ours.model) - 6 * vectors - 2 * checkpointed * of_a_block
+    ours_of_matmuls = (local.hardware or local.model) - 6 * vectors - 2 * checkpointed * of_a_block
     assert counter.get_total_flops() == batch * seq_len * ours_of_matmuls

@@ -19,8 +19,8 @@ PRESETS = FOLDER.parent.parent / "train_configs"
 
 
 def cases(kind: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((FOLDER / f"dry_runs_{kind}.json").read_text())
-    return found
+    actual: list[dict[str, Any]] = json.loads((FOLDER / f"dry_runs_{kind}.json").read_text())
+    return actual
 
 
 def compare(case: dict[str, Any]) -> tuple[float, float, float]:

@@ -79,10 +79,10 @@ def test_a_run_that_does_not_fit_is_told_what_would(capsys: pytest.CaptureFixtur
 def test_settings_that_would_fit_are_computed() -> None:
     overrides = ["--activation_checkpoint.mode=none", "--training.local_batch_size=4"]
     plan = make_plan(PRESET, [NO_FILE, *overrides], 8, with_files=False)
-    found = fitting_settings(plan.config, plan.dims, plan.family, plan.args, H100.device)
-    assert len(found) == 3
-    assert any(text.startswith("--training.local_batch_size=1: ") for text in found)
-    for text in found:
+    actual = fitting_settings(plan.config, plan.dims, plan.family, plan.args, H100.device)
+    assert len(actual) == 3
+    assert any(text.startswith("--training.local_batch_size=1: ") for text in actual)
+    for text in actual:
         size = re.fullmatch(r"--.*: ([\d.]+) of 80 GiB, predicted", text)
         assert size
         assert float(size[1]) <= FITS * 80
@@ -90,10 +90,10 @@ def test_settings_that_would_fit_are_computed() -> None:
 
 def test_a_run_out_of_memory_that_was_to_fit_is_given_smaller_settings() -> None:
     plan = make_plan(PRESET, [NO_FILE, "--training.local_batch_size=2"], 8, with_files=False)
-    found = fitting_settings(plan.config, plan.dims, plan.family, plan.args, H100.device)
-    assert found
+    actual = fitting_settings(plan.config, plan.dims, plan.family, plan.args, H100.device)
+    assert actual
     now = peak(read_job(plan.config, plan.dims, plan.family, plan.args)).bytes / 2**30
-    for text in found:
+    for text in actual:
         assert float(text.rpartition(": ")[2].split()[0]) < now
 
 
@@ -159,9 +159,9 @@ def test_every_shipped_cluster_predicts_a_step(path: Path) -> None:
 def test_layouts_are_legal_exactly_where_the_configuration_is() -> None:
     """A sample of the layouts, each written as overrides and checked as a run's settings are."""
     base = make_plan(None, [*SMALL, "--training.local_batch_size=1"], 1, with_files=False)
-    found = list(candidates(base.config, 12, 24, find_cluster("a100")))
+    actual = list(candidates(base.config, 12, 24, find_cluster("a100")))
     agreed = []
-    for values, config, dims in random.Random(0).sample(found, 400):
+    for values, config, dims in random.Random(0).sample(actual, 400):
         overrides = [
             f"--{key}={value}".replace("=False", "=false") for key, value in values.items()
         ]
@@ -177,7 +177,7 @@ def test_layouts_are_legal_exactly_where_the_configuration_is() -> None:
 
 def test_a_search_covers_every_product_of_degrees() -> None:
     base = make_plan(None, SMALL, 1, with_files=False)
-    found = {dataclasses.astuple(dims) for *_, dims in candidates(base.config, 12, 24, H100)}
+    actual = {dataclasses.astuple(dims) for *_, dims in candidates(base.config, 12, 24, H100)}
     expected = {
         (pp, replicas, shard, cp, tp)
         for pp in divisors(12)
@@ -187,7 +187,7 @@ def test_a_search_covers_every_product_of_degrees() -> None:
         for tp in divisors(12)
         if pp * replicas * shard * cp * tp == 12 and tp <= H100.gpus_per_node
     }
-    assert found == expected
+    assert actual == expected
 
 
 def test_the_best_layout_is_written_and_runs(
@@ -304,7 +304,7 @@ def test_predicted_flops_are_those_of_the_meter() -> None:
     )
     now = job("--training.seq_len=4096", "--activation_checkpoint.mode=none", world_size=1)
     parts = StepModel(fastest, now).predict(now).parts
-    # Matrix products at their full rate, but for whole waves of tiles.
+    # Matrix products at their full rate, except for whole waves of tiles.
     rate = fastest.peak("bfloat16") * fastest.constants()["matmul"]
     counted = model_flops(now.args, 0) * now.tokens / rate
     loss = now.loss_bytes * now.tokens * now.args.vocab_size / Rates(fastest, now).hbm

@@ -34,18 +34,18 @@ def test_a_run_gives_the_factor_that_makes_its_prediction_right(
 ) -> None:
     folder = run_folder(tmp_path, RECORDS)
     assert cli.main(["plan", "recalibrate", str(folder), "--cluster=h100", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    # Start-up and waiting for data are no part of it.
-    assert found["measured_seconds"] == 1.0
+    actual = json.loads(capsys.readouterr().out)
+    # Start-up and waiting for data are excluded.
+    assert actual["measured_seconds"] == 1.0
     own = tmp_path / "own.toml"
     text = (FOLDER / "h100.toml").read_text()
-    own.write_text(f'{text}\n[measured]\n"{found["constant"]}" = {found["value"]}\n')
+    own.write_text(f'{text}\n[measured]\n"{actual["constant"]}" = {actual["value"]}\n')
     plan = make_plan(None, [], 1, with_files=False)
     job = read_job(plan.config, plan.dims, plan.family, plan.args)
     assert predict(job, find_cluster(str(own)), 1.0).step.seconds == pytest.approx(1.0, rel=1e-3)
     # Once more, from the recalibrated prediction.
     assert cli.main(["plan", "recalibrate", str(folder), f"--cluster={own}"]) == 0
-    assert f'"{found["constant"]}" = ' in capsys.readouterr().out
+    assert f'"{actual["constant"]}" = ' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

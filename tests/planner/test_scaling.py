@@ -47,9 +47,9 @@ def test_flops_of_a_step_of_one_device() -> None:
 )
 def test_bandwidth_for_perfect_scaling(tflops: float, computed: float, published: float) -> None:
     """In GB/s, 4 bytes a parameter."""
-    found = scaling.ideal_bandwidth(1e12, STEP / (tflops * 1e12), bytes_per_parameter=4) / 1e9
-    assert found == pytest.approx(computed, rel=0.002)
-    assert found == pytest.approx(published, rel=0.02)
+    actual = scaling.ideal_bandwidth(1e12, STEP / (tflops * 1e12), bytes_per_parameter=4) / 1e9
+    assert actual == pytest.approx(computed, rel=0.002)
+    assert actual == pytest.approx(published, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_speed_from_power() -> None:
 
 @pytest.mark.parametrize(("bytes_per_parameter", "nodes"), [(2, 2.0), (4, 4.0)])
 def test_nodes_that_hold_the_16b_on_summit(bytes_per_parameter: int, nodes: float) -> None:
-    found = scaling.nodes_to_fit(16e9, 96e9, bytes_per_parameter=bytes_per_parameter)
-    assert found == pytest.approx(nodes)
+    actual = scaling.nodes_to_fit(16e9, 96e9, bytes_per_parameter=bytes_per_parameter)
+    assert actual == pytest.approx(nodes)
 
 
 @pytest.mark.parametrize(("efficiency", "mwh"), [(0.165, 6187), (0.235, 4344)])
@@ -94,9 +94,9 @@ def test_speeds_on_more_devices_follow_from_that_of_128() -> None:
         first = predict_row(rows[0], values).value
         assert first is not None
         values["matmul/MI250X"] *= rows[0]["value"] / first
-    found = [predict_row(row, values).value for row in rows]
-    assert found[0] == pytest.approx(48.8, rel=1e-3)
-    assert found[1:] == pytest.approx([48.5, 48.5, 47.5], rel=0.03)
+    actual = [predict_row(row, values).value for row in rows]
+    assert actual[0] == pytest.approx(48.8, rel=1e-3)
+    assert actual[1:] == pytest.approx([48.5, 48.5, 47.5], rel=0.03)
 
 
 def test_models_and_devices_are_projected(

@@ -47,10 +47,10 @@ def mean(values: list[float]) -> float:
 
 
 def validated(constants: str, path: Path = ROWS) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(
+    actual: dict[str, Any] = json.loads(
         report(str(path), constants=constants, refit=False, as_json=True)
     )
-    return found
+    return actual
 
 
 def test_published_speeds_are_predicted_with_the_fitted_constants() -> None:
@@ -64,14 +64,14 @@ def test_published_speeds_are_predicted_with_the_fitted_constants() -> None:
 
 
 def test_published_speeds_are_predicted_with_the_constants_of_the_literature() -> None:
-    found = validated("literature")
+    actual = validated("literature")
     known = [
         abs(row["error"])
-        for row in found["rows"]
+        for row in actual["rows"]
         if row["predicted"] is not None and row["system"] not in (*MPT, "yin")
     ]
     assert mean(known) < 0.07
-    assert found["fitted_constants"] == 0
+    assert actual["fitted_constants"] == 0
 
 
 def test_every_row_is_listed_and_what_is_not_predicted_has_a_reason() -> None:
@@ -93,21 +93,21 @@ def test_most_published_speeds_lie_in_the_interval() -> None:
 
 @pytest.mark.timeout(600)
 def test_the_shipped_constants_are_what_the_fit_finds() -> None:
-    found = fit([row for row in read_rows(str(ROWS)) if row["use"] == "time"])
-    assert found.values == pytest.approx(FITTED, rel=0.01)
-    assert found.freedom < len(SPREADS)
+    actual = fit([row for row in read_rows(str(ROWS)) if row["use"] == "time"])
+    assert actual.values == pytest.approx(FITTED, rel=0.01)
+    assert actual.freedom < len(SPREADS)
 
 
 def test_a_row_of_a_users_own_is_predicted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "rows.toml"
-    unknown = LLAMA.replace("H100 SXM 80GB", "H900").replace('"mine"', '"theirs"')
+    unknown = LLAMA.replace("H100 SXM 80GB", "H900").replace('"mine"', '"unknown"')
     file.write_text(LLAMA + unknown)
     assert cli.main(["plan", "validate", str(file)]) == 0
     out = capsys.readouterr().out
     assert "mine" in out
-    assert "not predicted (1): theirs, tokens_per_gpu_per_s: unknown device 'H900'" in out
+    assert "not predicted (1): unknown, tokens_per_gpu_per_s: unknown device 'H900'" in out
 
 
 @pytest.mark.parametrize(

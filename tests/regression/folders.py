@@ -9,7 +9,7 @@ from titan_lite.config.load import load_config
 
 
 def facts(*overrides: str, **more: Any) -> dict[str, Any]:
-    """As a run.json of one process."""
+    """Returns the content of a run.json of one process."""
     return {
         "started": "2026-01-02T03:04:05+0000",
         "versions": {"titan_lite": "0.1.0", "torch": "2.13.0", "python": "3.12.1"},
@@ -29,7 +29,7 @@ def facts(*overrides: str, **more: Any) -> dict[str, Any]:
 
 
 def segments(*parts: tuple[int, str]) -> list[dict[str, Any]]:
-    """Segments of a run.json: the step that each begins after, and an override."""
+    """Segments of a run.json: the step that each starts after, and an override."""
     return [facts(override, resumed_from_step=step) for step, override in parts]
 
 

@@ -39,7 +39,7 @@ def test_equal_runs_are_within_the_bitwise_tier(capsys) -> None:
     code, lines = run("a", "b", "--tier=bitwise", capsys=capsys)
     assert code == 0
     assert lines[0] == "within: 5 steps agree, tier bitwise (every digit)"
-    # What differed all the same is said.
+    # Other differences are reported.
     assert lines[-1] == "training.gc_freq: 50 and 7"
 
 
@@ -87,8 +87,8 @@ def test_a_loss_that_is_not_finite_is_outside_unless_every_digit_agrees(capsys) 
     code, lines = run("x", "y", "--json=found.json", capsys=capsys)
     assert code == 1
     assert "at step 5: nan and nan, nan apart" in lines[0]
-    found = json.loads(Path("found.json").read_text())
-    assert found["quantities"]["loss"]["largest_deviation"] == "nan"
+    actual = json.loads(Path("found.json").read_text())
+    assert actual["quantities"]["loss"]["largest_deviation"] == "nan"
     assert run("a", "x", "--tier=bitwise", capsys=capsys)[0] == 1
 
 
@@ -105,8 +105,8 @@ def test_a_step_that_float16_skipped_in_both_runs_is_no_difference(capsys) -> No
 def test_json_holds_what_was_found(capsys) -> None:
     write_run(Path("b"), LOSS, changed(NORM, 2, 0.61), "--training.gc_freq=7")
     run("a", "b", "--json=found.json", capsys=capsys)
-    found = json.loads(Path("found.json").read_text())
-    norm = found["quantities"].pop("grad_norm")
+    actual = json.loads(Path("found.json").read_text())
+    norm = actual["quantities"].pop("grad_norm")
     assert norm.pop("largest_deviation") == pytest.approx(0.01 / 0.6)
     assert norm == {
         "at_step": 2,
@@ -114,8 +114,8 @@ def test_json_holds_what_was_found(capsys) -> None:
         "steps_outside": 1,
         "first_step_outside": 2,
     }
-    assert found["quantities"].keys() == {"loss", "lr", "tokens"}
-    assert {key: found[key] for key in found if key != "quantities"} == {
+    assert actual["quantities"].keys() == {"loss", "lr", "tokens"}
+    assert {key: actual[key] for key in actual if key != "quantities"} == {
         "verdict": "outside",
         "tier": "layout",
         "a": "a",
@@ -180,8 +180,8 @@ def test_settings_that_a_resume_changed_are_compared_part_by_part(capsys) -> Non
     assert run("b", "b", capsys=capsys)[0] == 0
     code, lines = run("c", "cc", "--json=found.json", capsys=capsys)
     assert (code, lines[-1]) == (0, "optimizer.lr: 4.0, from step 4 on 8.0 and 8.0")
-    found = json.loads(Path("found.json").read_text())["different_settings"]
-    assert found == {"optimizer.lr": ["4.0, from step 4 on 8.0", 8.0]}
+    actual = json.loads(Path("found.json").read_text())["different_settings"]
+    assert actual == {"optimizer.lr": ["4.0, from step 4 on 8.0", 8.0]}
     Path("c/run.json").write_text(json.dumps(facts(segments=[{"config": {}}])))
     assert "c/run.json: a segment has no config and mesh" in run("c", "c", capsys=capsys)[1][0]
 
@@ -355,7 +355,7 @@ def test_a_toml_file_is_trained_on_the_spot_in_processes_of_its_own(capfd) -> No
     assert code == 0
     assert lines[0].startswith("within: 20 steps agree, tier layout")
     assert "training.local_batch_size: 8 and 4" in lines
-    # What the run said is there to be seen.
+    # The run's own output is shown.
     assert any("step 20/20" in line for line in lines)
     assert json.loads(Path("runs/b/run.json").read_text())["mesh"]["dp_shard"] == 2
 

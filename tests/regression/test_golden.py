@@ -130,7 +130,7 @@ def change(loss: list[float], norm: list[float], *overrides: str) -> None:
 def test_accept_writes_a_golden_that_run_holds_to(case: Path, capsys) -> None:
     assert cli.main(["golden", "run", "case.toml"]) == 2
     assert "no golden curve yet; titan-lite golden accept case.toml" in capsys.readouterr().err
-    assert not list(Path().glob("trained-*")), "said before it is trained"
+    assert not list(Path().glob("trained-*")), "reported before it is trained"
     assert cli.main(["golden", "accept", "case.toml"]) == 0
     assert cli.main(["golden", "run", "case.toml"]) == 0
     assert "case.toml: within: 3 steps agree" in capsys.readouterr().out

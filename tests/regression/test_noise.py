@@ -14,9 +14,9 @@ QUANTITIES = ("loss", "grad_norm")
 
 
 def apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The steps where the curves are told apart."""
-    found = noise.distance(a, b)
-    return np.flatnonzero(np.abs(found.difference) > found.band)
+    """Returns the steps where the curves are distinguished."""
+    actual = noise.distance(a, b)
+    return np.flatnonzero(np.abs(actual.difference) > actual.band)
 
 
 @pytest.mark.parametrize("steps", [slice(0, 100), slice(0, 300), slice(100, 300)])
@@ -35,8 +35,8 @@ def test_the_estimated_noise_is_that_between_seeds(quantity: str) -> None:
     curves = [np.array(curve) for curve in SEEDS[quantity]]
     limit = noise._student_t(1 - noise.ALPHA / 40, 8)
     squares = [
-        np.mean((found.difference / found.band * limit) ** 2)
-        for found in itertools.starmap(noise.distance, itertools.combinations(curves, 2))
+        np.mean((actual.difference / actual.band * limit) ** 2)
+        for actual in itertools.starmap(noise.distance, itertools.combinations(curves, 2))
     ]
     assert 0.7 < np.sqrt(np.mean(squares)) < 1.4
 
@@ -73,18 +73,18 @@ def test_what_is_more_than_noise_is_found_in_every_pair_of_seeds(loss, grad_norm
     quantity, change = ("loss", loss) if loss else ("grad_norm", grad_norm)
     curves = [np.array(curve) for curve in SEEDS[quantity]]
     pairs = list(itertools.combinations(curves, 2))
-    found = [apart(a, change(b)) for a, b in pairs]
-    assert np.mean([len(steps) > 0 for steps in found]) > 0.8
+    actual = [apart(a, change(b)) for a, b in pairs]
+    assert np.mean([len(steps) > 0 for steps in actual]) > 0.8
 
 
 def test_one_spike_is_no_difference_and_widens_no_band() -> None:
     a, b = (np.array(curve) for curve in SEEDS["grad_norm"][:2])
     spiked = b.copy()
     spiked[150] *= 50
-    plain, found = noise.distance(a, b), noise.distance(a, spiked)
+    plain, actual = noise.distance(a, b), noise.distance(a, spiked)
     # Unclipped, log(50) over a window of 30 steps would be 0.13.
-    assert np.abs(found.difference - plain.difference).max() < 0.03
-    assert (found.band / plain.band).max() < 1.2
+    assert np.abs(actual.difference - plain.difference).max() < 0.03
+    assert (actual.band / plain.band).max() < 1.2
 
 
 def test_curves_without_noise_are_apart_by_any_distance() -> None:

@@ -33,7 +33,7 @@ def test_pairs_become_a_table_and_each_run_is_trained_once(
 
     monkeypatch.setattr(numerics, "launch", launch)
     monkeypatch.setattr(
-        numerics, "plot", lambda found, path: path.write_text(json.dumps(found.report()))
+        numerics, "plot", lambda actual, path: path.write_text(json.dumps(actual.report()))
     )
     argv = ["--steps=2", f"--folder={tmp_path}", "--only", "dp2", "hsdp 2x2", "bfloat16"]
     assert numerics.main(argv) == 1

@@ -99,9 +99,9 @@ def test_every_panel_shows_every_run() -> None:
 
 def test_what_was_not_logged_is_named_and_takes_no_room() -> None:
     write_run(Path("a"), [8.0, 7.5])
-    found = page("a")
-    assert "Nothing was logged of: Validation loss, Checkpoint stalls" in found.notes
-    assert not {"Validation loss", "Checkpoint stalls"} & found.figures.keys()
+    actual = page("a")
+    assert "Nothing was logged of: Validation loss, Checkpoint stalls" in actual.notes
+    assert not {"Validation loss", "Checkpoint stalls"} & actual.figures.keys()
 
 
 def test_a_noisy_curve_has_a_running_mean_and_a_schedule_has_none() -> None:
@@ -127,10 +127,10 @@ def test_speeds_leave_out_the_warm_up_and_other_curves_do_not() -> None:
     lines = Path("a/metrics.jsonl").read_text().splitlines()
     lines[0] = json.dumps(json.loads(lines[0]) | {"warmup": True})
     Path("a/metrics.jsonl").write_text("\n".join(lines))
-    found = page("a")
-    assert found.figures["WPS"]["data-lines"] == [[[2, 3], [1002, 1003]]]
-    assert found.figures["Loss"]["data-lines"][0][0] == [1, 2, 3]
-    assert found.overview("a")["WPS, mean"] == "1,002"
+    actual = page("a")
+    assert actual.figures["WPS"]["data-lines"] == [[[2, 3], [1002, 1003]]]
+    assert actual.figures["Loss"]["data-lines"][0][0] == [1, 2, 3]
+    assert actual.overview("a")["WPS, mean"] == "1,002"
 
 
 def test_tables_say_settings_that_differ_what_was_applied_and_where_it_ran() -> None:
@@ -143,8 +143,8 @@ def test_tables_say_settings_that_differ_what_was_applied_and_where_it_ran() -> 
         resumed_from_step=1,
     )
     write_run(Path("b"), [8.0, 7.5], None, "--optimizer.lr=1e-4", device="NVIDIA H200")
-    found = page("a", "b")
-    rows = found.rows
+    actual = page("a", "b")
+    rows = actual.rows
     assert rows["optimizer.lr"] == ["0.001", "0.0001"]
     assert "training.param_dtype" not in rows, "it is the same"
     assert "job.dump_folder" not in rows, "it always differs"
@@ -155,8 +155,8 @@ def test_tables_say_settings_that_differ_what_was_applied_and_where_it_ran() -> 
     assert rows["device"] == ["AMD EPYC", "NVIDIA H200"]
     assert rows["commit"] == ["0123456789ab", "0123456789ab"]
     assert rows["resumed from step"] == ["1", "0"]
-    assert found.overview("b")["last loss"] == "7.5000"
-    assert found.overview("b")["steps"] == "2 of 10,000"
+    assert actual.overview("b")["last loss"] == "7.5000"
+    assert actual.overview("b")["steps"] == "2 of 10,000"
     # One run is held against the defaults.
     assert page("a").rows["training.param_dtype"] == ['"float32"']
 
@@ -168,15 +168,15 @@ def test_a_resumed_run_shows_the_settings_of_each_part_and_marks_where_it_was_re
     parts[2] |= {"mesh": parts[2]["mesh"] | {"dp_shard": 4}, "git_commit": "fedcba9876543210"}
     write_run(Path("a"), [8.0, 7.5, 7.0, 6.5], None, "--optimizer.lr=0.3", segments=parts)
     write_run(Path("b"), [8.0, 7.5, 7.0, 6.5], None, "--optimizer.lr=0.1")
-    found = page("a", "b")
-    assert found.rows["optimizer.lr"] == ["0.1, from step 3 on 0.2", "0.1"]
-    assert found.rows["mesh"] == ["one process, from step 4 on dp_shard 4", "one process"]
-    assert found.rows["commit"][0] == "0123456789ab, from step 4 on fedcba987654"
-    assert found.rows["resumed from step"] == ["2, 3", "0"]
-    assert found.overview("a")["devices"] == "1 x AMD EPYC, from step 4 on 4 x AMD EPYC"
-    assert found.overview("a")["steps"] == "4 of 10,000, resumed at 2, 3"
-    assert all(figure["data-resumes"] == [[2, 3], []] for figure in found.figures.values())
-    assert "An upright dotted line marks a resume." in "".join(found.notes)
+    actual = page("a", "b")
+    assert actual.rows["optimizer.lr"] == ["0.1, from step 3 on 0.2", "0.1"]
+    assert actual.rows["mesh"] == ["one process, from step 4 on dp_shard 4", "one process"]
+    assert actual.rows["commit"][0] == "0123456789ab, from step 4 on fedcba987654"
+    assert actual.rows["resumed from step"] == ["2, 3", "0"]
+    assert actual.overview("a")["devices"] == "1 x AMD EPYC, from step 4 on 4 x AMD EPYC"
+    assert actual.overview("a")["steps"] == "4 of 10,000, resumed at 2, 3"
+    assert all(figure["data-resumes"] == [[2, 3], []] for figure in actual.figures.values())
+    assert "An upright dotted line marks a resume." in "".join(actual.notes)
 
 
 def test_many_resumes_are_counted() -> None:
@@ -187,8 +187,8 @@ def test_many_resumes_are_counted() -> None:
 
 def test_the_page_needs_no_other_file_and_no_network() -> None:
     write_run(Path("a"), [8.0, 7.5])
-    found, text = page("a"), Path("page.html").read_text()
-    assert found.external == []
+    actual, text = page("a"), Path("page.html").read_text()
+    assert actual.external == []
     assert not re.search(r"https?:|url\(|@import|<link|fetch\(|import ", text)
     assert "prefers-color-scheme: dark" in text
 
@@ -196,20 +196,20 @@ def test_the_page_needs_no_other_file_and_no_network() -> None:
 def test_what_runs_contain_cannot_become_markup() -> None:
     evil = '</script><img src=x onerror="alert(1)">\'&'
     write_run(Path("a"), [8.0, 7.5], None, f"--job.description={json.dumps(evil)}", device=evil)
-    found, text = page("a"), Path("page.html").read_text()
+    actual, text = page("a"), Path("page.html").read_text()
     assert "<img" not in text
-    assert f"a{evil}" in found.rows, "the description stands below the name"
-    assert found.rows["device"] == [evil]
+    assert f"a{evil}" in actual.rows, "the description stands below the name"
+    assert actual.rows["device"] == [evil]
     assert text.count("</script>") == 1
 
 
 def test_values_that_are_not_finite_are_told() -> None:
     write_run(Path("a"), [8.0, "nan", 7.5, "inf"])
     write_run(Path("b"), [8.0, "nan"])
-    found = page("a", "b")
-    assert "a: NaN or Inf at 2 steps, first at 2" in found.notes
-    assert "b: NaN or Inf at 1 step, first at 2" in found.notes
-    assert found.figures["Loss"]["data-lines"] == [[[1, 3], [8.0, 7.5]], [[1], [8.0]]]
+    actual = page("a", "b")
+    assert "a: NaN or Inf at 2 steps, first at 2" in actual.notes
+    assert "b: NaN or Inf at 1 step, first at 2" in actual.notes
+    assert actual.figures["Loss"]["data-lines"] == [[[1, 3], [8.0, 7.5]], [[1], [8.0]]]
 
 
 def test_ten_thousand_steps_keep_their_extremes_and_stay_small() -> None:

@@ -158,9 +158,9 @@ def open_page(page: Path, probe: str, size: tuple[int, int], dark: bool = False)
         check=True,
         env=os.environ | {"HOME": str(page.parent)},
     )
-    found = re.search(r'data-seen="([^"]*)"', result.stdout)
-    assert found, "the scripts did not run to their end"
-    value, errors, requests = json.loads(html.unescape(found[1]))
+    actual = re.search(r'data-seen="([^"]*)"', result.stdout)
+    assert actual, "the scripts did not run to their end"
+    value, errors, requests = json.loads(html.unescape(actual[1]))
     assert errors == []
     assert requests == []
     return value, 255 * image.imread(picture)[: size[1], : size[0], :3]

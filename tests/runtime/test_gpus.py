@@ -102,7 +102,7 @@ def test_without_nvidia_smi_the_driver_or_another_vendor_is_a_reason_to_ask_torc
     assert count_gpus() == 0
     (tmp_path / "kfd").touch()
     assert count_gpus() == 2
-    # Integrated graphics have the file, and are no reason to complain.
+    # Integrated graphics have the file, and cause no warning.
     machine.setattr(torch.cuda, "is_available", lambda: False)
     assert count_gpus() == 0
 

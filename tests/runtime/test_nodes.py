@@ -1,4 +1,4 @@
-"""Launchers that meet at an endpoint, each in a thread of its own."""
+"""Launchers that meet at an endpoint, each in a separate thread."""
 
 import contextlib
 import socket
@@ -196,17 +196,17 @@ def test_what_is_awaited_is_said_and_not_awaited_for_ever(
     monkeypatch: pytest.MonkeyPatch, port: int
 ) -> None:
     monkeypatch.setattr(nodes, "WAIT_SECONDS", 0.5)
-    said: list[str] = []
-    first = join(JOB, "localhost", port, said.append)
+    messages: list[str] = []
+    first = join(JOB, "localhost", port, messages.append)
     with pytest.raises(NodesError, match=f"waiting for 1 of 2 nodes at localhost:{port}$") as error:
         first.start(0)
-    assert said == [f"Waiting for 1 of 2 nodes at localhost:{port}"]
+    assert messages == [f"Waiting for 1 of 2 nodes at localhost:{port}"]
     assert error.value.code == 1
     monkeypatch.setattr(nodes, "_is_of_this_machine", lambda _: False)
     monkeypatch.setattr(socket, "create_connection", refuse)
     with pytest.raises(NodesError, match="gave up waiting for the first node at node0:5: refused"):
-        join(JOB, "node0", 5, said.append)
-    assert said[1:] == ["Waiting for the first node at node0:5: refused"]
+        join(JOB, "node0", 5, messages.append)
+    assert messages[1:] == ["Waiting for the first node at node0:5: refused"]
 
 
 def refuse(*_: object, **__: object) -> None:

@@ -1,4 +1,4 @@
-"""Out of memory: told with numbers and ways out, never swallowed."""
+"""Out of memory: reported with numbers and remedies, and raised."""
 
 import logging
 import re
@@ -16,7 +16,7 @@ from titan_lite.models.plan import make_plan
 
 
 def _out_of_memory(folder: Path, *overrides: str) -> str:
-    """What is logged when a step has no memory left; the error must come through."""
+    """Returns the log of a step that runs out of memory; the error must be raised."""
     trainer = build_trainer(folder, *overrides)
     records: list[str] = []
     handler = logging.Handler()

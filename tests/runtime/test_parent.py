@@ -61,7 +61,7 @@ def wait_for_end(pid: int) -> None:
 
 def is_alive(pid: int) -> bool:
     try:
-        # A process that nobody has asked about yet is a zombie, which does nothing.
+        # A process that nobody has waited for yet is a zombie, which does nothing.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False

@@ -61,7 +61,7 @@ def _wait_in_vain() -> str:
 
 @pytest.mark.distributed
 def test_the_timeout_that_was_set_ends_a_collective_that_waits_in_vain(tmp_path: Path) -> None:
-    # Workers of its own: a timeout leaves the group unusable.
+    # Separate workers: a timeout leaves the group unusable.
     lonely = Workers(2, tmp_path)
     try:
         answers = lonely.run(_wait_in_vain)

@@ -1,4 +1,4 @@
-"""Who was where when a rank hangs, and where NCCL writes what it knows."""
+"""Reports of each rank's position when one hangs, and the path of NCCL's dump."""
 
 import itertools
 import mmap

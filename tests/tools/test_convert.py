@@ -66,34 +66,34 @@ def test_there_and_back_every_bit_is_the_same(
     tied_head: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = replace(ARGS, tied_head=tied_head)
-    theirs = save_theirs(tmp_path / "theirs", args)
-    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
-    assert cli.main(["convert", "hf-to-dcp", f"{tmp_path}/theirs", f"{tmp_path}/dcp"]) == 0
+    reference = save_theirs(tmp_path / "huggingface", args)
+    assert len(list((tmp_path / "huggingface").glob("*.safetensors"))) > 1
+    assert cli.main(["convert", "hf-to-dcp", f"{tmp_path}/huggingface", f"{tmp_path}/dcp"]) == 0
     printed = capsys.readouterr().out
-    count = sum(parameter.numel() for parameter in theirs.parameters())
+    count = sum(parameter.numel() for parameter in reference.parameters())
     assert f"LlamaForCausalLM, {count:,} parameters in bfloat16" in printed
     # What it prints is a configuration that runs this model.
     (tmp_path / "run.toml").write_text(printed[printed.index("[model]") :])
     assert resolve(load_config(tmp_path / "run.toml").config.model) == (LLAMA, args)
 
-    back = ["convert", "dcp-to-hf", f"{tmp_path}/dcp", f"{tmp_path}/ours"]
+    back = ["convert", "dcp-to-hf", f"{tmp_path}/dcp", f"{tmp_path}/own"]
     assert cli.main([*back, "--max-shard-size=100KB"]) == 0
     assert "Without tokenizer files" in capsys.readouterr().out
-    ours, expected = tensors(tmp_path / "ours"), tensors(tmp_path / "theirs")
-    assert ours.keys() == expected.keys()
+    local, expected = tensors(tmp_path / "own"), tensors(tmp_path / "huggingface")
+    assert local.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert ours[name].dtype == torch.bfloat16
-        assert torch.equal(ours[name], tensor), name
-    index = json.loads((tmp_path / "ours" / "model.safetensors.index.json").read_text())
+        assert local[name].dtype == torch.bfloat16
+        assert torch.equal(local[name], tensor), name
+    index = json.loads((tmp_path / "own" / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": 2 * count}
     assert index["weight_map"].keys() == expected.keys()
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "own")
     assert again.dtype == torch.bfloat16
     assert again.config.tie_word_embeddings is tied_head
 
 
 def save_tokenizer(folder: Path) -> None:
-    """The bundled tokenizer beside a model, as a tokenizer.json and what transformers adds."""
+    """The bundled tokenizer next to a model, as a tokenizer.json and what transformers adds."""
     assert LLAMA.hf_config is not None
     documents = hf_documents(ARGS, LLAMA.hf_config, load_tokenizer(), dtype="float32")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -104,10 +104,10 @@ def save_tokenizer(folder: Path) -> None:
 def test_a_converted_checkpoint_keeps_the_tokenizer_and_the_recipe_names_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_theirs(tmp_path / "theirs")
-    save_tokenizer(tmp_path / "theirs")
+    save_theirs(tmp_path / "huggingface")
+    save_tokenizer(tmp_path / "huggingface")
     target = tmp_path / "dcp"
-    assert cli.main(["convert", "hf-to-dcp", f"{tmp_path}/theirs", str(target)]) == 0
+    assert cli.main(["convert", "hf-to-dcp", f"{tmp_path}/huggingface", str(target)]) == 0
     printed = capsys.readouterr().out
     assert f'[data]\ntokenizer_path = "{target}/tokenizer"\n' in printed
     # The recipe runs, and with another tokenizer it does not.
@@ -127,13 +127,13 @@ def test_a_converted_checkpoint_keeps_the_tokenizer_and_the_recipe_names_it(
 
     # A checkpoint is moved with its tokenizer.
     target = target.rename(tmp_path / "moved")
-    assert cli.main(["convert", "dcp-to-hf", str(target), f"{tmp_path}/ours"]) == 0
+    assert cli.main(["convert", "dcp-to-hf", str(target), f"{tmp_path}/own"]) == 0
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        ours, theirs = (tmp_path / folder / name for folder in ("ours", "theirs"))
-        assert ours.read_bytes() == theirs.read_bytes()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+        local, reference = (tmp_path / folder / name for folder in ("own", "huggingface"))
+        assert local.read_bytes() == reference.read_bytes()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "own")
     assert tokenizer("whale").input_ids == load_tokenizer().encode("whale", bos=True, eos=False)
-    assert json.loads((tmp_path / "ours" / "config.json").read_text())["bos_token_id"] == 1792
+    assert json.loads((tmp_path / "own" / "config.json").read_text())["bos_token_id"] == 1792
     capsys.readouterr()
     back = ["convert", "dcp-to-hf", str(target)]
     other = [*back, f"{tmp_path}/other", f"--tokenizer={tmp_path}"]
@@ -167,8 +167,8 @@ def test_a_converted_checkpoint_keeps_the_tokenizer_and_the_recipe_names_it(
 def test_a_model_without_a_tokenizer_that_can_be_read_is_said_so(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "theirs"
-    shutil.copytree(saved / "theirs", folder)
+    folder = tmp_path / "huggingface"
+    shutil.copytree(saved / "huggingface", folder)
     (folder / "merges.txt").write_text("a b")
     assert cli.main(["convert", "hf-to-dcp", str(folder), f"{tmp_path}/dcp"]) == 0
     printed = capsys.readouterr().out
@@ -182,8 +182,8 @@ def test_a_model_without_a_tokenizer_that_can_be_read_is_said_so(
     assert cli.main(["convert", "hf-to-dcp", str(folder), f"{tmp_path}/unread"]) == 0
     assert "titan-lite convert: warning: data.tokenizer_path: " in capsys.readouterr().err
     assert read_manifest(tmp_path / "unread").tokenizer == ""
-    assert cli.main(["convert", "dcp-to-hf", f"{tmp_path}/unread", f"{tmp_path}/ours"]) == 0
-    assert (tmp_path / "ours" / "tokenizer.json").read_text() == "{}"
+    assert cli.main(["convert", "dcp-to-hf", f"{tmp_path}/unread", f"{tmp_path}/own"]) == 0
+    assert (tmp_path / "own" / "tokenizer.json").read_text() == "{}"
 
 
 NAMES = (
@@ -210,69 +210,69 @@ def test_every_family_goes_there_and_back(
     architecture: Any = getattr(transformers, family.hf_config.architecture)
     described = hf_config_from_args(args, family.hf_config, dtype="float32")
     torch.manual_seed(0)
-    architecture(architecture.config_class(**described)).save_pretrained(tmp_path / "theirs")
-    assert cli.main(["convert", "hf-to-dcp", f"{tmp_path}/theirs", f"{tmp_path}/dcp"]) == 0
+    architecture(architecture.config_class(**described)).save_pretrained(tmp_path / "huggingface")
+    assert cli.main(["convert", "hf-to-dcp", f"{tmp_path}/huggingface", f"{tmp_path}/dcp"]) == 0
     printed = capsys.readouterr().out
     (tmp_path / "run.toml").write_text(printed[printed.index("[model]") :])
     assert resolve(load_config(tmp_path / "run.toml").config.model) == (family, args)
-    assert cli.main(["convert", "dcp-to-hf", f"{tmp_path}/dcp", f"{tmp_path}/ours"]) == 0
-    ours, expected = tensors(tmp_path / "ours"), tensors(tmp_path / "theirs")
-    assert ours.keys() == expected.keys()
-    assert all(torch.equal(ours[key], tensor) for key, tensor in expected.items())
+    assert cli.main(["convert", "dcp-to-hf", f"{tmp_path}/dcp", f"{tmp_path}/own"]) == 0
+    local, expected = tensors(tmp_path / "own"), tensors(tmp_path / "huggingface")
+    assert local.keys() == expected.keys()
+    assert all(torch.equal(local[key], tensor) for key, tensor in expected.items())
     is_causal = family.objective == "causal_lm"
     auto = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModelForPreTraining
-    again = auto.from_pretrained(tmp_path / "ours")
+    again = auto.from_pretrained(tmp_path / "own")
     assert type(again) is architecture
 
 
 def test_files_as_google_wrote_them_are_read(tmp_path: Path) -> None:
     given = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 8}
     config = transformers.BertConfig(**given, intermediate_size=48, vocab_size=160)
-    theirs = transformers.BertForPreTraining(config)
-    theirs.save_pretrained(tmp_path / "theirs")
+    reference = transformers.BertForPreTraining(config)
+    reference.save_pretrained(tmp_path / "huggingface")
     # Of no class that has both heads, names of TensorFlow, a second bias, a buffer.
-    described = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    described = json.loads((tmp_path / "huggingface" / "config.json").read_text())
     described["architectures"] = ["BertForMaskedLM"]
-    (tmp_path / "theirs" / "config.json").write_text(json.dumps(described))
+    (tmp_path / "huggingface" / "config.json").write_text(json.dumps(described))
     stored = {
         name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
             "LayerNorm.bias", "LayerNorm.beta"
         ): tensor
-        for name, tensor in tensors(tmp_path / "theirs").items()
+        for name, tensor in tensors(tmp_path / "huggingface").items()
     }
     assert any(name.endswith("gamma") for name in stored)
     stored["cls.predictions.decoder.bias"] = stored["cls.predictions.bias"].clone()
     stored["bert.embeddings.position_ids"] = torch.arange(512)
-    save_file(stored, tmp_path / "theirs" / "model.safetensors")
-    assert cli.main(["convert", "hf-to-dcp", f"{tmp_path}/theirs", f"{tmp_path}/dcp"]) == 0
-    assert cli.main(["convert", "dcp-to-hf", f"{tmp_path}/dcp", f"{tmp_path}/ours"]) == 0
-    ours = tensors(tmp_path / "ours")
-    expected = {n: p for n, p in theirs.named_parameters() if n in ours}
-    assert len(ours) == len(stored) - 2
-    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
-    assert expected.keys() == ours.keys()
+    save_file(stored, tmp_path / "huggingface" / "model.safetensors")
+    assert cli.main(["convert", "hf-to-dcp", f"{tmp_path}/huggingface", f"{tmp_path}/dcp"]) == 0
+    assert cli.main(["convert", "dcp-to-hf", f"{tmp_path}/dcp", f"{tmp_path}/own"]) == 0
+    local = tensors(tmp_path / "own")
+    expected = {n: p for n, p in reference.named_parameters() if n in local}
+    assert len(local) == len(stored) - 2
+    assert all(torch.equal(local[name], tensor) for name, tensor in expected.items())
+    assert expected.keys() == local.keys()
 
 
 def test_another_dtype_and_a_tokenizer_can_be_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_theirs(tmp_path / "theirs")
-    cli.main(["convert", "hf-to-dcp", f"{tmp_path}/theirs", f"{tmp_path}/dcp"])
-    back = ["convert", "dcp-to-hf", f"{tmp_path}/dcp", f"{tmp_path}/ours"]
+    save_theirs(tmp_path / "huggingface")
+    cli.main(["convert", "hf-to-dcp", f"{tmp_path}/huggingface", f"{tmp_path}/dcp"])
+    back = ["convert", "dcp-to-hf", f"{tmp_path}/dcp", f"{tmp_path}/own"]
     assert cli.main([*back, "--dtype=float32", "--tokenizer="]) == 0
     assert (
         "exported tokenizer gives the ids of the bundled tokenizer for " in capsys.readouterr().out
     )
-    assert [path.name for path in tmp_path.glob("ours/*.safetensors")] == ["model.safetensors"]
-    # Whoever may read the one may read the other.
-    modes = {path.stat().st_mode for path in (tmp_path / "ours").iterdir()}
+    assert [path.name for path in tmp_path.glob("own/*.safetensors")] == ["model.safetensors"]
+    # The permissions of the one are those of the other.
+    modes = {path.stat().st_mode for path in (tmp_path / "own").iterdir()}
     assert len(modes) == 1
-    expected = tensors(tmp_path / "theirs")
-    for name, tensor in tensors(tmp_path / "ours").items():
+    expected = tensors(tmp_path / "huggingface")
+    for name, tensor in tensors(tmp_path / "own").items():
         assert torch.equal(tensor, expected[name].float())
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "own")
     assert model.dtype == torch.float32
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "own")
     assert model.config.bos_token_id == tokenizer.bos_token_id == 1792
 
 
@@ -296,12 +296,12 @@ class LivePeak(TorchDispatchMode):
 
 
 def test_a_conversion_holds_one_tensor_or_one_file_at_a_time(tmp_path: Path) -> None:
-    save_theirs(tmp_path / "theirs", replace(ARGS, num_layers=16))
-    sizes = [tensor.nbytes for tensor in tensors(tmp_path / "theirs").values()]
+    save_theirs(tmp_path / "huggingface", replace(ARGS, num_layers=16))
+    sizes = [tensor.nbytes for tensor in tensors(tmp_path / "huggingface").values()]
     with LivePeak() as to_dcp:
-        cli.main(["convert", "hf-to-dcp", f"{tmp_path}/theirs", f"{tmp_path}/dcp"])
+        cli.main(["convert", "hf-to-dcp", f"{tmp_path}/huggingface", f"{tmp_path}/dcp"])
     assert max(sizes) <= to_dcp.peak < 3 * max(sizes)
-    back = ["convert", "dcp-to-hf", f"{tmp_path}/dcp", f"{tmp_path}/ours", "--max-shard-size=50KB"]
+    back = ["convert", "dcp-to-hf", f"{tmp_path}/dcp", f"{tmp_path}/own", "--max-shard-size=50KB"]
     with LivePeak() as to_hf:
         cli.main(back)
     assert max(sizes) <= to_hf.peak < 3 * max(sizes)
@@ -342,10 +342,10 @@ def cut_short(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model as transformers writes it, "theirs", and its checkpoint, "dcp"."""
+    """A folder with a model as transformers writes it, "huggingface", and its checkpoint, "dcp"."""
     folder = tmp_path_factory.mktemp("saved")
-    save_theirs(folder / "theirs")
-    assert cli.main(["convert", "hf-to-dcp", f"{folder}/theirs", f"{folder}/dcp"]) == 0
+    save_theirs(folder / "huggingface")
+    assert cli.main(["convert", "hf-to-dcp", f"{folder}/huggingface", f"{folder}/dcp"]) == 0
     return folder
 
 
@@ -357,7 +357,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (lambda f: (f / "config.json").unlink(), "has no config.json: not the folder of a Hugging"),
         (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON: Expecting"),
         (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object, found list"),
-        (shutil.rmtree, "theirs does not exist"),
+        (shutil.rmtree, "huggingface does not exist"),
         (cut_short, ".safetensors is damaged, or not a safetensors file: "),
         (lambda f: edit_index(f, "gone.safetensors"), "names gone.safetensors, which is not the"),
         (
@@ -376,19 +376,19 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (
             lambda f: edit_tensors(f, lm_head__weight=None, model__norm__weight=None),
-            "theirs lacks model.norm.weight, lm_head.weight",
+            "huggingface lacks model.norm.weight, lm_head.weight",
         ),
         (
             lambda f: edit_tensors(f, **{f"extra{n}": torch.ones(2) for n in range(6)}),
-            "theirs holds what this model has not: extra0, extra1, extra2, extra3 and 2 more",
+            "huggingface holds what this model has not: extra0, extra1, extra2, extra3 and 2 more",
         ),
         (
             lambda f: edit_tensors(f, model__norm__weight=torch.ones(33)),
-            "theirs has other shapes: model.norm.weight (33,), not (32,)",
+            "huggingface has other shapes: model.norm.weight (33,), not (32,)",
         ),
         (
             lambda f: edit_tensors(f, model__norm__weight=torch.ones(32, dtype=torch.int8)),
-            "theirs has numbers other than float32, bfloat16, float16: model.norm.weight I8",
+            "huggingface has numbers other than float32, bfloat16, float16: model.norm.weight I8",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -396,8 +396,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_folder_that_is_no_model_of_ours_is_refused_in_one_sentence(
     spoil: Any, message: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "theirs"
-    shutil.copytree(saved / "theirs", folder)
+    folder = tmp_path / "huggingface"
+    shutil.copytree(saved / "huggingface", folder)
     spoil(folder)
     assert cli.main(["convert", "hf-to-dcp", str(folder), f"{tmp_path}/dcp"]) == 2
     printed = capsys.readouterr().err
@@ -413,10 +413,10 @@ def rope_of(folder: Path) -> dict[str, Any]:
 
 
 def test_what_files_may_hold_beside_the_weights_is_passed_over(saved: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "theirs"
-    shutil.copytree(saved / "theirs", folder)
+    folder = tmp_path / "huggingface"
+    shutil.copytree(saved / "huggingface", folder)
     inv_freq = {f"model__layers__{n}__self_attn__rotary_emb__inv_freq": torch.ones(4) for n in "01"}
-    # A tied model's head is its embedding, whatever the file says.
+    # A tied model's head is its embedding, whatever is in the file.
     edit_config(folder, tie_word_embeddings=True)
     edit_tensors(folder, **inv_freq)
     assert cli.main(["convert", "hf-to-dcp", str(folder), f"{tmp_path}/dcp"]) == 0
@@ -429,14 +429,14 @@ def edit_model(folder: Path, **changes: Any) -> None:
 
 
 def made_with_plugins(folder: Path) -> None:
-    """As if a plugin had registered the family."""
+    """Registers a family as a plugin would."""
     manifest = read_manifest(folder)
     config = {"job": {"plugins": ["mine"]}, "model": {"name": "my_family"}}
     write_manifest(folder, replace(manifest, config=config))
 
 
 def edit_facts(folder: Path) -> None:
-    """As if the flavor had become another one since."""
+    """Changes the flavor, as a newer version might."""
     manifest = read_manifest(folder)
     write_manifest(folder, replace(manifest, model=manifest.model | {"norm_eps": 0.5}))
 
@@ -483,9 +483,9 @@ def test_a_checkpoint_that_cannot_be_converted_is_refused(
     folder = tmp_path / "dcp"
     shutil.copytree(saved / "dcp", folder)
     spoil(folder)
-    assert cli.main(["convert", "dcp-to-hf", str(folder), f"{tmp_path}/ours", *options]) == 2
+    assert cli.main(["convert", "dcp-to-hf", str(folder), f"{tmp_path}/own", *options]) == 2
     assert message in capsys.readouterr().err
-    assert not list(tmp_path.glob("ours*"))
+    assert not list(tmp_path.glob("own*"))
 
 
 def test_a_family_without_a_form_in_transformers_is_refused(
@@ -495,7 +495,7 @@ def test_a_family_without_a_form_in_transformers_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(registry._FAMILIES, "_rows", {"llama": replace(LLAMA, hf_config=None)})
-    assert cli.main(["convert", "dcp-to-hf", f"{saved}/dcp", f"{tmp_path}/ours"]) == 2
+    assert cli.main(["convert", "dcp-to-hf", f"{saved}/dcp", f"{tmp_path}/own"]) == 2
     assert "model family llama has no form in transformers" in capsys.readouterr().err
 
 
@@ -512,7 +512,7 @@ def test_a_form_that_the_class_has_not_is_refused(
     manifest = read_manifest(folder)
     # As a checkpoint of such a model, not of the flavor before it changed.
     write_manifest(folder, replace(manifest, model=manifest.model | {"parallel_residual": True}))
-    assert cli.main(["convert", "dcp-to-hf", str(folder), f"{tmp_path}/ours"]) == 2
+    assert cli.main(["convert", "dcp-to-hf", str(folder), f"{tmp_path}/own"]) == 2
     message = "LlamaForCausalLM cannot have parallel_residual True, not False"
     assert message in capsys.readouterr().err
 
@@ -536,14 +536,14 @@ def test_a_form_that_the_class_has_not_is_refused(
             "dcp-to-hf run/checkpoint/step-12 hf",
         ),
         (
-            "hf-to-dcp dcp theirs/",
-            "dcp does not exist, and theirs does: the source comes first",
-            "hf-to-dcp theirs/ dcp",
+            "hf-to-dcp dcp huggingface/",
+            "dcp does not exist, and huggingface does: the source comes first",
+            "hf-to-dcp huggingface/ dcp",
         ),
         (
-            "dcp-to-hf theirs dcp",
-            "theirs is a model of Hugging Face already",
-            "hf-to-dcp theirs dcp",
+            "dcp-to-hf huggingface dcp",
+            "huggingface is a model of Hugging Face already",
+            "hf-to-dcp huggingface dcp",
         ),
         (
             "hf-to-dcp run hf",
@@ -565,8 +565,8 @@ def test_the_command_that_was_meant_is_printed(
         folder = Path(f"run/checkpoint/step-{step}")
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text("{}")
-    Path("theirs").mkdir()
-    Path("theirs/config.json").write_text("{}")
+    Path("huggingface").mkdir()
+    Path("huggingface/config.json").write_text("{}")
     assert cli.main(["convert", *given.split()]) == 2
     message = capsys.readouterr().err
     assert problem in message
@@ -574,7 +574,7 @@ def test_the_command_that_was_meant_is_printed(
 
 
 def test_nothing_is_written_over(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["convert", "hf-to-dcp", f"{saved}/theirs", f"{saved}/dcp"]) == 2
+    assert cli.main(["convert", "hf-to-dcp", f"{saved}/huggingface", f"{saved}/dcp"]) == 2
     assert "dcp exists already; name a folder that does not" in capsys.readouterr().err
 
 
