@@ -95,6 +95,16 @@ class Attention(nn.Module):
         """rope: of (queries, keys, positions), see nn/rope.py."""
         super().__init__()
         self.head_size = args.head_size
+        self.make_projections(args)
+        self.rope = rope
+        self.inner_attention: nn.Module = (
+            DropoutAttention(args.attention_dropout, site=1, causal=args.causal)
+            if args.attention_dropout
+            else ScaledDotProductAttention(causal=args.causal)
+        )
+
+    def make_projections(self, args: DecoderArgs) -> None:
+        """Makes the modules that have parameters."""
         self.wq = nn.Linear(args.dim, args.attention_dim, bias=args.qkv_bias)
         self.wk = nn.Linear(args.dim, args.kv_dim, bias=args.qkv_bias)
         self.wv = nn.Linear(args.dim, args.kv_dim, bias=args.qkv_bias)
@@ -102,12 +112,6 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (
             RMSNorm(args.head_size, eps=args.norm_eps) if args.qk_norm else nn.Identity()
             for _ in range(2)
-        )
-        self.rope = rope
-        self.inner_attention: nn.Module = (
-            DropoutAttention(args.attention_dropout, site=1, causal=args.causal)
-            if args.attention_dropout
-            else ScaledDotProductAttention(causal=args.causal)
         )
 
     def forward(
@@ -123,12 +127,19 @@ class Attention(nn.Module):
         k_BSKH = self.k_norm(self.wk(x_BSD).view(heads))
         q_BSNH, k_BSKH = self.rope(q_BSNH, k_BSKH, positions_S)
         v_BSKH = self.wv(x_BSD).view(heads)
-        out_BNSH = self.inner_attention(
-            q_BSNH.transpose(1, 2),
-            k_BSKH.transpose(1, 2),
-            v_BSKH.transpose(1, 2),
-            mask,
-            dropout_keys_BS,
-        )
-        out_BSD: Tensor = self.wo(out_BNSH.transpose(1, 2).flatten(2))
+        out_BSNH = self.attend(q_BSNH, k_BSKH, v_BSKH, mask, dropout_keys_BS)
+        out_BSD: Tensor = self.wo(out_BSNH.flatten(2))
         return out_BSD
+
+    def attend(
+        self,
+        q_BSNH: Tensor,
+        k_BSKH: Tensor,
+        v_BSKH: Tensor,
+        mask: DocumentMask | None,
+        dropout_keys_BS: Tensor | None,
+    ) -> Tensor:
+        """Returns the inner attention's output, (B, S, N, H)."""
+        q_BNSH, k_BKSH, v_BKSH = (t.transpose(1, 2) for t in (q_BSNH, k_BSKH, v_BSKH))
+        out_BNSH: Tensor = self.inner_attention(q_BNSH, k_BKSH, v_BKSH, mask, dropout_keys_BS)
+        return out_BNSH.transpose(1, 2)

@@ -1,5 +1,6 @@
 """Parameters of a model and FLOPs per token, by the formulas of the field."""
 
+import math
 from dataclasses import dataclass
 
 from titan_lite.models.args import DecoderArgs, EncoderArgs, MoEArgs
@@ -90,9 +91,8 @@ def num_experts(args: DecoderArgs) -> int:
 
 def num_block_params(args: DecoderArgs) -> int:
     """Parameters of all transformer blocks: attention, feed-forward and norms."""
-    attention = _linear(args.dim, args.attention_dim, args.qkv_bias)
-    attention += 2 * _linear(args.dim, args.kv_dim, args.qkv_bias)
-    attention += _linear(args.attention_dim, args.dim, args.out_bias)
+    attention = sum(math.prod(sides) for sides in attention_matrices(args))
+    attention += (args.attention_dim + 2 * args.kv_dim) * args.qkv_bias + args.dim * args.out_bias
     if args.qk_norm:
         attention += 2 * args.head_size
     inner = 2 if args.ffn == "swiglu" else 1
@@ -103,12 +103,18 @@ def num_block_params(args: DecoderArgs) -> int:
     return args.num_layers * (attention + feed_forward + 2 * _norm(args, args.dim))
 
 
+def attention_matrices(args: DecoderArgs, tp: int = 1) -> list[tuple[int, int]]:
+    """Features in and out of each projection of attention, of one of `tp` ranks, in order."""
+    q, kv = args.attention_dim // tp, args.kv_dim // tp
+    return [(args.dim, q), (args.dim, kv), (args.dim, kv), (q, args.dim)]
+
+
 def block_matrices(args: DecoderArgs) -> list[tuple[int, int]]:
     """The smaller and the larger side of each matrix of a block."""
     inner = 2 if args.ffn == "swiglu" else 1
     experts = args.num_experts if isinstance(args, MoEArgs) else 1
-    sides = [args.attention_dim, args.kv_dim] * 2 + [args.ffn_dim] * (inner + 1) * experts
-    return [(min(args.dim, side), max(args.dim, side)) for side in sides]
+    sides = attention_matrices(args) + [(args.dim, args.ffn_dim)] * (inner + 1) * experts
+    return [(min(pair), max(pair)) for pair in sides]
 
 
 def _linear(features_in: int, features_out: int, bias: bool) -> int:

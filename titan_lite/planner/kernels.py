@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from titan_lite.models.args import DecoderArgs, MoEArgs
 from titan_lite.planner.cluster import Cluster
-from titan_lite.planner.counts import num_experts
+from titan_lite.planner.counts import attention_matrices, num_experts
 from titan_lite.planner.job import Job
 
 # (rows, columns) of the output tile of a matmul kernel, and the share of the rate it reaches.
@@ -82,7 +82,7 @@ class Rates:
         k, args = self.k, self.args
         queries, span = job.local_tokens, job.span
         heads = args.num_heads / job.tp
-        flops = 4 * queries * span * heads * args.head_size
+        flops = 4 * queries * span * args.attention_dim / job.tp
         if job.attention == "unfused":
             products = flops / (self.matmul_rate * k["unfused_matmul"])
             scores = queries * span * heads * self.scale / self.hbm
@@ -152,8 +152,8 @@ class Rates:
     def block_matrix(self) -> float:
         """Elements of one block's matrices."""
         args = self.args
-        ffn = (3 if args.ffn == "swiglu" else 2) * args.ffn_dim
-        return args.dim * (2 * args.attention_dim + 2 * args.kv_dim + ffn)
+        ffn = (3 if args.ffn == "swiglu" else 2) * args.dim * args.ffn_dim
+        return ffn + sum(math.prod(sides) for sides in attention_matrices(args))
 
     def ring(self, size: float, ranks: int, inner: int, *, all_reduce: bool = False) -> float:
         """Seconds of a ring over `ranks`, `inner` of them in each node, for `size` bytes."""

@@ -6,7 +6,13 @@ from functools import cached_property
 from typing import NamedTuple
 
 from titan_lite.planner.cluster import Cluster
-from titan_lite.planner.counts import block_matrices, num_block_params, num_experts, num_params
+from titan_lite.planner.counts import (
+    attention_matrices,
+    block_matrices,
+    num_block_params,
+    num_experts,
+    num_params,
+)
 from titan_lite.planner.job import Job
 from titan_lite.planner.kernels import Rates, num_tensors
 
@@ -83,12 +89,13 @@ class StepModel:
             return rates.linear(M * experts, K, N, float8=float8)
 
         experts = num_experts(args)
-        q, kv = linear(args.dim, args.attention_dim / t), linear(args.dim, args.kv_dim / t)
-        o = linear(args.attention_dim / t, args.dim)
+        projections = [linear(*sides) for sides in attention_matrices(args, t)]
         up = linear(args.dim, args.ffn_dim / t, experts)
         down = linear(args.ffn_dim / t, args.dim, experts)
         forward, backward = (
-            q[way] + 2 * kv[way] + o[way] + (2 if gated else 1) * up[way] + down[way]
+            sum(projection[way] for projection in projections)
+            + (2 if gated else 1) * up[way]
+            + down[way]
             for way in (0, 1)
         )
         attention, elementwise = rates.attention(job), rates.elementwise(job)
@@ -107,7 +114,8 @@ class StepModel:
                 again = (forward - kept, attention[0], elementwise[0], again_tp + cp[0])
             case "selective_op":
                 again_tp = exposed * 2 * gather
-                again = (q[0] + kv[0] + (up[0] if gated else 0), 0.0, elementwise[0], again_tp)
+                again_matmuls = sum(forward for forward, _ in projections[::2])
+                again = (again_matmuls + (up[0] if gated else 0), 0.0, elementwise[0], again_tp)
             case "attention_core":
                 again = (0.0, attention[0], 0.0, 0.0)
             case "norms":
