@@ -372,7 +372,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (lambda f: edit_config(f, mlp_bias=True), "config.json: mlp_bias is True; Llama"),
         (
             lambda f: edit_config(f, rope_parameters={**rope_of(f), "factor": 32.0}),
-            "no flavor of model family llama has RopeScaling(factor=32.0",
+            "no flavor of model family llama has rope_scaling = RopeScaling(factor=32.0",
         ),
         (
             lambda f: edit_tensors(f, lm_head__weight=None, model__norm__weight=None),

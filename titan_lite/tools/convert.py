@@ -228,18 +228,23 @@ def model_section(family: Family, args: DecoderArgs) -> dict[str, Any]:
     stored = [*family.hf_config.keys, "rope_scaling"]
     fields = [field.name for field in dataclasses.fields(args) if field.name in stored]
     candidates: list[tuple[str, dict[str, Any]]] = []
+    missing: list[list[str]] = []
     for flavor, known in family.flavors.items():
         values = {name: getattr(args, name) for name in fields}
         if known.head_dim is not None:
             values["head_dim"] = args.head_size
         differing = {name: v for name, v in values.items() if v != getattr(known, name)}
-        if differing.keys() <= Model.model_fields.keys():
+        missing.append(
+            [f"{name} = {v}" for name, v in differing.items() if name not in Model.model_fields]
+        )
+        if not missing[-1]:
             candidates.append((flavor, differing))
     if not candidates:
+        fewest = min(missing, key=lambda settings: len(settings))
         raise ValueError(
-            f"no flavor of model family {family.name} has {args.rope_scaling}, which [model] "
-            "cannot set: register a family, as docs/adding_a_family.md shows, and name its module "
-            "with --plugin"
+            f"no flavor of model family {family.name} has {', '.join(fewest)}, which "
+            "[model] cannot set: register a family, as docs/adding_a_family.md shows, and name its "
+            "module with --plugin"
         )
     flavor, differing = min(candidates, key=lambda candidate: len(candidate[1]))
     return {"name": family.name, "flavor": flavor, **differing}
