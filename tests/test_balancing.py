@@ -1,13 +1,18 @@
 """Loads of experts over the steps of a run: skipped steps, validation, resume."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from tests.distributed import Workers
 from tests.runs import biases, build_trainer
+from titan_lite.models.args import MoEArgs
+from titan_lite.models.deepseek import DEEPSEEK_V3
+from titan_lite.nn.build import build
+from titan_lite.training.balancing import Balancer
 from titan_lite.training.trainer import Trainer
 
 MOE = (
@@ -79,3 +84,17 @@ def test_loads_and_biases_follow_applied_steps_alone_and_are_resumed(
     assert records[0]["moe/load_max_per_layer"] == pytest.approx(
         [max(counts) / (sum(counts) / len(counts)) for counts in first]
     )
+
+
+def test_dense_first_blocks_are_not_in_the_metrics_of_experts() -> None:
+    args = replace(DEEPSEEK_V3.flavors["debug"], bias_rate=0.0)
+    assert isinstance(args, MoEArgs)
+    model = build(DEEPSEEK_V3, args)
+    balancer = Balancer(model, args, cast(Any, None), 1, torch.device("cpu"))
+    loads = [[0] * 8, [1] * 8, [4, 4, 0, 0, 0, 0, 0, 0], [8, 0, 0, 0, 0, 0, 0, 0]]
+    balancer.load_state_dict(loads)
+    record = balancer.metrics()
+    assert record["moe/unused_experts_per_layer"] == [0, 6, 7]
+    assert record["moe/load_max_per_layer"] == [1, 4, 8]
+    assert record["moe/unused_experts"] == 13
+    assert record["moe/entropy"] == pytest.approx((1 + 1 / 3 + 0) / 3)

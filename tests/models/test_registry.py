@@ -68,8 +68,8 @@ def test_an_unknown_family_names_the_nearest_and_all() -> None:
         resolve(Model(name="lama"))
     assert str(error.value) == (
         'model.name: no "lama"; did you mean "llama"? '
-        "(known: bert, gpt, gpt_neox, internlm, llama, megatron_bert, mixtral, qwen, qwen2.5, "
-        "qwen3, qwen3_moe)"
+        "(known: bert, deepseek_v3, gpt, gpt_neox, internlm, llama, megatron_bert, mixtral, qwen, "
+        "qwen2.5, qwen3, qwen3_moe)"
     )
 
 

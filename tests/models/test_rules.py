@@ -147,6 +147,77 @@ def test_what_experts_cannot_do_is_refused(
     assert (found_key, actual) == (key, message)
 
 
+DEEPSEEK = "--model.name=deepseek_v3"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "key", "message"),
+    [
+        (
+            ["--model.num_layers=1"],
+            1,
+            "model.num_layers",
+            "num_layers must be more than the flavor's dense first blocks (1), got 1",
+        ),
+        (
+            ["--model.num_experts=10"],
+            1,
+            "model.num_experts",
+            "num_experts must be a multiple of the flavor's 4 groups, of at least 2 experts each, "
+            "got 10",
+        ),
+        (
+            ["--model.top_k=5"],
+            1,
+            "model.top_k",
+            "top_k must be at most the 4 experts of the 2 groups that a token may go to, got 5",
+        ),
+        (
+            ["--model.num_heads=16"],
+            1,
+            "model.num_heads",
+            "num_kv_heads must be num_heads (16) in multi-head latent attention, got 8",
+        ),
+        (
+            ["--model.head_dim=32"],
+            1,
+            "model.head_dim",
+            "head_dim does not apply to multi-head latent attention: remove the key",
+        ),
+        (
+            ["--model.positions=learned"],
+            1,
+            "model.positions",
+            "positions does not apply to multi-head latent attention: remove the key",
+        ),
+        (
+            ["--parallel.tp=2"],
+            2,
+            "parallel.tp",
+            "tp must be 1 for Mixture of Experts, got 2: set parallel.tp = 1",
+        ),
+        (
+            ["--parallel.cp=2"],
+            2,
+            "parallel.cp",
+            '"sequence" requires whole sequences, which parallel.cp (2) splits: set '
+            'model.balance_loss = "global_lagged"',
+        ),
+        (
+            ["--optimizer.name=Muon", "--optimizer.per_head=true"],
+            1,
+            "model.name",
+            'per_head has no effect: family "deepseek_v3" has no layers.*.attention.wk',
+        ),
+    ],
+)
+def test_what_latent_attention_and_groups_cannot_do_is_refused(
+    overrides: list[str], world_size: int, key: str, message: str
+) -> None:
+    [(found_key, _, actual)] = problems([DEEPSEEK, *overrides], world_size)
+    assert (found_key, actual) == (key, message)
+
+
 def test_rows_of_experts_may_be_4_numbers_of_float32() -> None:
     plan = make_plan(None, [MOE, "--model.ffn_dim=36", "--training.param_dtype=float32"], 1)
     assert plan.args.ffn_dim == 36
@@ -415,7 +486,7 @@ def test_muon_is_refused_where_it_is_not_proven_or_has_no_matrices() -> None:
         ),
         (
             "optimizer.per_head",
-            'per_head has no effect: family "mine" has no layers.*.attention.wq',
+            'per_head has no effect: family "mine" has no layers.*.attention.wk',
         ),
     ]
     group = OptimizerGroup(pattern="blocks.*", algorithm="muon")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from titan_lite.checkpoint.hf_layout import HFModel
-from titan_lite.models.args import DecoderArgs, RopeScaling
+from titan_lite.models.args import DecoderArgs, MoEArgs, RopeScaling
+from titan_lite.models.deepseek import DEEPSEEK_V3
 from titan_lite.models.family import Family
 from titan_lite.models.gpt import GPT, GPT_NEOX
 from titan_lite.models.hf_config import differences, hf_config_from_args
@@ -71,6 +72,14 @@ CASES = {
     "qwen3_moe, weights as they are": Case(QWEN3_MOE, {"route_norm": False, "top_k": 3}),
     "mixtral": Case(MIXTRAL, {"num_kv_heads": 2}),
     "qwen3_moe, one expert": Case(QWEN3_MOE, {"route_norm": False, "top_k": 1}),
+    "deepseek_v3": Case(DEEPSEEK_V3),
+    "deepseek_v3, as Moonlight": Case(
+        DEEPSEEK_V3,
+        {"q_rank": None, "groups": 1, "kept_groups": 1, "shared_experts": 2, "norm_eps": 1e-3},
+    ),
+    "deepseek_v3, weights as they are": Case(
+        DEEPSEEK_V3, {"route_norm": False, "v_dim": 16, "kept_groups": 3, "top_k": 5}
+    ),
 }
 
 
@@ -122,6 +131,13 @@ def their_model(args: DecoderArgs, family: Family) -> nn.Module:
     return model.eval()
 
 
+def saved(model: nn.Module) -> dict[str, Tensor]:
+    """All tensors of a model that are saved, those with two names once."""
+    names = model.state_dict()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in names}
+    return {**dict(model.named_parameters()), **buffers}
+
+
 def joined(hf: HFModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Hugging Face's tensors from ours."""
     return {
@@ -169,9 +185,12 @@ def test_logits_and_every_gradient_equal_hugging_face(name: str) -> None:
     # Larger than at init, so that attention is far from uniform and norms and biases matter.
     for name, parameter in ours.named_parameters():
         torch.nn.init.normal_(parameter, std=0.1 if name.endswith("bias") else 0.3)
+    for name, buffer in ours.named_buffers():
+        if name.endswith("router.bias"):
+            torch.nn.init.normal_(buffer, std=0.1)
     hf = HFModel.of(case.family, args)
     theirs = their_model(args, case.family)
-    give_weights(hf, ours, in_files(dict(theirs.named_parameters()), case.family))
+    give_weights(hf, ours, in_files(saved(theirs), case.family))
     tokens = torch.randint(args.vocab_size, (2, 100))
     cotangent = torch.randn(2, 100, args.vocab_size)
 
@@ -183,7 +202,7 @@ def test_logits_and_every_gradient_equal_hugging_face(name: str) -> None:
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
     gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     their_gradients = in_files(gradients, case.family)
-    assert their_gradients.keys() == hf.tensors.keys()
+    assert their_gradients.keys() == {n for n, t in hf.tensors.items() if not t.is_buffer}
     assert_same_gradients(hf, ours, their_gradients)
 
 
@@ -211,11 +230,12 @@ FLAVORS = [
 def test_shapes_of_every_flavor_are_those_of_hugging_face(
     family: Family, args: DecoderArgs
 ) -> None:
-    # Blocks are alike: of two, each has the shapes of all.
-    args = replace(args, num_layers=2)
+    # Two stand for all: dense first blocks are alike, and so are all others.
+    first = {"dense_layers": 1} if isinstance(args, MoEArgs) and args.dense_layers else {}
+    args = replace(args, num_layers=2, **first)
     with torch.device("meta"):
         model = their_model(args, family)
-    theirs = in_files(dict(model.named_parameters()), family)
+    theirs = in_files(saved(model), family)
     ours = HFModel.of(family, args).tensors
     assert {name: tensor.shape for name, tensor in ours.items()} == {
         name: tuple(parameter.shape) for name, parameter in theirs.items()
@@ -231,8 +251,8 @@ def test_weights_return_from_hugging_faces_form_bit_for_bit(family: Family) -> N
     args = replace(family.flavors["debug"], **SMALL)
     model = build(family, args)
     state = {
-        name: torch.randn_like(model.without_padding(name, parameter))
-        for name, parameter in model.named_parameters()
+        name: torch.randn_like(model.without_padding(name, tensor))
+        for name, tensor in saved(model).items()
     }
     hf = HFModel.of(family, args)
     theirs = joined(hf, state)

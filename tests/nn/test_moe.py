@@ -102,6 +102,42 @@ def test_of_equal_experts_the_first_are_chosen() -> None:
     assert torch.equal(weights, torch.full((T, K), 1 / K))
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_experts_are_chosen_from_the_groups_with_the_best_two(biased: bool) -> None:
+    """Expert 0 is the best of all, but its group has no second one."""
+    args = replace(ARGS, score="sigmoid", groups=4, kept_groups=2, route_scale=2.0, route_bias=True)
+    router = drawn(args).router
+    logits = torch.tensor([3.0, -9.0, 1.0, 1.0, 2.0, -1.0, 0.5, 1.5])
+    router.weight.data = torch.zeros(E, D)
+    router.weight.data[:, 0] = 0 if biased else logits
+    assert router.bias is not None
+    # Zero logits are scores of 0.5 each, and the bias makes them those of the other case.
+    router.bias += (logits.sigmoid() - 0.5) if biased else 0
+    weights, chosen = router(torch.ones(1, 1, D))
+    assert chosen.tolist() == [[7, 2]]
+    scores = torch.full((2,), 0.5) if biased else logits.sigmoid()[[7, 2]]
+    assert torch.allclose(weights, 2 * scores / scores.sum())
+
+
+def test_of_equal_groups_the_first_are_kept() -> None:
+    router = drawn(replace(ARGS, score="sigmoid", groups=4, kept_groups=2, top_k=4)).router
+    torch.nn.init.zeros_(router.weight)
+    _, chosen = router(torch.randn(1, T, D))
+    assert torch.equal(chosen, torch.arange(4).expand(T, 4))
+
+
+def test_sigmoids_that_are_all_zero_give_finite_weights_and_gradients() -> None:
+    args = replace(ARGS, score="sigmoid", balance_loss="sequence", balance_coeff=1.0)
+    router = drawn(args).router
+    router.balance.token_weight.fill_(1)
+    router.weight.data = torch.full((E, D), -1000.0)
+    weights, _ = router(torch.ones(1, T, D))
+    weights.sum().backward()
+    assert weights.isfinite().all()
+    assert router.weight.grad is not None
+    assert router.weight.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("num_tokens", [1, T])
 def test_an_expert_without_tokens_has_a_gradient_of_zero(num_tokens: int) -> None:
     moe = drawn(replace(ARGS, top_k=1, route_norm=False))

@@ -230,6 +230,12 @@ MIXTRAL = family(
     "model.bias_rate=0.01",
 )
 SEQUENCE_LOSS = ("model.balance_loss=sequence", "model.balance_coeff=0.1")
+DEEPSEEK = family(
+    "deepseek_v3",
+    "model.bias_rate=0.01",
+    "model.balance_loss=global_lagged",
+    "model.balance_coeff=0.1",
+)
 GPT_NEOX = family("gpt_neox")
 BERT = family("bert", "model.qkv_bias=false")
 MEGATRON_BERT = family("megatron_bert", "model.qkv_bias=false")
@@ -263,6 +269,9 @@ FAMILIES = (
     Case("pp2 x dp2", "full", micro_batches=4, more=(EP2,), alike=QWEN3_MOE),
     Case("hsdp 2x1", "selective_op", TRACED, 4, alike=(*MIXTRAL, *SEQUENCE_LOSS)),
     Case("pp2 x cp2", "full", micro_batches=4, alike=MIXTRAL),
+    Case("dp2", "full", micro_batches=4, more=(EP2,), alike=DEEPSEEK),
+    Case("hsdp 2x1", "selective_op", TRACED, 4, alike=DEEPSEEK),
+    Case("pp2 x cp2", "full", micro_batches=4, alike=DEEPSEEK),
     Case("hsdp 2x1", "none", TRACED, 4, alike=GPT_NEOX),
     Case("pp2 x tp2", "selective_op", micro_batches=4, alike=GPT_NEOX),
     Case("cp2", "full", alike=GPT_NEOX),
@@ -343,6 +352,7 @@ HOLES = (
     Hole(2, (*PP2_BATCH, schedule("ZBVZeroBubble"), *TIED)),
     Hole(2, (TP2, "model.name=qwen3_moe")),
     Hole(2, (TP2, "model.name=mixtral")),
+    Hole(2, (TP2, "model.name=deepseek_v3")),
     Hole(2, (*PP2_BATCH, schedule("ZBVZeroBubble"), "model.name=qwen3_moe")),
     Hole(1, ("training.reduce_dtype=float16",)),
     Hole(1, (*MUON, "training.param_dtype=float16")),

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from titan_lite.config.schema import FFNKind, NormKind, PositionKind
 from titan_lite.models.args import DecoderArgs, EncoderArgs
 from titan_lite.models.bert import BERT, MEGATRON_BERT
+from titan_lite.models.deepseek import DEEPSEEK_V3
 from titan_lite.models.gpt import GPT, GPT_NEOX
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.qwen import QWEN3
@@ -247,6 +248,28 @@ def test_bert_exceeds_nemos_formula_by_the_transform_and_what_is_no_matrix(flavo
 
 
 @pytest.mark.parametrize(
+    ("flavor", "linear", "attention"), [("671b", 219.8, 61.4), ("moonlight-16b-a3b", 15.5, 3.4)]
+)
+def test_flops_of_latent_attention_count_features_of_queries_and_of_values(
+    flavor, linear, attention
+):
+    args = DEEPSEEK_V3.flavors[flavor]
+    counted = flops(args, 4096)
+    scores = 6 * args.num_layers * args.num_heads * (128 + 64 + 128) * 4096
+    assert counted.model - counted.causal == scores / 2
+    assert [(counted.model - scores) / 1e9, scores / 1e9] == pytest.approx(
+        [linear, attention], abs=0.05
+    )
+
+
+# Values as long as queries: the product of shorter ones runs on padded values.
+EQUAL_HEADS = dataclasses.replace(
+    DEEPSEEK_V3,
+    flavors={"debug": dataclasses.replace(DEEPSEEK_V3.flavors["debug"], v_dim=48)},
+)
+
+
+@pytest.mark.parametrize(
     ("family", "checkpointed"),
     [
         (LLAMA, 0),
@@ -258,6 +281,7 @@ def test_bert_exceeds_nemos_formula_by_the_transform_and_what_is_no_matrix(flavo
         (GPT_NEOX, 3),
         (BERT, 3),
         (MEGATRON_BERT, 3),
+        (EQUAL_HEADS, 0),
     ],
     ids=lambda value: getattr(value, "name", None),
 )

@@ -192,6 +192,7 @@ NAMES = (
     "qwen3",
     "qwen3_moe",
     "mixtral",
+    "deepseek_v3",
     "gpt_neox",
     "gpt",
     "bert",
@@ -223,6 +224,27 @@ def test_every_family_goes_there_and_back(
     auto = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModelForPreTraining
     again = auto.from_pretrained(tmp_path / "own")
     assert type(again) is architecture
+
+
+def test_the_bias_of_a_choice_stays_in_float32(tmp_path: Path) -> None:
+    family = registry.families()["deepseek_v3"]
+    small = {"dim": 32, "num_layers": 2, "ffn_dim": 48, "vocab_size": 160}
+    args, hf_config = replace(family.flavors["debug"], **small), family.hf_config
+    assert hf_config is not None
+    described = hf_config_from_args(args, hf_config, dtype="float32")
+    hf_model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**described))
+    for name, buffer in hf_model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer += 1e-3 * torch.rand(len(buffer)) + 1
+    hf_model.save_pretrained(tmp_path / "huggingface")
+    assert cli.main(["convert", "hf-to-dcp", f"{tmp_path}/huggingface", f"{tmp_path}/dcp"]) == 0
+    back = ["convert", "dcp-to-hf", f"{tmp_path}/dcp", f"{tmp_path}/ours", "--dtype=bfloat16"]
+    assert cli.main(back) == 0
+    expected = tensors(tmp_path / "huggingface")
+    for name, tensor in tensors(tmp_path / "ours").items():
+        kept = name.endswith("e_score_correction_bias")
+        assert torch.equal(tensor, expected[name].to(torch.float32 if kept else torch.bfloat16))
+        assert tensor.dtype == (torch.float32 if kept else torch.bfloat16)
 
 
 def test_files_as_google_wrote_them_are_read(tmp_path: Path) -> None:

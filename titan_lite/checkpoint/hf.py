@@ -204,7 +204,7 @@ class DCPToHF:
         self._check(source)
         self.dtypes = {
             name: getattr(torch, dtype)
-            if dtype
+            if dtype and not tensor.is_buffer
             else self.saved[next(iter(tensor.parts))].properties.dtype
             for name, tensor in self.hf.tensors.items()
         }

@@ -8,7 +8,7 @@ the weights of several experts, each expert's is a tensor there.
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 class HFTensor:
     """One tensor of Hugging Face's; parts: our names, and how many rows each has there.
 
-    expert: the one of its only part that it is; None where it is all of its parts.
+    expert: the one of its only part that it is; None where it is all of its parts. is_buffer: not a
+    parameter; float32 in all files.
     """
 
     name: str
@@ -37,6 +38,7 @@ class HFTensor:
     groups: int = 1
     transposed: bool = False
     expert: int | None = None
+    is_buffer: bool = False
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The whole tensor from its parts, in order, without the padding of a vocabulary."""
@@ -99,11 +101,13 @@ class HFModel:
         """Builds the model on the meta device, for its shapes."""
         with torch.device("meta"):
             model = build(family, args)
-        parameters = dict(model.named_parameters())
+        state = model.state_dict(keep_vars=True)
+        buffers = {name: state[name] for name, _ in model.named_buffers() if name in state}
+        parameters = dict(model.named_parameters()) | buffers
         first_name = {id(parameter): name for name, parameter in parameters.items()}
         parts: dict[str, list[str]] = {}
         places, tied = {}, []
-        for name, parameter in model.state_dict(keep_vars=True).items():
+        for name, parameter in state.items():
             part = first_name[id(parameter)]
             hf_name = translate(part, family.hf_key_map)
             places[name] = (_names(hf_name, parameter), part)
@@ -121,7 +125,8 @@ class HFModel:
             # The order of the map is the order of the parts.
             names.sort(key=lambda part: next(n for n, row in enumerate(rows) if matches(row, part)))
             if "*" not in name:
-                tensors[name] = _hf_tensor(name, names, shapes, family, args)
+                tensor = _hf_tensor(name, names, shapes, family, args)
+                tensors[name] = replace(tensor, is_buffer=names[0] in buffers)
                 continue
             _, *shape = shapes[names[0]]
             for expert, of_expert in enumerate(_names(name, parameters[names[0]])):

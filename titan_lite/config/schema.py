@@ -28,6 +28,7 @@ NormKind = Literal["rmsnorm", "layernorm"]
 FFNKind = Literal["swiglu", "gelu", "gelu_tanh"]
 BalanceKind = Literal["none", "sequence", "global_lagged", "micro_batch"]
 PositionKind = Literal["rotary", "learned"]
+ScoreKind = Literal["softmax", "sigmoid"]
 AttentionKernel = Literal["auto", "math", "cudnn", "flash2", "flash3", "flash4"]
 SavedOp = Literal[
     "attention", "matmul", "every_second_matmul", "reduce_scatter", "all_reduce", "max"

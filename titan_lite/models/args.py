@@ -1,10 +1,10 @@
 """The numbers and choices that define one model."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from titan_lite.config.schema import BalanceKind, FFNKind, NormKind, PositionKind
+from titan_lite.config.schema import BalanceKind, FFNKind, NormKind, PositionKind, ScoreKind
 
 # One multiple in every layout, so that a checkpoint does not depend on parallel.tp.
 VOCAB_MULTIPLE = 128
@@ -69,6 +69,10 @@ class DecoderArgs:
     tied_head: bool = False
     """The output projection multiplies by the embedding table."""
 
+    def of_block(self, index: int) -> "DecoderArgs":
+        """Returns the numbers of one block."""
+        return self
+
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding and of the head; those past vocab_size stay zero."""
@@ -117,6 +121,64 @@ class MoEArgs(DecoderArgs):
     """The choice of experts adds a bias, which no gradient changes, to their scores."""
     bias_rate: float = 0.0
     """How much a step changes the bias."""
+    score: ScoreKind = "softmax"
+    """The experts' scores: a softmax of the logits, or the sigmoid of each."""
+    groups: int = 1
+    """Groups of equally many experts, neighbours, of which a token goes to those with the largest
+    sum of two scores."""
+    kept_groups: int = 1
+    """Groups that a token may go to."""
+    route_scale: float = 1.0
+    """Factor of the weights of a token's experts."""
+    shared_experts: int = 0
+    """Experts of all tokens, added to those that the router chooses."""
+    dense_layers: int = 0
+    """The first blocks, whose feed-forwards are not experts, but dense."""
+    dense_dim: int = 0
+    """Width of these."""
+
+    def of_block(self, index: int) -> DecoderArgs:
+        """Returns the numbers of one block; a dense one has no experts."""
+        if index >= self.dense_layers:
+            return self
+        return replace(self, num_experts=0, ffn_dim=self.dense_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentArgs(MoEArgs):
+    """Multi-head latent attention: keys and values are projected from a narrow vector.
+
+    Each query and key has nope_dim features that are not rotated, and rope_dim that are.
+    """
+
+    q_rank: int | None = None
+    """Width of the vector that queries are projected from; None: the model's."""
+    kv_rank: int
+    """Width of the vector that keys and values are projected from."""
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+    """Features of a value."""
+
+    @property
+    def head_size(self) -> int:
+        """Features of one query, or key."""
+        return self.nope_dim + self.rope_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """Features of a head that are rotated."""
+        return self.rope_dim
+
+    @property
+    def attention_dim(self) -> int:
+        """Features of all heads, the mean of queries and values: so many FLOPs has a score."""
+        return self.num_heads * (self.head_size + self.v_dim) // 2
+
+    @property
+    def kv_dim(self) -> int:
+        """Features of all heads, the mean of keys and values."""
+        return self.attention_dim
 
 
 @dataclass(frozen=True, kw_only=True)

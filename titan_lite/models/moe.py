@@ -55,14 +55,14 @@ _DEBUG = MoEArgs(
     top_k=2,
 )
 _FEED_FORWARD = "layers.*.feed_forward"
-_TP_PLAN = (
+ROUTED_PLAN = (
     *(row for row in LLAMA.tp_plan if not row.pattern.startswith(_FEED_FORWARD)),
     PlanRow(f"{_FEED_FORWARD}.router", "router"),
     PlanRow(f"{_FEED_FORWARD}.experts", "expert"),
 )
 
 
-def _experts(moe: str, gate: str, up: str, down: str) -> dict[str, str]:
+def expert_key_map(moe: str, gate: str, up: str, down: str) -> dict[str, str]:
     """Rows for router and experts; the second `*` of a name is an expert's number."""
     return {
         f"{_FEED_FORWARD}.router.weight": f"model.layers.*.{moe}.gate.weight",
@@ -86,10 +86,10 @@ QWEN3_MOE = Family(
         "30b-a3b": _QWEN3_30B,
         "235b-a22b": replace(_QWEN3_30B, dim=4096, num_layers=94, num_heads=64, ffn_dim=1536),
     },
-    tp_plan=(*_TP_PLAN, PlanRow("layers.*.attention.[qk]_norm", "heads")),
+    tp_plan=(*ROUTED_PLAN, PlanRow("layers.*.attention.[qk]_norm", "heads")),
     hf_key_map={
         **_without_feed_forward(dict(QWEN3.hf_key_map)),
-        **_experts("mlp", "gate_proj", "up_proj", "down_proj"),
+        **expert_key_map("mlp", "gate_proj", "up_proj", "down_proj"),
     },
     hf_config=replace(
         LLAMA_CONFIG,
@@ -138,10 +138,10 @@ MIXTRAL = Family(
             max_seq_len=65_536,
         ),
     },
-    tp_plan=_TP_PLAN,
+    tp_plan=ROUTED_PLAN,
     hf_key_map={
         **_without_feed_forward(dict(LLAMA.hf_key_map)),
-        **_experts("block_sparse_moe", "w1", "w3", "w2"),
+        **expert_key_map("block_sparse_moe", "w1", "w3", "w2"),
     },
     hf_config=replace(
         LLAMA_CONFIG,

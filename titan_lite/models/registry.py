@@ -9,6 +9,7 @@ from titan_lite.config.registry import Registry
 from titan_lite.config.schema import Model
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.bert import BERT, MEGATRON_BERT
+from titan_lite.models.deepseek import DEEPSEEK_V3
 from titan_lite.models.family import Family
 from titan_lite.models.gpt import GPT, GPT_NEOX
 from titan_lite.models.hf_config import unfit_keys
@@ -25,7 +26,7 @@ _FAMILIES: Registry[Family] = Registry(
     {
         family.name: family
         for family in (
-            *(LLAMA, INTERNLM, QWEN, QWEN2_5, QWEN3, QWEN3_MOE, MIXTRAL),
+            *(LLAMA, INTERNLM, QWEN, QWEN2_5, QWEN3, QWEN3_MOE, MIXTRAL, DEEPSEEK_V3),
             *(GPT_NEOX, GPT, BERT, MEGATRON_BERT),
         )
     },

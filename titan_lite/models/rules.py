@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from titan_lite.config.optimizers import Muon
 from titan_lite.config.problems import SettingError, did_you_mean, nearest, quote
 from titan_lite.config.schema import Config, MaskedLM
-from titan_lite.models.args import VOCAB_MULTIPLE, DecoderArgs, EncoderArgs, MoEArgs
+from titan_lite.models.args import VOCAB_MULTIPLE, DecoderArgs, EncoderArgs, LatentArgs, MoEArgs
 from titan_lite.models.family import Family
 from titan_lite.models.hf_config import unsupported_in_hf
 from titan_lite.models.roles import KINDS, MATRIX_KINDS
@@ -90,10 +90,10 @@ def optimizer_rules(config: Config, family: Family) -> Iterator[SettingError]:
             f'"Muon" requires matrices, and no row of the tp_plan of family {quote(family.name)} '
             'names any; set algorithm = "muon" in a table of [[optimizer.groups]]',
         )
-    if section.per_head and not any(row.matches("layers.0.attention.wq") for row in plan):
+    if section.per_head and not any(row.matches("layers.0.attention.wk") for row in plan):
         yield SettingError(
             ("optimizer.per_head", "model.name"),
-            f"per_head has no effect: family {quote(family.name)} has no layers.*.attention.wq",
+            f"per_head has no effect: family {quote(family.name)} has no layers.*.attention.wk",
         )
 
 
@@ -214,6 +214,27 @@ def _moe_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
                 f"ep must be 1 for {config.model.name}, which has no experts; got {ep}",
             )
         return
+    if isinstance(args, LatentArgs):
+        yield from _latent_rules(config, args)
+    if args.dense_layers >= args.num_layers:
+        yield SettingError(
+            ("model.flavor", "model.num_layers"),
+            f"num_layers must be more than the flavor's dense first blocks ({args.dense_layers}), "
+            f"got {args.num_layers}",
+        )
+    per_group = args.num_experts // args.groups
+    if args.groups > 1 and (args.num_experts % args.groups or per_group < 2):
+        yield SettingError(
+            ("model.flavor", "model.num_experts"),
+            f"num_experts must be a multiple of the flavor's {args.groups} groups, of at least 2 "
+            f"experts each, got {args.num_experts}",
+        )
+    elif args.num_experts >= args.top_k > args.kept_groups * per_group:
+        yield SettingError(
+            ("model.flavor", "model.num_experts", "model.top_k"),
+            f"top_k must be at most the {args.kept_groups * per_group} experts of the "
+            f"{args.kept_groups} groups that a token may go to, got {args.top_k}",
+        )
     if args.top_k > args.num_experts:
         yield SettingError(
             ("model.flavor", "model.num_experts", "model.top_k"),
@@ -270,6 +291,23 @@ def _moe_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
                 f"{name} must be a multiple of {multiple}: rows of 16 bytes in "
                 f"{dtype}, as grouped_mm requires; got {size}",
             )
+
+
+def _latent_rules(config: Config, args: LatentArgs) -> Iterator[SettingError]:
+    """Settings of other kinds of attention."""
+    others = ("head_dim", "qkv_bias", "out_bias", "qk_norm", "positions", "rotary_fraction")
+    for name in others:
+        if getattr(config.model, name) is not None:
+            yield SettingError(
+                f"model.{name}",
+                f"{name} does not apply to multi-head latent attention: remove the key",
+            )
+    if args.num_heads > args.num_kv_heads:
+        yield SettingError(
+            ("model.num_heads", "model.num_kv_heads"),
+            f"num_kv_heads must be num_heads ({args.num_heads}) in multi-head latent attention, "
+            f"got {args.num_kv_heads}",
+        )
 
 
 def _head_rules(args: DecoderArgs) -> Iterator[SettingError]:

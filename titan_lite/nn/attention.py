@@ -1,16 +1,20 @@
 """Self-attention with grouped key and value heads.
 
-Shape suffixes: B batch, S sequence, D model width, N query heads, K key/value heads, H head dim.
+Shape suffixes: B batch, S sequence, D model width, N query heads, K key/value heads, H head dim,
+R rotated features of a head, V features of a value.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-from titan_lite.models.args import DecoderArgs
+from titan_lite.models.args import DecoderArgs, LatentArgs
 from titan_lite.nn.documents import DocumentMask, attend_in_documents
 from titan_lite.nn.dropout import drop, scramble
 from titan_lite.nn.norm import RMSNorm
+
+# Of the norms inside latent attention, whatever norm_eps of the others.
+LATENT_EPS = 1e-6
 
 
 class ScaledDotProductAttention(nn.Module):
@@ -143,3 +147,69 @@ class Attention(nn.Module):
         q_BNSH, k_BKSH, v_BKSH = (t.transpose(1, 2) for t in (q_BSNH, k_BSKH, v_BSKH))
         out_BNSH: Tensor = self.inner_attention(q_BNSH, k_BKSH, v_BKSH, mask, dropout_keys_BS)
         return out_BNSH.transpose(1, 2)
+
+
+class LatentAttention(Attention):
+    """Multi-head latent attention (arXiv:2405.04434): keys and values of all heads are projected
+    from one narrow vector of the token, and the rotated part of the keys is the same in all heads.
+    """
+
+    wq: nn.Linear | None  # type: ignore[assignment]
+
+    def __init__(self, args: LatentArgs, rope: nn.Module) -> None:
+        super().__init__(args, rope)
+        self.kv_sizes = args.kv_rank, args.rope_dim
+        self.query_sizes = args.nope_dim, args.rope_dim
+        self.value_sizes = args.nope_dim, args.v_dim
+
+    def make_projections(self, args: DecoderArgs) -> None:
+        assert isinstance(args, LatentArgs)
+        D, queries, rank = args.dim, args.num_heads * args.head_size, args.q_rank
+        if rank is None:
+            self.wq = nn.Linear(D, queries, bias=False)
+        else:
+            self.wq = None
+            self.wq_a = nn.Linear(D, rank, bias=False)
+            self.q_norm = RMSNorm(rank, eps=LATENT_EPS)
+            self.wq_b = nn.Linear(rank, queries, bias=False)
+        self.wkv_a = nn.Linear(D, args.kv_rank + args.rope_dim, bias=False)
+        self.kv_norm = RMSNorm(args.kv_rank, eps=LATENT_EPS)
+        self.wkv_b = nn.Linear(
+            args.kv_rank, args.num_heads * (args.nope_dim + args.v_dim), bias=False
+        )
+        self.wo = nn.Linear(args.num_heads * args.v_dim, D, bias=False)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        positions_S: Tensor | None = None,
+        mask: DocumentMask | None = None,
+        dropout_keys_BS: Tensor | None = None,
+    ) -> Tensor:
+        q = self.wq(x_BSD) if self.wq is not None else self.wq_b(self.q_norm(self.wq_a(x_BSD)))
+        q_BSNH = q.unflatten(-1, (-1, self.head_size))
+        latent, k_BSR = self.wkv_a(x_BSD).split(self.kv_sizes, dim=-1)
+        kv_BSNX = self.wkv_b(self.kv_norm(latent)).unflatten(-1, (-1, sum(self.value_sizes)))
+        k_nope, v_BSNV = kv_BSNX.split(self.value_sizes, dim=-1)
+        q_nope, q_BSNR = q_BSNH.split(self.query_sizes, dim=-1)
+        q_BSNR, k_BS1R = self.rope(
+            pairs_to_halves(q_BSNR), pairs_to_halves(k_BSR.unsqueeze(2)), positions_S
+        )
+        q_BSNH = torch.cat((q_nope, q_BSNR), dim=-1)
+        k_BSNH = torch.cat((k_nope, k_BS1R.expand_as(q_BSNR)), dim=-1)
+        # Fused kernels take heads of one size; zeros of values give zeros, which are cut off.
+        V = v_BSNV.shape[-1]
+        v_BSNH = pad(v_BSNV, (0, self.head_size - V))
+        out_BSNH = self.attend(q_BSNH, k_BSNH, v_BSNH, mask, dropout_keys_BS)
+        out_BSD: Tensor = self.wo(out_BSNH[..., :V].flatten(2))
+        return out_BSD
+
+
+def pairs_to_halves(x: Tensor) -> Tensor:
+    """Reorders a head's features from (a0, b0, a1, b1, ...) to (a0, a1, ..., b0, b1, ...)."""
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
+def build_attention(args: DecoderArgs, rope: nn.Module) -> Attention:
+    """The attention of one block."""
+    return LatentAttention(args, rope) if isinstance(args, LatentArgs) else Attention(args, rope)

@@ -40,6 +40,9 @@ class LaggedBalanceLoss(nn.Module):
         return (shares_TE * lagged_E).sum()
 
 
+TINY = 1e-20
+"""Added to sums of scores: sigmoids may all be zero."""
+
 LOSSES: dict[str, type[nn.Module]] = {
     "none": NoBalanceLoss,
     "sequence": SequenceBalanceLoss,
@@ -103,7 +106,7 @@ class Balance(nn.Module):
         """Returns the weights as they are."""
         is_chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
         counts_BE = is_chosen_TE.unflatten(0, (num_sequences, -1)).sum(1)
-        shares_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
+        shares_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + TINY)
         loss = self.coeff * self.balance_loss(shares_TE, counts_BE, self.lagged_E)
         loss = loss + self.z_coeff * logits_TE.logsumexp(-1).square().sum()
         added = _AddLoss.apply(

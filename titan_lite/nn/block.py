@@ -6,7 +6,7 @@ Shape suffixes: B batch, S sequence, D model width.
 from torch import Tensor, nn
 
 from titan_lite.models.args import DecoderArgs
-from titan_lite.nn.attention import Attention
+from titan_lite.nn.attention import build_attention
 from titan_lite.nn.documents import DocumentMask
 from titan_lite.nn.dropout import build_dropout
 from titan_lite.nn.feed_forward import build_feed_forward
@@ -23,7 +23,7 @@ class Block(nn.Module):
         super().__init__()
         norm = NORMS[args.norm]
         self.attention_norm = norm(args.dim, eps=args.norm_eps)
-        self.attention = Attention(args, rope)
+        self.attention = build_attention(args, rope)
         self.ffn_norm = norm(args.dim, eps=args.norm_eps)
         self.feed_forward = build_feed_forward(args)
         self.attention_dropout = build_dropout(args.hidden_dropout, site=2)

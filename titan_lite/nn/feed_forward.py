@@ -3,6 +3,8 @@
 Shape suffixes: B batch, S sequence, D model width.
 """
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
@@ -45,6 +47,7 @@ def build_gelu(args: DecoderArgs) -> nn.GELU:
 
 def build_feed_forward(args: DecoderArgs) -> nn.Module:
     """Feed-forward classes by the value of model.ffn; experts where the model has them."""
-    if isinstance(args, MoEArgs):
-        return MoE(args)
+    if isinstance(args, MoEArgs) and args.num_experts:
+        width = args.shared_experts * args.ffn_dim
+        return MoE(args, GatedFeedForward(replace(args, ffn_dim=width)) if width else None)
     return GatedFeedForward(args) if args.ffn == "swiglu" else PlainFeedForward(args)

@@ -1,7 +1,7 @@
 """Mixture of Experts: a router chooses feed-forwards for each token; no token is dropped.
 
 Shape suffixes: B batch, S sequence, D model width, H expert width, T = B x S tokens, E experts,
-K experts of a token, R = T x K rows, one for each expert of each token.
+K experts of a token, R = T x K rows, one for each expert of each token, G groups of experts.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, silu
 
 from titan_lite.models.args import MoEArgs
-from titan_lite.nn.balance import Balance
+from titan_lite.nn.balance import TINY, Balance
 from titan_lite.nn.grouped_matmul import grouped_matmul
 
 
@@ -23,7 +23,9 @@ class Router(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(args.num_experts, args.dim))
         self.top_k = args.top_k
-        self.route_norm = args.route_norm
+        self.score = args.score
+        self.groups, self.kept_groups = args.groups, args.kept_groups
+        self.route_norm, self.route_scale = args.route_norm, args.route_scale
         self.balance = Balance(args)
         self.bias: Tensor | None
         self.register_buffer("bias", torch.zeros(args.num_experts) if args.route_bias else None)
@@ -36,17 +38,30 @@ class Router(nn.Module):
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the weights (T, K) and the numbers (T, K) of the experts, best first."""
         logits_TE = linear(x_BSD.flatten(0, 1).float(), self.weight.float())
-        scores_TE = logits_TE.softmax(-1)
-        # Of logits fewer are equal than of scores.
-        priority_TE = logits_TE if self.bias is None else scores_TE + self.bias
-        # Stable: of equal experts the first is chosen, on every device.
-        ranked_TE = priority_TE.detach().sort(dim=-1, descending=True, stable=True)
-        chosen_TK = ranked_TE.indices[:, : self.top_k]
+        scores_TE = logits_TE.softmax(-1) if self.score == "softmax" else logits_TE.sigmoid()
+        chosen_TK = self._choose(logits_TE.detach(), scores_TE.detach())
         weights_TK = scores_TE.gather(1, chosen_TK)
         if self.route_norm:
-            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + TINY)
+        weights_TK = weights_TK * self.route_scale
         weights_TK = self.balance(weights_TK, logits_TE, scores_TE, chosen_TK, len(x_BSD))
         return weights_TK, chosen_TK
+
+    def _choose(self, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:
+        """Stable: of equal experts, and groups, the first is chosen, on every device."""
+        if self.bias is not None:
+            scores_TE = scores_TE + self.bias
+        elif self.groups == 1:
+            # Of logits fewer are equal than of scores.
+            scores_TE = logits_TE
+        if self.groups > 1:
+            scores_TGx = scores_TE.unflatten(1, (self.groups, -1))
+            sums_TG = scores_TGx.topk(2).values.sum(-1)
+            dropped = sums_TG.sort(descending=True, stable=True).indices[:, self.kept_groups :]
+            is_dropped_TG = torch.zeros_like(sums_TG, dtype=torch.bool).scatter(1, dropped, True)
+            scores_TE = scores_TGx.masked_fill(is_dropped_TG[..., None], -torch.inf).flatten(1)
+        ranked_TE = scores_TE.sort(dim=-1, descending=True, stable=True)
+        return ranked_TE.indices[:, : self.top_k]
 
 
 class GroupedSwiGLU(nn.Module):
@@ -81,13 +96,17 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Sums the outputs of each token's experts, by the router's weights."""
+    """Sums the outputs of each token's experts, by the router's weights, and of the shared ones.
 
-    def __init__(self, args: MoEArgs) -> None:
+    shared: the feed-forward that the experts of all tokens are together.
+    """
+
+    def __init__(self, args: MoEArgs, shared: nn.Module | None = None) -> None:
         super().__init__()
         self.num_experts = args.num_experts
         self.router = Router(args)
         self.experts = Experts(args)
+        self.shared = shared
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         x_TD = x_BSD.flatten(0, 1)
@@ -99,7 +118,8 @@ class MoE(nn.Module):
         x_RD = Take.apply(x_TD, order_R // chosen_TK.shape[1], places_TK)
         out_TKD = Take.apply(self.experts(x_RD, ends_E), places_TK, order_R)
         out_TD = (out_TKD * weights_TK.unsqueeze(-1)).sum(1)
-        return out_TD.type_as(x_BSD).view_as(x_BSD)
+        out_BSD = out_TD.type_as(x_BSD).view_as(x_BSD)
+        return out_BSD if self.shared is None else out_BSD + self.shared(x_BSD)
 
 
 class Take(torch.autograd.Function):

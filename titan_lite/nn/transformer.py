@@ -54,9 +54,9 @@ class Transformer(nn.Module):
         self.embedding_dropout = build_dropout(args.hidden_dropout, site=0)
 
     def make_layers(self, block: type[Block], args: DecoderArgs) -> nn.ModuleDict:
-        """Equal blocks; a ModuleDict keeps the names of those that a pipeline stage keeps."""
+        """The blocks; a ModuleDict keeps the names of those that a pipeline stage keeps."""
         return nn.ModuleDict(
-            {str(index): block(args, self.rope) for index in range(args.num_layers)}
+            {str(index): block(args.of_block(index), self.rope) for index in range(args.num_layers)}
         )
 
     @property

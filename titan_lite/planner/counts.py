@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from titan_lite.models.args import DecoderArgs, EncoderArgs, MoEArgs
+from titan_lite.models.args import DecoderArgs, EncoderArgs, LatentArgs, MoEArgs
 
 FORMULA = (
     "6 * (active parameters - input embedding - head of pairs) "
@@ -59,7 +59,8 @@ def num_inactive_params(args: DecoderArgs) -> int:
     """Parameters of the experts that a token does not go to."""
     if not isinstance(args, MoEArgs):
         return 0
-    return args.num_layers * (args.num_experts - args.top_k) * 3 * args.dim * args.ffn_dim
+    unused = args.num_experts - args.top_k
+    return (args.num_layers - args.dense_layers) * unused * 3 * args.dim * args.ffn_dim
 
 
 def num_looked_up_params(args: DecoderArgs) -> int:
@@ -81,30 +82,48 @@ def num_last_matmul_params(args: DecoderArgs) -> int:
     """Parameters of the matmuls that end all blocks; of none, where a norm ends them."""
     if isinstance(args, EncoderArgs) and args.post_norm:
         return 0
-    return args.num_layers * num_experts(args) * args.dim * args.ffn_dim
+    blocks = map(args.of_block, range(args.num_layers))
+    return sum(num_experts(block) * args.dim * block.ffn_dim for block in blocks)
 
 
 def num_experts(args: DecoderArgs) -> int:
     """Feed-forwards of a block that a token goes through."""
-    return args.top_k if isinstance(args, MoEArgs) else 1
+    if isinstance(args, MoEArgs) and args.num_experts:
+        return args.top_k + args.shared_experts
+    return 1
 
 
 def num_block_params(args: DecoderArgs) -> int:
     """Parameters of all transformer blocks: attention, feed-forward and norms."""
+    return sum(_num_params_of_block(args.of_block(index)) for index in range(args.num_layers))
+
+
+def _num_params_of_block(args: DecoderArgs) -> int:
     attention = sum(math.prod(sides) for sides in attention_matrices(args))
     attention += (args.attention_dim + 2 * args.kv_dim) * args.qkv_bias + args.dim * args.out_bias
     if args.qk_norm:
         attention += 2 * args.head_size
+    if isinstance(args, LatentArgs):
+        attention += (args.q_rank or 0) + args.kv_rank
     inner = 2 if args.ffn == "swiglu" else 1
     feed_forward = inner * _linear(args.dim, args.ffn_dim, args.ffn_bias)
     feed_forward += _linear(args.ffn_dim, args.dim, args.ffn_bias)
-    if isinstance(args, MoEArgs):
-        feed_forward = args.num_experts * (feed_forward + args.dim)
-    return args.num_layers * (attention + feed_forward + 2 * _norm(args, args.dim))
+    if isinstance(args, MoEArgs) and args.num_experts:
+        router = args.num_experts * args.dim
+        feed_forward = (args.num_experts + args.shared_experts) * feed_forward + router
+    return attention + feed_forward + 2 * _norm(args, args.dim)
 
 
 def attention_matrices(args: DecoderArgs, tp: int = 1) -> list[tuple[int, int]]:
     """Features in and out of each projection of attention, of one of `tp` ranks, in order."""
+    if isinstance(args, LatentArgs):
+        N, queries, rank = args.num_heads, args.num_heads * args.head_size, args.q_rank
+        return [
+            *([(args.dim, queries)] if rank is None else [(args.dim, rank), (rank, queries)]),
+            (args.dim, args.kv_rank + args.rope_dim),
+            (args.kv_rank, N * (args.nope_dim + args.v_dim)),
+            (N * args.v_dim, args.dim),
+        ]
     q, kv = args.attention_dim // tp, args.kv_dim // tp
     return [(args.dim, q), (args.dim, kv), (args.dim, kv), (q, args.dim)]
 

@@ -21,7 +21,7 @@ class Balancer:
     """Counts the tokens of each expert in a step, and updates the routers' biases and loads.
 
     model: this rank's blocks. tokens: in the global batch. counts_LE: int64, tokens per expert of
-    all blocks in the last applied step.
+    all blocks in the last applied step; zeros for dense ones.
     """
 
     def __init__(
@@ -29,6 +29,7 @@ class Balancer:
     ) -> None:
         self.meshes, self.tokens, self.bias_rate = meshes, tokens, args.bias_rate
         self.device = device
+        self.dense_layers = args.dense_layers
         self.routers: dict[int, Router] = {
             int(name): module
             for name, block in model.layers.items()
@@ -79,8 +80,8 @@ class Balancer:
             router.balance.lagged_E.copy_(relative_load(self.counts_LE[layer]))
 
     def metrics(self) -> dict[str, Any]:
-        """Returns the last step's metrics, overall and as lists per block; collective."""
-        counts_LE = self.counts_LE.double()
+        """Returns the last step's metrics, overall and per block with experts; collective."""
+        counts_LE = self.counts_LE[self.dense_layers :].double()
         load_LE = counts_LE / counts_LE.mean(1, keepdim=True).clamp(min=1)
         shares_LE = load_LE / counts_LE.shape[1]
         entropy_L = torch.special.entr(shares_LE).sum(1) / torch.log(
@@ -99,7 +100,7 @@ class Balancer:
             largest = torch.stack(biases).max() if biases else torch.zeros((), device=self.device)
             overall["moe/max_bias"] = all_reduce(largest, "max").item()
         per_layer = {"load_max": load_max_L, "unused_experts": unused_L, "entropy": entropy_L}
-        per_layer["balance_loss"] = self.loss_L
+        per_layer["balance_loss"] = self.loss_L[self.dense_layers :]
         return overall | {f"moe/{name}_per_layer": t.tolist() for name, t in per_layer.items()}
 
     def state_dict(self) -> list[list[int]]:
