@@ -24,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """One folder, kept between sessions, for what inductor compiles: half a minute per graph."""
     folder = config.rootpath / ".pytest_cache" / "inductor"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
-    # A busy machine is no failure.
+    # A busy machine must not fail a test.
     hypothesis.settings.register_profile("titan_lite", deadline=None)
     hypothesis.settings.load_profile("titan_lite")
 
@@ -44,7 +44,7 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[int, W
 
 @pytest.fixture(scope="session")
 def gpu_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[int, Workers]]:
-    """As `workers`, each process with a GPU, over NCCL."""
+    """`gpu_workers[n]`: n processes as in `workers`, each with a GPU, over NCCL."""
     with WorkersBySize(tmp_path_factory, "cuda") as by_size:
         yield by_size
 

@@ -1,4 +1,4 @@
-"""What a run survives, and how it ends: real processes, signals and files."""
+"""Failures that a run survives, and those that end it: real processes, signals and files."""
 
 import contextlib
 import errno
@@ -82,7 +82,7 @@ class Launch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leaves no process behind: torchrun gives each a session of its own."""
+        """Leaves no process behind: torchrun starts each in a separate session."""
         for process in self._processes():
             os.kill(int(process.name), signal.SIGKILL)
         self.process.wait()
@@ -113,12 +113,12 @@ class Launch:
     def _processes(self) -> list[Path]:
         """Those of this run that are there, in /proc."""
         argument = f"--job.dump_folder={self.folder}".encode()
-        found = []
+        actual = []
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 if argument in (process / "cmdline").read_bytes().split(b"\0"):
-                    found.append(process)
-        return found
+                    actual.append(process)
+        return actual
 
 
 def numbers(records: list[dict[str, Any]]) -> list[list[float]]:
@@ -230,7 +230,7 @@ def test_a_document_that_one_rank_cannot_read_ends_the_job_at_once_with_file_and
     with Launch(LAUNCHER, tmp_path / "run", *settings, never) as run:
         assert run.wait() == 1
     log = run.log.read_text()
-    # Line 31 is the first stream's. The other process waits for the first one in vain, and has
+    # Line 31 is the first stream's. The other process waits for the first one, and has
     # nothing to add.
     assert f"[rank0] ERROR data.dataset_path: {data}, line 31: not JSON" in log
     assert log.count(" ERROR ") == 1
@@ -356,12 +356,12 @@ def test_metrics_stop_at_a_full_disk_with_all_records_before(
             written.append(step)
 
     with full_disk(600):
-        told = rf"^{tmp_path}/{path} cannot be written: File too large$"
-        with pytest.raises(WriteError, match=told):
+        message = rf"^{tmp_path}/{path} cannot be written: File too large$"
+        with pytest.raises(WriteError, match=message):
             write()
         opened.close()
     assert len(written) > 5
-    # The record that was cut short is dropped when the run goes on.
+    # The record that was cut short is dropped when the run resumes.
     sink(tmp_path / path, start_step=99).close()
     if sink is JsonlSink:
         assert read_metrics(tmp_path) == [{"step": step, "loss": 0.5} for step in written]
@@ -385,7 +385,7 @@ def _main(size: int, output: Connection, arguments: list[str]) -> None:
     """A process that trains, alone, on a disk for files of that size."""
     for descriptor in (1, 2):
         os.dup2(output.fileno(), descriptor)
-    # git, which run.json asks for the commit, would leave a half-written index.lock behind.
+    # git, which is called for the commit in run.json, would leave a half-written index.lock behind.
     os.environ["PATH"] = ""
     with full_disk(size):
         sys.exit(main(arguments))
@@ -393,29 +393,29 @@ def _main(size: int, output: Connection, arguments: list[str]) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("size", "told"),
+    ("size", "message"),
     [
         (2_000, "/run.json cannot be written: File too large"),
         (100_000, r"step 1 was not saved to .*/checkpoint: rank 0: \[Errno 27\] File too large: "),
     ],
 )
 def test_a_full_disk_ends_a_run_with_one_sentence_before_and_after_its_first_step(
-    tmp_path: Path, size: int, told: str
+    tmp_path: Path, size: int, message: str
 ) -> None:
     settings = [*SETTINGS, "--training.steps=1", f"--job.dump_folder={tmp_path}"]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    ours, theirs = context.Pipe(duplex=False)
-    arguments = (size, theirs, ["train_configs/debug.toml", *settings])
+    local, peer = context.Pipe(duplex=False)
+    arguments = (size, peer, ["train_configs/debug.toml", *settings])
     process = context.Process(target=_main, args=arguments)
     process.start()
-    theirs.close()
-    with open(ours.fileno(), closefd=False) as written:
+    peer.close()
+    with open(local.fileno(), closefd=False) as written:
         output = written.read()
     process.join()
     assert process.exitcode == 1, output
     assert output.count(" ERROR ") == 1
-    assert re.search(told, output.splitlines()[-1])
+    assert re.search(message, output.splitlines()[-1])
     assert "Traceback" not in output
 
 
@@ -463,7 +463,7 @@ def test_ctrl_c_stops_a_process_without_a_launcher_after_its_step(tmp_path: Path
 
 
 def _asked_on_one_rank(folder: Path, *overrides: str) -> tuple[int, bool, list[str]]:
-    """Asks rank 1 to stop during step 3; returns where this rank stopped, and its warnings."""
+    """Sends rank 1 a stop signal during step 3; returns where this rank stopped, and warnings."""
     trainer = build_trainer(folder, "--training.local_batch_size=4", *overrides)
 
     def ask(*_: object) -> None:
@@ -484,9 +484,9 @@ def test_a_signal_that_one_rank_gets_stops_all_after_the_same_step(
     workers: dict[int, Workers], tmp_path: Path, axis: str
 ) -> None:
     settings = (f"--parallel.{axis}=2", "--checkpoint.enable=true", "--training.steps=8")
-    said = ["Stopped after step 4 (SIGUSR1): a checkpoint was saved"]
+    messages = ["Stopped after step 4 (SIGUSR1): a checkpoint was saved"]
     results = workers[2].run(_asked_on_one_rank, tmp_path, *settings)
-    assert results == [(4, True, said), (4, True, [])]
+    assert results == [(4, True, messages), (4, True, [])]
     assert saved_steps(tmp_path / "checkpoint") == [4]
 
 

@@ -161,7 +161,7 @@ def test_help_explains_the_variables_and_wrong_counts_are_refused() -> None:
     result = launch("--help")
     assert result.returncode == 0
     assert "CONFIG_FILE" in result.stdout
-    # A word of a value is no option.
+    # A word of a value is not an option.
     assert launch("--job.description=tries -h or --help now", "--x=1").returncode == 2
     assert launch(NGPU="abc").stderr == "titan-lite: NGPU must be an integer >= 1, got 'abc'\n"
     assert launch("--schema").returncode == 2
@@ -426,7 +426,7 @@ def test_gpus_that_torch_cannot_use_are_exit_code_2_unless_the_cpu_is_meant(
 ) -> None:
     (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-a)'\n")
     (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
-    # What a build with CUDA answers, where there is no driver, is the same without a GPU.
+    # A build with CUDA returns the same without a driver as without a GPU.
     variables = {"PATH": slim, "CUDA_VISIBLE_DEVICES": "9"}
     result = launch(**variables)
     assert result.returncode == 2
@@ -480,7 +480,7 @@ def test_a_checkout_that_cannot_be_written_has_its_environment_elsewhere(
 
 
 def unshared(*command: str) -> list[str]:
-    """A command in namespaces of its own; skips the test where the system does not allow them."""
+    """Runs a command in separate namespaces; skips the test if the system does not allow them."""
     mapped = [] if os.geteuid() == 0 else ["--map-root-user"]
     full = ["unshare", *mapped, *command]
     probe = ["unshare", *mapped, "--uts", "--mount", "--net", "true"]
@@ -502,13 +502,13 @@ server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 server.bind(("127.0.0.53", 53))
 server.setblocking(False)
 code = subprocess.run(sys.argv[1:], cwd=os.environ["CHECKOUT"]).returncode
-asked = b""
+received = b""
 try:
     while True:
-        asked += server.recv(4096)
+        received += server.recv(4096)
 except BlockingIOError:
     pass
-sys.exit(99 if b"nowhere-at-all" in asked else code)
+sys.exit(99 if b"nowhere-at-all" in received else code)
 """
 
 
@@ -545,7 +545,7 @@ launch._check = lambda settings: 0
 launch._serve = lambda server: None
 sys.exit(launch.main(["my.toml"]))
 """
-# What every stand-in for training begins with.
+# The first lines of every program that replaces training.
 PRELUDE = """
 import os, signal, sys, time
 from pathlib import Path
@@ -565,7 +565,7 @@ SLEEP = "time.sleep(999)"
 
 
 class Launched:
-    """The launcher, with another program in the place of training."""
+    """The launcher, with another program instead of training."""
 
     def __init__(
         self, folder: Path, program: str, *, wrapper: Sequence[str] = (), **environment: str
@@ -623,7 +623,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
 
 
 @pytest.mark.parametrize(
-    ("program", "code", "said"),
+    ("program", "code", "messages"),
     [
         ("end(0)", 0, ""),
         ("end(75)", 75, ""),
@@ -641,14 +641,14 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
     ],
 )
 def test_the_exit_code_is_that_of_the_process_that_knows(
-    start: Callable[..., Launched], program: str, code: int, said: str
+    start: Callable[..., Launched], program: str, code: int, messages: str
 ) -> None:
     launched = start(program)
     ended, output = launched.end()
     assert ended == code, output
     # Rank 0 may have been ended before it wrote its id.
-    assert said.format((launched.folder / "1 is there").read_text()) in output
-    assert output.count("\n") == (1 if said else 0)
+    assert messages.format((launched.folder / "1 is there").read_text()) in output
+    assert output.count("\n") == (1 if messages else 0)
 
 
 def test_a_failure_is_tried_again_from_the_start_as_often_as_asked_and_a_mistake_is_not(
@@ -673,8 +673,8 @@ def test_the_first_signal_asks_to_stop(
     launched.wait_for("0 is there", "1 is there")
     launched.process.send_signal(number)
     hint = "; a second Ctrl-C ends at once" if number == signal.SIGINT else ""
-    asked = f"titan-lite: {number.name}: stopping after the current step{hint}\n"
-    assert launched.end() == (75, asked)
+    expected = f"titan-lite: {number.name}: stopping after the current step{hint}\n"
+    assert launched.end() == (75, expected)
 
 
 def test_a_second_ctrl_c_ends_at_once(start: Callable[..., Launched]) -> None:
@@ -693,12 +693,12 @@ def test_further_signals_do_not_end_a_run_without_its_checkpoint(
     start: Callable[..., Launched],
 ) -> None:
     """GNU timeout sends its signal twice; a shell and systemd send SIGHUP later."""
-    note = "(folder / f'{rank} was asked').touch()"
+    note = "(folder / f'{rank} was signalled').touch()"
     program = f"signal.signal(signal.SIGUSR1, lambda *_: ({note}, wait_for('go'), end(75)))\n"
     launched = start(program + f"(folder / f'{{rank}} waits').touch()\n{SLEEP}")
     launched.wait_for("0 waits", "1 waits")
     launched.process.send_signal(signal.SIGTERM)
-    launched.wait_for("0 was asked", "1 was asked")
+    launched.wait_for("0 was signalled", "1 was signalled")
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         launched.process.send_signal(number)
         # The launcher looks at each of them by itself.
@@ -724,7 +724,7 @@ def test_a_process_that_is_asked_before_it_listens_does_not_leave_the_others_wai
 def test_nodes_that_are_asked_before_all_processes_listen_end_as_asked(
     start: Callable[..., Launched],
 ) -> None:
-    """The process of the first node does not listen yet; that of the other node is not asked."""
+    """The process of the first node does not listen yet; that of the other node is not called."""
     variables = {"NGPU": "1", "NNODES": "2", "RDZV_ENDPOINT": f"localhost:{free_port()}"}
     program = "signal.signal(signal.SIGUSR1, signal.SIG_DFL)\n"
     # Ended by another signal, this process would be one that failed.

@@ -74,23 +74,23 @@ def _run(folder: Path, *overrides: str) -> tuple[Run, list[str]]:
 
 def _check_folder(folder: Path, weights: dict[str, Any]) -> None:
     """transformers opens the folder, and computes what our model does with these weights."""
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
     args = _args(*MODEL)
-    ours = build_decoder(args)
-    for name, parameter in ours.named_parameters():
+    local = build_decoder(args)
+    for name, parameter in local.named_parameters():
         parameter.data = torch.from_numpy(weights[name][: len(parameter)])
-        stored = theirs.get_parameter(translate(name, LLAMA.hf_key_map))
-        assert torch.equal(stored, ours.without_padding(name, parameter)), name
+        stored = reference.get_parameter(translate(name, LLAMA.hf_key_map))
+        assert torch.equal(stored, local.without_padding(name, parameter)), name
     tokens = torch.randint(args.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        logits, expected = theirs(tokens).logits, ours(tokens)
+        logits, expected = reference(tokens).logits, local(tokens)
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def _assert_same(ours: np.ndarray, theirs: torch.Tensor) -> None:
+def _assert_same(local: np.ndarray, reference: torch.Tensor) -> None:
     """Equal in their rows; ours past them are padding, which is zero."""
-    np.testing.assert_array_equal(ours[: len(theirs)], theirs)
-    assert not ours[len(theirs) :].any()
+    np.testing.assert_array_equal(local[: len(reference)], reference)
+    assert not local[len(reference) :].any()
 
 
 @pytest.mark.distributed
@@ -130,14 +130,14 @@ def test_the_runs_own_checkpoint_comes_before_the_initial_weights(
     """And a finished run, started again, writes its folder for Hugging Face again."""
     start = f"--checkpoint.initial_load_hf={hf_folder}"
     (_, first), _ = one_process.run(_run, tmp_path, start)[0]
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(hf_folder)
-    embedding = theirs.get_input_embeddings().weight.detach()
+    reference = transformers.AutoModelForCausalLM.from_pretrained(hf_folder)
+    embedding = reference.get_input_embeddings().weight.detach()
     _assert_same(first["initial weights"]["tok_embeddings.weight"], embedding)
     written = tmp_path / "checkpoint" / "hf" / "config.json"
     written.unlink()
     saved = read_manifest(tmp_path / "checkpoint" / "step-1")
     assert saved.tokenizer == load_tokenizer().fingerprint
-    # What is not there any more is not asked for.
+    # The tensor that no longer exists is not requested.
     (hf_folder / "model.safetensors").unlink()
     (_, again), _ = one_process.run(_run, tmp_path, start)[0]
     np.testing.assert_equal(again["initial weights"], first["final weights"])
@@ -145,7 +145,7 @@ def test_the_runs_own_checkpoint_comes_before_the_initial_weights(
 
 
 def _without_room(folder: Path, *overrides: str) -> None:
-    """A run whose last checkpoint is saved, but not what is for Hugging Face, says so."""
+    """A run that saves its last checkpoint but not the Hugging Face export logs that."""
 
     def save_file(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -164,8 +164,8 @@ def test_a_run_whose_export_failed_finishes_it_when_started_again(
     assert not (tmp_path / "checkpoint" / "hf").exists()
     (records, weights), _ = one_process.run(_run, tmp_path, *weights_last)[0]
     assert [record["step"] for record in records] == [1]
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint" / "hf")
-    embedding = theirs.get_input_embeddings().weight.detach().float()
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint" / "hf")
+    embedding = reference.get_input_embeddings().weight.detach().float()
     _assert_same(weights["final weights"]["tok_embeddings.weight"], embedding)
 
 
@@ -175,9 +175,9 @@ def test_a_run_begins_with_a_converted_checkpoint(
     assert cli.main(["convert", "hf-to-dcp", str(hf_folder), f"{tmp_path}/dcp"]) == 0
     start = f"--checkpoint.initial_load_path={tmp_path}/dcp"
     (_, weights), _ = one_process.run(_run, tmp_path / "run", start)[0]
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(hf_folder)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(hf_folder)
     for name, array in weights["initial weights"].items():
-        expected = theirs.get_parameter(translate(name, LLAMA.hf_key_map)).detach()
+        expected = reference.get_parameter(translate(name, LLAMA.hf_key_map)).detach()
         _assert_same(array, expected)
 
 
@@ -187,8 +187,8 @@ def hf_folder(tmp_path: Path) -> Path:
     args = _args(*MODEL)
     assert LLAMA.hf_config is not None
     config = transformers.LlamaConfig(**hf_config_from_args(args, LLAMA.hf_config, dtype="float32"))
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "theirs")
-    return tmp_path / "theirs"
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "huggingface")
+    return tmp_path / "huggingface"
 
 
 def test_a_model_of_other_numbers_is_refused_before_any_process_group(

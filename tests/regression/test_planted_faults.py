@@ -1,4 +1,4 @@
-"""Faults put in on purpose, in runs of a few steps: compare calls each outside, and says where.
+"""Faults put in on purpose, in runs of a few steps: compare reports each as outside, with its step.
 
 The same runs without a fault are within: what is called outside is the fault. Valid tokens are
 uneven over samples and ranks.
@@ -82,7 +82,7 @@ def decay_norms() -> AbstractContextManager[Any]:
 
 
 def keep_the_first_scales() -> AbstractContextManager[Any]:
-    """Weights gathered in float8 by the scales that they began with."""
+    """Weights gathered in float8 by the scales of the first step."""
     calls = iter([step.refresh_scales])
     return mock.patch.object(
         step, "refresh_scales", lambda model: next(calls, lambda _: None)(model)
@@ -150,15 +150,15 @@ FAULTS = (
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("plant", "world_size", "settings", "found"),
+    ("plant", "world_size", "settings", "actual"),
     slow_but(FAULTS[-2:], FAULTS),
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_a_fault_is_outside_the_layout_tier(
-    plant: Plant, world_size: int, settings: tuple[str, ...], found: dict[str, int], runs: Runs
+    plant: Plant, world_size: int, settings: tuple[str, ...], actual: dict[str, int], runs: Runs
 ) -> None:
     assert outside(runs(1), runs(world_size, *settings)) == {}
-    assert outside(runs(1), runs(world_size, *settings, plant=plant)) == found
+    assert outside(runs(1), runs(world_size, *settings, plant=plant)) == actual
 
 
 @pytest.mark.distributed
