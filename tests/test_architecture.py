@@ -55,17 +55,17 @@ def imported_rooms(source: str, package: str) -> set[str]:
 
 def violations(source: str, room: str, package: str = "titan_lite") -> list[str]:
     """One sentence per import that the rows forbid to a file of `room`."""
-    found = []
+    broken = []
     for other in sorted(imported_rooms(source, package) - {room}):
         dispatches = room == DISPATCHER and ROW_OF[other] == ROW_OF[room]
         if ROW_OF[other] >= ROW_OF[room] and not dispatches:
-            found.append(f"{room} (row {ROW_OF[room]}) imports {other} (row {ROW_OF[other]})")
+            broken.append(f"{room} (row {ROW_OF[room]}) imports {other} (row {ROW_OF[other]})")
     modules = {f"{name}." for name in imported_modules(source, package)}
     if room in TORCH_FREE and any(name.startswith("torch.") for name in modules):
-        found.append(f"{room} imports torch")
+        broken.append(f"{room} imports torch")
     if room == "nn" and any(name.startswith("torch.distributed.") for name in modules):
-        found.append("nn imports torch.distributed")
-    return found
+        broken.append("nn imports torch.distributed")
+    return broken
 
 
 def sources() -> list[Path]:
@@ -118,7 +118,7 @@ def test_what_the_rows_allow_is_not_a_violation(source: str, room: str) -> None:
 
 
 def import_graph(files: Mapping[str, Path]) -> dict[str, set[str]]:
-    """Who imports whom among modules, inside functions and for types too."""
+    """Returns the imports between modules, including those in functions and for types."""
     return {
         name: files.keys()
         & set(imported_modules(path.read_text(encoding="utf-8"), name.rpartition(".")[0]))
@@ -248,7 +248,7 @@ def test_private_names_of_torch_are_seen(source: str, names: set[str]) -> None:
 
 
 def test_each_private_name_of_torch_is_known_to_one_file() -> None:
-    """What torch renames from one version to the next is then mended in one place."""
+    """A name that torch renames is then changed in one file only."""
     texts = {path: path.read_text(encoding="utf-8") for path in sources()}
     defined = set().union(*map(defined_names, texts.values()))
     files: dict[str, list[str]] = {}
