@@ -116,7 +116,7 @@ def test_the_world_size_that_is_launched_is_the_one_that_is_checked() -> None:
 def test_several_nodes_need_a_place_to_meet() -> None:
     result = launch(NNODES="2")
     assert result.returncode != 0
-    assert "set RDZV_ENDPOINT or MASTER_ADDR" in result.stderr
+    assert "NNODES > 1 requires RDZV_ENDPOINT or MASTER_ADDR" in result.stderr
 
 
 @pytest.mark.distributed

@@ -160,7 +160,7 @@ def test_an_integer_serves_as_a_float_but_nothing_else_is_converted() -> None:
         (
             '[optimizer]\nname = "adamw"',
             "optimizer.name",
-            'expected "AdamW" or "Adam", got "adamw"; did you mean "AdamW"?',
+            'expected "AdamW", "Adam" or "Muon", got "adamw"; did you mean "AdamW"?',
         ),
         (
             '[optimizer]\nno_decay = ["norm", "bais"]',
