@@ -252,7 +252,7 @@ def test_the_gpu_suite_begins_nothing_after_its_limit(
 
 def test_the_gpu_suite_needs_a_word_that_a_name_holds(capsys: pytest.CaptureFixture[str]) -> None:
     assert h200.main(["--only", "2b"]) == 2
-    assert capsys.readouterr().err == "--only 2b: no variant's name holds that\n"
+    assert capsys.readouterr().err == "--only 2b: no variant has such a name\n"
 
 
 @pytest.mark.parametrize(

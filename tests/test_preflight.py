@@ -117,7 +117,7 @@ def test_files_of_a_model_among_documents_are_left_out_and_others_looked_at(
         (tmp_path / name).write_text('{"!": 0}')
     setting = f"--data.dataset_path={tmp_path}"
     accepted(setting)
-    assert "leaves out config.json, tokenizer_config.json, vocab.json, by name no" in caplog.text
+    assert "leaves out config.json, tokenizer_config.json, vocab.json, not documents" in caplog.text
     (tmp_path / "statistics.json").write_text('{"documents": 64}')
     actual = refused(setting)
     assert (
@@ -172,7 +172,7 @@ def test_a_run_that_reads_few_streams_needs_few_documents(
             (*BERT, "--validation.steps=10000"),
             "10000 batches of 2 samples of 128",
         ),
-        (("--validation.dataset_path={few}",), "few.jsonl holds: it has 0"),
+        (("--validation.dataset_path={few}",), "are more than the 0 in "),
         (("--validation.dataset_path={bad}",), "validation.text_field (default): "),
     ],
 )
