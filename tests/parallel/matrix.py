@@ -40,6 +40,7 @@ TOLERANCES_OF_3_STEPS = {
 TP2, TP4, HSDP2 = "parallel.tp=2", "parallel.tp=4", "parallel.dp_replicate=2"
 CP2, CP4, PP2, PP4 = "parallel.cp=2", "parallel.cp=4", "parallel.pp=2", "parallel.pp=4"
 EP2, EP4 = "parallel.ep=2", "parallel.ep=4"
+SAVE_EXPERTS = 'activation_checkpoint.save=["routing", "all_to_all", "grouped_matmul"]'
 ALL_GATHER, ULYSSES = "parallel.cp_method=all_gather", "parallel.cp_method=ulysses"
 NO_SEQUENCE_PARALLEL = "parallel.sequence_parallel=false"
 SYNC_LAST = "parallel.gradient_sync=last_micro_batch"
@@ -263,7 +264,7 @@ FAMILIES = (
     Case("dp2", "full", micro_batches=4, more=(EP2,), alike=QWEN3_MOE),
     Case("dp4", more=(EP4,), alike=QWEN3_MOE),
     Case("dp2", "none", TRACED, more=(EP2,), alike=QWEN3_MOE),
-    Case("dp4", "selective_op", more=(EP2,), alike=QWEN3_MOE),
+    Case("dp4", "selective_op", more=(EP2, SAVE_EXPERTS), alike=QWEN3_MOE),
     Case("hsdp 2x2", micro_batches=2, more=(EP2,), alike=QWEN3_MOE),
     Case("cp2", more=(EP2,), alike=QWEN3_MOE),
     Case("pp2 x dp2", "full", micro_batches=4, more=(EP2,), alike=QWEN3_MOE),

@@ -20,7 +20,7 @@ from tests.distributed import Workers
 from tests.runs import build_trainer, compiled_by, slow_but, train, whole
 from titan_lite.config.load import ConfigError
 from titan_lite.config.schema import ActivationCheckpoint, SavedOp
-from titan_lite.models.args import DecoderArgs
+from titan_lite.models.args import DecoderArgs, MoEArgs
 from titan_lite.models.plan import make_plan
 from titan_lite.nn import varlen
 from titan_lite.nn.build import build_decoder
@@ -60,14 +60,15 @@ class Operations(TorchDispatchMode):
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for name in ("matmul", "attention", "reduce_scatter", "all_reduce", "max"):
+        for name in OPS:
             self.counts[name] += op in OPS[name]
         self.counts["attention"] += op == varlen.OPERATION
         return op(*args, **(kwargs or {}))
 
 
-def decoder(section: ActivationCheckpoint) -> Decoder:
-    args = DecoderArgs(
+def decoder(section: ActivationCheckpoint, *, num_experts: int = 0) -> Decoder:
+    kind = partial(MoEArgs, num_experts=num_experts, top_k=2) if num_experts else DecoderArgs
+    args = kind(
         dim=64,
         num_layers=BLOCKS,
         num_heads=4,
@@ -139,6 +140,19 @@ def test_matmuls_are_counted_apart_in_forward_and_recomputation() -> None:
 
 def test_every_name_has_operations() -> None:
     assert set(OPS) == set(get_args(SavedOp))
+
+
+def test_products_and_order_of_experts_are_saved() -> None:
+    def repeated(section: ActivationCheckpoint) -> tuple[int, int]:
+        counts = gradients_of(decoder(section, num_experts=4))[1]
+        return counts["grouped_matmul"], counts["routing"]
+
+    save: list[SavedOp] = ["grouped_matmul", "routing"]
+    needed = repeated(ActivationCheckpoint())
+    assert repeated(ActivationCheckpoint(mode="selective_op", save=save)) == needed
+    matmuls, sorts = repeated(ActivationCheckpoint(mode="full"))
+    assert matmuls > needed[0]
+    assert sorts > needed[1]
 
 
 def test_max_keeps_the_scale_of_float8() -> None:

@@ -31,7 +31,15 @@ PositionKind = Literal["rotary", "learned"]
 ScoreKind = Literal["softmax", "sigmoid"]
 AttentionKernel = Literal["auto", "math", "cudnn", "flash2", "flash3", "flash4"]
 SavedOp = Literal[
-    "attention", "matmul", "every_second_matmul", "reduce_scatter", "all_reduce", "max"
+    "attention",
+    "matmul",
+    "every_second_matmul",
+    "reduce_scatter",
+    "all_reduce",
+    "max",
+    "routing",
+    "all_to_all",
+    "grouped_matmul",
 ]
 
 
@@ -429,7 +437,8 @@ class ActivationCheckpoint(Section):
     ]
     """Operations whose results are kept: "attention"; "matmul" or "every_second_matmul"; the sums
     over tensor-parallel ranks, "reduce_scatter" with sequence parallel, "all_reduce" without;
-    "max": the scales of "tensorwise" float8."""
+    "max": the scales of "tensorwise" float8; of experts, "routing": the order of scores,
+    "all_to_all": the exchanges of expert parallel, "grouped_matmul"."""
     memory_budget: Annotated[Fraction, Variant("mode", "memory_budget")] = 0.5
     """Share of the activation memory of a compiled block that may be used; 0 keeps its input
     only."""

@@ -33,6 +33,11 @@ METRICS: dict[str, Metric] = {
     "tokens": Metric("tokens since step 0", "global", "train/tokens"),
     # Of Mixture of Experts, whose records also have lists of each block's in metrics.jsonl.
     "moe/load_max": Metric("largest expert's tokens over the mean", "global", "moe/load_max"),
+    "moe/rank_load_max": Metric(
+        "rows of the most loaded rank over the mean, under expert parallel",
+        "global",
+        "moe/rank_load_max",
+    ),
     "moe/unused_experts": Metric(
         "experts without tokens, of all blocks", "global", "moe/unused_experts"
     ),

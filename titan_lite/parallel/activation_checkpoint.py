@@ -18,6 +18,7 @@ from torch.utils.checkpoint import (
 )
 
 from titan_lite.config.schema import ActivationCheckpoint, SavedOp
+from titan_lite.nn import grouped_matmul  # noqa: F401  registers an operation of that name
 from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel import context_attention  # noqa: F401  registers sharded_attention
 from titan_lite.parallel.attention_ops import CPU_FLASH, CUDNN, EFFICIENT, FLASH, OVERRIDEABLE
@@ -43,6 +44,10 @@ OPS: dict[SavedOp, tuple[Any, ...]] = {
     "all_reduce": (collectives.all_reduce.default,),
     # The largest magnitude of a tensor, from which float8 takes its scale: one number.
     "max": (aten.max.default,),
+    # Integers: their recomputation must not choose other experts.
+    "routing": (aten.sort.stable,),
+    "all_to_all": (collectives.all_to_all_single.default,),
+    "grouped_matmul": (torch.ops.titan_lite.grouped_matmul.default,),
 }
 """The operations behind each name of `activation_checkpoint.save`, as the dispatcher sees them.
 

@@ -96,6 +96,9 @@ class Balancer:
             "moe/entropy": entropy_L.mean().item(),
             "moe/balance_loss": self.loss_L.sum().item(),
         }
+        if (ranks := self.meshes.ep) is not None:
+            load_LR = load_LE.view(len(load_LE), ranks.size(), -1).mean(2)
+            found["moe/rank_load_max"] = load_LR.max().item()
         if self.bias_rate:
             largest = torch.stack(biases).max() if biases else torch.zeros((), device=self.device)
             overall["moe/max_bias"] = all_reduce(largest, "max").item()
