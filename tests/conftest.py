@@ -1,6 +1,7 @@
 """Fixtures shared by all rooms."""
 
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,7 +22,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One folder, kept between sessions, for what inductor compiles: half a minute per graph."""
+    # Processes inherit that a signal is ignored (by nohup, in a background job), but no handler.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+    # One folder, kept between sessions, for what inductor compiles: half a minute per graph.
     folder = config.rootpath / ".pytest_cache" / "inductor"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     # A busy machine must not fail a test.

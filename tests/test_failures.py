@@ -282,8 +282,6 @@ def test_closing_the_terminal_ends_a_run_with_a_checkpoint(tmp_path: Path) -> No
         stdin=end,
         stdout=end,
         stderr=end,
-        # Where this test run was started by nohup, it would not hear of the terminal's end.
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     ) as run:
         os.close(end)
         shown = b""

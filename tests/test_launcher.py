@@ -578,8 +578,6 @@ class Launched:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            # As a shell starts it, whatever this test run was started to ignore.
-            preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in (1, 2)],
         )
 
     def wait_for(self, *names: str) -> None:

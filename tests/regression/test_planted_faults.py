@@ -102,7 +102,7 @@ def forget_the_optimizer() -> AbstractContextManager[Any]:
 def train(plant: Plant, folder: Path, *overrides: str) -> None:
     with plant():
         run = build_trainer(folder, *STEPS, *overrides)
-        run.batches = masked(run.batches)
+        run.data.batches = masked(run.data.batches)
         try:
             run.train()
         finally:
