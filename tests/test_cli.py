@@ -231,7 +231,7 @@ def test_the_schema_documents_every_key_and_forbids_others(schema: Any) -> None:
 
 def test_the_schema_carries_choices_and_bounds(schema: Any) -> None:
     properties = schema["properties"]
-    assert properties["optimizer"]["properties"]["name"]["enum"] == ["AdamW", "Adam"]
+    assert properties["optimizer"]["properties"]["name"]["enum"] == ["AdamW", "Adam", "Muon"]
     assert properties["training"]["properties"]["steps"]["exclusiveMinimum"] == 0
     assert properties["model"]["properties"]["dim"]["type"] == "integer"
     reshard = properties["parallel"]["properties"]["reshard_after_forward"]["anyOf"]

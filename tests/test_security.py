@@ -31,7 +31,7 @@ def test_a_tilde_is_the_home_folder_and_no_folder_is_refused(
     # As --job.dump_folder=$OUT where OUT is not set: all would be written to where it is started;
     # checkpoints without a separate folder, among the files of the run.
     for folder in ("job.dump_folder", "checkpoint.folder"):
-        with pytest.raises(ConfigError, match=rf'{re.escape(folder)} .*is empty: "\." is'):
+        with pytest.raises(ConfigError, match=rf'{re.escape(folder)} .*is empty; set "\."'):
             make_plan(None, [f"--{folder}="], world_size=1)
 
 

@@ -23,7 +23,7 @@ def test_the_run_file_says_what_ran(one_process: Workers, tmp_path: Path) -> Non
     one_process.run(train, tmp_path, FEW_STEPS, *settings)
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["versions"]["torch"] == torch.__version__
-    assert run["mesh"] == {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1}
+    assert run["mesh"] == dict.fromkeys(("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep"), 1)
     assert len(run["applied"]["modules"]["checkpointed"]) == 3
     assert len(run["applied"]["modules"]["FSDP unit"]) == 3 + 4
     assert run["parameters"] == 2 * 2048 * 64 + 64 + 3 * (

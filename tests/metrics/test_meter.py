@@ -175,6 +175,7 @@ def test_every_key_has_its_unit_reduction_and_tag():
         "ooms",
         "checkpoint_blocked_seconds",
         "checkpoint_seconds",
+        "moe/max_bias",
     }
 
 

@@ -134,7 +134,12 @@ def layouts_of(
         if remainder or tp > cluster.gpus_per_node:
             continue
         for shard in divisors(rest):
-            dims = ParallelDims(pp=pp, dp_replicate=rest // shard, dp_shard=shard, cp=cp, tp=tp)
+            if shard * cp % parallel.ep:
+                continue
+            replicas = rest // shard
+            dims = ParallelDims(
+                pp=pp, dp_replicate=replicas, dp_shard=shard, cp=cp, tp=tp, ep=parallel.ep
+            )
             for choice in _choices(parallel, dims):
                 values = asdict(dims) | choice
                 if parallel.async_tp and tp == 1:
