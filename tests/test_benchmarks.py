@@ -100,7 +100,7 @@ def test_the_turns_of_others_do_not_count(tmp_path: Path) -> None:
         time.sleep(3)
         begin = time.perf_counter()
         (record,) = group.call(measure.take_turn)
-        # A turn of two steps begins where the last one was logged, shortly before it ended.
+        # A turn starts where the last one was logged, shortly before that one ended.
         assert 2 * record["seconds_per_step"] < time.perf_counter() - begin + 2
 
 

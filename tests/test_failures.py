@@ -135,7 +135,8 @@ def test_killed_restarted_stopped_and_resumed_a_run_is_the_undisturbed_one_bit_f
     folder = tmp_path / "run"
     with Launch(LAUNCHER, folder, MAX_RESTARTS="1", **SECRETS) as run:
         run.wait_for_step(7)
-        with pytest.raises(ValueError, match=rf"to {folder}: process {run.pid(0)} on .*; end it"):
+        message = rf"{folder} is in use by another run \(process {run.pid(0)} on .*; stop it"
+        with pytest.raises(ValueError, match=message):
             FolderLock(folder)
         os.kill(run.pid(1), signal.SIGKILL)
         run.wait_until(lambda: "Resumed from" in run.log.read_text())

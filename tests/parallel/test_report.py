@@ -137,6 +137,7 @@ def test_everything_is_counted_on_the_modules_of_a_run(
         "float32 reduction",
         "  tensor parallel   1 vocab, 10 colwise, 4 rowwise, 5 sequence, 4 gather, 1 head",
         "  context parallel  0 modules",
+        "  expert parallel   0 modules",
         "  float8            10 linears, 0 of them gathered in it",
         "  attention         torch's choice",
         "  checkpointed      1 of 2 blocks",

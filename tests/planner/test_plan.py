@@ -180,7 +180,7 @@ def test_a_search_covers_every_product_of_degrees() -> None:
     plans = [dims for *_, dims in candidates(base.config, 12, 24, H100)]
     actual = {(d.pp, d.dp_replicate, d.dp_shard, d.cp, d.tp) for d in plans}
     expected = {
-        (pp, replicas, shard, cp, tp, 1)
+        (pp, replicas, shard, cp, tp)
         for pp in divisors(12)
         for replicas in divisors(12)
         for shard in divisors(12)

@@ -78,7 +78,7 @@ def begin_the_schedule_a_step_late() -> AbstractContextManager[Any]:
 
 
 def decay_norms() -> AbstractContextManager[Any]:
-    return mock.patch.object(optimizer, "parameter_kind", return_value="weight")
+    return mock.patch.object(optimizer, "_decay_kind", return_value="weight")
 
 
 def keep_the_first_scales() -> AbstractContextManager[Any]:

@@ -86,11 +86,11 @@ def precision(model: nn.Module) -> str:
 def apply_fsdp(
     model: Transformer,
     mesh: DeviceMesh,
-    expert_mesh: DeviceMesh | None,
     section: Parallel,
     *,
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
+    expert_mesh: DeviceMesh | None = None,
 ) -> None:
     """Shards the model in place over `mesh`: 1D (fsdp), or 2D (dp_replicate, fsdp) for HSDP.
 

@@ -67,10 +67,10 @@ def parallelize(
     apply_fsdp(
         model,
         meshes.fsdp,
-        meshes.efsdp,
         parallel,
         param_dtype=getattr(torch, training.param_dtype),
         reduce_dtype=getattr(torch, training.reduce_dtype),
+        expert_mesh=meshes.efsdp,
     )
     applied = count_applied(model, tp_plan, meshes.model)
     asked = asked_modules(

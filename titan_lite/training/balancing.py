@@ -98,7 +98,7 @@ class Balancer:
         }
         if (ranks := self.meshes.ep) is not None:
             load_LR = load_LE.view(len(load_LE), ranks.size(), -1).mean(2)
-            found["moe/rank_load_max"] = load_LR.max().item()
+            overall["moe/rank_load_max"] = load_LR.max().item()
         if self.bias_rate:
             largest = torch.stack(biases).max() if biases else torch.zeros((), device=self.device)
             overall["moe/max_bias"] = all_reduce(largest, "max").item()

@@ -56,6 +56,7 @@ class StepMonitor:
         pp_ranks = [plan.dims.coordinates(rank)["pp"] for rank in range(plan.dims.world_size)]
         self._watch = RecordWatch(process, pp_ranks, start_step=state.step)
         self._plan, self._process, self._training = plan, process, training
+        self._balancer = training.step.balancer
         self._loader, self._sources = loader, sources
 
     def after_step(self, step: int, result: StepResult, *, logs: bool) -> None:
@@ -80,8 +81,8 @@ class StepMonitor:
         guard, objective = self._training.guard, self._training.objective
         extra = extra | guard.metrics() | self._data_metrics(result)
         extra |= objective.metrics(result.loss, result.sums, result.num_pairs)
-        if (balancer := self._training.step.balancer) is not None:
-            extra |= balancer.metrics()
+        if self._balancer is not None:
+            extra |= self._balancer.metrics()
         waited = self.meter.data_wait
         record = self.meter.log(
             step,
