@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -90,11 +91,14 @@ def test_dense_first_blocks_are_not_in_the_metrics_of_experts() -> None:
     args = replace(DEEPSEEK_V3.flavors["debug"], bias_rate=0.0)
     assert isinstance(args, MoEArgs)
     model = build(DEEPSEEK_V3, args)
-    balancer = Balancer(model, args, cast(Any, None), 1, torch.device("cpu"))
+    meshes = cast(Any, SimpleNamespace(ep=SimpleNamespace(size=lambda: 2)))
+    balancer = Balancer(model, args, meshes, 1, torch.device("cpu"))
     loads = [[0] * 8, [1] * 8, [4, 4, 0, 0, 0, 0, 0, 0], [8, 0, 0, 0, 0, 0, 0, 0]]
     balancer.load_state_dict(loads)
     record = balancer.metrics()
     assert record["moe/unused_experts_per_layer"] == [0, 6, 7]
     assert record["moe/load_max_per_layer"] == [1, 4, 8]
     assert record["moe/unused_experts"] == 13
+    # Of 2 ranks the first has all tokens of the last two blocks.
+    assert record["moe/rank_load_max"] == 2
     assert record["moe/entropy"] == pytest.approx((1 + 1 / 3 + 0) / 3)
