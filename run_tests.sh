@@ -20,8 +20,7 @@ fi
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
-# Three at a time keep two cores busy, since processes of a test wait for each other. A file of tests
-# stays in one place, in the order of tests/conftest.py; one thread per process unless OMP_NUM_THREADS
+# Two files of tests at a time, each in one place, in the order of tests/conftest.py; one thread per process unless OMP_NUM_THREADS
 # is set, since the distributed tests start several.
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec "$PYTHON" -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec "$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
     ${marked[@]+"${marked[@]}"} "$@"
