@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types, and the tests that are not marked slow: at most 10 minutes on two cores.
+# Lint, types, and the tests that are not marked slow.
 #   ./run_tests.sh --all                  the slow ones as well, as CI does
 #   ./run_tests.sh tests/config -k typo   further arguments go to pytest
 if [ -z "${BASH_VERSION:-}" ]; then

@@ -73,12 +73,33 @@ def test_llama_3_70b_needs_more_than_one_node() -> None:
     assert peak(job).bytes > find_cluster("h100").memory
 
 
-def test_muon_keeps_12_bytes_for_a_parameter_of_a_matrix_and_adamw_16() -> None:
-    def job_with(optimizer: str) -> Job:
-        overrides = [f"--optimizer.name={optimizer}", "--data.tokenizer_path="]
-        plan = make_plan(PRESETS / "llama3_8b.toml", overrides, 8, with_files=False)
-        return read_job(plan.config, plan.dims, plan.family, plan.args)
+def job_with(optimizer: str, *more: str) -> Job:
+    overrides = [f"--optimizer.name={optimizer}", "--data.tokenizer_path=", *more]
+    plan = make_plan(PRESETS / "llama3_8b.toml", overrides, 8, with_files=False)
+    return read_job(plan.config, plan.dims, plan.family, plan.args)
 
+
+@pytest.mark.parametrize(
+    ("optimizer", "setting", "bytes_of_other", "bytes_of_matrix"),
+    [
+        ("AdamW", "--ema.enable=true", 12, 12),
+        ("AdamW", "--optimizer.state_dtype=bfloat16", 4, 4),
+        ("Muon", "--ema.enable=true", 12, 8),
+        ("Muon", "--optimizer.state_dtype=bfloat16", 4, 4),
+    ],
+)
+def test_an_average_of_the_weights_and_rounded_moments_are_counted(
+    optimizer: str, setting: str, bytes_of_other: int, bytes_of_matrix: int
+) -> None:
+    job = job_with(optimizer, setting)
+    matrices = num_block_params(job.args)
+    parts = peak(job).parts
+    others = parts["parameters"] * 8 / 4 - matrices
+    expected = bytes_of_other * others + bytes_of_matrix * matrices
+    assert parts["optimizer"] * 8 == pytest.approx(expected)
+
+
+def test_muon_keeps_12_bytes_for_a_parameter_of_a_matrix_and_adamw_16() -> None:
     adamw, muon = (job_with(name) for name in ("AdamW", "Muon"))
     saved = peak(adamw).parts["optimizer"] - peak(muon).parts["optimizer"]
     assert saved == 4 * num_block_params(muon.args) / 8

@@ -293,8 +293,13 @@ def test_experts_take_the_time_of_those_of_a_token_and_the_memory_of_all() -> No
 def test_a_mixture_of_experts_is_predicted_with_a_wide_interval(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert cli.main(["plan", str(ROOT / "train_configs/debug_moe.toml"), "--cluster=h100"]) == 0
-    assert "no run of a Mixture of Experts validates the model" in capsys.readouterr().out
+    plan = ["plan", str(ROOT / "train_configs/debug_moe.toml"), "--cluster=h100"]
+    assert cli.main(plan) == 0
+    shown = capsys.readouterr().out
+    assert "no run of a Mixture of Experts validates the model" in shown
+    assert "parallel.ep" not in shown
+    assert cli.main([*plan, "--parallel.ep=2"]) == 0
+    assert "parallel.ep = 2 is predicted as 1, without all-to-alls" in capsys.readouterr().out
 
 
 def test_predicted_flops_are_those_of_the_meter() -> None:

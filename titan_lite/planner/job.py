@@ -18,8 +18,8 @@ class Job:
     recomputed: blocks of each stage that are checkpointed. blocks: of each pipeline stage.
     keeps_gathered: parameters stay gathered between forward and backward. syncs_last: gradients
     are reduced after the last micro-batch only. kernels: class of the element-wise kernels.
-    cp_balanced: each rank has a part of
-    the head and of the tail of a causal sequence.
+    cp_balanced: each rank has a part of the head and of the tail of a causal sequence.
+    moment_bytes: of each moment of AdamW. ema: an average of the weights is stored.
     ns_steps: of Newton-Schulz, with Muon; 0: all by AdamW.
     stack: the library, as constants.py names it, "" for this one.
     """
@@ -31,6 +31,7 @@ class Job:
     micro_steps: int = 1
     tp: int = 1
     cp: int = 1
+    ep: int = 1
     pp: int = 1
     replicas: int = 1
     dp_shard: int = 1
@@ -58,6 +59,8 @@ class Job:
     reduce_bytes: int = 4
     accumulate_bytes: int = 10
     optimizer_bytes: int = 44
+    moment_bytes: int = 4
+    ema: bool = False
     ns_steps: int = 0
     kernels: str = "fused"
     attention: str = "flash"

@@ -122,10 +122,11 @@ def _place(job: Job, place: int, stages: tuple[int, ...]) -> Memory:
     passed = (1 if has_head else 2) * stream if t > 1 and job.pp > 1 else 0.0
     backward = 1.35 * none * width * tokens + passed
     works = {"loss": logits, "backward": backward, "reducing": 5 * stream, "end": 0.0}
-    state = 8 * params
+    state = (2 * job.moment_bytes + 4 * job.ema) * params
     if job.ns_steps:
-        # Of a matrix Muon has its momentum alone.
-        state -= 4 * sum(job.blocks[stage] for stage in stages) * block
+        # Of a matrix Muon has its momentum alone, in float32.
+        matrices = sum(job.blocks[stage] for stage in stages) * block
+        state -= (2 * job.moment_bytes - 4) * matrices
     fixed = {"parameters": 4 * params / N, "optimizer": state / N}
     if args.positions == "rotary":
         # Cosines and sines in float32; a pipeline's rank has those of the whole model as well.

@@ -57,6 +57,7 @@ def read_job(config: Config, dims: ParallelDims, family: Family, args: DecoderAr
         micro_steps=steps,
         tp=dims.tp,
         cp=dims.cp,
+        ep=dims.ep,
         pp=dims.pp,
         replicas=dims.dp_replicate,
         dp_shard=dims.dp_shard,
@@ -83,6 +84,8 @@ def read_job(config: Config, dims: ParallelDims, family: Family, args: DecoderAr
         attention="unfused" if args.attention_dropout else "flash",
         loss_bytes=14 if config.compile.covers("loss") else 28,
         loss_chunks=chunks,
+        moment_bytes=2 if getattr(config.optimizer, "state_dtype", "") == "bfloat16" else 4,
+        ema=config.ema.enable,
         ns_steps=getattr(config.optimizer, "ns_steps", 0),
         head_token_fraction=share,
     )
