@@ -1,5 +1,6 @@
 """Fixtures shared by all rooms."""
 
+import logging
 import os
 import signal
 from collections import Counter
@@ -38,6 +39,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with most tests of several processes first: one at the end keeps one core waiting."""
     heavy = Counter(item.path for item in items if item.get_closest_marker("distributed"))
     items.sort(key=lambda item: -heavy[item.path])
+
+
+@pytest.fixture(autouse=True)
+def logging_restored() -> Iterator[None]:
+    """What a run in this process sets up would write to that test's captured output for ever."""
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("titan_lite")]
+    loggers = [logging.root, *map(logging.getLogger, names)]
+    before = [([*logger.handlers], logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -91,7 +91,7 @@ def test_a_memory_snapshot_without_a_gpu_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"the tokenizer has 2048 tokens, .* of 1000"):
+    with pytest.raises(ConfigError, match=r"tokenizer has 2,048 tokens, more than .* of 1,000"):
         build_trainer(tmp_path, "--model.vocab_size=1000")
 
 
