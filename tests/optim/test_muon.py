@@ -118,7 +118,7 @@ def test_one_process_takes_the_steps_written_out(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("adjust_lr", ["match_rms_adamw", "original"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.bfloat16, 1e-2)])
 def test_equals_torch_optim_muon(
     dtype: torch.dtype, tolerance: float, adjust_lr: Any, nesterov: bool
 ) -> None:
@@ -132,9 +132,10 @@ def test_equals_torch_optim_muon(
         peer.values(), lr=LR, weight_decay=DECAY, adjust_lr_fn=adjust_lr, nesterov=nesterov
     )
     take(optimizer, parameters)
-    # torch always orthogonalizes in bfloat16: here its own code without that cast.
-    keep = mock.patch.object(Tensor, "bfloat16", Tensor.clone)
-    with keep if dtype == torch.float32 else nullcontext():
+    # torch always orthogonalizes in bfloat16: here its own code in float64, since the rounding of
+    # float32, which the iteration enlarges, depends on the processor.
+    keep = mock.patch.object(Tensor, "bfloat16", Tensor.double)
+    with keep if dtype == torch.float64 else nullcontext():
         take(reference, peer)  # type: ignore[arg-type]
     for name in names:
         moved = (peer[name] - drawn(name, 0) / 100).norm()
