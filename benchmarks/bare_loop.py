@@ -18,7 +18,7 @@ from titan_lite.data.tokenizer_files import load_tokenizer
 from titan_lite.models.family import Family
 from titan_lite.models.hf_config import hf_config_from_args
 from titan_lite.models.registry import families
-from titan_lite.nn.build import build
+from titan_lite.nn.build_model import build_model
 from titan_lite.nn.documents import dense_mask
 from titan_lite.training.objective import OBJECTIVES
 
@@ -63,7 +63,7 @@ def start(side: str, name: str, preset: Path, dtype: str, shape: tuple[int, int]
     family = families()[name]
     args = family.flavors["debug"]
     generator = torch.Generator().manual_seed(0)
-    model = build(family, args)
+    model = build_model(family, args)
     for key, parameter in model.named_parameters():
         model.init_parameter(key, parameter, generator)
     Loop.is_theirs, Loop.dtype = side == THEIRS, getattr(torch, dtype)

@@ -43,7 +43,7 @@ from benchmarks.measure import (
 )
 from benchmarks.workers import BenchmarkError, Group
 from titan_lite.models.registry import resolve
-from titan_lite.nn.build import build
+from titan_lite.nn.build_model import build_model
 from titan_lite.nn.decoder import Decoder
 from titan_lite.optim.schedule import lr_factor
 from titan_lite.training.loss import cross_entropy_sum
@@ -65,7 +65,7 @@ def bare_loop(trainer: Trainer, dtype: torch.dtype, same_loss: bool) -> Callable
     """Runs a step on the trainer's first batches and weights; returns the loss."""
     config, device = trainer.plan.config, trainer.process.device
     ranks = trainer.process.world_size
-    model = build(*resolve(config.model)).to(device)
+    model = build_model(*resolve(config.model)).to(device)
     model.load_state_dict(
         {n: p.full_tensor() for n, p in trainer.training.model.named_parameters()}
     )

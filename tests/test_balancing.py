@@ -12,7 +12,7 @@ from tests.distributed import Workers
 from tests.runs import biases, build_trainer
 from titan_lite.models.args import MoEArgs
 from titan_lite.models.deepseek import DEEPSEEK_V3
-from titan_lite.nn.build import build
+from titan_lite.nn.build_model import build_model
 from titan_lite.training.balancing import Balancer
 from titan_lite.training.trainer import Trainer
 
@@ -90,7 +90,7 @@ def test_loads_and_biases_follow_applied_steps_alone_and_are_resumed(
 def test_dense_first_blocks_are_not_in_the_metrics_of_experts() -> None:
     args = replace(DEEPSEEK_V3.flavors["debug"], bias_rate=0.0)
     assert isinstance(args, MoEArgs)
-    model = build(DEEPSEEK_V3, args)
+    model = build_model(DEEPSEEK_V3, args)
     meshes = cast(Any, SimpleNamespace(ep=SimpleNamespace(size=lambda: 2)))
     balancer = Balancer(model, args, meshes, 1, torch.device("cpu"))
     loads = [[0] * 8, [1] * 8, [4, 4, 0, 0, 0, 0, 0, 0], [8, 0, 0, 0, 0, 0, 0, 0]]

@@ -8,7 +8,7 @@ import torch
 
 from titan_lite.config.load import load_config
 from titan_lite.models.plan import make_plan
-from titan_lite.nn.build import build
+from titan_lite.nn.build_model import build_model
 from titan_lite.planner.counts import num_params
 
 FOLDER = Path(__file__).parent.parent / "train_configs"
@@ -69,7 +69,7 @@ def test_a_preset_is_valid_and_builds_its_model_on_meta(
     plan = make_plan(path, overrides, int(match))
     assert not caplog.records, "a preset has no setting without effect"
     with torch.device("meta"):
-        model = build(plan.family, plan.args)
+        model = build_model(plan.family, plan.args)
     assert model.num_parameters == num_params(plan.args)
     if path.stem in SIZES:
         assert round(model.num_parameters / 1e9, 2) == SIZES[path.stem]

@@ -22,7 +22,7 @@ from titan_lite.config.load import load_config
 from titan_lite.dryrun import run
 from titan_lite.dryrun.repeat import NotRepeatableError
 from titan_lite.models.plan import make_plan
-from titan_lite.nn.build import build
+from titan_lite.nn.build_model import build_model
 from titan_lite.planner.hardware import DEVICES, find_by_short_name
 
 TRAIN_CONFIGS = Path(__file__).parent.parent / "train_configs"
@@ -329,7 +329,7 @@ def _num_in_vectors(path: Path, world_size: int, overrides: Sequence[str]) -> in
     """Numbers in norms and biases, which the formula counts as if they multiplied."""
     plan = make_plan(path, overrides, world_size)
     with torch.device("meta"):
-        model = build(plan.family, plan.args)
+        model = build_model(plan.family, plan.args)
     return sum(p.numel() for p in model.parameters() if p.ndim == 1)
 
 

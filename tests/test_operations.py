@@ -16,7 +16,7 @@ from tests.distributed import Workers
 from tests.runs import build_trainer
 from titan_lite.config.schema import Model
 from titan_lite.models.registry import resolve
-from titan_lite.nn.build import build
+from titan_lite.nn.build_model import build_model
 
 VIEWS = {
     *("_reshape_alias", "_unsafe_view", "alias", "as_strided", "chunk", "detach", "expand"),
@@ -42,7 +42,7 @@ class CountOperations(TorchDispatchMode):
 
 
 def test_the_forward_of_a_block_takes_at_most_34_operations() -> None:
-    model = build(*resolve(Model(**SIZES)))
+    model = build_model(*resolve(Model(**SIZES)))
     block = model.get_submodule("layers.0").bfloat16()
     with CountOperations() as counted:
         block(torch.randn(2, 256, 256, dtype=torch.bfloat16))

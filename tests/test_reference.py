@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tests.distributed import Workers
 from tests.runs import build_trainer, read_metrics, whole
 from titan_lite.models.registry import resolve
-from titan_lite.nn.build import build
+from titan_lite.nn.build_model import build_model
 from titan_lite.optim.schedule import lr_factor
 
 SETTINGS = (
@@ -27,7 +27,7 @@ RATES = {1: 5e-4, 2: 1e-3, 11: 5.5e-4, 20: 1e-4}
 def _train_both(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, float]], float]:
     trainer = build_trainer(folder, *SETTINGS)
     config = trainer.plan.config
-    model: nn.Module = build(*resolve(config.model))
+    model: nn.Module = build_model(*resolve(config.model))
     model.load_state_dict(
         {n: p.full_tensor() for n, p in trainer.training.model.named_parameters()}
     )

@@ -28,7 +28,7 @@ from titan_lite.models.hf_config import hf_config_from_args
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.patterns import translate
 from titan_lite.models.plan import make_plan
-from titan_lite.nn.build import build_decoder
+from titan_lite.nn.build_model import build_decoder
 from titan_lite.runtime.distributed import Process
 from titan_lite.runtime.writing import WriteError
 from titan_lite.training import export

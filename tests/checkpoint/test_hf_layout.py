@@ -10,7 +10,7 @@ from titan_lite.checkpoint.hf_layout import HFModel
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.hf_config import HFLayout
 from titan_lite.models.llama import LLAMA
-from titan_lite.nn.build import build_decoder
+from titan_lite.nn.build_model import build_decoder
 
 ARGS = DecoderArgs(
     dim=16, num_layers=1, num_heads=4, num_kv_heads=2, ffn_dim=24, vocab_size=5, max_seq_len=8

@@ -19,7 +19,7 @@ from titan_lite.models.bert import BERT
 from titan_lite.models.family import Family
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.registry import resolve
-from titan_lite.nn.build import build
+from titan_lite.nn.build_model import build_model
 
 SAVED = {"name": "llama", "flavor": "debug", "dim": 64, "num_heads": 4, "num_kv_heads": 2}
 
@@ -173,7 +173,7 @@ def test_the_manifest_holds_the_model_whatever_becomes_of_its_flavor(
 
 def _shapes(args: DecoderArgs) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        model = build(BERT if isinstance(args, EncoderArgs) else LLAMA, args)
+        model = build_model(BERT if isinstance(args, EncoderArgs) else LLAMA, args)
     return {name: parameter.shape for name, parameter in model.state_dict().items()}
 
 

@@ -12,7 +12,7 @@ from tests.models.test_families import tp_plan_violations
 from titan_lite.models import registry
 from titan_lite.models.patterns import matches, translate
 from titan_lite.models.plan import make_plan
-from titan_lite.nn.build import build
+from titan_lite.nn.build_model import build_model
 
 DOC = Path(__file__).parents[2] / "docs" / "adding_a_family.md"
 
@@ -40,14 +40,14 @@ def test_another_size_is_resolved_from_the_users_module(tomls: list[Path]) -> No
     assert plan.family.name == "my_llama"
     assert (plan.args.dim, plan.args.vocab_size) == (768, 128256)
     with torch.device("meta"):
-        model = build(plan.family, plan.args)
+        model = build_model(plan.family, plan.args)
     assert not list(tp_plan_violations(model, plan.family.tp_plan))
 
 
 def test_another_form_is_built_with_a_row_for_each_parameter(tomls: list[Path]) -> None:
     plan = make_plan(tomls[1], world_size=1)
     with torch.device("meta"):
-        model = build(plan.family, plan.args)
+        model = build_model(plan.family, plan.args)
     assert not list(tp_plan_violations(model, plan.family.tp_plan))
     names = [name for name, _ in model.named_parameters()]
     assert len({translate(name, plan.family.hf_key_map) for name in names}) == len(names)
@@ -58,7 +58,7 @@ def test_another_architecture_is_built_and_trains(tomls: list[Path]) -> None:
     plan = make_plan(tomls[2], ["--model.num_layers=2"], world_size=1)
     assert "my_pkg.my_model" not in sys.modules  # torch code waits for the build
     with torch.device("meta"):
-        model = build(plan.family, plan.args)
+        model = build_model(plan.family, plan.args)
     names = [name for name, _ in model.named_parameters()]
     assert not [name for name in names if "w3" in name]
     assert not list(tp_plan_violations(model, plan.family.tp_plan))

@@ -11,7 +11,7 @@ from titan_lite.models.family import Family
 from titan_lite.models.patterns import matches, translate
 from titan_lite.models.registry import families
 from titan_lite.models.roles import PlanRow
-from titan_lite.nn.build import build
+from titan_lite.nn.build_model import build_model
 from titan_lite.nn.transformer import Transformer
 from titan_lite.planner.counts import in_words, num_block_params, num_inactive_params, num_params
 
@@ -98,7 +98,7 @@ QWEN_CARDS = {
 def meta_model(family: str, flavor: str) -> Transformer:
     actual = families()[family]
     with torch.device("meta"):
-        return build(actual, actual.flavors[flavor])
+        return build_model(actual, actual.flavors[flavor])
 
 
 @pytest.mark.parametrize(("family", "flavor"), PARAMETERS)

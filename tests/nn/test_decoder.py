@@ -10,7 +10,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from titan_lite.models.args import DecoderArgs, RopeScaling
 from titan_lite.models.llama import LLAMA
-from titan_lite.nn.build import build, build_decoder
+from titan_lite.nn.build_model import build_decoder, build_model
 from titan_lite.nn.decoder import Decoder
 
 ARGS = DecoderArgs(
@@ -180,7 +180,9 @@ def test_fsdp2_mixed_precision_leaves_the_rope_tables_in_float32(one_process_gro
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("build_path", ["titan_lite.nn.build", "titan_lite.nn.build:typo"])
+@pytest.mark.parametrize(
+    "build_path", ["titan_lite.nn.build_model", "titan_lite.nn.build_model:typo"]
+)
 def test_a_build_path_that_leads_nowhere_is_named(build_path: str) -> None:
     with pytest.raises(ValueError, match=f'an existing "module:function", got "{build_path}"'):
-        build(replace(LLAMA, build=build_path), ARGS)
+        build_model(replace(LLAMA, build=build_path), ARGS)

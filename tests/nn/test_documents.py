@@ -19,7 +19,7 @@ from titan_lite.data.loader import Batch
 from titan_lite.data.packing import join_documents, to_row
 from titan_lite.models.llama import LLAMA
 from titan_lite.nn import documents
-from titan_lite.nn.build import build
+from titan_lite.nn.build_model import build_model
 from titan_lite.nn.decoder import Decoder
 from titan_lite.nn.documents import (
     DocumentMask,
@@ -72,7 +72,7 @@ def test_a_packed_batch_gives_the_logits_and_gradients_of_each_part_alone(
     packing: str, form: str
 ) -> None:
     torch.manual_seed(0)
-    model, batch = build(LLAMA, replace(ARGS, **FORMS[form])), _packed(packing)
+    model, batch = build_model(LLAMA, replace(ARGS, **FORMS[form])), _packed(packing)
     assert batch.positions is not None
     assert batch.documents is not None
     mask = dense_mask(batch.documents, torch.arange(40), torch.float32)
@@ -95,7 +95,7 @@ def test_a_packed_batch_gives_the_logits_and_gradients_of_each_part_alone(
 
 
 def test_positions_may_differ_between_rows() -> None:
-    rope = build(LLAMA, ARGS).rope
+    rope = build_model(LLAMA, ARGS).rope
     q, k = torch.randn(2, 5, 4, ARGS.head_size), torch.randn(2, 5, 2, ARGS.head_size)
     positions = torch.tensor([[0, 1, 2, 0, 1], [3, 4, 5, 6, 7]])
     together = rope(q, k, positions)
@@ -221,7 +221,7 @@ def test_compiled_blocks_take_documents_of_any_number_and_length_in_two_graphs(
         return aot_eager(graph, inputs)
 
     torch.manual_seed(0)
-    model = build(LLAMA, ARGS)
+    model = build_model(LLAMA, ARGS)
     torch._dynamo.reset()
     for block in model.layers.values():
         block.compile(fullgraph=True, backend=counting_backend)

@@ -18,7 +18,7 @@ from titan_lite.models.bert import BERT, MEGATRON_BERT
 from titan_lite.models.family import Family
 from titan_lite.models.gpt import GPT
 from titan_lite.nn.attention import DropoutAttention, ScaledDotProductAttention
-from titan_lite.nn.build import build_decoder
+from titan_lite.nn.build_model import build_decoder
 from titan_lite.nn.documents import dense_mask
 from titan_lite.nn.dropout import Dropout, drop, scramble, token_keys
 

@@ -20,7 +20,7 @@ from titan_lite.models.llama import LLAMA
 from titan_lite.models.moe import MIXTRAL, QWEN3_MOE
 from titan_lite.models.qwen import QWEN2_5, QWEN3
 from titan_lite.models.registry import families
-from titan_lite.nn.build import build, build_decoder
+from titan_lite.nn.build_model import build_decoder, build_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -249,7 +249,7 @@ def test_shapes_of_every_flavor_are_those_of_hugging_face(
 @pytest.mark.parametrize("family", families().values(), ids=lambda family: family.name)
 def test_weights_return_from_hugging_faces_form_bit_for_bit(family: Family) -> None:
     args = replace(family.flavors["debug"], **SMALL)
-    model = build(family, args)
+    model = build_model(family, args)
     state = {
         name: torch.randn_like(model.without_padding(name, tensor))
         for name, tensor in saved(model).items()

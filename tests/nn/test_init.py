@@ -12,7 +12,7 @@ from titan_lite.models.family import Family
 from titan_lite.models.gpt import GPT
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.qwen import QWEN2_5
-from titan_lite.nn.build import build, build_decoder
+from titan_lite.nn.build_model import build_decoder, build_model
 from titan_lite.nn.decoder import Decoder
 from titan_lite.nn.init import DECODER_RULES, InitRule, fill, linear
 
@@ -72,7 +72,7 @@ def test_the_same_generator_seed_gives_the_same_tensor(model: Decoder) -> None:
 @pytest.mark.parametrize("family", [LLAMA, QWEN2_5, GPT], ids=lambda family: family.name)
 def test_the_first_loss_is_hardly_above_that_of_even_chances(family: Family) -> None:
     """A tied head drawn like others has tokens predict themselves: Qwen 2.5 began at 13.5."""
-    model = build(family, family.flavors["debug"])
+    model = build_model(family, family.flavors["debug"])
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         model.init_parameter(name, parameter, generator)

@@ -12,7 +12,7 @@ from tests.distributed import Workers
 from tests.runs import build_trainer, train, whole
 from titan_lite.config.optimizers import Muon
 from titan_lite.models.llama import LLAMA
-from titan_lite.nn.build import build
+from titan_lite.nn.build_model import build_model
 from titan_lite.optim.bfloat16_adam import BFloat16Adam
 from titan_lite.optim.nonfinite import NonFiniteGuard, step_if
 from titan_lite.optim.optimizer import Surroundings, build_optimizer
@@ -64,7 +64,7 @@ def test_a_bad_step_changes_nothing_and_scaled_gradients_are_divided() -> None:
 
 def test_muon_steps_its_other_parameters_with_it() -> None:
     args = replace(LLAMA.flavors["debug"], num_layers=1, vocab_size=64)
-    model = build(LLAMA, args)
+    model = build_model(LLAMA, args)
     around = Surroundings(ranks=None, param_dtype=torch.float32, args=args)
     optimizer = build_optimizer(model, Muon(state_dtype="bfloat16"), LLAMA.tp_plan, around)
     for parameter in model.parameters():

@@ -23,7 +23,7 @@ from titan_lite.models import roles
 from titan_lite.models.family import Family
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.registry import families
-from titan_lite.nn.build import build
+from titan_lite.nn.build_model import build_model
 from titan_lite.optim import muon, muon_exchange
 from titan_lite.optim.muon import Muon, build_muon
 from titan_lite.optim.optimizer import Parameter, Surroundings, parameters_of
@@ -178,7 +178,7 @@ def parameters_on_meta(family: Family, **settings: Any) -> tuple[Any, list[Param
     """The args and parameters of a family's debug model."""
     args = family.flavors["debug"]
     with torch.device("meta"):
-        model = build(family, args)
+        model = build_model(family, args)
     section = Section(**settings)
     return args, list(parameters_of(model, section, family.tp_plan, tied_head=args.tied_head))
 

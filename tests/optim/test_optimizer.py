@@ -12,7 +12,7 @@ from titan_lite.models.bert import MEGATRON_BERT
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.plan import make_plan
 from titan_lite.models.roles import PlanRow, kind_of
-from titan_lite.nn.build import build
+from titan_lite.nn.build_model import build_model
 from titan_lite.optim.optimizer import (
     Surroundings,
     build_optimizer,
@@ -119,7 +119,7 @@ def test_groups_are_checked_before_a_run_starts() -> None:
 def test_kinds_follow_from_the_roles_of_the_family() -> None:
     args = MEGATRON_BERT.flavors["debug"]
     with torch.device("meta"):
-        model = build(MEGATRON_BERT, args)
+        model = build_model(MEGATRON_BERT, args)
     kinds: dict[str, set[str]] = {}
     actual = parameters_of(model, AdamW(), MEGATRON_BERT.tp_plan, tied_head=args.tied_head)
     for parameter in actual:

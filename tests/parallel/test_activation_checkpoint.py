@@ -23,7 +23,7 @@ from titan_lite.config.schema import ActivationCheckpoint, SavedOp
 from titan_lite.models.args import DecoderArgs, MoEArgs
 from titan_lite.models.plan import make_plan
 from titan_lite.nn import varlen
-from titan_lite.nn.build import build_decoder
+from titan_lite.nn.build_model import build_decoder
 from titan_lite.nn.decoder import Decoder
 from titan_lite.parallel.activation_checkpoint import (
     MATMULS,

@@ -24,7 +24,7 @@ from tests.runs import build_trainer, train, train_traced
 from titan_lite.config.schema import ActivationCheckpoint
 from titan_lite.models.llama import LLAMA
 from titan_lite.nn.attention import ScaledDotProductAttention
-from titan_lite.nn.build import build
+from titan_lite.nn.build_model import build_model
 from titan_lite.parallel import context_attention
 from titan_lite.parallel.activation_checkpoint import apply_activation_checkpoint
 from titan_lite.parallel.context import (
@@ -196,7 +196,7 @@ def _logits(method: str) -> tuple[Tensor, Tensor]:
     """Returns results for this rank's tokens, of whole and of distributed sequences."""
     args = dataclasses.replace(LLAMA.flavors["debug"], dim=64, ffn_dim=128, num_layers=2)
     torch.manual_seed(0)
-    model = build(LLAMA, args)
+    model = build_model(LLAMA, args)
     tokens = torch.randint(args.vocab_size, (B, S))
     with torch.no_grad():
         expected = model(tokens)
@@ -272,7 +272,7 @@ def _repeated_attentions(method: str, mode: str) -> int:
     """Attentions in the backward pass of a checkpointed model."""
     group = _world()
     args = dataclasses.replace(LLAMA.flavors["debug"], dim=64, ffn_dim=128, num_layers=3)
-    model = build(LLAMA, args)
+    model = build_model(LLAMA, args)
     apply_cp(model, group, method, lambda _: "flash")
     apply_activation_checkpoint(model, ActivationCheckpoint(mode=mode))
     positions = local_positions(method, S, group.rank(), group.size())

@@ -18,7 +18,7 @@ from tests.distributed import Workers
 from tests.parallel.matrix import as_overrides
 from tests.runs import TINY, whole
 from titan_lite.models.plan import make_plan
-from titan_lite.nn.build import build
+from titan_lite.nn.build_model import build_model
 from titan_lite.nn.documents import dense_mask
 from titan_lite.parallel.build import ParallelModel, build_parallel
 from titan_lite.parallel.gradients import clipped_norm
@@ -118,7 +118,7 @@ def _step_twice_of(*overrides: str) -> list[dict[str, Any]]:
     plan = make_plan(None, [*TINY, *as_overrides(*ALIKE, *overrides)], process.world_size)
     config = plan.config
     with torch.device("meta"):
-        model = build(plan.family, plan.args)
+        model = build_model(plan.family, plan.args)
     size, per_rank = config.training.local_batch_size, SAMPLES // plan.dims.batch
     built = build_parallel(
         model,

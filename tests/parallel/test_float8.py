@@ -25,7 +25,7 @@ from titan_lite.config.schema import Float8, Model, Parallel
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.plan import make_plan
 from titan_lite.models.registry import resolve
-from titan_lite.nn.build import build
+from titan_lite.nn.build_model import build_model
 from titan_lite.nn.decoder import Decoder
 from titan_lite.nn.output_head import OutputHead
 from titan_lite.parallel.float8 import (
@@ -53,7 +53,7 @@ LINEARS = 14
 def tiny(**overrides: int) -> Decoder:
     numbers = {"dim": 64, "num_layers": 2, "ffn_dim": 128} | overrides
     with torch.device("meta"):
-        return build(*resolve(Model(**numbers)))
+        return build_model(*resolve(Model(**numbers)))
 
 
 # The supported recipes.

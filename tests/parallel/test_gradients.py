@@ -69,14 +69,16 @@ def _fsdp_sum() -> float:
     from titan_lite.config.dims import ParallelDims
     from titan_lite.config.schema import Model, Parallel
     from titan_lite.models.registry import resolve
-    from titan_lite.nn.build import build
+    from titan_lite.nn.build_model import build_model
     from titan_lite.parallel.fsdp import apply_fsdp
     from titan_lite.parallel.mesh import build_meshes
 
     section = Parallel(dp_replicate=2)
     meshes = build_meshes(ParallelDims.resolve(section, dist.get_world_size()), "cpu")
     torch.manual_seed(0)
-    model = build(*resolve(Model(dim=8, num_layers=1, num_heads=2, num_kv_heads=2, ffn_dim=8)))
+    model = build_model(
+        *resolve(Model(dim=8, num_layers=1, num_heads=2, num_kv_heads=2, ffn_dim=8))
+    )
     dtype = torch.float32
     apply_fsdp(model, meshes.fsdp, section, param_dtype=dtype, reduce_dtype=dtype)
     model(torch.zeros(1, 4, dtype=torch.int64), head_loss=lambda h, w: w.sum() * 1.0).backward()

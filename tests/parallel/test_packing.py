@@ -26,7 +26,7 @@ from tests.runs import (
 from titan_lite.config.schema import ActivationCheckpoint
 from titan_lite.data.loader import Batch
 from titan_lite.models.llama import LLAMA
-from titan_lite.nn.build import build
+from titan_lite.nn.build_model import build_model
 from titan_lite.nn.documents import dense_mask, document_spans
 from titan_lite.parallel.activation_checkpoint import apply_activation_checkpoint
 from titan_lite.parallel.context import Method, local_positions
@@ -134,7 +134,7 @@ def _repeated_attentions(mode: str) -> int:
     args = dataclasses.replace(LLAMA.flavors["debug"], dim=64, ffn_dim=128, num_layers=3)
     spans = document_spans(torch.tensor([[0, 0, 1, 1, 1, 2]]), torch.arange(6))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = build(LLAMA, args)
+        model = build_model(LLAMA, args)
         apply_activation_checkpoint(model, ActivationCheckpoint(mode=mode))
         loss = model(torch.zeros(1, 6, dtype=torch.int64), mask=spans).sum()
         with Operations() as operations:

@@ -16,7 +16,7 @@ from tests.runs import build_trainer, read_metrics
 from titan_lite.config.load import ConfigError
 from titan_lite.config.schema import Model, Parallel
 from titan_lite.models.registry import resolve
-from titan_lite.nn.build import build
+from titan_lite.nn.build_model import build_model
 from titan_lite.nn.decoder import Decoder
 from titan_lite.parallel.pipeline import local_stages, split, summarize_stages
 from titan_lite.planner.split import balanced
@@ -26,7 +26,7 @@ BLOCKS = [f"layers.{index}" for index in range(6)]
 
 def model(num_layers: int = 6) -> Decoder:
     with torch.device("meta"):
-        return build(*resolve(Model(num_layers=num_layers)))
+        return build_model(*resolve(Model(num_layers=num_layers)))
 
 
 def modules(**parallel: Any) -> list[tuple[str, ...]]:
@@ -157,7 +157,7 @@ def test_what_the_model_cannot_be_cut_into_is_refused_before_any_process_group(
 
 def test_a_tied_embedding_counts_once_in_one_stage_and_is_copied_to_the_last_of_several() -> None:
     with torch.device("meta"):
-        whole = build(*resolve(Model(num_layers=6, tied_head=True)))
+        whole = build_model(*resolve(Model(num_layers=6, tied_head=True)))
     size = sum(p.numel() for p in whole.parameters())
     assert [stage.parameters for stage in split(whole, Parallel(), attention_flops=0)] == [size]
     stages = split(whole, Parallel(pp=2), attention_flops=0)

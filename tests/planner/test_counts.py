@@ -17,7 +17,7 @@ from titan_lite.models.deepseek import DEEPSEEK_V3
 from titan_lite.models.gpt import GPT, GPT_NEOX
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.qwen import QWEN3
-from titan_lite.nn.build import build, build_decoder, build_encoder
+from titan_lite.nn.build_model import build_decoder, build_encoder, build_model
 from titan_lite.planner.counts import (
     flops_per_token,
     num_block_params,
@@ -289,7 +289,7 @@ def test_flops_are_those_that_torch_counts_in_a_training_step(family, checkpoint
     args, batch, seq_len = family.flavors["debug"], 2, 64
     # On the meta device attention is counted as the full matmuls that it stands for.
     with torch.device("meta"):
-        model = build(family, args)
+        model = build_model(family, args)
         tokens = torch.zeros(batch, seq_len, dtype=torch.long)
     for name, block in list(model.layers.items())[:checkpointed]:
         model.layers[name] = checkpoint_wrapper(block)

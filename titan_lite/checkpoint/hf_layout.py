@@ -19,7 +19,7 @@ from titan_lite.models.args import DecoderArgs
 from titan_lite.models.family import Family
 from titan_lite.models.hf_config import TUNABLE, HFLayout, differences
 from titan_lite.models.patterns import matches, translate
-from titan_lite.nn.build import build
+from titan_lite.nn.build_model import build_model
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class HFModel:
     def of(cls, family: Family, args: DecoderArgs) -> "HFModel":
         """Builds the model on the meta device, for its shapes."""
         with torch.device("meta"):
-            model = build(family, args)
+            model = build_model(family, args)
         state = model.state_dict(keep_vars=True)
         buffers = {name: state[name] for name, _ in model.named_buffers() if name in state}
         parameters = dict(model.named_parameters()) | buffers

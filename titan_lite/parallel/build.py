@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from titan_lite.models.plan import Plan
-from titan_lite.nn.build import build
+from titan_lite.nn.build_model import build_model
 from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.context import local_positions
 from titan_lite.parallel.mesh import Meshes
@@ -57,7 +57,7 @@ def build_parallel(
     if meshes.pp is not None:
         with torch.device("meta"):
             local = {
-                number: prune_to_stage(build(plan.family, plan.args), stages[number].modules)
+                number: prune_to_stage(build_model(plan.family, plan.args), stages[number].modules)
                 for number in local_stages(parallel, place["pp"])
             }
     applied = merge_applied(

@@ -16,7 +16,7 @@ from titan_lite.config.problems import SettingError, about, collecting, literal
 from titan_lite.config.schema import Config, Float8
 from titan_lite.metrics.power import EnergyCounter
 from titan_lite.models.plan import Plan
-from titan_lite.nn.build import build
+from titan_lite.nn.build_model import build_model
 from titan_lite.nn.init import rule_of
 from titan_lite.nn.transformer import Transformer
 from titan_lite.optim.optimizer import check_groups
@@ -59,7 +59,7 @@ def check_run(plan: Plan, start: Start) -> None:
 def build_meta_model(plan: Plan) -> Transformer:
     """Builds the model, and checks every name of a parameter in the configuration against it."""
     with about("model.name"), torch.device("meta"):
-        model = build(plan.family, plan.args)
+        model = build_model(plan.family, plan.args)
         if type(model).init_parameter is Transformer.init_parameter:
             for name, _ in model.named_parameters():
                 rule_of(model.init_rules, name)

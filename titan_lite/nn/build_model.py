@@ -8,7 +8,7 @@ from titan_lite.nn.encoder import Encoder
 from titan_lite.nn.transformer import Transformer
 
 
-def build(family: Family, args: DecoderArgs) -> Transformer:
+def build_model(family: Family, args: DecoderArgs) -> Transformer:
     """Imports the family's "module:function" and calls it; works under torch.device("meta")."""
     model: Transformer = load(family.build)(args)
     return model
