@@ -10,6 +10,7 @@ from torch import Tensor
 from titan_lite.models.plan import Plan
 from titan_lite.nn.build_model import build_model
 from titan_lite.nn.transformer import Transformer
+from titan_lite.parallel.applied import Applied, merge_applied
 from titan_lite.parallel.context import local_positions
 from titan_lite.parallel.mesh import Meshes
 from titan_lite.parallel.parallelize import parallelize
@@ -21,7 +22,6 @@ from titan_lite.parallel.pipeline import (
     prune_to_stage,
     summarize_stages,
 )
-from titan_lite.parallel.report import Applied, merge_applied
 from titan_lite.runtime.distributed import Process
 
 

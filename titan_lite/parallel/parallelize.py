@@ -15,6 +15,7 @@ from titan_lite.config.schema import (
 from titan_lite.models.roles import PlanRow
 from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.activation_checkpoint import apply_activation_checkpoint
+from titan_lite.parallel.applied import Applied, asked_modules, count_applied
 from titan_lite.parallel.async_tp import apply_async_tp
 from titan_lite.parallel.attention_kernel import apply_attention_kernel, merged_kernel
 from titan_lite.parallel.compile import apply_compile
@@ -23,7 +24,6 @@ from titan_lite.parallel.expert import apply_ep
 from titan_lite.parallel.float8 import convert
 from titan_lite.parallel.fsdp import apply_fsdp
 from titan_lite.parallel.mesh import Meshes
-from titan_lite.parallel.report import Applied, asked_modules, count_applied
 from titan_lite.parallel.tensor import apply_tp
 
 

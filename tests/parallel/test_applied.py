@@ -12,7 +12,7 @@ from tests.distributed import Workers
 from tests.runs import build_trainer
 from titan_lite.config.schema import ActivationCheckpoint, Parallel
 from titan_lite.parallel import parallelize
-from titan_lite.parallel.report import Applied
+from titan_lite.parallel.applied import Applied
 
 BLOCKS = ("layers.0", "layers.1")
 PRECISION = "bfloat16 computation, float32 reduction"
