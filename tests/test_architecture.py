@@ -282,7 +282,7 @@ MAY_TAKE_THE_WHOLE = {
     },
     "metrics/build": {"build_meter"},
     "training/objective": {"__init__"},
-    "parallel/build": {"build_parallel"},
+    "parallel/parallel_model": {"build_parallel"},
     "training/preflight": {
         "preflight",
         "check_contents",

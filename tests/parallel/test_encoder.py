@@ -20,9 +20,9 @@ from tests.runs import TINY, whole
 from titan_lite.models.plan import make_plan
 from titan_lite.nn.build_model import build_model
 from titan_lite.nn.documents import dense_mask
-from titan_lite.parallel.build import ParallelModel, build_parallel
 from titan_lite.parallel.gradients import clipped_norm
 from titan_lite.parallel.init_weights import init_weights
+from titan_lite.parallel.parallel_model import ParallelModel, build_parallel
 from titan_lite.parallel.pipeline import add_tied_gradients, split
 from titan_lite.runtime.distributed import Process
 from titan_lite.training import open_run

@@ -15,9 +15,9 @@ from titan_lite.optim.loss_scaler import LossScaler
 from titan_lite.optim.nonfinite import NonFiniteGuard
 from titan_lite.optim.optimizer import Surroundings, build_optimizer
 from titan_lite.parallel.applied import Applied
-from titan_lite.parallel.build import build_parallel
 from titan_lite.parallel.init_weights import init_weights
 from titan_lite.parallel.mesh import Meshes
+from titan_lite.parallel.parallel_model import build_parallel
 from titan_lite.parallel.pipeline import Pipeline, Stage
 from titan_lite.planner.counts import FlopsPerToken
 from titan_lite.runtime.distributed import Process

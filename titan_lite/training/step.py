@@ -18,10 +18,10 @@ from titan_lite.nn.dropout import token_keys
 from titan_lite.optim.ema import WeightAverage
 from titan_lite.optim.guard import Guard
 from titan_lite.optim.optimizer import set_lr
-from titan_lite.parallel.build import ParallelModel
 from titan_lite.parallel.float8 import refresh_scales
 from titan_lite.parallel.fsdp import free_gathered, set_gradient_sync
 from titan_lite.parallel.gradients import GradNorm, clipped_norm
+from titan_lite.parallel.parallel_model import ParallelModel
 from titan_lite.parallel.pipeline import add_tied_gradients
 from titan_lite.runtime.progress import Progress
 from titan_lite.training.balancing import Balancer
