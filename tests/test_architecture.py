@@ -280,7 +280,7 @@ MAY_TAKE_THE_WHOLE = {
         "check_float8",
         "open_hf_weights",
     },
-    "metrics/build": {"build_meter"},
+    "metrics/build_meter": {"build_meter"},
     "training/objective": {"__init__"},
     "parallel/parallel_model": {"build_parallel"},
     "training/preflight": {

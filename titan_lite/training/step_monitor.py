@@ -11,7 +11,7 @@ from torch import Tensor
 from titan_lite.checkpoint.state import RunState
 from titan_lite.data.loader import DataLoader
 from titan_lite.metrics.alerts import RecordWatch
-from titan_lite.metrics.build import build_meter
+from titan_lite.metrics.build_meter import build_meter
 from titan_lite.metrics.by_source import SourceMeter
 from titan_lite.metrics.forward_times import ForwardTimes
 from titan_lite.metrics.record import Record
