@@ -11,8 +11,8 @@ from titan_lite.config.problems import collecting
 from titan_lite.config.rules import config_rules, file_rules
 from titan_lite.config.warnings import log_warnings
 from titan_lite.models.args import DecoderArgs
+from titan_lite.models.model_rules import hf_rules, model_rules, objective_rules, optimizer_rules
 from titan_lite.models.registry import Family, resolve
-from titan_lite.models.rules import hf_rules, model_rules, objective_rules, optimizer_rules
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -202,7 +202,7 @@ def _style(role: Role, between: Placement, *, float8: bool) -> ParallelStyle:
         case "positions":
             return PositionsParallel(between)
         case "router" | "expert":
-            raise AssertionError("models/rules.py refuses parallel.tp > 1 with experts")
+            raise AssertionError("models/model_rules.py refuses parallel.tp > 1 with experts")
         case "head":
             return VocabParallelHead(between)
 

@@ -13,7 +13,7 @@ from titan_lite.config.parallel_rules import parallel_rules
 from titan_lite.config.schema import Config
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.family import Family
-from titan_lite.models.rules import model_rules
+from titan_lite.models.model_rules import model_rules
 from titan_lite.planner.counts import num_block_params, num_looked_up_params, num_params
 from titan_lite.planner.job import Job, Recompute
 from titan_lite.planner.split import balanced

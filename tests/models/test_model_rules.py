@@ -12,9 +12,9 @@ from titan_lite.config.schema import Config
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.bert import BERT, MEGATRON_BERT
 from titan_lite.models.llama import LLAMA
+from titan_lite.models.model_rules import model_rules, optimizer_rules
 from titan_lite.models.plan import make_plan
 from titan_lite.models.roles import PlanRow
-from titan_lite.models.rules import model_rules, optimizer_rules
 
 
 def problems(overrides: Sequence[str], world_size: int = 1) -> list[tuple[str, str, str]]:
