@@ -9,7 +9,7 @@ from titan_lite.config.dims import ParallelDims, resolve_global_batch
 from titan_lite.config.load import LoadedConfig, load_config
 from titan_lite.config.problems import collecting
 from titan_lite.config.rules import config_rules, file_rules
-from titan_lite.config.warnings import log_warnings
+from titan_lite.config.setting_warnings import log_warnings
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.model_rules import hf_rules, model_rules, objective_rules, optimizer_rules
 from titan_lite.models.registry import Family, resolve
