@@ -267,7 +267,7 @@ WHOLE = {"Plan", "Config", "LoadedConfig"}
 # models/, which see them all.
 MAY_TAKE_THE_WHOLE = {
     "cli": {"_preflight", "_rendered"},
-    "dryrun/report": {"report", "_facts"},
+    "dryrun/summary": {"summarize_dry_run", "_facts"},
     "dryrun/run": {"dry_run", "dry_runs", "left_out", "_eager", "_quiet_dry_run"},
     "training/meta_model": {
         "check_run",

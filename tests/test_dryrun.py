@@ -267,19 +267,19 @@ def test_memory_that_fsdp_frees_is_seen_after_an_operation_with_a_body() -> None
 def test_a_step_that_does_not_fit_names_settings_that_would(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from titan_lite.dryrun import report
+    from titan_lite.dryrun import summary
 
     size = 2**40
     rank = SimpleNamespace(parameters=1, measured=SimpleNamespace(peak=SimpleNamespace(bytes=size)))
-    monkeypatch.setattr(report, "dry_runs", lambda plan, ranks: [rank])
-    monkeypatch.setattr(report, "_rank", lambda rank, device: [])
+    monkeypatch.setattr(summary, "dry_runs", lambda plan, ranks: [rank])
+    monkeypatch.setattr(summary, "_rank", lambda rank, device: [])
     batch = "--training.local_batch_size=8"
     plan = make_plan(TRAIN_CONFIGS / "llama3_8b.toml", [NO_FILE, batch], 8, with_files=False)
     device = find_by_short_name("h100")
     assert device is not None
-    assert "\nWould fit\n  --" in report.report(plan, [0], device, as_json=False)
+    assert "\nWould fit\n  --" in summary.summarize_dry_run(plan, [0], device, as_json=False)
     rank.measured.peak.bytes = 2**30
-    assert "Would fit" not in report.report(plan, [0], device, as_json=False)
+    assert "Would fit" not in summary.summarize_dry_run(plan, [0], device, as_json=False)
 
 
 @pytest.mark.parametrize("name", parameters(PRESETS))

@@ -276,9 +276,9 @@ def _dryrun(argv: list[str]) -> int:
     # The import of torch alone takes seconds, and the step of a large model minutes.
     which = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
     print(f"Dry run of {which} of {plan.dims.world_size}", file=sys.stderr, flush=True)
-    from titan_lite.dryrun.report import report
+    from titan_lite.dryrun.summary import summarize_dry_run
 
-    print(report(plan, ranks, device, as_json=options.json))
+    print(summarize_dry_run(plan, ranks, device, as_json=options.json))
     return 0
 
 

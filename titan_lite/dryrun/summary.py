@@ -1,4 +1,4 @@
-"""The report of a dry run, in words or as JSON."""
+"""The summary of a dry run, in words or as JSON."""
 
 import dataclasses
 import json
@@ -28,8 +28,8 @@ WORDS = {
 }
 
 
-def report(plan: Plan, ranks: Sequence[int], device: Device, *, as_json: bool) -> str:
-    """Dry-runs the ranks and returns the report."""
+def summarize_dry_run(plan: Plan, ranks: Sequence[int], device: Device, *, as_json: bool) -> str:
+    """Dry-runs the ranks and returns the summary."""
     results = dry_runs(plan, ranks)
     notes = left_out(plan.config)
     if as_json:
