@@ -33,7 +33,7 @@ from titan_lite.models.family import Family
 from titan_lite.models.registry import families
 from titan_lite.planner.counts import in_words, num_params
 from titan_lite.regression.curves import UsageError, read_facts, read_records
-from titan_lite.regression.launch import launch
+from titan_lite.regression.run_training import run_training
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "families.md"
@@ -92,7 +92,7 @@ def train(name: str, folder: Path, runs: Runs) -> dict[str, list[float]]:
         steps = read_facts(target)["config"]["training"]["steps"]
         records = [record for record in read_records(target) if record["step"] <= steps]
     if not records or records[-1]["step"] != steps:
-        launch(preset(name), [f"--model.name={name}", *runs.settings], 2, target)
+        run_training(preset(name), [f"--model.name={name}", *runs.settings], 2, target)
         records = read_records(target)
     return points(records, runs.average)
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from benchmarks.manifest import report
 from titan_lite.regression.compare import Comparison, Tier, compare
 from titan_lite.regression.curves import METRICS_FILE, UsageError, read_curve, read_records
-from titan_lite.regression.launch import launch
 from titan_lite.regression.plot import plot
+from titan_lite.regression.run_training import run_training
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "train_configs" / "debug.toml"
@@ -96,13 +96,13 @@ def run(side: Side, steps: int, folder: Path) -> Path:
     ]
     overrides = [f"--{setting}" for setting in settings]
     if "checkpoint.enable=true" not in side.settings:
-        launch(CONFIG, overrides, side.nproc, target)
+        run_training(CONFIG, overrides, side.nproc, target)
         return target
     overrides.append(f"--checkpoint.interval={max(steps // 2, 1)}")
-    launch(CONFIG, overrides, side.nproc, target)
+    run_training(CONFIG, overrides, side.nproc, target)
     # A crash in the second half: everything is written except the last checkpoint.
     shutil.rmtree(target / "checkpoint" / f"step-{steps}")
-    launch(CONFIG, overrides, side.nproc, target)
+    run_training(CONFIG, overrides, side.nproc, target)
     return target
 
 

@@ -21,7 +21,7 @@ from titan_lite import cli
 from titan_lite import launch as launcher
 from titan_lite.config.arguments import UsageError, split_arguments
 from titan_lite.launch import POLL_SECONDS, Settings, loopback, read_endpoint
-from titan_lite.regression.launch import launch as launch_for_comparison
+from titan_lite.regression.run_training import run_training
 from titan_lite.runtime.log import is_first_to_say
 
 ROOT = Path(__file__).parent.parent
@@ -833,7 +833,7 @@ def test_runs_of_a_comparison_are_started_by_the_launcher_and_end_with_their_par
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", run)
-    launch_for_comparison(Path("my.toml"), ["--a.b=1"], 2, tmp_path, on_cpu=True)
+    run_training(Path("my.toml"), ["--a.b=1"], 2, tmp_path, on_cpu=True)
     (command, variables), *_ = calls
     assert command[1:4] == ["-m", "titan_lite.launch", "my.toml"]
     assert variables["TITAN_LITE_PARENT"] == str(os.getpid())

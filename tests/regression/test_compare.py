@@ -323,7 +323,7 @@ def test_a_mistake_on_the_command_line_is_answered_before_any_run(
     argv: tuple[str, ...], message: str, capsys, monkeypatch
 ) -> None:
     Path("run.toml").write_text("[training]\nsteps = 5\n")
-    monkeypatch.setattr(commands, "launch", lambda *_: pytest.fail("a run was started"))
+    monkeypatch.setattr(commands, "run_training", lambda *_: pytest.fail("a run was started"))
     code, lines = run(*argv, capsys=capsys)
     assert code == 2
     assert message in "\n".join(lines)
@@ -367,11 +367,11 @@ def test_what_is_trained_on_the_spot_logs_as_often_as_the_run_that_is_there(
     write_run(Path("x"), LOSS, NORM, every_second)
     Path("run.toml").write_text("[training]\nsteps = 5\nparam_dtype = 'float32'\n")
 
-    def launch(config: Path, overrides: list[str], nproc: int, folder: Path) -> None:
+    def run_training(config: Path, overrides: list[str], nproc: int, folder: Path) -> None:
         assert overrides == [every_second, "--training.gc_freq=7"]
         write_run(folder, LOSS, NORM, *overrides)
 
-    monkeypatch.setattr(commands, "launch", launch)
+    monkeypatch.setattr(commands, "run_training", run_training)
     assert run("x", "run.toml", "--b.training.gc_freq=7", capsys=capsys)[0] == 0
 
 

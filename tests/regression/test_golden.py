@@ -111,13 +111,13 @@ def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("run.toml").write_text("[training]\nseq_len = 32\n")
     Path("case.toml").write_text(CASE)
 
-    def launch(config: Path, overrides: tuple[str, ...], *args: object, on_cpu: bool) -> None:
+    def run_training(config: Path, overrides: tuple[str, ...], *args: object, on_cpu: bool) -> None:
         assert overrides == ("--training.steps=3", '--training.param_dtype="float32"')
         assert on_cpu
         Path(f"trained-{config.stem}").touch()
         shutil.copytree("next", args[1])
 
-    monkeypatch.setattr(commands, "launch", launch)
+    monkeypatch.setattr(commands, "run_training", run_training)
     write_run(Path("next"), LOSS, NORM)
     return Path("case.toml")
 

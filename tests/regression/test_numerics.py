@@ -27,11 +27,11 @@ def test_pairs_become_a_table_and_each_run_is_trained_once(
 ) -> None:
     launched = []
 
-    def launch(config: Path, overrides: list[str], nproc: int, folder: Path) -> None:
+    def run_training(config: Path, overrides: list[str], nproc: int, folder: Path) -> None:
         launched.append(nproc)
         write_run(folder, [8.0, 7.0 + 0.1 * (nproc == 4)], None, *overrides)
 
-    monkeypatch.setattr(numerics, "launch", launch)
+    monkeypatch.setattr(numerics, "run_training", run_training)
     monkeypatch.setattr(
         numerics, "plot", lambda actual, path: path.write_text(json.dumps(actual.report()))
     )

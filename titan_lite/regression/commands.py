@@ -26,9 +26,9 @@ from titan_lite.regression.curves import (
     words,
 )
 from titan_lite.regression.golden import Case
-from titan_lite.regression.launch import launch
 from titan_lite.regression.plot import check_plot, plot
 from titan_lite.regression.report import MAX_RUNS, read_run, report
+from titan_lite.regression.run_training import run_training
 
 WITHIN, OUTSIDE, MISTAKE = 0, 1, 2
 
@@ -88,7 +88,7 @@ class _Planned:
 
     def train(self, folder: Path, like: Sequence[str]) -> Curve:
         """like: overrides below the side's own."""
-        launch(self.side.path, [*like, *self.side.overrides], self.nproc, folder)
+        run_training(self.side.path, [*like, *self.side.overrides], self.nproc, folder)
         return read_curve(folder)
 
 
@@ -250,7 +250,7 @@ def _golden(case: Case, action: str) -> int:
     _Side(case.config, case.overrides, file.nproc).planned()
     with tempfile.TemporaryDirectory(prefix="titan-lite-") as temporary:
         folder = Path(temporary) / case.path.stem
-        launch(case.config, case.overrides, file.nproc, folder, on_cpu=file.device == "cpu")
+        run_training(case.config, case.overrides, file.nproc, folder, on_cpu=file.device == "cpu")
         if action == "accept":
             golden, changed = case.accept(folder)
             if changed is not None:

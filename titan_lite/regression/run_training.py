@@ -18,7 +18,7 @@ _DEFAULTS = (
 )
 
 
-def launch(
+def run_training(
     config: Path, overrides: Sequence[str], nproc: int, folder: Path, *, on_cpu: bool = False
 ) -> None:
     """Trains into a run folder; what the run prints, its progress, goes to standard error.
