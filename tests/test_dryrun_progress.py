@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from titan_lite.dryrun.progress import RankProgress
+from titan_lite.dryrun.rank_progress import RankProgress
 
 
 class Terminal(io.StringIO):

@@ -22,7 +22,7 @@ from titan_lite.config.schema import Config
 from titan_lite.data.loader import Batch
 from titan_lite.dryrun.gpu_kernels import gpu_kernels
 from titan_lite.dryrun.measure import Measured, measure_step, recorder
-from titan_lite.dryrun.progress import RankProgress
+from titan_lite.dryrun.rank_progress import RankProgress
 from titan_lite.dryrun.repeat import NotRepeatableError, repeat_blocks
 from titan_lite.dryrun.torch_private import FakeTensorMode, fake_world
 from titan_lite.models.plan import Plan
