@@ -19,7 +19,7 @@ from titan_lite.models.family import Family
 from titan_lite.models.hf_config import hf_config_from_args
 from titan_lite.models.registry import families
 from titan_lite.nn.build_model import build_model
-from titan_lite.nn.documents import dense_mask
+from titan_lite.nn.document_attention import dense_mask
 from titan_lite.training.objective import OBJECTIVES
 
 OURS, THEIRS = "titan_lite", "transformers"

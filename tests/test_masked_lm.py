@@ -22,7 +22,7 @@ from tests.runs import (
 )
 from titan_lite.data.loader import Batch
 from titan_lite.models.plan import make_plan
-from titan_lite.nn.documents import dense_mask
+from titan_lite.nn.document_attention import dense_mask
 from titan_lite.training.open_run import open_run
 
 BERT = (

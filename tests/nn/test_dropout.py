@@ -19,7 +19,7 @@ from titan_lite.models.family import Family
 from titan_lite.models.gpt import GPT
 from titan_lite.nn.attention import DropoutAttention, ScaledDotProductAttention
 from titan_lite.nn.build_model import build_decoder
-from titan_lite.nn.documents import dense_mask
+from titan_lite.nn.document_attention import dense_mask
 from titan_lite.nn.dropout import Dropout, drop, scramble, token_keys
 
 P = 0.1

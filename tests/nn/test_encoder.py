@@ -14,7 +14,7 @@ from titan_lite.models.args import EncoderArgs
 from titan_lite.models.bert import BERT, MEGATRON_BERT
 from titan_lite.models.family import Family
 from titan_lite.nn.build_model import build_encoder
-from titan_lite.nn.documents import dense_mask
+from titan_lite.nn.document_attention import dense_mask
 from titan_lite.nn.encoder import Encoder
 
 FAMILIES = pytest.mark.parametrize("family", [BERT, MEGATRON_BERT], ids=lambda family: family.name)

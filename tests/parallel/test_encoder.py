@@ -19,7 +19,7 @@ from tests.parallel.matrix import as_overrides
 from tests.runs import TINY, whole
 from titan_lite.models.plan import make_plan
 from titan_lite.nn.build_model import build_model
-from titan_lite.nn.documents import dense_mask
+from titan_lite.nn.document_attention import dense_mask
 from titan_lite.parallel.gradients import clipped_norm
 from titan_lite.parallel.init_weights import init_weights
 from titan_lite.parallel.parallel_model import ParallelModel, build_parallel

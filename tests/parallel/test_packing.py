@@ -27,7 +27,7 @@ from titan_lite.config.schema import ActivationCheckpoint
 from titan_lite.data.loader import Batch
 from titan_lite.models.llama import LLAMA
 from titan_lite.nn.build_model import build_model
-from titan_lite.nn.documents import dense_mask, document_spans
+from titan_lite.nn.document_attention import dense_mask, document_spans
 from titan_lite.parallel.activation_checkpoint import apply_activation_checkpoint
 from titan_lite.parallel.context import Method, local_positions
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from titan_lite.models.args import DecoderArgs, LatentArgs
-from titan_lite.nn.documents import DocumentMask, attend_in_documents
+from titan_lite.nn.document_attention import DocumentMask, attend_in_documents
 from titan_lite.nn.dropout import drop, scramble
 from titan_lite.nn.norm import RMSNorm
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from titan_lite.models.args import DecoderArgs
 from titan_lite.nn.attention import build_attention
-from titan_lite.nn.documents import DocumentMask
+from titan_lite.nn.document_attention import DocumentMask
 from titan_lite.nn.dropout import build_dropout
 from titan_lite.nn.feed_forward import build_feed_forward
 from titan_lite.nn.norm import NORMS

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from titan_lite.models.args import DecoderArgs
 from titan_lite.nn.block import Block, ParallelBlock
-from titan_lite.nn.documents import DocumentMask
+from titan_lite.nn.document_attention import DocumentMask
 from titan_lite.nn.init import DECODER_RULES
 from titan_lite.nn.norm import NORMS
 from titan_lite.nn.output_head import HeadLoss, OutputHead
@@ -38,7 +38,7 @@ class Decoder(Transformer):
         """Logits (B, S, V), or what head_loss(hidden_BSD, output_weight_VD) returns.
 
         positions_S: where in the sequence the tokens are, (B, S) where rows differ; None: at 0 to
-        S - 1. mask: what they see of the past, as in nn.documents.DocumentMask; None: all.
+        S - 1. mask: what they see of the past, as in nn.document_attention.DocumentMask; None: all.
         dropout_keys_BS: of the tokens, as nn.dropout.token_keys gives them; None: nothing is
         dropped.
 

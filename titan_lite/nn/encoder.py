@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from titan_lite.models.args import EncoderArgs
 from titan_lite.nn.block import Block, ParallelBlock, PostNormBlock
-from titan_lite.nn.documents import DocumentMask
+from titan_lite.nn.document_attention import DocumentMask
 from titan_lite.nn.feed_forward import build_gelu
 from titan_lite.nn.init import ENCODER_RULES
 from titan_lite.nn.norm import NORMS

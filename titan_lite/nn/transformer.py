@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from titan_lite.models.args import DecoderArgs, MoEArgs
 from titan_lite.nn.balance import Balance
 from titan_lite.nn.block import Block
-from titan_lite.nn.documents import DocumentMask
+from titan_lite.nn.document_attention import DocumentMask
 from titan_lite.nn.dropout import build_dropout, scramble
 from titan_lite.nn.init import InitRule, fill, linear
 from titan_lite.nn.moe import Router

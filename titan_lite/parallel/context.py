@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from titan_lite.nn.attention import Attention
-from titan_lite.nn.documents import DocumentMask, attend_in_documents
+from titan_lite.nn.document_attention import DocumentMask, attend_in_documents
 from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.attention_kernel import MergedKernel
 from titan_lite.parallel.context_attention import sharded_attention

@@ -13,7 +13,7 @@ from torch import Tensor
 from titan_lite.config.schema import Config
 from titan_lite.data.loader import Batch
 from titan_lite.models.args import DecoderArgs
-from titan_lite.nn.documents import DocumentMask, dense_mask, document_spans, has_kernel
+from titan_lite.nn.document_attention import DocumentMask, dense_mask, document_spans, has_kernel
 from titan_lite.nn.dropout import token_keys
 from titan_lite.optim.ema import WeightAverage
 from titan_lite.optim.guard import Guard

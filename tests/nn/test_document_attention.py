@@ -18,10 +18,10 @@ from titan_lite.config.schema import Data
 from titan_lite.data.loader import Batch
 from titan_lite.data.packing import join_documents, to_row
 from titan_lite.models.llama import LLAMA
-from titan_lite.nn import documents
+from titan_lite.nn import document_attention
 from titan_lite.nn.build_model import build_model
 from titan_lite.nn.decoder import Decoder
-from titan_lite.nn.documents import (
+from titan_lite.nn.document_attention import (
     DocumentMask,
     attend_in_documents,
     dense_mask,
@@ -213,7 +213,7 @@ def test_compiled_blocks_take_documents_of_any_number_and_length_in_two_graphs(
     flash_on_cpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The longest documents below are of 32, 2 and 8 tokens.
-    monkeypatch.setattr(documents, "TILE", 1)
+    monkeypatch.setattr(document_attention, "TILE", 1)
     graphs = []
 
     def counting_backend(graph: Any, inputs: Any) -> Any:
