@@ -20,7 +20,7 @@ from titan_lite.models.gpt import GPT
 from titan_lite.nn.attention import DropoutAttention, ScaledDotProductAttention
 from titan_lite.nn.build_model import build_decoder
 from titan_lite.nn.document_attention import dense_mask
-from titan_lite.nn.dropout import Dropout, drop, scramble, token_keys
+from titan_lite.nn.dropout import Dropout, drop, hash32, token_keys
 
 P = 0.1
 B, S = 3, 50
@@ -37,7 +37,7 @@ def lowbias32(number: int) -> int:
 def test_features_are_dropped_by_the_published_hash() -> None:
     numbers = [0, 1, 77, 2**15, 2**16 + 3, 2**31 - 1, 2**31, 2**32 - 5, 2**32 - 1]
     keys = torch.tensor(numbers).to(torch.int32)
-    assert [number % 2**32 for number in scramble(keys).tolist()] == [*map(lowbias32, numbers)]
+    assert [number % 2**32 for number in hash32(keys).tolist()] == [*map(lowbias32, numbers)]
     for p in (0.01, P, 0.5, 0.9):
         hashes = [[lowbias32(n ^ lowbias32(feature)) for feature in range(64)] for n in numbers]
         expected = torch.tensor(hashes) < int(p * 2**32)
@@ -52,10 +52,10 @@ def test_features_are_dropped_by_the_published_hash() -> None:
 
 def test_scrambling_is_one_to_one_and_each_bit_changes_half_of_the_results() -> None:
     numbers = torch.cat((torch.arange(2**16), torch.arange(-(2**16), 0))).to(torch.int32)
-    scrambled = scramble(numbers)
-    assert scrambled.unique().numel() == numbers.numel()
+    hashed = hash32(numbers)
+    assert hashed.unique().numel() == numbers.numel()
     for bit in range(32):
-        changed = scrambled ^ scramble(numbers ^ torch.tensor(1 << bit).to(torch.int32))
+        changed = hashed ^ hash32(numbers ^ torch.tensor(1 << bit).to(torch.int32))
         # 2^17 numbers of 32 bits: a half, and 10 standard deviations.
         share = sum(((changed >> place) & 1).double().mean().item() for place in range(32)) / 32
         assert share == pytest.approx(0.5, abs=0.03), f"bit {bit}"
@@ -96,7 +96,7 @@ def test_what_is_dropped_does_not_depend_on_what_is_dropped_elsewhere() -> None:
     }
     for name, elsewhere in {
         "a later step": token_keys(0, numbers + 64, numbers),
-        "another place in the block": scramble(keys ^ 1),
+        "another place in the block": hash32(keys ^ 1),
         "another seed": token_keys(1, numbers, numbers),
     }.items():
         others[name] = whole, dropped(elsewhere).double() - P
@@ -110,19 +110,19 @@ def test_what_is_dropped_does_not_depend_on_what_is_dropped_elsewhere() -> None:
 def test_parts_of_the_sequence_and_of_the_heads_drop_what_the_whole_does() -> None:
     torch.manual_seed(0)
     x_BSD = torch.randn(B, S, 64)
-    whole = Dropout(P, site=1)(x_BSD, KEYS_BS)
+    whole = Dropout(P, salt=1)(x_BSD, KEYS_BS)
     parts = []
     for shard, part in enumerate(x_BSD.chunk(2, dim=1)):
-        dropout = Dropout(P, site=1)
+        dropout = Dropout(P, salt=1)
         dropout.shard = shard
         parts.append(dropout(part, KEYS_BS))
     assert torch.equal(torch.cat(parts, dim=1), whole)
 
     heads = [torch.randn(B, 4, S, 16) for _ in range(3)]
-    whole = DropoutAttention(P, site=1, causal=True)(*heads, None, KEYS_BS)
+    whole = DropoutAttention(P, salt=1, causal=True)(*heads, None, KEYS_BS)
     parts = []
     for shard, part in enumerate(zip(*(t.chunk(2, dim=1) for t in heads), strict=True)):
-        attention = DropoutAttention(P, site=1, causal=True)
+        attention = DropoutAttention(P, salt=1, causal=True)
         attention.shard = shard
         parts.append(attention(*part, None, KEYS_BS))
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-6)
@@ -139,7 +139,7 @@ def test_attention_whose_weights_are_hardly_dropped_is_the_fused_one(
     documents = (torch.arange(S) >= torch.tensor([[20], [30], [50]])).long()
     mask = dense_mask(documents, torch.arange(S), torch.float32) if masked else None
     # 2**-33 of them: none.
-    got = DropoutAttention(2**-33, site=1, causal=True)(q, k, v, mask, KEYS_BS)
+    got = DropoutAttention(2**-33, salt=1, causal=True)(q, k, v, mask, KEYS_BS)
     expected = ScaledDotProductAttention(causal=True)(q, k, v, mask)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
@@ -185,11 +185,11 @@ class DroppingAsHere:
         number = self.calls
         self.calls += 1
         if number == 0:
-            return drop(x, scramble(KEYS_BS ^ 0), p)
+            return drop(x, hash32(KEYS_BS ^ 0), p)
         block, place = divmod(number - 1, 3)
-        keys_BS = scramble(scramble(KEYS_BS ^ (block + 1)) ^ (place + 1))
+        keys_BS = hash32(hash32(KEYS_BS ^ (block + 1)) ^ (place + 1))
         if place == 0:
-            return drop(x, scramble(keys_BS[:, None] ^ self.heads_N1), p)
+            return drop(x, hash32(keys_BS[:, None] ^ self.heads_N1), p)
         return drop(x, keys_BS, p)
 
 

@@ -10,7 +10,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from titan_lite.models.args import DecoderArgs, LatentArgs
 from titan_lite.nn.document_attention import DocumentMask, attend_in_documents
-from titan_lite.nn.dropout import drop, scramble
+from titan_lite.nn.dropout import drop, hash32
 from titan_lite.nn.norm import RMSNorm
 
 # Of the norms inside latent attention, whatever norm_eps of the others.
@@ -50,16 +50,16 @@ class ScaledDotProductAttention(nn.Module):
 class DropoutAttention(ScaledDotProductAttention):
     """The same with dropout of the softmax' results, which exist as a whole: (B, N, S, S).
 
-    No fused kernel drops the same on every rank that has the head. site: as of Dropout. shard:
+    No fused kernel drops the same on every rank that has the head. salt: as of Dropout. shard:
     which of as many equal parts of the heads as there are this device has.
     """
 
     shard = 0
 
-    def __init__(self, p: float, site: int, *, causal: bool) -> None:
+    def __init__(self, p: float, salt: int, *, causal: bool) -> None:
         super().__init__(causal=causal)
         self.p = p
-        self.site = site
+        self.salt = salt
 
     def forward(
         self,
@@ -84,7 +84,7 @@ class DropoutAttention(ScaledDotProductAttention):
         heads_N = torch.arange(
             self.shard * N, (self.shard + 1) * N, dtype=torch.int32, device=q_BNSH.device
         )
-        keys_BNS = scramble(scramble(dropout_keys_BS ^ self.site)[:, None] ^ heads_N[:, None])
+        keys_BNS = hash32(hash32(dropout_keys_BS ^ self.salt)[:, None] ^ heads_N[:, None])
         return drop(weights_BNSS, keys_BNS, self.p) @ v_BNSH
 
 
@@ -102,7 +102,7 @@ class Attention(nn.Module):
         self.make_projections(args)
         self.rope = rope
         self.inner_attention: nn.Module = (
-            DropoutAttention(args.attention_dropout, site=1, causal=args.causal)
+            DropoutAttention(args.attention_dropout, salt=1, causal=args.causal)
             if args.attention_dropout
             else ScaledDotProductAttention(causal=args.causal)
         )

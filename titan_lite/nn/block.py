@@ -26,8 +26,8 @@ class Block(nn.Module):
         self.attention = build_attention(args, rope)
         self.ffn_norm = norm(args.dim, eps=args.norm_eps)
         self.feed_forward = build_feed_forward(args)
-        self.attention_dropout = build_dropout(args.hidden_dropout, site=2)
-        self.ffn_dropout = build_dropout(args.hidden_dropout, site=3)
+        self.attention_dropout = build_dropout(args.hidden_dropout, salt=2)
+        self.ffn_dropout = build_dropout(args.hidden_dropout, salt=3)
 
     def attend(
         self,

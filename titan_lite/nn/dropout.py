@@ -15,7 +15,7 @@ from torch import Tensor, nn
 _SIGN = -(2**31)
 
 
-def scramble(keys: Tensor) -> Tensor:
+def hash32(keys: Tensor) -> Tensor:
     """One to one on the keys; each bit changes about half of those of the result.
 
     Source: lowbias32 of github.com/skeeto/hash-prospector.
@@ -30,7 +30,7 @@ def token_keys(seed: int, samples_B: Tensor, places_S: Tensor) -> Tensor:
     keys_BS = torch.zeros(len(samples_B), len(places_S), dtype=torch.int32)
     for number in (torch.tensor(seed), samples_B[:, None], places_S):
         low, high = number.to(torch.int32), (number >> 32).to(torch.int32)
-        keys_BS = scramble(scramble(keys_BS ^ low) ^ high)
+        keys_BS = hash32(hash32(keys_BS ^ low) ^ high)
     return keys_BS
 
 
@@ -39,9 +39,9 @@ def drop(x: Tensor, keys: Tensor, p: float) -> Tensor:
 
     keys: of x's shape without the last dimension.
     """
-    features = scramble(torch.arange(x.shape[-1], dtype=torch.int32, device=x.device))
+    features = hash32(torch.arange(x.shape[-1], dtype=torch.int32, device=x.device))
     # As numbers without a sign.
-    dropped = scramble(keys.unsqueeze(-1) ^ features) ^ _SIGN < int(p * 2**32) + _SIGN
+    dropped = hash32(keys.unsqueeze(-1) ^ features) ^ _SIGN < int(p * 2**32) + _SIGN
     return x.masked_fill(dropped, 0) / (1 - p)
 
 
@@ -55,16 +55,16 @@ class NoDropout(nn.Module):
 class Dropout(nn.Module):
     """Drops features of tokens with probability p, and none without keys.
 
-    site: number of the place in a block. shard: which of as many equal parts of the sequence as
+    salt: number of the place in a block. shard: which of as many equal parts of the sequence as
     there are this device has.
     """
 
     shard = 0
 
-    def __init__(self, p: float, site: int) -> None:
+    def __init__(self, p: float, salt: int) -> None:
         super().__init__()
         self.p = p
-        self.site = site
+        self.salt = salt
 
     def forward(self, x_BSD: Tensor, keys_BS: Tensor | None) -> Tensor:
         """keys_BS: of the whole sequence's tokens."""
@@ -72,9 +72,9 @@ class Dropout(nn.Module):
             return x_BSD
         size = x_BSD.shape[1]
         keys_BS = keys_BS[:, self.shard * size : (self.shard + 1) * size]
-        return drop(x_BSD, scramble(keys_BS ^ self.site), self.p)
+        return drop(x_BSD, hash32(keys_BS ^ self.salt), self.p)
 
 
-def build_dropout(p: float, site: int) -> Dropout | NoDropout:
+def build_dropout(p: float, salt: int) -> Dropout | NoDropout:
     """Nothing to compute where nothing is to be dropped."""
-    return Dropout(p, site) if p else NoDropout()
+    return Dropout(p, salt) if p else NoDropout()

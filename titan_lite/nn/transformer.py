@@ -10,7 +10,7 @@ from titan_lite.models.args import DecoderArgs, MoEArgs
 from titan_lite.nn.balance import Balance
 from titan_lite.nn.block import Block
 from titan_lite.nn.document_attention import DocumentMask
-from titan_lite.nn.dropout import build_dropout, scramble
+from titan_lite.nn.dropout import build_dropout, hash32
 from titan_lite.nn.init import InitRule, fill, linear
 from titan_lite.nn.moe import Router
 from titan_lite.nn.output_head import OutputHead
@@ -51,7 +51,7 @@ class Transformer(nn.Module):
         learned = args.positions == "learned"
         self.pos_embeddings = nn.Embedding(args.max_seq_len, args.dim) if learned else None
         self.rope = NoRotation() if learned else RotaryEmbedding(args)
-        self.embedding_dropout = build_dropout(args.hidden_dropout, site=0)
+        self.embedding_dropout = build_dropout(args.hidden_dropout, salt=0)
 
     def make_layers(self, block: type[Block], args: DecoderArgs) -> nn.ModuleDict:
         """The blocks; a ModuleDict keeps the names of those that a pipeline stage keeps."""
@@ -105,7 +105,7 @@ class Transformer(nn.Module):
             keys_BS = None
             if dropout_keys_BS is not None:
                 # A block knows no number, for equal ones to share a compiled graph.
-                keys_BS = scramble(dropout_keys_BS ^ (int(name) + 1))
+                keys_BS = hash32(dropout_keys_BS ^ (int(name) + 1))
             x_BSD = block(x_BSD, positions_S=positions_S, mask=mask, dropout_keys_BS=keys_BS)
         return x_BSD
 
