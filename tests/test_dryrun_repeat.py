@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from titan_lite.dryrun.recorder import Peak, Recorder
+from titan_lite.dryrun.recorder import PeakMemory, Recorder
 from titan_lite.dryrun.repeat import NotRepeatableError, repeat_blocks
 
 BLOCKS = 7
@@ -52,7 +52,7 @@ class Growing(Block):
 
 def step(
     kind: Callable[[list[int]], Block], *, repeats: bool
-) -> tuple[list[Peak], int, list[Tensor | None], int]:
+) -> tuple[list[PeakMemory], int, list[Tensor | None], int]:
     """Peaks of three micro-batches, FLOPs, gradients, and passes through blocks."""
     runs: list[int] = []
     torch.manual_seed(0)

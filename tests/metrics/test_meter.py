@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from titan_lite.config.schema import Metrics
-from titan_lite.metrics.device import Peak
+from titan_lite.metrics.device import PeakFlops
 from titan_lite.metrics.meter import Meter
 from titan_lite.metrics.record import METRICS
 from titan_lite.metrics.sinks import JsonlSink
@@ -44,7 +44,7 @@ class Run:
             "section": Metrics(log_freq=log_freq),
             "sinks": [self.sink],
             "flops": FLOPS,
-            "peak": Peak(0.01, "the test"),
+            "peak": PeakFlops(0.01, "the test"),
             "device": CPU,
             "num_devices": 1,
             "num_steps": 1000,
@@ -123,7 +123,7 @@ def test_hfu_is_there_only_when_something_is_recomputed():
 def test_an_unknown_peak_gives_no_mfu_and_names_the_key(caplog):
     caplog.set_level("INFO")
     source = "no peak is known for device 'X'; metrics.peak_tflops supplies one"
-    run = Run(peak=Peak(None, source))
+    run = Run(peak=PeakFlops(None, source))
     record = run.train(10)[-1]
     assert not {"mfu", "mfu_causal", "hfu"} & set(record)
     assert record["tflops"] > 0
@@ -133,7 +133,7 @@ def test_an_unknown_peak_gives_no_mfu_and_names_the_key(caplog):
 
 def test_the_peak_and_its_source_are_logged_at_start(caplog):
     caplog.set_level("INFO")
-    Run(peak=Peak(989.4, "H100 SXM"))
+    Run(peak=PeakFlops(989.4, "H100 SXM"))
     assert "MFU divides by 989.4 TFLOP/s per device: H100 SXM" in caplog.text
 
 

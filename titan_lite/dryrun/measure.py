@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_lite.config.dims import ParallelDims
-from titan_lite.dryrun.recorder import Category, Peak, Recorder
+from titan_lite.dryrun.recorder import Category, PeakMemory, Recorder
 from titan_lite.training.setup import Training
 
 
@@ -31,7 +31,7 @@ class Measured:
     """
 
     held: dict[Category, int]
-    peak: Peak
+    peak: PeakMemory
     flops: int
     collectives: tuple[Collective, ...]
 

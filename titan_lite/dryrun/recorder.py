@@ -68,7 +68,7 @@ class Allocation:
 
 
 @dataclass(frozen=True)
-class Peak:
+class PeakMemory:
     """The most bytes alive at once, and which ones they were."""
 
     bytes: int
@@ -175,7 +175,7 @@ class Recorder(TorchDispatchMode):
         self.counts.clear()
         self.bytes.clear()
 
-    def peak(self, start: int = 0, end: int | None = None) -> Peak:
+    def peak(self, start: int = 0, end: int | None = None) -> PeakMemory:
         """Returns the peak of the time between two moments."""
         held: dict[Category, int] = dict.fromkeys(CATEGORIES, 0)
         total = most = 0
@@ -185,7 +185,7 @@ class Recorder(TorchDispatchMode):
             total += change
             if number >= start - 1 and total > most:
                 most, at_most = total, dict(held)
-        return Peak(most, at_most)
+        return PeakMemory(most, at_most)
 
     def mark(self, tensors: Iterable[Tensor], category: Category) -> int:
         """Assigns a category to tensors, whenever they were allocated; returns their bytes."""

@@ -29,7 +29,7 @@ _FORMATS: dict[torch.dtype, NumberFormat] = {
 
 
 @dataclass(frozen=True)
-class Peak:
+class PeakFlops:
     """The rate that MFU divides by, in TFLOP/s of one device, and where it comes from.
 
     Without a value `source` has the reason and the key that supplies one.
@@ -39,28 +39,30 @@ class Peak:
     source: str
 
 
-def find_peak(section: Metrics, device: torch.device, dtype: torch.dtype) -> Peak:
+def find_peak(section: Metrics, device: torch.device, dtype: torch.dtype) -> PeakFlops:
     """The peak for matmuls in `dtype`: the configured one, measured on CPU, or the table's."""
     if section.peak_tflops is not None:
-        return Peak(section.peak_tflops, "metrics.peak_tflops")
+        return PeakFlops(section.peak_tflops, "metrics.peak_tflops")
     if device.type == "cpu":
         source = f"{_FORMATS[dtype]} matmul measured at start, threads: {torch.get_num_threads()}"
-        return Peak(measured_peak_tflops(device, dtype), source)
+        return PeakFlops(measured_peak_tflops(device, dtype), source)
     name = device_name(device)
     known = find_device(name)
     if known is None:
-        return Peak(None, f"no peak is known for device {name!r}; metrics.peak_tflops supplies one")
+        return PeakFlops(
+            None, f"no peak is known for device {name!r}; metrics.peak_tflops supplies one"
+        )
     number_format = _FORMATS[dtype]
     if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":
         number_format = "tfloat32"
     tflops = known.tflops(number_format)
     if tflops is None:
-        return Peak(
+        return PeakFlops(
             None,
             f"no {number_format} peak is known for {known.name} ({known.source}); "
             "metrics.peak_tflops supplies one",
         )
-    return Peak(tflops, f"{known.name}, dense {number_format}, {known.source}")
+    return PeakFlops(tflops, f"{known.name}, dense {number_format}, {known.source}")
 
 
 def device_name(device: torch.device) -> str:

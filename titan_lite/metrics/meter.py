@@ -11,7 +11,7 @@ from torch import Tensor
 
 from titan_lite.config.schema import Metrics
 from titan_lite.config.units import format_duration, format_number
-from titan_lite.metrics.device import DeviceMemory, Peak
+from titan_lite.metrics.device import DeviceMemory, PeakFlops
 from titan_lite.metrics.record import METRICS, Record
 from titan_lite.metrics.sinks import Sink
 from titan_lite.planner.counts import FlopsPerToken
@@ -52,7 +52,7 @@ class Meter:
         section: Metrics,
         sinks: Sequence[Sink],
         flops: FlopsPerToken,
-        peak: Peak,
+        peak: PeakFlops,
         device: torch.device,
         num_devices: int,
         num_steps: int,

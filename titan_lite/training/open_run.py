@@ -19,7 +19,7 @@ from titan_lite.checkpoint.state import Start
 from titan_lite.checkpoint.storage import versions
 from titan_lite.config.problems import about
 from titan_lite.metrics.by_source import build_source_meter
-from titan_lite.metrics.device import Peak, device_name
+from titan_lite.metrics.device import PeakFlops, device_name
 from titan_lite.models.plan import Plan
 from titan_lite.parallel.compile import Compilations
 from titan_lite.parallel.mesh import build_meshes
@@ -220,7 +220,7 @@ def _log_run(plan: Plan, process: Process, training: Training) -> None:
 
 
 def _write_run_file(
-    plan: Plan, process: Process, training: Training, peak: Peak, start_step: int
+    plan: Plan, process: Process, training: Training, peak: PeakFlops, start_step: int
 ) -> None:
     """Writes the run's device, layout, applied features and configuration to run.json."""
     # The file of a finished run keeps the settings that trained it.
