@@ -22,7 +22,15 @@ from types import FrameType
 from titan_lite.config.arguments import UsageError, split_arguments
 from titan_lite.runtime.gpus import count_gpus
 from titan_lite.runtime.log import MESSAGES
-from titan_lite.runtime.nodes import FirstNode, Job, Nodes, NodesError, Start, join, listen
+from titan_lite.runtime.nodes import (
+    FirstNode,
+    JobSettings,
+    Nodes,
+    NodesError,
+    NodeStart,
+    connect,
+    listen,
+)
 from titan_lite.runtime.other_launchers import unexpected_start
 from titan_lite.runtime.parent import PARENT, watch_parent
 from titan_lite.runtime.stop import (
@@ -48,7 +56,7 @@ class Settings:
 
     config: str
     overrides: tuple[str, ...]
-    job: Job
+    job: JobSettings
     on_gpu: bool
 
     @classmethod
@@ -73,7 +81,7 @@ class Settings:
                 f"each of {nodes} nodes itself: run it once per node, with NNODES, or unset {name}"
             )
         run_id = os.environ.get("RDZV_ID", "titan_lite")
-        job = Job(run_id, nodes, processes, _number("MAX_RESTARTS", 0, at_least=0))
+        job = JobSettings(run_id, nodes, processes, _number("MAX_RESTARTS", 0, at_least=0))
         return cls(config, tuple(overrides), job, gpus > 0)
 
 
@@ -144,7 +152,7 @@ class Attempt:
     `was_signalled` once a signal has requested a stop.
     """
 
-    def __init__(self, settings: Settings, start: Start, address: str, folder: str) -> None:
+    def __init__(self, settings: Settings, start: NodeStart, address: str, folder: str) -> None:
         """address: of the node with the store. folder: for what the processes leave each other."""
         self._settings, self._start, self._folder = settings, start, folder
         job = settings.job
@@ -317,7 +325,7 @@ def _run(settings: Settings, signals: Signals) -> int:
     nodes: Nodes = FirstNode(job, say)
     if job.NNODES > 1:
         address, port = read_endpoint()
-        nodes = join(job, address, port, say)
+        nodes = connect(job, address, port, say)
     while True:
         server = listen(0) if job.NNODES > 1 else socket_at(address)
         start = nodes.start(server.getsockname()[1])

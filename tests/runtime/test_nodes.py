@@ -12,9 +12,17 @@ import pytest
 
 from tests.distributed import GUARD
 from titan_lite.runtime import nodes
-from titan_lite.runtime.nodes import FirstNode, Job, Nodes, NodesError, Verdict, join, listen
+from titan_lite.runtime.nodes import (
+    FirstNode,
+    JobSettings,
+    Nodes,
+    NodesError,
+    Verdict,
+    connect,
+    listen,
+)
 
-JOB = Job("job", NNODES=2, NGPU=1, MAX_RESTARTS=1)
+JOB = JobSettings("job", NNODES=2, NGPU=1, MAX_RESTARTS=1)
 
 
 @pytest.fixture
@@ -37,9 +45,11 @@ def together() -> Iterator[Callable[..., list[object]]]:
 
 
 def meet(together: Callable[..., list[object]], port: int) -> tuple[Nodes, Nodes]:
-    first = join(JOB, "localhost", port, print)
+    first = connect(JOB, "localhost", port, print)
     assert isinstance(first, FirstNode)
-    started, other = together(partial(first.start, 7), lambda: join(JOB, "localhost", port, print))
+    started, other = together(
+        partial(first.start, 7), lambda: connect(JOB, "localhost", port, print)
+    )
     assert started.port == 7
     assert other.start(0) == replace(started, node=1)
     return first, other
@@ -122,7 +132,7 @@ def test_a_node_that_has_gone_fails_the_attempt_and_can_be_replaced(
     other._first.close()  # type: ignore[attr-defined]
     assert together(lambda: first.agree(143, is_stopping=False)) == [Verdict(1, again=True)]
     started, replaced = together(
-        lambda: first.start(9), lambda: join(JOB, "localhost", port, print)
+        lambda: first.start(9), lambda: connect(JOB, "localhost", port, print)
     )
     assert (started.attempt, replaced.start(0).node) == (1, 1)
     # The first one goes: it holds the store, and nobody can take its place.
@@ -141,7 +151,7 @@ def test_a_node_that_has_gone_fails_the_attempt_and_can_be_replaced(
     ],
 )
 def test_a_node_of_another_job_or_too_many_are_refused(
-    together: Callable[..., list[object]], port: int, job: Job, message: str
+    together: Callable[..., list[object]], port: int, job: JobSettings, message: str
 ) -> None:
     first, _other = meet(together, port)
 
@@ -152,7 +162,7 @@ def test_a_node_of_another_job_or_too_many_are_refused(
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(answer)
         with pytest.raises(NodesError, match=message) as error:
-            join(job, "localhost", port, print)
+            connect(job, "localhost", port, print)
         _other.agree(0, is_stopping=False)
         waiting.result(timeout=GUARD)
     assert error.value.code == 2
@@ -187,7 +197,7 @@ def test_a_port_that_another_program_has_is_told_from_a_launcher(
         taken = server.getsockname()[1]
         message = f"^localhost:{taken} is in use by another program: set RDZV_ENDPOINT to a free"
         with pytest.raises(NodesError, match=message) as error:
-            join(JOB, "localhost", taken, print)
+            connect(JOB, "localhost", taken, print)
         answered.result().close()
     assert error.value.code == 2
 
@@ -197,7 +207,7 @@ def test_what_is_awaited_is_said_and_not_awaited_for_ever(
 ) -> None:
     monkeypatch.setattr(nodes, "WAIT_SECONDS", 0.5)
     messages: list[str] = []
-    first = join(JOB, "localhost", port, messages.append)
+    first = connect(JOB, "localhost", port, messages.append)
     with pytest.raises(NodesError, match=f"waiting for 1 of 2 nodes at localhost:{port}$") as error:
         first.start(0)
     assert messages == [f"Waiting for 1 of 2 nodes at localhost:{port}"]
@@ -205,7 +215,7 @@ def test_what_is_awaited_is_said_and_not_awaited_for_ever(
     monkeypatch.setattr(nodes, "_is_of_this_machine", lambda _: False)
     monkeypatch.setattr(socket, "create_connection", refuse)
     with pytest.raises(NodesError, match="gave up waiting for the first node at node0:5: refused"):
-        join(JOB, "node0", 5, messages.append)
+        connect(JOB, "node0", 5, messages.append)
     assert messages[1:] == ["Waiting for the first node at node0:5: refused"]
 
 

@@ -32,7 +32,7 @@ class NodesError(Exception):
 
 
 @dataclass(frozen=True)
-class Job:
+class JobSettings:
     """Settings that must be the same on all nodes, by the variables that hold them."""
 
     RDZV_ID: str
@@ -42,7 +42,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Start:
+class NodeStart:
     """An attempt: the number of this node, and the port of the store on the first one."""
 
     node: int
@@ -68,7 +68,7 @@ class Nodes(Protocol):
     failed: bool
     stopped: bool
 
-    def start(self, port: int) -> Start:
+    def start(self, port: int) -> NodeStart:
         """Waits for all nodes; `port` is where the store listens if this is the first one."""
 
     def poll(self) -> None:
@@ -130,7 +130,7 @@ class FirstNode:
     """The node at the endpoint, or the only one."""
 
     def __init__(
-        self, job: Job, say: Say, server: socket.socket | None = None, endpoint: str = ""
+        self, job: JobSettings, say: Say, server: socket.socket | None = None, endpoint: str = ""
     ) -> None:
         self.failed = self.stopped = False
         self._job, self._say, self._server, self._endpoint = job, say, server, endpoint
@@ -143,7 +143,7 @@ class FirstNode:
         self._running: list[Connection] = []
         self._ended: dict[Connection, tuple[int, bool]] = {}
 
-    def start(self, port: int) -> Start:
+    def start(self, port: int) -> NodeStart:
         last_message, deadline = "", time.monotonic() + WAIT_SECONDS
         while missing := self._job.NNODES - self._admit():
             text = f"{missing} of {self._job.NNODES} nodes at {self._endpoint}"
@@ -160,8 +160,8 @@ class FirstNode:
         self.failed = self.stopped = False
         self._ended, self._running = {}, list(self._members)
         for node, member in enumerate(self._running, start=1):
-            member.send(start=asdict(Start(node, port, self._attempt)))
-        return Start(0, port, self._attempt)
+            member.send(start=asdict(NodeStart(node, port, self._attempt)))
+        return NodeStart(0, port, self._attempt)
 
     def poll(self) -> None:
         self._admit()
@@ -259,10 +259,10 @@ class OtherNode:
     def __init__(self, first: Connection, endpoint: str, say: Say) -> None:
         self.failed = self.stopped = False
         self._first, self._endpoint, self._say = first, endpoint, say
-        self._start: Start | None = None
+        self._start: NodeStart | None = None
         self._verdict: Verdict | None = None
 
-    def start(self, port: int) -> Start:
+    def start(self, port: int) -> NodeStart:
         while self._start is None:
             if not self._first.is_open:
                 raise NodesError(f"the node at {self._endpoint} has gone", EXIT_FAILED)
@@ -307,7 +307,7 @@ class OtherNode:
             if "waiting" in message:
                 self._say(f"Waiting for {message['waiting']}")
             if "start" in message:
-                self._start, self.failed, self.stopped = Start(**message["start"]), False, False
+                self._start, self.failed, self.stopped = NodeStart(**message["start"]), False, False
             if "failed" in message:
                 self.failed = True
             if "stopped" in message:
@@ -316,7 +316,7 @@ class OtherNode:
                 self._verdict = Verdict(**message["verdict"])
 
 
-def join(job: Job, host: str, port: int, say: Say) -> Nodes:
+def connect(job: JobSettings, host: str, port: int, say: Say) -> Nodes:
     """Listens at the endpoint where it is this machine's and free, else connects to it."""
     endpoint, is_local = f"{host}:{port}", _is_of_this_machine(host)
     if is_local:
