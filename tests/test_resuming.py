@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from titan_lite.checkpoint.manifest import Manifest
+from titan_lite.checkpoint.manifest import CheckpointManifest
 from titan_lite.checkpoint.same_model import model_facts
 from titan_lite.config.load import load_config
 from titan_lite.models.plan import make_plan
@@ -36,7 +36,9 @@ def printed(
         "versions": VERSIONS,
         **manifest,
     }
-    stored = Manifest(step=step, content="run", world_size=world_sizes[0], files={}, **facts)
+    stored = CheckpointManifest(
+        step=step, content="run", world_size=world_sizes[0], files={}, **facts
+    )
     caplog.clear()
     with caplog.at_level(logging.INFO):
         log_changes(stored, after, VERSIONS)

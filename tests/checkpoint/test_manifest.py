@@ -12,7 +12,7 @@ import pytest
 
 from titan_lite import cli
 from titan_lite.checkpoint.manifest import (
-    Manifest,
+    CheckpointManifest,
     read_manifest,
     write_manifest,
     write_text,
@@ -42,7 +42,7 @@ def make_checkpoint(folder: Path, step: int, content: str = "run") -> Path:
         "run_state.json": write_text(checkpoint / "run_state.json", state),
         "__0_0.distcp": write_text(checkpoint / "__0_0.distcp", "weights " * 100),
     }
-    manifest = Manifest(
+    manifest = CheckpointManifest(
         step=step,
         content=content,
         world_size=4,

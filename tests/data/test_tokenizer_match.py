@@ -9,7 +9,7 @@ import pytest
 from tests.distributed import Workers
 from tests.runs import TINY, train_and_gather
 from titan_lite import cli
-from titan_lite.checkpoint.manifest import Manifest, write_manifest
+from titan_lite.checkpoint.manifest import CheckpointManifest, write_manifest
 from titan_lite.data.assets import bundled_asset
 from titan_lite.data.hf_documents import hf_documents
 from titan_lite.data.probes import PROBES
@@ -98,7 +98,7 @@ def test_the_padding_of_published_vocabularies_is_accepted(
 def checkpoint(folder: Path, tokenizer: str, path: str, content: str = "model") -> Path:
     """A checkpoint as far as a preflight looks at it."""
     folder.mkdir(parents=True)
-    manifest = Manifest(
+    manifest = CheckpointManifest(
         step=0,
         content=content,
         world_size=1,

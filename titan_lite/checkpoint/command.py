@@ -11,7 +11,7 @@ from pathlib import Path
 
 from titan_lite.checkpoint.manifest import (
     MANIFEST_FILE,
-    Manifest,
+    CheckpointManifest,
     read_manifest,
 )
 from titan_lite.checkpoint.state import newest_below, saved_steps
@@ -88,7 +88,7 @@ def _sound(contents: bool) -> str:
     return "verified" if contents else "complete"
 
 
-def _read_all(folder: Path, manifest: Manifest) -> list[str]:
+def _read_all(folder: Path, manifest: CheckpointManifest) -> list[str]:
     """Sentences about damaged files, of which several are read at once."""
 
     def read(name: str) -> list[str]:

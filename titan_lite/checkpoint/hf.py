@@ -26,7 +26,7 @@ from torch.futures import Future
 
 from titan_lite.checkpoint.hf_files import HFFolder, plan_files, write_index, write_json
 from titan_lite.checkpoint.hf_layout import HFModel
-from titan_lite.checkpoint.manifest import TOKENIZER_FOLDER, Manifest, write_manifest
+from titan_lite.checkpoint.manifest import TOKENIZER_FOLDER, CheckpointManifest, write_manifest
 from titan_lite.checkpoint.storage import CheckpointReader, CheckpointWriter, Files, versions
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.family import Family
@@ -82,7 +82,7 @@ def hf_to_dcp(
                 stored = f"{TOKENIZER_FOLDER}/{name}"
                 files[stored] = write_bytes(aside / stored, content)
             sync_folder(aside / TOKENIZER_FOLDER)
-        manifest = Manifest(
+        manifest = CheckpointManifest(
             step=0,
             content="model",
             world_size=1,

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from titan_lite.checkpoint.manifest import (
+    CheckpointManifest,
     Layout,
-    Manifest,
     write_manifest,
     write_text,
 )
@@ -283,7 +283,7 @@ class CheckpointManager:
     def _commit(self, save: Save, files: Files) -> None:
         """On rank 0, once all ranks have finished: from the rename on the checkpoint exists."""
         save.files.update(files)
-        manifest = Manifest(
+        manifest = CheckpointManifest(
             step=save.step,
             content=save.content,
             world_size=dist.get_world_size(),

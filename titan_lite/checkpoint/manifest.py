@@ -25,7 +25,7 @@ Layout = dict[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
+class CheckpointManifest:
     """The kind of a checkpoint, and its files by their names.
 
     content: "run" can be resumed from, "model" holds weights only. config: resolved, for people
@@ -49,14 +49,14 @@ class Manifest:
         return sum(file.bytes for file in self.files.values())
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
     """Writes the manifest, which holds a checksum of itself."""
     content = {"format": FORMAT, **dataclasses.asdict(manifest)}
     content["crc32"] = _own_checksum(content)
     write_text(folder / MANIFEST_FILE, json.dumps(content, indent=1) + "\n")
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> CheckpointManifest:
     """The manifest of a checkpoint all of whose files are there, in full length.
 
     Raises DamagedError. What is in the files is checked by `damaged_files`.
@@ -76,7 +76,7 @@ def read_manifest(folder: Path) -> Manifest:
     if checksum != _own_checksum({"format": number, **content}):
         raise DamagedError(f"{path} is damaged: its content does not have its checksum {checksum}")
     files = {name: StoredFile(**file) for name, file in content.pop("files").items()}
-    manifest = Manifest(files=files, **content)
+    manifest = CheckpointManifest(files=files, **content)
     if folder.name.startswith("step-") and folder.name != f"step-{manifest.step}":
         raise DamagedError(
             f"{folder} is a checkpoint of step {manifest.step}, not of the step in its name"

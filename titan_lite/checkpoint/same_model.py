@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from titan_lite.checkpoint.manifest import Manifest
+from titan_lite.checkpoint.manifest import CheckpointManifest
 from titan_lite.config.schema import Model
 from titan_lite.config.stored import stored_model
 from titan_lite.models.args import DecoderArgs
@@ -46,7 +46,7 @@ def model_facts(family: str, args: DecoderArgs) -> dict[str, Any]:
 
 
 def model_differences(
-    manifest: Manifest, section: Model, args: DecoderArgs
+    manifest: CheckpointManifest, section: Model, args: DecoderArgs
 ) -> dict[str, tuple[Any, Any]]:
     """Fields of the args, or "name" -> (the checkpoint's value, the run's), where they differ.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_lite.checkpoint.hf_files import CONFIG_FILE
-from titan_lite.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
+from titan_lite.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, read_manifest
 from titan_lite.config.problems import SettingError, about, did_you_mean, nearest, quote
 from titan_lite.config.schema import Checkpoint
 from titan_lite.runtime.stored_files import DamagedError, damaged_files
@@ -53,7 +53,7 @@ class Start:
 
     state: RunState = field(default_factory=RunState)
     source: Path | None = None
-    manifest: Manifest | None = None
+    manifest: CheckpointManifest | None = None
     content: str = "run"
     resumes: bool = False
 
@@ -123,7 +123,7 @@ def find_start(
 
 def _own_checkpoint(
     step: int | str, folder: Path, damaged: dict[Path, DamagedError]
-) -> tuple[Path, Manifest] | None:
+) -> tuple[Path, CheckpointManifest] | None:
     """The checkpoint of a step, or the newest complete one; None where there is none at all."""
     steps = saved_steps(folder)
     if step != "latest":
@@ -153,7 +153,7 @@ def _own_checkpoint(
     return None
 
 
-def _manifest_of(source: Path) -> Manifest:
+def _manifest_of(source: Path) -> CheckpointManifest:
     """The manifest of a checkpoint whose run_state.json, which is read before all, is undamaged."""
     manifest = read_manifest(source)
     names = [RUN_STATE_FILE] if RUN_STATE_FILE in manifest.files else []
@@ -162,7 +162,7 @@ def _manifest_of(source: Path) -> Manifest:
     return manifest
 
 
-def _start(source: Path, manifest: Manifest, content: str, *, resumes: bool) -> Start:
+def _start(source: Path, manifest: CheckpointManifest, content: str, *, resumes: bool) -> Start:
     if content == "model" and not resumes:
         return Start(source=source, manifest=manifest, content=content)
     if content == "run" and manifest.content != "run":

@@ -16,7 +16,7 @@ from titan_lite.checkpoint.hf_files import CONFIG_FILE, DTYPES, HFFolder
 from titan_lite.checkpoint.manifest import (
     MANIFEST_FILE,
     TOKENIZER_FOLDER,
-    Manifest,
+    CheckpointManifest,
     read_manifest,
 )
 from titan_lite.checkpoint.same_model import model_differences, model_facts
@@ -250,7 +250,7 @@ def model_section(family: Family, args: DecoderArgs) -> dict[str, Any]:
     return {"name": family.name, "flavor": flavor, **differing}
 
 
-def _model_section_of(source: Path, manifest: Manifest) -> Model:
+def _model_section_of(source: Path, manifest: CheckpointManifest) -> Model:
     """The model section that a checkpoint was saved with."""
     try:
         return stored_model(manifest.config)
@@ -258,7 +258,7 @@ def _model_section_of(source: Path, manifest: Manifest) -> Model:
         raise ValueError(f"{source} does not name a known model: {error}") from error
 
 
-def _data_of(manifest: Manifest) -> Data | None:
+def _data_of(manifest: CheckpointManifest) -> Data | None:
     """Data section of a checkpoint's run, where this version knows its keys."""
     try:
         return Data(**manifest.config["data"])
@@ -267,7 +267,7 @@ def _data_of(manifest: Manifest) -> Data | None:
 
 
 def _tokenizer_of(
-    source: Path, manifest: Manifest, given: str | None
+    source: Path, manifest: CheckpointManifest, given: str | None
 ) -> tuple[Tokenizer | None, dict[str, bytes]]:
     """The tokenizer of a checkpoint, if it has one, and its files where the checkpoint keeps them.
 
@@ -290,7 +290,9 @@ def _tokenizer_of(
     return tokenizer, {}
 
 
-def _difference(source: Path, manifest: Manifest, tokenizer: Tokenizer, path: str | None) -> str:
+def _difference(
+    source: Path, manifest: CheckpointManifest, tokenizer: Tokenizer, path: str | None
+) -> str:
     """The difference of a tokenizer from that of a checkpoint's training, "" if there is none."""
     if manifest.tokenizer in ("", tokenizer.fingerprint):
         return ""

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from titan_lite.checkpoint.manifest import Manifest
+from titan_lite.checkpoint.manifest import CheckpointManifest
 from titan_lite.checkpoint.same_model import model_differences
 from titan_lite.config.problems import FIELDS
 from titan_lite.config.schema import LRScheduler
@@ -28,7 +28,7 @@ SCHEDULE_KEYS = (
 )
 
 
-def log_changes(manifest: Manifest, plan: Plan, versions: Mapping[str, str]) -> None:
+def log_changes(manifest: CheckpointManifest, plan: Plan, versions: Mapping[str, str]) -> None:
     """Logs the settings that differ from the checkpoint's, and a jump of the learning rate."""
     changes = changed_settings(manifest, plan, versions)
     if changes:
@@ -53,7 +53,7 @@ def log_changes(manifest: Manifest, plan: Plan, versions: Mapping[str, str]) -> 
 
 
 def changed_settings(
-    manifest: Manifest, plan: Plan, versions: Mapping[str, str]
+    manifest: CheckpointManifest, plan: Plan, versions: Mapping[str, str]
 ) -> dict[str, tuple[Any, Any]]:
     """Returns (checkpoint's value, run's value) of each key that differs and changes results."""
     before = _settings(manifest.config, manifest.layout)
