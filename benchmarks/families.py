@@ -32,7 +32,7 @@ from benchmarks.workers import BenchmarkError, Group
 from titan_lite.models.family import Family
 from titan_lite.models.registry import families
 from titan_lite.planner.counts import in_words, num_params
-from titan_lite.regression.curves import UsageError, read_facts, read_records
+from titan_lite.regression.curves import CurveError, read_facts, read_records
 from titan_lite.regression.run_training import run_training
 
 ROOT = Path(__file__).parent.parent
@@ -88,7 +88,7 @@ def train(name: str, folder: Path, runs: Runs) -> dict[str, list[float]]:
     """Returns steps and losses of a family's run in `folder`; trains it unless it is complete."""
     target = folder / name
     records: list[dict[str, Any]] = []
-    with contextlib.suppress(UsageError):
+    with contextlib.suppress(CurveError):
         steps = read_facts(target)["config"]["training"]["steps"]
         records = [record for record in read_records(target) if record["step"] <= steps]
     if not records or records[-1]["step"] != steps:
@@ -286,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             results = {name: train(name, folder, runs) for name in options.only}
             result = runs.result
             draw(results, runs.picture if options.write else folder.with_suffix(".png"))
-    except (UsageError, BenchmarkError) as error:
+    except (CurveError, BenchmarkError) as error:
         print(error, file=sys.stderr)
         return 1
     print(store("families", results, options.output or (result if options.write else None)))

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks.manifest import report
 from titan_lite.regression.compare import Comparison, Tier, compare
-from titan_lite.regression.curves import METRICS_FILE, UsageError, read_curve, read_records
+from titan_lite.regression.curves import METRICS_FILE, CurveError, read_curve, read_records
 from titan_lite.regression.plot import plot
 from titan_lite.regression.run_training import run_training
 
@@ -106,10 +106,10 @@ def run(side: Side, steps: int, folder: Path) -> Path:
     return target
 
 
-def row(pair: Pair, comparison: Comparison | UsageError) -> str:
+def row(pair: Pair, comparison: Comparison | CurveError) -> str:
     """Returns a line of the table."""
     label = f"| {pair.name} | {pair.tier} |"
-    if isinstance(comparison, UsageError):
+    if isinstance(comparison, CurveError):
         return f"{label} {comparison} | | |"
     outside = comparison.first_outside
     verdict = "within"
@@ -153,8 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sides = [(side, run(side, options.steps, options.folder)) for side in (pair.a, pair.b)]
         try:
             curves = [replace(read_curve(folder), name=side.label) for side, folder in sides]
-            comparison: Comparison | UsageError = compare(*curves, pair.tier)
-        except UsageError as usage_error:
+            comparison: Comparison | CurveError = compare(*curves, pair.tier)
+        except CurveError as usage_error:
             comparison = usage_error
         if isinstance(comparison, Comparison):
             failed |= comparison.first_outside is not None

@@ -10,7 +10,7 @@ import pytest
 from tests.regression.folders import facts, segments, write_run
 from titan_lite import cli
 from titan_lite.regression import commands
-from titan_lite.regression.curves import UsageError, read_curve
+from titan_lite.regression.curves import CurveError, read_curve
 
 LOSS = [8.0, 7.5, 7.0, 6.5, 6.25]
 NORM = [0.5, 0.6, 0.7, 0.6, 0.5]
@@ -386,5 +386,5 @@ def test_a_run_that_fails_is_a_mistake_and_the_run_says_why(capfd) -> None:
 
 
 def test_mistakes_are_values_to_catch() -> None:
-    with pytest.raises(UsageError, match="no such run folder"):
+    with pytest.raises(CurveError, match="no such run folder"):
         read_curve(Path("nowhere/at/all"))

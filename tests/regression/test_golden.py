@@ -15,7 +15,7 @@ from titan_lite import cli
 from titan_lite.models.plan import make_plan
 from titan_lite.regression import commands
 from titan_lite.regression.compare import compare
-from titan_lite.regression.curves import UsageError, read_curve
+from titan_lite.regression.curves import CurveError, read_curve
 from titan_lite.regression.golden import Case
 from titan_lite.runtime.distributed import Process
 from titan_lite.training.open_run import open_run
@@ -210,10 +210,10 @@ def test_the_worst_of_several_cases_is_the_exit_code(case: Path) -> None:
 )
 def test_what_is_wrong_with_a_case_is_said(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "case.toml").write_text(text)
-    with pytest.raises(UsageError, match=r"case\.toml: ") as caught:
+    with pytest.raises(CurveError, match=r"case\.toml: ") as caught:
         Case(tmp_path / "case.toml")
     assert message in str(caught.value)
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(CurveError, match="cannot be read"):
         Case(tmp_path)
-    with pytest.raises(UsageError, match="no such case; did you mean"):
+    with pytest.raises(CurveError, match="no such case; did you mean"):
         Case(tmp_path / "cases.toml")

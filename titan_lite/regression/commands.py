@@ -18,7 +18,7 @@ from titan_lite.models.plan import make_plan
 from titan_lite.regression.compare import TIERS, Comparison, Tier, compare
 from titan_lite.regression.curves import (
     Curve,
-    UsageError,
+    CurveError,
     changed_settings,
     check_same_data,
     read_curve,
@@ -126,7 +126,7 @@ def compare_command(argv: Sequence[str]) -> int:
             check_plot(options.plot)
         a, b = _curves(sides, options.keep, options.tier)
         comparison = compare(a, b, options.tier)
-    except UsageError as error:
+    except CurveError as error:
         print(f"titan-lite compare: {error}", file=sys.stderr)
         return MISTAKE
     if options.json:
@@ -149,21 +149,21 @@ def _sides(rest: Sequence[str]) -> tuple[_Side, _Side]:
     paths = [Path(argument) for argument in rest if not argument.startswith("-")]
     if len(paths) != 2:
         names = f": {', '.join(map(str, paths))}" if paths else ""
-        raise UsageError(
+        raise CurveError(
             f"expected two runs to compare, got {len(paths)}{names} (a setting is one word, "
             "as --nproc=2)"
         )
     given: tuple[list[str], list[str]] = ([], [])
     for argument in rest:
         if "job.dump_folder=" in argument:
-            raise UsageError(f"{argument} has no effect; --keep FOLDER sets where runs are kept")
+            raise CurveError(f"{argument} has no effect; --keep FOLDER sets where runs are kept")
         if argument.startswith("-"):
             # "--a." or "--b." is for one side, anything else for both.
             side = {"--a.": 0, "--b.": 1}.get(argument[:4])
             meant = (0, 1) if side is None else (side,)
             if not any(paths[index].suffix == ".toml" for index in meant):
                 names = " and ".join(str(paths[index]) for index in meant)
-                raise UsageError(f"{argument} has no effect: {names} is not a TOML file to train")
+                raise CurveError(f"{argument} has no effect: {names} is not a TOML file to train")
             for index in meant:
                 given[index].append(argument if side is None else f"--{argument[4:]}")
     return _side(paths[0], given[0]), _side(paths[1], given[1])
@@ -183,7 +183,7 @@ def _side(path: Path, arguments: Sequence[str]) -> _Side:
 def _curves(sides: tuple[_Side, _Side], keep: Path | None, tier: Tier) -> list[Curve]:
     """Reads the existing curves, then trains the others: mistakes are reported before any run."""
     if keep and not any(side.is_config for side in sides):
-        raise UsageError("--keep has no effect: there is no TOML file to train")
+        raise CurveError("--keep has no effect: there is no TOML file to train")
     curves = [side.planned() if side.is_config else read_curve(side.path) for side in sides]
     check_same_data(*(one.data for one in curves), other_seeds=tier == "statistical")
     there = [one for one in curves if isinstance(one, Curve)]
@@ -191,14 +191,14 @@ def _curves(sides: tuple[_Side, _Side], keep: Path | None, tier: Tier) -> list[C
         ends = " and ".join(
             f"{s.path} at {f.last_step}" for s, f in zip(sides, curves, strict=True)
         )
-        raise UsageError(f"the runs would end at different steps: {ends}")
+        raise CurveError(f"the runs would end at different steps: {ends}")
     # As often as the run that is there.
     like = [f"--metrics.log_freq={setting(x.facts['config'], 'metrics.log_freq')}" for x in there]
     with tempfile.TemporaryDirectory(prefix="titan-lite-") as temporary:
         folders = [(keep or Path(temporary)) / name for name in "ab"]
         for folder, one in zip(folders, curves, strict=True):
             if isinstance(one, _Planned) and folder.exists():
-                raise UsageError(f"--keep: {folder} exists already")
+                raise CurveError(f"--keep: {folder} exists already")
         return [
             one if isinstance(one, Curve) else one.train(folder, like)
             for folder, one in zip(folders, curves, strict=True)
@@ -206,13 +206,13 @@ def _curves(sides: tuple[_Side, _Side], keep: Path | None, tier: Tier) -> list[C
 
 
 def _check_output(option: str, path: Path | None) -> None:
-    """Raises UsageError if a file cannot be written, before a run is trained for it."""
+    """Raises CurveError if a file cannot be written, before a run is trained for it."""
     if path is None:
         return
     if path.is_dir():
-        raise UsageError(f"{option}: {path} is a folder")
+        raise CurveError(f"{option}: {path} is a folder")
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UsageError(f"{option}: {path.parent} is not a writable folder")
+        raise CurveError(f"{option}: {path.parent} is not a writable folder")
 
 
 def golden_command(argv: Sequence[str]) -> int:
@@ -232,7 +232,7 @@ def golden_command(argv: Sequence[str]) -> int:
     for path in options.cases:
         try:
             codes.append(_golden(Case(path), options.action))
-        except UsageError as error:
+        except CurveError as error:
             print(f"titan-lite golden: {error}", file=sys.stderr)
             codes.append(MISTAKE)
     return max(codes)
@@ -242,7 +242,7 @@ def _golden(case: Case, action: str) -> int:
     file = case.file
     if file.device == "cuda" and (reason := _missing_devices(file.nproc)):
         if action == "accept":
-            raise UsageError(f"{case.path}: {reason}")
+            raise CurveError(f"{case.path}: {reason}")
         print(f"{case.path}: skipped, {reason}")
         return WITHIN
     if action == "run" and file.device == "cpu":
@@ -290,7 +290,7 @@ def report_command(argv: Sequence[str]) -> int:
     try:
         _check_output("--output", options.output)
         page = report([read_run(folder) for folder in options.runs])
-    except UsageError as error:
+    except CurveError as error:
         print(f"titan-lite report: {error}", file=sys.stderr)
         return MISTAKE
     options.output.write_text(page, encoding="utf-8")

@@ -11,7 +11,7 @@ from titan_lite.regression.curves import (
     QUANTITIES,
     Array,
     Curve,
-    UsageError,
+    CurveError,
     changed_settings,
     check_same_data,
     check_same_steps,
@@ -149,18 +149,18 @@ class Comparison:
 def compare(
     a: Curve, b: Curve, tier: Tier, tolerances: Mapping[str, float] | None = None
 ) -> Comparison:
-    """Compares b with a; UsageError if the tier does not apply to two such runs.
+    """Compares b with a; CurveError if the tier does not apply to two such runs.
 
     tolerances: of loss and grad_norm in the layout tier, in place of LAYOUT_TOLERANCES.
     """
     check_same_data(a.data, b.data, other_seeds=tier == "statistical")
     check_same_steps(a, b)
     if tier == "layout" and a.dtype != b.dtype:
-        raise UsageError(
+        raise CurveError(
             f"the runs compute in {a.dtype} and {b.dtype}: --tier statistical compares precisions"
         )
     if tier == "statistical" and len(a.steps) < noise.MIN_STEPS:
-        raise UsageError(
+        raise CurveError(
             f"--tier statistical estimates the noise from at least {noise.MIN_STEPS} logged steps, "
             f"and these are {len(a.steps)}"
         )

@@ -28,7 +28,7 @@ Array = NDArray[np.float64]
 Record = dict[str, Any]
 
 
-class UsageError(ValueError):
+class CurveError(ValueError):
     """A reason for which a comparison is meaningless, in a sentence for the user."""
 
 
@@ -58,9 +58,9 @@ class Curve:
 
 
 def read_curve(path: Path) -> Curve:
-    """Reads the curve of a run folder or a golden file; UsageError if there is none."""
+    """Reads the curve of a run folder or a golden file; CurveError if there is none."""
     if not path.exists():
-        raise UsageError(f"{path}: no such run folder or golden file{near_file(path)}")
+        raise CurveError(f"{path}: no such run folder or golden file{near_file(path)}")
     if not path.is_dir():
         return _read_golden(path)
     check_run_folder(path)
@@ -68,7 +68,7 @@ def read_curve(path: Path) -> Curve:
 
 
 def check_run_folder(folder: Path) -> None:
-    """Raises UsageError, naming a run nearby, if a folder is not that of a run."""
+    """Raises CurveError, naming a run nearby, if a folder is not that of a run."""
     for name in (RUN_FILE, METRICS_FILE):
         if not (folder / name).exists():
             # Of a checkpoint, the run that saved it; of a folder of runs, the newest.
@@ -76,7 +76,7 @@ def check_run_folder(folder: Path) -> None:
             above = [parent / RUN_FILE for parent in (folder.parent, folder.parent.parent)]
             near = next((file for file in (*above, *below) if file.exists()), None)
             hint = f"; did you mean {quote(str(near.parent))}?" if near else ""
-            raise UsageError(f"{folder}: not a run folder, it has no {name}{hint}")
+            raise CurveError(f"{folder}: not a run folder, it has no {name}{hint}")
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -87,9 +87,9 @@ def read_records(folder: Path) -> list[Record]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
-            raise UsageError(f"{path}: line {number} is not JSON: {line[:60]!r}") from None
+            raise CurveError(f"{path}: line {number} is not JSON: {line[:60]!r}") from None
         if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
-            raise UsageError(f"{path}: line {number} is not a record of a step: {line[:60]!r}")
+            raise CurveError(f"{path}: line {number} is not a record of a step: {line[:60]!r}")
         records.append(record)
     return records
 
@@ -100,7 +100,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
-        raise UsageError(f"{path} is not JSON: {error}") from None
+        raise CurveError(f"{path} is not JSON: {error}") from None
     _check_facts(str(path), facts)
     return facts
 
@@ -109,13 +109,13 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+        raise CurveError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UsageError(f"{path}: not UTF-8 text") from None
+        raise CurveError(f"{path}: not UTF-8 text") from None
 
 
 def _check_facts(name: str, facts: Any) -> None:
-    """Raises UsageError if there is no configuration of sections or no mesh of degrees."""
+    """Raises CurveError if there is no configuration of sections or no mesh of degrees."""
     config, mesh = (
         (facts.get("config"), facts.get("mesh")) if isinstance(facts, dict) else (None, None)
     )
@@ -125,7 +125,7 @@ def _check_facts(name: str, facts: Any) -> None:
         and all(isinstance(section, dict) for section in config.values())
         and {"dp_replicate", "dp_shard"} <= mesh.keys()
     ):
-        raise UsageError(f"{name} has no config and mesh: it is not of titan_lite")
+        raise CurveError(f"{name} has no config and mesh: it is not of titan_lite")
     for segment in facts.get("segments", []):
         _check_facts(f"{name}: a segment", segment)
 
@@ -160,13 +160,13 @@ def over_segments(
 
 
 def make_curve(name: str, records: Sequence[Record], facts: Mapping[str, Any]) -> Curve:
-    """Makes a curve of a run's records and facts; UsageError if a column is missing."""
+    """Makes a curve of a run's records and facts; CurveError if a column is missing."""
     if not records:
-        raise UsageError(f"{name}: no step was logged")
+        raise CurveError(f"{name}: no step was logged")
     values = {key: column(name, records, key) for key in QUANTITIES}
     steps = np.array([record["step"] for record in records])
     if (np.diff(steps) <= 0).any():
-        raise UsageError(
+        raise CurveError(
             f"{name}: step {steps[1:][np.diff(steps) <= 0][0]} is not after the one before"
         )
     parts = segments(facts, int(steps[-1]))
@@ -177,17 +177,17 @@ def make_curve(name: str, records: Sequence[Record], facts: Mapping[str, Any]) -
 
 
 def column(name: str, records: Sequence[Record], key: str) -> Array:
-    """Returns the values of a key; UsageError if a record does not have it as a number."""
+    """Returns the values of a key; CurveError if a record does not have it as a number."""
     values = []
     for record in records:
         try:
             # "nan" and "inf" stand for what JSON does not have: float() reads them.
             values.append(float(record[key]))
         except KeyError:
-            raise UsageError(f"{name}: no {key} in the record of step {record['step']}") from None
+            raise CurveError(f"{name}: no {key} in the record of step {record['step']}") from None
         except (TypeError, ValueError):
             message = f"{name}: {key} of step {record['step']} is not a number: {record[key]!r}"
-            raise UsageError(message) from None
+            raise CurveError(message) from None
     return np.array(values)
 
 
@@ -198,16 +198,16 @@ def _read_golden(path: Path) -> Curve:
 
 
 def read_golden(path: Path) -> dict[str, Any]:
-    """Returns the manifest and records of a golden file; UsageError if it is not one."""
+    """Returns the manifest and records of a golden file; CurveError if it is not one."""
     text = _read_text(path)
     try:
         golden: dict[str, Any] = json.loads(text)
         manifest, records = golden["manifest"], golden["records"]
         digest = manifest["records_sha256"]
     except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{path}: not a golden file, and no folder of a run") from None
+        raise CurveError(f"{path}: not a golden file, and no folder of a run") from None
     if digest != records_digest(records):
-        raise UsageError(
+        raise CurveError(
             f"{path}: its records are not those that were accepted; only titan-lite golden accept "
             "changes a golden"
         )
@@ -241,7 +241,7 @@ def trained_on(config: Mapping[str, Any], mesh: Mapping[str, int]) -> dict[str, 
 
 
 def check_same_data(a: Mapping[str, Any], b: Mapping[str, Any], *, other_seeds: bool) -> None:
-    """Raises UsageError naming every difference between the data of two runs.
+    """Raises CurveError naming every difference between the data of two runs.
 
     other_seeds: whether seeds may differ.
     """
@@ -254,13 +254,13 @@ def check_same_data(a: Mapping[str, Any], b: Mapping[str, Any], *, other_seeds: 
         hint = ""
         if differing[0].startswith("training.seed"):
             hint = "; --tier statistical compares runs of different seeds"
-        raise UsageError(f"the runs saw different data: {'; '.join(differing)}{hint}")
+        raise CurveError(f"the runs saw different data: {'; '.join(differing)}{hint}")
 
 
 def check_same_steps(a: Curve, b: Curve) -> None:
-    """Raises UsageError if two runs logged different steps."""
+    """Raises CurveError if two runs logged different steps."""
     if not np.array_equal(a.steps, b.steps):
-        raise UsageError(f"the runs logged different steps: {_steps(a)}, {_steps(b)}")
+        raise CurveError(f"the runs logged different steps: {_steps(a)}, {_steps(b)}")
 
 
 def _steps(curve: Curve) -> str:

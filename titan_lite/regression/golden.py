@@ -14,8 +14,8 @@ from titan_lite.config.section import Positive, PositiveFloat, Section
 from titan_lite.regression.compare import LAYOUT_TOLERANCES, Comparison, Tier, compare
 from titan_lite.regression.curves import (
     QUANTITIES,
+    CurveError,
     Record,
-    UsageError,
     dtype,
     make_curve,
     non_default,
@@ -64,19 +64,19 @@ class Case:
     """A case file, with its paths resolved."""
 
     def __init__(self, path: Path) -> None:
-        """Raises UsageError if there is no such case, or it is not valid."""
+        """Raises CurveError if there is no such case, or it is not valid."""
         self.path = path
         try:
             self.file = CaseFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
-            raise UsageError(f"{path}: no such case{near_file(path, '*.toml')}") from None
+            raise CurveError(f"{path}: no such case{near_file(path, '*.toml')}") from None
         except OSError as error:
-            raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+            raise CurveError(f"{path}: cannot be read: {error.strerror}") from None
         except tomllib.TOMLDecodeError as error:
-            raise UsageError(f"{path}: not valid TOML: {error}") from None
+            raise CurveError(f"{path}: not valid TOML: {error}") from None
         except ValidationError as error:
             wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-            raise UsageError(f"{path}: not a golden case: {'; '.join(wrong)}") from None
+            raise CurveError(f"{path}: not a golden case: {'; '.join(wrong)}") from None
 
     @property
     def config(self) -> Path:
@@ -100,10 +100,10 @@ class Case:
         return self.path.with_name(f"{self.path.stem}{kind}.golden.json")
 
     def accepted(self, device_name: str) -> Path:
-        """Reads the golden file; UsageError if there is none yet."""
+        """Reads the golden file; CurveError if there is none yet."""
         golden = self.golden(device_name)
         if not golden.exists():
-            raise UsageError(
+            raise CurveError(
                 f"{golden}: there is no golden curve yet; titan-lite golden accept {self.path} "
                 "makes it"
             )
@@ -128,7 +128,7 @@ class Case:
         if path.exists():
             try:
                 changed = self.check(run)
-            except UsageError as error:
+            except CurveError as error:
                 print(f"{path}: {error}", file=sys.stderr)
         records = [{key: r[key] for key in ("step", *QUANTITIES)} for r in read_records(run)]
         make_curve(str(run), records, facts)

@@ -5,20 +5,20 @@ from pathlib import Path
 import numpy as np
 
 from titan_lite.regression.compare import Comparison
-from titan_lite.regression.curves import UsageError
+from titan_lite.regression.curves import CurveError
 from titan_lite.regression.panels import LOG_RATIO
 
 
 def check_plot(path: Path) -> None:
-    """Raises UsageError if matplotlib is not installed, or cannot write this kind of file."""
+    """Raises CurveError if matplotlib is not installed, or cannot write this kind of file."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UsageError(
+        raise CurveError(
             "--plot needs matplotlib, which is not installed: pip install matplotlib"
         ) from None
     if path.suffix.removeprefix(".") not in Figure().canvas.get_supported_filetypes():
-        raise UsageError(f"--plot: {path}: no kind of picture that matplotlib writes, as .png is")
+        raise CurveError(f"--plot: {path}: no kind of picture that matplotlib writes, as .png is")
 
 
 def plot(comparison: Comparison, path: Path) -> None:

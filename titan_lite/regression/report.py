@@ -82,7 +82,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Raises UsageError if the folder is not that of a run."""
+    """Raises CurveError if the folder is not that of a run."""
     check_run_folder(folder)
     return Run(str(folder), read_records(folder), read_facts(folder))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from titan_lite.config.problems import quote
-from titan_lite.regression.curves import UsageError
+from titan_lite.regression.curves import CurveError
 from titan_lite.runtime.parent import PARENT
 
 # What a comparison needs, and without what would only cost time; overrides stand above.
@@ -23,7 +23,7 @@ def run_training(
 ) -> None:
     """Trains into a run folder; what the run prints, its progress, goes to standard error.
 
-    Raises UsageError if the run fails; the run has printed the reason.
+    Raises CurveError if the run fails; the run has printed the reason.
     """
     arguments = [str(config), *_DEFAULTS, *overrides]
     arguments.append(f"--job.dump_folder={quote(str(folder))}")
@@ -37,4 +37,4 @@ def run_training(
         check=False,
     )
     if result.returncode:
-        raise UsageError(f"the run of {config} ended with exit code {result.returncode}")
+        raise CurveError(f"the run of {config} ended with exit code {result.returncode}")
