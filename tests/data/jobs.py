@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from titan_lite.config.schema import Data
 from titan_lite.data.loader import DataLoader, merge_states
-from titan_lite.data.packing import Rows
+from titan_lite.data.packing import RowMaker
 from titan_lite.data.tokenizer_files import load_tokenizer
 
 TOKENIZER = load_tokenizer()
@@ -36,7 +36,7 @@ def loaders(
     batch: int = 1,
     seq_len: int = SEQ_LEN,
     tokenizer: Any = TOKENIZER,
-    rows: Rows | None = None,
+    rows: RowMaker | None = None,
 ) -> list[DataLoader]:
     """Returns loaders of `degree` ranks with `batch` samples at a time, after a merged state."""
     made = [

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data, Documents, Validation
-from titan_lite.data.packing import IGNORED, Packing, Row, Rows
+from titan_lite.data.packing import IGNORED, Packing, Row, RowMaker
 from titan_lite.data.sources import (
     Source,
     check_tokens,
@@ -74,7 +74,7 @@ def read_held_out(
     batch_rank: int,
     batch_degree: int,
     tokenizer: Tokenizer,
-    rows: Rows | None = None,
+    rows: RowMaker | None = None,
 ) -> HeldOut:
     """Reads and tokenizes the whole validation set on every rank.
 
@@ -114,7 +114,7 @@ def held_out_rows(
     seq_len: int,
     global_batch_size: int,
     tokenizer: Tokenizer,
-    rows: Rows,
+    rows: RowMaker,
 ) -> Iterator[Row]:
     """Yields the samples of one validation; ValueError if there are too few documents."""
     documents = documents_held_out(validation, data)

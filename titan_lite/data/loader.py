@@ -24,7 +24,7 @@ import torch
 
 from titan_lite.config.schema import Data
 from titan_lite.data.mixture import Mixture
-from titan_lite.data.packing import Packing, Row, Rows
+from titan_lite.data.packing import Packing, Row, RowMaker
 from titan_lite.data.settings import check_data_settings, data_settings
 from titan_lite.data.sources import check_tokens, resolve_sources
 from titan_lite.data.streams import Position, Stream
@@ -84,7 +84,7 @@ class DataLoader:
         batch_rank: int,
         batch_degree: int,
         tokenizer: Tokenizer,
-        rows: Rows | None = None,
+        rows: RowMaker | None = None,
     ) -> None:
         """Takes rows, which turns documents into samples; None: packed by data.packing."""
         if global_batch_size % (local_batch_size * batch_degree):

@@ -41,7 +41,7 @@ class Row:
 MakeRow = Callable[[], Row]
 
 
-class Rows(Protocol):
+class RowMaker(Protocol):
     """A maker of rows from the documents of a stream."""
 
     def settings(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class Packing:
     def rows(
         self, blocks: Iterable[tuple[Mark, Tokens]], offset: int, *, key: tuple[int, int], item: int
     ) -> Iterator[tuple[MakeRow, Mark, int]]:
-        """Yields rows (see Rows); `key` and `item` are unused: packing is not random."""
+        """Yields rows (see RowMaker); `key` and `item` are unused: packing is not random."""
         cut = cut_documents if self._section.packing == "none" else pack
         for sample, mark, place in cut(blocks, self._seq_len, offset):
             yield functools.partial(to_row, sample, self._seq_len, self._section), mark, place

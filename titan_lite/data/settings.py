@@ -5,14 +5,14 @@ from typing import Any
 
 from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data
-from titan_lite.data.packing import Rows
+from titan_lite.data.packing import RowMaker
 from titan_lite.data.sources import Source
 
 
 def data_settings(
     section: Data,
     sources: Sequence[Source],
-    rows: Rows,
+    rows: RowMaker,
     *,
     seq_len: int,
     seed: int,

@@ -9,7 +9,7 @@ import numpy as np
 from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data
 from titan_lite.data.documents import Document
-from titan_lite.data.packing import Row, Rows, join_documents
+from titan_lite.data.packing import Row, RowMaker, join_documents
 from titan_lite.data.readers import DocumentReader
 from titan_lite.data.sources import Source
 from titan_lite.data.tokenizer import Tokenizer, Tokens
@@ -60,7 +60,7 @@ class Stream:
         stream: int,
         seed: int,
         tokenizer: Tokenizer,
-        rows: Rows,
+        rows: RowMaker,
         position: Position,
     ) -> None:
         self.position = position

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from titan_lite.planner.constants import LITERATURE, SPREADS, base_name
-from titan_lite.tools.published import Row, predict_row
+from titan_lite.tools.published import PublishedRow, predict_row
 
 Vector = NDArray[np.float64]
 # Spread of a row around a right model, as a log standard deviation.
@@ -25,7 +25,7 @@ class Fit:
     freedom: float
 
 
-def fit(rows: Sequence[Row], spreads: Mapping[str, float] = SPREADS) -> Fit:
+def fit(rows: Sequence[PublishedRow], spreads: Mapping[str, float] = SPREADS) -> Fit:
     """The constants of `spreads` that fit the rows with use = "time", by Gauss-Newton steps."""
     distinct = {str(sorted(r.items() - {("note", r.get("note"))}, key=str)): r for r in rows}
     used = [r for r in distinct.values() if predict_row(r, LITERATURE).value is not None]

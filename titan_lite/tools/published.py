@@ -26,7 +26,7 @@ else:
     import tomli as tomllib
 
 MODELS = ASSETS / "published_models.toml"
-Row = Mapping[str, Any]
+PublishedRow = Mapping[str, Any]
 # Words in a row's stack -> kernels of kernels.py.
 KERNELS = {"eager": "eager", "apex": "apex", "compile": "compile", "fused": "fused", "amp": "amp",
            "layernorm": "torch", "native": "native"}  # fmt: skip
@@ -48,7 +48,7 @@ class Unpredictable(ValueError):
 class Predicted:
     """A row with its prediction in the row's own unit; reason: why there is none."""
 
-    row: Row
+    row: PublishedRow
     value: float | None = None
     step: Step | None = None
     reason: str = ""
@@ -90,7 +90,7 @@ def published_model(name: str) -> DecoderArgs:
     raise Unpredictable(f"unknown model {name!r}")
 
 
-def row_cluster(row: Row, values: Mapping[str, float]) -> Cluster:
+def row_cluster(row: PublishedRow, values: Mapping[str, float]) -> Cluster:
     """The machines of a row."""
     words = re.sub(r" \(inferred\)", "", str(row.get("device", "")))
     name, _, limit = words.partition(",")
@@ -108,7 +108,7 @@ def row_cluster(row: Row, values: Mapping[str, float]) -> Cluster:
     )
 
 
-def row_job(row: Row) -> Job:
+def row_job(row: PublishedRow) -> Job:
     """The run that a row describes."""
     if missing := [key for key in ("model", "gpus", "tp", "pp", "sharding") if key not in row]:
         raise Unpredictable(f"not stated: {', '.join(missing)}")
@@ -200,7 +200,7 @@ def _recompute(
     return kind, tuple(round(share * count) for count in blocks)  # type: ignore[return-value]
 
 
-def in_unit(row: Row, step: Step) -> float:
+def in_unit(row: PublishedRow, step: Step) -> float:
     """A step in the unit of the row's metric."""
     job = step.job
     match row["metric"]:
@@ -221,7 +221,7 @@ def in_unit(row: Row, step: Step) -> float:
     raise Unpredictable(f"metric {row['metric']!r} is not a speed")
 
 
-def predict_row(row: Row, values: Mapping[str, float]) -> Predicted:
+def predict_row(row: PublishedRow, values: Mapping[str, float]) -> Predicted:
     """The row's prediction, or why there is none."""
     try:
         job = row_job(row)

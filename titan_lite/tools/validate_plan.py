@@ -13,7 +13,7 @@ from titan_lite.planner.predict import model_flops
 from titan_lite.tools.fit import Fit, fit
 from titan_lite.tools.published import (
     Predicted,
-    Row,
+    PublishedRow,
     predict_row,
     read_rows,
 )
@@ -79,7 +79,7 @@ def _share_of_peak(p: Predicted) -> float:
     return wps * model_flops(job.args, job.span) * (1 + recomputed / 3) / peak
 
 
-def _leave_one_out(rows: Sequence[Row]) -> dict[int, Predicted]:
+def _leave_one_out(rows: Sequence[PublishedRow]) -> dict[int, Predicted]:
     """Each system predicted with constants fitted to the others."""
     predicted: dict[int, Predicted] = {}
     for system in dict.fromkeys(row["system"] for row in rows):

@@ -15,7 +15,7 @@ from titan_lite.config.schema import Config
 from titan_lite.data.held_out import HeldOut
 from titan_lite.data.loader import Batch
 from titan_lite.data.masked_lm import MaskedPairs
-from titan_lite.data.packing import IGNORED, Packing, Rows
+from titan_lite.data.packing import IGNORED, Packing, RowMaker
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.training.loss import pair_cross_entropy_sum
 
@@ -35,7 +35,7 @@ class Objective(Protocol):
 
     def __init__(self, config: Config) -> None: ...
 
-    def rows(self, tokenizer: Tokenizer) -> Rows:
+    def rows(self, tokenizer: Tokenizer) -> RowMaker:
         """Returns the maker of rows from documents; ValueError if the tokenizer lacks a token."""
 
     def num_tokens(self, batch: Batch) -> Tensor:
@@ -70,7 +70,7 @@ class CausalLM:
         self._config = config
         self.has_padding = config.data.packing == "none"
 
-    def rows(self, tokenizer: Tokenizer) -> Rows:
+    def rows(self, tokenizer: Tokenizer) -> RowMaker:
         return Packing(self._config.data, self._config.training.seq_len)
 
     def num_tokens(self, batch: Batch) -> Tensor:
@@ -108,7 +108,7 @@ class MaskedLM:
         self._config = config
         self.label_fraction = config.masked_lm.mask_prob
 
-    def rows(self, tokenizer: Tokenizer) -> Rows:
+    def rows(self, tokenizer: Tokenizer) -> RowMaker:
         return MaskedPairs(self._config.masked_lm, self._config.training.seq_len, tokenizer)
 
     def num_tokens(self, batch: Batch) -> Tensor:

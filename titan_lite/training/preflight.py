@@ -18,7 +18,7 @@ from titan_lite.data.first_documents import check_documents
 from titan_lite.data.held_out import held_out_rows, resolve_held_out
 from titan_lite.data.hf_documents import hf_documents
 from titan_lite.data.masked_lm import MaskedPairs, require_mask_id
-from titan_lite.data.packing import Packing, Rows
+from titan_lite.data.packing import Packing, RowMaker
 from titan_lite.data.settings import check_data_settings, data_settings
 from titan_lite.data.sources import Source, check_tokens, resolve_sources
 from titan_lite.data.tokenizer import Tokenizer
@@ -93,7 +93,7 @@ def check_contents(plan: Plan, checked: Preflight) -> None:
     Raises SettingErrors for what would end the run before or in its first step.
     """
     config, training = plan.config, plan.config.training
-    rows: Rows = Packing(config.data, training.seq_len)
+    rows: RowMaker = Packing(config.data, training.seq_len)
     if plan.family.objective == "masked_lm":
         rows = MaskedPairs(config.masked_lm, training.seq_len, checked.tokenizer)
     with collecting() as problems:
