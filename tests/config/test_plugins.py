@@ -10,7 +10,7 @@ from titan_lite import cli
 from titan_lite.config.load import ConfigError, load_config
 from titan_lite.config.problems import SettingError
 from titan_lite.config.registry import SOURCES
-from titan_lite.config.schedules import SCHEDULES, Schedule
+from titan_lite.config.schedules import SCHEDULES, PipelineSchedule
 from titan_lite.config.schema import Data
 from titan_lite.data.sources import resolve_source
 from titan_lite.models import registry
@@ -145,7 +145,9 @@ def test_a_looped_schedule_of_a_plugin_chooses_its_stages(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(SCHEDULES, "_rows", dict(SCHEDULES))
-    SCHEDULES.register("Mine", Schedule(build="mine:Mine", stages_per_rank=None, min_per_rank=3))
+    SCHEDULES.register(
+        "Mine", PipelineSchedule(build="mine:Mine", stages_per_rank=None, min_per_rank=3)
+    )
     settings = ["--parallel.pp=2", "--parallel.pp_schedule=Mine", "--parallel.pp_stages_per_rank=4"]
     with pytest.raises(ConfigError, match='"Mine" on 2 ranks requires at least 6 micro-batches'):
         make_plan(None, [*settings, "--training.global_batch_size=5"])

@@ -9,7 +9,7 @@ TORCH = "torch.distributed.pipelining.schedules"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
+class PipelineSchedule:
     """One order in which ranks work on micro-batches."""
 
     build: str
@@ -27,28 +27,28 @@ class Schedule:
     """The number of micro-batches is a multiple of the ranks."""
 
 
-SCHEDULES: Registry[Schedule] = Registry(
+SCHEDULES: Registry[PipelineSchedule] = Registry(
     "pipeline schedule",
     {
-        "GPipe": Schedule(build=f"{TORCH}:ScheduleGPipe"),
-        "1F1B": Schedule(build=f"{TORCH}:Schedule1F1B", min_per_rank=1),
-        "Interleaved1F1B": Schedule(
+        "GPipe": PipelineSchedule(build=f"{TORCH}:ScheduleGPipe"),
+        "1F1B": PipelineSchedule(build=f"{TORCH}:Schedule1F1B", min_per_rank=1),
+        "Interleaved1F1B": PipelineSchedule(
             build=f"{TORCH}:ScheduleInterleaved1F1B", stages_per_rank=None, multiple_of_ranks=True
         ),
-        "LoopedBFS": Schedule(build=f"{TORCH}:ScheduleLoopedBFS", stages_per_rank=None),
-        "InterleavedZeroBubble": Schedule(
+        "LoopedBFS": PipelineSchedule(build=f"{TORCH}:ScheduleLoopedBFS", stages_per_rank=None),
+        "InterleavedZeroBubble": PipelineSchedule(
             build=f"{TORCH}:ScheduleInterleavedZeroBubble",
             stages_per_rank=None,
             multiple_of_ranks=True,
             splits_backward=True,
         ),
-        "ZBVZeroBubble": Schedule(
+        "ZBVZeroBubble": PipelineSchedule(
             build=f"{TORCH}:ScheduleZBVZeroBubble",
             stages_per_rank=2,
             is_v=True,
             splits_backward=True,
         ),
-        "DualPipeV": Schedule(
+        "DualPipeV": PipelineSchedule(
             build=f"{TORCH}:ScheduleDualPipeV",
             stages_per_rank=2,
             is_v=True,

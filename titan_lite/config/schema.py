@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny
 from titan_lite.config.needs import Needs, Variant
 from titan_lite.config.optimizers import OPTIMIZERS, AdamW, Optimizer
 from titan_lite.config.registry import SINKS
-from titan_lite.config.schedules import SCHEDULES, Looped, Schedule
+from titan_lite.config.schedules import SCHEDULES, Looped, PipelineSchedule
 from titan_lite.config.section import (
     Dropped,
     Fraction,
@@ -403,7 +403,7 @@ class Parallel(Section):
         return self.schedule.stages_per_rank or self.pp_stages_per_rank
 
     @property
-    def schedule(self) -> Schedule:
+    def schedule(self) -> PipelineSchedule:
         """The facts of the schedule."""
         return SCHEDULES[self.pp_schedule]
 

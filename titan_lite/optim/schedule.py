@@ -7,7 +7,7 @@ from titan_lite.config.schema import LRScheduler
 
 
 @dataclass(frozen=True)
-class Schedule:
+class LRSchedule:
     """The learning rate of each step from 1 to total_steps. lr: its peak."""
 
     lr: float
@@ -23,7 +23,7 @@ class Schedule:
         return [self(s) - self(s - 1) for s in near[1:]]
 
 
-def jump(before: Schedule, after: Schedule, step: int) -> tuple[float, float] | None:
+def jump(before: LRSchedule, after: LRSchedule, step: int) -> tuple[float, float] | None:
     """Returns the rates of `step` and the next one if the change of schedules makes a jump.
 
     A jump is larger than either schedule's changes from step to step around `step`, or more than

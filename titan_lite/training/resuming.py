@@ -11,7 +11,7 @@ from titan_lite.config.problems import FIELDS
 from titan_lite.config.schema import LRScheduler
 from titan_lite.config.stored import global_batch_size, setting, words
 from titan_lite.models.plan import Plan
-from titan_lite.optim.schedule import Schedule, jump
+from titan_lite.optim.schedule import LRSchedule, jump
 
 logger = logging.getLogger(__name__)
 
@@ -84,10 +84,10 @@ def _settings(config: Mapping[str, Any], layout: Mapping[str, int]) -> dict[str,
     return settings | {"training.global_batch_size": global_batch_size(config, layout)}
 
 
-def _schedule(config: Mapping[str, Any]) -> Schedule:
+def _schedule(config: Mapping[str, Any]) -> LRSchedule:
     section = {name: setting(config, f"lr_scheduler.{name}") for name in LRScheduler.model_fields}
     # Not validated: values of an older version may be invalid today.
-    return Schedule(
+    return LRSchedule(
         setting(config, "optimizer.lr"),
         LRScheduler.model_construct(**section),
         setting(config, "training.steps"),

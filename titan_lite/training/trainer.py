@@ -17,7 +17,7 @@ from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.metrics.device import device_name
 from titan_lite.metrics.record import Record
 from titan_lite.models.plan import Plan
-from titan_lite.optim.schedule import Schedule
+from titan_lite.optim.schedule import LRSchedule
 from titan_lite.parallel.async_tp import count_fused
 from titan_lite.parallel.compile import Compilations
 from titan_lite.planner.hardware import find_device
@@ -63,11 +63,11 @@ class Trainer:
     compilations: Compilations | None
     watchdog: Watchdog
     opened: contextlib.ExitStack
-    schedule: Schedule = field(init=False)
+    schedule: LRSchedule = field(init=False)
 
     def __post_init__(self) -> None:
         config = self.plan.config
-        self.schedule = Schedule(config.optimizer.lr, config.lr_scheduler, config.training.steps)
+        self.schedule = LRSchedule(config.optimizer.lr, config.lr_scheduler, config.training.steps)
 
     @property
     def is_stopping(self) -> bool:
