@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from titan_lite.checkpoint.manifest import (
     CheckpointManifest,
-    Layout,
+    Degrees,
     write_manifest,
     write_text,
 )
@@ -84,7 +84,7 @@ class CheckpointManager:
         exports_average: bool,
         stateful: Mapping[str, Stateful],
         device: torch.device,
-        layout: Layout,
+        layout: Degrees,
         config: dict[str, Any],
         tokenizer: str,
         model_facts: dict[str, Any],

@@ -20,7 +20,7 @@ MANIFEST_FILE = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 FORMAT = 1
 
-Layout = dict[str, int]
+Degrees = dict[str, int]
 """Degree of each mesh axis."""
 
 
@@ -36,7 +36,7 @@ class CheckpointManifest:
     step: int
     content: str
     world_size: int
-    layout: Layout
+    layout: Degrees
     versions: dict[str, str]
     config: dict[str, Any]
     files: dict[str, StoredFile]

@@ -16,7 +16,7 @@ from titan_lite.data.tokenizer import Tokenizer, Tokens
 
 
 @dataclass(frozen=True)
-class Block:
+class ShuffleBlock:
     """The start of a block of documents that are shuffled together."""
 
     epoch: int = 0
@@ -34,7 +34,7 @@ class Position:
 
     item: int = 0
     """Samples of the stream before it."""
-    block: Block = Block()
+    block: ShuffleBlock = ShuffleBlock()
     offset: int = 0
     """Tokens of the block before the sample."""
 
@@ -45,7 +45,7 @@ class Position:
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Position":
         """Returns the position of a state()."""
-        block = Block(state["epoch"], state["index"], state["cursor"], state["skipped"])
+        block = ShuffleBlock(state["epoch"], state["index"], state["cursor"], state["skipped"])
         return cls(state["item"], block, state["offset"])
 
 
@@ -80,7 +80,7 @@ class Stream:
             if self.position.item > item:
                 return make_row()
 
-    def _blocks(self, block: Block) -> Iterator[tuple[Block, Tokens]]:
+    def _blocks(self, block: ShuffleBlock) -> Iterator[tuple[ShuffleBlock, Tokens]]:
         size = max(1, self._section.shuffle_buffer // self._section.num_streams)
         while True:
             self._reader.start(block.cursor)
@@ -92,12 +92,12 @@ class Stream:
                 num_good += len(documents)
                 yield block, self._tokens(block, documents)
                 skipped = block.skipped + num_read - len(documents)
-                block = Block(block.epoch, block.index + 1, self._reader.cursor(), skipped)
+                block = ShuffleBlock(block.epoch, block.index + 1, self._reader.cursor(), skipped)
             if num_good == 0:
                 raise self._empty(block.skipped)
-            block = Block(block.epoch + 1, skipped=block.skipped)
+            block = ShuffleBlock(block.epoch + 1, skipped=block.skipped)
 
-    def _tokens(self, block: Block, documents: Sequence[Document]) -> Tokens:
+    def _tokens(self, block: ShuffleBlock, documents: Sequence[Document]) -> Tokens:
         if self._section.shuffle:
             # All versions of numpy give the same raw bits, but not the same permutation().
             key = (self._seed, block.epoch, self._stream, block.index)

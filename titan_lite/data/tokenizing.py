@@ -69,7 +69,7 @@ class TargetError(ValueError):
 
 
 @dataclass(frozen=True)
-class Job:
+class WorkerSettings:
     """The arguments of every process. folder: the unfinished one."""
 
     source: Source
@@ -125,7 +125,7 @@ def tokenize(
         skip = section.on_bad_document == "skip"
         path, schema = section.tokenizer_path, features.arrow_schema
         # A copy without what this process has opened.
-        job = Job(dataclasses.replace(source), folder, path, skip, shard_size, schema)
+        job = WorkerSettings(dataclasses.replace(source), folder, path, skip, shard_size, schema)
         turns = -(-processes // source.num_files)
         tasks = [
             Task(number, turn, turns) for number in range(source.num_files) for turn in range(turns)
@@ -186,7 +186,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _run(job: Job, tasks: list[Task], processes: int) -> None:
+def _run(job: WorkerSettings, tasks: list[Task], processes: int) -> None:
     """Runs the tasks that are not complete, with a progress bar on stderr."""
     due = [task for task in tasks if not task.marker(job.folder).exists()]
     seconds = 0.5 if sys.stderr.isatty() else LOG_SECONDS
@@ -226,7 +226,7 @@ def _show(bar: "tqdm[None]", counts: list[int]) -> None:
     bar.update(0)
 
 
-def _start_worker(job: Job, counts: Any) -> None:
+def _start_worker(job: WorkerSettings, counts: Any) -> None:
     global _worker
     # The parent handles Ctrl-C. A worker whose parent was killed would wait for it forever.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -249,7 +249,7 @@ def _write(task: Task) -> None:
 class _Worker:
     """Tokenizes in one process."""
 
-    def __init__(self, job: Job, report: Report) -> None:
+    def __init__(self, job: WorkerSettings, report: Report) -> None:
         self._job, self._report = job, report
         self._tokenizer = load_tokenizer(job.tokenizer_path)
 

@@ -145,7 +145,7 @@ def _place(job: Job, place: int, stages: tuple[int, ...]) -> Memory:
     return Memory(place, best)
 
 
-class Moment(NamedTuple):
+class PeakCandidate(NamedTuple):
     """A moment that may be the peak; kept: micro-batches whose activations are there.
 
     unsharded: bytes of gathered weights and of gradients that are not yet reduced; sharded: of
@@ -166,21 +166,21 @@ def _moments(
     table: float,
     lookup: float,
     rounded: float,
-) -> Iterator[Moment]:
+) -> Iterator[PeakCandidate]:
     width, m = job.width, job.micro_steps
     gradient = width + 4  # a weight and its gradient in float32
     if job.pp > 1 or job.shards == 1 or (job.keeps_gathered and job.syncs_last and m > 1):
         flying = _in_flight(job, place) if job.pp > 1 else 1
         count = job.pipelined if job.pp > 1 else m
         if count > flying:
-            yield Moment("loss", flying, gradient * params + lookup)
-            yield Moment("backward", flying, gradient * params + lookup)
+            yield PeakCandidate("loss", flying, gradient * params + lookup)
+            yield PeakCandidate("backward", flying, gradient * params + lookup)
         else:
-            yield Moment("loss", flying, width * (params + table))
-            yield Moment("backward", flying, width * params + 4 * block)
+            yield PeakCandidate("loss", flying, width * (params + table))
+            yield PeakCandidate("backward", flying, width * params + 4 * block)
             if flying > 1:
-                yield Moment("backward", flying - 1, gradient * params + lookup)
-        yield Moment("end", flying - 1, gradient * params + rounded + lookup)
+                yield PeakCandidate("backward", flying - 1, gradient * params + lookup)
+        yield PeakCandidate("end", flying - 1, gradient * params + rounded + lookup)
         return
     late = 4 * params if job.syncs_last and m > 1 else 0.0
     sharded = 4 * params / job.shards if m > 1 and not late else 0.0
@@ -191,7 +191,7 @@ def _moments(
     else:
         at_loss = 2 * width * table + (1 if gathered else width) * block
         backward = (2 * (1 if gathered else width) + 4) * block
-    yield Moment("loss", 1, at_loss + late, sharded)
-    yield Moment("backward", 1, backward + late, sharded)
+    yield PeakCandidate("loss", 1, at_loss + late, sharded)
+    yield PeakCandidate("backward", 1, backward + late, sharded)
     # Once a block's gradients are all there, FSDP copies them into one buffer to reduce.
-    yield Moment("reducing", 1, backward + width * block + late, sharded)
+    yield PeakCandidate("reducing", 1, backward + width * block + late, sharded)

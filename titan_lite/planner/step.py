@@ -32,7 +32,7 @@ PARTS = (
 """What the seconds of a step are spent on; communication counts only where nothing hides it."""
 
 
-class Block(NamedTuple):
+class BlockTimes(NamedTuple):
     """One block for one micro-batch, seconds (forward, backward); again: what is recomputed."""
 
     matmul: tuple[float, float]
@@ -57,7 +57,7 @@ class StepModel:
         self.k = self.rates.k
         self.block_params = num_block_params(job.args) // job.args.num_layers
         self.params = num_params(job.args)
-        self._blocks: dict[tuple[object, ...], Block] = {}
+        self._blocks: dict[tuple[object, ...], BlockTimes] = {}
         self._heads: dict[tuple[object, ...], tuple[float, float]] = {}
         self._rings: dict[tuple[float, int, int], float] = {}
 
@@ -72,7 +72,7 @@ class StepModel:
             seconds = self._rings[key] = self.rates.ring(size, ranks, self.inner(ranks, stride))
         return passes * seconds
 
-    def block(self, job: Job) -> Block:
+    def block(self, job: Job) -> BlockTimes:
         """One block of the job."""
         key = (job.tp, job.cp, job.micro_batch, job.recompute, job.float8, job.sequence_parallel,
                job.async_tp, job.cp_method, job.width, job.kernels)  # fmt: skip
@@ -80,7 +80,7 @@ class StepModel:
             cost = self._blocks[key] = self._block(job)
         return cost
 
-    def _block(self, job: Job) -> Block:
+    def _block(self, job: Job) -> BlockTimes:
         rates, args, t, M = self.rates, self.args, job.tp, job.local_tokens
         float8 = job.float8 != "none"
         gated = args.ffn == "swiglu"
@@ -122,7 +122,7 @@ class StepModel:
                 again = (0.0, 0.0, rates.norms(job), 0.0)
             case _:
                 again = (0.0, 0.0, 0.0, 0.0)
-        return Block((forward, backward), attention, elementwise, (tp, tp), cp, again)
+        return BlockTimes((forward, backward), attention, elementwise, (tp, tp), cp, again)
 
     def _cp(self, job: Job, attention: tuple[float, float]) -> tuple[float, float]:
         """Exposed exchange of keys and values in one block, forward and backward."""
@@ -194,7 +194,7 @@ class StepModel:
         busiest = max(max(each), job.args.num_layers / job.gpus * sum(each))
         return busiest + 2 * self.ring(job.width * shard, owners, 1)
 
-    def _slowest(self, job: Job, block: Block, head: float) -> tuple[int, int, bool]:
+    def _slowest(self, job: Job, block: BlockTimes, head: float) -> tuple[int, int, bool]:
         """The slowest pipeline rank: its blocks, recomputed blocks, and whether it has the head."""
         best: tuple[float, tuple[int, int, bool]] = (-1.0, (0, 0, False))
         again, both = sum(block.again), block.seconds(0) + block.seconds(1)
@@ -207,7 +207,12 @@ class StepModel:
         return best[1]
 
     def _compute(
-        self, job: Job, block: Block, head: tuple[float, float], m: int, parts: dict[str, float]
+        self,
+        job: Job,
+        block: BlockTimes,
+        head: tuple[float, float],
+        m: int,
+        parts: dict[str, float],
     ) -> None:
         count, recomputed, has_head = self._slowest(job, block, head[0])
         again = block.again
@@ -240,7 +245,7 @@ class StepModel:
             reduce += self.ring(size, job.replicas, stride * job.shards, 2)
         return gather, reduce
 
-    def _fsdp(self, job: Job, block: Block, parts: dict[str, float]) -> None:
+    def _fsdp(self, job: Job, block: BlockTimes, parts: dict[str, float]) -> None:
         gather, reduce = self._units(job, self.block_params)
         first, last = (self._units(job, size) for size in self._ends)
         layers, m = self.args.num_layers, job.micro_steps
@@ -263,7 +268,7 @@ class StepModel:
             total += times * (layers * exposed + ends)
         parts["fsdp"] = total
 
-    def _replicated(self, job: Job, block: Block, parts: dict[str, float]) -> None:
+    def _replicated(self, job: Job, block: BlockTimes, parts: dict[str, float]) -> None:
         """Sharding whose parameters are whole on each rank: DDP, ZeRO-1 and -2, InternLM's."""
         ranks, stride = job.shards * job.replicas, job.tp
         if ranks == 1:
@@ -289,7 +294,7 @@ class StepModel:
         parts["fsdp"] = exposed
 
     def _pipeline(
-        self, job: Job, block: Block, head: tuple[float, float], parts: dict[str, float]
+        self, job: Job, block: BlockTimes, head: tuple[float, float], parts: dict[str, float]
     ) -> None:
         m, passes = job.micro_steps, job.micro_steps // job.pipelined
         rank = sum(parts.values()) / m
