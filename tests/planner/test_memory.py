@@ -12,7 +12,7 @@ from titan_lite.planner.counts import block_matrices, num_block_params
 from titan_lite.planner.job import Job
 from titan_lite.planner.memory import memory, peak, room
 from titan_lite.planner.read import read_job
-from titan_lite.planner.step import StepModel
+from titan_lite.planner.step_time import StepModel
 
 FOLDER = Path(__file__).parent
 PRESETS = FOLDER.parent.parent / "train_configs"

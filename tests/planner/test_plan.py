@@ -22,7 +22,7 @@ from titan_lite.planner.memory import FITS, peak
 from titan_lite.planner.predict import fitting_settings, model_flops, predict
 from titan_lite.planner.read import is_legal, read_job
 from titan_lite.planner.search import candidates, divisors
-from titan_lite.planner.step import PARTS, StepModel
+from titan_lite.planner.step_time import PARTS, StepModel
 
 ROOT = Path(__file__).parent.parent.parent
 PRESET = str(ROOT / "train_configs/llama3_8b.toml")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from titan_lite.models.args import MoEArgs
 from titan_lite.planner.cluster import VALIDATED
-from titan_lite.planner.step import Step
+from titan_lite.planner.step_time import Step
 
 # Measured over predicted step time: of published runs on known stacks (predictions are optimistic),
 # on such machines once calibrated, and on stacks or devices that nothing validates.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from titan_lite.models.args import DecoderArgs, MoEArgs
 from titan_lite.planner.counts import num_block_params, num_experts, num_params
 from titan_lite.planner.job import Job
-from titan_lite.planner.step import rank_stages
+from titan_lite.planner.step_time import rank_stages
 
 # A layout counts as fitting below a share of the device's memory, and may fit up to all of it: the
 # CUDA context, NCCL's buffers and fragmentation take the rest. The formulas are less sure of what

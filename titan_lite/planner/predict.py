@@ -15,7 +15,7 @@ from titan_lite.planner.interval import Interval, interval
 from titan_lite.planner.job import Job
 from titan_lite.planner.memory import Memory, memory, room
 from titan_lite.planner.read import is_legal, read_job, with_values
-from titan_lite.planner.step import Step, StepModel
+from titan_lite.planner.step_time import Step, StepModel
 
 HOURS, DAYS = 3600.0, 86_400.0
 Values = dict[str, object]

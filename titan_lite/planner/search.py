@@ -17,7 +17,7 @@ from titan_lite.planner.cluster import Cluster
 from titan_lite.planner.job import Job
 from titan_lite.planner.memory import peak, room
 from titan_lite.planner.read import is_legal, read_job
-from titan_lite.planner.step import Step, StepModel
+from titan_lite.planner.step_time import Step, StepModel
 
 MODES = ("none", "selective_op", "full")
 MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8)

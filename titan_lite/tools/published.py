@@ -18,7 +18,7 @@ from titan_lite.planner.constants import ASSETS
 from titan_lite.planner.hardware import DEVICES
 from titan_lite.planner.job import Job, Recompute
 from titan_lite.planner.predict import model_flops
-from titan_lite.planner.step import Step, StepModel
+from titan_lite.planner.step_time import Step, StepModel
 
 if sys.version_info >= (3, 11):
     import tomllib
