@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def logging_restored() -> Iterator[None]:
-    """What a run in this process sets up would write to that test's captured output for ever."""
+    """Restores the logging that a run in this process has set up, whose handlers would stay."""
     names = [name for name in logging.root.manager.loggerDict if name.startswith("titan_lite")]
     loggers = [logging.root, *map(logging.getLogger, names)]
     before = [([*logger.handlers], logger.propagate, logger.level) for logger in loggers]
