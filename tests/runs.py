@@ -256,16 +256,20 @@ def biases(model: torch.nn.Module) -> Tensors:
 def deviations(got: Run, expected: Run) -> Deviations:
     """How far two runs are apart in each quantity, and where: the step, or the parameter.
 
-    Losses and gradient norms relative to the expected ones. Weights to the largest one of the
-    tensor; gradients to that plus a quarter of the largest one of the model, since some are small
-    sums of terms that cancel, and have the rounding of the terms.
+    Losses, those of validation too, and gradient norms relative to the expected ones. Weights to
+    the largest one of the tensor; gradients to that plus a quarter of the largest one of the model,
+    since some are small sums of terms that cancel, and have the rounding of the terms.
     """
     (records, tensors), (expected_records, expected_tensors) = got, expected
     for key in ("step", "lr", "tokens", "moe/entropy_per_layer", "moe/max_bias"):
         assert [r.get(key) for r in records] == [r.get(key) for r in expected_records], key
     actual = {}
     for key in ("loss", "grad_norm"):
-        off = [abs(r[key] / e[key] - 1) for r, e in zip(records, expected_records, strict=True)]
+        # A record has the loss of validation where there was one.
+        off = [
+            float(np.max([abs(r[k] / e[k] - 1) for k in (key, f"validation/{key}") if k in e]))
+            for r, e in zip(records, expected_records, strict=True)
+        ]
         actual[key] = _worst(off, [f"step {r['step']}" for r in records])
         actual[f"{key} of step 1"] = off[0], "step 1"
     for moment, by_name in tensors.items():

@@ -158,6 +158,15 @@ FOUR_LAYERS = ("model.num_layers=4",)
 TIED = ("model.tied_head=true",)
 HIDDEN_DROPOUT = ("model.hidden_dropout=0.1",)
 MUON = ("optimizer.name=Muon",)
+LONG_MUON = (*MUON, "training.steps=20")
+EMA = (
+    "ema.enable=true",
+    "ema.decay=0.5",
+    "validation.enable=true",
+    "validation.interval=2",
+    "validation.steps=1",
+)
+MOMENTS = ("optimizer.state_dtype=bfloat16",)
 DROPOUT = (*HIDDEN_DROPOUT, "model.attention_dropout=0.1")
 
 
@@ -203,9 +212,18 @@ FURTHER = (
     Case("pp2 x cp2", micro_batches=4, alike=FOUR_LAYERS),
     Case("pp2 x dp2 x tp2", "full", micro_batches=2, alike=(*FOUR_LAYERS, *TIED)),
     # Shards that FSDP2 makes of tensor parallel's, replicas that share the work, and stages.
-    Case("dp2 x tp2", alike=MUON),
-    Case("hsdp 2x2", micro_batches=4, alike=MUON),
-    Case("pp2 x dp2", micro_batches=4, alike=MUON),
+    Case("dp2 x tp2", alike=LONG_MUON),
+    Case("hsdp 2x2", micro_batches=4, alike=LONG_MUON),
+    Case("pp2 x dp2", micro_batches=4, alike=LONG_MUON),
+    # The loss of validation is the average's.
+    Case("dp2", alike=EMA),
+    Case("hsdp 2x2", micro_batches=4, alike=EMA),
+    Case("tp2", alike=EMA),
+    Case("pp2", micro_batches=4, alike=EMA),
+    Case("dp2", alike=MOMENTS),
+    Case("hsdp 2x2", micro_batches=4, alike=MOMENTS),
+    Case("tp2", alike=MOMENTS),
+    Case("pp2", micro_batches=4, alike=MOMENTS),
 )
 
 

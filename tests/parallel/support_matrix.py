@@ -32,12 +32,13 @@ Written by the tests from what they find, and compared with what they find whene
 pytest tests/parallel/test_matrix.py --support-matrix docs/support_matrix.md
 ```
 
-Each run trains {LATER[-1]} steps of {BATCH} samples, with uneven numbers of valid tokens, and is
-compared with one process without compile, checkpointing or accumulation: weights before step 1,
-loss and gradient norm of each step, every gradient of step 1, and every gradient of steps
-{" and ".join(map(str, LATER))} from the one process's weights, for the reasons given in
-[numerics.md](numerics.md#layouts-against-one-process). Over gloo on CPUs; over NCCL where there are
-as many GPUs as processes. That the comparison catches faults is shown by
+Each run trains {LATER[-1]} steps of {BATCH} samples, or the `training.steps` of its row, with
+uneven numbers of valid tokens, and is compared with one process without compile, checkpointing or
+accumulation: weights before step 1, loss and gradient norm of each step, every gradient of step 1,
+and every gradient of steps {" and ".join(map(str, LATER))} from the one process's weights, for the
+reasons given in [numerics.md](numerics.md#layouts-against-one-process). The loss of validation,
+where a row has one, has the bound of the loss. Over gloo on CPUs; over NCCL where there are as
+many GPUs as processes. That the comparison catches faults is shown by
 [test_planted_bugs.py](../tests/parallel/test_planted_bugs.py).
 
 ## float32

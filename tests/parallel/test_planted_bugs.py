@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -20,9 +21,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import SequenceParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.parallel.matrix import CASES, TOLERANCES
+from tests.parallel.matrix import CASES, EMA, FURTHER, TOLERANCES, Case
 from tests.parallel.parity import TRAIN, Parity
 from tests.runs import Run, Tensors, exceeding, slow_but
+from titan_lite.optim.ema import WeightAverage
 from titan_lite.parallel import activation_checkpoint, tensor
 from titan_lite.training import loss
 
@@ -79,6 +81,17 @@ def _round_in_recomputation(_saved: tuple[str, ...]) -> tuple[Any, Any]:
     return nullcontext(), RoundedMatmuls()
 
 
+def move_the_average_of_one_rank() -> AbstractContextManager[Any]:
+    """An average of the weights that only rank 0 updates in its shards."""
+    update = WeightAverage.update
+
+    def update_on_rank_0(self: WeightAverage, step: int, is_applied: torch.Tensor) -> None:
+        if dist.get_rank() == 0:
+            update(self, step, is_applied)
+
+    return mock.patch.object(WeightAverage, "update", update_on_rank_0)
+
+
 def train_with(
     plant: Callable[[], AbstractContextManager[Any]],
     folder: Path,
@@ -93,29 +106,30 @@ GRADIENTS = {name for name in TOLERANCES if name.startswith("gradients")}
 # Fault, the case of the matrix it is planted in, what catches it, and the worst gradient of step 1.
 PLANTED = (
     # Adam divides a gradient by its size: not one of the losses moves.
-    (average_over_ranks, ("dp2", "selective_op"), {"grad_norm", *GRADIENTS}, "weight"),
-    (take_a_part_for_the_whole, ("tp2", "none"), {"loss", "grad_norm", *GRADIENTS}, "norm.weight"),
-    (leave_norms_unsynchronised, ("tp2", "none"), {"loss", "grad_norm", *GRADIENTS}, "norm.weight"),
+    (average_over_ranks, Case("dp2", "selective_op"), {"grad_norm", *GRADIENTS}, "weight"),
+    (take_a_part_for_the_whole, Case("tp2"), {"loss", "grad_norm", *GRADIENTS}, "norm.weight"),
+    (leave_norms_unsynchronised, Case("tp2"), {"loss", "grad_norm", *GRADIENTS}, "norm.weight"),
     # Rounding turns gradients a little, and neither lengthens nor shortens them.
-    (recompute_in_another_precision, ("dp2", "full"), GRADIENTS, "layers."),
+    (recompute_in_another_precision, Case("dp2", "full", micro_batches=4), GRADIENTS, "layers."),
+    # Only validation reads the average.
+    (move_the_average_of_one_rank, Case("dp2", alike=EMA), {"loss"}, ""),
 )
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("plant", "place", "caught_by", "worst"),
+    ("plant", "case", "caught_by", "worst"),
     slow_but(PLANTED[:1], PLANTED),
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_a_planted_fault_is_caught_and_the_loss_of_step_1_does_not_show_it(
     plant: Callable[[], AbstractContextManager[Any]],
-    place: tuple[str, str],
+    case: Case,
     caught_by: set[str],
     worst: str,
     parity: Parity,
 ) -> None:
-    (case,) = (case for case in CASES if (case.layout, case.mode) == place)
-    assert case.execution == "eager"
+    assert case in (*CASES, *FURTHER)
     actual = parity.deviations(case, partial(train_with, plant))
     assert actual["loss of step 1"][0] <= TOLERANCES["loss"]
     assert exceeding(actual, TOLERANCES).keys() == caught_by
