@@ -39,7 +39,7 @@ def gradient(moe: MoE, call: Callable[..., Tensor] | None = None) -> Tensor:
 
 
 def written_out(kind: str, shares_BSE: Tensor, chosen: Tensor, lagged_E: Tensor) -> Tensor:
-    """As arXiv:2412.19437 has it, sequence by sequence."""
+    """The sequence-wise loss of arXiv:2412.19437, one sequence at a time."""
     total = shares_BSE.new_zeros(())
     for shares_SE, chosen_SK in zip(shares_BSE, chosen.view(B, S, K), strict=True):
         counts = torch.tensor([(chosen_SK == expert).sum() for expert in range(E)])

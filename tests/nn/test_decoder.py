@@ -1,4 +1,4 @@
-"""What the decoder promises: causality, optional ends, a loss inside the head, one graph."""
+"""The guarantees of the decoder: causality, optional ends, a loss inside the head, one graph."""
 
 import copy
 from dataclasses import replace

@@ -42,7 +42,7 @@ def dense(numbers_BS: Tensor, queries_Q: Tensor) -> Tensor:
 
 
 def _packed(packing: str) -> Batch:
-    """One sample that begins and ends inside a document."""
+    """One sample that starts and ends inside a document."""
     generator = np.random.default_rng(0)
     texts = [generator.integers(0, ARGS.vocab_size, size) for size in (9, 0, 17, 5, 12)]
     tokens = join_documents([text.astype(np.uint32) for text in texts], 1, 2)
@@ -54,14 +54,14 @@ def _section(packing: str) -> Data:
 
 
 def _gradients(model: Decoder) -> dict[str, Tensor]:
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    return found
+    return gradients
 
 
 FORMS: dict[str, dict[str, Any]] = {
     "one after the other": {},
-    "beside each other": {"parallel_residual": True},
+    "parallel residual": {"parallel_residual": True},
     "learned positions": {"positions": "learned"},
 }
 
@@ -185,7 +185,7 @@ def test_spans_and_the_dense_mask_say_the_same_where_all_of_a_document_is_seen(
 
 
 @pytest.mark.parametrize("rank", [None, 0, 1, 3])
-def test_spans_say_what_the_dense_mask_says(rank: int | None, flash_on_cpu: None) -> None:
+def test_spans_match_the_dense_mask(rank: int | None, flash_on_cpu: None) -> None:
     queries = torch.arange(S) if rank is None else local_positions("all_gather", S, rank, size=4)
     spans = document_spans(NUMBERS_BS, queries)
     # The last rank's head and tail lie side by side.

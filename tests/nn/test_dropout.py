@@ -1,4 +1,4 @@
-"""What is dropped: how much, independently of what else, and where transformers drops it."""
+"""Dropout: the share that is dropped, its independence, and the places where transformers drops."""
 
 import itertools
 from dataclasses import replace
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.distributed import Workers
 from tests.nn.test_encoder import drawn, small
-from tests.nn.test_hf_parity import SMALL, joined, taken, their_model
+from tests.nn.test_hf_parity import SMALL, build_hf_model, joined, taken
 from tests.runs import train
 from titan_lite.checkpoint.hf_layout import HFModel
 from titan_lite.models.bert import BERT, MEGATRON_BERT
@@ -63,12 +63,12 @@ def test_scrambling_is_one_to_one_and_each_bit_changes_half_of_the_results() -> 
 
 def test_keys_follow_from_all_of_seed_sample_and_place() -> None:
     numbers = (0, 1, 2**31, 2**32, 2**33, 2**40 + 1)
-    found = {
+    combinations = {
         token_keys(seed, torch.tensor([sample]), torch.tensor([place])).item()
         for seed, sample, place in itertools.product(numbers, repeat=3)
     }
     # Equal ones by chance: 216^2 / 2^33.
-    assert len(found) == len(numbers) ** 3
+    assert len(combinations) == len(numbers) ** 3
 
 
 def dropped(keys: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def test_each_of_the_settings_acts_in_training(workers: dict[int, Workers], tmp_
 
 
 class DroppingAsHere:
-    """In the place of torch.nn.functional.dropout, called by transformers' BERT in its order."""
+    """Replaces torch.nn.functional.dropout, called by transformers' BERT in its order."""
 
     def __init__(self, num_heads: int) -> None:
         self.heads_N1 = torch.arange(num_heads, dtype=torch.int32)[:, None]
@@ -198,31 +198,31 @@ def test_features_are_dropped_where_transformers_drops_them(
     family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = replace(small(family), hidden_dropout=P, attention_dropout=P)
-    ours, hf = drawn(args), HFModel.of(family, args)
-    theirs: Any = their_model(args, family)
-    theirs.set_attn_implementation("eager")
-    their_parameters = dict(theirs.named_parameters())
+    model, hf = drawn(args), HFModel.of(family, args)
+    hf_model: Any = build_hf_model(args, family)
+    hf_model.set_attn_implementation("eager")
+    hf_parameters = dict(hf_model.named_parameters())
     with torch.no_grad():
-        for name, weight in joined(hf, ours.state_dict()).items():
-            their_parameters[name].copy_(weight)
-    for module in theirs.modules():
+        for name, weight in joined(hf, model.state_dict()).items():
+            hf_parameters[name].copy_(weight)
+    for module in hf_model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = P
     dropping = DroppingAsHere(args.num_heads)
     tokens, weight_BSV = torch.randint(1, args.vocab_size, (B, S)), torch.randn(args.vocab_size)
 
-    logits = ours(tokens, dropout_keys_BS=KEYS_BS)
+    logits = model(tokens, dropout_keys_BS=KEYS_BS)
     (logits * weight_BSV).mean().backward()
     with monkeypatch.context() as patch:
         patch.setattr("torch.nn.functional.dropout", dropping)
-        expected = theirs.train()(input_ids=tokens).prediction_logits
+        expected = hf_model.train()(input_ids=tokens).prediction_logits
     (expected * weight_BSV).mean().backward()
 
     assert dropping.calls == 1 + 3 * args.num_layers
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
-    gradients = {n: p.grad for n, p in ours.named_parameters() if p.grad is not None}
-    their_gradients = {n: p.grad for n, p in their_parameters.items() if p.grad is not None}
-    references = dict(taken(hf, their_gradients, gradients))
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    hf_gradients = {n: p.grad for n, p in hf_parameters.items() if p.grad is not None}
+    references = dict(taken(hf, hf_gradients, gradients))
     scale = max(reference.abs().max() for reference in references.values())
     for name, gradient in gradients.items():
         largest = scale if name.endswith("wk.bias") else references[name].abs().max()

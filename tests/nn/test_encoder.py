@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from tests.nn.test_hf_parity import SMALL, assert_same_gradients, give_weights, their_model
+from tests.nn.test_hf_parity import SMALL, assert_same_gradients, build_hf_model, give_weights
 from titan_lite.checkpoint.hf_layout import HFModel
 from titan_lite.models.args import EncoderArgs
 from titan_lite.models.bert import BERT, MEGATRON_BERT
@@ -60,10 +60,10 @@ def pairs(vocab_size: int) -> dict[str, Tensor]:
 @FAMILIES
 def test_logits_losses_and_every_gradient_equal_hugging_face(family: Family) -> None:
     args = small(family)
-    ours, hf = drawn(args), HFModel.of(family, args)
-    theirs: Any = their_model(args, family)
-    their_parameters = dict(theirs.named_parameters())
-    give_weights(hf, ours, their_parameters)
+    model, hf = drawn(args), HFModel.of(family, args)
+    hf_model: Any = build_hf_model(args, family)
+    hf_parameters = dict(hf_model.named_parameters())
+    give_weights(hf, model, hf_parameters)
     batch = pairs(args.vocab_size)
     valid = (batch["labels"] != -100).sum()
     seen: dict[str, Tensor] = {}
@@ -81,8 +81,8 @@ def test_logits_losses_and_every_gradient_equal_hugging_face(family: Family) -> 
 
     mask = dense_mask(batch["padding"], torch.arange(S), torch.float32, causal=False)
     inputs = {"mask": mask, "token_types_BS": batch["types"]}
-    loss = ours(batch["tokens"], head_loss, pair_loss=pair_loss, **inputs)
-    expected = theirs(
+    loss = model(batch["tokens"], head_loss, pair_loss=pair_loss, **inputs)
+    expected = hf_model(
         input_ids=batch["tokens"],
         attention_mask=1 - batch["padding"],
         token_type_ids=batch["types"],
@@ -97,11 +97,11 @@ def test_logits_losses_and_every_gradient_equal_hugging_face(family: Family) -> 
     for logits, reference in (
         (seen["logits"][text], expected.prediction_logits[text]),
         (seen["pair_logits"], expected.seq_relationship_logits),
-        (ours(batch["tokens"], **inputs)[text], expected.prediction_logits[text]),
+        (model(batch["tokens"], **inputs)[text], expected.prediction_logits[text]),
     ):
         assert (logits - reference).abs().max() <= 1e-5 * reference.abs().max()
-    gradients = {name: p.grad for name, p in their_parameters.items() if p.grad is not None}
-    assert_same_gradients(hf, ours, gradients)
+    gradients = {name: p.grad for name, p in hf_parameters.items() if p.grad is not None}
+    assert_same_gradients(hf, model, gradients)
 
 
 @FAMILIES

@@ -24,7 +24,7 @@ from titan_lite.nn.build_model import build_decoder, build_model
 
 transformers = pytest.importorskip("transformers")
 
-# Small, but for what makes the family.
+# Small; the keys that make the family keep their form.
 SMALL = {
     "dim": 64,
     "num_layers": 3,
@@ -105,9 +105,9 @@ def _of_each_expert(name: str, tensor: Tensor, family: Family) -> Iterator[tuple
         return
     layer, kind = match.groups()
 
-    def stored(ours: str, expert: int = 0) -> str:
-        theirs = family.hf_key_map[f"layers.*.feed_forward.{ours}"]
-        return theirs.replace("*", layer, 1).replace("*", str(expert))
+    def stored(name: str, expert: int = 0) -> str:
+        pattern = family.hf_key_map[f"layers.*.feed_forward.{name}"]
+        return pattern.replace("*", layer, 1).replace("*", str(expert))
 
     if kind == "gate.weight":
         yield stored("router.weight"), tensor
@@ -121,13 +121,15 @@ def _of_each_expert(name: str, tensor: Tensor, family: Family) -> Iterator[tuple
             yield stored("experts.w3", expert), up
 
 
-def their_model(args: DecoderArgs, family: Family) -> nn.Module:
-    """What the config.json that we write describes to them."""
+def build_hf_model(args: DecoderArgs, family: Family) -> nn.Module:
+    """Returns transformers' model of the config.json that we write."""
     assert family.hf_config is not None
     config = hf_config_from_args(args, family.hf_config, dtype="float32")
-    theirs: Any = getattr(transformers, family.hf_config.architecture)
-    model: nn.Module = theirs(theirs.config_class(**config, attn_implementation="eager"))
-    # GPT-2's default is dropout, which ours has not.
+    architecture: Any = getattr(transformers, family.hf_config.architecture)
+    model: nn.Module = architecture(
+        architecture.config_class(**config, attn_implementation="eager")
+    )
+    # GPT-2's default is dropout, which our model does not have.
     return model.eval()
 
 
@@ -139,7 +141,7 @@ def saved(model: nn.Module) -> dict[str, Tensor]:
 
 
 def joined(hf: HFModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face's tensors from ours."""
+    """Our weights as Hugging Face's tensors."""
     return {
         name: tensor.join([state[part] for part in tensor.parts])
         for name, tensor in hf.tensors.items()
@@ -154,20 +156,20 @@ def taken(
         yield part, hf.read(part, stored.__getitem__, (0,) * tensor.ndim, tensor.shape)
 
 
-def give_weights(hf: HFModel, ours: nn.Module, theirs: Mapping[str, Tensor]) -> None:
-    """Ours, to parameters by the names that files have."""
-    weights = joined(hf, ours.state_dict())
-    assert weights.keys() == theirs.keys()
+def give_weights(hf: HFModel, model: nn.Module, hf_weights: Mapping[str, Tensor]) -> None:
+    """Copies our weights to parameters by their names in files."""
+    weights = joined(hf, model.state_dict())
+    assert weights.keys() == hf_weights.keys()
     with torch.no_grad():
         for name, weight in weights.items():
-            theirs[name].copy_(weight)
+            hf_weights[name].copy_(weight)
 
 
-def assert_same_gradients(hf: HFModel, ours: nn.Module, theirs: Mapping[str, Tensor]) -> None:
-    """theirs: gradients by the names that files have."""
-    gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
-    references = dict(taken(hf, theirs, gradients))
-    assert references.keys() == dict(ours.named_parameters()).keys()
+def assert_same_gradients(hf: HFModel, model: nn.Module, expected: Mapping[str, Tensor]) -> None:
+    """expected: gradients by their names in files."""
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    references = dict(taken(hf, expected, gradients))
+    assert references.keys() == dict(model.named_parameters()).keys()
     # Softmax does not see what is added to all keys: the gradient of such a bias is rounding.
     scale = max(reference.abs().max() for reference in references.values())
     for name, gradient in gradients.items():
@@ -181,29 +183,29 @@ def test_logits_and_every_gradient_equal_hugging_face(name: str) -> None:
     case = CASES[name]
     args = case.args
     torch.manual_seed(0)
-    ours = build_decoder(args)
+    model = build_decoder(args)
     # Larger than at init, so that attention is far from uniform and norms and biases matter.
-    for name, parameter in ours.named_parameters():
+    for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=0.1 if name.endswith("bias") else 0.3)
-    for name, buffer in ours.named_buffers():
+    for name, buffer in model.named_buffers():
         if name.endswith("router.bias"):
             torch.nn.init.normal_(buffer, std=0.1)
     hf = HFModel.of(case.family, args)
-    theirs = their_model(args, case.family)
-    give_weights(hf, ours, in_files(saved(theirs), case.family))
+    hf_model = build_hf_model(args, case.family)
+    give_weights(hf, model, in_files(saved(hf_model), case.family))
     tokens = torch.randint(args.vocab_size, (2, 100))
     cotangent = torch.randn(2, 100, args.vocab_size)
 
-    logits = ours(tokens)
-    expected = theirs(input_ids=tokens).logits
+    logits = model(tokens)
+    expected = hf_model(input_ids=tokens).logits
     (logits * cotangent).mean().backward()
     (expected * cotangent).mean().backward()
 
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
-    gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
-    their_gradients = in_files(gradients, case.family)
-    assert their_gradients.keys() == {n for n, t in hf.tensors.items() if not t.is_buffer}
-    assert_same_gradients(hf, ours, their_gradients)
+    gradients = {name: p.grad for name, p in hf_model.named_parameters() if p.grad is not None}
+    hf_gradients = in_files(gradients, case.family)
+    assert hf_gradients.keys() == {n for n, t in hf.tensors.items() if not t.is_buffer}
+    assert_same_gradients(hf, model, hf_gradients)
 
 
 def test_the_scaled_case_keeps_blends_and_stretches_frequencies() -> None:
@@ -234,11 +236,11 @@ def test_shapes_of_every_flavor_are_those_of_hugging_face(
     first = {"dense_layers": 1} if isinstance(args, MoEArgs) and args.dense_layers else {}
     args = replace(args, num_layers=2, **first)
     with torch.device("meta"):
-        model = their_model(args, family)
-    theirs = in_files(saved(model), family)
-    ours = HFModel.of(family, args).tensors
-    assert {name: tensor.shape for name, tensor in ours.items()} == {
-        name: tuple(parameter.shape) for name, parameter in theirs.items()
+        model = build_hf_model(args, family)
+    expected = in_files(saved(model), family)
+    tensors = HFModel.of(family, args).tensors
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {
+        name: tuple(parameter.shape) for name, parameter in expected.items()
     }
     # And their own config.json describes the same model to us.
     written: Any = model.config
@@ -255,7 +257,7 @@ def test_weights_return_from_hugging_faces_form_bit_for_bit(family: Family) -> N
         for name, tensor in saved(model).items()
     }
     hf = HFModel.of(family, args)
-    theirs = joined(hf, state)
-    for name, tensor in taken(hf, theirs, state):
+    stored = joined(hf, state)
+    for name, tensor in taken(hf, stored, state):
         assert torch.equal(tensor, state[name]), name
     assert hf.num_parameters == sum(tensor.numel() for tensor in state.values())

@@ -71,7 +71,7 @@ def test_the_same_generator_seed_gives_the_same_tensor(model: Decoder) -> None:
 
 @pytest.mark.parametrize("family", [LLAMA, QWEN2_5, GPT], ids=lambda family: family.name)
 def test_the_first_loss_is_hardly_above_that_of_even_chances(family: Family) -> None:
-    """A tied head drawn like others has tokens predict themselves: Qwen 2.5 began at 13.5."""
+    """A tied head drawn like others has tokens predict themselves: Qwen 2.5 starts at 13.5."""
     model = build_model(family, family.flavors["debug"])
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():

@@ -57,7 +57,7 @@ def mixtral(args: MoEArgs) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("theirs_of", "args"),
+    ("reference_of", "args"),
     [
         (qwen, ARGS),
         (qwen, replace(ARGS, route_norm=False, top_k=1)),
@@ -65,22 +65,24 @@ def mixtral(args: MoEArgs) -> Any:
         (mixtral, ARGS),
     ],
 )
-def test_output_and_every_gradient_equal_transformers_block(theirs_of: Any, args: MoEArgs) -> None:
+def test_output_and_every_gradient_equal_transformers_block(
+    reference_of: Any, args: MoEArgs
+) -> None:
     pytest.importorskip("transformers")
-    ours, theirs = drawn(args), theirs_of(args)
+    moe, reference = drawn(args), reference_of(args)
     pairs = {
-        theirs.gate.weight: lambda: ours.router.weight,
-        theirs.experts.gate_up_proj: lambda: torch.cat([ours.experts.w1, ours.experts.w3], 1),
-        theirs.experts.down_proj: lambda: ours.experts.w2,
+        reference.gate.weight: lambda: moe.router.weight,
+        reference.experts.gate_up_proj: lambda: torch.cat([moe.experts.w1, moe.experts.w3], 1),
+        reference.experts.down_proj: lambda: moe.experts.w2,
     }
     for parameter, value in pairs.items():
         parameter.data.copy_(value().detach())
     x, cotangent = torch.randn(2, 1, T // 2, D)
     mine, other = x.clone().requires_grad_(), x.clone().requires_grad_()
-    got, expected = ours(mine), theirs(other)
+    got, expected = moe(mine), reference(other)
     (got * cotangent).sum().backward()
     (expected * cotangent).sum().backward()
-    for parameter in ours.parameters():
+    for parameter in moe.parameters():
         parameter.data = parameter.grad
     close(got, expected)
     close(mine.grad, other.grad)
@@ -144,7 +146,7 @@ def test_an_expert_without_tokens_has_a_gradient_of_zero(num_tokens: int) -> Non
     # All tokens are equal, and go to one expert.
     x = torch.randn(D).expand(1, num_tokens, D)
     out = moe(x)
-    # The gradient of a sum has no strides of its own.
+    # The gradient of a sum is expanded, with strides of 0.
     out.sum().backward()
     _, ((chosen,),) = moe.router(x[:, :1])
     for weight in moe.experts.parameters():

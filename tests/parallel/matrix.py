@@ -24,7 +24,7 @@ EVERYWHERE = (
     "training.loss_chunks=2",
 )
 
-# Relative, as tests/runs.py's `deviations` says; docs/numerics.md says why these are bounded.
+# Relative, as `deviations` of tests/runs.py; docs/numerics.md has the reason for each bound.
 TOLERANCES = {
     "initial weights": 0.0,
     # float32 sums in another order differ by some 1e-7, of which training makes more.
@@ -95,7 +95,7 @@ MATRIX = {
 class Case:
     """A run to compare with one process in eager mode, without checkpointing or accumulation.
 
-    more: settings of this run beside its layout. alike: settings that the one process gets as
+    more: further settings of this run. alike: settings that the one process gets as
     well, since they make another model or precision.
     """
 
@@ -112,12 +112,12 @@ class Case:
 
     @property
     def splits_backward(self) -> bool:
-        """Whether its pipeline schedule does."""
+        """Returns whether the pipeline schedule splits backward."""
         return any(name in setting for name in ("ZeroBubble", "DualPipeV") for setting in self.more)
 
     @property
     def cell(self) -> str:
-        """As in MATRIX."""
+        """The cell as MATRIX writes it."""
         return f"{self.execution} x {self.micro_batches}"
 
     @property
@@ -204,7 +204,7 @@ FURTHER = (
     Case("pp2", micro_batches=4, more=(schedule("InterleavedZeroBubble"),), alike=FOUR_LAYERS),
     Case("pp2", "full", micro_batches=4, more=(schedule("ZBVZeroBubble"),), alike=FOUR_LAYERS),
     Case("pp2", micro_batches=4, more=(schedule("DualPipeV"),), alike=FOUR_LAYERS),
-    # Two passes, each with a reduction of its own.
+    # Two passes, each with its own reduction.
     Case("pp2", micro_batches=8, more=("parallel.pp_micro_batches=4",), alike=FOUR_LAYERS),
     Case("pp4", micro_batches=4, alike=("model.num_layers=5",)),
     Case("pp2 x dp2", micro_batches=4, more=(schedule("ZBVZeroBubble"),), alike=FOUR_LAYERS),
@@ -270,7 +270,7 @@ FAMILIES = (
     Case("pp2", "full", micro_batches=4, alike=QWEN2_5),
     Case("hsdp 2x1", micro_batches=4, alike=QWEN3),
     Case("pp2 x cp2", "full", micro_batches=4, alike=QWEN3),
-    # Norms of heads, and what else has a gradient of its own under tensor parallel.
+    # Norms of heads, and what else has separate gradients under tensor parallel.
     Case(
         "tp2",
         "selective_op",
@@ -412,5 +412,5 @@ def features(world_size: int, settings: tuple[str, ...]) -> tuple[str, frozenset
     """The family of a run, and which of FEATURES it has."""
     config = load_config(None, as_overrides(*EVERYWHERE, *settings)).config
     dims = ParallelDims.resolve(config.parallel, world_size)
-    found = frozenset(name for name, has in FEATURES.items() if has(config, dims))
-    return config.model.name, found
+    present = frozenset(name for name, has in FEATURES.items() if has(config, dims))
+    return config.model.name, present

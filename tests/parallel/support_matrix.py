@@ -1,4 +1,4 @@
-"""docs/support_matrix.md, written from what the tests have found."""
+"""docs/support_matrix.md, written from the results of the tests."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -87,7 +87,7 @@ On a CPU, in the message's words.
 
 
 @dataclass
-class Found:
+class MatrixResults:
     """Which cases passed, how far off each quantity was at worst, and why holes are refused."""
 
     passed: dict[Case, bool] = field(default_factory=dict)
@@ -108,12 +108,12 @@ class Found:
         return [str(row) for row in (*cases, *(h for h in HOLES if h not in self.reasons))]
 
 
-def render(found: Found) -> str:
+def render(results: MatrixResults) -> str:
     """The whole page; nothing of what passes depends on the machine."""
-    return "\n".join(_lines(found)) + "\n"
+    return "\n".join(_lines(results)) + "\n"
 
 
-def _lines(found: Found) -> Iterator[str]:
+def _lines(results: MatrixResults) -> Iterator[str]:
     yield from HEAD.split("\n")
     bounds = [f"{bound:g}" if bound else "the same bits" for bound in TOLERANCES.values()]
     yield from _table(
@@ -121,7 +121,7 @@ def _lines(found: Found) -> Iterator[str]:
     )
     yield ""
     yield from LAYOUT.split("\n")
-    cells = {(case.layout, case.mode): _cell(case, found) for case in CASES}
+    cells = {(case.layout, case.mode): _cell(case, results) for case in CASES}
     rows = (
         (layout, str(LAYOUTS[layout][0]), *(cells[layout, mode] for mode in MODES))
         for layout in MATRIX
@@ -129,33 +129,33 @@ def _lines(found: Found) -> Iterator[str]:
     yield from _table(("layout", "processes", *MODES), rows)
     yield ""
     yield from FURTHER_TEXT.split("\n")
-    yield from _case_table(FURTHER, found)
+    yield from _case_table(FURTHER, results)
     yield ""
     yield from FAMILIES_TEXT.split("\n")
-    yield from _case_table(FAMILIES, found)
+    yield from _case_table(FAMILIES, results)
     yield ""
     yield from FEATURES_TEXT.split("\n")
-    rows = ((f"`{name}`", *(proof(name, key, found) for key in FEATURES)) for name in families())
+    rows = ((f"`{name}`", *(proof(name, key, results) for key in FEATURES)) for name in families())
     yield from _table(("family", *FEATURES), rows)
     yield ""
     yield from PRECISION.split("\n")
-    yield from _case_table(IN_PRECISION, found)
+    yield from _case_table(IN_PRECISION, results)
     yield ""
     yield from REFUSED.split("\n")
     refused = (
-        (str(hole.world_size), _code(hole.settings), found.reasons[hole].replace("|", "\\|"))
+        (str(hole.world_size), _code(hole.settings), results.reasons[hole].replace("|", "\\|"))
         for hole in HOLES
     )
     yield from _table(("processes", "settings", "reason"), refused)
 
 
-def proof(family: str, feature: str, found: Found | None = None) -> str:
-    """What the page says of a family and a feature; nothing where no row has both."""
+def proof(family: str, feature: str, results: MatrixResults | None = None) -> str:
+    """The cell of a family and a feature; empty if no row has both."""
     wanted = family, feature
     for case in (*CASES, *FURTHER, *FAMILIES):
         name, has = features(case.world_size, (*case.settings, *case.alike))
         if wanted == (name, feature) and feature in has:
-            differs = found is not None and not found.passed[case]
+            differs = results is not None and not results.passed[case]
             return f"**{case.layout} differs**" if differs else case.layout
     for hole in HOLES:
         name, has = features(hole.world_size, hole.settings)
@@ -164,18 +164,18 @@ def proof(family: str, feature: str, found: Found | None = None) -> str:
     return ""
 
 
-def _case_table(cases: Iterable[Case], found: Found) -> Iterator[str]:
+def _case_table(cases: Iterable[Case], results: MatrixResults) -> Iterator[str]:
     return _table(
         ("layout", "checkpointing", "run", "settings"),
         (
-            (case.layout, case.mode, _cell(case, found), _code((*case.more, *case.alike)))
+            (case.layout, case.mode, _cell(case, results), _code((*case.more, *case.alike)))
             for case in cases
         ),
     )
 
 
-def _cell(case: Case, found: Found) -> str:
-    return case.cell if found.passed[case] else f"**{case.cell} differs**"
+def _cell(case: Case, results: MatrixResults) -> str:
+    return case.cell if results.passed[case] else f"**{case.cell} differs**"
 
 
 def _code(settings: Iterable[str]) -> str:

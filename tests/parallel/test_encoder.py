@@ -1,4 +1,4 @@
-"""The encoder under every kind of parallelism against one process, on batches of its own."""
+"""The encoder under every kind of parallelism against one process, on hand-made batches."""
 
 import warnings
 from collections.abc import Mapping
@@ -170,9 +170,9 @@ def test_a_parallel_encoder_has_the_loss_and_every_gradient_of_one_process(
             assert step[name] == pytest.approx(expected[name], rel=1e-5), name
         largest = max(np.abs(g).max() for n, g in expected.items() if n not in ("loss", "norm"))
         for name in step.keys() - {"loss", "norm"}:
-            found, reference = step[name], expected[name]
+            gradient, reference = step[name], expected[name]
             # Softmax does not see what is added to all keys: that gradient is rounding.
             scale = largest if name.endswith("wk.bias") else np.abs(reference).max()
-            assert np.abs(found[: len(reference)] - reference).max() <= 2e-5 * scale, name
+            assert np.abs(gradient[: len(reference)] - reference).max() <= 2e-5 * scale, name
             # Rows beyond pad a vocabulary.
-            assert not found[len(reference) :].any(), name
+            assert not gradient[len(reference) :].any(), name

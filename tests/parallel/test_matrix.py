@@ -25,7 +25,7 @@ from tests.parallel.matrix import (
     as_overrides,
 )
 from tests.parallel.parity import Parity
-from tests.parallel.support_matrix import Found, proof, render
+from tests.parallel.support_matrix import MatrixResults, proof, render
 from tests.runs import build_trainer, exceeding, splits_backward
 from titan_lite.config.load import ConfigError
 from titan_lite.models.registry import families
@@ -34,8 +34,8 @@ COMMITTED = Path(__file__).parents[2] / "docs" / "support_matrix.md"
 
 
 @pytest.fixture(scope="module")
-def found() -> Found:
-    return Found()
+def results() -> MatrixResults:
+    return MatrixResults()
 
 
 def test_every_two_values_of_any_two_axes_meet_in_a_case() -> None:
@@ -63,29 +63,29 @@ def parameters(cases: Iterable[Case]) -> list[Any]:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", parameters((*CASES, *FURTHER, *FAMILIES)), ids=str)
-def test_a_layout_equals_one_process(case: Case, parity: Parity, found: Found) -> None:
-    found.passed[case] = False
+def test_a_layout_equals_one_process(case: Case, parity: Parity, results: MatrixResults) -> None:
+    results.passed[case] = False
     deviations = parity.deviations(case)
-    found.note(case, deviations)
+    results.note(case, deviations)
     assert exceeding(deviations, TOLERANCES) == {}
-    found.passed[case] = True
+    results.passed[case] = True
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", parameters(IN_PRECISION), ids=str)
 def test_a_layout_is_no_farther_from_one_process_than_its_precision_from_float32(
-    case: Case, parity: Parity, found: Found
+    case: Case, parity: Parity, results: MatrixResults
 ) -> None:
-    found.passed[case] = False
+    results.passed[case] = False
     yardstick = parity.of_precision(case)
     bounds = {key: yardstick[key][0] for key in ("loss", "grad_norm")}
     assert exceeding(parity.deviations(case), bounds) == {}
-    found.passed[case] = True
+    results.passed[case] = True
 
 
 @pytest.mark.parametrize("hole", HOLES, ids=lambda hole: ", ".join(hole.settings))
 def test_what_does_not_go_together_is_refused(
-    hole: Hole, found: Found, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hole: Hole, results: MatrixResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(hole.world_size)}
     for name, value in environment.items():
@@ -95,21 +95,21 @@ def test_what_does_not_go_together_is_refused(
         build_trainer(tmp_path, "--training.local_batch_size=1", *as_overrides(*hole.settings))
     (problem,) = error.value.problems
     assert problem.key in {setting.partition("=")[0] for setting in hole.settings}
-    found.reasons[hole] = f"{problem.key}: {problem.message}"
+    results.reasons[hole] = f"{problem.key}: {problem.message}"
 
 
-def test_the_committed_support_matrix_is_what_was_found(
-    found: Found, request: pytest.FixtureRequest
+def test_the_committed_support_matrix_holds_the_results(
+    results: MatrixResults, request: pytest.FixtureRequest
 ) -> None:
-    print(found.worst)
+    print(results.worst)
     path = request.config.getoption("--support-matrix")
     for case in (*CASES, *FURTHER, *FAMILIES, *IN_PRECISION):
         # Where the page is only compared, slow rows may have been left out.
         if case not in QUICK and not path:
-            found.passed.setdefault(case, True)
-    if missing := found.missing():
+            results.passed.setdefault(case, True)
+    if missing := results.missing():
         pytest.skip(f"{len(missing)} rows of the table were not tried, such as {missing[0]}")
     if path:
-        path.write_text(render(found))
+        path.write_text(render(results))
     else:
-        assert COMMITTED.read_text() == render(found), "write it with --support-matrix"
+        assert COMMITTED.read_text() == render(results), "write it with --support-matrix"
