@@ -239,7 +239,7 @@ def test_a_preset_on_another_number_of_nodes_is_a_failure(
     (command,) = commands_of("page", f"```bash\n{line}\n```")
     with pytest.raises(AssertionError):
         _run(command, ROOT, {})
-    assert "the world size is 32" in capsys.readouterr().err
+    assert "the world size (32)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.not_run], ids=str)

@@ -243,5 +243,5 @@ def test_a_family_without_a_form_in_transformers_is_refused(
 
 def test_a_form_that_transformers_class_has_not_is_refused() -> None:
     settings = ["--checkpoint.enable=true", "--checkpoint.last_save_hf=true"]
-    with pytest.raises(ConfigError, match="LlamaForCausalLM cannot have norm layernorm, not rmsn"):
+    with pytest.raises(ConfigError, match="LlamaForCausalLM does not support norm layernorm"):
         make_plan(None, [*settings, "--model.norm=layernorm"], 1)

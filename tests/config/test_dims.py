@@ -25,7 +25,7 @@ def test_the_degrees_multiply_to_the_world_or_raise(parallel: Parallel, world_si
     fixed = math.prod(max(1, getattr(parallel, axis)) for axis in ParallelDims.AXES)
     fits = world_size % fixed == 0 if parallel.dp_shard == -1 else world_size == fixed
     if not fits:
-        with pytest.raises(ValueError, match=rf"world size (is )?{world_size}\b"):
+        with pytest.raises(ValueError, match=rf"world size .*\b{world_size}\b"):
             ParallelDims.resolve(parallel, world_size)
         return
     dims = ParallelDims.resolve(parallel, world_size)
@@ -74,11 +74,11 @@ def test_tp_is_the_fastest_axis_and_pp_the_slowest() -> None:
 
 
 def test_a_wrong_world_size_is_told_with_the_numbers() -> None:
-    with pytest.raises(ValueError, match=r"world size is 7, but the degrees multiply to 8: pp \(1"):
+    with pytest.raises(ValueError, match=r"multiply to the world size \(7\), got pp \(1"):
         ParallelDims.resolve(Parallel(dp_replicate=2, dp_shard=4), 7)
-    with pytest.raises(ValueError, match=r"6 is not a multiple of .*dp_replicate \(4\).* = 4, so"):
+    with pytest.raises(ValueError, match=r"multiple of .*dp_replicate \(4\).* = 4, got 6"):
         ParallelDims.resolve(Parallel(dp_replicate=4), 6)
-    with pytest.raises(ValueError, match="world size 0 is not a multiple"):
+    with pytest.raises(ValueError, match="got 0; lower a degree"):
         ParallelDims.resolve(Parallel(), 0)
 
 

@@ -206,7 +206,7 @@ def test_an_integer_serves_as_a_float_but_nothing_else_is_converted() -> None:
         (
             "[training]\nextends = 'a.toml'",
             "training.extends",
-            "extends stands at the top of a file",
+            "extends must be at the top of a file",
         ),
         ("[model]\ndim = 0", "model.dim", "expected an integer greater than 0, got 0"),
         ("[metrics]\npeak_tflops = 0", "metrics.peak_tflops", "a number greater than 0, got 0"),

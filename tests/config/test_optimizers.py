@@ -49,8 +49,8 @@ def test_a_key_of_another_optimizer_is_an_error_that_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert problem("friction=0.5") == (
-        'optimizer.friction (command line): has no place where optimizer.name is "AdamW": set '
-        'optimizer.name = "Rolling", or leave friction out'
+        'optimizer.friction (command line): does not apply where optimizer.name is "AdamW": set '
+        'optimizer.name = "Rolling", or remove friction'
     )
     assert problem("name=Rolling", "frictoin=1.0") == (
         'optimizer.frictoin (command line): unknown key; did you mean "optimizer.friction"?'
@@ -58,7 +58,7 @@ def test_a_key_of_another_optimizer_is_an_error_that_names_it(
     monkeypatch.chdir(tmp_path)
     Path("a.toml").write_text("[optimizer]\nbeta1 = 0.8")
     assert problem("name=Rolling", path="a.toml").startswith(
-        'optimizer.beta1 (a.toml): has no place where optimizer.name is "Rolling": set '
+        'optimizer.beta1 (a.toml): does not apply where optimizer.name is "Rolling": set '
         'optimizer.name = "AdamW" or "Adam" or "Muon", or'
     )
 

@@ -55,20 +55,20 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             ["data.packing=fixed", "data.packing_block=96"],
             1,
             "data.packing",
-            '"fixed" cuts a sample into several blocks: data.packing_block (96) does not divide',
+            '"fixed" requires data.packing_block to divide training.seq_len',
         ),
         (
             ["data.packing=fixed"],
             1,
             "data.packing",
-            "data.packing_block (2048) is all of training.seq_len (2048); samples of one block",
+            "training.seq_len (2048) into at least 2 blocks, got 2048; for samples of one",
         ),
         (
             ["parallel.pp=4", "training.global_batch_size=3"],
             4,
             "training.global_batch_size",
             '"1F1B" on 4 ranks requires at least 4 micro-batches, but a step has 3 (3 samples '
-            "/ (local_batch_size (1) x data-parallel degree (1))); lower local_batch_size or",
+            "/ (local_batch_size (1) x data-parallel degree (1))); lower training.",
         ),
         (
             [*PP2, 'parallel.pp_schedule="Interleaved1F1B"', "parallel.pp_micro_batches=1"],
@@ -86,7 +86,7 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             [*PP2, "parallel.pp_micro_batches=3"],
             2,
             "parallel.pp_micro_batches",
-            "3 does not divide the 8 micro-batches of a step (8 samples",
+            "must divide the 8 micro-batches of a step (8 samples",
         ),
         (
             [*PP2, "parallel.pp_schedule=ZBVZeroBubble", "compile.enable=true"],
@@ -115,10 +115,15 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             ["parallel.dp_shard=4", "parallel.dp_replicate=2"],
             6,
             "parallel.dp_shard",
-            "the world size is 6, but the degrees multiply to 8: pp (1) x dp_replicate (2) x "
+            "the degrees must multiply to the world size (6), got pp (1) x dp_replicate (2) x "
             "dp_shard (4) x cp (1) x tp (1)",
         ),
-        (["parallel.dp_replicate=4"], 6, "parallel.dp_replicate", "6 is not a multiple of pp (1)"),
+        (
+            ["parallel.dp_replicate=4"],
+            6,
+            "parallel.dp_replicate",
+            "dp_shard = -1 requires a world size that is a multiple of pp (1)",
+        ),
         (
             ["checkpoint.initial_load_hf=.", 'checkpoint.exclude_from_loading=["output.*"]'],
             1,
@@ -129,12 +134,13 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
         (["data.dataset_path=~/no/such/x.txt"], 1, "data.dataset_path", "and no folder"),
         ([f"data.dataset_path={'x' * 300}"], 1, "data.dataset_path", "no such file"),
         ([f"data.tokenizer_path={'x' * 300}/a"], 1, "data.tokenizer_path", "no such file"),
-        ([], 0, "parallel.dp_shard", "the world size 0 is not a multiple"),
+        ([], 0, "parallel.dp_shard", "dp_shard = -1 requires a world size that is a multiple"),
         (
             ["training.global_batch_size=12", "training.local_batch_size=2"],
             4,
             "training.global_batch_size",
-            "12 is not a multiple of local_batch_size (2) x data-parallel degree (4) = 8",
+            "must be a multiple of training.local_batch_size (2) x data-parallel degree (4) = 8, "
+            "got 12",
         ),
         (
             ["parallel.reshard_after_forward=3"],
@@ -194,13 +200,13 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             ["profiling.enable_profiling=true", "profiling.profile_freq=2"],
             1,
             "profiling.profile_freq",
-            "2 must be at least 3, the steps recorded in each period",
+            "must be at least 3, the steps recorded in each period, got 2",
         ),
         (
             ["parallel.async_tp=true", "parallel.sequence_parallel=false"],
             1,
             "parallel.async_tp",
-            "overlaps the gathers and scatters of sequence parallel with matmuls: set "
+            "true requires the compiler and sequence parallel: set "
             "compile.enable = true and parallel.tp > 1 and parallel.sequence_parallel = true",
         ),
         (
@@ -248,7 +254,7 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             ['optimizer.groups=[{pattern="*", algorithm="Muon"}]'],
             1,
             "optimizer.groups",
-            'table 1: optimizer.name = "AdamW" has no algorithm "Muon"; leave algorithm out',
+            'table 1: optimizer.name = "AdamW" has no algorithm "Muon"; remove algorithm',
         ),
         (
             ["data.dataset_path=texts/*.jsonl"],
@@ -326,19 +332,19 @@ def test_what_cannot_work_is_refused_with_the_numbers(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["parallel.cp=4"], "100 is not divisible by 2 x parallel.cp (4) = 8"),
+        (["parallel.cp=4"], "must be a multiple of 2 x parallel.cp (4) = 8, got 100"),
         (
             ["parallel.cp=4", "parallel.cp_method=all_gather"],
-            "100 is not divisible by 2 x parallel.cp (4) = 8",
+            "must be a multiple of 2 x parallel.cp (4) = 8, got 100",
         ),
         (
             ["parallel.cp=3", "parallel.cp_method=ulysses"],
-            "100 is not divisible by parallel.cp (3)",
+            "must be a multiple of parallel.cp (3), got 100",
         ),
-        (["parallel.tp=3"], "100 is not divisible by parallel.tp (3)"),
+        (["parallel.tp=3"], "100 must be a multiple of parallel.tp (3)"),
         (
             ["parallel.cp=4", "parallel.cp_method=ulysses", "parallel.tp=2"],
-            "100 / parallel.cp (4) = 25 is not divisible by parallel.tp (2)",
+            "100 / parallel.cp (4) = 25 must be a multiple of parallel.tp (2)",
         ),
     ],
 )
@@ -417,7 +423,7 @@ def test_rules_without_degrees_hold_where_the_world_size_does_not_divide() -> No
         world_size=3,
     )
     assert [p.key for p in actual] == ["parallel.dp_replicate", "training.global_batch_size"]
-    assert actual[1].message == "3 is not a multiple of local_batch_size (2)"
+    assert actual[1].message == "must be a multiple of training.local_batch_size (2), got 3"
 
 
 def test_what_can_work_gives_the_degrees() -> None:

@@ -54,10 +54,14 @@ def test_every_flavor_survives_the_way_there_and_back(family: Family, args: Deco
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("llama", {"qk_norm": True}, "LlamaForCausalLM cannot have qk_norm True, not False"),
-        ("internlm", {"out_bias": False}, "LlamaForCausalLM cannot have qkv_bias True, not False"),
-        ("gpt", {"head_dim": 64}, "GPT2LMHeadModel cannot have head_dim 64, not 32"),
-        ("gpt", {"ffn": "gelu"}, "GPT2LMHeadModel cannot have ffn gelu, not gelu_tanh"),
+        ("llama", {"qk_norm": True}, "LlamaForCausalLM does not support qk_norm True (only False)"),
+        (
+            "internlm",
+            {"out_bias": False},
+            "LlamaForCausalLM does not support qkv_bias True (only False)",
+        ),
+        ("gpt", {"head_dim": 64}, "GPT2LMHeadModel does not support head_dim 64 (only 32)"),
+        ("gpt", {"ffn": "gelu"}, "GPT2LMHeadModel does not support ffn gelu (only gelu_tanh)"),
     ],
 )
 def test_a_form_that_the_class_has_not_is_named(

@@ -39,7 +39,7 @@ def test_a_sequence_longer_than_the_models_is_refused_with_both_numbers() -> Non
         (
             "training.seq_len",
             "command line",
-            "seq_len (4096) is longer than the model's max_seq_len (2048)",
+            "seq_len (4096) must be at most the model's max_seq_len (2048)",
         )
     ]
 
@@ -49,7 +49,7 @@ def test_a_long_row_of_blocks_is_as_long_as_its_blocks() -> None:
     make_plan(None, [*long, "--data.packing_block=2048"], world_size=1)
     [(key, _, message)] = problems([*long, "--data.packing_block=4096"])
     assert key == "data.packing_block"
-    assert message == "packing_block (4096) is longer than the model's max_seq_len (2048)"
+    assert message == "packing_block (4096) must be at most the model's max_seq_len (2048)"
 
 
 MOE = "--model.name=qwen3_moe"
@@ -232,7 +232,7 @@ def test_heads_that_do_not_divide_the_width_are_refused() -> None:
     [(key, _, message)] = problems(["--model.num_heads=12"])
     assert key == "model.num_heads"
     assert message == (
-        "dim (256) is not divisible by num_heads (12): set model.head_dim for heads of another size"
+        "dim (256) must be a multiple of num_heads (12), unless model.head_dim is set"
     )
     make_plan(None, ["--model.num_heads=12", "--model.head_dim=16"], world_size=1)
 
@@ -271,7 +271,7 @@ def test_query_heads_that_kv_heads_do_not_divide_are_refused() -> None:
         (
             "model.num_kv_heads",
             "command line",
-            "num_heads (8) is not divisible by num_kv_heads (3)",
+            "num_heads (8) must be a multiple of num_kv_heads (3)",
         )
     ]
 
@@ -281,19 +281,19 @@ def test_heads_that_tp_does_not_divide_are_refused() -> None:
     assert rules_broken(config, LLAMA.flavors["debug"]) == [
         (
             ("parallel.tp", "model.num_kv_heads"),
-            "num_kv_heads (4) is not divisible by parallel.tp (8)",
+            "num_kv_heads (4) must be a multiple of parallel.tp (8)",
         )
     ]
     config = Config.model_validate({"parallel": {"tp": 3}})
     broken = [message for _, message in rules_broken(config, LLAMA.flavors["debug"])]
-    assert broken[0] == "num_heads (8) is not divisible by parallel.tp (3)"
+    assert broken[0] == "num_heads (8) must be a multiple of parallel.tp (3)"
     assert broken[-1] == (
-        "vocab_size, padded to a multiple of 128 (2048), is not divisible by parallel.tp (3)"
+        "vocab_size, padded to a multiple of 128 (2048), must be a multiple of parallel.tp (3)"
     )
     args = replace(LLAMA.flavors["debug"], ffn_dim=129)
     config = Config.model_validate({"parallel": {"tp": 2}})
     assert rules_broken(config, args) == [
-        (("parallel.tp", "model.ffn_dim"), "ffn_dim (129) is not divisible by parallel.tp (2)")
+        (("parallel.tp", "model.ffn_dim"), "ffn_dim (129) must be a multiple of parallel.tp (2)")
     ]
 
 
@@ -306,7 +306,7 @@ def test_a_tied_embedding_is_not_held_twice_by_a_rank() -> None:
 
     assert broken("DualPipeV") == [
         '"DualPipeV" has the first and the last stage on one rank, which does not support a '
-        "tied embedding; use a schedule without a V"
+        'tied embedding; set parallel.pp_schedule = "Interleaved1F1B"'
     ]
     assert not broken("1F1B")
 
@@ -317,8 +317,8 @@ def test_heads_that_ulysses_cannot_deal_to_the_ranks_are_refused() -> None:
         return [message for _, message in rules_broken(config, LLAMA.flavors["debug"])]
 
     assert broken(cp=8, tp=2, cp_method="ulysses") == [
-        "num_heads (8) / parallel.tp (2) = 4 is not divisible by parallel.cp (8), which "
-        'cp_method "ulysses" requires; use cp_method = "ring"'
+        "num_heads (8) / parallel.tp (2) = 4 must be a multiple of parallel.cp (8), which "
+        '"ulysses" requires; set parallel.cp_method = "ring"'
     ]
     assert not broken(cp=8, tp=2, cp_method="ring")
     # 4 key/value heads: repeated for 8 ranks.
@@ -331,8 +331,8 @@ def test_weights_of_attention_are_not_dropped_where_no_rank_has_all_of_a_sequenc
     assert rules_broken(config, dropping) == [
         (
             ("parallel.cp", "model.flavor", "model.attention_dropout"),
-            "attention_dropout (0.1) needs whole sequences, which parallel.cp (2) splits: use 0; "
-            "hidden_dropout is supported",
+            "attention_dropout (0.1) requires whole sequences, which parallel.cp (2) splits: set "
+            "model.attention_dropout = 0 (hidden_dropout works)",
         )
     ]
     assert not rules_broken(config, replace(dropping, attention_dropout=0.0))
@@ -373,7 +373,7 @@ def test_a_residual_stream_that_is_normalised_is_neither_parallel_nor_kept_wide(
 def test_a_sequence_longer_than_the_table_of_positions_is_refused_with_both_numbers() -> None:
     actual = problems(["--model.name=bert", "--model.flavor=base", "--training.seq_len=1024"])
     messages = [message for _, _, message in actual]
-    assert "seq_len (1024) is longer than the model's max_seq_len (512)" in messages
+    assert "seq_len (1024) must be at most the model's max_seq_len (512)" in messages
 
 
 def test_problems_of_the_configuration_and_of_the_model_come_together(tmp_path: Path) -> None:

@@ -347,18 +347,18 @@ def test_the_compiler_keeps_to_the_memory_budget(one_process: Workers, tmp_path:
         (
             ["mode=memory_budget", "memory_budget=1"],
             "memory_budget",
-            '1 recomputes nothing: use less, or mode = "none"',
+            "must be less than 1, which recomputes nothing; or set",
         ),
         (
             ["mode=selective_op", 'save=["matmul", "every_second_matmul"]'],
             "save",
-            'holds both "matmul" and "every_second_matmul"; use one of the two',
+            'cannot have both "matmul" and "every_second_matmul"; remove one of the two',
         ),
-        (["mode=selective_op", "save=[]"], "save", 'names nothing to save: use mode = "full"'),
+        (["mode=selective_op", "save=[]"], "save", "names no operation: name one, or set"),
         (
             ["mode=first_k", "first_k=5"],
             "first_k",
-            "first_k (5) is more than the model's num_layers (4)",
+            "first_k (5) must be at most the model's num_layers (4)",
         ),
         (
             ["mode=fraction", "fraction=0.2"],
@@ -399,8 +399,8 @@ def test_a_key_of_another_mode_is_refused(
     (problem,) = error.value.problems
     assert problem.key == f"activation_checkpoint.{key}"
     assert problem.message == (
-        f'has no place where activation_checkpoint.mode is "{chosen}": set '
-        f'activation_checkpoint.mode = "{mode}", or leave {key} out'
+        f'does not apply where activation_checkpoint.mode is "{chosen}": set '
+        f'activation_checkpoint.mode = "{mode}", or remove {key}'
     )
 
 

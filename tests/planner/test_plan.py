@@ -115,7 +115,7 @@ sys.exit("torch" in sys.modules)
     ("arguments", "message"),
     [
         (["--cluster=h1000"], '--cluster (command line): no cluster "h1000"; did you mean "h100"'),
-        (["--world-size=3", "--parallel.tp=2"], "3 is not a multiple of"),
+        (["--world-size=3", "--parallel.tp=2"], "multiple of pp (1)"),
         (["--parallel.tp=3", "--world-size=3"], "parallel.tp"),
         (["other.toml"], "expected one configuration, got"),
         (["--parallel.tp", "2"], "'2' is not an override: write --parallel.tp=2"),

@@ -308,7 +308,7 @@ def test_a_run_that_cannot_be_compared_is_a_mistake(spoil, message: str, capsys)
         (("run.toml", "a", "--b.nproc=2"), "--b.nproc=2 has no effect: a is not a TOML file"),
         (("run.toml", "a", "--nproc=none"), "expected a number of processes, got 'none'"),
         (("run.toml", "a", "--training.stebs=3"), "did you mean"),
-        (("run.toml", "a", "--nproc=3", "--parallel.tp=2"), "world size 3 is not a multiple"),
+        (("run.toml", "a", "--nproc=3", "--parallel.tp=2"), "got 3; lower a degree"),
         (("run.toml", "a", "--keep=."), "--keep: a exists already"),
         (("a", "a", "--keep=k"), "--keep has no effect: there is no TOML file"),
         (("a", "run.toml", "--nproc", "2"), "got 3: a, run.toml, 2 (a setting is one word"),

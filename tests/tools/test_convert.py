@@ -535,7 +535,7 @@ def test_a_form_that_the_class_has_not_is_refused(
     # As a checkpoint of such a model, not of the flavor before it changed.
     write_manifest(folder, replace(manifest, model=manifest.model | {"parallel_residual": True}))
     assert cli.main(["convert", "dcp-to-hf", str(folder), f"{tmp_path}/own"]) == 2
-    message = "LlamaForCausalLM cannot have parallel_residual True, not False"
+    message = "LlamaForCausalLM does not support parallel_residual True (only False)"
     assert message in capsys.readouterr().err
 
 

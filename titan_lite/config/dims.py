@@ -74,13 +74,14 @@ class ParallelDims:
         if len(given) == len(degrees) and product != world_size:
             raise SettingError(
                 keys,
-                f"the world size is {world_size}, but the degrees multiply to {product}: {factors}",
+                f"the degrees must multiply to the world size ({world_size}), got {factors} = "
+                f"{product}; set parallel.dp_shard = -1, or start {product} processes",
             )
         if world_size < 1 or world_size % product:
             raise SettingError(
                 keys,
-                f"the world size {world_size} is not a multiple of {factors} = {product}, "
-                "so dp_shard = -1 has nothing to become",
+                f"dp_shard = -1 requires a world size that is a multiple of {factors} = {product}, "
+                f"got {world_size}; lower a degree, or start a multiple of {product} processes",
             )
         dims = cls(**{"dp_shard": world_size // product, **given}, ep=parallel.ep)
         if dims.fsdp % dims.ep:

@@ -104,7 +104,7 @@ def _micro_batches(config: Config, micro_steps: int, words: str) -> Iterator[Set
     elif micro_steps % count:
         yield SettingError(
             "parallel.pp_micro_batches",
-            f"{count} does not divide the {micro_steps} micro-batches of a step ({words})",
+            f"must divide the {micro_steps} micro-batches of a step ({words}), got {count}",
         )
         return
     least = max(1, parallel.schedule.min_per_rank * pp)
@@ -115,7 +115,8 @@ def _micro_batches(config: Config, micro_steps: int, words: str) -> Iterator[Set
         yield SettingError(
             "training.global_batch_size",
             f"{quote(parallel.pp_schedule)} on {pp} ranks requires {fits} micro-batches, but "
-            f"{step} has {count} ({words}); lower local_batch_size or raise global_batch_size",
+            f"{step} has {count} ({words}); lower training.local_batch_size "
+            "or raise training.global_batch_size",
         )
 
 
@@ -125,18 +126,18 @@ def _sequence(seq_len: int, parallel: Parallel) -> Iterator[SettingError]:
     if cp > 1 and parallel.cp_method == "ulysses" and seq_len % cp:
         yield SettingError(
             "training.seq_len",
-            f"{seq_len} is not divisible by parallel.cp ({cp})",
+            f"must be a multiple of parallel.cp ({cp}), got {seq_len}",
         )
     elif cp > 1 and parallel.cp_method != "ulysses" and seq_len % (2 * cp):
         yield SettingError(
             "training.seq_len",
-            f"{seq_len} is not divisible by 2 x parallel.cp ({cp}) = {2 * cp}",
+            f"must be a multiple of 2 x parallel.cp ({cp}) = {2 * cp}, got {seq_len}",
         )
     elif tp > 1 and (seq_len // cp) % tp:
         local = f" / parallel.cp ({cp}) = {seq_len // cp}" if cp > 1 else ""
         yield SettingError(
             "training.seq_len",
-            f"{seq_len}{local} is not divisible by parallel.tp ({tp})",
+            f"{seq_len}{local} must be a multiple of parallel.tp ({tp})",
         )
 
 
@@ -159,14 +160,18 @@ def _activation_checkpoint(config: Config) -> Iterator[SettingError]:
         if section.memory_budget == 1:
             yield SettingError(
                 "activation_checkpoint.memory_budget",
-                '1 recomputes nothing: use less, or mode = "none"',
+                "must be less than 1, which recomputes nothing; or set activation_checkpoint.mode "
+                '= "none"',
             )
     if section.mode == "selective_op" and not section.save:
-        yield SettingError("activation_checkpoint.save", 'names nothing to save: use mode = "full"')
+        yield SettingError(
+            "activation_checkpoint.save",
+            'names no operation: name one, or set activation_checkpoint.mode = "full"',
+        )
     if section.mode == "selective_op" and {"matmul", "every_second_matmul"} <= {*section.save}:
         yield SettingError(
             "activation_checkpoint.save",
-            'holds both "matmul" and "every_second_matmul"; use one of the two',
+            'cannot have both "matmul" and "every_second_matmul"; remove one of the two',
         )
 
 
@@ -183,8 +188,7 @@ def _async_tp(config: Config) -> Iterator[SettingError]:
     if parallel.async_tp and missing:
         yield SettingError(
             "parallel.async_tp",
-            "the compiler overlaps the gathers and scatters of sequence parallel with matmuls: "
-            f"set {' and '.join(missing)}",
+            f"true requires the compiler and sequence parallel: set {' and '.join(missing)}",
         )
 
 
@@ -197,16 +201,16 @@ def _layout(config: Config, dims: ParallelDims | None) -> Iterator[SettingError]
         ):
             yield SettingError(
                 "training.global_batch_size",
-                f"{training.global_batch_size} is not a multiple of local_batch_size "
-                f"({training.local_batch_size})",
+                "must be a multiple of training.local_batch_size "
+                f"({training.local_batch_size}), got {training.global_batch_size}",
             )
         return
     micro = training.local_batch_size * dims.batch
     if training.global_batch_size != -1 and training.global_batch_size % micro:
         yield SettingError(
             "training.global_batch_size",
-            f"{training.global_batch_size} is not a multiple of local_batch_size "
-            f"({training.local_batch_size}) x data-parallel degree ({dims.batch}) = {micro}",
+            f"must be a multiple of training.local_batch_size ({training.local_batch_size}) x "
+            f"data-parallel degree ({dims.batch}) = {micro}, got {training.global_batch_size}",
         )
     elif config.parallel.pp > 1:
         samples = resolve_global_batch(

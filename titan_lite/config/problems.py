@@ -233,7 +233,7 @@ def unknown_table(name: str, content: Any) -> str:
 def unknown_key(section: str, key: str) -> str:
     """Why a key of a known table is wrong."""
     if key == "extends":
-        return "extends stands at the top of a file, before the first [table]"
+        return "extends must be at the top of a file, before the first [table]"
     elsewhere = [f"{other}.{key}" for other, fields in FIELDS.items() if key in fields]
     same = [f"{section}.{match}" for match in nearest(key, FIELDS[section], limit=3)]
     if names := elsewhere[:3] or same:
@@ -248,8 +248,8 @@ def foreign_key(section: str, key: str, tag: str) -> str:
     """The problem of a key that belongs to other variants of its table than that of this tag."""
     (need,) = [need for need in FIELDS[section][key].metadata if isinstance(need, Variant)]
     return (
-        f"has no place where {section}.{need.keys[0]} is {quote(tag)}: set {need.stated(section)}, "
-        f"or leave {key} out"
+        f"does not apply where {section}.{need.keys[0]} is {quote(tag)}: set "
+        f"{need.stated(section)}, or remove {key}"
     )
 
 

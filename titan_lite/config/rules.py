@@ -39,8 +39,8 @@ def _variants(config: Config) -> Iterator[SettingError]:
     for table, key, need in unmet_needs(config, Variant):
         yield SettingError(
             f"{table}.{key}",
-            f"has no place where {need.unmet(config, table)}: set {need.stated(table)}, or leave "
-            f"{key} out",
+            f"does not apply where {need.unmet(config, table)}: set {need.stated(table)}, or "
+            f"remove {key}",
         )
 
 
@@ -50,16 +50,15 @@ def _single(config: Config) -> Iterator[SettingError]:
     if training.param_dtype != "float16" and training.reduce_dtype == "float16":
         yield SettingError(
             "training.reduce_dtype",
-            '"float16" gradients vanish without loss scaling, which comes with param_dtype = '
-            f'"float16"; param_dtype is {quote(training.param_dtype)}',
+            '"float16" requires loss scaling, which only training.param_dtype = "float16" has, got '
+            f'{quote(training.param_dtype)}; set training.reduce_dtype = "float32"',
         )
     block, seq_len = config.data.packing_block, training.seq_len
     if config.data.packing == "fixed" and (seq_len % block or seq_len == block):
-        wrong = "is all of" if seq_len == block else "does not divide"
         yield SettingError(
             "data.packing",
-            f'"fixed" cuts a sample into several blocks: data.packing_block ({block}) {wrong} '
-            f'training.seq_len ({seq_len}); samples of one block are "concat"',
+            f'"fixed" requires data.packing_block to divide training.seq_len ({seq_len}) into at '
+            f'least 2 blocks, got {block}; for samples of one block, set data.packing = "concat"',
         )
     yield from _groups(config.optimizer)
     yield from _rounded_moments(config.optimizer)
@@ -69,8 +68,8 @@ def _single(config: Config) -> Iterator[SettingError]:
     if profiling.enable_profiling and profiling.profile_freq < PROFILED_STEPS:
         yield SettingError(
             "profiling.profile_freq",
-            f"{profiling.profile_freq} must be at least {PROFILED_STEPS}, the steps recorded in "
-            "each period",
+            f"must be at least {PROFILED_STEPS}, the steps recorded in each period, got "
+            f"{profiling.profile_freq}",
         )
     if config.metrics.enable_wandb and (problem := _wandb_problem()):
         yield SettingError("metrics.enable_wandb", problem)
@@ -97,8 +96,8 @@ def _decay(section: LRScheduler, steps: int) -> Iterator[SettingError]:
     if section.decay_ratio != 1:
         yield SettingError(
             "lr_scheduler.decay_ratio",
-            f"{section.decay_ratio:g} cannot be combined with decay_start or decay_steps; leave it "
-            "or them out",
+            f"{section.decay_ratio:g} cannot be combined with decay_start or decay_steps; remove "
+            "decay_ratio, or the others",
         )
     if start != -1 and not warmup <= start < steps:
         yield SettingError(
@@ -115,7 +114,7 @@ def _decay(section: LRScheduler, steps: int) -> Iterator[SettingError]:
     if start != -1 and length != -1 and section.decay_type == "inverse_sqrt":
         yield SettingError(
             "lr_scheduler.decay_steps",
-            'must be left out: "inverse_sqrt" has no end after decay_start',
+            f'{length} does not apply to decay_type = "inverse_sqrt" with decay_start: remove it',
         )
 
 
@@ -123,7 +122,7 @@ def _groups(section: Optimizer) -> Iterator[SettingError]:
     """Algorithms of optimizer.groups that the optimizer does not have."""
     for number, group in enumerate(section.groups, start=1):
         if group.algorithm and group.algorithm not in section.ALGORITHMS:
-            hint = "leave algorithm out"
+            hint = "remove algorithm"
             if section.ALGORITHMS:
                 hint = f"use {one_of([quote(name) for name in section.ALGORITHMS])}"
             yield SettingError(
@@ -210,7 +209,8 @@ def _documents(config: Config) -> Iterator[SettingError]:
     names = [source.name for source in data.sources]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield SettingError(
-            "data.sources", f"{names.count(name)} sources have the name {quote(name)}"
+            "data.sources",
+            f"names must be unique: {names.count(name)} sources have the name {quote(name)}",
         )
     for key, field in Documents.model_fields.items():
         value = getattr(data, key)

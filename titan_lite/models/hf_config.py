@@ -87,7 +87,7 @@ def args_from_hf(config: Mapping[str, Any], hf: HFConfig) -> DecoderArgs:
         if value is None and known[name].default is dataclasses.MISSING:
             raise ValueError(f"config.json has no {key}")
         if value is not None:
-            values[name] = _ours(value, key, hf)
+            values[name] = _from_hf(value, key, hf)
     values["rope_scaling"] = _read_scaling(config.get("rope_scaling"))
     args = hf.args(**values)
     # As flavors have it: None where it follows from the other numbers.
@@ -125,7 +125,7 @@ def hf_config_from_args(
     config: dict[str, Any] = {
         "architectures": [hf.architecture],
         "model_type": hf.model_type,
-        **{key: _theirs(_value(args, name), key, hf) for name, key in hf.keys.items()},
+        **{key: _to_hf(_value(args, name), key, hf) for name, key in hf.keys.items()},
         **hf.constants,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
@@ -145,11 +145,11 @@ def hf_config_from_args(
 def unsupported_in_hf(args: DecoderArgs, hf: HFConfig) -> str:
     """Returns the features of a model that config.json cannot express, or ""."""
     different = differences(hf_config_from_args(args, hf, dtype="float32"), hf, args)
-    words = [f"{name} {value}, not {hf_value}" for name, (hf_value, value) in different.items()]
-    return f"{hf.architecture} cannot have {', '.join(words)}" if words else ""
+    words = [f"{name} {value} (only {hf_value})" for name, (hf_value, value) in different.items()]
+    return f"{hf.architecture} does not support {', '.join(words)}" if words else ""
 
 
-def _ours(value: Any, key: str, hf: HFConfig) -> Any:
+def _from_hf(value: Any, key: str, hf: HFConfig) -> Any:
     """Returns the args' name for a value of config.json."""
     names = hf.names.get(key)
     if names is None:
@@ -162,7 +162,7 @@ def _ours(value: Any, key: str, hf: HFConfig) -> Any:
     return names[value]
 
 
-def _theirs(value: Any, key: str, hf: HFConfig) -> Any:
+def _to_hf(value: Any, key: str, hf: HFConfig) -> Any:
     """Returns config.json's name for a value of the args, the first one where it has several."""
     names = hf.names.get(key)
     if names is None:

@@ -103,38 +103,39 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
     if data.packing == "fixed" and data.packing_block > args.max_seq_len:
         yield SettingError(
             ("data.packing_block", "model.max_seq_len"),
-            f"packing_block ({data.packing_block}) is longer than the model's max_seq_len "
+            f"packing_block ({data.packing_block}) must be at most the model's max_seq_len "
             f"({args.max_seq_len})",
         )
     if data.packing != "fixed" and seq_len > args.max_seq_len:
         yield SettingError(
             ("training.seq_len", "model.max_seq_len"),
-            f"seq_len ({seq_len}) is longer than the model's max_seq_len ({args.max_seq_len})",
+            f"seq_len ({seq_len}) must be at most the model's max_seq_len ({args.max_seq_len})",
         )
     heads, cp = args.num_heads // tp, config.parallel.cp
     if config.parallel.cp_method == "ulysses" and args.num_heads % tp == 0 and heads % cp:
         yield SettingError(
             ("parallel.cp", "parallel.cp_method", "parallel.tp", "model.num_heads"),
-            f"num_heads ({args.num_heads}) / parallel.tp ({tp}) = {heads} is not divisible by "
-            f'parallel.cp ({cp}), which cp_method "ulysses" requires; use cp_method = "ring"',
+            f"num_heads ({args.num_heads}) / parallel.tp ({tp}) = {heads} must be a multiple of "
+            f'parallel.cp ({cp}), which "ulysses" requires; set parallel.cp_method = "ring"',
         )
     parallel = config.parallel
     if args.tied_head and parallel.pp > 1 and parallel.schedule.is_v:
         yield SettingError(
             ("parallel.pp_schedule", "model.tied_head"),
             f'"{parallel.pp_schedule}" has the first and the last stage on one rank, which does '
-            "not support a tied embedding; use a schedule without a V",
+            'not support a tied embedding; set parallel.pp_schedule = "Interleaved1F1B"',
         )
     section, layers = config.activation_checkpoint, args.num_layers
     if section.mode == "first_k" and section.first_k > layers:
         yield SettingError(
             ("activation_checkpoint.first_k", "model.num_layers"),
-            f"first_k ({section.first_k}) is more than the model's num_layers ({layers})",
+            f"first_k ({section.first_k}) must be at most the model's num_layers ({layers})",
         )
     if section.mode == "fraction" and not section.layers(layers):
         yield SettingError(
             ("activation_checkpoint.fraction", "model.num_layers"),
-            f"fraction ({section.fraction:g}) x num_layers ({layers}) rounds down to 0 layers",
+            f"fraction ({section.fraction:g}) x num_layers ({layers}) rounds down to 0 layers; set "
+            "a larger activation_checkpoint.fraction",
         )
     known = ["name", *(field.name for field in dataclasses.fields(args))]
     for name in config.checkpoint.allow_model_changes:
@@ -149,7 +150,8 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
     if args.num_heads % args.num_kv_heads:
         yield SettingError(
             ("model.flavor", "model.num_heads", "model.num_kv_heads"),
-            f"num_heads ({args.num_heads}) is not divisible by num_kv_heads ({args.num_kv_heads})",
+            f"num_heads ({args.num_heads}) must be a multiple of num_kv_heads "
+            f"({args.num_kv_heads})",
         )
     kernel = config.attention.kernel
     if args.attention_dropout and kernel not in ("auto", "math"):
@@ -162,8 +164,8 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
     if args.causal and args.attention_dropout and cp > 1:
         yield SettingError(
             ("parallel.cp", "model.flavor", "model.attention_dropout"),
-            f"attention_dropout ({args.attention_dropout:g}) needs whole sequences, which "
-            f"parallel.cp ({cp}) splits: use 0; hidden_dropout is supported",
+            f"attention_dropout ({args.attention_dropout:g}) requires whole sequences, which "
+            f"parallel.cp ({cp}) splits: set model.attention_dropout = 0 (hidden_dropout works)",
         )
     if args.positions == "learned":
         for key in ("rotary_fraction", "rope_theta"):
@@ -177,13 +179,13 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
         if size % tp:
             yield SettingError(
                 ("parallel.tp", f"model.{name}"),
-                f"{name} ({size}) is not divisible by parallel.tp ({tp})",
+                f"{name} ({size}) must be a multiple of parallel.tp ({tp})",
             )
     if args.padded_vocab_size % tp:
         yield SettingError(
             ("parallel.tp", "model.vocab_size"),
             f"vocab_size, padded to a multiple of {VOCAB_MULTIPLE} ({args.padded_vocab_size}), "
-            f"is not divisible by parallel.tp ({tp})",
+            f"must be a multiple of parallel.tp ({tp})",
         )
 
 
@@ -315,8 +317,8 @@ def _head_rules(args: DecoderArgs) -> Iterator[SettingError]:
     if args.head_dim is None and args.dim % args.num_heads:
         yield SettingError(
             ("model.flavor", "model.dim", "model.num_heads"),
-            f"dim ({args.dim}) is not divisible by num_heads ({args.num_heads}): set model.head_dim"
-            " for heads of another size",
+            f"dim ({args.dim}) must be a multiple of num_heads ({args.num_heads}), unless "
+            "model.head_dim is set",
         )
     elif args.positions == "rotary" and (args.rotary_dim % 2 or not args.rotary_dim):
         yield SettingError(
