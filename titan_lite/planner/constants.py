@@ -1,9 +1,7 @@
 """The planner's constants, which assets/planner_constants.toml holds with their sources."""
 
-import functools
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import titan_lite
@@ -27,30 +25,17 @@ def base_name(name: str) -> str:
     return name
 
 
-@dataclass(frozen=True)
-class Constants:
-    """Constants as one device and software stack see them."""
+class Constants(dict[str, float]):
+    """Constants as one device and software stack see them: of each name the most specific."""
 
-    values: Mapping[str, float]
-    architecture: str = ""
-    stack: str = ""
-
-    def __getitem__(self, name: str) -> float:
-        return self._found[name]
-
-    @functools.cached_property
-    def _found(self) -> "_Found":
-        return _Found(self.values, self.architecture, self.stack)
-
-
-class _Found(dict[str, float]):
     def __init__(self, values: Mapping[str, float], architecture: str, stack: str) -> None:
         super().__init__()
-        self._values, self._suffixes = values, (f"/{architecture}/{stack}", f"/{architecture}", "")
+        self._values = values
+        specific = f"/{architecture}/{stack}", f"/{architecture}"
+        # Leonardo's A100 is an A100 where nothing more specific is known.
+        self._suffixes = *specific, *(s.replace("A100-64", "A100") for s in specific), ""
 
     def __missing__(self, name: str) -> float:
-        # Leonardo's A100 is an A100 where nothing more special is known.
-        plain = [s.replace("A100-64", "A100") for s in self._suffixes]
-        suffixes = (*self._suffixes[:2], *plain)
-        self[name] = next(self._values[name + s] for s in suffixes if name + s in self._values)
+        known = (name + suffix for suffix in self._suffixes if name + suffix in self._values)
+        self[name] = self._values[next(known)]
         return self[name]
