@@ -348,7 +348,7 @@ BUDGET = {
     "tools": 1850,
     "checkpoint": 1570,
     "models": 1700,
-    "planner": 1390,
+    "planner": 1387,
     "regression": 1190,
     "runtime": 1130,
     "nn": 980,

@@ -264,8 +264,9 @@ def test_memory_that_fsdp_frees_is_seen_after_an_operation_with_a_body() -> None
         assert recorder.peak(start).bytes == later.nbytes
 
 
+@pytest.mark.parametrize("model", ["llama", "mixtral"])
 def test_a_step_that_does_not_fit_names_settings_that_would(
-    monkeypatch: pytest.MonkeyPatch,
+    model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from titan_lite.dryrun import summary
 
@@ -273,8 +274,11 @@ def test_a_step_that_does_not_fit_names_settings_that_would(
     rank = SimpleNamespace(parameters=1, measured=SimpleNamespace(peak=SimpleNamespace(bytes=size)))
     monkeypatch.setattr(summary, "dry_runs", lambda plan, ranks: [rank])
     monkeypatch.setattr(summary, "_rank", lambda rank, device: [])
-    batch = "--training.local_batch_size=8"
-    plan = make_plan(TRAIN_CONFIGS / "llama3_8b.toml", [NO_FILE, batch], 8, with_files=False)
+    small = {"llama": ("llama3_8b", 8), "mixtral": ("8x7b", 32)}
+    flavor, world_size = small[model]
+    names = (f"--model.name={model}", f"--model.flavor={flavor}", "--training.seq_len=8192")
+    overrides = [*names, NO_FILE, "--training.local_batch_size=8"]
+    plan = make_plan(None, overrides, world_size, with_files=False)
     device = find_by_short_name("h100")
     assert device is not None
     assert "\nWould fit\n  --" in summary.summarize_dry_run(plan, [0], device, as_json=False)

@@ -1,12 +1,13 @@
 """Writes what dry runs measure to dry_runs_*.json, which the planner's memory is tested against.
 
-    python -m tests.planner.dry_runs presets|random [FIRST [LAST]]
+    python -m tests.planner.dry_runs presets|random|experts [FIRST [LAST]]
 
 Dry runs take seconds to minutes each, so the tests read the file. `presets` are those of
 train_configs/ at their world sizes, one rank for each place in the pipeline (of more than four, the
-first two, one in the middle and the last), with no more micro-batches than memory depends on, and
-the deep ones with fewer layers. `random` are 200 legal layouts of small models, drawn with a fixed
-seed, one rank for each place, of which the file holds those that there was time for.
+first two, one in the middle and the last), with as many micro-batches as a pipeline keeps at once,
+though it has buffers for all of a pass, and the deep ones with fewer layers. `random` are 200 legal
+layouts of small models, drawn with a fixed seed, one rank for each place, of which the file holds
+those that there was time for. `experts` are 40 of small Mixture-of-Experts models.
 Cases that the file already has are kept.
 """
 
@@ -21,6 +22,7 @@ from typing import Any
 
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import ConfigError
+from titan_lite.models.args import MoEArgs
 from titan_lite.models.plan import Plan, make_plan
 
 FOLDER = Path(__file__).parent.parent.parent / "train_configs"
@@ -104,6 +106,50 @@ def random_layouts(number: int = 200) -> Iterator[tuple[str, list[str], int]]:
         yield "", overrides, world
 
 
+def random_experts(number: int = 40) -> Iterator[tuple[str, list[str], int]]:
+    """Legal layouts of small Mixture-of-Experts models, the same ones each time."""
+    draw = random.Random(1)
+    made = 0
+    while made < number:
+        cp, pp, shard, replicate = (draw.choice(c) for c in ((1, 1, 1, 2), (1, 1, 1, 2),
+                                    (1, 2, 4, 8), (1, 1, 2)))  # fmt: skip
+        micro, steps = draw.choice((1, 2, 4)), draw.choice((1, 1, 2, 4))
+        name = draw.choice(("qwen3_moe", "mixtral", "deepseek_v3"))
+        keys = {
+            "model.name": name,
+            "model.dim": draw.choice((256, 512, 1024)),
+            "model.ffn_dim": draw.choice((256, 768)),
+            "model.num_layers": draw.choice((4, 6)),
+            "model.num_experts": draw.choice((8, 16, 32)),
+            "model.top_k": draw.choice((2, 4)) if name != "deepseek_v3" else 2,
+            "model.vocab_size": draw.choice((8192, 32768)),
+            "training.seq_len": draw.choice((512, 1024)),
+            "training.local_batch_size": micro,
+            "training.global_batch_size": micro * steps * shard * replicate,
+            "parallel.cp": cp,
+            "parallel.pp": pp,
+            "parallel.ep": draw.choice((1, 2, 2, 4, 8)),
+            "parallel.dp_shard": shard,
+            "parallel.dp_replicate": replicate,
+            "parallel.reshard_after_forward": draw.choice(("default", "always", "never")),
+            "parallel.gradient_sync": draw.choice(("every_micro_batch", "last_micro_batch")),
+            "activation_checkpoint.mode": draw.choice(("none", "selective_op", "full")),
+        }
+        if name == "deepseek_v3" and cp > 1:
+            keys["model.balance_loss"] = "global_lagged"
+        overrides = [f"--{key}={value}" for key, value in keys.items()]
+        world = cp * pp * shard * replicate
+        try:
+            plan_of("", overrides, world)
+        except ConfigError:
+            continue
+        made += 1
+        yield "", overrides, world
+
+
+CASES = {"presets": presets, "random": random_layouts, "experts": random_experts}
+
+
 def ranks(dims: ParallelDims) -> list[int]:
     places = range(dims.pp) if dims.pp <= 4 else (0, 1, dims.pp // 2, dims.pp - 1)
     return [dims.rank(dict.fromkeys(dims.AXES, 0) | {"pp": place}) for place in places]
@@ -115,7 +161,9 @@ def measure(name: str, overrides: list[str], world: int, rank: int, queue: Any) 
     from titan_lite.dryrun.run import dry_run
 
     torch.set_num_threads(1)
-    actual = dry_run(plan_of(name, overrides, world), rank)
+    plan = plan_of(name, overrides, world)
+    # Blocks with experts do not always free what they made themselves.
+    actual = dry_run(plan, rank, repeats=not isinstance(plan.args, MoEArgs))
     measured = actual.measured
     queue.put(
         {
@@ -137,7 +185,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     which, *span = sys.argv[1:]
-    cases = sorted(presets(), key=cost) if which == "presets" else list(random_layouts())
+    cases = sorted(CASES[which](), key=cost) if which == "presets" else list(CASES[which]())
     first, last = [*map(int, span), *(0, len(cases))[len(span) :]]
     context = multiprocessing.get_context("fork")
     file = Path(__file__).parent / f"dry_runs_{which}.json"

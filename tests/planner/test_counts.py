@@ -16,10 +16,12 @@ from titan_lite.models.bert import BERT, MEGATRON_BERT
 from titan_lite.models.deepseek import DEEPSEEK_V3
 from titan_lite.models.gpt import GPT, GPT_NEOX
 from titan_lite.models.llama import LLAMA
+from titan_lite.models.moe import QWEN3_MOE
 from titan_lite.models.qwen import QWEN3
 from titan_lite.nn.build_model import build_decoder, build_encoder, build_model
 from titan_lite.planner.counts import (
     flops_per_token,
+    num_active_params,
     num_block_params,
     num_last_matmul_params,
     num_params,
@@ -97,7 +99,7 @@ any_args = st.builds(
 def flops(args, seq_len, recomputed=0):
     return flops_per_token(
         num_params_non_embedding=num_params_non_embedding(args),
-        num_block_params=num_block_params(args),
+        num_block_params=num_active_params(args, 0, args.num_layers),
         num_layers=args.num_layers,
         attention_dim=args.attention_dim,
         seq_len=seq_len,
@@ -282,6 +284,8 @@ EQUAL_HEADS = dataclasses.replace(
         (BERT, 3),
         (MEGATRON_BERT, 3),
         (EQUAL_HEADS, 0),
+        (EQUAL_HEADS, 4),
+        (QWEN3_MOE, 3),
     ],
     ids=lambda value: getattr(value, "name", None),
 )

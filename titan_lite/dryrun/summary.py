@@ -11,7 +11,6 @@ from titan_lite.config.dims import ParallelDims
 from titan_lite.config.units import format_scaled
 from titan_lite.dryrun.run import DryRank, dry_runs, left_out
 from titan_lite.metrics.device import GIB
-from titan_lite.models.args import MoEArgs
 from titan_lite.models.plan import Plan
 from titan_lite.planner.counts import FORMULA
 from titan_lite.planner.hardware import Device
@@ -45,8 +44,7 @@ def summarize_dry_run(plan: Plan, ranks: Sequence[int], device: Device, *, as_js
     for rank in results:
         lines += ["", *_rank(rank, device)]
     peak = max(rank.measured.peak.bytes for rank in results)
-    is_planned = not isinstance(plan.args, MoEArgs)
-    if is_planned and device.memory_gb is not None and peak > device.memory_gb * GIB:
+    if device.memory_gb is not None and peak > device.memory_gb * GIB:
         settings = fitting_settings(plan.config, plan.dims, plan.family, plan.args, device)
         lines += ["", "Would fit", *(f"  {text}" for text in settings or ["on more devices only"])]
     return "\n".join(lines)

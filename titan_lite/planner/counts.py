@@ -1,5 +1,6 @@
 """Parameters of a model and FLOPs per token, by the formulas of the field."""
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -57,10 +58,13 @@ def in_words(num_params: int, args: DecoderArgs) -> str:
 
 def num_inactive_params(args: DecoderArgs) -> int:
     """Parameters of the experts that a token does not go to."""
-    if not isinstance(args, MoEArgs):
-        return 0
-    unused = args.num_experts - args.top_k
-    return (args.num_layers - args.dense_layers) * unused * 3 * args.dim * args.ffn_dim
+    return num_block_params(args) - num_active_params(args, 0, args.num_layers)
+
+
+def num_active_params(args: DecoderArgs, start: int, end: int) -> int:
+    """Parameters of a range of blocks that a token goes through."""
+    shared, experts = block_params(args, start, end)
+    return shared + (experts * args.top_k // args.num_experts if isinstance(args, MoEArgs) else 0)
 
 
 def num_looked_up_params(args: DecoderArgs) -> int:
@@ -83,22 +87,35 @@ def num_last_matmul_params(args: DecoderArgs) -> int:
     if isinstance(args, EncoderArgs) and args.post_norm:
         return 0
     blocks = map(args.of_block, range(args.num_layers))
-    return sum(num_experts(block) * args.dim * block.ffn_dim for block in blocks)
+    return sum(feed_forwards(block)[0] * args.dim * block.ffn_dim for block in blocks)
 
 
-def num_experts(args: DecoderArgs) -> int:
-    """Feed-forwards of a block that a token goes through."""
+def feed_forwards(args: DecoderArgs) -> tuple[int, int]:
+    """Feed-forwards of a block that every token goes through, and those that a router chooses."""
     if isinstance(args, MoEArgs) and args.num_experts:
-        return args.top_k + args.shared_experts
-    return 1
+        return args.shared_experts, args.top_k
+    return 1, 0
 
 
 def num_block_params(args: DecoderArgs) -> int:
     """Parameters of all transformer blocks: attention, feed-forward and norms."""
-    return sum(_num_params_of_block(args.of_block(index)) for index in range(args.num_layers))
+    return sum(block_params(args, 0, args.num_layers))
 
 
-def _num_params_of_block(args: DecoderArgs) -> int:
+@functools.cache
+def block_params(args: DecoderArgs, start: int, end: int) -> tuple[int, int]:
+    """Parameters of a range of blocks: those of every token, and those of experts."""
+    blocks = [args.of_block(index) for index in range(start, end)]
+    experts = sum(
+        3 * block.num_experts * block.dim * block.ffn_dim
+        for block in blocks
+        if isinstance(block, MoEArgs)
+    )
+    return sum(map(_num_shared_params, blocks)), experts
+
+
+def _num_shared_params(args: DecoderArgs) -> int:
+    """Parameters of a block that every token goes through."""
     attention = sum(math.prod(sides) for sides in attention_matrices(args))
     attention += (args.attention_dim + 2 * args.kv_dim) * args.qkv_bias + args.dim * args.out_bias
     if args.qk_norm:
@@ -109,8 +126,7 @@ def _num_params_of_block(args: DecoderArgs) -> int:
     feed_forward = inner * _linear(args.dim, args.ffn_dim, args.ffn_bias)
     feed_forward += _linear(args.ffn_dim, args.dim, args.ffn_bias)
     if isinstance(args, MoEArgs) and args.num_experts:
-        router = args.num_experts * args.dim
-        feed_forward = (args.num_experts + args.shared_experts) * feed_forward + router
+        feed_forward = args.shared_experts * feed_forward + args.num_experts * args.dim
     return attention + feed_forward + 2 * _norm(args, args.dim)
 
 

@@ -41,8 +41,6 @@ def interval(step: Step) -> Interval:
     elif isinstance(job.args, MoEArgs):
         low, high = UNKNOWN
         notes.append("no run of a Mixture of Experts validates the model")
-        if job.ep > 1:
-            notes.append(f"parallel.ep = {job.ep} is predicted as 1, without all-to-alls")
     elif not cluster.calibrated and job.kernels not in STACKS:
         low, high = UNKNOWN
         notes.append(f'no run with kernels of class "{job.kernels}" validates the model')

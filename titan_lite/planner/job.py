@@ -79,6 +79,11 @@ class Job:
         """Ranks over which FSDP shards."""
         return self.dp_shard * self.cp
 
+    def span_of(self, stage: int) -> tuple[int, int]:
+        """A stage's first block, and the one after its last."""
+        start = sum(self.blocks[:stage])
+        return start, start + self.blocks[stage]
+
     @property
     def tokens(self) -> int:
         """Tokens of a step, over all ranks."""

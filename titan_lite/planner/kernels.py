@@ -4,11 +4,11 @@ FLOPs and bytes are counted by hand; rates are a cluster's peaks times the share
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from titan_lite.models.args import DecoderArgs, MoEArgs
+from titan_lite.models.args import DecoderArgs
 from titan_lite.planner.cluster import Cluster
-from titan_lite.planner.counts import attention_matrices, num_experts
+from titan_lite.planner.counts import attention_matrices, feed_forwards
 from titan_lite.planner.job import Job
 
 # (rows, columns) of the output tile of a matmul kernel, and the share of the rate it reaches.
@@ -58,24 +58,23 @@ class Rates:
         self.inner = cluster.link * k["link"]
         self.outer = cluster.node_nic_gbs * 1e9 * k["nic"]
 
-    def matmul(self, M: float, K: float, N: float, *, float8: bool = False) -> float:
-        """Seconds of an (M, K) x (K, N) product."""
+    def matmul(self, M: float, K: float, N: float, float8: bool = False, groups: int = 1) -> float:
+        """Seconds of an (M, K) x (K, N) product, or of so many as one."""
         units = self.cluster.device.multiprocessors
         best = 0.0
         for rows, columns, quality in TILES:
-            waves = math.ceil(M / rows) * math.ceil(N / columns) / units
+            waves = groups * math.ceil(M / rows) * math.ceil(N / columns) / units
             best = max(best, quality * waves / math.ceil(waves))
         inner = self.k["inner8" if float8 else "inner"]
         rate = self.float8_rate if float8 else self.matmul_rate
-        flops = 2 * M * K * N
-        moved = (2 * (M * K + K * N) + 2 * M * N) * self.scale
+        flops = 2 * groups * M * K * N
+        moved = 2 * groups * (M * K + K * N + M * N) * self.scale
         return max(flops * (K + inner) / (rate * best * K), moved / self.hbm) + self.launch
 
-    def linear(self, M: float, K: float, N: float, *, float8: bool = False) -> tuple[float, float]:
+    def linear(self, M: float, K: float, N: float, **kind: Any) -> tuple[float, float]:
         """Seconds of a linear layer, forward and backward."""
-        forward = self.matmul(M, K, N, float8=float8)
-        to_input = self.matmul(M, N, K, float8=float8)
-        return forward, to_input + self.matmul(K, M, N, float8=float8)
+        to_input = self.matmul(M, N, K, **kind)
+        return self.matmul(M, K, N, **kind), to_input + self.matmul(K, M, N, **kind)
 
     def attention(self, job: Job) -> tuple[float, float]:
         """Seconds of one block's attention for a micro-batch, forward and backward."""
@@ -107,16 +106,17 @@ class Rates:
         copied = heads if args.num_kv_heads < args.num_heads else 0
         # A dropout where attention and feed-forward add to the residual.
         drop = 10 * whole if args.hidden_dropout else 0
-        experts = num_experts(args)
-        # Of experts: rows are taken and put back, weighted in float32 and added up.
-        routed = 18 * experts * whole if isinstance(args, MoEArgs) else 0
+        shared, routed = feed_forwards(args)
+        # Of experts: rows are taken and put back, weighted in float32 and added up; those that
+        # have been exchanged are taken once more.
+        moved = (18 + 8 * (job.ep > 1)) * routed * whole
         forward, backward = (
             2 * whole * (table.norm[way] + table.residual[way])
             + rotary * table.rotary[way]
-            + activation[way] * experts * args.ffn_dim / t
+            + activation[way] * (shared + routed) * args.ffn_dim / t
             + copied * table.copy[way]
             + drop
-            + routed
+            + moved
             + (2 * table.norm[way] * heads if args.qk_norm else 0)
             for way in (0, 1)
         )
@@ -125,7 +125,7 @@ class Rates:
         if job.float8 != "none":
             # 5 bytes for each input of a product and each gradient of an output, 2 for each
             # transposed copy; q, k, v share an input, as do gate and up.
-            inner = experts * args.ffn_dim / t
+            inner = shared * args.ffn_dim / t
             ins = 2 * args.dim / (t if job.sequence_parallel else 1) + heads + inner
             outs = heads + 2 * kv + 2 * args.dim + (2 if args.ffn == "swiglu" else 1) * inner
             weights = self.block_matrix / t
@@ -152,18 +152,29 @@ class Rates:
     def block_matrix(self) -> float:
         """Elements of one block's matrices."""
         args = self.args
-        ffn = (3 if args.ffn == "swiglu" else 2) * args.dim * args.ffn_dim
+        ffn = (3 if args.ffn == "swiglu" else 2) * args.dim * args.ffn_dim * feed_forwards(args)[0]
         return ffn + sum(math.prod(sides) for sides in attention_matrices(args))
 
-    def ring(self, size: float, ranks: int, inner: int, *, all_reduce: bool = False) -> float:
+    def ring(self, size: float, ranks: int, inner: int) -> float:
         """Seconds of a ring over `ranks`, `inner` of them in each node, for `size` bytes."""
         if ranks == 1:
             return 0.0
+        return size * (ranks - 1) / ranks / self.bandwidth(ranks, inner) + self.hops(ranks, inner)
+
+    def all_to_all(self, size: float, ranks: int, inner: int) -> float:
+        """Seconds in which each of the ranks sends an equal part of `size` bytes to each other."""
+        if ranks == 1:
+            return 0.0
+        near, far = size * (inner - 1) / ranks, size * (ranks - inner) / ranks
+        # What leaves the node has this rank's share of its network.
+        sent = max(near / self.inner, far / self.bandwidth(ranks, 1))
+        return sent + self.hops(ranks, inner)
+
+    def hops(self, ranks: int, inner: int) -> float:
+        """Latency of one round of the ranks."""
         nodes = max(1, ranks // inner)
-        hops = (ranks - nodes) * self.k["hop_us"] + nodes * self.k["node_hop_us"] * (nodes > 1)
-        passes = 2 if all_reduce else 1
-        moved = size * (ranks - 1) / ranks / self.bandwidth(ranks, inner)
-        return passes * (moved + hops * 1e-6)
+        far = nodes * self.k["node_hop_us"] if nodes > 1 else 0.0
+        return ((ranks - nodes) * self.k["hop_us"] + far) * 1e-6
 
     def bandwidth(self, ranks: int, inner: int) -> float:
         """Bytes per second of a ring, whose node's network the node's other rings share."""

@@ -4,12 +4,13 @@ The formulas describe what the dry run sees of this library; docs/planning.md co
 """
 
 import functools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from titan_lite.models.args import DecoderArgs, MoEArgs
-from titan_lite.planner.counts import num_block_params, num_experts, num_params
+from titan_lite.planner.counts import block_params, feed_forwards, num_block_params, num_params
 from titan_lite.planner.job import Job
 from titan_lite.planner.step_time import rank_stages
 
@@ -52,31 +53,38 @@ def peak(job: Job) -> Memory:
 
 
 @functools.cache
-def _sizes(args: DecoderArgs) -> tuple[float, float, float]:
-    """Parameters of a block, of the vocabulary's table, and of the rest of the ends."""
-    blocks, table = num_block_params(args), args.padded_vocab_size * args.dim
-    rest = num_params(args) - blocks - table * (1 if args.tied_head else 2)
-    return blocks / args.num_layers, table, max(0, rest)
+def _ends(args: DecoderArgs) -> tuple[float, float]:
+    """Parameters of the vocabulary's table, and of the rest of what is not in blocks."""
+    table = args.padded_vocab_size * args.dim
+    rest = num_params(args) - num_block_params(args) - table * (1 if args.tied_head else 2)
+    return table, max(0, rest)
 
 
-def kept_elements(job: Job, recompute: str) -> float:
-    """Elements that one block keeps for backward, per token of a micro-batch on a rank."""
-    args, t = job.args, job.tp
+@functools.cache
+def _kinds(args: DecoderArgs, start: int, end: int) -> list[tuple[DecoderArgs, int]]:
+    """The kinds of a range of blocks, and how many there are of each."""
+    return list(Counter(map(args.of_block, range(start, end))).items())
+
+
+def kept_elements(job: Job, args: DecoderArgs, recompute: str) -> float:
+    """Elements that a block keeps for backward, per token of a micro-batch on a rank."""
+    t = job.tp
     heads, kv, H = args.attention_dim / t, args.kv_dim / t, args.num_heads / t
-    experts = num_experts(args)
-    f = experts * args.ffn_dim / t
+    shared, routed = feed_forwards(args)
+    f = (shared + routed) * args.ffn_dim / t
     whole = args.dim / (t if job.sequence_parallel else 1)
-    gated = args.ffn == "swiglu"
     if recompute == "full":
         return whole
     if recompute == "selective_op":
-        return 2 * whole + heads + kv + f + 2 * H
-    kept = 2 * heads + 2 * kv + (4 if gated else 2) * f + 2 * H + 2 * whole + 2 * args.dim
+        # Of experts nothing is kept, all of whose products are computed again.
+        return 2 * whole + heads + kv + shared * args.ffn_dim / t + 2 * H
+    kept = 2 * (heads + kv + H + whole + args.dim) + (4 if args.ffn == "swiglu" else 2) * f
     if args.qk_norm:
         kept += heads + kv
-    if isinstance(args, MoEArgs):
-        # Each expert's rows, and its outputs, which are weighted.
-        kept += 2 * experts * args.dim
+    if isinstance(args, MoEArgs) and routed:
+        # Each expert's rows, and its outputs, which are weighted; the router's input in float32,
+        # its scores, and the order of these.
+        kept += 2 * (routed + 1) * whole + 8 * args.num_experts
     if args.attention_dropout:
         # Of each score: its softmax in float32, rounded, and what dropout leaves of it.
         kept += 4 * H * job.span
@@ -96,51 +104,67 @@ def _in_flight(job: Job, place: int) -> float:
 
 def _place(job: Job, place: int, stages: tuple[int, ...]) -> Memory:
     args, t, N = job.args, job.tp, job.shards
-    block, table, other = (size / t for size in _sizes(args))
+    table, other = (size / t for size in _ends(args))
     has_head = len(job.blocks) - 1 in stages
-    params = sum(job.blocks[stage] for stage in stages) * block
-    params += (0 in stages) * (table + other)
-    params += has_head * table * (not args.tied_head or job.pp > 1)
+    sizes = [block_params(args, *job.span_of(stage)) for stage in stages]
+    dense, experts = (float(sum(size[kind] for size in sizes)) for kind in (0, 1))
+    ends = (0 in stages) * (table + other) + has_head * table * (not args.tied_head or job.pp > 1)
+    # Of all ranks' shards, this place's; and what one rank gathers, which has some experts alone.
+    matrices = (dense + experts) / t
+    stored, params = matrices + ends, dense / t + experts / job.ep + ends
+    last = block_params(args, args.num_layers - 1, args.num_layers)
+    dense, experts = last[0] / t, last[1] / job.ep
+    block = dense + experts
     width, tokens = job.width, job.local_tokens
-    stream = args.dim * width * tokens
-    none, again = kept_elements(job, "none"), kept_elements(job, job.recompute)
+    stream = float(args.dim * width * tokens)
     # What one micro-batch keeps in the stages of a rank.
-    each = (
-        width
-        * tokens
-        * sum(
-            again * job.recomputed[stage] + none * (job.blocks[stage] - job.recomputed[stage])
-            for stage in stages
-        )
-    )
+    each = 0.0
+    for stage in stages:
+        share = job.recomputed[stage] / job.blocks[stage]
+        for kind, count in _kinds(args, *job.span_of(stage)):
+            kept = share * kept_elements(job, kind, job.recompute)
+            kept += (1 - share) * kept_elements(job, kind, "none")
+            each += width * tokens * count * kept
     rows = args.padded_vocab_size / (t if job.loss_parallel else 1)
     chunks = job.loss_chunks or 1
     # Of each logit: its gradient, its logarithm in float32, and under tensor parallel both again.
     logits = tokens * job.head_token_fraction / chunks * rows * (width + 4) * (2 if t > 1 else 1)
     logits += table * (width + (4 if chunks > 1 else 0)) + 2 * stream
-    # In a pipeline, tensor parallel keeps what it gathers of a stage's input and gradient.
-    passed = (1 if has_head else 2) * stream if t > 1 and job.pp > 1 else 0.0
-    backward = 1.35 * none * width * tokens + passed
-    works = {"loss": logits, "backward": backward, "reducing": 5 * stream, "end": 0.0}
-    state = (2 * job.moment_bytes + 4 * job.ema) * params
+    none = kept_elements(job, args, "none")
+    backward = 1.35 * none * width * tokens
+    reducing, gradients = 5 * stream, 4 * block
+    if isinstance(args, MoEArgs):
+        # Of each row, either its weighted output and the gradient of that, in float32, or, with
+        # the gradients of one of the three weights, those of its expert's inner features.
+        row = max(5 * args.dim, args.dim / 2 + 2 * args.ffn_dim)
+        backward = (none * (job.recompute != "none") + args.top_k * row / t) * width * tokens
+        reducing += 4 * args.top_k * stream / t
+        gradients = width * experts / 3
+    works = {"loss": logits, "backward": backward, "reducing": reducing}
+    state = (2 * job.moment_bytes + 4 * job.ema) * stored
     if job.ns_steps:
         # Of a matrix Muon has its momentum alone, in float32.
-        matrices = sum(job.blocks[stage] for stage in stages) * block
         state -= (2 * job.moment_bytes - 4) * matrices
-    fixed = {"parameters": 4 * params / N, "optimizer": state / N}
+    fixed = {"parameters": 4 * stored / N, "optimizer": state / N}
     if args.positions == "rotary":
         # Cosines and sines in float32; a pipeline's rank has those of the whole model as well.
         fixed["tables"] = 8 * args.max_seq_len * args.rotary_dim * (2 if job.pp > 1 else 1)
+    # A pipeline's stage has a buffer for each micro-batch's input, and one for its gradient.
+    ways = sum((stage > 0) + (stage < len(job.blocks) - 1) for stage in stages)
+    fixed["received"] = ways * job.pipelined * stream / (t if job.sequence_parallel else 1)
     best: dict[str, float] = {}
     # A tensor-parallel embedding's gradient is that of the whole table on each rank.
-    lookup = 4 * (t - 1) * table if 0 in stages else 0.0
-    rounded = width * table * (t if 0 in stages else 1)
-    for moment in _moments(job, place, params, block, table, lookup, rounded):
+    whole = (width + 4) * params + (4 * (t - 1) * table if 0 in stages else 0.0)
+    works["end"] = width * table * (t if 0 in stages else 1)
+    # With expert parallel, experts are gathered and reduced apart from the rest of a block.
+    unit = block if job.ep == 1 else max(dense, experts)
+    units = Units(params, block, unit, table)
+    for moment in _moments(job, place, units, whole, gradients, 4 * stored / N):
         if moment.name == "loss" and not has_head:
             continue
         parts = fixed | {"gradients": moment.sharded, "unsharded": moment.unsharded}
         parts["activations"] = moment.kept * each
-        parts["logits" if moment.name == "loss" else "working"] = works[moment.name]
+        parts["logits" if moment.name == "loss" else "working"] = works.get(moment.name, 0.0)
         best = max(best, parts, key=lambda parts: sum(parts.values()))
     return Memory(place, best)
 
@@ -158,40 +182,53 @@ class PeakCandidate(NamedTuple):
     sharded: float = 0.0
 
 
+class Units(NamedTuple):
+    """Parameters of a place, of a block, of the largest unit of that, and of the vocabulary."""
+
+    params: float
+    block: float
+    largest: float
+    table: float
+
+
 def _moments(
-    job: Job,
-    place: int,
-    params: float,
-    block: float,
-    table: float,
-    lookup: float,
-    rounded: float,
+    job: Job, place: int, units: Units, whole: float, gradients: float, sharded: float
 ) -> Iterator[PeakCandidate]:
+    """whole: bytes of all weights and their gradients; sharded: of the shards of these.
+
+    gradients: bytes of a block's, where most of its activations are there.
+    """
     width, m = job.width, job.micro_steps
-    gradient = width + 4  # a weight and its gradient in float32
-    if job.pp > 1 or job.shards == 1 or (job.keeps_gathered and job.syncs_last and m > 1):
+    params, block, largest, table = units
+    is_alone = job.shards == 1 and job.keeps_gathered
+    if job.pp > 1 or is_alone or (job.keeps_gathered and job.syncs_last and m > 1):
         flying = _in_flight(job, place) if job.pp > 1 else 1
         count = job.pipelined if job.pp > 1 else m
         if count > flying:
-            yield PeakCandidate("loss", flying, gradient * params + lookup)
-            yield PeakCandidate("backward", flying, gradient * params + lookup)
+            yield PeakCandidate("loss", flying, whole)
+            yield PeakCandidate("backward", flying, whole)
         else:
             yield PeakCandidate("loss", flying, width * (params + table))
-            yield PeakCandidate("backward", flying, width * params + 4 * block)
+            yield PeakCandidate("backward", flying, width * params + gradients)
             if flying > 1:
-                yield PeakCandidate("backward", flying - 1, gradient * params + lookup)
-        yield PeakCandidate("end", flying - 1, gradient * params + rounded + lookup)
+                yield PeakCandidate("backward", flying - 1, whole)
+        yield PeakCandidate("end", flying - 1, whole)
+        if (v := job.stages_per_rank) > 1:
+            # Of several stages all but the last one have been reduced, and that is rounded.
+            yield PeakCandidate("reduced", 0, whole + width * params / v, sharded * (1 - 1 / v))
         return
     late = 4 * params if job.syncs_last and m > 1 else 0.0
-    sharded = 4 * params / job.shards if m > 1 and not late else 0.0
+    at_end = 0.0 if late else sharded
+    sharded = at_end if m > 1 else 0.0
     gathered = job.float8_gather
     if job.keeps_gathered:
         at_loss = width * (params + table)
-        backward = width * params + 4 * block
+        backward = width * params
     else:
         at_loss = 2 * width * table + (1 if gathered else width) * block
-        backward = (2 * (1 if gathered else width) + 4) * block
+        backward = 2 * (1 if gathered else width) * block
     yield PeakCandidate("loss", 1, at_loss + late, sharded)
-    yield PeakCandidate("backward", 1, backward + late, sharded)
+    yield PeakCandidate("backward", 1, backward + gradients + late, sharded)
     # Once a block's gradients are all there, FSDP copies them into one buffer to reduce.
-    yield PeakCandidate("reducing", 1, backward + width * block + late, sharded)
+    yield PeakCandidate("reducing", 1, backward + (width + 4) * largest + late, sharded)
+    yield PeakCandidate("reduced", 0, 4 * max(table, block) + late, at_end)

@@ -208,11 +208,8 @@ def _changes(config: Config, dims: ParallelDims, cluster: Cluster, job: Job) -> 
         for stages in (2, 3, 4):
             yield {"parallel.pp_schedule": "Interleaved1F1B", "parallel.pp_stages_per_rank": stages}
     fixed = {"parallel.dp_shard": -1}
-    for axis in ("tp", "pp", "cp", "dp_replicate"):
+    for axis in ("tp", "pp", "cp", "ep", "dp_replicate"):
         degree = getattr(dims, axis)
-        yield from ({f"parallel.{axis}": degree * factor, **fixed} for factor in (2, 4, 8))
-        yield from (
-            {f"parallel.{axis}": degree // factor, **fixed}
-            for factor in (2, 4, 8)
-            if degree % factor == 0
-        )
+        others = [degree * factor for factor in (2, 4, 8)]
+        others += [degree // factor for factor in (2, 4, 8) if degree % factor == 0]
+        yield from ({f"parallel.{axis}": other, **fixed} for other in others)

@@ -14,7 +14,7 @@ from titan_lite.config.schema import Config
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.family import Family
 from titan_lite.models.model_rules import model_rules
-from titan_lite.planner.counts import num_block_params, num_looked_up_params, num_params
+from titan_lite.planner import counts
 from titan_lite.planner.job import Job, Recompute
 from titan_lite.planner.split import balanced
 
@@ -40,12 +40,8 @@ def read_job(config: Config, dims: ParallelDims, family: Family, args: DecoderAr
     width = 4 if training.param_dtype == "float32" else 2
     recompute, recomputed = _recompute(config, blocks)
     compiled = config.compile.covers("model")
-    if isinstance(training.loss_chunks, int):
-        chunks = training.loss_chunks
-    else:
-        tokens = training.local_batch_size * training.seq_len // dims.cp
-        logits = tokens * args.padded_vocab_size / dims.tp * 4
-        chunks = min(8, math.ceil(logits / AUTO_CHUNK_BYTES))
+    logits = micro * training.seq_len // dims.cp * args.padded_vocab_size / dims.tp * 4
+    chunks = min(8, math.ceil(logits / AUTO_CHUNK_BYTES))
     reshard = parallel.reshard_after_forward
     if reshard == "default":
         reshard = "never" if pp or dims.fsdp == 1 else "last_block_kept"
@@ -83,7 +79,7 @@ def read_job(config: Config, dims: ParallelDims, family: Family, args: DecoderAr
         kernels="compile" if compiled else "native",
         attention="unfused" if args.attention_dropout else "flash",
         loss_bytes=14 if config.compile.covers("loss") else 28,
-        loss_chunks=chunks,
+        loss_chunks=chunks if training.loss_chunks == "auto" else training.loss_chunks,
         moment_bytes=2 if getattr(config.optimizer, "state_dtype", "") == "bfloat16" else 4,
         ema=config.ema.enable,
         ns_steps=getattr(config.optimizer, "ns_steps", 0),
@@ -103,16 +99,15 @@ def stage_blocks(
     """Blocks of each pipeline stage, as parallel/pipeline.py deals them."""
     if split == "explicit":
         return tuple(sum(n.startswith("layers.") for n in names) for names in modules)
-    block = num_block_params(args) // args.num_layers
-    ends = num_params(args) - num_block_params(args)
     costs = [1] * args.num_layers
     if split == "parameters":
-        looked_up = num_looked_up_params(args) + args.tied_head * args.vocab_size * args.dim
-        costs = [block] * args.num_layers
-        costs[0] += looked_up
-        costs[-1] += ends - num_looked_up_params(args)
+        looked_up = counts.num_looked_up_params(args)
+        costs = [sum(counts.block_params(args, n, n + 1)) for n in range(args.num_layers)]
+        costs[0] += looked_up + args.tied_head * args.vocab_size * args.dim
+        costs[-1] += counts.num_params(args) - counts.num_block_params(args) - looked_up
     elif split == "time":
-        costs = [6 * block + 12 * args.attention_dim * span] * args.num_layers
+        active = [counts.num_active_params(args, n, n + 1) for n in range(args.num_layers)]
+        costs = [6 * block + 12 * args.attention_dim * span for block in active]
         costs[-1] += round(6 * head_token_fraction * args.padded_vocab_size * args.dim)
     return tuple(end - start for start, end in balanced(costs, num_stages))
 
@@ -120,10 +115,10 @@ def stage_blocks(
 def _recompute(config: Config, blocks: Sequence[int]) -> tuple[Recompute, tuple[int, ...]]:
     """The kind of recomputation, and the blocks of each stage that have it."""
     section = config.activation_checkpoint
-    counts = tuple(len(section.layers(count)) for count in blocks)
+    recomputed = tuple(len(section.layers(count)) for count in blocks)
     if section.mode == "selective_op":
-        return "selective_op", counts
-    return ("full" if any(counts) else "none"), counts
+        return "selective_op", recomputed
+    return ("full" if any(recomputed) else "none"), recomputed
 
 
 def is_legal(config: Config, dims: ParallelDims, args: DecoderArgs) -> bool:

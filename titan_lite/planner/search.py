@@ -10,8 +10,9 @@ from typing import Any, cast
 from pydantic import BaseModel
 
 from titan_lite.config.dims import ParallelDims
+from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Config, Parallel
-from titan_lite.models.args import DecoderArgs
+from titan_lite.models.args import DecoderArgs, MoEArgs
 from titan_lite.models.family import Family
 from titan_lite.planner.cluster import Cluster
 from titan_lite.planner.job import Job
@@ -39,13 +40,13 @@ class Layout:
     def kind(self) -> tuple[object, ...]:
         """The kind of a layout; only the best of each kind is shown."""
         job = self.job
-        return job.tp, job.cp, job.pp, job.stages_per_rank, job.replicas > 1
+        return job.tp, job.cp, job.ep, job.pp, job.stages_per_rank, job.replicas > 1
 
     @property
     def order(self) -> tuple[int, int, float]:
         """Sorts by time, and the simpler of two that are about equally fast first."""
         job = self.job
-        axes = sum(degree > 1 for degree in (job.tp, job.cp, job.pp, job.replicas))
+        axes = sum(degree > 1 for degree in (job.tp, job.cp, job.ep, job.pp, job.replicas))
         extras = axes + (job.recompute != "none") + job.syncs_last
         seconds = self.step.seconds
         return math.floor(math.log(seconds) / TIE), extras, seconds
@@ -78,7 +79,8 @@ def search(
     """Tries every layout; samples: of a step, the same in all of them."""
     layouts, legal, tried = [], 0, 0
     model: StepModel | None = None
-    for values, candidate, dims in candidates(config, world_size, samples, cluster):
+    experts = args.num_experts if isinstance(args, MoEArgs) else 1
+    for values, candidate, dims in candidates(config, world_size, samples, cluster, experts):
         tried += 1
         if not is_legal(candidate, dims, args):
             continue
@@ -93,7 +95,7 @@ def search(
 
 
 def candidates(
-    config: Config, world_size: int, samples: int, cluster: Cluster
+    config: Config, world_size: int, samples: int, cluster: Cluster, experts: int = 1
 ) -> Iterator[tuple[dict[str, object], Config, ParallelDims]]:
     """Degrees, micro-batches, recomputation, resharding, gradient synchronisation and stages.
 
@@ -104,7 +106,7 @@ def candidates(
     trainings = _variants("training", config.training, batches)
     checkpoints = _variants("activation_checkpoint", config.activation_checkpoint, modes)
     sections = {name: getattr(config, name) for name in type(config).model_fields}
-    for keys, parallel, dims in layouts_of(config.parallel, world_size, cluster):
+    for keys, parallel, dims in layouts_of(config.parallel, world_size, cluster, experts):
         for (batch, training), (mode, checkpoint) in itertools.product(trainings, checkpoints):
             changed = sections | {
                 "parallel": parallel,
@@ -126,20 +128,20 @@ def _variants(
 
 
 def layouts_of(
-    parallel: Parallel, world_size: int, cluster: Cluster
+    parallel: Parallel, world_size: int, cluster: Cluster, experts: int
 ) -> Iterator[tuple[dict[str, object], Parallel, ParallelDims]]:
     """Sections [parallel] for the world: tensor parallel stays within a node."""
-    for tp, pp, cp in itertools.product(divisors(world_size), repeat=3):
-        rest, remainder = divmod(world_size, tp * pp * cp)
+    for tp, pp, cp, shard in itertools.product(divisors(world_size), repeat=4):
+        replicas, remainder = divmod(world_size, tp * pp * cp * shard)
         if remainder or tp > cluster.gpus_per_node:
             continue
-        for shard in divisors(rest):
-            if shard * cp % parallel.ep:
+        for ep in divisors(experts):
+            axes = {"pp": pp, "dp_replicate": replicas, "dp_shard": shard, "cp": cp, "tp": tp}
+            try:
+                section = parallel.model_copy(update=axes | {"ep": ep})
+                dims = ParallelDims.resolve(section, world_size)
+            except SettingError:
                 continue
-            replicas = rest // shard
-            dims = ParallelDims(
-                pp=pp, dp_replicate=replicas, dp_shard=shard, cp=cp, tp=tp, ep=parallel.ep
-            )
             for choice in _choices(parallel, dims):
                 values = asdict(dims) | choice
                 if parallel.async_tp and tp == 1:

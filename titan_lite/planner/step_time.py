@@ -2,50 +2,39 @@
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import zip_longest
 from typing import NamedTuple
 
+from titan_lite.models.args import MoEArgs
+from titan_lite.planner import counts
 from titan_lite.planner.cluster import Cluster
-from titan_lite.planner.counts import (
-    attention_matrices,
-    block_matrices,
-    num_block_params,
-    num_experts,
-    num_params,
-)
 from titan_lite.planner.job import Job
 from titan_lite.planner.kernels import Rates, num_tensors
 
-PARTS = (
-    "matmul",
-    "attention",
-    "elementwise",
-    "head",
-    "optimizer",
-    "fsdp",
-    "tp",
-    "cp",
-    "pp",
-    "bubble",
-    "stragglers",
-)
-"""What the seconds of a step are spent on; communication counts only where nothing hides it."""
+Pair = tuple[float, float]
+"""Seconds of forward and of backward."""
+Parts = dict[str, float]
 
 
 class BlockTimes(NamedTuple):
-    """One block for one micro-batch, seconds (forward, backward); again: what is recomputed."""
+    """Seconds of one block for one micro-batch; again: what is recomputed of each part."""
 
-    matmul: tuple[float, float]
-    attention: tuple[float, float]
-    elementwise: tuple[float, float]
-    tp: tuple[float, float]
-    cp: tuple[float, float]
-    again: tuple[float, float, float, float]
+    matmul: Pair
+    attention: Pair
+    elementwise: Pair
+    tp: Pair
+    cp: Pair
+    ep: Pair
+    again: tuple[float, ...]
 
     def seconds(self, way: int, recomputed: float = 0.0) -> float:
         """Sum of all parts; backward with this share of the recomputation."""
-        parts = self.matmul, self.attention, self.elementwise, self.tp, self.cp
-        return sum(part[way] for part in parts) + (recomputed * sum(self.again) if way else 0)
+        return sum(part[way] for part in self[:-1]) + (recomputed * sum(self.again) if way else 0)
+
+
+PARTS = *BlockTimes._fields[:-1], "head", "optimizer", "fsdp", "pp", "bubble", "stragglers"
+"""What the seconds of a step are spent on; communication counts only where nothing hides it."""
 
 
 class StepModel:
@@ -55,11 +44,12 @@ class StepModel:
         self.rates = Rates(cluster, job)
         self.cluster, self.args = cluster, job.args
         self.k = self.rates.k
-        self.block_params = num_block_params(job.args) // job.args.num_layers
-        self.params = num_params(job.args)
+        self.params = counts.num_params(job.args)
+        dense, self.experts = counts.block_params(job.args, 0, job.args.num_layers)
+        self.block_params = dense / job.args.num_layers, self.experts / job.args.num_layers
         self._blocks: dict[tuple[object, ...], BlockTimes] = {}
-        self._heads: dict[tuple[object, ...], tuple[float, float]] = {}
-        self._rings: dict[tuple[float, int, int], float] = {}
+        self._heads: dict[tuple[object, ...], Pair] = {}
+        self._ring = cache(self.rates.ring)
 
     def inner(self, ranks: int, stride: int) -> int:
         """Ranks of a group in one node, whose ranks are `stride` apart."""
@@ -67,15 +57,12 @@ class StepModel:
 
     def ring(self, size: float, ranks: int, stride: int, passes: int = 1) -> float:
         """Seconds of a ring over ranks that are `stride` apart."""
-        key = size, ranks, stride
-        if (seconds := self._rings.get(key)) is None:
-            seconds = self._rings[key] = self.rates.ring(size, ranks, self.inner(ranks, stride))
-        return passes * seconds
+        return passes * self._ring(size, ranks, self.inner(ranks, stride))
 
     def block(self, job: Job) -> BlockTimes:
         """One block of the job."""
-        key = (job.tp, job.cp, job.micro_batch, job.recompute, job.float8, job.sequence_parallel,
-               job.async_tp, job.cp_method, job.width, job.kernels)  # fmt: skip
+        key = (job.tp, job.cp, job.ep, job.micro_batch, job.recompute, job.float8, job.width,
+               job.sequence_parallel, job.async_tp, job.cp_method, job.kernels)  # fmt: skip
         if (cost := self._blocks.get(key)) is None:
             cost = self._blocks[key] = self._block(job)
         return cost
@@ -83,19 +70,19 @@ class StepModel:
     def _block(self, job: Job) -> BlockTimes:
         rates, args, t, M = self.rates, self.args, job.tp, job.local_tokens
         float8 = job.float8 != "none"
-        gated = args.ffn == "swiglu"
+        inner = 2 if args.ffn == "swiglu" else 1
 
-        def linear(K: float, N: float, experts: int = 1) -> tuple[float, float]:
-            return rates.linear(M * experts, K, N, float8=float8)
+        def linear(K: float, N: float) -> Pair:
+            return rates.linear(M, K, N, float8=float8)
 
-        experts = num_experts(args)
-        projections = [linear(*sides) for sides in attention_matrices(args, t)]
-        up = linear(args.dim, args.ffn_dim / t, experts)
-        down = linear(args.ffn_dim / t, args.dim, experts)
+        shared, routed = counts.feed_forwards(args)
+        width = shared * args.ffn_dim / t
+        up = linear(args.dim, width) if shared else (0.0, 0.0)
+        down = linear(width, args.dim) if shared else (0.0, 0.0)
+        projections = [linear(*sides) for sides in counts.attention_matrices(args, t)]
+        grouped, ep = self._experts(job, M * routed / t)
         forward, backward = (
-            sum(projection[way] for projection in projections)
-            + (2 if gated else 1) * up[way]
-            + down[way]
+            sum(product[way] for product in (*projections, *[up] * inner, down, *grouped))
             for way in (0, 1)
         )
         attention, elementwise = rates.attention(job), rates.elementwise(job)
@@ -107,24 +94,38 @@ class StepModel:
         scales = 6 * self.ring(8, t, 1, 2) if float8 else 0.0
         tp = exposed * 2 * (gather + scatter) + scales
         cp = self._cp(job, attention)
+        again: tuple[float, ...] = ()
         match job.recompute:
             case "full":
                 kept = down[0] if job.early_stop else 0.0
                 again_tp = exposed * (2 * gather + scatter) + scales
-                again = (forward - kept, attention[0], elementwise[0], again_tp + cp[0])
+                again = (forward - kept, attention[0], elementwise[0], again_tp, cp[0], ep[0])
             case "selective_op":
                 again_tp = exposed * 2 * gather
-                again_matmuls = sum(forward for forward, _ in projections[::2])
-                again = (again_matmuls + (up[0] if gated else 0), 0.0, elementwise[0], again_tp)
+                products = (*projections[::2], *[up] * (inner - 1), *grouped)
+                matmuls = sum(product[0] for product in products)
+                again = (matmuls, 0.0, elementwise[0], again_tp, 0.0, ep[0])
             case "attention_core":
-                again = (0.0, attention[0], 0.0, 0.0)
+                again = (0.0, attention[0])
             case "norms":
-                again = (0.0, 0.0, rates.norms(job), 0.0)
-            case _:
-                again = (0.0, 0.0, 0.0, 0.0)
-        return BlockTimes((forward, backward), attention, elementwise, (tp, tp), cp, again)
+                again = (0.0, 0.0, rates.norms(job))
+        return BlockTimes((forward, backward), attention, elementwise, (tp, tp), cp, ep, again)
 
-    def _cp(self, job: Job, attention: tuple[float, float]) -> tuple[float, float]:
+    def _experts(self, job: Job, rows: float) -> tuple[list[Pair], Pair]:
+        """Products of a block's experts, whose rows are spread evenly, and their exchange."""
+        args = self.args
+        if not isinstance(args, MoEArgs):
+            return [], (0.0, 0.0)
+        groups = args.num_experts // job.ep
+        up, down = (
+            self.rates.linear(rows / groups, *sides, groups=groups)
+            for sides in ((args.dim, args.ffn_dim), (args.ffn_dim, args.dim))
+        )
+        size = 2 * self.rates.scale * rows * args.dim
+        exchange = 2 * self.rates.all_to_all(size, job.ep, self.inner(job.ep, 1))
+        return [up, up, down], (exchange, exchange)
+
+    def _cp(self, job: Job, attention: Pair) -> Pair:
         """Exposed exchange of keys and values in one block, forward and backward."""
         c, args = job.cp, self.args
         if c == 1:
@@ -145,7 +146,7 @@ class StepModel:
         ring = (c - 1) * step
         return max(0.0, ring - attention[0]), max(0.0, 3 * ring - attention[1])
 
-    def head(self, job: Job) -> tuple[float, float]:
+    def head(self, job: Job) -> Pair:
         """Output projection and loss of a micro-batch, and their tensor-parallel collectives."""
         key = job.tp, job.cp, job.micro_batch, job.sequence_parallel, job.loss_bytes, job.width
         if (cost := self._heads.get(key)) is None:
@@ -162,7 +163,7 @@ class StepModel:
         block, head = self.block(job), self.head(job)
         parts = dict.fromkeys(PARTS, 0.0)
         m = job.micro_steps
-        self._compute(job, block, head, m, parts)
+        self._compute(job, block, head, parts)
         if job.pp > 1:
             self._pipeline(job, block, head, parts)
         elif job.sharding == "fsdp":
@@ -175,12 +176,12 @@ class StepModel:
         if job.ns_steps:
             parts["optimizer"] += self._muon(job, local / held)
         if m > 1 and (job.syncs_last or job.sharding != "fsdp" or job.pp > 1):
+            local += self.experts * (1 / job.ep - 1 / job.tp) / job.pp
             parts["optimizer"] += m * job.accumulate_bytes * local / self.rates.hbm
         doublings = math.log2(max(1, job.gpus / self.cluster.gpus_per_node))
         total = sum(parts.values())
-        parts["stragglers"] = doublings * (
-            self.k["straggler"] * total + self.k["straggler_ms"] * 1e-3
-        )
+        each = self.k["straggler"] * total + self.k["straggler_ms"] * 1e-3
+        parts["stragglers"] = doublings * each
         factor = self.cluster.measured.get(f"step/{job.kernels}", self.k["step"])
         return Step(job, self.cluster, {name: factor * part for name, part in parts.items()})
 
@@ -189,38 +190,25 @@ class StepModel:
         owners, matmul = job.gpus // job.pp, self.rates.matmul
         each = [
             job.ns_steps * (matmul(m, n, m) + matmul(m, m, m) + matmul(m, m, n))
-            for m, n in block_matrices(job.args)
+            for m, n in counts.block_matrices(job.args)
         ]
         busiest = max(max(each), job.args.num_layers / job.gpus * sum(each))
         return busiest + 2 * self.ring(job.width * shard, owners, 1)
 
     def _slowest(self, job: Job, block: BlockTimes, head: float) -> tuple[int, int, bool]:
         """The slowest pipeline rank: its blocks, recomputed blocks, and whether it has the head."""
-        best: tuple[float, tuple[int, int, bool]] = (-1.0, (0, 0, False))
-        again, both = sum(block.again), block.seconds(0) + block.seconds(1)
+        both, again = block.seconds(0) + block.seconds(1), sum(block.again)
+        ranks = []
         for stages in rank_stages(job):
-            count = sum(job.blocks[s] for s in stages)
-            recomputed = sum(job.recomputed[s] for s in stages)
-            has_head = len(job.blocks) - 1 in stages
-            seconds = count * both + recomputed * again + has_head * head
-            best = max(best, (seconds, (count, recomputed, has_head)))
-        return best[1]
+            count, recomputed = (sum(of[s] for s in stages) for of in (job.blocks, job.recomputed))
+            ranks.append((count, recomputed, len(job.blocks) - 1 in stages))
+        return max(ranks, key=lambda rank: rank[0] * both + rank[1] * again + rank[2] * head)
 
-    def _compute(
-        self,
-        job: Job,
-        block: BlockTimes,
-        head: tuple[float, float],
-        m: int,
-        parts: dict[str, float],
-    ) -> None:
-        count, recomputed, has_head = self._slowest(job, block, head[0])
-        again = block.again
-        parts["matmul"] = m * (count * sum(block.matmul) + recomputed * again[0])
-        parts["attention"] = m * (count * sum(block.attention) + recomputed * again[1])
-        parts["elementwise"] = m * (count * sum(block.elementwise) + recomputed * again[2])
-        parts["tp"] = m * (count * sum(block.tp) + recomputed * again[3] + has_head * head[1])
-        parts["cp"] = m * count * sum(block.cp)
+    def _compute(self, job: Job, block: BlockTimes, head: Pair, parts: Parts) -> None:
+        m, (count, recomputed, has_head) = job.micro_steps, self._slowest(job, block, head[0])
+        for name, part, again in zip_longest(BlockTimes._fields[:-1], block[:-1], block.again):
+            parts[name] = m * (count * sum(part) + recomputed * (again or 0.0))
+        parts["tp"] += m * has_head * head[1]
         parts["head"] = m * has_head * head[0]
 
     @cached_property
@@ -234,19 +222,24 @@ class StepModel:
         """Slowdown of the compute that hides communication."""
         return max(network, compute + self.k["interference"] * network) - compute
 
-    def _units(self, job: Job, params: float) -> tuple[float, float]:
-        """Seconds to gather and to reduce parameters over the FSDP ranks (and replicas)."""
-        local, stride = params / job.tp, job.tp
-        scale = self.rates.scale
-        gather = self.ring(local * (1 if job.float8_gather else 2 * scale), job.shards, stride)
-        reduce = self.ring(local * job.reduce_bytes, job.shards, stride)
-        if job.replicas > 1:
-            size = local * job.reduce_bytes / job.shards
-            reduce += self.ring(size, job.replicas, stride * job.shards, 2)
+    def _units(self, job: Job, params: float, experts: float = 0.0) -> Pair:
+        """Seconds to gather and to reduce parameters over the FSDP ranks (and replicas).
+
+        Experts are on fewer ranks, as far apart as those that share them are many.
+        """
+        gather = reduce = 0.0
+        width = 2 * self.rates.scale
+        dense = params / job.tp, 1 if job.float8_gather else width, job.tp
+        routed = (experts / job.ep, width, job.ep) if experts else None
+        for local, gathered, apart in filter(None, (dense, routed)):
+            ranks, size = job.shards * job.tp // apart, local * job.reduce_bytes
+            gather += self.ring(local * gathered, ranks, apart)
+            reduce += self.ring(size, ranks, apart)
+            reduce += self.ring(size / ranks, job.replicas, apart * ranks, 2)
         return gather, reduce
 
-    def _fsdp(self, job: Job, block: BlockTimes, parts: dict[str, float]) -> None:
-        gather, reduce = self._units(job, self.block_params)
+    def _fsdp(self, job: Job, block: BlockTimes, parts: Parts) -> None:
+        gather, reduce = self._units(job, *self.block_params)
         first, last = (self._units(job, size) for size in self._ends)
         layers, m = self.args.num_layers, job.micro_steps
         share = job.recomputed[0] / layers
@@ -268,16 +261,15 @@ class StepModel:
             total += times * (layers * exposed + ends)
         parts["fsdp"] = total
 
-    def _replicated(self, job: Job, block: BlockTimes, parts: dict[str, float]) -> None:
+    def _replicated(self, job: Job, block: BlockTimes, parts: Parts) -> None:
         """Sharding whose parameters are whole on each rank: DDP, ZeRO-1 and -2, InternLM's."""
         ranks, stride = job.shards * job.replicas, job.tp
         if ranks == 1:
             return
         local = self.params / job.tp
         size = local * job.reduce_bytes
-        backward = (
-            0.9 * self.args.num_layers * block.seconds(1, job.recomputed[0] / self.args.num_layers)
-        )
+        layers = self.args.num_layers
+        backward = 0.9 * layers * block.seconds(1, job.recomputed[0] / layers)
         reduces = job.micro_steps if job.sharding == "zero2" else 1
         passes = 1 if job.sharding in ("zero1", "zero2") else 2
         exposed = reduces * self._exposed(self.ring(size, ranks, stride, passes), backward)
@@ -287,15 +279,12 @@ class StepModel:
         elif job.sharding == "greedy_zero1":
             # Whole tensors have owners, which send them along a chain of all ranks in turn.
             inner = self.inner(ranks, stride)
-            nodes = max(1, ranks // inner)
-            hops = (ranks - nodes) * self.k["hop_us"] + nodes * self.k["node_hop_us"]
             owners = min(ranks, num_tensors(self.args))
-            exposed += values / self.rates.bandwidth(ranks, inner) + owners * hops * 1e-6
+            exposed += values / self.rates.bandwidth(ranks, inner)
+            exposed += owners * self.rates.hops(ranks, inner)
         parts["fsdp"] = exposed
 
-    def _pipeline(
-        self, job: Job, block: BlockTimes, head: tuple[float, float], parts: dict[str, float]
-    ) -> None:
+    def _pipeline(self, job: Job, block: BlockTimes, head: Pair, parts: Parts) -> None:
         m, passes = job.micro_steps, job.micro_steps // job.pipelined
         rank = sum(parts.values()) / m
         size = 2 * self.rates.scale * job.local_tokens * self.args.dim / job.tp
@@ -308,10 +297,10 @@ class StepModel:
         # The gradients of weights fill what would be idle where they are computed apart.
         idle = 1 / 3 if job.splits_backward else 1.0
         parts["bubble"] = passes * (job.pp - 1) / job.stages_per_rank * idle * rank
-        params = self.params / job.pp
+        params, experts = self.params / job.pp, self.experts / job.pp
         if job.shards * job.replicas > 1:
             if job.sharding == "fsdp":
-                parts["fsdp"] = passes * 0.5 * sum(self._units(job, params))
+                parts["fsdp"] = passes * 0.5 * sum(self._units(job, params - experts, experts))
             else:
                 stride, ranks = job.tp, job.shards * job.replicas
                 reduce = self.ring(params / job.tp * job.reduce_bytes, ranks, stride, 2)
@@ -332,7 +321,7 @@ class Step:
 
     job: Job
     cluster: Cluster
-    parts: dict[str, float]
+    parts: Parts
 
     @property
     def seconds(self) -> float:

@@ -348,10 +348,8 @@ def explain(cluster: Cluster, machine: Machine) -> Seconds:
     params = sum((inputs + 1) * outputs for _, inputs, outputs in sizes.linears)
     seconds["optimizer"] = rates.optimizer(job, params)
     for ring in machine.rings():
-        inner = _inner(machine, ring)
-        seconds[str(ring)] = rates.ring(
-            ring.size, ring.ranks, inner, all_reduce=ring.operation == "all_reduce"
-        )
+        passes = 2 if ring.operation == "all_reduce" else 1
+        seconds[str(ring)] = passes * rates.ring(ring.size, ring.ranks, _inner(machine, ring))
     return seconds
 
 

@@ -20,6 +20,7 @@ WORDS = {
     "fsdp": "FSDP, exposed",
     "tp": "tensor parallel, exposed",
     "cp": "context parallel, exposed",
+    "ep": "expert parallel",
     "pp": "pipeline sends",
     "bubble": "pipeline bubble",
     "stragglers": "stragglers",
@@ -27,7 +28,7 @@ WORDS = {
 LIMITS = {
     "the rate of matrix products": ("matmul", "attention", "head"),
     "memory traffic": ("elementwise", "optimizer"),
-    "communication": ("fsdp", "tp", "cp", "pp", "stragglers"),
+    "communication": ("fsdp", "tp", "cp", "ep", "pp", "stragglers"),
     "the pipeline bubble": ("bubble",),
 }
 BAR = 40
