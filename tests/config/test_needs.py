@@ -68,9 +68,9 @@ def test_of_several_keys_one_is_enough() -> None:
 
 
 def test_a_key_that_was_not_changed_needs_nothing() -> None:
-    assert list(unmet_needs(Config(), Needs)) == list(unmet_needs(Config(), Variant)) == []
+    assert list(unmet_needs(Config())) == []
     config = load_config(None, ["--parallel.loss_parallel=false"]).config
-    [(table, key, need)] = unmet_needs(config, Needs)
+    [(table, key, need)] = unmet_needs(config)
     assert (table, key, need.keys) == ("parallel", "loss_parallel", ("tp",))
 
 

@@ -18,8 +18,17 @@ from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
 from tests.distributed import Workers
 from tests.runs import build_trainer, compiled_by, slow_but, train, whole
+from titan_lite.config.activation_checkpoint import (
+    CHECKPOINT_MODES,
+    ActivationCheckpoint,
+    EveryNth,
+    FirstK,
+    Full,
+    NoCheckpoint,
+    SavedOp,
+    SelectiveOp,
+)
 from titan_lite.config.load import ConfigError
-from titan_lite.config.schema import ActivationCheckpoint, SavedOp
 from titan_lite.models.args import DecoderArgs, MoEArgs
 from titan_lite.models.plan import make_plan
 from titan_lite.nn import varlen
@@ -94,8 +103,8 @@ def gradients_of(model: Decoder) -> tuple[list[torch.Tensor], Counter[str]]:
 @pytest.mark.parametrize("mode", MODES)
 def test_only_what_the_mode_names_is_recomputed_and_no_gradient_changes(mode: str) -> None:
     settings, expected = MODES[mode]
-    plain, plain_counts = gradients_of(decoder(ActivationCheckpoint()))
-    gradients, counts = gradients_of(decoder(ActivationCheckpoint(**settings)))
+    plain, plain_counts = gradients_of(decoder(NoCheckpoint()))
+    gradients, counts = gradients_of(decoder(CHECKPOINT_MODES.validate(settings)))
     recomputed = counts - plain_counts
     assert (recomputed["matmul"], recomputed["attention"]) == expected
     assert len(gradients) == len(plain) == 9 * BLOCKS + 3
@@ -104,18 +113,18 @@ def test_only_what_the_mode_names_is_recomputed_and_no_gradient_changes(mode: st
 
 
 def test_every_nth_begins_with_the_first_block() -> None:
-    section = ActivationCheckpoint(mode="every_nth", every_nth=3)
+    section = EveryNth(every_nth=3)
     assert list(section.layers(8)) == [0, 3, 6]
 
 
 def test_a_pipeline_stage_with_fewer_blocks_checkpoints_those_it_has() -> None:
-    assert ActivationCheckpoint(mode="first_k", first_k=3).layers(2) == range(2)
+    assert FirstK(first_k=3).layers(2) == range(2)
 
 
 def test_a_recomputed_dropout_drops_the_same() -> None:
     gradients = []
     for mode in ("none", "full", "selective_op"):
-        model = decoder(ActivationCheckpoint(mode=mode))
+        model = decoder(CHECKPOINT_MODES.variants[mode]())
         for name, module in list(model.named_modules()):
             if name.endswith("feed_forward"):
                 block = model.get_submodule(name.rpartition(".")[0])
@@ -148,9 +157,9 @@ def test_products_and_order_of_experts_are_saved() -> None:
         return counts["grouped_matmul"], counts["routing"]
 
     save: list[SavedOp] = ["grouped_matmul", "routing"]
-    needed = repeated(ActivationCheckpoint())
-    assert repeated(ActivationCheckpoint(mode="selective_op", save=save)) == needed
-    matmuls, sorts = repeated(ActivationCheckpoint(mode="full"))
+    needed = repeated(NoCheckpoint())
+    assert repeated(SelectiveOp(save=save)) == needed
+    matmuls, sorts = repeated(Full())
     assert matmuls > needed[0]
     assert sorts > needed[1]
 
@@ -163,7 +172,7 @@ def test_max_keeps_the_scale_of_float8() -> None:
             return super().forward(x / x.abs().max().detach())
 
     def maxima(save: list[SavedOp]) -> int:
-        model = decoder(ActivationCheckpoint(mode="selective_op", save=save))
+        model = decoder(SelectiveOp(save=save))
         for block in model.layers.values():
             block.feed_forward.w2 = Scaled(128, 64, bias=False)
         return gradients_of(model)[1]["max"]
@@ -260,7 +269,7 @@ def test_no_mode_changes_a_gradient_of_several_processes(
         assert_same_gradients(got, plain)
         recomputed = got["counts"] - plain["counts"]
         assert (recomputed["matmul"], recomputed["attention"]) == (matmuls, attentions), mode
-        section = ActivationCheckpoint(**settings)
+        section = CHECKPOINT_MODES.validate(settings)
         selective = section.mode == "selective_op"
         layers = len(section.layers(BLOCKS))
         feature = "selectively checkpointed" if selective else "checkpointed"
@@ -386,6 +395,8 @@ def test_a_memory_budget_is_refused_with_tensor_parallel() -> None:
     [
         (["every_nth=3"], "every_nth", "every_nth", "none"),
         (["mode=full", "first_k=3"], "first_k", "first_k", "full"),
+        # Also where it has its default value.
+        (["mode=full", "first_k=1"], "first_k", "first_k", "full"),
         (["mode=every_nth", "fraction=0.3"], "fraction", "fraction", "every_nth"),
         (["mode=full", 'save=["matmul"]'], "save", "selective_op", "full"),
         (["memory_budget=0.3"], "memory_budget", "memory_budget", "none"),

@@ -10,7 +10,13 @@ import pytest
 
 from tests.distributed import Workers
 from tests.runs import build_trainer
-from titan_lite.config.schema import ActivationCheckpoint, Parallel
+from titan_lite.config.activation_checkpoint import (
+    ActivationCheckpoint,
+    Full,
+    MemoryBudget,
+    SelectiveOp,
+)
+from titan_lite.config.schema import Parallel
 from titan_lite.parallel import parallelize
 from titan_lite.parallel.applied import Applied
 
@@ -29,8 +35,8 @@ APPLIED = Applied(
     attention="auto",
     dropout={},
 )
-FULL = ActivationCheckpoint(mode="full")
-SELECTIVE = ActivationCheckpoint(mode="selective_op", save=["max"])
+FULL = Full()
+SELECTIVE = SelectiveOp(save=["max"])
 
 
 def test_what_was_asked_for_passes() -> None:
@@ -70,7 +76,7 @@ def test_what_was_asked_for_passes() -> None:
         ),
         (
             {},
-            ActivationCheckpoint(mode="memory_budget", memory_budget=0.25),
+            MemoryBudget(memory_budget=0.25),
             "an activation memory budget of 1.0 where 0.25 was configured",
         ),
     ],

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import (
 from tests.distributed import Workers
 from tests.parallel.test_activation_checkpoint import Operations
 from tests.runs import build_trainer, train, train_traced
-from titan_lite.config.schema import ActivationCheckpoint
+from titan_lite.config.activation_checkpoint import CHECKPOINT_MODES
 from titan_lite.models.llama import LLAMA
 from titan_lite.nn.attention import ScaledDotProductAttention
 from titan_lite.nn.build_model import build_model
@@ -274,7 +274,7 @@ def _repeated_attentions(method: str, mode: str) -> int:
     args = dataclasses.replace(LLAMA.flavors["debug"], dim=64, ffn_dim=128, num_layers=3)
     model = build_model(LLAMA, args)
     apply_cp(model, group, method, lambda _: "flash")
-    apply_activation_checkpoint(model, ActivationCheckpoint(mode=mode))
+    apply_activation_checkpoint(model, CHECKPOINT_MODES.variants[mode]())
     positions = local_positions(method, S, group.rank(), group.size())
     loss = model(positions.unsqueeze(0), positions_S=positions).sum()
     with Operations() as operations:

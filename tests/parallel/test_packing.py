@@ -23,7 +23,7 @@ from tests.runs import (
     train,
     train_and_gather,
 )
-from titan_lite.config.schema import ActivationCheckpoint
+from titan_lite.config.activation_checkpoint import CHECKPOINT_MODES
 from titan_lite.data.loader import Batch
 from titan_lite.models.llama import LLAMA
 from titan_lite.nn.build_model import build_model
@@ -135,7 +135,7 @@ def _repeated_attentions(mode: str) -> int:
     spans = document_spans(torch.tensor([[0, 0, 1, 1, 1, 2]]), torch.arange(6))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = build_model(LLAMA, args)
-        apply_activation_checkpoint(model, ActivationCheckpoint(mode=mode))
+        apply_activation_checkpoint(model, CHECKPOINT_MODES.variants[mode]())
         loss = model(torch.zeros(1, 6, dtype=torch.int64), mask=spans).sum()
         with Operations() as operations:
             loss.backward()

@@ -73,11 +73,11 @@ def needs_of(section: type[BaseModel], key: str, field: FieldInfo) -> list[Needs
     return [*first, *(item for item in field.metadata if isinstance(item, Needs))]
 
 
-def unmet_needs(config: BaseModel, kind: type[Needs]) -> Iterator[tuple[str, str, Needs]]:
-    """The keys that were set without effect, with their tables and unmet needs of a kind."""
+def unmet_needs(config: BaseModel) -> Iterator[tuple[str, str, Needs]]:
+    """The keys that were set without effect, with their tables and unmet needs."""
     for table, section in config:
         for key, field in type(section).model_fields.items():
             if getattr(section, key) != field.default:
-                needs = [need for need in needs_of(type(section), key, field) if type(need) is kind]
+                needs = needs_of(type(section), key, field)
                 if missing := [need for need in needs if not need.holds(config, table)]:
                     yield table, key, missing[0]

@@ -30,7 +30,7 @@ class OptimizerGroup(Section):
 
 
 class Optimizer(Section):
-    """[optimizer]: what every optimizer has."""
+    """[optimizer]: how parameters are updated."""
 
     ALGORITHMS: ClassVar[tuple[str, ...]] = ()
     """Values of a group's `algorithm`."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from titan_lite.config.activation_checkpoint import MemoryBudget, SelectiveOp
 from titan_lite.config.dims import ParallelDims, resolve_global_batch
 from titan_lite.config.problems import SettingError, quote
 from titan_lite.config.schema import Config, Parallel
@@ -144,7 +145,7 @@ def _sequence(seq_len: int, parallel: Parallel) -> Iterator[SettingError]:
 def _activation_checkpoint(config: Config) -> Iterator[SettingError]:
     """Requirements of the activation checkpointing modes."""
     section = config.activation_checkpoint
-    if section.mode == "memory_budget":
+    if isinstance(section, MemoryBudget):
         if not config.compile.covers("model"):
             yield SettingError(
                 "activation_checkpoint.mode",
@@ -163,12 +164,12 @@ def _activation_checkpoint(config: Config) -> Iterator[SettingError]:
                 "must be less than 1, which recomputes nothing; or set activation_checkpoint.mode "
                 '= "none"',
             )
-    if section.mode == "selective_op" and not section.save:
+    if isinstance(section, SelectiveOp) and not section.save:
         yield SettingError(
             "activation_checkpoint.save",
             'names no operation: name one, or set activation_checkpoint.mode = "full"',
         )
-    if section.mode == "selective_op" and {"matmul", "every_second_matmul"} <= {*section.save}:
+    if {"matmul", "every_second_matmul"} <= {*section.saved_ops}:
         yield SettingError(
             "activation_checkpoint.save",
             'cannot have both "matmul" and "every_second_matmul"; remove one of the two',

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from titan_lite.config.dims import ParallelDims
-from titan_lite.config.needs import Variant, unmet_needs
 from titan_lite.config.optimizers import AdamOptimizer, Optimizer
 from titan_lite.config.parallel_rules import parallel_rules
 from titan_lite.config.problems import (
@@ -28,20 +27,9 @@ MAX_ROUNDED_BETA = 0.99
 
 def config_rules(config: Config, dims: ParallelDims | None) -> Iterator[SettingError]:
     """Broken rules between keys; without degrees, those that hold for any."""
-    yield from _variants(config)
     yield from _single(config)
     yield from _documents(config)
     yield from parallel_rules(config, dims)
-
-
-def _variants(config: Config) -> Iterator[SettingError]:
-    """Keys of another variant of their table than the chosen one."""
-    for table, key, need in unmet_needs(config, Variant):
-        yield SettingError(
-            f"{table}.{key}",
-            f"does not apply where {need.unmet(config, table)}: set {need.stated(table)}, or "
-            f"remove {key}",
-        )
 
 
 def _single(config: Config) -> Iterator[SettingError]:

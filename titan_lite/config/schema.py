@@ -3,11 +3,17 @@
 Units are in the docstrings. A key that is not listed here is an error, never ignored.
 """
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny
 
-from titan_lite.config.needs import Needs, Variant
+from titan_lite.config.activation_checkpoint import (
+    CHECKPOINT_MODES,
+    ActivationCheckpoint,
+    NoCheckpoint,
+)
+from titan_lite.config.needs import Needs
 from titan_lite.config.optimizers import OPTIMIZERS, AdamW, Optimizer
 from titan_lite.config.registry import SINKS
 from titan_lite.config.schedules import SCHEDULES, Looped, PipelineSchedule
@@ -21,6 +27,7 @@ from titan_lite.config.section import (
     Section,
     Timeout,
 )
+from titan_lite.config.tagged import TaggedTable
 
 DType = Literal["float32", "bfloat16", "float16"]
 AsyncMode = Literal["disabled", "async", "async_pinned"]
@@ -30,17 +37,6 @@ BalanceKind = Literal["none", "sequence", "global_lagged", "micro_batch"]
 PositionKind = Literal["rotary", "learned"]
 ScoreKind = Literal["softmax", "sigmoid"]
 AttentionKernel = Literal["auto", "math", "cudnn", "flash2", "flash3", "flash4"]
-SavedOp = Literal[
-    "attention",
-    "matmul",
-    "every_second_matmul",
-    "reduce_scatter",
-    "all_reduce",
-    "max",
-    "routing",
-    "all_to_all",
-    "grouped_matmul",
-]
 
 
 class Job(Section):
@@ -413,53 +409,6 @@ class Parallel(Section):
         return self.pp * self.stages_per_rank if self.pp > 1 else 1
 
 
-class ActivationCheckpoint(Section):
-    """[activation_checkpoint]: which activations are computed again in backward, not kept."""
-
-    mode: Literal[
-        "none", "full", "every_nth", "first_k", "fraction", "selective_op", "memory_budget"
-    ] = "none"
-    """Recomputes "full": every transformer block; "every_nth", "first_k", "fraction": some of the
-    blocks; "selective_op": all operations of each block but those in `save`; "memory_budget": what
-    the compiler chooses, without tensor parallel. Each reads the key of its name, "selective_op"
-    reads `save`."""
-    every_nth: Annotated[Positive, Variant("mode", "every_nth")] = 2
-    """Recompute the first of every n blocks (of each pipeline stage); 1 is "full"."""
-    first_k: Annotated[Positive, Variant("mode", "first_k")] = 1
-    """Recompute this many blocks, the first ones (of each pipeline stage)."""
-    fraction: Annotated[Fraction, Variant("mode", "fraction")] = 0.5
-    """Recompute the first int(num_layers * fraction) blocks (of each pipeline stage)."""
-    save: Annotated[list[SavedOp], Variant("mode", "selective_op")] = [
-        "attention",
-        "every_second_matmul",
-        "reduce_scatter",
-        "max",
-    ]
-    """Operations whose results are kept: "attention"; "matmul" or "every_second_matmul"; the sums
-    over tensor-parallel ranks, "reduce_scatter" with sequence parallel, "all_reduce" without;
-    "max": the scales of "tensorwise" float8; of experts, "routing": the order of scores,
-    "all_to_all": the exchanges of expert parallel, "grouped_matmul"."""
-    memory_budget: Annotated[Fraction, Variant("mode", "memory_budget")] = 0.5
-    """Share of the activation memory of a compiled block that may be used; 0 keeps its input
-    only."""
-
-    def layers(self, num_layers: int) -> range:
-        """The blocks that are checkpointed, out of `num_layers` of a model or pipeline stage."""
-        match self.mode:
-            case "none" | "memory_budget":
-                return range(0)
-            case "full" | "selective_op":
-                return range(num_layers)
-            case "every_nth":
-                # The first of n, not the last: backward starts at the other end, with everything
-                # else still in memory, and had better not add a recomputed block to that.
-                return range(0, num_layers, self.every_nth)
-            case "first_k":
-                return range(min(self.first_k, num_layers))
-            case "fraction":
-                return range(int(num_layers * self.fraction))
-
-
 class Attention(Section):
     """[attention]: how attention is computed."""
 
@@ -619,7 +568,9 @@ class Config(Section):
     lr_scheduler: LRScheduler = LRScheduler()
     ema: EMA = EMA()
     parallel: Parallel = Parallel()
-    activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
+    activation_checkpoint: Annotated[
+        SerializeAsAny[ActivationCheckpoint], BeforeValidator(CHECKPOINT_MODES.validate)
+    ] = NoCheckpoint()
     attention: Attention = Attention()
     compile: Compile = Compile()
     float8: Float8 = Float8()
@@ -629,5 +580,26 @@ class Config(Section):
     comm: Comm = Comm()
 
 
-TAGGED = {"optimizer": OPTIMIZERS}
+TAGGED: dict[str, TaggedTable[Any]] = {
+    "optimizer": OPTIMIZERS,
+    "activation_checkpoint": CHECKPOINT_MODES,
+}
 """Tables whose keys depend on one of them."""
+
+
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """Returns the configuration with other values of section.key, which are of the right types."""
+    changes: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        changes.setdefault(section, {})[name] = value
+    update = {name: _changed(name, getattr(config, name), keys) for name, keys in changes.items()}
+    return config.model_copy(update=update)
+
+
+def _changed(name: str, section: Section, values: Mapping[str, Any]) -> Section:
+    table = TAGGED.get(name)
+    changed: Section = (
+        table.changed(section, values) if table else section.model_copy(update=values)
+    )
+    return changed

@@ -6,7 +6,7 @@ from typing import Any
 
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import DEFAULT, LoadedConfig
-from titan_lite.config.needs import Needs, unmet_needs, value_of
+from titan_lite.config.needs import unmet_needs, value_of
 from titan_lite.config.optimizers import Muon
 from titan_lite.config.problems import FIELDS, quote
 from titan_lite.config.schema import Config
@@ -94,7 +94,7 @@ def _without_effect(loaded: LoadedConfig, dims: ParallelDims, objective: str) ->
     makes_pairs = objective == "masked_lm" and config.masked_lm.next_sentence
     reasons = {
         f"{table}.{key}": need.unmet(config, table)
-        for table, key, need in unmet_needs(config, Needs)
+        for table, key, need in unmet_needs(config)
         if not (makes_pairs and key == "shuffle_buffer")
     }
     for key, reason in _by_layout(config, dims):
@@ -128,7 +128,7 @@ def _by_layout(config: Config, dims: ParallelDims) -> Iterator[tuple[str, str]]:
 def _missing_saved_ops(loaded: LoadedConfig, attention_dropout: float) -> Iterator[str]:
     """Operations in activation_checkpoint.save that this run does not have."""
     config, key = loaded.config, "activation_checkpoint.save"
-    if config.activation_checkpoint.mode != "selective_op" or loaded.origins[key] == DEFAULT:
+    if loaded.origins.get(key, DEFAULT) == DEFAULT:
         return
     tp, sequence_parallel = config.parallel.tp, config.parallel.sequence_parallel
     recipe = config.float8.recipe
@@ -144,7 +144,7 @@ def _missing_saved_ops(loaded: LoadedConfig, attention_dropout: float) -> Iterat
         ),
         "max": (recipe != "tensorwise", f"float8.recipe is {quote(recipe)}"),
     }
-    for name in config.activation_checkpoint.save:
+    for name in config.activation_checkpoint.saved_ops:
         is_missing, reason = missing.get(name, (False, ""))
         if is_missing:
             yield f"{key} ({loaded.origins[key]}): {quote(name)} has no effect because {reason}"

@@ -1,5 +1,6 @@
 """Tables whose keys depend on one of them, the tag: a section for each of its values."""
 
+from collections.abc import Mapping
 from copy import copy
 from typing import Any, Generic, Literal, TypeVar
 
@@ -28,7 +29,7 @@ class TaggedTable(Generic[S]):
         self.variants[variant.model_fields[self.tag].default] = variant
         fields = dict(self.base.model_fields)
         for section in self.variants.values():
-            fields = {**section.model_fields, **fields}
+            fields |= {k: v for k, v in section.model_fields.items() if k not in fields}
         # In place: FIELDS holds it.
         self.fields.clear()
         self.fields.update({key: self._merged(key, field) for key, field in fields.items()})
@@ -46,9 +47,20 @@ class TaggedTable(Generic[S]):
     def json_schema(self) -> dict[str, Any]:
         """The schema of a table with the keys of all variants."""
         fields: dict[str, Any] = {k: (field.annotation, field) for k, field in self.fields.items()}
-        schema = create_model(self.base.__name__, __base__=Section, **fields).model_json_schema()
+        table = create_model(
+            self.base.__name__, __base__=Section, __doc__=self.base.__doc__, **fields
+        )
+        schema = table.model_json_schema()
         schema.pop("$defs", None)
         return schema
+
+    def changed(self, section: S, values: Mapping[str, Any]) -> S:
+        """A section with other values of the right types; another variant has its own defaults."""
+        tag = getattr(section, self.tag)
+        if values.get(self.tag, tag) == tag:
+            return section.model_copy(update=values)
+        common = {key: getattr(section, key) for key in self.base.model_fields}
+        return self.variants[values[self.tag]].model_validate({**common, **values})
 
     def tag_of(self, table: Any) -> str | None:
         """Returns the tag of a table's variant, if it has one of those that there are."""

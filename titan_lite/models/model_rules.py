@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
+from titan_lite.config.activation_checkpoint import FirstK, FractionOfBlocks
 from titan_lite.config.optimizers import Muon
 from titan_lite.config.problems import SettingError, did_you_mean, nearest, quote
 from titan_lite.config.schema import Config, MaskedLM
@@ -126,12 +127,12 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
             'not support a tied embedding; set parallel.pp_schedule = "Interleaved1F1B"',
         )
     section, layers = config.activation_checkpoint, args.num_layers
-    if section.mode == "first_k" and section.first_k > layers:
+    if isinstance(section, FirstK) and section.first_k > layers:
         yield SettingError(
             ("activation_checkpoint.first_k", "model.num_layers"),
             f"first_k ({section.first_k}) must be at most the model's num_layers ({layers})",
         )
-    if section.mode == "fraction" and not section.layers(layers):
+    if isinstance(section, FractionOfBlocks) and not section.layers(layers):
         yield SettingError(
             ("activation_checkpoint.fraction", "model.num_layers"),
             f"fraction ({section.fraction:g}) x num_layers ({layers}) rounds down to 0 layers; set "

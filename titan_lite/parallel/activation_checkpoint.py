@@ -17,7 +17,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from titan_lite.config.schema import ActivationCheckpoint, SavedOp
+from titan_lite.config.activation_checkpoint import ActivationCheckpoint, SavedOp
 from titan_lite.nn import grouped_matmul  # noqa: F401  registers an operation of that name
 from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel import context_attention  # noqa: F401  registers sharded_attention
@@ -60,12 +60,11 @@ def apply_activation_checkpoint(model: Transformer, section: ActivationCheckpoin
 
     The budget is one of the whole process, for what is compiled from here on.
     """
-    with_budget = section.mode == "memory_budget"
-    compiler_config.activation_memory_budget = section.memory_budget if with_budget else 1.0
+    compiler_config.activation_memory_budget = section.compiler_budget
     settings: dict[str, Any] = {}
-    if section.mode == "selective_op":
+    if section.saved_ops:
         # One object for all blocks, which remain equal for the compiler: one graph serves them.
-        settings["context_fn"] = partial(_contexts, tuple(section.save))
+        settings["context_fn"] = partial(_contexts, section.saved_ops)
     blocks = list(model.layers.named_children())
     for index in section.layers(len(blocks)):
         name, block = blocks[index]

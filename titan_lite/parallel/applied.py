@@ -11,8 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from titan_lite.config.activation_checkpoint import ActivationCheckpoint
 from titan_lite.config.dims import FSDP
-from titan_lite.config.schema import ActivationCheckpoint, Compile, Parallel
+from titan_lite.config.schema import Compile, Parallel
 from titan_lite.models.roles import PlanRow, Role
 from titan_lite.nn.attention import Attention, DropoutAttention
 from titan_lite.nn.dropout import Dropout
@@ -102,12 +103,10 @@ class Applied:
             for words, names in (("missing", expected - actual), ("unexpected", actual - expected)):
                 if names:
                     mismatches.append(f"{words} {feature}: {', '.join(sorted(names))}")
-        selective = activation_checkpoint.mode == "selective_op"
-        saved = tuple(activation_checkpoint.save) if selective else ()
+        saved = activation_checkpoint.saved_ops
         if self.saved_ops != saved:
             mismatches.append(f"saved operations {self.saved_ops} where {saved} were configured")
-        with_budget = activation_checkpoint.mode == "memory_budget"
-        budget = activation_checkpoint.memory_budget if with_budget else 1.0
+        budget = activation_checkpoint.compiler_budget
         if self.activation_memory_budget != budget:
             mismatches.append(
                 f"an activation memory budget of {self.activation_memory_budget} where {budget} "

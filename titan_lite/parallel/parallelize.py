@@ -4,8 +4,8 @@ from functools import partial
 
 import torch
 
+from titan_lite.config.activation_checkpoint import ActivationCheckpoint
 from titan_lite.config.schema import (
-    ActivationCheckpoint,
     Attention,
     Compile,
     Float8,

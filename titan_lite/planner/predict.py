@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from titan_lite.config.dims import ParallelDims
-from titan_lite.config.schema import Config
+from titan_lite.config.schema import Config, with_values
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.family import Family
 from titan_lite.planner import counts
@@ -14,7 +14,7 @@ from titan_lite.planner.hardware import Device
 from titan_lite.planner.interval import Interval, interval
 from titan_lite.planner.job import Job
 from titan_lite.planner.memory import Memory, memory, room
-from titan_lite.planner.read import is_legal, read_job, with_values
+from titan_lite.planner.read import is_legal, read_job
 from titan_lite.planner.step_time import Step, StepModel
 
 HOURS, DAYS = 3600.0, 86_400.0

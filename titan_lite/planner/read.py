@@ -6,7 +6,7 @@ The only file of the planner that reads configurations.
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from titan_lite.config.dims import ParallelDims, resolve_global_batch
 from titan_lite.config.parallel_rules import parallel_rules
@@ -126,13 +126,3 @@ def is_legal(config: Config, dims: ParallelDims, args: DecoderArgs) -> bool:
     broken = itertools.chain(parallel_rules(config, dims), model_rules(config, args))
     stages = config.parallel.num_stages
     return next(broken, None) is None and stages <= args.num_layers
-
-
-def with_values(config: Config, values: Mapping[str, object]) -> Config:
-    """A configuration with other values of keys, which are of the right types."""
-    sections: dict[str, dict[str, object]] = {}
-    for key, value in values.items():
-        section, _, name = key.partition(".")
-        sections.setdefault(section, {})[name] = value
-    update = {name: getattr(config, name).model_copy(update=u) for name, u in sections.items()}
-    return config.model_copy(update=update)

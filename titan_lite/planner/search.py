@@ -2,16 +2,14 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
-from typing import Any, cast
-
-from pydantic import BaseModel
+from typing import cast
 
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.problems import SettingError
-from titan_lite.config.schema import Config, Parallel
+from titan_lite.config.schema import Config, Parallel, with_values
 from titan_lite.models.args import DecoderArgs, MoEArgs
 from titan_lite.models.family import Family
 from titan_lite.planner.cluster import Cluster
@@ -101,10 +99,12 @@ def candidates(
 
     The other keys stay as they are. A candidate has the sections that rules and the planner read.
     """
-    batches = [{"local_batch_size": m, "global_batch_size": samples} for m in MICRO_BATCHES]
-    modes = [{"mode": mode} for mode in dict.fromkeys((config.activation_checkpoint.mode, *MODES))]
-    trainings = _variants("training", config.training, batches)
-    checkpoints = _variants("activation_checkpoint", config.activation_checkpoint, modes)
+    local, total = "training.local_batch_size", "training.global_batch_size"
+    batches = [{local: size, total: samples} for size in MICRO_BATCHES]
+    trainings = [(values, with_values(config, values).training) for values in batches]
+    names = dict.fromkeys((config.activation_checkpoint.mode, *MODES))
+    modes = [{"activation_checkpoint.mode": name} for name in names]
+    checkpoints = [(mode, with_values(config, mode).activation_checkpoint) for mode in modes]
     sections = {name: getattr(config, name) for name in type(config).model_fields}
     for keys, parallel, dims in layouts_of(config.parallel, world_size, cluster, experts):
         for (batch, training), (mode, checkpoint) in itertools.product(trainings, checkpoints):
@@ -115,16 +115,6 @@ def candidates(
             }
             # The rules read attributes alone, and a checked Config takes long to build.
             yield keys | batch | mode, cast(Config, SimpleNamespace(**changed)), dims
-
-
-def _variants(
-    name: str, section: BaseModel, choices: Sequence[Mapping[str, object]]
-) -> list[tuple[dict[str, object], Any]]:
-    """A section with other values, and their keys."""
-    return [
-        ({f"{name}.{key}": v for key, v in values.items()}, section.model_copy(update=values))
-        for values in choices
-    ]
 
 
 def layouts_of(

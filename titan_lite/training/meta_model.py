@@ -12,6 +12,7 @@ from titan_lite.checkpoint.hf_layout import HFModel, check_start
 from titan_lite.checkpoint.manifest import MANIFEST_FILE
 from titan_lite.checkpoint.state import Start, check_excluded, newest_below
 from titan_lite.checkpoint.storage import check_weights
+from titan_lite.config.activation_checkpoint import FractionOfBlocks
 from titan_lite.config.problems import SettingError, about, collecting, literal
 from titan_lite.config.schema import Config, Float8
 from titan_lite.metrics.power import EnergyCounter
@@ -87,7 +88,7 @@ def pipeline_stages(plan: Plan, model: Transformer, objective: Objective) -> lis
             head_token_fraction=_head_token_fraction(config, objective),
         )
     section = config.activation_checkpoint
-    if section.mode == "fraction" and not any(section.layers(s.blocks) for s in stages):
+    if isinstance(section, FractionOfBlocks) and not any(section.layers(s.blocks) for s in stages):
         raise SettingError(
             "activation_checkpoint.fraction",
             f"fraction ({section.fraction:g}) x blocks of each pipeline stage "

@@ -1,0 +1,145 @@
+"""[activation_checkpoint]: a section for each mode."""
+
+from typing import Literal
+
+from titan_lite.config.section import Fraction, Positive, Section
+from titan_lite.config.tagged import TaggedTable
+
+SavedOp = Literal[
+    "attention",
+    "matmul",
+    "every_second_matmul",
+    "reduce_scatter",
+    "all_reduce",
+    "max",
+    "routing",
+    "all_to_all",
+    "grouped_matmul",
+]
+
+
+class ActivationCheckpoint(Section):
+    """[activation_checkpoint]: which activations are computed again in backward, not kept."""
+
+    mode: str
+    """Recomputes "full": every transformer block; "every_nth", "first_k", "fraction": some of the
+    blocks; "selective_op": all operations of each block but those in `save`; "memory_budget": what
+    the compiler chooses, without tensor parallel. Each reads the key of its name, "selective_op"
+    reads `save`."""
+
+    def layers(self, num_layers: int) -> range:
+        """The blocks that are checkpointed, out of `num_layers` of a model or pipeline stage."""
+        return range(0)
+
+    @property
+    def saved_ops(self) -> tuple[SavedOp, ...]:
+        """Names of the operations whose results checkpointed blocks keep."""
+        return ()
+
+    @property
+    def compiler_budget(self) -> float:
+        """Share of the activation memory of a compiled block that may be used."""
+        return 1.0
+
+
+class NoCheckpoint(ActivationCheckpoint):
+    """Keeps all activations."""
+
+    mode: Literal["none"] = "none"
+
+
+class Full(ActivationCheckpoint):
+    """Recomputes every block."""
+
+    mode: Literal["full"] = "full"
+
+    def layers(self, num_layers: int) -> range:
+        """All blocks."""
+        return range(num_layers)
+
+
+class EveryNth(ActivationCheckpoint):
+    """Recomputes every n-th block."""
+
+    mode: Literal["every_nth"] = "every_nth"
+    every_nth: Positive = 2
+    """Recompute the first of every n blocks (of each pipeline stage); 1 is "full"."""
+
+    def layers(self, num_layers: int) -> range:
+        """The first of n, not the last.
+
+        Backward starts at the other end, with everything else still in memory, and had better not
+        add a recomputed block to that.
+        """
+        return range(0, num_layers, self.every_nth)
+
+
+class FirstK(ActivationCheckpoint):
+    """Recomputes the first blocks."""
+
+    mode: Literal["first_k"] = "first_k"
+    first_k: Positive = 1
+    """Recompute this many blocks, the first ones (of each pipeline stage)."""
+
+    def layers(self, num_layers: int) -> range:
+        """The first blocks."""
+        return range(min(self.first_k, num_layers))
+
+
+class FractionOfBlocks(ActivationCheckpoint):
+    """Recomputes a fraction of the blocks."""
+
+    mode: Literal["fraction"] = "fraction"
+    fraction: Fraction = 0.5
+    """Recompute the first int(num_layers * fraction) blocks (of each pipeline stage)."""
+
+    def layers(self, num_layers: int) -> range:
+        """The first blocks."""
+        return range(int(num_layers * self.fraction))
+
+
+class SelectiveOp(ActivationCheckpoint):
+    """Recomputes all operations of every block but some."""
+
+    mode: Literal["selective_op"] = "selective_op"
+    save: list[SavedOp] = ["attention", "every_second_matmul", "reduce_scatter", "max"]
+    """Operations whose results are kept: "attention"; "matmul" or "every_second_matmul"; the sums
+    over tensor-parallel ranks, "reduce_scatter" with sequence parallel, "all_reduce" without;
+    "max": the scales of "tensorwise" float8; of experts, "routing": the order of scores,
+    "all_to_all": the exchanges of expert parallel, "grouped_matmul"."""
+
+    def layers(self, num_layers: int) -> range:
+        """All blocks."""
+        return range(num_layers)
+
+    @property
+    def saved_ops(self) -> tuple[SavedOp, ...]:
+        """Names of the operations whose results checkpointed blocks keep."""
+        return tuple(self.save)
+
+
+class MemoryBudget(ActivationCheckpoint):
+    """Leaves it to the compiler what is computed again."""
+
+    mode: Literal["memory_budget"] = "memory_budget"
+    memory_budget: Fraction = 0.5
+    """Share of the activation memory of a compiled block that may be used; 0 keeps its input
+    only."""
+
+    @property
+    def compiler_budget(self) -> float:
+        """Share of the activation memory of a compiled block that may be used."""
+        return self.memory_budget
+
+
+CHECKPOINT_MODES = TaggedTable("mode", ActivationCheckpoint)
+for section in (
+    NoCheckpoint,
+    Full,
+    EveryNth,
+    FirstK,
+    FractionOfBlocks,
+    SelectiveOp,
+    MemoryBudget,
+):
+    CHECKPOINT_MODES.add(section)
