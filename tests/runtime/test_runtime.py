@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import weakref
 from pathlib import Path
 
@@ -124,6 +125,15 @@ def test_only_what_a_run_wrote_is_moved_aside(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "previous"]
     (earlier,) = (tmp_path / "previous").iterdir()
     assert sorted(path.name for path in earlier.iterdir()) == ["metrics.jsonl", "run.json"]
+
+
+def test_runs_of_one_second_are_moved_to_folders_of_their_own(tmp_path: Path) -> None:
+    for _ in range(3):
+        (tmp_path / "run.json").write_text("{}")
+        os.utime(tmp_path / "run.json", (0, 0))
+        open_run_folder(tmp_path, resume_step=0)
+    first, second, third = sorted(path.name for path in (tmp_path / "previous").iterdir())
+    assert (second, third) == (f"{first}-2", f"{first}-3")
 
 
 def test_a_gpu_without_bfloat16_is_told_to_use_float16(monkeypatch: pytest.MonkeyPatch) -> None:

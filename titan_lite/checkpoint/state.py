@@ -16,7 +16,7 @@ from titan_lite.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, re
 from titan_lite.config.problems import SettingError, about, did_you_mean, nearest, quote
 from titan_lite.config.schema import Checkpoint
 from titan_lite.runtime.stored_files import DamagedError, damaged_files
-from titan_lite.runtime.writing import writing
+from titan_lite.runtime.writing import make_new_folder, writing
 
 logger = logging.getLogger(__name__)
 
@@ -205,9 +205,8 @@ def retire_later_steps(folder: Path, step: int) -> Path | None:
     later = [other for other in saved_steps(folder) if other > step]
     if not later:
         return None
-    retired = folder / time.strftime("retired-%Y%m%d-%H%M%S")
-    with writing(retired):
-        retired.mkdir()
+    with writing(folder):
+        retired = make_new_folder(folder / time.strftime("retired-%Y%m%d-%H%M%S"))
         for other in later:
             (folder / f"step-{other}").rename(retired / f"step-{other}")
     return retired

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import titan_lite
-from titan_lite.runtime.writing import writing
+from titan_lite.runtime.writing import make_new_folder, writing
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +34,7 @@ def open_run_folder(folder: Path, *, resume_step: int) -> None:
         if resume_step > 0 or not earlier.exists():
             return
         began = time.strftime("%Y%m%d-%H%M%S", time.localtime(earlier.stat().st_mtime))
-        aside = folder / "previous" / began
-        aside.mkdir(parents=True)
+        aside = make_new_folder(folder / "previous" / began)
         for name in RUN_FILES:
             if (folder / name).exists():
                 (folder / name).rename(aside / name)

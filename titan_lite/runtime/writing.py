@@ -16,3 +16,18 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise WriteError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def make_new_folder(path: Path) -> Path:
+    """Makes a folder that did not exist: `path`, or the first free one of path-2, path-3, ...
+
+    A name from the clock may be taken: two runs can start within a second.
+    """
+    new, number = path, 1
+    while True:
+        try:
+            new.mkdir(parents=True)
+            return new
+        except FileExistsError:
+            number += 1
+            new = path.with_name(f"{path.name}-{number}")
