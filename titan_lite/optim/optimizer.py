@@ -15,7 +15,7 @@ from titan_lite.config.registry import load
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.roles import Kind, PlanRow, kind_of
 from titan_lite.nn.init import CHECKPOINT_PREFIX
-from titan_lite.optim.bfloat16_adam import BFloat16Adam
+from titan_lite.optim.low_precision_adam import LowPrecisionAdam
 
 FUSED_DEVICES = ("cuda", "cpu")
 
@@ -137,7 +137,7 @@ def build_adam(
     """Builds AdamW or Adam."""
     betas = (section.beta1, section.beta2)
     if section.state_dtype == "bfloat16":
-        return BFloat16Adam(
+        return LowPrecisionAdam(
             torch_groups(parameters),
             lr=section.lr,
             betas=betas,

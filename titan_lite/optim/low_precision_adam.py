@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from titan_lite.optim.nonfinite import DeviceGuardedOptimizer
 
 
-class BFloat16Adam(DeviceGuardedOptimizer):
+class LowPrecisionAdam(DeviceGuardedOptimizer):
     """Adam that computes in float32 and rounds the moments to bfloat16.
 
     Each element is computed separately, so the step is the same in every layout. decoupled: True

@@ -13,7 +13,7 @@ from tests.runs import build_trainer, train, whole
 from titan_lite.config.optimizers import Muon
 from titan_lite.models.llama import LLAMA
 from titan_lite.nn.build_model import build_model
-from titan_lite.optim.bfloat16_adam import BFloat16Adam
+from titan_lite.optim.low_precision_adam import LowPrecisionAdam
 from titan_lite.optim.nonfinite import NonFiniteGuard, step_if
 from titan_lite.optim.optimizer import Surroundings, build_optimizer
 
@@ -27,7 +27,7 @@ def test_it_is_torch_s_step_but_for_the_rounding_of_the_moments(name: str) -> No
     local, peer = (torch.nn.Parameter(start.clone()) for _ in range(2))
     settings: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
     groups = [{"params": [local], "weight_decay": 0.2}]
-    optimizer = BFloat16Adam(groups, **settings, decoupled=name == "AdamW")
+    optimizer = LowPrecisionAdam(groups, **settings, decoupled=name == "AdamW")
     reference = getattr(torch.optim, name)([peer], **settings, weight_decay=0.2)
     for step in range(4):
         local.grad = torch.randn(64, generator=generator)
@@ -46,7 +46,7 @@ def test_a_bad_step_changes_nothing_and_scaled_gradients_are_divided() -> None:
     weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
     for weight, scale in zip(weights, (1.0, 4.0), strict=True):
         settings: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
-        optimizer = BFloat16Adam([weight], **settings, decoupled=True)
+        optimizer = LowPrecisionAdam([weight], **settings, decoupled=True)
         guard = NonFiniteGuard("skip", torch.device("cpu"))
         for value in (torch.nan, 0.5, 0.25):
             weight.grad = torch.full((2,), value * scale)
