@@ -41,6 +41,7 @@ LAYOUTS = {
     "full checkpointing": (2, (SHARE, "--activation_checkpoint.mode=full")),
     "pp 2": (2, ("--parallel.pp=2", "--training.local_batch_size=2")),
     "ring of cp 2": (2, ("--parallel.cp=2",)),
+    "fsdp 2, moments in int8": (2, (SHARE, "--optimizer.state_dtype=int8")),
     "fsdp 2 x tp 2, Muon": (4, (SHARE, "--parallel.tp=2", "--optimizer.name=Muon")),
 }
 

@@ -251,6 +251,17 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             '0.999 must be at most 0.99 with optimizer.state_dtype = "bfloat16"',
         ),
         (
+            [
+                "optimizer.state_dtype=int8",
+                "checkpoint.enable=true",
+                "checkpoint.async_mode=async_pinned",
+            ],
+            1,
+            "checkpoint.async_mode",
+            '"async_pinned" copies tensors, which torchao does not support for '
+            'optimizer.state_dtype = "int8"; set checkpoint.async_mode = "disabled"',
+        ),
+        (
             ['optimizer.groups=[{pattern="*", algorithm="Muon"}]'],
             1,
             "optimizer.groups",

@@ -309,6 +309,7 @@ FAMILIES = (
     Case("pp2", "selective_op", micro_batches=4, alike=BERT),
 )
 
+INT8, FLOAT8 = ("optimizer.state_dtype=int8",), ("optimizer.state_dtype=float8",)
 BFLOAT16 = ("training.param_dtype=bfloat16",)
 IN_PRECISION = (
     Case("dp2", micro_batches=4, alike=BFLOAT16),
@@ -317,6 +318,12 @@ IN_PRECISION = (
     Case("dp2 x tp2", "selective_op", alike=BFLOAT16),
     Case("pp2", micro_batches=4, alike=BFLOAT16),
     Case("tp2", alike=(*BFLOAT16, "model.fp32_residual=true")),
+    Case("dp2", alike=INT8),
+    Case("hsdp 2x2", micro_batches=4, alike=INT8),
+    Case("tp2", alike=INT8),
+    Case("pp2", micro_batches=4, alike=INT8),
+    Case("dp2", alike=FLOAT8),
+    Case("tp2", alike=FLOAT8),
 )
 
 

@@ -76,7 +76,8 @@ PRECISION = """\
 
 One process in that precision is compared with one process in float32. The largest difference of a
 loss, and of a gradient norm, is how far a layout may be at any step from one process in that
-precision. The float32 masters start with the same bits.
+precision. The float32 masters start with the same bits. Runs with `optimizer.state_dtype` "int8" or
+"float8" are not equal across layouts, whose shards are rounded in other blocks.
 """
 
 REFUSED = """\

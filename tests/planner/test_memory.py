@@ -93,12 +93,13 @@ def job_with(optimizer: str, *more: str) -> Job:
     [
         ("AdamW", "--ema.enable=true", 12, 12),
         ("AdamW", "--optimizer.state_dtype=bfloat16", 4, 4),
+        ("AdamW", "--optimizer.state_dtype=int8", 2 + 8 / 256, 2 + 8 / 256),
         ("Muon", "--ema.enable=true", 12, 8),
         ("Muon", "--optimizer.state_dtype=bfloat16", 4, 4),
     ],
 )
 def test_an_average_of_the_weights_and_rounded_moments_are_counted(
-    optimizer: str, setting: str, bytes_of_other: int, bytes_of_matrix: int
+    optimizer: str, setting: str, bytes_of_other: float, bytes_of_matrix: float
 ) -> None:
     job = job_with(optimizer, setting)
     matrices = num_block_params(job.args)

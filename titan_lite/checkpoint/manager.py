@@ -40,8 +40,10 @@ from titan_lite.checkpoint.storage import (
     Files,
     LoadPlanner,
     first_failure,
+    in_float32,
     versions,
 )
+from titan_lite.config.optimizers import EIGHT_BITS
 from titan_lite.config.schema import Checkpoint
 from titan_lite.config.units import format_number, format_scaled
 from titan_lite.nn.transformer import Transformer
@@ -178,6 +180,8 @@ class CheckpointManager:
         rng = whole.pop(rng_key, {})
         excluded = [] if start.resumes else self.section.exclude_from_loading
         tensors = {part: _without(values, excluded) for part, values in whole.items()}
+        if start.content == "run" and not self._has_blocks_of(start):
+            tensors["optimizer"] = in_float32(tensors["optimizer"])
         reader = CheckpointReader(start.source)
         saved = reader.read_metadata().state_dict_metadata
         # A rank that the saving run did not have keeps the generators it was seeded with.
@@ -214,6 +218,13 @@ class CheckpointManager:
             torch.set_rng_state(rng["cpu"])
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(rng["cuda"], self.device)
+
+    def _has_blocks_of(self, start: Start) -> bool:
+        """Returns whether a checkpoint's moments can be loaded as they are, block by block."""
+        assert start.manifest is not None
+        runs = ((start.manifest.config, start.manifest.layout), (self.config, self.layout))
+        saved, own = ((config["optimizer"].get("state_dtype"), at) for config, at in runs)
+        return saved == own or not {saved[0], own[0]} & {*EIGHT_BITS}
 
     def retire_newer_checkpoints(self, step: int) -> None:
         """Retires the checkpoints later than `step`, which the run continues from; on one rank."""

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 from torch.utils.serialization import config as serialization
 
@@ -216,6 +217,38 @@ def check_none_left(
 
 def _is_missing(key: str, source: Path) -> str:
     return f"{key.removeprefix('model.')} is not in {source}: another model was saved there"
+
+
+def in_float32(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Returns tensors to load into: float32 in place of torchao's blocks.
+
+    From then on torchao's tensors are cut in float32: its own cut is one between blocks, along the
+    first dim.
+    """
+    from torchao.optim.subclass_8bit import OptimState8bit
+    from torchao.optim.subclass_fp8 import OptimStateFp8
+
+    for kind in (OptimState8bit, OptimStateFp8):
+        kind.implements(torch.ops.aten.slice.Tensor)(_cut)
+    return {key: _dequantized(value) for key, value in tensors.items()}
+
+
+def _cut(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    part: Tensor = func(args[0].dequantize(), *args[1:], **kwargs)
+    return part
+
+
+def _dequantized(value: Any) -> Any:
+    if not isinstance(value, DTensor) or not hasattr(blocks := value.to_local(), "codes"):
+        return value
+    return DTensor.from_local(
+        blocks.dequantize(),
+        value.device_mesh,
+        value.placements,
+        run_check=False,
+        shape=value.shape,
+        stride=value.stride(),
+    )
 
 
 class LoadPlanner(dcp.DefaultLoadPlanner):

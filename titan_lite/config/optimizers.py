@@ -14,6 +14,9 @@ from titan_lite.config.section import (
 )
 from titan_lite.config.tagged import TaggedTable
 
+# Values of AdamOptimizer.state_dtype that are stored in torchao's tensors.
+EIGHT_BITS = ("int8", "float8")
+
 
 class OptimizerGroup(Section):
     """[[optimizer.groups]]: separate settings of some parameters."""
@@ -64,10 +67,11 @@ class AdamOptimizer(Optimizer):
         Literal["auto", "fused", "foreach", "for-loop"], Needs("state_dtype", values=("float32",))
     ] = "auto"
     """Kernel of the step; "auto" takes fused where the device has it."""
-    state_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type in which both moments are stored. "bfloat16" halves their memory; the step is computed
-    in float32, one parameter after the other, with the same result in every layout. It requires
-    beta1 and beta2 of at most 0.99."""
+    state_dtype: Literal["float32", "bfloat16", "int8", "float8"] = "float32"
+    """Type in which both moments are stored; the step is computed in float32, one parameter after
+    the other. "bfloat16" halves their memory, with the same result in every layout; it requires
+    beta1 and beta2 of at most 0.99. "int8" and "float8" take a quarter, in torchao's blocks of 256
+    elements of a shard, so layouts differ."""
 
 
 class AdamW(AdamOptimizer):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from titan_lite.config.dims import ParallelDims
-from titan_lite.config.optimizers import AdamOptimizer, Optimizer
+from titan_lite.config.optimizers import EIGHT_BITS, AdamOptimizer, Optimizer
 from titan_lite.config.parallel_rules import parallel_rules
 from titan_lite.config.problems import (
     SettingError,
@@ -165,6 +165,13 @@ def _checkpoint(config: Config) -> Iterator[SettingError]:
             "checkpoint.exclude_from_loading",
             "has no effect on checkpoint.initial_load_hf, which loads all parameters; convert the "
             "model with titan-lite convert hf-to-dcp and set checkpoint.initial_load_path",
+        )
+    state_dtype = getattr(config.optimizer, "state_dtype", "")
+    if section.enable and section.async_mode != "disabled" and state_dtype in EIGHT_BITS:
+        yield SettingError(
+            "checkpoint.async_mode",
+            f"{quote(section.async_mode)} copies tensors, which torchao does not support for "
+            f'optimizer.state_dtype = {quote(state_dtype)}; set checkpoint.async_mode = "disabled"',
         )
     if section.keep_every % section.interval:
         yield SettingError(

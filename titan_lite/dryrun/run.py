@@ -26,6 +26,7 @@ from titan_lite.dryrun.rank_progress import RankProgress
 from titan_lite.dryrun.repeat import NotRepeatableError, repeat_blocks
 from titan_lite.dryrun.torch_private import FakeTensorMode, fake_world
 from titan_lite.models.plan import Plan
+from titan_lite.optim.low_precision_adam import prepare_int8
 from titan_lite.parallel.expert import assume_balance
 from titan_lite.parallel.mesh import build_meshes
 from titan_lite.parallel.pipeline import local_stages
@@ -68,6 +69,8 @@ def dry_run(
     """
     is_compiled = plan.config.compile.covers("model")
     plan = dataclasses.replace(plan, config=_eager(plan.config))
+    if getattr(plan.config.optimizer, "state_dtype", "") == "int8":
+        prepare_int8()
     kernels = gpu_kernels() if on_gpu else contextlib.nullcontext()
     recording = recorder(plan.dims, fuses_float8_casts=is_compiled)
     fake = FakeTensorMode(allow_non_fake_inputs=True)

@@ -1,6 +1,7 @@
-"""AdamW and Adam with moments in bfloat16: 4 bytes per parameter instead of 8."""
+"""AdamW and Adam with moments in fewer than 32 bits."""
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -8,12 +9,20 @@ from torch.distributed.tensor import DTensor
 
 from titan_lite.optim.nonfinite import DeviceGuardedOptimizer
 
+# The moments, and whether they have a sign.
+MOMENTS = {"exp_avg": True, "exp_avg_sq": False}
+# Elements of a block in 8 bits, torchao's default.
+BLOCK = 256
+# Elements that are stepped at once, in float32: whole blocks.
+CHUNK = 2**24
+
 
 class LowPrecisionAdam(DeviceGuardedOptimizer):
-    """Adam that computes in float32 and rounds the moments to bfloat16.
+    """Adam that computes in float32 and rounds the moments to `state_dtype`.
 
-    Each element is computed separately, so the step is the same in every layout. decoupled: True
-    for AdamW's weight decay, False for Adam's.
+    In bfloat16 each element is rounded separately, so the step is the same in every layout. In
+    8 bits ("int8", "float8") blocks of 256 elements of a shard have one scale (arXiv:2110.02861):
+    torchao's tensors. decoupled: True for AdamW's weight decay, False for Adam's.
     """
 
     def __init__(
@@ -24,9 +33,11 @@ class LowPrecisionAdam(DeviceGuardedOptimizer):
         betas: tuple[float, float],
         eps: float,
         decoupled: bool,
+        state_dtype: str = "bfloat16",
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self.decoupled = decoupled
+        self.new_blocks = _new_blocks(state_dtype) if state_dtype != "bfloat16" else None
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -38,40 +49,109 @@ class LowPrecisionAdam(DeviceGuardedOptimizer):
     ) -> None:
         for group in self.param_groups:
             for parameter in group["params"]:
+                state = self._state(parameter)
                 gradient = parameter.grad
                 if gradient is None:
                     gradient = torch.zeros_like(parameter)
-                if grad_scale is not None:
-                    gradient = gradient / grad_scale
-                self._step(parameter, _local(gradient), group, is_finite)
+                step = state["step"] + 1
+                tensors = [parameter, *(state[key] for key in MOMENTS)]
+                flat = [_local(tensor).view(-1) for tensor in tensors]
+                flat.append(_local(gradient).reshape(-1))
+                for start in range(0, flat[0].numel(), CHUNK):
+                    chunk = [_slice(tensor, start, start + CHUNK) for tensor in flat]
+                    self._step(chunk, step, group, is_finite, grad_scale)
+                _assign(state["step"], step, is_finite)
 
-    def _step(
-        self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], is_finite: Tensor | None
-    ) -> None:
-        state, weight, lr = self.state[parameter], _local(parameter), group["lr"]
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
-            state |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-        for key in ("exp_avg", "exp_avg_sq"):
-            # torch loads the state in the dtype of the parameter.
-            state[key] = state[key].bfloat16()
-        (beta1, beta2), decay = group["betas"], group["weight_decay"]
+            state |= {key: torch.zeros_like(parameter) for key in MOMENTS}
+        for key, has_sign in MOMENTS.items():
+            # New, or loaded: torch loads the state in the dtype of the parameter.
+            if self.new_blocks is None:
+                state[key] = state[key].bfloat16()
+            elif not _is_quantized(state[key]):
+                blocks = self.new_blocks(parameter, has_sign)
+                _local(blocks).copy_(_local(state[key]))
+                state[key] = blocks
+        return state
+
+    def _step(
+        self,
+        chunk: Sequence[Tensor],
+        step: Tensor,
+        group: dict[str, Any],
+        is_finite: Tensor | None,
+        grad_scale: Tensor | None,
+    ) -> None:
+        weight, average, square, gradient = chunk
+        (beta1, beta2), decay, lr = group["betas"], group["weight_decay"], group["lr"]
+        if grad_scale is not None:
+            gradient = gradient / grad_scale
         if not self.decoupled:
             gradient = gradient + decay * weight
-        step = state["step"] + 1
-        average = _local(state["exp_avg"]).float().lerp_(gradient, 1 - beta1)
-        square = _local(state["exp_avg_sq"]).float().mul_(beta2)
-        square.addcmul_(gradient, gradient, value=1 - beta2)
-        denominator = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        update = average / denominator * (lr / (1 - beta1**step))
+        new_average = _float(average).lerp_(gradient, 1 - beta1)
+        new_square = _float(square).mul_(beta2)
+        new_square.addcmul_(gradient, gradient, value=1 - beta2)
+        denominator = (new_square / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        update = new_average / denominator * (lr / (1 - beta1**step))
         kept = weight * (1 - lr * decay) if self.decoupled else weight
-        for target, value in (
-            (weight, kept - update),
-            (_local(state["exp_avg"]), average),
-            (_local(state["exp_avg_sq"]), square),
-            (state["step"], step),
-        ):
-            target.copy_(value if is_finite is None else torch.where(is_finite, value, target))
+        _assign(weight, kept - update, is_finite)
+        _assign(average, new_average, is_finite)
+        _assign(square, new_square, is_finite)
+
+
+def _new_blocks(state_dtype: str) -> Callable[[Tensor, bool], Tensor]:
+    """Returns a function that makes zeros for a parameter in 8 bits, or in its own dtype.
+
+    torchao leaves shards in their dtype that have fewer than 4096 elements, or no whole blocks.
+    """
+    import torchao.optim
+
+    kind = torchao.optim.AdamW8bit if state_dtype == "int8" else torchao.optim.AdamWFp8
+    return cast(Callable[[Tensor, bool], Tensor], kind([torch.zeros(())])._new_buffer)
+
+
+def prepare_int8() -> None:
+    """Has torchao compute its tables of codes, from numbers that a fake tensor lacks."""
+    new_blocks = _new_blocks("int8")
+    for has_sign in MOMENTS.values():
+        new_blocks(torch.zeros(2**12), has_sign)
+
+
+def _is_quantized(tensor: Tensor) -> bool:
+    return hasattr(_local(tensor), "codes")
+
+
+def _slice(tensor: Any, start: int, end: int) -> Tensor:
+    """Returns a view of a tensor of one dim; start and end are multiples of BLOCK."""
+    if not _is_quantized(tensor):
+        return cast(Tensor, tensor[start:end])
+    names, settings = tensor.__tensor_flatten__()
+    parts = {name: getattr(tensor, name) for name in names}
+    parts["codes"] = parts["codes"][start:end]
+    parts["scale"] = parts["scale"][start // BLOCK : end // BLOCK]
+    return cast(Tensor, type(tensor).__tensor_unflatten__(parts, settings))
+
+
+def _float(moment: Tensor) -> Tensor:
+    """Returns a copy in float32."""
+    return moment.dequantize() if _is_quantized(moment) else moment.to(torch.float32, copy=True)
+
+
+def _assign(target: Any, value: Tensor, is_finite: Tensor | None) -> None:
+    if is_finite is None:
+        target.copy_(value)
+    elif _is_quantized(target):
+        # Rounding what is rounded already would change it.
+        parts = [target.codes.view(torch.uint8), target.scale]
+        former = [part.clone() for part in parts]
+        target.copy_(value)
+        for part, before in zip(parts, former, strict=True):
+            part.copy_(torch.where(is_finite, part, before))
+    else:
+        target.copy_(torch.where(is_finite, value, target))
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -136,13 +136,14 @@ def build_adam(
 ) -> torch.optim.Optimizer:
     """Builds AdamW or Adam."""
     betas = (section.beta1, section.beta2)
-    if section.state_dtype == "bfloat16":
+    if section.state_dtype != "float32":
         return LowPrecisionAdam(
             torch_groups(parameters),
             lr=section.lr,
             betas=betas,
             eps=section.eps,
             decoupled=section.name != "Adam",
+            state_dtype=section.state_dtype,
         )
     implementation = section.implementation
     if implementation == "auto":

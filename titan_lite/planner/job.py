@@ -59,7 +59,7 @@ class Job:
     reduce_bytes: int = 4
     accumulate_bytes: int = 10
     optimizer_bytes: int = 44
-    moment_bytes: int = 4
+    moment_bytes: float = 4
     ema: bool = False
     ns_steps: int = 0
     kernels: str = "fused"

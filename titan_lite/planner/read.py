@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 from titan_lite.config.dims import ParallelDims, resolve_global_batch
+from titan_lite.config.optimizers import EIGHT_BITS
 from titan_lite.config.parallel_rules import parallel_rules
 from titan_lite.config.schema import Config
 from titan_lite.models.args import DecoderArgs
@@ -19,6 +20,9 @@ from titan_lite.planner.job import Job, Recompute
 from titan_lite.planner.split import balanced
 
 AUTO_CHUNK_BYTES = 2**29  # as titan_lite/loss.py cuts with training.loss_chunks = "auto"
+
+# Of a moment, by optimizer.state_dtype; 256 elements in 8 bits have a scale in float32.
+MOMENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, **dict.fromkeys(EIGHT_BITS, 1 + 4 / 256)}
 
 
 def read_job(config: Config, dims: ParallelDims, family: Family, args: DecoderArgs) -> Job:
@@ -80,7 +84,7 @@ def read_job(config: Config, dims: ParallelDims, family: Family, args: DecoderAr
         attention="unfused" if args.attention_dropout else "flash",
         loss_bytes=14 if config.compile.covers("loss") else 28,
         loss_chunks=chunks if training.loss_chunks == "auto" else training.loss_chunks,
-        moment_bytes=2 if getattr(config.optimizer, "state_dtype", "") == "bfloat16" else 4,
+        moment_bytes=MOMENT_BYTES[getattr(config.optimizer, "state_dtype", "float32")],
         ema=config.ema.enable,
         ns_steps=getattr(config.optimizer, "ns_steps", 0),
         head_token_fraction=share,
