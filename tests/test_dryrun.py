@@ -389,7 +389,7 @@ def test_what_only_the_built_model_refuses_is_answered_as_in_a_run(
     layout = ["--parallel.pp=2", "--training.global_batch_size=2", "--parallel.pp_split=explicit"]
     assert cli.main(["dryrun", "--rank=0", *layout, stages]) == 2
     error = capfd.readouterr().err
-    assert "parallel.pp_stage_modules (command line): must name each of these once" in error
+    assert "parallel.pp_stage_modules (command line): must list each of these modules once" in error
     assert "Traceback" not in error
 
 

@@ -810,7 +810,7 @@ def test_the_code_of_one_node_is_that_of_all_and_a_killed_one_can_be_replaced(
     code, output = first.end()
     assert (code, seen + output) == (
         2,
-        "titan-lite: Node 1 has gone\n"
+        "titan-lite: Lost the connection to node 1\n"
         "titan-lite: Exiting because another node failed; see its log for the cause\n"
         "titan-lite: Starting all processes again: restart 1 of 1\n"
         f"titan-lite: Waiting for 1 of 2 nodes at {endpoint}\n"

@@ -143,7 +143,7 @@ def test_sources_that_read_the_same_documents_are_named(
     assert warnings_of("a.jsonl", "b.jsonl") == []
     assert warnings_of("a.jsonl", "*.jsonl") == [
         "data.sources.1.dataset_path and data.sources.0.dataset_path both read "
-        f"{tmp_path}/*.jsonl: its documents are trained on by the weights of both"
+        f"{tmp_path}/*.jsonl: the sum of their weights applies to its documents"
     ]
 
 
@@ -235,10 +235,10 @@ def test_what_the_devices_cannot_do_is_refused_in_one_block(
     assert actual.startswith("titan-lite: 5 problems in the configuration ")
     for words in (
         "'text' is not one of its fields",
-        "2 ranks with 1 stages each are too many for the model's 1 blocks",
-        "compile.enable (command line): needs a C++ compiler, and ",
+        "2 ranks with 1 stages each require at least 2 blocks, got 1",
+        "compile.enable (command line): requires a C++ compiler, but ",
         'float8.recipe (command line): "rowwise" requires CUDA compute capability',
-        "profiling.enable_memory_snapshot (command line): memory snapshots need a CUDA device",
+        "profiling.enable_memory_snapshot (command line): memory snapshots require a CUDA device",
     ):
         assert words in actual, words
 
@@ -273,7 +273,7 @@ def test_a_schedule_that_splits_backward_needs_a_torch_that_can(
 
 def test_async_tensor_parallel_needs_gpus(refused: Preflight) -> None:
     keys = ("--parallel.tp=2", "--parallel.async_tp=true", "--compile.enable=true")
-    assert "parallel.async_tp (command line): needs CUDA devices" in refused(*keys)
+    assert "parallel.async_tp (command line): true requires CUDA devices" in refused(*keys)
 
 
 def test_an_old_gpu_is_refused_bfloat16_and_float8(
@@ -293,9 +293,9 @@ def test_an_old_gpu_is_refused_bfloat16_and_float8(
 @pytest.mark.parametrize(
     ("device", "missing", "message"),
     [
-        ("cpu", "compiler", "needs a C++ compiler, and nowhere/g++ does not run: install g++"),
-        ("cpu", "headers", "needs Python's headers, and nowhere/Python.h does not exist"),
-        ("cuda", "compiler", "needs a C compiler: neither gcc nor clang is on PATH"),
+        ("cpu", "compiler", "requires a C++ compiler, but nowhere/g++ does not run: install g++"),
+        ("cpu", "headers", "requires Python's headers, but nowhere/Python.h does not exist"),
+        ("cuda", "compiler", "requires a C compiler, but neither gcc nor clang is on PATH"),
     ],
 )
 def test_compilation_needs_a_compiler(

@@ -86,7 +86,7 @@ def test_profiling_writes_a_trace_of_the_last_steps_of_each_period(
 
 
 def test_a_memory_snapshot_without_a_gpu_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="memory snapshots need a CUDA device"):
+    with pytest.raises(ConfigError, match="memory snapshots require a CUDA device"):
         build_trainer(tmp_path, "--profiling.enable_memory_snapshot=true")
 
 

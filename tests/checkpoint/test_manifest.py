@@ -84,7 +84,7 @@ def _rename(checkpoint: Path) -> None:
 
 
 DAMAGES = {
-    r"step-8/__0_0.distcp has 799 bytes, and was written with 800": _cut_short,
+    r"step-8/__0_0.distcp is damaged: it has 799 bytes, expected 800": _cut_short,
     r"step-8/run_state.json is missing": lambda folder: (folder / "run_state.json").unlink(),
     r"step-8 has no manifest.json": lambda folder: (folder / "manifest.json").unlink(),
     r"step-8/manifest.json is damaged: .*checksum": _flip_the_manifest,
@@ -147,7 +147,7 @@ def test_a_flipped_bit_is_found_by_reading(tmp_path: Path) -> None:
 def test_no_run_goes_on_from_weights_only(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, 4)
     weights = make_checkpoint(tmp_path, 8, content="model")
-    with pytest.raises(ValueError, match=rf"{weights} holds weights only .*initial_load_path"):
+    with pytest.raises(ValueError, match=rf"{weights} contains only weights .*initial_load_path"):
         find_start(SECTION, tmp_path)
     # Unless no step is left to do.
     start = find_start(SECTION, tmp_path, last_step=8)
@@ -156,7 +156,7 @@ def test_no_run_goes_on_from_weights_only(tmp_path: Path) -> None:
     start = find_start(SECTION.model_copy(update=other), tmp_path / "another run")
     assert (start.source, start.content, start.state.step) == (weights, "model", 0)
     both = SECTION.model_copy(update=other | {"initial_load_model_only": False})
-    with pytest.raises(ValueError, match=r"weights only, .*initial_load_model_only = true"):
+    with pytest.raises(ValueError, match=r"only weights, .*initial_load_model_only = true"):
         find_start(both, tmp_path / "another run")
 
 

@@ -361,7 +361,7 @@ def _with_folders_of_their_own(folder: Path) -> None:
 def test_a_folder_that_ranks_do_not_share_is_named_when_saving_and_when_resuming(
     workers: dict[int, Workers], tmp_path: Path
 ) -> None:
-    with pytest.raises(AssertionError, match=r"ranks \[1\] do not see .*all nodes share"):
+    with pytest.raises(AssertionError, match=r"ranks \[1\] cannot see .*all nodes share"):
         workers[2].run(_with_folders_of_their_own, tmp_path)
     workers[1].run(_interrupted, tmp_path / "node0")
     with pytest.raises(AssertionError, match=r"ranks found different .*by rank.*: \[4, 0\]"):
@@ -419,18 +419,20 @@ def test_weights_that_do_not_fit_are_refused_by_name(
     start += ('--checkpoint.exclude_from_loading=["norm.weight"]', *settings)
     run = workers[2].run
     for message in run(_error_of_starting, tmp_path / "b", *start, "--model.ffn_dim=96"):
-        assert "layers.0.feed_forward.w1.weight is (128, 64) in " in message
-        assert "and (96, 64) in this run: the model must be as it was" in message
+        assert "layers.0.feed_forward.w1.weight has shape (128, 64) in " in message
+        assert "and (96, 64) in this run; set [model] to the saved model" in message
     for message in run(_error_of_starting, tmp_path / "b", *start, "--model.num_layers=3"):
         assert re.search(r"layers\.2\.\S+ is not in ", message)
     for message in run(_error_of_starting, tmp_path / "b", *start, "--model.num_layers=1"):
-        assert re.search(r"step-4 has layers\.1\.\S+, which this run's model has not", message)
+        assert re.search(
+            r"step-4 has layers\.1\.\S+, which this run's model does not have", message
+        )
     # The preflight compares the same, without reading a weight.
     excluded = '--checkpoint.exclude_from_loading=["tok_embeddings.*", "output.*"]'
     keys = ["--quiet", "--preflight", "--world-size=2", "--", *TINY, *start]
     keys.append(f"--job.dump_folder={tmp_path / 'b'}")
     for settings, words in (
-        (["--model.ffn_dim=96"], "layers.0.feed_forward.w1.weight is (128, 64) in "),
+        (["--model.ffn_dim=96"], "layers.0.feed_forward.w1.weight has shape (128, 64) in "),
         (["--model.num_layers=3"], "layers.2.attention_norm.weight is not in "),
         (["--model.num_layers=1"], "step-4 has layers.1."),
         (["--model.tied_head=true"], ""),

@@ -459,7 +459,7 @@ def test_a_saved_dataset_is_read_by_its_split(tmp_path: Path) -> None:
     assert train.identity == resolve_source(Data(dataset_path=str(path / "train"))).identity
     held_out = Validation(dataset_path=str(path), split="test")
     resolve_held_out(held_out, Data(dataset_path=str(path)))
-    with pytest.raises(ValueError, match=r"\[data\] trains on .*saved, too: set another"):
+    with pytest.raises(ValueError, match=r"\[data\] also trains on .*saved: set another"):
         resolve_held_out(held_out, Data(dataset_path=str(path), split="test"))
     message = refused(path, split="validation")
     assert message == (
@@ -475,7 +475,7 @@ def test_a_file_among_those_that_are_trained_on_is_not_held_out(tmp_path: Path) 
     (tmp_path / "held_out.jsonl").symlink_to("x/b.jsonl")
     held_out = Validation(dataset_path=str(tmp_path / "held_out.jsonl"))
     file = tmp_path / "held_out.jsonl"
-    message = rf"^validation.dataset_path: \[data\] trains on {file}, too: set other files$"
+    message = rf"^validation.dataset_path: \[data\] also trains on {file}: set other files$"
     with pytest.raises(ValueError, match=message):
         resolve_held_out(held_out, data(tmp_path / "x"))
 

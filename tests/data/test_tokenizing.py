@@ -229,7 +229,7 @@ def test_validation_reads_them_and_not_what_is_trained_on(folder: Path, tmp_path
     for local, reference in zip(stored.batches, read.batches, strict=True):
         assert torch.equal(local.labels, reference.labels)
     trained = text_data(folder / "one")
-    with pytest.raises(ValueError, match=r"\[data\] trains on .*one\.tokens, too: set"):
+    with pytest.raises(ValueError, match=r"\[data\] also trains on .*one\.tokens: set"):
         resolve_held_out(validation, trained)
 
 
@@ -357,7 +357,7 @@ def test_the_command_writes_says_so_and_verifies(
     assert f"{shard} is damaged: its checksum is " in capsys.readouterr().err
     shard.write_bytes(b"")
     assert main(["tokenize", f"--verify={target}"]) == 1
-    assert "00000-00000.arrow has 0 bytes, and was written with " in capsys.readouterr().err
+    assert "00000-00000.arrow is damaged: it has 0 bytes, expected " in capsys.readouterr().err
     assert main(["tokenize", f"--verify={tmp_path}"]) == 1
     assert "has no tokens.json: it is not complete" in capsys.readouterr().err
 
@@ -540,7 +540,7 @@ def test_a_folder_that_is_not_whole_is_refused(folder: Path, tmp_path: Path) -> 
     shard, manifest_file = tmp_path / "tokens/00000-00001.arrow", tmp_path / "tokens/tokens.json"
     content = shard.read_bytes()
     shard.write_bytes(content[:-2])
-    message = f"{shard} has {len(content) - 2:,} bytes, and was written with {len(content):,}"
+    message = f"{shard} is damaged: it has {len(content) - 2:,} bytes, expected {len(content):,}"
     assert refused() == f"data.dataset_path: {message}"
     shard.unlink()
     assert "00000-00001.arrow is missing, or cannot be read" in refused()

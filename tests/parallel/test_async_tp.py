@@ -126,8 +126,8 @@ def test_a_cpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setenv(name, value)
     with pytest.raises(
         ConfigError,
-        match=r"parallel\.async_tp.*needs CUDA devices with symmetric memory over NVLink; this "
-        "device is cpu",
+        match=r"parallel\.async_tp.*true requires CUDA devices with symmetric memory over "
+        "NVLink, got cpu",
     ):
         build_trainer(tmp_path, *TP2, *ASYNC)
 
@@ -139,5 +139,7 @@ def test_a_gpu_that_cannot_reach_its_group_is_refused(monkeypatch: pytest.Monkey
         torch.cuda, "can_device_access_peer", lambda device, peer: device.index // 4 == peer // 4
     )
     check_async_tp(torch.device("cuda:6"), 4)
-    with pytest.raises(ValueError, match="cuda:6 cannot reach the memory of cuda:0, as symmetric"):
+    with pytest.raises(
+        ValueError, match="8 GPUs of a tensor-parallel group, but cuda:6 cannot access cuda:0"
+    ):
         check_async_tp(torch.device("cuda:6"), 8)

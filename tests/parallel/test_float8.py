@@ -150,13 +150,13 @@ def problems(
         (
             {"tp": 2, "world_size": 2},
             "float8.recipe",
-            'under sequence parallel "tensorwise" gathers activations in float8, which gloo, the '
-            'backend of CPUs, cannot send; set parallel.sequence_parallel = false, or use "rowwis',
+            '"tensorwise" with sequence parallel sends float8 activations, which gloo, '
+            "the backend of CPUs, does not support; set parallel.sequence_parallel = false, or use",
         ),
         (
             {"filter": ["layers.*.wq"]},
             "float8.filter",
-            '"layers.*.wq" matches no linear of layers.*.attention.wq, layers.*.attention.wk,',
+            '"layers.*.wq" matches no linear; the model has layers.*.attention.wq, ',
         ),
         (
             {"min_dim": 128},
@@ -167,7 +167,7 @@ def problems(
         (
             {"tp": 4, "world_size": 4, "sequence_parallel": False},
             "parallel.tp",
-            "layers.*.attention.wk has 32 rows, 8 on each of tp (4) ranks: no multiple of 16",
+            "layers.*.attention.wk has 32 rows, 8 on each of tp (4) ranks; float8 requires a multiple of 16",
         ),
         (
             {"model": {"ffn_dim": 144}, "tp": 2, "world_size": 2, "recipe": "rowwise"},
@@ -177,12 +177,12 @@ def problems(
         (
             {"fsdp_all_gather": True, "world_size": 3},
             "float8.fsdp_all_gather",
-            "the 64 rows of layers.*.attention.wq do not divide over the 3 ranks of FSDP",
+            "the 64 rows of layers.*.attention.wq must be a multiple of the FSDP degree (3)",
         ),
         (
             {"fsdp_all_gather": True, "tp": 2, "world_size": 64, "sequence_parallel": False},
             "float8.fsdp_all_gather",
-            "the 16 rows of layers.*.attention.wk do not divide over the 32 ranks of FSDP",
+            "the 16 rows of layers.*.attention.wk must be a multiple of the FSDP degree (32)",
         ),
     ],
 )

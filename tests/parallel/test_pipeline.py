@@ -111,8 +111,8 @@ def test_ranks_have_every_pp_th_stage_or_one_from_either_end() -> None:
     [
         (
             ["--parallel.pp=4"],
-            r"parallel.pp +\(command line\): 4 ranks with 1 stages each are too many for the "
-            "model's 2 blocks",
+            r"parallel.pp +\(command line\): 4 ranks with 1 stages each require at least 4 "
+            "blocks, got 2",
         ),
         (
             [
@@ -120,8 +120,8 @@ def test_ranks_have_every_pp_th_stage_or_one_from_either_end() -> None:
                 "--parallel.pp_split=explicit",
                 '--parallel.pp_stage_modules=[["tok_embeddings"],["layers.1"],["norm"],["output"]]',
             ],
-            r"parallel.pp_stage_modules +\(command line\): must name each of these once, in this "
-            "order: tok_embeddings, layers.0, layers.1, norm, output",
+            r"parallel.pp_stage_modules +\(command line\): must list each of these modules once, "
+            "in this order: tok_embeddings, layers.0, layers.1, norm, output",
         ),
         (
             [
@@ -131,7 +131,7 @@ def test_ranks_have_every_pp_th_stage_or_one_from_either_end() -> None:
                 '--parallel.pp_stage_modules=[["tok_embeddings","pos_embeddings","type_embeddings",'
                 '"embedding_norm","layers.0","layers.1","transform"],["output","pair_head"]]',
             ],
-            r"parallel.pp_stage_modules +\(command line\): must have all of transform, output, "
+            r"parallel.pp_stage_modules +\(command line\): must list transform, output, "
             "pair_head in the last stage",
         ),
         (

@@ -142,7 +142,7 @@ def test_a_picture_of_no_kind_is_a_mistake(capsys) -> None:
     pytest.importorskip("matplotlib")
     code, lines = run("a", "a", "--plot=curves.xyz", capsys=capsys)
     assert code == 2
-    assert "curves.xyz: no kind of picture that matplotlib writes" in lines[0]
+    assert "curves.xyz: matplotlib does not support this format; use .png" in lines[0]
 
 
 def test_the_picture_is_a_png(capsys) -> None:
@@ -300,7 +300,7 @@ def test_a_run_that_cannot_be_compared_is_a_mistake(spoil, message: str, capsys)
     [
         (("a",), "expected two runs to compare, got 1"),
         (("a", "aa"), 'aa: no such run folder or golden file; did you mean "a"?'),
-        (("a", "a/metrics.jsonl"), "a/metrics.jsonl: not a golden file, and no folder of a run"),
+        (("a", "a/metrics.jsonl"), "a/metrics.jsonl: neither a golden file nor a run folder"),
         (
             ("a", "a", "--training.steps=3"),
             "--training.steps=3 has no effect: a and a is not a TOML",

@@ -173,7 +173,7 @@ def test_a_golden_edited_by_hand_is_refused(case: Path, capsys) -> None:
     golden = Path("case.golden.json")
     golden.write_text(golden.read_text().replace("7.5", "7.6"))
     assert cli.main(["golden", "run", "case.toml"]) == 2
-    assert "only titan-lite golden accept changes a golden" in capsys.readouterr().err
+    assert "only titan-lite golden accept" in capsys.readouterr().err
 
 
 def test_a_golden_is_a_side_of_compare_and_a_diff_by_steps(case: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_golden_is_a_side_of_compare_and_a_diff_by_steps(case: Path) -> None:
 def test_a_case_without_its_device_is_skipped_and_cannot_be_accepted(case: Path, capsys) -> None:
     case.write_text('device = "cuda"\n' + CASE.replace("nproc = 1", "nproc = 99"))
     assert cli.main(["golden", "run", "case.toml"]) == 0
-    assert "case.toml: skipped, it needs 99 CUDA devices and there are" in capsys.readouterr().out
+    assert "case.toml: skipped, it requires 99 CUDA devices, got" in capsys.readouterr().out
     assert cli.main(["golden", "accept", "case.toml"]) == 2
 
 

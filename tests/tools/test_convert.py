@@ -374,14 +374,17 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (only_pickles, "holds pytorch_model.bin, which can run code when it is opened: only safet"),
-        (lambda f: [p.unlink() for p in f.glob("model*")], "holds neither model.safetensors nor "),
+        (
+            only_pickles,
+            "contains pytorch_model.bin, which can run code when it is opened; only safet",
+        ),
+        (lambda f: [p.unlink() for p in f.glob("model*")], "must contain model.safetensors or "),
         (lambda f: (f / "config.json").unlink(), "has no config.json: not the folder of a Hugging"),
         (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON: Expecting"),
-        (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object, found list"),
+        (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object, got list"),
         (shutil.rmtree, "huggingface does not exist"),
         (cut_short, ".safetensors is damaged, or not a safetensors file: "),
-        (lambda f: edit_index(f, "gone.safetensors"), "names gone.safetensors, which is not the"),
+        (lambda f: edit_index(f, "gone.safetensors"), "names gone.safetensors, which does not exi"),
         (
             lambda f: edit_index(f, "../x.safetensors"),
             "'../x.safetensors' is not a file of the same",
@@ -402,7 +405,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (
             lambda f: edit_tensors(f, **{f"extra{n}": torch.ones(2) for n in range(6)}),
-            "huggingface holds what this model has not: extra0, extra1, extra2, extra3 and 2 more",
+            "huggingface has tensors that this model does not have: extra0, extra1, extra2, "
+            "extra3 and 2 more",
         ),
         (
             lambda f: edit_tensors(f, model__norm__weight=torch.ones(33)),
@@ -410,7 +414,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (
             lambda f: edit_tensors(f, model__norm__weight=torch.ones(32, dtype=torch.int8)),
-            "huggingface has numbers other than float32, bfloat16, float16: model.norm.weight I8",
+            "huggingface has dtypes other than float32, bfloat16, float16: model.norm.weight I8",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -101,16 +101,16 @@ def _weight_files(path: Path) -> list[Path]:
             if Path(name).name != name:
                 raise ValueError(f"{path / INDEX_FILE}: {name!r} is not a file of the same folder")
             if not (path / name).is_file():
-                raise ValueError(f"{path / INDEX_FILE} names {name}, which is not there")
+                raise ValueError(f"{path / INDEX_FILE} names {name}, which does not exist")
         return [path / name for name in names]
     if (path / SINGLE_FILE).is_file():
         return [path / SINGLE_FILE]
     if pickles := sorted(file.name for file in path.iterdir() if file.suffix in (".bin", ".pth")):
         raise ValueError(
-            f"{path} holds {pickles[0]}, which can run code when it is opened: only safetensors "
-            "are read; transformers' save_pretrained writes them"
+            f"{path} contains {pickles[0]}, which can run code when it is opened; only safetensors "
+            "are read: write them with save_pretrained of transformers"
         )
-    raise ValueError(f"{path} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+    raise ValueError(f"{path} must contain {SINGLE_FILE} or {INDEX_FILE}")
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
@@ -144,5 +144,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content

@@ -174,7 +174,7 @@ class HFModel:
         problems = [
             *_listed("lacks", [name for name in self.tensors if name not in stored]),
             *_listed(
-                "holds what this model has not:",
+                "has tensors that this model does not have:",
                 [
                     name
                     for name in stored
@@ -191,7 +191,7 @@ class HFModel:
                 ],
             ),
             *_listed(
-                f"has numbers other than {', '.join(DTYPES.values())}:",
+                f"has dtypes other than {', '.join(DTYPES.values())}:",
                 [
                     f"{name} {stored[name].dtype}"
                     for name in self.tensors
@@ -214,8 +214,8 @@ def check_start(folder: HFFolder, hf: HFModel, family: Family, args: DecoderArgs
         architectures := folder.config.get("architectures") or []
     ):
         raise ValueError(
-            f"{folder.path} is a model of architectures {architectures}; model.name = "
-            f'"{family.name}" is {architecture}'
+            f'model.name = "{family.name}" requires architecture {architecture}, got '
+            f"{architectures} in {folder.path}"
         )
     different = differences(folder.config, family.hf_config, args)
     tuned = {name: different.pop(name) for name in TUNABLE if name in different}

@@ -233,8 +233,7 @@ class CheckpointManager:
                 logger.warning("Checkpoints later than step %d were moved to %s", step, retired)
         elif saved_steps(self.folder):
             logger.warning(
-                "%s holds checkpoints, which this run neither reads nor adds to: "
-                "checkpoint.enable is false",
+                "%s contains checkpoints; they are ignored because checkpoint.enable = false",
                 self.folder,
             )
 
@@ -286,8 +285,8 @@ class CheckpointManager:
         dist.all_gather_object(by_rank, ((aside / RUN_STATE_FILE).exists(), size))
         if blind := [rank for rank, (seen, _) in enumerate(by_rank) if not seen]:
             raise ValueError(
-                f"ranks {blind} do not see {aside}, which rank 0 made: job.dump_folder must be "
-                "on a file system that all nodes share"
+                f"ranks {blind} cannot see {aside}, which rank 0 created: set job.dump_folder to "
+                "a folder on a file system that all nodes share"
             )
         return sum(size for _, size in by_rank)
 

@@ -115,8 +115,8 @@ class Saver:
             )
         if mode == "async_pinned" and device.type != "cuda" and dist.get_rank() == 0:
             logger.warning(
-                'checkpoint.async_mode "async_pinned" has no memory to pin without a GPU: it '
-                "copies to plain memory, in a thread"
+                'checkpoint.async_mode = "async_pinned" requires a GPU; this run copies to '
+                "pageable memory in a thread"
             )
 
     def start(self, save: Save, tensors: dict[str, Any], writer: CheckpointWriter) -> None:

@@ -147,7 +147,7 @@ def _own_checkpoint(
         return source, manifest
     if worse:
         raise DamagedError(
-            f"no checkpoint in {folder} is complete: {'; '.join(worse)}. set "
+            f"no checkpoint in {folder} is complete: {'; '.join(worse)}. Set "
             "checkpoint.load_step = 0 to start from step 0"
         )
     return None
@@ -169,13 +169,13 @@ def _start(source: Path, manifest: CheckpointManifest, content: str, *, resumes:
         if not resumes:
             raise SettingError(
                 "checkpoint.initial_load_model_only",
-                f"{source} holds weights only, from which no run can go on: set "
-                "checkpoint.initial_load_model_only = true to start another run with them",
+                f"{source} contains only weights, so a run cannot resume from it: set "
+                "checkpoint.initial_load_model_only = true to start a new run with them",
             )
         raise ValueError(
-            f"{source} holds weights only (last_save_model_only), from which no run can "
-            "go on: checkpoint.load_step can name an earlier step, checkpoint.initial_load_path "
-            "starts another run with these weights, titan-lite convert dcp-to-hf exports them"
+            f"{source} contains only weights (last_save_model_only), so a run cannot resume from "
+            "it: set checkpoint.load_step to an earlier step, or checkpoint.initial_load_path to "
+            "start a new run with these weights; titan-lite convert dcp-to-hf exports them"
         )
     state = RunState.from_json((source / RUN_STATE_FILE).read_text())
     return Start(state=state, source=source, manifest=manifest, content=content, resumes=resumes)

@@ -200,8 +200,8 @@ def check_shape(key: str, saved: Any, shape: torch.Size, vocab_size: int, source
     is_padded = shape[:1] == (pad_vocab_size(vocab_size),)
     if saved.size != shape and not (is_padded and saved.size == (vocab_size, *shape[1:])):
         raise ValueError(
-            f"{key.removeprefix('model.')} is {tuple(saved.size)} in {source} and {tuple(shape)} "
-            "in this run: the model must be as it was"
+            f"{key.removeprefix('model.')} has shape {tuple(saved.size)} in {source} and "
+            f"{tuple(shape)} in this run; set [model] to the saved model"
         )
 
 
@@ -212,11 +212,11 @@ def check_none_left(
     for key in metadata.state_dict_metadata:
         name = key.removeprefix("model.")
         if name != key and key not in asked and not excludes(excluded, name):
-            raise ValueError(f"{source} has {name}, which this run's model has not")
+            raise ValueError(f"{source} has {name}, which this run's model does not have")
 
 
 def _is_missing(key: str, source: Path) -> str:
-    return f"{key.removeprefix('model.')} is not in {source}: another model was saved there"
+    return f"{key.removeprefix('model.')} is not in {source}, which has another model"
 
 
 def in_float32(tensors: dict[str, Any]) -> dict[str, Any]:

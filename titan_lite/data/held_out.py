@@ -55,12 +55,12 @@ def resolve_held_out(validation: Validation, data: Data) -> Source:
     sources = resolve_sources(data)
     if source.documents in [trained.documents for trained in sources]:
         raise SettingError(
-            source.key, f"[data] trains on {source.name}, too: set another dataset or split"
+            source.key, f"[data] also trains on {source.name}: set another dataset or split"
         )
     trained_files = {os.path.realpath(file) for trained in sources for file in trained.files}
     for file in source.files:
         if os.path.realpath(file) in trained_files:
-            raise SettingError(source.key, f"[data] trains on {file}, too: set other files")
+            raise SettingError(source.key, f"[data] also trains on {file}: set other files")
     return source
 
 

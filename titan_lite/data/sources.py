@@ -149,8 +149,8 @@ def _warn_of_shared(sources: Sequence[Source]) -> None:
             other = readers.setdefault(item, source)
             if other is not source:
                 warn_once(
-                    f"{source.key} and {other.key} both read {source.name}: its documents are "
-                    "trained on by the weights of both"
+                    f"{source.key} and {other.key} both read {source.name}: the sum of their "
+                    "weights applies to its documents"
                 )
                 break
 

@@ -23,7 +23,7 @@ def check_async_tp(device: torch.device, tp: int) -> None:
     kernel = f"symm_mem::{ALL_GATHER_MATMUL}"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(kernel, device.type.upper()):
         raise ValueError(
-            f"needs CUDA devices with symmetric memory over NVLink; this device is {device}"
+            f"true requires CUDA devices with symmetric memory over NVLink, got {device}"
         )
     if device.type != "cuda":
         return
@@ -32,8 +32,8 @@ def check_async_tp(device: torch.device, tp: int) -> None:
     for peer in range(first, min(first + tp, torch.cuda.device_count())):
         if peer != device.index and not torch.cuda.can_device_access_peer(device, peer):
             raise ValueError(
-                f"{device} cannot reach the memory of cuda:{peer}, as symmetric memory needs in a "
-                f"tensor-parallel group of {tp}"
+                f"true requires peer access between the {tp} GPUs of a tensor-parallel group, but "
+                f"{device} cannot access cuda:{peer}; set parallel.async_tp = false"
             )
 
 

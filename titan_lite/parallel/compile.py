@@ -26,7 +26,7 @@ def check_compiler(device: torch.device) -> None:
         # Triton's launchers are written in C.
         if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
             raise ValueError(
-                "needs a C compiler: neither gcc nor clang is on PATH; install one, or name one in "
+                "requires a C compiler, but neither gcc nor clang is on PATH: install one, or set "
                 "the environment variable CC"
             )
         return
@@ -37,13 +37,13 @@ def check_compiler(device: torch.device) -> None:
     except (InvalidCxxCompiler, OSError):
         tried = ", ".join(filter(None, config.cpp.cxx))
         raise ValueError(
-            f"needs a C++ compiler, and {tried} does not run: install g++, or name a compiler in "
-            "the environment variable CXX"
+            f"requires a C++ compiler, but {tried} does not run: install g++, or set the "
+            "environment variable CXX"
         ) from None
     if not (headers := Path(sysconfig.get_path("include")) / "Python.h").exists():
         raise ValueError(
-            f"needs Python's headers, and {headers} does not exist: install the package that has "
-            "them (python3-dev on Debian and Ubuntu)"
+            f"requires Python's headers, but {headers} does not exist: install the package "
+            "that has them (python3-dev on Debian and Ubuntu)"
         )
 
 

@@ -40,9 +40,9 @@ def check_cp(method: Method, device: torch.device, param_dtype: str) -> None:
     """Raises ValueError where the device has no attention that gives its log-sum-exp."""
     if method != "ulysses" and device.type == "cuda" and param_dtype == "float32":
         raise ValueError(
-            f'parallel.cp_method "{method}" merges what torch\'s flash attention gives, which does '
-            'not take training.param_dtype "float32" on CUDA; use "bfloat16", or cp_method '
-            '"ulysses"'
+            f'parallel.cp_method = "{method}" requires flash attention, which does not support '
+            'training.param_dtype = "float32" on CUDA; set training.param_dtype = "bfloat16", or '
+            'parallel.cp_method = "ulysses"'
         )
 
 

@@ -117,9 +117,8 @@ def _device_problems(
     if gathers_float8 and device.type == "cpu":
         yield SettingError(
             "float8.recipe",
-            f"under sequence parallel {recipe} gathers activations in float8, which gloo, the "
-            "backend of CPUs, cannot send; set parallel.sequence_parallel = false, or use "
-            '"rowwise"',
+            f"{recipe} with sequence parallel sends float8 activations, which gloo, the backend of "
+            'CPUs, does not support; set parallel.sequence_parallel = false, or use "rowwise"',
         )
 
 
@@ -130,7 +129,9 @@ def _choice_problems(
     for pattern in float8.filter:
         if not any(matches(pattern, name) for name in linears):
             names = ", ".join(dict.fromkeys(map(_pattern, linears)))
-            yield SettingError("float8.filter", f"{quote(pattern)} matches no linear of {names}")
+            yield SettingError(
+                "float8.filter", f"{quote(pattern)} matches no linear; the model has {names}"
+            )
     chosen, left_out = choose_linears(model, float8, plan)
     if not chosen:
         yield SettingError(
@@ -153,15 +154,15 @@ def _layout_problems(
             yield SettingError(
                 "parallel.tp",
                 f"{pattern} has {size} {'columns' if by_columns else 'rows'}, {size / dims.tp:g} "
-                f"on each of tp ({dims.tp}) ranks: no multiple of {MULTIPLE}, as float8 needs; "
-                "name it in float8.filter",
+                f"on each of tp ({dims.tp}) ranks; float8 requires a multiple of {MULTIPLE}: add "
+                "it to float8.filter",
             )
         local_rows = rows if by_columns else rows // dims.tp
         if float8.fsdp_all_gather and local_rows % dims.fsdp:
             yield SettingError(
                 "float8.fsdp_all_gather",
-                f"the {local_rows} rows of {pattern} do not divide over the {dims.fsdp} ranks of "
-                "FSDP, and torchao gathers no uneven shards; name it in float8.filter",
+                f"the {local_rows} rows of {pattern} must be a multiple of the FSDP degree "
+                f"({dims.fsdp}): add it to float8.filter",
             )
 
 

@@ -68,14 +68,14 @@ def split(
         stages = [tuple(names) for names in parallel.pp_stage_modules]
         if list(itertools.chain(*stages)) != list(parameters):
             raise ValueError(
-                f"must name each of these once, in this order: {', '.join(parameters)}"
+                f"must list each of these modules once, in this order: {', '.join(parameters)}"
             )
         if not set(model.inseparable) <= set(stages[-1]):
-            raise ValueError(f"must have all of {', '.join(model.inseparable)} in the last stage")
+            raise ValueError(f"must list {', '.join(model.inseparable)} in the last stage")
     elif len(blocks) < num_stages:
         raise ValueError(
-            f"{parallel.pp} ranks with {parallel.stages_per_rank} stages each are too many for the "
-            f"model's {len(blocks)} blocks"
+            f"{parallel.pp} ranks with {parallel.stages_per_rank} stages each require at least "
+            f"{num_stages} blocks, got {len(blocks)}"
         )
     else:
         # Embedding and head go with the blocks next to them.

@@ -40,8 +40,8 @@ A and B are run folders, golden files, or TOML files, which are trained on the s
 tiers:
   bitwise      every digit is the same
   layout       each step within a relative tolerance, which depends on the precision (default)
-  statistical  the smoothed curves no further apart than their noise explains
-exit code: 0 within, 1 outside, 2 for a mistake
+  statistical  the smoothed curves differ by no more than their noise explains
+exit code: 0 within, 1 outside, 2 for a usage error
 """
 
 GOLDEN = """
@@ -54,7 +54,7 @@ A case is a TOML file:
   [tolerance]             closer than the tier, as: loss = 1e-6, grad_norm = 1e-5
   [overrides]             keys that differ, as: training.steps = 20
 Its golden curve is next to it, as NAME.golden.json.
-exit code: 0 within (or skipped, for want of a device), 1 outside, 2 for a mistake
+exit code: 0 within (or skipped because no device is available), 1 outside, 2 for a usage error
 """
 
 
@@ -219,8 +219,8 @@ def golden_command(argv: Sequence[str]) -> int:
     """Runs `titan-lite golden`; returns its exit code, the worst of its cases."""
     parser = argparse.ArgumentParser(
         prog="titan-lite golden",
-        description="Trains each case and holds its curve against the golden one (run), or makes "
-        "it the golden one (accept), which is how a golden is changed.",
+        description="Trains each case, and compares its curve with the golden curve (run) or "
+        "replaces the golden curve (accept).",
         epilog=GOLDEN
         + examples("titan-lite golden run case.toml", "titan-lite golden accept case.toml"),
         formatter_class=HelpFormatter,
@@ -267,7 +267,7 @@ def _missing_devices(needed: int) -> str:
     import torch
 
     available = torch.cuda.device_count()
-    return f"it needs {needed} CUDA devices and there are {available}" if available < needed else ""
+    return f"it requires {needed} CUDA devices, got {available}" if available < needed else ""
 
 
 def report_command(argv: Sequence[str]) -> int:

@@ -125,7 +125,7 @@ def _check_facts(name: str, facts: Any) -> None:
         and all(isinstance(section, dict) for section in config.values())
         and {"dp_replicate", "dp_shard"} <= mesh.keys()
     ):
-        raise CurveError(f"{name} has no config and mesh: it is not of titan_lite")
+        raise CurveError(f"{name} has no config and mesh: titan_lite did not write it")
     for segment in facts.get("segments", []):
         _check_facts(f"{name}: a segment", segment)
 
@@ -205,11 +205,11 @@ def read_golden(path: Path) -> dict[str, Any]:
         manifest, records = golden["manifest"], golden["records"]
         digest = manifest["records_sha256"]
     except (ValueError, KeyError, TypeError):
-        raise CurveError(f"{path}: not a golden file, and no folder of a run") from None
+        raise CurveError(f"{path}: neither a golden file nor a run folder") from None
     if digest != records_digest(records):
         raise CurveError(
-            f"{path}: its records are not those that were accepted; only titan-lite golden accept "
-            "changes a golden"
+            f"{path}: its records were edited; only titan-lite golden accept may change a golden "
+            "curve"
         )
     return golden
 

@@ -15,10 +15,10 @@ def check_plot(path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise CurveError(
-            "--plot needs matplotlib, which is not installed: pip install matplotlib"
+            "--plot requires matplotlib, which is not installed: pip install matplotlib"
         ) from None
     if path.suffix.removeprefix(".") not in Figure().canvas.get_supported_filetypes():
-        raise CurveError(f"--plot: {path}: no kind of picture that matplotlib writes, as .png is")
+        raise CurveError(f"--plot: {path}: matplotlib does not support this format; use .png")
 
 
 def plot(comparison: Comparison, path: Path) -> None:

@@ -249,7 +249,7 @@ class FirstNode:
                 self._ended[member] = message["code"], message["is_stopping"]
         if not member.is_open and member in self._running and member not in self._ended:
             self._ended[member] = EXIT_FAILED, False
-            self._say(f"Node {self._running.index(member) + 1} has gone")
+            self._say(f"Lost the connection to node {self._running.index(member) + 1}")
             self.fail()
 
 
@@ -265,7 +265,8 @@ class OtherNode:
     def start(self, port: int) -> NodeStart:
         while self._start is None:
             if not self._first.is_open:
-                raise NodesError(f"the node at {self._endpoint} has gone", EXIT_FAILED)
+                message = f"lost the connection to the node at {self._endpoint}"
+                raise NodesError(message, EXIT_FAILED)
             time.sleep(POLL_SECONDS)
             self.poll()
         start, self._start = self._start, None
@@ -294,7 +295,7 @@ class OtherNode:
         self._first.send(code=code, is_stopping=is_stopping)
         while self._verdict is None:
             if not self._first.is_open:
-                self._say(f"The node at {self._endpoint} has gone")
+                self._say(f"Lost the connection to the node at {self._endpoint}")
                 return Verdict(worst_code([code, EXIT_FAILED]), again=False)
             time.sleep(POLL_SECONDS)
             self.poll()

@@ -61,7 +61,7 @@ def check_size(path: Path, file: StoredFile) -> None:
     except OSError as error:
         raise DamagedError(f"{path} is missing, or cannot be read: {error.strerror}") from error
     if size != file.bytes:
-        raise DamagedError(f"{path} has {size:,} bytes, and was written with {file.bytes:,}")
+        raise DamagedError(f"{path} is damaged: it has {size:,} bytes, expected {file.bytes:,}")
 
 
 def damaged_files(folder: Path, files: Mapping[str, StoredFile], names: Iterable[str]) -> list[str]:
@@ -75,7 +75,7 @@ def damaged_files(folder: Path, files: Mapping[str, StoredFile], names: Iterable
             problems.append(f"{path} cannot be read: {error}")
             continue
         if checksum != expected:
-            problems.append(f"{path} is damaged: its checksum is {checksum}, and was {expected}")
+            problems.append(f"{path} is damaged: its checksum is {checksum}, expected {expected}")
     return problems
 
 

@@ -111,7 +111,7 @@ class Watchdog:
         if len(order) > MAX_RANKS_REPORTED:
             lines.append(f"  and {len(order) - MAX_RANKS_REPORTED} more")
         if unknown := [rank for rank in range(self._world_size) if rank not in beats]:
-            lines.append(f"  never heard of: {unknown}")
+            lines.append(f"  without any report: {unknown}")
         if self._hint:
             lines.append(self._hint)
         return "\n".join(["The ranks, those furthest behind first:", *lines])
