@@ -142,7 +142,7 @@ def test_ranks_have_every_pp_th_stage_or_one_from_either_end() -> None:
                 "--activation_checkpoint.fraction=0.25",
             ],
             r"activation_checkpoint.fraction +\(command line\): fraction \(0.25\) x blocks of "
-            r"each pipeline stage \(3, 1\) rounds down to 0 layers",
+            r"each pipeline stage \(3, 1\) rounds down to 0",
         ),
     ],
 )

@@ -220,8 +220,10 @@ def check_start(folder: HFFolder, hf: HFModel, family: Family, args: DecoderArgs
     different = differences(folder.config, family.hf_config, args)
     tuned = {name: different.pop(name) for name in TUNABLE if name in different}
     if different:
-        words = [f"{name} {hf_value}, not {value}" for name, (hf_value, value) in different.items()]
-        raise ValueError(f"[model] does not match the model of {folder.path}: {', '.join(words)}")
+        words = [
+            f"{name} must be {stored}, got {value}" for name, (stored, value) in different.items()
+        ]
+        raise ValueError(f"[model] does not match {folder.path}: {'; '.join(words)}")
     for name, (hf_value, value) in tuned.items():
         logger.warning(
             "%s was trained with %s %s, this run has %s", folder.path, name, hf_value, value

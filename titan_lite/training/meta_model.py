@@ -92,7 +92,7 @@ def pipeline_stages(plan: Plan, model: Transformer, objective: Objective) -> lis
         raise SettingError(
             "activation_checkpoint.fraction",
             f"fraction ({section.fraction:g}) x blocks of each pipeline stage "
-            f"({', '.join(str(stage.blocks) for stage in stages)}) rounds down to 0 layers: raise it",
+            f"({', '.join(str(stage.blocks) for stage in stages)}) rounds down to 0: raise it",
         )
     return stages
 
