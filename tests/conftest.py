@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
 from tests.distributed import Workers, WorkersBySize
 
@@ -27,8 +28,10 @@ def pytest_configure(config: pytest.Config) -> None:
     for number in (signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, lambda *_: None)
-    # One folder, kept between sessions, for what inductor compiles: half a minute per graph.
-    folder = config.rootpath / ".pytest_cache" / "inductor"
+    # One folder, kept between sessions, for what inductor compiles: half a minute per graph. Its
+    # key lacks the instruction set, and kernels for another one give NaN.
+    instructions = torch.backends.cpu.get_cpu_capability()
+    folder = config.rootpath / ".pytest_cache" / "inductor" / instructions
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     # A busy machine must not fail a test.
     hypothesis.settings.register_profile("titan_lite", deadline=None)
