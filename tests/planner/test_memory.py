@@ -37,11 +37,12 @@ def test_the_presets_memory_is_that_of_the_dry_run() -> None:
         f"{case['config']}, place {case['place']}": compare(case)[0] / case["peak"] - 1
         for case in cases("presets")
     }
-    assert len(errors) >= 48
+    assert len(errors) >= 55
     sizes = list(map(abs, errors.values()))
     assert sum(sizes) / len(sizes) < 0.02, errors
     assert max(sizes) < 0.065, errors
     assert abs(errors["debug_moe, place 0"]) < 0.05
+    assert abs(errors["mixtral_8x22b, place 0"]) < 0.05, "expert parallel"
 
 
 def test_memory_of_random_layouts_of_experts_is_that_of_the_dry_run() -> None:

@@ -156,8 +156,8 @@ def _place(job: Job, place: int, stages: tuple[int, ...]) -> Memory:
     # A tensor-parallel embedding's gradient is that of the whole table on each rank.
     whole = (width + 4) * params + (4 * (t - 1) * table if 0 in stages else 0.0)
     works["end"] = width * table * (t if 0 in stages else 1)
-    # With expert parallel, experts are gathered and reduced apart from the rest of a block.
-    unit = block if job.ep == 1 else max(dense, experts)
+    # With expert or tensor parallel, experts are gathered and reduced apart from the block's rest.
+    unit = block if job.ep * t == 1 else max(dense, experts)
     units = Units(params, block, unit, table)
     for moment in _moments(job, place, units, whole, gradients, 4 * stored / N):
         if moment.name == "loss" and not has_head:
