@@ -21,7 +21,8 @@ RDZV_ENDPOINT  HOST:PORT of the first node, where all meet   MASTER_ADDR:MASTER_
 RDZV_ID      a name for the job, the same on all nodes       titan_lite
 MAX_RESTARTS how often all processes start again, from the
              last checkpoint, after one has failed           0
-PYTHON       interpreter that has titan_lite, or makes .venv python3
+PYTHON       interpreter that has titan_lite, or with
+             which .venv is made where there is none         python3
 
 SIGTERM, SIGUSR1, SIGHUP (unless ignored, as by nohup) and Ctrl-C end the run after the current step, with a
 checkpoint if checkpoint.enable is true; a second Ctrl-C ends it at once.

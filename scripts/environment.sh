@@ -14,10 +14,14 @@ has_nvidia_gpu() {
         [[ $'\n'$(nvidia-smi -L 2>/dev/null) == *$'\n'GPU\ * ]]
 }
 
+is_python() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
+}
+
 find_python() {
     local candidate
     for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11 python3.10 python; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+        if is_python "$candidate"; then
             echo "$candidate"
             return
         fi
@@ -102,8 +106,12 @@ find_venv() {
 
 use_environment() {
     local kind=$1 needed="titan_lite" candidate
+    if [ -n "${PYTHON:-}" ] && ! is_python "$PYTHON"; then
+        echo "PYTHON=$PYTHON does not run Python 3.10 or newer" >&2
+        return 2
+    fi
     [ "$kind" = base ] || needed="titan_lite mypy pytest ruff"
-    for candidate in "${PYTHON:-python3}" python; do
+    for candidate in "${PYTHON:-python3}" "${PYTHON:-python}"; do
         # Run from another folder: here, the source tree itself would be found as the package.
         if (cd / && "$candidate" -c 'import sys, importlib.metadata as m
 [m.version(p) for p in sys.argv[1:]]' $needed 2>/dev/null); then

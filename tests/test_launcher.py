@@ -446,6 +446,35 @@ def test_another_shell_is_told_to_use_bash(script: str) -> None:
     assert result.stderr == f"{script} needs bash: use bash {script}, or ./{script}\n"
 
 
+@pytest.mark.parametrize("python", ["no-such-python", "false"])
+def test_an_interpreter_that_is_none_is_refused(python: str) -> None:
+    """Another one that has titan_lite is on the PATH."""
+    result = launch(PYTHON=python)
+    assert result.returncode == 2
+    assert result.stderr == f"PYTHON={python} does not run Python 3.10 or newer\n"
+
+
+def test_an_interpreter_that_was_chosen_is_not_replaced_by_another(tmp_path: Path) -> None:
+    """It lacks titan_lite, which the one on the PATH has."""
+    chosen = tmp_path / "my python"
+    chosen.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
+    chosen.chmod(0o755)
+    program = f"""
+        source {ROOT}/scripts/environment.sh
+        install_package() {{ "$(find_python)" -c 'import sys; print(sys.flags.no_site)'; }}
+        VENV={tmp_path}/venv
+        use_environment base
+    """
+    result = subprocess.run(
+        ["bash", "-c", program],
+        env={**os.environ, "PYTHON": str(chosen)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.stdout, result.stderr) == ("1\n", "")
+
+
 def test_a_checkout_that_cannot_be_written_has_its_environment_elsewhere(
     tmp_path: Path,
 ) -> None:
