@@ -346,7 +346,7 @@ BUDGET = {
     "config": 2024,
     "training": 1911,
     "tools": 1850,
-    "checkpoint": 1595,
+    "checkpoint": 1603,
     "models": 1700,
     "planner": 1377,
     "regression": 1190,

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.distributed import Workers
 from tests.runs import build_trainer, load, read_metrics, whole
+from titan_lite import cli
 from titan_lite.config.schema import EMA
 from titan_lite.optim.ema import WeightAverage
 
@@ -52,6 +53,10 @@ def test_a_tied_weight_has_one_average_under_both_names() -> None:
     with average.swapped():
         pass
     assert (model[0].weight == before).all()
+
+
+# The router's bias is not trained by gradients.
+DEEPSEEK = ("--model.name=deepseek_v3", "--model.bias_rate=0.01", "--training.seq_len=32")
 
 
 def _averages(trainer: Any) -> dict[str, np.ndarray]:
@@ -96,9 +101,9 @@ def test_the_average_is_the_same_in_every_layout_and_resumed_bit_for_bit(
     assert records[-1]["validation/loss"] == pytest.approx(resumed[3], rel=1e-6)
 
 
-def _export(folder: Path) -> tuple[Any, Any]:
+def _export(folder: Path, *overrides: str) -> tuple[Any, Any]:
     trainer = build_trainer(
-        folder, *SETTINGS, "--ema.export=true", "--checkpoint.last_save_hf=true"
+        folder, *SETTINGS, "--ema.export=true", "--checkpoint.last_save_hf=true", *overrides
     )
     trainer.train()
     averages, weights = _averages(trainer), whole(trainer.training.model)
@@ -112,6 +117,23 @@ def test_the_average_is_exported_on_request(one_process: Workers, tmp_path: Path
     exported = load_file(file)["model.norm.weight"].numpy()
     assert (exported == averages["norm.weight"]).all()
     assert (exported != weights["norm.weight"]).any()
+    source = f"{tmp_path}/checkpoint/step-4"
+    for options, expected in ((["--average"], averages), ([], weights)):
+        target = tmp_path / f"converted{len(options)}"
+        assert cli.main(["convert", "dcp-to-hf", source, str(target), *options]) == 0
+        converted = load_file(target / "model.safetensors")["model.norm.weight"].numpy()
+        assert (converted == expected["norm.weight"]).all()
+
+
+def test_what_has_no_average_is_exported_as_it_is(one_process: Workers, tmp_path: Path) -> None:
+    averages, weights = one_process.run(_export, tmp_path, *DEEPSEEK)[0]
+    (file,) = (tmp_path / "checkpoint" / "hf").glob("*.safetensors")
+    exported = load_file(file)
+    bias = weights["layers.1.feed_forward.router.bias"]
+    assert (exported["model.layers.1.mlp.gate.e_score_correction_bias"].numpy() == bias).all()
+    assert bias.any()
+    norm = exported["model.norm.weight"].numpy()
+    assert (norm == averages["norm.weight"]).all()
 
 
 def _begin(folder: Path, *overrides: str) -> bool:
@@ -122,8 +144,16 @@ def _begin(folder: Path, *overrides: str) -> bool:
     return all((averages[name] == weights[name]).all() for name in weights)
 
 
-def test_a_checkpoint_without_an_average_begins_one(one_process: Workers, tmp_path: Path) -> None:
+def test_a_checkpoint_without_an_average_begins_one_and_exports_none(
+    one_process: Workers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     one_process.run(_train_without, tmp_path)
+    convert = ["convert", "dcp-to-hf", f"{tmp_path}/checkpoint/step-2", f"{tmp_path}/hf"]
+    assert cli.main([*convert, "--average"]) == 2
+    assert (
+        "step-2 has no average of the weights: a run saves one with ema" in capsys.readouterr().err
+    )
+    assert not list(tmp_path.glob("hf*"))
     assert one_process.run(_begin, tmp_path, "--checkpoint.load_step=2")[0]
 
 

@@ -34,6 +34,7 @@ from titan_lite.runtime.stored_files import sync_folder, write_bytes
 
 # Where a checkpoint has the weights: "model.tok_embeddings.weight".
 PREFIX = "model."
+AVERAGE_PREFIX = "ema."
 # The default of transformers' save_pretrained, up to its version 4.
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -178,8 +179,8 @@ class _ReadWhenWritten(dcp.DefaultSavePlanner):
 class DCPToHF:
     """The weights of a checkpoint on disk, to be written as Hugging Face's files.
 
-    dtype: as torch spells it; None: as saved. prefix: of the weights to take, "ema." for their
-    average. ValueError where the checkpoint's model is another.
+    dtype: as torch spells it; None: as saved. average: take the average of the weights. ValueError
+    where the checkpoint's model is another, or has no average.
     """
 
     def __init__(
@@ -190,16 +191,24 @@ class DCPToHF:
         *,
         dtype: str | None = None,
         max_shard_bytes: int = MAX_SHARD_BYTES,
-        prefix: str = PREFIX,
+        average: bool = False,
     ) -> None:
-        self.prefix = prefix
         self.hf = HFModel.of(family, args)
         self.reader = _ReadOnce(source)
-        self.saved = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in self.reader.read_metadata().state_dict_metadata.items()
-            if name.startswith(prefix) and isinstance(tensor, TensorStorageMetadata)
-        }
+        metadata = self.reader.read_metadata().state_dict_metadata
+        if average and not any(key.startswith(AVERAGE_PREFIX) for key in metadata):
+            raise ValueError(
+                f"{source} has no average of the weights: a run saves one with ema.enable = true, "
+                "unless checkpoint.last_save_model_only = true"
+            )
+        self.keys: dict[str, str] = {}
+        self.saved: dict[str, TensorStorageMetadata] = {}
+        # Buffers have no average.
+        for prefix in (PREFIX, AVERAGE_PREFIX) if average else (PREFIX,):
+            for key, tensor in metadata.items():
+                if key.startswith(prefix) and isinstance(tensor, TensorStorageMetadata):
+                    name = key.removeprefix(prefix)
+                    self.keys[name], self.saved[name] = key, tensor
         self.parts: dict[str, Tensor] = {}
         self._check(source)
         self.dtypes = {
@@ -256,14 +265,14 @@ class DCPToHF:
 
     def _tensor(self, name: str) -> Tensor:
         tensor = self.hf.tensors[name]
-        names = [self.prefix + part for part in tensor.parts]
+        names = [self.keys[part] for part in tensor.parts]
         # The experts of one tensor of ours follow each other.
         if self.parts.keys() != set(names):
             self.parts = {}
             for name_of_ours in tensor.parts:
                 saved = self.saved[name_of_ours]
                 empty = torch.empty(saved.size, dtype=saved.properties.dtype)
-                self.parts[self.prefix + name_of_ours] = empty
+                self.parts[self.keys[name_of_ours]] = empty
             with _one_process():
                 dcp.load(self.parts, storage_reader=self.reader, no_dist=True)
         return tensor.join([self.parts[part] for part in names]).to(self.dtypes[name])

@@ -73,6 +73,7 @@ def main(argv: Sequence[str]) -> int:
                 max_shard_bytes=options.max_shard_size,
                 tokenizer_path=options.tokenizer,
                 allow_mismatch=options.allow_mismatch,
+                average=options.average,
             )
     except (ValueError, OSError) as error:
         print(f"titan-lite convert: {error}", file=sys.stderr)
@@ -157,8 +158,9 @@ def dcp_to_hf(
     max_shard_bytes: int,
     tokenizer_path: str | None,
     allow_mismatch: bool,
+    average: bool,
 ) -> None:
-    """Writes the weights of a checkpoint as a folder that transformers opens.
+    """Writes the weights of a checkpoint, or their average, as a folder that transformers opens.
 
     ValueError for a tokenizer that gives other ids than in training, unless allow_mismatch.
     """
@@ -185,7 +187,9 @@ def dcp_to_hf(
     from titan_lite.data.export_check import README, export_report
     from titan_lite.data.hf_documents import hf_documents
 
-    export = DCPToHF(source, family, args, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    export = DCPToHF(
+        source, family, args, dtype=dtype, max_shard_bytes=max_shard_bytes, average=average
+    )
     tokenizer, files = _tokenizer_of(source, manifest, tokenizer_path)
     documents = hf_documents(args, family.hf_config, tokenizer, dtype=export.dtype)
     if files:
@@ -379,6 +383,11 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-mismatch",
         action="store_true",
         help="write a tokenizer although it gives other ids than in training",
+    )
+    to_hf.add_argument(
+        "--average",
+        action="store_true",
+        help="write the average of the weights ([ema]) in place of the weights",
     )
     return parser
 

@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from titan_lite.checkpoint.hf import PREFIX, DCPToHF
+from titan_lite.checkpoint.hf import DCPToHF
 from titan_lite.data.export_check import README, export_report
 from titan_lite.data.hf_documents import hf_documents
 from titan_lite.data.tokenizer import Tokenizer
@@ -20,8 +20,7 @@ def export_hf(plan: Plan, checkpoints: Path, tokenizer: Tokenizer, rank: int) ->
     ema = plan.config.ema
     takes_average = ema.enable and ema.export and not plan.config.checkpoint.last_save_model_only
     source = checkpoints / f"step-{plan.config.training.steps}"
-    prefix = "ema." if takes_average else PREFIX
-    export = DCPToHF(source, family, args, prefix=prefix)
+    export = DCPToHF(source, family, args, average=takes_average)
     target = checkpoints / "hf"
     documents = hf_documents(args, family.hf_config, tokenizer, dtype=export.dtype)
     if rank == 0:
