@@ -349,7 +349,7 @@ BUDGET = {
     "checkpoint": 1603,
     "models": 1700,
     "planner": 1377,
-    "regression": 1190,
+    "regression": 1209,
     "runtime": 1130,
     "nn": 980,
     "dryrun": 900,

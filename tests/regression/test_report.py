@@ -12,7 +12,7 @@ import pytest
 from tests.regression.folders import segments, write_run
 from titan_lite import cli
 from titan_lite.regression.panels import COLUMNS, running_mean, thin
-from titan_lite.regression.report import PANELS
+from titan_lite.regression.report import EXPERT_PANELS, PANELS
 
 
 class Page(HTMLParser):
@@ -95,6 +95,52 @@ def test_every_panel_shows_every_run() -> None:
         assert figure["data-means"] == [None, None], "the values are few"
         # All panels have the same steps below each other.
         assert figure["data-steps"] == [1, 3]
+
+
+def add_experts(folder: Path, **more: Any) -> None:
+    """Adds metrics of two blocks with experts to each record."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        record |= {
+            "moe/load_max": 2.5 - record["step"] / 4,
+            "moe/unused_experts": 3,
+            "moe/entropy": 0.75,
+            "moe/balance_loss": 0.004,
+            "moe/load_max_per_layer": [1.25, 2.5 - record["step"] / 4],
+            "moe/unused_experts_per_layer": [0, 3],
+            "moe/entropy_per_layer": [0.875, 0.625],
+            "moe/balance_loss_per_layer": [0.001, 0.003],
+            **more,
+        }
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+
+
+def test_runs_with_experts_have_panels_and_a_table_of_blocks() -> None:
+    blocks = [{"modules": ["tok_embeddings", "layers.0", "layers.1"]}, {"modules": ["layers.2"]}]
+    write_run(Path("dense"), [8.0, 7.5])
+    write_run(Path("moe"), [8.0, 7.5, 7.25], stages=blocks)
+    assert not {title for title, *_ in EXPERT_PANELS} & page("dense", "moe").figures.keys()
+    assert "Experts" not in Path("page.html").read_text()
+    add_experts(Path("moe"))
+    actual = page("dense", "moe")
+    lines = actual.figures["Most loaded expert"]["data-lines"]
+    assert lines == [[[], []], [[1, 2, 3], [2.25, 2.0, 1.75]]]
+    for title, value in (("Experts without tokens", 3), ("Entropy of the loads", 0.75)):
+        assert actual.figures[title]["data-lines"][1][1] == [value] * 3
+    assert actual.figures["Balancing loss"]["data-lines"][1][1] == [0.004] * 3
+    assert "Nothing was logged of: Most loaded rank, Largest bias" in actual.notes
+    # The first of three blocks is dense.
+    row = "load 1.75, 3 experts without tokens, entropy 0.625, balancing loss 0.003"
+    assert actual.rows["block 2"] == ["", row]
+    assert actual.rows["block 1"][1].startswith("load 1.25, 0 experts without tokens")
+    assert "block 0" not in actual.rows
+    assert actual.rows["block 2"] == page("moe", "dense").rows["block 2"][::-1]
+
+
+def test_a_block_whose_loss_is_nan_is_shown() -> None:
+    write_run(Path("moe"), [8.0])
+    add_experts(Path("moe"), **{"moe/balance_loss_per_layer": [0.001, "nan"]})
+    assert page("moe").rows["block 1"][0].endswith("balancing loss nan")
 
 
 def test_what_was_not_logged_is_named_and_takes_no_room() -> None:

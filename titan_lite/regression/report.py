@@ -29,7 +29,8 @@ from titan_lite.regression.panels import Line, Scale, Style, panel
 # As many as report.css has colours.
 MAX_RUNS = 6
 # Title, key of the records, scale, style.
-PANELS: tuple[tuple[str, str, Scale, Style], ...] = (
+PanelRow = tuple[str, str, Scale, Style]
+PANELS: tuple[PanelRow, ...] = (
     ("Loss", "loss", "free", "smoothed"),
     ("Gradient norm", "grad_norm", "log", "smoothed"),
     ("Validation loss", "validation/loss", "free", "line"),
@@ -40,9 +41,20 @@ PANELS: tuple[tuple[str, str, Scale, Style], ...] = (
     ("Data wait", "data_wait", "from zero", "smoothed"),
     ("Checkpoint stalls", "checkpoint_blocked_seconds", "from zero", "events"),
 )
+# Of runs with experts.
+EXPERT_PANELS: tuple[PanelRow, ...] = (
+    ("Most loaded expert", "moe/load_max", "from zero", "smoothed"),
+    ("Most loaded rank", "moe/rank_load_max", "from zero", "smoothed"),
+    ("Experts without tokens", "moe/unused_experts", "from zero", "line"),
+    ("Entropy of the loads", "moe/entropy", "free", "smoothed"),
+    ("Balancing loss", "moe/balance_loss", "free", "smoothed"),
+    ("Largest bias", "moe/max_bias", "from zero", "line"),
+)
 # Measured over a window that, in the first record, holds start-up.
 _SPEEDS = ("wps", "mfu", "data_wait", "seconds_per_step")
 
+# Lists of the records, with a value for each block with experts.
+_PER_BLOCK = ("load_max", "unused_experts", "entropy", "balance_loss")
 # Only counted in the first table; the last one names them.
 _MANY_RESUMES = 4
 
@@ -92,13 +104,17 @@ def report(runs: Sequence[Run]) -> str:
     here = Path(__file__)
     title = ", ".join(run.name for run in runs)
     settings = "Settings that differ" if len(runs) > 1 else "Settings other than the defaults"
-    sections = (
-        ("Runs", _overview(runs)),
-        ("Curves", _curves(runs)),
+    sections = [("Runs", _overview(runs)), ("Curves", _curves(runs, PANELS))]
+    if any("moe/load_max" in record for run in runs for record in run.records):
+        sections += [
+            ("Experts", _curves(runs, EXPERT_PANELS)),
+            ("Blocks with experts, in the last record", _table(runs, _blocks)),
+        ]
+    sections += [
         (settings, _table(runs, _settings(runs))),
         ("Applied", _table(runs, _applied)),
         ("Environment", _table(runs, _environment)),
-    )
+    ]
     body = "".join(f"<section><h2>{name}</h2>{content}</section>" for name, content in sections)
     legend = "".join(
         f"<li>{_legend(number, run, len(runs))}</li>" for number, run in enumerate(runs)
@@ -131,12 +147,23 @@ def _breakable(text: str) -> str:
     return re.sub(r"(?<=\w)([/_]+|[.:=-]+(?!\d))(?=\S)", r"\1<wbr>", html.escape(text))
 
 
-def _curves(runs: Sequence[Run]) -> str:
+def _blocks(run: Run) -> dict[str, str]:
+    """A row for each block with experts, which dense ones may precede, of the last record."""
+    last = next((r for r in reversed(run.records) if "moe/load_max" in r), {})
+    columns = [map(float, last.get(f"moe/{name}_per_layer", ())) for name in _PER_BLOCK]
+    row = "load {:.2f}, {:.0f} experts without tokens, entropy {:.3f}, balancing loss {:.3g}"
+    rows = [row.format(*values) for values in zip(*columns, strict=True)]
+    modules = [name for stage in run.facts.get("stages", ()) for name in stage["modules"]]
+    first = max(0, sum(name.startswith("layers.") for name in modules) - len(rows))
+    return {f"block {first + number}": row for number, row in enumerate(rows)}
+
+
+def _curves(runs: Sequence[Run], rows: Sequence[PanelRow]) -> str:
     """All panels over the same steps; what no run logged is only named."""
     steps = [float(record["step"]) for run in runs for record in run.records] or [0.0]
     resumes = [run.resumes for run in runs]
     panels, lacking = [], []
-    for title, key, scale, style in PANELS:
+    for title, key, scale, style in rows:
         lines = [run.line(key) for run in runs]
         if any(len(line.finite.steps) for line in lines):
             panels.append(
