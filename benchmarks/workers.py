@@ -98,8 +98,8 @@ class Group:
 
 def threads_of_each(nproc: int) -> int:
     """Returns the threads of a process: OMP_NUM_THREADS, else its share of the cores."""
-    asked = os.environ.get("OMP_NUM_THREADS")
-    return int(asked) if asked else max(1, (os.cpu_count() or 1) // nproc)
+    threads = os.environ.get("OMP_NUM_THREADS")
+    return int(threads) if threads else max(1, (os.cpu_count() or 1) // nproc)
 
 
 def _serve(rank: int, nproc: int, port: int, threads: int, connection: Connection) -> None:

@@ -62,8 +62,8 @@ def test_code_in_the_metadata_is_refused_and_not_run(tmp_path: Path) -> None:
         CheckpointReader(tmp_path).read_metadata()
     assert not (tmp_path / "marker").exists()
     for name in ("load", "serialization.load", "Tensor"):
-        asked = pickle.dumps(torch.load).replace(b"load", name.encode())
-        (tmp_path / ".metadata").write_bytes(asked)
+        pickled = pickle.dumps(torch.load).replace(b"load", name.encode())
+        (tmp_path / ".metadata").write_bytes(pickled)
         with pytest.raises(ValueError, match="was not loaded"):
             CheckpointReader(tmp_path).read_metadata()
 

@@ -108,12 +108,12 @@ def test_the_table_has_a_line_for_each_technique(changes: dict[str, Any], words:
 
 
 def test_attentions_over_other_ranks_than_asked_for_are_named() -> None:
-    asked = {**APPLIED.modules, "ring attention over 2 ranks": ["layers.0.attention"]}
+    configured = {**APPLIED.modules, "ring attention over 2 ranks": ["layers.0.attention"]}
     message = "missing ring attention over 2 ranks: layers.0.attention"
     with pytest.raises(RuntimeError, match=message):
-        APPLIED.check(asked, FULL, Parallel(), PRECISION, "auto")
-    applied = dataclasses.replace(APPLIED, modules=asked)
-    applied.check(asked, FULL, Parallel(), PRECISION, "auto")
+        APPLIED.check(configured, FULL, Parallel(), PRECISION, "auto")
+    applied = dataclasses.replace(APPLIED, modules=configured)
+    applied.check(configured, FULL, Parallel(), PRECISION, "auto")
     assert "context parallel  1 ring attention over 2 ranks" in str(applied)
 
 

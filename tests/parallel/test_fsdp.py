@@ -202,10 +202,10 @@ def test_a_float32_residual_stream_leaves_blocks_in_bfloat16(
     half = torch.bfloat16
     plain, dtypes = workers[1].run(_dtypes, tmp_path / "plain")[0]
     assert dtypes == {"residual": half, "attention": half, "sum": half, "head": half}
-    asked = "--model.fp32_residual=true"
-    wide, dtypes = workers[1].run(_dtypes, tmp_path / "wide", asked)[0]
+    flag = "--model.fp32_residual=true"
+    wide, dtypes = workers[1].run(_dtypes, tmp_path / "wide", flag)[0]
     assert dtypes == {"residual": torch.float32, "attention": half, "sum": half, "head": half}
-    split, dtypes = workers[2].run(_dtypes, tmp_path / "tp", asked, "--parallel.tp=2")[0]
+    split, dtypes = workers[2].run(_dtypes, tmp_path / "tp", flag, "--parallel.tp=2")[0]
     assert dtypes["residual"] == torch.float32
     full = workers[1].run(train, tmp_path / "float32")[0]
 

@@ -93,9 +93,9 @@ def test_parameters_and_flops_of_the_stages_are_those_of_the_model() -> None:
 
 
 def test_stages_can_be_named() -> None:
-    asked = [["tok_embeddings"], [*BLOCKS, "norm", "output"]]
-    assert modules(pp=2, pp_split="explicit", pp_stage_modules=asked) == [
-        tuple(names) for names in asked
+    stages = [["tok_embeddings"], [*BLOCKS, "norm", "output"]]
+    assert modules(pp=2, pp_split="explicit", pp_stage_modules=stages) == [
+        tuple(names) for names in stages
     ]
 
 

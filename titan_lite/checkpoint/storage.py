@@ -184,15 +184,15 @@ class CheckpointReader(dcp.FileSystemReader):
 def check_weights(source: Path, model: Transformer, excluded: Sequence[str]) -> None:
     """Raises ValueError naming a weight of a checkpoint that does not fit the whole `model`."""
     metadata = CheckpointReader(source).read_metadata()
-    saved, asked = metadata.state_dict_metadata, set()
+    saved, loaded = metadata.state_dict_metadata, set()
     for name, value in model.state_dict().items():
         if excludes(excluded, name):
             continue
-        asked.add(key := f"model.{name}")
+        loaded.add(key := f"model.{name}")
         if key not in saved:
             raise ValueError(_is_missing(key, source))
         check_shape(key, saved[key], value.shape, model.vocab_size, source)
-    check_none_left(metadata, asked, source, excluded)
+    check_none_left(metadata, loaded, source, excluded)
 
 
 def check_shape(key: str, saved: Any, shape: torch.Size, vocab_size: int, source: Path) -> None:
@@ -206,12 +206,12 @@ def check_shape(key: str, saved: Any, shape: torch.Size, vocab_size: int, source
 
 
 def check_none_left(
-    metadata: Metadata, asked: Set[str], source: Path, excluded: Sequence[str]
+    metadata: Metadata, loaded: Set[str], source: Path, excluded: Sequence[str]
 ) -> None:
     """Raises ValueError for a saved weight that the model does not have, unless it is excluded."""
     for key in metadata.state_dict_metadata:
         name = key.removeprefix("model.")
-        if name != key and key not in asked and not excludes(excluded, name):
+        if name != key and key not in loaded and not excludes(excluded, name):
             raise ValueError(f"{source} has {name}, which this run's model does not have")
 
 

@@ -206,7 +206,7 @@ def merge_applied(stages: Sequence[Applied]) -> Applied:
     )
 
 
-def asked_modules(
+def configured_modules(
     model: Transformer,
     tp_plan: tuple[PlanRow, ...],
     *,

@@ -15,7 +15,7 @@ from titan_lite.config.schema import (
 from titan_lite.models.roles import PlanRow
 from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.activation_checkpoint import apply_activation_checkpoint
-from titan_lite.parallel.applied import Applied, asked_modules, count_applied
+from titan_lite.parallel.applied import Applied, configured_modules, count_applied
 from titan_lite.parallel.async_tp import apply_async_tp
 from titan_lite.parallel.attention_kernel import apply_attention_kernel, merged_kernel
 from titan_lite.parallel.compile import apply_compile
@@ -73,7 +73,7 @@ def parallelize(
         expert_mesh=meshes.efsdp,
     )
     applied = count_applied(model, tp_plan, meshes.model)
-    asked = asked_modules(
+    configured = configured_modules(
         model,
         tp_plan,
         parallel=parallel,
@@ -83,5 +83,5 @@ def parallelize(
         float8_all_gather=float8.fsdp_all_gather,
     )
     precision = f"{training.param_dtype} computation, {training.reduce_dtype} reduction"
-    applied.check(asked, activation_checkpoint, parallel, precision, attention.kernel)
+    applied.check(configured, activation_checkpoint, parallel, precision, attention.kernel)
     return applied

@@ -12,9 +12,13 @@ def describe_out_of_memory(
     error: torch.OutOfMemoryError, device: torch.device, advice: Sequence[str]
 ) -> str:
     """The device's numbers and what would help, in some lines."""
-    request = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
-    asked = f" for a request of {request[1]}" if request else ""
-    lines = [f"Out of memory on {device}{asked}.", *_numbers(device), "What would help, cheapest:"]
+    match = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+    request = f" for a request of {match[1]}" if match else ""
+    lines = [
+        f"Out of memory on {device}{request}.",
+        *_numbers(device),
+        "What would help, cheapest:",
+    ]
     return "\n".join([*lines, *(f"  {line}" for line in advice)])
 
 
