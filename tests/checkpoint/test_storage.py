@@ -97,5 +97,5 @@ def test_a_vocabulary_saved_without_padding_is_loaded_into_one_that_has_it(tmp_p
     loaded = _load(tmp_path, weight=torch.zeros(128, 3))
     assert torch.equal(loaded["weight"], torch.nn.functional.pad(weight, (0, 0, 0, 123)))
     for shape in ((6, 3), (256, 3), (128, 4)):
-        with pytest.raises(CheckpointException, match=r"weight is \(5, 3\) in .* and \("):
+        with pytest.raises(CheckpointException, match=r"weight has shape \(5, 3\) in .* and \("):
             _load(tmp_path, weight=torch.zeros(shape))

@@ -11,7 +11,7 @@ VOCAB_MULTIPLE = 128
 
 
 def pad_vocab_size(vocab_size: int) -> int:
-    """The next multiple of VOCAB_MULTIPLE."""
+    """Rounds a vocabulary size up to a multiple of VOCAB_MULTIPLE."""
     return math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
@@ -172,7 +172,7 @@ class LatentArgs(MoEArgs):
 
     @property
     def attention_dim(self) -> int:
-        """Features of all heads, the mean of queries and values: so many FLOPs has a score."""
+        """Features of all heads, the mean of queries and values, for the FLOPs of attention."""
         return self.num_heads * (self.head_size + self.v_dim) // 2
 
     @property
@@ -183,7 +183,7 @@ class LatentArgs(MoEArgs):
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderArgs(DecoderArgs):
-    """An encoder of pairs of texts, after BERT (arXiv:1810.04805): every token sees all others."""
+    """A bidirectional encoder of pairs of texts, after BERT (arXiv:1810.04805)."""
 
     causal: ClassVar[bool] = False
     num_token_types: int = 2

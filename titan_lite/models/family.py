@@ -11,7 +11,7 @@ from titan_lite.models.roles import PlanRow
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A family as data: its sizes, how it is built, split, and spelled elsewhere."""
+    """A family as data: its sizes, builder, tensor-parallel plan and Hugging Face names."""
 
     name: str
     """Value of model.name."""

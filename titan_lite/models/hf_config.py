@@ -1,4 +1,4 @@
-"""Between a family's args and the config.json of Hugging Face transformers."""
+"""Converts between a family's args and the config.json of Hugging Face transformers."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
@@ -29,7 +29,7 @@ _SCALING_KEYS = {
 
 @dataclass(frozen=True, kw_only=True)
 class HFConfig:
-    """How config.json stores a family's args."""
+    """The form of a family's args in config.json."""
 
     architecture: str
     """The class in transformers, which `architectures` names."""
@@ -59,7 +59,7 @@ class HFConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HFLayout:
-    """How a tensor of Hugging Face's is stored, where it is not one of ours as it is.
+    """The form of a Hugging Face tensor that differs from our parameter.
 
     Several names of ours that Family.hf_key_map gives the same name of Hugging Face's are one
     tensor there: their rows one after the other, in the order of the map.
@@ -73,7 +73,7 @@ class HFLayout:
 
 
 def args_from_hf(config: Mapping[str, Any], hf: HFConfig) -> DecoderArgs:
-    """The args that a config.json describes; ValueError naming the key at fault."""
+    """Returns the args of a config.json; ValueError with the key at fault."""
     config = _flatten_rope(config, hf)
     for key in unfit_keys(config, hf):
         raise ValueError(
@@ -98,7 +98,7 @@ def args_from_hf(config: Mapping[str, Any], hf: HFConfig) -> DecoderArgs:
 def differences(
     config: Mapping[str, Any], hf: HFConfig, args: DecoderArgs
 ) -> dict[str, tuple[object, object]]:
-    """Fields of the args -> (config.json's value, the args'), where they differ.
+    """Returns by field (config.json's value, the args' value) where they differ.
 
     Settings outside of the model are left out, as are dropout and the longest sequence: no weight
     knows it, or the shape of learned positions does.
@@ -176,7 +176,7 @@ def _value(args: DecoderArgs, name: str) -> Any:
 
 
 def unfit_keys(config: Mapping[str, Any], hf: HFConfig) -> list[str]:
-    """Keys whose values are others than the class here is built for."""
+    """Returns the keys whose values the model class does not support."""
     return [key for key, value in hf.constants.items() if config.get(key) not in (None, value)]
 
 

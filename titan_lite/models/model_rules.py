@@ -17,7 +17,7 @@ SHORTEST_PAIR = 8
 
 
 def hf_rules(config: Config, family: Family, args: DecoderArgs) -> Iterator[SettingError]:
-    """Broken rules between the model's family and Hugging Face's form of it."""
+    """Yields broken rules between the model's family and its Hugging Face form."""
     if family.hf_config is None:
         message = (
             f"model family {family.name} has no form in transformers (its hf_config is not set)"
@@ -30,7 +30,7 @@ def hf_rules(config: Config, family: Family, args: DecoderArgs) -> Iterator[Sett
 
 
 def objective_rules(config: Config, family: Family) -> Iterator[SettingError]:
-    """Broken rules between what the family learns and the data."""
+    """Yields broken rules between the family's objective and the data."""
     masked, data = config.masked_lm, config.data
     if family.objective == "causal_lm":
         for key, field in MaskedLM.model_fields.items():
@@ -74,7 +74,7 @@ def objective_rules(config: Config, family: Family) -> Iterator[SettingError]:
 
 
 def optimizer_rules(config: Config, family: Family) -> Iterator[SettingError]:
-    """Broken rules between Muon, the precision and the family."""
+    """Yields broken rules between Muon, the precision and the family."""
     section, plan = config.optimizer, family.tp_plan
     if not isinstance(section, Muon):
         return
@@ -99,7 +99,7 @@ def optimizer_rules(config: Config, family: Family) -> Iterator[SettingError]:
 
 
 def model_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
-    """Broken rules between the model's numbers, the sequence and the degrees."""
+    """Yields broken rules between the model's sizes, the sequence and the degrees."""
     seq_len, tp, data = config.training.seq_len, config.parallel.tp, config.data
     if data.packing == "fixed" and data.packing_block > args.max_seq_len:
         yield SettingError(
@@ -191,7 +191,7 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
 
 
 def _encoder_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
-    """Features that only decoders support, or only pre-norm blocks."""
+    """Yields features that only decoders or only pre-norm blocks support."""
     if not isinstance(args, EncoderArgs):
         return
     if (cp := config.parallel.cp) > 1:
@@ -297,7 +297,7 @@ def _moe_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
 
 
 def _latent_rules(config: Config, args: LatentArgs) -> Iterator[SettingError]:
-    """Settings of other kinds of attention."""
+    """Yields settings that do not apply to latent attention."""
     others = ("head_dim", "qkv_bias", "out_bias", "qk_norm", "positions", "rotary_fraction")
     for name in others:
         if getattr(config.model, name) is not None:
@@ -314,7 +314,7 @@ def _latent_rules(config: Config, args: LatentArgs) -> Iterator[SettingError]:
 
 
 def _head_rules(args: DecoderArgs) -> Iterator[SettingError]:
-    """Heads are of one size, of which an even number is rotated."""
+    """Checks that heads have one size, and an even number of rotated features."""
     if args.head_dim is None and args.dim % args.num_heads:
         yield SettingError(
             ("model.flavor", "model.dim", "model.num_heads"),

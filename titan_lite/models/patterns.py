@@ -1,4 +1,4 @@
-"""The one pattern language of the model tables: dotted names in which `*` stands inside a part.
+"""Patterns of the model tables: dotted names in which `*` matches inside one part.
 
 `layers.*.attention.w[qkv]` matches `layers.3.attention.wq`; a `*` never spans a dot.
 """
@@ -14,7 +14,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def translate(name: str, table: Mapping[str, str]) -> str:
-    """The name's other spelling by a table of patterns whose `*`, whole parts, keep their order.
+    """Translates a name by a table of patterns; each `*` is a whole part, and they keep order.
 
     A `*` of the target beyond those of the source stays: the number of an expert.
     Used with Family.hf_key_map for our name -> Hugging Face's, and with its inverse for the way

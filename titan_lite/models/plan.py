@@ -1,4 +1,4 @@
-"""All that is known before a run, worked out once: its settings, mesh, model, batch and folders."""
+"""The plan of a run, computed once before it starts: settings, mesh, model, batch, folders."""
 
 import os
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from titan_lite.models.registry import Family, resolve
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(LoadedConfig):
-    """A configuration that breaks no rule, and what follows from it for a number of processes."""
+    """A valid configuration, and the values derived from it for a number of processes."""
 
     dims: ParallelDims
     family: Family

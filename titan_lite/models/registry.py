@@ -34,17 +34,17 @@ _FAMILIES: Registry[Family] = Registry(
 
 
 def register(family: Family) -> None:
-    """Adds a family; ValueError where another one already has its name."""
+    """Adds a family; ValueError if another one has its name."""
     _FAMILIES.register(family.name, family)
 
 
 def families() -> Mapping[str, Family]:
-    """All families registered so far, by name."""
+    """Returns all registered families by name."""
     return _FAMILIES
 
 
 def resolve(section: Model) -> tuple[Family, DecoderArgs]:
-    """The family and the args of [model], with its overrides applied.
+    """Returns the family and the args of [model], with its overrides applied.
 
     SettingError names an unknown family, flavor or override and the nearest one that exists.
     """
@@ -62,7 +62,7 @@ def resolve(section: Model) -> tuple[Family, DecoderArgs]:
 
 
 def family_of(config: Mapping[str, Any], registered: Mapping[str, Family]) -> Family:
-    """The family of a config.json; ValueError naming the architecture where there is none.
+    """Returns the family of a config.json; ValueError for an unknown architecture.
 
     Of several families of one class it is the first whose constants config.json has.
     """

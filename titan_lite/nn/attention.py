@@ -48,10 +48,10 @@ class ScaledDotProductAttention(nn.Module):
 
 
 class DropoutAttention(ScaledDotProductAttention):
-    """The same with dropout of the softmax' results, which exist as a whole: (B, N, S, S).
+    """Attention with dropout of its weights, which are stored: (B, N, S, S).
 
-    No fused kernel drops the same on every rank that has the head. salt: as of Dropout. shard:
-    which of as many equal parts of the heads as there are this device has.
+    Fused kernels would drop other weights on each rank that has the head. salt: as in Dropout.
+    shard: the index of this device's part of the heads, of equal parts.
     """
 
     shard = 0

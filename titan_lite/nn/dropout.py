@@ -1,9 +1,9 @@
 """Dropout that is the same in every layout.
 
-A generator's draws depend on who draws, how much, and in which order. Here each token brings a key,
-a number that follows from the seed, its sample's number in the run and its place in the sample, and
-what is dropped follows from keys by a hash: alike in any split of the batch, the sequence, the
-heads or the blocks, on any device, and whenever it is computed again.
+The draws of a generator depend on the device, their number and their order. Here each token has a
+key, computed from the seed, its sample's number in the run and its position. A hash of the key
+decides what is dropped. So the result is the same for any split of the batch, the sequence, the
+heads or the blocks, on any device, and in recomputation.
 
 Shape suffixes: B batch, S sequence, D model width.
 """
@@ -16,7 +16,7 @@ _SIGN = -(2**31)
 
 
 def hash32(keys: Tensor) -> Tensor:
-    """One to one on the keys; each bit changes about half of those of the result.
+    """Hashes int32 keys one to one; each input bit changes about half of the output bits.
 
     Source: lowbias32 of github.com/skeeto/hash-prospector.
     """
@@ -26,7 +26,7 @@ def hash32(keys: Tensor) -> Tensor:
 
 
 def token_keys(seed: int, samples_B: Tensor, places_S: Tensor) -> Tensor:
-    """Keys (B, S), int32, of the tokens at these places of samples with these numbers, int64."""
+    """Returns int32 keys (B, S) of tokens, from int64 numbers of samples and positions."""
     keys_BS = torch.zeros(len(samples_B), len(places_S), dtype=torch.int32)
     for number in (torch.tensor(seed), samples_B[:, None], places_S):
         low, high = number.to(torch.int32), (number >> 32).to(torch.int32)
@@ -46,7 +46,7 @@ def drop(x: Tensor, keys: Tensor, p: float) -> Tensor:
 
 
 class NoDropout(nn.Module):
-    """Keeps all."""
+    """A no-op: keeps all features."""
 
     def forward(self, x_BSD: Tensor, keys_BS: Tensor | None) -> Tensor:
         return x_BSD
@@ -55,8 +55,8 @@ class NoDropout(nn.Module):
 class Dropout(nn.Module):
     """Drops features of tokens with probability p, and none without keys.
 
-    salt: number of the place in a block. shard: which of as many equal parts of the sequence as
-    there are this device has.
+    salt: distinguishes the dropouts of a block. shard: the index of this device's part of the
+    sequence, of equal parts.
     """
 
     shard = 0
@@ -76,5 +76,5 @@ class Dropout(nn.Module):
 
 
 def build_dropout(p: float, salt: int) -> Dropout | NoDropout:
-    """Nothing to compute where nothing is to be dropped."""
+    """Returns a dropout, or a no-op if p is 0."""
     return Dropout(p, salt) if p else NoDropout()

@@ -1,4 +1,4 @@
-"""Activation checkpointing: which activations are kept, and which computed again in backward."""
+"""Activation checkpointing: which activations are kept, and which are recomputed in backward."""
 
 from collections import Counter
 from functools import partial
@@ -104,7 +104,7 @@ class SavePolicy:
 
 
 def _contexts(save: tuple[SavedOp, ...]) -> Any:
-    """The context managers of one block's forward and of its recomputation."""
+    """Returns the context managers of one block's forward and of its recomputation."""
     return create_selective_checkpoint_contexts(SavePolicy(save))
 
 
@@ -114,7 +114,7 @@ def is_checkpointed(block: nn.Module) -> bool:
 
 
 def saved_ops(block: nn.Module) -> tuple[str, ...]:
-    """Names of the operations whose results a checkpointed block keeps; none of any other."""
+    """Returns the operations whose results a checkpointed block keeps; () for other blocks."""
     if not isinstance(block, CheckpointWrapper):
         return ()
     context_fn = block.checkpoint_fn.keywords.get("context_fn")
@@ -122,5 +122,5 @@ def saved_ops(block: nn.Module) -> tuple[str, ...]:
 
 
 def memory_budget() -> float:
-    """Share of the activation memory that the compiler may use, 1.0 without a budget."""
+    """Returns the share of the activation memory that the compiler may use; 1.0: no budget."""
     return float(compiler_config.activation_memory_budget)

@@ -71,7 +71,7 @@ class Applied:
     fused_matmul_reduce_scatters: int | None = None
 
     def count(self, feature: str) -> int:
-        """Number of modules with this feature."""
+        """Returns the number of modules with this feature."""
         return len(self.modules.get(feature, ()))
 
     def check(
@@ -116,7 +116,7 @@ class Applied:
             raise RuntimeError(MISMATCH + "; ".join(mismatches))
 
     def check_async_tp(self) -> None:
-        """Raises RuntimeError where the compiler found nothing to overlap."""
+        """Raises RuntimeError if the compiler fused no collective."""
         if not (self.fused_all_gather_matmuls and self.fused_matmul_reduce_scatters):
             raise RuntimeError(
                 f"{MISMATCH}parallel.async_tp is true, but the first step compiled "
@@ -216,7 +216,7 @@ def configured_modules(
     float8: Sequence[str],
     float8_all_gather: bool,
 ) -> Modules:
-    """The modules that each feature is configured for; `float8` names the linears to be
+    """Returns the modules that each feature is configured for; `float8` names the linears to be
     converted."""
     blocks = [f"layers.{name}" for name, _ in model.layers.named_children()]
     selective = activation_checkpoint.mode == "selective_op"
@@ -245,7 +245,7 @@ def configured_modules(
 
 
 def count_applied(model: Transformer, tp_plan: tuple[PlanRow, ...], mesh: DeviceMesh) -> Applied:
-    """Looks at every module and parameter of a parallelized model."""
+    """Counts the features on every module and parameter of a parallelized model."""
     modules = _by_name(model)
     features: dict[str, list[str]] = defaultdict(list)
     saved: tuple[str, ...] = ()
@@ -305,7 +305,7 @@ def _experts_over(degree: int) -> str:
 
 
 def _by_name(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules by the names they had when the model was built; the model itself is "model"."""
+    """Returns modules by their names before wrapping; the model itself is "model"."""
     modules: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         # A block that is wrapped for checkpointing follows its wrapper, which took its name.

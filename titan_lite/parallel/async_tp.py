@@ -19,7 +19,7 @@ FUSED = {
 
 
 def check_async_tp(device: torch.device, tp: int) -> None:
-    """Raises ValueError where `device` and its tensor-parallel group have no symmetric memory."""
+    """Raises ValueError if `device` and its tensor-parallel group have no symmetric memory."""
     kernel = f"symm_mem::{ALL_GATHER_MATMUL}"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(kernel, device.type.upper()):
         raise ValueError(
@@ -72,7 +72,7 @@ def apply_async_tp(mesh: DeviceMesh, *, enable: bool) -> None:
 
 
 def count_fused() -> dict[str, int]:
-    """Fused operations in the graphs, forward and backward, compiled so far by this run."""
+    """Returns the fused operations in all graphs, forward and backward, that this run compiled."""
     from titan_lite.parallel.torch_compiler import counters
 
     names = (ALL_GATHER_MATMUL, MATMUL_REDUCE_SCATTER)

@@ -29,7 +29,7 @@ USERS_TAG = compiler_config.cache_key_tag
 
 
 def check_attention_kernel(kernel: AttentionKernel, device: torch.device) -> None:
-    """Raises ValueError where the device, or this installation, does not have the kernel."""
+    """Raises ValueError if the device or this installation does not have the kernel."""
     if kernel in ("auto", "math"):
         return
     remedy = 'set attention.kernel = "auto"'
@@ -55,7 +55,7 @@ def check_attention_kernel(kernel: AttentionKernel, device: torch.device) -> Non
 
 
 def apply_attention_kernel(kernel: AttentionKernel) -> None:
-    """Leaves torch this kernel alone, or all of them with "auto"."""
+    """Restricts torch to this attention kernel; "auto" allows all."""
     impl = FLASH_IMPLS.get(kernel)
     if impl is not None:
         activate_flash_attention_impl(impl)
@@ -89,7 +89,7 @@ def applied_attention_kernel() -> str:
 def merged_kernel(
     kernel: AttentionKernel, device_type: str, head_size: int, *, deterministic: bool
 ) -> MergedKernel:
-    """Returns what computes attention to the keys of each rank in turn; cuDNN on Hopper."""
+    """Returns the kernel for attention to one rank's keys at a time; cuDNN on Hopper."""
     if kernel != "auto" or device_type != "cuda":
         return "cudnn" if kernel == "cudnn" else "flash"
     fits = head_size <= MAX_CUDNN_HEAD_SIZE and head_size % 8 == 0 and not deterministic

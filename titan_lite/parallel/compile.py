@@ -21,7 +21,7 @@ WARMUP_STEPS = 2
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raises ValueError where inductor has no compiler to build its kernels for `device` with."""
+    """Raises ValueError if inductor lacks a compiler for the kernels of `device`."""
     if device.type != "cpu":
         # Triton's launchers are written in C.
         if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
@@ -68,7 +68,7 @@ def apply_compile(model: Transformer, section: Compile) -> None:
 
 
 def _untag_attention_on_cpu() -> None:
-    """Takes back that torch calls the CPU's fused attention random: it refuses dropout.
+    """Removes torch's tag for random operators from the CPU's fused attention: it has no dropout.
 
     Activation checkpointing would save a random state for it, which torch 2.13 puts behind the
     device mesh among the saved values of a tensor-parallel block, and then takes for one of them.
@@ -80,7 +80,7 @@ def _untag_attention_on_cpu() -> None:
 
 @dataclass
 class Compilations:
-    """Watches dynamo from when it is made on.
+    """Counts the graphs that dynamo compiles after this object is created.
 
     recompilations: how many graphs were recompiled after the warm-up steps.
     """
@@ -91,17 +91,17 @@ class Compilations:
 
     @property
     def graphs(self) -> int:
-        """Graphs compiled so far: one for all equal blocks."""
+        """Number of graphs compiled so far; equal blocks share one."""
         return _num_graphs() - self._earlier_graphs
 
     def after_validation(self) -> None:
-        """Forgets what was compiled in it: graphs without a backward, in the first one."""
+        """Ignores the compilations of a validation: the first one compiles forward-only graphs."""
         from titan_lite.parallel.torch_compiler import clear_compilation_metrics
 
         clear_compilation_metrics()
 
     def after_step(self, step: int, _: object = None) -> None:
-        """Warns of dynamo's reason for each recompilation in the step; of none in the warm-up."""
+        """Logs dynamo's reason for each recompilation in the step, except during the warm-up."""
         from titan_lite.parallel.torch_compiler import (
             clear_compilation_metrics,
             get_compilation_metrics,

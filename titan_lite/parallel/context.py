@@ -25,7 +25,7 @@ Method = Literal["ring", "all_gather", "ulysses"]
 
 
 def local_positions(method: Method, seq_len: int, rank: int, size: int) -> Tensor:
-    """Positions in a sequence of the tokens of a rank, in its order.
+    """Returns the positions in the sequence of a rank's tokens, in the rank's order.
 
     Contiguous for "ulysses", whose ranks all attend from the first token to the last. Else a chunk
     of the head and one of the tail: later tokens see more, and so each rank has the same to do.
@@ -37,7 +37,7 @@ def local_positions(method: Method, seq_len: int, rank: int, size: int) -> Tenso
 
 
 def check_cp(method: Method, device: torch.device, param_dtype: str) -> None:
-    """Raises ValueError where the device has no attention that gives its log-sum-exp."""
+    """Raises ValueError if the device has no attention kernel that returns its log-sum-exp."""
     if method != "ulysses" and device.type == "cuda" and param_dtype == "float32":
         raise ValueError(
             f'parallel.cp_method = "{method}" requires flash attention, which does not support '
@@ -66,7 +66,7 @@ def apply_cp(
 
 
 def context_parallel(attention: Attention) -> tuple[Method, int] | None:
-    """Method and number of ranks over which a module attends, None for its own sequences only."""
+    """Returns method and number of ranks of a module's attention; None: not context parallel."""
     inner = attention.inner_attention
     if isinstance(inner, ShardedAttention | UlyssesAttention):
         return inner.method, inner.degree
@@ -74,7 +74,7 @@ def context_parallel(attention: Attention) -> tuple[Method, int] | None:
 
 
 class ShardedAttention(nn.Module):
-    """Every rank attends for its own queries, to keys that others send."""
+    """Attention of each rank's own queries to the keys of all ranks."""
 
     def __init__(self, method: Method, group: dist.ProcessGroup, kernel: MergedKernel) -> None:
         super().__init__()
@@ -102,14 +102,14 @@ class ShardedAttention(nn.Module):
         return out_BNSH
 
     def _gather(self, kv_2BKSH: Tensor) -> Tensor:
-        """The keys and values of whole sequences in their order, from head and tail chunks."""
+        """Gathers the keys and values of whole sequences, in order, from head and tail chunks."""
         kv_R2BKSH = all_gather_tensor_autograd(kv_2BKSH.unsqueeze(0), 0, self.group_name)
         heads, tails = kv_R2BKSH.chunk(2, dim=-2)
         return torch.cat((*heads.unbind(), *tails.flip(0).unbind()), dim=-2)
 
 
 class UlyssesAttention(nn.Module):
-    """Every rank attends for some of the heads, over the whole sequence (arXiv:2309.14509)."""
+    """Attention of some heads on each rank, over the whole sequence (arXiv:2309.14509)."""
 
     method: Method = "ulysses"
 

@@ -1,4 +1,4 @@
-"""Causal attention over a sequence that the ranks of a group hold together, as one operator.
+"""Causal attention over a sequence that is sharded over the ranks of a group, as one operator.
 
 Each rank holds two of 2R chunks, number r of the head and 2R - 1 - r of the tail, so that all
 compute the same amount. The keys of another rank are attended in one call without a mask: all
@@ -73,7 +73,7 @@ def sharded_attention_backward(
     kernel: str,
     group_name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, those of k and v summed over the ranks in float32.
+    """Returns the gradients of q, k and v; those of k and v are summed over ranks in float32.
 
     Keys and values are sent once more: kept, they would be those of the whole sequence.
     """
@@ -132,19 +132,19 @@ sharded_attention.register_autograd(_backward, setup_context=_save)
 
 @register_flop_formula(torch.ops.titan_lite.sharded_attention)
 def _flops(q: list[int], k: list[int], _v: Any, *settings: str, **_: Any) -> int:
-    """Two matrix products with the whole sequence's keys, as torch counts: the mask saves none."""
+    """Counts two matrix products with all keys, as torch does: the mask is not subtracted."""
     group = group_by_name(settings[-1])  # type: ignore[arg-type]
     return 4 * math.prod(q) * k[2] * group.size()
 
 
 @register_flop_formula(torch.ops.titan_lite.sharded_attention_backward)
 def _backward_flops(_grad: Any, q: list[int], k: list[int], v: Any, *args: Any, **_: Any) -> int:
-    """Five matrix products where the forward has two."""
+    """Counts five matrix products where the forward has two."""
     return _flops(q, k, v, args[-1]) * 5 // 2
 
 
 def _ring(kv_2BKSH: Tensor, group: dist.ProcessGroup) -> Iterator[Piece]:
-    """The ranks' keys and values as they come by, sent on before they are attended."""
+    """Yields the keys and values of each rank, and forwards them before they are used."""
     rank, size = group.rank(), group.size()
     S = kv_2BKSH.shape[-2]
     for step in range(size):
@@ -165,7 +165,7 @@ def _ring(kv_2BKSH: Tensor, group: dist.ProcessGroup) -> Iterator[Piece]:
 def _sum_along_ring(
     grads: Iterator[list[Tensor]], sum_2BKSH: Tensor, group: dist.ProcessGroup
 ) -> Tensor:
-    """The sums follow their keys, one step behind, and a last step brings them home."""
+    """Sums gradients around the ring, one step behind their keys; a last step returns them."""
     receive = None
     for grad_kv in grads:
         if receive is not None:
@@ -178,7 +178,7 @@ def _sum_along_ring(
 
 
 def _pass_on(tensor: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
-    """Starts sending to the next rank of the ring; returns what waits for the previous one's."""
+    """Starts sending to the next rank; returns a function that receives from the previous one."""
     rank, size = group.rank(), group.size()
     received = torch.empty_like(tensor)
     works = dist.batch_isend_irecv(
@@ -197,7 +197,7 @@ def _pass_on(tensor: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
 
 
 def _gathered(kv_2BKSH: Tensor, group: dist.ProcessGroup) -> Iterator[Piece]:
-    """This rank's own, then all earlier ranks' heads at once, then all of the later ranks'."""
+    """Yields this rank's keys, then those of all earlier ranks, then of all later ranks."""
     kv_R2BKSH = kv_2BKSH.new_empty(group.size(), *kv_2BKSH.shape)
     work = all_gather_single(kv_R2BKSH.flatten(0, 1), kv_2BKSH, group=group, async_op=True)
     yield slice(None), kv_2BKSH, True
@@ -221,7 +221,7 @@ def _sum_scattered(
 
 
 def _others(shards_R2BKSH: Tensor, rank: int) -> list[tuple[slice, Tensor]]:
-    """Views of what other ranks hold and this one's queries (the rows) see, none of them empty."""
+    """Returns non-empty views of other ranks' keys with the rows of queries that attend to them."""
     half = shards_R2BKSH.shape[-2] // 2
     views = (
         (slice(None), shards_R2BKSH[:rank, ..., :half, :]),
@@ -256,7 +256,7 @@ def _attend_backward(
     is_causal: bool,
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """With the output and log-sum-exp over all keys, the gradients of a piece are those of it."""
+    """Returns the gradients of one piece, from the output and log-sum-exp over all keys."""
     k_BKTH, v_BKTH = kv_2BKTH
     saved = (grad_BNSH, q_BNSH, k_BKTH, v_BKTH, out_BNSH)
     # No sequences of unequal length, and below a random state that no dropout reads.
@@ -271,7 +271,7 @@ def _attend_backward(
 
 
 def _token_major(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy (B, heads, S, H), its memory laid out (B, S, heads, H) as the projections work."""
+    """Copies to (B, heads, S, H) with the memory layout (B, S, heads, H) of the projections."""
     by_token = tensor.transpose(1, 2)
     copy = torch.empty(by_token.shape, dtype=dtype, device=tensor.device)
     return copy.copy_(by_token).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Expert parallelism: each rank has some of the experts, and computes them for all ranks' rows.
+"""Expert parallelism: each rank has some of the experts, and applies them to all ranks' rows.
 
 Shape suffixes: R rows of this rank's tokens, ordered by expert; E experts, L of them on this rank;
 P ranks; X rows that this rank's experts get from all ranks; D model width.
@@ -58,7 +58,7 @@ class ExpertParallel(nn.Module):
     def row_counts(
         self, counts_PL: Tensor, arriving_PL: Tensor, num_rows: int
     ) -> tuple[list[int], list[int]]:
-        """Rows that this rank sends to each rank, and gets from it."""
+        """Returns the rows that this rank sends to, and receives from, each rank."""
         sent, received = torch.stack((counts_PL.sum(1), arriving_PL.sum(1))).tolist()
         return sent, received
 
@@ -69,13 +69,13 @@ class ExpertParallel(nn.Module):
 
 
 def expert_parallel(module: nn.Module) -> int | None:
-    """Number of ranks that the experts of a module are distributed over, None for what has none."""
+    """Returns the number of ranks of a module's experts; None: not expert parallel."""
     compute = module.compute if isinstance(module, Experts) else None
     return compute.degree if isinstance(compute, ExpertParallel) else None
 
 
 def assume_balance(model: nn.Module) -> None:
-    """Has every rank get as many rows as any other: a dry run has no numbers of them."""
+    """Assigns every rank the same number of rows, for dry runs, which have no routing."""
     for module in model.modules():
         if isinstance(module, ExpertParallel):
             module.row_counts = partial(_balanced, module.degree)  # type: ignore[method-assign]

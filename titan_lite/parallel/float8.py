@@ -1,4 +1,4 @@
-"""Float8 by torchao: which linears compute in it, what stands against it, and fresh scales.
+"""Float8 with torchao: the linears to convert, the problems of a layout, and the scales.
 
 A linear's three matrix products round their operands to 8 bits, scaled by their largest element
 (arXiv:2209.05433); weights, sums and everything between linears keep their precision. torchao is
@@ -40,7 +40,7 @@ TORCHAO_NAMES = {"rowwise_gw_hp": "rowwise_with_gw_hp"}
 def choose_linears(
     model: Transformer, section: Float8, plan: tuple[PlanRow, ...]
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Names of the model's linears that become float8, and of the others with the reason."""
+    """Returns the names of the linears to convert, and of the others with the reason."""
     chosen, left_out = [], {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -95,7 +95,7 @@ def float8_problems(
     dims: ParallelDims,
     device: torch.device,
 ) -> Iterator[SettingError]:
-    """Why this model cannot train in float8 on this device and layout."""
+    """Yields the reasons why this model cannot train in float8 on this device and layout."""
     if float8.recipe == "none":
         return
     yield from _device_problems(float8, parallel, dims, device)
@@ -213,7 +213,7 @@ def convert(model: Transformer, section: Float8, plan: tuple[PlanRow, ...]) -> t
 def _unwrap_weight(
     _linear: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any
 ) -> None:
-    """Gives checkpoints the tensor inside torchao's, for runs without torchao to read them."""
+    """Saves the plain tensor inside torchao's, so that reading checkpoints needs no torchao."""
     weight = state_dict[f"{prefix}weight"]
     if isinstance(weight, DTensor) and is_gathered_in_float8(weight):
         state_dict[f"{prefix}weight"] = DTensor.from_local(
@@ -227,7 +227,7 @@ def _unwrap_weight(
 
 
 def float8_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The converted linears by name."""
+    """Returns the converted linears by name."""
     if "torchao.float8" not in sys.modules:
         return {}
     from torchao.float8.float8_linear import Float8Linear
@@ -253,7 +253,7 @@ def refresh_scales(model: nn.Module) -> None:
 
 
 def in_float8_styles(model: Transformer, plan: tuple[PlanRow, ...]) -> set[str]:
-    """Names of the modules that take torchao's styles: what they pass on is float8.
+    """Returns the modules with torchao's parallel styles, which communicate in float8.
 
     These are the linears with one scale per tensor, and the modules that gather for such linears
     only: another linear next to them needs the input in high precision.
@@ -283,7 +283,7 @@ def in_float8_styles(model: Transformer, plan: tuple[PlanRow, ...]) -> set[str]:
 def float8_styles() -> tuple[
     type[ColwiseParallel], type[RowwiseParallel], type[PrepareModuleInput]
 ]:
-    """torchao's colwise, rowwise and gathering styles, which cast before they gather."""
+    """Returns torchao's colwise, rowwise and gathering styles, which cast before they gather."""
     from torchao.float8.float8_tensor_parallel import (
         Float8ColwiseParallel,
         Float8RowwiseParallel,

@@ -21,7 +21,7 @@ from titan_lite.parallel.expert import expert_parallel
 
 
 def check_symm_mem(device: torch.device) -> None:
-    """Raises ValueError where FSDP2 cannot communicate from symmetric memory."""
+    """Raises ValueError if FSDP2 cannot communicate from symmetric memory."""
     remedy = "set parallel.fsdp_symm_mem = false"
     if not hasattr(FSDPModule, "set_symm_mem_for_comm"):
         raise ValueError(f"requires torch 2.13 or later, got {torch.__version__}; {remedy}")
@@ -66,7 +66,7 @@ def _reshard(section: Parallel, mesh: DeviceMesh) -> str | int:
 
 
 def free_gathered(model: nn.Module) -> None:
-    """Frees what a forward without backward has left gathered."""
+    """Frees the parameters that a forward without backward has left gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -112,7 +112,7 @@ def apply_fsdp(
         model.tok_embeddings.register_forward_hook(lambda _module, _inputs, output: output.float())
 
     def placement(size: int, parameter: nn.Parameter) -> Shard | None:
-        """Shards experts by their rows where there are not as many for each rank."""
+        """Shards experts by rows if their number is not a multiple of the ranks."""
         experts = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if parameter.ndim < 3 or experts.shape[0] % size == 0:
             return None

@@ -60,7 +60,7 @@ def clipped_norm(
 
 
 def global_norm(grads: Mapping[str, Tensor], pp_group: dist.ProcessGroup | None = None) -> GradNorm:
-    """2-norm of all gradients together, each element counted once whatever its placements.
+    """Returns the 2-norm of all gradients; each element counts once, whatever its placements.
 
     One all-reduce of a scalar per distinct (mesh, placements) and sharded axis.
     """

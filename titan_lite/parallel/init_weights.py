@@ -1,4 +1,4 @@
-"""Weights that depend on the seed and the parameter's name, and on no layout."""
+"""Initializes weights from the seed and the parameter's name, equal in every layout."""
 
 import torch
 from torch import nn

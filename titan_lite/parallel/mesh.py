@@ -37,7 +37,7 @@ def build_meshes(dims: ParallelDims, device_type: str) -> Meshes:
     """Builds the meshes; collective."""
 
     def group(name: str, axes: Sequence[str]) -> dist.ProcessGroup:
-        """The ranks that differ only in their places on `axes`, which are neighbours."""
+        """Creates the group of ranks that differ only on `axes`, which must be adjacent."""
         first = dims.AXES.index(axes[0])
         end = first + len(axes)
         assert dims.AXES[first:end] == tuple(axes)

@@ -1,4 +1,4 @@
-"""From a model on the meta device to this rank's part of it, parallelized and on a schedule."""
+"""Builds this rank's part of a model on the meta device: parallelized, with a schedule."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage of a pipeline: what it holds and what that costs.
+    """One stage of a pipeline: its modules, parameters and FLOPs.
 
     modules: names of the model's children and blocks. flops: of forward and backward, per token.
     """
@@ -43,7 +43,7 @@ class Stage:
 def split(
     model: Transformer, parallel: Parallel, attention_flops: int, head_token_fraction: float = 1.0
 ) -> list[Stage]:
-    """The stages of the whole model, first to last; a list of one without pipeline parallel.
+    """Returns the stages of the whole model in order; one stage without pipeline parallel.
 
     attention_flops: of one block's products between tokens, per token, which have no parameters.
     head_token_fraction: of the tokens, those that the output projection multiplies.
@@ -100,7 +100,7 @@ def split(
 
 
 def _numel(model: Transformer, name: str, part: Callable[[str, Tensor], Tensor]) -> int:
-    """Numbers in the `part` of each parameter of a child or block."""
+    """Counts the elements of the `part` of each parameter of a child or block."""
     parameters = model.get_submodule(name).named_parameters()
     return sum(part(f"{name}.{own}", parameter).numel() for own, parameter in parameters)
 
@@ -178,21 +178,21 @@ def add_tied_gradients(model: Transformer, group: dist.ProcessGroup) -> None:
 
 
 def local_stages(parallel: Parallel, pp_rank: int) -> list[int]:
-    """Numbers of the stages of one rank: every pp-th, or for V schedules one from either end."""
+    """Returns one rank's stages: every pp-th, or for V schedules one from either end."""
     if parallel.schedule.is_v:
         return [pp_rank, parallel.num_stages - 1 - pp_rank]
     return list(range(pp_rank, parallel.num_stages, parallel.pp))
 
 
 def rank_of_stage(parallel: Parallel, number: int) -> int:
-    """The rank that has a stage, among those of the pipeline."""
+    """Returns the pipeline rank that has a stage."""
     if parallel.schedule.is_v:
         return min(number, parallel.num_stages - 1 - number)
     return number % parallel.pp
 
 
 def forward_ticks(parallel: Parallel, rank: int, count: int) -> dict[int, tuple[int, int]]:
-    """When a rank does which stage of which of `count` micro-batches, without backward.
+    """Returns by tick the (stage, micro-batch) that a rank runs forward, for `count` micro-batches.
 
     Every rank does one at a time, and a stage follows the one before it by one tick, so that what
     is sent at the end of a tick is what its receiver works on in the next one.
@@ -280,7 +280,7 @@ class Pipeline:
             stage._get_init_p2p_neighbors_ops = list  # type: ignore[method-assign]
 
     def skip_shape_negotiation(self) -> None:
-        """Skips what stages exchange before the first step: a dry run has no peers.
+        """Skips the exchange between stages before the first step: a dry run has no peers.
 
         torch 2.11 opens connections, torch 2.13 also votes on shapes, torch 2.15 does neither over
         a fake process group.
@@ -297,7 +297,7 @@ class Pipeline:
         self.schedule._warmup_p2p = agree
 
     def step(self, micro_batches: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> list[Tensor]:
-        """Forward and backward of (tokens, keyword arguments of the model) of each micro-batch.
+        """Runs forward and backward of each micro-batch: (tokens, keyword arguments of the model).
 
         Returns the losses of the micro-batches on the rank of the last stage, none elsewhere.
         """
@@ -317,7 +317,7 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> list[Tensor]:
-        """Forward pass of `step`, for any schedule."""
+        """Runs the forward pass of `step`, for any schedule."""
         modules = {stage.stage_index: stage.submod for stage in self.stages}
         rank, last = self.group.rank(), self.parallel.num_stages - 1
         jobs = forward_ticks(self.parallel, rank, len(micro_batches))

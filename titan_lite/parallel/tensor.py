@@ -45,11 +45,11 @@ WEIGHT_PLACEMENTS: dict[Role, Placement] = {
     "positions": Replicate(),
     "head": Shard(0),
 }
-"""How a weight (out, in) lies on the tensor-parallel axis."""
+"""Placement of a weight (out, in) on the tensor-parallel axis."""
 
 
 class VocabParallelEmbedding(RowwiseParallel):
-    """Rowwise, with an output that has arrived: a compiled block cannot be handed a pending one."""
+    """Rowwise embedding that waits for its output: compiled blocks accept no pending tensor."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         module = super()._apply(module, device_mesh)
@@ -77,7 +77,7 @@ class ReplicateParallel(ParallelStyle):
 
 
 class PositionsParallel(ParallelStyle):
-    """Looks up what this rank's part of the sequence has, in a whole table."""
+    """Looks up the positions of this rank's part of the sequence, in an unsplit table."""
 
     def __init__(self, between: Placement) -> None:
         self.is_split = between.is_shard()
@@ -120,7 +120,7 @@ class VocabParallelHead(ParallelStyle):
 
 
 def check_plan(model: Transformer, plan: tuple[PlanRow, ...]) -> None:
-    """Raises ValueError naming a parameter whose module is not that of exactly one row."""
+    """Raises ValueError for a parameter whose module does not match exactly one row."""
     for name, _ in model.named_parameters():
         rows = [row.pattern for row in plan if row.matches(name.rpartition(".")[0])]
         if len(rows) != 1:
@@ -148,7 +148,7 @@ def apply_tp(
 def split_modules(
     modules: Mapping[str, nn.Module], plan: tuple[PlanRow, ...]
 ) -> dict[Role, list[str]]:
-    """Names of the modules that are laid out over tensor-parallel ranks by their role."""
+    """Returns by role the names of the modules that tensor parallel lays out."""
     by_role = defaultdict(list)
     for row in plan:
         for name, module in modules.items():

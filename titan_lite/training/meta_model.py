@@ -125,7 +125,7 @@ def _head_token_fraction(config: Config, objective: Objective) -> float:
 
 
 def _attended(config: Config) -> int:
-    """Returns the tokens that each attends to, as counted: document lengths are not known yet."""
+    """Returns the tokens that each one attends to in FLOP counts; document lengths are unknown."""
     data = config.data
     return data.packing_block if data.packing == "fixed" else config.training.seq_len
 

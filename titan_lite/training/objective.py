@@ -21,7 +21,7 @@ from titan_lite.training.loss import pair_cross_entropy_sum
 
 
 class Objective(Protocol):
-    """Data and loss of one way to train.
+    """The data and the loss of one training objective.
 
     has_pairs: samples have two parts, and one label for the pair. has_padding: a batch may have
     padding tokens. label_fraction: the fraction of tokens whose label counts. num_sums: the length

@@ -1,4 +1,4 @@
-"""Compares the planner's prediction of a run with what is measured."""
+"""Compares the planner's prediction of a run with its measured values."""
 
 import logging
 from typing import Any

@@ -1,4 +1,4 @@
-"""Checks what a run reads from the disk before any process is started; no torch."""
+"""Checks the files that a run reads, before any process starts; no torch."""
 
 import contextlib
 import logging
