@@ -16,9 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from benchmarks.manifest import DEVICE, report
-from benchmarks.measure import Run, Values, Variant, add_options, forward_and_backward, measure
-from benchmarks.workers import BenchmarkError
+from benchmarks.command import add_turns, benchmark_parser, run_benchmark
+from benchmarks.manifest import DEVICE
+from benchmarks.measure import Run, Values, Variant, forward_and_backward, measure
 
 EAGER: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -79,43 +79,29 @@ def saved_bytes() -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table; returns 2 for a mistake in the arguments or in the configuration."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.activation_checkpoint",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("config", nargs="?", default="train_configs/debug.toml")
-    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
-    add_options(parser, warmup=2, rounds=10, steps=1)
-    options, overrides = parser.parse_known_args(argv)
+def measured(options: argparse.Namespace) -> list[Values]:
+    """Measures the modes side by side."""
     variants = [
         Variant(
             mode,
             options.config,
             (
-                *overrides,
+                *options.overrides,
                 f"--compile.enable={str(mode in COMPILED).lower()}",
                 *(f"--activation_checkpoint.{setting}" for setting in MODES[mode]),
             ),
         )
         for mode in options.modes
     ]
-    try:
-        results = measure(
-            variants,
-            warmup=options.warmup,
-            rounds=options.rounds,
-            steps=options.steps,
-            extra=activation_memory,
-        )
-    except BenchmarkError as error:
-        print(error, file=sys.stderr)
-        return 2
-    report("activation_checkpoint", results, options.output)
-    return 0
+    return measure(variants, options, extra=activation_memory)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = benchmark_parser("activation_checkpoint", __doc__)
+    parser.add_argument("config", nargs="?", default="train_configs/debug.toml")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
+    add_turns(parser, warmup=2, rounds=10, steps=1)
+    return run_benchmark(parser, argv, measured, takes_overrides=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import argparse
 import inspect
 import itertools
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -26,8 +27,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.ceilings import timed
-from benchmarks.manifest import DEVICE, store
-from benchmarks.measure import Values, positive
+from benchmarks.command import benchmark_parser, positive, run_benchmark
+from benchmarks.manifest import DEVICE
+from benchmarks.measure import Values
 
 KERNELS = {
     "default": None,
@@ -64,7 +66,7 @@ def cases(
         for n in (heads[0], heads[1], heads[1])
     )
     for name, backend in KERNELS.items():
-        yield measured(name, partial(whole, backend), (q, k, v), heads[0] * seq_len**2)
+        yield timed_case(name, partial(whole, backend), (q, k, v), heads[0] * seq_len**2)
     rows = [tensor[0].transpose(0, 1).contiguous() for tensor in (q, k, v)]
     for count in documents:
         starts = document_starts(seq_len, count)
@@ -74,10 +76,10 @@ def cases(
         for longest in sorted({seq_len, min(rounded, seq_len)}, reverse=True):
             name = f"varlen, {count} documents, longest {longest}"
             attend = partial(in_documents, on_device, longest)
-            yield measured(name, attend, rows, heads[0] * sum(n * n for n in lengths))
+            yield timed_case(name, attend, rows, heads[0] * sum(n * n for n in lengths))
 
 
-def measured(
+def timed_case(
     name: str, attend: Callable[..., Tensor], inputs: Sequence[Tensor], pairs: int
 ) -> Values:
     """Returns milliseconds, TFLOP/s, with half of `pairs` under a causal mask, and the kernel."""
@@ -106,27 +108,19 @@ def measured(
     }
 
 
+def measured(options: argparse.Namespace) -> Iterator[Values]:
+    """Yields the results, one by one."""
+    return cases(options.seq_len, options.heads, options.head_dim, options.documents)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the results as JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.attention",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = benchmark_parser("attention", __doc__)
     parser.add_argument("--seq-len", type=positive, default=8192)
     parser.add_argument("--heads", type=positive, nargs=2, default=[32, 8])
     parser.add_argument("--head-dim", type=positive, default=128)
     parser.add_argument("--documents", type=positive, nargs="+", default=[1, 20, 200])
-    parser.add_argument("--output", metavar="FILE", help="kept in benchmarks/results/")
-    options = parser.parse_args(argv)
-    results = []
-    for result in cases(options.seq_len, options.heads, options.head_dim, options.documents):
-        results.append(result)
-        # The next kernel may end this process.
-        text = store("attention", results, options.output)
-    print(text)
-    return 0
+    return run_benchmark(parser, argv, measured)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

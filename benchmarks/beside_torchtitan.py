@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import measure, torchtitan_side
-from benchmarks.manifest import DEVICE, store
-from benchmarks.measure import Values, Variant, add_options, positive, spread
+from benchmarks.command import add_turns, benchmark_parser, positive, run_benchmark
+from benchmarks.manifest import DEVICE
+from benchmarks.measure import Values, Variant, spread
 from benchmarks.workers import BenchmarkError, Group
 from titan_lite.metrics.device import DeviceMemory
 from titan_lite.models.plan import make_plan
@@ -78,11 +79,9 @@ def timed(turn: Callable[[], Any]) -> Values:
     }
 
 
-def race(
-    options: argparse.Namespace, overrides: Sequence[str], dtype: str, mode: str, folder: str
-) -> Values:
+def race(options: argparse.Namespace, dtype: str, mode: str, folder: str) -> Values:
     """Measures both sides in one dtype, eager or compiled."""
-    settings = (*overrides, f"--training.param_dtype={dtype}", *MODES[mode])
+    settings = (*options.overrides, f"--training.param_dtype={dtype}", *MODES[mode])
     variant = Variant(OURS, options.config, settings, options.nproc)
     run = variant.settings(f"{folder}/{OURS}", options.steps)
     config = make_plan(options.config, run, options.nproc).config
@@ -144,37 +143,27 @@ def compared(rounds: Sequence[dict[str, Values]], steps: int) -> Values:
     return results | {"peak_memory_over_torchtitan": round(local / peer, 3)}
 
 
+def measured(options: argparse.Namespace) -> Iterator[Values]:
+    """Yields the ratios of each dtype and mode."""
+    if options.config is None:
+        options.config = "train_configs/debug.toml"
+        options.overrides = [*TORCHTITAN_DEBUG, *options.overrides]
+    install(options.packages)
+    for dtype in options.dtypes:
+        for mode in options.modes:
+            with tempfile.TemporaryDirectory() as folder:
+                yield race(options, dtype, mode, folder)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the ratios; returns 2 for a mistake in the arguments or in the configuration."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.beside_torchtitan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = benchmark_parser("beside_torchtitan", __doc__)
     parser.add_argument("config", nargs="?")
     parser.add_argument("--packages", type=Path, default=Path("outputs/torchtitan"))
     parser.add_argument("--nproc", type=positive, default=2)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
-    add_options(parser, warmup=4, rounds=8, steps=4)
-    options, overrides = parser.parse_known_args(argv)
-    if options.config is None:
-        options.config = "train_configs/debug.toml"
-        overrides = [*TORCHTITAN_DEBUG, *overrides]
-    results: list[Values] = []
-    try:
-        install(options.packages)
-        for dtype in options.dtypes:
-            for mode in options.modes:
-                with tempfile.TemporaryDirectory() as folder:
-                    results.append(race(options, overrides, dtype, mode, folder))
-                text = store("beside_torchtitan", results, options.output)
-    except BenchmarkError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(text)
-    return 0
+    add_turns(parser, warmup=4, rounds=8, steps=4)
+    return run_benchmark(parser, argv, measured, takes_overrides=True)
 
 
 if __name__ == "__main__":

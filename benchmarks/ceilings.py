@@ -7,13 +7,15 @@ slower than a cold one.
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
 from torch.utils.benchmark import Measurement, Timer
 
-from benchmarks.manifest import DEVICE, report
-from benchmarks.measure import Values, positive
+from benchmarks.command import benchmark_parser, positive, run_benchmark
+from benchmarks.manifest import DEVICE
+from benchmarks.measure import Values
 
 
 def timed(function: Callable[[], object], seconds: float = 0.3) -> Measurement:
@@ -41,21 +43,18 @@ def ceilings(size: int, copy_mb: int, seconds: float) -> Values:
     }
 
 
+def measured(options: argparse.Namespace) -> Values:
+    """Measures all rates."""
+    return ceilings(options.size, options.copy_mb, options.seconds)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the rates as JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.ceilings",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = benchmark_parser("ceilings", __doc__)
     parser.add_argument("--size", type=positive, default=8192)
     parser.add_argument("--copy-mb", type=positive, default=4096)
     parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--output", metavar="FILE", help="kept in benchmarks/results/")
-    options = parser.parse_args(argv)
-    report("ceilings", ceilings(options.size, options.copy_mb, options.seconds), options.output)
-    return 0
+    return run_benchmark(parser, argv, measured)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

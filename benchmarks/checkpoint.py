@@ -19,19 +19,19 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
 import torch.distributed as dist
 
-from benchmarks.manifest import report
-from benchmarks.measure import Values, positive
-from benchmarks.workers import BenchmarkError, Group
+from benchmarks.command import benchmark_parser, positive, run_benchmark
+from benchmarks.measure import Values
+from benchmarks.workers import Group
 from titan_lite.checkpoint.agreement import agree_on_start
 from titan_lite.checkpoint.manifest import read_manifest
 from titan_lite.checkpoint.state import find_start
-from titan_lite.config.load import ConfigError, load_config
+from titan_lite.config.load import load_config
 from titan_lite.config.schema import AsyncMode
 from titan_lite.metrics.record import Record
 from titan_lite.models.plan import make_plan
@@ -44,13 +44,7 @@ BLOCK = 16 * 2**20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the results; returns 2 for a mistake in the arguments or in a configuration."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.checkpoint",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = benchmark_parser("checkpoint", __doc__)
     parser.add_argument("config", metavar="CONFIG", nargs="?", default=CONFIG)
     parser.add_argument("--nproc", type=positive, default=1, metavar="N")
     parser.add_argument("--saves", type=positive, default=3, metavar="N")
@@ -58,28 +52,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     modes = get_args(AsyncMode)
     parser.add_argument("--modes", nargs="+", choices=modes, default=modes)
     parser.add_argument("--folder", metavar="DIR", help="on the disk that is measured")
-    parser.add_argument("--output", metavar="FILE", help="kept in benchmarks/results/")
-    options, overrides = parser.parse_known_args(argv)
-    results = []
-    try:
-        for mode in options.modes:
-            with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-                results.append(measure(mode, folder, options, overrides))
-    except (BenchmarkError, ConfigError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    report("checkpoint", results, options.output)
-    return 0
+    return run_benchmark(parser, argv, measured, takes_overrides=True)
 
 
-def measure(
-    mode: str, folder: str, options: argparse.Namespace, overrides: Sequence[str]
-) -> Values:
+def measured(options: argparse.Namespace) -> Iterator[Values]:
+    """Yields the result of each mode."""
+    for mode in options.modes:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            yield measure(mode, folder, options)
+
+
+def measure(mode: str, folder: str, options: argparse.Namespace) -> Values:
     """Measures the run of one mode in separate processes."""
     steps = options.interval * (options.saves + 1)
     settings = [
         "--lr_scheduler.warmup_steps=1",
-        *overrides,
+        *options.overrides,
         f"--job.dump_folder={folder}",
         f"--training.steps={steps}",
         "--metrics.log_freq=1",
@@ -99,7 +87,7 @@ def measure(
     return {
         "mode": mode,
         "config": options.config,
-        "with": list(overrides),
+        "with": options.overrides,
         "processes": options.nproc,
         "bytes": size,
         **summary,

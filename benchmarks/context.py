@@ -12,21 +12,14 @@ received tensors: the allocator's peak on CUDA, the profiler's on the CPU.
 import argparse
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.manifest import DEVICE, report
-from benchmarks.measure import (
-    Values,
-    Variant,
-    add_options,
-    forward_and_backward,
-    measure,
-    positive,
-)
-from benchmarks.workers import BenchmarkError
+from benchmarks.command import add_turns, benchmark_parser, positive, run_benchmark
+from benchmarks.manifest import DEVICE
+from benchmarks.measure import Values, Variant, forward_and_backward, measure
 
 METHODS = ("ring", "all_gather", "ulysses")
 
@@ -71,37 +64,24 @@ def variants(
     return variants_by_degree
 
 
+def measured(options: argparse.Namespace) -> Iterator[Values]:
+    """Yields the results of each length, whose variants take turns."""
+    overrides = [f"--model.max_seq_len={4 * options.seq_len}", *options.overrides]
+    for factor in (1, 2, 4):
+        of_length = variants(
+            options.config, factor * options.seq_len, options.degrees, options.methods, overrides
+        )
+        yield from measure(of_length, options, extra=activation_memory)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table; returns 2 for a mistake in the arguments or in the configuration."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.context",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = benchmark_parser("context", __doc__)
     parser.add_argument("config", nargs="?", default="train_configs/debug.toml")
     parser.add_argument("--seq-len", type=positive, default=1024, help="the shortest, in tokens")
     parser.add_argument("--degrees", type=positive, nargs="+", default=[1, 2, 4])
     parser.add_argument("--methods", nargs="+", default=["ring"], choices=METHODS)
-    add_options(parser, warmup=2, rounds=4, steps=2)
-    options, rest = parser.parse_known_args(argv)
-    rest = [f"--model.max_seq_len={4 * options.seq_len}", *rest]
-    results = []
-    try:
-        for factor in (1, 2, 4):
-            seq_len = factor * options.seq_len
-            results += measure(
-                variants(options.config, seq_len, options.degrees, options.methods, rest),
-                warmup=options.warmup,
-                rounds=options.rounds,
-                steps=options.steps,
-                extra=activation_memory,
-            )
-    except BenchmarkError as error:
-        print(error, file=sys.stderr)
-        return 2
-    report("context", results, options.output)
-    return 0
+    add_turns(parser, warmup=2, rounds=4, steps=2)
+    return run_benchmark(parser, argv, measured, takes_overrides=True)
 
 
 if __name__ == "__main__":

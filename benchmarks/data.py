@@ -12,16 +12,18 @@ import argparse
 import shutil
 import statistics
 import struct
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import datasets
 import numpy as np
 import tiktoken
 
-from benchmarks.manifest import report
+from benchmarks.command import benchmark_parser, positive, run_benchmark
+from benchmarks.measure import Values
 from titan_lite.config.schema import Data
 from titan_lite.data.assets import bundled_asset
 from titan_lite.data.documents import document_of
@@ -152,47 +154,46 @@ def tokenizing(copies: int, rounds: int) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seq_len", type=int, default=256)
-    parser.add_argument("--copies", type=int, default=16)
-    parser.add_argument("--output")
-    arguments = parser.parse_args()
+def measured(options: argparse.Namespace) -> Values:
+    """Measures everything on the bundled corpus."""
     tokenizer = load_tokenizer()
-    cold = first_batch_seconds(tokenizer, arguments.seq_len)
-    warm = first_batch_seconds(tokenizer, arguments.seq_len)
+    cold = first_batch_seconds(tokenizer, options.seq_len)
+    warm = first_batch_seconds(tokenizer, options.seq_len)
     source = resolve_source(Data())
     texts = [document_of(row, source.kind, "text", "") for row in source.open()]
     encoding: tiktoken.Encoding = tokenizer._encoding
 
     def tokenize_and_pack() -> int:
-        documents = tokenizer.encode_documents(texts, threads=arguments.threads)
+        documents = tokenizer.encode_documents(texts, threads=options.threads)
         tokens = join_documents(documents, tokenizer.bos_id, tokenizer.eos_id)
-        return sum(1 for _ in pack([(None, tokens)], arguments.seq_len))
+        return sum(1 for _ in pack([(None, tokens)], options.seq_len))
 
     def encode_batch() -> object:
-        return encoding.encode_ordinary_batch(texts, num_threads=arguments.threads)
+        return encoding.encode_ordinary_batch(texts, num_threads=options.threads)
 
-    times = [(seconds(tokenize_and_pack), seconds(encode_batch)) for _ in range(arguments.rounds)]
+    times = [(seconds(tokenize_and_pack), seconds(encode_batch)) for _ in range(options.rounds)]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     pack_median, encode_median = map(statistics.median, zip(*times, strict=True))
-    report(
-        "data",
-        {
-            "threads": arguments.threads,
-            "tokenize_and_pack_mb_per_s": round(megabytes / pack_median, 2),
-            "encode_ordinary_batch_mb_per_s": round(megabytes / encode_median, 2),
-            "throughput_ratio": round(encode_median / pack_median, 3),
-            "first_batch_seconds": round(cold, 3),
-            "first_batch_seconds_datasets_imported": round(warm, 3),
-            **reading(tokenizer, arguments.seq_len, arguments.rounds),
-            **tokenizing(arguments.copies, 3),
-        },
-        arguments.output,
-    )
+    return {
+        "threads": options.threads,
+        "tokenize_and_pack_mb_per_s": round(megabytes / pack_median, 2),
+        "encode_ordinary_batch_mb_per_s": round(megabytes / encode_median, 2),
+        "throughput_ratio": round(encode_median / pack_median, 3),
+        "first_batch_seconds": round(cold, 3),
+        "first_batch_seconds_datasets_imported": round(warm, 3),
+        **reading(tokenizer, options.seq_len, options.rounds),
+        **tokenizing(options.copies, 3),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = benchmark_parser("data", __doc__)
+    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--rounds", type=positive, default=9)
+    parser.add_argument("--seq_len", type=positive, default=256)
+    parser.add_argument("--copies", type=positive, default=16)
+    return run_benchmark(parser, argv, measured)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

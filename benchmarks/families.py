@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.bare_loop import OURS, THEIRS, start, take_turn
+from benchmarks.command import add_turns, benchmark_parser, positive
 from benchmarks.manifest import store
-from benchmarks.measure import Values, add_options, positive, spread
+from benchmarks.measure import Values, spread
 from benchmarks.workers import BenchmarkError, Group
 from titan_lite.models.family import Family
 from titan_lite.models.registry import families
@@ -260,18 +261,14 @@ def put(page: str, name: str, text: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the result as JSON; returns 1 where a run fails."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.families",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = benchmark_parser("families", __doc__)
     parser.add_argument("what", choices=(*RUNS, "speed"))
     parser.add_argument("--only", nargs="+", choices=families(), metavar="NAME")
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "families")
     parser.add_argument("--dtypes", nargs="+", choices=AGREE, default=list(AGREE))
     parser.add_argument("--batch", type=positive, default=8, help="samples of a step")
     parser.add_argument("--seq-len", type=positive, default=256, help="in tokens")
-    add_options(parser, warmup=4, rounds=12, steps=2)
+    add_turns(parser, warmup=4, rounds=12, steps=2)
     parser.add_argument("--write", action="store_true", help="into benchmarks/results/ and docs/")
     options = parser.parse_args(argv)
     options.only = options.only or (["megatron_bert"] if options.what == "long" else families())

@@ -7,7 +7,6 @@ A run has `each` seconds, and none starts later than `limit` seconds after the f
 written after each run. Exits with 1 if a run failed or was not started.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -17,8 +16,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.command import benchmark_parser, positive
 from benchmarks.manifest import store
-from benchmarks.measure import Values, positive
+from benchmarks.measure import Values
 
 DEBUG, BERT = "train_configs/debug.toml", "train_configs/debug_bert.toml"
 COMPILE = "--compile.enable=true"
@@ -71,16 +71,10 @@ def run(name: str, each: int, overrides: Sequence[str]) -> Values:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the results as JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.features",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = benchmark_parser("features", __doc__)
     parser.add_argument("--only", nargs="+", default=list(FEATURES), choices=FEATURES)
     parser.add_argument("--each", type=positive, default=90, help="in seconds")
     parser.add_argument("--limit", type=positive, default=200, help="in seconds")
-    parser.add_argument("--output", metavar="FILE", help="kept in benchmarks/results/")
     options, overrides = parser.parse_known_args(argv)
     results: list[Values] = []
     begin = time.monotonic()

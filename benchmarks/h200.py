@@ -14,9 +14,10 @@ import sys
 import time
 from collections.abc import Sequence
 
+from benchmarks.command import add_turns, benchmark_parser, positive
 from benchmarks.idle import kernel_time, with_idle_share
 from benchmarks.manifest import store
-from benchmarks.measure import Values, Variant, add_options, measure, positive
+from benchmarks.measure import Values, Variant, measure
 from benchmarks.workers import BenchmarkError
 
 CONFIGS = "benchmarks/configs"
@@ -61,15 +62,10 @@ def variants(words: Sequence[str], overrides: Sequence[str]) -> list[Variant]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, stores, prints the table; returns 2 for a usage error, 1 if a variant failed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.h200",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = benchmark_parser("h200", __doc__)
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD")
     parser.add_argument("--limit", type=positive, default=450, help="in seconds")
-    add_options(parser, warmup=3, rounds=4, steps=2)
+    add_turns(parser, warmup=3, rounds=4, steps=2)
     parser.set_defaults(output="h200.json")
     options, overrides = parser.parse_known_args(argv)
     results: list[Values] = []
@@ -94,13 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def one(variant: Variant, options: argparse.Namespace) -> Values:
     """Returns the variant's result, or the reason of its failure: others may still run."""
     try:
-        (result,) = measure(
-            [variant],
-            warmup=options.warmup,
-            rounds=options.rounds,
-            steps=options.steps,
-            extra=kernel_time,
-        )
+        (result,) = measure([variant], options, extra=kernel_time)
     except (BenchmarkError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return {"variant": variant.name, "failed": str(error).strip().splitlines()[-1]}

@@ -18,7 +18,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.manifest import report
+from benchmarks.command import benchmark_parser, positive, run_benchmark
+from benchmarks.measure import Values
 
 ROOT = Path(__file__).parent.parent
 
@@ -91,12 +92,8 @@ def over(values: Sequence[Measured], imports: Sequence[Measured]) -> dict[str, f
     return {name: round(statistics.median(column), 2) for name, column in columns.items()}
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--vs", type=Path, metavar="CHECKOUT")
-    parser.add_argument("--output", metavar="FILE", help="kept in benchmarks/results/")
-    options = parser.parse_args()
+def measured(options: argparse.Namespace) -> Values:
+    """Lets the commands take turns."""
     checkouts = {"first_step": ROOT}
     if options.vs is not None:
         checkouts["first_step_vs"] = options.vs
@@ -109,8 +106,15 @@ if __name__ == "__main__":
         )
         for name, checkout in checkouts.items():
             values[name].append(launch(checkout))
-    report(
-        "launch",
-        {name: over(column, imports) for name, column in values.items()},
-        options.output,
-    )
+    return {name: over(column, imports) for name, column in values.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = benchmark_parser("launch", __doc__)
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--vs", type=Path, metavar="CHECKOUT")
+    return run_benchmark(parser, argv, measured)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

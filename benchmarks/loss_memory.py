@@ -11,14 +11,17 @@ import argparse
 import multiprocessing
 import resource
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.manifest import DEVICE, report
+from benchmarks.command import benchmark_parser, positive, run_benchmark
+from benchmarks.manifest import DEVICE
+from benchmarks.measure import Values
 from titan_lite.training.loss import cross_entropy_sum
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -72,12 +75,8 @@ def measure(way: str, dtype: torch.dtype, tokens: int, vocab: int, dim: int) -> 
     return statistics.median(seconds[1:]), (peak_bytes() - before) / 2**20
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--vocab", type=int, default=32_000)
-    parser.add_argument("--dim", type=int, default=512)
-    options = parser.parse_args()
+def measured(options: argparse.Namespace) -> Values:
+    """Measures each way, over the plain one."""
     sizes = (options.tokens, options.vocab, options.dim)
     results = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -96,4 +95,16 @@ if __name__ == "__main__":
                     "time_over_plain": round(seconds / plain_seconds, 3),
                 }
             )
-    report("loss_memory", {"tokens, vocab, dim": sizes, "ways": results})
+    return {"tokens, vocab, dim": sizes, "ways": results}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = benchmark_parser("loss_memory", __doc__)
+    parser.add_argument("--tokens", type=positive, default=2048)
+    parser.add_argument("--vocab", type=positive, default=32_000)
+    parser.add_argument("--dim", type=positive, default=512)
+    return run_benchmark(parser, argv, measured)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """The output projection at every position against only the labelled ones, as JSON.
 
-    python -m benchmarks.loss_positions [--tokens 1024] [--rounds 4] [--output FILE]
-        [--section.key=value ...]
+    python -m benchmarks.loss_positions [--tokens 1024] [--warmup 1] [--rounds 4] [--steps 1]
+        [--output FILE] [--section.key=value ...]
 
 Head and loss of BERT-base, forward and backward: 64,000 x 768, 15 of 100 positions labelled. Each
 way has a separate process and they take turns; the peak is the increase of the process's resident
@@ -19,10 +19,10 @@ from multiprocessing.connection import Connection
 
 import torch
 
+from benchmarks.command import add_turns, benchmark_parser, positive, run_benchmark
 from benchmarks.loss_memory import peak_bytes
-from benchmarks.manifest import DEVICE, report
-from benchmarks.measure import Values, Variant, measure, positive
-from benchmarks.workers import BenchmarkError
+from benchmarks.manifest import DEVICE
+from benchmarks.measure import Values, Variant, measure
 from titan_lite.training.loss import IGNORE_INDEX, cross_entropy_sum
 
 DIM, VOCAB, SHARE = 768, 64_000, 0.15
@@ -103,31 +103,23 @@ def _request(connection: Connection, another: bool) -> float:
     return number
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the results; returns 2 for a mistake in a configuration."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.loss_positions",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--tokens", type=positive, default=1024)
-    parser.add_argument("--rounds", type=positive, default=4)
-    parser.add_argument("--output", metavar="FILE", help="kept in benchmarks/results/")
-    options, overrides = parser.parse_known_args(argv)
+def measured(options: argparse.Namespace) -> Values:
+    """Measures whole steps, then the head alone."""
     variants = [
-        Variant(way, CONFIG, (*SMALL, *overrides, f"--training.loss_positions={way}"))
+        Variant(way, CONFIG, (*SMALL, *options.overrides, f"--training.loss_positions={way}"))
         for way in ("all", "labelled")
     ]
-    try:
-        steps = measure(variants, warmup=1, rounds=options.rounds, steps=1)
-    except BenchmarkError as error:
-        print(error, file=sys.stderr)
-        return 2
+    steps = measure(variants, options)
     heads = [head(chunks, options.tokens, options.rounds) for chunks in (1, 8)]
     sizes = {"tokens": options.tokens, "vocab": VOCAB, "dim": DIM, "labelled": SHARE}
-    report("loss_positions", {"head": {**sizes, "ways": heads}, "steps": steps}, options.output)
-    return 0
+    return {"head": {**sizes, "ways": heads}, "steps": steps}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = benchmark_parser("loss_positions", __doc__)
+    parser.add_argument("--tokens", type=positive, default=1024)
+    add_turns(parser, warmup=1, rounds=4, steps=1)
+    return run_benchmark(parser, argv, measured, takes_overrides=True)
 
 
 if __name__ == "__main__":

@@ -20,16 +20,11 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device(
 RESULTS = Path(__file__).parent / "results"
 
 
-def report(benchmark: str, results: Any, output: str | None = None) -> None:
-    """Prints one JSON object: the results and the machine, versions and commit behind them.
+def store(benchmark: str, results: Any, output: str | None) -> str:
+    """Returns a JSON object of the results and the machine, versions and commit behind them.
 
     It is also written to the file `output`, a relative one below benchmarks/results/.
     """
-    print(store(benchmark, results, output))
-
-
-def store(benchmark: str, results: Any, output: str | None) -> str:
-    """Stores the results as `report` does; returns the text."""
     manifest = {
         "command": shlex.join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]]),
         "device": device_name(DEVICE),

@@ -65,30 +65,29 @@ class Variant:
 
 def measure(
     variants: Sequence[Variant],
+    turns: argparse.Namespace,
     *,
-    warmup: int,
-    rounds: int,
-    steps: int,
     extra: Callable[[], Values] | None = None,
 ) -> list[Values]:
     """Returns one result per variant: `rounds` turns of `steps` steps after `warmup` or more steps.
 
-    Ratios to the first variant are medians over the rounds. `extra` is called in each process
-    after the last round; its values on rank 0 are added to the result.
+    turns: the options of benchmarks.command.add_turns. Ratios to the first variant are medians over
+    the rounds. `extra` is called in each process after the last round; its values on rank 0 are
+    added to the result.
     """
-    warmup_turns = math.ceil(warmup / steps)
+    warmup_turns = math.ceil(turns.warmup / turns.steps)
     with contextlib.ExitStack() as stack:
         settings = [
-            variant.settings(folder, steps)
+            variant.settings(folder, turns.steps)
             for variant in variants
             for folder in [stack.enter_context(tempfile.TemporaryDirectory())]
         ]
         groups = [stack.enter_context(Group(variant.nproc)) for variant in variants]
         for variant, group, overrides in zip(variants, groups, settings, strict=True):
             with _named(variant):
-                group.call(start, variant.config, overrides, steps, warmup_turns)
+                group.call(start, variant.config, overrides, turns.steps, warmup_turns)
         records: list[list[Record]] = [[] for _ in variants]
-        for _ in range(rounds):
+        for _ in range(turns.rounds):
             for group, windows in zip(groups, records, strict=True):
                 windows.append(group.call(take_turn)[0])
         results = []
@@ -108,21 +107,6 @@ def measure(
                 result["over_first"] = ratios(windows, records[0])
             results.append(result)
     return results
-
-
-def add_options(parser: argparse.ArgumentParser, *, warmup: int, rounds: int, steps: int) -> None:
-    """Adds the options that every benchmark of steps has."""
-    parser.add_argument("--warmup", type=positive, default=warmup, help="steps at least")
-    parser.add_argument("--rounds", type=positive, default=rounds, help="turns of each variant")
-    parser.add_argument("--steps", type=positive, default=steps, help="steps of a turn")
-    parser.add_argument("--output", metavar="FILE", help="kept in benchmarks/results/")
-
-
-def positive(text: str) -> int:
-    """Parses a positive integer."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected an integer greater than 0, got {text!r}")
-    return int(text)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ learning rate of 1e-3. Runs are kept below --folder and not repeated. Prints a M
 docs/numerics/.
 """
 
-import argparse
 import importlib.util
 import os
 import re
@@ -18,7 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.manifest import report
+from benchmarks.command import benchmark_parser, positive
+from benchmarks.manifest import store
 from titan_lite.regression.compare import Comparison, Tier, compare
 from titan_lite.regression.curves import METRICS_FILE, CurveError, read_curve, read_records
 from titan_lite.regression.plot import plot
@@ -125,10 +125,8 @@ def row(pair: Pair, comparison: Comparison | CurveError) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the pairs; returns 1 if one of them is outside."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=300)
+    parser = benchmark_parser("numerics", __doc__)
+    parser.add_argument("--steps", type=positive, default=300)
     parser.add_argument("--only", nargs="+", choices=[pair.name for pair in PAIRS], metavar="NAME")
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "numerics")
     parser.add_argument("--write", action="store_true", help="into docs/")
@@ -163,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 plot(comparison, pictures / f"{pair.name.replace(' ', '_')}.png")
         lines.append(row(pair, comparison))
         print(lines[-1], file=sys.stderr, flush=True)
-    report("numerics", reports, "numerics.json" if options.write else None)
+    print(store("numerics", reports, "numerics.json" if options.write else options.output))
     table = "\n".join(lines) + "\n"
     print(table)
     if options.write:

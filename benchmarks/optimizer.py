@@ -25,13 +25,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from benchmarks.command import add_turns, benchmark_parser
 from benchmarks.families import put
-from benchmarks.manifest import report
+from benchmarks.manifest import store
 from benchmarks.measure import (
     Run,
     Values,
     Variant,
-    add_options,
     finish,
     measure,
     spread,
@@ -228,7 +228,7 @@ def step_over_adamw(options: argparse.Namespace) -> Values:
         if not s.startswith(("--training.steps", "--metrics.log", "--metrics.enable"))
     ]
     variants = [Variant(name, CONFIG, (*settings, *OPTIMIZERS[name])) for name in ("AdamW", "Muon")]
-    results = measure(variants, warmup=options.warmup, rounds=options.rounds, steps=options.steps)
+    results = measure(variants, options)
     ratio: Values = results[1]["over_first"]["seconds_per_step"]
     return ratio
 
@@ -300,16 +300,11 @@ def cost_table(results: Sequence[Values]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the result as JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.optimizer",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = benchmark_parser("optimizer", __doc__)
     parser.add_argument("what", choices=("cost", "curves"))
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "optimizer")
     parser.add_argument("--write", action="store_true", help="into benchmarks/results/ and docs/")
-    add_options(parser, warmup=2, rounds=5, steps=2)
+    add_turns(parser, warmup=2, rounds=5, steps=2)
     options, options.overrides = parser.parse_known_args(argv)
     if options.what == "cost":
         results: Any = [result for layout in LAYOUTS for result in cost(layout, options)]
@@ -317,9 +312,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         results = curves(options)
         text = table(results)
-    report(
-        "optimizer", results, f"optimizer_{options.what}.json" if options.write else options.output
-    )
+    output = f"optimizer_{options.what}.json" if options.write else options.output
+    print(store("optimizer", results, output))
     if options.write:
         PAGE.write_text(put(PAGE.read_text(), options.what, text))
         if options.what == "curves":

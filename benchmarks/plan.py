@@ -9,7 +9,6 @@ in benchmarks/results/, holds the errors by system and every row; the picture pl
 published. Nothing is measured in seconds.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -17,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import benchmark_parser
 from benchmarks.manifest import store
 from titan_lite.models.plan import make_plan
 from titan_lite.planner.memory import memory
@@ -32,8 +32,8 @@ APART = {"without llm-foundry": ("mpt",), "without llm-foundry and yin": ("mpt",
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the file and the picture, and prints the errors."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan", description=__doc__)
-    parser.add_argument("--output", default="plan.json")
+    parser = benchmark_parser("plan", __doc__)
+    parser.set_defaults(output="plan.json")
     parser.add_argument("--picture", default=str(ROOT / "docs/planning.png"))
     parser.add_argument("--no-fits", action="store_true")
     options = parser.parse_args(argv)

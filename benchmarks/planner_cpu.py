@@ -17,9 +17,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.manifest import report
-from benchmarks.measure import Values, Variant, add_options, measure
-from benchmarks.workers import BenchmarkError, Group
+from benchmarks.command import add_turns, benchmark_parser, run_benchmark
+from benchmarks.measure import Values, Variant, measure
+from benchmarks.workers import Group
 from titan_lite.models.plan import make_plan
 from titan_lite.planner.cluster import Cluster, find_cluster
 from titan_lite.planner.predict import predict
@@ -54,37 +54,32 @@ GROUPS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = benchmark_parser("planner_cpu", __doc__)
     parser.add_argument("--seconds", type=float, default=120.0, help="of the calibration")
     parser.add_argument("--cluster", help="a file of an earlier calibration")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="runs with the words")
-    add_options(parser, warmup=2, rounds=4, steps=2)
-    options = parser.parse_args(argv)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(options.cluster or f"{folder}/this-machine.toml")
-            if not options.cluster:
-                file.write_text(calibrated(options.seconds), encoding="utf-8")
-            cluster, text = find_cluster(str(file)), file.read_text(encoding="utf-8")
-        runs = []
-        for group in GROUPS:
-            variants = [
-                Variant(name, config, overrides, PROCESSES)
-                for name, (config, overrides) in group.items()
-                if not options.only or any(word in name for word in options.only)
-            ]
-            if variants:
-                measured = measure(
-                    variants, warmup=options.warmup, rounds=options.rounds, steps=options.steps
-                )
-                runs += [compared(*pair, cluster) for pair in zip(variants, measured, strict=True)]
-    except BenchmarkError as error:
-        print(error, file=sys.stderr)
-        return 2
-    report("planner_cpu", summary(runs) | {"cluster": text}, options.output)
-    return 0
+    add_turns(parser, warmup=2, rounds=4, steps=2)
+    return run_benchmark(parser, argv, measured)
+
+
+def measured(options: argparse.Namespace) -> Values:
+    """Calibrates, measures and compares."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(options.cluster or f"{folder}/this-machine.toml")
+        if not options.cluster:
+            file.write_text(calibrated(options.seconds), encoding="utf-8")
+        cluster, text = find_cluster(str(file)), file.read_text(encoding="utf-8")
+    runs = []
+    for group in GROUPS:
+        variants = [
+            Variant(name, config, overrides, PROCESSES)
+            for name, (config, overrides) in group.items()
+            if not options.only or any(word in name for word in options.only)
+        ]
+        if variants:
+            results = measure(variants, options)
+            runs += [compared(*pair, cluster) for pair in zip(variants, results, strict=True)]
+    return summary(runs) | {"cluster": text}
 
 
 def calibrated(seconds: float) -> str:

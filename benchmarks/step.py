@@ -14,42 +14,27 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from benchmarks.command import add_turns, benchmark_parser, positive, run_benchmark
 from benchmarks.idle import kernel_time, with_idle_share
-from benchmarks.manifest import report
-from benchmarks.measure import Variant, add_options, measure, positive
+from benchmarks.measure import Values, Variant, measure
 from benchmarks.workers import BenchmarkError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the results; returns 2 for a mistake in the arguments or in a configuration."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = benchmark_parser("step", __doc__)
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("--vs", metavar="CONFIG")
     parser.add_argument("--nproc", type=positive, default=1, metavar="N")
     parser.add_argument("--profile", action="store_true")
-    add_options(parser, warmup=6, rounds=10, steps=2)
-    options, overrides = parser.parse_known_args(argv)
-    try:
-        variants = sides(options.config, options.vs, options.nproc, overrides)
-        results = measure(
-            variants,
-            warmup=options.warmup,
-            rounds=options.rounds,
-            steps=options.steps,
-            extra=kernel_time if options.profile else None,
-        )
-    except BenchmarkError as error:
-        print(error, file=sys.stderr)
-        return 2
-    if options.profile:
-        results = [with_idle_share(result) for result in results]
-    report("step", results, options.output)
-    return 0
+    add_turns(parser, warmup=6, rounds=10, steps=2)
+    return run_benchmark(parser, argv, measured, takes_overrides=True)
+
+
+def measured(options: argparse.Namespace) -> list[Values]:
+    """Measures the sides, with --profile the share without a kernel as well."""
+    variants = sides(options.config, options.vs, options.nproc, options.overrides)
+    results = measure(variants, options, extra=kernel_time if options.profile else None)
+    return [with_idle_share(result) for result in results] if options.profile else results
 
 
 def sides(config: str, vs: str | None, nproc: int, overrides: Sequence[str]) -> list[Variant]:

@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,14 +29,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
 
-from benchmarks.manifest import DEVICE, report
+from benchmarks.command import add_turns, benchmark_parser, positive, run_benchmark
+from benchmarks.manifest import DEVICE
 from benchmarks.measure import (
     Run,
     Values,
     Variant,
-    add_options,
     finish,
-    positive,
     spread,
     start,
     take_turn,
@@ -158,35 +157,28 @@ def timed(turn: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - begin, result
 
 
+def measured(options: argparse.Namespace) -> Iterator[Values]:
+    """Yields the ratios of each dtype."""
+    if options.same_loss and options.nproc == 1:
+        raise BenchmarkError(
+            "--same_loss is for --nproc 2 or more: autocast does not reach into that loss"
+        )
+    for dtype in options.dtypes:
+        settings = (*options.overrides, f"--training.param_dtype={dtype}")
+        variant = Variant(dtype, options.config, settings, options.nproc)
+        with tempfile.TemporaryDirectory() as folder, Group(options.nproc) as group:
+            run = variant.settings(folder, options.steps)
+            yield group.call(alternate, options.config, run, options, dtype)[0]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the ratios; returns 2 for a mistake in the arguments or in the configuration."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.trainer_overhead",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = benchmark_parser("trainer_overhead", __doc__)
     parser.add_argument("config", nargs="?", default="train_configs/debug.toml")
     parser.add_argument("--nproc", type=positive, default=1)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--same_loss", action="store_true")
-    add_options(parser, warmup=5, rounds=8, steps=5)
-    options, overrides = parser.parse_known_args(argv)
-    if options.same_loss and options.nproc == 1:
-        parser.error("--same_loss is for --nproc 2 or more: autocast does not reach into that loss")
-    results = []
-    try:
-        for dtype in options.dtypes:
-            settings = (*overrides, f"--training.param_dtype={dtype}")
-            variant = Variant(dtype, options.config, settings, options.nproc)
-            with tempfile.TemporaryDirectory() as folder, Group(options.nproc) as group:
-                run = variant.settings(folder, options.steps)
-                results.append(group.call(alternate, options.config, run, options, dtype)[0])
-    except BenchmarkError as error:
-        print(error, file=sys.stderr)
-        return 2
-    report("trainer_overhead", results, options.output)
-    return 0
+    add_turns(parser, warmup=5, rounds=8, steps=5)
+    return run_benchmark(parser, argv, measured, takes_overrides=True)
 
 
 if __name__ == "__main__":

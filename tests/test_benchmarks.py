@@ -1,5 +1,6 @@
 """The measuring machinery of benchmarks/, on runs of a tiny model."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -50,6 +51,16 @@ SHORT = ["--warmup=2", "--rounds=2", "--steps=1"]
 @pytest.fixture(autouse=True)
 def _in_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("benchmarks/*.py")), ids=lambda file: file.stem)
+def test_every_benchmark_has_a_help(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if 'if __name__ == "__main__":' not in file.read_text():
+        return
+    with pytest.raises(SystemExit) as exit_:
+        importlib.import_module(f"benchmarks.{file.stem}").main(["--help"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: python -m benchmarks.{file.stem} [-h]")
 
 
 def results_of(benchmark: Any, output: Path, *arguments: str) -> list[dict[str, Any]]:
@@ -198,8 +209,7 @@ def test_the_bare_fully_shard_loop_trains_the_same_model(loss: list[str], tmp_pa
 def test_the_chunked_loss_of_one_process_has_no_autocast(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(SystemExit):
-        trainer_overhead.main(["--same_loss"])
+    assert trainer_overhead.main(["--same_loss"]) == 2
     assert "--same_loss is for --nproc 2 or more" in capsys.readouterr().err
 
 
