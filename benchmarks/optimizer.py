@@ -2,12 +2,14 @@
 
     python -m benchmarks.optimizer cost [--warmup 2] [--rounds 5] [--steps 2] [--write]
     python -m benchmarks.optimizer curves [--folder DIR] [--write]
+    python -m benchmarks.optimizer draw
 
 `cost` trains train_configs/debug.toml with each optimizer of OPTIMIZERS in each layout of LAYOUTS;
 they take turns, of whole steps and of the optimizer's part alone, and ratios are by round.
 `curves` trains a small model with AdamW and Muon at each learning rate of RATES with each of SEEDS.
 Runs are kept below --folder, and those that are there are not repeated;
 --write keeps the result in benchmarks/results/, and its table and picture in docs/optimizers.md.
+`draw` draws the picture again from the result that is kept.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from benchmarks.command import add_turns, benchmark_parser
 from benchmarks.families import put
-from benchmarks.manifest import store
+from benchmarks.manifest import RESULTS, store
 from benchmarks.measure import (
     Run,
     Values,
@@ -249,6 +251,8 @@ def draw(optimizers: Mapping[str, Any], path: Path) -> None:
     left.axhline(final, color="0.45", linestyle="--", linewidth=1)
     left.set(xlabel="step", ylabel="loss, nats per token", title="best learning rate, 3 seeds")
     right.set(xlabel="learning rate", xscale="log", title="final loss, 3 seeds")
+    right.set_xticks(RATES, [f"{lr:g}" for lr in RATES])
+    right.minorticks_off()
     for axes in (left, right):
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
@@ -301,11 +305,15 @@ def cost_table(results: Sequence[Values]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the result as JSON."""
     parser = benchmark_parser("optimizer", __doc__)
-    parser.add_argument("what", choices=("cost", "curves"))
+    parser.add_argument("what", choices=("cost", "curves", "draw"))
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "optimizer")
     parser.add_argument("--write", action="store_true", help="into benchmarks/results/ and docs/")
     add_turns(parser, warmup=2, rounds=5, steps=2)
     options, options.overrides = parser.parse_known_args(argv)
+    if options.what == "draw":
+        kept = json.loads((RESULTS / "optimizer_curves.json").read_text())
+        draw(kept["results"]["optimizers"], PAGE.with_suffix(".png"))
+        return 0
     if options.what == "cost":
         results: Any = [result for layout in LAYOUTS for result in cost(layout, options)]
         text = cost_table(results)

@@ -545,6 +545,19 @@ def test_a_torchtitan_that_cannot_be_installed_is_one_message(
     assert f"torchtitan could not be installed into {packages}\n" in capsys.readouterr().err
 
 
+def test_the_page_of_optimizers_has_the_results_that_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = [f"{optimizer.RESULTS}/optimizer_{name}.json" for name in ("cost", "curves")]
+    cost, curves = (json.loads(Path(file).read_text())["results"] for file in kept)
+    page = optimizer.PAGE.read_text()
+    for name, text in (("cost", optimizer.cost_table(cost)), ("curves", optimizer.table(curves))):
+        assert text in page, name
+    monkeypatch.setattr(optimizer, "PAGE", tmp_path / "optimizers.md")
+    assert optimizer.main(["draw"]) == 0
+    assert 0 < (tmp_path / "optimizers.png").stat().st_size < 150_000
+
+
 def test_the_best_learning_rate_is_that_of_the_lowest_last_losses(tmp_path: Path) -> None:
     for rate in optimizer.RATES:
         for seed in optimizer.SEEDS:

@@ -1,13 +1,16 @@
 """Parameters and settings of the optimizers, against torch.optim."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from titan_lite.config.optimizers import Adam, AdamW, Optimizer, OptimizerGroup
+from titan_lite.config.optimizers import OPTIMIZERS, Adam, AdamW, Optimizer, OptimizerGroup
 from titan_lite.config.problems import SettingError
+from titan_lite.config.schema import EMA
 from titan_lite.models.bert import MEGATRON_BERT
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.plan import make_plan
@@ -22,6 +25,7 @@ from titan_lite.optim.optimizer import (
 )
 from titan_lite.training.meta_model import build_meta_model
 
+PAGE = Path(__file__).parents[2] / "docs" / "optimizers.md"
 PLAN = LLAMA.tp_plan
 SURROUNDINGS = Surroundings(ranks=None, param_dtype=torch.float32, args=LLAMA.flavors["debug"])
 
@@ -55,6 +59,12 @@ def test_parameters_that_no_decay_names_are_not_decayed() -> None:
     kept, decayed = build_one(_Model(), AdamW(no_decay=["embedding"])).param_groups
     assert [len(group["params"]) for group in (kept, decayed)] == [1, 3]
     assert [group["weight_decay"] for group in (kept, decayed)] == [0, 0.1]
+
+
+def test_the_page_of_optimizers_names_every_key() -> None:
+    keys = {*OPTIMIZERS.fields, *OptimizerGroup.model_fields, *EMA.model_fields}
+    named = set(re.findall(r"`(?:[a-z]+\.)?(\w+)", PAGE.read_text()))
+    assert keys - named == set()
 
 
 def test_no_group_is_empty() -> None:
