@@ -25,6 +25,7 @@ from benchmarks import (
     h200,
     idle,
     measure,
+    moe,
     optimizer,
     step,
     torchtitan_side,
@@ -37,6 +38,7 @@ from tests.distributed import GUARD
 from tests.runs import TINY
 from titan_lite.models.plan import make_plan
 from titan_lite.models.registry import families as registered_families
+from titan_lite.planner.counts import num_inactive_params, num_params
 from titan_lite.training.preflight import fitting_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -298,6 +300,42 @@ def test_models_are_timed_only_where_their_first_losses_agree() -> None:
     sides[THEIRS].loss = 8.001
     with pytest.raises(BenchmarkError, match=r"titan_lite 8\.0 and transformers 8\.001$"):
         families.race(sides, "bert", "float32", options)
+
+
+def test_the_dense_side_has_as_many_active_parameters_but_the_routers() -> None:
+    overrides = ("--model.num_layers=2", "--model.num_experts=16", "--training.seq_len=64")
+    args = moe.moe_args(overrides)
+    settings = moe.dense(args, overrides)
+    assert "--training.seq_len=64" in settings
+    other = make_plan(moe.CONFIG, list(settings), 1).args
+    routers = args.num_layers * args.num_experts * args.dim
+    assert num_params(other) == num_params(args) - num_inactive_params(args) - routers
+
+
+def test_experts_in_a_loop_give_what_grouped_products_give() -> None:
+    options = SimpleNamespace(batch=2, seq_len=8, warmup=1, rounds=2, steps=1)
+    args = moe.moe_args(["--model.dim=16", "--model.ffn_dim=32", "--model.head_dim=8"])
+    actual = moe.race_products(args, "float32", options)
+    assert actual["rows"] == 2 * 8 * args.top_k
+    assert actual["over_loop"]["range"][0] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_mixture_of_experts_is_compared_with_what_it_replaces(tmp_path: Path) -> None:
+    output = tmp_path / "moe.json"
+    sizes = ("--dtypes=float32", "--batch=2", "--seq-len=64", "--model.num_layers=2")
+    peak = "--metrics.peak_tflops=1.0"
+    assert moe.main([*sizes, *SHORT, f"--output={output}", peak]) == 0
+    results = json.loads(output.read_text())["results"]
+    kinds = ["step", "step", "ep", "ep", "grouped", "transformers"]
+    assert [result["comparison"] for result in results] == kinds
+    names = [result["variant"] for result in results[:4]]
+    assert names == ["dense", "experts", "ep 1", "ep 2"]
+    for result in (results[1], results[3]):
+        assert result["over_first"]["seconds_per_step"]["median"] > 0
+    assert results[3]["applied"]["modules"]["experts over 2 ranks"] == 2
+    assert results[-1]["largest_relative_loss_difference"] < 1e-5
 
 
 def test_the_page_of_families_lists_every_flavor_and_the_speeds_that_are_kept() -> None:
