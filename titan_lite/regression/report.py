@@ -184,7 +184,7 @@ def _curves(runs: Sequence[Run], rows: Sequence[PanelRow]) -> str:
 
 
 def _unit(key: str) -> str:
-    unit = METRICS[key].unit.removeprefix("1") if key in METRICS else "s"
+    unit = re.sub("^1$", "", METRICS[key].unit) if key in METRICS else "s"
     return f"{unit}, without warm-up" if key in _SPEEDS else unit
 
 
