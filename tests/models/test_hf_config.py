@@ -11,8 +11,8 @@ from titan_lite.models.family import Family
 from titan_lite.models.hf_config import (
     HFConfig,
     args_from_hf,
-    differences,
     hf_config_from_args,
+    hf_differences,
     unsupported_in_hf,
 )
 from titan_lite.models.llama import LLAMA
@@ -47,7 +47,7 @@ def test_every_flavor_survives_the_way_there_and_back(family: Family, args: Deco
     read = args_from_hf(written, family.hf_config)
     assert replace(read, head_dim=args.head_dim) == args
     assert read.head_size == args.head_size
-    assert differences(written, family.hf_config, args) == {}
+    assert hf_differences(written, family.hf_config, args) == {}
     assert not unsupported_in_hf(args, family.hf_config)
 
 
@@ -113,7 +113,7 @@ def test_internlms_own_files_are_read(
     family = families()["internlm"]
     assert family_of(written, families()) is family
     assert family.hf_config is not None
-    assert differences(written, family.hf_config, family.flavors[flavor]) == different
+    assert hf_differences(written, family.hf_config, family.flavors[flavor]) == different
 
 
 def test_an_activation_that_no_feed_forward_here_has_is_named() -> None:
@@ -181,7 +181,7 @@ def test_a_users_family_of_the_same_architecture_does_not_take_the_first_ones_pl
 
 def test_differences_name_what_shapes_cannot_show() -> None:
     args = replace(SCALED, num_heads=64, rope_theta=1e6, max_seq_len=512)
-    assert differences(config(), HF, args) == {
+    assert hf_differences(config(), HF, args) == {
         "num_heads": (32, 64),
         "head_dim": (128, 64),
         "rope_theta": (5e5, 1e6),

@@ -14,7 +14,7 @@ from titan_lite.models.args import DecoderArgs, MoEArgs, RopeScaling
 from titan_lite.models.deepseek import DEEPSEEK_V3
 from titan_lite.models.family import Family
 from titan_lite.models.gpt import GPT, GPT_NEOX
-from titan_lite.models.hf_config import differences, hf_config_from_args
+from titan_lite.models.hf_config import hf_config_from_args, hf_differences
 from titan_lite.models.internlm import INTERNLM
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.moe import MIXTRAL, QWEN3_MOE
@@ -245,7 +245,7 @@ def test_shapes_of_every_flavor_are_those_of_hugging_face(
     # And their own config.json describes the same model to us.
     written: Any = model.config
     assert family.hf_config is not None
-    assert differences(written.to_dict(), family.hf_config, args) == {}
+    assert hf_differences(written.to_dict(), family.hf_config, args) == {}
 
 
 @pytest.mark.parametrize("family", families().values(), ids=lambda family: family.name)

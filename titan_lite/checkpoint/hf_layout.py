@@ -17,7 +17,7 @@ from torch import Tensor
 from titan_lite.checkpoint.hf_files import DTYPES, HFFolder
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.family import Family
-from titan_lite.models.hf_config import TUNABLE, HFLayout, differences
+from titan_lite.models.hf_config import TUNABLE, HFLayout, hf_differences
 from titan_lite.models.patterns import matches, translate
 from titan_lite.nn.build_model import build_model
 
@@ -217,7 +217,7 @@ def check_start(folder: HFFolder, hf: HFModel, family: Family, args: DecoderArgs
             f'model.name = "{family.name}" requires architecture {architecture}, got '
             f"{architectures} in {folder.path}"
         )
-    different = differences(folder.config, family.hf_config, args)
+    different = hf_differences(folder.config, family.hf_config, args)
     tuned = {name: different.pop(name) for name in TUNABLE if name in different}
     if different:
         words = [

@@ -92,7 +92,7 @@ class DocumentReader:
             outside = tokens[(tokens < 0) | (tokens >= vocab_size)][0]
             raise SettingError(
                 self._source.key,
-                f"{place_of(self._dataset) or self._source.name}: token id {outside} is outside "
+                f"{position_of(self._dataset) or self._source.name}: token id {outside} is outside "
                 f"the tokenizer's vocabulary of {vocab_size:,}; set data.tokenizer_path to the "
                 "tokenizer that made it",
             )
@@ -123,11 +123,11 @@ class BadDocumentPolicy:
         table = source.key.rpartition(".")[0]
         raise SettingError(
             f"{table}.{error.key}" if error.key else source.key,
-            f"{place_of(rows) or f'a document of {source.name}'}: {error}; "
+            f"{position_of(rows) or f'a document of {source.name}'}: {error}; "
             + (f"{self._in_a_row} in a row" if too_many else SKIP_HINT),
         )
 
 
-def place_of(rows: object) -> str:
+def position_of(rows: object) -> str:
     """Returns file and line, or file and row, of the last row that was read; "" if unknown."""
     return rows.place() if isinstance(rows, FileRows) else ""

@@ -43,14 +43,14 @@ def data_settings(
 
 def check_data_settings(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Raises ValueError naming each setting that differs from the checkpoint's."""
-    if differing := differences(settings, saved):
+    if differing := changed_values(settings, saved):
         raise SettingError(
             ("checkpoint.load_step", *(key for key in differing if "." in key)),
             f"cannot resume with different data settings: {'; '.join(differing.values())}",
         )
 
 
-def differences(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, str]:
+def changed_values(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, str]:
     """Returns a sentence with both values for each setting that differs from the saved one."""
     return {
         key: f"{key} was {saved.get(key)!r} and is {value!r}"

@@ -35,7 +35,7 @@ from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data
 from titan_lite.data.documents import TOKENS_FIELD, BadDocument, document_of
 from titan_lite.data.readers import BadDocumentPolicy
-from titan_lite.data.settings import differences
+from titan_lite.data.settings import changed_values
 from titan_lite.data.sources import Source, reading
 from titan_lite.data.token_folder import (
     FORMAT,
@@ -179,7 +179,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
         earlier = dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError) as error:
         raise TargetError(f"{path} is damaged ({error!r}): remove {folder}") from None
-    if differing := differences(settings, earlier):
+    if differing := changed_values(settings, earlier):
         raise TargetError(
             f"{folder} was started with different settings: {'; '.join(differing.values())}; "
             "remove it, or choose another folder"

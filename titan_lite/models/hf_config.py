@@ -95,7 +95,7 @@ def args_from_hf(config: Mapping[str, Any], hf: HFConfig) -> DecoderArgs:
     return dataclasses.replace(args, head_dim=None) if follows else args
 
 
-def differences(
+def hf_differences(
     config: Mapping[str, Any], hf: HFConfig, args: DecoderArgs
 ) -> dict[str, tuple[object, object]]:
     """Returns by field (config.json's value, the args' value) where they differ.
@@ -144,7 +144,7 @@ def hf_config_from_args(
 
 def unsupported_in_hf(args: DecoderArgs, hf: HFConfig) -> str:
     """Returns the features of a model that config.json cannot express, or ""."""
-    different = differences(hf_config_from_args(args, hf, dtype="float32"), hf, args)
+    different = hf_differences(hf_config_from_args(args, hf, dtype="float32"), hf, args)
     words = [f"{name} {value} (only {hf_value})" for name, (hf_value, value) in different.items()]
     return f"{hf.architecture} does not support {', '.join(words)}" if words else ""
 

@@ -19,8 +19,8 @@ from titan_lite.regression.compare import TIERS, Comparison, Tier, compare
 from titan_lite.regression.curves import (
     Curve,
     CurveError,
-    changed_settings,
     check_same_data,
+    differing_settings,
     read_curve,
     trained_on,
     words,
@@ -141,7 +141,7 @@ def show(comparison: Comparison) -> None:
     """Prints the verdict, the table, and the settings that differ."""
     print(comparison.verdict())
     print(comparison.table())
-    for key, (a, b) in changed_settings(comparison.a, comparison.b).items():
+    for key, (a, b) in differing_settings(comparison.a, comparison.b).items():
         print(f"{key}: {words(a)} and {words(b)}")
 
 

@@ -12,9 +12,9 @@ from titan_lite.regression.curves import (
     Array,
     Curve,
     CurveError,
-    changed_settings,
     check_same_data,
     check_same_steps,
+    differing_settings,
 )
 
 Tier = Literal["bitwise", "layout", "statistical"]
@@ -131,7 +131,7 @@ class Comparison:
             and {"quantity": outside[0], "step": int(self.a.steps[outside[1]])},
             "quantities": {name: self._summary(track) for name, track in self.tracks.items()},
             "different_settings": {
-                key: list(values) for key, values in changed_settings(self.a, self.b).items()
+                key: list(values) for key, values in differing_settings(self.a, self.b).items()
             },
         }
 

@@ -269,7 +269,7 @@ def _steps(curve: Curve) -> str:
     return f"{curve.name} {count} from {first} to {last} (metrics.log_freq {every})"
 
 
-def changed_settings(a: Curve, b: Curve) -> dict[str, tuple[Any, Any]]:
+def differing_settings(a: Curve, b: Curve) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ, except the folders that the runs write to."""
     changed = {}
     parts = [segments(curve.facts, curve.last_step) for curve in (a, b)]

@@ -141,12 +141,12 @@ class Watchdog:
 
     def _beat(self) -> None:
         progress = self._progress
-        place = place_of(sys._current_frames().get(self._main_thread))
+        place = code_position(sys._current_frames().get(self._main_thread))
         beat = Beat(progress.step, progress.phase, progress.seconds(), place, time.time())
         self._store.set(_key(self._rank), json.dumps(asdict(beat)))
 
 
-def place_of(frame: FrameType | None) -> str:
+def code_position(frame: FrameType | None) -> str:
     """The collective that a thread is in, if any, and the line of this package that led there."""
     collective, line, innermost = "", "", ""
     for outer in _outwards(frame):
