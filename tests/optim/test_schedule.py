@@ -95,7 +95,7 @@ def test_a_second_warm_up_rises_from_0_to_the_schedule() -> None:
         (
             ["decay_type=inverse_sqrt", "decay_start=50", "decay_steps=9"],
             "decay_steps",
-            '"inverse_sqrt" has no end',
+            'does not apply to decay_type = "inverse_sqrt"',
         ),
     ],
 )
