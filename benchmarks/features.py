@@ -22,6 +22,7 @@ from benchmarks.measure import Values
 
 DEBUG, BERT = "train_configs/debug.toml", "train_configs/debug_bert.toml"
 COMPILE = "--compile.enable=true"
+BFLOAT16 = "--training.param_dtype=bfloat16"
 # float8 requires dimensions that are multiples of 16.
 FLOAT8 = (COMPILE, "--model.dim=512", "--model.ffn_dim=1536")
 SAVES = ("--checkpoint.enable=true", "--checkpoint.interval=10")
@@ -33,6 +34,9 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "documents, compile": (DEBUG, "--data.packing=document", COMPILE),
     "float8 tensorwise": (DEBUG, *FLOAT8, "--float8.recipe=tensorwise"),
     "float8 rowwise": (DEBUG, *FLOAT8, "--float8.recipe=rowwise"),
+    "cudnn": (DEBUG, BFLOAT16, "--attention.kernel=cudnn"),
+    "flash2": (DEBUG, BFLOAT16, "--attention.kernel=flash2"),
+    "math": (DEBUG, "--attention.kernel=math"),
     "async_pinned": (DEBUG, *SAVES, "--checkpoint.async_mode=async_pinned"),
     "cpu_offload": (DEBUG, "--parallel.cpu_offload=true"),
     "selective_op, compile": (DEBUG, COMPILE, "--activation_checkpoint.mode=selective_op"),

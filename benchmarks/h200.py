@@ -1,4 +1,4 @@
-"""Speed and memory of compile, float8, activation checkpointing and loss chunks on one H200.
+"""Speed and memory of compile, float8, attention kernels and other features on one or two H200.
 
     python -m benchmarks.h200 [--only WORD ...] [--limit 450] [--warmup 3] [--rounds 4]
         [--steps 2] [--output h200.json] [--section.key=value ...]
@@ -7,18 +7,23 @@ The variants run one after the other, since no two fit into the memory together.
 a model repeats an earlier one and shows the drift of the machine. No variant starts later than
 `limit` seconds after the first. The file, in benchmarks/results/, is written after each of them;
 a table is printed at the end. --only keeps the variants whose names contain one of the words.
+Variants with a kernel that is not installed, or with more GPUs than there are, are left out.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
+
+import torch
 
 from benchmarks.command import add_turns, benchmark_parser, positive
 from benchmarks.idle import kernel_time, with_idle_share
-from benchmarks.manifest import store
+from benchmarks.manifest import DEVICE, store
 from benchmarks.measure import Values, Variant, measure
 from benchmarks.workers import BenchmarkError
+from titan_lite.parallel.attention_kernel import PACKAGES
 
 CONFIGS = "benchmarks/configs"
 # The variant that the others of a model are compared with.
@@ -35,6 +40,12 @@ SUITE: dict[str, dict[str, tuple[str, ...]]] = {
         "compile, rowwise": (COMPILE, ROWWISE),
         "compile, selective_op": (COMPILE, "--activation_checkpoint.mode=selective_op"),
         "compile, loss in one chunk": (COMPILE, "--training.loss_chunks=1"),
+        "compile, cudnn": (COMPILE, "--attention.kernel=cudnn"),
+        "compile, flash2": (COMPILE, "--attention.kernel=flash2"),
+        "compile, flash3": (COMPILE, "--attention.kernel=flash3"),
+        "compile, flash4": (COMPILE, "--attention.kernel=flash4"),
+        "compile, 2 GPUs": (COMPILE,),
+        "compile, 2 GPUs, fsdp_symm_mem": (COMPILE, "--parallel.fsdp_symm_mem=true"),
         "compile, once more": (COMPILE,),
     },
     "llama3_8b": {
@@ -47,12 +58,29 @@ SUITE: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
+def is_available(name: str) -> bool:
+    """Returns whether the GPUs and packages of a variant are there; a CPU stands for two GPUs."""
+    if "2 GPUs" in name:
+        return DEVICE.type == "cpu" or torch.cuda.device_count() > 1
+    package = PACKAGES.get(name.rpartition(", ")[2], "torch")
+    return find_spec(package.partition(".")[0]) is not None
+
+
 def variants(words: Sequence[str], overrides: Sequence[str]) -> list[Variant]:
-    """Returns the suite's variants whose names contain one of the words; without words, all."""
+    """Returns the suite's variants whose names contain one of the words; without words, all.
+
+    Those that need other packages or more GPUs than there are are left out.
+    """
     suite = [
-        Variant(f"{model}, {name}", f"{CONFIGS}/{model}.toml", (*settings, *overrides))
+        Variant(
+            f"{model}, {name}",
+            f"{CONFIGS}/{model}.toml",
+            (*settings, *overrides),
+            nproc=2 if "2 GPUs" in name else 1,
+        )
         for model, ways in SUITE.items()
         for name, settings in ways.items()
+        if is_available(name)
     ]
     kept = [v for v in suite if not words or any(word in v.name for word in words)]
     if not kept:

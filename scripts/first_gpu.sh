@@ -26,14 +26,15 @@ fi
 TORCHTITAN=${TORCHTITAN:-${site:-outputs/torchtitan}}
 
 eight=(--model.num_layers=8 --training.local_batch_size=4 --activation_checkpoint.mode=none)
-sizes=() shapes=() runs=(--each 60 --limit 140) rounds=() suite=(--limit 450) tiny=()
+sizes=() shapes=() runs=(--each 60 --limit 180) rounds=() suite=() tiny=()
 if [ -n "${REHEARSE:-}" ]; then
     export DEVICE=cpu CUDA_VISIBLE_DEVICES=
     sizes=(--size 128 --copy-mb 1 --seconds 0.1)
     shapes=(--seq-len 64 --heads 4 2 --head-dim 16 --documents 1 4)
     runs=(--each 600 --limit 2000 --training.steps=4) rounds=(--warmup 1 --rounds 2 --steps 1) suite=(--limit 4000)
     tiny=(--model.num_layers=2 --model.dim=64 --model.ffn_dim=128 --training.seq_len=64
-        --training.local_batch_size=1 --compile.enable=false --float8.emulate=true)
+        --training.local_batch_size=1 --compile.enable=false --float8.emulate=true
+        --attention.kernel=auto --parallel.fsdp_symm_mem=false)
 fi
 
 # stage NAME SECONDS MODULE ARGUMENT...
@@ -65,13 +66,14 @@ stage() {
 failed=0
 stage ceilings 60 benchmarks.ceilings "${sizes[@]}" --output "$OUTPUT/ceilings.json"
 stage attention 60 benchmarks.attention "${shapes[@]}" --output "$OUTPUT/attention.json"
-stage features 200 benchmarks.features "${tiny[@]}" "${runs[@]}" --output "$OUTPUT/features.json"
+stage features 240 benchmarks.features "${tiny[@]}" "${runs[@]}" --output "$OUTPUT/features.json"
 # The options in pyproject.toml ask for plugins that such a machine may not have.
 mapfile -t tests < <(grep -rl --include='*.py' pytest.mark.gpu tests)
 stage tests 150 pytest -q -o addopts= -m gpu "${tests[@]}" --junitxml "$OUTPUT/tests.xml"
 stage first 150 benchmarks.step benchmarks/configs/llama3_8b.toml --profile --rounds 3 "${rounds[@]}" \
     "${eight[@]}" --compile.enable=true "${tiny[@]}" --output "$OUTPUT/first.json"
-stage 1b 585 benchmarks.h200 --only 1b "${suite[@]}" "${rounds[@]}" "${tiny[@]}" --output "$OUTPUT/1b.json"
+stage 1b 735 benchmarks.h200 --only 1b --limit 600 "${suite[@]}" "${rounds[@]}" "${tiny[@]}" \
+    --output "$OUTPUT/1b.json"
 # Eight layers with 32,768 tokens: of the whole 8B on one GPU, 16 % is what no cluster pays.
 stage 8b 570 benchmarks.h200 --only 8b "${suite[@]}" "${rounds[@]}" "${eight[@]}" "${tiny[@]}" \
     --output "$OUTPUT/8b.json"

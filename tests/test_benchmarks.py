@@ -215,12 +215,28 @@ def test_the_chunked_loss_of_one_process_has_no_autocast(
     assert "--same_loss is for --nproc 2 or more" in capsys.readouterr().err
 
 
-def test_every_variant_of_the_gpu_suite_is_a_valid_configuration() -> None:
+def test_every_variant_of_the_gpu_suite_is_a_valid_configuration(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(h200, "is_available", lambda name: True)
     chosen = h200.variants([], [])
     assert len(chosen) == sum(map(len, h200.SUITE.values()))
     for variant in chosen:
         plan = make_plan(variant.config, variant.settings("outputs", 2), variant.nproc)
         fitting_tokenizer(plan.config.data, plan)
+
+
+def test_variants_whose_gpus_or_packages_are_missing_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(h200, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(h200, "find_spec", lambda name: None if name == "flash_attn" else name)
+    names = {variant.name.partition(", ")[2] for variant in h200.variants(["1b"], [])}
+    missing = {"compile, flash4", "compile, 2 GPUs", "compile, 2 GPUs, fsdp_symm_mem"}
+    assert h200.SUITE["llama3_1b"].keys() - names == missing
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [variant.nproc for variant in h200.variants(["2 GPUs"], [])] == [2, 2]
 
 
 @pytest.mark.distributed
@@ -444,6 +460,7 @@ def write_stages(folder: Path) -> None:
         "1b": [
             {"variant": "llama3_1b, compile", "wps_over_compile": 1.0, **speed},
             {"variant": "llama3_1b, compile, rowwise", "wps_over_compile": 1.1, **speed},
+            {"variant": "llama3_1b, compile, flash2", "wps_over_compile": 0.95, **speed},
             {"variant": "llama3_1b, eager", "failed": "no time was left"},
         ],
         "torchtitan": [
@@ -482,6 +499,7 @@ def test_the_table_of_the_first_hour_has_predictions_next_to_what_was_measured(
         "| 1b | compile: MFU % | 52 to 62 | 70 | above |",
         "| 1b | compile: no kernel ran, % | 0 to 3 | 10 | above |",
         "| 1b | compile, rowwise: over compile | 1.05 to 1.2 | 1.1 | as predicted |",
+        "| 1b | compile, flash2: over compile | 0.85 to 0.9 | 0.95 | above |",
         "| 1b | eager |  | no time was left |  |",
         "| torchtitan | bfloat16, compile: step time | 0.9 to 1 | 0.95 | as predicted |",
     ):
