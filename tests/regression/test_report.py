@@ -334,3 +334,9 @@ def test_what_is_no_run_is_a_mistake(capsys) -> None:
     with pytest.raises(SystemExit):
         cli.main(["report", *"abcdefg"])
     assert "at most 6 runs fit on one page, got 7" in capsys.readouterr().err
+
+
+def test_options_are_written_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["report", "runs/a", "--out=page.html"])
+    assert "unrecognized arguments: --out=page.html" in capsys.readouterr().err

@@ -35,6 +35,7 @@ def main(argv: list[str]) -> int:
             "titan-lite checkpoint verify outputs/checkpoint",
         ),
         formatter_class=HelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("action", choices=("ls", "verify"))
     parser.add_argument(

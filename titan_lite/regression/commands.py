@@ -224,6 +224,7 @@ def golden_command(argv: Sequence[str]) -> int:
         epilog=GOLDEN
         + examples("titan-lite golden run case.toml", "titan-lite golden accept case.toml"),
         formatter_class=HelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("action", choices=("run", "accept"))
     parser.add_argument("cases", nargs="+", type=Path, metavar="CASE", help="a case's TOML file")
@@ -281,6 +282,7 @@ def report_command(argv: Sequence[str]) -> int:
             "titan-lite report outputs/base",
         ),
         formatter_class=HelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE")
