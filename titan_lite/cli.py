@@ -11,7 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from titan_lite import __version__
-from titan_lite.config.arguments import HelpFormatter, UsageError, examples, split_arguments
+from titan_lite.config.arguments import (
+    HelpFormatter,
+    UsageError,
+    command_parser,
+    examples,
+    split_arguments,
+)
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import ConfigError, LoadedConfig, Problem, load_config
 from titan_lite.config.problems import SettingError, collecting, did_you_mean, nearest
@@ -323,14 +329,8 @@ def _parser(
     command: str, options: str, description: str, *example: str, world: bool = True
 ) -> argparse.ArgumentParser:
     """Builds a subcommand's parser of one configuration, by default for a world of some size."""
-    parser = argparse.ArgumentParser(
-        prog=f"titan-lite {command}",
-        usage=f"%(prog)s [CONFIG] [--section.key=value ...] {options}",
-        description=description,
-        epilog=OVERRIDES + examples(*example),
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = f"%(prog)s [CONFIG] [--section.key=value ...] {options}"
+    parser = command_parser(command, description, *example, notes=OVERRIDES, usage=usage)
     if world:
         parser.add_argument(
             "--world-size",

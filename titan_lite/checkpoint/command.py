@@ -3,7 +3,6 @@
 No torch: it works on any machine that sees the files.
 """
 
-import argparse
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from titan_lite.checkpoint.manifest import (
     read_manifest,
 )
 from titan_lite.checkpoint.state import newest_below, saved_steps
-from titan_lite.config.arguments import HelpFormatter, examples
+from titan_lite.config.arguments import command_parser
 from titan_lite.config.load import ConfigError, Problem
 from titan_lite.config.schema import Checkpoint
 from titan_lite.config.units import format_scaled
@@ -26,16 +25,12 @@ NO_CHECKPOINT = "no checkpoint in this folder"
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns 1 where a checkpoint is not complete."""
-    parser = argparse.ArgumentParser(
-        prog="titan-lite checkpoint",
-        description="Shows the checkpoints of a run (ls), or reads all their files and compares "
+    parser = command_parser(
+        "checkpoint",
+        "Shows the checkpoints of a run (ls), or reads all their files and compares "
         "them with their checksums (verify). Exit code 1: a checkpoint is not complete.",
-        epilog=examples(
-            "titan-lite checkpoint ls outputs/checkpoint",
-            "titan-lite checkpoint verify outputs/checkpoint",
-        ),
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
+        "titan-lite checkpoint ls outputs/checkpoint",
+        "titan-lite checkpoint verify outputs/checkpoint",
     )
     parser.add_argument("action", choices=("ls", "verify"))
     parser.add_argument(

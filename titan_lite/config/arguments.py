@@ -32,3 +32,17 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 def examples(*commands: str) -> str:
     """The last part of a help text: whole commands, which tests run."""
     return "\nexamples:\n" + "\n".join(f"  {command}" for command in commands)
+
+
+def command_parser(
+    command: str, description: str, *commands: str, notes: str = "", usage: str | None = None
+) -> argparse.ArgumentParser:
+    """Returns the parser of a subcommand; its help ends in notes and examples."""
+    return argparse.ArgumentParser(
+        prog=f"titan-lite {command}",
+        usage=usage,
+        description=description,
+        epilog=notes + examples(*commands),
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )

@@ -1,6 +1,5 @@
 """`titan-lite compare`, `golden` and `report`: arguments in, a verdict or a page out."""
 
-import argparse
 import json
 import os
 import sys
@@ -10,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from titan_lite.config.arguments import HelpFormatter, examples
+from titan_lite.config.arguments import command_parser
 from titan_lite.config.load import ConfigError, Problem
 from titan_lite.config.stored import setting
 from titan_lite.config.units import format_scaled
@@ -94,20 +93,16 @@ class _Planned:
 
 def compare_command(argv: Sequence[str]) -> int:
     """Runs `titan-lite compare`; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="titan-lite compare",
+    parser = command_parser(
+        "compare",
+        "Compares loss, gradient norm, learning rate and tokens of two runs at every "
+        "step that they logged.",
+        "titan-lite compare outputs/base outputs/change --tier layout",
+        "titan-lite compare outputs/base outputs/change --tier bitwise --json comparison.json "
+        "--plot comparison.png",
+        notes=COMPARE,
         usage="%(prog)s A B [--tier TIER] [--json FILE] [--plot FILE] [--keep FOLDER] "
         "[--[a.|b.]nproc=N] [--[a.|b.]section.key=value ...]",
-        description="Compares loss, gradient norm, learning rate and tokens of two runs at every "
-        "step that they logged.",
-        epilog=COMPARE
-        + examples(
-            "titan-lite compare outputs/base outputs/change --tier layout",
-            "titan-lite compare outputs/base outputs/change --tier bitwise --json comparison.json "
-            "--plot comparison.png",
-        ),
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--tier", choices=TIERS, default="layout", help="how close they must be")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
@@ -217,14 +212,13 @@ def _check_output(option: str, path: Path | None) -> None:
 
 def golden_command(argv: Sequence[str]) -> int:
     """Runs `titan-lite golden`; returns its exit code, the worst of its cases."""
-    parser = argparse.ArgumentParser(
-        prog="titan-lite golden",
-        description="Trains each case, and compares its curve with the golden curve (run) or "
+    parser = command_parser(
+        "golden",
+        "Trains each case, and compares its curve with the golden curve (run) or "
         "replaces the golden curve (accept).",
-        epilog=GOLDEN
-        + examples("titan-lite golden run case.toml", "titan-lite golden accept case.toml"),
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
+        "titan-lite golden run case.toml",
+        "titan-lite golden accept case.toml",
+        notes=GOLDEN,
     )
     parser.add_argument("action", choices=("run", "accept"))
     parser.add_argument("cases", nargs="+", type=Path, metavar="CASE", help="a case's TOML file")
@@ -273,16 +267,12 @@ def _missing_devices(needed: int) -> str:
 
 def report_command(argv: Sequence[str]) -> int:
     """Runs `titan-lite report`; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="titan-lite report",
-        description="Writes one HTML page, which needs no network, on one or several runs: curves, "
+    parser = command_parser(
+        "report",
+        "Writes one HTML page, which needs no network, on one or several runs: curves, "
         "speeds, memory, stalls, settings, what was applied, the environment.",
-        epilog=examples(
-            "titan-lite report outputs/base outputs/change -o page.html",
-            "titan-lite report outputs/base",
-        ),
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
+        "titan-lite report outputs/base outputs/change -o page.html",
+        "titan-lite report outputs/base",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from titan_lite.config.arguments import HelpFormatter, UsageError, examples, split_arguments
+from titan_lite.config.arguments import UsageError, command_parser, split_arguments
 from titan_lite.config.load import ConfigError, Problem, load_config
 from titan_lite.config.schema import Model
 from titan_lite.models.plan import make_plan
@@ -57,12 +57,9 @@ def _plan(argv: Sequence[str]) -> int:
         "plan",
         "Predicts a run: whether it fits, how long a step takes and why, and what the whole run "
         "costs in days, money and energy.",
-        FORMS
-        + examples(
-            "titan-lite plan train_configs/llama3_8b.toml --cluster h100 --world-size 8 "
-            "--tokens 1T",
-            "titan-lite plan run.toml",
-        ),
+        "titan-lite plan train_configs/llama3_8b.toml --cluster h100 --world-size 8 --tokens 1T",
+        "titan-lite plan run.toml",
+        notes=FORMS,
     )
     parser.add_argument("--tokens", type=_tokens, help="tokens of the whole run, as 2T or 300B")
     options, path, overrides = _parse(parser, argv)
@@ -85,10 +82,8 @@ def _search(argv: Sequence[str]) -> int:
         "Predicts every legal layout of a job on --world-size devices, and shows the best few that "
         "fit and differ in kind. Degrees, micro-batch, recomputation, resharding, gradient "
         "synchronisation and pipeline stages vary; all other keys stay.",
-        examples(
-            "titan-lite plan search train_configs/llama3_8b.toml --cluster h100 --world-size 8",
-            "titan-lite plan search run.toml --world-size 2",
-        ),
+        "titan-lite plan search train_configs/llama3_8b.toml --cluster h100 --world-size 8",
+        "titan-lite plan search run.toml --world-size 2",
     )
     parser.add_argument("--count", type=int, default=5, metavar="N", help="layouts to show (5)")
     parser.add_argument("--write", metavar="FILE", help="TOML file that extends CONFIG by the best")
@@ -125,11 +120,9 @@ def _scaling(argv: Sequence[str]) -> int:
         "plan scaling",
         "Projects compute-optimal training, 20 tokens per parameter: FLOPs, days at the devices' "
         "peak and as predicted, energy and cost, for several CONFIGs and numbers of devices.",
-        examples(
-            "titan-lite plan scaling train_configs/gpt_175b_fsdp.toml "
-            "train_configs/gpt_1t_fsdp.toml --cluster crusher --gpus 1024,4096,16384",
-            "titan-lite plan scaling train_configs/llama2_7b.toml --gpus 8,32",
-        ),
+        "titan-lite plan scaling train_configs/gpt_175b_fsdp.toml "
+        "train_configs/gpt_1t_fsdp.toml --cluster crusher --gpus 1024,4096,16384",
+        "titan-lite plan scaling train_configs/llama2_7b.toml --gpus 8,32",
     )
     parser.add_argument(
         "--gpus", type=_numbers, default=[8, 32, 128, 512, 2048], help="as 8,32,128,512,2048"
@@ -150,17 +143,13 @@ def _scaling(argv: Sequence[str]) -> int:
 
 
 def _calibrate(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="titan-lite plan calibrate",
-        description="Measures this machine's devices for about two minutes, and writes a cluster's "
+    parser = command_parser(
+        "plan calibrate",
+        "Measures this machine's devices for about two minutes, and writes a cluster's "
         "file for --cluster. Nothing else must run. Of several nodes: torchrun --no-python "
         "titan-lite plan calibrate, on each.",
-        epilog=examples(
-            "titan-lite plan calibrate -o my_cluster.toml",
-            "titan-lite plan calibrate --seconds 30 --price 2.5",
-        ),
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
+        "titan-lite plan calibrate -o my_cluster.toml",
+        "titan-lite plan calibrate --seconds 30 --price 2.5",
     )
     parser.add_argument(
         "-o",
@@ -185,17 +174,13 @@ def _calibrate(argv: Sequence[str]) -> int:
 
 
 def _recalibrate(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="titan-lite plan recalibrate",
-        description="Compares a finished run's records with its prediction on a cluster, and "
+    parser = command_parser(
+        "plan recalibrate",
+        "Compares a finished run's records with its prediction on a cluster, and "
         "prints the factor that corrects it, for the cluster's file; it applies to runs of the "
         "same stack.",
-        epilog=examples(
-            "titan-lite plan recalibrate outputs/base",
-            "titan-lite plan recalibrate outputs/base --cluster a100",
-        ),
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
+        "titan-lite plan recalibrate outputs/base",
+        "titan-lite plan recalibrate outputs/base --cluster a100",
     )
     parser.add_argument("run", metavar="RUN", help="the run's folder")
     _cluster_options(parser)
@@ -212,16 +197,12 @@ def _numbers(text: str) -> list[int]:
 
 
 def _validate(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="titan-lite plan validate",
-        description="Predicts the runs of a file like assets/published_rows.toml, and prints the "
+    parser = command_parser(
+        "plan validate",
+        "Predicts the runs of a file like assets/published_rows.toml, and prints the "
         "errors by system.",
-        epilog=examples(
-            "titan-lite plan validate assets/published_rows.toml",
-            "titan-lite plan validate assets/published_rows.toml --constants literature",
-        ),
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
+        "titan-lite plan validate assets/published_rows.toml",
+        "titan-lite plan validate assets/published_rows.toml --constants literature",
     )
     parser.add_argument("rows", metavar="ROWS.toml")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -245,16 +226,14 @@ def _validate(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser(command: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"titan-lite {command}",
-        usage="%(prog)s [CONFIG] [--section.key=value ...] [--cluster NAME|FILE] [--world-size N] "
-        "[--price P] [--json]",
-        description=description,
-        epilog=epilog,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
+def _parser(
+    command: str, description: str, *commands: str, notes: str = ""
+) -> argparse.ArgumentParser:
+    usage = (
+        "%(prog)s [CONFIG] [--section.key=value ...] [--cluster NAME|FILE] [--world-size N] "
+        "[--price P] [--json]"
     )
+    parser = command_parser(command, description, *commands, notes=notes, usage=usage)
     parser.add_argument("--world-size", type=int, metavar="N", help="number of devices")
     _cluster_options(parser)
     return parser
