@@ -283,6 +283,8 @@ FAMILIES = (
     Case("dp4", more=(EP4,), alike=QWEN3_MOE),
     Case("dp2", "none", TRACED, more=(EP2,), alike=QWEN3_MOE),
     Case("dp4", "selective_op", more=(EP2, SAVE_EXPERTS), alike=QWEN3_MOE),
+    # Each expert is of one rank: FSDP gathers none.
+    Case("dp2", "selective_op", more=(EP2,), alike=QWEN3_MOE),
     Case("hsdp 2x2", micro_batches=2, more=(EP2,), alike=QWEN3_MOE),
     Case("cp2", more=(EP2,), alike=QWEN3_MOE),
     Case("pp2 x dp2", "full", micro_batches=4, more=(EP2,), alike=QWEN3_MOE),

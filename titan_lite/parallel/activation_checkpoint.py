@@ -12,6 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 from torch.utils.checkpoint import (
+    SAC_IGNORED_OPS,
     CheckpointPolicy,
     SelectiveCheckpointContext,
     create_selective_checkpoint_contexts,
@@ -25,6 +26,12 @@ from titan_lite.parallel.attention_ops import CPU_FLASH, CUDNN, EFFICIENT, FLASH
 
 aten, collectives = torch.ops.aten, torch.ops._c10d_functional
 
+profiler = torch.ops.profiler
+# FSDP2's profiler annotations: a unit inside a block has more of them in recomputation.
+SAC_IGNORED_OPS |= {
+    profiler._record_function_enter_new.default,
+    profiler._record_function_exit._RecordFunction,
+}
 MATMULS = (aten.mm.default, aten.addmm.default, aten._scaled_mm.default)
 OPS: dict[SavedOp, tuple[Any, ...]] = {
     # Cost grows with the square of the sequence, the result only with its length.
