@@ -282,6 +282,7 @@ FAMILIES = (
     Case("dp2", "full", micro_batches=4, more=(EP2,), alike=QWEN3_MOE),
     Case("dp4", more=(EP4,), alike=QWEN3_MOE),
     Case("dp2", "none", TRACED, more=(EP2,), alike=QWEN3_MOE),
+    Case("dp2", "full", TRACED, more=(EP2,), alike=QWEN3_MOE),
     Case("dp4", "selective_op", more=(EP2, SAVE_EXPERTS), alike=QWEN3_MOE),
     # Each expert is of one rank: FSDP gathers none.
     Case("dp2", "selective_op", more=(EP2,), alike=QWEN3_MOE),
@@ -381,6 +382,7 @@ HOLES = (
     Hole(2, (TP2, "model.name=qwen3_moe")),
     Hole(2, (TP2, "model.name=mixtral")),
     Hole(2, (TP2, "model.name=deepseek_v3")),
+    Hole(2, (EP2, COMPILE, "activation_checkpoint.mode=selective_op", "model.name=qwen3_moe")),
     Hole(2, (*PP2_BATCH, schedule("ZBVZeroBubble"), "model.name=qwen3_moe")),
     Hole(1, ("training.reduce_dtype=float16",)),
     Hole(1, (*MUON, "training.param_dtype=float16")),

@@ -286,6 +286,14 @@ def _moe_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
             f"{quote(parallel.pp_schedule)} splits backward, which Mixture of Experts does not "
             'support: set parallel.pp_schedule = "1F1B" or another one that does not',
         )
+    mode = config.activation_checkpoint.mode
+    if mode == "selective_op" and config.compile.covers("model") and parallel.ep > 1:
+        yield SettingError(
+            ("compile.enable", "model.name", "activation_checkpoint.mode"),
+            '"selective_op" saves nothing inside compiled graphs, of which Mixture of Experts has '
+            'several in a block with parallel.ep > 1: set mode = "full", or '
+            "compile.enable = false",
+        )
     multiple = 4 if dtype == "float32" else 8
     for name in ("dim", "ffn_dim"):
         if (size := getattr(args, name)) % multiple:

@@ -268,8 +268,9 @@ def count_applied(model: Transformer, tp_plan: tuple[PlanRow, ...], mesh: Device
             features[_experts_over(degree)].append(name)
         if isinstance(module, ShardedAttention):
             merged.add(module.kernel)
-        if module._compiled_call_impl is not None:
-            features["compiled"].append(name)
+    # A block, or what its checkpointing wraps.
+    compiled = [name for name, m in model.named_modules() if m._compiled_call_impl is not None]
+    features["compiled"] = [_clean(name) for name in compiled]
     for name, linear in float8_linears(model).items():
         features["float8 linear"].append(_clean(name))
         if is_gathered_in_float8(linear.weight):

@@ -11,6 +11,7 @@ import torch
 
 from titan_lite.config.schema import Compile
 from titan_lite.nn.transformer import Transformer
+from titan_lite.parallel.activation_checkpoint import is_checkpointed
 from titan_lite.parallel.attention_ops import CPU_FLASH
 from titan_lite.parallel.expert import ExpertParallel
 
@@ -64,6 +65,9 @@ def apply_compile(model: Transformer, section: Compile) -> None:
                 # A graph would be compiled for each number of rows.
                 module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
             # Hooks of FSDP2 units inside the block break its graph.
+            if experts and is_checkpointed(block):
+                # The compiler gives up on a checkpoint with breaks inside.
+                (block,) = block.children()
             block.compile(fullgraph=not experts)
 
 
