@@ -36,6 +36,7 @@ MUON_JOURNEY = (
 )
 EXPERTS_JOURNEY = (
     (2, ("--parallel.ep=2", "--training.local_batch_size=4"), 2),
+    (4, ("--parallel.tp=2", "--parallel.ep=2", "--training.local_batch_size=4"), 3),
     (4, ("--parallel.ep=2", "--training.local_batch_size=2"), 4),
     (1, (), 6),
 )

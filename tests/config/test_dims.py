@@ -86,6 +86,8 @@ def test_the_smallest_world_has_ranks_to_share_the_experts() -> None:
     assert ParallelDims.smallest_world(Parallel(ep=4)) == 4
     assert ParallelDims.smallest_world(Parallel(ep=4, cp=2, pp=2)) == 8
     assert ParallelDims.smallest_world(Parallel(ep=2, dp_shard=8)) == 8
+    assert ParallelDims.smallest_world(Parallel(ep=2, tp=2)) == 2
+    assert ParallelDims.smallest_world(Parallel(ep=8, tp=4)) == 8
 
 
 def test_each_row_of_the_mesh_is_a_degree_and_a_key() -> None:

@@ -113,7 +113,15 @@ MOE = "--model.name=qwen3_moe"
             ["--parallel.ep=8"],
             4,
             "parallel.ep",
-            "ep must divide dp_shard (4) x cp (1) = 4, whose ranks share the experts; got 8",
+            "ep must divide dp_shard (4) x cp (1) x tp (1) = 4, whose ranks share the experts; "
+            "got 8",
+        ),
+        (
+            ["--parallel.tp=2", "--parallel.dp_replicate=2", "--parallel.ep=4"],
+            4,
+            "parallel.tp",
+            "ep must divide dp_shard (1) x cp (1) x tp (2) = 2, whose ranks share the experts; "
+            "got 4",
         ),
         (
             ["--parallel.ep=2", "--model.name=llama"],
@@ -122,10 +130,11 @@ MOE = "--model.name=qwen3_moe"
             "ep must be 1 for llama, which has no experts; got 2",
         ),
         (
-            ["--parallel.tp=2"],
+            ["--parallel.tp=2", "--parallel.sequence_parallel=false"],
             2,
-            "parallel.tp",
-            "tp must be 1 for Mixture of Experts, got 2: set parallel.tp = 1",
+            "parallel.sequence_parallel",
+            "tp (2) requires sequence parallel for Mixture of Experts, whose tokens it splits: set "
+            "parallel.sequence_parallel = true",
         ),
         (
             [
@@ -136,7 +145,8 @@ MOE = "--model.name=qwen3_moe"
             2,
             "activation_checkpoint.mode",
             '"selective_op" saves nothing inside compiled graphs, of which Mixture of Experts has '
-            'several in a block with parallel.ep > 1: set mode = "full", or compile.enable = false',
+            'several in a block with parallel.ep or parallel.tp > 1: set mode = "full", or '
+            "compile.enable = false",
         ),
         (
             [
@@ -202,17 +212,10 @@ DEEPSEEK = "--model.name=deepseek_v3"
             "positions does not apply to multi-head latent attention: remove the key",
         ),
         (
-            ["--parallel.tp=2"],
-            2,
-            "parallel.tp",
-            "tp must be 1 for Mixture of Experts, got 2: set parallel.tp = 1",
-        ),
-        (
-            ["--parallel.cp=2"],
-            2,
-            "parallel.cp",
-            '"sequence" requires whole sequences, which parallel.cp (2) splits: set '
-            'model.balance_loss = "global_lagged"',
+            ["--parallel.tp=8", "--model.ffn_dim=196", "--training.param_dtype=float32"],
+            8,
+            "model.ffn_dim",
+            "ffn_dim (196) must be a multiple of parallel.tp (8)",
         ),
         (
             ["--optimizer.name=Muon", "--optimizer.per_head=true"],

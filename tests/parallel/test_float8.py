@@ -22,6 +22,7 @@ from tests.runs import build_trainer, read_metrics, train, train_and_gather, who
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import ConfigError
 from titan_lite.config.schema import Float8, Model, Parallel
+from titan_lite.models.deepseek import DEEPSEEK_V3
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.plan import make_plan
 from titan_lite.models.registry import resolve
@@ -246,6 +247,25 @@ def test_what_is_left_out_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert [record.getMessage() for record in caplog.records] == [
         "Float8 leaves in high precision: output (the output head)"
     ]
+
+
+def test_linears_that_are_whole_on_each_tensor_parallel_rank_take_high_precision() -> None:
+    plan, section = DEEPSEEK_V3.tp_plan, Float8(recipe="tensorwise", emulate=True)
+    with torch.device("meta"):
+        model = build_model(DEEPSEEK_V3, DEEPSEEK_V3.flavors["debug"])
+    # 40 rows for each rank would not be a multiple of 16, but each has all 80.
+    name = "layers.1.attention.wkv_a"
+    assert model.get_submodule(name).weight.shape[0] == 80
+    parallel = Parallel(tp=2, sequence_parallel=False)
+    dims, device = ParallelDims.resolve(parallel, 2), torch.device("cpu")
+    problems = float8_problems(
+        model, plan, float8=section, parallel=parallel, dims=dims, device=device
+    )
+    assert list(problems) == []
+    assert name in convert(model, section, plan)
+    gathers = in_float8_styles(model, plan) - float8_linears(model).keys()
+    assert "layers.0.feed_forward" in gathers
+    assert "layers.1.attention" not in gathers
 
 
 def test_tensor_parallel_gathers_in_float8_for_linears_in_it_only(

@@ -39,6 +39,20 @@ def test_a_group_has_the_ranks_that_differ_on_its_axes_only(degrees: tuple[int, 
         dist.destroy_process_group()
 
 
+def test_neighbours_share_experts_that_the_other_ranks_of_a_replica_shard() -> None:
+    dims = ParallelDims(pp=2, dp_replicate=2, dp_shard=2, cp=1, tp=2, ep=2)
+    dist.init_process_group("fake", store=FakeStore(), rank=5, world_size=dims.world_size)
+    try:
+        meshes = build_meshes(dims, "cpu", has_experts=True)
+        assert meshes.ep is not None
+        assert meshes.efsdp is not None
+        assert dist.get_process_group_ranks(meshes.ep.get_group()) == [4, 5]
+        assert dist.get_process_group_ranks(meshes.efsdp.get_group("efsdp")) == [5, 7]
+        assert build_meshes(dims, "cpu").efsdp is None
+    finally:
+        dist.destroy_process_group()
+
+
 def _place(dims: ParallelDims, rank: int) -> list[tuple[str, int]]:
     return list(dims.coordinates(rank).items())
 

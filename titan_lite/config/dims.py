@@ -44,6 +44,7 @@ LOSS = tuple(axis.name for axis in MESH if axis.splits_samples or axis.splits_se
 SAME_LAYERS = tuple(axis.name for axis in MESH if axis.parameters != "stages")
 COPIES = tuple(axis.name for axis in MESH if axis.parameters == "copies")
 FSDP = tuple(axis.name for axis in MESH if axis.parameters == "shards")
+EXPERTS = tuple(axis.name for axis in MESH if axis.parameters in ("shards", "split"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class ParallelDims:
     cp: int
     tp: int
     ep: int = 1
-    """Ranks that share the experts, neighbours among those that FSDP2 shards over."""
+    """Ranks that share the experts, neighbours in dp_shard x cp x tp."""
 
     @classmethod
     def resolve(cls, parallel: Parallel, world_size: int) -> ParallelDims:
@@ -84,11 +85,12 @@ class ParallelDims:
                 f"got {world_size}; lower a degree, or start a multiple of {product} processes",
             )
         dims = cls(**{"dp_shard": world_size // product, **given}, ep=parallel.ep)
-        if dims.fsdp % dims.ep:
+        if dims.over(EXPERTS) % dims.ep:
+            factors = " x ".join(f"{axis} ({getattr(dims, axis)})" for axis in EXPERTS)
             raise SettingError(
-                ("parallel.ep", "parallel.dp_shard", "parallel.cp"),
-                f"ep must divide dp_shard ({dims.dp_shard}) x cp ({dims.cp}) = {dims.fsdp}, whose "
-                f"ranks share the experts; got {dims.ep}",
+                ("parallel.ep", *(f"parallel.{axis}" for axis in EXPERTS)),
+                f"ep must divide {factors} = {dims.over(EXPERTS)}, whose ranks share "
+                f"the experts; got {dims.ep}",
             )
         return dims
 
@@ -97,7 +99,7 @@ class ParallelDims:
         """The smallest number of ranks that the degrees allow."""
         axes = {axis: max(1, getattr(parallel, axis)) for axis in cls.AXES}
         if parallel.dp_shard == -1:
-            axes["dp_shard"] = parallel.ep // math.gcd(parallel.ep, parallel.cp)
+            axes["dp_shard"] = parallel.ep // math.gcd(parallel.ep, parallel.cp * parallel.tp)
         return math.prod(axes.values())
 
     @property

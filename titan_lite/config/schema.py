@@ -342,8 +342,8 @@ class Parallel(Section):
     """Exchange of attention under context parallel: keys and values, around a "ring" while it
     computes, or all at once with "all_gather"; with "ulysses": tokens for heads, and back."""
     ep: Positive = 1
-    """Expert-parallel degree: ranks, of dp_shard x cp, that share the experts of each block; tokens
-    are sent to them and back."""
+    """Expert-parallel degree: ranks, of dp_shard x cp x tp, that share the experts of each block;
+    tokens are sent to them and back."""
     tp: Positive = 1
     """Tensor-parallel degree."""
     pp: Positive = 1

@@ -25,6 +25,7 @@ from titan_lite.dryrun.measure import Measured, measure_step, recorder
 from titan_lite.dryrun.rank_progress import RankProgress
 from titan_lite.dryrun.repeat import NotRepeatableError, repeat_blocks
 from titan_lite.dryrun.torch_private import FakeTensorMode, fake_world
+from titan_lite.models.args import MoEArgs
 from titan_lite.models.plan import Plan
 from titan_lite.optim.low_precision_adam import prepare_int8
 from titan_lite.parallel.expert import assume_balance
@@ -83,7 +84,7 @@ def dry_run(
         check_float8(plan, model, section, torch.device("meta"))
         # Drawing looks at the values, of which there are none.
         model.init_parameter = _draw_nothing  # type: ignore[method-assign]
-        meshes = build_meshes(plan.dims, "cpu")
+        meshes = build_meshes(plan.dims, "cpu", has_experts=isinstance(plan.args, MoEArgs))
         objective = OBJECTIVES[plan.family.objective](plan.config)
         training = build_training(
             plan,

@@ -177,6 +177,9 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
                 )
     for name in ("num_heads", "num_kv_heads", "ffn_dim"):
         size = getattr(args, name)
+        if name == "ffn_dim" and isinstance(args, MoEArgs):
+            # Experts are not split, but shared ones are, which are one feed-forward together.
+            size *= args.shared_experts
         if size % tp:
             yield SettingError(
                 ("parallel.tp", f"model.{name}"),
@@ -275,10 +278,11 @@ def _moe_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
             ("parallel.ep", "model.flavor", "model.num_experts"),
             f"ep must divide num_experts ({args.num_experts}), got {parallel.ep}",
         )
-    if parallel.tp > 1:
+    if parallel.tp > 1 and not parallel.sequence_parallel:
         yield SettingError(
-            ("model.name", "parallel.tp"),
-            f"tp must be 1 for Mixture of Experts, got {parallel.tp}: set parallel.tp = 1",
+            ("model.name", "parallel.tp", "parallel.sequence_parallel"),
+            f"tp ({parallel.tp}) requires sequence parallel for Mixture of Experts, whose tokens "
+            "it splits: set parallel.sequence_parallel = true",
         )
     if parallel.pp > 1 and parallel.schedule.splits_backward:
         yield SettingError(
@@ -287,12 +291,17 @@ def _moe_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
             'support: set parallel.pp_schedule = "1F1B" or another one that does not',
         )
     mode = config.activation_checkpoint.mode
-    if mode == "selective_op" and config.compile.covers("model") and parallel.ep > 1:
+    if mode == "selective_op" and config.compile.covers("model") and parallel.ep * parallel.tp > 1:
         yield SettingError(
             ("compile.enable", "model.name", "activation_checkpoint.mode"),
             '"selective_op" saves nothing inside compiled graphs, of which Mixture of Experts has '
-            'several in a block with parallel.ep > 1: set mode = "full", or '
+            'several in a block with parallel.ep or parallel.tp > 1: set mode = "full", or '
             "compile.enable = false",
+        )
+    if args.dense_dim % parallel.tp:
+        yield SettingError(
+            ("parallel.tp", "model.flavor"),
+            f"dense_dim ({args.dense_dim}) must be a multiple of parallel.tp ({parallel.tp})",
         )
     multiple = 4 if dtype == "float32" else 8
     for name in ("dim", "ffn_dim"):

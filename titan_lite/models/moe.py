@@ -58,6 +58,7 @@ _FEED_FORWARD = "layers.*.feed_forward"
 ROUTED_PLAN = (
     *(row for row in LLAMA.tp_plan if not row.pattern.startswith(_FEED_FORWARD)),
     PlanRow(f"{_FEED_FORWARD}.router", "router"),
+    PlanRow(f"{_FEED_FORWARD}.router.copy", "copy"),
     PlanRow(f"{_FEED_FORWARD}.experts", "expert"),
 )
 

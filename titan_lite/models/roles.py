@@ -23,9 +23,12 @@ Role = Literal[
     "positions",
     # Has no parameters: gathers its sequence-split input once for its children.
     "gather",
+    # Has no parameters: passes on what is the same on every rank, to its own heads or part of the
+    # sequence.
+    "copy",
     # Chooses the experts of the tokens of its part of the sequence.
     "router",
-    # Weights of all experts of a block.
+    # Weights of all experts of a block, for tokens of its part of the sequence: never split.
     "expert",
     # Output projection split over the vocabulary; gathers the sequence, the logits stay split.
     "head",

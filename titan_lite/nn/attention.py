@@ -173,6 +173,8 @@ class LatentAttention(Attention):
             self.q_norm = RMSNorm(rank, eps=LATENT_EPS)
             self.wq_b = nn.Linear(rank, queries, bias=False)
         self.wkv_a = nn.Linear(D, args.kv_rank + args.rope_dim, bias=False)
+        # Tensor parallel adds up here what each rank's heads give for the gradient.
+        self.copy = nn.Identity()
         self.kv_norm = RMSNorm(args.kv_rank, eps=LATENT_EPS)
         self.wkv_b = nn.Linear(
             args.kv_rank, args.num_heads * (args.nope_dim + args.v_dim), bias=False
@@ -193,7 +195,7 @@ class LatentAttention(Attention):
         k_nope, v_BSNV = kv_BSNX.split(self.value_sizes, dim=-1)
         q_nope, q_BSNR = q_BSNH.split(self.query_sizes, dim=-1)
         q_BSNR, k_BS1R = self.rope(
-            pairs_to_halves(q_BSNR), pairs_to_halves(k_BSR.unsqueeze(2)), positions_S
+            pairs_to_halves(q_BSNR), pairs_to_halves(self.copy(k_BSR).unsqueeze(2)), positions_S
         )
         q_BSNH = torch.cat((q_nope, q_BSNR), dim=-1)
         k_BSNH = torch.cat((k_nope, k_BS1R.expand_as(q_BSNR)), dim=-1)

@@ -25,12 +25,17 @@ class NoBalanceLoss(nn.Module):
 class SequenceBalanceLoss(nn.Module):
     """Sum over tokens and experts of a score's share, times its expert's load in the sequence.
 
-    Source: arXiv:2412.19437, equations 17 to 20.
+    Source: arXiv:2412.19437, equations 17 to 20. `whole` gives the counts of whole sequences, of
+    which ranks may have parts.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole: nn.Module = nn.Identity()
 
     def forward(self, shares_TE: Tensor, counts_BE: Tensor, lagged_E: Tensor) -> Tensor:
         shares_BE = shares_TE.unflatten(0, (len(counts_BE), -1)).sum(1)
-        return (shares_BE * relative_load(counts_BE)).sum()
+        return (shares_BE * relative_load(self.whole(counts_BE))).sum()
 
 
 class LaggedBalanceLoss(nn.Module):

@@ -22,6 +22,8 @@ class Router(nn.Module):
     def __init__(self, args: MoEArgs) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(args.num_experts, args.dim))
+        # Tensor parallel adds up here what each rank's tokens give for the gradient.
+        self.copy = nn.Identity()
         self.top_k = args.top_k
         self.score = args.score
         self.groups, self.kept_groups = args.groups, args.kept_groups
@@ -37,7 +39,7 @@ class Router(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the weights (T, K) and the numbers (T, K) of the experts, best first."""
-        logits_TE = linear(x_BSD.flatten(0, 1).float(), self.weight.float())
+        logits_TE = linear(x_BSD.flatten(0, 1).float(), self.copy(self.weight).float())
         scores_TE = logits_TE.softmax(-1) if self.score == "softmax" else logits_TE.sigmoid()
         chosen_TK = self._choose(logits_TE.detach(), scores_TE.detach())
         weights_TK = scores_TE.gather(1, chosen_TK)

@@ -26,7 +26,7 @@ from titan_lite.parallel.context import ShardedAttention, context_parallel
 from titan_lite.parallel.expert import expert_parallel
 from titan_lite.parallel.float8 import float8_linears, is_gathered_in_float8
 from titan_lite.parallel.fsdp import precision, uses_symm_mem
-from titan_lite.parallel.tensor import split_modules
+from titan_lite.parallel.tensor import named_roles, split_modules
 
 Modules = Mapping[str, Sequence[str]]
 """Names of modules by the feature that is configured for, or applied to them."""
@@ -233,14 +233,14 @@ def configured_modules(
         configured[_attention_over(parallel.cp_method, parallel.cp)] = [
             name for name, module in _by_name(model).items() if isinstance(module, Attention)
         ]
+    experts = [name for name, m in _by_name(model).items() if isinstance(m, Experts)]
     if parallel.ep > 1:
-        experts = [name for name, m in _by_name(model).items() if isinstance(m, Experts)]
         configured[_experts_over(parallel.ep)] = experts
+    if parallel.ep * parallel.tp > 1:
         configured["FSDP unit"] = [*configured["FSDP unit"], *experts]
     if parallel.tp > 1:
-        for row in tp_plan:
-            names = [name for name in _by_name(model) if row.matches(name)]
-            configured[row.role] = [*configured.get(row.role, ()), *names]
+        for name, role in named_roles(_by_name(model), tp_plan):
+            configured[role] = [*configured.get(role, ()), name]
     return configured
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from titan_lite.config.schema import Compile
+from titan_lite.nn.moe import Experts
 from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.activation_checkpoint import is_checkpointed
 from titan_lite.parallel.attention_ops import CPU_FLASH
@@ -48,8 +49,8 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
-def apply_compile(model: Transformer, section: Compile) -> None:
-    """Compiles each block in place, refusing graph breaks.
+def apply_compile(model: Transformer, section: Compile, *, has_expert_units: bool) -> None:
+    """Compiles each block in place, refusing graph breaks except around FSDP2 units of experts.
 
     Forgets what earlier models of this process compiled: dynamo finds graphs by their code, so
     that another model's shapes would be a reason to recompile this one's with dynamic ones.
@@ -60,15 +61,16 @@ def apply_compile(model: Transformer, section: Compile) -> None:
     if section.covers("model"):
         _untag_attention_on_cpu()
         for block in model.layers.children():
-            experts = [m for m in block.modules() if isinstance(m, ExpertParallel)]
-            for module in experts:
+            experts = [m for m in block.modules() if isinstance(m, Experts)]
+            for module in (m.compute for m in experts if isinstance(m.compute, ExpertParallel)):
                 # A graph would be compiled for each number of rows.
                 module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
             # Hooks of FSDP2 units inside the block break its graph.
-            if experts and is_checkpointed(block):
+            is_broken = has_expert_units and bool(experts)
+            if is_broken and is_checkpointed(block):
                 # The compiler gives up on a checkpoint with breaks inside.
                 (block,) = block.children()
-            block.compile(fullgraph=not experts)
+            block.compile(fullgraph=not is_broken)
 
 
 def _untag_attention_on_cpu() -> None:

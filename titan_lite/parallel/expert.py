@@ -4,6 +4,7 @@ Shape suffixes: R rows of this rank's tokens, ordered by expert; E experts, L of
 P ranks; X rows that this rank's experts get from all ranks; D model width.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from titan_lite.nn.balance import SequenceBalanceLoss
 from titan_lite.nn.moe import Experts, Take
 from titan_lite.nn.transformer import Transformer
-from titan_lite.runtime.collectives import all_to_all_single_autograd
+from titan_lite.runtime.collectives import all_to_all_single_autograd, traceable_all_reduce
 
 
 def apply_ep(model: Transformer, mesh: DeviceMesh) -> None:
@@ -66,6 +68,26 @@ class ExpertParallel(nn.Module):
         self, rows: Tensor, arriving: list[int] | None, leaving: list[int] | None
     ) -> Tensor:
         return all_to_all_single_autograd(rows, arriving, leaving, self.group_name)
+
+
+def apply_whole_counts(model: Transformer, groups: Sequence[dist.ProcessGroup]) -> None:
+    """Has losses over sequences count what all ranks of `groups` have of them."""
+    for module in model.modules():
+        if isinstance(module, SequenceBalanceLoss):
+            module.whole = WholeCounts(groups)
+
+
+class WholeCounts(nn.Module):
+    """Sums counts over ranks."""
+
+    def __init__(self, groups: Sequence[dist.ProcessGroup]) -> None:
+        super().__init__()
+        self.groups = groups
+
+    def forward(self, counts_BE: Tensor) -> Tensor:
+        for group in self.groups:
+            counts_BE = traceable_all_reduce(counts_BE, "sum", group)
+        return counts_BE
 
 
 def expert_parallel(module: nn.Module) -> int | None:

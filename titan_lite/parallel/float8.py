@@ -25,7 +25,7 @@ from titan_lite.config.dims import ParallelDims
 from titan_lite.config.problems import SettingError, quote
 from titan_lite.config.schema import Float8, Parallel
 from titan_lite.models.patterns import matches
-from titan_lite.models.roles import PlanRow, Role
+from titan_lite.models.roles import PlanRow, Role, kind_of
 from titan_lite.nn.transformer import Transformer
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,8 @@ def _reason_against(
     size = f"{shape[0]} x {shape[1]}"
     if _role(name, plan) == "head":
         return "the output head"
-    if _role(name, plan) in ("sequence", "whole"):
+    is_whole = _role(name, plan) in ("sequence", "whole")
+    if is_whole and kind_of(f"{name}.weight", plan) != "matrix":
         return "a head's, whole on every rank"
     if type(linear) is not nn.Linear:
         # torchao's linear would replace the class, and its forward with it.
@@ -148,16 +149,17 @@ def _layout_problems(
     for pattern, name in {_pattern(name): name for name in reversed(chosen)}.items():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        rows, by_columns = linear.out_features, _role(name, plan) == "rowwise"
+        rows, role = linear.out_features, _role(name, plan)
+        by_columns, tp = role == "rowwise", 1 if role == "whole" else dims.tp
         size = linear.in_features if by_columns else rows
-        if size % (dims.tp * MULTIPLE):
+        if size % (tp * MULTIPLE):
             yield SettingError(
                 "parallel.tp",
                 f"{pattern} has {size} {'columns' if by_columns else 'rows'}, {size / dims.tp:g} "
                 f"on each of tp ({dims.tp}) ranks; float8 requires a multiple of {MULTIPLE}: add "
                 "it to float8.filter",
             )
-        local_rows = rows if by_columns else rows // dims.tp
+        local_rows = rows if by_columns else rows // tp
         if float8.fsdp_all_gather and local_rows % dims.fsdp:
             yield SettingError(
                 "float8.fsdp_all_gather",
@@ -264,9 +266,11 @@ def in_float8_styles(model: Transformer, plan: tuple[PlanRow, ...]) -> set[str]:
         if linear.config.cast_config_input.scaling_granularity.value == "tensorwise"  # type: ignore[union-attr]
     }
     colwise = {name for name, _ in model.named_modules() if _role(name, plan) == "colwise"}
+    # Linears that are whole on each rank take the same input, in high precision.
+    whole = [name for name, _ in model.named_modules() if _role(name, plan) == "whole"]
     gathers, mixed = set(), []
     for name, _ in model.named_modules():
-        if _role(name, plan) == "gather":
+        if _role(name, plan) == "gather" and not any(w.startswith(f"{name}.") for w in whole):
             fed = {linear for linear in colwise if linear.startswith(f"{name}.")}
             if fed and fed <= tensorwise:
                 gathers.add(name)

@@ -1,6 +1,7 @@
 """FSDP2 and HSDP: one unit per block, one for the embeddings, one for the norm and each head."""
 
 import warnings
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -16,8 +17,9 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard
 
 from titan_lite.config.schema import Parallel
+from titan_lite.nn.moe import Experts
 from titan_lite.nn.transformer import Transformer
-from titan_lite.parallel.expert import expert_parallel
+from titan_lite.parallel.mesh import Meshes
 
 
 def check_symm_mem(device: torch.device) -> None:
@@ -40,13 +42,8 @@ def uses_symm_mem(model: nn.Module) -> bool:
     return bool(gathers) and all(name == "SymmMemAllGather" for name in gathers)
 
 
-def set_gradient_sync(
-    model: Transformer, mesh: DeviceMesh, section: Parallel, *, last: bool
-) -> None:
-    """Sets what the next backward reduces and frees; `last` micro-batch of its optimizer step.
-
-    mesh: the one that the model is sharded over.
-    """
+def set_gradient_sync(model: Transformer, meshes: Meshes, section: Parallel, *, last: bool) -> None:
+    """Sets what the next backward reduces and frees; `last` micro-batch of its optimizer step."""
     assert isinstance(model, FSDPModule)
     # Replicas add up their sums once: the shards of one replica suffice until then.
     model.set_requires_all_reduce(last)
@@ -54,15 +51,16 @@ def set_gradient_sync(
     if syncs_once:
         model.set_requires_gradient_sync(last)
     # At degree 1 there is nothing to sync, and each gather is a cast and a copy of all weights.
-    if _reshard(section, mesh) == "never" and (syncs_once or mesh.shape[-1] == 1):
+    degree = max(mesh.shape[-1] for mesh in (meshes.fsdp, meshes.efsdp) if mesh is not None)
+    if _reshard(section, degree) == "never" and (syncs_once or degree == 1):
         model.set_reshard_after_backward(last)
 
 
-def _reshard(section: Parallel, mesh: DeviceMesh) -> str | int:
-    """Returns parallel.reshard_after_forward with its default resolved."""
+def _reshard(section: Parallel, degree: int) -> str | int:
+    """Returns parallel.reshard_after_forward with its default resolved, for shards of a degree."""
     if section.reshard_after_forward != "default":
         return section.reshard_after_forward
-    return "never" if section.pp > 1 or mesh.shape[-1] == 1 else "last_block_kept"
+    return "never" if section.pp > 1 or degree == 1 else "last_block_kept"
 
 
 def free_gathered(model: nn.Module) -> None:
@@ -94,7 +92,7 @@ def apply_fsdp(
 ) -> None:
     """Shards the model in place over `mesh`: 1D (fsdp), or 2D (dp_replicate, fsdp) for HSDP.
 
-    Under expert parallel, experts are separate units over `expert_mesh`.
+    Experts are separate units over `expert_mesh` where there is one.
     Applied at degree 1 too, so that one device computes in the same precision as many.
     Gradients are summed over the ranks, never averaged: the loss is already divided by the
     tokens of the global batch. At degree 1 no factor is set: FSDP2 would divide by it.
@@ -131,9 +129,17 @@ def apply_fsdp(
             offload_policy=offload,
             shard_placement_fn=partial(placement, mesh.shape[-1]),
         )
+        if mesh.size() > 1:
+            _reduce_by_sum(module if isinstance(module, list) else [module])
 
-    choice = _reshard(section, mesh)
-    reshard = choice if isinstance(choice, int) else choice != "never"
+    def reshard_block(mesh: DeviceMesh, *, is_last: bool = False) -> bool | int:
+        choice = _reshard(section, mesh.shape[-1])
+        if choice == "last_block_kept":
+            # Backward starts with the last block: freeing it would only gather it again at once.
+            return not is_last
+        return choice if isinstance(choice, int) else choice != "never"
+
+    choice = _reshard(section, mesh.shape[-1])
     blocks = list(model.layers.children())
     ends = {name: model.get_submodule(name) for name in model.ends}
     embeddings = [ends[name] for name in ends if name in model.first]
@@ -144,15 +150,13 @@ def apply_fsdp(
         # One weight is one unit's.
         embeddings, head = [], [*embeddings, *head]
     if embeddings:
-        shard(embeddings, reshard)
+        shard(embeddings, reshard_block(mesh))
     for index, block in enumerate(blocks):
-        # Backward starts with the last block: freeing it would only gather it again at once.
-        kept = choice == "last_block_kept" and index == len(blocks) - 1
-        if expert_mesh is not None:
-            for module in block.modules():
-                if expert_parallel(module):
-                    shard(module, False if kept else reshard, expert_mesh)
-        shard(block, False if kept else reshard)
+        is_last = index == len(blocks) - 1
+        for module in block.modules():
+            if expert_mesh is not None and isinstance(module, Experts):
+                shard(module, reshard_block(expert_mesh, is_last=is_last), expert_mesh)
+        shard(block, reshard_block(mesh, is_last=is_last))
     if head:
         shard(head, choice == "always")
     for module in (*apart, model):
@@ -161,8 +165,6 @@ def apply_fsdp(
     # changes one in place.
     units = "PostNormBlock|LayerNorm"
     warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \(FSDP({units})\) returned a view")
-    if mesh.size() > 1:
-        _reduce_by_sum(model)
     if section.fsdp_symm_mem and mesh.shape[-1] > 1:
         # After the sum is set: it is the only reduction that symmetric memory has.
         for module in model.modules():
@@ -175,10 +177,10 @@ def apply_fsdp(
         module.set_unshard_in_backward(False)
 
 
-def _reduce_by_sum(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # Together a plain SUM on every backend; the factor alone would ask for
-            # PREMUL_SUM, which gloo does not have.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+def _reduce_by_sum(units: Iterable[nn.Module]) -> None:
+    for module in units:
+        assert isinstance(module, FSDPModule)
+        # Together a plain SUM on every backend; the factor alone would ask for PREMUL_SUM, which
+        # gloo does not have.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)

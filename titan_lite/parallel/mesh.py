@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from titan_lite.config.dims import COPIES, FSDP, LOSS, SAME_LAYERS, SEQUENCE, ParallelDims
+from titan_lite.config.dims import COPIES, EXPERTS, FSDP, LOSS, SAME_LAYERS, SEQUENCE, ParallelDims
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,9 @@ class Meshes:
     model: axes pp, dp_replicate, fsdp (dp_shard x cp), tp: what parameters are laid out over.
     fsdp: the part of it that FSDP2 takes: (fsdp), or (dp_replicate, fsdp) for HSDP.
     loss: the ranks whose token sums add up to the global batch's (dp_replicate x dp_shard x cp).
-    ep: the ranks that share the experts, and efsdp: as fsdp, of each one's; None where ep is 1.
+    ep: the ranks that share the experts, None where ep is 1.
+    efsdp: as fsdp, for the experts of a rank: of dp_shard x cp x tp, the ranks that have the same
+    ones; None where that is fsdp.
     cp: the ranks that hold one sequence together, None where each holds its own.
     pp: the ranks whose stages make one model, None where each has all of it.
     stage: the ranks that have parts of the same parameters.
@@ -33,7 +35,7 @@ class Meshes:
     stage: dist.ProcessGroup | None
 
 
-def build_meshes(dims: ParallelDims, device_type: str) -> Meshes:
+def build_meshes(dims: ParallelDims, device_type: str, *, has_experts: bool = False) -> Meshes:
     """Builds the meshes; collective."""
 
     def group(name: str, axes: Sequence[str]) -> dist.ProcessGroup:
@@ -52,15 +54,17 @@ def build_meshes(dims: ParallelDims, device_type: str) -> Meshes:
     model = init_device_mesh(device_type, degrees, mesh_dim_names=names)
     copies = [name for name in COPIES if getattr(dims, name) > 1]
     ep = efsdp = None
-    if dims.ep > 1:
+    if has_experts and dims.ep * dims.tp > 1:
         # The same ranks, of which neighbours have different experts.
         at = names.index("fsdp")
+        assert names[at:] == ("fsdp", "tp")
         experts = init_device_mesh(
             device_type,
-            (*degrees[:at], dims.fsdp // dims.ep, dims.ep, *degrees[at + 1 :]),
-            mesh_dim_names=(*names[:at], "efsdp", "ep", *names[at + 1 :]),
+            (*degrees[:at], dims.over(EXPERTS) // dims.ep, dims.ep),
+            mesh_dim_names=(*names[:at], "efsdp", "ep"),
         )
-        ep, efsdp = experts["ep"], experts[(*copies, "efsdp")]
+        ep = experts["ep"] if dims.ep > 1 else None
+        efsdp = experts[(*copies, "efsdp")]
     return Meshes(
         model=model,
         fsdp=model[(*copies, "fsdp")],

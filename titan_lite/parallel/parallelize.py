@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+import torch.distributed as dist
 
 from titan_lite.config.activation_checkpoint import ActivationCheckpoint
 from titan_lite.config.schema import (
@@ -20,7 +21,7 @@ from titan_lite.parallel.async_tp import apply_async_tp
 from titan_lite.parallel.attention_kernel import apply_attention_kernel, merged_kernel
 from titan_lite.parallel.compile import apply_compile
 from titan_lite.parallel.context import apply_cp
-from titan_lite.parallel.expert import apply_ep
+from titan_lite.parallel.expert import apply_ep, apply_whole_counts
 from titan_lite.parallel.float8 import convert
 from titan_lite.parallel.fsdp import apply_fsdp
 from titan_lite.parallel.mesh import Meshes
@@ -46,10 +47,12 @@ def parallelize(
     that the compiler sees what is recomputed; compile before FSDP2, whose hooks and all-gathers
     stay outside the compiled graphs.
     """
+    sequence: list[dist.ProcessGroup] = []
     apply_attention_kernel(attention.kernel)
     float8_linears = convert(model, float8, tp_plan)
     if parallel.tp > 1:
         apply_tp(model, meshes.tp, tp_plan, sequence_parallel=parallel.sequence_parallel)
+        sequence.append(meshes.tp.get_group())
     if meshes.cp is not None:
         kernel = partial(
             merged_kernel,
@@ -58,12 +61,14 @@ def parallelize(
             deterministic=training.deterministic,
         )
         apply_cp(model, meshes.cp, parallel.cp_method, kernel)
+    if sequence:
+        apply_whole_counts(model, sequence)
     if meshes.ep is not None:
         apply_ep(model, meshes.ep)
     apply_activation_checkpoint(model, activation_checkpoint)
     if compile.enable:
         apply_async_tp(meshes.tp, enable=parallel.async_tp)
-    apply_compile(model, compile)
+    apply_compile(model, compile, has_expert_units=meshes.efsdp is not None)
     apply_fsdp(
         model,
         meshes.fsdp,

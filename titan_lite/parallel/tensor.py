@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
     DTensor,
+    Partial,
     Placement,
     Replicate,
     Shard,
@@ -31,6 +32,7 @@ from torch.distributed.tensor.parallel import (
 from titan_lite.models.roles import PlanRow, Role
 from titan_lite.nn.attention import DropoutAttention
 from titan_lite.nn.dropout import Dropout
+from titan_lite.nn.moe import MoE
 from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.float8 import float8_styles, in_float8_styles
 from titan_lite.runtime.collectives import AsyncCollectiveTensor
@@ -43,6 +45,7 @@ WEIGHT_PLACEMENTS: dict[Role, Placement] = {
     "whole": Replicate(),
     "heads": Replicate(),
     "positions": Replicate(),
+    "router": Replicate(),
     "head": Shard(0),
 }
 """Placement of a weight (out, in) on the tensor-parallel axis."""
@@ -74,6 +77,24 @@ class ReplicateParallel(ParallelStyle):
             input_fn=_as_replicated,
             output_fn=_to_local,
         )
+
+
+class CopyParallel(ParallelStyle):
+    """Passes on what is the same on every rank, and adds up the gradients of all ranks."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def give(_module: nn.Module, output: Any, _mesh: DeviceMesh) -> Any:
+            return output.to_local(grad_placements=[Partial()])
+
+        return distribute_module(module, device_mesh, None, _as_replicated, give)
+
+
+class RouterParallel(ParallelStyle):
+    """Leaves the forward as it is; buffers stay plain tensors."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        _replicate("", module, device_mesh)
+        return module
 
 
 class PositionsParallel(ParallelStyle):
@@ -145,20 +166,31 @@ def apply_tp(
             module.shard = mesh.get_local_rank()
 
 
+def named_roles(
+    modules: Mapping[str, nn.Module], plan: tuple[PlanRow, ...]
+) -> Iterator[tuple[str, Role]]:
+    """Names of the modules that tensor parallel lays out, with their roles in the plan."""
+    for row in plan:
+        for name, module in modules.items():
+            # Experts take the tokens of a rank's part of the sequence, and are split by FSDP2.
+            gathers_for_experts = row.role == "gather" and isinstance(module, MoE)
+            if row.matches(name) and row.role != "expert" and not gathers_for_experts:
+                yield name, row.role
+
+
 def split_modules(
     modules: Mapping[str, nn.Module], plan: tuple[PlanRow, ...]
 ) -> dict[Role, list[str]]:
     """Returns by role the names of the modules that tensor parallel lays out."""
     by_role = defaultdict(list)
-    for row in plan:
-        for name, module in modules.items():
-            if row.matches(name) and _plays(module, row.role):
-                by_role[row.role].append(name)
+    for name, role in named_roles(modules, plan):
+        if _plays(modules[name], role):
+            by_role[role].append(name)
     return dict(by_role)
 
 
 def _plays(module: nn.Module, role: Role) -> bool:
-    if role == "gather":
+    if role in ("gather", "copy"):
         # FSDP2's own hook is on each of its units.
         hooks = module._forward_pre_hooks.values()
         return any(not hook.__module__.startswith("torch.distributed.fsdp") for hook in hooks)
@@ -172,10 +204,8 @@ def _styles(
     model: Transformer, plan: tuple[PlanRow, ...], between: Placement
 ) -> Iterator[tuple[str, ParallelStyle]]:
     float8 = in_float8_styles(model, plan)
-    for name, _ in model.named_modules():
-        for row in plan:
-            if row.matches(name):
-                yield name, _style(row.role, between, float8=name in float8)
+    for name, role in named_roles(dict(model.named_modules()), plan):
+        yield name, _style(role, between, float8=name in float8)
 
 
 def _style(role: Role, between: Placement, *, float8: bool) -> ParallelStyle:
@@ -201,10 +231,14 @@ def _style(role: Role, between: Placement, *, float8: bool) -> ParallelStyle:
             return SequenceParallel(sequence_dim=2, use_local_output=True)
         case "positions":
             return PositionsParallel(between)
-        case "router" | "expert":
-            raise AssertionError("models/model_rules.py refuses parallel.tp > 1 with experts")
+        case "copy":
+            return CopyParallel()
+        case "router":
+            return RouterParallel()
         case "head":
             return VocabParallelHead(between)
+        case "expert":
+            raise AssertionError("not laid out by tensor parallel")
 
 
 def _replicate(_name: str, module: nn.Module, mesh: DeviceMesh) -> None:

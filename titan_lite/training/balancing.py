@@ -62,7 +62,7 @@ class Balancer:
         if self.loss_scale is not None:
             loss_L /= self.loss_scale
         for tensor in (counts_LE, loss_L):
-            dist.all_reduce(tensor, group=self.meshes.loss)
+            dist.all_reduce(tensor, group=self.meshes.stage)
             if self.meshes.pp is not None:
                 dist.all_reduce(tensor, group=self.meshes.pp)
         self.loss_L = loss_L

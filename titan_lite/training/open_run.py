@@ -20,6 +20,7 @@ from titan_lite.checkpoint.storage import versions
 from titan_lite.config.problems import about
 from titan_lite.metrics.by_source import build_source_meter
 from titan_lite.metrics.device import PeakFlops, device_name
+from titan_lite.models.args import MoEArgs
 from titan_lite.models.plan import Plan
 from titan_lite.parallel.compile import Compilations
 from titan_lite.parallel.mesh import build_meshes
@@ -79,7 +80,8 @@ def open_run(
         stack.callback(watchdog.close)
         start = _agree(plan, checked.start, data)
 
-        meshes = build_meshes(plan.dims, process.device.type)
+        has_experts = isinstance(plan.args, MoEArgs)
+        meshes = build_meshes(plan.dims, process.device.type, has_experts=has_experts)
         # The meshes' process groups do not inherit the timeout of the default group.
         watchdog.set_timeout(config.comm.init_timeout_seconds)
         logger.info("Building the model: %s parameters", in_words(model.num_parameters, plan.args))

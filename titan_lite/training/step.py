@@ -203,7 +203,7 @@ class TrainStep:
             return loss
         for number, batch in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)
-            set_gradient_sync(self.model, self.meshes.fsdp, self.config.parallel, last=last)
+            set_gradient_sync(self.model, self.meshes, self.config.parallel, last=last)
             inputs, kwargs = self._call(batch, factor)
             self.progress.enter("forward")
             share = self.model(inputs, **kwargs)
