@@ -91,13 +91,6 @@ MOE = "--model.name=qwen3_moe"
             'balance_coeff has no effect: model.balance_loss is "none"',
         ),
         (
-            ["--parallel.cp=2", "--model.balance_loss=sequence"],
-            2,
-            "parallel.cp",
-            '"sequence" requires whole sequences, which parallel.cp (2) splits: set '
-            'model.balance_loss = "global_lagged"',
-        ),
-        (
             ["--model.bias_rate=0.001"],
             1,
             "model.bias_rate",

@@ -255,6 +255,8 @@ DEEPSEEK = family(
     "model.balance_loss=global_lagged",
     "model.balance_coeff=0.1",
 )
+# V3's own loss, of sequences that ranks have parts of.
+DEEPSEEK_OVER_SEQUENCES = family("deepseek_v3", "model.balance_coeff=0.1")
 GPT_NEOX = family("gpt_neox")
 BERT = family("bert", "model.qkv_bias=false")
 MEGATRON_BERT = family("megatron_bert", "model.qkv_bias=false")
@@ -306,6 +308,8 @@ FAMILIES = (
     Case("tp2", micro_batches=2, alike=(*DEEPSEEK, "training.steps=10")),
     Case("tp2", "full", TRACED, more=(EP2,), alike=DEEPSEEK),
     Case("pp2 x tp2", "full", micro_batches=4, more=(EP2,), alike=DEEPSEEK),
+    Case("cp2", alike=DEEPSEEK_OVER_SEQUENCES),
+    Case("cp2 x tp2", "full", micro_batches=2, more=(EP4,), alike=DEEPSEEK_OVER_SEQUENCES),
     Case("hsdp 2x1", "none", TRACED, 4, alike=GPT_NEOX),
     Case("pp2 x tp2", "selective_op", micro_batches=4, alike=GPT_NEOX),
     Case("cp2", "full", alike=GPT_NEOX),

@@ -262,12 +262,6 @@ def _moe_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
         yield SettingError(
             "model.balance_coeff", 'balance_coeff has no effect: model.balance_loss is "none"'
         )
-    if args.balance_loss == "sequence" and parallel.cp > 1:
-        yield SettingError(
-            ("model.balance_loss", "parallel.cp"),
-            f'"sequence" requires whole sequences, which parallel.cp ({parallel.cp}) splits: set '
-            'model.balance_loss = "global_lagged"',
-        )
     if args.bias_rate and not args.route_bias:
         yield SettingError(
             ("model.bias_rate", "model.route_bias"),

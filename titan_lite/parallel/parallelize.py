@@ -54,6 +54,7 @@ def parallelize(
         apply_tp(model, meshes.tp, tp_plan, sequence_parallel=parallel.sequence_parallel)
         sequence.append(meshes.tp.get_group())
     if meshes.cp is not None:
+        sequence.append(meshes.cp)
         kernel = partial(
             merged_kernel,
             attention.kernel,
