@@ -1,0 +1,109 @@
+"""Experts of two ranks, under routing that is forced: one process gives the same."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from tests.distributed import Workers
+from titan_lite.models.args import MoEArgs
+from titan_lite.models.moe import MIXTRAL
+from titan_lite.nn.moe import MoE
+from titan_lite.parallel.expert import apply_ep
+
+D, E = 64, 8
+DEBUG = MIXTRAL.flavors["debug"]
+assert isinstance(DEBUG, MoEArgs)
+ARGS = replace(DEBUG, dim=D, ffn_dim=32, num_experts=E, route_bias=True)
+BOUND = 1e-6
+
+
+@dataclass(frozen=True)
+class Forced:
+    """Tokens of each rank, and the biases, or the equal scores, that route them.
+
+    counts: tokens of the first experts, if they are forced.
+    """
+
+    tokens: tuple[int, int] = (6, 6)
+    top_k: int = 2
+    biases: dict[int, float] = field(default_factory=dict)
+    is_tied: bool = False
+    counts: tuple[int, ...] = ()
+
+
+FORCED = {
+    "all tokens to an expert of the first rank": Forced(top_k=1, biases={0: 9}, counts=(12,)),
+    "all tokens to an expert of the last rank": Forced(
+        top_k=1, biases={7: 9}, counts=(0, 0, 0, 0, 0, 0, 0, 12)
+    ),
+    "an expert without tokens": Forced(biases={0: -9}, counts=(0,)),
+    "fewer tokens than experts": Forced((1, 1)),
+    "one token and many": Forced((1, 11)),
+    "exact ties": Forced(is_tied=True, counts=(12, 12, 0, 0, 0, 0, 0, 0)),
+}
+
+
+def _block(forced: Forced) -> MoE:
+    generator = torch.Generator().manual_seed(0)
+    moe = MoE(replace(ARGS, top_k=forced.top_k))
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    if forced.is_tied:
+        torch.nn.init.zeros_(moe.router.weight)
+    assert moe.router.bias is not None
+    for expert, bias in forced.biases.items():
+        moe.router.bias[expert] = bias
+    return moe
+
+
+def _backward(moe: MoE, forced: Forced, tokens: slice) -> dict[str, Any]:
+    """Returns the output and the gradients of a loss over some of the tokens, and the counts."""
+    generator = torch.Generator().manual_seed(1)
+    shape = sum(forced.tokens), D
+    x_TD, weights_TD = (torch.randn(shape, generator=generator)[tokens] for _ in range(2))
+    x_TD.requires_grad_()
+    out_TD = moe(x_TD.unsqueeze(0))[0]
+    (out_TD * weights_TD).sum().backward()
+    grads = {name: p.grad for name, p in moe.named_parameters()} | {"x": x_TD.grad}
+    assert all(grad is not None for grad in grads.values())
+    tensors = grads | {"out": out_TD.detach(), "counts": moe.router.balance.counts_E}
+    return {name: _whole(tensor) for name, tensor in tensors.items() if tensor is not None}
+
+
+def _whole(tensor: Tensor) -> Any:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).numpy()
+
+
+def _on_a_rank(forced: Forced) -> dict[str, Any]:
+    first = sum(forced.tokens[: dist.get_rank()])
+    moe = _block(forced)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
+    apply_ep(moe, mesh)  # type: ignore[arg-type]
+    return _backward(moe, forced, slice(first, first + forced.tokens[dist.get_rank()]))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", FORCED)
+def test_two_ranks_route_as_one_process_does(name: str, workers: Mapping[int, Workers]) -> None:
+    forced = FORCED[name]
+    expected = _backward(_block(forced), forced, slice(None))
+    assert expected["counts"][: len(forced.counts)].tolist() == list(forced.counts)
+    first, second = workers[2].run(_on_a_rank, forced)
+    for key, whole in expected.items():
+        if key in ("x", "out"):
+            actual = torch.cat([torch.from_numpy(rank[key]) for rank in (first, second)])
+        elif key.startswith("experts"):
+            actual = torch.from_numpy(first[key])
+        else:
+            actual = torch.from_numpy(first[key] + second[key])
+        reference = torch.from_numpy(whole)
+        assert actual.shape == reference.shape, key
+        error = (actual - reference).abs().max() / reference.abs().max().clamp(min=1e-3)
+        assert error <= (0 if key == "counts" else BOUND), (key, error)
