@@ -344,7 +344,7 @@ BUDGET = {
     "data": 3080,
     "parallel": 2043,
     "config": 2037,
-    "training": 1912,
+    "training": 1910,
     "tools": 1829,
     "checkpoint": 1599,
     "models": 1712,

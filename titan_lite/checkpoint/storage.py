@@ -254,7 +254,7 @@ def _dequantized(value: Any) -> Any:
 class LoadPlanner(dcp.DefaultLoadPlanner):
     """Names what does not fit; loads a vocabulary saved without padding into one that has it."""
 
-    def __init__(self, vocab_size: int, source: Path, excluded: Sequence[str] = ()) -> None:
+    def __init__(self, vocab_size: int, source: Path, excluded: Sequence[str]) -> None:
         """excluded: names of parameters that are left as they are."""
         super().__init__()
         self.vocab_size = vocab_size

@@ -6,9 +6,9 @@ from titan_lite.config.dims import ParallelDims
 from titan_lite.config.schema import Config
 
 
-def memory_advice(config: Config, dims: ParallelDims, count: int = 3) -> list[str]:
-    """The `count` cheapest changes that would help this run, each as key, value and reason."""
-    return list(_advice(config, dims))[:count]
+def memory_advice(config: Config, dims: ParallelDims) -> list[str]:
+    """The three cheapest changes that would help this run, each as key, value and reason."""
+    return list(_advice(config, dims))[:3]
 
 
 def _advice(config: Config, dims: ParallelDims) -> Iterator[str]:

@@ -54,9 +54,9 @@ def _sent(number: signal.Signals) -> str:
 class StopRequest:
     """A request to stop this process; `signal` names the signal, None before."""
 
-    def __init__(self, progress: Progress | None = None) -> None:
+    def __init__(self) -> None:
         self.signal: str | None = None
-        self.progress = progress or Progress()
+        self.progress = Progress()
 
     def launcher_has_gone(self) -> None:
         """Requests a stop because the process that started this one has ended."""

@@ -59,7 +59,7 @@ class Watchdog:
         world_size: int,
         timeout: float,
         logs: bool,
-        hint: str = "",
+        hint: str,
     ) -> None:
         """store: a separate one, since waiting for a key blocks a store.
 

@@ -55,12 +55,10 @@ from titan_lite.training.trainer import Trainer, Watcher
 logger = logging.getLogger(__name__)
 
 
-def open_run(
-    plan: Plan, process: Process | None = None, *, stop: StopRequest | None = None
-) -> Trainer:
+def open_run(plan: Plan, *, stop: StopRequest | None = None) -> Trainer:
     """Builds a run and loads its checkpoint or start weights; collective. See Trainer.close."""
     config = plan.config
-    process = process or Process.from_environment()
+    process = Process.from_environment()
     stop = stop or StopRequest()
     with plan.reporting(), contextlib.ExitStack() as stack:
         if process.rank == 0:
