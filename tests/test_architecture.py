@@ -341,23 +341,23 @@ def test_only_these_functions_take_a_whole_plan_or_configuration() -> None:
 # Lines of code of each room: neither blank, comment nor docstring. Raising one is a decision to
 # explain in the commit message.
 BUDGET = {
-    "data": 3080,
+    "data": 3043,
     "parallel": 2043,
     "config": 2037,
     "training": 1910,
-    "tools": 1829,
+    "tools": 1827,
     "checkpoint": 1599,
     "models": 1712,
     "planner": 1377,
     "regression": 1201,
     "runtime": 1130,
     "nn": 980,
-    "dryrun": 900,
-    "metrics": 830,
+    "dryrun": 890,
+    "metrics": 827,
     "optim": 805,
-    "cli": 310,
-    "launch": 300,
-    "train": 140,
+    "cli": 301,
+    "launch": 299,
+    "train": 133,
 }
 LAYOUT_TOKENS = {
     tokenize.COMMENT,
