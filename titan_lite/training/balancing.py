@@ -52,7 +52,7 @@ class Balancer:
                 balance.token_weight.mul_(loss_scale)
 
     @torch.no_grad()
-    def after_step(self, _step: int, is_applied: Tensor) -> None:
+    def update(self, _step: int, is_applied: Tensor) -> None:
         """Sums counts over ranks; updates biases and loads if the step was applied; collective."""
         counts_LE = torch.zeros_like(self.counts_LE)
         loss_L = torch.zeros_like(self.loss_L)

@@ -80,10 +80,10 @@ class TrainStep:
         self.guard = guard
         # Called in order, on every rank, with the step's number and whether it was applied (a bool
         # tensor on the device).
-        self.after_step: list[Callable[[int, Tensor], None]] = [lambda *_: self.refresh()]
+        self.step_hooks: list[Callable[[int, Tensor], None]] = [lambda *_: self.refresh()]
         self.average = average
         if average is not None:
-            self.after_step.append(average.update)
+            self.step_hooks.append(average.update)
         self.progress = progress
         self.objective = objective
         self.num_sources = len(config.data.sources)
@@ -95,7 +95,7 @@ class TrainStep:
         self.sums = self._zeros(torch.float32)
         self.balancer = balancer
         if balancer is not None:
-            self.after_step.append(balancer.after_step)
+            self.step_hooks.append(balancer.update)
 
     def __call__(self, batches: Sequence[Batch], lr: float, *, stop: bool = False) -> StepResult:
         """Runs one step.
@@ -105,7 +105,7 @@ class TrainStep:
         """
         self.progress.enter("forward")
         micro_batches = [self.local(batch) for batch in batches]
-        valid, (num_pairs, num_tokens, num_stopping) = self._agree(micro_batches, stop)
+        valid, (num_pairs, num_tokens, num_stopping) = self._global_counts(micro_batches, stop)
         # Every token of the global batch has the same weight: the sum over micro-batches and ranks
         # is divided by the number of valid tokens in all of them.
         num_valid = valid.sum()
@@ -135,8 +135,8 @@ class TrainStep:
             norms=norm.parts,
             owners=norm.owners,
         )
-        for update in self.after_step:
-            update(self.progress.step, is_applied)
+        for hook in self.step_hooks:
+            hook(self.progress.step, is_applied)
         self.optimizer.zero_grad()
         by_source = (valid, self.source_losses) if self.num_sources else ()
         return StepResult(
@@ -156,21 +156,22 @@ class TrainStep:
         if self.has_float8_all_gather:
             refresh_scales(self.model)
 
-    def _agree(self, micro_batches: Sequence[Batch], stop: bool) -> tuple[Tensor, Tensor]:
-        """Returns labels per source, and (pairs, tokens, stopping ranks): global counts, int64."""
+    def _global_counts(self, micro_batches: Sequence[Batch], stop: bool) -> tuple[Tensor, Tensor]:
+        """Returns labels per source, and (pairs, tokens, stopping ranks), int64; collective."""
         counted = [
-            torch.cat([self._count_valid(batch), self._count_pairs(batch)])
+            torch.cat([self._count_valid(batch), self._count_pairs_and_tokens(batch)])
             for batch in micro_batches
         ]
         counts = torch.cat([torch.stack(counted).sum(0), torch.tensor([int(stop)])])
         counts = self.to_device(counts)
         dist.all_reduce(counts)
-        # Tensor and pipeline ranks count the same tokens again.
+        # The all-reduce is over all ranks, so each token is counted once per tensor and pipeline
+        # rank: divide. The last count, of ranks that stop, is only compared with 0.
         counts[:-1] //= dist.get_world_size() // dist.get_world_size(self.meshes.loss)
         return counts[:-3], counts[-3:]
 
-    def _count_pairs(self, batch: Batch) -> Tensor:
-        """Returns the number of labelled pairs, and of tokens that are not padding."""
+    def _count_pairs_and_tokens(self, batch: Batch) -> Tensor:
+        """Returns two counts: labelled pairs, and tokens that are not padding."""
         num_pairs = torch.tensor(0)
         if batch.pair_labels is not None:
             num_pairs = (batch.pair_labels != IGNORE_INDEX).sum()
@@ -328,7 +329,7 @@ class TrainStep:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _norm(self, loss_scale: Tensor | None) -> GradNorm:
-        """Returns the global norm of the gradients, and the factor that clips and unscales them."""
+        """Returns the global gradient norm, and the divisor that clips and unscales gradients."""
         pp_group, copy = self.meshes.pp, None
         if pp_group is not None and self.model.tied_head:
             add_tied_gradients(self.model, pp_group)

@@ -59,7 +59,7 @@ class StepMonitor:
         self._balancer = training.step.balancer
         self._loader, self._sources = loader, sources
 
-    def after_step(self, step: int, result: StepResult, *, logs: bool) -> None:
+    def record_step(self, step: int, result: StepResult, *, logs: bool) -> None:
         """Counts a step and reads its result.
 
         On a GPU the result is read one step late, so that the GPU has work while the host waits;

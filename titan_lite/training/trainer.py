@@ -133,7 +133,7 @@ class Trainer:
             watcher.after_step(step, result)
         validates = self._validates(step)
         logs = validates or monitor.meter.should_log(step)
-        monitor.after_step(step, result, logs=logs)
+        monitor.record_step(step, result, logs=logs)
         if not logs:
             return None
         validated = self.validate() if validates else {}
