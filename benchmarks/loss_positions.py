@@ -48,7 +48,7 @@ def serve(connection: Connection, selects: bool, num_chunks: int, tokens: int) -
     bias = torch.zeros(VOCAB, device=DEVICE, requires_grad=True)
     labels = torch.randint(VOCAB, (tokens,), device=DEVICE)
     labels[torch.rand(tokens, device=DEVICE) >= SHARE] = IGNORE_INDEX
-    positions = (labels != IGNORE_INDEX).nonzero().squeeze(1) if selects else None
+    indices = (labels != IGNORE_INDEX).nonzero().squeeze(1) if selects else None
     for parameter in (hidden, weight, bias):
         parameter.grad = torch.zeros_like(parameter)
     (hidden[:8] @ weight[:8].T).sum().backward()
@@ -60,7 +60,7 @@ def serve(connection: Connection, selects: bool, num_chunks: int, tokens: int) -
             weight,
             bias,
             labels=labels,
-            positions=positions,
+            labelled_indices=indices,
             num_chunks=num_chunks,
             vocab_size=VOCAB,
         ).backward()

@@ -155,7 +155,7 @@ def test_compiled_it_takes_any_number_of_labelled_rows_in_one_graph() -> None:
     counters, graphs = torch._dynamo.utils.counters["stats"], []
     for number in (9, 5, 11):
         hidden, weight, labels = _inputs()
-        options = {"num_chunks": 4, "vocab_size": 48, "positions": torch.arange(number)}
+        options = {"num_chunks": 4, "vocab_size": 48, "labelled_indices": torch.arange(number)}
         losses = []
         for compile in (False, True):
             loss = cross_entropy_sum(
@@ -210,10 +210,12 @@ def test_with_a_bias_and_with_labelled_rows_alone_it_equals_torch(
     bias = torch.randn(50, requires_grad=True)
     # The last two rows pad the vocabulary.
     labels = labels.where(labels == IGNORE_INDEX, labels.clamp(max=47))
-    positions = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1) if selects else None
+    indices = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1) if selects else None
     factor = torch.tensor(0.3)
     options = {"num_chunks": num_chunks, "vocab_size": 48, "factor": factor}
-    loss = cross_entropy_sum(hidden, weight, bias, labels=labels, positions=positions, **options)
+    loss = cross_entropy_sum(
+        hidden, weight, bias, labels=labels, labelled_indices=indices, **options
+    )
     got = torch.autograd.grad(loss / 3, (hidden, weight, bias))
 
     logits = (hidden @ weight.T + bias)[..., :48].flatten(0, 1)
@@ -226,16 +228,16 @@ def test_with_a_bias_and_with_labelled_rows_alone_it_equals_torch(
 
 def test_selected_rows_are_cut_into_chunks_of_the_size_that_all_would_have() -> None:
     hidden, weight, labels = _inputs()
-    positions = torch.tensor([0, 8, 9, 13, 2])
+    indices = torch.tensor([0, 8, 9, 13, 2])
     with torch.profiler.profile() as profiler:
         cross_entropy_sum(
-            hidden, weight, labels=labels, positions=positions, num_chunks=4, vocab_size=50
+            hidden, weight, labels=labels, labelled_indices=indices, num_chunks=4, vocab_size=50
         )
     # Of 14 tokens, chunks of 4: these 5 need two, each with a matmul for logits and one for hidden.
     products = [event for event in profiler.events() if event.name == "aten::mm"]
     assert len(products) == 4
     nothing = cross_entropy_sum(
-        hidden, weight, labels=labels, positions=positions[:0], num_chunks=4, vocab_size=50
+        hidden, weight, labels=labels, labelled_indices=indices[:0], num_chunks=4, vocab_size=50
     )
     grads = torch.autograd.grad(nothing, (hidden, weight))
     assert nothing == 0
@@ -261,14 +263,14 @@ def _over_a_split_vocabulary(num_chunks: int, loss_parallel: bool) -> list[tuple
     bias = torch.randn(50, generator=generator, requires_grad=True)
     labelled = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)
     actual = []
-    for positions in (None, labelled):
+    for indices in (None, labelled):
         whole = DTensor.from_local(hidden, mesh, [Replicate()], run_check=False)
         parts = [distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in (weight, bias)]
         loss = cross_entropy_sum(
             whole,
             *parts,
             labels=labels,
-            positions=positions,
+            labelled_indices=indices,
             num_chunks=num_chunks,
             vocab_size=50,
             loss_parallel=loss_parallel,

@@ -99,7 +99,7 @@ def dry_run(
         if training.pipeline is not None:
             training.pipeline.skip_shape_negotiation()
         labelled = partial(_labelled, training.objective)
-        training.step.labelled = labelled  # type: ignore[method-assign]
+        training.step.labelled_indices = labelled  # type: ignore[method-assign]
         if progress is not None:
             progress.enter("optimizer state")
             progress.watch(model.layers.values(), plan.micro_steps, training.optimizer)

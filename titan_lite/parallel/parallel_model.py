@@ -29,15 +29,15 @@ from titan_lite.runtime.distributed import Process
 class ParallelModel:
     """This rank's part of a model: its parameters, by the names they have in the whole one.
 
-    pipeline: runs its stages; None where `model` itself is called. positions: of this rank's tokens
-    in each sequence; None where it holds whole sequences.
+    pipeline: runs its stages; None where `model` itself is called. local_indices: of this rank's
+    tokens in each sequence; None where it holds whole sequences.
     """
 
     model: Transformer
     pipeline: Pipeline | None
     applied: Applied
     meshes: Meshes
-    positions: Tensor | None
+    local_indices: Tensor | None
 
 
 def build_parallel(
@@ -51,9 +51,11 @@ def build_parallel(
     config = plan.config
     parallel, training = config.parallel, config.training
     place = plan.dims.coordinates(process.rank)
-    local, positions = {0: model}, None
+    local, local_indices = {0: model}, None
     if parallel.cp > 1:
-        positions = local_positions(parallel.cp_method, training.seq_len, place["cp"], parallel.cp)
+        local_indices = local_positions(
+            parallel.cp_method, training.seq_len, place["cp"], parallel.cp
+        )
     if meshes.pp is not None:
         with torch.device("meta"):
             local = {
@@ -77,7 +79,7 @@ def build_parallel(
         ]
     )
     if meshes.pp is None:
-        return ParallelModel(model, None, applied, meshes, positions)
+        return ParallelModel(model, None, applied, meshes, local_indices)
     applied = dataclasses.replace(applied, pipeline=summarize_stages(stages, parallel.pp_schedule))
     tokens = training.seq_len // parallel.cp
     split_over = parallel.tp if parallel.sequence_parallel else 1
@@ -95,4 +97,4 @@ def build_parallel(
         group=meshes.pp,
     )
     merge_stages(model, list(local.values()))
-    return ParallelModel(model, pipeline, applied, meshes, positions)
+    return ParallelModel(model, pipeline, applied, meshes, local_indices)

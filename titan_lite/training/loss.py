@@ -32,12 +32,12 @@ def cross_entropy_sum(
     labels: Tensor,
     num_chunks: int | str,
     vocab_size: int,
-    positions: Tensor | None = None,
+    labelled_indices: Tensor | None = None,
     factor: Tensor | None = None,
     loss_parallel: bool = True,
     compile: bool = False,
-    groups: Tensor | None = None,
-    group_losses: Tensor | None = None,
+    source_ids: Tensor | None = None,
+    source_losses: Tensor | None = None,
 ) -> Tensor:
     """Returns the cross-entropy of hidden @ weight.T + bias, summed over tokens: a float32 scalar.
 
@@ -47,21 +47,21 @@ def cross_entropy_sum(
     num_chunks: the tokens are cut into this many chunks ("auto": see training.loss_chunks). The
     logits of a chunk (float32, N / num_chunks x V) exist only while its loss and its gradients are
     computed, both in the forward pass.
-    positions: int64 (M,), indices of flattened tokens; only these are computed, in as few chunks of
-    the same size as possible.
+    labelled_indices: int64 (M,), indices of flattened tokens; only these are computed, in chunks of
+    the size that all tokens would have, so in fewer of them.
     factor: a scalar that multiplies the sum, and the gradients before they are rounded to the
     weight's dtype.
     loss_parallel: for a DTensor weight, True takes two all-reduces of n numbers per chunk
     (arXiv:1909.08053, section 3), False an all-gather of the chunk's logits.
     compile: compiles the operations between a chunk's matmuls into one graph.
-    groups: int64, the shape of the labels, the group of each token. group_losses: float32, the loss
-    of each group is added to it, without `factor`; with a split vocabulary, only the losses of
-    labels in this rank's part.
+    source_ids: int64, the shape of the labels, the data source of each token. source_losses:
+    float32, one per source; the sums of their losses are added to it, without `factor`. With a
+    split vocabulary, only the losses of labels in this rank's part are added.
     """
-    group, first_row = None, 0
+    tp_group, first_row = None, 0
     if isinstance(weight_VD, DTensor):
         mesh = weight_VD.device_mesh
-        group = mesh.get_group()
+        tp_group = mesh.get_group()
         weight_VD = weight_VD.to_local()
         bias_V = bias_V.to_local() if isinstance(bias_V, DTensor) else bias_V
         first_row = mesh.get_local_rank() * len(weight_VD)
@@ -72,28 +72,29 @@ def cross_entropy_sum(
         # ctx.needs_input_grad is True under no_grad, too, unless the tensors are detached.
         hidden, weight_VD = hidden.detach(), weight_VD.detach()
         bias_V = None if bias_V is None else bias_V.detach()
-    hidden_ND, per_token = hidden.flatten(0, -2), [labels.flatten()]
-    per_token += [] if groups is None else [groups.flatten()]
+    hidden_ND, labels_N = hidden.flatten(0, -2), labels.flatten()
+    source_ids_N = None if source_ids is None else source_ids.flatten()
     if isinstance(num_chunks, str):
         logits_bytes = len(hidden_ND) * len(weight_VD) * 4
         num_chunks = min(8, math.ceil(logits_bytes / AUTO_CHUNK_BYTES))
     chunk = math.ceil(len(hidden_ND) / num_chunks)
-    if positions is not None:
-        hidden_ND, *per_token = (tensor[positions] for tensor in (hidden_ND, *per_token))
+    if labelled_indices is not None:
+        hidden_ND, labels_N = hidden_ND[labelled_indices], labels_N[labelled_indices]
+        source_ids_N = None if source_ids_N is None else source_ids_N[labelled_indices]
     return _ChunkedLinearCrossEntropy.apply(
         hidden_ND,
         weight_VD,
         bias_V,
-        per_token[0],
+        labels_N,
         torch.ones((), device=hidden.device) if factor is None else factor,
         chunk,
         vocab_size - first_row,
         first_row,
-        group,
+        tp_group,
         loss_parallel,
-        _compiled(any_size=positions is not None) if compile else None,
-        per_token[-1],
-        group_losses,
+        _compiled(any_size=labelled_indices is not None) if compile else None,
+        source_ids_N,
+        source_losses,
     )
 
 
@@ -109,18 +110,19 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         chunk: int,
         num_rows: int,
         first_row: int,
-        group: dist.ProcessGroup | None,
+        tp_group: dist.ProcessGroup | None,
         loss_parallel: bool,
         compiled: Callable[..., Tensor] | None,
-        groups_N: Tensor,
-        group_losses: Tensor | None,
+        source_ids_N: Tensor | None,
+        source_losses: Tensor | None,
     ) -> Tensor:
         need_grad = any(ctx.needs_input_grad)
         dtype, V = weight_VD.dtype, len(weight_VD)
-        # Row, presence and weight of each token's label, computed once for all chunks.
+        # Per token, once for all chunks: the row of its label in this rank's part of the weight,
+        # whether that part has it, and the weight of its loss.
         is_valid_N = labels_N != IGNORE_INDEX
         is_here_N, target_N = is_valid_N, labels_N
-        if group is not None:
+        if tp_group is not None:
             target_N = labels_N - first_row
             is_here_N = is_valid_N & (target_N >= 0) & (target_N < V)
         per_token_N1 = (
@@ -130,10 +132,10 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         )
         # All chunks share these buffers: on a CPU, allocating costs more than the arithmetic.
         logits = weight_VD.new_empty(min(chunk, len(hidden_ND)), V)
-        to_gradient = compiled
-        if to_gradient is None:
+        logits_to_gradients = compiled
+        if logits_to_gradients is None:
             log_probs = torch.empty_like(logits, dtype=torch.float32)
-            to_gradient = functools.partial(_to_gradient, log_probs)
+            logits_to_gradients = functools.partial(_logits_to_gradients, log_probs)
         if need_grad:
             grad_hidden_ND = torch.empty_like(hidden_ND)
             # float32, since sums over chunks in bfloat16 would lose small terms.
@@ -153,7 +155,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             else:
                 logits_nV = torch.addmm(bias_V, hidden_nD, weight_VD.T, out=out_nV)
             label_log_probs.append(
-                to_gradient(logits_nV, *per_token_n1, num_rows, group, loss_parallel)
+                logits_to_gradients(logits_nV, *per_token_n1, num_rows, tp_group, loss_parallel)
             )
             if need_grad:
                 grad_nV = logits_nV
@@ -167,10 +169,10 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         # Multiplying by is_here would give NaN: a padding row's log-probability is -inf.
         log_probs_N = torch.where(is_here_N, torch.cat(label_log_probs).squeeze(1), 0)
         loss = log_probs_N.sum() * -factor
-        if group_losses is not None:
-            group_losses.index_add_(0, groups_N, log_probs_N, alpha=-1)
-        if group is not None:
-            dist.all_reduce(loss, group=group)
+        if source_ids_N is not None and source_losses is not None:
+            source_losses.index_add_(0, source_ids_N, log_probs_N, alpha=-1)
+        if tp_group is not None:
+            dist.all_reduce(loss, group=tp_group)
         if need_grad:
             grad_bias_V = None if grad_bias_V is None else grad_bias_V.to(dtype)
             ctx.save_for_backward(grad_hidden_ND, grad_weight_VD.to(dtype), grad_bias_V)
@@ -200,29 +202,30 @@ def _add_matmul(sum_VD: Tensor, a_Vn: Tensor, b_nD: Tensor) -> None:
         sum_VD += a_Vn @ b_nD
 
 
-def _to_gradient(
+def _logits_to_gradients(
     log_probs: Tensor,
     logits_nV: Tensor,
     target_n1: Tensor,
     is_here_n1: Tensor,
     weight_n1: Tensor,
     num_rows: int,
-    group: dist.ProcessGroup | None,
+    tp_group: dist.ProcessGroup | None,
     loss_parallel: bool,
 ) -> Tensor:
-    """Returns a chunk's log-probabilities (n, 1) at its targets, and turns its logits to gradients.
+    """Overwrites a chunk's logits with their gradients; returns its targets' log-probabilities.
 
-    log_probs: a buffer. is_here: 1.0 where the label is a row of this rank, else 0.0. target: that
-    row, or any row where is_here is 0. weight: the weight of the token's loss in the sum.
+    The result is (n, 1). log_probs: a buffer. is_here: 1.0 where the label is a row of this rank,
+    else 0.0. target: that row, or any row where is_here is 0. weight: of the token's loss in the
+    sum.
     """
     log_probs_nV = log_probs[: len(logits_nV)]
     if num_rows < logits_nV.shape[1]:
         logits_nV[:, max(num_rows, 0) :] = -torch.inf
-    if group is None:
+    if tp_group is None:
         torch.log_softmax(logits_nV, 1, torch.float32, out=log_probs_nV)
     else:
         log_probs_nV.copy_(logits_nV)
-        max_n1, sum_n1 = _max_and_sum(log_probs_nV, group, loss_parallel)
+        max_n1, sum_n1 = _max_and_sum(log_probs_nV, tp_group, loss_parallel)
         log_probs_nV.sub_(max_n1).sub_(sum_n1.log())
     label_log_probs_n1 = log_probs_nV.gather(1, target_n1)
     # d loss / d logits = weight * (softmax - one_hot).
@@ -232,20 +235,20 @@ def _to_gradient(
 
 
 def _max_and_sum(
-    logits_nV: Tensor, group: dist.ProcessGroup | None, loss_parallel: bool
+    logits_nV: Tensor, tp_group: dist.ProcessGroup | None, loss_parallel: bool
 ) -> tuple[Tensor, Tensor]:
     """Returns the largest logit m and the sum of exp(logit - m), over the whole vocabulary."""
     parts_PnV = logits_nV.unsqueeze(0)
-    if group is not None and not loss_parallel:
-        parts_PnV = logits_nV.new_empty(group.size(), *logits_nV.shape)
-        all_gather_single(parts_PnV.flatten(0, 1), logits_nV, group)
-        group = None
+    if tp_group is not None and not loss_parallel:
+        parts_PnV = logits_nV.new_empty(tp_group.size(), *logits_nV.shape)
+        all_gather_single(parts_PnV.flatten(0, 1), logits_nV, tp_group)
+        tp_group = None
     max_n1 = parts_PnV.amax((0, 2)).unsqueeze(1)
-    if group is not None:
-        max_n1 = traceable_all_reduce(max_n1, "max", group)
+    if tp_group is not None:
+        max_n1 = traceable_all_reduce(max_n1, "max", tp_group)
     sum_n1 = (parts_PnV - max_n1).exp().sum((0, 2)).unsqueeze(1)
-    if group is not None:
-        sum_n1 = traceable_all_reduce(sum_n1, "sum", group)
+    if tp_group is not None:
+        sum_n1 = traceable_all_reduce(sum_n1, "sum", tp_group)
     return max_n1, sum_n1
 
 
@@ -253,23 +256,23 @@ def _max_and_sum(
 def _compiled(any_size: bool) -> Callable[..., Tensor]:
     # Static shapes, with one more graph for a shorter last chunk; dynamic shapes only where the
     # size changes in each micro-batch.
-    return torch.compile(_to_gradient_in_one_graph, fullgraph=True, dynamic=any_size)
+    return torch.compile(_logits_to_gradients_in_one_graph, fullgraph=True, dynamic=any_size)
 
 
-def _to_gradient_in_one_graph(
+def _logits_to_gradients_in_one_graph(
     logits_nV: Tensor,
     target_n1: Tensor,
     is_here_n1: Tensor,
     weight_n1: Tensor,
     num_rows: int,
-    group: dist.ProcessGroup | None,
+    tp_group: dist.ProcessGroup | None,
     loss_parallel: bool,
 ) -> Tensor:
-    """Computes `_to_gradient` in a form that fuses: no float32 copy of the logits is stored."""
+    """A form of `_logits_to_gradients` that fuses: it stores no float32 copy of the logits."""
     column_V = torch.arange(logits_nV.shape[1], device=logits_nV.device)
     is_target_nV = column_V == target_n1
     wide_nV = logits_nV.float().masked_fill(column_V >= num_rows, -torch.inf)
-    max_n1, sum_n1 = _max_and_sum(wide_nV, group, loss_parallel)
+    max_n1, sum_n1 = _max_and_sum(wide_nV, tp_group, loss_parallel)
     log_probs_nV = wide_nV - max_n1 - sum_n1.log()
     label_log_probs_n1 = log_probs_nV.masked_fill(~is_target_nV, 0).sum(1, keepdim=True)
     logits_nV.copy_((log_probs_nV.exp() - is_target_nV * is_here_n1) * weight_n1)

@@ -89,7 +89,7 @@ class TrainStep:
         self.num_sources = len(config.data.sources)
         self.source_losses: Tensor | None = None
         self.args = args
-        self.positions = parallel_model.positions
+        self.local_indices = parallel_model.local_indices
         self.device = device
         self.pair_factor = torch.ones((), device=device)
         self.sums = self._zeros(torch.float32)
@@ -247,13 +247,13 @@ class TrainStep:
 
     def _call(self, batch: Batch, factor: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Returns the model's arguments for a micro-batch, on the device."""
-        config, labelled = self.config, None
+        config, labelled_indices = self.config, None
         if config.training.loss_positions == "labelled":
-            labelled = self.to_device(self.labelled(batch))
+            labelled_indices = self.to_device(self.labelled_indices(batch))
         head_loss = partial(
             cross_entropy_sum,
             labels=self.to_device(batch.labels),
-            positions=labelled,
+            labelled_indices=labelled_indices,
             num_chunks=config.training.loss_chunks,
             vocab_size=self.args.vocab_size,
             factor=factor,
@@ -261,10 +261,10 @@ class TrainStep:
             compile=config.compile.covers("loss"),
         )
         if batch.sources is not None:
-            groups = self.to_device(batch.sources).unsqueeze(1).expand_as(batch.labels)
-            head_loss = partial(head_loss, groups=groups, group_losses=self.source_losses)
-        positions = None if batch.positions is None else self.to_device(batch.positions)
-        kwargs = {"head_loss": head_loss, "positions_S": positions, "mask": self._mask(batch)}
+            source_ids = self.to_device(batch.sources).unsqueeze(1).expand_as(batch.labels)
+            head_loss = partial(head_loss, source_ids=source_ids, source_losses=self.source_losses)
+        position_ids = None if batch.positions is None else self.to_device(batch.positions)
+        kwargs = {"head_loss": head_loss, "positions_S": position_ids, "mask": self._mask(batch)}
         kwargs |= self.objective.arguments(batch, self.pair_factor, self.sums, self.to_device)
         kwargs |= self._dropout(batch)
         return self.to_device(batch.inputs), kwargs
@@ -274,38 +274,39 @@ class TrainStep:
         if not (self.args.has_dropout and torch.is_grad_enabled()):
             return {}
         assert batch.samples is not None
-        places = self.positions
-        if places is None:
-            places = torch.arange(batch.inputs.shape[1])
-        keys = token_keys(self.config.training.seed, batch.samples, places)
+        indices = self.local_indices
+        if indices is None:
+            indices = torch.arange(batch.inputs.shape[1])
+        keys = token_keys(self.config.training.seed, batch.samples, indices)
         return {"dropout_keys_BS": self.to_device(keys)}
 
     def _zeros(self, dtype: torch.dtype) -> Tensor:
         return torch.zeros(self.objective.num_sums, dtype=dtype, device=self.device)
 
-    def labelled(self, batch: Batch) -> Tensor:
+    def labelled_indices(self, batch: Batch) -> Tensor:
         """Returns indices of the flattened tokens with a label; the host needs their number."""
         return (batch.labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)
 
     def local(self, batch: Batch) -> Batch:
         """Returns this rank's part of each sequence; `documents` stays that of whole sequences."""
-        if self.positions is None:
+        if self.local_indices is None:
             return batch
-        positions = self.positions
+        # Position ids restart in each packed document; without them, they are the indices.
+        position_ids = self.local_indices
         if batch.positions is not None:
-            positions = batch.positions[:, positions]
+            position_ids = batch.positions[:, self.local_indices]
         return dataclasses.replace(
             batch,
-            inputs=batch.inputs[:, self.positions],
-            labels=batch.labels[:, self.positions],
-            positions=positions,
+            inputs=batch.inputs[:, self.local_indices],
+            labels=batch.labels[:, self.local_indices],
+            positions=position_ids,
         )
 
     def _mask(self, batch: Batch) -> DocumentMask | None:
         """Returns the attention mask of the micro-batch for all layers."""
         if batch.documents is None:
             return None
-        config, queries = self.config, self.positions
+        config, queries = self.config, self.local_indices
         if queries is None or config.parallel.cp_method == "ulysses":
             # Attention sees whole rows.
             queries = torch.arange(batch.documents.shape[1])
