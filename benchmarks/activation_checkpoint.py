@@ -59,7 +59,7 @@ def peak_bytes() -> int:
         forward_and_backward()
         return torch.cuda.max_memory_allocated() - held
     with MemTracker() as tracker:
-        tracker.track_external(Run.trainer.training.model)
+        tracker.track_external(Run.trainer.built.model)
         forward_and_backward()
     peak, after = (tracker.get_tracker_snapshot(when)[DEVICE] for when in ("peak", "current"))
     return int(peak["Total"] - after["Total"])

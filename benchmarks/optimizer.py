@@ -80,38 +80,38 @@ AVERAGE = 10
 
 def optimizer_turn(steps: int) -> float:
     """Seconds of one step of the optimizer alone."""
-    training = Run.trainer.training
-    for parameter in training.model.parameters():
+    built = Run.trainer.built
+    for parameter in built.model.parameters():
         parameter.grad = parameter.detach().clone()
     dist.barrier()
     begin = time.perf_counter()
     for _ in range(steps):
-        training.optimizer.step()
+        built.optimizer.step()
     dist.barrier()
     seconds = (time.perf_counter() - begin) / steps
-    training.optimizer.zero_grad()
+    built.optimizer.zero_grad()
     return seconds
 
 
 def sent_and_held() -> Values:
     """Bytes that this rank hands to collectives in a step of the optimizer, and of its state."""
-    training = Run.trainer.training
+    built = Run.trainer.built
     recording = recorder(Run.trainer.plan.dims)
-    for parameter in training.model.parameters():
+    for parameter in built.model.parameters():
         parameter.grad = parameter.detach().clone()
     with recording:
-        training.optimizer.step()
-    training.optimizer.zero_grad()
+        built.optimizer.step()
+    built.optimizer.zero_grad()
     state = [
         value.to_local() if isinstance(value, DTensor) else value
-        for values in training.optimizer.state.values()
+        for values in built.optimizer.state.values()
         for value in values.values()
         if isinstance(value, torch.Tensor)
     ]
     return {
         "sent": sum(recording.bytes.values()),
         "state": sum(tensor.nbytes for tensor in state),
-        "parameters": training.num_params,
+        "parameters": built.num_params,
     }
 
 

@@ -65,9 +65,7 @@ def bare_loop(trainer: Trainer, dtype: torch.dtype, same_loss: bool) -> Callable
     config, device = trainer.plan.config, trainer.process.device
     ranks = trainer.process.world_size
     model = build_model(*resolve(config.model)).to(device)
-    model.load_state_dict(
-        {n: p.full_tensor() for n, p in trainer.training.model.named_parameters()}
-    )
+    model.load_state_dict({n: p.full_tensor() for n, p in trainer.built.model.named_parameters()})
     cast: Any = contextlib.nullcontext()
     if ranks > 1:
         shard(model, dtype)
@@ -93,7 +91,7 @@ def bare_loop(trainer: Trainer, dtype: torch.dtype, same_loss: bool) -> Callable
             cross_entropy_sum,
             labels=labels,
             num_chunks=config.training.loss_chunks,
-            vocab_size=trainer.training.step.args.vocab_size,
+            vocab_size=trainer.built.step.args.vocab_size,
         )
         return model(inputs, head_loss=head_loss) / labels.numel()
 

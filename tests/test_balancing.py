@@ -30,9 +30,9 @@ MOE = (
 
 
 def _loads(trainer: Trainer) -> tuple[list[list[int]], list[list[float]]]:
-    balancer = trainer.training.step.balancer
+    balancer = trainer.built.step.balancer
     assert balancer is not None
-    return balancer.state_dict(), [b.tolist() for b in biases(trainer.training.model).values()]
+    return balancer.state_dict(), [b.tolist() for b in biases(trainer.built.model).values()]
 
 
 def _spoil(trainer: Trainer, step: int) -> None:
@@ -40,7 +40,7 @@ def _spoil(trainer: Trainer, step: int) -> None:
         if trainer.state.step + 1 == step:
             parameter.grad.to_local()[0, 0] = torch.inf
 
-    parameter = dict(trainer.training.model.named_parameters())["layers.1.attention.wo.weight"]
+    parameter = dict(trainer.built.model.named_parameters())["layers.1.attention.wo.weight"]
     parameter.register_post_accumulate_grad_hook(spoil)
 
 

@@ -91,7 +91,7 @@ def _real(folder: Path, overrides: tuple[str, ...]) -> Any:
         trainer = open_run(plan)
         # Logged, and with what is set up only once.
         trainer.train_step(1)
-        measured = measure_step(trainer.training, lambda: trainer.train_step(2), record)
+        measured = measure_step(trainer.built, lambda: trainer.train_step(2), record)
         trainer.close()
     return measured
 

@@ -82,15 +82,15 @@ def _first_step(folder: Path, *overrides: str) -> dict[str, Any]:
     trainer = build_trainer(folder, *overrides, "--training.steps=1")
     batch, calls = next(trainer.data.batches), []
     trainer.data.batches = iter([batch])
-    hook = trainer.training.model.register_forward_pre_hook(
+    hook = trainer.built.model.register_forward_pre_hook(
         lambda _model, inputs, kwargs: calls.append((inputs[0], kwargs)), with_kwargs=True
     )
     with torch.no_grad():
-        inputs, kwargs = trainer.training.step._call(batch, torch.ones(()))
+        inputs, kwargs = trainer.built.step._call(batch, torch.ones(()))
         kept: list[torch.Tensor] = []
         others = {key: value for key, value in kwargs.items() if key not in ("head_loss",)}
         others["pair_loss"] = lambda logits: kept.append(logits) or torch.zeros(())
-        logits = trainer.training.model(inputs, **others)
+        logits = trainer.built.model(inputs, **others)
     trainer.train()
     hook.remove()
     trainer.close()
@@ -133,7 +133,7 @@ def _flops(folder: Path, *overrides: str) -> tuple[int, int]:
     """Returns the FLOPs of the model, and of its stages."""
     trainer = build_trainer(folder, *overrides)
     trainer.close()
-    return trainer.training.flops.model, sum(stage.flops for stage in trainer.training.stages)
+    return trainer.built.flops.model, sum(stage.flops for stage in trainer.built.stages)
 
 
 @pytest.mark.distributed

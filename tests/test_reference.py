@@ -28,9 +28,7 @@ def _train_both(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, floa
     trainer = build_trainer(folder, *SETTINGS)
     config = trainer.plan.config
     model: nn.Module = build_model(*resolve(config.model))
-    model.load_state_dict(
-        {n: p.full_tensor() for n, p in trainer.training.model.named_parameters()}
-    )
+    model.load_state_dict({n: p.full_tensor() for n, p in trainer.built.model.named_parameters()})
     is_norm = {name: "norm" in name for name, _ in model.named_parameters()}
     optimizer = torch.optim.AdamW(
         [
@@ -61,7 +59,7 @@ def _train_both(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, floa
     trainer.close()
     largest = max(
         np.abs(local - model.get_parameter(name).detach().numpy()).max()
-        for name, local in whole(trainer.training.model).items()
+        for name, local in whole(trainer.built.model).items()
     )
     return read_metrics(folder), expected, float(largest)
 

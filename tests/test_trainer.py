@@ -224,7 +224,7 @@ def test_flops_are_those_of_the_model_without_its_embedding(
 def _weights_and_draw(folder: Path, seed: int) -> tuple[Any, float]:
     trainer = build_trainer(folder, f"--training.seed={seed}")
     trainer.close()
-    return whole(trainer.training.model)["output.weight"], torch.rand(()).item()
+    return whole(trainer.built.model)["output.weight"], torch.rand(()).item()
 
 
 def test_the_seed_decides_weights_and_generators(one_process: Workers, tmp_path: Path) -> None:

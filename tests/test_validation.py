@@ -121,11 +121,11 @@ def _validate_by_hand(folder: Path, *overrides: str) -> tuple[list[Any], list[fl
     trainer.train()
     held_out = trainer.data.held_out
     assert held_out is not None
-    sharded = [isinstance(p, DTensor) for p in trainer.training.model.parameters()]
+    sharded = [isinstance(p, DTensor) for p in trainer.built.model.parameters()]
     losses, spelt = [], 0
     with torch.no_grad():
         for batch in held_out.batches:
-            logits = trainer.training.model(batch.inputs).double()
+            logits = trainer.built.model(batch.inputs).double()
             losses.append(
                 torch.nn.functional.cross_entropy(
                     logits.flatten(0, 1), batch.labels.flatten(), reduction="none"
@@ -140,7 +140,7 @@ def _validate_by_hand(folder: Path, *overrides: str) -> tuple[list[Any], list[fl
     loss = torch.cat(losses).mean().item()
     bits = torch.cat(losses).sum().item() / math.log(2) / spelt
     assert all(sharded)
-    assert all(p.grad is None for p in trainer.training.model.parameters())
+    assert all(p.grad is None for p in trainer.built.model.parameters())
     assert seconds[-1] > 0
     return read_metrics(folder), [loss, math.exp(loss), bits], held_out.num_tokens
 

@@ -34,7 +34,7 @@ def _disturbed(folder: Path) -> list[str]:
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("titan_lite.metrics.alerts").addHandler(handler)
-    batches, train_step, clock = trainer.data.batches, trainer.training.step, Clock(trainer)
+    batches, train_step, clock = trainer.data.batches, trainer.built.step, Clock(trainer)
 
     def is_it(rank: int, *steps: int) -> bool:
         return trainer.process.rank == rank and trainer.state.step + 1 in steps
@@ -55,9 +55,9 @@ def _disturbed(folder: Path) -> list[str]:
     def linger(*_: Any) -> None:
         clock.now += 0.1 if is_it(1, *range(15, 26)) else 0.01
 
-    trainer.training.model.get_submodule("layers.1.feed_forward").register_forward_pre_hook(linger)
+    trainer.built.model.get_submodule("layers.1.feed_forward").register_forward_pre_hook(linger)
     trainer.data.batches = slow()
-    trainer.training.step = spiky  # type: ignore[assignment]
+    trainer.built.step = spiky  # type: ignore[assignment]
     try:
         trainer.train()
     finally:

@@ -62,7 +62,7 @@ DEEPSEEK = ("--model.name=deepseek_v3", "--model.bias_rate=0.01", "--training.se
 def _averages(trainer: Any) -> dict[str, np.ndarray]:
     return {
         name: (t.full_tensor() if isinstance(t, DTensor) else t).numpy().copy()
-        for name, t in trainer.training.average.tensors.items()
+        for name, t in trainer.built.average.tensors.items()
     }
 
 
@@ -73,12 +73,12 @@ def _train(folder: Path, steps: int, *overrides: str) -> tuple[Any, Any, Any, fl
     for step in range(trainer.state.step + 1, steps + 1):
         trainer.train_step(step)
     trainer.save()
-    end, weights = _averages(trainer), whole(trainer.training.model)
-    load(trainer.training.model, end)
-    trainer.training.step.average = None
+    end, weights = _averages(trainer), whole(trainer.built.model)
+    load(trainer.built.model, end)
+    trainer.built.step.average = None
     assert trainer.data.held_out is not None
-    sums = trainer.training.step.evaluate(trainer.data.held_out.batches)
-    loss = trainer.training.objective.validation(sums, trainer.data.held_out)
+    sums = trainer.built.step.evaluate(trainer.data.held_out.batches)
+    loss = trainer.built.objective.validation(sums, trainer.data.held_out)
     trainer.close()
     return start, end, weights, loss["validation/loss"]
 
@@ -106,7 +106,7 @@ def _export(folder: Path, *overrides: str) -> tuple[Any, Any]:
         folder, *SETTINGS, "--ema.export=true", "--checkpoint.last_save_hf=true", *overrides
     )
     trainer.train()
-    averages, weights = _averages(trainer), whole(trainer.training.model)
+    averages, weights = _averages(trainer), whole(trainer.built.model)
     trainer.close()
     return averages, weights
 
@@ -139,7 +139,7 @@ def test_what_has_no_average_is_exported_as_it_is(one_process: Workers, tmp_path
 def _begin(folder: Path, *overrides: str) -> bool:
     """Returns whether averages and weights are the same before the first step."""
     trainer = build_trainer(folder, *SETTINGS, *overrides)
-    averages, weights = _averages(trainer), whole(trainer.training.model)
+    averages, weights = _averages(trainer), whole(trainer.built.model)
     trainer.close()
     return all((averages[name] == weights[name]).all() for name in weights)
 

@@ -81,15 +81,15 @@ def test_float16_computes_close_to_float32(one_process: Workers, tmp_path: Path)
 def _overflow(folder: Path, *overrides: str) -> tuple[list[dict[str, Any]], list[bool]]:
     """Records of a run with too large a scale, and which steps changed the weights."""
     trainer = build_trainer(folder, FLOAT16, "--training.steps=12", *overrides)
-    assert isinstance(trainer.training.guard, LossScaler)
-    trainer.training.guard.scale.fill_(LARGE)
+    assert isinstance(trainer.built.guard, LossScaler)
+    trainer.built.guard.scale.fill_(LARGE)
     records, changed = [], []
     for step in range(1, 13):
-        before = whole(trainer.training.model)["output.weight"]
+        before = whole(trainer.built.model)["output.weight"]
         record = trainer.train_step(step)
         assert record is not None
         records.append(record)
-        changed.append(bool((whole(trainer.training.model)["output.weight"] != before).any()))
+        changed.append(bool((whole(trainer.built.model)["output.weight"] != before).any()))
     trainer.close()
     return records, changed
 
@@ -113,8 +113,8 @@ def test_steps_that_overflow_are_skipped_until_the_scale_fits(
 
 def _overflow_on_last_rank(folder: Path) -> bool:
     trainer = build_trainer(folder, FLOAT16, "--training.local_batch_size=4")
-    before = whole(trainer.training.model)
-    parameter = trainer.training.model.get_parameter("output.weight")
+    before = whole(trainer.built.model)
+    parameter = trainer.built.model.get_parameter("output.weight")
 
     def spoil(grad_owner: torch.Tensor) -> None:
         if trainer.process.rank == trainer.process.world_size - 1:
@@ -124,7 +124,7 @@ def _overflow_on_last_rank(folder: Path) -> bool:
     parameter.register_post_accumulate_grad_hook(spoil)
     trainer.train_step(1)
     trainer.close()
-    after = whole(trainer.training.model)
+    after = whole(trainer.built.model)
     return all((after[name] == before[name]).all() for name in before)
 
 

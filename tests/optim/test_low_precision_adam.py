@@ -139,15 +139,15 @@ def _resume(folder: Path, *overrides: str) -> tuple[Tensors, Tensors]:
         if step == 3:
             trainer.save()
             moments = _moments(trainer)
-    weights = whole(trainer.training.model)
+    weights = whole(trainer.built.model)
     trainer.close()
     return moments, weights
 
 
 def _moments(trainer: Trainer) -> Tensors:
-    states = trainer.training.optimizer.state
+    states = trainer.built.optimizer.state
     wholes = {}
-    for name, parameter in trainer.training.model.named_parameters():
+    for name, parameter in trainer.built.model.named_parameters():
         for key in low_precision_adam.MOMENTS:
             moment = states[parameter][key]
             assert isinstance(moment, DTensor)

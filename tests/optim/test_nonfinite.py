@@ -17,7 +17,7 @@ SKIP = "--training.nonfinite=skip"
 
 def _spoil(trainer: Trainer, name: str, bad_step: int) -> None:
     """Puts an infinity into a gradient, on the last of the ranks that have some of it."""
-    parameters = dict(trainer.training.model.named_parameters())
+    parameters = dict(trainer.built.model.named_parameters())
     if name not in parameters or trainer.process.rank < trainer.process.world_size - 1:
         return
 
@@ -33,11 +33,11 @@ def _stop(folder: Path, *overrides: str) -> tuple[str, bool]:
     trainer = build_trainer(folder, "--training.local_batch_size=4", *overrides)
     _spoil(trainer, "layers.1.attention.wo.weight", bad_step=2)
     trainer.train_step(1)
-    before = whole(trainer.training.model)
+    before = whole(trainer.built.model)
     with pytest.raises(NonFiniteError) as error:
         trainer.train_step(2)
     trainer.close()
-    after = whole(trainer.training.model)
+    after = whole(trainer.built.model)
     return str(error.value), all((after[name] == before[name]).all() for name in before)
 
 
@@ -71,9 +71,9 @@ def _infinite_loss(folder: Path, *overrides: str) -> list[dict[str, Any]]:
         for step in (1, 2, 3):
             record = trainer.train_step(step)
             assert record is not None
-            weight = whole(trainer.training.model)["output.weight"]
+            weight = whole(trainer.built.model)["output.weight"]
             records.append({**record, "weight": weight})
-        return [*records, trainer.training.guard.state_dict()]
+        return [*records, trainer.built.guard.state_dict()]
     finally:
         module.cross_entropy_sum = loss
         trainer.close()
@@ -199,8 +199,8 @@ def _late_on_gpu(folder: Path, *overrides: str) -> tuple[str, bool]:
     _spoil(trainer, "layers.1.attention.wo.weight", bad_step=3)
     for step in (1, 2):
         trainer.train_step(step)
-    before = whole(trainer.training.model)
-    step, trainer_step = 3, trainer.training.step
+    before = whole(trainer.built.model)
+    step, trainer_step = 3, trainer.built.step
 
     def without_waiting(*arguments: Any, **kwargs: Any) -> Any:
         torch.cuda.set_sync_debug_mode("error")
@@ -209,12 +209,12 @@ def _late_on_gpu(folder: Path, *overrides: str) -> tuple[str, bool]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    trainer.training.step = without_waiting  # type: ignore[assignment]
+    trainer.built.step = without_waiting  # type: ignore[assignment]
     trainer.train_step(step)
     with pytest.raises(NonFiniteError) as error:
         trainer.train_step(step + 1)
     trainer.close()
-    after = whole(trainer.training.model)
+    after = whole(trainer.built.model)
     return str(error.value), all((after[name] == before[name]).all() for name in before)
 
 

@@ -197,13 +197,13 @@ def one_backward(folder: str, *overrides: str, backend: str = "inductor") -> dic
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = trainer.training.model(
+        loss = trainer.built.model(
             batch.inputs,
             head_loss=partial(
                 cross_entropy_sum,
                 labels=batch.labels,
                 num_chunks=1,
-                vocab_size=trainer.training.step.args.vocab_size,
+                vocab_size=trainer.built.step.args.vocab_size,
             ),
         )
     saved_bytes = sum(storage.nbytes() for storage in storages.values())
@@ -216,10 +216,10 @@ def one_backward(folder: str, *overrides: str, backend: str = "inductor") -> dic
         counts = operations.counts
     trainer.close()
     return {
-        "gradients": whole(trainer.training.model, gradients=True),
+        "gradients": whole(trainer.built.model, gradients=True),
         "counts": counts,
         "saved_bytes": saved_bytes,
-        "applied": trainer.training.applied,
+        "applied": trainer.built.applied,
     }
 
 

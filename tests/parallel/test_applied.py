@@ -130,7 +130,7 @@ def _report(folder: Path) -> str:
         "--model.attention_dropout=0.05",
     )
     trainer.close()
-    return str(trainer.training.applied)
+    return str(trainer.built.applied)
 
 
 @pytest.mark.distributed

@@ -225,7 +225,7 @@ def _what_the_model_gets(folder: Path, *overrides: str) -> dict[str, Any]:
         actual["part"] = (inputs[0], labels)
         actual["positions"] = settings["positions_S"]
 
-    trainer.training.model.register_forward_pre_hook(look, with_kwargs=True)
+    trainer.built.model.register_forward_pre_hook(look, with_kwargs=True)
     trainer.train_step(1)
     trainer.close()
     return actual

@@ -544,9 +544,9 @@ def _scales(folder: Path, *overrides: str) -> list[list[tuple[float, float]]]:
     for step in (0, 1, 2):
         if step:
             trainer.train_step(step)
-        weights = whole(trainer.training.model)
+        weights = whole(trainer.built.model)
         pairs = []
-        for name, linear in float8_linears(trainer.training.model).items():
+        for name, linear in float8_linears(trainer.built.model).items():
             assert is_gathered_in_float8(linear.weight)
             # to_local() would return an alias, which has no scale.
             scale = linear.weight._local_tensor._precomputed_scale

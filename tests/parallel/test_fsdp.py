@@ -46,7 +46,7 @@ def _gathered_after_forward(folder: Path, choice: str) -> dict[str, bool]:
     trainer = build_trainer(
         folder, f"--parallel.reshard_after_forward={choice}", "--training.local_batch_size=2"
     )
-    model = trainer.training.model
+    model = trainer.built.model
     rows = {name: p.shape[0] for name, p in model.named_parameters()}
     model(next(trainer.data.batches).inputs).sum()
     whole = {
@@ -78,7 +78,7 @@ def test_resharding_frees_the_units_it_names(
 def _is_whole_at_start(folder: Path, *overrides: str) -> list[bool]:
     """Returns whether the first local block is whole as each micro-batch of a step reaches it."""
     trainer = build_trainer(folder, *overrides)
-    block = next(iter(trainer.training.model.layers.children()))
+    block = next(iter(trainer.built.model.layers.children()))
     wholes: list[bool] = []
 
     def note(block: torch.nn.Module, _: Any) -> None:
@@ -87,7 +87,7 @@ def _is_whole_at_start(folder: Path, *overrides: str) -> list[bool]:
     # Before FSDP2's own hook.
     block.register_forward_pre_hook(note, prepend=True)
     trainer.train_step(1)
-    assert all(isinstance(parameter, DTensor) for parameter in trainer.training.model.parameters())
+    assert all(isinstance(parameter, DTensor) for parameter in trainer.built.model.parameters())
     trainer.close()
     return wholes
 
@@ -134,7 +134,7 @@ def _policies(folder: Path, *overrides: str) -> tuple[set[str], set[str], set[in
     trainer = build_trainer(folder, "--training.local_batch_size=2", *overrides)
     states = [
         module._get_fsdp_state()
-        for module in trainer.training.model.modules()
+        for module in trainer.built.model.modules()
         if isinstance(module, FSDPModule)
     ]
     groups = []
@@ -181,12 +181,12 @@ def _dtypes(folder: Path, *overrides: str) -> tuple[list[dict[str, Any]], dict[s
     """Records, and the types of the tensors that enter and leave modules."""
     trainer = build_trainer(folder, "--training.param_dtype=bfloat16", *overrides)
     actual = {}
-    block = trainer.training.model.get_submodule("layers.1")
+    block = trainer.built.model.get_submodule("layers.1")
     block.register_forward_pre_hook(lambda _, inputs: actual.update(residual=inputs[0].dtype))
     block.get_submodule("attention").register_forward_hook(
         lambda _module, inputs, output: actual.update(attention=inputs[0].dtype, sum=output.dtype)
     )
-    trainer.training.model.get_submodule("output").register_forward_pre_hook(
+    trainer.built.model.get_submodule("output").register_forward_pre_hook(
         lambda _, inputs: actual.update(head=inputs[0].dtype)
     )
     trainer.train()

@@ -103,7 +103,7 @@ def _what_the_model_gets(folder: Path, *overrides: str) -> tuple[Batch, dict[str
     trainer = build_trainer(folder, *overrides)
     batch, actual = next(trainer.data.batches), {}
     trainer.data.batches = iter([batch])
-    trainer.training.model.register_forward_pre_hook(
+    trainer.built.model.register_forward_pre_hook(
         lambda _model, _inputs, kwargs: actual.update(
             {name: kwargs[name] for name in ("positions_S", "mask")}
         ),

@@ -174,10 +174,10 @@ def _say(folder: Path) -> tuple[str, list[str]]:
         "--training.steps=2",
         "--activation_checkpoint.mode=first_k",
     )
-    names = [name for name, _ in trainer.training.model.named_parameters()]
+    names = [name for name, _ in trainer.built.model.named_parameters()]
     trainer.train()
     trainer.close()
-    return str(trainer.training.applied), names
+    return str(trainer.built.applied), names
 
 
 @pytest.mark.distributed

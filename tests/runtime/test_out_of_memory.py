@@ -26,7 +26,7 @@ def _out_of_memory(folder: Path, *overrides: str) -> str:
     def forward(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has")
 
-    trainer.training.model.forward = forward  # type: ignore[assignment, method-assign]
+    trainer.built.model.forward = forward  # type: ignore[assignment, method-assign]
     try:
         with pytest.raises(torch.OutOfMemoryError):
             trainer.train()
@@ -96,7 +96,7 @@ def _out_of_memory_on_gpu(folder: Path) -> tuple[str, str]:
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("titan_lite.training.trainer").addHandler(handler)
-    trainer.training.model.register_forward_pre_hook(lambda *_: torch.empty(1 << 50, device="cuda"))
+    trainer.built.model.register_forward_pre_hook(lambda *_: torch.empty(1 << 50, device="cuda"))
     with pytest.raises(torch.OutOfMemoryError) as error:
         trainer.train()
     logging.getLogger("titan_lite.training.trainer").removeHandler(handler)

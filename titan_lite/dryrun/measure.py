@@ -10,7 +10,7 @@ from torch import Tensor
 
 from titan_lite.config.dims import ParallelDims
 from titan_lite.dryrun.recorder import Category, PeakMemory, Recorder
-from titan_lite.training.setup import Training
+from titan_lite.training.setup import BuiltTraining
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,21 @@ def recorder(dims: ParallelDims, *, fuses_float8_casts: bool = False) -> Recorde
 
 
 def measure_step(
-    training: Training, take_step: Callable[[], object], recorder: Recorder
+    built: BuiltTraining, take_step: Callable[[], object], recorder: Recorder
 ) -> Measured:
-    """Measures `take_step` within `recorder`, which was entered before `training` was built."""
+    """Measures `take_step` within `recorder`, which was entered before it was built."""
     held: dict[Category, int] = {
-        "parameters": recorder.mark(training.model.parameters(), "parameters"),
-        "buffers": recorder.mark(training.model.buffers(), "buffers"),
+        "parameters": recorder.mark(built.model.parameters(), "parameters"),
+        "buffers": recorder.mark(built.model.buffers(), "buffers"),
     }
-    averages = training.average.tensors.values() if training.average is not None else ()
-    held["optimizer"] = recorder.mark([*_state(training.optimizer), *averages], "optimizer")
+    averages = built.average.tensors.values() if built.average is not None else ()
+    held["optimizer"] = recorder.mark([*_state(built.optimizer), *averages], "optimizer")
 
     def mark_gradients(*_: object) -> None:
-        grads = [p.grad for p in training.model.parameters() if p.grad is not None]
+        grads = [p.grad for p in built.model.parameters() if p.grad is not None]
         held["gradients"] = recorder.mark(grads, "gradients")
 
-    hook = training.optimizer.register_step_pre_hook(mark_gradients)
+    hook = built.optimizer.register_step_pre_hook(mark_gradients)
     recorder.restart()
     start = recorder.now()
     take_step()

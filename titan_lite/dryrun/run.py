@@ -35,7 +35,7 @@ from titan_lite.runtime.distributed import Process
 from titan_lite.runtime.parent import end_with_parent
 from titan_lite.training.meta_model import build_meta_model, check_float8, pipeline_stages
 from titan_lite.training.objective import OBJECTIVES, Objective
-from titan_lite.training.setup import Training, build_training
+from titan_lite.training.setup import BuiltTraining, build_training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def dry_run(
         model.init_parameter = _draw_nothing  # type: ignore[method-assign]
         meshes = build_meshes(plan.dims, "cpu", has_experts=isinstance(plan.args, MoEArgs))
         objective = OBJECTIVES[plan.family.objective](plan.config)
-        training = build_training(
+        built = build_training(
             plan,
             model,
             objective,
@@ -96,53 +96,53 @@ def dry_run(
             allocating=fake,
         )
         assume_balance(model)
-        if training.pipeline is not None:
-            training.pipeline.skip_shape_negotiation()
-        labelled = partial(_labelled, training.objective)
-        training.step.labelled_indices = labelled  # type: ignore[method-assign]
+        if built.pipeline is not None:
+            built.pipeline.skip_shape_negotiation()
+        labelled = partial(_labelled, built.objective)
+        built.step.labelled_indices = labelled  # type: ignore[method-assign]
         if progress is not None:
             progress.enter("optimizer state")
-            progress.watch(model.layers.values(), plan.micro_steps, training.optimizer)
+            progress.watch(model.layers.values(), plan.micro_steps, built.optimizer)
         # A schedule that splits backward looks for the parameters of each block in its graph, and
         # each block has its own dropout keys, which are freed between blocks.
         splits_backward = plan.config.parallel.schedule.splits_backward
         if repeats and not splits_backward and not plan.args.has_dropout:
-            repeat_blocks(record, _blocks(training))
+            repeat_blocks(record, _blocks(built))
         batches = _batches(
             plan.config.training.local_batch_size,
             plan.config.training.seq_len,
             with_positions=plan.config.data.masks_attention,
             with_sources=bool(plan.config.data.sources),
-            with_pairs=training.objective.has_pairs,
+            with_pairs=built.objective.has_pairs,
         )
 
         def take_step() -> None:
-            training.step([next(batches) for _ in range(plan.micro_steps)], lr=0.0)
+            built.step([next(batches) for _ in range(plan.micro_steps)], lr=0.0)
 
         with fake, kernels:
-            measured = measure_step(training, take_step, record)
+            measured = measure_step(built, take_step, record)
     dims, parallel = plan.dims, plan.config.parallel
     place = dims.coordinates(rank)
     stages = local_stages(parallel, place["pp"]) if dims.pp > 1 else [0]
     # Of the tokens of a replica, a rank has those of its part of the sequence and of the matrices.
     tokens = plan.global_batch_size * plan.config.training.seq_len
-    flops = tokens * sum(training.stages[number].flops for number in stages)
+    flops = tokens * sum(built.stages[number].flops for number in stages)
     return DryRank(
         rank=rank,
         place=place,
         stages=tuple(stages),
-        parameters=training.num_params,
-        applied=str(training.applied),
+        parameters=built.num_params,
+        applied=str(built.applied),
         formula_flops=flops // dims.over(SAME_LAYERS),
         measured=measured,
     )
 
 
-def _blocks(training: Training) -> list[list[nn.Module]]:
+def _blocks(built: BuiltTraining) -> list[list[nn.Module]]:
     """Those of each pipeline stage of this rank."""
-    if training.pipeline is None:
-        return [list(training.model.layers.values())]
-    models: list[Any] = [stage.submod for stage in training.pipeline.stages]
+    if built.pipeline is None:
+        return [list(built.model.layers.values())]
+    models: list[Any] = [stage.submod for stage in built.pipeline.stages]
     return [list(model.layers.values()) for model in models]
 
 

@@ -48,7 +48,7 @@ from titan_lite.training.prediction import PredictionRecorder
 from titan_lite.training.preflight import check_model, lock_folders, named_cluster, preflight
 from titan_lite.training.resuming import log_changes
 from titan_lite.training.run_data import RunData
-from titan_lite.training.setup import Training, build_training
+from titan_lite.training.setup import BuiltTraining, build_training
 from titan_lite.training.step_monitor import StepMonitor
 from titan_lite.training.trainer import Trainer, Watcher
 
@@ -83,22 +83,22 @@ def open_run(plan: Plan, *, stop: StopRequest | None = None) -> Trainer:
         # The meshes' process groups do not inherit the timeout of the default group.
         watchdog.set_timeout(config.comm.init_timeout_seconds)
         logger.info("Building the model: %s parameters", in_words(model.num_parameters, plan.args))
-        training = build_training(
+        built = build_training(
             plan, model, objective, stages, meshes, process, progress=stop.progress
         )
         compilations = Compilations() if config.compile.enable else None
         sources = build_source_meter(config.data)
-        stateful: dict[str, Stateful] = {"data": data, "guard": training.guard}
-        if training.step.balancer is not None:
-            stateful["expert_counts"] = training.step.balancer
+        stateful: dict[str, Stateful] = {"data": data, "guard": built.guard}
+        if built.step.balancer is not None:
+            stateful["expert_counts"] = built.step.balancer
         if sources is not None:
             stateful["source_tokens"] = sources
         checkpoints = CheckpointManager(
             config.checkpoint,
             plan.checkpoint_folder,
-            model=training.model,
-            optimizer=training.optimizer,
-            average=None if training.average is None else training.average.tensors,
+            model=built.model,
+            optimizer=built.optimizer,
+            average=None if built.average is None else built.average.tensors,
             exports_average=config.ema.export,
             stateful=stateful,
             device=process.device,
@@ -109,16 +109,16 @@ def open_run(plan: Plan, *, stop: StopRequest | None = None) -> Trainer:
             timeout_seconds=config.comm.init_timeout_seconds,
         )
         stack.callback(checkpoints.close)
-        _load(plan, start, hf, training, checkpoints)
+        _load(plan, start, hf, built, checkpoints)
         if process.rank == 0:
             open_run_folder(plan.run_folder, resume_step=start.own_step)
             checkpoints.retire_newer_checkpoints(start.own_step)
 
-        _log_run(plan, process, training)
-        monitor = StepMonitor(plan, process, training, data.loader, sources, start.state)
+        _log_run(plan, process, built)
+        monitor = StepMonitor(plan, process, built, data.loader, sources, start.state)
         stack.callback(monitor.meter.close)
         if process.rank == 0:
-            _write_run_file(plan, process, training, monitor.meter.peak, start.state.step)
+            _write_run_file(plan, process, built, monitor.meter.peak, start.state.step)
         watchers: list[Watcher] = [
             GarbageCollector(config.training.gc_freq),
             Profiler(config.profiling, plan.run_folder / "profile", process.rank),
@@ -134,7 +134,7 @@ def open_run(plan: Plan, *, stop: StopRequest | None = None) -> Trainer:
             stop=stop,
             state=start.state,
             tokenizer=checked.tokenizer,
-            training=training,
+            built=built,
             data=data,
             checkpoints=checkpoints,
             monitor=monitor,
@@ -187,7 +187,7 @@ def _load(
     plan: Plan,
     start: Start,
     hf: tuple[HFFolder, HFModel] | None,
-    training: Training,
+    built: BuiltTraining,
     checkpoints: CheckpointManager,
 ) -> None:
     """Loads the checkpoint or the Hugging Face weights to start from, if there are any."""
@@ -198,29 +198,29 @@ def _load(
         if start.manifest is not None and start.content == "run" and dist.get_rank() == 0:
             log_changes(start.manifest, plan, versions())
     elif hf is not None:
-        load_hf(training.model, *hf)
-        if training.average is not None:
-            training.average.restart()
+        load_hf(built.model, *hf)
+        if built.average is not None:
+            built.average.restart()
         logger.info("Loaded the weights of %s", hf[0].path)
-    training.step.refresh()
+    built.step.refresh()
 
 
-def _log_run(plan: Plan, process: Process, training: Training) -> None:
+def _log_run(plan: Plan, process: Process, built: BuiltTraining) -> None:
     config = plan.config
     logger.info(
         "%s%s %s: %s parameters on %d x %s. Applied:\n%s",
         f"{config.job.description}. " if config.job.description else "",
         config.model.name,
         config.model.flavor,
-        in_words(training.num_params, plan.args),
+        in_words(built.num_params, plan.args),
         plan.dims.world_size,
         device_name(process.device),
-        training.applied,
+        built.applied,
     )
 
 
 def _write_run_file(
-    plan: Plan, process: Process, training: Training, peak: PeakFlops, start_step: int
+    plan: Plan, process: Process, built: BuiltTraining, peak: PeakFlops, start_step: int
 ) -> None:
     """Writes the run's device, layout, applied features and configuration to run.json."""
     # The file of a finished run keeps the settings that trained it.
@@ -231,11 +231,11 @@ def _write_run_file(
         {
             "device": device_name(process.device),
             "mesh": dataclasses.asdict(plan.dims),
-            "applied": dataclasses.asdict(training.applied),
-            "parameters": training.num_params,
-            "active_parameters": training.num_params - num_inactive_params(plan.args),
-            "stages": [dataclasses.asdict(stage) for stage in training.stages],
-            "flops_per_token": dataclasses.asdict(training.flops) | {"formula": FORMULA},
+            "applied": dataclasses.asdict(built.applied),
+            "parameters": built.num_params,
+            "active_parameters": built.num_params - num_inactive_params(plan.args),
+            "stages": [dataclasses.asdict(stage) for stage in built.stages],
+            "flops_per_token": dataclasses.asdict(built.flops) | {"formula": FORMULA},
             "peak": dataclasses.asdict(peak),
             "config": plan.config.model_dump(),
         },

@@ -29,7 +29,7 @@ from titan_lite.training.step import TrainStep
 
 
 @dataclass(kw_only=True)
-class Training:
+class BuiltTraining:
     """This rank's part of a model, with its optimizer and training step.
 
     num_params, parameter_names (in the model's order), stages and flops are of the whole model.
@@ -60,7 +60,7 @@ def build_training(
     *,
     progress: Progress | None = None,
     allocating: AbstractContextManager[object] | None = None,
-) -> Training:
+) -> BuiltTraining:
     """Parallelizes the whole `model`, on the meta device, in place, and initializes its weights.
 
     progress: the run's current phase. allocating: entered while weights and optimizer are created.
@@ -107,7 +107,7 @@ def build_training(
             balancer=balancer,
         )
         step.refresh()
-    return Training(
+    return BuiltTraining(
         num_params=num_params,
         parameter_names=parameter_names,
         stages=stages,

@@ -21,7 +21,7 @@ from titan_lite.optim.guard import Guard
 from titan_lite.optim.nonfinite import NonFiniteError
 from titan_lite.runtime.distributed import Process, all_reduce
 from titan_lite.runtime.readback import Readback
-from titan_lite.training.setup import Training
+from titan_lite.training.setup import BuiltTraining
 from titan_lite.training.step import StepResult
 
 logger = logging.getLogger(__name__)
@@ -37,26 +37,26 @@ class StepMonitor:
         self,
         plan: Plan,
         process: Process,
-        training: Training,
+        built: BuiltTraining,
         loader: DataLoader,
         sources: SourceMeter | None,
         state: RunState,
     ) -> None:
         config = plan.config
         self.tokens: int | Tensor = state.tokens
-        self.unread_results = UnreadResults(training.guard, training.parameter_names)
+        self.unread_results = UnreadResults(built.guard, built.parameter_names)
         self.meter = build_meter(
-            config, process, plan.run_folder, training.flops, start_step=state.step
+            config, process, plan.run_folder, built.flops, start_step=state.step
         )
         self.forward_times = ForwardTimes(
-            training.model.layers.children(),
+            built.model.layers.children(),
             process.device,
             compiled=config.compile.covers("model"),
         )
         pp_ranks = [plan.dims.coordinates(rank)["pp"] for rank in range(plan.dims.world_size)]
         self._watch = RecordWatch(process, pp_ranks, start_step=state.step)
-        self._plan, self._process, self._training = plan, process, training
-        self._balancer = training.step.balancer
+        self._plan, self._process, self._built = plan, process, built
+        self._balancer = built.step.balancer
         self._loader, self._sources = loader, sources
 
     def record_step(self, step: int, result: StepResult, *, logs: bool) -> None:
@@ -66,7 +66,7 @@ class StepMonitor:
         with `logs`, at once.
         """
         tokens: int | Tensor = self._plan.global_batch_size * self._plan.config.training.seq_len
-        if self._training.objective.has_padding:
+        if self._built.objective.has_padding:
             # A tensor on the device, which the host does not wait for.
             tokens = result.num_tokens
         self.tokens += tokens
@@ -78,7 +78,7 @@ class StepMonitor:
 
     def log(self, step: int, result: StepResult, lr: float, extra: dict[str, float]) -> Record:
         """Writes the record of a step, with `extra` metrics, and returns it; collective."""
-        guard, objective = self._training.guard, self._training.objective
+        guard, objective = self._built.guard, self._built.objective
         extra = extra | guard.metrics() | self._data_metrics(result)
         extra |= objective.metrics(result.loss, result.sums, result.num_pairs)
         if self._balancer is not None:

@@ -29,7 +29,7 @@ from titan_lite.runtime.stop import StopRequest
 from titan_lite.runtime.watchdog import Watchdog
 from titan_lite.training.export import export_hf
 from titan_lite.training.run_data import RunData
-from titan_lite.training.setup import Training
+from titan_lite.training.setup import BuiltTraining
 from titan_lite.training.step import StepResult
 from titan_lite.training.step_monitor import StepMonitor
 
@@ -55,7 +55,7 @@ class Trainer:
     stop: StopRequest
     state: RunState
     tokenizer: Tokenizer
-    training: Training
+    built: BuiltTraining
     data: RunData
     checkpoints: CheckpointManager
     monitor: StepMonitor
@@ -122,7 +122,7 @@ class Trainer:
         lr = self.schedule(step)
         monitor.forward_times.start_step()
         try:
-            result = self.training.step(batches, lr, stop=self.stop.signal is not None)
+            result = self.built.step(batches, lr, stop=self.stop.signal is not None)
         except torch.OutOfMemoryError as error:
             advice = advise_on_memory(self.plan, self.process.device)
             logger.error("%s", describe_out_of_memory(error, self.process.device, advice))
@@ -145,8 +145,8 @@ class Trainer:
         assert held_out is not None
         # The first validation compiles.
         with self._outside_steps():
-            sums = self.training.step.evaluate(held_out.batches)
-            metrics = self.training.objective.validation(sums, held_out)
+            sums = self.built.step.evaluate(held_out.batches)
+            metrics = self.built.objective.validation(sums, held_out)
         if self.compilations is not None:
             self.compilations.after_validation()
         return metrics
@@ -172,7 +172,7 @@ class Trainer:
         counts: dict[str, Any] = {"compiled_graphs": self.compilations.graphs}
         if self.plan.config.parallel.async_tp:
             counts |= count_fused()
-        applied = self.training.applied = dataclasses.replace(self.training.applied, **counts)
+        applied = self.built.applied = dataclasses.replace(self.built.applied, **counts)
         logger.info("The first step compiled %s", applied.compiled())
         if self.plan.config.parallel.async_tp:
             applied.check_async_tp()
