@@ -270,8 +270,8 @@ MAY_TAKE_THE_WHOLE = {
     "dryrun/summary": {"summarize_dry_run", "_facts"},
     "dryrun/run": {"dry_run", "dry_runs", "left_out", "_eager", "_quiet_dry_run"},
     "training/meta_model": {
-        "check_run",
-        "build_meta_model",
+        "check_model_and_device",
+        "build_checked_model",
         "pipeline_stages",
         "count_flops",
         "_attended",
@@ -286,7 +286,7 @@ MAY_TAKE_THE_WHOLE = {
     "training/preflight": {
         "preflight",
         "check_contents",
-        "check_model",
+        "check_same_model",
         "lock_folders",
         "check_locks",
         "fitting_tokenizer",

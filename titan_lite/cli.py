@@ -165,10 +165,10 @@ def _preflight(plan: Plan) -> None:
             or shutil.which("nvidia-smi")
         ):
             # These need torch, which takes seconds to import.
-            from titan_lite.training.meta_model import check_run
+            from titan_lite.training.meta_model import check_model_and_device
 
             with problems.checking():
-                check_run(plan, results.start)
+                check_model_and_device(plan, results.start)
 
 
 def _rendered(loaded: LoadedConfig) -> str:

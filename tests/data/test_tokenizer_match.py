@@ -164,8 +164,8 @@ def test_the_tokenizer_of_a_hugging_face_model_is_compared(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # The folders have tokenizers but no weights, which check_run would read.
-    monkeypatch.setattr("titan_lite.training.meta_model.check_run", lambda *_: None)
+    # The folders have tokenizers but no weights, which check_model_and_device would read.
+    monkeypatch.setattr("titan_lite.training.meta_model.check_model_and_device", lambda *_: None)
     start = f"--checkpoint.initial_load_hf={converted}"
     assert not preflight(capsys, start)
     assert not preflight(capsys, start, f"--data.tokenizer_path={converted}")

@@ -23,7 +23,7 @@ from titan_lite.optim.optimizer import (
     parameters_of,
     set_lr,
 )
-from titan_lite.training.meta_model import build_meta_model
+from titan_lite.training.meta_model import build_checked_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "optimizers.md"
 PLAN = LLAMA.tp_plan
@@ -123,7 +123,7 @@ def test_a_group_without_parameters_is_refused(patterns: list[str], message: str
 def test_groups_are_checked_before_a_run_starts() -> None:
     plan = make_plan(None, ['--optimizer.groups=[{pattern="layers.9.*"}]'], world_size=1)
     with pytest.raises(SettingError, match=r"table 1: .* matches no parameter"):
-        build_meta_model(plan)
+        build_checked_model(plan)
 
 
 def test_kinds_follow_from_the_roles_of_the_family() -> None:

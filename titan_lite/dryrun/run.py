@@ -33,7 +33,7 @@ from titan_lite.parallel.mesh import build_meshes
 from titan_lite.parallel.pipeline import local_stages
 from titan_lite.runtime.distributed import Process
 from titan_lite.runtime.parent import end_with_parent
-from titan_lite.training.meta_model import build_meta_model, check_float8, pipeline_stages
+from titan_lite.training.meta_model import build_checked_model, check_float8, pipeline_stages
 from titan_lite.training.objective import OBJECTIVES, Objective
 from titan_lite.training.setup import BuiltTraining, build_training
 
@@ -78,7 +78,7 @@ def dry_run(
     # Autograd refuses fake tensors of a GPU where there is none.
     process = Process(rank, 0, plan.dims.world_size, torch.device("cpu"))
     with plan.reporting(), fake_world(rank, plan.dims.world_size), recording as record:
-        model = build_meta_model(plan)
+        model = build_checked_model(plan)
         # What holds on any device; this machine's is not the run's.
         section = plan.config.float8.model_copy(update={"emulate": True})
         check_float8(plan, model, section, torch.device("meta"))

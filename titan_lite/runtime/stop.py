@@ -52,7 +52,10 @@ def _sent(number: signal.Signals) -> str:
 
 
 class StopRequest:
-    """A request to stop this process; `signal` names the signal, None before."""
+    """A request to stop this process; `signal` names the signal, None before.
+
+    progress: of this process, which SIGTERM ends at once if it makes none for TERM_GRACE seconds.
+    """
 
     def __init__(self) -> None:
         self.signal: str | None = None

@@ -40,11 +40,11 @@ from titan_lite.runtime.profiler import check_profiling
 from titan_lite.training.objective import OBJECTIVES, Objective
 
 
-def check_run(plan: Plan, start: Start) -> None:
+def check_model_and_device(plan: Plan, start: Start) -> None:
     """Runs all checks of the model and of this machine's device, and raises all their errors."""
     device = Process.from_environment().device
     section = plan.config.checkpoint
-    model = build_meta_model(plan)
+    model = build_checked_model(plan)
     with collecting() as problems:
         with problems.checking():
             pipeline_stages(plan, model, OBJECTIVES[plan.family.objective](plan.config))
@@ -57,8 +57,8 @@ def check_run(plan: Plan, start: Start) -> None:
                 check_weights(start.source, model, section.exclude_from_loading)
 
 
-def build_meta_model(plan: Plan) -> Transformer:
-    """Builds the model, and checks every name of a parameter in the configuration against it."""
+def build_checked_model(plan: Plan) -> Transformer:
+    """Builds the model on the meta device; checks that the parameters the settings name exist."""
     with about("model.name"), torch.device("meta"):
         model = build_model(plan.family, plan.args)
         if type(model).init_parameter is Transformer.init_parameter:

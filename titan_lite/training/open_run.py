@@ -38,14 +38,14 @@ from titan_lite.runtime.seed import set_determinism
 from titan_lite.runtime.stop import StopRequest
 from titan_lite.runtime.watchdog import Watchdog
 from titan_lite.training.meta_model import (
-    build_meta_model,
+    build_checked_model,
     check_device,
     open_hf_weights,
     pipeline_stages,
 )
 from titan_lite.training.objective import OBJECTIVES
 from titan_lite.training.prediction import PredictionRecorder
-from titan_lite.training.preflight import check_model, lock_folders, named_cluster, preflight
+from titan_lite.training.preflight import check_same_model, lock_folders, named_cluster, preflight
 from titan_lite.training.resuming import log_changes
 from titan_lite.training.run_data import RunData
 from titan_lite.training.setup import BuiltTraining, build_training
@@ -65,7 +65,7 @@ def open_run(plan: Plan, *, stop: StopRequest | None = None) -> Trainer:
             stack.enter_context(lock_folders(plan))
         checked = preflight(plan)
         hf = open_hf_weights(plan) if checked.start.source is None else None
-        model = build_meta_model(plan)
+        model = build_checked_model(plan)
         objective = OBJECTIVES[plan.family.objective](config)
         stages = pipeline_stages(plan, model, objective)
         check_device(plan, model, process.device)
@@ -163,7 +163,7 @@ def _join(plan: Plan, process: Process, stop: StopRequest) -> Watchdog:
 
 
 def _agree(plan: Plan, local: Start, data: RunData) -> Start:
-    """Returns the start on which all ranks agree, and checks that they read the same; collective.
+    """Returns the start that all ranks agree on; checks that they read the same data; collective.
 
     local: the start that this rank would take.
     """
@@ -178,7 +178,7 @@ def _agree(plan: Plan, local: Start, data: RunData) -> Start:
         )
     if start is not local:
         # An earlier checkpoint, since the latest is damaged.
-        check_model(start, plan)
+        check_same_model(start, plan)
         data.open(start)
     return start
 

@@ -1,4 +1,7 @@
-"""Checks the files that a run reads, before any process starts; no torch."""
+"""Checks the files that a run reads; no torch.
+
+The launcher runs it before the processes start, and each process runs it again.
+"""
 
 import contextlib
 import logging
@@ -72,7 +75,7 @@ def preflight(plan: Plan) -> Preflight:
                 plan.checkpoint_folder,
                 last_step=config.training.steps,
             )
-            check_model(start, plan)
+            check_same_model(start, plan)
         with problems.checking("data.tokenizer_path"):
             if tokenizer is not None and start is not None:
                 check_origin(config.data, config.checkpoint, tokenizer, start)
@@ -148,13 +151,13 @@ def _check_export(plan: Plan, tokenizer: Tokenizer) -> None:
 
 
 def _most_tokens(source: Source) -> int | None:
-    """Returns an upper bound of a source's tokens, each at least a byte; None for Hub datasets."""
+    """Returns an upper bound of a source's tokens, at a byte each; None for Hub datasets."""
     if source.manifest:
         return source.manifest.tokens
     return sum(map(num_bytes, source.files)) if source.files else None
 
 
-def check_model(start: Start, plan: Plan) -> None:
+def check_same_model(start: Start, plan: Plan) -> None:
     """Raises a SettingError for each model setting that differs from the checkpoint's.
 
     If another run's weights are loaded, differences in settings that are often changed on purpose
@@ -191,7 +194,7 @@ def check_model(start: Start, plan: Plan) -> None:
             f"{literal(sorted(different))}"
         )
         if different.keys() & SHOWN_BY_WEIGHTS:
-            # Weights of other shapes cannot be loaded on purpose.
+            # No setting can make weights of other shapes load.
             remedy = ""
     by_key: dict[str, list[str]] = {}
     for name, (saved, own) in different.items():
