@@ -51,11 +51,9 @@ def build_parallel(
     config = plan.config
     parallel, training = config.parallel, config.training
     place = plan.dims.coordinates(process.rank)
-    local, local_indices = {0: model}, None
+    local, indices = {0: model}, None
     if parallel.cp > 1:
-        local_indices = local_positions(
-            parallel.cp_method, training.seq_len, place["cp"], parallel.cp
-        )
+        indices = local_positions(parallel.cp_method, training.seq_len, place["cp"], parallel.cp)
     if meshes.pp is not None:
         with torch.device("meta"):
             local = {
@@ -79,7 +77,7 @@ def build_parallel(
         ]
     )
     if meshes.pp is None:
-        return ParallelModel(model, None, applied, meshes, local_indices)
+        return ParallelModel(model, None, applied, meshes, indices)
     applied = dataclasses.replace(applied, pipeline=summarize_stages(stages, parallel.pp_schedule))
     tokens = training.seq_len // parallel.cp
     split_over = parallel.tp if parallel.sequence_parallel else 1
@@ -97,4 +95,4 @@ def build_parallel(
         group=meshes.pp,
     )
     merge_stages(model, list(local.values()))
-    return ParallelModel(model, pipeline, applied, meshes, local_indices)
+    return ParallelModel(model, pipeline, applied, meshes, indices)

@@ -112,7 +112,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         first_row: int,
         tp_group: dist.ProcessGroup | None,
         loss_parallel: bool,
-        compiled: Callable[..., Tensor] | None,
+        logits_to_gradients: Callable[..., Tensor] | None,
         source_ids_N: Tensor | None,
         source_losses: Tensor | None,
     ) -> Tensor:
@@ -132,7 +132,6 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         )
         # All chunks share these buffers: on a CPU, allocating costs more than the arithmetic.
         logits = weight_VD.new_empty(min(chunk, len(hidden_ND)), V)
-        logits_to_gradients = compiled
         if logits_to_gradients is None:
             log_probs = torch.empty_like(logits, dtype=torch.float32)
             logits_to_gradients = functools.partial(_logits_to_gradients, log_probs)
