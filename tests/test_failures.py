@@ -317,16 +317,15 @@ def test_documents_left_out_are_counted_in_the_metrics_once_whichever_rank_reads
         (lambda file: TensorBoardSink(file / "tb"), "file/tb"),
         (lambda file: open_run_folder(file, resume_step=0), "file"),
         (lambda file: write_run_file(file, {}), "file/run.json"),
-        (lambda file: retire_later_steps(file.parent, 2), "retired"),
+        (lambda file: retire_later_steps(file.parent, 2), "file/retired"),
     ],
 )
 def test_what_cannot_be_written_is_named_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], object], path: str
 ) -> None:
-    monkeypatch.setattr(time, "strftime", lambda *_: "retired")
+    monkeypatch.setattr(time, "strftime", lambda *_: "file/retired")
     (tmp_path / "step-3").mkdir()
-    for name in ("file", "retired"):
-        (tmp_path / name).touch()
+    (tmp_path / "file").touch()
     reason = "Not a directory|File exists"
     with pytest.raises(WriteError, match=rf"^{tmp_path}/{path} cannot be written: ({reason})$"):
         write(tmp_path / "file")

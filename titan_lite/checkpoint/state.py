@@ -205,8 +205,9 @@ def retire_later_steps(folder: Path, step: int) -> Path | None:
     later = [other for other in saved_steps(folder) if other > step]
     if not later:
         return None
-    with writing(folder):
-        retired = make_new_folder(folder / time.strftime("retired-%Y%m%d-%H%M%S"))
+    retired = folder / time.strftime("retired-%Y%m%d-%H%M%S")
+    with writing(retired):
+        retired = make_new_folder(retired)
         for other in later:
             (folder / f"step-{other}").rename(retired / f"step-{other}")
     return retired

@@ -110,14 +110,13 @@ class ConsoleSink:
         else:
             eta = (self._num_steps - step) * record["seconds_per_step"]
             fields.append(("eta", format_duration(eta)))
-        line = "  ".join(f"{self._faint(label)} {value}" for label, value in fields)
-        if self._progress:
-            self._progress.erase()
+        line = "  ".join(f"{self._faint(label)} {value}" for label, value in fields).rstrip()
         # Of a terminal that was closed, the run ends by its signal, with a checkpoint.
         with contextlib.suppress(OSError):
-            print(line.rstrip(), file=self._stream, flush=True)
-        if self._progress:
-            self._progress.draw(record)
+            if self._progress:
+                self._progress.write(line, record)
+            else:
+                print(line, file=self._stream, flush=True)
 
     def close(self) -> None:
         """Leaves the stream open: it is not this sink's."""
