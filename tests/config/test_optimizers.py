@@ -57,10 +57,30 @@ def test_a_key_of_another_optimizer_is_an_error_that_names_it(
     )
     monkeypatch.chdir(tmp_path)
     Path("a.toml").write_text("[optimizer]\nbeta1 = 0.8")
-    assert problem("name=Rolling", path="a.toml").startswith(
-        'optimizer.beta1 (a.toml): does not apply where optimizer.name is "Rolling": set '
+    Path("b.toml").write_text('extends = "a.toml"\n[optimizer]\nname = "Rolling"\nbeta1 = 0.8')
+    assert problem(path="b.toml").startswith(
+        'optimizer.beta1 (b.toml): does not apply where optimizer.name is "Rolling": set '
         'optimizer.name = "AdamW" or "Adam" or "Muon", or'
     )
+
+
+@pytest.mark.usefixtures("registered")
+def test_another_optimizer_replaces_the_keys_of_the_files_that_are_extended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.toml").write_text("[optimizer]\nlr = 1e-3\nbeta1 = 0.8")
+    Path("b.toml").write_text('extends = "a.toml"\n[optimizer]\nname = "Rolling"')
+    Path("c.toml").write_text('extends = "b.toml"\n[optimizer]\nfriction = 0.5')
+    expected = Rolling(lr=1e-3, friction=0.5)
+    assert load_config("c.toml").config.optimizer == expected
+    overrides = ["--optimizer.friction=0.5", "--optimizer.name=Rolling"]
+    assert load_config("a.toml", overrides).config.optimizer == expected
+    # A misspelt key is none of another optimizer.
+    Path("a.toml").write_text("[optimizer]\nbeta3 = 0.8")
+    assert "optimizer.beta3 (a.toml): unknown key" in problem("name=Rolling", path="a.toml")
+    # The order of overrides decides nothing.
+    assert "does not apply" in problem("beta1=0.8", "name=Rolling")
 
 
 @pytest.mark.usefixtures("registered")

@@ -88,7 +88,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Loade
         except SettingError as error:
             # What it would have registered is not to be called unknown.
             raise ConfigError([*problems, Problem("job.plugins", source, error.message)]) from error
-    tags = _tags(layers)
+    tags = _choose_variants(layers)
     for source, tables in layers:
         problems += _problems_of(source, tables, tags)
     if problems:
@@ -212,14 +212,26 @@ def _parse_value(text: str) -> Any:
     return parsed["value"] if parsed.keys() == {"value"} else text
 
 
-def _tags(layers: Sequence[tuple[str, Tables]]) -> Tables:
-    """The tag of each tagged table, which a layer may leave to another."""
+def _choose_variants(layers: Sequence[tuple[str, Tables]]) -> Tables:
+    """Returns the tag of each tagged table, which a layer may leave to another.
+
+    Removes from the layers before the one that chooses it the keys of other variants.
+    """
     tags = {name: table.fields[table.tag].default for name, table in TAGGED.items()}
-    for _, tables in layers:
-        for name, table in TAGGED.items():
-            given = tables.get(name)
-            if isinstance(given, dict) and table.tag in given and (tag := table.tag_of(given)):
-                tags[name] = tag
+    for name, table in TAGGED.items():
+        given = [(s, keys) for s, tables in layers if isinstance(keys := tables.get(name), dict)]
+        chosen = [
+            (source, tag)
+            for source, keys in given
+            if table.tag in keys and (tag := table.tag_of(keys))
+        ]
+        if chosen:
+            last, tags[name] = chosen[-1]
+            # All overrides are of one source: their order decides nothing.
+            first = [source for source, _ in given].index(last)
+            for _, keys in given[:first]:
+                for key in table.foreign_keys(tags[name]) & keys.keys():
+                    del keys[key]
     return tags
 
 

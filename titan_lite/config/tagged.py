@@ -69,6 +69,10 @@ class TaggedTable(Generic[S]):
         tag = table.get(self.tag, self.fields[self.tag].default)
         return tag if isinstance(tag, str) and tag in self.variants else None
 
+    def foreign_keys(self, tag: str) -> set[str]:
+        """The keys that only other variants have."""
+        return self.fields.keys() - self.variants[tag].model_fields.keys()
+
     def validate(self, table: Any) -> Any:
         """Makes a table the section of its variant; the base lacks its tag where there is none."""
         if not isinstance(table, dict):
