@@ -343,10 +343,10 @@ def test_only_these_functions_take_a_whole_plan_or_configuration() -> None:
 BUDGET = {
     "data": 3043,
     "parallel": 2043,
-    "config": 2037,
+    "config": 2047,
     "training": 1910,
     "tools": 1827,
-    "checkpoint": 1599,
+    "checkpoint": 1600,
     "models": 1712,
     "planner": 1377,
     "regression": 1201,

@@ -111,7 +111,7 @@ def test_a_narrow_terminal_shows_what_fits(columns: int) -> None:
         sink.write(record(5_000, tokens=2_560_000))
         sink.close()
     written = ""
-    # Linux answers the end of a terminal by an error.
+    # On Linux, reading past the end of a terminal is an error.
     with contextlib.suppress(OSError):
         while part := os.read(reader, 10_000):
             written += part.decode()
