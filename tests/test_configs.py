@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from titan_lite.config.load import load_config
+from titan_lite.config.problems import FIELDS
 from titan_lite.models.plan import make_plan
 from titan_lite.nn.build_model import build_model
 from titan_lite.planner.counts import num_params
@@ -101,7 +102,8 @@ def test_a_preset_writes_only_what_differs(path: Path) -> None:
         section, _, key = dotted.partition(".")
         if origin == str(path):
             value = getattr(getattr(loaded.config, section), key)
-            assert value != getattr(getattr(base.config, section), key), dotted
+            default = FIELDS[section][key].default
+            assert value != getattr(getattr(base.config, section), key, default), dotted
 
 
 @pytest.mark.parametrize(("preset", "world_size", "overrides"), ROWS)
