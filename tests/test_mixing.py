@@ -183,7 +183,7 @@ A, B = '{name = "a", weight = 1}', '{name = "b", weight = 2.5}'
         (
             [f"--data.sources=[{A}]", "--validation.enable=true"],
             "validation.enable",
-            "true requires held-out documents with data.sources; set validation.dataset_path",
+            "with data.sources set, validation needs its own documents: set validation.",
         ),
     ],
 )

@@ -241,7 +241,11 @@ def test_documents_that_are_trained_on_are_refused(short: str, tmp_path: Path) -
 
 def test_a_run_names_the_key_of_what_cannot_be_validated_on(short: str, tmp_path: Path) -> None:
     for settings, key, message in (
-        (("--data.dataset_path=" + short,), "validation.enable", "requires held-out documents"),
+        (
+            ("--data.dataset_path=" + short,),
+            "validation.enable",
+            "validation needs its own documents",
+        ),
         (("--validation.split=test",), "validation.split", 'for the bundled corpus, got "test"'),
         (("--validation.steps=10000",), "validation.steps", "are more than the "),
     ):

@@ -245,7 +245,9 @@ def test_a_text_that_spells_a_special_token_is_stated(
     section = Data(dataset_path=str(tmp_path / "strike.jsonl"))
     report = export_report(documents, local, section, of_pairs=False)
     assert report.is_same
-    assert ", but 4 of them spell a special token, which is text in training" in report.sentence
+    assert (
+        "; 4 of them contain a special token's text. Training reads it as text" in report.sentence
+    )
     assert "The first is 'A <s>price</s>.'" in report.sentence
     assert "split_special_tokens=True" in report.sentence
 
@@ -280,9 +282,9 @@ def test_a_model_that_has_no_form_in_a_tokenizer_json_is_exported_alone_and_said
     assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == content
     assert export_report(documents, local, Data(), of_pairs=False) == ExportReport(
         False,
-        "The tokenizer has no tokenizer.json that gives the same ids, since "
-        "treat_whitespace_as_suffix cannot be represented there: tokenizer.model gives the ids of "
-        "training only in sentencepiece, transformers may give others",
+        "The tokenizer cannot be exported as tokenizer.json (it sets treat_whitespace_as_suffix). "
+        "tokenizer.model is exported; transformers may compute other ids from it than "
+        "sentencepiece",
     )
     (folder / "tokenizer.model").write_bytes(default_pieces(model_type="word", vocab_size=300))
     documents = export(load_tokenizer(folder), tmp_path / "words")
@@ -304,13 +306,15 @@ def test_an_export_with_other_ids_is_refused_before_training_or_has_them_stated(
     check = ["config", "--quiet", "--preflight", f"--job.dump_folder={tmp_path}/run", *settings]
     assert cli.main(check) == 2
     message = " ".join(capsys.readouterr().err.split())
-    assert "checkpoint.last_save_hf (command line): The tokenizer has no tokenizer.json" in message
+    assert "checkpoint.last_save_hf (command line): The tokenizer cannot be exported as" in message
     assert message.rstrip().endswith("set checkpoint.allow_export_mismatch = true")
     allowed = "--checkpoint.allow_export_mismatch=true"
     assert cli.main([*check, allowed]) == 0
     one_process.run(train_and_gather, tmp_path / "run", *settings, allowed)
     written = (tmp_path / "run/checkpoint/hf/README.md").read_text()
-    assert written.startswith("# Tokenizer\n\nThe tokenizer has no tokenizer.json that gives the ")
+    assert written.startswith(
+        "# Tokenizer\n\nThe tokenizer cannot be exported as tokenizer.json (it "
+    )
 
     convert = ["convert", "dcp-to-hf", f"{tmp_path}/run/checkpoint/step-1", f"{tmp_path}/hf"]
     assert cli.main(convert) == 2

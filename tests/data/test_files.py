@@ -158,7 +158,7 @@ def test_samples_are_those_of_plain_jsonl_wherever_documents_are_named(
     assert run(data(target), 72) == expected
     assert read_token_manifest(target).documents == 30
     (target / "a.jsonl").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"/tokens has tokens: name this folder itself"):
+    with pytest.raises(ValueError, match=r"/tokens has tokens: set dataset_path to this folder"):
         resolve_source(data(tmp_path))
 
 
@@ -194,8 +194,8 @@ def test_companions_are_no_documents_and_other_files_are_named(
     start = f'data.dataset_path = "{tmp_path}" leaves out'
     assert caplog.messages == [
         f"{start} e.csv, g.parquet.gz, sub/f.jsonl.lz4: documents end in {files.KNOWN}",
-        f"{start} _h.jsonl, _temporary, not documents by their names: to read them, name the "
-        "files by a glob",
+        f"{start} _h.jsonl, _temporary, whose names do not look like documents: to read them, set "
+        "dataset_path to a glob such as folder/*.txt",
     ]
 
 
@@ -211,7 +211,8 @@ def test_a_folder_without_documents_is_refused_by_its_files(tmp_path: Path) -> N
     fill(tmp_path, "urls.txt")
     assert refused(tmp_path) == (
         f"data.dataset_path: {tmp_path} has text (urls.txt) next to files that cannot be read "
-        "(a.jsonl.lz4, b.tar.gz): if the text is the documents, name it by a glob"
+        "(a.jsonl.lz4, b.tar.gz): if the text is the documents, set a glob such as "
+        "*.txt"
     )
     assert read(tmp_path / "*.txt") == ["LICENSE.txt", "urls.txt"]
 
@@ -226,7 +227,7 @@ def test_a_file_and_its_compressed_copy_are_warned_about(
     assert read(tmp_path) == ["a.jsonl", "b.jsonl.gz", "a.jsonl", "a.jsonl.gz"]
     assert caplog.messages == [
         f'data.dataset_path = "{tmp_path}" reads sub/a.jsonl.gz and the file of the same name '
-        "without compression: if they have the same documents, name one of the two by a glob"
+        "without compression: if they have the same documents, set a glob of one, such as *.gz"
     ]
 
 
@@ -236,8 +237,8 @@ def test_of_text_the_companions_are_named_too(
     fill(tmp_path, "moby dick.txt", "Terms of endearment.txt", "README.md")
     assert read(tmp_path) == ["moby dick.txt"]
     assert caplog.messages == [
-        f'data.dataset_path = "{tmp_path}" leaves out Terms of endearment.txt, not '
-        "documents by their names: to read them, name the files by a glob"
+        f'data.dataset_path = "{tmp_path}" leaves out Terms of endearment.txt, whose names do not '
+        "look like documents: to read them, set dataset_path to a glob such as folder/*.txt"
     ]
 
 
@@ -467,7 +468,7 @@ def test_a_saved_dataset_is_read_by_its_split(tmp_path: Path) -> None:
     )
     assert 'data.subset: "en" has no effect' in refused(path, subset="en")
     assert 'data.split: "test" has no effect' in refused(path / "train", split="test")
-    assert f"{path} has several splits: name this folder itself" in refused(tmp_path)
+    assert f"{path} has several splits: set dataset_path to this folder" in refused(tmp_path)
 
 
 def test_a_file_among_those_that_are_trained_on_is_not_held_out(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def test_the_same_files_elsewhere_have_the_same_identity(tmp_path):
         ({"dataset_path": "no*.jsonl"}, r'data.dataset_path: "no\*.jsonl" matches no file'),
         ({"dataset_path": "empty"}, r"data.dataset_path: empty has no file ending in .jsonl"),
         ({"dataset_path": "a.csv"}, r"unknown format of 'a.csv', expected a name ending in .jsonl"),
-        ({"dataset_path": "mixed"}, r"mixes formats \(1 json, 1 text\): name one by a glob"),
+        ({"dataset_path": "mixed"}, r"mixes formats \(1 json, 1 text\): set a glob of one"),
         ({"dataset_path": "mixed/a.txt", "subset": "en"}, r'data.subset: "en" has no effect with'),
         ({"dataset_path": "mixed/a.txt", "split": "test"}, r'data.split: "test" has no effect'),
         ({"subset": "en"}, r'data.subset: "en" has no effect with data.dataset = "bundled"'),

@@ -434,7 +434,9 @@ def test_a_folder_that_was_started_with_other_settings_is_refused(
         r"and is '4 json files .*'; --shard-size was 300 and is 301; remove it, or choose another",
     ):
         write(folder / "four", tmp_path / "x", shard_size=301)
-    with pytest.raises(ValueError, match=r"x\.incomplete is not complete: run the titan-lite tok"):
+    with pytest.raises(
+        ValueError, match=r"x\.incomplete is not complete: run the same titan-lite tok"
+    ):
         resolve_source(text_data(tmp_path / "x.incomplete"))
     (tmp_path / "x.incomplete" / "progress.json").write_text("{")
     with pytest.raises(ValueError, match=r"progress\.json is damaged .* remove .*x\.incomplete"):

@@ -74,14 +74,14 @@ def test_a_rank_that_waits_for_data_a_spike_and_a_slow_rank_are_named_on_log_ste
     assert silent == []
     waits, spike, *slow = warned
     assert waits == (
-        "Rank 1 waits 1.25 s per step for data, up to step 6; the median rank 0.25 s, and a step "
-        "takes 0.26 s"
+        "Rank 1 waits for data at step 6: 1.25 s per step; the median rank waits 0.25 s; a whole "
+        "step takes 0.26 s"
     )
     assert spike.startswith("The loss of step 13, ")
     # While most of the last ten steps were slow ones.
     assert slow == [
-        "Rank 1 is slow: the forward of its blocks takes 0.1 s per step, up to step "
-        f"{step}; of the median rank 0.01 s, and a step takes 0.26 s"
+        f"Rank 1 is slow at step {step}: its forward takes 0.1 s per step; the median rank's takes "
+        "0.01 s; a whole step takes 0.26 s"
         for step in range(20, 30)
     ]
 
@@ -90,8 +90,8 @@ def test_only_ranks_of_one_stage_are_compared_and_small_differences_are_none() -
     assert slow_ranks(9, [0.1, 0.12, 0.3, 0.31], [0, 0, 1, 1], 1.0) == []
     (sentence,) = slow_ranks(9, [0.1, 0.2, 0.3, 0.31], [0, 0, 1, 1], 1.0)
     assert sentence == (
-        "Rank 1 is slow: the forward of its blocks takes 0.2 s per step, up to step 9; of the "
-        "median rank 0.1 s, and a step takes 1 s"
+        "Rank 1 is slow at step 9: its forward takes 0.2 s per step; the median rank's takes "
+        "0.1 s; a whole step takes 1 s"
     )
     assert slow_ranks(9, [0.01, 0.02], [0, 0], 1.0) == []
     assert slow_ranks(9, [0.0, 0.0], [0, 0], 1.0) == [], "before there are ten steps"

@@ -74,8 +74,8 @@ MOE = "--model.name=qwen3_moe"
             ["--model.ffn_dim=36", "--training.param_dtype=bfloat16"],
             1,
             "model.ffn_dim",
-            "ffn_dim must be a multiple of 8: rows of 16 bytes in bfloat16, as grouped_mm "
-            "requires; got 36",
+            "ffn_dim must be a multiple of 8: grouped_mm requires rows of a multiple of 16 bytes "
+            "in bfloat16; got 36",
         ),
         (
             ["--model.balance_loss=micro_batch"],
@@ -488,8 +488,8 @@ def test_muon_is_refused_where_it_is_not_proven_or_has_no_matrices() -> None:
     assert [(error.keys[0], error.message) for error in optimizer_rules(config, nameless)] == [
         (
             "optimizer.name",
-            '"Muon" requires matrices, and no row of the tp_plan of family "mine" names any; set '
-            'algorithm = "muon" in a table of [[optimizer.groups]]',
+            'the tp_plan of family "mine", which marks the matrices for Muon, marks none; '
+            'set algorithm = "muon" in a table of [[optimizer.groups]]',
         ),
         (
             "optimizer.per_head",

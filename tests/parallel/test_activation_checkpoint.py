@@ -356,7 +356,7 @@ def test_the_compiler_keeps_to_the_memory_budget(one_process: Workers, tmp_path:
         (
             ["mode=memory_budget", "memory_budget=1"],
             "memory_budget",
-            "must be less than 1, which recomputes nothing; or set",
+            "must be below 1 (1 recomputes nothing); or set",
         ),
         (
             ["mode=selective_op", 'save=["matmul", "every_second_matmul"]'],

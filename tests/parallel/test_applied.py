@@ -93,7 +93,7 @@ def test_a_mismatch_names_the_modules(
     ("changes", "words"),
     [
         ({}, "checkpointed      2 of 2 blocks\n"),
-        ({"saved_ops": ("max",)}, "checkpointed      2 of 2 blocks except max\n"),
+        ({"saved_ops": ("max",)}, "checkpointed      2 of 2 blocks; saved: max\n"),
         ({"symm_mem": True}, "float32 reduction; symmetric memory\n"),
         ({"attention": "flash3"}, "attention         flash3\n"),
         (
@@ -144,7 +144,7 @@ def test_everything_is_counted_on_the_modules_of_a_run(
         "  tensor parallel   1 vocab, 10 colwise, 4 rowwise, 5 sequence, 4 gather, 1 head",
         "  context parallel  0 modules",
         "  expert parallel   0 modules",
-        "  float8            10 linears, 0 of them gathered in it",
+        "  float8            10 linears, 0 of them all-gathered in float8",
         "  attention         torch's choice",
         "  checkpointed      1 of 2 blocks",
         "  compiled          0 of 2 blocks",

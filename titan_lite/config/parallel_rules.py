@@ -161,7 +161,7 @@ def _activation_checkpoint(config: Config) -> Iterator[SettingError]:
         if section.memory_budget == 1:
             yield SettingError(
                 "activation_checkpoint.memory_budget",
-                "must be less than 1, which recomputes nothing; or set activation_checkpoint.mode "
+                "must be below 1 (1 recomputes nothing); or set activation_checkpoint.mode "
                 '= "none"',
             )
     if isinstance(section, SelectiveOp) and not section.save:

@@ -21,7 +21,7 @@ from titan_lite.config.schema import Config, Documents, LRScheduler
 
 # Steps at the end of a period that the profiler records (profiling.profile_freq).
 PROFILED_STEPS = 3
-# The largest decay of a moment in bfloat16: 1 % of it in a step is above its rounding.
+# The largest decay of a moment in bfloat16: a change of 1 % per step is larger than the rounding.
 MAX_ROUNDED_BETA = 0.99
 
 
@@ -198,8 +198,8 @@ def _documents(config: Config) -> Iterator[SettingError]:
     ):
         yield SettingError(
             "validation.enable",
-            f"true requires held-out documents with {mixed_or_files}; set validation.dataset_path "
-            "or validation.dataset",
+            f"with {mixed_or_files} set, validation needs its own documents: set "
+            "validation.dataset_path or validation.dataset",
         )
     names = [source.name for source in data.sources]
     for name in sorted({name for name in names if names.count(name) > 1}):

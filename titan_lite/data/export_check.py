@@ -50,9 +50,9 @@ def export_report(
     if "tokenizer.json" not in documents:
         return ExportReport(
             False,
-            "The tokenizer has no tokenizer.json that gives the same ids, since "
-            f"{_reason(tokenizer)}: tokenizer.model gives the ids of {origin} only in "
-            "sentencepiece, transformers may give others",
+            f"The tokenizer cannot be exported as tokenizer.json ({_reason(tokenizer)}). "
+            "tokenizer.model is exported; transformers may compute other ids from it than "
+            "sentencepiece",
         )
     texts, note = list(PROBES), ""
     try:
@@ -78,8 +78,8 @@ def export_report(
     as_tokens = [encoding.ids for encoding in backend.encode_batch(texts)]
     if example := _differences(texts, as_tokens, expected):
         sentence = (
-            f"{sentence}, but {example[0]:,} of them spell a special token, which is text in "
-            f"training, and in transformers only with split_special_tokens=True. {example[1]}"
+            f"{sentence}; {example[0]:,} of them contain a special token's text. Training reads "
+            f"it as text; transformers does only with split_special_tokens=True. {example[1]}"
         )
     return ExportReport(True, sentence)
 

@@ -179,21 +179,21 @@ def _files_of_folder(folder: Path, chosen: str) -> list[Path]:
     if formats == {"text"} and (unread := [file for file in others if not _is_marked(file)]):
         raise ValueError(
             f"{folder} has text ({_some(files, folder)}) next to files that cannot be read "
-            f"({_some(unread, folder)}): if the text is the documents, name it by a glob"
+            f"({_some(unread, folder)}): if the text is the documents, set a glob such as *.txt"
         )
     names = "\n".join(str(file.relative_to(folder)) for file in files)
     splits = set(_SPLIT_WORDS.findall(names.lower()))
     if len(splits) > 1 and "train" in splits:
         warn_once(
             f"{chosen} reads files of several splits ({', '.join(sorted(splits))}): to train on "
-            "one of them, name it by a glob"
+            "one of them, set dataset_path to a glob such as folder/train*.jsonl"
         )
     plain = set(files)
     twice = [file for file in files if compression_of(file) and file.with_suffix("") in plain]
     if twice:
         warn_once(
             f"{chosen} reads {_some(twice, folder)} and the file of the same name without "
-            "compression: if they have the same documents, name one of the two by a glob"
+            "compression: if they have the same documents, set a glob of one, such as *.gz"
         )
     if unread := [file for file in others if not _is_marked(file)]:
         warn_once(f"{chosen} leaves out {_some(unread, folder)}: documents end in {KNOWN}")
@@ -203,8 +203,8 @@ def _files_of_folder(folder: Path, chosen: str) -> list[Path]:
     unlike += [file for file in companions if _MODEL_JSON.fullmatch(file.name.lower())]
     if unlike:
         warn_once(
-            f"{chosen} leaves out {_some(unlike, folder)}, not documents by their names: to read "
-            "them, name the files by a glob"
+            f"{chosen} leaves out {_some(unlike, folder)}, whose names do not look like documents: "
+            "to read them, set dataset_path to a glob such as folder/*.txt"
         )
     return files
 
@@ -267,13 +267,13 @@ def _below(folder: Path) -> Iterator[Path]:
                 f"{path} has token files of an earlier version: run titan-lite tokenize again"
             )
         if {_STATE, MANIFEST_FILE} <= set(files):
-            raise ValueError(f"{path} has tokens: name this folder itself")
+            raise ValueError(f"{path} has tokens: set dataset_path to this folder")
         if PROGRESS_FILE in files:
             raise ValueError(
-                f"{path} is not complete: run the titan-lite tokenize command that writes it again"
+                f"{path} is not complete: run the same titan-lite tokenize command again"
             )
         if _SPLITS in files:
-            raise ValueError(f"{path} has several splits: name this folder itself")
+            raise ValueError(f"{path} has several splits: set dataset_path to this folder")
         saved = _saved_files(path) if {_STATE, _INFO} <= set(files) else set()
         yield from saved
         names = [name for name in files if not name.startswith(".")]

@@ -43,11 +43,11 @@ def sentencepiece_backend(content: bytes) -> Tokenizer:
     proto = _ModelProto.FromString(content)
     trainer, spec = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type == _TrainerSpec.WORD:
-        raise ValueError("models of whole words cannot be represented there")
+        raise ValueError("it is a whole-word model")
     if trainer.treat_whitespace_as_suffix:
-        raise ValueError("treat_whitespace_as_suffix cannot be represented there")
+        raise ValueError("it sets treat_whitespace_as_suffix")
     if any(piece.type == _Piece.UNUSED for piece in proto.pieces):
-        raise ValueError("pieces of type UNUSED cannot be represented there")
+        raise ValueError("it has pieces of type UNUSED")
     is_unigram = trainer.model_type == _TrainerSpec.UNIGRAM
     backend = Tokenizer(_unigram(proto) if is_unigram else _bpe(proto))
     backend.normalizer = normalizers.Sequence(_normalizers(content, spec))
@@ -107,7 +107,7 @@ def _rules(model: SentencePieceProcessor, spec: Any) -> list[Any]:
             break
     kinds, others = min(candidates, key=lambda candidate: len(candidate[1]))
     if len(others) > _MOST_REPLACEMENTS:
-        raise ValueError(f"{len(others):,} rules of its normalizer cannot be represented there")
+        raise ValueError(f"{len(others):,} rules of its normalizer have no equivalent there")
     sequence = normalizers.Sequence([getattr(normalizers, kind)() for kind in kinds])
     before, after = [], []
     for number, (content, characters) in enumerate(others.items()):

@@ -322,7 +322,7 @@ def _files_source(section: Documents, key: str, files: list[Path]) -> Source:
     name, formats = section.dataset_path, Counter(map(format_of, files))
     if len(formats) > 1:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(formats.items(), key=str))
-        raise SettingError(key, f"{quote(name)} mixes formats ({counts}): name one by a glob")
+        raise SettingError(key, f"{quote(name)} mixes formats ({counts}): set a glob of one")
     ((form, count),) = formats.items()
     assert form is not None
     listing = "\n".join(map(signature, files))

@@ -82,8 +82,8 @@ def starving_ranks(step: int, waits: Sequence[float], seconds_per_step: float) -
     """A sentence for each rank that waits for data much longer than most; seconds per step."""
     median = statistics.median_low(waits)
     return [
-        f"Rank {rank} waits {wait:.3g} s per step for data, up to step {step}; the median rank "
-        f"{median:.3g} s, and a step takes {seconds_per_step:.3g} s"
+        f"Rank {rank} waits for data at step {step}: {wait:.3g} s per step; the median rank waits "
+        f"{median:.3g} s; a whole step takes {seconds_per_step:.3g} s"
         for rank, wait in enumerate(waits)
         if wait - median > DATA_WAIT_SHARE * seconds_per_step
     ]
@@ -102,8 +102,8 @@ def slow_ranks(
         median = statistics.median_low(forward[rank] for rank in ranks)
         least = max(SLOW_FACTOR * median, median + SLOW_SHARE * seconds_per_step)
         sentences += [
-            f"Rank {rank} is slow: the forward of its blocks takes {forward[rank]:.3g} s per step, "
-            f"up to step {step}; of the median rank {median:.3g} s, and a step takes "
+            f"Rank {rank} is slow at step {step}: its forward takes {forward[rank]:.3g} s per "
+            f"step; the median rank's takes {median:.3g} s; a whole step takes "
             f"{seconds_per_step:.3g} s"
             for rank in ranks
             if forward[rank] > least

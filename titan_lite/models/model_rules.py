@@ -88,8 +88,8 @@ def optimizer_rules(config: Config, family: Family) -> Iterator[SettingError]:
     if not has_group and not any((row.kind or KINDS.get(row.role)) in MATRIX_KINDS for row in plan):
         yield SettingError(
             ("optimizer.name", "model.name"),
-            f'"Muon" requires matrices, and no row of the tp_plan of family {quote(family.name)} '
-            'names any; set algorithm = "muon" in a table of [[optimizer.groups]]',
+            f"the tp_plan of family {quote(family.name)}, which marks the matrices for Muon, marks "
+            'none; set algorithm = "muon" in a table of [[optimizer.groups]]',
         )
     if section.per_head and not any(row.matches("layers.0.attention.wk") for row in plan):
         yield SettingError(
@@ -302,8 +302,8 @@ def _moe_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
         if (size := getattr(args, name)) % multiple:
             yield SettingError(
                 ("model.flavor", f"model.{name}"),
-                f"{name} must be a multiple of {multiple}: rows of 16 bytes in "
-                f"{dtype}, as grouped_mm requires; got {size}",
+                f"{name} must be a multiple of {multiple}: grouped_mm requires rows of a multiple "
+                f"of 16 bytes in {dtype}; got {size}",
             )
 
 

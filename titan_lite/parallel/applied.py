@@ -147,7 +147,7 @@ class Applied:
             "expert parallel": self._over("experts over"),
             "float8": (
                 f"{self.count('float8 linear')} linears, {self.count('float8 all-gather')} of "
-                "them gathered in it"
+                "them all-gathered in float8"
             ),
             "attention": self._attention(),
             "checkpointed": self._checkpointed(),
@@ -179,8 +179,8 @@ class Applied:
         if self.activation_memory_budget < 1:
             return f"activation memory kept to {self.activation_memory_budget:g} by the compiler"
         blocks = self.count("checkpointed") + self.count("selectively checkpointed")
-        exceptions = f" except {', '.join(self.saved_ops)}" if self.saved_ops else ""
-        return f"{blocks} of {self.blocks} blocks{exceptions}"
+        saved = f"; saved: {', '.join(self.saved_ops)}" if self.saved_ops else ""
+        return f"{blocks} of {self.blocks} blocks{saved}"
 
     def _compiled(self) -> str:
         return f"{self.count('compiled')} of {self.blocks} blocks"

@@ -38,8 +38,8 @@ class PredictionRecorder:
         memory = self._meter.peak_memory_gib
         self._update({"seconds_per_step": seconds, "memory_gib": memory})
         logger.info(
-            "Predicted for %s: %.3g s per step (80 %%: %.3g to %.3g), measured: %.3g s (%+.0f %%); "
-            "predicted memory: %.2f GiB, measured: %.2f GiB %s",
+            "Predicted for %s: %.3g s per step (80 %% interval: %.3g to %.3g), measured: %.3g s "
+            "(%+.0f %%); predicted memory: %.2f GiB, measured: %.2f GiB %s",
             self._prediction.cluster.name,
             predicted,
             interval.low,
