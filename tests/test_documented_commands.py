@@ -129,6 +129,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, workers: Mapping[int, Worke
     text = "".join(f"{key} = {value}\n" for key, value in values.items())
     for name in ("run.toml", "my.toml", "my_run.toml"):
         (folder / name).write_text(text)
+    (folder / "my.toml").write_text(f'{text}data.dataset_path = "books/*.jsonl"\n')
     (folder / "books").mkdir()
     lines = [json.dumps({"text": f"Book {number}. {'Words. ' * 40}"}) for number in range(9)]
     (folder / "books/a.jsonl").write_text("\n".join(lines))

@@ -1,6 +1,6 @@
 """Training objectives: how documents become samples, and losses other than that of tokens.
 
-All have the loss of labelled tokens, averaged over those of the global batch.
+Every objective has the mean loss over the labelled tokens of the global batch.
 """
 
 import math
@@ -24,8 +24,8 @@ class Objective(Protocol):
     """The data and the loss of one training objective.
 
     has_pairs: samples have two parts, and one label for the pair. has_padding: a batch may have
-    padding tokens. label_fraction: the fraction of tokens whose label counts. num_sums: the length
-    of `sums`, which are added up over a step.
+    padding tokens. label_fraction: the fraction of tokens whose label counts. num_sums: how many
+    further numbers, such as the summed losses of pairs, a step adds up over its micro-batches.
     """
 
     has_pairs: bool
@@ -114,6 +114,7 @@ class MaskedLM:
     def num_tokens(self, batch: Batch) -> Tensor:
         if batch.documents is None:  # In a dry run, which has no documents.
             return torch.tensor(batch.inputs.numel())
+        # Document 0 is the pair, 1 the padding.
         return (batch.documents == 0).sum()
 
     def arguments(

@@ -143,7 +143,7 @@ class Trainer:
         """Returns metrics over the held-out documents; collective."""
         held_out = self.data.held_out
         assert held_out is not None
-        # The first validation compiles.
+        # The first validation compiles, so it needs the longer timeout, and no speed is measured.
         with self._outside_steps():
             sums = self.built.step.evaluate(held_out.batches)
             metrics = self.built.objective.validation(sums, held_out)
