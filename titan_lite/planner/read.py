@@ -19,7 +19,7 @@ from titan_lite.planner import counts
 from titan_lite.planner.job import Job, Recompute
 from titan_lite.planner.split import balanced
 
-AUTO_CHUNK_BYTES = 2**29  # as titan_lite/loss.py cuts with training.loss_chunks = "auto"
+AUTO_CHUNK_BYTES = 2**29  # as training/loss.py cuts with training.loss_chunks = "auto"
 
 # Of a moment, by optimizer.state_dtype; 256 elements in 8 bits have a scale in float32.
 MOMENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, **dict.fromkeys(EIGHT_BITS, 1 + 4 / 256)}
