@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from titan_lite.config.load import ConfigError, LoadedConfig, Problem, load_config
-from titan_lite.config.problems import Collector, SettingError, SettingErrors, about, collecting
+from titan_lite.config.problems import (
+    Collector,
+    SettingError,
+    SettingErrors,
+    collecting,
+    errors_for,
+)
 from titan_lite.config.schema import Config
 
 
@@ -391,7 +397,7 @@ def test_no_message_is_searched_for_a_key() -> None:
     set_all = ("--parallel.pp=2", "--parallel.pp_split=uniform", "--optimizer.lr=1")
     errors = [SettingError("training.steps", message)]
     assert reported(*set_all, errors=errors) == [("training.steps", "default", message)]
-    with pytest.raises(SettingError) as error, about("parallel.pp_split"):
+    with pytest.raises(SettingError) as error, errors_for("parallel.pp_split"):
         raise OSError(message)
     assert (error.value.keys, error.value.message) == (("parallel.pp_split",), message)
 

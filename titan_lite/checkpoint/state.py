@@ -13,7 +13,7 @@ from typing import Any
 
 from titan_lite.checkpoint.hf_files import CONFIG_FILE
 from titan_lite.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, read_manifest
-from titan_lite.config.problems import SettingError, about, did_you_mean, nearest, quote
+from titan_lite.config.problems import SettingError, did_you_mean, errors_for, nearest, quote
 from titan_lite.config.schema import Checkpoint
 from titan_lite.runtime.stored_files import DamagedError, damaged_files
 from titan_lite.runtime.writing import make_new_folder, writing
@@ -116,7 +116,7 @@ def find_start(
         message = f"{source} is a Hugging Face model: set checkpoint.initial_load_hf to it instead"
         raise SettingError("checkpoint.initial_load_path", message)
     content = "model" if section.initial_load_model_only else "run"
-    with about("checkpoint.initial_load_path"):
+    with errors_for("checkpoint.initial_load_path"):
         manifest = _manifest_of(source)
     return _start(source, manifest, content, resumes=False)
 

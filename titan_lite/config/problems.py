@@ -97,7 +97,7 @@ class SettingErrors(ValueError):
 
 
 @contextlib.contextmanager
-def about(key: str) -> Iterator[None]:
+def errors_for(key: str) -> Iterator[None]:
     """Turns a ValueError or OSError inside into a SettingError of `key`, unless it has a key."""
     try:
         yield
@@ -117,7 +117,7 @@ class Collector:
     def checking(self, key: str = "") -> Iterator[None]:
         """Keeps the SettingErrors inside; with a key, also other errors, as `about` makes them."""
         try:
-            with about(key) if key else contextlib.nullcontext():
+            with errors_for(key) if key else contextlib.nullcontext():
                 yield
         except (SettingError, SettingErrors) as error:
             self.errors += error.errors

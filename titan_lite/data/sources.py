@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from titan_lite.config.problems import (
     SettingError,
-    about,
     did_you_mean,
+    errors_for,
     how_to_fetch,
     nearest,
     one_of,
@@ -175,11 +175,11 @@ def resolve_source(section: Documents, table: str = "data", *, skip: bool = Fals
             return _tokenized_source(path, key)
         if has_splits(path):
             _refuse(section, ("subset",), chosen, table)
-            with about(f"{table}.split"):
+            with errors_for(f"{table}.split"):
                 path = folder_of_split(path, section.split)
         else:
             _refuse(section, ("subset", "split"), chosen, table)
-        with about(key):
+        with errors_for(key):
             files = find_files(path, chosen)
             if not files:
                 fetch = how_to_fetch(section.dataset_path, key)
@@ -234,7 +234,7 @@ def _plugin_source(section: Documents, table: str) -> Source | None:
             )
     if kind not in SOURCES:
         return None
-    with about(f"{table}.{key}"):
+    with errors_for(f"{table}.{key}"):
         plugin: PluginSource = load(SOURCES[kind])(section)
     return Source(given, f"{table}.{key}", plugin.identity, plugin=plugin)
 
@@ -306,7 +306,7 @@ def _readable(files: tuple[Path, ...], chosen: str) -> list[Path]:
 
 
 def _tokenized_source(path: Path, key: str) -> Source:
-    with about(key):
+    with errors_for(key):
         manifest = read_token_manifest(path)
     return Source(
         name=str(path),

@@ -7,7 +7,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from titan_lite.config.load import ConfigError, LoadedConfig, Problem
-from titan_lite.config.problems import SettingError, about
+from titan_lite.config.problems import SettingError, errors_for
 from titan_lite.data.sources import resolve_sources
 from titan_lite.data.token_folder import UNFINISHED, TokenManifest, read_token_manifest
 from titan_lite.runtime.stored_files import damaged_files
@@ -22,7 +22,7 @@ def write(loaded: LoadedConfig, target: Path, *, processes: int, shard_size: int
             raise SettingError("data.sources", message)
     from titan_lite.data.tokenizing import TargetError, tokenize
 
-    with loaded.reporting(), about("data.dataset"):
+    with loaded.reporting(), errors_for("data.dataset"):
         (source,) = resolve_sources(data)
         try:
             manifest = tokenize(source, data, target, processes=processes, shard_size=shard_size)

@@ -13,7 +13,7 @@ from titan_lite.checkpoint.manifest import MANIFEST_FILE
 from titan_lite.checkpoint.state import Start, check_excluded, newest_below
 from titan_lite.checkpoint.storage import check_weights
 from titan_lite.config.activation_checkpoint import FractionOfBlocks
-from titan_lite.config.problems import SettingError, about, collecting, literal
+from titan_lite.config.problems import SettingError, collecting, errors_for, literal
 from titan_lite.config.schema import Config, Float8
 from titan_lite.metrics.power import EnergyCounter
 from titan_lite.models.plan import Plan
@@ -59,17 +59,17 @@ def check_model_and_device(plan: Plan, start: Start) -> None:
 
 def build_checked_model(plan: Plan) -> Transformer:
     """Builds the model on the meta device; checks that the parameters the settings name exist."""
-    with about("model.name"), torch.device("meta"):
+    with errors_for("model.name"), torch.device("meta"):
         model = build_model(plan.family, plan.args)
         if type(model).init_parameter is Transformer.init_parameter:
             for name, _ in model.named_parameters():
                 rule_of(model.init_rules, name)
-    with about("checkpoint.exclude_from_loading"):
+    with errors_for("checkpoint.exclude_from_loading"):
         names = [name for name, _ in model.named_parameters()]
         check_excluded(plan.config.checkpoint.exclude_from_loading, names)
     check_groups(plan.config.optimizer, names)
     if plan.dims.tp > 1:
-        with about("parallel.tp"):
+        with errors_for("parallel.tp"):
             check_plan(model, plan.family.tp_plan)
     return model
 
@@ -77,10 +77,10 @@ def build_checked_model(plan: Plan) -> Transformer:
 def pipeline_stages(plan: Plan, model: Transformer, objective: Objective) -> list[Stage]:
     """Returns the pipeline stages of the whole model: one without pipeline parallel."""
     config, parallel = plan.config, plan.config.parallel
-    with about("parallel.pp_schedule"):
+    with errors_for("parallel.pp_schedule"):
         check_schedule(parallel)
     key = "pp_stage_modules" if parallel.pp_split == "explicit" else "pp"
-    with about(f"parallel.{key}"):
+    with errors_for(f"parallel.{key}"):
         stages = split(
             model,
             parallel,
@@ -185,7 +185,7 @@ def open_hf_weights(plan: Plan) -> tuple[HFFolder, HFModel] | None:
             f"checkpoint.initial_load_path = {literal(str(checkpoint))} instead"
         )
         raise SettingError("checkpoint.initial_load_hf", message)
-    with about("checkpoint.initial_load_hf"):
+    with errors_for("checkpoint.initial_load_hf"):
         folder = HFFolder.open(source)
         hf = HFModel.of(plan.family, plan.args)
         check_start(folder, hf, plan.family, plan.args)

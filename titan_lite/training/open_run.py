@@ -17,7 +17,7 @@ from titan_lite.checkpoint.manager import CheckpointManager, Stateful
 from titan_lite.checkpoint.same_model import model_facts
 from titan_lite.checkpoint.state import Start
 from titan_lite.checkpoint.storage import versions
-from titan_lite.config.problems import about
+from titan_lite.config.problems import errors_for
 from titan_lite.metrics.by_source import build_source_meter
 from titan_lite.metrics.device import PeakFlops, device_name
 from titan_lite.models.args import MoEArgs
@@ -167,9 +167,9 @@ def _agree(plan: Plan, local: Start, data: RunData) -> Start:
 
     local: the start that this rank would take.
     """
-    with about("data.dataset"):
+    with errors_for("data.dataset"):
         agree_on_data(data.loader.state_dict()["settings"])
-    with about(local.key):
+    with errors_for(local.key):
         start = agree_on_start(
             local,
             plan.config.checkpoint,
@@ -192,7 +192,7 @@ def _load(
 ) -> None:
     """Loads the checkpoint or the Hugging Face weights to start from, if there are any."""
     if start.source is not None:
-        with about(start.key):
+        with errors_for(start.key):
             checkpoints.load(start)
         logger.info("%s from %s", "Resumed" if start.resumes else "Started", start.source)
         if start.manifest is not None and start.content == "run" and dist.get_rank() == 0:

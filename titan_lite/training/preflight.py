@@ -12,7 +12,7 @@ from titan_lite.checkpoint.manifest import TOKENIZER_FOLDER
 from titan_lite.checkpoint.same_model import SHOWN_BY_WEIGHTS, model_differences
 from titan_lite.checkpoint.state import Start, find_start
 from titan_lite.config.load import DEFAULT
-from titan_lite.config.problems import FIELDS, SettingError, about, collecting, literal
+from titan_lite.config.problems import FIELDS, SettingError, collecting, errors_for, literal
 from titan_lite.config.schema import Checkpoint, Data
 from titan_lite.config.stored import words
 from titan_lite.data.export_check import export_report
@@ -213,7 +213,7 @@ def lock_folders(plan: Plan) -> contextlib.ExitStack:
     """Locks the run's folder and its checkpoints' until closed; SettingError if in use."""
     with contextlib.ExitStack() as locks:
         for key, folder in _locked_folders(plan).items():
-            with about(key):
+            with errors_for(key):
                 locks.callback(FolderLock(folder, key).release)
         return locks.pop_all()
 
@@ -222,7 +222,7 @@ def check_locks(plan: Plan) -> None:
     """Raises SettingError for a folder that another run writes to; creates no folder."""
     for key, folder in _locked_folders(plan).items():
         if folder.is_dir():
-            with about(key):
+            with errors_for(key):
                 FolderLock(folder, key).release()
 
 

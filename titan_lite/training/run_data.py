@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 
 from titan_lite.checkpoint.state import Start
-from titan_lite.config.problems import about
+from titan_lite.config.problems import errors_for
 from titan_lite.data.held_out import HeldOut, read_held_out
 from titan_lite.data.loader import Batch, DataLoader, merge_states
 from titan_lite.data.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ class RunData:
         self, plan: Plan, process: Process, tokenizer: Tokenizer, objective: Objective
     ) -> None:
         self._config = plan.config
-        with about("data.tokenizer_path"):
+        with errors_for("data.tokenizer_path"):
             rows = objective.rows(tokenizer)
         self._share: dict[str, Any] = {
             "seq_len": plan.config.training.seq_len,
@@ -39,7 +39,7 @@ class RunData:
         }
         self.loader = self.build_loader()
         if plan.config.validation.enable:
-            with about("validation.dataset"):
+            with errors_for("validation.dataset"):
                 self.held_out = read_held_out(
                     plan.config.validation, plan.config.data, **self._share
                 )
@@ -47,10 +47,10 @@ class RunData:
     def open(self, start: Start) -> None:
         """Moves the loader to the state of `start`, and reads the first batch."""
         if start.state.step > 0:
-            with about(start.key):
+            with errors_for(start.key):
                 self.loader.load_state_dict(start.state.parts["data"])
         # Unreadable documents end the run here, not in the first step.
-        with about("data.dataset"):
+        with errors_for("data.dataset"):
             batches = iter(self.loader)
             self.batches = itertools.chain([next(batches)], batches)
 
