@@ -344,7 +344,7 @@ BUDGET = {
     "data": 3043,
     "parallel": 2043,
     "config": 2047,
-    "training": 1910,
+    "training": 1912,
     "tools": 1827,
     "checkpoint": 1600,
     "models": 1712,

@@ -188,7 +188,7 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             ["checkpoint.enable=true", "checkpoint.interval=4", "checkpoint.keep_every=6"],
             1,
             "checkpoint.keep_every",
-            "6 is not a multiple of checkpoint.interval (4)",
+            "6 must be a multiple of checkpoint.interval (4)",
         ),
         (
             ["checkpoint.folder=a/../../b"],

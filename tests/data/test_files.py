@@ -203,14 +203,14 @@ def test_a_folder_without_documents_is_refused_by_its_files(tmp_path: Path) -> N
     start = f"data.dataset_path: {tmp_path} has no file ending in {files.KNOWN}"
     assert refused(tmp_path) == start
     fill(tmp_path, "LICENSE.txt")
-    assert refused(tmp_path) == f"{start}; LICENSE.txt is not read as documents"
+    assert refused(tmp_path) == f"{start}; not taken for documents: LICENSE.txt"
     fill(tmp_path, "a.jsonl.lz4", "b.tar.gz")
     assert refused(tmp_path) == (
-        f"{start}; a.jsonl.lz4, b.tar.gz cannot be read; LICENSE.txt is not read as documents"
+        f"{start}; unsupported: a.jsonl.lz4, b.tar.gz; not taken for documents: LICENSE.txt"
     )
     fill(tmp_path, "urls.txt")
     assert refused(tmp_path) == (
-        f"data.dataset_path: {tmp_path} has text (urls.txt) next to files that cannot be read "
+        f"data.dataset_path: {tmp_path} has text (urls.txt) next to unsupported files "
         "(a.jsonl.lz4, b.tar.gz): if the text is the documents, set a glob such as "
         "*.txt"
     )

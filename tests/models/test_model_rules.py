@@ -126,8 +126,8 @@ MOE = "--model.name=qwen3_moe"
             ["--parallel.tp=2", "--parallel.sequence_parallel=false"],
             2,
             "parallel.sequence_parallel",
-            "tp (2) requires sequence parallel for Mixture of Experts, whose tokens it splits: set "
-            "parallel.sequence_parallel = true",
+            "tp (2) requires sequence parallel for Mixture of Experts, because each rank routes "
+            "its part of the sequence: set parallel.sequence_parallel = true",
         ),
         (
             [
@@ -137,8 +137,8 @@ MOE = "--model.name=qwen3_moe"
             ],
             2,
             "activation_checkpoint.mode",
-            '"selective_op" saves nothing inside compiled graphs, of which Mixture of Experts has '
-            'several in a block with parallel.ep or parallel.tp > 1: set mode = "full", or '
+            "with parallel.ep or parallel.tp > 1, a block of a Mixture of Experts is compiled to "
+            'several graphs, inside which "selective_op" saves nothing: set mode = "full", or '
             "compile.enable = false",
         ),
         (
@@ -208,7 +208,7 @@ DEEPSEEK = "--model.name=deepseek_v3"
             ["--parallel.tp=8", "--model.ffn_dim=196", "--training.param_dtype=float32"],
             8,
             "model.ffn_dim",
-            "ffn_dim (196) must be a multiple of parallel.tp (8)",
+            "ffn_dim (196) x 1 shared experts must be a multiple of parallel.tp (8)",
         ),
         (
             ["--optimizer.name=Muon", "--optimizer.per_head=true"],

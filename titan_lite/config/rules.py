@@ -71,7 +71,7 @@ def _rounded_moments(section: Optimizer) -> Iterator[SettingError]:
                 yield SettingError(
                     f"optimizer.{key}",
                     f"{beta:g} must be at most {MAX_ROUNDED_BETA} with optimizer.state_dtype = "
-                    '"bfloat16", whose rounding (1/256) would stop a moment from falling',
+                    '"bfloat16": a smaller change of a moment is lost in its rounding (1/256)',
                 )
 
 
@@ -176,8 +176,8 @@ def _checkpoint(config: Config) -> Iterator[SettingError]:
     if section.keep_every % section.interval:
         yield SettingError(
             "checkpoint.keep_every",
-            f"{section.keep_every} is not a multiple of checkpoint.interval ({section.interval}): "
-            "most of these steps are never saved",
+            f"{section.keep_every} must be a multiple of checkpoint.interval "
+            f"({section.interval}), because only those steps are saved",
         )
     if Path(os.path.normpath(section.folder)).parts[:1] == ("..",):
         yield SettingError(

@@ -167,10 +167,10 @@ def _files_of_folder(folder: Path, chosen: str) -> list[Path]:
     others = [file for file in others if os.path.realpath(file) not in targets]
     if not files:
         reasons = [
-            f"{_some(rest, folder)} {reason}"
+            f"{reason}: {_some(rest, folder)}"
             for rest, reason in (
-                (others, "cannot be read"),
-                (companions, "is not read as documents"),
+                (others, "unsupported"),
+                (companions, "not taken for documents"),
             )
             if rest
         ]
@@ -178,7 +178,7 @@ def _files_of_folder(folder: Path, chosen: str) -> list[Path]:
     formats = {format_of(file) for file in files}
     if formats == {"text"} and (unread := [file for file in others if not _is_marked(file)]):
         raise ValueError(
-            f"{folder} has text ({_some(files, folder)}) next to files that cannot be read "
+            f"{folder} has text ({_some(files, folder)}) next to unsupported files "
             f"({_some(unread, folder)}): if the text is the documents, set a glob such as *.txt"
         )
     names = "\n".join(str(file.relative_to(folder)) for file in files)

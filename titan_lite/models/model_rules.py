@@ -176,14 +176,15 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
                     f'{key} has no effect: positions are "learned", nothing is rotated',
                 )
     for name in ("num_heads", "num_kv_heads", "ffn_dim"):
-        size = getattr(args, name)
+        size, shown = getattr(args, name), ""
         if name == "ffn_dim" and isinstance(args, MoEArgs):
             # Experts are not split, but shared ones are, which are one feed-forward together.
             size *= args.shared_experts
+            shown = f" x {args.shared_experts} shared experts"
         if size % tp:
             yield SettingError(
                 ("parallel.tp", f"model.{name}"),
-                f"{name} ({size}) must be a multiple of parallel.tp ({tp})",
+                f"{name} ({getattr(args, name)}){shown} must be a multiple of parallel.tp ({tp})",
             )
     if args.padded_vocab_size % tp:
         yield SettingError(
@@ -275,8 +276,8 @@ def _moe_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
     if parallel.tp > 1 and not parallel.sequence_parallel:
         yield SettingError(
             ("model.name", "parallel.tp", "parallel.sequence_parallel"),
-            f"tp ({parallel.tp}) requires sequence parallel for Mixture of Experts, whose tokens "
-            "it splits: set parallel.sequence_parallel = true",
+            f"tp ({parallel.tp}) requires sequence parallel for Mixture of Experts, because each "
+            "rank routes its part of the sequence: set parallel.sequence_parallel = true",
         )
     if parallel.pp > 1 and parallel.schedule.splits_backward:
         yield SettingError(
@@ -288,8 +289,8 @@ def _moe_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
     if mode == "selective_op" and config.compile.covers("model") and parallel.ep * parallel.tp > 1:
         yield SettingError(
             ("compile.enable", "model.name", "activation_checkpoint.mode"),
-            '"selective_op" saves nothing inside compiled graphs, of which Mixture of Experts has '
-            'several in a block with parallel.ep or parallel.tp > 1: set mode = "full", or '
+            "with parallel.ep or parallel.tp > 1, a block of a Mixture of Experts is compiled to "
+            'several graphs, inside which "selective_op" saves nothing: set mode = "full", or '
             "compile.enable = false",
         )
     if args.dense_dim % parallel.tp:

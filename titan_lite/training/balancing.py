@@ -1,6 +1,7 @@
 """Load of the experts: counted over the global batch, and balanced for the next step.
 
 Counts are integers, so they and everything computed from them are the same in every layout.
+Shape suffixes: L blocks, E experts, R ranks of ep.
 """
 
 from typing import Any
@@ -21,7 +22,7 @@ class Balancer:
     """Counts the tokens of each expert in a step, and updates the routers' biases and loads.
 
     model: this rank's blocks. tokens: in the global batch. counts_LE: int64, tokens per expert of
-    all blocks in the last applied step; zeros for dense ones.
+    all blocks in the last applied step; dense blocks have zeros.
     """
 
     def __init__(

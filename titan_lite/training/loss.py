@@ -47,8 +47,8 @@ def cross_entropy_sum(
     num_chunks: the tokens are cut into this many chunks ("auto": see training.loss_chunks). The
     logits of a chunk (float32, N / num_chunks x V) exist only while its loss and its gradients are
     computed, both in the forward pass.
-    labelled_indices: int64 (M,), indices of flattened tokens; only these are computed, in chunks of
-    the size that all tokens would have, so in fewer of them.
+    labelled_indices: int64 (M,), indices of flattened tokens; only these are computed. The chunk
+    size stays as for all tokens, so there are fewer chunks.
     factor: a scalar that multiplies the sum, and the gradients before they are rounded to the
     weight's dtype.
     loss_parallel: for a DTensor weight, True takes two all-reduces of n numbers per chunk
@@ -108,7 +108,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         labels_N: Tensor,
         factor: Tensor,
         chunk: int,
-        num_rows: int,
+        first_pad_row: int,
         first_row: int,
         tp_group: dist.ProcessGroup | None,
         loss_parallel: bool,
@@ -154,7 +154,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             else:
                 logits_nV = torch.addmm(bias_V, hidden_nD, weight_VD.T, out=out_nV)
             label_log_probs.append(
-                logits_to_gradients(logits_nV, *per_token_n1, num_rows, tp_group, loss_parallel)
+                logits_to_gradients(
+                    logits_nV, *per_token_n1, first_pad_row, tp_group, loss_parallel
+                )
             )
             if need_grad:
                 grad_nV = logits_nV
@@ -207,7 +209,7 @@ def _logits_to_gradients(
     target_n1: Tensor,
     is_here_n1: Tensor,
     weight_n1: Tensor,
-    num_rows: int,
+    first_pad_row: int,
     tp_group: dist.ProcessGroup | None,
     loss_parallel: bool,
 ) -> Tensor:
@@ -215,11 +217,11 @@ def _logits_to_gradients(
 
     The result is (n, 1). log_probs: a buffer. is_here: 1.0 where the label is a row of this rank,
     else 0.0. target: that row, or any row where is_here is 0. weight: of the token's loss in the
-    sum.
+    sum. first_pad_row: of this rank's rows; at most 0 if all of them are padding.
     """
     log_probs_nV = log_probs[: len(logits_nV)]
-    if num_rows < logits_nV.shape[1]:
-        logits_nV[:, max(num_rows, 0) :] = -torch.inf
+    if first_pad_row < logits_nV.shape[1]:
+        logits_nV[:, max(first_pad_row, 0) :] = -torch.inf
     if tp_group is None:
         torch.log_softmax(logits_nV, 1, torch.float32, out=log_probs_nV)
     else:
@@ -263,14 +265,14 @@ def _logits_to_gradients_in_one_graph(
     target_n1: Tensor,
     is_here_n1: Tensor,
     weight_n1: Tensor,
-    num_rows: int,
+    first_pad_row: int,
     tp_group: dist.ProcessGroup | None,
     loss_parallel: bool,
 ) -> Tensor:
     """A form of `_logits_to_gradients` that fuses: it stores no float32 copy of the logits."""
     column_V = torch.arange(logits_nV.shape[1], device=logits_nV.device)
     is_target_nV = column_V == target_n1
-    wide_nV = logits_nV.float().masked_fill(column_V >= num_rows, -torch.inf)
+    wide_nV = logits_nV.float().masked_fill(column_V >= first_pad_row, -torch.inf)
     max_n1, sum_n1 = _max_and_sum(wide_nV, tp_group, loss_parallel)
     log_probs_nV = wide_nV - max_n1 - sum_n1.log()
     label_log_probs_n1 = log_probs_nV.masked_fill(~is_target_nV, 0).sum(1, keepdim=True)

@@ -1,6 +1,7 @@
 """The whole model on the meta device, and the checks that need it.
 
-They run before any process waits for another; each raises a SettingError for the key to change.
+They run before the first collective, in which other ranks would hang. Each raises a SettingError
+for the key to change.
 """
 
 from pathlib import Path
@@ -58,9 +59,10 @@ def check_model_and_device(plan: Plan, start: Start) -> None:
 
 
 def build_checked_model(plan: Plan) -> Transformer:
-    """Builds the model on the meta device; checks that the parameters the settings name exist."""
+    """Builds the model on the meta device; checks that parameters named by settings exist."""
     with errors_for("model.name"), torch.device("meta"):
         model = build_model(plan.family, plan.args)
+        # A parameter without a rule for its initial values is an error, before any is drawn.
         if type(model).init_parameter is Transformer.init_parameter:
             for name, _ in model.named_parameters():
                 rule_of(model.init_rules, name)
@@ -125,7 +127,7 @@ def _head_token_fraction(config: Config, objective: Objective) -> float:
 
 
 def _attended(config: Config) -> int:
-    """Returns the tokens that each one attends to in FLOP counts; document lengths are unknown."""
+    """Returns how many tokens a token attends to in FLOP counts, which ignore document lengths."""
     data = config.data
     return data.packing_block if data.packing == "fixed" else config.training.seq_len
 

@@ -63,7 +63,7 @@ class CausalLM:
     """Prediction of the next token."""
 
     has_pairs = False
-    label_fraction = 1.0  # all except a sample's last one
+    label_fraction = 1.0  # the label of a token is the next one
     num_sums = 0
 
     def __init__(self, config: Config) -> None:

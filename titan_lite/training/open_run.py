@@ -1,6 +1,7 @@
 """Opens a run: builds a Trainer from a plan, ready for its next step.
 
-`open_run` reads top to bottom. Settings are rejected before any process waits for another.
+`open_run` reads top to bottom. Settings are rejected before the first collective, in which
+the other ranks would hang.
 """
 
 import contextlib

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 # Published models pad their vocabularies by at most 2.4 % (DeepSeek-V2: 102,400 for 100,015).
 LEAST_FILLED = 0.9
-# More tokens of held-out documents are not read by the preflight, which would take seconds.
+# Held-out documents with more tokens than this are not read by the preflight: it takes seconds.
 MAX_HELD_OUT_TOKENS = 2**22
 
 
@@ -50,7 +50,10 @@ class Preflight:
 
 
 def preflight(plan: Plan) -> Preflight:
-    """Loads the tokenizer, finds the data and reads the checkpoint's state; SettingErrors."""
+    """Loads the tokenizer, finds the data and reads the checkpoint's state.
+
+    Raises SettingErrors.
+    """
     config = plan.config
     named_cluster(plan)
     tokenizer = start = held_out = None

@@ -69,4 +69,4 @@ class RunData:
         return merge_states(states)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """No-op: `open` has already restored the state, before ranks wait for each other."""
+        """No-op: `open` has already restored the state, before the first collective."""

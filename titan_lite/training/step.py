@@ -284,7 +284,7 @@ class TrainStep:
         return torch.zeros(self.objective.num_sums, dtype=dtype, device=self.device)
 
     def labelled_indices(self, batch: Batch) -> Tensor:
-        """Returns indices of the flattened tokens with a label; the host needs their number."""
+        """Returns indices of the flattened tokens with a label, on the host: they set a shape."""
         return (batch.labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)
 
     def local(self, batch: Batch) -> Batch:
