@@ -1,6 +1,7 @@
 """The guarantees of the decoder: causality, optional ends, a loss inside the head, one graph."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -155,6 +156,22 @@ def one_process_group(tmp_path):
     )
     yield torch.distributed.init_device_mesh("cpu", (1,))
     torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_rotation_has_the_gradients_of_the_eager_one(dtype: torch.dtype) -> None:
+    rope = build_model(LLAMA, LLAMA.flavors["debug"]).layers["0"].attention.rope
+
+    def gradients(rotate: Callable[..., tuple[Tensor, Tensor]]) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        shapes = (2, 8, 4, rope.rotary_dim), (2, 8, 2, rope.rotary_dim)
+        heads = [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
+        sum((out.float() ** 2 * out.float().cos()).sum() for out in rotate(*heads)).backward()
+        return [head.grad for head in heads]
+
+    compiled = gradients(torch.compile(rope, backend="aot_eager"))
+    for expected, actual in zip(gradients(rope), compiled, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_fsdp2_mixed_precision_leaves_the_rope_tables_in_float32(one_process_group) -> None:

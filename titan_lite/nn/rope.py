@@ -90,7 +90,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     """Rotates the first R features (a, b) of each head to (a cos - b sin, b cos + a sin)."""
     R = cos.shape[-1]
     turned, kept = x[..., :R], x[..., R:]
-    rotated = torch.addcmul(turned * cos, turned.roll(R // 2, -1), sin, value=direction).type_as(x)
+    rotated = torch.addcmul(turned * cos, turned.roll(R // 2, -1), sin, value=direction)
+    if rotated.dtype != x.dtype:
+        # A cast that changes nothing, at the end of a Function, gives gradients of zero where
+        # torch < 2.13 compiles it.
+        rotated = rotated.to(x.dtype)
     return torch.cat((rotated, kept), dim=-1) if kept.shape[-1] else rotated
 
 
