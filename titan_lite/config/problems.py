@@ -256,7 +256,9 @@ def foreign_key(section: str, key: str, tag: str) -> str:
 def rows_of(field: FieldInfo) -> type[Section] | None:
     """The section of each row, where a key is a list of tables."""
     (row, *_) = get_args(field.annotation) or (None,)
-    return row if isinstance(row, type) and issubclass(row, Section) else None
+    # Python 3.10 takes list[str] for a type.
+    is_class = isinstance(row, type) and get_origin(row) is None
+    return row if is_class and issubclass(row, Section) else None
 
 
 def wrong_value(section: str, key: str, value: Any) -> str:

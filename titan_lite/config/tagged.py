@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from copy import copy
 from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import create_model
 from pydantic.fields import FieldInfo
 
 from titan_lite.config.needs import Variant
@@ -46,11 +45,15 @@ class TaggedTable(Generic[S]):
 
     def json_schema(self) -> dict[str, Any]:
         """The schema of a table with the keys of all variants."""
-        fields: dict[str, Any] = {k: (field.annotation, field) for k, field in self.fields.items()}
-        table = create_model(
-            self.base.__name__, __base__=Section, __doc__=self.base.__doc__, **fields
-        )
-        schema = table.model_json_schema()
+        schemas = [section.model_json_schema() for section in self.variants.values()]
+        properties: dict[str, Any] = {}
+        for schema in schemas:
+            properties = {**schema["properties"], **properties}
+        tag = self.fields[self.tag]
+        properties[self.tag] |= {"description": tag.description, "enum": list(self.variants)}
+        properties[self.tag].pop("const", None)
+        table = {"description": self.base.__doc__, "title": self.base.__name__}
+        schema = schemas[0] | table | {"properties": {key: properties[key] for key in self.fields}}
         schema.pop("$defs", None)
         return schema
 
