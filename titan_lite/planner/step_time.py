@@ -34,7 +34,7 @@ class BlockTimes(NamedTuple):
 
 
 PARTS = *BlockTimes._fields[:-1], "head", "optimizer", "fsdp", "pp", "bubble", "stragglers"
-"""What the seconds of a step are spent on; communication counts only where nothing hides it."""
+"""Parts of the time of a step; of communication, only what computation does not hide."""
 
 
 class StepModel:
