@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = benchmark_parser("data", __doc__)
     parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--rounds", type=positive, default=9)
-    parser.add_argument("--seq_len", type=positive, default=256)
+    parser.add_argument("--seq-len", type=positive, default=256)
     parser.add_argument("--copies", type=positive, default=16)
     return run_benchmark(parser, argv, measured)
 

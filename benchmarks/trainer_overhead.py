@@ -1,12 +1,12 @@
 """Step time of the Trainer over a bare PyTorch loop: same model, weights, optimizer and batches.
 
     python -m benchmarks.trainer_overhead [CONFIG] [--nproc N] [--dtypes float32 bfloat16]
-        [--same_loss] [--warmup 5] [--rounds 8] [--steps 5] [--output FILE]
+        [--same-loss] [--warmup 5] [--rounds 8] [--steps 5] [--output FILE]
         [--section.key=value ...]
 
 Within the same processes the two take turns of `steps` steps; ratios are by round. In one process
 the bare loop is a plain module, under autocast in bfloat16; in several it calls fully_shard with
-the Trainer's units and policy. Its loss is torch's cross_entropy, or with --same_loss the
+the Trainer's units and policy. Its loss is torch's cross_entropy, or with --same-loss the
 library's chunked one, so that only the Trainer's own cost differs. In float32 the two losses must
 agree.
 """
@@ -159,7 +159,7 @@ def measured(options: argparse.Namespace) -> Iterator[Values]:
     """Yields the ratios of each dtype."""
     if options.same_loss and options.nproc == 1:
         raise BenchmarkError(
-            "--same_loss is for --nproc 2 or more: autocast does not reach into that loss"
+            "--same-loss is for --nproc 2 or more: autocast does not reach into that loss"
         )
     for dtype in options.dtypes:
         settings = (*options.overrides, f"--training.param_dtype={dtype}")
@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("config", nargs="?", default="train_configs/debug.toml")
     parser.add_argument("--nproc", type=positive, default=1)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--same_loss", action="store_true")
+    parser.add_argument("--same-loss", action="store_true")
     add_turns(parser, warmup=5, rounds=8, steps=5)
     return run_benchmark(parser, argv, measured, takes_overrides=True)
 

@@ -199,7 +199,7 @@ def test_recomputing_all_blocks_takes_less_activation_memory(tmp_path: Path) -> 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("loss", [[], ["--same_loss"]], ids=["torch", "same"])
+@pytest.mark.parametrize("loss", [[], ["--same-loss"]], ids=["torch", "same"])
 def test_the_bare_fully_shard_loop_trains_the_same_model(loss: list[str], tmp_path: Path) -> None:
     arguments = ("--nproc=2", "--dtypes", "float32", *loss)
     (result,) = results_of(trainer_overhead, tmp_path / "overhead.json", DEBUG, *arguments)
@@ -211,8 +211,8 @@ def test_the_bare_fully_shard_loop_trains_the_same_model(loss: list[str], tmp_pa
 def test_the_chunked_loss_of_one_process_has_no_autocast(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert trainer_overhead.main(["--same_loss"]) == 2
-    assert "--same_loss is for --nproc 2 or more" in capsys.readouterr().err
+    assert trainer_overhead.main(["--same-loss"]) == 2
+    assert "--same-loss is for --nproc 2 or more" in capsys.readouterr().err
 
 
 def test_every_variant_of_the_gpu_suite_is_a_valid_configuration(
