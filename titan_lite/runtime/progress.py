@@ -26,11 +26,11 @@ class Progress:
         self.since = time.monotonic()
 
     def seconds(self) -> float:
-        """Time at which the phase started."""
+        """Seconds since the phase started."""
         return time.monotonic() - self.since
 
     def enter(self, phase: Phase, *, step: int | None = None) -> None:
-        """Starts a phase, of the current step unless one is given."""
+        """Starts a phase of `step`, or of the current step."""
         if step is not None:
             self.step = step
         self.phase = phase

@@ -1,4 +1,4 @@
-"""Load of the experts: counted over the global batch, and balanced for the next step.
+"""Expert load: counts tokens per expert over the global batch, and updates the router biases.
 
 Counts are integers, so they and everything computed from them are the same in every layout.
 Shape suffixes: L blocks, E experts, R ranks of ep.
@@ -21,14 +21,19 @@ from titan_lite.runtime.distributed import all_reduce
 class Balancer:
     """Counts the tokens of each expert in a step, and updates the routers' biases and loads.
 
-    model: this rank's blocks. tokens: in the global batch. counts_LE: int64, tokens per expert of
-    all blocks in the last applied step; dense blocks have zeros.
+    model: this rank's blocks. num_tokens: tokens in the global batch. counts_LE: int64, tokens per
+    block and expert in the last applied step; zeros for dense blocks.
     """
 
     def __init__(
-        self, model: Transformer, args: MoEArgs, meshes: Meshes, tokens: int, device: torch.device
+        self,
+        model: Transformer,
+        args: MoEArgs,
+        meshes: Meshes,
+        num_tokens: int,
+        device: torch.device,
     ) -> None:
-        self.meshes, self.tokens, self.bias_rate = meshes, tokens, args.bias_rate
+        self.meshes, self.num_tokens, self.bias_rate = meshes, num_tokens, args.bias_rate
         self.device = device
         self.dense_layers = args.dense_layers
         self.routers: dict[int, Router] = {
@@ -43,12 +48,15 @@ class Balancer:
         self.loss_L = torch.zeros(args.num_layers, device=device)
 
     def start_step(self, loss_scale: Tensor | None) -> None:
-        """Sets the weight of a token in the balancing loss, and clears the last step's counts."""
+        """Sets each token's weight in the balancing loss, and clears the last step's counts.
+
+        loss_scale: factor of the losses in float16 training, or None.
+        """
         self.loss_scale = loss_scale
         for router in self.routers.values():
             balance = router.balance
             balance.clear()
-            balance.token_weight.fill_(1 / self.tokens)
+            balance.token_weight.fill_(1 / self.num_tokens)
             if loss_scale is not None:
                 balance.token_weight.mul_(loss_scale)
 

@@ -1,4 +1,4 @@
-"""The export of a run's last checkpoint for Hugging Face transformers."""
+"""Exports a run's last checkpoint for Hugging Face transformers."""
 
 import logging
 from pathlib import Path

@@ -45,18 +45,18 @@ def cross_entropy_sum(
     weight_VD: rows with index `vocab_size` or higher are padding. A DTensor, split over the
     vocabulary, gives the same loss on all its ranks.
     num_chunks: the tokens are cut into this many chunks ("auto": see training.loss_chunks). The
-    logits of a chunk (float32, N / num_chunks x V) exist only while its loss and its gradients are
-    computed, both in the forward pass.
+    logits of a chunk (N / num_chunks x V, in the weight's dtype; without `compile` also in float32)
+    exist only while its loss and its gradients are computed, both in the forward pass.
     labelled_indices: int64 (M,), indices of flattened tokens; only these are computed. The chunk
     size stays as for all tokens, so there are fewer chunks.
     factor: a scalar that multiplies the sum, and the gradients before they are rounded to the
     weight's dtype.
-    loss_parallel: for a DTensor weight, True takes two all-reduces of n numbers per chunk
-    (arXiv:1909.08053, section 3), False an all-gather of the chunk's logits.
+    loss_parallel: for a DTensor weight, True runs two all-reduces of n numbers per chunk
+    (arXiv:1909.08053, section 3), False one all-gather of the chunk's logits.
     compile: compiles the operations between a chunk's matmuls into one graph.
-    source_ids: int64, the shape of the labels, the data source of each token. source_losses:
-    float32, one per source; the sums of their losses are added to it, without `factor`. With a
-    split vocabulary, only the losses of labels in this rank's part are added.
+    source_ids: int64, in the labels' shape: the data source of each token. source_losses: float32,
+    one element per source, to which its summed loss is added, without `factor`. With a split
+    vocabulary, only the losses of labels in this rank's part are added.
     """
     tp_group, first_row = None, 0
     if isinstance(weight_VD, DTensor):
@@ -118,8 +118,8 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         need_grad = any(ctx.needs_input_grad)
         dtype, V = weight_VD.dtype, len(weight_VD)
-        # Per token, once for all chunks: the row of its label in this rank's part of the weight,
-        # whether that part has it, and the weight of its loss.
+        # Per token, computed once for all chunks: the row of its label in this rank's part of the
+        # weight, 1.0 if that part has the row (else 0.0), and the factor of its loss.
         is_valid_N = labels_N != IGNORE_INDEX
         is_here_N, target_N = is_valid_N, labels_N
         if tp_group is not None:
@@ -215,9 +215,10 @@ def _logits_to_gradients(
 ) -> Tensor:
     """Overwrites a chunk's logits with their gradients; returns its targets' log-probabilities.
 
-    The result is (n, 1). log_probs: a buffer. is_here: 1.0 where the label is a row of this rank,
-    else 0.0. target: that row, or any row where is_here is 0. weight: of the token's loss in the
-    sum. first_pad_row: of this rank's rows; at most 0 if all of them are padding.
+    The result is (n, 1). log_probs: a buffer. target: the label's row among this rank's rows;
+    arbitrary where is_here is 0. is_here: 1.0 where the label is one of this rank's rows, else 0.0.
+    weight: factor of each token's loss. first_pad_row: index of the first padding row in this
+    rank's part; 0 or negative if the whole part is padding.
     """
     log_probs_nV = log_probs[: len(logits_nV)]
     if first_pad_row < logits_nV.shape[1]:
@@ -255,8 +256,8 @@ def _max_and_sum(
 
 @functools.cache
 def _compiled(any_size: bool) -> Callable[..., Tensor]:
-    # Static shapes, with one more graph for a shorter last chunk; dynamic shapes only where the
-    # size changes in each micro-batch.
+    # With static shapes, a shorter last chunk compiles a second graph. Shapes are dynamic only if
+    # the chunk size differs between micro-batches.
     return torch.compile(_logits_to_gradients_in_one_graph, fullgraph=True, dynamic=any_size)
 
 
@@ -269,7 +270,7 @@ def _logits_to_gradients_in_one_graph(
     tp_group: dist.ProcessGroup | None,
     loss_parallel: bool,
 ) -> Tensor:
-    """A form of `_logits_to_gradients` that fuses: it stores no float32 copy of the logits."""
+    """`_logits_to_gradients` for the compiler, which fuses it: no float32 logits are stored."""
     column_V = torch.arange(logits_nV.shape[1], device=logits_nV.device)
     is_target_nV = column_V == target_n1
     wide_nV = logits_nV.float().masked_fill(column_V >= first_pad_row, -torch.inf)
@@ -285,8 +286,8 @@ def pair_cross_entropy_sum(
 ) -> Tensor:
     """Returns the cross-entropy summed over pairs, times `factor`, as a float32 scalar.
 
-    labels: (B,), -100 is not counted. sums: float32 (2,), the sum without `factor` and the number
-    of pairs classified correctly are added to it.
+    labels: (B,), -100 is not counted. sums: (2,), float32 or float64. Adds the sum without `factor`
+    to sums[0], and the number of correctly classified pairs to sums[1].
     """
     loss = functional.cross_entropy(
         logits_B2.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum"

@@ -1,7 +1,7 @@
 """The whole model on the meta device, and the checks that need it.
 
-They run before the first collective, in which other ranks would hang. Each raises a SettingError
-for the key to change.
+All checks of settings run before the first collective: a rank that failed later would leave the
+others waiting in it. Each raises a SettingError for the key to change.
 """
 
 from pathlib import Path
@@ -62,7 +62,7 @@ def build_checked_model(plan: Plan) -> Transformer:
     """Builds the model on the meta device; checks that parameters named by settings exist."""
     with errors_for("model.name"), torch.device("meta"):
         model = build_model(plan.family, plan.args)
-        # A parameter without a rule for its initial values is an error, before any is drawn.
+        # A parameter that no rule initializes is an error here, before any weights are drawn.
         if type(model).init_parameter is Transformer.init_parameter:
             for name, _ in model.named_parameters():
                 rule_of(model.init_rules, name)
@@ -77,7 +77,7 @@ def build_checked_model(plan: Plan) -> Transformer:
 
 
 def pipeline_stages(plan: Plan, model: Transformer, objective: Objective) -> list[Stage]:
-    """Returns the pipeline stages of the whole model: one without pipeline parallel."""
+    """Returns the pipeline stages of the whole model; a single one without pipeline parallel."""
     config, parallel = plan.config, plan.config.parallel
     with errors_for("parallel.pp_schedule"):
         check_schedule(parallel)
@@ -183,7 +183,7 @@ def open_hf_weights(plan: Plan) -> tuple[HFFolder, HFModel] | None:
     checkpoint = source if (source / MANIFEST_FILE).exists() else newest_below(source)
     if checkpoint and not (source / CONFIG_FILE).exists():
         message = (
-            f"{source} is, or contains, a checkpoint of titan-lite, not Hugging Face weights: set "
+            f"{source} is, or contains, a checkpoint of titan_lite, not Hugging Face weights: set "
             f"checkpoint.initial_load_path = {literal(str(checkpoint))} instead"
         )
         raise SettingError("checkpoint.initial_load_hf", message)

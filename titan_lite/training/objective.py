@@ -1,6 +1,6 @@
-"""Training objectives: how documents become samples, and losses other than that of tokens.
+"""Training objectives: how samples are built, and losses in addition to the token loss.
 
-Every objective has the mean loss over the labelled tokens of the global batch.
+The loss of every objective includes the mean over the labelled tokens of the global batch.
 """
 
 import math
@@ -24,8 +24,8 @@ class Objective(Protocol):
     """The data and the loss of one training objective.
 
     has_pairs: samples have two parts, and one label for the pair. has_padding: a batch may have
-    padding tokens. label_fraction: the fraction of tokens whose label counts. num_sums: how many
-    further numbers, such as the summed losses of pairs, a step adds up over its micro-batches.
+    padding tokens. label_fraction: fraction of the tokens that have a label. num_sums: number of
+    sums over micro-batches in addition to the token loss, such as the summed losses of pairs.
     """
 
     has_pairs: bool
@@ -36,7 +36,10 @@ class Objective(Protocol):
     def __init__(self, config: Config) -> None: ...
 
     def rows(self, tokenizer: Tokenizer) -> RowMaker:
-        """Returns the maker of rows from documents; ValueError if the tokenizer lacks a token."""
+        """Returns the maker of rows from documents.
+
+        ValueError if the tokenizer lacks a token that the objective requires.
+        """
 
     def num_tokens(self, batch: Batch) -> Tensor:
         """Returns the number of tokens that are not padding, an int64 scalar."""
@@ -46,7 +49,7 @@ class Objective(Protocol):
     ) -> dict[str, Any]:
         """Returns the model's arguments other than tokens, positions, mask and the head's loss.
 
-        factor: multiplies the loss of the pairs. sums: (num_sums,), the forward pass adds to it.
+        factor: of the loss of the pairs. sums: (num_sums,), to which the forward pass adds.
         """
 
     def metrics(self, loss: Tensor, sums: Tensor, num_pairs: Tensor) -> dict[str, float]:
@@ -55,7 +58,7 @@ class Objective(Protocol):
     def validation(self, sums: Tensor, held_out: HeldOut) -> dict[str, float]:
         """Returns metrics for a log record.
 
-        sums: over the held-out documents, the loss and then the objective's own sums.
+        sums: the loss summed over the held-out documents, then the objective's own sums.
         """
 
 
@@ -63,7 +66,8 @@ class CausalLM:
     """Prediction of the next token."""
 
     has_pairs = False
-    label_fraction = 1.0  # the label of a token is the next one
+    # Taken as 1: labels dropped at padding or document ends are not subtracted.
+    label_fraction = 1.0
     num_sums = 0
 
     def __init__(self, config: Config) -> None:
@@ -102,7 +106,7 @@ class MaskedLM:
 
     has_pairs = True
     has_padding = True
-    num_sums = 2  # the losses of pairs, and the pairs classified correctly
+    num_sums = 2  # the summed loss of pairs, and the number of pairs classified correctly
 
     def __init__(self, config: Config) -> None:
         self._config = config

@@ -1,7 +1,7 @@
 """Opens a run: builds a Trainer from a plan, ready for its next step.
 
-`open_run` reads top to bottom. Settings are rejected before the first collective, in which
-the other ranks would hang.
+`open_run` reads top to bottom. All checks of settings run before the first collective: a rank that
+failed later would leave the others waiting in it.
 """
 
 import contextlib

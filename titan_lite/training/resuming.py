@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 # Sections and keys that change neither training nor validation results.
 WITHOUT_EFFECT = ("job", "checkpoint", "metrics", "profiling", "comm")
 WITHOUT_EFFECT_KEYS = ("data.prefetch", "data.tokenizer_threads", "training.gc_freq")
-# The only compared key of [model]: its other fields are compared after flavor and defaults
-# are applied.
+# The only [model] key compared as written. The others are compared as resolved, by
+# model_differences.
 MODEL_CHOICE = ("model.flavor",)
 
 SCHEDULE_KEYS = (

@@ -17,7 +17,7 @@ from titan_lite.training.objective import Objective
 
 
 class RunData:
-    """The loader at the position where the run starts; a Stateful with the state of all ranks."""
+    """The data loader and held-out documents of one rank; a Stateful with all ranks' states."""
 
     held_out: HeldOut | None = None
     batches: Iterator[Batch]

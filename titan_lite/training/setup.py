@@ -63,7 +63,8 @@ def build_training(
 ) -> BuiltTraining:
     """Parallelizes the whole `model`, on the meta device, in place, and initializes its weights.
 
-    progress: the run's current phase. allocating: entered while weights and optimizer are created.
+    progress: the run's current phase. allocating: a context manager, entered around the creation of
+    weights and optimizer.
     """
     config, training = plan.config, plan.config.training
     flops = count_flops(plan, model, stages, objective)
@@ -92,8 +93,8 @@ def build_training(
         average = WeightAverage(config.ema, model) if config.ema.enable else None
         balancer = None
         if isinstance(plan.args, MoEArgs):
-            tokens = plan.global_batch_size * training.seq_len
-            balancer = Balancer(model, plan.args, meshes, tokens, process.device)
+            num_tokens = plan.global_batch_size * training.seq_len
+            balancer = Balancer(model, plan.args, meshes, num_tokens, process.device)
         step = TrainStep(
             config,
             parallel_model,

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 class StepMonitor:
     """Counts and times steps, warns about unusual ones, and writes the log records.
 
-    tokens: trained on since step 0, by all ranks.
+    tokens: number of tokens that all ranks have trained on since step 0.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class StepMonitor:
     def record_step(self, step: int, result: StepResult, *, logs: bool) -> None:
         """Counts a step and reads its result.
 
-        On a GPU the result is read one step late, so that the GPU has work while the host waits;
-        with `logs`, at once.
+        logs: reads it at once. Otherwise a GPU's result is read one step late, so that the GPU has
+        work while the host waits.
         """
         tokens: int | Tensor = self._plan.global_batch_size * self._plan.config.training.seq_len
         if self._built.objective.has_padding:
@@ -113,13 +113,14 @@ class StepMonitor:
 
 
 class UnreadResults:
-    """Results that the host has not read yet; `is_stopping` once a rank received a stop signal.
+    """Queue of step results that the host has not read yet.
 
-    All ranks read after the same steps, so that they decide the same.
+    is_stopping becomes True once a result shows that a rank received a stop signal. All ranks read
+    after the same steps, so they take the same decisions.
     """
 
     def __init__(self, guard: Guard, parameter_names: Sequence[str]) -> None:
-        """Takes parameter_names of the whole model, in its order."""
+        """parameter_names: of the whole model, in its order."""
         self.is_stopping = False
         self._guard = guard
         self._parameter_names = parameter_names
@@ -132,7 +133,10 @@ class UnreadResults:
         self._unread.append((step, Readback(torch.stack(numbers))))
 
     def read(self, keep: int = 0) -> None:
-        """Reads all results except the last `keep`; NonFiniteError if one has to end the run."""
+        """Reads all results except the last `keep`.
+
+        NonFiniteError if training.nonfinite = "stop" and a loss or gradient norm is NaN or Inf.
+        """
         while len(self._unread) > keep:
             step, readback = self._unread.popleft()
             is_finite, num_stopping, loss, grad_norm = readback.read()
@@ -141,11 +145,11 @@ class UnreadResults:
                 continue
             numbers = f"the loss of step {step} is {loss:g}, its gradient norm {grad_norm:g}"
             if self._guard.mode == "stop":
-                raise NonFiniteError(f"{numbers}. {self._blame()}")
+                raise NonFiniteError(f"{numbers}. {self._list_bad_gradients()}")
             if dist.get_rank() == 0:
-                logger.warning("Skipped: %s", numbers)
+                logger.warning("Skipped a step: %s", numbers)
 
-    def _blame(self) -> str:
+    def _list_bad_gradients(self) -> str:
         """Returns a sentence with the parameters that have non-finite gradients; collective."""
         mine = {name.replace(CHECKPOINT_PREFIX, "") for name in self._guard.bad_gradients()}
         by_rank: list[set[str]] = [set()] * dist.get_world_size()

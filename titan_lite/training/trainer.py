@@ -40,14 +40,14 @@ class Watcher(Protocol):
     """An observer of each step; if it is a context manager, it is entered around the loop."""
 
     def after_step(self, step: int, result: StepResult) -> None:
-        """Runs once the step is queued on the device."""
+        """Called after each step, when its work is queued on the device (it may be unfinished)."""
 
 
 @dataclass(kw_only=True)
 class Trainer:
-    """An opened run: `train` runs the remaining steps, `close` releases what open_run opened.
+    """An opened run: `train` runs the remaining steps, `close` releases its resources.
 
-    opened: what `close` has to release.
+    opened: the resources, such as locks, workers and files.
     """
 
     plan: Plan
@@ -80,7 +80,7 @@ class Trainer:
         config = self.plan.config
         first, last = self.state.step + 1, config.training.steps
         if first > last:
-            logger.info("Step %d of %d is done already: nothing is left to train", first - 1, last)
+            logger.info("Step %d of %d is already done; no step is left to train", first - 1, last)
             self._export()
             return
         compiles = "; the first step compiles, which can take minutes"
@@ -99,7 +99,7 @@ class Trainer:
                 stops = self.is_stopping and config.checkpoint.enable
                 if stops or self.checkpoints.should_save(step, last):
                     self.monitor.unread_results.read()
-                    # Waits for the rank with the slowest disk.
+                    # All ranks wait here for the slowest one, so this is not counted as step time.
                     with self._outside_steps():
                         self.save()
                 if self.is_stopping:
@@ -180,7 +180,7 @@ class Trainer:
             update_run_file(self.plan.run_folder, {"applied": dataclasses.asdict(applied)})
 
     def close(self) -> None:
-        """Finishes a save, closes metric files, stops the loader's worker, unlocks the folder."""
+        """Finishes a save, closes metric files, stops the loader's worker, unlocks the folders."""
         self.opened.close()
 
     @contextlib.contextmanager
