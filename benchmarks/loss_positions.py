@@ -23,7 +23,8 @@ from benchmarks.command import add_turns, benchmark_parser, positive, run_benchm
 from benchmarks.loss_memory import peak_bytes
 from benchmarks.manifest import DEVICE
 from benchmarks.measure import Values, Variant, measure
-from titan_lite.training.loss import IGNORE_INDEX, cross_entropy_sum
+from titan_lite.data.packing import IGNORED
+from titan_lite.training.loss import cross_entropy_sum
 
 DIM, VOCAB, SHARE = 768, 64_000, 0.15
 CONFIG = "train_configs/megatron_bert_base_512.toml"
@@ -47,8 +48,8 @@ def serve(connection: Connection, selects: bool, num_chunks: int, tokens: int) -
     weight = torch.randn(VOCAB, DIM, device=DEVICE, requires_grad=True)
     bias = torch.zeros(VOCAB, device=DEVICE, requires_grad=True)
     labels = torch.randint(VOCAB, (tokens,), device=DEVICE)
-    labels[torch.rand(tokens, device=DEVICE) >= SHARE] = IGNORE_INDEX
-    indices = (labels != IGNORE_INDEX).nonzero().squeeze(1) if selects else None
+    labels[torch.rand(tokens, device=DEVICE) >= SHARE] = IGNORED
+    indices = (labels != IGNORED).nonzero().squeeze(1) if selects else None
     for parameter in (hidden, weight, bias):
         parameter.grad = torch.zeros_like(parameter)
     (hidden[:8] @ weight[:8].T).sum().backward()

@@ -17,11 +17,11 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from titan_lite.data.loader import Batch
+from titan_lite.data.packing import IGNORED
 from titan_lite.models.plan import make_plan
 from titan_lite.nn.init import CHECKPOINT_PREFIX
 from titan_lite.parallel.pipeline import CAN_SPLIT_BACKWARD
 from titan_lite.runtime.distributed import Process
-from titan_lite.training.loss import IGNORE_INDEX
 from titan_lite.training.open_run import open_run
 from titan_lite.training.trainer import Trainer
 
@@ -209,9 +209,9 @@ def masked(batches: Iterator[Batch]) -> Iterator[Batch]:
         if batch.pair_labels is not None:
             # A masked language model has the same first token everywhere, and the same mask token.
             tokens, chosen = batch.labels, batch.labels.sum(1)
-        labels = batch.labels.masked_fill(tokens % 3 == 0, IGNORE_INDEX)
+        labels = batch.labels.masked_fill(tokens % 3 == 0, IGNORED)
         # One sample in four has hardly anything left.
-        labels[chosen % 4 == 0, 2:] = IGNORE_INDEX
+        labels[chosen % 4 == 0, 2:] = IGNORED
         yield dataclasses.replace(batch, labels=labels)
 
 

@@ -8,7 +8,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn import functional as F
 
 from tests.distributed import Workers
-from titan_lite.training.loss import IGNORE_INDEX, cross_entropy_sum, pair_cross_entropy_sum
+from titan_lite.data.packing import IGNORED
+from titan_lite.training.loss import cross_entropy_sum, pair_cross_entropy_sum
 
 
 def _inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -16,7 +17,7 @@ def _inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]
     hidden_BSD = torch.randn(2, 7, 16, generator=generator).to(dtype).requires_grad_()
     weight_VD = torch.randn(50, 16, generator=generator).to(dtype).requires_grad_()
     labels_BS = torch.randint(50, (2, 7), generator=generator)
-    labels_BS[0, 3:5] = IGNORE_INDEX
+    labels_BS[0, 3:5] = IGNORED
     return hidden_BSD, weight_VD, labels_BS
 
 
@@ -54,7 +55,7 @@ def test_a_batch_without_valid_tokens_has_loss_and_gradients_of_zero() -> None:
     loss = cross_entropy_sum(
         hidden,
         weight,
-        labels=torch.full_like(labels, IGNORE_INDEX),
+        labels=torch.full_like(labels, IGNORED),
         num_chunks=2,
         vocab_size=len(weight),
     )
@@ -206,11 +207,11 @@ def test_with_a_bias_and_with_labelled_rows_alone_it_equals_torch(
     num_chunks: int, selects: bool
 ) -> None:
     hidden, weight, labels = _inputs()
-    labels[1, ::2] = IGNORE_INDEX
+    labels[1, ::2] = IGNORED
     bias = torch.randn(50, requires_grad=True)
     # The last two rows pad the vocabulary.
-    labels = labels.where(labels == IGNORE_INDEX, labels.clamp(max=47))
-    indices = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1) if selects else None
+    labels = labels.where(labels == IGNORED, labels.clamp(max=47))
+    indices = (labels != IGNORED).flatten().nonzero().squeeze(1) if selects else None
     factor = torch.tensor(0.3)
     options = {"num_chunks": num_chunks, "vocab_size": 48, "factor": factor}
     loss = cross_entropy_sum(
@@ -246,7 +247,7 @@ def test_selected_rows_are_cut_into_chunks_of_the_size_that_all_would_have() -> 
 
 def test_the_loss_of_pairs_equals_torch_and_counts_those_classified_correctly() -> None:
     logits = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.5], [9.0, 0.0]], requires_grad=True)
-    labels, sums = torch.tensor([0, 1, 1, IGNORE_INDEX]), torch.ones(2)
+    labels, sums = torch.tensor([0, 1, 1, IGNORED]), torch.ones(2)
     loss = pair_cross_entropy_sum(logits, labels=labels, factor=torch.tensor(0.25), sums=sums)
     expected = F.cross_entropy(logits[:3], labels[:3], reduction="sum")
     torch.testing.assert_close(loss, expected / 4)
@@ -261,7 +262,7 @@ def _over_a_split_vocabulary(num_chunks: int, loss_parallel: bool) -> list[tuple
     hidden, weight, labels = _inputs()
     generator = torch.Generator().manual_seed(1)
     bias = torch.randn(50, generator=generator, requires_grad=True)
-    labelled = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)
+    labelled = (labels != IGNORED).flatten().nonzero().squeeze(1)
     actual = []
     for indices in (None, labelled):
         whole = DTensor.from_local(hidden, mesh, [Replicate()], run_check=False)

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from titan_lite.config.schema import Data
 from titan_lite.data.packing import IGNORED, cut_documents, join_documents, pack, to_row
-from titan_lite.training.loss import IGNORE_INDEX
 
 BOS, EOS = 1000, 1001
 documents = st.lists(
@@ -120,4 +119,3 @@ def test_a_short_document_is_padded_and_its_padding_not_counted():
     assert row.inputs.tolist() == [BOS, 7, 8, EOS, EOS, EOS]
     assert row.labels.tolist() == [7, 8, EOS, X, X, X]
     assert row.positions is row.documents is None
-    assert IGNORED == IGNORE_INDEX

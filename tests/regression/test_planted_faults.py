@@ -20,11 +20,11 @@ from tests.parallel.test_planted_bugs import average_over_ranks, leave_norms_uns
 from tests.runs import build_trainer, masked, slow_but
 from titan_lite.checkpoint.manager import CheckpointManager
 from titan_lite.data import loader
+from titan_lite.data.packing import IGNORED
 from titan_lite.optim import optimizer, schedule
 from titan_lite.regression.compare import Tier, compare
 from titan_lite.regression.curves import read_curve
 from titan_lite.training import step
-from titan_lite.training.loss import IGNORE_INDEX
 from titan_lite.training.step import TrainStep
 
 Plant = Callable[[], AbstractContextManager[Any]]
@@ -55,7 +55,7 @@ def divide_by_the_ranks_own_tokens() -> AbstractContextManager[Any]:
     forward_backward = TrainStep.forward_backward
 
     def wrong(self: TrainStep, micro_batches: Any, factor: Tensor) -> Tensor:
-        valid = sum((batch.labels != IGNORE_INDEX).sum() for batch in micro_batches)
+        valid = sum((batch.labels != IGNORED).sum() for batch in micro_batches)
         assert self.meshes.loss is not None
         return forward_backward(self, micro_batches, 1 / (valid * self.meshes.loss.size()))
 

@@ -19,7 +19,7 @@ from titan_lite.data.tokenizer import Tokens
 Mark = TypeVar("Mark")
 Ints = npt.NDArray[np.int64]
 IGNORED = -100
-"""Label that is not counted in the loss, equal to loss.IGNORE_INDEX."""
+"""Label that is not counted in the loss; the default of torch.nn.functional.cross_entropy."""
 
 
 @dataclass(frozen=True)

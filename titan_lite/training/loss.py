@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial
 from torch.nn import functional
 
+from titan_lite.data.packing import IGNORED
 from titan_lite.runtime.collectives import all_gather_single, traceable_all_reduce
 
-IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default
 AUTO_CHUNK_BYTES = 2**29
 # Device types whose matmul can add a product of 16-bit matrices to a float32 sum.
 ACCUMULATING_DEVICES = ("cuda",)
@@ -120,7 +120,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         dtype, V = weight_VD.dtype, len(weight_VD)
         # Per token, computed once for all chunks: the row of its label in this rank's part of the
         # weight, 1.0 if that part has the row (else 0.0), and the factor of its loss.
-        is_valid_N = labels_N != IGNORE_INDEX
+        is_valid_N = labels_N != IGNORED
         is_here_N, target_N = is_valid_N, labels_N
         if tp_group is not None:
             target_N = labels_N - first_row
@@ -290,7 +290,7 @@ def pair_cross_entropy_sum(
     to sums[0], and the number of correctly classified pairs to sums[1].
     """
     loss = functional.cross_entropy(
-        logits_B2.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum"
+        logits_B2.float(), labels, ignore_index=IGNORED, reduction="sum"
     )
     sums += torch.stack([loss.detach(), (logits_B2.argmax(1) == labels).sum()])
     return loss * factor

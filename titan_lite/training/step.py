@@ -12,6 +12,7 @@ from torch import Tensor
 
 from titan_lite.config.schema import Config
 from titan_lite.data.loader import Batch
+from titan_lite.data.packing import IGNORED
 from titan_lite.models.args import DecoderArgs
 from titan_lite.nn.document_attention import DocumentMask, dense_mask, document_spans, has_kernel
 from titan_lite.nn.dropout import token_keys
@@ -25,7 +26,7 @@ from titan_lite.parallel.parallel_model import ParallelModel
 from titan_lite.parallel.pipeline import add_tied_gradients
 from titan_lite.runtime.progress import Progress
 from titan_lite.training.balancing import Balancer
-from titan_lite.training.loss import IGNORE_INDEX, cross_entropy_sum
+from titan_lite.training.loss import cross_entropy_sum
 from titan_lite.training.objective import Objective
 
 
@@ -174,12 +175,12 @@ class TrainStep:
         """Returns two counts: labelled pairs, and tokens that are not padding."""
         num_pairs = torch.tensor(0)
         if batch.pair_labels is not None:
-            num_pairs = (batch.pair_labels != IGNORE_INDEX).sum()
+            num_pairs = (batch.pair_labels != IGNORED).sum()
         return torch.stack([num_pairs, self.objective.num_tokens(batch)])
 
     def _count_valid(self, batch: Batch) -> Tensor:
         """Returns the number of labels that are not -100: of each source, else one number."""
-        valid_B = (batch.labels != IGNORE_INDEX).sum(1)
+        valid_B = (batch.labels != IGNORED).sum(1)
         if batch.sources is None:
             return valid_B.sum(0, keepdim=True)
         return valid_B.new_zeros(self.num_sources).index_add_(0, batch.sources, valid_B)
@@ -285,7 +286,7 @@ class TrainStep:
 
     def labelled_indices(self, batch: Batch) -> Tensor:
         """Returns indices of the flattened tokens with a label, on the host: they set a shape."""
-        return (batch.labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)
+        return (batch.labels != IGNORED).flatten().nonzero().squeeze(1)
 
     def local(self, batch: Batch) -> Batch:
         """Returns this rank's part of each sequence; `documents` stays that of whole sequences."""
