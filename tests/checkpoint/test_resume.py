@@ -30,7 +30,7 @@ from titan_lite.checkpoint.state import saved_steps
 from titan_lite.checkpoint.storage import CheckpointReader
 from titan_lite.config.load import ConfigError, load_config
 from titan_lite.optim import loss_scaler
-from titan_lite.optim.optimizer import Surroundings, build_optimizer
+from titan_lite.optim.optimizer import OptimizerContext, build_optimizer
 
 EVERY_4 = ("--checkpoint.enable=true", "--checkpoint.interval=4", "--training.steps=10")
 BUT_EMBEDDINGS = '--optimizer.no_decay=["embedding"]'
@@ -152,11 +152,11 @@ def _change_by_hand(folder: Path) -> Tensors:
         if step == 5:
             former = trainer.built.optimizer
             section = load_config(None, ["--optimizer.lr=1e-3", *CHANGED]).config.optimizer
-            surroundings = Surroundings(
+            context = OptimizerContext(
                 ranks=None, param_dtype=torch.float32, args=trainer.plan.args
             )
             trainer.built.step.optimizer = build_optimizer(
-                trainer.built.model, section, trainer.plan.family.tp_plan, surroundings
+                trainer.built.model, section, trainer.plan.family.tp_plan, context
             )
             trainer.built.step.optimizer.state = former.state
         trainer.train_step(step)

@@ -18,7 +18,7 @@ from titan_lite.nn.build_model import build_model
 from titan_lite.optim import low_precision_adam
 from titan_lite.optim.low_precision_adam import LowPrecisionAdam
 from titan_lite.optim.nonfinite import NonFiniteGuard, step_if
-from titan_lite.optim.optimizer import Surroundings, build_optimizer
+from titan_lite.optim.optimizer import OptimizerContext, build_optimizer
 from titan_lite.training.trainer import Trainer
 
 BFLOAT16 = "--optimizer.state_dtype=bfloat16"
@@ -117,8 +117,8 @@ def _bits(state: torch.Tensor) -> torch.Tensor:
 def test_muon_steps_its_other_parameters_with_it() -> None:
     args = replace(LLAMA.flavors["debug"], num_layers=1, vocab_size=64)
     model = build_model(LLAMA, args)
-    around = Surroundings(ranks=None, param_dtype=torch.float32, args=args)
-    optimizer = build_optimizer(model, Muon(state_dtype="bfloat16"), LLAMA.tp_plan, around)
+    context = OptimizerContext(ranks=None, param_dtype=torch.float32, args=args)
+    optimizer = build_optimizer(model, Muon(state_dtype="bfloat16"), LLAMA.tp_plan, context)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     for is_finite in (True, False):

@@ -26,7 +26,7 @@ from titan_lite.models.registry import families
 from titan_lite.nn.build_model import build_model
 from titan_lite.optim import muon, muon_exchange
 from titan_lite.optim.muon import Muon, build_muon
-from titan_lite.optim.optimizer import Parameter, Surroundings, parameters_of
+from titan_lite.optim.optimizer import OptimizerContext, Parameter, parameters_of
 
 # Name, shape, and the dim that tensor parallel splits. Rows that 2 and 4 ranks do not divide, more
 # ranks than rows, wide, tall and square ones, and a stack of experts.
@@ -186,8 +186,8 @@ def parameters_on_meta(family: Family, **settings: Any) -> tuple[Any, list[Param
 def matrices_of(family: Family, **settings: Any) -> set[str]:
     """Names of the parameters that Muon orthogonalizes."""
     args, parameters = parameters_on_meta(family, **settings)
-    around = Surroundings(ranks=None, param_dtype=torch.float32, args=args)
-    optimizer = build_muon(Section(**settings), parameters, around)
+    context = OptimizerContext(ranks=None, param_dtype=torch.float32, args=args)
+    optimizer = build_muon(Section(**settings), parameters, context)
     chosen = {id(entry.parameter) for entry in optimizer.local}
     return {p.name for p in parameters if id(p.tensor) in chosen}
 
@@ -227,8 +227,8 @@ def test_newton_schulz_is_as_precise_as_the_parameters_or_as_set(
     param_dtype: torch.dtype, ns_dtype: Any, expected: torch.dtype
 ) -> None:
     args, parameters = parameters_on_meta(LLAMA)
-    around = Surroundings(ranks=None, param_dtype=param_dtype, args=args)
-    assert build_muon(Section(ns_dtype=ns_dtype), parameters, around).ns_dtype == expected
+    context = OptimizerContext(ranks=None, param_dtype=param_dtype, args=args)
+    assert build_muon(Section(ns_dtype=ns_dtype), parameters, context).ns_dtype == expected
 
 
 def test_a_skipped_step_leaves_matrices_and_the_rest_alone_and_loaded_state_counts() -> None:
@@ -241,8 +241,8 @@ def test_a_skipped_step_leaves_matrices_and_the_rest_alone_and_loaded_state_coun
             for n, (tensor, kind) in enumerate(zip(tensors, kinds, strict=True))
         ]
         args = LLAMA.flavors["debug"]
-        around = Surroundings(ranks=None, param_dtype=torch.float32, args=args)
-        return build_muon(Section(lr=LR), parameters, around), tensors
+        context = OptimizerContext(ranks=None, param_dtype=torch.float32, args=args)
+        return build_muon(Section(lr=LR), parameters, context), tensors
 
     def step(optimizer: Muon, tensors: list[nn.Parameter], value: float) -> None:
         for tensor in tensors:

@@ -17,7 +17,7 @@ from titan_lite.models.plan import make_plan
 from titan_lite.models.roles import PlanRow, kind_of
 from titan_lite.nn.build_model import build_model
 from titan_lite.optim.optimizer import (
-    Surroundings,
+    OptimizerContext,
     build_optimizer,
     check_groups,
     parameters_of,
@@ -27,7 +27,7 @@ from titan_lite.training.meta_model import build_checked_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "optimizers.md"
 PLAN = LLAMA.tp_plan
-SURROUNDINGS = Surroundings(ranks=None, param_dtype=torch.float32, args=LLAMA.flavors["debug"])
+CONTEXT = OptimizerContext(ranks=None, param_dtype=torch.float32, args=LLAMA.flavors["debug"])
 
 
 class _Model(nn.Module):
@@ -39,7 +39,7 @@ class _Model(nn.Module):
 
 
 def build_one(model: nn.Module, section: Optimizer) -> torch.optim.Optimizer:
-    return build_optimizer(model, section, PLAN, SURROUNDINGS)
+    return build_optimizer(model, section, PLAN, CONTEXT)
 
 
 def decays(section: Optimizer, **settings: Any) -> dict[str, float]:

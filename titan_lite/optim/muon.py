@@ -22,7 +22,7 @@ from titan_lite.config.problems import SettingError
 from titan_lite.models.roles import MATRIX_KINDS
 from titan_lite.optim.muon_exchange import Exchange, Matrix, Transfer, assign_owners, boxes
 from titan_lite.optim.nonfinite import DeviceGuardedOptimizer, step_if
-from titan_lite.optim.optimizer import Parameter, Surroundings, build_adam, torch_groups
+from titan_lite.optim.optimizer import OptimizerContext, Parameter, build_adam, torch_groups
 
 # The smallest norm that a matrix is divided by, as in torch.optim.Muon.
 EPS = 1e-7
@@ -31,7 +31,7 @@ HEADS = "*.attention.w[qkv].weight"
 
 
 def build_muon(
-    section: Section, parameters: Sequence[Parameter], surroundings: Surroundings
+    section: Section, parameters: Sequence[Parameter], context: OptimizerContext
 ) -> "Muon":
     """Builds one optimizer: Muon for the matrices, and AdamW for the rest."""
     matrices: list[Parameter] = []
@@ -47,15 +47,15 @@ def build_muon(
             )
     ns_dtype = section.ns_dtype
     if ns_dtype == "auto":
-        ns_dtype = "float32" if surroundings.param_dtype == torch.float32 else "bfloat16"
+        ns_dtype = "float32" if context.param_dtype == torch.float32 else "bfloat16"
     return Muon(
         torch_groups(matrices),
         {p.tensor: p.name for p in matrices},
         section,
         ns_dtype=getattr(torch, ns_dtype),
-        head_size=surroundings.args.head_size if section.per_head else None,
-        ranks=surroundings.ranks,
-        adamw=build_adam(section, rest, surroundings) if rest else None,
+        head_size=context.args.head_size if section.per_head else None,
+        ranks=context.ranks,
+        adamw=build_adam(section, rest, context) if rest else None,
     )
 
 

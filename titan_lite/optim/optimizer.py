@@ -37,10 +37,11 @@ class Parameter:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Surroundings:
+class OptimizerContext:
     """Facts of a run that an optimizer may depend on.
 
-    ranks: the group of ranks that shard the same parameters. param_dtype: training.param_dtype.
+    ranks: the group of ranks that shard the same parameters; None: not sharded. param_dtype:
+    training.param_dtype.
     """
 
     ranks: dist.ProcessGroup | None
@@ -48,11 +49,11 @@ class Surroundings:
     args: DecoderArgs
 
 
-Builder = Callable[[Any, Sequence[Parameter], Surroundings], torch.optim.Optimizer]
+Builder = Callable[[Any, Sequence[Parameter], OptimizerContext], torch.optim.Optimizer]
 
 
 def build_optimizer(
-    model: nn.Module, section: Optimizer, plan: tuple[PlanRow, ...], surroundings: Surroundings
+    model: nn.Module, section: Optimizer, plan: tuple[PlanRow, ...], context: OptimizerContext
 ) -> torch.optim.Optimizer:
     """Builds the optimizer with its registered builder.
 
@@ -60,9 +61,9 @@ def build_optimizer(
     here, so that ranks and checkpoints have the same state whether or not a parameter has a
     gradient.
     """
-    parameters = list(parameters_of(model, section, plan, tied_head=surroundings.args.tied_head))
+    parameters = list(parameters_of(model, section, plan, tied_head=context.args.tied_head))
     build: Builder = load(BUILDERS[section.name][1])
-    optimizer = build(section, parameters, surroundings)
+    optimizer = build(section, parameters, context)
     if not optimizer.state:
         _make_state(optimizer)
     return optimizer
@@ -132,7 +133,7 @@ def torch_groups(parameters: Sequence[Parameter]) -> list[dict[str, Any]]:
 
 
 def build_adam(
-    section: AdamOptimizer, parameters: Sequence[Parameter], _: Surroundings
+    section: AdamOptimizer, parameters: Sequence[Parameter], _: OptimizerContext
 ) -> torch.optim.Optimizer:
     """Builds AdamW or Adam."""
     betas = (section.beta1, section.beta2)

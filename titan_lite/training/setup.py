@@ -13,7 +13,7 @@ from titan_lite.optim.ema import WeightAverage
 from titan_lite.optim.guard import Guard
 from titan_lite.optim.loss_scaler import LossScaler
 from titan_lite.optim.nonfinite import NonFiniteGuard
-from titan_lite.optim.optimizer import Surroundings, build_optimizer
+from titan_lite.optim.optimizer import OptimizerContext, build_optimizer
 from titan_lite.parallel.applied import Applied
 from titan_lite.parallel.init_weights import init_weights
 from titan_lite.parallel.mesh import Meshes
@@ -78,12 +78,12 @@ def build_training(
             seed=training.seed,
             cpu_offload=config.parallel.cpu_offload,
         )
-        surroundings = Surroundings(
+        context = OptimizerContext(
             ranks=meshes.stage,
             param_dtype=getattr(torch, training.param_dtype),
             args=plan.args,
         )
-        optimizer = build_optimizer(model, config.optimizer, plan.family.tp_plan, surroundings)
+        optimizer = build_optimizer(model, config.optimizer, plan.family.tp_plan, context)
         device = next(model.parameters()).device
         guard: Guard = (
             LossScaler(device)
