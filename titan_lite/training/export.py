@@ -22,12 +22,12 @@ def export_hf(plan: Plan, checkpoints: Path, tokenizer: Tokenizer, rank: int) ->
     source = checkpoints / f"step-{plan.config.training.steps}"
     export = DCPToHF(source, family, args, average=takes_average)
     target = checkpoints / "hf"
-    documents = hf_documents(args, family.hf_config, tokenizer, dtype=export.dtype)
+    hf_files = hf_documents(args, family.hf_config, tokenizer, dtype=export.dtype)
     if rank == 0:
         # The preflight rejects a difference unless checkpoint.allow_export_mismatch = true.
-        report = export_report(documents, tokenizer, data, of_pairs=not args.causal)
-        documents[README] = report.readme()
+        report = export_report(hf_files, tokenizer, data, of_pairs=not args.causal)
+        hf_files[README] = report.readme()
         logger.log(logging.INFO if report.is_same else logging.WARNING, "%s", report.sentence)
     with writing(target):
-        export.write(target, documents)
+        export.write(target, hf_files)
     logger.info("Hugging Face model written to %s", target)

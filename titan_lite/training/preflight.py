@@ -142,9 +142,9 @@ def _check_export(plan: Plan, tokenizer: Tokenizer) -> None:
     section, hf = plan.config.checkpoint, plan.family.hf_config
     if not (section.enable and section.last_save_hf and hf) or section.allow_export_mismatch:
         return
-    documents = hf_documents(plan.args, hf, tokenizer, dtype="float32")
+    hf_files = hf_documents(plan.args, hf, tokenizer, dtype="float32")
     data, of_pairs = plan.config.data, not plan.args.causal
-    report = export_report(documents, tokenizer, data, of_pairs=of_pairs)
+    report = export_report(hf_files, tokenizer, data, of_pairs=of_pairs)
     if not report.is_same:
         remedy = (
             "To export it with a README.md that describes the difference, set "

@@ -28,7 +28,7 @@ class RunData:
         self._config = plan.config
         with errors_for("data.tokenizer_path"):
             rows = objective.rows(tokenizer)
-        self._share: dict[str, Any] = {
+        self._loader_args: dict[str, Any] = {
             "seq_len": plan.config.training.seq_len,
             "local_batch_size": plan.config.training.local_batch_size,
             "global_batch_size": plan.global_batch_size,
@@ -41,7 +41,7 @@ class RunData:
         if plan.config.validation.enable:
             with errors_for("validation.dataset"):
                 self.held_out = read_held_out(
-                    plan.config.validation, plan.config.data, **self._share
+                    plan.config.validation, plan.config.data, **self._loader_args
                 )
 
     def open(self, start: Start) -> None:
@@ -56,7 +56,7 @@ class RunData:
 
     def build_loader(self) -> DataLoader:
         """Returns a loader of this rank's share of the samples, at the first one."""
-        return DataLoader(self._config.data, seed=self._config.training.seed, **self._share)
+        return DataLoader(self._config.data, seed=self._config.training.seed, **self._loader_args)
 
     def close(self) -> None:
         """Stops the loader's worker."""

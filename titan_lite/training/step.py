@@ -34,13 +34,13 @@ from titan_lite.training.objective import Objective
 class StepResult:
     """Tensors on the device, which the host reads later; the same on all ranks.
 
-    loss: the global mean. sums: the objective's other sums, global. grad_norm: global, before
-    clipping. is_finite: whether both loss and norm are. num_stopping: ranks that have received a
-    stop signal.
+    loss: mean over the global batch. sums: the objective's other sums over it. grad_norm: global,
+    before clipping. is_finite: a bool, True if loss and norm are finite. num_stopping: number of
+    ranks that have received a stop signal.
     Counts of the global batch, int64: num_valid, labels that are not -100; num_pairs, pairs whose
     label is not -100; num_tokens, inputs that are not padding.
-    Per entry of data.sources: source_valid, its part of num_valid; source_losses, the sum of its
-    losses, this rank's part only.
+    One element per entry of data.sources: source_valid, its part of num_valid; source_losses, its
+    summed loss, of this rank only.
     """
 
     loss: Tensor
@@ -92,7 +92,7 @@ class TrainStep:
         self.args = args
         self.local_indices = parallel_model.local_indices
         self.device = device
-        self.pair_factor = torch.ones((), device=device)
+        self.pair_weight = torch.ones((), device=device)
         self.sums = self._zeros(torch.float32)
         self.balancer = balancer
         if balancer is not None:
@@ -101,27 +101,28 @@ class TrainStep:
     def __call__(self, batches: Sequence[Batch], lr: float, *, stop: bool = False) -> StepResult:
         """Runs one step.
 
-        batches: this rank's micro-batches, whole sequences on the host. lr: of this step. stop:
-        whether this rank has received a stop signal, which is summed over all ranks.
+        batches: this rank's micro-batches, whole sequences on the host. lr: this step's learning
+        rate. stop: True if this rank has received a stop signal; the result has the number of such
+        ranks.
         """
         self.progress.enter("forward")
         micro_batches = [self.local(batch) for batch in batches]
         valid, (num_pairs, num_tokens, num_stopping) = self._global_counts(micro_batches, stop)
         # Every token of the global batch has the same weight: the sum over micro-batches and ranks
-        # is divided by the number of valid tokens in all of them.
+        # is divided by the number of valid tokens in the global batch.
         num_valid = valid.sum()
         if self.num_sources:
             self.source_losses = torch.zeros(self.num_sources, device=self.device)
         counts = torch.stack((num_valid, num_pairs)).clamp(min=1)
-        factor, self.pair_factor = counts.to(torch.float32).reciprocal()
+        loss_weight, self.pair_weight = counts.to(torch.float32).reciprocal()
         self.sums = self._zeros(torch.float32)
         loss_scale = self.guard.scale
         if loss_scale is not None:
             loss_scale = loss_scale.to(self.device)
-            factor, self.pair_factor = factor * loss_scale, self.pair_factor * loss_scale
+            loss_weight, self.pair_weight = loss_weight * loss_scale, self.pair_weight * loss_scale
         if self.balancer is not None:
             self.balancer.start_step(loss_scale)
-        loss = self.forward_backward(micro_batches, factor)
+        loss = self.forward_backward(micro_batches, loss_weight)
         if loss_scale is not None:
             loss /= loss_scale
         self.progress.enter("optimizer")
@@ -153,7 +154,7 @@ class TrainStep:
         )
 
     def refresh(self) -> None:
-        """Recomputes the float8 scales, which depend on the weights, after these have changed."""
+        """Recomputes the float8 scales after the weights have changed."""
         if self.has_float8_all_gather:
             refresh_scales(self.model)
 
@@ -167,7 +168,7 @@ class TrainStep:
         counts = self.to_device(counts)
         dist.all_reduce(counts)
         # The all-reduce is over all ranks, so each token is counted once per tensor and pipeline
-        # rank: divide. The last count, of ranks that stop, is only compared with 0.
+        # rank: divide. The last count, of stopping ranks, is not divided: each rank counts once.
         counts[:-1] //= dist.get_world_size() // dist.get_world_size(self.meshes.loss)
         return counts[:-3], counts[-3:]
 
@@ -179,7 +180,7 @@ class TrainStep:
         return torch.stack([num_pairs, self.objective.num_tokens(batch)])
 
     def _count_valid(self, batch: Batch) -> Tensor:
-        """Returns the number of labels that are not -100: of each source, else one number."""
+        """Returns the number of labels that are not -100, per source if there are sources."""
         valid_B = (batch.labels != IGNORED).sum(1)
         if batch.sources is None:
             return valid_B.sum(0, keepdim=True)
@@ -193,25 +194,29 @@ class TrainStep:
             dist.all_reduce(loss, group=self.meshes.pp)
         return loss
 
-    def forward_backward(self, micro_batches: Sequence[Batch], factor: Tensor) -> Tensor:
-        """Adds up the gradients of all micro-batches; returns this rank's part of the loss."""
+    def forward_backward(self, micro_batches: Sequence[Batch], loss_weight: Tensor) -> Tensor:
+        """Adds up the gradients of all micro-batches; returns this rank's part of the loss.
+
+        loss_weight: factor of each token's loss.
+        """
         loss = torch.zeros((), device=self.device)
         if self.pipeline is not None:
             at_once = self.pipeline.num_micro_batches
             for first in range(0, len(micro_batches), at_once):
                 batches = micro_batches[first : first + at_once]
-                for share in self.pipeline.step([self._call(batch, factor) for batch in batches]):
-                    loss += share
+                calls = [self._call(batch, loss_weight) for batch in batches]
+                for micro_loss in self.pipeline.step(calls):
+                    loss += micro_loss
             return loss
         for number, batch in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)
             set_gradient_sync(self.model, self.meshes, self.config.parallel, last=last)
-            inputs, kwargs = self._call(batch, factor)
+            inputs, kwargs = self._call(batch, loss_weight)
             self.progress.enter("forward")
-            share = self.model(inputs, **kwargs)
+            micro_loss = self.model(inputs, **kwargs)
             self.progress.enter("backward")
-            share.backward()
-            loss += share.detach()
+            micro_loss.backward()
+            loss += micro_loss.detach()
         return loss
 
     @torch.no_grad()
@@ -230,23 +235,24 @@ class TrainStep:
 
         Float64, (1 + num_sums,); collective. Does not affect the next step.
         """
-        factor = self.pair_factor = torch.ones((), device=self.device)
+        loss_weight = self.pair_weight = torch.ones((), device=self.device)
         self.sums = self._zeros(torch.float64)
         at_once = 1 if self.pipeline is None else self.pipeline.num_micro_batches
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for first in range(0, len(batches), at_once):
             self.progress.enter("validation")
-            calls = [self._call(self.local(b), factor) for b in batches[first : first + at_once]]
+            micro_batches = map(self.local, batches[first : first + at_once])
+            calls = [self._call(batch, loss_weight) for batch in micro_batches]
             if self.pipeline is not None:
                 losses = self.pipeline.evaluate(calls)
             else:
                 losses = [self.model(inputs, **kwargs) for inputs, kwargs in calls]
-            for share in losses:
-                loss += share
+            for micro_loss in losses:
+                loss += micro_loss
         free_gathered(self.model)
         return self.global_loss(torch.cat([loss.unsqueeze(0), self.sums]))
 
-    def _call(self, batch: Batch, factor: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def _call(self, batch: Batch, loss_weight: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Returns the model's arguments for a micro-batch, on the device."""
         config, labelled_indices = self.config, None
         if config.training.loss_positions == "labelled":
@@ -257,7 +263,7 @@ class TrainStep:
             labelled_indices=labelled_indices,
             num_chunks=config.training.loss_chunks,
             vocab_size=self.args.vocab_size,
-            factor=factor,
+            factor=loss_weight,
             loss_parallel=config.parallel.loss_parallel,
             compile=config.compile.covers("loss"),
         )
@@ -266,7 +272,7 @@ class TrainStep:
             head_loss = partial(head_loss, source_ids=source_ids, source_losses=self.source_losses)
         position_ids = None if batch.positions is None else self.to_device(batch.positions)
         kwargs = {"head_loss": head_loss, "positions_S": position_ids, "mask": self._mask(batch)}
-        kwargs |= self.objective.arguments(batch, self.pair_factor, self.sums, self.to_device)
+        kwargs |= self.objective.arguments(batch, self.pair_weight, self.sums, self.to_device)
         kwargs |= self._dropout(batch)
         return self.to_device(batch.inputs), kwargs
 
@@ -285,7 +291,7 @@ class TrainStep:
         return torch.zeros(self.objective.num_sums, dtype=dtype, device=self.device)
 
     def labelled_indices(self, batch: Batch) -> Tensor:
-        """Returns indices of the flattened tokens with a label, on the host: they set a shape."""
+        """Returns indices of flattened tokens with a label, on the host, since they set a shape."""
         return (batch.labels != IGNORED).flatten().nonzero().squeeze(1)
 
     def local(self, batch: Batch) -> Batch:
