@@ -13,6 +13,7 @@ from titan_lite.models.plan import make_plan
 from titan_lite.runtime.log import is_first_to_say, set_up_logging
 from titan_lite.runtime.other_launchers import unexpected_start
 from titan_lite.runtime.parent import PARENT, watch_parent
+from titan_lite.runtime.progress import Progress
 from titan_lite.runtime.stop import (
     EXIT_FAILED,
     EXIT_MISTAKE,
@@ -54,13 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return EXIT_MISTAKE
     set_up_logging(rank)
-    stop = StopRequest()
+    progress = Progress()
+    stop = StopRequest(progress)
     with stop.listening():
         # Processes that were started by hand may outlive their parent (nohup).
         if PARENT in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
             watch_parent(stop.launcher_has_gone)
         try:
-            return _train(path, overrides, rank, world_size, stop)
+            return _train(path, overrides, rank, world_size, stop, progress)
         except ConfigError as error:
             if is_first_to_say(str(error)):
                 print(error, file=sys.stderr)
@@ -69,7 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(
-    path: str, overrides: Sequence[str], rank: int, world_size: int, stop: StopRequest
+    path: str,
+    overrides: Sequence[str],
+    rank: int,
+    world_size: int,
+    stop: StopRequest,
+    progress: Progress,
 ) -> int:
     plan = make_plan(path, overrides, world_size)
     if rank == 0:
@@ -85,7 +92,7 @@ def _train(
     gc.enable()
 
     try:
-        trainer = open_run(plan, stop=stop)
+        trainer = open_run(plan, stop=stop, progress=progress)
     except WriteError as error:
         return _end(error)
     try:
@@ -102,14 +109,14 @@ def _train(
             logger.info("Exiting because another process failed; its message has the cause")
             _leave_others(EXIT_FAILED)
             return EXIT_FAILED
-        if stop.progress.phase == "data" and isinstance(error, ValueError | OSError):
+        if progress.phase == "data" and isinstance(error, ValueError | OSError):
             # A document that cannot be read: the message has its file and line.
             return _end(error)
         has_timed_out = "timed out" in str(error).lower()
         # Ranks that waited for another one have the same message.
         if is_first_to_say("timed out" if has_timed_out else str(error)):
             logger.error("%s", error)
-            logger.exception("Failed in step %d (%s)", stop.progress.step, stop.progress.phase)
+            logger.exception("Failed in step %d (%s)", progress.step, progress.phase)
         if trainer.watchdog.logs and has_timed_out:
             logger.error("%s", trainer.watchdog.report())
         _leave_others(EXIT_FAILED)

@@ -54,12 +54,12 @@ def _sent(number: signal.Signals) -> str:
 class StopRequest:
     """A request to stop this process; `signal` names the signal, None before.
 
-    progress: of this process, which SIGTERM ends at once if it makes none for TERM_GRACE seconds.
+    progress: of this process; SIGTERM ends it at once after TERM_GRACE seconds in one phase.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Progress) -> None:
         self.signal: str | None = None
-        self.progress = Progress()
+        self._progress = progress
 
     def launcher_has_gone(self) -> None:
         """Requests a stop because the process that started this one has ended."""
@@ -114,6 +114,6 @@ class StopRequest:
         self.signal = _sent(number)
 
     def _end_if_stuck(self) -> None:
-        while self.progress.phase == "save" or self.progress.seconds() < TERM_GRACE:
+        while self._progress.phase == "save" or self._progress.seconds() < TERM_GRACE:
             time.sleep(0.1)
         os._exit(EXIT_STOPPED_UNSAVED)

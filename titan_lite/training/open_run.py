@@ -34,6 +34,7 @@ from titan_lite.runtime.distributed import (
 )
 from titan_lite.runtime.garbage import GarbageCollector
 from titan_lite.runtime.profiler import Profiler
+from titan_lite.runtime.progress import Progress
 from titan_lite.runtime.run_folder import RUN_FILE, open_run_folder, write_run_file
 from titan_lite.runtime.seed import set_determinism
 from titan_lite.runtime.stop import StopRequest
@@ -56,11 +57,17 @@ from titan_lite.training.trainer import Trainer, Watcher
 logger = logging.getLogger(__name__)
 
 
-def open_run(plan: Plan, *, stop: StopRequest | None = None) -> Trainer:
-    """Builds a run and loads its checkpoint or start weights; collective. See Trainer.close."""
+def open_run(
+    plan: Plan, *, stop: StopRequest | None = None, progress: Progress | None = None
+) -> Trainer:
+    """Builds a run and loads its checkpoint or start weights; collective. See Trainer.close.
+
+    progress: of this process, also read by `stop`.
+    """
     config = plan.config
     process = Process.from_environment()
-    stop = stop or StopRequest()
+    progress = progress or Progress()
+    stop = stop or StopRequest(progress)
     with plan.reporting(), contextlib.ExitStack() as stack:
         if process.rank == 0:
             stack.enter_context(lock_folders(plan))
@@ -75,7 +82,7 @@ def open_run(plan: Plan, *, stop: StopRequest | None = None) -> Trainer:
         data.open(checked.start)
 
         set_determinism(config.training.seed, deterministic=config.training.deterministic)
-        watchdog = _join(plan, process, stop)
+        watchdog = _join(plan, process, progress)
         stack.callback(watchdog.close)
         start = _agree(plan, checked.start, data)
 
@@ -84,9 +91,7 @@ def open_run(plan: Plan, *, stop: StopRequest | None = None) -> Trainer:
         # The meshes' process groups do not inherit the timeout of the default group.
         watchdog.set_timeout(config.comm.init_timeout_seconds)
         logger.info("Building the model: %s parameters", in_words(model.num_parameters, plan.args))
-        built = build_training(
-            plan, model, objective, stages, meshes, process, progress=stop.progress
-        )
+        built = build_training(plan, model, objective, stages, meshes, process, progress=progress)
         compilations = Compilations() if config.compile.enable else None
         sources = build_source_meter(config.data)
         stateful: dict[str, Stateful] = {"data": data, "guard": built.guard}
@@ -133,6 +138,7 @@ def open_run(plan: Plan, *, stop: StopRequest | None = None) -> Trainer:
             plan=plan,
             process=process,
             stop=stop,
+            progress=progress,
             state=start.state,
             tokenizer=checked.tokenizer,
             built=built,
@@ -146,14 +152,14 @@ def open_run(plan: Plan, *, stop: StopRequest | None = None) -> Trainer:
         )
 
 
-def _join(plan: Plan, process: Process, stop: StopRequest) -> Watchdog:
+def _join(plan: Plan, process: Process, progress: Progress) -> Watchdog:
     """Starts the process group and the watchdog of its collectives."""
     comm, hint = plan.config.comm, ""
     if process.device.type == "cuda":
         hint = enable_flight_recorder(plan.run_folder)
     start_process_group(process, comm)
     return Watchdog(
-        stop.progress,
+        progress,
         clone_store(),
         rank=process.rank,
         world_size=process.world_size,

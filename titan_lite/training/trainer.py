@@ -24,6 +24,7 @@ from titan_lite.planner.hardware import find_device
 from titan_lite.planner.predict import fitting_settings
 from titan_lite.runtime.distributed import Process
 from titan_lite.runtime.out_of_memory import describe_out_of_memory
+from titan_lite.runtime.progress import Progress
 from titan_lite.runtime.run_folder import update_run_file
 from titan_lite.runtime.stop import StopRequest
 from titan_lite.runtime.watchdog import Watchdog
@@ -53,6 +54,7 @@ class Trainer:
     plan: Plan
     process: Process
     stop: StopRequest
+    progress: Progress
     state: RunState
     tokenizer: Tokenizer
     built: BuiltTraining
@@ -116,7 +118,7 @@ class Trainer:
     def train_step(self, step: int) -> Record | None:
         """Runs one step over the global batch; collective. Returns its record if logged."""
         monitor = self.monitor
-        self.stop.progress.enter("data", step=step)
+        self.progress.enter("data", step=step)
         with monitor.meter.waiting_for_data():
             batches = [next(self.data.batches) for _ in range(self.plan.micro_steps)]
         lr = self.schedule(step)
@@ -127,7 +129,7 @@ class Trainer:
             advice = advise_on_memory(self.plan, self.process.device)
             logger.error("%s", describe_out_of_memory(error, self.process.device, advice))
             raise
-        self.stop.progress.enter("log")
+        self.progress.enter("log")
         self.state.step = step
         for watcher in self.watchers:
             watcher.after_step(step, result)
@@ -160,7 +162,7 @@ class Trainer:
 
     def save(self) -> None:
         """Saves a checkpoint of the step just done, or starts an async save; collective."""
-        self.stop.progress.enter("save")
+        self.progress.enter("save")
         self.state.tokens = int(self.monitor.tokens)
         is_last = self.state.step == self.plan.config.training.steps
         self.checkpoints.save(self.state, is_last=is_last)
@@ -195,7 +197,7 @@ class Trainer:
     def _export(self) -> None:
         """Exports the last checkpoint if checkpoint.last_save_hf is true; collective."""
         if self.plan.config.checkpoint.last_save_hf:
-            self.stop.progress.enter("save")
+            self.progress.enter("save")
             self.watchdog.set_timeout(self.plan.config.comm.init_timeout_seconds)
             export_hf(self.plan, self.checkpoints.folder, self.tokenizer, self.process.rank)
 
