@@ -64,6 +64,25 @@ def test_an_unknown_cluster_is_one_message(
     assert f'job.cluster ({file}): no cluster "h1000"; did you mean "h100"' in err
 
 
+@pytest.mark.parametrize("command", [["plan"], ["plan", "search", "--world-size=2"]])
+def test_the_planner_reports_where_a_wrong_cluster_is_named(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*command, "--job.cluster=h1000"]) == 2
+    assert 'job.cluster (command line): no cluster "h1000"' in capsys.readouterr().err
+
+
+def test_a_wrong_cluster_is_reported_together_with_other_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = (f"--data.tokenizer_path={tmp_path}", "--job.cluster=h1000")
+    assert cli.main(["config", "--preflight", *wrong]) == 2
+    err = capsys.readouterr().err
+    assert "titan-lite: 2 problems in the configuration" in err
+    assert 'job.cluster         (command line): no cluster "h1000"' in err
+    assert "data.tokenizer_path (command line): " in err
+
+
 def test_plan_predicts_for_the_cluster_of_the_job(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--job.cluster=b200", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["cluster"] == "b200"

@@ -132,22 +132,35 @@ def test_bad_input_is_one_message(
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('device = "H100 SXM 80GB"', 'device = "H101"', 'device (FILE): no device "H101"'),
-        ("price_per_gpu_hour = 2.99", "", "price_per_gpu_hour (FILE): missing"),
-        ("node_nic_gbs = 400", 'node_nic_gbs = "fast"', "node_nic_gbs (FILE): expected a number"),
-        ("host_watts", "host_wats", 'host_wats (FILE): unknown key; did you mean "host_watts"'),
-        ("pue = 1.25", "pue = 1.25\nmeasured = {matmull = 1}", "measured.matmull (FILE): not a"),
+        (
+            'device = "H100 SXM 80GB"',
+            "",
+            "device: missing; expected a device of assets/devices.txt",
+        ),
+        ('device = "H100 SXM 80GB"', 'device = "H101"', 'device: no device "H101"'),
+        (
+            "price_per_gpu_hour = 2.99",
+            "",
+            "price_per_gpu_hour: missing; expected a number of at least 0 (0 if the machines are "
+            "free)\n",
+        ),
+        ("pue = 1.25", "", "pue: missing; expected a number of at least 1\n"),
+        ("node_nic_gbs = 400", 'node_nic_gbs = "fast"', "node_nic_gbs: expected a number"),
+        ("host_watts", "host_wats", 'host_wats: unknown key; did you mean "host_watts"'),
+        ("pue = 1.25", "pue = 1.25\nmeasured = {matmull = 1}", "measured.matmull: not a constant"),
+        ("pue = 1.25", "pue =", None),
     ],
 )
 def test_a_wrong_cluster_file_is_one_message(
-    old: str, new: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    old: str, new: str, message: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "mine.toml"
     text = (FOLDER / "h100.toml").read_text()
     assert old in text
     file.write_text(text.replace(old, new))
     assert cli.main(["plan", PRESET, NO_FILE, f"--cluster={file}"]) == 2
-    assert message.replace("FILE", str(file)) in capsys.readouterr().err
+    of_file = f": {message}" if message else " is not valid TOML: "
+    assert f"--cluster (command line): {file}{of_file}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.stem)

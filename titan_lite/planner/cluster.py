@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from titan_lite.config.load import ConfigError, Problem
 from titan_lite.config.problems import did_you_mean, nearest, quote
 from titan_lite.planner.constants import ASSETS, FITTED, LITERATURE, Constants
 from titan_lite.planner.hardware import DEFAULT_MULTIPROCESSORS, DEVICES, Device, NumberFormat
@@ -84,29 +83,32 @@ class Cluster:
         return (self.device.memory_gb or 0.0) * 2**30
 
 
-def find_cluster(name: str, key: str = "--cluster", origin: str = "command line") -> Cluster:
-    """A shipped cluster by its name, or that of a TOML file; ConfigError for a wrong one."""
+def find_cluster(name: str) -> Cluster:
+    """Returns a shipped cluster by its name, or that of a TOML file; ValueError if it is wrong."""
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     known = sorted(file.stem for file in FOLDER.glob("*.toml"))
     if not path.is_file():
         hint = did_you_mean(nearest(name, known))
-        message = f"no cluster {quote(name)}{hint} (known: {', '.join(known)}; or a TOML file)"
-        raise ConfigError([Problem(key, origin, message)])
+        raise ValueError(
+            f"no cluster {quote(name)}{hint} (known: {', '.join(known)}; or a TOML file)"
+        )
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError([Problem("", str(path), f"not valid TOML: {error}")]) from error
+        raise ValueError(f"{path} is not valid TOML: {error}") from error
     return cluster_from(tables, path)
 
 
 def cluster_from(tables: dict[str, Any], path: Path) -> Cluster:
-    """A cluster from the tables of its file, or ConfigError."""
+    """Returns a cluster from the tables of its file; ValueError if a value is wrong."""
 
-    def wrong(key: str, message: str) -> ConfigError:
-        return ConfigError([Problem(key, str(path), message)])
+    def wrong(key: str, message: str) -> ValueError:
+        return ValueError(f"{path}: {key}: {message}")
 
     tables = dict(tables)
-    device = tables.pop("device", None)
+    if "device" not in tables:
+        raise wrong("device", "missing; expected a device of assets/devices.txt, or a table")
+    device = tables.pop("device")
     if isinstance(device, dict):
         blank = dict.fromkeys(Device.__dataclass_fields__)
         if unknown := device.keys() - blank.keys():
@@ -125,10 +127,11 @@ def cluster_from(tables: dict[str, Any], path: Path) -> Cluster:
         hint = did_you_mean(nearest(min(unknown), sorted(known)))
         raise wrong(min(unknown), f"unknown key{hint}")
     for key in numbers:
-        if key not in tables:
-            raise wrong(key, "missing: the planner requires it (0 for machines that cost nothing)")
-        value = tables[key]
         least = 1 if key in ("gpus_per_node", "pue") else 0
+        if key not in tables:
+            free = " (0 if the machines are free)" * (key == "price_per_gpu_hour")
+            raise wrong(key, f"missing; expected a number of at least {least}{free}")
+        value = tables[key]
         if isinstance(value, bool) or not isinstance(value, int | float) or value < least:
             raise wrong(key, f"expected a number of at least {least}, got {value!r}")
     for name, value in tables.get("measured", {}).items():

@@ -64,7 +64,7 @@ def _plan(argv: Sequence[str]) -> int:
     parser.add_argument("--tokens", type=_tokens, help="tokens of the whole run, as 2T or 300B")
     options, path, overrides = _parse(parser, argv)
     plan = make_plan(path, [*overrides, *NO_FILES], options.world_size, with_files=False)
-    cluster = _cluster(options, plan.config.job.cluster)
+    cluster = _cluster(options, plan.config.job.cluster, plan.origins["job.cluster"])
     job = read_job(plan.config, plan.dims, plan.family, plan.args)
     tokens = options.tokens or plan.config.training.steps * job.tokens
     prediction = predict(job, cluster, tokens)
@@ -88,7 +88,8 @@ def _search(argv: Sequence[str]) -> int:
     parser.add_argument("--count", type=int, default=5, metavar="N", help="layouts to show (5)")
     parser.add_argument("--write", metavar="FILE", help="TOML file that extends CONFIG by the best")
     options, path, overrides = _parse(parser, argv)
-    config = load_config(path, overrides).config
+    loaded = load_config(path, overrides)
+    config = loaded.config
     world_size = options.world_size or 8
     training = config.training
     samples = training.global_batch_size
@@ -97,7 +98,8 @@ def _search(argv: Sequence[str]) -> int:
         samples = training.local_batch_size * max(1, world_size // others)
     fixed = (*overrides, *NO_FILES, *ONE_DEVICE, f"--training.global_batch_size={samples}")
     plan = make_plan(path, fixed, 1, with_files=False)
-    cluster, start = _cluster(options, config.job.cluster), time.perf_counter()
+    cluster = _cluster(options, config.job.cluster, loaded.origins["job.cluster"])
+    start = time.perf_counter()
     result = search(config, world_size, samples, plan.family, plan.args, cluster)
     best = result.best(options.count)
     if options.json:
@@ -258,8 +260,15 @@ def _parse(
     return options, *split_arguments(rest)
 
 
-def _cluster(options: argparse.Namespace, named: str = "") -> Cluster:
-    cluster = find_cluster(options.cluster or named or "h100")
+def _cluster(options: argparse.Namespace, of_job: str = "", origin: str = "") -> Cluster:
+    """Returns the cluster of --cluster, else of job.cluster (set in `origin`), else h100."""
+    name, key, source = options.cluster, "--cluster", "command line"
+    if not name and of_job:
+        name, key, source = of_job, "job.cluster", origin
+    try:
+        cluster = find_cluster(name or "h100")
+    except (ValueError, OSError) as error:
+        raise ConfigError([Problem(key, source, str(error))]) from error
     if options.price is None:
         return cluster
     return dataclasses.replace(cluster, price_per_gpu_hour=options.price)

@@ -47,7 +47,7 @@ from titan_lite.training.meta_model import (
 )
 from titan_lite.training.objective import OBJECTIVES
 from titan_lite.training.prediction import PredictionRecorder
-from titan_lite.training.preflight import check_same_model, lock_folders, named_cluster, preflight
+from titan_lite.training.preflight import check_same_model, lock_folders, preflight
 from titan_lite.training.resuming import log_changes
 from titan_lite.training.run_data import RunData
 from titan_lite.training.setup import BuiltTraining, build_training
@@ -131,9 +131,8 @@ def open_run(
         ]
         if compilations is not None:
             watchers.append(compilations)
-        cluster = named_cluster(plan)
-        if cluster is not None and process.rank == 0:
-            watchers.append(PredictionRecorder(plan, cluster, monitor.meter))
+        if checked.cluster is not None and process.rank == 0:
+            watchers.append(PredictionRecorder(plan, checked.cluster, monitor.meter))
         return Trainer(
             plan=plan,
             process=process,

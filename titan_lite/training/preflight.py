@@ -41,12 +41,13 @@ MAX_HELD_OUT_TOKENS = 2**22
 
 @dataclass(frozen=True)
 class Preflight:
-    """Results of the preflight: tokenizer, sources, held-out documents, and the start."""
+    """Results of the preflight. cluster: of job.cluster, None if that is not set."""
 
     tokenizer: Tokenizer
     sources: list[Source]
     held_out: Source | None
     start: Start
+    cluster: Cluster | None
 
 
 def preflight(plan: Plan) -> Preflight:
@@ -55,10 +56,12 @@ def preflight(plan: Plan) -> Preflight:
     Raises SettingErrors.
     """
     config = plan.config
-    named_cluster(plan)
-    tokenizer = start = held_out = None
+    tokenizer = start = held_out = cluster = None
     sources: list[Source] = []
     with collecting() as problems:
+        with problems.checking("job.cluster"):
+            if config.job.cluster:
+                cluster = find_cluster(config.job.cluster)
         with problems.checking("data.tokenizer_path"):
             tokenizer = fitting_tokenizer(config.data, plan)
         with problems.checking("data.dataset"):
@@ -84,13 +87,7 @@ def preflight(plan: Plan) -> Preflight:
                 check_origin(config.data, config.checkpoint, tokenizer, start)
     assert tokenizer is not None
     assert start is not None
-    return Preflight(tokenizer, sources, held_out, start)
-
-
-def named_cluster(plan: Plan) -> Cluster | None:
-    """Returns the cluster that job.cluster names; ConfigError if there is none of that name."""
-    name = plan.config.job.cluster
-    return find_cluster(name, "job.cluster", plan.origin("job.cluster")) if name else None
+    return Preflight(tokenizer, sources, held_out, start, cluster)
 
 
 def check_contents(plan: Plan, checked: Preflight) -> None:
