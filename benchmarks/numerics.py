@@ -138,8 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pictures.mkdir(parents=True, exist_ok=True)
     lines = [
         f"{options.steps} steps of {CONFIG.name} with `{' '.join(RUN)}`,",
-        "each held against one process, in float32 unless its name has a dtype (the largest "
-        "deviation, of what is allowed there):",
+        "in float32 unless the name of the run has another dtype:",
         "",
         "| run | tier | verdict | loss | gradient norm |",
         "|---|---|---|---|---|",
