@@ -1,10 +1,13 @@
 """The files and logs of a run."""
 
 import json
+import logging
 from collections.abc import Iterator
 from datetime import timedelta
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from torch.distributed import distributed_c10d
 from tests.distributed import Workers
 from tests.runs import Clock, build_trainer, read_metrics, train, whole
 from titan_lite.config.load import ConfigError
+from titan_lite.training.open_run import open_run
 
 FEW_STEPS = "--training.steps=3"
 
@@ -131,6 +135,30 @@ def test_bfloat16_computes_close_to_float32_but_not_the_same(
     full, half = losses("a", "float32"), losses("b", "bfloat16")
     assert half != full
     assert half == pytest.approx(full, rel=2e-3)
+
+
+def test_a_type_that_the_processor_emulates_is_warned_about(
+    one_process: Workers, tmp_path: Path
+) -> None:
+    (messages,) = one_process.run(_slow_type_warnings, tmp_path)
+    assert messages == [
+        'training.param_dtype = "bfloat16" is slow on this processor, for which torch has no '
+        'matrix products of this type; set training.param_dtype = "float32"'
+    ]
+
+
+def _slow_type_warnings(folder: Path) -> list[str]:
+    """Returns the warnings of a run in bfloat16 and of one in float32, on such a processor."""
+    handler = BufferingHandler(1_000)
+    logger = logging.getLogger(open_run.__module__)
+    logger.addHandler(handler)
+    try:
+        with mock.patch.object(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", return_value=False):
+            for dtype in ("bfloat16", "float32"):
+                build_trainer(folder / dtype, f"--training.param_dtype={dtype}").close()
+    finally:
+        logger.removeHandler(handler)
+    return [record.getMessage() for record in handler.buffer if record.levelno == logging.WARNING]
 
 
 def _timeouts(folder: Path) -> tuple[set[timedelta], set[timedelta]]:

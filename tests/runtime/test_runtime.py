@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import Workers
-from titan_lite.runtime.distributed import check_dtype, set_timeout
+from titan_lite.runtime.distributed import check_dtype, is_emulated, set_timeout
 from titan_lite.runtime.garbage import GarbageCollector
 from titan_lite.runtime.run_folder import (
     git_commit,
@@ -144,3 +144,15 @@ def test_a_gpu_without_bfloat16_is_told_to_use_float16(monkeypatch: pytest.Monke
         check_dtype("bfloat16", cuda)
     check_dtype("float16", cuda)
     check_dtype("bfloat16", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_a_type_without_matrix_products_on_this_processor_is_emulated(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    support = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}
+    for supported in (False, True):
+        monkeypatch.setattr(torch.ops.mkldnn, support[name], lambda: supported)  # noqa: B023
+        assert is_emulated(name, torch.device("cpu")) is not supported
+        assert not is_emulated(name, torch.device("cuda"))
+        assert not is_emulated("float32", torch.device("cpu"))

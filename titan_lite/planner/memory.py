@@ -68,7 +68,8 @@ def _kinds(args: DecoderArgs, start: int, end: int) -> list[tuple[DecoderArgs, i
 
 def kept_elements(job: Job, args: DecoderArgs, recompute: str) -> float:
     """Elements that a block keeps for backward, per token of a micro-batch on a rank."""
-    t = job.tp
+    # wide: elements of the activations' type that a float32 number takes.
+    t, wide = job.tp, 4 / job.width
     heads, kv, H = args.attention_dim / t, args.kv_dim / t, args.num_heads / t
     shared, routed = feed_forwards(args)
     f = (shared + routed) * args.ffn_dim / t
@@ -84,7 +85,7 @@ def kept_elements(job: Job, args: DecoderArgs, recompute: str) -> float:
     if isinstance(args, MoEArgs) and routed:
         # Each expert's rows, and its outputs, which are weighted; the router's input in float32,
         # its scores, and the order of these.
-        kept += 2 * (routed + 1) * whole + 8 * args.num_experts
+        kept += 2 * (routed + wide - 1) * whole + 4 * wide * args.num_experts
     if args.attention_dropout:
         # Of each score: its softmax in float32, rounded, and what dropout leaves of it.
         kept += 4 * H * job.span
@@ -103,7 +104,7 @@ def _in_flight(job: Job, place: int) -> float:
 
 
 def _place(job: Job, place: int, stages: tuple[int, ...]) -> Memory:
-    args, t, N = job.args, job.tp, job.shards
+    args, t, N, wide = job.args, job.tp, job.shards, 4 / job.width
     table, other = (size / t for size in _ends(args))
     has_head = len(job.blocks) - 1 in stages
     sizes = [block_params(args, *job.span_of(stage)) for stage in stages]
@@ -131,14 +132,14 @@ def _place(job: Job, place: int, stages: tuple[int, ...]) -> Memory:
     logits = tokens * job.head_token_fraction / chunks * rows * (width + 4) * (2 if t > 1 else 1)
     logits += table * (width + (4 if chunks > 1 else 0)) + 2 * stream
     none = kept_elements(job, args, "none")
-    backward = 1.35 * none * width * tokens
+    backward = (0.85 + 0.25 * wide) * none * width * tokens
     reducing, gradients = 5 * stream, 4 * block
     if isinstance(args, MoEArgs):
         # Of each row, either its weighted output and the gradient of that, in float32, or, with
         # the gradients of one of the three weights, those of its expert's inner features.
-        row = max(5 * args.dim, args.dim / 2 + 2 * args.ffn_dim)
+        row = max((1 + 2 * wide) * args.dim, args.dim / 2 + 2 * args.ffn_dim)
         backward = (none * (job.recompute != "none") + args.top_k * row / t) * width * tokens
-        reducing += 4 * args.top_k * stream / t
+        reducing += 2 * wide * args.top_k * stream / t
         gradients = width * experts / 3
     works = {"loss": logits, "backward": backward, "reducing": reducing}
     state = (2 * job.moment_bytes + 4 * job.ema) * stored

@@ -30,6 +30,7 @@ from titan_lite.runtime.distributed import (
     Process,
     clone_store,
     enable_flight_recorder,
+    is_emulated,
     start_process_group,
 )
 from titan_lite.runtime.garbage import GarbageCollector
@@ -223,6 +224,13 @@ def _log_run(plan: Plan, process: Process, built: BuiltTraining) -> None:
         plan.dims.world_size,
         built.applied,
     )
+    dtype = config.training.param_dtype
+    if is_emulated(dtype, process.device):
+        logger.warning(
+            'training.param_dtype = "%s" is slow on this processor, for which torch has no matrix '
+            'products of this type; set training.param_dtype = "float32"',
+            dtype,
+        )
 
 
 def _write_run_file(
