@@ -52,7 +52,6 @@ CONFIG = "train_configs/debug.toml"
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "AdamW": (),
     "Muon": ("--optimizer.name=Muon",),
-    "Muon, float32": ("--optimizer.name=Muon", "--optimizer.ns_dtype=float32"),
 }
 LAYOUTS: dict[str, tuple[str, ...]] = {"fsdp 4": (), "fsdp 2 x tp 2": ("--parallel.tp=2",)}
 PROCESSES = 4
