@@ -29,7 +29,7 @@ def test_the_page_of_all_keys_is_what_the_command_prints(
     )
     words = " ".join(PAGE.read_text().split())
     assert "- `loss_parallel`: true or false; default `true`. Under tensor parallel, " in words
-    assert "gathers each chunk's logits on every rank. Needs parallel.tp > 1." in words
+    assert "gather each chunk's logits on every rank. Needs parallel.tp > 1." in words
 
 
 def test_an_editor_offers_names_and_flavors_and_refuses_others_where_it_knows_all() -> None:

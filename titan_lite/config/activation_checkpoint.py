@@ -22,10 +22,10 @@ class ActivationCheckpoint(Section):
     """[activation_checkpoint]: which activations are computed again in backward, not kept."""
 
     mode: str
-    """Recomputes "full": every transformer block; "every_nth", "first_k", "fraction": some of the
-    blocks; "selective_op": all operations of each block but those in `save`; "memory_budget": what
-    the compiler chooses, without tensor parallel. Each reads the key of its name, "selective_op"
-    reads `save`."""
+    """Blocks or operations that are recomputed in backward. "full": every transformer block;
+    "every_nth", "first_k", "fraction": some of the blocks; "selective_op": all operations of each
+    block except those in `save`; "memory_budget": operations that the compiler chooses, not with
+    tensor parallel. Each mode reads the key of its name, "selective_op" reads `save`."""
 
     def layers(self, num_layers: int) -> range:
         """The blocks that are checkpointed, out of `num_layers` of a model or pipeline stage."""
@@ -79,7 +79,7 @@ class FirstK(ActivationCheckpoint):
 
     mode: Literal["first_k"] = "first_k"
     first_k: Positive = 1
-    """Recompute this many blocks, the first ones (of each pipeline stage)."""
+    """Number of blocks that are recomputed, the first ones (of each pipeline stage)."""
 
     def layers(self, num_layers: int) -> range:
         """The first blocks."""
@@ -103,10 +103,10 @@ class SelectiveOp(ActivationCheckpoint):
 
     mode: Literal["selective_op"] = "selective_op"
     save: list[SavedOp] = ["attention", "every_second_matmul", "reduce_scatter", "max"]
-    """Operations whose results are kept: "attention"; "matmul" or "every_second_matmul"; the sums
-    over tensor-parallel ranks, "reduce_scatter" with sequence parallel, "all_reduce" without;
-    "max": the scales of "tensorwise" float8; of experts, "routing": the order of scores,
-    "all_to_all": the exchanges of expert parallel, "grouped_matmul"."""
+    """Operations whose results are kept. "attention"; "matmul" or "every_second_matmul"; sums over
+    tensor-parallel ranks: "reduce_scatter" with sequence parallel, "all_reduce" without; "max": the
+    amax reduction for the scales of "tensorwise" float8. Of experts: "routing": the order of
+    scores; "all_to_all": the exchanges of expert parallel; "grouped_matmul"."""
 
     def layers(self, num_layers: int) -> range:
         """All blocks."""

@@ -26,10 +26,9 @@ class OptimizerGroup(Section):
     lr_factor: NonNegativeFloat = 1.0
     """Factor of the learning rate."""
     weight_decay: NonNegativeFloat | None = None
-    """Weight decay, whatever optimizer.no_decay; not set: as without the group."""
+    """Weight decay, also for the kinds in optimizer.no_decay; not set: as without the group."""
     algorithm: str = ""
-    """Which of the algorithms of an optimizer that has several takes them; empty: as without the
-    group."""
+    """With Muon: "muon" or "adamw"; empty: as without the group."""
 
 
 class Optimizer(Section):
@@ -39,8 +38,9 @@ class Optimizer(Section):
     """Values of a group's `algorithm`."""
 
     name: str
-    """The optimizer. "AdamW" decays weights decoupled from the gradient, "Adam" adds the decay to
-    the gradient, "Muon" orthogonalizes the momentum of matrices and steps the rest by AdamW."""
+    """The optimizer. "AdamW": weight decay is separate from the gradient; "Adam": the decay is
+    added to the gradient; "Muon": the momentum of matrices is orthogonalized, and AdamW updates the
+    other parameters."""
     lr: PositiveFloat = 3e-4
     """Peak learning rate."""
     weight_decay: NonNegativeFloat = 0.1
@@ -50,8 +50,8 @@ class Optimizer(Section):
     ] = ["norm", "bias"]
     """Kinds of parameters without weight decay."""
     groups: list[OptimizerGroup] = []
-    """Separate settings of some parameters: a table [[optimizer.groups]] for each, of which the
-    first whose `pattern` matches a parameter's name counts."""
+    """Separate settings for some parameters, each in a table [[optimizer.groups]]. The first table
+    whose `pattern` matches a parameter's name applies."""
 
 
 class AdamOptimizer(Optimizer):
@@ -66,12 +66,12 @@ class AdamOptimizer(Optimizer):
     implementation: Annotated[
         Literal["auto", "fused", "foreach", "for-loop"], Needs("state_dtype", values=("float32",))
     ] = "auto"
-    """Kernel of the step; "auto" takes fused where the device has it."""
+    """torch's implementation of the step; "auto": fused if the device supports it."""
     state_dtype: Literal["float32", "bfloat16", "int8", "float8"] = "float32"
     """Type in which both moments are stored; the step is computed in float32, one parameter after
-    the other. "bfloat16" halves their memory, with the same result in every layout; it requires
-    beta1 and beta2 of at most 0.99. "int8" and "float8" take a quarter, in torchao's blocks of 256
-    elements of a shard, so layouts differ."""
+    the other. "bfloat16" halves their memory, with equal results in every layout; it requires beta1
+    and beta2 of at most 0.99. "int8" and "float8" need a quarter; results depend on the layout,
+    because 256 elements of a shard share a scale."""
 
 
 class AdamW(AdamOptimizer):
@@ -95,10 +95,11 @@ class Muon(AdamOptimizer):
     momentum: Dropped = 0.95
     """Decay of the average of gradients that is orthogonalized."""
     nesterov: bool = True
-    """Orthogonalize the average as it will be if the gradient stays the same."""
+    """Use Nesterov momentum."""
     adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
-    """Factor of a matrix' learning rate: 0.2 sqrt(max(rows, columns)), with which AdamW's rate and
-    decay fit, or sqrt(max(1, rows / columns)), which takes rates near 0.02."""
+    """Factor of a matrix' learning rate. "match_rms_adamw": 0.2 sqrt(max(rows, columns)), for
+    AdamW's learning rate and decay; "original": sqrt(max(1, rows / columns)), for learning rates
+    near 0.02."""
     ns_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of Newton-Schulz; "auto": float32 with training.param_dtype "float32", else
     bfloat16."""
@@ -111,7 +112,7 @@ class Muon(AdamOptimizer):
     ns_steps: Annotated[int, Field(gt=0, lt=100)] = 5
     """Iterations of Newton-Schulz."""
     per_head: bool = False
-    """Orthogonalize the rows of each head of queries, keys and values on their own."""
+    """Orthogonalize each head of queries, keys and values as a separate matrix."""
 
 
 OPTIMIZERS = TaggedTable("name", Optimizer)

@@ -43,15 +43,16 @@ class Job(Section):
     """[job]: what this run is called and where it writes."""
 
     dump_folder: str = "outputs"
-    """Run folder: run.json, metrics.jsonl, tb/, checkpoint/, profile/ are written below it."""
+    """Run folder, with run.json, metrics.jsonl, tb/, checkpoint/ and profile/."""
     description: str = ""
     """Free text, printed at start and kept in run.json."""
     cluster: str = ""
-    """A cluster of assets/clusters/, or a TOML file as `titan-lite plan calibrate` writes it, whose
-    predictions run.json and the end of the run show next to the measured values."""
+    """Name of a cluster in assets/clusters/, or a TOML file in the format of `titan-lite plan
+    calibrate`. run.json and the end of the run then show its predictions next to the measured
+    values."""
     plugins: list[str] = []
-    """Modules that are imported before the configuration is checked, e.g. ["my_pkg.setup"], which
-    may register optimizers, data sources, metric sinks, schedules and families:
+    """Modules that are imported before the configuration is checked, for example ["my_pkg.setup"].
+    They may register optimizers, data sources, metric sinks, schedules and families:
     docs/extending.md."""
 
 
@@ -71,8 +72,7 @@ class Model(Section):
     num_kv_heads: Positive | None = None
     """Overrides the flavor's number of key and value heads."""
     head_dim: Positive | None = None
-    """Overrides the features of a head, for flavors and models whose heads are not dim / num_heads
-    wide."""
+    """Overrides the number of features per head; default: dim / num_heads."""
     ffn_dim: Positive | None = None
     """Overrides the flavor's feed-forward width."""
     ffn: FFNKind | None = None
@@ -82,23 +82,24 @@ class Model(Section):
     """Overrides the number of experts of a Mixture-of-Experts flavor; ffn_dim is the width of
     each."""
     top_k: Positive | None = None
-    """Overrides how many experts a token goes to."""
+    """Overrides the number of experts per token."""
     route_norm: bool | None = None
     """Overrides whether the weights of a token's experts are divided by their sum."""
     balance_loss: BalanceKind | None = None
-    """Overrides the loss that spreads tokens over experts, in every block: "sequence", over each
-    sequence; "global_lagged", over the global batch, with the loads of the step before. The same in
-    every layout, which "micro_batch" cannot be: it is refused."""
+    """Overrides the loss that balances the experts of each block: "sequence": computed for each
+    sequence; "global_lagged": computed with the loads of the previous step's global batch.
+    "micro_batch" is refused, because its result depends on the layout."""
     balance_coeff: Annotated[float, Field(ge=0)] | None = None
-    """Overrides what balance_loss is multiplied by."""
+    """Overrides the factor of balance_loss."""
     z_loss_coeff: Annotated[float, Field(ge=0)] | None = None
-    """Overrides what the squared log-sum-exp of the router's logits is multiplied by, a loss that
-    keeps them small."""
+    """Overrides the factor of the squared log-sum-exp of the router's logits, a loss that keeps
+    them small."""
     route_bias: bool | None = None
-    """Overrides whether a bias of each expert is added to its scores for the choice alone."""
+    """Overrides whether each expert has a bias, which is added to its scores for the choice of
+    experts only."""
     bias_rate: Annotated[float, Field(ge=0)] | None = None
-    """Overrides how much each step raises the biases of experts with fewer tokens than the mean,
-    and lowers the others'; needs route_bias."""
+    """Overrides the change of the biases per step: up for experts with fewer tokens than the mean,
+    down for the others; needs route_bias."""
     norm: NormKind | None = None
     """Overrides the flavor's normalisation."""
     qkv_bias: bool | None = None
@@ -110,15 +111,15 @@ class Model(Section):
     qk_norm: bool | None = None
     """Overrides whether the flavor normalises each head of queries and keys."""
     parallel_residual: bool | None = None
-    """Overrides whether attention and feed-forward of a flavor's block both read the block's input,
-    instead of the feed-forward reading what attention has added to it."""
+    """Overrides whether attention and feed-forward both read the block's input; false: the
+    feed-forward reads the sum of input and attention."""
     positions: PositionKind | None = None
-    """Overrides how the flavor knows the order of tokens: "rotary", or a "learned" embedding of
-    max_seq_len positions."""
+    """Overrides the encoding of positions: "rotary", or a "learned" embedding of max_seq_len
+    positions."""
     rotary_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Overrides the share of each head that the flavor rotates."""
+    """Overrides the share of each head's features that is rotated."""
     vocab_size: Positive | None = None
-    """Overrides the flavor's vocabulary size; at least the tokenizer's."""
+    """Overrides the flavor's vocabulary size, which must be at least the tokenizer's."""
     max_seq_len: Positive | None = None
     """Overrides the longest sequence, in tokens, that the flavor accepts."""
     rope_theta: PositiveFloat | None = None
@@ -128,35 +129,35 @@ class Model(Section):
     tied_head: bool | None = None
     """Overrides whether the flavor's output projection is its embedding table."""
     hidden_dropout: Dropped | None = None
-    """Overrides the share of features that training drops of what the flavor's embeddings give, and
-    of what attention and feed-forward add; the same in every layout."""
+    """Overrides the share of features that training drops from the output of the embeddings, and
+    from the outputs of attention and feed-forward; equal in every layout."""
     attention_dropout: Dropped | None = None
-    """Overrides the share of attention's weights that training drops, which no fused attention then
-    computes: memory grows with seq_len squared."""
+    """Overrides the share of attention weights that training drops. Attention is then not fused,
+    and memory grows with seq_len squared."""
     fp32_residual: Annotated[bool | None, Needs("training.param_dtype", unless="float32")] = None
-    """Overrides whether the flavor adds its blocks' outputs up in float32, whatever
-    training.param_dtype."""
+    """Overrides whether the residual stream is float32 for any training.param_dtype."""
 
 
 class Documents(Section):
     """Which documents are read: the keys that several tables have."""
 
     dataset: Annotated[str, Needs("dataset_path", values=("",))] = "bundled"
-    """"bundled" (the corpus in assets/), "c4", or any Hugging Face dataset name, streamed."""
+    """"bundled" (the corpus in assets/), "c4", or the name of any Hugging Face dataset, which is
+    streamed."""
     dataset_path: str = ""
     """Local file, folder or glob of JSON, Parquet, Arrow, text or Megatron's .bin/.idx, or a folder
-    that `titan-lite tokenize` or `datasets.save_to_disk` wrote, read instead of `dataset`."""
+    written by `titan-lite tokenize` or `datasets.save_to_disk`; replaces `dataset`."""
     subset: Annotated[
         str, Needs("dataset_path", values=("",)), Needs("dataset", unless="bundled")
     ] = ""
-    """Configuration name of a Hugging Face dataset, e.g. "en"."""
+    """Name of the configuration of a Hugging Face dataset, for example "en"."""
     split: str = "train"
-    """Split of the dataset, by name or as DatasetDict.save_to_disk wrote it."""
+    """Split of a Hugging Face dataset, or of a folder of DatasetDict.save_to_disk."""
     text_field: str = "text"
-    """Field of a document that holds its text."""
+    """Field of a document that contains its text."""
     tokens_field: str = ""
-    """Field of a document that holds its token ids, read instead of text_field. Empty: "input_ids"
-    in documents that have it and no field text_field."""
+    """Field of a document that contains its token ids, which replace the text. Empty: "input_ids",
+    for documents that have that field and lack text_field."""
 
 
 class DataSource(Documents):
@@ -172,39 +173,40 @@ class Data(Documents):
     """[data]: documents, tokenizer, packing order and read-ahead."""
 
     sources: list[DataSource] = []
-    """Several sets of documents, read instead of the one that the keys above name: a table
-    [[data.sources]] for each, with these keys, a `name` and a `weight`."""
+    """Several sets of documents, which replace the one that the keys above select. Each has a table
+    [[data.sources]] with these keys, a `name` and a `weight`."""
     on_bad_document: Literal["raise", "skip"] = "raise"
     """Handling of a document that is not JSON or not UTF-8, or whose text is missing, empty or not
-    text: "raise" ends the run with its file and line, "skip" leaves it out and counts it. Of
-    Parquet, Arrow and datasets by name only the text can be judged. "skip" also leaves out, with a
-    warning, local files that are called Parquet and cannot be opened as such; one that is damaged
-    further in ends the run."""
+    a string: "raise" ends the run with file and line, "skip" leaves it out and counts it. In
+    Parquet, Arrow and datasets by name only the text is checked. "skip" also leaves out, with a
+    warning, local .parquet files that cannot be opened; a file that is damaged after its start ends
+    the run."""
     tokenizer_path: str = ""
-    """A file, or a folder that has it: a tokenizer.json of Hugging Face, a sentencepiece model, or
-    a table in tiktoken's format (base64 token, rank), as Llama 3's tokenizer.model. BOS and EOS are
-    those that tokenizer_config.json or special_tokens_map.json in its folder names, else their
-    usual spellings. Empty: the bundled tokenizer."""
+    """A tokenizer file, or a folder that has one: a tokenizer.json of Hugging Face, a sentencepiece
+    model, or a table in tiktoken's format (base64 token, rank), as Llama 3's tokenizer.model.
+    tokenizer_config.json or special_tokens_map.json in its folder name BOS and EOS; otherwise their
+    usual spellings are used. Empty: the bundled tokenizer."""
     allow_tokenizer_mismatch: bool = False
-    """Train with a tokenizer that does not match the model: one that fills less than 90 % of the
-    vocabulary, or gives other ids than the tokenizer of the checkpoint or the Hugging Face model
-    that the weights come from."""
+    """Accept a tokenizer that does not match the model: one that fills less than 90 % of the
+    vocabulary, or gives other ids than the tokenizer of the weights' checkpoint or Hugging Face
+    model."""
     packing: Literal["concat", "document", "fixed", "none"] = "concat"
-    """How documents fill samples of training.seq_len tokens, and which tokens may attend to each
-    other: "concat": documents one after the other, attention crosses their borders; "document": the
-    same, but attention, positions and loss stay inside a document; "fixed": inside blocks of
-    `packing_block` tokens; "none": one document, padded, or a part of a longer one."""
+    """Content of a sample of training.seq_len tokens, and tokens that may attend to each other.
+    "concat": documents one after the other, attention crosses their borders; "document": as
+    "concat", but attention, positions and loss stay inside a document; "fixed": as "concat", but
+    attention and positions stay inside blocks of `packing_block` tokens; "none": one document,
+    padded, or a part of a longer one."""
     packing_block: Annotated[Positive, Needs("packing", values=("fixed",))] = 2048
-    """Tokens of a block of packing = "fixed", several of which fill a sample."""
+    """Tokens of a block with packing = "fixed". A sample consists of several blocks."""
     shuffle: bool = True
-    """Shuffle documents, seeded by training.seed, in another order in each epoch."""
+    """Shuffle documents, by training.seed, in a different order in each epoch."""
     shuffle_buffer: Annotated[Positive, Needs("shuffle", values=(True,))] = 8192
-    """Documents shuffled together, over all streams of the run."""
+    """Number of documents shuffled together, in all streams of the run."""
     num_streams: Positive = 64
-    """Virtual shards of the dataset, fixed for a run whatever its layout; a multiple of the
-    data-parallel degree avoids reading anything twice."""
+    """Streams that the documents are divided into, in every layout of the run. With a multiple of
+    the data-parallel degree, no rank reads documents that it does not use."""
     tokenizer_threads: Positive = 1
-    """Threads that tokenize, per process."""
+    """Threads for tokenizing, per process."""
     prefetch: Positive = 4
     """Micro-batches prepared ahead of the training step, per process."""
 
@@ -218,15 +220,15 @@ class MaskedLM(Section):
     """[masked_lm]: how documents become the samples of a masked language model, as bert."""
 
     mask_prob: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Share of a sample's tokens that are predicted; of these 80 % are replaced by the mask, 10 %
-    by any token of text, and 10 % stay as they are."""
+    """Share of a sample's tokens that are predicted. 80 % of these are replaced by the mask and 10
+    % by a random token of text; 10 % stay."""
     whole_word_masking: bool = False
-    """Choose whole words instead of single tokens."""
+    """Predict all tokens of some words instead of single tokens."""
     short_seq_prob: Fraction = 0.1
     """Share of the samples that are cut to a length drawn from all below training.seq_len."""
     next_sentence: bool = True
-    """Samples are pairs, half of which do not belong together, and telling which is trained, too;
-    false: samples are of one part."""
+    """Samples are pairs of spans; in half of them the second does not follow the first, and the
+    model is trained to predict this. false: one span per sample, no next-sentence loss."""
 
 
 class Training(Section):
@@ -239,32 +241,32 @@ class Training(Section):
     local_batch_size: Positive = 1
     """Samples per micro-batch and data-parallel rank."""
     global_batch_size: Positive | Literal[-1] = -1
-    """Samples per optimizer step over all ranks; reached by gradient accumulation. -1:
-    local_batch_size times the data-parallel degree."""
+    """Samples per optimizer step over all ranks, reached by gradient accumulation. -1:
+    local_batch_size x data-parallel degree."""
     max_norm: NonNegativeFloat = 1.0
-    """Clip the global gradient norm to this; 0 turns clipping off, the norm is still logged."""
+    """The global gradient norm is clipped to this; 0: no clipping, the norm is only logged."""
     nonfinite: Annotated[Literal["stop", "skip"], Needs("param_dtype", unless="float16")] = "stop"
-    """Handling of a step whose loss or gradient norm is NaN or Inf: "stop" ends the run before it
-    is applied and names the parameters at fault, "skip" drops it and counts it. float16 uses loss
-    scaling instead."""
+    """Handling of a step whose loss or gradient norm is NaN or Inf: "stop" ends the run without
+    applying it and names the parameters at fault, "skip" drops the step and counts it. float16 uses
+    loss scaling instead."""
     param_dtype: DType = "bfloat16"
-    """Parameters are gathered and activations computed in this type; masters stay float32.
-    "float16", for devices without bfloat16, comes with dynamic loss scaling."""
+    """Type of gathered parameters and activations; master weights are always float32. "float16",
+    for devices without bfloat16, uses dynamic loss scaling."""
     reduce_dtype: DType = "float32"
-    """Gradients are reduced across ranks in this type."""
+    """Type in which gradients are reduced across ranks."""
     loss_positions: Literal["all", "labelled"] = "all"
-    """Which positions the output projection multiplies: "all", or the "labelled" ones alone, whose
-    loss counts; for masked language models and padded samples."""
+    """Positions that the output projection computes: "all", or only those "labelled", for masked
+    language models and padded samples."""
     loss_chunks: Positive | Literal["auto"] = "auto"
-    """Chunks of the output projection and cross-entropy, so that full logits never exist; "auto":
-    as few as keep the float32 logits of a chunk within 512 MiB, and at most 8. Beyond 1 the
-    weight's gradient is summed in float32."""
+    """Number of chunks in which output projection and cross-entropy are computed, so that full
+    logits never exist; "auto": the fewest, up to 8, whose float32 logits fit into 512 MiB. With
+    several chunks the weight's gradient is summed in float32."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Seed of the weights, the data order and every generator."""
     deterministic: bool = False
     """Use deterministic algorithms only; slower on GPUs."""
     gc_freq: Positive = 50
-    """Steps between manual garbage collections, the automatic one being off."""
+    """Steps between garbage collections of Python; the automatic ones are off."""
 
 
 class Validation(Documents):
@@ -273,7 +275,7 @@ class Validation(Documents):
     NEEDS: ClassVar = Needs("enable", values=(True,))
 
     dataset: Annotated[str, Needs("dataset_path", values=("",))] = ""
-    """Data set for validation; empty: the `split` of data.dataset."""
+    """Dataset for validation; empty: the `split` of data.dataset."""
     split: str = "validation"
     """Split of the dataset."""
     enable: bool = False
@@ -281,7 +283,7 @@ class Validation(Documents):
     interval: Positive = 500
     """Steps between validations."""
     steps: Positive = 10
-    """Batches of training.global_batch_size samples in each."""
+    """Batches of training.global_batch_size samples in each validation."""
 
 
 class LRScheduler(Section):
@@ -290,23 +292,23 @@ class LRScheduler(Section):
     warmup_steps: NonNegative = 200
     """Steps of linear warm-up from 0 to the peak."""
     decay_type: Literal["linear", "cosine", "sqrt", "inverse_sqrt", "constant"] = "cosine"
-    """Shape of the decay; "sqrt" falls as 1 - sqrt(progress), "inverse_sqrt" as sqrt(start / step),
-    without an end."""
+    """Shape of the decay; "sqrt" falls as 1 - sqrt(progress); "inverse_sqrt" falls as sqrt(start /
+    step), and has no end."""
     decay_ratio: Annotated[Fraction, Needs("decay_type", unless="constant")] = 1.0
-    """Share of training.steps spent decaying at the end; 1.0 decays from the end of the warm-up,
-    less gives warm-up / stable / decay (WSD)."""
+    """Share of training.steps for the decay, at the end of the run; 1.0: from the end of the
+    warm-up; less: warm-up, stable, decay (WSD)."""
     decay_start: Annotated[NonNegative | Literal[-1], Needs("decay_type", unless="constant")] = -1
-    """Last step at the peak; -1: set by decay_steps or decay_ratio."""
+    """Last step at the peak; -1: computed from decay_steps or decay_ratio."""
     decay_steps: Annotated[Positive | Literal[-1], Needs("decay_type", unless="constant")] = -1
-    """Steps of the decay, after which the learning rate stays at the floor; -1: up to the last step
-    from decay_start, or set by decay_ratio."""
+    """Steps of the decay, after which the learning rate stays at the floor; -1: from decay_start to
+    the last step, or computed from decay_ratio."""
     min_lr_factor: Annotated[Fraction, Needs("decay_type", unless="constant")] = 0.1
-    """Floor of the decay, as a factor of the peak."""
+    """Floor of the decay, as a share of the peak."""
     rewarmup_steps: NonNegative = 0
-    """Steps of a second linear warm-up, from 0 to what the schedule has after it."""
+    """Steps of a second linear warm-up, from 0 to the value that the schedule has after it."""
     rewarmup_start: Annotated[NonNegative, Needs("rewarmup_steps", above=0)] = 0
-    """Step after which the second warm-up starts: that of the checkpoint to continue from. It is a
-    setting, so that a restart in or after the warm-up does not warm up again."""
+    """Step after which the second warm-up starts, normally that of the checkpoint to continue from.
+    Because it is a setting, a restart during or after the warm-up does not warm up again."""
 
 
 class EMA(Section):
@@ -317,16 +319,15 @@ class EMA(Section):
     enable: bool = False
     """Keep the average, and save it in checkpoints."""
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
-    """Share of the average that a step keeps; the rest is the weights after the step."""
+    """Each step: average = decay x average + (1 - decay) x weights."""
     start_step: NonNegative = 0
-    """Up to this step the average is the weights themselves."""
+    """Up to this step the average equals the weights."""
     validation: Annotated[bool, Needs("validation.enable", values=(True,))] = True
-    """Validate with the average in place of the weights."""
+    """Validate with the average instead of the weights."""
     export: Annotated[
         bool, Needs("checkpoint.last_save_hf", "checkpoint.last_save_model_only", values=(True,))
     ] = False
-    """Write the average in place of the weights in checkpoint.last_save_hf and
-    last_save_model_only."""
+    """checkpoint.last_save_hf and last_save_model_only write the average instead of the weights."""
 
 
 class Parallel(Section):
@@ -337,30 +338,31 @@ class Parallel(Section):
     dp_shard: Positive | Literal[-1] = -1
     """Ranks over which FSDP2 shards; -1: the world size divided by the other degrees."""
     cp: Positive = 1
-    """Context-parallel degree: ranks that hold each sequence together."""
+    """Context-parallel degree: number of ranks that share each sequence."""
     cp_method: Annotated[Literal["ring", "all_gather", "ulysses"], Needs("cp", above=1)] = "ring"
-    """Exchange of attention under context parallel: keys and values, around a "ring" while it
-    computes, or all at once with "all_gather"; with "ulysses": tokens for heads, and back."""
+    """Exchange for attention under context parallel. "ring": keys and values are sent around a ring
+    while attention is computed; "all_gather": keys and values are gathered at once; "ulysses": each
+    rank gets all tokens for some of the heads."""
     ep: Positive = 1
-    """Expert-parallel degree: ranks, of dp_shard x cp x tp, that share the experts of each block;
-    tokens are sent to them and back."""
+    """Expert-parallel degree: number of ranks, of dp_shard x cp x tp, that share the experts of
+    each block. Tokens are sent to the ranks of their experts, and the results back."""
     tp: Positive = 1
     """Tensor-parallel degree."""
     pp: Positive = 1
     """Pipeline-parallel degree."""
     pp_schedule: Annotated[str, SCHEDULES, Needs("pp", above=1)] = "1F1B"
-    """Order in which a rank works on its micro-batches, as torch.distributed.pipelining names it;
-    plugins add others. A micro-batch is local_batch_size samples."""
+    """Order in which a rank computes its micro-batches of local_batch_size samples, by its name in
+    torch.distributed.pipelining; plugins add others."""
     pp_stages_per_rank: Annotated[
         Annotated[int, Field(ge=2)],
         Needs("pp", above=1),
         Needs("pp_schedule", values=Looped()),
     ] = 2
-    """Stages that each rank has in turn under Interleaved1F1B, LoopedBFS and InterleavedZeroBubble;
-    the others have one, or two in a V."""
+    """Stages of each rank with Interleaved1F1B, LoopedBFS and InterleavedZeroBubble; the other
+    schedules have one, or two in a V."""
     pp_micro_batches: Annotated[Positive | Literal[-1], Needs("pp", above=1)] = -1
-    """Micro-batches that are in the pipeline at once, before gradients are reduced; -1: all of an
-    optimizer step. Fewer take several passes, and less memory under GPipe."""
+    """Micro-batches of one pass through the pipeline, after which gradients are reduced; -1: all of
+    an optimizer step. Fewer need several passes, and less memory with GPipe."""
     pp_split: Annotated[
         Literal["uniform", "parameters", "time", "explicit"], Needs("pp", above=1)
     ] = "time"
@@ -369,29 +371,32 @@ class Parallel(Section):
     pp_stage_modules: Annotated[
         list[list[str]], Needs("pp", above=1), Needs("pp_split", values=("explicit",))
     ] = []
-    """Modules of each stage for pp_split = "explicit", as [["tok_embeddings", "layers.0"], ...]."""
+    """Modules of each stage with pp_split = "explicit", for example [["tok_embeddings",
+    "layers.0"], ...]."""
     sequence_parallel: Annotated[bool, Needs("tp", above=1)] = True
     """Under tensor parallel, split activations between blocks over the sequence."""
     loss_parallel: Annotated[bool, Needs("tp", above=1)] = True
-    """Under tensor parallel, compute the loss from logits split over the vocabulary; false gathers
-    each chunk's logits on every rank."""
+    """Under tensor parallel, compute the loss from logits that are split over the vocabulary;
+    false: gather each chunk's logits on every rank."""
     async_tp: bool = False
-    """Under tensor parallel, overlap its collectives with the matmuls they feed; needs compile."""
+    """Under tensor parallel, overlap its collectives with the matmuls next to them; needs
+    compile."""
     reshard_after_forward: Literal["default", "always", "never", "last_block_kept"] | Positive = (
         "default"
     )
-    """When FSDP2 frees gathered block weights after forward: always (ZeRO-3), never (ZeRO-2), all
-    but the last block, or an int: reshard to groups of that many ranks. The default is never with
-    pp > 1 or where FSDP shards over one rank, since each micro-batch would gather again, else all
-    but the last block."""
+    """When FSDP2 frees gathered block weights after forward: "always" (ZeRO-3), "never" (ZeRO-2),
+    "last_block_kept" (all but the last block), or an integer n (keep them sharded over groups of n
+    ranks). The default is "never" with pp > 1 or if FSDP shards over one rank, because each
+    micro-batch would gather again; otherwise it is "last_block_kept"."""
     gradient_sync: Literal["every_micro_batch", "last_micro_batch"] = "every_micro_batch"
-    """When gradients are reduced under accumulation; only after the last micro-batch they are kept
-    whole on each rank until then (ZeRO-1's communication, at 4 bytes per parameter)."""
+    """When gradients are reduced during accumulation. "last_micro_batch": until then every rank
+    keeps whole gradients, 4 bytes per parameter (communication of ZeRO-1)."""
     fsdp_symm_mem: bool = False
-    """FSDP2 gathers and reduces from symmetric memory, for which NCCL has faster kernels, or copy
-    engines with NCCL_CTA_POLICY=2 in the environment; needs torch 2.13 and CUDA."""
+    """FSDP2 gathers and reduces from symmetric memory, for which NCCL has faster kernels (with
+    NCCL_CTA_POLICY=2 in the environment, copy engines); needs torch 2.13 and CUDA."""
     cpu_offload: bool = False
-    """Keep parameters, gradients and optimizer state in host memory, moved to the device on use."""
+    """Keep parameters, gradients and optimizer state in host memory, and copy them to the device
+    when they are used."""
 
     @property
     def stages_per_rank(self) -> int:
@@ -413,23 +418,23 @@ class Attention(Section):
     """[attention]: how attention is computed."""
 
     kernel: AttentionKernel = "auto"
-    """Kernel of attention. "auto": torch's choice, and for the methods "ring" and "all_gather" of
-    parallel.cp_method cuDNN on GPUs of capability 9 and 10, else flash attention. "math": the plain
-    formula, with memory for seq_len squared. "cudnn", "flash2": torch's own. "flash3", "flash4":
-    those of the installed packages flash_attn_interface and flash_attn.cute."""
+    """Kernel of attention. "auto": torch's choice; with parallel.cp_method "ring" or "all_gather":
+    cuDNN on GPUs of capability 9 and 10, else flash attention. "math": the plain formula, whose
+    memory grows with seq_len squared. "cudnn", "flash2": torch's own. "flash3", "flash4": from the
+    packages flash_attn_interface and flash_attn.cute."""
 
 
 class Compile(Section):
     """[compile]: torch.compile, whose graphs are cached on disk between runs."""
 
     enable: bool = False
-    """Turns compilation on."""
+    """Compile the parts in `components`."""
     components: Annotated[
         Annotated[list[Literal["model", "loss"]], Field(min_length=1)],
         Needs("enable", values=(True,)),
     ] = ["model", "loss"]
     """"model": each transformer block, with fullgraph=True; equal blocks share one graph. "loss":
-    what the loss computes between its matmuls."""
+    the computation of the loss between its matmuls."""
 
     def covers(self, component: Literal["model", "loss"]) -> bool:
         """True if this part of a step is compiled."""
@@ -442,20 +447,20 @@ class Float8(Section):
     NEEDS: ClassVar = Needs("recipe", unless="none")
 
     recipe: Literal["none", "tensorwise", "rowwise", "rowwise_gw_hp"] = "none"
-    """"tensorwise": one scale per tensor, fastest, and the only one whose collectives carry float8
-    (the all-gather of sequence parallel, and fsdp_all_gather); "rowwise": one scale per row, in
-    powers of two; "rowwise_gw_hp": as rowwise, with the weight gradient in high precision."""
+    """"tensorwise": one scale per tensor; it is the fastest, and the only one with collectives in
+    float8 (the all-gather of sequence parallel, and fsdp_all_gather). "rowwise": one scale per row,
+    a power of two. "rowwise_gw_hp": as "rowwise", with the weight gradient in high precision."""
     fsdp_all_gather: bool = False
     """FSDP gathers the weights in float8 instead of param_dtype; "tensorwise" only."""
     filter: list[str] = []
-    """Linears left in high precision: module names, a "*" inside a part, as
+    """Linears that stay in high precision: names of modules, with "*" for a part of a name, as
     "layers.0.attention.w*". The output head and linears whose rows or columns are not multiples of
-    16 are never converted."""
+    16 always stay."""
     min_dim: NonNegative = 0
     """Linears with fewer rows or columns than this stay in high precision."""
     emulate: bool = False
-    """Round to float8 and multiply in float32: the numbers without the speed, for devices without
-    float8 hardware."""
+    """Round to float8 and multiply in float32: the same numbers, slowly, on devices without
+    float8."""
 
 
 class Checkpoint(Section):
@@ -472,42 +477,43 @@ class Checkpoint(Section):
     interval: Positive = 500
     """Steps between saves; the last step is always saved."""
     async_mode: AsyncMode = "disabled"
-    """When training continues after a save starts: "disabled": until all is on the disk; "async":
-    until all is copied to host memory; "async_pinned": for nothing before the next optimizer step,
-    the copy being made meanwhile, to pinned host memory that is kept for the next save."""
+    """When training continues after a save starts. "disabled": when everything is on the disk;
+    "async": when everything is copied to host memory; "async_pinned": at once; the copy must be
+    finished before the next optimizer step, and its pinned host memory is kept for the next
+    save."""
     keep_latest_k: NonNegative = 10
-    """Checkpoints kept, oldest deleted first; 0 keeps all."""
+    """Number of newest checkpoints that are kept; 0 keeps all."""
     keep_every: Annotated[NonNegative, Needs("keep_latest_k", above=0)] = 0
-    """Checkpoints of steps that are a multiple of this are never deleted; 0: no such steps."""
+    """Checkpoints whose step is a multiple of this are never deleted; 0: no such checkpoints."""
     last_save_model_only: bool = False
-    """Save nothing but weights, in export_dtype, after the last step: smaller, and no run can
-    resume from them."""
+    """After the last step, save only weights, in export_dtype. The checkpoint is smaller, but no
+    run can resume from it."""
     export_dtype: Annotated[DType, Needs("last_save_model_only", values=(True,))] = "float32"
     """Type of the weights that last_save_model_only saves."""
     load_step: NonNegative | Literal["latest"] = "latest"
-    """Step to resume from; "latest" is the newest that is complete, or a fresh start where there is
-    no checkpoint; 0 never resumes; a missing or damaged step is an error."""
+    """Step to resume from; "latest": the newest complete checkpoint, or step 0 if there is none; 0:
+    never resume. A missing or damaged step is an error."""
     initial_load_path: str = ""
-    """A checkpoint of another run, as runs/a/checkpoint/step-1000, whose weights a new run starts
-    from."""
+    """A checkpoint of another run, for example runs/a/checkpoint/step-1000, with whose weights a
+    new run starts."""
     initial_load_model_only: Annotated[bool, Needs("initial_load_path", unless="")] = True
-    """Take the weights only from initial_load_path; false continues from it: optimizer, step, data
-    position and generators."""
+    """Take only the weights from initial_load_path; false: continue from it, with optimizer, step,
+    data position and generators."""
     exclude_from_loading: Annotated[list[str], Needs("initial_load_path", unless="")] = []
-    """Parameters that initial_load_path does not fill: names with "*", as "output.*"."""
+    """Parameters that keep their initialization: names with "*", for example "output.*"."""
     allow_model_changes: Annotated[list[str], Needs("initial_load_path", unless="")] = []
-    """Settings of the model that may be others than in initial_load_path although its weights then
-    compute something else, as ["tied_head"]; "name" for another family. rope_theta, rope_scaling
-    and norm_eps may always be, with a warning."""
+    """Settings of the model that may differ from those of initial_load_path, so that its weights
+    compute something else, for example ["tied_head"]; "name": the family. rope_theta, rope_scaling
+    and norm_eps may always differ, with a warning."""
     initial_load_hf: str = ""
-    """Folder of a Hugging Face model in safetensors, whose weights a fresh start takes; the
+    """Folder of a Hugging Face model in safetensors, with whose weights a new run starts; the
     optimizer starts at zero."""
     last_save_hf: bool = False
-    """After the last step, also write the weights of its checkpoint to hf/ in the folder of the
-    checkpoints, for transformers to open. Refused at the start where the tokenizer there would give
-    other ids than in training."""
+    """After the last step, also write the weights for transformers, to hf/ in the folder of the
+    checkpoints. Refused at the start if the exported tokenizer would give other ids than in
+    training."""
     allow_export_mismatch: Annotated[bool, Needs("last_save_hf", values=(True,))] = False
-    """Write hf/ although its tokenizer gives some texts other ids than training; README.md in it
+    """Write hf/ even if its tokenizer gives some texts other ids than training. Its README.md
     states the difference."""
 
 
@@ -519,17 +525,17 @@ class Metrics(Section):
     enable_tensorboard: bool = True
     """Write TensorBoard events to tb/."""
     enable_wandb: bool = False
-    """Log to Weights & Biases, under TensorBoard's names. Its environment variables set project,
-    token and mode (WANDB_PROJECT, WANDB_API_KEY, WANDB_MODE)."""
+    """Log to Weights & Biases, under TensorBoard's names. The environment variables WANDB_PROJECT,
+    WANDB_API_KEY and WANDB_MODE set project, token and mode."""
     sinks: list[Annotated[str, SINKS]] = []
-    """Names of further sinks that get every record, such as those of plugins. "console" and "jsonl"
-    always do."""
+    """Names of additional sinks for every record, such as those of plugins. "console" and "jsonl"
+    are always active."""
     peak_tflops: PositiveFloat | None = None
-    """Peak TFLOP/s per device that MFU divides by, for a device the table does not know or a
-    capped one."""
+    """Peak TFLOP/s per device that MFU divides by, for a device that the table does not have or
+    that is throttled."""
     power: bool = False
-    """Log the devices' mean power in watts, and joules per token: of NVIDIA GPUs, through
-    nvidia-ml-py (pip install nvidia-ml-py)."""
+    """Log mean power in watts and joules per token of NVIDIA GPUs; needs `pip install
+    nvidia-ml-py`."""
 
 
 class Profiling(Section):
@@ -542,8 +548,8 @@ class Profiling(Section):
     ] = 100
     """Steps between traces; the last 3 steps of each period are recorded."""
     enable_memory_snapshot: bool = False
-    """Write CUDA memory snapshots to profile/memory/, every profile_freq steps and on
-    out-of-memory."""
+    """Write CUDA memory snapshots to profile/memory/, every profile_freq steps and at an
+    out-of-memory error."""
 
 
 class Comm(Section):
