@@ -12,7 +12,6 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import WordPiece
 
-from titan_lite.config.problems import SettingError
 from titan_lite.data.special_tokens import read_companions, special_tokens
 from titan_lite.data.tokenizer import Tokenizer, Tokens, begins_word, warn_of_lost_space
 
@@ -32,8 +31,9 @@ class HFTokenizer(Tokenizer):
     template; padding and truncation are off.
     """
 
-    def __init__(self, file: Path, content: bytes, companions: dict[str, bytes]) -> None:
+    def __init__(self, file: Path, content: bytes) -> None:
         """Raises ValueError naming the file if it cannot be used."""
+        companions = read_companions(file)
         self._backend = _read(file, content)
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -66,15 +66,9 @@ class HFTokenizer(Tokenizer):
         probe = self._encode(_PROBES[0])
         self.prefix_bytes = max(0, int(self.bytes_per_token[probe].sum()) - len(_PROBES[0]))
         self.files = {"tokenizer.json": content, **companions}
-
-    @classmethod
-    def load(cls, file: Path, content: bytes) -> "HFTokenizer":
-        """Returns the tokenizer of a file's content and of its companion files."""
-        tokenizer = cls(file, content, read_companions(file))
         # Word pieces drop white space by design.
-        if not isinstance(tokenizer._backend.model, WordPiece):
-            warn_of_lost_space(file, tokenizer)
-        return tokenizer
+        if not isinstance(self._backend.model, WordPiece):
+            warn_of_lost_space(file, self)
 
     def decode(self, tokens: Iterable[int]) -> str:
         text: str = self._backend.decode(list(tokens), skip_special_tokens=False)
@@ -134,14 +128,12 @@ def _read(file: Path, content: bytes) -> Backend:
         for text in _PROBES:
             backend.encode(text, add_special_tokens=False)
     except UnicodeDecodeError as error:
-        raise SettingError("data.tokenizer_path", f"{file} is not UTF-8: {error.reason}") from None
+        raise ValueError(f"{file} is not UTF-8: {error.reason}") from None
     # The library raises plain Exceptions.
     except Exception as error:
-        raise SettingError(
-            "data.tokenizer_path", f"{file} is not a tokenizer.json of Hugging Face: {error}"
-        ) from None
+        raise ValueError(f"{file} is not a tokenizer.json of Hugging Face: {error}") from None
     if not backend.get_vocab_size():
-        raise SettingError("data.tokenizer_path", f"{file} has no tokens")
+        raise ValueError(f"{file} has no tokens")
     return backend
 
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from titan_lite.config.problems import SettingError
 from titan_lite.data.special_tokens import read_companions, special_tokens
 from titan_lite.data.tokenizer import Tokenizer, Tokens, begins_word, warn_of_lost_space
 
@@ -19,8 +18,9 @@ _SPACE = "\u2581"
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model; companion files may name other special tokens."""
 
-    def __init__(self, file: Path, content: bytes, companions: dict[str, bytes]) -> None:
+    def __init__(self, file: Path, content: bytes) -> None:
         """Raises ValueError naming the file if it cannot be used."""
+        companions = read_companions(file)
         self._model = _read(file, content)
         special = special_tokens(file, companions, self._id_of, self._own_ids())
         self.bos_id, self.eos_id = special.bos_id, special.eos_id
@@ -30,13 +30,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.starts_word = np.array(list(map(begins_word, self.spellings)))
         self.prefix_bytes = max(0, int(self.bytes_per_token[self._encode("a")].sum()) - 1)
         self.files = {"tokenizer.model": content, **companions}
-
-    @classmethod
-    def load(cls, file: Path, content: bytes) -> "SentencePieceTokenizer":
-        """Returns the tokenizer of a file's content and of its companion files."""
-        tokenizer = cls(file, content, read_companions(file))
-        warn_of_lost_space(file, tokenizer)
-        return tokenizer
+        warn_of_lost_space(file, self)
 
     def decode(self, tokens: Iterable[int]) -> str:
         text: str = self._model.decode(list(tokens))
@@ -69,14 +63,10 @@ def _read(file: Path, content: bytes) -> "SentencePieceProcessor":
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError:
-        raise SettingError(
-            "data.tokenizer_path",
-            f"{file} is a sentencepiece model: pip install sentencepiece to read it",
+        raise ValueError(
+            f"{file} is a sentencepiece model: pip install sentencepiece to read it"
         ) from None
     try:
         return SentencePieceProcessor(model_proto=content)
     except RuntimeError:
-        raise SettingError(
-            "data.tokenizer_path",
-            f"{file} is a damaged or truncated sentencepiece model",
-        ) from None
+        raise ValueError(f"{file} is a damaged or truncated sentencepiece model") from None

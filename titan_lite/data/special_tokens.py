@@ -12,8 +12,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from titan_lite.config.problems import SettingError
-
 FILE_NAMES = ("tokenizer_config.json", "special_tokens_map.json")
 
 # use -> (keys of the companion files, usual spellings); the first one that exists counts.
@@ -73,10 +71,9 @@ def special_tokens(
             name, key, content = named[0]
             ids[use] = id_of(content)
             if ids[use] is None:
-                raise SettingError(
-                    "data.tokenizer_path",
-                    f"{file.with_name(name)}: {key} is {content!r}, which "
-                    f"is not a token of {file.name}",
+                raise ValueError(
+                    f"{file.with_name(name)}: {key} is {content!r}, which is not a token of "
+                    f"{file.name}"
                 )
         elif use in own_ids:
             ids[use] = own_ids[use]
@@ -85,10 +82,9 @@ def special_tokens(
             ids[use] = next(known, None)
     eos = ids["eos"]
     if eos is None:
-        raise SettingError(
-            "data.tokenizer_path",
-            f"{file} has no token for the end of a document: name it in a "
-            'tokenizer_config.json next to it, {"eos_token": "..."}',
+        raise ValueError(
+            f"{file} has no token for the end of a document: name it in a tokenizer_config.json "
+            'next to it, {"eos_token": "..."}'
         )
     bos, pad = (eos if ids[use] is None else ids[use] for use in ("bos", "pad"))
     assert bos is not None
@@ -100,9 +96,9 @@ def _document(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         document = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise SettingError("data.tokenizer_path", f"{path} is not JSON: {error}") from None
+        raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(document, dict):
-        raise SettingError("data.tokenizer_path", f"{path} is not a JSON object")
+        raise ValueError(f"{path} is not a JSON object")
     return document
 
 

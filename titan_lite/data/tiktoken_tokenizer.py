@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from titan_lite.config.problems import SettingError
 from titan_lite.data.tokenizer import Tokenizer, Tokens, begins_word
 
 # Llama 3's split of a text into parts that BPE merges separately (llama_models.llama3.tokenizer).
@@ -60,11 +59,6 @@ class TiktokenTokenizer(Tokenizer):
         self.spellings = [*ranks, *(b"" for _ in SPECIAL_TOKENS)]
         self.starts_word = np.array(list(map(begins_word, self.spellings)))
 
-    @classmethod
-    def load(cls, file: Path, content: bytes) -> "TiktokenTokenizer":
-        """Reads "base64-token rank" lines; ValueError naming file and line."""
-        return cls(_read_ranks(file, content))
-
     def decode(self, tokens: Iterable[int]) -> str:
         return self._encoding.decode(list(tokens))
 
@@ -78,7 +72,8 @@ class TiktokenTokenizer(Tokenizer):
             return np.concatenate([self._encode(text[cut : cut + _CUT_CHARS]) for cut in cuts])
 
 
-def _read_ranks(path: Path, content: bytes) -> dict[bytes, int]:
+def read_ranks(path: Path, content: bytes) -> dict[bytes, int]:
+    """Returns the ranks of "base64-token rank" lines; ValueError naming file and line."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(content.splitlines(), start=1):
         try:
@@ -88,18 +83,15 @@ def _read_ranks(path: Path, content: bytes) -> dict[bytes, int]:
         except (ValueError, binascii.Error):
             well_formed = False
         if not well_formed:
-            raise SettingError(
-                "data.tokenizer_path",
-                f"{path}, line {number}: expected a new base64 token and its "
-                f"rank {len(ranks)} (tiktoken's format), got "
-                f"{line[:60].decode('ascii', 'replace')!r}",
+            raise ValueError(
+                f"{path}, line {number}: expected a new base64 token and its rank {len(ranks)} "
+                f"(tiktoken's format), got {line[:60].decode('ascii', 'replace')!r}"
             )
         ranks[token_bytes] = len(ranks)
     missing = [value for value in range(256) if bytes([value]) not in ranks]
     if missing:
-        raise SettingError(
-            "data.tokenizer_path",
-            f"{path}: {len(missing)} of the 256 single bytes have no rank, "
-            f"the first is {missing[0]}: not a byte-level tokenizer",
+        raise ValueError(
+            f"{path}: {len(missing)} of the 256 single bytes have no rank, the first is "
+            f"{missing[0]}: not a byte-level tokenizer"
         )
     return ranks

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from titan_lite.config.problems import SettingError, how_to_fetch
+from titan_lite.config.problems import errors_for, how_to_fetch
 from titan_lite.data.assets import bundled_asset
 from titan_lite.data.tokenizer import Tokenizer
 
@@ -20,28 +20,31 @@ def load_tokenizer(path: str | Path = "") -> Tokenizer:
     """
     # os.path leaves an unknown ~user unchanged, Path raises.
     given = Path(os.path.expanduser(path))  # noqa: PTH111
-    file = _file_of(given) if path else bundled_asset("tokenizer/tokenizer.model")
-    if not file.is_file():
-        fetch = how_to_fetch(str(path), "data.tokenizer_path")
-        raise SettingError("data.tokenizer_path", f"{file} does not exist{fetch}")
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise SettingError(
-            "data.tokenizer_path", f"cannot read {file}: {error.strerror}"
-        ) from error
+    with errors_for("data.tokenizer_path"):
+        file = _file_of(given) if path else bundled_asset("tokenizer/tokenizer.model")
+        if not file.is_file():
+            fetch = how_to_fetch(str(path), "data.tokenizer_path")
+            raise ValueError(f"{file} does not exist{fetch}")
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise ValueError(f"cannot read {file}: {error.strerror}") from error
+        return _tokenizer_of(file, content)
+
+
+def _tokenizer_of(file: Path, content: bytes) -> Tokenizer:
     if file.suffix == ".json" or content.lstrip()[:1] == b"{":
         from titan_lite.data.hf_tokenizer import HFTokenizer
 
-        return HFTokenizer.load(file, content)
+        return HFTokenizer(file, content)
     # The first byte of a sentencepiece model; a line of a tiktoken table never starts with it.
     if content[:1] == b"\n":
         from titan_lite.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
-        return SentencePieceTokenizer.load(file, content)
-    from titan_lite.data.tiktoken_tokenizer import TiktokenTokenizer
+        return SentencePieceTokenizer(file, content)
+    from titan_lite.data.tiktoken_tokenizer import TiktokenTokenizer, read_ranks
 
-    return TiktokenTokenizer.load(file, content)
+    return TiktokenTokenizer(read_ranks(file, content))
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -54,6 +57,5 @@ def _file_of(path: Path) -> Path:
         return path
     files = files_in(path)
     if not files:
-        names = " nor ".join(FILE_NAMES)
-        raise SettingError("data.tokenizer_path", f"the folder {path} has neither {names}")
+        raise ValueError(f"the folder {path} has neither {' nor '.join(FILE_NAMES)}")
     return files[0]
