@@ -340,7 +340,7 @@ def test_only_these_functions_take_a_whole_plan_or_configuration() -> None:
 # Lines of code of each room: neither blank, comment nor docstring. Raising one is a decision to
 # explain in the commit message.
 BUDGET = {
-    "data": 3043,
+    "data": 3004,
     "parallel": 2043,
     "config": 2051,
     "training": 1932,

@@ -21,7 +21,7 @@ from tests.data.jobs import close, in_parts, loaders, run, take
 from titan_lite.cli import main
 from titan_lite.config.load import load_config
 from titan_lite.config.schema import Data, DataSource, Validation
-from titan_lite.data import files
+from titan_lite.data import files, formats
 from titan_lite.data.file_rows import FileRows
 from titan_lite.data.held_out import resolve_held_out
 from titan_lite.data.sources import resolve_source, resolve_sources
@@ -193,14 +193,14 @@ def test_companions_are_no_documents_and_other_files_are_named(
         assert read(tmp_path) == ["B.JSONL", "a.jsonl", "c.jsonl.bz2"]
     start = f'data.dataset_path = "{tmp_path}" leaves out'
     assert caplog.messages == [
-        f"{start} e.csv, g.parquet.gz, sub/f.jsonl.lz4: documents end in {files.KNOWN}",
+        f"{start} e.csv, g.parquet.gz, sub/f.jsonl.lz4: documents end in {formats.KNOWN}",
         f"{start} _h.jsonl, _temporary, whose names do not look like documents: to read them, set "
         "dataset_path to a glob such as folder/*.txt",
     ]
 
 
 def test_a_folder_without_documents_is_refused_by_its_files(tmp_path: Path) -> None:
-    start = f"data.dataset_path: {tmp_path} has no file ending in {files.KNOWN}"
+    start = f"data.dataset_path: {tmp_path} has no file ending in {formats.KNOWN}"
     assert refused(tmp_path) == start
     fill(tmp_path, "LICENSE.txt")
     assert refused(tmp_path) == f"{start}; not taken for documents: LICENSE.txt"

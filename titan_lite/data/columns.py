@@ -9,6 +9,7 @@ from pyarrow import ipc, parquet, types
 
 from titan_lite.data.megatron import MegatronFile
 
+Rows = Sequence[dict[str, Any]]
 _BATCH_ROWS = 1024
 
 
@@ -20,7 +21,7 @@ class UnreadableError(ValueError):
         super().__init__(f"cannot read {file}: {reason:.300}")
 
 
-class Column(Sequence[dict[str, Any]]):
+class Column(Rows):
     """The rows of one column; token ids are views of the file, a missing list is None."""
 
     def __init__(self, array: Any, field: str) -> None:
@@ -47,7 +48,7 @@ class Column(Sequence[dict[str, Any]]):
         return {self._field: self._values[self._offsets[row] : self._offsets[row + 1]]}
 
 
-class _Documents(Sequence[dict[str, Any]]):
+class _Documents(Rows):
     """The documents of a Megatron file from number `first` on."""
 
     def __init__(self, file: MegatronFile, field: str, first: int) -> None:
@@ -70,9 +71,9 @@ def column_names(file: Path) -> list[str]:
         return list(schema.names)
 
 
-def parquet_columns(file: Path, field: str, first: int) -> Iterator[Sequence[dict[str, Any]]]:
+def parquet_columns(parts: Sequence[Path], field: str, first: int) -> Iterator[Rows]:
     """Yields the rows of a Parquet file from number `first` on."""
-    with parquet.ParquetFile(file) as opened:
+    with parquet.ParquetFile(parts[0]) as opened:
         names = opened.schema_arrow.names
         for group in range(opened.num_row_groups):
             num_rows = opened.metadata.row_group(group).num_rows
@@ -87,11 +88,9 @@ def parquet_columns(file: Path, field: str, first: int) -> Iterator[Sequence[dic
             first = 0
 
 
-def arrow_columns(
-    files: Sequence[Path], field: str, first: int
-) -> Iterator[Sequence[dict[str, Any]]]:
+def arrow_columns(parts: Sequence[Path], field: str, first: int) -> Iterator[Rows]:
     """Yields the rows of Arrow files, in file or stream format, from number `first` on."""
-    for file in files:
+    for file in parts:
         try:
             with pyarrow.memory_map(str(file)) as opened:
                 schema, batches = _batches(opened)
@@ -101,9 +100,9 @@ def arrow_columns(
             raise UnreadableError(file, error) from error
 
 
-def megatron_column(file: Path, field: str, first: int) -> Iterator[Sequence[dict[str, Any]]]:
+def megatron_column(parts: Sequence[Path], field: str, first: int) -> Iterator[Rows]:
     """Yields the documents of a Megatron file from number `first` on."""
-    yield _Documents(MegatronFile(file), field, first)
+    yield _Documents(MegatronFile(parts[0]), field, first)
 
 
 def _batches(opened: Any) -> tuple[Any, Iterator[Any]]:
@@ -118,7 +117,7 @@ def _batches(opened: Any) -> tuple[Any, Iterator[Any]]:
 
 def _columns(
     batches: Iterator[Any], names: Sequence[str], field: str, first: int
-) -> Generator[Sequence[dict[str, Any]], None, int]:
+) -> Generator[Rows, None, int]:
     """Yields the field of each row from number `first` on; returns the rows left to skip.
 
     If no field has the name, rows have all field names with None as values.

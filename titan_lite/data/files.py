@@ -1,7 +1,4 @@
-"""Finds the local files of a path: a file, a folder, a glob, or a folder of datasets.save_to_disk.
-
-The name under which a file is listed decides its format, never the target of a link.
-"""
+"""Finds the local files of a path: a file, a folder, a glob, or a saved dataset."""
 
 import functools
 import glob
@@ -13,27 +10,13 @@ import stat
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from titan_lite.data.formats import KNOWN, compression_of, format_of
 from titan_lite.data.megatron import MegatronFile
 from titan_lite.data.token_folder import MANIFEST_FILE, PROGRESS_FILE
 
 logger = logging.getLogger(__name__)
-
-Format = Literal["json", "text", "parquet", "arrow", "megatron"]
-
-FORMATS: dict[str, Format] = {
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".txt": "text",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".idx": "megatron",
-}
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-"""Compressions of JSON and text files."""
-KNOWN = f"{', '.join(FORMATS)} (JSON and text also with {', '.join(COMPRESSIONS)})"
 
 # Files of datasets.save_to_disk.
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
@@ -53,23 +36,6 @@ _COMPANION_SUFFIXES = (
 )
 _SPLIT_WORDS = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])")
 _LFS_POINTER, _LFS_LIMIT = b"version https://git-lfs.github.com/spec/", 1024
-
-
-def compression_of(file: Path) -> str:
-    """Returns one of COMPRESSIONS, or ""."""
-    suffix = file.suffix.lower()
-    return suffix if suffix in COMPRESSIONS else ""
-
-
-def plain_suffix(file: Path) -> str:
-    """Returns the suffix in lower case, without that of a compression."""
-    return (Path(file.stem) if compression_of(file) else file).suffix.lower()
-
-
-def format_of(file: Path) -> Format | None:
-    """Returns the format of a file by its name; None if it is not a supported one."""
-    form = FORMATS.get(plain_suffix(file))
-    return form if form in ("json", "text") or not compression_of(file) else None
 
 
 def find_files(path: Path, chosen: str) -> list[Path]:
@@ -286,8 +252,8 @@ def _is_companion(file: Path) -> bool:
     if form == "json":
         return name in _COMPANION_JSON or bool(_MODEL_JSON.fullmatch(name))
     if name.startswith("_"):
-        return form is None and not file.is_dir()
-    if form in (None, "text") and _COMPANION_NAMES.fullmatch(name):
+        return not form and not file.is_dir()
+    if form in ("", "text") and _COMPANION_NAMES.fullmatch(name):
         return True
     if file.suffix == ".bin" and file.with_suffix(".idx").is_file():
         return True

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data
-from titan_lite.data.files import plain_suffix
+from titan_lite.data.formats import plain_suffix
 from titan_lite.data.mixture import Mixture
 from titan_lite.data.readers import DocumentReader
 from titan_lite.data.sources import Source

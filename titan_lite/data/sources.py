@@ -29,15 +29,8 @@ from titan_lite.data.assets import bundled_asset
 from titan_lite.data.columns import UnreadableError, column_names
 from titan_lite.data.documents import TOKENS_FIELD, Kind
 from titan_lite.data.file_rows import FileRows
-from titan_lite.data.files import (
-    find_files,
-    folder_of_split,
-    format_of,
-    has_splits,
-    plain_suffix,
-    signature,
-    warn_once,
-)
+from titan_lite.data.files import find_files, folder_of_split, has_splits, signature, warn_once
+from titan_lite.data.formats import FORMATS, format_of, plain_suffix
 from titan_lite.data.plugin_source import PluginRows, PluginSource, RowStream
 from titan_lite.data.token_folder import MANIFEST_FILE, TokenManifest, read_token_manifest
 from titan_lite.data.tokenizer import Tokenizer
@@ -49,7 +42,6 @@ logger = logging.getLogger(__name__)
 
 # data.dataset -> (name on the hub, configuration)
 PRESETS = {"c4": ("allenai/c4", "en")}
-KINDS: dict[str, Kind] = {"json": "lines", "text": "files"}
 BUNDLED_SPLITS = ("train", "validation")
 
 
@@ -324,14 +316,13 @@ def _files_source(section: Documents, key: str, files: list[Path]) -> Source:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(formats.items(), key=str))
         raise SettingError(key, f"{quote(name)} mixes formats ({counts}): set a glob of one")
     ((form, count),) = formats.items()
-    assert form is not None
     listing = "\n".join(map(signature, files))
     digest = hashlib.sha256(os.fsencode(listing)).hexdigest()[:16]
     return Source(
         name=name,
         key=key,
         identity=f"{count} {form} files {digest}",
-        kind=KINDS.get(form, "rows"),
+        kind=FORMATS[plain_suffix(files[0])].kind,
         parts=tuple((file,) for file in files),
         text_field=section.text_field,
         tokens_field=_tokens_field(section, form, files[0], key),
@@ -346,7 +337,7 @@ def _tokens_field(section: Documents, form: str, first: Path, key: str) -> str:
             f"{table}.tokens_field",
             f"{quote(section.tokens_field)} has no effect on text files: leave it {quote('')}",
         )
-    if section.tokens_field or form in KINDS:
+    if section.tokens_field or form in ("json", "text"):
         return section.tokens_field
     if form == "megatron":
         return TOKENS_FIELD
