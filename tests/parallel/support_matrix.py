@@ -25,7 +25,7 @@ from titan_lite.models.registry import families
 HEAD = f"""\
 # Support matrix
 
-Written by the tests from what they find, and compared with what they find whenever they run:
+The tests write this page, and compare it with their results whenever they run:
 
 <!-- not run: takes minutes; run_tests.sh --all runs the same rows -->
 ```bash
@@ -37,53 +37,55 @@ uneven numbers of valid tokens, and is compared with one process without compile
 accumulation: weights before step 1, loss and gradient norm of each step, every gradient of step 1,
 and every gradient of steps {" and ".join(map(str, LATER))} from the one process's weights, for the
 reasons given in [numerics.md](numerics.md#layouts-against-one-process). The loss of validation,
-where a row has one, has the bound of the loss. Over gloo on CPUs; over NCCL where there are as
-many GPUs as processes. That the comparison catches faults is shown by
-[test_planted_bugs.py](../tests/parallel/test_planted_bugs.py).
+where a row has one, has the bound of the loss. Runs use gloo on CPUs, or NCCL if there are as
+many GPUs as processes. [test_planted_bugs.py](../tests/parallel/test_planted_bugs.py) shows that
+the comparison detects faults.
 
 ## float32
 """
 
 LAYOUT = """\
-Of a tensor the largest difference counts, relative to the largest element of the tensor; of a
-gradient, relative to that plus a quarter of the largest element of all gradients.
+The difference of two tensors is the largest difference of their elements, relative to the tensor's
+largest element. For a gradient, a quarter of the largest element of all gradients is added to that.
 
-Under each mode of activation checkpointing: eager or compiled, x micro-batches of a step. Every two
-values of layout, mode, execution and accumulation meet in one of these runs. What aot_eager runs is
-compiled by that backend of torch: the same graphs for forward and backward, without inductor's
-kernels.
+The columns are the modes of activation checkpointing. A cell has the execution (eager or compiled)
+x the number of micro-batches per step. Every two values of layout, mode, execution and accumulation
+are combined in one of these runs. Runs with aot_eager are compiled by that backend of torch: it has
+the same graphs for forward and backward, without inductor's kernels.
 """
 
 FURTHER_TEXT = """\
-With further settings; those of another model, or of clipping, are the one process's too:
+Runs with further settings. The one process also has those of the model and of clipping:
 """
 
 FAMILIES_TEXT = """\
-Debug flavors of the other families, with settings that the one process has too, except
-`parallel.sequence_parallel`. The rows above are Llama's. GPT is here without the biases of queries,
-keys and values: softmax does not see what is added to all keys, so that, without rotation, the
-gradient of that bias is rounding.
+The rows above are Llama's. These are debug flavors of the other families, with settings that the
+one process has too, except `parallel.sequence_parallel`. GPT is tested without the biases of
+queries, keys and values: softmax does not change if a vector is added to all keys, so without
+rotation the gradient of that bias is only rounding.
 """
 
 FEATURES_TEXT = """\
 ## Families
 
-For each family and feature the layout of a run above that has both, or why there is none.
+Each cell has the layout of a run above with this family and feature, or the reason why there is
+none.
 """
 
 PRECISION = """\
 ## Other precisions
 
-One process in that precision is compared with one process in float32. The largest difference of a
-loss, and of a gradient norm, is how far a layout may be at any step from one process in that
-precision. The float32 masters start with the same bits. Runs with `optimizer.state_dtype` "int8" or
-"float8" are not equal across layouts, whose shards are rounded in other blocks.
+One process in the other precision is compared with one process in float32. The largest difference
+of their losses, and of their gradient norms, is the bound for the difference of a layout from one
+process in that precision, at every step. The float32 master weights start with the same bits. Runs
+with `optimizer.state_dtype` "int8" or "float8" differ between layouts, because the blocks that
+share a scale depend on the layout.
 """
 
 REFUSED = """\
 ## Refused
 
-On a CPU, in the message's words.
+The table has the error messages on a CPU.
 """
 
 

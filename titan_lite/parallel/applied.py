@@ -116,7 +116,7 @@ class Applied:
             raise RuntimeError(MISMATCH + "; ".join(mismatches))
 
     def check_async_tp(self) -> None:
-        """Raises RuntimeError if the compiler fused no collective."""
+        """Raises RuntimeError if no all-gather, or no reduce-scatter, was fused with a matmul."""
         if not (self.fused_all_gather_matmuls and self.fused_matmul_reduce_scatters):
             raise RuntimeError(
                 f"{MISMATCH}parallel.async_tp is true, but the first step compiled "
