@@ -141,17 +141,6 @@ MOE = "--model.name=qwen3_moe"
             'several graphs, inside which "selective_op" saves nothing: set mode = "full", or '
             "compile.enable = false",
         ),
-        (
-            [
-                "--parallel.pp=2",
-                "--parallel.pp_schedule=InterleavedZeroBubble",
-                "--training.global_batch_size=32",
-            ],
-            2,
-            "parallel.pp_schedule",
-            '"InterleavedZeroBubble" splits backward, which Mixture of Experts does not support: '
-            'set parallel.pp_schedule = "1F1B" or another one that does not',
-        ),
     ],
 )
 def test_what_experts_cannot_do_is_refused(

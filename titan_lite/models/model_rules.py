@@ -279,12 +279,6 @@ def _moe_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
             f"tp ({parallel.tp}) requires sequence parallel for Mixture of Experts, because each "
             "rank routes its part of the sequence: set parallel.sequence_parallel = true",
         )
-    if parallel.pp > 1 and parallel.schedule.splits_backward:
-        yield SettingError(
-            ("model.name", "parallel.pp_schedule"),
-            f"{quote(parallel.pp_schedule)} splits backward, which Mixture of Experts does not "
-            'support: set parallel.pp_schedule = "1F1B" or another one that does not',
-        )
     mode = config.activation_checkpoint.mode
     if mode == "selective_op" and config.compile.covers("model") and parallel.ep * parallel.tp > 1:
         yield SettingError(
