@@ -13,7 +13,7 @@ Trains a TOML file; further arguments override its keys:
   ./run_train.sh my.toml --training.steps=20 --job.description="first try"
   ./run_train.sh --parallel.tp=2
 
-CONFIG_FILE  the TOML where none is given                    train_configs/debug.toml
+CONFIG_FILE  configuration, if none is given as an argument  train_configs/debug.toml
 NGPU         processes on this node                          one per GPU, 2 without GPUs
 DEVICE       "cpu" trains on the CPU although there is a GPU
 NNODES       nodes; all of them run this script              1
@@ -21,13 +21,14 @@ RDZV_ENDPOINT  HOST:PORT of the first node, where all meet   MASTER_ADDR:MASTER_
 RDZV_ID      a name for the job, the same on all nodes       titan_lite
 MAX_RESTARTS how often all processes start again, from the
              last checkpoint, after one has failed           0
-PYTHON       interpreter that has titan_lite, or with
-             which .venv is made where there is none         python3
+PYTHON       interpreter to use if it has titan_lite,
+             else to create .venv with                       python3
 
 SIGTERM, SIGUSR1, SIGHUP (unless ignored, as by nohup) and Ctrl-C end the run after the current step, with a
 checkpoint if checkpoint.enable is true; a second Ctrl-C ends it at once.
 A process whose launcher was killed ends too.
-Exit codes: 0 done, 1 failed, 2 a mistake in the configuration, 75 stopped with a checkpoint, 143 stopped without one.
+Exit codes: 0 done, 1 failed, 2 a configuration error, or a folder or port already in use, 75 stopped with a checkpoint,
+143 stopped without one.
 HELP
     exit
 done

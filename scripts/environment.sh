@@ -98,8 +98,8 @@ find_venv() {
     name=$(echo "$ROOT" | cksum)
     VENV=$cache/venv-${name%% *}
     if ! mkdir -p "$cache" 2>/dev/null || ! [ -w "$cache" ]; then
-        echo "Neither $ROOT nor $cache can be written, for a virtual environment: activate one that" \
-            "has titan_lite, or set XDG_CACHE_HOME to a folder that can be written" >&2
+        echo "Cannot create a virtual environment: neither $ROOT nor $cache is writable. Activate an" \
+            "environment that has titan_lite, or set XDG_CACHE_HOME to a writable folder" >&2
         return 2
     fi
 }

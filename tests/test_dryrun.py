@@ -429,7 +429,8 @@ def test_a_process_that_is_killed_is_said_so(
 ) -> None:
     monkeypatch.setattr(run, "_quiet_dry_run", Deadly())
     assert cli.main(["dryrun", "--rank=1", "--world-size=2"]) == 2
-    assert "the process of rank 1 was killed, by the system if" in capsys.readouterr().err
+    message = "the process of rank 1 was killed (possibly by the kernel's out-of-memory killer)"
+    assert message in capsys.readouterr().err
 
 
 def test_an_unknown_device_or_rank_is_a_mistake_to_answer_at_once(

@@ -661,8 +661,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
         (
             f"if rank: os.kill(os.getpid(), signal.SIGKILL)\n{SLEEP}",
             1,
-            "titan-lite: rank 1, process {}, was killed by SIGKILL (by the system, if memory was "
-            "short)\n",
+            "titan-lite: rank 1, process {}, was killed by SIGKILL (possibly by the kernel's "
+            "out-of-memory killer)\n",
         ),
         ("os.kill(os.getpid(), signal.SIGSEGV) if rank else 0", 1, "was killed by SIGSEGV"),
     ],

@@ -274,7 +274,7 @@ def test_a_schedule_that_splits_backward_needs_a_torch_that_can(
 
 def test_async_tensor_parallel_needs_gpus(refused: Preflight) -> None:
     keys = ("--parallel.tp=2", "--parallel.async_tp=true", "--compile.enable=true")
-    assert "parallel.async_tp (command line): true requires CUDA devices" in refused(*keys)
+    assert "parallel.async_tp (command line): requires NVIDIA GPUs with" in refused(*keys)
 
 
 def test_an_old_gpu_is_refused_bfloat16_and_float8(

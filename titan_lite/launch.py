@@ -32,7 +32,7 @@ from titan_lite.runtime.nodes import (
     listen,
 )
 from titan_lite.runtime.other_launchers import unexpected_start
-from titan_lite.runtime.parent import PARENT, watch_parent
+from titan_lite.runtime.parent import MAYBE_OUT_OF_MEMORY, PARENT, watch_parent
 from titan_lite.runtime.stop import (
     EXIT_MISTAKE,
     EXIT_STOPPED_UNSAVED,
@@ -255,7 +255,7 @@ class Attempt:
             if code is None or code >= 0 or self._is_orderly(code):
                 continue
             rank = self._start.node * self._settings.job.NGPU + local
-            hint = " (by the system, if memory was short)" if code == -signal.SIGKILL else ""
+            hint = f" {MAYBE_OUT_OF_MEMORY}" if code == -signal.SIGKILL else ""
             pid, name = self._processes[local].pid, signal.Signals(-code).name
             say(f"rank {rank}, process {pid}, was killed by {name}{hint}")
 

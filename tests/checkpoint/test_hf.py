@@ -239,7 +239,8 @@ def test_a_family_without_a_form_in_transformers_is_refused(
 ) -> None:
     monkeypatch.setattr(registry._FAMILIES, "_rows", {"llama": replace(LLAMA, hf_config=None)})
     settings = ["--checkpoint.enable=true", "--checkpoint.last_save_hf=true"]
-    with pytest.raises(ConfigError, match="model family llama has no form in transformers"):
+    message = "model family llama cannot be converted to or from transformers: its hf_config is not"
+    with pytest.raises(ConfigError, match=message):
         make_plan(None, settings, 1)
 
 

@@ -112,7 +112,7 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_complete_one_is_resumed_fr
     start = find_start(SECTION, tmp_path)
     assert (start.source, start.state.step, start.state.tokens) == (good, 4, 400)
     (record,) = caplog.records
-    assert record.getMessage().startswith(f"Not resumed from: {damaged}")
+    assert record.getMessage().startswith(f"Skipped a checkpoint: {damaged}")
     with pytest.raises(ValueError, match=message):
         find_start(SECTION.model_copy(update={"load_step": 8}), tmp_path)
     with pytest.raises(
@@ -174,7 +174,7 @@ def test_an_initial_checkpoint_counts_only_where_the_run_has_none_of_its_own(
     assert find_start(section, own).source == own / "step-4"
     assert find_start(section.model_copy(update={"load_step": 0}), own).source == initial
     whole_folder = section.model_copy(update={"initial_load_path": str(tmp_path / "other")})
-    with pytest.raises(ValueError, match=r"must name one checkpoint, as .*/step-12"):
+    with pytest.raises(ValueError, match=r"must name one checkpoint, for example .*/step-12"):
         find_start(whole_folder, tmp_path / "no own")
 
 
@@ -206,7 +206,7 @@ def test_the_newest_checkpoint_below_is_named_where_one_is_meant(
     newest = tmp_path / "runs" / "first" / "checkpoint" / "step-12"
     for folder in (newest.parent, newest.parent.parent, tmp_path / "runs"):
         section = Checkpoint(enable=True, initial_load_path=str(folder))
-        message = f"checkpoint.initial_load_path: must name one checkpoint, as {newest}"
+        message = f"checkpoint.initial_load_path: must name one checkpoint, for example {newest}"
         with pytest.raises(ValueError, match=re.escape(message)):
             find_start(section, tmp_path / "new")
     assert newest_below(newest) is None

@@ -308,7 +308,7 @@ def test_files_that_are_no_parquet_are_left_out_by_name_in_every_layout_alike(
     assert tokenize_data.write(loaded, target, processes=1, shard_size=9999) == 0
     resolved = [resolve_held_out(held_out, text).identity, read_token_manifest(target).source]
     for name in "bc":
-        logged = f'data.dataset_path = "{parquet}": a file is left out with all its documents: '
+        logged = f'data.dataset_path = "{parquet}": skipped a file that cannot be read: '
         assert caplog.text.count(f"{logged}{parquet}/{name}.parquet: ") == 1
         (parquet / f"{name}.parquet").unlink()
     good = section.model_copy(update={"on_bad_document": "raise"})

@@ -423,5 +423,5 @@ def test_white_space_that_a_tokenizer_drops_is_warned_about_once(
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == bool(lost)
     if lost:
-        assert messages[0].startswith(f"data.tokenizer_path: {file} drops {lost}")
+        assert messages[0].startswith(f"data.tokenizer_path: tokenizer {file} removes {lost}")
         assert 'normalization_rule_name="identity", remove_extra_whitespaces=False' in messages[0]

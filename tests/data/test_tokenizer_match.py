@@ -125,7 +125,8 @@ def test_weights_that_another_tokenizer_came_with_are_refused(
     assert (
         f"the bundled tokenizer gives other ids than the tokenizer of {source} "
         f"({BUNDLED.fingerprint} instead of {reference}): set data.tokenizer_path = "
-        f'"{other}"; data.allow_tokenizer_mismatch = true trains with this one'
+        f'"{other}", or set data.allow_tokenizer_mismatch = true to train with the bundled '
+        "tokenizer"
     ) in message
     assert not preflight(capsys, *start, "--data.allow_tokenizer_mismatch=true")
     assert not preflight(capsys, *start, f"--data.tokenizer_path={other}")

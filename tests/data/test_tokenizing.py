@@ -346,7 +346,7 @@ def test_the_command_writes_says_so_and_verifies(
     command = ["tokenize", f"--data.dataset_path={folder / 'one'}", "--processes=1"]
     assert main([*command, "--data.on_bad_document=skip", f"--output={target}"]) == 0
     written = capsys.readouterr().out
-    assert written.startswith(f"Written to {target}: 30 documents, 6 bad ones left out, ")
+    assert written.startswith(f"Written to {target}: 30 documents (6 bad ones skipped), ")
     assert main(["tokenize", f"--verify={target}"]) == 0
     assert capsys.readouterr().out.startswith(f"{target} is verified: 30 documents, ")
     shard = target / "00000-00000.arrow"
@@ -418,7 +418,7 @@ def test_what_cannot_be_tokenized_is_refused(
     sources = '--data.sources=[{name="a", weight=1.0}]'
     message = refusal(capsys, sources, f"--output={tmp_path / 'x'}")
     assert "data.sources" in message
-    assert "several sources: tokenize each by itself" in message
+    assert "not supported by tokenize: run it for each source" in message
 
 
 def test_a_folder_that_was_started_with_other_settings_is_refused(
@@ -457,7 +457,7 @@ def test_a_process_that_dies_is_said_so(
         f"--output={tmp_path / 'x'}",
         "--processes=2",
     )
-    assert "a process that tokenizes was killed, by the system if memory was short" in message
+    assert "a tokenizing process was killed (possibly by the kernel's out-of-memory" in message
 
 
 def test_an_interrupted_command_names_the_way_to_resume(

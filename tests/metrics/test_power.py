@@ -61,7 +61,7 @@ def test_a_counter_reads_joules(monkeypatch: pytest.MonkeyPatch) -> None:
     ("module", "message"),
     [
         (None, "requires nvidia-ml-py, which is not installed: pip install nvidia-ml-py"),
-        (NVML(has_counter=False), "energy NVML can read, got Not Supported for GPU-0123"),
+        (NVML(has_counter=False), "energy counter NVML can read, got Not Supported for GPU-0"),
     ],
 )
 def test_what_cannot_be_read_is_refused(

@@ -156,8 +156,14 @@ def test_keys_left_out_have_the_values_that_transformers_takes() -> None:
     ("changes", "message"),
     [
         ({"hidden_size": None}, "config.json has no hidden_size"),
-        ({"attention_bias": True}, "attention_bias is True; LlamaForCausalLM here is built for Fa"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; LlamaForCausalLM here is built for 'silu'"),
+        (
+            {"attention_bias": True},
+            "attention_bias = True is not supported; titan_lite's LlamaForCausalLM requires False",
+        ),
+        (
+            {"hidden_act": "gelu"},
+            "hidden_act = 'gelu' is not supported; titan_lite's LlamaForCausalLM requires 'silu'",
+        ),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling is of type 'linear'; only \"llama3\""),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling lacks low_freq"),
     ],
@@ -169,7 +175,7 @@ def test_what_cannot_be_run_here_is_refused_by_key(changes: dict[str, Any], mess
 
 @pytest.mark.parametrize("architectures", [["GemmaForCausalLM"], None])
 def test_an_architecture_that_no_family_has_is_named(architectures: list[str] | None) -> None:
-    with pytest.raises(ValueError, match=r"no model family here is of architectures \[.*known: "):
+    with pytest.raises(ValueError, match=r"no model family supports architectures \[.*known: "):
         family_of(config(architectures=architectures), families())
 
 

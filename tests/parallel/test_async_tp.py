@@ -103,10 +103,9 @@ def test_a_rewrite_that_fuses_nothing_is_an_error_after_the_first_step(
 ) -> None:
     message = workers[2].run(_train_unfused, tmp_path)[0]
     assert message == (
-        "applied features do not match the configuration: parallel.async_tp is true, but the first "
-        "step "
-        "compiled 2 of 2 blocks into 1 graphs with 0 fused all-gather-matmuls and 0 fused "
-        "matmul-reduce-scatters"
+        "applied features do not match the configuration: parallel.async_tp is true, but the "
+        "compiler fused 0 all-gather-matmuls and 0 matmul-reduce-scatters; both must be above 0. "
+        "Set parallel.async_tp = false"
     )
 
 
@@ -126,7 +125,7 @@ def test_a_cpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setenv(name, value)
     with pytest.raises(
         ConfigError,
-        match=r"parallel\.async_tp.*true requires CUDA devices with symmetric memory over "
+        match=r"parallel\.async_tp.*: requires NVIDIA GPUs with symmetric memory over "
         "NVLink, got cpu",
     ):
         build_trainer(tmp_path, *TP2, *ASYNC)

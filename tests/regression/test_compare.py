@@ -279,7 +279,7 @@ def spoil_loss(value: object) -> None:
         ),
         (
             lambda: Path("b/metrics.jsonl").write_text(2 * Path("a/metrics.jsonl").read_text()),
-            "b: step 1 is not after the one before",
+            "b: steps must increase, but step 1 follows step 1",
         ),
         (
             lambda: write_run(Path("c"), LOSS[:3]).rename("d").joinpath(FILE).replace("b/" + FILE),
@@ -310,8 +310,8 @@ def test_a_run_that_cannot_be_compared_is_a_mistake(spoil, message: str, capsys)
         (("run.toml", "a", "--training.stebs=3"), "did you mean"),
         (("run.toml", "a", "--nproc=3", "--parallel.tp=2"), "got 3; lower a degree"),
         (("run.toml", "a", "--keep=."), "--keep: a exists already"),
-        (("a", "a", "--keep=k"), "--keep has no effect: there is no TOML file"),
-        (("a", "run.toml", "--nproc", "2"), "got 3: a, run.toml, 2 (a setting is one word"),
+        (("a", "a", "--keep=k"), "--keep has no effect: neither run is a TOML"),
+        (("a", "run.toml", "--nproc", "2"), 'got 3: a, run.toml, 2 (write options with "="'),
         (("a", "run.toml", "--b.job.dump_folder=x"), "--b.job.dump_folder=x has no effect; --keep"),
         (("a", "run.toml", "--b.training.steps=7"), "steps: a at 5 and run.toml at 7"),
         (("a", "run.toml", "--b.data.shuffle=false"), "data.shuffle is true and false"),

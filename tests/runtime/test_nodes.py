@@ -147,7 +147,7 @@ def test_a_node_that_has_gone_fails_the_attempt_and_can_be_replaced(
     [
         (replace(JOB, NGPU=8), "NGPU is 8 here and 1 on the first node"),
         (replace(JOB, RDZV_ID="b"), "RDZV_ID is b here and job on the first node"),
-        (JOB, "all 2 nodes of the job 'job' are there already; give another job another RDZV_"),
+        (JOB, "job 'job' already has its 2 nodes; if this is a different job, set another RDZV_"),
     ],
 )
 def test_a_node_of_another_job_or_too_many_are_refused(

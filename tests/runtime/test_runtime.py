@@ -112,7 +112,7 @@ def test_a_run_file_without_segments_or_damaged_does_not_keep_a_run_from_resumin
         (tmp_path / "run.json").write_text(damaged)
         write_run_file(tmp_path, {"lr": 0.3}, resumed_from_step=6)
         assert _segments(tmp_path) == [(6, 0.3)]
-        assert "run.json is damaged, the record of earlier segments is lost" in caplog.text
+        assert "run.json is damaged; its record of earlier starts of this run is" in caplog.text
         caplog.clear()
 
 

@@ -78,7 +78,7 @@ def test_there_and_back_every_bit_is_the_same(
 
     back = ["convert", "dcp-to-hf", f"{tmp_path}/dcp", f"{tmp_path}/own"]
     assert cli.main([*back, "--max-shard-size=100KB"]) == 0
-    assert "Without tokenizer files" in capsys.readouterr().out
+    assert "No tokenizer files were exported; pass --tokenizer to" in capsys.readouterr().out
     local, expected = tensors(tmp_path / "own"), tensors(tmp_path / "huggingface")
     assert local.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -140,7 +140,9 @@ def test_a_converted_checkpoint_keeps_the_tokenizer_and_the_recipe_names_it(
     assert cli.main(other) == 2
     message = capsys.readouterr().err
     assert f"{tmp_path} gives other ids than the tokenizer of {target}" in message
-    assert message.endswith("--allow-mismatch exports it with a README.md that has this\n")
+    assert message.endswith(
+        "To export it with a README.md that describes the difference, pass --allow-mismatch\n"
+    )
     assert not (tmp_path / "other").exists()
     assert cli.main([*other, "--allow-mismatch"]) == 0
     for text in (capsys.readouterr().err, (tmp_path / "other/README.md").read_text()):
@@ -393,7 +395,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
             lambda f: (f / "model.safetensors.index.json").write_text("{}"),
             "model.safetensors.index.json: no weight_map that names files",
         ),
-        (lambda f: edit_config(f, architectures=["Gemma"]), "no model family here is of archit"),
+        (lambda f: edit_config(f, architectures=["Gemma"]), "no model family supports architect"),
         (lambda f: edit_config(f, mlp_bias=True), "config.json: mlp_bias is True; Llama"),
         (
             lambda f: edit_config(f, rope_parameters={**rope_of(f), "factor": 32.0}),
@@ -522,7 +524,8 @@ def test_a_family_without_a_form_in_transformers_is_refused(
 ) -> None:
     monkeypatch.setattr(registry._FAMILIES, "_rows", {"llama": replace(LLAMA, hf_config=None)})
     assert cli.main(["convert", "dcp-to-hf", f"{saved}/dcp", f"{tmp_path}/own"]) == 2
-    assert "model family llama has no form in transformers" in capsys.readouterr().err
+    message = "model family llama cannot be converted to or from transformers: its hf_config is not"
+    assert message in capsys.readouterr().err
 
 
 def test_a_form_that_the_class_has_not_is_refused(

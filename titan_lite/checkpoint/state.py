@@ -111,7 +111,8 @@ def find_start(
         return Start()
     source = Path(section.initial_load_path).expanduser()
     if newest := newest_below(source):
-        raise SettingError("checkpoint.initial_load_path", f"must name one checkpoint, as {newest}")
+        message = f"must name one checkpoint, for example {newest}"
+        raise SettingError("checkpoint.initial_load_path", message)
     if (source / CONFIG_FILE).is_file() and not (source / MANIFEST_FILE).exists():
         message = f"{source} is a Hugging Face model: set checkpoint.initial_load_hf to it instead"
         raise SettingError("checkpoint.initial_load_path", message)
@@ -143,7 +144,7 @@ def _own_checkpoint(
             worse.append(str(error))
             continue
         for sentence in worse:
-            logger.warning("Not resumed from: %s", sentence)
+            logger.warning("Skipped a checkpoint: %s", sentence)
         return source, manifest
     if worse:
         raise DamagedError(

@@ -17,7 +17,9 @@ def _advice(config: Config, dims: ParallelDims) -> Iterator[str]:
     if parallel.gradient_sync == "last_micro_batch":
         yield 'parallel.gradient_sync = "every_micro_batch": gradients are kept as shards'
     if dims.tp > 1 and not parallel.sequence_parallel:
-        yield f"parallel.sequence_parallel = true: 1 / {dims.tp} of what blocks pass on"
+        yield (
+            f"parallel.sequence_parallel = true: activations between blocks shrink to 1 / {dims.tp}"
+        )
     if dims.dp_replicate > 1:
         yield (
             f"parallel.dp_replicate = 1: weights, gradients and optimizer state in "
@@ -31,16 +33,16 @@ def _advice(config: Config, dims: ParallelDims) -> Iterator[str]:
         yield 'parallel.reshard_after_forward = "always": no block stays gathered after forward'
     if training.local_batch_size > 1:
         yield (
-            f"training.local_batch_size = {training.local_batch_size // 2}: fewer activations; "
-            "training.global_batch_size keeps the batch by accumulation"
+            f"training.local_batch_size = {training.local_batch_size // 2}: fewer activations; set "
+            "training.global_batch_size to keep the batch, by gradient accumulation"
         )
     if mode != "full":
         yield 'activation_checkpoint.mode = "full": only the inputs of blocks are kept'
     if training.param_dtype == "float32":
         yield 'training.param_dtype = "bfloat16": half of the activations'
     if training.seq_len >= 8192:
-        yield f"parallel.cp = {2 * dims.cp}: each rank holds a smaller part of a sequence"
+        yield f"parallel.cp = {2 * dims.cp}: each rank has a smaller part of each sequence"
     yield "more devices, for parallel.dp_shard or parallel.tp: smaller shards"
     if not parallel.cpu_offload:
         yield "parallel.cpu_offload = true: parameters and optimizer state in host memory"
-    yield "training.seq_len or a smaller model"
+    yield "a smaller training.seq_len, or a smaller model"

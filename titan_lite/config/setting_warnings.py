@@ -83,7 +83,8 @@ def _uncompiled(config: Config, attention_dropout: float) -> Iterator[str]:
     if attention_dropout:
         yield (
             f"model.attention_dropout ({attention_dropout:g}) is slow without compile.enable = "
-            "true: what is dropped takes about 15 passes over seq_len x seq_len numbers per head"
+            "true: generating the dropout mask reads or writes the seq_len x seq_len scores of "
+            "each head about 15 times"
         )
 
 

@@ -46,7 +46,9 @@ def check_data_settings(settings: Mapping[str, Any], saved: Mapping[str, Any]) -
     if differing := changed_values(settings, saved):
         raise SettingError(
             ("checkpoint.load_step", *(key for key in differing if "." in key)),
-            f"cannot resume with different data settings: {'; '.join(differing.values())}",
+            f"cannot resume with different data settings: {'; '.join(differing.values())}; restore "
+            "the checkpoint's values, or start a new run from its weights with "
+            "checkpoint.initial_load_path",
         )
 
 

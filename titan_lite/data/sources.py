@@ -289,7 +289,7 @@ def _readable(files: tuple[Path, ...], chosen: str) -> list[Path]:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise ValueError(f"{file}: {error}") from error
                 reason = f"{file}: {' '.join(str(error).split())}"
-                logger.warning("%s: a file is left out with all its documents: %s", chosen, reason)
+                logger.warning("%s: skipped a file that cannot be read: %s", chosen, reason)
                 continue
         kept.append(file)
     if not kept:

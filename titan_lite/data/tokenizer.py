@@ -116,9 +116,9 @@ def warn_of_lost_space(file: Path, tokenizer: Tokenizer) -> None:
     ]
     if lost:
         logger.warning(
-            "data.tokenizer_path: %s drops %s: the model is trained without them, and code and "
-            "paragraphs lose their form. To keep them, train a sentencepiece model with "
-            'normalization_rule_name="identity", remove_extra_whitespaces=False and '
+            "data.tokenizer_path: tokenizer %s removes %s, so the language model never sees them, "
+            "and code and paragraphs lose their form. To keep them, train a sentencepiece model "
+            'with normalization_rule_name="identity", remove_extra_whitespaces=False and '
             "byte_fallback=True, or use a byte-level tokenizer",
             file,
             ", ".join(lost),

@@ -32,7 +32,7 @@ from titan_lite.parallel.expert import assume_balance
 from titan_lite.parallel.mesh import build_meshes
 from titan_lite.parallel.pipeline import local_stages
 from titan_lite.runtime.distributed import Process
-from titan_lite.runtime.parent import end_with_parent
+from titan_lite.runtime.parent import MAYBE_OUT_OF_MEMORY, end_with_parent
 from titan_lite.training.meta_model import build_checked_model, check_float8, pipeline_stages
 from titan_lite.training.objective import OBJECTIVES, Objective
 from titan_lite.training.setup import BuiltTraining, build_training
@@ -164,8 +164,8 @@ def dry_runs(plan: Plan, ranks: Sequence[int]) -> list[DryRank]:
                 return in_a_process(repeats=False)
         except BrokenProcessPool:
             message = (
-                f"the process of rank {rank} was killed, by the system if memory was short: one "
-                "rank at a time, by --rank, needs less"
+                f"the process of rank {rank} was killed {MAYBE_OUT_OF_MEMORY}: to need less "
+                "memory, run one rank at a time with --rank"
             )
             raise ConfigError([Problem("--rank", "command line", message)]) from None
 

@@ -39,14 +39,15 @@ def summarize_dry_run(plan: Plan, ranks: Sequence[int], device: Device, *, as_js
         f"{plan.dims.world_size} x {device.name}",
         f"  mesh              {_mesh(plan.dims)}",
         *(f"  approximated      {note}" for note in notes),
-        "  counted           one step after the first, not logged; fake tensors, below DTensor",
+        "  measured          the second step, without a log record, on fake tensors; local shapes, "
+        "after DTensor has dispatched",
     ]
     for rank in results:
         lines += ["", *_rank(rank, device)]
     peak = max(rank.measured.peak.bytes for rank in results)
     if device.memory_gb is not None and peak > device.memory_gb * GIB:
         settings = fitting_settings(plan.config, plan.dims, plan.family, plan.args, device)
-        lines += ["", "Would fit", *(f"  {text}" for text in settings or ["on more devices only"])]
+        lines += ["", "Would fit", *(f"  {text}" for text in settings or ["only on more devices"])]
     return "\n".join(lines)
 
 
@@ -62,8 +63,7 @@ def _rank(rank: DryRank, device: Device) -> list[str]:
         "before the optimizer's step",
         f"  peak memory       {_of_capacity(peak.bytes, device)}",
         *(f"    {_size(size):>14}  {WORDS[name]}" for name, size in categories if size),
-        f"  FLOPs a step      {format_scaled(measured.flops, 'FLOP')}, {_ratio(rank)} times the "
-        f"formula's {format_scaled(rank.formula_flops, 'FLOP')}",
+        f"  FLOPs a step      {format_scaled(measured.flops, 'FLOP')}{_ratio(rank)}",
         "  collectives          count        size",
     ]
     for collective in measured.collectives:
@@ -84,7 +84,7 @@ def _facts(
         "mesh": dataclasses.asdict(plan.dims),
         "parameters": results[0].parameters,
         "formula": FORMULA,
-        "not_as_asked": list(notes),
+        "approximations": list(notes),
         "ranks": [
             dataclasses.asdict(rank)
             | {"fits": None if memory is None else rank.measured.peak.bytes <= memory}
@@ -108,7 +108,11 @@ def _mesh(dims: ParallelDims) -> str:
 
 
 def _ratio(rank: DryRank) -> str:
-    return f"{rank.measured.flops / rank.formula_flops:.2f}" if rank.formula_flops else "no"
+    """Returns the ratio to the formula's FLOPs, if the rank has any."""
+    if not rank.formula_flops:
+        return ""
+    ratio = rank.measured.flops / rank.formula_flops
+    return f", {ratio:.2f} times the formula's {format_scaled(rank.formula_flops, 'FLOP')}"
 
 
 def _size(size: float) -> str:

@@ -7,14 +7,14 @@ class EnergyCounter:
     """Joules that a device has used since its driver was loaded."""
 
     def __init__(self, device: torch.device) -> None:
-        """Raises ValueError where they cannot be read."""
+        """Raises ValueError if they cannot be read."""
         if device.type != "cuda":
-            raise ValueError(f"true requires an NVIDIA GPU, got device {device.type!r}")
+            raise ValueError(f"requires an NVIDIA GPU, got {device}; set metrics.power = false")
         try:
             # Of the extra "power".
             import pynvml
         except ImportError as error:
-            message = "true requires nvidia-ml-py, which is not installed: pip install nvidia-ml-py"
+            message = "requires nvidia-ml-py, which is not installed: pip install nvidia-ml-py"
             raise ValueError(message) from error
         self._nvml = pynvml
         # Its index would not be torch's where CUDA_VISIBLE_DEVICES is set.
@@ -25,7 +25,8 @@ class EnergyCounter:
             self()
         except pynvml.NVMLError as error:
             raise ValueError(
-                f"true requires a GPU whose energy NVML can read, got {error!s} for GPU-{uuid}"
+                f"requires a GPU whose energy counter NVML can read, got {error!s} for "
+                f"GPU-{uuid}; set metrics.power = false"
             ) from error
 
     def __call__(self) -> float:

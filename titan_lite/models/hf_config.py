@@ -5,7 +5,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from titan_lite.config.problems import one_of
 from titan_lite.models.args import DecoderArgs, RopeScaling
+
+NO_HF_CONFIG = (
+    "model family {} cannot be converted to or from transformers: its hf_config is not set"
+)
 
 UNCOMPARED = (
     "max_seq_len",
@@ -77,8 +82,8 @@ def args_from_hf(config: Mapping[str, Any], hf: HFConfig) -> DecoderArgs:
     config = _flatten_rope(config, hf)
     for key in unfit_keys(config, hf):
         raise ValueError(
-            f"config.json: {key} is {config[key]!r}; {hf.architecture} here is built for "
-            f"{hf.constants[key]!r}"
+            f"config.json: {key} = {config[key]!r} is not supported; titan_lite's "
+            f"{hf.architecture} requires {hf.constants[key]!r}"
         )
     known = {known.name: known for known in dataclasses.fields(hf.args)}
     values: dict[str, Any] = dict(hf.choices)
@@ -155,9 +160,10 @@ def _from_hf(value: Any, key: str, hf: HFConfig) -> Any:
     if names is None:
         return value
     if value not in names:
-        known = ", ".join(map(repr, names))
+        known = one_of([*map(repr, names)])
         raise ValueError(
-            f"config.json: {key} is {value!r}; {hf.architecture} here is built for {known}"
+            f"config.json: {key} = {value!r} is not supported; titan_lite's {hf.architecture} "
+            f"requires {known}"
         )
     return names[value]
 

@@ -9,7 +9,7 @@ from titan_lite.config.problems import SettingError, did_you_mean, nearest, quot
 from titan_lite.config.schema import Config, MaskedLM
 from titan_lite.models.args import VOCAB_MULTIPLE, DecoderArgs, EncoderArgs, LatentArgs, MoEArgs
 from titan_lite.models.family import Family
-from titan_lite.models.hf_config import unsupported_in_hf
+from titan_lite.models.hf_config import NO_HF_CONFIG, unsupported_in_hf
 from titan_lite.models.roles import KINDS, MATRIX_KINDS
 
 # Special tokens, and a few of text in each part.
@@ -19,9 +19,7 @@ SHORTEST_PAIR = 8
 def hf_rules(config: Config, family: Family, args: DecoderArgs) -> Iterator[SettingError]:
     """Yields broken rules between the model's family and its Hugging Face form."""
     if family.hf_config is None:
-        message = (
-            f"model family {family.name} has no form in transformers (its hf_config is not set)"
-        )
+        message = NO_HF_CONFIG.format(family.name)
     else:
         message = unsupported_in_hf(args, family.hf_config)
     for key in ("initial_load_hf", "last_save_hf"):

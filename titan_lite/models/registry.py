@@ -76,7 +76,7 @@ def family_of(config: Mapping[str, Any], registered: Mapping[str, Family]) -> Fa
     matching = [registered[name] for name, hf in known.items() if hf.matches_architecture(wanted)]
     if not matching:
         raise ValueError(
-            f"config.json: no model family here is of architectures {wanted} "
+            f"config.json: no model family supports architectures {wanted} "
             f"(known: {', '.join(sorted({hf.architecture for hf in known.values()}))})"
         )
     fitting = (

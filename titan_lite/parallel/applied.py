@@ -86,18 +86,19 @@ class Applied:
         that is not in it."""
         mismatches = []
         if self.precision != precision:
-            mismatches.append(f"{self.precision} where {precision} was configured")
+            mismatches.append(f"precision is {self.precision}, but {precision} was configured")
         symm_mem = parallel.fsdp_symm_mem and self.mesh["fsdp"] > 1
         if self.symm_mem != symm_mem:
-            mismatches.append(f"symmetric memory {self.symm_mem} where {symm_mem} was configured")
+            state = "off, but parallel.fsdp_symm_mem = true" if symm_mem else "on, but must be off"
+            mismatches.append(f"symmetric memory is {state}")
         if self.attention != attention:
-            mismatches.append(f"attention by {self.attention} where {attention} was configured")
+            mismatches.append(f"attention is {self.attention}, but {attention} was configured")
         degrees = {axis: getattr(parallel, axis) for axis in self.mesh if axis != "fsdp"}
         if parallel.dp_shard != -1:
             degrees["fsdp"] = math.prod(getattr(parallel, axis) for axis in FSDP)
         for axis, degree in degrees.items():
             if self.mesh[axis] != degree:
-                mismatches.append(f"{axis} {self.mesh[axis]} where {degree} was configured")
+                mismatches.append(f"{axis} is {self.mesh[axis]}, but {degree} was configured")
         for feature in dict.fromkeys((*configured, *self.modules)):
             expected, actual = set(configured.get(feature, ())), set(self.modules.get(feature, ()))
             for words, names in (("missing", expected - actual), ("unexpected", actual - expected)):
@@ -105,11 +106,11 @@ class Applied:
                     mismatches.append(f"{words} {feature}: {', '.join(sorted(names))}")
         saved = activation_checkpoint.saved_ops
         if self.saved_ops != saved:
-            mismatches.append(f"saved operations {self.saved_ops} where {saved} were configured")
+            mismatches.append(f"saved operations are {self.saved_ops}, but {saved} were configured")
         budget = activation_checkpoint.compiler_budget
         if self.activation_memory_budget != budget:
             mismatches.append(
-                f"an activation memory budget of {self.activation_memory_budget} where {budget} "
+                f"the activation memory budget is {self.activation_memory_budget}, but {budget} "
                 "was configured"
             )
         if mismatches:
@@ -119,8 +120,10 @@ class Applied:
         """Raises RuntimeError if no all-gather, or no reduce-scatter, was fused with a matmul."""
         if not (self.fused_all_gather_matmuls and self.fused_matmul_reduce_scatters):
             raise RuntimeError(
-                f"{MISMATCH}parallel.async_tp is true, but the first step compiled "
-                f"{self.compiled()}"
+                f"{MISMATCH}parallel.async_tp is true, but the compiler fused "
+                f"{self.fused_all_gather_matmuls} all-gather-matmuls and "
+                f"{self.fused_matmul_reduce_scatters} matmul-reduce-scatters; both must be above "
+                "0. Set parallel.async_tp = false"
             )
 
     def compiled(self) -> str:

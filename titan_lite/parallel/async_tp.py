@@ -23,7 +23,8 @@ def check_async_tp(device: torch.device, tp: int) -> None:
     kernel = f"symm_mem::{ALL_GATHER_MATMUL}"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(kernel, device.type.upper()):
         raise ValueError(
-            f"true requires CUDA devices with symmetric memory over NVLink, got {device}"
+            f"requires NVIDIA GPUs with symmetric memory over NVLink, got {device}; set "
+            "parallel.async_tp = false"
         )
     if device.type != "cuda":
         return
@@ -32,7 +33,7 @@ def check_async_tp(device: torch.device, tp: int) -> None:
     for peer in range(first, min(first + tp, torch.cuda.device_count())):
         if peer != device.index and not torch.cuda.can_device_access_peer(device, peer):
             raise ValueError(
-                f"true requires peer access between the {tp} GPUs of a tensor-parallel group, but "
+                f"requires peer access between the {tp} GPUs of a tensor-parallel group, but "
                 f"{device} cannot access cuda:{peer}; set parallel.async_tp = false"
             )
 

@@ -145,8 +145,8 @@ def _sides(rest: Sequence[str]) -> tuple[_Side, _Side]:
     if len(paths) != 2:
         names = f": {', '.join(map(str, paths))}" if paths else ""
         raise CurveError(
-            f"expected two runs to compare, got {len(paths)}{names} (a setting is one word, "
-            "as --nproc=2)"
+            f'expected two runs to compare, got {len(paths)}{names} (write options with "=", for '
+            "example --nproc=2)"
         )
     given: tuple[list[str], list[str]] = ([], [])
     for argument in rest:
@@ -157,8 +157,9 @@ def _sides(rest: Sequence[str]) -> tuple[_Side, _Side]:
             side = {"--a.": 0, "--b.": 1}.get(argument[:4])
             meant = (0, 1) if side is None else (side,)
             if not any(paths[index].suffix == ".toml" for index in meant):
-                names = " and ".join(str(paths[index]) for index in meant)
-                raise CurveError(f"{argument} has no effect: {names} is not a TOML file to train")
+                names = " nor ".join(str(paths[index]) for index in meant)
+                is_not = f"{names} is not" if len(meant) == 1 else f"neither {names} is"
+                raise CurveError(f"{argument} has no effect: {is_not} a TOML configuration")
             for index in meant:
                 given[index].append(argument if side is None else f"--{argument[4:]}")
     return _side(paths[0], given[0]), _side(paths[1], given[1])
@@ -178,7 +179,7 @@ def _side(path: Path, arguments: Sequence[str]) -> _Side:
 def _curves(sides: tuple[_Side, _Side], keep: Path | None, tier: Tier) -> list[Curve]:
     """Reads the existing curves, then trains the others: mistakes are reported before any run."""
     if keep and not any(side.is_config for side in sides):
-        raise CurveError("--keep has no effect: there is no TOML file to train")
+        raise CurveError("--keep has no effect: neither run is a TOML configuration to train")
     curves = [side.planned() if side.is_config else read_curve(side.path) for side in sides]
     check_same_data(*(one.data for one in curves), other_seeds=tier == "statistical")
     there = [one for one in curves if isinstance(one, Curve)]

@@ -165,10 +165,9 @@ def make_curve(name: str, records: Sequence[Record], facts: Mapping[str, Any]) -
         raise CurveError(f"{name}: no step was logged")
     values = {key: column(name, records, key) for key in QUANTITIES}
     steps = np.array([record["step"] for record in records])
-    if (np.diff(steps) <= 0).any():
-        raise CurveError(
-            f"{name}: step {steps[1:][np.diff(steps) <= 0][0]} is not after the one before"
-        )
+    if len(wrong := np.flatnonzero(np.diff(steps) <= 0)):
+        before, step = steps[wrong[0] : wrong[0] + 2]
+        raise CurveError(f"{name}: steps must increase, but step {step} follows step {before}")
     parts = segments(facts, int(steps[-1]))
     data = [trained_on(part["config"], part["mesh"]) for part in parts]
     whole = {key: over_segments(parts, [of_part[key] for of_part in data]) for key in data[0]}

@@ -53,9 +53,9 @@ class CaseFile(Section):
     tier: Tier
     """Tier of titan-lite compare."""
     why: str
-    """Why no closer."""
+    """Why the tolerance is not tighter; written into the golden file."""
     tolerance: Tolerance | None = None
-    """Relative, of each step, where tier "layout" would allow more."""
+    """Largest relative difference of a step, where tier "layout" would allow more."""
     overrides: dict[str, dict[str, Any]] = Field(default={})
     """Keys that differ from the file's, as tables."""
 

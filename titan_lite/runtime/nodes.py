@@ -224,8 +224,8 @@ class FirstNode:
                 refusal = f"{name} is {job.get(name)} here and {value} on the first node"
         if refusal is None and len(self._members) + 1 == self._job.NNODES:
             refusal = (
-                f"all {self._job.NNODES} nodes of the job {self._job.RDZV_ID!r} are there already; "
-                "give another job another RDZV_ENDPOINT"
+                f"job {self._job.RDZV_ID!r} already has its {self._job.NNODES} nodes; if this is a "
+                "different job, set another RDZV_ENDPOINT"
             )
         if refusal is not None:
             stranger.send(refused=refusal)

@@ -11,13 +11,13 @@ from titan_lite.config.units import format_scaled
 def describe_out_of_memory(
     error: torch.OutOfMemoryError, device: torch.device, advice: Sequence[str]
 ) -> str:
-    """The device's numbers and what would help, in some lines."""
+    """Returns the device's memory figures, and `advice`, one line each."""
     match = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
     request = f" for a request of {match[1]}" if match else ""
     lines = [
         f"Out of memory on {device}{request}.",
         *_numbers(device),
-        "What would help, cheapest:",
+        "What would help, cheapest first:",
     ]
     return "\n".join([*lines, *(f"  {line}" for line in advice)])
 
@@ -31,9 +31,12 @@ def _numbers(device: torch.device) -> list[str]:
         f"  {label} {format_scaled(value, 'B', 1024)}"
         for label, value in (
             ("allocated", statistics["allocated_bytes.all.current"]),
-            ("allocated at most", statistics["allocated_bytes.all.peak"]),
+            ("peak allocated", statistics["allocated_bytes.all.peak"]),
             ("reserved", statistics["reserved_bytes.all.current"]),
-            ("reserved, but in pieces", statistics["inactive_split_bytes.all.current"]),
+            (
+                "reserved but fragmented (inactive split blocks)",
+                statistics["inactive_split_bytes.all.current"],
+            ),
             ("free on the device", free),
             ("total", total),
         )

@@ -1,4 +1,4 @@
-"""Ends a process whose parent has gone, however that happened. No torch."""
+"""Ends a process whose parent has ended for any reason. No torch."""
 
 import multiprocessing
 import os
@@ -6,8 +6,10 @@ import threading
 import time
 from collections.abc import Callable
 
-# Who starts a process that must not outlive it puts its own process id here.
+# The variable with the id of the process that this one must not outlive.
 PARENT = "TITAN_LITE_PARENT"
+# For messages about a process that was killed.
+MAYBE_OUT_OF_MEMORY = "(possibly by the kernel's out-of-memory killer)"
 POLL_SECONDS = 0.5
 
 
@@ -21,7 +23,7 @@ def watch_parent(then: Callable[[], None]) -> None:
 
 
 def end_with_parent() -> None:
-    """Ends this process of a pool of multiprocessing with the one that made the pool."""
+    """Ends this worker of a multiprocessing pool when the process that made the pool ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     assert parent.pid is not None

@@ -85,7 +85,9 @@ def _segments_before(step: int, path: Path) -> list[dict[str, Any]]:
         segments = run.get("segments") or [_segment(run)]
         return [segment for segment in segments if segment["resumed_from_step"] < step]
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        logger.warning("%s is damaged, the record of earlier segments is lost: %r", path, error)
+        logger.warning(
+            "%s is damaged; its record of earlier starts of this run is lost: %r", path, error
+        )
         return []
 
 

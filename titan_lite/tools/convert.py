@@ -30,7 +30,7 @@ from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.data.tokenizer_files import FILE_NAMES, files_in, load_tokenizer
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.family import Family
-from titan_lite.models.hf_config import args_from_hf, unsupported_in_hf
+from titan_lite.models.hf_config import NO_HF_CONFIG, args_from_hf, unsupported_in_hf
 from titan_lite.models.registry import families, family_of, resolve
 
 # Files of a model's folder that make its tokenizer, whatever its kind.
@@ -147,7 +147,7 @@ def hf_to_dcp(source: Path, target: Path) -> None:
         "\n".join([f"[{name}]", *(f"{key} = {literal(value)}" for key, value in table.items())])
         for name, table in tables.items()
     )
-    print(f"Written to {target}, for a run of\n\n{recipe}")
+    print(f"Written to {target}. Configuration for a run with these weights:\n\n{recipe}")
 
 
 def dcp_to_hf(
@@ -179,7 +179,7 @@ def dcp_to_hf(
             f"saved: {', '.join(words)}"
         )
     if family.hf_config is None:
-        raise ValueError(f"model family {family.name} has no form in transformers")
+        raise ValueError(NO_HF_CONFIG.format(family.name))
     if unsupported := unsupported_in_hf(args, family.hf_config):
         raise ValueError(unsupported)
 
@@ -191,14 +191,14 @@ def dcp_to_hf(
         source, family, args, dtype=dtype, max_shard_bytes=max_shard_bytes, average=average
     )
     tokenizer, files = _tokenizer_of(source, manifest, tokenizer_path)
-    documents = hf_documents(args, family.hf_config, tokenizer, dtype=export.dtype)
+    hf_files = hf_documents(args, family.hf_config, tokenizer, dtype=export.dtype)
     if files:
-        # Of a converted model, as they came.
-        documents = {"config.json": documents["config.json"], **files}
+        # Of a converted model: copied unchanged.
+        hf_files = {"config.json": hf_files["config.json"], **files}
     elif tokenizer is not None:
         is_other = tokenizer_path is not None and tokenizer.fingerprint != manifest.tokenizer
         report = export_report(
-            documents,
+            hf_files,
             tokenizer,
             _data_of(manifest),
             of_pairs=not args.causal,
@@ -209,18 +209,19 @@ def dcp_to_hf(
             report = dataclasses.replace(report, is_same=False, sentence=sentence)
         if not (report.is_same or allow_mismatch):
             raise ValueError(
-                f"{report.sentence}. --allow-mismatch exports it with a {README} that has this"
+                f"{report.sentence}. To export it with a {README} that describes the difference, "
+                "pass --allow-mismatch"
             )
-        documents[README] = report.readme()
+        hf_files[README] = report.readme()
         print(report.sentence, file=sys.stdout if report.is_same else sys.stderr)
-    export.write(target, documents)
+    export.write(target, hf_files)
     num_files = len(export.files)
     print(
         f"Written to {target}: {family.hf_config.architecture}, {export.hf.num_parameters:,} "
         f"parameters in {export.dtype}, {num_files} file{'s' * (num_files > 1)}"
     )
-    if len(documents) == 1:
-        print("Without tokenizer files: --tokenizer names one")
+    if len(hf_files) == 1:
+        print("No tokenizer files were exported; pass --tokenizer to include one")
 
 
 def model_section(family: Family, args: DecoderArgs) -> dict[str, Any]:

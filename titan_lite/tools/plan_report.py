@@ -147,7 +147,7 @@ def search_text(result: SearchResult, best: Sequence[Layout], seconds: float) ->
         lines.append("   " + " ".join(setting(k, v) for k, v in layout.values.items()))
         lines += [f"   note: {note}" for note in bounds.notes]
     if not best:
-        lines.append("no layout fits: use more devices, or a smaller model, batch or sequence")
+        lines.append("No layout fits: use more devices, or a smaller model, batch or sequence")
     return "\n".join(lines)
 
 
@@ -188,18 +188,18 @@ def _fit(p: Prediction) -> str:
         return f"fits, {1 - p.share:.0%} left"
     if p.share <= 1:
         left = f"less than {1 - room(p.job):.0%} is left"
-        return f"may fit: {left} for the CUDA context, fragmentation and the model's own error"
+        return f"may fit: {left} for the CUDA context, fragmentation and the planner's own error"
     return f"DOES NOT FIT, by {_size(p.peak.bytes - p.cluster.memory)}"
 
 
 def _cost(p: Prediction) -> str:
     price = p.cluster.price_per_gpu_hour
-    return f"${p.cost:,.0f} at ${price:g} each" if price else "no price in the cluster's file"
+    return f"${p.cost:,.0f} at ${price:g} each" if price else "cost not computed: the price is 0"
 
 
 def _energy(p: Prediction) -> str:
     if not p.device_mwh:
-        return "no watts of the device in the cluster's file"
+        return "not computed: the cluster's file has no device power"
     return (
         f"{p.device_mwh:,.3g} MWh of the devices ({p.step.watts:.0f} W each), "
         f"{p.total_mwh:,.3g} MWh with hosts and PUE {p.cluster.pue:g}"

@@ -1,4 +1,4 @@
-"""`titan-lite tokenize`: the documents of a configuration as token ids, or a check of such."""
+"""`titan-lite tokenize`: writes a configuration's documents as token ids, or verifies them."""
 
 import os
 import sys
@@ -10,15 +10,18 @@ from titan_lite.config.load import ConfigError, LoadedConfig, Problem
 from titan_lite.config.problems import SettingError, errors_for
 from titan_lite.data.sources import resolve_sources
 from titan_lite.data.token_folder import UNFINISHED, TokenManifest, read_token_manifest
+from titan_lite.runtime.parent import MAYBE_OUT_OF_MEMORY
 from titan_lite.runtime.stored_files import damaged_files
 
 
 def write(loaded: LoadedConfig, target: Path, *, processes: int, shard_size: int) -> int:
-    """Writes the folder `target` of what [data] reads, or resumes writing it; ConfigError."""
+    """Tokenizes the documents of [data] into the folder `target`, or resumes; ConfigError."""
     data = loaded.config.data
     if data.sources:
         with loaded.reporting():
-            message = "several sources: tokenize each by itself, with the keys of [data]"
+            message = (
+                "not supported by tokenize: run it for each source, with its keys under [data]"
+            )
             raise SettingError("data.sources", message)
     from titan_lite.data.tokenizing import TargetError, tokenize
 
@@ -36,8 +39,8 @@ def write(loaded: LoadedConfig, target: Path, *, processes: int, shard_size: int
             raise ConfigError([Problem("--output", "command line", message)]) from error
         except BrokenProcessPool:
             raise ValueError(
-                "a process that tokenizes was killed, by the system if memory was short: rerun the "
-                "same command to resume; fewer --processes need less memory"
+                f"a tokenizing process was killed {MAYBE_OUT_OF_MEMORY}: rerun the same command to "
+                "resume; fewer --processes need less memory"
             ) from None
         except KeyboardInterrupt:
             print(
@@ -50,7 +53,7 @@ def write(loaded: LoadedConfig, target: Path, *, processes: int, shard_size: int
 
 
 def verify(folder: Path) -> int:
-    """Compares all files of a folder with their checksums; returns 1 where one differs."""
+    """Compares all files of a folder with their checksums; returns 1 if one differs."""
     try:
         manifest = read_token_manifest(folder)
         files = {name: shard.file for name, shard in manifest.shards.items()}
@@ -70,7 +73,7 @@ def verify(folder: Path) -> int:
 
 
 def _summary(manifest: TokenManifest) -> str:
-    skipped = f", {manifest.skipped:,} bad ones left out" if manifest.skipped else ""
+    skipped = f" ({manifest.skipped:,} bad ones skipped)" if manifest.skipped else ""
     files = len(manifest.shards)
     return (
         f"{manifest.documents:,} documents{skipped}, {manifest.tokens:,} tokens of {manifest.dtype}"

@@ -298,13 +298,14 @@ def check_origin(section: Data, checkpoint: Checkpoint, tokenizer: Tokenizer, st
     resumes = start.source is not None and start.content == "run"
     if section.allow_tokenizer_mismatch and not resumes:
         return
-    remedy = "a run that resumes cannot change its tokenizer"
+    name = _name(section.tokenizer_path)
+    remedy = "; a run that resumes cannot change its tokenizer"
     if not resumes:
-        remedy = "data.allow_tokenizer_mismatch = true trains with this one"
+        remedy = f", or set data.allow_tokenizer_mismatch = true to train with {name}"
     raise ValueError(
-        f"{_name(section.tokenizer_path)} gives other ids than the tokenizer of {origin} "
+        f"{name} gives other ids than the tokenizer of {origin} "
         f"({tokenizer.fingerprint} instead of {expected[0]}): set data.tokenizer_path = "
-        f"{literal(path)}; {remedy}"
+        f"{literal(path)}{remedy}"
     )
 
 
