@@ -83,7 +83,7 @@ def test_looking_at_a_configuration_needs_none_of_its_files(
     result = titan_lite("config", *keys)
     assert result.returncode == 0
     for key, path in (("tokenizer_path", "none.model"), ("dataset_path", "none.jsonl")):
-        warning = f'data.{key} (command line), which a run needs: no such file: "{path}"'
+        warning = f'data.{key} (command line), required by a run: no such file: "{path}"'
         assert f"titan-lite: warning: {warning}" in result.stderr
     assert cli.main(["config", *keys, "--preflight", "--quiet"]) == 2
     error = capsys.readouterr().err
@@ -147,7 +147,8 @@ def test_the_world_size_is_the_option_or_the_launchers_or_what_the_degrees_need(
     assert "the world size (4)" in titan_lite(*three, WORLD_SIZE="4").stderr
     assert titan_lite(*three, "--world-size", "3", WORLD_SIZE="4").returncode == 0
     assert (
-        "WORLD_SIZE (environment): not a number: 'x'" in titan_lite(*three, WORLD_SIZE="x").stderr
+        "WORLD_SIZE (environment): must be an integer, got 'x'"
+        in titan_lite(*three, WORLD_SIZE="x").stderr
     )
     assert titan_lite(*three, "--world-size", "x").returncode == 2
 

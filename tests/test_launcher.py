@@ -416,7 +416,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(launcher, "count_gpus", lambda: 2)
     monkeypatch.setenv("NGPU", "4")
     with pytest.raises(
-        UsageError, match="NGPU is 4, but torch can use only 2 GPUs of this machine"
+        UsageError, match="NGPU must be at most 2, the GPUs that torch can use here, got 4"
     ):
         launcher.Settings.read(["my.toml"])
 

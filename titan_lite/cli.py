@@ -133,7 +133,7 @@ def _config(argv: list[str]) -> int:
     if not options.preflight:
         for error in file_rules(loaded.config):
             key, message = error.keys[0], error.message
-            logging.warning("%s (%s), which a run needs: %s", key, loaded.origin(key), message)
+            logging.warning("%s (%s), required by a run: %s", key, loaded.origin(key), message)
     else:
         with plan.reporting():
             _preflight(plan)
@@ -359,7 +359,8 @@ def _world_size(option: int | None) -> int | None:
         return option
     if (text := os.environ.get("WORLD_SIZE")) is not None:
         if not text.isdecimal():
-            raise ConfigError([Problem("WORLD_SIZE", "environment", f"not a number: {text!r}")])
+            message = f"must be an integer, got {text!r}"
+            raise ConfigError([Problem("WORLD_SIZE", "environment", message)])
         return int(text)
     return None
 

@@ -73,7 +73,7 @@ class Settings:
         processes = _number("NGPU", gpus or 2, at_least=1)
         if gpus and processes > gpus:
             raise UsageError(
-                f"NGPU is {processes}, but torch can use only {gpus} GPUs of this machine"
+                f"NGPU must be at most {gpus}, the GPUs that torch can use here, got {processes}"
             )
         if name := unexpected_start(nodes, (nodes, nodes * processes)):
             raise UsageError(

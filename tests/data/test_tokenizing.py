@@ -348,7 +348,7 @@ def test_the_command_writes_says_so_and_verifies(
     written = capsys.readouterr().out
     assert written.startswith(f"Written to {target}: 30 documents (6 bad ones skipped), ")
     assert main(["tokenize", f"--verify={target}"]) == 0
-    assert capsys.readouterr().out.startswith(f"{target} is verified: 30 documents, ")
+    assert capsys.readouterr().out.startswith(f"{target} is verified: 30 documents (6 bad ")
     shard = target / "00000-00000.arrow"
     content = bytearray(shard.read_bytes())
     content[-70] ^= 1

@@ -47,7 +47,7 @@ def test_an_unknown_device_has_no_peak_and_names_the_key(gpu):
     peak = find_peak(Metrics(), CUDA, torch.bfloat16)
     assert peak.tflops is None
     assert peak.source == (
-        "no peak is known for device 'NVIDIA GeForce RTX 9090'; metrics.peak_tflops supplies one"
+        "no peak is known for device 'NVIDIA GeForce RTX 9090'; set metrics.peak_tflops"
     )
 
 
@@ -56,8 +56,7 @@ def test_a_device_without_the_dtype_has_no_peak_and_says_why(gpu):
     peak = find_peak(Metrics(), CUDA, torch.bfloat16)
     assert peak.tflops is None
     assert peak.source == (
-        "no bfloat16 peak is known for V100 SXM2 16GB (NVIDIA datasheet); "
-        "metrics.peak_tflops supplies one"
+        "no bfloat16 peak is known for V100 SXM2 16GB (NVIDIA datasheet); set metrics.peak_tflops"
     )
 
 

@@ -122,7 +122,7 @@ def test_hfu_is_there_only_when_something_is_recomputed():
 
 def test_an_unknown_peak_gives_no_mfu_and_names_the_key(caplog):
     caplog.set_level("INFO")
-    source = "no peak is known for device 'X'; metrics.peak_tflops supplies one"
+    source = "no peak is known for device 'X'; set metrics.peak_tflops"
     run = Run(peak=PeakFlops(None, source))
     record = run.train(10)[-1]
     assert not {"mfu", "mfu_causal", "hfu"} & set(record)

@@ -73,7 +73,7 @@ def test_what_cannot_be_read_is_refused(
 
 
 def test_a_run_on_a_cpu_is_refused(tmp_path: Any) -> None:
-    with pytest.raises(ConfigError, match=r"metrics.power.*requires an NVIDIA GPU, got device"):
+    with pytest.raises(ConfigError, match=r"metrics.power.*requires an NVIDIA GPU, got cpu; set"):
         build_trainer(tmp_path, "--metrics.power=true")
 
 

@@ -121,7 +121,7 @@ def test_an_activation_that_no_feed_forward_here_has_is_named() -> None:
     assert family.hf_config is not None
     written = hf_config_from_args(family.flavors["20b"], family.hf_config, dtype="float16")
     assert written["hidden_act"] == "gelu_fast"
-    with pytest.raises(ValueError, match="hidden_act is 'relu'; GPTNeoXForCausalLM here is built"):
+    with pytest.raises(ValueError, match="hidden_act = 'relu' is not supported; titan_lite's GPT"):
         args_from_hf(written | {"hidden_act": "relu"}, family.hf_config)
 
 

@@ -279,7 +279,7 @@ def spoil_loss(value: object) -> None:
         ),
         (
             lambda: Path("b/metrics.jsonl").write_text(2 * Path("a/metrics.jsonl").read_text()),
-            "b: steps must increase, but step 1 follows step 1",
+            "b: steps must increase, but step 1 follows step 5",
         ),
         (
             lambda: write_run(Path("c"), LOSS[:3]).rename("d").joinpath(FILE).replace("b/" + FILE),
@@ -303,9 +303,9 @@ def test_a_run_that_cannot_be_compared_is_a_mistake(spoil, message: str, capsys)
         (("a", "a/metrics.jsonl"), "a/metrics.jsonl: neither a golden file nor a run folder"),
         (
             ("a", "a", "--training.steps=3"),
-            "--training.steps=3 has no effect: a and a is not a TOML",
+            "--training.steps=3 has no effect: neither a nor a is a TOML configuration",
         ),
-        (("run.toml", "a", "--b.nproc=2"), "--b.nproc=2 has no effect: a is not a TOML file"),
+        (("run.toml", "a", "--b.nproc=2"), "--b.nproc=2 has no effect: a is not a TOML conf"),
         (("run.toml", "a", "--nproc=none"), "expected a number of processes, got 'none'"),
         (("run.toml", "a", "--training.stebs=3"), "did you mean"),
         (("run.toml", "a", "--nproc=3", "--parallel.tp=2"), "got 3; lower a degree"),

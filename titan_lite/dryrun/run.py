@@ -178,28 +178,28 @@ def left_out(config: Config) -> list[str]:
     notes = []
     if config.compile.enable:
         notes.append(
-            "compile.enable: the step is traced eagerly, except casts to float8; compiled, it "
-            "keeps and computes less between its matrix products"
+            "compile.enable: the step is traced eagerly, except casts to float8; a compiled step "
+            "stores and computes less between matrix products"
         )
     if config.parallel.async_tp:
         notes.append(
-            "parallel.async_tp: collectives are counted whole, which the compiler cuts into chunks"
+            "parallel.async_tp: whole collectives are counted; the compiler splits them into chunks"
         )
     if config.activation_checkpoint.mode == "memory_budget":
         notes.append(
-            'activation_checkpoint.mode "memory_budget" is the compiler\'s: activations are those '
-            "of no recomputation"
+            'activation_checkpoint.mode = "memory_budget": activations are counted without '
+            "recomputation, which only the compiler plans"
         )
     if config.data.masks_attention:
         exchange = ""
         if config.parallel.cp > 1 and config.parallel.cp_method == "all_gather":
-            exchange = ", keys and values are exchanged as for that, and kept in parts"
+            exchange = "; keys and values are exchanged as for whole samples, and kept in parts"
         notes.append(
             f'data.packing "{config.data.packing}": attention is counted over whole samples'
             f"{exchange}"
         )
     if config.validation.enable:
-        notes.append("validation.enable: forward passes without backward, which are left out")
+        notes.append("validation.enable: validation, which has no backward, is not counted")
     if config.parallel.cpu_offload:
         notes.append(
             "parallel.cpu_offload: parameters, gradients and optimizer state are counted although "

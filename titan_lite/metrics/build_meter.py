@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from titan_lite.config.problems import quote
 from titan_lite.config.schema import Config
 from titan_lite.metrics.device import find_peak
 from titan_lite.metrics.meter import Meter
@@ -19,9 +20,13 @@ logger = logging.getLogger(__name__)
 def build_meter(
     config: Config, process: Process, folder: Path, flops: FlopsPerToken, *, start_step: int
 ) -> Meter:
-    """Every rank measures, the first writes below `folder`; start_step: steps done already."""
+    """Builds this rank's meter; rank 0 writes records below `folder`. start_step: steps done."""
     if config.activation_checkpoint.mode in ("selective_op", "memory_budget"):
-        logger.info("HFU is not measured: only torch knows what it recomputes in this mode")
+        logger.info(
+            "HFU is not measured: activation_checkpoint.mode = %s recomputes operations that the "
+            "FLOP formula does not count",
+            quote(config.activation_checkpoint.mode),
+        )
     # Emulated float8 is rounded to 8 bits and multiplied in float32.
     dtype = "float32" if config.float8.emulate else config.training.param_dtype
     peak = find_peak(config.metrics, process.device, getattr(torch, dtype))

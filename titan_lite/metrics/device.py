@@ -33,7 +33,7 @@ _FORMATS: dict[torch.dtype, NumberFormat] = {
 class PeakFlops:
     """The rate that MFU divides by, in TFLOP/s of one device, and where it comes from.
 
-    Without a value `source` has the reason and the key that supplies one.
+    Without a value `source` has the reason and the key to set.
     """
 
     tflops: float | None
@@ -50,9 +50,7 @@ def find_peak(section: Metrics, device: torch.device, dtype: torch.dtype) -> Pea
     name = device_name(device)
     known = find_device(name)
     if known is None:
-        return PeakFlops(
-            None, f"no peak is known for device {name!r}; metrics.peak_tflops supplies one"
-        )
+        return PeakFlops(None, f"no peak is known for device {name!r}; set metrics.peak_tflops")
     number_format = _FORMATS[dtype]
     if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":
         number_format = "tfloat32"
@@ -61,7 +59,7 @@ def find_peak(section: Metrics, device: torch.device, dtype: torch.dtype) -> Pea
         return PeakFlops(
             None,
             f"no {number_format} peak is known for {known.name} ({known.source}); "
-            "metrics.peak_tflops supplies one",
+            "set metrics.peak_tflops",
         )
     return PeakFlops(tflops, f"{known.name}, dense {number_format}, {known.source}")
 

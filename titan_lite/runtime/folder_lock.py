@@ -60,7 +60,7 @@ class FolderLock:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 return False
             logger.warning(
-                "%s is on a file system without locks (%s): another run there would not be noticed",
+                "%s is on a file system without locks (%s): a second run in it is not detected",
                 folder,
                 error.strerror,
             )

@@ -21,7 +21,10 @@ MEMORY_HISTORY_EVENTS = 100_000
 def check_profiling(section: Profiling, device: torch.device) -> None:
     """ValueError for a memory snapshot on a device whose allocator keeps no history."""
     if section.enable_memory_snapshot and device.type != "cuda":
-        raise ValueError(f"memory snapshots require a CUDA device, got {device.type}")
+        raise ValueError(
+            f"memory snapshots require a CUDA device, got {device.type}; set "
+            "profiling.enable_memory_snapshot = false"
+        )
 
 
 class Profiler(contextlib.ExitStack):

@@ -76,8 +76,10 @@ def update_run_file(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def _segments_before(step: int, path: Path) -> list[dict[str, Any]]:
-    """The segments in a run.json that started before a step; none where it is missing or
-    damaged."""
+    """Returns the segments (one per start of the run) in run.json that started before a step.
+
+    Empty if run.json is missing or damaged.
+    """
     if not path.exists():
         return []
     try:

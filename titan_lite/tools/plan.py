@@ -110,7 +110,7 @@ def _search(argv: Sequence[str]) -> int:
         print(plan_report.search_text(result, best, time.perf_counter() - start))
     if options.write and best:
         if path is None:
-            message = "there is no CONFIG that the file could extend"
+            message = "requires CONFIG, which the written file extends"
             raise ConfigError([Problem("--write", "command line", message)])
         target = Path(options.write)
         target.write_text(plan_report.layout_toml(best[0], path, options.write), encoding="utf-8")
@@ -254,7 +254,7 @@ def _cluster_options(parser: argparse.ArgumentParser) -> None:
 def _parse(
     parser: argparse.ArgumentParser, argv: Sequence[str]
 ) -> tuple[argparse.Namespace, str | None, list[str]]:
-    """The options, CONFIG and the overrides, in any order."""
+    """Returns the options, CONFIG and the overrides, which may be in any order."""
     options, rest = parser.parse_known_args(argv)
     logging.basicConfig(format="titan-lite: warning: %(message)s", level=logging.ERROR)
     return options, *split_arguments(rest)
@@ -281,5 +281,5 @@ def _model(section: Model) -> str:
 def _tokens(text: str) -> float:
     match = re.fullmatch(r"([\d.]+(?:e\d+)?)([kMBGT]?)", text)
     if match is None:
-        raise argparse.ArgumentTypeError(f"expected a number as 300B or 2T, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number such as 300B or 2T, got {text!r}")
     return float(match[1]) * UNITS[match[2]]

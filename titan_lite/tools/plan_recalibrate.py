@@ -30,7 +30,7 @@ def recalibrate(folder: str, cluster: Cluster) -> dict[str, Any]:
         config = Config.model_validate(facts["config"])
         dims = ParallelDims(**facts["mesh"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        message = f"not the folder of a finished run: {error}"
+        message = f"must be the folder of a finished run: {error}"
         raise ConfigError([Problem("RUN", folder, message)]) from error
     seconds = [
         record["seconds_per_step"] * (1 - record.get("data_wait", 0.0) / 100)

@@ -112,7 +112,7 @@ def text(rows: Sequence[dict[str, Any]], cluster: Cluster) -> str:
 
 
 def plot(rows: Sequence[dict[str, Any]], cluster: Cluster, target: str) -> None:
-    """Ideal and predicted days over the number of devices, in one picture."""
+    """Plots ideal and predicted days over the number of devices into the file `target`."""
     try:
         import matplotlib as mpl
     except ImportError as error:

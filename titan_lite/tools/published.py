@@ -61,7 +61,7 @@ class Predicted:
 
 
 def read_rows(path: str) -> list[dict[str, Any]]:
-    """The rows of a file; ConfigError where it is none."""
+    """Returns the rows of a file; ConfigError if it has none or cannot be read."""
     try:
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
