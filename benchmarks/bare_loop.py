@@ -20,6 +20,7 @@ from titan_lite.models.hf_config import hf_config_from_args
 from titan_lite.models.registry import families
 from titan_lite.nn.build_model import build_model
 from titan_lite.nn.document_attention import dense_mask
+from titan_lite.nn.token_context import TokenContext
 from titan_lite.training.objective import OBJECTIVES
 
 OURS, THEIRS = "titan_lite", "transformers"
@@ -118,11 +119,11 @@ def _our_loss(batch: Batch) -> Tensor:
         return Loop.model(batch.inputs, head_loss)
     assert batch.pair_labels is not None
     places = torch.arange(batch.inputs.shape[1], device=DEVICE)
+    mask = dense_mask(batch.documents, places, Loop.dtype, causal=False)
     return Loop.model(
         batch.inputs,
         head_loss,
-        mask=dense_mask(batch.documents, places, Loop.dtype, causal=False),
-        token_types_BS=batch.token_types,
+        context=TokenContext(mask=mask, token_types_BS=batch.token_types),
         pair_loss=partial(_mean_loss, labels=batch.pair_labels),
     )
 

@@ -99,7 +99,7 @@ def _first_step(folder: Path, *overrides: str) -> dict[str, Any]:
     return {
         "batch": batch,
         "inputs": calls[1][0],
-        "call": {name: calls[1][1][name] for name in ("token_types_BS", "mask")},
+        "context": calls[1][1]["context"],
         "tokens": F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten()).item(),
         "pairs": F.cross_entropy(pairs, batch.pair_labels).item(),
         "right": (pairs.argmax(1) == batch.pair_labels).float().mean().item(),
@@ -123,9 +123,9 @@ def test_the_loss_is_the_mean_over_hidden_tokens_and_the_mean_over_pairs(
     assert record["iterations_per_second"] == pytest.approx(1 / record["seconds_per_step"])
     # Content sees content on both sides, and padding sees padding.
     assert torch.equal(actual["inputs"], batch.inputs)
-    assert torch.equal(actual["call"]["token_types_BS"], batch.token_types)
+    assert torch.equal(actual["context"].token_types_BS, batch.token_types)
     mask = dense_mask(batch.documents, torch.arange(64), torch.float32, causal=False)
-    assert torch.equal(actual["call"]["mask"], mask)
+    assert torch.equal(actual["context"].mask, mask)
     assert mask[0, 0, 0, 2] == 0
 
 

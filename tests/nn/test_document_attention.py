@@ -28,6 +28,7 @@ from titan_lite.nn.document_attention import (
     document_spans,
     has_kernel,
 )
+from titan_lite.nn.token_context import TokenContext
 from titan_lite.parallel.context import local_positions
 
 ARGS = dataclasses.replace(LLAMA.flavors["debug"], dim=64, ffn_dim=128, num_layers=2)
@@ -76,7 +77,7 @@ def test_a_packed_batch_gives_the_logits_and_gradients_of_each_part_alone(
     assert batch.positions is not None
     assert batch.documents is not None
     mask = dense_mask(batch.documents, torch.arange(40), torch.float32)
-    logits = model(batch.inputs, positions_S=batch.positions, mask=mask)
+    logits = model(batch.inputs, context=TokenContext(batch.positions, mask))
     cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum").backward()
     packed, alone, parts = _gradients(model), [], 0
     for inputs, labels, numbers in zip(batch.inputs, batch.labels, batch.documents, strict=True):
@@ -90,7 +91,7 @@ def test_a_packed_batch_gives_the_logits_and_gradients_of_each_part_alone(
     torch.testing.assert_close(logits.flatten(0, 1), torch.cat(alone), rtol=1e-6, atol=2e-6)
     for name, gradient in _gradients(model).items():
         torch.testing.assert_close(packed[name], gradient, rtol=1e-5, atol=2e-5, msg=name)
-    without = model(batch.inputs, positions_S=batch.positions)
+    without = model(batch.inputs, context=TokenContext(batch.positions))
     assert not torch.allclose(without, logits, atol=1e-2)
 
 
@@ -230,7 +231,7 @@ def test_compiled_blocks_take_documents_of_any_number_and_length_in_two_graphs(
         results = []
         tokens = torch.randint(ARGS.vocab_size, (B, S))
         for mask in (document_spans(numbers_BS, queries), dense(numbers_BS, queries)):
-            logits = model(tokens, mask=mask)
+            logits = model(tokens, context=TokenContext(mask=mask))
             logits.square().sum().backward()
             results.append([logits, *_gradients(model).values()])
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)

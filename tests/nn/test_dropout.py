@@ -21,6 +21,7 @@ from titan_lite.nn.attention import DropoutAttention, ScaledDotProductAttention
 from titan_lite.nn.build_model import build_decoder
 from titan_lite.nn.document_attention import dense_mask
 from titan_lite.nn.dropout import Dropout, drop, hash32, token_keys
+from titan_lite.nn.token_context import TokenContext
 
 P = 0.1
 B, S = 3, 50
@@ -119,12 +120,12 @@ def test_parts_of_the_sequence_and_of_the_heads_drop_what_the_whole_does() -> No
     assert torch.equal(torch.cat(parts, dim=1), whole)
 
     heads = [torch.randn(B, 4, S, 16) for _ in range(3)]
-    whole = DropoutAttention(P, salt=1, causal=True)(*heads, None, KEYS_BS)
+    whole = DropoutAttention(P, salt=1, causal=True)(*heads, TokenContext(dropout_keys_BS=KEYS_BS))
     parts = []
     for shard, part in enumerate(zip(*(t.chunk(2, dim=1) for t in heads), strict=True)):
         attention = DropoutAttention(P, salt=1, causal=True)
         attention.shard = shard
-        parts.append(attention(*part, None, KEYS_BS))
+        parts.append(attention(*part, TokenContext(dropout_keys_BS=KEYS_BS)))
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-6)
 
 
@@ -138,9 +139,10 @@ def test_attention_whose_weights_are_hardly_dropped_is_the_fused_one(
     k, v = (torch.randn(B, num_kv_heads, S, 16) for _ in range(2))
     documents = (torch.arange(S) >= torch.tensor([[20], [30], [50]])).long()
     mask = dense_mask(documents, torch.arange(S), torch.float32) if masked else None
+    context = TokenContext(mask=mask, dropout_keys_BS=KEYS_BS)
     # 2**-33 of them: none.
-    got = DropoutAttention(2**-33, salt=1, causal=True)(q, k, v, mask, KEYS_BS)
-    expected = ScaledDotProductAttention(causal=True)(q, k, v, mask)
+    got = DropoutAttention(2**-33, salt=1, causal=True)(q, k, v, context)
+    expected = ScaledDotProductAttention(causal=True)(q, k, v, context)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -153,10 +155,10 @@ def test_without_keys_nothing_is_dropped_and_with_them_other_steps_drop_other_th
     without.load_state_dict(model.state_dict())
     tokens = torch.randint(args.vocab_size, (B, S))
     assert torch.equal(model(tokens), without(tokens))
-    first, again = (model(tokens, dropout_keys_BS=KEYS_BS) for _ in range(2))
+    first, again = (model(tokens, context=TokenContext(dropout_keys_BS=KEYS_BS)) for _ in range(2))
     later_keys = token_keys(7, torch.arange(B, 2 * B), torch.arange(S))
     assert torch.equal(first, again)
-    for other in (model(tokens), model(tokens, dropout_keys_BS=later_keys)):
+    for other in (model(tokens), model(tokens, context=TokenContext(dropout_keys_BS=later_keys))):
         assert (first - other).abs().amax(-1).min() > 1e-3
 
 
@@ -211,7 +213,7 @@ def test_features_are_dropped_where_transformers_drops_them(
     dropping = DroppingAsHere(args.num_heads)
     tokens, weight_BSV = torch.randint(1, args.vocab_size, (B, S)), torch.randn(args.vocab_size)
 
-    logits = model(tokens, dropout_keys_BS=KEYS_BS)
+    logits = model(tokens, context=TokenContext(dropout_keys_BS=KEYS_BS))
     (logits * weight_BSV).mean().backward()
     with monkeypatch.context() as patch:
         patch.setattr("torch.nn.functional.dropout", dropping)

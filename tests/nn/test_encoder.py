@@ -16,6 +16,7 @@ from titan_lite.models.family import Family
 from titan_lite.nn.build_model import build_encoder
 from titan_lite.nn.document_attention import dense_mask
 from titan_lite.nn.encoder import Encoder
+from titan_lite.nn.token_context import TokenContext
 
 FAMILIES = pytest.mark.parametrize("family", [BERT, MEGATRON_BERT], ids=lambda family: family.name)
 B, S = 3, 100
@@ -80,7 +81,7 @@ def test_logits_losses_and_every_gradient_equal_hugging_face(family: Family) -> 
         return cross_entropy(logits_B2, batch["pair_labels"], reduction="sum") / B
 
     mask = dense_mask(batch["padding"], torch.arange(S), torch.float32, causal=False)
-    inputs = {"mask": mask, "token_types_BS": batch["types"]}
+    inputs = {"context": TokenContext(mask=mask, token_types_BS=batch["types"])}
     loss = model(batch["tokens"], head_loss, pair_loss=pair_loss, **inputs)
     expected = hf_model(
         input_ids=batch["tokens"],
@@ -142,5 +143,6 @@ def test_all_tokens_are_of_the_first_text_unless_told() -> None:
     model = drawn(small(BERT))
     tokens = pairs(model.vocab_size)["tokens"]
     first = model(tokens)
-    assert torch.equal(first, model(tokens, token_types_BS=torch.zeros_like(tokens)))
-    assert not torch.allclose(first, model(tokens, token_types_BS=torch.ones_like(tokens)))
+    zeros, ones = (TokenContext(token_types_BS=torch.full_like(tokens, kind)) for kind in (0, 1))
+    assert torch.equal(first, model(tokens, context=zeros))
+    assert not torch.allclose(first, model(tokens, context=ones))

@@ -25,6 +25,7 @@ from titan_lite.config.activation_checkpoint import CHECKPOINT_MODES
 from titan_lite.models.llama import LLAMA
 from titan_lite.nn.attention import ScaledDotProductAttention
 from titan_lite.nn.build_model import build_model
+from titan_lite.nn.token_context import NO_CONTEXT, TokenContext
 from titan_lite.parallel import context_attention
 from titan_lite.parallel.activation_checkpoint import apply_activation_checkpoint
 from titan_lite.parallel.context import (
@@ -70,7 +71,7 @@ def _attend(
     out = scaled_dot_product_attention(*whole, is_causal=True, enable_gqa=True)
     expected = [out.detach(), *torch.autograd.grad(out, whole, grad.float())]
     local = [tensor[:, :, positions].requires_grad_() for tensor in (q, k, v)]
-    out = _module(method, kernel)(*local)
+    out = _module(method, kernel)(*local, NO_CONTEXT)
     got = [out.detach(), *torch.autograd.grad(out, local, grad[:, :, positions])]
     assert all(tensor.dtype == dtype for tensor in got)
     return [tensor[:, :, positions] for tensor in expected], [tensor.float() for tensor in got]
@@ -202,7 +203,7 @@ def _logits(method: str) -> tuple[Tensor, Tensor]:
         expected = model(tokens)
         apply_cp(model, _world(), method, lambda _: "flash")
         positions = local_positions(method, S, dist.get_rank(), dist.get_world_size())
-        return expected[:, positions], model(tokens[:, positions], positions_S=positions)
+        return expected[:, positions], model(tokens[:, positions], context=TokenContext(positions))
 
 
 @pytest.mark.distributed
@@ -223,7 +224,7 @@ def _what_the_model_gets(folder: Path, *overrides: str) -> dict[str, Any]:
     def look(_model: nn.Module, inputs: Any, settings: dict[str, Any]) -> None:
         labels = settings["head_loss"].keywords["labels"]
         actual["part"] = (inputs[0], labels)
-        actual["positions"] = settings["positions_S"]
+        actual["positions"] = settings["context"].positions_S
 
     trainer.built.model.register_forward_pre_hook(look, with_kwargs=True)
     trainer.train_step(1)
@@ -252,7 +253,7 @@ def test_ranks_of_a_sequence_get_its_tokens_their_labels_and_positions(
 def _flops(method: str) -> int:
     local = [torch.zeros(B, N, S // dist.get_world_size(), H, requires_grad=True) for _ in range(3)]
     with FlopCounterMode(display=False) as counter:
-        _module(method)(*local).sum().backward()
+        _module(method)(*local, NO_CONTEXT).sum().backward()
     return counter.get_total_flops()
 
 
@@ -276,7 +277,7 @@ def _repeated_attentions(method: str, mode: str) -> int:
     apply_cp(model, group, method, lambda _: "flash")
     apply_activation_checkpoint(model, CHECKPOINT_MODES.variants[mode]())
     positions = local_positions(method, S, group.rank(), group.size())
-    loss = model(positions.unsqueeze(0), positions_S=positions).sum()
+    loss = model(positions.unsqueeze(0), context=TokenContext(positions)).sum()
     with Operations() as operations:
         loss.backward()
     return operations.counts["attention"]

@@ -20,6 +20,7 @@ from tests.runs import TINY, whole
 from titan_lite.models.plan import make_plan
 from titan_lite.nn.build_model import build_model
 from titan_lite.nn.document_attention import dense_mask
+from titan_lite.nn.token_context import TokenContext
 from titan_lite.parallel.gradients import clipped_norm
 from titan_lite.parallel.init_weights import init_weights
 from titan_lite.parallel.parallel_model import ParallelModel, build_parallel
@@ -69,11 +70,11 @@ def _pair_loss(labels_B: Tensor, logits_B2: Tensor) -> Tensor:
 
 def _call(samples: Mapping[str, Tensor], rows: slice) -> tuple[Tensor, dict[str, Any]]:
     part = {name: tensor[rows] for name, tensor in samples.items()}
+    mask = dense_mask(part["documents"], torch.arange(SEQ_LEN), torch.float32, causal=False)
     return part["tokens"], {
         "head_loss": partial(_head_loss, part["labels"]),
         "pair_loss": partial(_pair_loss, part["pair_labels"]),
-        "mask": dense_mask(part["documents"], torch.arange(SEQ_LEN), torch.float32, causal=False),
-        "token_types_BS": part["types"],
+        "context": TokenContext(mask=mask, token_types_BS=part["types"]),
     }
 
 

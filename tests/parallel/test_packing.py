@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.distributed import Workers
@@ -28,6 +27,7 @@ from titan_lite.data.loader import Batch
 from titan_lite.models.llama import LLAMA
 from titan_lite.nn.build_model import build_model
 from titan_lite.nn.document_attention import dense_mask, document_spans
+from titan_lite.nn.token_context import TokenContext
 from titan_lite.parallel.activation_checkpoint import apply_activation_checkpoint
 from titan_lite.parallel.context import Method, local_positions
 
@@ -99,19 +99,16 @@ def test_every_layout_trains_what_one_process_does(
     assert applied["compiled_graphs"] == (1 if COMPILE in settings else None)
 
 
-def _what_the_model_gets(folder: Path, *overrides: str) -> tuple[Batch, dict[str, Tensor]]:
+def _what_the_model_gets(folder: Path, *overrides: str) -> tuple[Batch, TokenContext]:
     trainer = build_trainer(folder, *overrides)
-    batch, actual = next(trainer.data.batches), {}
+    batch, contexts = next(trainer.data.batches), []
     trainer.data.batches = iter([batch])
     trainer.built.model.register_forward_pre_hook(
-        lambda _model, _inputs, kwargs: actual.update(
-            {name: kwargs[name] for name in ("positions_S", "mask")}
-        ),
-        with_kwargs=True,
+        lambda _model, _inputs, kwargs: contexts.append(kwargs["context"]), with_kwargs=True
     )
     trainer.train_step(1)
     trainer.close()
-    return batch, actual
+    return batch, contexts[0]
 
 
 @pytest.mark.distributed
@@ -124,9 +121,9 @@ def test_ranks_of_a_sample_get_the_positions_in_its_documents_and_what_they_see(
         assert batch.positions is not None
         assert batch.documents is not None
         local = local_positions(method, 64, rank, size=2)
-        assert torch.equal(got["positions_S"], batch.positions[:, local])
+        assert torch.equal(got.positions_S, batch.positions[:, local])
         queries = torch.arange(64) if method == "ulysses" else local
-        assert torch.equal(got["mask"], dense_mask(batch.documents, queries, torch.float32))
+        assert torch.equal(got.mask, dense_mask(batch.documents, queries, torch.float32))
 
 
 def _repeated_attentions(mode: str) -> int:
@@ -136,7 +133,7 @@ def _repeated_attentions(mode: str) -> int:
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = build_model(LLAMA, args)
         apply_activation_checkpoint(model, CHECKPOINT_MODES.variants[mode]())
-        loss = model(torch.zeros(1, 6, dtype=torch.int64), mask=spans).sum()
+        loss = model(torch.zeros(1, 6, dtype=torch.int64), context=TokenContext(mask=spans)).sum()
         with Operations() as operations:
             loss.backward()
     return operations.counts["attention"]

@@ -213,7 +213,7 @@ class Recorder(TorchDispatchMode):
             # What FSDP2 reduces are the gradients of gathered weights.
             self._name_gradients(args)
         self.flops += flops(func, args, kwargs, out)
-        for tensor in _tensors(out):
+        for tensor in tensors_in(out):
             if tensor.device.type != "meta" and not self._is_inside_a_kernel(tensor):
                 self._see(tensor.untyped_storage())
         return out
@@ -248,7 +248,7 @@ class Recorder(TorchDispatchMode):
             allocation.bytes = size
 
     def _name_gradients(self, args: Any) -> None:
-        for tensor in _tensors(args):
+        for tensor in tensors_in(args):
             allocation = self._see(tensor.untyped_storage())
             if allocation.category == "activations":
                 allocation.category = "unsharded"
@@ -260,12 +260,13 @@ class Recorder(TorchDispatchMode):
                 key = operation, self._axis_of(group_of(func, args))
                 self.counts[key] += 1
                 self.bytes[key] += max(
-                    sum(t.nbytes for t in _tensors(value)) for value in (*args, out)
+                    sum(t.nbytes for t in tensors_in(value)) for value in (*args, out)
                 )
                 return
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """Yields the tensors in nested containers."""
     return (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from titan_lite.dryrun.recorder import Allocation, Category, Moment, Recorder
+from titan_lite.dryrun.recorder import Allocation, Category, Moment, Recorder, tensors_in
 
 # Micro-batches in which blocks run.
 MICRO_BATCHES = 2
@@ -99,12 +99,11 @@ class _Repeater:
         self.recorder, self.passes, self.block, self.place = recorder, passes, block, place
         self._forward = block.forward
 
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Runs the block, or repeats another's pass."""
         allocations: dict[Name, Allocation] = {
-            name: self.recorder.allocation(value)
-            for name, value in {"x": x, **kwargs}.items()
-            if isinstance(value, Tensor)
+            f"input {index}": self.recorder.allocation(tensor)
+            for index, tensor in enumerate(tensors_in((x, args, kwargs)))
         }
         if self.runs_left == 0:
             repeated: Tensor = _Repeated.apply(x, self, allocations)
@@ -112,7 +111,7 @@ class _Repeater:
         self.runs_left -= 1
         names = {allocation: name for name, allocation in allocations.items()}
         moment = self.recorder.moment()
-        out = self._forward(x, **kwargs)
+        out = self._forward(x, *args, **kwargs)
         forward = self._learn(self.place, moment, names, {None: out})
         place = self.place
 

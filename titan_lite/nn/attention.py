@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from titan_lite.models.args import DecoderArgs, LatentArgs
-from titan_lite.nn.document_attention import DocumentMask, attend_in_documents
+from titan_lite.nn.document_attention import attend_in_documents
 from titan_lite.nn.dropout import drop, hash32
 from titan_lite.nn.norm import RMSNorm
+from titan_lite.nn.token_context import TokenContext
 
 # Of the norms inside latent attention, whatever norm_eps of the others.
 LATENT_EPS = 1e-6
@@ -28,15 +29,10 @@ class ScaledDotProductAttention(nn.Module):
         self.causal = causal
 
     def forward(
-        self,
-        q_BNSH: Tensor,
-        k_BKSH: Tensor,
-        v_BKSH: Tensor,
-        mask: DocumentMask | None = None,
-        dropout_keys_BS: Tensor | None = None,
+        self, q_BNSH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, context: TokenContext
     ) -> Tensor:
-        if mask is not None:
-            return attend_in_documents(q_BNSH, k_BKSH, v_BKSH, mask, causal=self.causal)
+        if context.mask is not None:
+            return attend_in_documents(q_BNSH, k_BKSH, v_BKSH, context.mask, causal=self.causal)
         return scaled_dot_product_attention(
             q_BNSH,
             k_BKSH,
@@ -62,15 +58,11 @@ class DropoutAttention(ScaledDotProductAttention):
         self.salt = salt
 
     def forward(
-        self,
-        q_BNSH: Tensor,
-        k_BKSH: Tensor,
-        v_BKSH: Tensor,
-        mask: DocumentMask | None = None,
-        dropout_keys_BS: Tensor | None = None,
+        self, q_BNSH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, context: TokenContext
     ) -> Tensor:
-        if dropout_keys_BS is None:
-            return super().forward(q_BNSH, k_BKSH, v_BKSH, mask)
+        mask, keys_BS = context.mask, context.dropout_keys_BS
+        if keys_BS is None:
+            return super().forward(q_BNSH, k_BKSH, v_BKSH, context)
         N, S, H = q_BNSH.shape[1:]
         k_BNSH, v_BNSH = (t.repeat_interleave(N // t.shape[1], dim=1) for t in (k_BKSH, v_BKSH))
         scores_BNSS = q_BNSH @ k_BNSH.transpose(-1, -2) * H**-0.5
@@ -84,7 +76,7 @@ class DropoutAttention(ScaledDotProductAttention):
         heads_N = torch.arange(
             self.shard * N, (self.shard + 1) * N, dtype=torch.int32, device=q_BNSH.device
         )
-        keys_BNS = hash32(hash32(dropout_keys_BS ^ self.salt)[:, None] ^ heads_N[:, None])
+        keys_BNS = hash32(hash32(keys_BS ^ self.salt)[:, None] ^ heads_N[:, None])
         return drop(weights_BNSS, keys_BNS, self.p) @ v_BNSH
 
 
@@ -118,34 +110,23 @@ class Attention(nn.Module):
             for _ in range(2)
         )
 
-    def forward(
-        self,
-        x_BSD: Tensor,
-        positions_S: Tensor | None = None,
-        mask: DocumentMask | None = None,
-        dropout_keys_BS: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x_BSD: Tensor, context: TokenContext) -> Tensor:
         # -1: under tensor parallelism the projections return this rank's heads only.
         heads = (*x_BSD.shape[:2], -1, self.head_size)
         q_BSNH = self.q_norm(self.wq(x_BSD).view(heads))
         k_BSKH = self.k_norm(self.wk(x_BSD).view(heads))
-        q_BSNH, k_BSKH = self.rope(q_BSNH, k_BSKH, positions_S)
+        q_BSNH, k_BSKH = self.rope(q_BSNH, k_BSKH, context.positions_S)
         v_BSKH = self.wv(x_BSD).view(heads)
-        out_BSNH = self.attend(q_BSNH, k_BSKH, v_BSKH, mask, dropout_keys_BS)
+        out_BSNH = self.attend(q_BSNH, k_BSKH, v_BSKH, context)
         out_BSD: Tensor = self.wo(out_BSNH.flatten(2))
         return out_BSD
 
     def attend(
-        self,
-        q_BSNH: Tensor,
-        k_BSKH: Tensor,
-        v_BSKH: Tensor,
-        mask: DocumentMask | None,
-        dropout_keys_BS: Tensor | None,
+        self, q_BSNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, context: TokenContext
     ) -> Tensor:
         """Returns the inner attention's output, (B, S, N, H)."""
         q_BNSH, k_BKSH, v_BKSH = (t.transpose(1, 2) for t in (q_BSNH, k_BSKH, v_BSKH))
-        out_BNSH: Tensor = self.inner_attention(q_BNSH, k_BKSH, v_BKSH, mask, dropout_keys_BS)
+        out_BNSH: Tensor = self.inner_attention(q_BNSH, k_BKSH, v_BKSH, context)
         return out_BNSH.transpose(1, 2)
 
 
@@ -181,13 +162,7 @@ class LatentAttention(Attention):
         )
         self.wo = nn.Linear(args.num_heads * args.v_dim, D, bias=False)
 
-    def forward(
-        self,
-        x_BSD: Tensor,
-        positions_S: Tensor | None = None,
-        mask: DocumentMask | None = None,
-        dropout_keys_BS: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x_BSD: Tensor, context: TokenContext) -> Tensor:
         q = self.wq(x_BSD) if self.wq is not None else self.wq_b(self.q_norm(self.wq_a(x_BSD)))
         q_BSNH = q.unflatten(-1, (-1, self.head_size))
         latent, k_BSR = self.wkv_a(x_BSD).split(self.kv_sizes, dim=-1)
@@ -195,14 +170,16 @@ class LatentAttention(Attention):
         k_nope, v_BSNV = kv_BSNX.split(self.value_sizes, dim=-1)
         q_nope, q_BSNR = q_BSNH.split(self.query_sizes, dim=-1)
         q_BSNR, k_BS1R = self.rope(
-            pairs_to_halves(q_BSNR), pairs_to_halves(self.copy(k_BSR).unsqueeze(2)), positions_S
+            pairs_to_halves(q_BSNR),
+            pairs_to_halves(self.copy(k_BSR).unsqueeze(2)),
+            context.positions_S,
         )
         q_BSNH = torch.cat((q_nope, q_BSNR), dim=-1)
         k_BSNH = torch.cat((k_nope, k_BS1R.expand_as(q_BSNR)), dim=-1)
         # Fused kernels take heads of one size; zeros of values give zeros, which are cut off.
         V = v_BSNV.shape[-1]
         v_BSNH = pad(v_BSNV, (0, self.head_size - V))
-        out_BSNH = self.attend(q_BSNH, k_BSNH, v_BSNH, mask, dropout_keys_BS)
+        out_BSNH = self.attend(q_BSNH, k_BSNH, v_BSNH, context)
         out_BSD: Tensor = self.wo(out_BSNH[..., :V].flatten(2))
         return out_BSD
 

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from titan_lite.models.args import DecoderArgs
 from titan_lite.nn.attention import build_attention
-from titan_lite.nn.document_attention import DocumentMask
 from titan_lite.nn.dropout import build_dropout
 from titan_lite.nn.feed_forward import build_feed_forward
 from titan_lite.nn.norm import NORMS
+from titan_lite.nn.token_context import TokenContext
 
 
 class Block(nn.Module):
@@ -29,64 +29,38 @@ class Block(nn.Module):
         self.attention_dropout = build_dropout(args.hidden_dropout, salt=2)
         self.ffn_dropout = build_dropout(args.hidden_dropout, salt=3)
 
-    def attend(
-        self,
-        x_BSD: Tensor,
-        positions_S: Tensor | None,
-        mask: DocumentMask | None,
-        dropout_keys_BS: Tensor | None,
-    ) -> Tensor:
+    def attend(self, x_BSD: Tensor, context: TokenContext) -> Tensor:
         """Returns the output of attention, for the residual stream."""
         # By keyword: what tensor parallel gathers for the attention is its only positional input.
-        out_BSD = self.attention(
-            x_BSD, positions_S=positions_S, mask=mask, dropout_keys_BS=dropout_keys_BS
-        )
-        dropped_BSD: Tensor = self.attention_dropout(out_BSD, dropout_keys_BS)
+        out_BSD = self.attention(x_BSD, context=context)
+        dropped_BSD: Tensor = self.attention_dropout(out_BSD, context.dropout_keys_BS)
         return dropped_BSD
 
-    def feed(self, x_BSD: Tensor, dropout_keys_BS: Tensor | None) -> Tensor:
+    def feed(self, x_BSD: Tensor, context: TokenContext) -> Tensor:
         """Returns the output of the feed-forward, for the residual stream."""
-        dropped_BSD: Tensor = self.ffn_dropout(self.feed_forward(x_BSD), dropout_keys_BS)
+        dropped_BSD: Tensor = self.ffn_dropout(self.feed_forward(x_BSD), context.dropout_keys_BS)
         return dropped_BSD
 
-    def forward(
-        self,
-        x_BSD: Tensor,
-        positions_S: Tensor | None = None,
-        mask: DocumentMask | None = None,
-        dropout_keys_BS: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x_BSD: Tensor, context: TokenContext) -> Tensor:
         normed_BSD = self.attention_norm(x_BSD)
-        h_BSD = x_BSD + self.attend(normed_BSD, positions_S, mask, dropout_keys_BS)
-        return h_BSD + self.feed(self.ffn_norm(h_BSD), dropout_keys_BS)
+        h_BSD = x_BSD + self.attend(normed_BSD, context)
+        return h_BSD + self.feed(self.ffn_norm(h_BSD), context)
 
 
 class ParallelBlock(Block):
     """Attention and feed-forward in parallel, on the same input (GPT-J, GPT-NeoX)."""
 
-    def forward(
-        self,
-        x_BSD: Tensor,
-        positions_S: Tensor | None = None,
-        mask: DocumentMask | None = None,
-        dropout_keys_BS: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x_BSD: Tensor, context: TokenContext) -> Tensor:
         normed_BSD = self.attention_norm(x_BSD)
-        attended_BSD = self.attend(normed_BSD, positions_S, mask, dropout_keys_BS)
-        return x_BSD + attended_BSD + self.feed(self.ffn_norm(x_BSD), dropout_keys_BS)
+        attended_BSD = self.attend(normed_BSD, context)
+        return x_BSD + attended_BSD + self.feed(self.ffn_norm(x_BSD), context)
 
 
 class PostNormBlock(Block):
     """Attention and feed-forward, each added to its input and the sum normalised (the original)."""
 
-    def forward(
-        self,
-        x_BSD: Tensor,
-        positions_S: Tensor | None = None,
-        mask: DocumentMask | None = None,
-        dropout_keys_BS: Tensor | None = None,
-    ) -> Tensor:
-        attended_BSD = self.attend(x_BSD, positions_S, mask, dropout_keys_BS)
+    def forward(self, x_BSD: Tensor, context: TokenContext) -> Tensor:
+        attended_BSD = self.attend(x_BSD, context)
         h_BSD = self.attention_norm(x_BSD + attended_BSD)
-        out_BSD: Tensor = self.ffn_norm(h_BSD + self.feed(h_BSD, dropout_keys_BS))
+        out_BSD: Tensor = self.ffn_norm(h_BSD + self.feed(h_BSD, context))
         return out_BSD

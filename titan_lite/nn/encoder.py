@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from titan_lite.models.args import EncoderArgs
 from titan_lite.nn.block import Block, ParallelBlock, PostNormBlock
-from titan_lite.nn.document_attention import DocumentMask
 from titan_lite.nn.feed_forward import build_gelu
 from titan_lite.nn.init import ENCODER_RULES
 from titan_lite.nn.norm import NORMS
 from titan_lite.nn.output_head import HeadLoss, OutputHead
+from titan_lite.nn.token_context import NO_CONTEXT, TokenContext
 from titan_lite.nn.transformer import Transformer
 
 PairLoss = Callable[[Tensor], Tensor]
@@ -80,28 +80,23 @@ class Encoder(Transformer):
         self,
         tokens_BS: Tensor,
         head_loss: HeadLoss | None = None,
-        positions_S: Tensor | None = None,
-        mask: DocumentMask | None = None,
-        token_types_BS: Tensor | None = None,
+        context: TokenContext = NO_CONTEXT,
         pair_loss: PairLoss | None = None,
-        dropout_keys_BS: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, S, V), or the sum of what the two losses return: scalars.
 
         head_loss is called as (hidden_BSD, output_weight_VD, output_bias_V), pair_loss, where there
-        is one, as (pair_logits_B2). token_types_BS: which text of the pair a token is of; None: all
-        of the first. positions_S, mask and dropout_keys_BS, and the stages of a pipeline: as for
-        Decoder.
+        is one, as (pair_logits_B2). The stages of a pipeline: as for Decoder.
         """
-        x_BSD = self.embed(tokens_BS, positions_S)
+        x_BSD = self.embed(tokens_BS, context)
         if self.type_embeddings is not None:
-            if token_types_BS is None:
-                token_types_BS = torch.zeros_like(tokens_BS)
-            x_BSD = x_BSD + self.type_embeddings(token_types_BS)
+            types_BS = context.token_types_BS
+            types_BS = torch.zeros_like(tokens_BS) if types_BS is None else types_BS
+            x_BSD = x_BSD + self.type_embeddings(types_BS)
         x_BSD = self.embedding_norm(x_BSD) if self.embedding_norm is not None else x_BSD
         if self.tok_embeddings is not None:
-            x_BSD = self.embedding_dropout(x_BSD, dropout_keys_BS)
-        x_BSD = self.run_blocks(x_BSD, positions_S, mask, dropout_keys_BS)
+            x_BSD = self.embedding_dropout(x_BSD, context.dropout_keys_BS)
+        x_BSD = self.run_blocks(x_BSD, context)
         x_BSD = self.norm(x_BSD) if self.norm is not None else x_BSD
         if self.transform is None or self.output is None or self.pair_head is None:
             return x_BSD

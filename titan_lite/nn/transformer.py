@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from titan_lite.models.args import DecoderArgs, MoEArgs
 from titan_lite.nn.balance import Balance
 from titan_lite.nn.block import Block
-from titan_lite.nn.document_attention import DocumentMask
-from titan_lite.nn.dropout import build_dropout, hash32
+from titan_lite.nn.dropout import build_dropout
 from titan_lite.nn.init import InitRule, fill, linear
 from titan_lite.nn.moe import Router
 from titan_lite.nn.output_head import OutputHead
 from titan_lite.nn.rope import NoRotation, RotaryEmbedding
+from titan_lite.nn.token_context import TokenContext
 
 
 class Transformer(nn.Module):
@@ -82,31 +82,24 @@ class Transformer(nn.Module):
             return tensor[: self.top_k]
         return self.without_padding(name, tensor)
 
-    def embed(self, tokens_BS: Tensor, positions_S: Tensor | None) -> Tensor:
+    def embed(self, tokens_BS: Tensor, context: TokenContext) -> Tensor:
         """Embeddings (B, S, D) of tokens, and of positions where those are learned.
 
         Without tok_embeddings the input is the previous stage's hidden states already.
         """
         x_BSD = self.tok_embeddings(tokens_BS) if self.tok_embeddings is not None else tokens_BS
         if self.pos_embeddings is not None:
-            every_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
-            x_BSD = x_BSD + self.pos_embeddings(every_S if positions_S is None else positions_S)
+            positions_S = context.positions_S
+            if positions_S is None:
+                positions_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+            x_BSD = x_BSD + self.pos_embeddings(positions_S)
         return x_BSD
 
-    def run_blocks(
-        self,
-        x_BSD: Tensor,
-        positions_S: Tensor | None,
-        mask: DocumentMask | None,
-        dropout_keys_BS: Tensor | None,
-    ) -> Tensor:
+    def run_blocks(self, x_BSD: Tensor, context: TokenContext) -> Tensor:
         """Returns the output of the last block."""
         for name, block in self.layers.items():
-            keys_BS = None
-            if dropout_keys_BS is not None:
-                # A block knows no number, for equal ones to share a compiled graph.
-                keys_BS = hash32(dropout_keys_BS ^ (int(name) + 1))
-            x_BSD = block(x_BSD, positions_S=positions_S, mask=mask, dropout_keys_BS=keys_BS)
+            # A block knows no number, for equal ones to share a compiled graph.
+            x_BSD = block(x_BSD, context.of_block(int(name)))
         return x_BSD
 
     def tie(self) -> None:

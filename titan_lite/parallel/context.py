@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from titan_lite.nn.attention import Attention
-from titan_lite.nn.document_attention import DocumentMask, attend_in_documents
+from titan_lite.nn.document_attention import attend_in_documents
+from titan_lite.nn.token_context import TokenContext
 from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.attention_kernel import MergedKernel
 from titan_lite.parallel.context_attention import sharded_attention
@@ -32,7 +33,7 @@ def local_positions(method: Method, seq_len: int, rank: int, size: int) -> Tenso
     """
     if method == "ulysses":
         return torch.arange(seq_len).chunk(size)[rank]
-    chunks = torch.arange(seq_len).chunk(2 * size)
+    chunks = torch.arange(seq_len).tensor_split(2 * size)
     return torch.cat((chunks[rank], chunks[2 * size - 1 - rank]))
 
 
@@ -84,17 +85,12 @@ class ShardedAttention(nn.Module):
         self.group_name = group.group_name
 
     def forward(
-        self,
-        q_BNSH: Tensor,
-        k_BKSH: Tensor,
-        v_BKSH: Tensor,
-        mask: DocumentMask | None = None,
-        dropout_keys_BS: Tensor | None = None,
+        self, q_BNSH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, context: TokenContext
     ) -> Tensor:
-        if mask is not None:
+        if context.mask is not None:
             assert self.method == "all_gather"
             k_BKTH, v_BKTH = self._gather(torch.stack((k_BKSH, v_BKSH))).unbind()
-            return attend_in_documents(q_BNSH, k_BKTH, v_BKTH, mask)
+            return attend_in_documents(q_BNSH, k_BKTH, v_BKTH, context.mask)
         out_BNSH: Tensor
         out_BNSH, _ = sharded_attention(
             q_BNSH, k_BKSH, v_BKSH, self.method, self.kernel, self.group_name
@@ -120,12 +116,7 @@ class UlyssesAttention(nn.Module):
         self.group_name = group.group_name
 
     def forward(
-        self,
-        q_BNSH: Tensor,
-        k_BKSH: Tensor,
-        v_BKSH: Tensor,
-        mask: DocumentMask | None = None,
-        dropout_keys_BS: Tensor | None = None,
+        self, q_BNSH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, context: TokenContext
     ) -> Tensor:
         R = self.degree
         # Key/value heads are repeated until each rank can have as many as another.
@@ -137,7 +128,7 @@ class UlyssesAttention(nn.Module):
         heads = self._exchange([torch.cat(part, dim=1) for part in parts])
         sizes = [tensor.shape[1] // R for tensor in (q_BNSH, k_BKSH, v_BKSH)]
         q, k, v = torch.cat(heads, dim=2).split(sizes, dim=1)
-        out = self.inner_attention(q, k, v, mask)
+        out = self.inner_attention(q, k, v, context)
         return torch.cat(self._exchange(out.chunk(R, dim=2)), dim=1)
 
     def _exchange(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:

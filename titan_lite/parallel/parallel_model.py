@@ -30,14 +30,14 @@ class ParallelModel:
     """This rank's part of a model: its parameters, by the names they have in the whole one.
 
     pipeline: runs its stages; None where `model` itself is called. local_indices: of this rank's
-    tokens in each sequence; None where it holds whole sequences.
+    tokens in each sequence.
     """
 
     model: Transformer
     pipeline: Pipeline | None
     applied: Applied
     meshes: Meshes
-    local_indices: Tensor | None
+    local_indices: Tensor
 
 
 def build_parallel(
@@ -51,9 +51,8 @@ def build_parallel(
     config = plan.config
     parallel, training = config.parallel, config.training
     place = plan.dims.coordinates(process.rank)
-    local, indices = {0: model}, None
-    if parallel.cp > 1:
-        indices = local_positions(parallel.cp_method, training.seq_len, place["cp"], parallel.cp)
+    local = {0: model}
+    indices = local_positions(parallel.cp_method, training.seq_len, place["cp"], parallel.cp)
     if meshes.pp is not None:
         with torch.device("meta"):
             local = {

@@ -47,7 +47,7 @@ class Objective(Protocol):
     def arguments(
         self, batch: Batch, factor: Tensor, sums: Tensor, to_device: Callable[[Tensor], Tensor]
     ) -> dict[str, Any]:
-        """Returns the model's arguments other than tokens, positions, mask and the head's loss.
+        """Returns the model's arguments other than tokens, context and the head's loss.
 
         factor: of the loss of the pairs. sums: (num_sums,), to which the forward pass adds.
         """
@@ -124,11 +124,10 @@ class MaskedLM:
     def arguments(
         self, batch: Batch, factor: Tensor, sums: Tensor, to_device: Callable[[Tensor], Tensor]
     ) -> dict[str, Any]:
-        assert batch.token_types is not None
         assert batch.pair_labels is not None
         labels = to_device(batch.pair_labels)
         loss = partial(pair_cross_entropy_sum, labels=labels, factor=factor, sums=sums)
-        return {"token_types_BS": to_device(batch.token_types), "pair_loss": loss}
+        return {"pair_loss": loss}
 
     def metrics(self, loss: Tensor, sums: Tensor, num_pairs: Tensor) -> dict[str, float]:
         if not self._config.masked_lm.next_sentence:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from titan_lite.data.packing import IGNORED
 from titan_lite.models.args import DecoderArgs
 from titan_lite.nn.document_attention import DocumentMask, dense_mask, document_spans, has_kernel
 from titan_lite.nn.dropout import token_keys
+from titan_lite.nn.token_context import TokenContext
 from titan_lite.optim.ema import WeightAverage
 from titan_lite.optim.guard import Guard
 from titan_lite.optim.optimizer import set_lr
@@ -28,6 +29,8 @@ from titan_lite.runtime.progress import Progress
 from titan_lite.training.balancing import Balancer
 from titan_lite.training.loss import cross_entropy_sum
 from titan_lite.training.objective import Objective
+
+T = TypeVar("T", bound=Tensor | None)
 
 
 @dataclass(frozen=True)
@@ -270,22 +273,9 @@ class TrainStep:
         if batch.sources is not None:
             source_ids = self.to_device(batch.sources).unsqueeze(1).expand_as(batch.labels)
             head_loss = partial(head_loss, source_ids=source_ids, source_losses=self.source_losses)
-        position_ids = None if batch.positions is None else self.to_device(batch.positions)
-        kwargs = {"head_loss": head_loss, "positions_S": position_ids, "mask": self._mask(batch)}
+        kwargs = {"head_loss": head_loss, "context": self._context(batch)}
         kwargs |= self.objective.arguments(batch, self.pair_weight, self.sums, self.to_device)
-        kwargs |= self._dropout(batch)
         return self.to_device(batch.inputs), kwargs
-
-    def _dropout(self, batch: Batch) -> dict[str, Tensor]:
-        """Returns the dropout keys of a micro-batch; none in `evaluate`, which has no gradients."""
-        if not (self.args.has_dropout and torch.is_grad_enabled()):
-            return {}
-        assert batch.samples is not None
-        indices = self.local_indices
-        if indices is None:
-            indices = torch.arange(batch.inputs.shape[1])
-        keys = token_keys(self.config.training.seed, batch.samples, indices)
-        return {"dropout_keys_BS": self.to_device(keys)}
 
     def _zeros(self, dtype: torch.dtype) -> Tensor:
         return torch.zeros(self.objective.num_sums, dtype=dtype, device=self.device)
@@ -295,26 +285,38 @@ class TrainStep:
         return (batch.labels != IGNORED).flatten().nonzero().squeeze(1)
 
     def local(self, batch: Batch) -> Batch:
-        """Returns this rank's part of each sequence; `documents` stays that of whole sequences."""
-        if self.local_indices is None:
+        """Returns this rank's tokens and labels; what `_context` splits stays whole."""
+        if self.meshes.cp is None:
             return batch
-        # Position ids restart in each packed document; without them, they are the indices.
-        position_ids = self.local_indices
-        if batch.positions is not None:
-            position_ids = batch.positions[:, self.local_indices]
-        return dataclasses.replace(
-            batch,
-            inputs=batch.inputs[:, self.local_indices],
-            labels=batch.labels[:, self.local_indices],
-            positions=position_ids,
+        inputs, labels = batch.inputs[:, self.local_indices], batch.labels[:, self.local_indices]
+        return dataclasses.replace(batch, inputs=inputs, labels=labels)
+
+    def _context(self, batch: Batch) -> TokenContext:
+        """Returns the side inputs of this rank's tokens.
+
+        The one place that knows how context parallel splits each of them.
+        """
+        indices, positions, keys = self.local_indices, batch.positions, None
+        if self.meshes.cp is not None:
+            # Position ids restart in each packed document; without them, they are the indices.
+            positions = indices if positions is None else positions[:, indices]
+        # Nothing is dropped in `evaluate`, which has no gradients.
+        if self.args.has_dropout and torch.is_grad_enabled():
+            assert batch.samples is not None
+            keys = token_keys(self.config.training.seed, batch.samples, indices)
+        return TokenContext(
+            positions_S=self.to_device(positions),
+            mask=self._mask(batch, indices),
+            dropout_keys_BS=self.to_device(keys),
+            token_types_BS=self.to_device(batch.token_types),
         )
 
-    def _mask(self, batch: Batch) -> DocumentMask | None:
-        """Returns the attention mask of the micro-batch for all layers."""
+    def _mask(self, batch: Batch, queries: Tensor) -> DocumentMask | None:
+        """Returns the attention mask of the micro-batch, for all layers and these queries."""
         if batch.documents is None:
             return None
-        config, queries = self.config, self.local_indices
-        if queries is None or config.parallel.cp_method == "ulysses":
+        config = self.config
+        if config.parallel.cp_method == "ulysses":
             # Attention sees whole rows.
             queries = torch.arange(batch.documents.shape[1])
         dtype = getattr(torch, config.training.param_dtype)
@@ -330,11 +332,11 @@ class TrainStep:
             for spans in document_spans(batch.documents, queries)
         )
 
-    def to_device(self, tensor: Tensor) -> Tensor:
+    def to_device(self, tensor: T) -> T:
         """Copies a host tensor to the device, from pinned memory: the host does not wait."""
-        if self.device.type != "cuda":
+        if tensor is None or self.device.type != "cuda":
             return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.pin_memory().to(self.device, non_blocking=True)  # type: ignore[return-value]
 
     def _norm(self, loss_scale: Tensor | None) -> GradNorm:
         """Returns the global gradient norm, and the divisor that clips and unscales gradients."""
