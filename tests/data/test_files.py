@@ -167,6 +167,10 @@ def read(path: Path) -> list[str]:
     return [Path(file).name for file in source.files]
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return list(resolve_source(Data(dataset_path=str(path))).open())
+
+
 def refused(path: object, **keys: Any) -> str:
     with pytest.raises(ValueError) as error:  # noqa: PT011  (the caller reads the message)
         resolve_source(Data(dataset_path=str(path), **keys))
@@ -398,6 +402,23 @@ def test_a_damaged_file_is_named_among_good_ones(
     message = error_of(data(tmp_path, num_streams=1))
     assert message.startswith(f"data.dataset_path: cannot read {path}: ")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"), [("bz2", bz2.compress), ("xz", lzma.compress), ("gz", gzip.compress)]
+)
+def test_a_damaged_member_of_a_compressed_file_is_named(
+    tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]
+) -> None:
+    """Parallel compressors write many members."""
+    path, members = tmp_path / f"a.jsonl.{suffix}", [compress(LINES[:300]), compress(LINES[300:])]
+    for damaged in (b"\0\0\0\0".join(members), b"".join(members) + b"\0" * 512):
+        path.write_bytes(damaged)
+        assert [json.loads(row["text"])["text"] for row in read_rows(path)] == TEXTS
+    for damaged in (members[1][:1] + b"?" + members[1][2:], members[1][:6], b"<html>"):
+        path.write_bytes(members[0] + damaged)
+        message = error_of(data(path, num_streams=1))
+        assert message.startswith(f"data.dataset_path: cannot read {path}: ")
 
 
 def test_damaged_offsets_of_an_arrow_file_do_not_crash_the_process(tmp_path: Path) -> None:

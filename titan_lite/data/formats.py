@@ -20,6 +20,7 @@ import pyarrow
 
 from titan_lite.data.columns import Rows, arrow_columns, megatron_column, parquet_columns
 from titan_lite.data.documents import RAW_ENCODING, Kind
+from titan_lite.data.members import open_members
 
 _BOM = codecs.BOM_UTF8.decode(RAW_ENCODING)
 
@@ -54,8 +55,8 @@ class Format:
 
 COMPRESSIONS: dict[str, Callable[[str], Any]] = {
     ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
+    ".bz2": functools.partial(open_members, new=bz2.BZ2Decompressor),
+    ".xz": functools.partial(open_members, new=lzma.LZMADecompressor),
     ".zst": functools.partial(pyarrow.input_stream, compression="zstd"),
 }
 """Suffix of a compressed file of text -> what opens it."""
