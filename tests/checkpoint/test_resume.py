@@ -443,6 +443,25 @@ def test_weights_that_do_not_fit_are_refused_by_name(
         assert (words or "") in capsys.readouterr().err
 
 
+@pytest.mark.distributed
+def test_another_optimizer_is_refused_with_its_key(
+    workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    muon, batch = "--optimizer.name=Muon", "--training.local_batch_size=4"
+    groups = '--optimizer.groups=[{pattern="layers.*", algorithm="adamw"}]'
+    for name, saved, own, key in (
+        ("a", (), (muon,), "optimizer.name"),
+        ("b", (muon,), (muon, groups), "optimizer.groups"),
+    ):
+        workers[2].run(_interrupted, tmp_path / name, batch, *saved)
+        source = tmp_path / name / "checkpoint" / "step-4"
+        given = (*EVERY_4, batch, *own)
+        for message in workers[2].run(_error_of_starting, tmp_path / name, *given):
+            assert f"{key} (command line): optimizer.state.layers.0." in message
+            assert f" is not in {source}, which has the state of another optimizer" in message
+            assert "set checkpoint.initial_load_path to it and" in message
+
+
 def test_a_flipped_bit_in_the_latest_is_found_on_loading_and_an_earlier_one_resumed_from(
     one_process: Workers, tmp_path: Path
 ) -> None:

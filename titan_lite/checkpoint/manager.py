@@ -44,6 +44,7 @@ from titan_lite.checkpoint.storage import (
     versions,
 )
 from titan_lite.config.optimizers import EIGHT_BITS
+from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Checkpoint
 from titan_lite.config.units import format_number, format_scaled
 from titan_lite.nn.transformer import Transformer
@@ -195,7 +196,10 @@ class CheckpointManager:
         try:
             dcp.load(tensors, storage_reader=reader, planner=planner)
         except CheckpointException as error:
-            raise ValueError(str(first_failure(error)[1])) from error
+            failure = first_failure(error)[1]
+            if isinstance(failure, SettingError):
+                raise failure from error
+            raise ValueError(str(failure)) from error
         self.latest_step = start.own_step
         weights = whole["model"] | tensors["model"]
         for name, average in (self.average or {}).items():

@@ -29,6 +29,7 @@ from torch.utils.serialization import config as serialization
 
 from titan_lite import __version__
 from titan_lite.checkpoint.state import excludes
+from titan_lite.config.problems import SettingError
 from titan_lite.models.args import pad_vocab_size
 from titan_lite.nn.transformer import Transformer
 from titan_lite.runtime.stored_files import StoredFile, hexadecimal
@@ -190,7 +191,7 @@ def check_weights(source: Path, model: Transformer, excluded: Sequence[str]) -> 
             continue
         loaded.add(key := f"model.{name}")
         if key not in saved:
-            raise ValueError(_is_missing(key, source))
+            raise _missing(key, source)
         check_shape(key, saved[key], value.shape, model.vocab_size, source)
     check_none_left(metadata, loaded, source, excluded)
 
@@ -215,8 +216,16 @@ def check_none_left(
             raise ValueError(f"{source} has {name}, which this run's model does not have")
 
 
-def _is_missing(key: str, source: Path) -> str:
-    return f"{key.removeprefix('model.')} is not in {source}, which has another model"
+def _missing(key: str, source: Path) -> ValueError:
+    message = f"{key.removeprefix('model.')} is not in {source}, which"
+    if not key.startswith("optimizer."):
+        return ValueError(f"{message} has another model")
+    remedy = "checkpoint.initial_load_path to it and checkpoint.initial_load_model_only = true"
+    return SettingError(
+        ("optimizer.name", "optimizer.groups"),
+        f"{message} has the state of another optimizer: a resumed run must keep its optimizer; to "
+        f"start a new run from the weights, set {remedy}",
+    )
 
 
 def in_float32(tensors: dict[str, Any]) -> dict[str, Any]:
@@ -266,7 +275,7 @@ class LoadPlanner(dcp.DefaultLoadPlanner):
         saved = dict(self.metadata.state_dict_metadata)
         for key, value in self.state_dict.items():
             if key not in saved:
-                raise ValueError(_is_missing(key, self.source))
+                raise _missing(key, self.source)
             entry = saved[key]
             if not isinstance(entry, TensorStorageMetadata) or not isinstance(value, Tensor):
                 continue
