@@ -340,12 +340,12 @@ def test_only_these_functions_take_a_whole_plan_or_configuration() -> None:
 # Lines of code of each room: neither blank, comment nor docstring. Raising one is a decision to
 # explain in the commit message.
 BUDGET = {
-    "data": 3006,
+    "data": 3089,
     "parallel": 2037,
     "config": 2054,
     "training": 1929,
     "tools": 1839,
-    "checkpoint": 1601,
+    "checkpoint": 1614,
     "models": 1707,
     "planner": 1379,
     "regression": 1201,

@@ -260,6 +260,75 @@ def test_a_file_is_read_once_whatever_links_lead_to_it(
     assert f"leaves out {tmp_path}/a.jsonl, the same file as {tmp_path}/b.jsonl" in caplog.text
 
 
+@pytest.mark.parametrize("extra", [(), ("a.jsonl",)])
+def test_a_checkpoint_or_a_run_among_documents_is_refused(
+    tmp_path: Path, extra: tuple[str, ...]
+) -> None:
+    fill(tmp_path, *extra)
+    fill(tmp_path, "run/run.json", "run/metrics.jsonl", "run/x/step-1/manifest.json")
+    message = refused(tmp_path)
+    assert f"data.dataset_path: {tmp_path}/run is the folder of a run: set dataset_path" in message
+    (tmp_path / "run" / "run.json").unlink()
+    fill(tmp_path, "run/x/step-1/.metadata")
+    assert f"{tmp_path}/run/x/step-1 is a checkpoint: set dataset_path to a" in refused(tmp_path)
+
+
+def test_files_of_a_model_are_no_documents(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(tmp_path, "merges.txt", "vocab.txt", "config.json", "trainer_state.json", "tokenizer.json")
+    start = f"data.dataset_path: {tmp_path} has no file ending in {files.KNOWN}"
+    names = "config.json, merges.txt, tokenizer.json and 2 more"
+    assert refused(tmp_path) == f"{start}; not taken for documents: {names}"
+    fill(tmp_path, "requirements.txt", "moby dick.txt")
+    assert read(tmp_path) == ["moby dick.txt"]
+    assert "leaves out merges.txt, requirements.txt, vocab.txt and 3 more, whose" in caplog.text
+
+
+def test_an_arrow_stream_without_its_end_is_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Cut off between two batches it reads like a whole one."""
+    path = tmp_path / "a.arrow"
+    for new in (ipc.new_file, ipc.new_stream):
+        write_arrow(path, new)
+        assert len(read_rows(path)) == 30
+        assert caplog.messages == []
+    path.write_bytes(path.read_bytes()[:-8])
+    assert len(read_rows(path)) == 30
+    assert caplog.messages == [f"{path} has no end marker: its last documents may be missing"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (gzip.compress(LINES, mtime=0), "it is compressed by gzip: decompress it, or name it .gz"),
+        (bz2.compress(LINES), "it is compressed by bzip2: decompress it, or name it .bz2"),
+        (lzma.compress(LINES), "it is compressed by xz: decompress it, or name it .xz"),
+        (zstd(LINES), "it is compressed by zstd: decompress it, or name it .zst"),
+        (LINES.decode().encode("utf-16"), "it is UTF-16: convert it, as by iconv -f UTF-16 -t U"),
+        (LINES.decode().encode("utf-16-le"), "has a NUL byte at position 1, as UTF-16 and binary"),
+    ],
+    ids=["gzip", "bzip2", "xz", "zstd", "utf-16", "utf-16-le"],
+)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.jsonl.gz"])
+def test_content_that_is_no_text_is_named(
+    tmp_path: Path, name: str, content: bytes, reason: str
+) -> None:
+    compress = gzip.compress if name.endswith(".gz") else bytes
+    (tmp_path / name).write_bytes(compress(content))
+    assert f"; {reason}".replace("; has", " has") in error_of(data(tmp_path / name, num_streams=1))
+
+
+def test_a_file_without_the_column_of_text_is_named(tmp_path: Path) -> None:
+    parquet.write_table(table(), tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.table({"input_ids": [[1, 2]]}), tmp_path / "b.parquet")
+    message = error_of(data(tmp_path, num_streams=1))
+    assert f"{tmp_path}/b.parquet, row 1: 'text' is not one of its fields: it has input" in message
+    (tmp_path / "c.jsonl").write_text("{}\n")
+    assert "'text' is not one of its fields: it has none" in error_of(data(tmp_path / "c.jsonl"))
+
+
 def test_a_link_out_of_the_folder_does_not_bring_in_what_lies_around_it(tmp_path: Path) -> None:
     fill(tmp_path, "mine/a.jsonl", "others.jsonl")
     (tmp_path / "mine" / "up").symlink_to(tmp_path)
@@ -455,7 +524,7 @@ def test_a_field_that_a_later_file_lacks_is_named_with_file_and_line(tmp_path: P
         (b'{"text": broken\n{"text": "fine"}\n', "document 1: not JSON"),
         (b'["a string"]', 'document 1: expected a JSON object, got "a string"'),
         (b'{"data": [{"text": "a"}]}', "is not one of its fields: it has data"),
-        (b"\x00\x00\x00", "document 1: not JSON"),
+        (b"\x00\x00\x00", "document 1: has a NUL byte at position 0"),
         (b"\xff\xfe{\x00}\x00", "document 1: not UTF-8: byte 0xff"),
         (b" \n\r\n\t\n", "has no documents"),
         (b"[]", "has no documents"),

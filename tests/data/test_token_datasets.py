@@ -182,6 +182,41 @@ def test_damaged_megatron_files_are_named(tmp_path: Path, change: Any, message: 
         resolve_source(Data(dataset_path=str(tmp_path / "a.idx")))
 
 
+@pytest.mark.parametrize(
+    ("position", "number"),
+    [
+        (34, "<i4"),  # the length of the first sequence
+        (34 + 4 * 30 + 8, "<i8"),  # the offset of the second
+        (34 + 12 * 30 + 8, "<i8"),  # the boundary after the first document
+    ],
+    ids=["length", "offset", "boundary"],
+)
+@pytest.mark.parametrize("value", [-2, 5, 29, 2**20])
+def test_damaged_positions_of_megatron_documents_are_named(
+    tmp_path: Path, position: int, number: str, value: int
+) -> None:
+    path = tmp_path / "a"
+    write_megatron(path, [[ids] for ids in IDS])
+    damage(path.with_suffix(".idx"), position, np.array([value], number).tobytes())
+    source = resolve_source(Data(dataset_path=f"{path}.idx"))
+    with pytest.raises(
+        ValueError, match=rf"cannot read {path}.idx: the positions of document \d+ "
+    ):
+        list(source.open())
+
+
+def test_an_integer_that_takes_more_than_64_bits_spoils_one_document(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"input_ids": [1, -99999999999999999999]}\n{"input_ids": [1, 2]}\n')
+    (rank,) = loaders(Data(dataset_path=str(path), num_streams=1))
+    with pytest.raises(ValueError, match=r"a.jsonl, line 1: token id -9{20} takes more than 64 b"):
+        take([rank], 1)
+    close([rank])
+    ranks = loaders(Data(dataset_path=str(path), num_streams=1, on_bad_document="skip"))
+    assert len(take(ranks, 1)) == 1
+    close(ranks)
+
+
 def test_ids_outside_the_vocabulary_and_columns_of_other_types_are_named(tmp_path: Path) -> None:
     def error_of(columns: dict[str, Any], **keys: Any) -> str:
         parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
@@ -200,8 +235,8 @@ def test_ids_outside_the_vocabulary_and_columns_of_other_types_are_named(tmp_pat
         )
     assert "row 1: token id -1 is outside" in error_of({"input_ids": [[1, -1]]})
     assert error_of({"input_ids": [[1.0, 2.0]]}).endswith(
-        f"cannot read {tmp_path}/a.parquet: column 'input_ids' is list<element: double>; token ids "
-        "must be integers without nulls"
+        f"cannot read {tmp_path}/a.parquet: column 'input_ids' is list<element: double>; it must "
+        "be text, or token ids, which must be integers without nulls"
     )
     assert "must be integers without nulls" in error_of({"input_ids": [[1, None]]})
     message = error_of({"input_ids": ["some text"]})

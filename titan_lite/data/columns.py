@@ -35,7 +35,8 @@ class Column(Rows):
         if types.is_list(array.type) or types.is_large_list(array.type):
             if not types.is_integer(array.type.value_type) or array.values.null_count:
                 raise ValueError(
-                    f"column {field!r} is {array.type}; token ids must be integers without nulls"
+                    f"column {field!r} is {array.type}; it must be text, or token ids, which "
+                    "must be integers without nulls"
                 )
             self._offsets, self._values = array.offsets.to_numpy(), array.values.to_numpy()
 

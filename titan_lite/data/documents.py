@@ -13,6 +13,17 @@ Document = str | npt.NDArray[Any]
 
 # One character per byte, so that bytes that are not UTF-8 spoil one document, not the file.
 RAW_ENCODING = "latin-1"
+# First bytes of content that is not plain text, and what to do with it.
+_REMEDIES = {
+    b"\x1f\x8b": "it is compressed by gzip: decompress it, or name it .gz",
+    b"BZh": "it is compressed by bzip2: decompress it, or name it .bz2",
+    b"\xfd7zXZ": "it is compressed by xz: decompress it, or name it .xz",
+    b"\x28\xb5\x2f\xfd": "it is compressed by zstd: decompress it, or name it .zst",
+    b"PK\x03\x04": "it is a zip archive: unpack it",
+    b"PAR1": "it is Parquet: name it .parquet",
+    b"\xff\xfe": "it is UTF-16: convert it, as by iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "it is UTF-16: convert it, as by iconv -f UTF-16 -t UTF-8",
+}
 TOKENS_FIELD = "input_ids"
 """Column of token ids in the datasets of Hugging Face's tokenizers."""
 
@@ -39,17 +50,23 @@ def document_of(row: dict[str, Any], kind: Kind, text_field: str, tokens_field: 
         row = _parsed(text)
     if tokens_field:
         return _tokens(row, tokens_field)
-    if text_field not in row and TOKENS_FIELD in row:
+    # Of columns only the field is read; the others are None.
+    if text_field not in row and row.get(TOKENS_FIELD) is not None:
         return _tokens(row, TOKENS_FIELD)
     return _text(row, text_field)
 
 
 def _decoded(raw: str) -> str:
+    content = raw.encode(RAW_ENCODING)
     try:
-        return raw.encode(RAW_ENCODING).decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
+        if "\0" not in text:
+            return text
+        reason = f"has a NUL byte at position {text.index(chr(0))}, as UTF-16 and binary files do"
     except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise BadDocument(f"not UTF-8: byte 0x{byte:02x} at position {error.start}") from None
+        reason = f"not UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start}"
+    known = (remedy for start, remedy in _REMEDIES.items() if content.startswith(start))
+    raise BadDocument("; ".join([reason, *known]))
 
 
 def _parsed(text: str) -> dict[str, Any]:
@@ -80,7 +97,10 @@ def _tokens(document: dict[str, Any], field: str) -> npt.NDArray[Any]:
                 f"field {field!r} is {tokens!r:.60}, expected a list of token ids",
                 key="tokens_field",
             )
-        tokens = np.array(tokens, np.int64)
+        try:
+            tokens = np.array(tokens, np.int64)
+        except OverflowError:
+            raise BadDocument(f"token id {max(tokens, key=abs)} takes more than 64 bits") from None
     if not tokens.size:
         raise BadDocument(f"field {field!r} is empty", key="tokens_field")
     return tokens
@@ -91,6 +111,7 @@ def _field(document: dict[str, Any], field: str, key: str) -> Any:
         near = difflib.get_close_matches(field, document, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
         raise BadDocument(
-            f"{field!r} is not one of its fields: it has {', '.join(document)}{hint}", key=key
+            f"{field!r} is not one of its fields: it has {', '.join(document) or 'none'}{hint}",
+            key=key,
         )
     return document[field]

@@ -27,13 +27,19 @@ _COMPANION_NAMES = re.compile(
 )
 _COMPANION_JSON = (_STATE, _INFO, _SPLITS, "dataset_infos.json")
 # Files of a model or a tokenizer.
-_MODEL_JSON = re.compile(
-    r"(vocab|added_tokens|special_tokens_map|chat_template|.*config|tokenizer|.*\.index)\.json"
+_MODEL_FILES = re.compile(
+    r"(vocab|added_tokens|special_tokens_map|chat_template|trainer_state|.*config|tokenizer|.*\.index)"
+    r"\.json|(merges|vocab|spiece\.vocab|requirements)\.txt"
 )
 _COMPANION_SUFFIXES = (
     *(".md", ".py", ".sh", ".yaml", ".yml", ".toml", ".cff", ".bib"),
     *(".md5", ".sha1", ".sha256", ".sha512", ".crc", ".lock"),
 )
+_FOLDERS = {
+    "a checkpoint": {"manifest.json", ".metadata"},
+    "the folder of a run": {"run.json", "metrics.jsonl"},
+}
+_ARROW_ENDS = (b"\xff\xff\xff\xff\0\0\0\0", b"ARROW1")
 _SPLIT_WORDS = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])")
 _LFS_POINTER, _LFS_LIMIT = b"version https://git-lfs.github.com/spec/", 1024
 
@@ -166,7 +172,11 @@ def _files_of_folder(folder: Path, chosen: str) -> list[Path]:
     unlike = [file for file in others if _is_marked(file)]
     if "text" in formats:
         unlike += [file for file in companions if format_of(file) == "text"]
-    unlike += [file for file in companions if _MODEL_JSON.fullmatch(file.name.lower())]
+    unlike += [
+        file
+        for file in companions
+        if file not in unlike and _MODEL_FILES.fullmatch(file.name.lower())
+    ]
     if unlike:
         warn_once(
             f"{chosen} leaves out {_some(unlike, folder)}, whose names do not look like documents: "
@@ -238,6 +248,12 @@ def _below(folder: Path) -> Iterator[Path]:
             raise ValueError(
                 f"{path} is not complete: run the same titan-lite tokenize command again"
             )
+        for kind, names_of_kind in _FOLDERS.items():
+            if names_of_kind <= set(files):
+                raise ValueError(
+                    f"{path} is {kind}: set dataset_path to a folder with only documents, or to a "
+                    "glob such as folder/*.jsonl"
+                )
         if _SPLITS in files:
             raise ValueError(f"{path} has several splits: set dataset_path to this folder")
         saved = _saved_files(path) if {_STATE, _INFO} <= set(files) else set()
@@ -250,9 +266,11 @@ def _below(folder: Path) -> Iterator[Path]:
 def _is_companion(file: Path) -> bool:
     name, form = file.name.lower(), format_of(file)
     if form == "json":
-        return name in _COMPANION_JSON or bool(_MODEL_JSON.fullmatch(name))
+        return name in _COMPANION_JSON or bool(_MODEL_FILES.fullmatch(name))
     if name.startswith("_"):
         return not form and not file.is_dir()
+    if form == "text" and _MODEL_FILES.fullmatch(name):
+        return True
     if form in ("", "text") and _COMPANION_NAMES.fullmatch(name):
         return True
     if file.suffix == ".bin" and file.with_suffix(".idx").is_file():
@@ -312,6 +330,11 @@ def _check(file: Path) -> None:
                 )
     if format_of(file) == "megatron":
         MegatronFile(file)
+    if format_of(file) == "arrow" and status.st_size > 8:
+        with file.open("rb") as opened:
+            opened.seek(-8, os.SEEK_END)
+            if not opened.read().endswith(_ARROW_ENDS):
+                warn_once(f"{file} has no end marker: its last documents may be missing")
 
 
 @functools.cache

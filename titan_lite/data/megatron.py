@@ -69,9 +69,16 @@ class MegatronFile:
 
     def __getitem__(self, number: int) -> npt.NDArray[Any]:
         """Returns the token ids of a document, a view of the file."""
-        first, last = self._boundaries[number], self._boundaries[number + 1] - 1
-        if last < first:
+        first, last = self._boundaries[number : number + 2]
+        if first == last:
             return self._tokens[:0]
-        start = self._offsets[first] // self._dtype.itemsize
-        end = self._offsets[last] // self._dtype.itemsize + self._lengths[last]
-        return self._tokens[start:end]
+        lengths, offsets = self._lengths[first:last], self._offsets[first : last + 1]
+        start, rest = divmod(int(offsets[0]) if 0 <= first < last else -1, self._dtype.itemsize)
+        ends = offsets[:1] + lengths.cumsum(dtype=np.int64) * self._dtype.itemsize
+        tokens = self._tokens[start : start + int(lengths.sum())]
+        is_whole = len(lengths) == last - first and len(tokens) == lengths.sum()
+        # Sequences follow each other without a gap.
+        follow = np.array_equal(ends[: len(offsets) - 1], offsets[1:])
+        if start < 0 or rest or not is_whole or not follow:
+            raise ValueError(f"the positions of document {number + 1} are damaged")
+        return tokens
