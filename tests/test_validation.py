@@ -260,4 +260,5 @@ def test_without_a_dataset_of_its_own_validation_reads_another_split_of_the_data
     source = resolve_held_out(Validation(), data)
     assert source.name == "allenai/c4 realnewslike validation"
     own = dataclasses.asdict(resolve_held_out(Validation(dataset="some/name"), data))
-    assert own["arguments"] == {"path": "some/name", "name": None, "split": "validation"}
+    arguments = {"path": "some/name", "name": None, "split": "validation"}
+    assert own["opener"] == {"arguments": arguments}

@@ -345,6 +345,12 @@ def test_a_glob_of_folders_passes_over_files_beside_them(tmp_path: Path) -> None
     assert read(tmp_path / "*" / "**" / "*.jsonl") == ["a.jsonl", "b.jsonl"]
 
 
+def test_the_current_folder_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, "a.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert read(Path()) == ["a.jsonl"]
+
+
 def test_a_name_that_is_not_utf8_is_read(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"\xff.jsonl")).write_bytes(LINES)
     assert len(run(data(tmp_path), 9)) == 9

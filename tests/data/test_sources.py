@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pickle
 
 import datasets
 import pyarrow
@@ -113,9 +114,18 @@ def test_with_a_file_or_more_per_stream_a_stream_reads_whole_files(tmp_path, num
 def test_a_hub_name_is_streamed_with_its_arguments(monkeypatch, section, arguments):
     calls = []
     monkeypatch.setattr(datasets, "load_dataset", lambda **kwargs: calls.append(kwargs))
-    with pytest.raises(AttributeError, match="num_shards"):
+    with pytest.raises(ValueError, match="num_shards"):
         resolve_source(section).open()
     assert calls == [{**arguments, "streaming": True}]
+
+
+def test_a_hub_dataset_is_sent_to_processes_without_what_is_open(monkeypatch):
+    opened = datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda **_: opened)
+    source = resolve_source(Data(dataset="some/name"))
+    before = pickle.dumps(source)
+    assert source.num_files == 1
+    assert pickle.dumps(source) == before
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_megatron_files_are_named_by_either_or_by_what_they_share(tmp_path: Path
     for name in ("a_text_document", "a_text_document.idx", "a_text_document.bin", "*document*"):
         source = resolve_source(Data(dataset_path=str(tmp_path / name)))
         assert source.files == (tmp_path / "a_text_document.idx",)
-        assert source.is_tokenized
+        assert source.tokens_field == "input_ids"
     assert source.identity == resolve_source(Data(dataset_path=str(tmp_path))).identity
     write_megatron(tmp_path / "a_text_document", [[ids[:-1]] for ids in IDS])
     assert source.identity != resolve_source(Data(dataset_path=str(tmp_path))).identity

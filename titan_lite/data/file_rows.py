@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,26 @@ from titan_lite.data.columns import UnreadableError
 from titan_lite.data.formats import FORMATS, plain_suffix
 
 
-class FileRows:
-    """The rows of one stream: of whole files, or every num_streams-th row of all files.
+@dataclass(frozen=True)
+class LocalFiles:
+    """Opens local files, each a sequence of its parts; only Arrow files have several."""
 
-    files: each a sequence of its parts; only Arrow files have several.
-    """
+    files: Sequence[Sequence[Path]]
+    field: str
+    """The column to read."""
+
+    @property
+    def num_files(self) -> int:
+        """Number of files."""
+        return len(self.files)
+
+    def open(self, stream: int, num_streams: int) -> "FileRows":
+        """Opens one of the streams."""
+        return FileRows(self.files, self.field, stream, num_streams)
+
+
+class FileRows:
+    """The rows of one stream: of whole files, or every num_streams-th row of all files."""
 
     def __init__(
         self,

@@ -19,13 +19,13 @@ from titan_lite.data.token_folder import MANIFEST_FILE, PROGRESS_FILE
 logger = logging.getLogger(__name__)
 
 # Files of datasets.save_to_disk.
-_STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
+_STATE, _INFO, SPLITS_FILE = "state.json", "dataset_info.json", "dataset_dict.json"
 # Names of companions: files in a folder of documents that are not documents.
 _COMPANION_NAMES = re.compile(
     r"(readme|licen[cs]es?|copying|copyright|notice|terms|authors|contributors|changelog|citation"
     r"|(check|md5|sha\d+)sums?)([-_. ].*)?"
 )
-_COMPANION_JSON = (_STATE, _INFO, _SPLITS, "dataset_infos.json")
+_COMPANION_JSON = (_STATE, _INFO, SPLITS_FILE, "dataset_infos.json")
 # Files of a model or a tokenizer.
 _MODEL_FILES = re.compile(
     r"(vocab|added_tokens|special_tokens_map|chat_template|trainer_state|.*config|tokenizer|.*\.index)"
@@ -69,15 +69,10 @@ def find_files(path: Path, chosen: str) -> list[Path]:
 
 def folder_of_split(path: Path, split: str) -> Path:
     """Returns the folder of a split in a folder of DatasetDict.save_to_disk."""
-    splits = _read_json(path / _SPLITS).get("splits")
+    splits = _read_json(path / SPLITS_FILE).get("splits")
     if not isinstance(splits, list) or split not in splits:
         raise ValueError(f"{split!r} is not a split of {path}, which has {splits}")
     return path / split
-
-
-def has_splits(path: Path) -> bool:
-    """Returns whether a folder was written by DatasetDict.save_to_disk."""
-    return (path / _SPLITS).is_file()
 
 
 def signature(file: Path) -> str:
@@ -254,7 +249,7 @@ def _below(folder: Path) -> Iterator[Path]:
                     f"{path} is {kind}: set dataset_path to a folder with only documents, or to a "
                     "glob such as folder/*.jsonl"
                 )
-        if _SPLITS in files:
+        if SPLITS_FILE in files:
             raise ValueError(f"{path} has several splits: set dataset_path to this folder")
         saved = _saved_files(path) if {_STATE, _INFO} <= set(files) else set()
         yield from saved

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data
+from titan_lite.data.file_rows import LocalFiles
 from titan_lite.data.formats import plain_suffix
 from titan_lite.data.mixture import Mixture
 from titan_lite.data.readers import DocumentReader
@@ -22,7 +23,7 @@ def check_documents(
     """
     mixture = Mixture([source.weight for source in section.sources] or [1])
     for number, source in enumerate(sources):
-        if not source.parts:
+        if not source.files:
             continue
         # After 64 rounds of all streams, each source has had each of its streams.
         samples = range(min(num_samples, 64 * section.num_streams))
@@ -31,7 +32,8 @@ def check_documents(
         # One file of each suffix: files of another suffix may not be documents.
         by_suffix = {plain_suffix(file): file for file in reversed(source.files)}
         for file in list(by_suffix.values()):
-            first = DocumentReader(replace(source, parts=((file,),)), own_section, 0, tokenizer)
+            opener = LocalFiles(((file,),), source.tokens_field or source.text_field)
+            first = DocumentReader(replace(source, opener=opener), own_section, 0, tokenizer)
             first.start(None)
             first.read(1)
         reader = DocumentReader(source, own_section, 0, tokenizer)

@@ -1,18 +1,16 @@
-"""Sources of documents: the bundled corpus, local files, or a Hugging Face dataset by name.
-
-Datasets by name are streamed by Hugging Face `datasets`, which is imported on first use.
-"""
+"""Sources of documents: KINDS lists what a table can name, how it is recognized and opened."""
 
 import contextlib
 import functools
 import hashlib
+import itertools
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
 from titan_lite.config.problems import (
     SettingError,
@@ -28,15 +26,13 @@ from titan_lite.config.schema import Data, Documents
 from titan_lite.data.assets import bundled_asset
 from titan_lite.data.columns import UnreadableError, column_names
 from titan_lite.data.documents import TOKENS_FIELD, Kind
-from titan_lite.data.file_rows import FileRows
-from titan_lite.data.files import find_files, folder_of_split, has_splits, signature, warn_once
+from titan_lite.data.file_rows import LocalFiles
+from titan_lite.data.files import SPLITS_FILE, find_files, folder_of_split, signature, warn_once
 from titan_lite.data.formats import FORMATS, format_of, plain_suffix
-from titan_lite.data.plugin_source import PluginRows, PluginSource, RowStream
+from titan_lite.data.hub import HubDataset
+from titan_lite.data.plugin_source import PluginDocuments, PluginSource, RowStream
 from titan_lite.data.token_folder import MANIFEST_FILE, TokenManifest, read_token_manifest
 from titan_lite.data.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from datasets import IterableDataset
 
 logger = logging.getLogger(__name__)
 
@@ -55,25 +51,18 @@ class Source:
     """The key that chose the source, for messages."""
     identity: str
     """A name that is the same for the same documents in any folder; a resumed run compares it."""
-    arguments: dict[str, Any] = field(default_factory=dict)
-    """Arguments of datasets.load_dataset, for a dataset by name."""
+    opener: LocalFiles | HubDataset | PluginDocuments
+    """Opens its streams."""
     kind: Kind = "rows"
     """Kind of its rows."""
-    parts: tuple[tuple[Path, ...], ...] = ()
-    """Local files, in order; a file written by titan-lite tokenize may have several parts."""
     text_field: str = "text"
     """Field of a document's text."""
     tokens_field: str = ""
     """Field of a document's token ids, read instead of its text."""
-    plugin: PluginSource | None = None
-    """The source of a plugin."""
+    files: tuple[Path, ...] = ()
+    """Local files, in order."""
     manifest: TokenManifest | None = None
     """The manifest of a folder that titan-lite tokenize wrote."""
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """Local files, part by part."""
-        return tuple(file for parts in self.parts for file in parts)
 
     @property
     def documents(self) -> str:
@@ -81,16 +70,10 @@ class Source:
         return self.manifest.source if self.manifest else self.identity
 
     @property
-    def is_tokenized(self) -> bool:
-        """True if documents are known to be token ids before they are read."""
-        return bool(self.tokens_field)
-
-    @property
     def num_files(self) -> int:
         """Number of files, or of shards of a dataset by name; open(i, num_files) reads one."""
-        if self.plugin:
-            return 1
-        return len(self.parts) or int(self._dataset.num_shards)
+        with reading(self):
+            return self.opener.num_files
 
     def open(self, stream: int = 0, num_streams: int = 1) -> RowStream:
         """Opens one of `num_streams` streams, which together have each document once.
@@ -99,25 +82,212 @@ class Source:
         stream reads all files and keeps every num_streams-th document. ValueError if the source
         cannot be reached or read.
         """
-        if self.plugin:
-            with reading(self):
-                return PluginRows(self.plugin.open(stream, num_streams))
-        if self.parts:
-            field = self.tokens_field or self.text_field
-            return FileRows(self.parts, field, stream, num_streams)
-        if self._dataset.num_shards >= num_streams:
-            return self._dataset.shard(num_shards=num_streams, index=stream, contiguous=False)
-        from datasets.distributed import split_dataset_by_node
-
-        return split_dataset_by_node(self._dataset, rank=stream, world_size=num_streams)
-
-    @functools.cached_property
-    def _dataset(self) -> "IterableDataset":
-        import datasets
-
-        datasets.disable_progress_bars()
         with reading(self):
-            return datasets.load_dataset(**self.arguments, streaming=True)
+            return self.opener.open(stream, num_streams)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A table, and the documents that it names."""
+
+    section: Documents
+    table: str
+    skip: bool
+    """True: files that are not valid Parquet are left out."""
+
+    @property
+    def key(self) -> str:
+        """The key that names the documents."""
+        return f"{self.table}.dataset{'_path' * bool(self.section.dataset_path)}"
+
+    @property
+    def name(self) -> str:
+        """The value of the key."""
+        return self.section.dataset_path or self.section.dataset
+
+    @property
+    def setting(self) -> str:
+        """Key and value, for messages."""
+        return f"{self.key} = {quote(self.name)}"
+
+    @property
+    def path(self) -> Path:
+        """The path of local documents."""
+        # os.path leaves an unknown ~user unchanged, Path raises.
+        return Path(os.path.expanduser(self.section.dataset_path))  # noqa: PTH111
+
+    @property
+    def row(self) -> str:
+        """The name by which the documents are looked up in SOURCES: a suffix or a prefix."""
+        if self.section.dataset_path:
+            return plain_suffix(Path(self.name))
+        return self.name.partition("://")[0]
+
+    def has(self, name: str) -> bool:
+        """Returns whether the path is a folder with a file of this name."""
+        return bool(self.section.dataset_path) and (self.path / name).is_file()
+
+
+def _plugin_source(choice: Choice) -> Source:
+    plugin: PluginSource = load(SOURCES[choice.row])(choice.section)
+    return Source(choice.name, choice.key, plugin.identity, PluginDocuments(plugin))
+
+
+def _tokenized_source(choice: Choice) -> Source:
+    manifest = read_token_manifest(choice.path)
+    parts = manifest.paths(choice.path)
+    return Source(
+        name=str(choice.path),
+        key=choice.key,
+        identity=f"tokens of {manifest.source}",
+        opener=LocalFiles(parts, TOKENS_FIELD),
+        tokens_field=TOKENS_FIELD,
+        files=tuple(itertools.chain(*parts)),
+        manifest=manifest,
+    )
+
+
+def _saved_split(choice: Choice) -> Source:
+    with errors_for(f"{choice.table}.split"):
+        path = folder_of_split(choice.path, choice.section.split)
+    return _local_files(choice, path)
+
+
+def _local_files(choice: Choice, path: Path | None = None) -> Source:
+    files = find_files(path or choice.path, choice.setting)
+    if not files:
+        fetch = how_to_fetch(choice.name, choice.key)
+        raise ValueError(f"{quote(choice.name)} matches no file{fetch}")
+    if choice.skip:
+        files = _readable(tuple(files), choice.setting)
+    formats = Counter(map(format_of, files))
+    if len(formats) > 1:
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(formats.items(), key=str))
+        raise ValueError(f"{quote(choice.name)} mixes formats ({counts}): set a glob of one")
+    ((form, count),) = formats.items()
+    listing = "\n".join(map(signature, files))
+    digest = hashlib.sha256(os.fsencode(listing)).hexdigest()[:16]
+    text_field, tokens_field = choice.section.text_field, _tokens_field(choice, form, files[0])
+    return Source(
+        name=choice.name,
+        key=choice.key,
+        identity=f"{count} {form} files {digest}",
+        opener=LocalFiles(tuple((file,) for file in files), tokens_field or text_field),
+        kind=FORMATS[plain_suffix(files[0])].kind,
+        text_field=text_field,
+        tokens_field=tokens_field,
+        files=tuple(files),
+    )
+
+
+def _tokens_field(choice: Choice, form: str, first: Path) -> str:
+    """Returns the field of token ids in the files; "" if their text is read."""
+    given = choice.section.tokens_field
+    if form == "text" and given:
+        raise SettingError(
+            f"{choice.table}.tokens_field",
+            f"{quote(given)} has no effect on text files: leave it {quote('')}",
+        )
+    if given or form in ("json", "text"):
+        return given
+    if form == "megatron":
+        return TOKENS_FIELD
+    try:
+        names = column_names(first)
+    except (OSError, ValueError):
+        # A damaged file is reported when it is read.
+        return ""
+    return TOKENS_FIELD if choice.section.text_field not in names and TOKENS_FIELD in names else ""
+
+
+@functools.cache
+def _readable(files: tuple[Path, ...], chosen: str) -> list[Path]:
+    """Returns the files without those named Parquet that are not valid, with a warning for each.
+
+    Cached, so that a process warns about a file once and always reads the same files.
+    """
+    from pyarrow import parquet
+
+    kept, reason = [], ""
+    for file in files:
+        if format_of(file) == "parquet":
+            try:
+                parquet.read_metadata(file)
+            except (OSError, ValueError) as error:
+                # An error of the operating system may not occur in another process.
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise ValueError(f"{file}: {error}") from error
+                reason = f"{file}: {' '.join(str(error).split())}"
+                logger.warning("%s: skipped a file that cannot be read: %s", chosen, reason)
+                continue
+        kept.append(file)
+    if not kept:
+        raise ValueError(f"none of the Parquet files can be read: {reason}")
+    return kept
+
+
+def _bundled_corpus(choice: Choice) -> Source:
+    split = choice.section.split
+    if split not in BUNDLED_SPLITS:
+        raise SettingError(
+            f"{choice.table}.split",
+            f"must be {one_of([quote(split) for split in BUNDLED_SPLITS])} for the bundled "
+            f"corpus, got {quote(split)}",
+        )
+    source = _local_files(choice, bundled_asset(f"corpus/{split}.jsonl"))
+    return replace(source, name=f"bundled corpus ({split})")
+
+
+def _hub_dataset(choice: Choice) -> Source:
+    section = choice.section
+    if "://" in section.dataset:
+        known = ", ".join(SOURCES) or "none; job.plugins may register some"
+        raise ValueError(
+            f"no data source {quote(choice.row)}{did_you_mean(nearest(choice.row, SOURCES))} "
+            f"(registered: {known})"
+        )
+    if Path(section.dataset).exists():
+        raise ValueError(
+            f"{quote(section.dataset)} is a local path: set {choice.key}_path to read it"
+        )
+    hub_name, subset = PRESETS.get(section.dataset, (section.dataset, ""))
+    subset = section.subset or subset
+    name = " ".join(filter(None, (hub_name, subset, section.split)))
+    arguments = {"path": hub_name, "name": subset or None, "split": section.split}
+    return Source(
+        name=name,
+        key=choice.key,
+        identity=name,
+        opener=HubDataset(arguments),
+        text_field=section.text_field,
+        tokens_field=section.tokens_field,
+    )
+
+
+class SourceKind(NamedTuple):
+    """A kind of documents: how a table that names them is recognized, and what finds them."""
+
+    recognizes: Callable[[Choice], bool]
+    find: Callable[[Choice], Source]
+    """Raises ValueError for documents that are missing or of a wrong kind; reads none of them."""
+    unused: tuple[str, ...] = ()
+    """Keys of the table that have no effect."""
+
+
+KINDS = (
+    SourceKind(lambda choice: choice.row in SOURCES, _plugin_source),
+    SourceKind(
+        lambda choice: choice.has(MANIFEST_FILE),
+        _tokenized_source,
+        ("subset", "split", "text_field", "tokens_field"),
+    ),
+    SourceKind(lambda choice: choice.has(SPLITS_FILE), _saved_split, ("subset",)),
+    SourceKind(lambda choice: bool(choice.section.dataset_path), _local_files, ("subset", "split")),
+    SourceKind(lambda choice: choice.name == "bundled", _bundled_corpus, ("subset",)),
+    SourceKind(lambda choice: True, _hub_dataset),
+)
+"""The kinds, of which the first that recognizes a table finds its documents. Plugins add rows to
+SOURCES; formats.FORMATS has the formats of local files."""
 
 
 def resolve_sources(section: Data) -> list[Source]:
@@ -155,80 +325,17 @@ def resolve_source(section: Documents, table: str = "data", *, skip: bool = Fals
     are missing or have an unknown or mixed format, and for a subset or split that the source does
     not have.
     """
-    if plugin := _plugin_source(section, table):
-        return plugin
-    if section.dataset_path:
-        key = f"{table}.dataset_path"
-        chosen = f"{key} = {quote(section.dataset_path)}"
-        # os.path leaves an unknown ~user unchanged, Path raises.
-        path = Path(os.path.expanduser(section.dataset_path))  # noqa: PTH111
-        if (path / MANIFEST_FILE).is_file():
-            _refuse(section, ("subset", "split", "text_field", "tokens_field"), chosen, table)
-            return _tokenized_source(path, key)
-        if has_splits(path):
-            _refuse(section, ("subset",), chosen, table)
-            with errors_for(f"{table}.split"):
-                path = folder_of_split(path, section.split)
-        else:
-            _refuse(section, ("subset", "split"), chosen, table)
-        with errors_for(key):
-            files = find_files(path, chosen)
-            if not files:
-                fetch = how_to_fetch(section.dataset_path, key)
-                raise ValueError(f"{quote(section.dataset_path)} matches no file{fetch}")
-            if skip:
-                files = _readable(tuple(files), chosen)
-        return _files_source(section, key, files)
-    key = f"{table}.dataset"
-    if section.dataset == "bundled":
-        _refuse(section, ("subset",), f'{key} = "bundled"', table)
-        if section.split not in BUNDLED_SPLITS:
+    choice = Choice(section, table, skip)
+    kind = next(kind for kind in KINDS if kind.recognizes(choice))
+    for key in kind.unused:
+        value, default = getattr(section, key), type(section).model_fields[key].default
+        if value != default:
             raise SettingError(
-                f"{table}.split",
-                f"must be {one_of([quote(split) for split in BUNDLED_SPLITS])} for the bundled "
-                f"corpus, got {quote(section.split)}",
+                f"{table}.{key}",
+                f"{quote(value)} has no effect with {choice.setting}: leave it {quote(default)}",
             )
-        path = bundled_asset(f"corpus/{section.split}.jsonl")
-        bundled = section.model_copy(update={"dataset_path": f"bundled corpus ({section.split})"})
-        return _files_source(bundled, key, [path])
-    if Path(section.dataset).exists():
-        raise SettingError(
-            key, f"{quote(section.dataset)} is a local path: set {key}_path to read it"
-        )
-    hub_name, subset = PRESETS.get(section.dataset, (section.dataset, ""))
-    subset = section.subset or subset
-    name = " ".join(filter(None, (hub_name, subset, section.split)))
-    arguments = {"path": hub_name, "name": subset or None, "split": section.split}
-    return Source(
-        name=name,
-        key=key,
-        identity=name,
-        arguments=arguments,
-        text_field=section.text_field,
-        tokens_field=section.tokens_field,
-    )
-
-
-def _plugin_source(section: Documents, table: str) -> Source | None:
-    """Returns the source of a plugin that registered the table's prefix or file suffix, if any."""
-    if section.dataset_path:
-        key, given = "dataset_path", section.dataset_path
-        kind = plain_suffix(Path(given))
-    else:
-        key, given = "dataset", section.dataset
-        kind, separator, _ = given.partition("://")
-        if separator and kind not in SOURCES:
-            known = ", ".join(SOURCES) or "none; job.plugins may register some"
-            raise SettingError(
-                f"{table}.dataset",
-                f"no data source {quote(kind)}{did_you_mean(nearest(kind, SOURCES))} "
-                f"(registered: {known})",
-            )
-    if kind not in SOURCES:
-        return None
-    with errors_for(f"{table}.{key}"):
-        plugin: PluginSource = load(SOURCES[kind])(section)
-    return Source(given, f"{table}.{key}", plugin.identity, plugin=plugin)
+    with errors_for(choice.key):
+        return kind.find(choice)
 
 
 def check_tokens(sources: Iterable[Source], tokenizer: Tokenizer) -> None:
@@ -259,91 +366,3 @@ def reading(source: Source) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SettingError(source.key, f"cannot read {source.name}: {reason:.300}") from error
-
-
-def _refuse(section: Documents, keys: tuple[str, ...], source: str, table: str) -> None:
-    for key in keys:
-        value, default = getattr(section, key), type(section).model_fields[key].default
-        if value != default:
-            raise SettingError(
-                f"{table}.{key}",
-                f"{quote(value)} has no effect with {source}: leave it {quote(default)}",
-            )
-
-
-@functools.cache
-def _readable(files: tuple[Path, ...], chosen: str) -> list[Path]:
-    """Returns the files without those named Parquet that are not valid, with a warning for each.
-
-    Cached, so that a process warns about a file once and always reads the same files.
-    """
-    from pyarrow import parquet
-
-    kept, reason = [], ""
-    for file in files:
-        if format_of(file) == "parquet":
-            try:
-                parquet.read_metadata(file)
-            except (OSError, ValueError) as error:
-                # An error of the operating system may not occur in another process.
-                if isinstance(error, OSError) and error.errno is not None:
-                    raise ValueError(f"{file}: {error}") from error
-                reason = f"{file}: {' '.join(str(error).split())}"
-                logger.warning("%s: skipped a file that cannot be read: %s", chosen, reason)
-                continue
-        kept.append(file)
-    if not kept:
-        raise ValueError(f"none of the Parquet files can be read: {reason}")
-    return kept
-
-
-def _tokenized_source(path: Path, key: str) -> Source:
-    with errors_for(key):
-        manifest = read_token_manifest(path)
-    return Source(
-        name=str(path),
-        key=key,
-        identity=f"tokens of {manifest.source}",
-        parts=manifest.paths(path),
-        tokens_field=TOKENS_FIELD,
-        manifest=manifest,
-    )
-
-
-def _files_source(section: Documents, key: str, files: list[Path]) -> Source:
-    name, formats = section.dataset_path, Counter(map(format_of, files))
-    if len(formats) > 1:
-        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(formats.items(), key=str))
-        raise SettingError(key, f"{quote(name)} mixes formats ({counts}): set a glob of one")
-    ((form, count),) = formats.items()
-    listing = "\n".join(map(signature, files))
-    digest = hashlib.sha256(os.fsencode(listing)).hexdigest()[:16]
-    return Source(
-        name=name,
-        key=key,
-        identity=f"{count} {form} files {digest}",
-        kind=FORMATS[plain_suffix(files[0])].kind,
-        parts=tuple((file,) for file in files),
-        text_field=section.text_field,
-        tokens_field=_tokens_field(section, form, files[0], key),
-    )
-
-
-def _tokens_field(section: Documents, form: str, first: Path, key: str) -> str:
-    """Returns the field of token ids in the files; "" if their text is read."""
-    if form == "text" and section.tokens_field:
-        table = key.rpartition(".")[0]
-        raise SettingError(
-            f"{table}.tokens_field",
-            f"{quote(section.tokens_field)} has no effect on text files: leave it {quote('')}",
-        )
-    if section.tokens_field or form in ("json", "text"):
-        return section.tokens_field
-    if form == "megatron":
-        return TOKENS_FIELD
-    try:
-        names = column_names(first)
-    except (OSError, ValueError):
-        # A damaged file is reported when it is read.
-        return ""
-    return TOKENS_FIELD if section.text_field not in names and TOKENS_FIELD in names else ""

@@ -5,7 +5,6 @@ part becomes an Arrow file. An interrupted call resumes after the parts that are
 result depends neither on the number of processes nor on interruptions.
 """
 
-import dataclasses
 import itertools
 import json
 import logging
@@ -103,7 +102,7 @@ def tokenize(
     """
     if target.exists():
         raise TargetError(f"{target} exists already: choose another folder")
-    if source.is_tokenized:
+    if source.tokens_field:
         raise SettingError(source.key, f"{source.name} is tokenized already")
     tokenizer = load_tokenizer(section.tokenizer_path)
     folder = target.with_name(target.name + UNFINISHED)
@@ -124,8 +123,7 @@ def tokenize(
         features = _features(tokenizer)
         skip = section.on_bad_document == "skip"
         path, schema = section.tokenizer_path, features.arrow_schema
-        # A copy without what this process has opened.
-        job = WorkerSettings(dataclasses.replace(source), folder, path, skip, shard_size, schema)
+        job = WorkerSettings(source, folder, path, skip, shard_size, schema)
         turns = -(-processes // source.num_files)
         tasks = [
             Task(number, turn, turns) for number in range(source.num_files) for turn in range(turns)

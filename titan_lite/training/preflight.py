@@ -68,7 +68,7 @@ def preflight(plan: Plan) -> Preflight:
             sources = resolve_sources(config.data)
             if tokenizer is not None:
                 check_tokens(sources, tokenizer)
-            if all(source.is_tokenized for source in sources):
+            if all(source.tokens_field for source in sources):
                 _warn_of_idle_keys(plan, are_checked=all(source.manifest for source in sources))
         with problems.checking("validation.dataset"):
             if config.validation.enable:
