@@ -198,32 +198,30 @@ def _matches(pattern: Path) -> list[Path]:
 def _walk(folder: Path, hidden: tuple[str, ...]) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Walks folders as os.walk does, sorted; follows links to folders, and enters each once."""
     entered: set[str] = set()
-    folders, linked = deque([folder]), deque[Path]()
-    while folders or linked:
-        path = (folders or linked).popleft()
-        real = os.path.realpath(path)
-        if real in entered:
-            continue
-        entered.add(real)
-        inner, files = [], []
-        try:
-            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
-        except OSError as error:
-            raise ValueError(f"cannot list {path}: {error.strerror}") from error
-        for entry in entries:
-            file = path / entry.name
-            if not (file.is_dir() if entry.is_symlink() else entry.is_dir()):
-                files.append(entry.name)
+    linked = deque([folder])
+
+    def fail(error: OSError) -> None:
+        raise ValueError(f"cannot list {error.filename}: {error.strerror}") from error
+
+    while linked:
+        links: list[Path] = []
+        for top, inner, files in os.walk(linked.popleft(), onerror=fail):
+            path, real = Path(top), os.path.realpath(top)
+            if real in entered:
+                inner.clear()
                 continue
-            inner.append(entry.name)
-            if entry.name.startswith(hidden):
-                continue
-            if not entry.is_symlink():
-                folders.append(file)
+            entered.add(real)
+            inner.sort()
+            yield path, inner, sorted(files)
+            inner[:] = [name for name in inner if not name.startswith(hidden)]
             # A link to a folder that contains the link is a loop.
-            elif not Path(real).is_relative_to(os.path.realpath(file)):
-                linked.append(file)
-        yield path, inner, files
+            links += [
+                path / name
+                for name in inner
+                if (path / name).is_symlink()
+                and not Path(real).is_relative_to(os.path.realpath(path / name))
+            ]
+        linked += sorted(links, key=lambda link: (len(link.parts), link))
 
 
 def _below(folder: Path) -> Iterator[Path]:
