@@ -340,16 +340,16 @@ def test_only_these_functions_take_a_whole_plan_or_configuration() -> None:
 # Lines of code of each room: neither blank, comment nor docstring. Raising one is a decision to
 # explain in the commit message.
 BUDGET = {
-    "data": 3127,
+    "data": 3123,
     "parallel": 2037,
     "config": 2054,
     "training": 1929,
-    "tools": 1839,
-    "checkpoint": 1614,
+    "tools": 1835,
+    "checkpoint": 1600,
     "models": 1707,
     "planner": 1379,
     "regression": 1201,
-    "runtime": 1145,
+    "runtime": 1148,
     "nn": 908,
     "dryrun": 892,
     "metrics": 801,

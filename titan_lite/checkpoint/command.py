@@ -5,14 +5,9 @@ No torch: it works on any machine that sees the files.
 
 import os
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from titan_lite.checkpoint.manifest import (
-    MANIFEST_FILE,
-    CheckpointManifest,
-    read_manifest,
-)
+from titan_lite.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from titan_lite.checkpoint.state import newest_below, saved_steps
 from titan_lite.config.arguments import command_parser
 from titan_lite.config.load import ConfigError, Problem
@@ -67,7 +62,8 @@ def _row(folder: Path, *, contents: bool) -> list[str]:
         manifest = read_manifest(folder)
     except DamagedError as error:
         return [folder.name, *["-"] * 5, str(error)]
-    problems = _read_all(folder, manifest) if contents else []
+    names = sorted(manifest.files) if contents else []
+    problems = damaged_files(folder, manifest.files, names, threads=os.cpu_count())
     layout = " x ".join(f"{axis} {size}" for axis, size in manifest.layout.items() if size > 1)
     return [
         folder.name,
@@ -82,20 +78,6 @@ def _row(folder: Path, *, contents: bool) -> list[str]:
 
 def _sound(contents: bool) -> str:
     return "verified" if contents else "complete"
-
-
-def _read_all(folder: Path, manifest: CheckpointManifest) -> list[str]:
-    """Sentences about damaged files, of which several are read at once."""
-
-    def read(name: str) -> list[str]:
-        return damaged_files(folder, manifest.files, [name])
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [
-            sentence
-            for sentences in pool.map(read, sorted(manifest.files))
-            for sentence in sentences
-        ]
 
 
 def _print_table(heads: list[str], rows: Iterable[list[str]]) -> None:

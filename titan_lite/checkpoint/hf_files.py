@@ -1,7 +1,7 @@
 """The files of a Hugging Face model: config.json, safetensors and their index; no torch."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,9 +75,8 @@ def plan_files(sizes: Mapping[str, int], max_bytes: int) -> list[PlannedFile]:
     ]
 
 
-def write_index(folder: Path, files: Iterable[PlannedFile]) -> None:
+def write_index(folder: Path, files: Sequence[PlannedFile]) -> None:
     """Maps each tensor to its file; a single file needs no index."""
-    files = list(files)
     if len(files) > 1:
         index = {
             "metadata": {"total_size": sum(file.num_bytes for file in files)},

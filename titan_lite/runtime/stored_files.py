@@ -3,6 +3,7 @@
 import os
 import zlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,19 +65,26 @@ def check_size(path: Path, file: StoredFile) -> None:
         raise DamagedError(f"{path} is damaged: it has {size:,} bytes, expected {file.bytes:,}")
 
 
-def damaged_files(folder: Path, files: Mapping[str, StoredFile], names: Iterable[str]) -> list[str]:
-    """A sentence for each of the named files whose content is not what was written; reads all."""
-    problems = []
-    for name in names:
+def damaged_files(
+    folder: Path, files: Mapping[str, StoredFile], names: Iterable[str], *, threads: int | None = 1
+) -> list[str]:
+    """A sentence for each of the named files whose content is not what was written; reads all.
+
+    threads: number of files that are read at once; None: as ThreadPoolExecutor chooses.
+    """
+
+    def problem(name: str) -> str:
         path, expected = folder / name, files[name].crc32
         try:
             checksum = stored_file(path).crc32
         except OSError as error:
-            problems.append(f"{path} cannot be read: {error}")
-            continue
+            return f"{path} cannot be read: {error}"
         if checksum != expected:
-            problems.append(f"{path} is damaged: its checksum is {checksum}, expected {expected}")
-    return problems
+            return f"{path} is damaged: its checksum is {checksum}, expected {expected}"
+        return ""
+
+    with ThreadPoolExecutor(threads) as pool:
+        return list(filter(None, pool.map(problem, names)))
 
 
 def hexadecimal(crc32: int) -> str:

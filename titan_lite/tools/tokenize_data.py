@@ -2,7 +2,6 @@
 
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -57,12 +56,7 @@ def verify(folder: Path) -> int:
     try:
         manifest = read_token_manifest(folder)
         files = {name: shard.file for name, shard in manifest.shards.items()}
-
-        def read(name: str) -> list[str]:
-            return damaged_files(folder, files, [name])
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            problems = [message for messages in pool.map(read, files) for message in messages]
+        problems = damaged_files(folder, files, files, threads=os.cpu_count())
     except ValueError as error:
         problems = [str(error)]
     for message in problems:
