@@ -38,9 +38,9 @@ class HFTokenizer(Tokenizer):
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
-        special = special_tokens(file, companions, self._backend.token_to_id)
-        self.bos_id, self.eos_id = special.bos_id, special.eos_id
-        self.pad_id, self.mask_id = special.pad_id, special.mask_id
+        self.bos_id, self.eos_id, self.pad_id, self.mask_id = special_tokens(
+            file, companions, self._backend.token_to_id
+        )
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         document = json.loads(content)

@@ -22,9 +22,9 @@ class SentencePieceTokenizer(Tokenizer):
         """Raises ValueError naming the file if it cannot be used."""
         companions = read_companions(file)
         self._model = _read(file, content)
-        special = special_tokens(file, companions, self._id_of, self._own_ids())
-        self.bos_id, self.eos_id = special.bos_id, special.eos_id
-        self.pad_id, self.mask_id = special.pad_id, special.mask_id
+        self.bos_id, self.eos_id, self.pad_id, self.mask_id = special_tokens(
+            file, companions, self._id_of, self._own_ids()
+        )
         self.vocab_size = self._model.vocab_size()
         self.spellings = list(map(self._spelling, range(self.vocab_size)))
         self.starts_word = np.array(list(map(begins_word, self.spellings)))

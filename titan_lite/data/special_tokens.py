@@ -7,10 +7,9 @@ usual spellings.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 FILE_NAMES = ("tokenizer_config.json", "special_tokens_map.json")
 
@@ -29,8 +28,7 @@ _USES = {
 }
 
 
-@dataclass(frozen=True)
-class SpecialTokens:
+class SpecialTokens(NamedTuple):
     """Token ids; a missing BOS or padding token is the EOS."""
 
     bos_id: int
@@ -75,11 +73,9 @@ def special_tokens(
                     f"{file.with_name(name)}: {key} is {content!r}, which is not a token of "
                     f"{file.name}"
                 )
-        elif use in own_ids:
-            ids[use] = own_ids[use]
         else:
             known = (number for text in spellings if (number := id_of(text)) is not None)
-            ids[use] = next(known, None)
+            ids[use] = own_ids[use] if use in own_ids else next(known, None)
     eos = ids["eos"]
     if eos is None:
         raise ValueError(
