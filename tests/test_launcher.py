@@ -314,6 +314,25 @@ def test_all_broken_rules_are_reported_together_and_unknown_keys_before_them() -
             "'3' is not an override: write --training.steps=3",
         ),
         (["--training.steps", "3"], "'3' is not an override: write --training.steps=3"),
+        (
+            ["--training.steps", "=", "3"],
+            "'=' is not an override: write --training.steps=VALUE (without spaces)",
+        ),
+        (
+            ["--training.steps", "=3"],
+            "'=3' is not an override: write --training.steps=3 (without spaces)",
+        ),
+        (
+            ["--training.steps=", "3"],
+            "'3' is not an override: write --training.steps=3 (without spaces)",
+        ),
+        ([""], "an argument is empty; a shell variable in it may not be set"),
+        (["a.toml", ""], "an argument is empty; a shell variable in it may not be set"),
+        (
+            ["a.toml", "\N{EM DASH}training.steps=3"],
+            "'\N{EM DASH}training.steps=3' starts with a dash instead of two hyphens: "
+            "--training.steps=3",
+        ),
         (["a.toml", "b.toml"], "expected one configuration, got a.toml and b.toml"),
         (["--a.b=1", "a.toml", "3"], "expected one configuration, got a.toml and 3"),
     ],
@@ -329,11 +348,43 @@ def test_arguments_that_are_neither_a_configuration_nor_overrides_are_refused(
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_opened_so_that_no_file_takes_their_place(closed: str) -> None:
+    opened = "open_closed_streams(); raise SystemExit(open('/dev/null').fileno() < 3)"
+    for arguments in (
+        f"-c 'from titan_lite.runtime.log import *; {opened}'".replace(
+            "'/dev/null'", '"/dev/null"'
+        ),
+        "-m titan_lite.cli config",
+        "-m titan_lite.launch --help",
+    ):
+        command = f"exec {sys.executable} {arguments} {closed}"
+        assert subprocess.run(["bash", "-c", command], timeout=GUARD, check=False).returncode == 0
+
+
+def test_lines_of_the_log_that_nobody_reads_are_dropped() -> None:
+    script = (
+        "import logging; from titan_lite.runtime.log import set_up_logging; set_up_logging(0); "
+        "logging.getLogger('titan_lite.x').info('a line')"
+    )
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-c", script],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert "Logging error" not in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_the_configuration_stands_anywhere_among_the_overrides() -> None:
     assert split_arguments(["My.TOML", "--a.b=c.toml"]) == ("My.TOML", ["--a.b=c.toml"])
     assert split_arguments(["--a.b=1", "a.toml"]) == ("a.toml", ["--a.b=1"])
     assert split_arguments(["--quiet", "a.toml"]) == ("a.toml", ["--quiet"])
     assert split_arguments(["--a.b=1"]) == (None, ["--a.b=1"])
+    assert split_arguments(["--a.b=", "a.toml"]) == ("a.toml", ["--a.b="])
 
 
 def test_the_configuration_of_a_launcher_is_an_argument_or_config_file(

@@ -27,6 +27,8 @@ from titan_lite.models import registry
 from titan_lite.models.plan import Plan, make_plan
 from titan_lite.planner import hardware
 from titan_lite.planner.counts import in_words, num_params
+from titan_lite.runtime.log import open_closed_streams
+from titan_lite.runtime.writing import WriteError
 
 OVERRIDES = """
 Every key of the TOML file can be overridden: --section.key=value, the value written as in TOML,
@@ -37,6 +39,7 @@ quotes around a plain word left out. The last one wins:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit code: 2 for a mistake in the configuration."""
+    open_closed_streams()
     argv = sys.argv[1:] if argv is None else list(argv)
     commands: dict[str, tuple[Callable[[list[str]], int], str]] = {
         "train": (_train, "train a model (in one process; torchrun or run_train.sh start many)"),
@@ -71,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"titan-lite: {error}", file=sys.stderr)
         return 2
+    except WriteError as error:
+        print(f"titan-lite: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

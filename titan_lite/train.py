@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from titan_lite.config.arguments import UsageError, split_arguments
 from titan_lite.config.load import ConfigError, Problem
 from titan_lite.models.plan import make_plan
-from titan_lite.runtime.log import is_first_to_say, set_up_logging
+from titan_lite.runtime.log import is_first_to_say, open_closed_streams, set_up_logging
 from titan_lite.runtime.other_launchers import unexpected_start
 from titan_lite.runtime.parent import PARENT, watch_parent
 from titan_lite.runtime.progress import Progress
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns 2 for a mistake in it, 1 for a failure, 75 when a signal stopped it and a checkpoint was
     saved, 143 when none was. A second SIGINT ends the process at once, with 130.
     """
+    open_closed_streams()
     argv = sys.argv[1:] if argv is None else list(argv)
     if {"-h", "--help"} & set(argv):
         print(USAGE)

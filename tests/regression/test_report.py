@@ -340,3 +340,18 @@ def test_options_are_written_whole(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["report", "runs/a", "--out=page.html"])
     assert "unrecognized arguments: --out=page.html" in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(Path("a"), [8.0])
+
+    def write_text(path: Path, *_: Any, **__: Any) -> int:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    assert cli.main(["report", "a", "-o", "page.html"]) == 1
+    assert capsys.readouterr().err == (
+        "titan-lite: page.html cannot be written: No space left on device\n"
+    )

@@ -12,9 +12,20 @@ class UsageError(Exception):
 def split_arguments(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     """The configuration, if there is one, and the overrides, in any order; or UsageError."""
     files = [argument for argument in argv if not argument.startswith("-")]
+    if "" in files:
+        raise UsageError("an argument is empty; a shell variable in it may not be set")
     for before, word in pairwise(argv):
-        if word in files and before.startswith("--") and "." in before and "=" not in before:
-            raise UsageError(f"{word!r} is not an override: write {before}={word}")
+        key, separator, value = before.partition("=")
+        if separator and word.lower().endswith(".toml"):
+            continue
+        if word in files and key.startswith("--") and "." in key and not value:
+            value = "VALUE" if word == "=" else word.removeprefix("=")
+            hint = " (without spaces)" if separator or word.startswith("=") else ""
+            raise UsageError(f"{word!r} is not an override: write {key}={value}{hint}")
+    for word in files:
+        # Word processors make one dash of two hyphens.
+        if (plain := word.lstrip("\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}")) != word:
+            raise UsageError(f"{word!r} starts with a dash instead of two hyphens: --{plain}")
     if len(files) > 1:
         raise UsageError(f"expected one configuration, got {' and '.join(files)}")
     return next(iter(files), None), [word for word in argv if word.startswith("-")]

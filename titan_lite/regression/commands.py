@@ -28,6 +28,7 @@ from titan_lite.regression.golden import Case
 from titan_lite.regression.plot import check_plot, plot
 from titan_lite.regression.report import MAX_RUNS, read_run, report
 from titan_lite.regression.run_training import run_training
+from titan_lite.runtime.writing import writing
 
 WITHIN, OUTSIDE, MISTAKE = 0, 1, 2
 
@@ -125,9 +126,11 @@ def compare_command(argv: Sequence[str]) -> int:
         print(f"titan-lite compare: {error}", file=sys.stderr)
         return MISTAKE
     if options.json:
-        options.json.write_text(json.dumps(comparison.report(), indent=2) + "\n")
+        with writing(options.json):
+            options.json.write_text(json.dumps(comparison.report(), indent=2) + "\n")
     if options.plot:
-        plot(comparison, options.plot)
+        with writing(options.plot):
+            plot(comparison, options.plot)
     show(comparison)
     return OUTSIDE if comparison.first_outside else WITHIN
 
@@ -286,6 +289,7 @@ def report_command(argv: Sequence[str]) -> int:
     except CurveError as error:
         print(f"titan-lite report: {error}", file=sys.stderr)
         return MISTAKE
-    options.output.write_text(page, encoding="utf-8")
+    with writing(options.output):
+        options.output.write_text(page, encoding="utf-8")
     print(f"{options.output}: {format_scaled(options.output.stat().st_size, 'B')}")
     return WITHIN

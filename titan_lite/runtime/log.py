@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TextIO
 
 # A folder that the launcher gives to the processes of one attempt on its node.
 MESSAGES = "TITAN_LITE_MESSAGES"
@@ -12,9 +13,26 @@ MESSAGES = "TITAN_LITE_MESSAGES"
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
+def open_closed_streams() -> None:
+    """Opens closed standard streams on the null device, so that no file of the run is one."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
+            os.set_inheritable(descriptor, True)
+            setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r"))
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    """Drops lines that the reader of the log, which may have gone, does not take."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def set_up_logging(rank: int) -> None:
     """Sends the package's log to standard output with the rank in each line."""
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _Handler(sys.stdout)
     handler.setFormatter(
         logging.Formatter(f"%(asctime)s [rank{rank}] %(levelname)s %(message)s", datefmt="%H:%M:%S")
     )

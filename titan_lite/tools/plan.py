@@ -17,6 +17,7 @@ from titan_lite.planner.cluster import Cluster, find_cluster
 from titan_lite.planner.predict import advice, predict
 from titan_lite.planner.read import read_job
 from titan_lite.planner.search import search
+from titan_lite.runtime.writing import writing
 from titan_lite.tools import plan_recalibrate, plan_report, plan_scaling
 
 FORMS = """
@@ -113,7 +114,9 @@ def _search(argv: Sequence[str]) -> int:
             message = "requires CONFIG, which the written file extends"
             raise ConfigError([Problem("--write", "command line", message)])
         target = Path(options.write)
-        target.write_text(plan_report.layout_toml(best[0], path, options.write), encoding="utf-8")
+        text = plan_report.layout_toml(best[0], path, options.write)
+        with writing(target):
+            target.write_text(text, encoding="utf-8")
     return 0 if best else 1
 
 
