@@ -1,13 +1,14 @@
 """Writes what dry runs measure to dry_runs_*.json, which the planner's memory is tested against.
 
-    python -m tests.planner.dry_runs presets|random|experts [FIRST [LAST]]
+    python -m tests.planner.dry_runs presets|random|experts|saved [FIRST [LAST]]
 
 Dry runs take seconds to minutes each, so the tests read the file. `presets` are those of
 train_configs/ at their world sizes, one rank for each place in the pipeline (of more than four, the
 first two, one in the middle and the last), with as many micro-batches as a pipeline keeps at once,
 though it has buffers for all of a pass, and the deep ones with fewer layers. `random` are 200 legal
 layouts of small models, drawn with a fixed seed, one rank for each place, of which the file holds
-those that there was time for. `experts` are 40 of small Mixture-of-Experts models.
+those that there was time for. `experts` are 40 of small Mixture-of-Experts models. `saved` are
+small models whose "selective_op" saves one kind of operations, "max" for none.
 Cases that the file already has are kept.
 """
 
@@ -147,7 +148,56 @@ def random_experts(number: int = 40) -> Iterator[tuple[str, list[str], int]]:
         yield "", overrides, world
 
 
-CASES = {"presets": presets, "random": random_layouts, "experts": random_experts}
+# Layouts of two ranks in which the loss is the peak, and what "selective_op" may save of them.
+SAVED = {
+    ("model.name=llama", "parallel.tp=1"): ("attention", "matmul", "every_second_matmul"),
+    ("model.name=llama", "parallel.tp=1", 'training.param_dtype="float32"'): ("attention",),
+    ("model.name=llama", "parallel.tp=2"): (
+        "attention",
+        "matmul",
+        "every_second_matmul",
+        "reduce_scatter",
+        "all_reduce",
+    ),
+    ("model.name=llama", "parallel.tp=2", "parallel.sequence_parallel=false"): (
+        "reduce_scatter",
+        "all_reduce",
+    ),
+    ("model.name=gpt", "parallel.tp=1"): ("attention", "matmul", "every_second_matmul"),
+    ("model.name=qwen3_moe", "model.num_experts=8", "model.top_k=2", "parallel.ep=2"): (
+        "attention",
+        "every_second_matmul",
+        "routing",
+        "all_to_all",
+        "grouped_matmul",
+    ),
+    ("model.name=qwen3_moe", "model.num_experts=8", "model.top_k=2", "parallel.tp=2"): (
+        "reduce_scatter",
+        "routing",
+        "grouped_matmul",
+    ),
+    ("model.name=deepseek_v3", "model.num_experts=8", "model.top_k=2", "parallel.ep=2"): (
+        "attention",
+        "matmul",
+        "every_second_matmul",
+        "routing",
+        "all_to_all",
+        "grouped_matmul",
+    ),
+}
+
+
+def saved() -> Iterator[tuple[str, list[str], int]]:
+    size = ("model.dim=256", "model.ffn_dim=384", "model.num_layers=4", "model.vocab_size=65536",
+            "training.seq_len=256", "training.local_batch_size=2", "training.loss_chunks=1",
+            "activation_checkpoint.mode=selective_op")  # fmt: skip
+    for layout, names in SAVED.items():
+        for name in ("max", *names):
+            keys = (*layout, *size, f'activation_checkpoint.save=["{name}"]')
+            yield "", [f"--{key}" for key in keys], 2
+
+
+CASES = {"presets": presets, "random": random_layouts, "experts": random_experts, "saved": saved}
 
 
 def ranks(dims: ParallelDims) -> list[int]:

@@ -144,6 +144,19 @@ def attention_matrices(args: DecoderArgs, tp: int = 1) -> list[tuple[int, int]]:
     return [(args.dim, q), (args.dim, kv), (args.dim, kv), (q, args.dim)]
 
 
+def block_products(args: DecoderArgs, tp: int = 1) -> list[tuple[float, float]]:
+    """Features in and out of each product of all tokens in a block, of one of `tp` ranks, in order.
+
+    With experts the router's is among them, for the tokens that the ranks share.
+    """
+    shared, routed = feed_forwards(args)
+    width = shared * args.ffn_dim / tp
+    inner = [(args.dim, width)] * (2 if args.ffn == "swiglu" else 1)
+    router = [(args.dim, args.num_experts / tp)] if isinstance(args, MoEArgs) and routed else []
+    feed_forward = [*inner, (width, args.dim)] if shared else []
+    return [*attention_matrices(args, tp), *router, *feed_forward]
+
+
 def block_matrices(args: DecoderArgs) -> list[tuple[int, int]]:
     """The smaller and the larger side of each matrix of a block."""
     inner = 2 if args.ffn == "swiglu" else 1

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from titan_lite.config.activation_checkpoint import SelectiveOp
 from titan_lite.models.args import DecoderArgs
 
 Sharding = Literal["fsdp", "ddp", "zero1", "zero2", "hybrid_zero", "greedy_zero1"]
@@ -16,6 +17,7 @@ class Job:
     span: tokens that a token can attend to, before the causal mask. micro_steps: micro-batches of a
     step. shards: ranks over which parameters (or the optimizer's state) are split, cp included.
     recomputed: blocks of each stage that are checkpointed. blocks: of each pipeline stage.
+    saved: what "selective_op" keeps, as in activation_checkpoint.save.
     keeps_gathered: parameters stay gathered between forward and backward. syncs_last: gradients
     are reduced after the last micro-batch only. kernels: class of the element-wise kernels.
     cp_balanced: each rank has a part of the head and of the tail of a causal sequence.
@@ -52,6 +54,7 @@ class Job:
     async_tp: bool = False
     recompute: Recompute = "none"
     recomputed: tuple[int, ...] = (0,)
+    saved: tuple[str, ...] = tuple(SelectiveOp().save)
     early_stop: bool = True
     float8: str = "none"
     float8_gather: bool = False

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from titan_lite.models.args import DecoderArgs, MoEArgs
+from titan_lite.models.args import DecoderArgs, EncoderArgs, MoEArgs
 from titan_lite.planner.counts import block_params, feed_forwards, num_block_params, num_params
 from titan_lite.planner.job import Job
+from titan_lite.planner.selective import saved_elements
 from titan_lite.planner.step_time import rank_stages
 
 # A layout counts as fitting below a share of the device's memory, and may fit up to all of it: the
@@ -77,8 +78,7 @@ def kept_elements(job: Job, args: DecoderArgs, recompute: str) -> float:
     if recompute == "full":
         return whole
     if recompute == "selective_op":
-        # Of experts nothing is kept, all of whose products are computed again.
-        return 2 * whole + heads + kv + shared * args.ffn_dim / t + 2 * H
+        return whole + saved_elements(job, args)
     kept = 2 * (heads + kv + H + whole + args.dim) + (4 if args.ffn == "swiglu" else 2) * f
     if args.qk_norm:
         kept += heads + kv
@@ -90,6 +90,35 @@ def kept_elements(job: Job, args: DecoderArgs, recompute: str) -> float:
         # Of each score: its softmax in float32, rounded, and what dropout leaves of it.
         kept += 4 * H * job.span
     return kept
+
+
+def _backward(job: Job, args: DecoderArgs, mode: str) -> float:
+    """Bytes that the backward of a block adds, at most, to what its forward kept.
+
+    Of what is computed again all is there when the gradients of the feed-forward are computed.
+    """
+    t, tokens, D, wide = job.tp, job.local_tokens, args.dim, 4 / job.width
+    shared, routed = feed_forwards(args)
+    again = kept_elements(job, args, "none") - kept_elements(job, args, mode)
+    if routed:
+        # Of each row, either its weighted output and the gradient of that, in float32, or, with
+        # the gradients of one of the three weights, those of its expert's inner features.
+        row = max((1 + 2 * wide) * D, D / 2 + 2 * args.ffn_dim)
+        return (again + routed * row / t) * tokens * job.width
+    if args.attention_dropout:
+        # Hashes of the scores, three times in integers of 32 bits, which forward has as well.
+        again += 3 * wide * args.num_heads / t * job.span
+    f, gated = shared * args.ffn_dim / t, args.ffn == "swiglu"
+    whole = D / (t if job.sequence_parallel else 1)
+    gathered = D if t > 1 and job.sequence_parallel else 0
+    # After the last product, the activation, and the first products, with weights' gradients.
+    moments = (
+        (gathered + f, D * f),
+        ((1 + gated) * f, D * f),
+        ((1 + gated) * D - (1 + 2 * gated) * f, (2 + gated) * D * f),
+    )
+    largest = max(features * tokens + weights for features, weights in moments)
+    return job.width * ((again + whole) * tokens + largest)
 
 
 def _in_flight(job: Job, place: int) -> float:
@@ -118,27 +147,31 @@ def _place(job: Job, place: int, stages: tuple[int, ...]) -> Memory:
     block = dense + experts
     width, tokens = job.width, job.local_tokens
     stream = float(args.dim * width * tokens)
-    # What one micro-batch keeps in the stages of a rank.
-    each = 0.0
+    # What one micro-batch keeps in the stages of a rank: of a pipeline's first one also the output,
+    # which others have in place of their input, received.
+    each = stream / (t if job.sequence_parallel else 1) * (job.pp > 1 and 0 in stages)
+    kinds: set[DecoderArgs] = set()
     for stage in stages:
         share = job.recomputed[stage] / job.blocks[stage]
         for kind, count in _kinds(args, *job.span_of(stage)):
+            kinds.add(kind)
             kept = share * kept_elements(job, kind, job.recompute)
             kept += (1 - share) * kept_elements(job, kind, "none")
             each += width * tokens * count * kept
     rows = args.padded_vocab_size / (t if job.loss_parallel else 1)
     chunks = job.loss_chunks or 1
-    # Of each logit: its gradient, its logarithm in float32, and under tensor parallel both again.
-    logits = tokens * job.head_token_fraction / chunks * rows * (width + 4) * (2 if t > 1 else 1)
-    logits += table * (width + (4 if chunks > 1 else 0)) + 2 * stream
-    none = kept_elements(job, args, "none")
-    backward = (0.85 + 0.25 * wide) * none * width * tokens
-    reducing, gradients = 5 * stream, 4 * block
+    # Of each logit: its gradient and its logarithm in float32. Then, under tensor parallel, its
+    # distance from the largest and the exponential of that, or the gradient of the weight.
+    logits = tokens * job.head_token_fraction / chunks * rows
+    logits = (width + 4) * logits + max(8 * logits * (t > 1), width * table)
+    # In an encoder, the transform before the head, and the sum of the embeddings.
+    logits += 4 * table * (chunks > 1) + (6 if isinstance(args, EncoderArgs) else 2) * stream
+    mode = job.recompute if any(job.recomputed[stage] for stage in stages) else "none"
+    backward = max(_backward(job, kind, mode) for kind in kinds)
+    # The head's gradients are reduced while the last block's are computed; a tied one's remain.
+    is_apart = has_head and (job.pp > 1 or not args.tied_head)
+    reducing, gradients = 5 * stream, 4 * max(block, table * is_apart)
     if isinstance(args, MoEArgs):
-        # Of each row, either its weighted output and the gradient of that, in float32, or, with
-        # the gradients of one of the three weights, those of its expert's inner features.
-        row = max((1 + 2 * wide) * args.dim, args.dim / 2 + 2 * args.ffn_dim)
-        backward = (none * (job.recompute != "none") + args.top_k * row / t) * width * tokens
         reducing += 2 * wide * args.top_k * stream / t
         gradients = width * experts / 3
     works = {"loss": logits, "backward": backward, "reducing": reducing}
@@ -159,7 +192,7 @@ def _place(job: Job, place: int, stages: tuple[int, ...]) -> Memory:
     works["end"] = width * table * (t if 0 in stages else 1)
     # With expert or tensor parallel, experts are gathered and reduced apart from the block's rest.
     unit = block if job.ep * t == 1 else max(dense, experts)
-    units = Units(params, block, unit, table)
+    units = Units(params, block, unit, table, table * args.tied_head)
     for moment in _moments(job, place, units, whole, gradients, 4 * stored / N):
         if moment.name == "loss" and not has_head:
             continue
@@ -184,12 +217,16 @@ class PeakCandidate(NamedTuple):
 
 
 class Units(NamedTuple):
-    """Parameters of a place, of a block, of the largest unit of that, and of the vocabulary."""
+    """Parameters of a place, of a block, of the largest unit of that, and of the vocabulary.
+
+    tied: of a vocabulary whose two gradients are added up.
+    """
 
     params: float
     block: float
     largest: float
     table: float
+    tied: float
 
 
 def _moments(
@@ -200,7 +237,7 @@ def _moments(
     gradients: bytes of a block's, where most of its activations are there.
     """
     width, m = job.width, job.micro_steps
-    params, block, largest, table = units
+    params, block, largest, table, tied = units
     is_alone = job.shards == 1 and job.keeps_gathered
     if job.pp > 1 or is_alone or (job.keeps_gathered and job.syncs_last and m > 1):
         flying = _in_flight(job, place) if job.pp > 1 else 1
@@ -224,10 +261,10 @@ def _moments(
     gathered = job.float8_gather
     if job.keeps_gathered:
         at_loss = width * (params + table)
-        backward = width * params
+        backward = width * (params + tied)
     else:
         at_loss = 2 * width * table + (1 if gathered else width) * block
-        backward = 2 * (1 if gathered else width) * block
+        backward = 2 * (1 if gathered else width) * block + 2 * width * tied
     yield PeakCandidate("loss", 1, at_loss + late, sharded)
     yield PeakCandidate("backward", 1, backward + gradients + late, sharded)
     # Once a block's gradients are all there, FSDP copies them into one buffer to reduce.

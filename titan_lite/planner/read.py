@@ -76,6 +76,7 @@ def read_job(config: Config, dims: ParallelDims, family: Family, args: DecoderAr
         async_tp=parallel.async_tp,
         recompute=recompute,
         recomputed=recomputed,
+        saved=config.activation_checkpoint.saved_ops,
         float8=config.float8.recipe,
         float8_gather=config.float8.fsdp_all_gather,
         width=width,

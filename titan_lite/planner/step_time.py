@@ -11,6 +11,7 @@ from titan_lite.planner import counts
 from titan_lite.planner.cluster import Cluster
 from titan_lite.planner.job import Job
 from titan_lite.planner.kernels import Rates, num_tensors
+from titan_lite.planner.selective import saves_product, saves_sums
 
 Pair = tuple[float, float]
 """Seconds of forward and of backward."""
@@ -61,8 +62,9 @@ class StepModel:
 
     def block(self, job: Job) -> BlockTimes:
         """One block of the job."""
-        key = (job.tp, job.cp, job.ep, job.micro_batch, job.recompute, job.float8, job.width,
-               job.sequence_parallel, job.async_tp, job.cp_method, job.kernels)  # fmt: skip
+        key = (job.tp, job.cp, job.ep, job.micro_batch, job.recompute, job.saved, job.float8,
+               job.width, job.sequence_parallel, job.async_tp, job.cp_method,
+               job.kernels)  # fmt: skip
         if (cost := self._blocks.get(key)) is None:
             cost = self._blocks[key] = self._block(job)
         return cost
@@ -70,21 +72,13 @@ class StepModel:
     def _block(self, job: Job) -> BlockTimes:
         rates, args, t, M = self.rates, self.args, job.tp, job.local_tokens
         float8 = job.float8 != "none"
-        inner = 2 if args.ffn == "swiglu" else 1
-
-        def linear(K: float, N: float) -> Pair:
-            return rates.linear(M, K, N, float8=float8)
-
         shared, routed = counts.feed_forwards(args)
-        width = shared * args.ffn_dim / t
-        up = linear(args.dim, width) if shared else (0.0, 0.0)
-        down = linear(width, args.dim) if shared else (0.0, 0.0)
-        projections = [linear(*sides) for sides in counts.attention_matrices(args, t)]
+        products = [rates.linear(M, K, N, float8=float8) for K, N in counts.block_products(args, t)]
         grouped, ep = self._experts(job, M * routed / t)
         forward, backward = (
-            sum(product[way] for product in (*projections, *[up] * inner, down, *grouped))
-            for way in (0, 1)
+            sum(product[way] for product in (*products, *grouped)) for way in (0, 1)
         )
+        last = products[-1][0] if shared and job.early_stop else 0.0
         attention, elementwise = rates.attention(job), rates.elementwise(job)
         size = 2 * rates.scale * M * args.dim
         gather = self.ring(size * (0.5 if float8 else 1), t, 1)
@@ -97,14 +91,22 @@ class StepModel:
         again: tuple[float, ...] = ()
         match job.recompute:
             case "full":
-                kept = down[0] if job.early_stop else 0.0
                 again_tp = exposed * (2 * gather + scatter) + scales
-                again = (forward - kept, attention[0], elementwise[0], again_tp, cp[0], ep[0])
+                again = (forward - last, attention[0], elementwise[0], again_tp, cp[0], ep[0])
             case "selective_op":
-                again_tp = exposed * 2 * gather
-                products = (*projections[::2], *[up] * (inner - 1), *grouped)
-                matmuls = sum(product[0] for product in products)
-                again = (matmuls, 0.0, elementwise[0], again_tp, 0.0, ep[0])
+                # Torch stops before the last product, which backward does not need.
+                kept = [p[0] for number, p in enumerate(products) if saves_product(job, number)]
+                kept += [last] * (not saves_product(job, len(products) - 1))
+                kept += [p[0] for p in grouped if "grouped_matmul" in job.saved]
+                attends = float("attention" not in job.saved)
+                again = (
+                    forward - sum(kept),
+                    attends * attention[0],
+                    elementwise[0],
+                    exposed * (2 * gather + (0.0 if saves_sums(job) else scatter)),
+                    attends * cp[0],
+                    0.0 if "all_to_all" in job.saved else ep[0],
+                )
             case "attention_core":
                 again = (0.0, attention[0])
             case "norms":
@@ -114,7 +116,7 @@ class StepModel:
     def _experts(self, job: Job, rows: float) -> tuple[list[Pair], Pair]:
         """Products of a block's experts, whose rows are spread evenly, and their exchange."""
         args = self.args
-        if not isinstance(args, MoEArgs):
+        if not (isinstance(args, MoEArgs) and args.num_experts):
             return [], (0.0, 0.0)
         groups = args.num_experts // job.ep
         up, down = (
