@@ -347,7 +347,7 @@ BUDGET = {
     "tools": 1838,
     "checkpoint": 1600,
     "models": 1707,
-    "planner": 1443,
+    "planner": 1463,
     "regression": 1205,
     "runtime": 1159,
     "nn": 908,

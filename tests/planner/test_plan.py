@@ -149,6 +149,25 @@ def test_bad_input_is_one_message(
         ("host_watts", "host_wats", 'host_wats: unknown key; did you mean "host_watts"'),
         ("pue = 1.25", "pue = 1.25\nmeasured = {matmull = 1}", "measured.matmull: not a constant"),
         ("pue = 1.25", "pue =", None),
+        ('device = "H100 SXM 80GB"', "", "device: missing; expected a device of"),
+        ('device = "H100 SXM 80GB"', "device = [1]", 'device: no device "[1]" in assets'),
+        ("price_per_gpu_hour = 2.99", "price_per_gpu_hour = -1", "price_per_gpu_hour: expected a"),
+        ("price_per_gpu_hour = 2.99", "price_per_gpu_hour = nan", "price_per_gpu_hour: expected a"),
+        (
+            "node_nic_gbs = 400",
+            "node_nic_gbs = 0",
+            "node_nic_gbs: expected a number greater than 0",
+        ),
+        ("gpus_per_node = 8", "gpus_per_node = 1.5", "gpus_per_node: expected an integer greater"),
+        ("gpus_per_node = 8", "gpus_per_node = true", "gpus_per_node: expected an integer greater"),
+        ("pue = 1.25", 'pue = 1.25\npower_limit_w = "x"', "power_limit_w: expected a number"),
+        ("pue = 1.25", 'pue = 1.25\ncalibrated = "x"', "calibrated: expected true or false"),
+        ("pue = 1.25", "pue = 1.25\nmeasured = [1]", "measured: expected a table, got [1]"),
+        ("pue = 1.25", "pue = 1.25\nmeasured = {hbm = 0}", "measured.hbm: expected a number great"),
+        ("pue = 1.25", "pue = 1.25\nmeasured = {inner = -1}", "measured.inner: expected a number"),
+        ("pue = 1.25", "pue = 1.25\nmeasured = {hbm = nan}", "measured.hbm: expected a number"),
+        ("pue = 1.25", "pue = 1.25\nmeasured = {hbm = true}", "measured.hbm: expected a number"),
+        ("pue = 1.25", "pue = 1.25\nmeasured = {attention = 1}", "measured.attention: not a const"),
     ],
 )
 def test_a_wrong_cluster_file_is_one_message(
@@ -161,6 +180,126 @@ def test_a_wrong_cluster_file_is_one_message(
     assert cli.main(["plan", PRESET, NO_FILE, f"--cluster={file}"]) == 2
     of_file = f": {message}" if message else " is not valid TOML: "
     assert f"--cluster (command line): {file}{of_file}" in capsys.readouterr().err
+
+
+OWN = 'name = "mine"\nbf16_tflops = 100.0\nmemory_gb = 80\nhbm_gbs = 1000'
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('name = "mine"', "", "device.name: missing; expected a string"),
+        ("100.0", '"fast"', "device.bf16_tflops: expected a number greater than 0, got"),
+        ("100.0", "-1", "device.bf16_tflops: expected a number greater than 0, got -1"),
+        ("100.0", "nan", "device.bf16_tflops: expected a number greater than 0, got nan"),
+        ("bf16_tflops = 100.0", "", "device: has no peak: give it bf16_tflops, or fp32_tflops"),
+        ("hbm_gbs", "hbm_gb", 'device.hbm_gb: unknown key; did you mean "hbm_gbs"'),
+        ("80", "80\nmultiprocessors = 0", "device.multiprocessors: expected an integer greater"),
+        ("", "", None),
+    ],
+)
+def test_a_device_of_a_users_own_is_checked(
+    old: str, new: str, message: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.toml"
+    text = (FOLDER / "h100.toml").read_text().replace('device = "H100 SXM 80GB"\n', "")
+    file.write_text(f"{text}\n[device]\n{OWN.replace(old, new) if old else OWN}\n")
+    code = cli.main(["plan", PRESET, NO_FILE, f"--cluster={file}"])
+    assert code == (2 if message else 0)
+    err = capsys.readouterr().err
+    assert f"{file}: {message}" in err if message else not err
+
+
+@pytest.mark.parametrize(
+    ("form", "option", "words"),
+    [
+        ([PRESET], "--price=-1", "--price: expected a number of at least 0, got '-1'"),
+        ([PRESET], "--price=nan", "--price: expected a number of at least 0, got 'nan'"),
+        ([PRESET], "--price=1e400", "--price: expected a number of at least 0, got '1e400'"),
+        ([PRESET], "--world-size=0", "--world-size: expected a positive integer, got '0'"),
+        (["search"], "--world-size=-8", "--world-size: expected a positive integer, got '-8'"),
+        (["search"], "--count=0", "--count: expected a positive integer, got '0'"),
+        (["calibrate"], "--seconds=-1", "--seconds: expected a number of at least 0, got '-1'"),
+        (["calibrate"], "--price=nan", "--price: expected a number of at least 0, got 'nan'"),
+        *(
+            ([PRESET], f"--tokens={text}", "--tokens: expected a number greater than 0, such as")
+            for text in ("0", "-1", "nan", "inf", "1e400", "1e300T", "1..2", ".", "", "2TB", "T")
+        ),
+    ],
+)
+def test_a_number_that_cannot_be_is_a_usage_error(
+    form: list[str], option: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["plan", *form, option])
+    assert exit.value.code == 2
+    assert f"error: argument {words}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["2T", "2t", "2000B", "2e12", "2E+12", "2_000G", "2000000M"])
+def test_tokens_have_a_unit_or_an_exponent(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", PRESET, NO_FILE, f"--tokens={text}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["run"]["tokens"] == 2e12
+
+
+@pytest.mark.parametrize(
+    ("form", "option", "message"),
+    [
+        (
+            ["search", "--world-size=1"],
+            "--write={}/none/best.toml",
+            "none/best.toml cannot be writ",
+        ),
+        (["search", "--world-size=1"], "--write={}", " cannot be written: "),
+        (["scaling", "--gpus=1"], "--plot={}/none/days.png", "none/days.png cannot be written: "),
+        (["scaling", "--gpus=1"], "--plot={}/days.xyz", "--plot (command line): "),
+        (
+            ["scaling", "--gpus=7", "--parallel.tp=2"],
+            "--plot={}/days.png",
+            "none of the layouts can",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_one_message(
+    form: list[str],
+    option: str,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    preset = str(ROOT / "train_configs/debug.toml")
+    arguments = ["plan", form[0], preset, *form[1:], option.format(tmp_path)]
+    assert cli.main(arguments) in (1, 2)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argument", ["none.toml", "--model.nonsense=1"])
+def test_a_wrong_configuration_is_no_row_of_a_scaling(
+    argument: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", "scaling", PRESET, NO_FILE, argument]) == 2
+    assert "1 problem in the configuration" in capsys.readouterr().err
+
+
+def test_a_search_in_which_nothing_fits_exits_with_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    huge = [str(ROOT / "train_configs/gpt_1t_fsdp.toml"), NO_FILE, "--world-size=4"]
+    target = tmp_path / "best.toml"
+    assert cli.main(["plan", "search", *huge, "--json", f"--write={target}"]) == 1
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["fit"], facts["best"]) == (0, [])
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("preset", ["debug", "debug_bert", "debug_moe"])
+def test_seven_devices_are_a_world_like_any_other(
+    preset: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["search", str(ROOT / f"train_configs/{preset}.toml"), "--world-size=7", "--json"]
+    assert cli.main(["plan", *command]) == 0
+    best = json.loads(capsys.readouterr().out)["best"]
+    assert best[0]["settings"]["parallel.dp_shard"] in (1, 7)
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.stem)

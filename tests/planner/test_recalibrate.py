@@ -52,7 +52,7 @@ def test_a_run_gives_the_factor_that_makes_its_prediction_right(
     ("records", "message"),
     [
         (RECORDS[:2], "1 records after the warm-up; at least 3 are required"),
-        (None, "not the folder"),
+        (None, "must be the folder"),
     ],
 )
 def test_a_folder_without_records_is_one_message(
@@ -65,3 +65,22 @@ def test_a_folder_without_records_is_one_message(
         run_folder(tmp_path, records)
     assert cli.main(["plan", "recalibrate", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["1.0", None, 0.0, -1.0])
+def test_records_without_seconds_do_not_count(
+    seconds: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_folder(tmp_path, [{"step": 1, "seconds_per_step": seconds}] * 4)  # type: ignore[dict-item]
+    assert cli.main(["plan", "recalibrate", str(tmp_path)]) == 2
+    assert "0 records after the warm-up; at least 3 are required" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "{", '{"config": {"job": 5}}', '{"config": 5}'])
+def test_a_run_file_that_is_none_is_one_message(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_folder(tmp_path, RECORDS)
+    (tmp_path / "run.json").write_text(text)
+    assert cli.main(["plan", "recalibrate", str(tmp_path)]) == 2
+    assert f"RUN ({tmp_path}): must be the folder of a finished run: " in capsys.readouterr().err

@@ -127,6 +127,73 @@ def test_a_file_that_has_no_rows_is_an_error(
     assert message.replace("FILE", str(file)) in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "value = 9000",
+            'value = "x"',
+            "row 1.value (FILE): expected a number greater than 0, got",
+        ),
+        (
+            "value = 9000",
+            "value = nan",
+            "row 1.value (FILE): expected a number greater than 0, got",
+        ),
+        (
+            "value = 9000",
+            "value = 0",
+            "row 1.value (FILE): expected a number greater than 0, got 0",
+        ),
+        ("gpus = 8", 'gpus = "8"', 'row 1.gpus (FILE): expected a positive integer, got "8"'),
+        ("tp = 1", "tp = 0", "row 1.tp (FILE): expected a positive integer, got 0"),
+        ("tp = 1", "tp = true", "row 1.tp (FILE): expected a positive integer, got true"),
+        ('model = "llama3-8b"', "model = 5", "row 1.model (FILE): expected a string, got 5"),
+        ('"fsdp"', '""', "row 1.sharding (FILE): expected a string"),
+    ],
+)
+def test_a_wrong_value_of_a_row_is_an_error(
+    old: str, new: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.toml"
+    file.write_text(LLAMA.replace(old, new))
+    assert cli.main(["plan", "validate", str(file)]) == 2
+    assert message.replace("FILE", str(file)) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ('"fsdp"', '"fsdq"', "unknown sharding 'fsdq'"),
+        ("tp = 1", 'tp = 1\npp_schedule = "x"', "unknown pp_schedule 'x'"),
+        ("tp = 1", 'tp = 1\nac = "every_nth:0"', "unknown recomputation 'every_nth:0'"),
+        ("tp = 1", 'tp = 1\nac = "first_k:x"', "unknown recomputation 'first_k:x'"),
+        ("tp = 1", 'tp = 1\nac = "fraction:2"', "unknown recomputation 'fraction:2'"),
+        ("tp = 1", "tp = 1\ndp_shard = 3", "dp_shard (3) does not divide dp (8)"),
+        ("tp = 1", "tp = 3", "tp x pp x cp x dp is 6, not 8 GPUs"),
+        ('"llama3-8b"', '"nope"', "unknown model 'nope'"),
+        ('"tokens_per_gpu_per_s"', '"x"', "metric 'x' is not a speed"),
+    ],
+)
+def test_a_row_that_cannot_be_predicted_has_a_reason(
+    old: str, new: str, reason: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.toml"
+    file.write_text(LLAMA.replace(old, new))
+    (row,) = validated("fitted", file)["rows"]
+    assert row["reason"] == reason
+
+
+@pytest.mark.parametrize("text", ["row = 5", "row = [1]", "[row]\na = 1"])
+def test_rows_that_are_no_tables_are_an_error(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.toml"
+    file.write_text(text)
+    assert cli.main(["plan", "validate", str(file)]) == 2
+    assert "expected tables, as [[row]] makes them, got" in capsys.readouterr().err
+
+
 def test_every_fitted_constant_has_a_value_from_the_literature() -> None:
     for name in FITTED:
         quantity = name.split("/")[0]

@@ -1,13 +1,22 @@
 """Clusters: the machines, network, price and power of a TOML file, shipped or of the user's."""
 
+import contextlib
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from titan_lite.config.problems import did_you_mean, nearest, quote
-from titan_lite.planner.constants import ASSETS, FITTED, LITERATURE, Constants
+from titan_lite.config.cluster_file import ClusterFile, DeviceTable, checked
+from titan_lite.config.problems import (
+    SettingError,
+    did_you_mean,
+    literal,
+    nearest,
+    quote,
+)
+from titan_lite.planner.constants import ASSETS, FITTED, LITERATURE, Constants, base_name
 from titan_lite.planner.hardware import DEFAULT_MULTIPROCESSORS, DEVICES, Device, NumberFormat
 
 if sys.version_info >= (3, 11):
@@ -21,6 +30,10 @@ FOLDER = ASSETS / "clusters"
 CUSTOM = {"H100 SXM 96GB HBM2e": (989.4, 1978.9, 700.0)}
 VALIDATED = ("A100", "A100-64", "H100")
 """Architectures that published runs validate."""
+MAY_BE_ZERO = ("inner", "inner8", "kernel_us", "hop_us", "node_hop_us", "interference", "async_tp",
+               "straggler", "straggler_ms", "attention_forward_tokens", "attention_backward_tokens",
+               "idle_watts", "memory_watts", "waiting_watts")  # fmt: skip
+"""Constants that nothing is divided by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,42 +114,54 @@ def find_cluster(name: str) -> Cluster:
 
 def cluster_from(tables: dict[str, Any], path: Path) -> Cluster:
     """Returns a cluster from the tables of its file; ValueError if a value is wrong."""
-
-    def wrong(key: str, message: str) -> ValueError:
-        return ValueError(f"{path}: {key}: {message}")
-
     tables = dict(tables)
-    if "device" not in tables:
-        raise wrong("device", "missing; expected a device of assets/devices.txt, or a table")
-    device = tables.pop("device")
+    device, measured = tables.pop("device", None), tables.pop("measured", {})
+    with _naming(path):
+        known = [*ClusterFile.model_fields, "device", "measured"]
+        values = checked(ClusterFile, tables, known).model_dump()
+        cluster = Cluster(name=path.stem, device=_device(device, path), measured=measured, **values)
+        if not cluster.peak("bfloat16"):
+            raise SettingError("device", "has no peak: give it bf16_tflops, or fp32_tflops")
+        _check_measured(measured)
+    return cluster
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except SettingError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _device(device: object, path: Path) -> Device:
     if isinstance(device, dict):
-        blank = dict.fromkeys(Device.__dataclass_fields__)
-        if unknown := device.keys() - blank.keys():
-            raise wrong(f"device.{min(unknown)}", f"unknown key (known: {', '.join(blank)})")
-        own = {"architecture": str(device.get("name")), "multiprocessors": DEFAULT_MULTIPROCESSORS}
-        resolved = Device(**{**blank, **own, "names": (), "source": str(path), **device})
-    else:
-        names = {known.name: known for known in DEVICES}
-        if device not in names:
-            hint = did_you_mean(nearest(str(device), list(names)))
-            raise wrong("device", f"no device {quote(str(device))} in assets/devices.txt{hint}")
-        resolved = names[device]
-    numbers = ("gpus_per_node", "node_nic_gbs", "price_per_gpu_hour", "pue", "host_watts")
-    known = {*numbers, "power_limit_w", "measured", "calibrated", "source"}
-    if unknown := tables.keys() - known:
-        hint = did_you_mean(nearest(min(unknown), sorted(known)))
-        raise wrong(min(unknown), f"unknown key{hint}")
-    for key in numbers:
-        least = 1 if key in ("gpus_per_node", "pue") else 0
-        if key not in tables:
-            free = " (0 if the machines are free)" * (key == "price_per_gpu_hour")
-            raise wrong(key, f"missing; expected a number of at least {least}{free}")
-        value = tables[key]
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < least:
-            raise wrong(key, f"expected a number of at least {least}, got {value!r}")
-    for name, value in tables.get("measured", {}).items():
-        if name.split("/")[0] not in {known.split("/")[0] for known in LITERATURE}:
-            raise wrong(f"measured.{name}", "not a constant of assets/planner_constants.toml")
-        if not isinstance(value, int | float) or value < 0:
-            raise wrong(f"measured.{name}", f"expected a number of at least 0, got {value!r}")
-    return Cluster(name=path.stem, device=resolved, **tables)
+        table = checked(DeviceTable, device, list(DeviceTable.model_fields), at="device.")
+        values = table.model_dump()
+        units = table.multiprocessors or DEFAULT_MULTIPROCESSORS
+        names = {"architecture": table.architecture or table.name, "multiprocessors": units}
+        return Device(**{**values, **names, "names": (), "source": table.source or str(path)})
+    if device is None:
+        message = "missing; expected a device of assets/devices.txt, or a table"
+        raise SettingError("device", message)
+    name, devices = str(device), {known.name: known for known in DEVICES}
+    if name not in devices:
+        hint = did_you_mean(nearest(name, list(devices)))
+        raise SettingError("device", f"no device {quote(name)} in assets/devices.txt{hint}")
+    return devices[name]
+
+
+def _check_measured(measured: object) -> None:
+    if not isinstance(measured, dict):
+        raise SettingError("measured", f"expected a table, got {literal(measured)}")
+    for name, value in measured.items():
+        if not (base := base_name(name)):
+            raise SettingError(
+                f"measured.{name}", "not a constant of assets/planner_constants.toml"
+            )
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (is_number and 0 <= value < math.inf and (value or base in MAY_BE_ZERO)):
+            words = "at least" if base in MAY_BE_ZERO else "greater than"
+            raise SettingError(
+                f"measured.{name}", f"expected a number {words} 0, got {literal(value)}"
+            )

@@ -19,8 +19,8 @@ SPREADS: dict[str, float] = TABLES["spreads"]
 
 
 def base_name(name: str) -> str:
-    """The name in LITERATURE that covers this one: "hbm" for "hbm/A100/llm-foundry"."""
-    while name not in LITERATURE:
+    """The name in LITERATURE that covers this one, or "": "hbm" for "hbm/A100/llm-foundry"."""
+    while name and name not in LITERATURE:
         name = name.rpartition("/")[0]
     return name
 

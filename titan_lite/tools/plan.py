@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ other forms, each with its own --help:
   plan recalibrate RUN
   plan validate ROWS.toml [--constants fitted|literature|leave-one-system-out] [--fit]
 """
-UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
+UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 # A layout that any configuration allows: a search replaces these keys.
 ONE_DEVICE = (
     "--parallel.tp=1",
@@ -86,7 +87,9 @@ def _search(argv: Sequence[str]) -> int:
         "titan-lite plan search train_configs/llama3_8b.toml --cluster h100 --world-size 8",
         "titan-lite plan search run.toml --world-size 2",
     )
-    parser.add_argument("--count", type=int, default=5, metavar="N", help="layouts to show (5)")
+    parser.add_argument(
+        "--count", type=_positive, default=5, metavar="N", help="layouts to show (5)"
+    )
     parser.add_argument("--write", metavar="FILE", help="TOML file that extends CONFIG by the best")
     options, path, overrides = _parse(parser, argv)
     loaded = load_config(path, overrides)
@@ -143,7 +146,11 @@ def _scaling(argv: Sequence[str]) -> int:
     rows = plan_scaling.scaling(configs, cluster, options.gpus, overrides)
     print(plan_scaling.report(rows, cluster, as_json=options.json))
     if options.plot:
-        plan_scaling.plot(rows, cluster, options.plot)
+        try:
+            with writing(Path(options.plot)):
+                plan_scaling.plot(rows, cluster, options.plot)
+        except ValueError as error:
+            raise ConfigError([Problem("--plot", "command line", str(error))]) from error
     return 0
 
 
@@ -167,9 +174,11 @@ def _calibrate(argv: Sequence[str]) -> int:
         "--processes", type=int, metavar="N", help="default: one per GPU, 2 without GPUs"
     )
     parser.add_argument(
-        "--seconds", type=float, default=120.0, metavar="S", help="duration, about (120)"
+        "--seconds", type=_not_negative, default=120.0, metavar="S", help="duration, about (120)"
     )
-    parser.add_argument("--price", type=float, default=0.0, metavar="P", help="price of a GPU-hour")
+    parser.add_argument(
+        "--price", type=_not_negative, default=0.0, metavar="P", help="price of a GPU-hour"
+    )
     options = parser.parse_args(argv)
     # Imports torch, which the other forms do without.
     from titan_lite.tools import calibrate
@@ -239,7 +248,7 @@ def _parser(
         "[--price P] [--json]"
     )
     parser = command_parser(command, description, *commands, notes=notes, usage=usage)
-    parser.add_argument("--world-size", type=int, metavar="N", help="number of devices")
+    parser.add_argument("--world-size", type=_positive, metavar="N", help="number of devices")
     _cluster_options(parser)
     return parser
 
@@ -249,7 +258,10 @@ def _cluster_options(parser: argparse.ArgumentParser) -> None:
         "--cluster", help="name in assets/clusters/, or a TOML file (job.cluster, else h100)"
     )
     parser.add_argument(
-        "--price", type=float, metavar="P", help="price of a GPU-hour instead of the cluster's"
+        "--price",
+        type=_not_negative,
+        metavar="P",
+        help="price of a GPU-hour instead of the cluster's",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -281,8 +293,27 @@ def _model(section: Model) -> str:
     return f"{section.name} {section.flavor}"
 
 
+def _number(text: str, least: str, *, zero: bool = False) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (number > 0 or (zero and number == 0)) or number == math.inf:
+        raise argparse.ArgumentTypeError(f"expected {least}, got {text!r}")
+    return number
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def _not_negative(text: str) -> float:
+    return _number(text, "a number of at least 0", zero=True)
+
+
 def _tokens(text: str) -> float:
-    match = re.fullmatch(r"([\d.]+(?:e\d+)?)([kMBGT]?)", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"expected a number such as 300B or 2T, got {text!r}")
-    return float(match[1]) * UNITS[match[2]]
+    form, scale = "a number greater than 0, such as 300B or 2T", UNITS.get(text[-1:].lower())
+    value = _number(text[:-1] if scale else text, form)
+    return _number(repr(value * (scale or 1)), form)

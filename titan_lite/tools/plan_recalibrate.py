@@ -29,13 +29,13 @@ def recalibrate(folder: str, cluster: Cluster) -> dict[str, Any]:
         import_plugins(facts["config"]["job"].get("plugins", []))
         config = Config.model_validate(facts["config"])
         dims = ParallelDims(**facts["mesh"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         message = f"must be the folder of a finished run: {error}"
         raise ConfigError([Problem("RUN", folder, message)]) from error
     seconds = [
         record["seconds_per_step"] * (1 - record.get("data_wait", 0.0) / 100)
         for record in records
-        if "seconds_per_step" in record and not record.get("warmup")
+        if _is_measured(record)
     ]
     if len(seconds) < FEWEST:
         message = f"{len(seconds)} records after the warm-up; at least {FEWEST} are required"
@@ -51,6 +51,13 @@ def recalibrate(folder: str, cluster: Cluster) -> dict[str, Any]:
         "constant": name,
         "value": round(factor, 4),
     }
+
+
+def _is_measured(record: Any) -> bool:
+    if not isinstance(record, dict) or record.get("warmup"):
+        return False
+    seconds = record.get("seconds_per_step")
+    return isinstance(seconds, int | float) and seconds > 0
 
 
 def text(result: dict[str, Any]) -> str:

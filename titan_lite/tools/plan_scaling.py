@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from titan_lite.config.load import ConfigError, Problem
+from titan_lite.config.load import ConfigError, Problem, load_config
 from titan_lite.models.plan import make_plan
 from titan_lite.planner.cluster import Cluster
 from titan_lite.planner.counts import num_params
@@ -55,6 +55,7 @@ def scaling(
     """A row for each model and number of devices; reason: why a layout cannot run."""
     rows: list[dict[str, Any]] = []
     for path in configs:
+        load_config(path, overrides)
         for count in gpus:
             row: dict[str, Any] = {"config": Path(path).stem, "gpus": count}
             try:
@@ -121,6 +122,8 @@ def plot(rows: Sequence[dict[str, Any]], cluster: Cluster, target: str) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot
 
+    if all("reason" in row for row in rows):
+        raise ValueError("none of the layouts can run: there is nothing to draw")
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for number, config in enumerate(dict.fromkeys(row["config"] for row in rows)):
         points = [row for row in rows if row["config"] == config and "days" in row]

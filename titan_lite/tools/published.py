@@ -1,14 +1,16 @@
 """Rows of published runs: each as a Job on a Cluster."""
 
 import functools
+import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from titan_lite.config.load import ConfigError, Problem
+from titan_lite.config.problems import literal
 from titan_lite.config.schedules import SCHEDULES
 from titan_lite.config.schema import Model
 from titan_lite.models.args import DecoderArgs
@@ -16,7 +18,7 @@ from titan_lite.models.registry import families, resolve
 from titan_lite.planner.cluster import Cluster
 from titan_lite.planner.constants import ASSETS
 from titan_lite.planner.hardware import DEVICES
-from titan_lite.planner.job import Job, Recompute
+from titan_lite.planner.job import Job, Recompute, Sharding
 from titan_lite.planner.predict import model_flops
 from titan_lite.planner.step_time import Step, StepModel
 
@@ -27,6 +29,11 @@ else:
 
 MODELS = ASSETS / "published_models.toml"
 PublishedRow = Mapping[str, Any]
+INTEGERS = ("gpus", "gpus_per_node", "tp", "pp", "cp", "dp", "dp_shard", "pp_stages_per_rank",
+            "micro_batch", "grad_accum", "seq_len", "attention_span", "gradient_bytes")  # fmt: skip
+NUMBERS = ("value", "node_nic_gbs")
+TEXTS = ("system", "metric", "model", "device", "sharding", "stack", "attention", "cross_entropy",
+         "ac", "pp_schedule", "cp_method", "reshard", "gradient_sync", "use")  # fmt: skip
 # Words in a row's stack -> kernels of kernels.py.
 KERNELS = {"eager": "eager", "apex": "apex", "compile": "compile", "fused": "fused", "amp": "amp",
            "layernorm": "torch", "native": "native"}  # fmt: skip
@@ -67,13 +74,32 @@ def read_rows(path: str) -> list[dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise ConfigError([Problem("", path, f"cannot be read: {error}")]) from error
     rows = tables.get("row", [])
-    for number, row in enumerate(rows, start=1):
-        for key in ("system", "metric", "value"):
-            if key not in row:
-                raise ConfigError([Problem(f"row {number}.{key}", path, "missing")])
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        message = f"expected tables, as [[row]] makes them, got {literal(rows)}"
+        raise ConfigError([Problem("row", path, message)])
     if not rows:
         raise ConfigError([Problem("row", path, "the file has no [[row]]")])
-    return list(rows)
+    problems = [
+        Problem(f"row {number}.{key}", path, message)
+        for number, row in enumerate(rows, start=1)
+        for key, message in _wrong_keys(row)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return rows
+
+
+def _wrong_keys(row: PublishedRow) -> Iterator[tuple[str, str]]:
+    yield from ((key, "missing") for key in ("system", "metric", "value") if key not in row)
+    for key, value in row.items():
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if key in INTEGERS and not (is_integer and value > 0):
+            yield key, f"expected a positive integer, got {literal(value)}"
+        is_number = is_integer or isinstance(value, float)
+        if key in NUMBERS and not (is_number and 0 < value < math.inf):
+            yield key, f"expected a number greater than 0, got {literal(value)}"
+        if key in TEXTS and not (isinstance(value, str) and value):
+            yield key, f"expected a string, got {literal(value)}"
 
 
 @functools.cache
@@ -123,10 +149,17 @@ def row_job(row: PublishedRow) -> Job:
     seq_len, micro = row.get("seq_len", args.max_seq_len), row.get("micro_batch", 4)
     tp, pp, cp = row["tp"], row["pp"], row.get("cp", 1)
     sharding = str(row["sharding"]).split()[0]
+    if sharding not in get_args(Sharding):
+        raise Unpredictable(f"unknown sharding {sharding!r}")
+    schedule = row.get("pp_schedule", "1F1B")
+    if schedule not in SCHEDULES:
+        raise Unpredictable(f"unknown pp_schedule {schedule!r}")
     dp = row.get("dp", row["gpus"] // (tp * pp * cp))
     shard = row.get("dp_shard", dp if sharding in ("fsdp", "zero1", "zero2", "greedy_zero1") else 1)
-    if tp * pp * cp * dp != row["gpus"] or dp % shard:
+    if tp * pp * cp * dp != row["gpus"]:
         raise Unpredictable(f"tp x pp x cp x dp is {tp * pp * cp * dp}, not {row['gpus']} GPUs")
+    if dp % shard:
+        raise Unpredictable(f"dp_shard ({shard}) does not divide dp ({dp})")
     stages = pp * row.get("pp_stages_per_rank", 1)
     if args.num_layers < stages:
         raise Unpredictable(f"{args.num_layers} blocks in {stages} stages")
@@ -154,9 +187,9 @@ def row_job(row: PublishedRow) -> Job:
         cp_balanced=row.get("cp_balanced", False),
         blocks=blocks,
         stages_per_rank=stages // pp,
-        schedule=row.get("pp_schedule", "1F1B"),
+        schedule=schedule,
         pipelined=steps,
-        splits_backward=SCHEDULES[row.get("pp_schedule", "1F1B")].splits_backward,
+        splits_backward=SCHEDULES[schedule].splits_backward,
         sharding=sharding,  # type: ignore[arg-type]
         keeps_gathered=row.get("reshard", "") == "never",
         syncs_last=row.get("gradient_sync", "") == "last_micro_batch",
@@ -187,15 +220,20 @@ def _recompute(
     if mode == "norms":
         return "norms", blocks
     share = 1.0
-    if mode == "every_nth":
-        share = 1 / int(rest)
-    elif mode == "fraction":
-        share = float(rest)
-    elif mode == "first_k":
-        first, _, of = rest.partition("/")
-        share = int(first) / int(of or layers)
-    elif mode not in ("full", "selective_op", "attention_core"):
-        raise Unpredictable(f"unknown recomputation {text!r}")
+    try:
+        if mode == "every_nth":
+            share = 1 / int(rest)
+        elif mode == "fraction":
+            share = float(rest)
+        elif mode == "first_k":
+            first, _, of = rest.partition("/")
+            share = int(first) / int(of or layers)
+        elif mode not in ("full", "selective_op", "attention_core"):
+            raise ValueError(mode)
+        if not 0 <= share <= 1:
+            raise ValueError(share)
+    except (ValueError, ZeroDivisionError) as error:
+        raise Unpredictable(f"unknown recomputation {text!r}") from error
     kind = mode if mode in ("selective_op", "attention_core") else "full"
     return kind, tuple(round(share * count) for count in blocks)  # type: ignore[return-value]
 
