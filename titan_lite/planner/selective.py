@@ -1,4 +1,4 @@
-"""What "selective_op" keeps of a block: the operations that activation_checkpoint.save names."""
+"""Results that "selective_op" keeps of a block: of the operations in activation_checkpoint.save."""
 
 from titan_lite.models.args import DecoderArgs, MoEArgs
 from titan_lite.planner.counts import attention_matrices, block_products, feed_forwards
@@ -6,12 +6,12 @@ from titan_lite.planner.job import Job
 
 
 def saves_product(job: Job, number: int) -> bool:
-    """Whether the policy keeps the result of a product of block_products."""
+    """Returns True if the policy keeps the result of a product of block_products."""
     return "matmul" in job.saved or ("every_second_matmul" in job.saved and number % 2 == 1)
 
 
 def saves_sums(job: Job) -> bool:
-    """Whether it keeps the sums over tensor-parallel ranks."""
+    """Returns True if it keeps the sums over tensor-parallel ranks."""
     return ("reduce_scatter" if job.sequence_parallel else "all_reduce") in job.saved
 
 
