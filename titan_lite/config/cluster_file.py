@@ -1,12 +1,19 @@
 """The tables of a cluster's TOML file, as titan-lite plan reads it."""
 
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, ValidationError
 
 from titan_lite.config.problems import SettingError, did_you_mean, expected, literal, nearest
 from titan_lite.config.section import NonNegativeFloat, Positive, PositiveFloat, Section
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 Table = TypeVar("Table", bound=Section)
 
@@ -40,6 +47,14 @@ class ClusterFile(Section):
     power_limit_w: PositiveFloat | None = None
     calibrated: bool = False
     source: str = ""
+
+
+def read_cluster_file(path: Path) -> dict[str, Any]:
+    """Returns the tables of a file; ValueError if it is not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from error
 
 
 def checked(schema: type[Table], table: Mapping[str, Any], known: list[str], at: str = "") -> Table:

@@ -2,13 +2,12 @@
 
 import contextlib
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from titan_lite.config.cluster_file import ClusterFile, DeviceTable, checked
+from titan_lite.config.cluster_file import ClusterFile, DeviceTable, checked, read_cluster_file
 from titan_lite.config.problems import (
     SettingError,
     did_you_mean,
@@ -18,11 +17,6 @@ from titan_lite.config.problems import (
 )
 from titan_lite.planner.constants import ASSETS, FITTED, LITERATURE, Constants, base_name
 from titan_lite.planner.hardware import DEFAULT_MULTIPROCESSORS, DEVICES, Device, NumberFormat
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 FOLDER = ASSETS / "clusters"
 # Name -> (bfloat16 and float8 peaks in TFLOP/s, rated W) of a part that has no datasheet: the
@@ -105,11 +99,7 @@ def find_cluster(name: str) -> Cluster:
         raise ValueError(
             f"no cluster {quote(name)}{hint} (known: {', '.join(known)}; or a TOML file)"
         )
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from error
-    return cluster_from(tables, path)
+    return cluster_from(read_cluster_file(path), path)
 
 
 def cluster_from(tables: dict[str, Any], path: Path) -> Cluster:

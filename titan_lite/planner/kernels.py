@@ -6,7 +6,6 @@ FLOPs and bytes are counted by hand; rates are a cluster's peaks times the share
 import math
 from typing import Any, NamedTuple
 
-from titan_lite.models.args import DecoderArgs
 from titan_lite.planner.cluster import Cluster
 from titan_lite.planner.counts import attention_matrices, feed_forwards
 from titan_lite.planner.job import Job
@@ -181,11 +180,3 @@ class Rates:
         if ranks <= inner:
             return self.inner
         return min(self.inner, self.outer * inner / self.cluster.gpus_per_node)
-
-
-def num_tensors(args: DecoderArgs) -> int:
-    """Parameter tensors of a model with one projection for queries, keys and values."""
-    norms = 4 if args.norm == "layernorm" else 2
-    matrices = 5 if args.ffn == "swiglu" else 4
-    biases = args.qkv_bias + args.out_bias + 2 * args.ffn_bias
-    return args.num_layers * (norms + matrices + biases) + 3

@@ -10,7 +10,7 @@ from titan_lite.models.args import MoEArgs
 from titan_lite.planner import counts
 from titan_lite.planner.cluster import Cluster
 from titan_lite.planner.job import Job
-from titan_lite.planner.kernels import Rates, num_tensors
+from titan_lite.planner.kernels import Rates
 from titan_lite.planner.selective import saves_product, saves_sums
 
 Pair = tuple[float, float]
@@ -168,10 +168,8 @@ class StepModel:
         self._compute(job, block, head, parts)
         if job.pp > 1:
             self._pipeline(job, block, head, parts)
-        elif job.sharding == "fsdp":
-            self._fsdp(job, block, parts)
         else:
-            self._replicated(job, block, parts)
+            self.shard(job, block, parts)
         local = self.params / (job.tp * job.pp)
         held = job.shards if job.sharding != "ddp" else 1
         parts["optimizer"] = self.rates.optimizer(job, local / held)
@@ -220,7 +218,7 @@ class StepModel:
         table = args.padded_vocab_size * args.dim
         return (0 if args.tied_head else table), table
 
-    def _exposed(self, network: float, compute: float) -> float:
+    def exposed(self, network: float, compute: float) -> float:
         """Slowdown of the compute that hides communication."""
         return max(network, compute + self.k["interference"] * network) - compute
 
@@ -240,7 +238,8 @@ class StepModel:
             reduce += self.ring(size / ranks, job.replicas, apart * ranks, 2)
         return gather, reduce
 
-    def _fsdp(self, job: Job, block: BlockTimes, parts: Parts) -> None:
+    def shard(self, job: Job, block: BlockTimes, parts: Parts) -> None:
+        """Adds the time that a step without a pipeline waits for parameters and gradients."""
         gather, reduce = self._units(job, *self.block_params)
         first, last = (self._units(job, size) for size in self._ends)
         layers, m = self.args.num_layers, job.micro_steps
@@ -256,35 +255,12 @@ class StepModel:
             reduces = not job.syncs_last or micro == m - 1
             in_forward = gather if gathers else 0.0
             in_backward = (0.0 if job.keeps_gathered else gather) + (reduce if reduces else 0.0)
-            exposed = self._exposed(in_forward, forward) + self._exposed(in_backward, backward)
+            exposed = self.exposed(in_forward, forward) + self.exposed(in_backward, backward)
             ends = (first[0] + gather if gathers else 0.0) + (
                 first[1] + last[1] * self.args.tied_head + reduce if reduces else 0.0
             )
             total += times * (layers * exposed + ends)
         parts["fsdp"] = total
-
-    def _replicated(self, job: Job, block: BlockTimes, parts: Parts) -> None:
-        """Sharding whose parameters are whole on each rank: DDP, ZeRO-1 and -2, InternLM's."""
-        ranks, stride = job.shards * job.replicas, job.tp
-        if ranks == 1:
-            return
-        local = self.params / job.tp
-        size = local * job.reduce_bytes
-        layers = self.args.num_layers
-        backward = 0.9 * layers * block.seconds(1, job.recomputed[0] / layers)
-        reduces = job.micro_steps if job.sharding == "zero2" else 1
-        passes = 1 if job.sharding in ("zero1", "zero2") else 2
-        exposed = reduces * self._exposed(self.ring(size, ranks, stride, passes), backward)
-        values = 2 * self.rates.scale * local
-        if job.sharding in ("zero1", "zero2", "hybrid_zero"):
-            exposed += self.ring(values, job.shards, stride)
-        elif job.sharding == "greedy_zero1":
-            # Whole tensors have owners, which send them along a chain of all ranks in turn.
-            inner = self.inner(ranks, stride)
-            owners = min(ranks, num_tensors(self.args))
-            exposed += values / self.rates.bandwidth(ranks, inner)
-            exposed += owners * self.rates.hops(ranks, inner)
-        parts["fsdp"] = exposed
 
     def _pipeline(self, job: Job, block: BlockTimes, head: Pair, parts: Parts) -> None:
         m, passes = job.micro_steps, job.micro_steps // job.pipelined

@@ -20,7 +20,7 @@ from titan_lite.planner.constants import ASSETS
 from titan_lite.planner.hardware import DEVICES
 from titan_lite.planner.job import Job, Recompute, Sharding
 from titan_lite.planner.predict import model_flops
-from titan_lite.planner.step_time import Step, StepModel
+from titan_lite.planner.step_time import BlockTimes, Parts, Step, StepModel
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -238,6 +238,43 @@ def _recompute(
     return kind, tuple(round(share * count) for count in blocks)  # type: ignore[return-value]
 
 
+class PublishedStepModel(StepModel):
+    """Also predicts sharding whose parameters are whole on each rank: DDP, ZeRO-1, InternLM's."""
+
+    def shard(self, job: Job, block: BlockTimes, parts: Parts) -> None:
+        if job.sharding == "fsdp":
+            super().shard(job, block, parts)
+            return
+        ranks, stride = job.shards * job.replicas, job.tp
+        if ranks == 1:
+            return
+        local = self.params / job.tp
+        size = local * job.reduce_bytes
+        layers = self.args.num_layers
+        backward = 0.9 * layers * block.seconds(1, job.recomputed[0] / layers)
+        reduces = job.micro_steps if job.sharding == "zero2" else 1
+        passes = 1 if job.sharding in ("zero1", "zero2") else 2
+        exposed = reduces * self.exposed(self.ring(size, ranks, stride, passes), backward)
+        values = 2 * self.rates.scale * local
+        if job.sharding in ("zero1", "zero2", "hybrid_zero"):
+            exposed += self.ring(values, job.shards, stride)
+        elif job.sharding == "greedy_zero1":
+            # Whole tensors have owners, which send them along a chain of all ranks in turn.
+            inner = self.inner(ranks, stride)
+            owners = min(ranks, num_tensors(self.args))
+            exposed += values / self.rates.bandwidth(ranks, inner)
+            exposed += owners * self.rates.hops(ranks, inner)
+        parts["fsdp"] = exposed
+
+
+def num_tensors(args: DecoderArgs) -> int:
+    """Parameter tensors of a model with one projection for queries, keys and values."""
+    norms = 4 if args.norm == "layernorm" else 2
+    matrices = 5 if args.ffn == "swiglu" else 4
+    biases = args.qkv_bias + args.out_bias + 2 * args.ffn_bias
+    return args.num_layers * (norms + matrices + biases) + 3
+
+
 def in_unit(row: PublishedRow, step: Step) -> float:
     """A step in the unit of the row's metric."""
     job = step.job
@@ -263,7 +300,7 @@ def predict_row(row: PublishedRow, values: Mapping[str, float]) -> Predicted:
     """The row's prediction, or why there is none."""
     try:
         job = row_job(row)
-        step = StepModel(row_cluster(row, values), job).predict(job)
+        step = PublishedStepModel(row_cluster(row, values), job).predict(job)
         return Predicted(row, in_unit(row, step), step)
     except (Unpredictable, KeyError) as error:
         return Predicted(row, reason=str(error))
