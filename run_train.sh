@@ -38,4 +38,6 @@ source "$ROOT/scripts/environment.sh"
 use_environment base
 
 export CONFIG_FILE=${CONFIG_FILE:-$ROOT/train_configs/debug.toml}
+# From Python 3.11 on: the current folder may have one named titan_lite, such as a clone.
+export PYTHONSAFEPATH=1
 exec "$PYTHON" -m titan_lite.launch "$@"

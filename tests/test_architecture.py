@@ -345,7 +345,7 @@ BUDGET = {
     "config": 2116,
     "training": 1929,
     "tools": 1936,
-    "checkpoint": 1600,
+    "checkpoint": 1603,
     "models": 1707,
     "planner": 1426,
     "regression": 1205,

@@ -348,6 +348,25 @@ def test_arguments_that_are_neither_a_configuration_nor_overrides_are_refused(
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="PYTHONSAFEPATH")
+def test_modules_in_the_current_folder_are_not_imported(tmp_path: Path) -> None:
+    """Next to a clone, a folder named titan_lite is there."""
+    (tmp_path / "titan_lite").mkdir()
+    (tmp_path / "json.py").write_text("raise SystemExit(7)")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(
+        [ROOT / "run_train.sh", "--training.steps=x"],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=GUARD,
+        check=False,
+    )
+    assert result.returncode == 2, result.stderr
+    assert "training.steps (command line): expected an integer" in result.stderr
+
+
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_are_opened_so_that_no_file_takes_their_place(closed: str) -> None:
     opened = "open_closed_streams(); raise SystemExit(open('/dev/null').fileno() < 3)"

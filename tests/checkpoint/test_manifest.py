@@ -23,6 +23,7 @@ from titan_lite.checkpoint.state import (
     delete_old,
     find_start,
     newest_below,
+    retire_later_steps,
     saved_steps,
 )
 from titan_lite.config.problems import SettingError
@@ -194,6 +195,25 @@ def test_the_latest_are_kept_and_every_so_many_steps_for_ever(tmp_path: Path) ->
     assert not list(tmp_path.glob("*.incomplete"))
     delete_old(SECTION.model_copy(update={"keep_latest_k": 0}), tmp_path)
     assert saved_steps(tmp_path) == [6, 12, 14]
+
+
+def test_of_a_link_to_an_old_checkpoint_only_the_link_is_deleted(tmp_path: Path) -> None:
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "own"
+    for step in (4, 6, 8):
+        make_checkpoint(folder, step)
+    (folder / "step-4").rename(elsewhere)
+    (folder / "step-4").symlink_to(elsewhere)
+    delete_old(SECTION.model_copy(update={"keep_latest_k": 1}), folder)
+    assert [path.name for path in folder.iterdir()] == ["step-8"]
+    assert read_manifest(elsewhere).step == 4
+
+
+def test_folders_whose_names_are_not_those_of_steps_are_no_checkpoints(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 4)
+    for name in ("step-007", "step-9 (copy)", "step-\N{ARABIC-INDIC DIGIT NINE}", "step--5"):
+        (tmp_path / name).mkdir()
+    assert saved_steps(tmp_path) == [4]
+    assert retire_later_steps(tmp_path, 4) is None
 
 
 def test_the_newest_checkpoint_below_is_named_where_one_is_meant(

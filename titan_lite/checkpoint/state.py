@@ -21,7 +21,7 @@ from titan_lite.runtime.writing import make_new_folder, writing
 logger = logging.getLogger(__name__)
 
 RUN_STATE_FILE = "run_state.json"
-STEP_FOLDER = re.compile(r"step-(\d+)")
+STEP_FOLDER = re.compile(r"step-(0|[1-9][0-9]*)")
 
 
 @dataclass(kw_only=True)
@@ -224,4 +224,7 @@ def delete_old(section: Checkpoint, folder: Path) -> None:
                 # Half deleted it is incomplete, too.
                 path.rename(path.with_name(path.name + ".incomplete"))
     for leftover in folder.glob("step-*.incomplete"):
-        shutil.rmtree(leftover)
+        if leftover.is_symlink():
+            leftover.unlink()
+        else:
+            shutil.rmtree(leftover)
