@@ -254,7 +254,7 @@ def test_a_checkpoint_is_told_from_a_hugging_face_model(tmp_path: Path, name: st
         open_hf_weights(plan)
     assert str(error.value) == (
         f"checkpoint.initial_load_hf: {tmp_path / name} is, or contains, a checkpoint of "
-        "titan-lite, not Hugging Face weights: set "
+        "titan_lite, not Hugging Face weights: set "
         f'checkpoint.initial_load_path = "{checkpoint}" instead'
     )
 
