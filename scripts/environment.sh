@@ -104,6 +104,29 @@ find_venv() {
     fi
 }
 
+version_of() {
+    "$1" -c 'import sys; print(sys.version)' 2>/dev/null || true
+}
+
+# An environment that is there is kept, whatever PYTHON is: so it must run, and be of the same version.
+check_venv() {
+    local python=$VENV/bin/python there chosen
+    if ! [ -e "$python" ] && ! [ -L "$python" ]; then
+        return
+    fi
+    if ! is_python "$python"; then
+        echo "$python does not run Python 3.10 or newer: delete $VENV, and it is made again" >&2
+        return 2
+    fi
+    there=$(version_of "$python")
+    chosen=$(version_of "${PYTHON:-$python}")
+    if [ "$there" != "$chosen" ]; then
+        echo "PYTHON=$PYTHON is Python ${chosen%% *}, but $VENV was made with Python ${there%% *}: delete" \
+            "$VENV, and it is made again with PYTHON, or unset PYTHON to use it as it is" >&2
+        return 2
+    fi
+}
+
 use_environment() {
     local kind=$1 needed="titan_lite" candidate
     if [ -n "${PYTHON:-}" ] && ! is_python "$PYTHON"; then
@@ -120,6 +143,7 @@ use_environment() {
         fi
     done
     find_venv "$kind"
+    check_venv
     if ! is_installed "$kind"; then
         (
             # Two launches on one checkout must not install over each other.

@@ -545,6 +545,64 @@ def test_an_interpreter_that_was_chosen_is_not_replaced_by_another(tmp_path: Pat
     assert (result.stdout, result.stderr) == ("1\n", "")
 
 
+@pytest.mark.parametrize(
+    ("version", "chosen", "error"),
+    [
+        ("3.12.1 (main)", "my python", ""),
+        ("3.12.1 (main)", "", ""),
+        (
+            "3.10.13 (main)",
+            "my python",
+            "PYTHON={chosen} is Python 3.12.1, but {venv} was made with Python 3.10.13: delete "
+            "{venv}, and it is made again with PYTHON, or unset PYTHON to use it as it is\n",
+        ),
+        ("3.10.13 (main)", "", ""),
+        (
+            None,
+            "",
+            "{venv}/bin/python does not run Python 3.10 or newer: delete {venv}, and it is made "
+            "again\n",
+        ),
+    ],
+    ids=["the same", "none chosen", "another", "another, none chosen", "gone"],
+)
+def test_an_environment_of_another_interpreter_than_the_chosen_one_is_refused(
+    tmp_path: Path, version: str | None, chosen: str, error: str
+) -> None:
+    """The environment is complete; neither interpreter has titan_lite."""
+    venv, python = tmp_path / "venv", tmp_path / chosen
+
+    def interpreter(path: Path, version: str | None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        answers = f'case "$2" in *sys.version\\)*) echo "{version}";; *importlib*) exit 1;; esac'
+        path.write_text(f"#!/bin/sh\n{'exit 1' if version is None else answers}\n")
+        path.chmod(0o755)
+
+    interpreter(venv / "bin" / "python", version)
+    if chosen:
+        interpreter(python, "3.12.1 (main)")
+    program = f"""
+        set -e
+        source {ROOT}/scripts/environment.sh
+        is_installed() {{ true; }}
+        VENV={venv}
+        python3() {{ return 1; }}
+        python() {{ return 1; }}
+        use_environment base
+        echo "$PYTHON"
+    """
+    result = subprocess.run(
+        ["bash", "-c", program],
+        env={**os.environ, "PYTHON": str(python) if chosen else ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stderr == error.format(chosen=python, venv=venv)
+    assert result.returncode == (2 if error else 0)
+    assert result.stdout == ("" if error else f"{venv}/bin/python\n")
+
+
 def test_a_checkout_that_cannot_be_written_has_its_environment_elsewhere(
     tmp_path: Path,
 ) -> None:
