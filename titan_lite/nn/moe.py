@@ -118,9 +118,9 @@ class MoE(nn.Module):
         numbers_E = torch.arange(self.num_experts, device=x_TD.device)
         ends_E = torch.searchsorted(sorted_R, numbers_E, right=True, out_int32=True)
         x_RD = Take.apply(x_TD, order_R // chosen_TK.shape[1], places_TK)
-        out_TKD = Take.apply(self.experts(x_RD, ends_E), places_TK, order_R)
-        out_TD = (out_TKD * weights_TK.unsqueeze(-1)).sum(1)
-        out_BSD = out_TD.type_as(x_BSD).view_as(x_BSD)
+        out_RD = self.experts(x_RD, ends_E)
+        out_TKD = Take.apply(out_RD, places_TK, order_R) * weights_TK.unsqueeze(-1)
+        out_BSD = out_TKD.sum(1).type_as(x_BSD).view_as(x_BSD)
         return out_BSD if self.shared is None else out_BSD + self.shared(x_BSD)
 
 
