@@ -341,7 +341,7 @@ def test_only_these_functions_take_a_whole_plan_or_configuration() -> None:
 # explain in the commit message.
 BUDGET = {
     "data": 3119,
-    "parallel": 2037,
+    "parallel": 2044,
     "config": 2116,
     "training": 1929,
     "tools": 1936,
@@ -349,8 +349,8 @@ BUDGET = {
     "models": 1707,
     "planner": 1426,
     "regression": 1205,
-    "runtime": 1159,
-    "nn": 908,
+    "runtime": 1160,
+    "nn": 911,
     "dryrun": 892,
     "metrics": 801,
     "optim": 805,

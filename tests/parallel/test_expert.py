@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,8 +15,11 @@ from torch.distributed.tensor import DTensor
 from tests.distributed import Workers
 from titan_lite.models.args import MoEArgs
 from titan_lite.models.moe import MIXTRAL
+from titan_lite.nn import moe as moe_module
 from titan_lite.nn.moe import MoE
+from titan_lite.parallel import expert
 from titan_lite.parallel.expert import apply_ep
+from titan_lite.runtime.readback import Readback
 
 D, E = 64, 8
 DEBUG = MIXTRAL.flavors["debug"]
@@ -58,8 +62,8 @@ def _block(forced: Forced) -> MoE:
     if forced.is_tied:
         torch.nn.init.zeros_(moe.router.weight)
     assert moe.router.bias is not None
-    for expert, bias in forced.biases.items():
-        moe.router.bias[expert] = bias
+    for number, bias in forced.biases.items():
+        moe.router.bias[number] = bias
     return moe
 
 
@@ -75,6 +79,52 @@ def _backward(moe: MoE, forced: Forced, tokens: slice) -> dict[str, Any]:
     assert all(grad is not None for grad in grads.values())
     tensors = grads | {"out": out_TD.detach(), "counts": moe.router.balance.counts_E}
     return {name: _whole(tensor) for name, tensor in tensors.items() if tensor is not None}
+
+
+@pytest.mark.distributed
+def test_the_host_waits_for_the_numbers_of_rows_after_it_started_what_needs_none(
+    workers: Mapping[int, Workers],
+) -> None:
+    order = ["numbers of rows sent", "rows sorted", "shared expert", "numbers of rows read"]
+    assert workers[2].run(_order_of_a_forward) == [order, order]
+
+
+def _order_of_a_forward() -> list[str]:
+    order: list[str] = []
+
+    class Logged(Readback):
+        def __init__(self, tensor: Tensor) -> None:
+            order.append("numbers of rows sent")
+            super().__init__(tensor)
+
+        def read(self) -> list[Any]:
+            order.append("numbers of rows read")
+            return super().read()
+
+    class Shared(torch.nn.Identity):
+        def forward(self, input: Tensor) -> Tensor:
+            order.append("shared expert")
+            return input
+
+    take = moe_module.Take.apply
+
+    class Sorting:
+        @staticmethod
+        def apply(*arguments: Tensor) -> Any:
+            if "rows sorted" not in order:
+                order.append("rows sorted")
+            return take(*arguments)
+
+    moe = MoE(ARGS, Shared())
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter)
+    apply_ep(moe, init_device_mesh("cpu", (2,), mesh_dim_names=("ep",)))  # type: ignore[arg-type]
+    with (
+        mock.patch.object(expert, "Readback", Logged),
+        mock.patch.object(moe_module, "Take", Sorting),
+    ):
+        moe(torch.ones(1, 4, D))
+    return order
 
 
 def _whole(tensor: Tensor) -> Any:

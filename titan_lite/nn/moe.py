@@ -92,8 +92,9 @@ class Experts(nn.Module):
         self.w3 = nn.Parameter(torch.empty(E, H, D))
         self.compute: nn.Module = GroupedSwiGLU()
 
-    def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
-        out_RD: Tensor = self.compute(x_RD, ends_E, self.w1, self.w2, self.w3)
+    def forward(self, x_RD: Tensor, groups: Any) -> Tensor:
+        """groups: which rows are whose, as `compute` takes it."""
+        out_RD: Tensor = self.compute(x_RD, groups, self.w1, self.w2, self.w3)
         return out_RD
 
 
@@ -107,6 +108,8 @@ class MoE(nn.Module):
         super().__init__()
         self.num_experts = args.num_experts
         self.router = Router(args)
+        # Expert parallel exchanges the numbers of rows here, while the device does what follows.
+        self.exchange: nn.Module = nn.Identity()
         self.experts = Experts(args)
         self.shared = shared
 
@@ -117,11 +120,13 @@ class MoE(nn.Module):
         places_TK = order_R.argsort().view_as(chosen_TK)
         numbers_E = torch.arange(self.num_experts, device=x_TD.device)
         ends_E = torch.searchsorted(sorted_R, numbers_E, right=True, out_int32=True)
+        groups = self.exchange(ends_E)
         x_RD = Take.apply(x_TD, order_R // chosen_TK.shape[1], places_TK)
-        out_RD = self.experts(x_RD, ends_E)
+        shared_BSD = None if self.shared is None else self.shared(x_BSD)
+        out_RD = self.experts(x_RD, groups)
         out_TKD = Take.apply(out_RD, places_TK, order_R) * weights_TK.unsqueeze(-1)
         out_BSD = out_TKD.sum(1).type_as(x_BSD).view_as(x_BSD)
-        return out_BSD if self.shared is None else out_BSD + self.shared(x_BSD)
+        return out_BSD if shared_BSD is None else out_BSD + shared_BSD
 
 
 class Take(torch.autograd.Function):

@@ -14,7 +14,7 @@ from titan_lite.nn.moe import Experts
 from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.activation_checkpoint import is_checkpointed
 from titan_lite.parallel.attention_ops import CPU_FLASH
-from titan_lite.parallel.expert import ExpertParallel
+from titan_lite.parallel.expert import ExpertParallel, RowExchange
 
 logger = logging.getLogger(__name__)
 
@@ -61,12 +61,13 @@ def apply_compile(model: Transformer, section: Compile, *, has_expert_units: boo
     if section.covers("model"):
         _untag_attention_on_cpu()
         for block in model.layers.children():
-            experts = [m for m in block.modules() if isinstance(m, Experts)]
-            for module in (m.compute for m in experts if isinstance(m.compute, ExpertParallel)):
-                # A graph would be compiled for each number of rows.
-                module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+            has_experts = any(isinstance(m, Experts) for m in block.modules())
+            for module in block.modules():
+                if isinstance(module, RowExchange | ExpertParallel):
+                    # A graph would be compiled for each number of rows.
+                    module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
             # Hooks of FSDP2 units inside the block break its graph.
-            is_broken = has_expert_units and bool(experts)
+            is_broken = has_expert_units and has_experts
             if is_broken and is_checkpointed(block):
                 # The compiler gives up on a checkpoint with breaks inside.
                 (block,) = block.children()

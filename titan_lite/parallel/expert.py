@@ -14,19 +14,39 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from titan_lite.nn.balance import SequenceBalanceLoss
-from titan_lite.nn.moe import Experts, Take
+from titan_lite.nn.moe import Experts, MoE, Take
 from titan_lite.nn.transformer import Transformer
 from titan_lite.runtime.collectives import all_to_all_single_autograd, traceable_all_reduce
+from titan_lite.runtime.readback import Readback
 
 
 def apply_ep(model: Transformer, mesh: DeviceMesh) -> None:
     """Distributes the experts of each block over the ranks of `mesh`, by their numbers."""
     for module in model.modules():
+        if isinstance(module, MoE):
+            module.exchange = RowExchange(mesh.get_group())
         if isinstance(module, Experts):
             for name, weight in list(module.named_parameters()):
                 shard = distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None)
                 module.register_parameter(name, nn.Parameter(shard))
             module.compute = ExpertParallel(module.compute, mesh.get_group())
+
+
+class RowExchange(nn.Module):
+    """Tells each rank how many rows it will get; their number is on its way to the host then."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.degree = group.size()
+        self.group_name = group.group_name
+
+    def forward(self, ends_E: Tensor) -> tuple[Tensor, Readback]:
+        """Returns the rows for each of this rank's experts from each rank, (P, L), and the rows
+        sent to and received from each rank."""
+        counts_PL = ends_E.diff(prepend=ends_E.new_zeros(1)).view(self.degree, -1)
+        arriving_PL = all_to_all_single_autograd(counts_PL, None, None, self.group_name)
+        rows = torch.stack((counts_PL.sum(1), arriving_PL.sum(1)))
+        return arriving_PL, Readback(rows)
 
 
 class ExpertParallel(nn.Module):
@@ -42,11 +62,10 @@ class ExpertParallel(nn.Module):
         self.degree = group.size()
         self.group_name = group.group_name
 
-    def forward(self, x_RD: Tensor, ends_E: Tensor, *weights: Tensor) -> Tensor:
-        counts_PL = ends_E.diff(prepend=ends_E.new_zeros(1)).view(self.degree, -1)
-        # Of each rank's rows, those for each of this rank's experts.
-        arriving_PL = self._exchange(counts_PL, None, None)
-        sent, received = self.row_counts(counts_PL, arriving_PL, x_RD.shape[0])
+    def forward(self, x_RD: Tensor, groups: tuple[Tensor, Readback], *weights: Tensor) -> Tensor:
+        """groups: of RowExchange."""
+        arriving_PL, rows = groups
+        sent, received = self.row_counts(rows, x_RD.shape[0])
         x_XD = self._exchange(x_RD, received, sent)
         expert_X = torch.arange(arriving_PL.shape[1], device=x_XD.device).repeat(self.degree)
         expert_X = expert_X.repeat_interleave(arriving_PL.flatten(), output_size=x_XD.shape[0])
@@ -57,16 +76,12 @@ class ExpertParallel(nn.Module):
         out_XD = self.compute(Take.apply(x_XD, order_X, back_X), ends_L, *own)
         return self._exchange(Take.apply(out_XD, back_X, order_X), sent, received)
 
-    def row_counts(
-        self, counts_PL: Tensor, arriving_PL: Tensor, num_rows: int
-    ) -> tuple[list[int], list[int]]:
+    def row_counts(self, rows: Readback, num_rows: int) -> tuple[list[int], list[int]]:
         """Returns the rows that this rank sends to, and receives from, each rank."""
-        sent, received = torch.stack((counts_PL.sum(1), arriving_PL.sum(1))).tolist()
+        sent, received = rows.read()
         return sent, received
 
-    def _exchange(
-        self, rows: Tensor, arriving: list[int] | None, leaving: list[int] | None
-    ) -> Tensor:
+    def _exchange(self, rows: Tensor, arriving: list[int], leaving: list[int]) -> Tensor:
         return all_to_all_single_autograd(rows, arriving, leaving, self.group_name)
 
 
@@ -103,8 +118,6 @@ def assume_balance(model: nn.Module) -> None:
             module.row_counts = partial(_balanced, module.degree)  # type: ignore[method-assign]
 
 
-def _balanced(
-    degree: int, counts_PL: Tensor, arriving_PL: Tensor, num_rows: int
-) -> tuple[list[int], list[int]]:
+def _balanced(degree: int, _rows: Readback, num_rows: int) -> tuple[list[int], list[int]]:
     each = [num_rows // degree + (rank < num_rows % degree) for rank in range(degree)]
     return each, each

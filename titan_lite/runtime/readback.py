@@ -1,5 +1,7 @@
 """Numbers on their way from the device to the host."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ class Readback:
             self._event = torch.cuda.Event()
             self._event.record()
 
-    def read(self) -> list[float]:
+    def read(self) -> list[Any]:
         """The numbers; waits until the device has computed them."""
         if self._event is not None:
             self._event.synchronize()
