@@ -47,18 +47,31 @@ def _train_fused(folder: Path, *overrides: str) -> Any:
 
 @pytest.mark.distributed
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "all_gather_matmuls", "matmul_reduce_scatters"),
+    [
+        # Into attention and feed-forward, and in backward into their output projections; out of
+        # both. Backward's scatter sums of several matmuls (of q, k and v): not fused.
+        ("llama", 4, 2),
+        # Of attention alone: experts take the tokens of a rank's part of the sequence.
+        ("qwen3_moe", 2, 1),
+    ],
+)
 def test_collectives_are_fused_with_matmuls_and_the_numbers_are_the_same(
-    workers: dict[int, Workers], tmp_path: Path
+    family: str,
+    all_gather_matmuls: int,
+    matmul_reduce_scatters: int,
+    workers: dict[int, Workers],
+    tmp_path: Path,
 ) -> None:
-    plain = workers[2].run(train, tmp_path / "plain", *TP2)[0]
-    fused = workers[2].run(_train_fused, tmp_path / "fused")[0]
+    name = f"--model.name={family}"
+    plain = workers[2].run(train, tmp_path / "plain", *TP2, name)[0]
+    fused = workers[2].run(_train_fused, tmp_path / "fused", name)[0]
     for key in ("loss", "grad_norm"):
         assert [r[key] for r in fused] == pytest.approx([r[key] for r in plain], rel=1e-5)
     applied = json.loads((tmp_path / "fused" / "run.json").read_text())["applied"]
-    # Into attention and feed-forward, and in backward into their output projections.
-    assert applied["fused_all_gather_matmuls"] == 4
-    # Out of both. Backward's scatter sums of several matmuls (of q, k and v): not fused.
-    assert applied["fused_matmul_reduce_scatters"] == 2
+    assert applied["fused_all_gather_matmuls"] == all_gather_matmuls
+    assert applied["fused_matmul_reduce_scatters"] == matmul_reduce_scatters
     # The next run of these processes does not inherit the rewrite.
     assert workers[2].run(_rewrite_after_a_run_without, tmp_path / "after") == [False, False]
 
