@@ -33,7 +33,7 @@ def apply_ep(model: Transformer, mesh: DeviceMesh) -> None:
 
 
 class RowExchange(nn.Module):
-    """Tells each rank how many rows it will get; their number is on its way to the host then."""
+    """Exchanges the numbers of rows between ranks, and starts their copy to the host."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__()
