@@ -346,7 +346,7 @@ BUDGET = {
     "training": 1929,
     "tools": 1936,
     "checkpoint": 1603,
-    "models": 1707,
+    "models": 1704,
     "planner": 1426,
     "regression": 1205,
     "runtime": 1160,
