@@ -35,3 +35,10 @@ def test_the_script_of_versions_explains_itself_without_a_kind() -> None:
     done = subprocess.run(["bash", SCRIPT, "latest"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "scripts/test_versions.sh oldest   Python 3.10" in done.stderr
+
+
+def test_no_class_is_subscripted_that_is_generic_only_from_python_3_11_on() -> None:
+    """Types and lint do not notice; under Python 3.10 the module cannot be imported."""
+    later = re.compile(r"\b(StreamHandler|LoggerAdapter)\[")
+    paths = [path for room in ("titan_lite", "tests") for path in (ROOT / room).rglob("*.py")]
+    assert [str(path) for path in paths if later.search(path.read_text())] == []

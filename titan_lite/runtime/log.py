@@ -5,7 +5,6 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TextIO
 
 # A folder that the launcher gives to the processes of one attempt on its node.
 MESSAGES = "TITAN_LITE_MESSAGES"
@@ -22,7 +21,7 @@ def open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r"))
 
 
-class _Handler(logging.StreamHandler[TextIO]):
+class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # Generic from Python 3.11 on.
     """Drops lines that the reader of the log, which may have gone, does not take."""
 
     def handleError(self, record: logging.LogRecord) -> None:
