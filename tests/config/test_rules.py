@@ -73,14 +73,15 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
         (
             [*PP2, 'parallel.pp_schedule="Interleaved1F1B"', "parallel.pp_micro_batches=1"],
             2,
-            "training.global_batch_size",
-            '"Interleaved1F1B" on 2 ranks requires a multiple of 2 micro-batches, but a pass has 1',
+            "parallel.pp_micro_batches",
+            '"Interleaved1F1B" on 2 ranks requires a multiple of 2 micro-batches in a pass, got 1; '
+            "set a divisor of the 8 of a step (8 samples",
         ),
         (
             [*PP2, "parallel.pp_schedule=DualPipeV", "parallel.pp_micro_batches=2"],
             2,
-            "training.global_batch_size",
-            '"DualPipeV" on 2 ranks requires at least 4 micro-batches, but a pass has 2',
+            "parallel.pp_micro_batches",
+            '"DualPipeV" on 2 ranks requires at least 4 micro-batches in a pass, got 2; set a ',
         ),
         (
             [*PP2, "parallel.pp_micro_batches=3"],
@@ -278,7 +279,7 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             1,
             "data.dataset_path",
             'no such file: "HuggingFaceFW/fineweb", and no folder "HuggingFaceFW"; names on the '
-            "Hugging Face hub are not fetched: hf download HuggingFaceFW/fineweb --repo-type "
+            "Hugging Face hub are not fetched: run hf download HuggingFaceFW/fineweb --repo-type "
             'dataset --local-dir DIR, and set data.dataset_path = "DIR", or set data.dataset = '
             '"HuggingFaceFW/fineweb" to stream it',
         ),
@@ -293,15 +294,15 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             ["data.tokenizer_path=meta-llama/Llama-3.1-8B"],
             1,
             "data.tokenizer_path",
-            "not fetched: hf download meta-llama/Llama-3.1-8B --local-dir DIR, and set "
+            "not fetched: run hf download meta-llama/Llama-3.1-8B --local-dir DIR, and set "
             'data.tokenizer_path = "DIR"',
         ),
         (
             ["checkpoint.enable=true", "checkpoint.initial_load_hf=gpt2"],
             1,
             "checkpoint.initial_load_hf",
-            'no such folder: "gpt2"; names on the Hugging Face hub are not fetched: hf download '
-            'gpt2 --local-dir DIR, and set checkpoint.initial_load_hf = "DIR"',
+            'no such folder: "gpt2"; names on the Hugging Face hub are not fetched: run '
+            'hf download gpt2 --local-dir DIR, and set checkpoint.initial_load_hf = "DIR"',
         ),
         (
             ["checkpoint.enable=true", "checkpoint.initial_load_path=Qwen/Qwen2.5-0.5B"],

@@ -263,7 +263,7 @@ def test_a_tokenizer_without_a_mask_is_refused(monkeypatch):
 
 def test_documents_that_are_all_too_short_end_the_run():
     blocks = [(n, documents_of([1, 1])) for n in range(MAX_EMPTY_BLOCKS)]
-    with pytest.raises(ValueError, match="none of the documents in the last 100 blocks has"):
+    with pytest.raises(ValueError, match="documents in 100 shuffle buffers in a row has"):
         list(pairs_of(blocks))
     # One that is long enough among them does not.
     assert list(pairs_of([*blocks[:-1], (99, documents_of([1, 2])), *blocks[:9]]))

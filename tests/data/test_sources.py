@@ -186,7 +186,7 @@ def test_the_same_files_elsewhere_have_the_same_identity(tmp_path):
         ({"dataset_path": "nowhere.jsonl"}, r'data.dataset_path: "nowhere.jsonl" matches no file'),
         (
             {"dataset_path": "HuggingFaceFW/fineweb"},
-            r"matches no file; names on the .* hub are not fetched: hf download HuggingFaceFW/fine",
+            r"matches no file; names on the .* hub are not fetched: run hf download Hugging",
         ),
         ({"dataset_path": "no*.jsonl"}, r'data.dataset_path: "no\*.jsonl" matches no file'),
         ({"dataset_path": "empty"}, r"data.dataset_path: empty has no file ending in .jsonl"),

@@ -219,7 +219,7 @@ def check_none_left(
 def _missing(key: str, source: Path) -> ValueError:
     message = f"{key.removeprefix('model.')} is not in {source}, which"
     if not key.startswith("optimizer."):
-        return ValueError(f"{message} has another model")
+        return ValueError(f"{message} is a checkpoint of another model: set [model] to that one")
     remedy = "checkpoint.initial_load_path to it and checkpoint.initial_load_model_only = true"
     return SettingError(
         ("optimizer.name", "optimizer.groups"),

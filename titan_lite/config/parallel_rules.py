@@ -112,11 +112,17 @@ def _micro_batches(config: Config, micro_steps: int, words: str) -> Iterator[Set
     multiple = pp if parallel.schedule.multiple_of_ranks else 1
     if count < least or count % multiple:
         fits = f"at least {least}" if count < least else f"a multiple of {multiple}"
-        step = "a step" if parallel.pp_micro_batches == -1 else "a pass"
+        needed = f"{quote(parallel.pp_schedule)} on {pp} ranks requires {fits} micro-batches"
+        if parallel.pp_micro_batches != -1:
+            yield SettingError(
+                "parallel.pp_micro_batches",
+                f"{needed} in a pass, got {count}; set a divisor of the {micro_steps} of a step "
+                f"({words}), or -1 for all of them",
+            )
+            return
         yield SettingError(
             "training.global_batch_size",
-            f"{quote(parallel.pp_schedule)} on {pp} ranks requires {fits} micro-batches, but "
-            f"{step} has {count} ({words}); lower training.local_batch_size "
+            f"{needed}, but a step has {count} ({words}); lower training.local_batch_size "
             "or raise training.global_batch_size",
         )
 

@@ -185,7 +185,7 @@ def how_to_fetch(given: str, key: str) -> str:
     elif key == "checkpoint.initial_load_path":
         then = 'set checkpoint.initial_load_hf = "DIR"'
     return (
-        "; names on the Hugging Face hub are not fetched: "
+        "; names on the Hugging Face hub are not fetched: run "
         f"hf download {name}{option} --local-dir DIR, and {then}"
     )
 

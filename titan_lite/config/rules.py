@@ -71,7 +71,7 @@ def _rounded_moments(section: Optimizer) -> Iterator[SettingError]:
                 yield SettingError(
                     f"optimizer.{key}",
                     f"{beta:g} must be at most {MAX_ROUNDED_BETA} with optimizer.state_dtype = "
-                    '"bfloat16": a smaller change of a moment is lost in its rounding (1/256)',
+                    '"bfloat16", which cannot store smaller changes of a moment than 1/256 of it',
                 )
 
 

@@ -139,8 +139,8 @@ def held_out_rows(
         if stream.position.block.epoch > 0:
             raise SettingError(
                 "validation.steps",
-                f"{validation.steps} batches of {global_batch_size} samples of {seq_len} tokens "
-                f"are more than the {sample // global_batch_size} in {source.name}: set a smaller "
+                f"{validation.steps} batches (of {global_batch_size} samples of {seq_len} tokens) "
+                f"are too many: {source.name} fills {sample // global_batch_size}; set a smaller "
                 "validation.steps, or add documents",
             )
         yield row

@@ -98,8 +98,8 @@ class MaskedPairs:
             empty = 0 if any(end - a >= self._least for a, end in contents) else empty + 1
             if empty == MAX_EMPTY_BLOCKS:
                 raise ValueError(
-                    f"none of the documents in the last {empty} blocks has at least {self._least} "
-                    "tokens, the minimum for a sample: use longer documents"
+                    f"none of the documents in {empty} shuffle buffers in a row has at least "
+                    f"{self._least} tokens, the minimum for a sample: use longer documents"
                 )
             for number, (start, end) in enumerate(contents):
                 offset = max(offset, start)

@@ -124,7 +124,11 @@ class BadDocumentPolicy:
         raise SettingError(
             f"{table}.{error.key}" if error.key else source.key,
             f"{position_of(rows) or f'a document of {source.name}'}: {error}; "
-            + (f"{self._in_a_row:,} bad documents in a row" if too_many else SKIP_HINT),
+            + (
+                f"{self._in_a_row:,} bad documents in a row end every run"
+                if too_many
+                else SKIP_HINT
+            ),
         )
 
 

@@ -360,7 +360,7 @@ def reading(source: Source) -> Iterator[None]:
         raise SettingError(
             source.key,
             f"the Hugging Face hub could not be reached for {source.name}; "
-            "without a network, set data.dataset_path to local files",
+            f"without a network, set {source.key.rpartition('.')[0]}.dataset_path to local files",
         ) from error
     # Parsers, decompressors, file systems and HTTP clients each raise other types.
     except Exception as error:

@@ -85,7 +85,8 @@ class TokenManifest:
                 key,
                 f"{folder} was tokenized with {self.tokenizer_path or 'the bundled tokenizer'} "
                 f"({self.tokenizer}), but data.tokenizer_path is another tokenizer "
-                f"({tokenizer.fingerprint}): set the former, or run titan-lite tokenize again",
+                f"({tokenizer.fingerprint}): set data.tokenizer_path to the first, or "
+                "run titan-lite tokenize again",
             )
 
     def write(self, folder: Path) -> None:

@@ -49,7 +49,8 @@ class Objective(Protocol):
     ) -> dict[str, Any]:
         """Returns the model's arguments other than tokens, context and the head's loss.
 
-        factor: of the loss of the pairs. sums: (num_sums,), to which the forward pass adds.
+        factor: what the loss of the pairs is multiplied by. sums: (num_sums,), to which the forward
+        pass adds.
         """
 
     def metrics(self, loss: Tensor, sums: Tensor, num_pairs: Tensor) -> dict[str, float]:

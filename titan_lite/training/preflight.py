@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 # Published models pad their vocabularies by at most 2.4 % (DeepSeek-V2: 102,400 for 100,015).
 LEAST_FILLED = 0.9
-# Held-out documents with more tokens than this are not read by the preflight: it takes seconds.
+# The preflight reads at most about so many tokens of held-out samples: more would take too long.
 MAX_HELD_OUT_TOKENS = 2**22
 
 
@@ -151,7 +151,10 @@ def _check_export(plan: Plan, tokenizer: Tokenizer) -> None:
 
 
 def _most_tokens(source: Source) -> int | None:
-    """Returns an upper bound of a source's tokens, at a byte each; None for Hub datasets."""
+    """Returns about how many tokens a source has; None for Hub datasets.
+
+    At a byte each, which is too low for compressed files.
+    """
     if source.manifest:
         return source.manifest.tokens
     return sum(map(num_bytes, source.files)) if source.files else None
@@ -205,7 +208,7 @@ def check_same_model(start: Start, plan: Plan) -> None:
         by_key.setdefault(key, []).append(f"{name} is {words(own)}, not {words(saved)}")
     with collecting() as problems:
         for key, listed in by_key.items():
-            message = f"{', '.join(listed)} as in the checkpoint {start.source}{remedy}"
+            message = f"differs from the checkpoint {start.source}: {'; '.join(listed)}{remedy}"
             problems.errors.append(SettingError(key, message))
 
 
@@ -229,7 +232,7 @@ def check_locks(plan: Plan) -> None:
 def _locked_folders(plan: Plan) -> dict[str, Path]:
     folders = {"job.dump_folder": plan.run_folder}
     checkpoints = plan.checkpoint_folder
-    # A checkpoint folder outside the run's folder may be shared by two runs.
+    # Two runs can be given the same checkpoint folder outside their own, so it has its own lock.
     is_elsewhere = not checkpoints.resolve().is_relative_to(plan.run_folder.resolve())
     if plan.config.checkpoint.enable and is_elsewhere:
         folders["checkpoint.folder"] = checkpoints
@@ -252,14 +255,14 @@ def _warn_of_idle_keys(plan: Plan, *, are_checked: bool) -> None:
 
 
 def fitting_tokenizer(section: Data, plan: Plan) -> Tokenizer:
-    """Returns the run's tokenizer; ValueError if a token is missing or its vocabulary differs."""
+    """Returns the run's tokenizer; ValueError if it does not fit the model."""
     tokenizer, vocab_size = load_tokenizer(section.tokenizer_path), plan.args.vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise SettingError(
             ("data.tokenizer_path", "model.vocab_size"),
             f"{_name(section.tokenizer_path)} has {tokenizer.vocab_size:,} tokens, more than the "
             f"model's vocabulary of {vocab_size:,}: set model.vocab_size = {tokenizer.vocab_size} "
-            "or data.tokenizer_path to the model's tokenizer",
+            "or set data.tokenizer_path to the model's tokenizer",
         )
     filled = tokenizer.vocab_size / vocab_size
     if filled < LEAST_FILLED and not section.allow_tokenizer_mismatch:

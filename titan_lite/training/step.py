@@ -285,7 +285,7 @@ class TrainStep:
         return (batch.labels != IGNORED).flatten().nonzero().squeeze(1)
 
     def local(self, batch: Batch) -> Batch:
-        """Returns this rank's tokens and labels; what `_context` splits stays whole."""
+        """Returns the batch with this rank's tokens and labels; `_context` splits other tensors."""
         if self.meshes.cp is None:
             return batch
         inputs, labels = batch.inputs[:, self.local_indices], batch.labels[:, self.local_indices]

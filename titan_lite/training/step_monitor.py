@@ -62,8 +62,8 @@ class StepMonitor:
     def record_step(self, step: int, result: StepResult, *, logs: bool) -> None:
         """Counts a step and reads its result.
 
-        logs: reads it at once. Otherwise a GPU's result is read one step late, so that the GPU has
-        work while the host waits.
+        logs: the step is logged, so its result is read at once. Otherwise a GPU's result is read
+        one step late, so that the GPU has work while the host waits.
         """
         tokens: int | Tensor = self._plan.global_batch_size * self._plan.config.training.seq_len
         if self._built.objective.has_padding:
