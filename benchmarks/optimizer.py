@@ -278,7 +278,7 @@ def table(result: Values) -> str:
         time = reached / result["steps"] * ratio
         answer = (
             f"Muon reaches AdamW's final loss at step {reached} of {result['steps']}. {longer}, so "
-            f"this is {time:.2f} of AdamW's wall time."
+            f"this\nis {time:.2f} of AdamW's wall time."
         )
     else:
         answer = f"Muon does not reach AdamW's final loss. {longer}."

@@ -340,16 +340,16 @@ def test_only_these_functions_take_a_whole_plan_or_configuration() -> None:
 # Lines of code of each room: neither blank, comment nor docstring. Raising one is a decision to
 # explain in the commit message.
 BUDGET = {
-    "data": 3119,
+    "data": 3124,
     "parallel": 2044,
-    "config": 2116,
+    "config": 2122,
     "training": 1929,
-    "tools": 1936,
+    "tools": 1937,
     "checkpoint": 1603,
     "models": 1704,
     "planner": 1426,
     "regression": 1205,
-    "runtime": 1160,
+    "runtime": 1159,
     "nn": 911,
     "dryrun": 892,
     "metrics": 801,

@@ -17,6 +17,7 @@ from tests.runs import build_trainer
 from titan_lite.config.schema import Model
 from titan_lite.models.registry import resolve
 from titan_lite.nn.build_model import build_model
+from titan_lite.nn.token_context import NO_CONTEXT
 
 VIEWS = {
     *("_reshape_alias", "_unsafe_view", "alias", "as_strided", "chunk", "detach", "expand"),
@@ -45,7 +46,7 @@ def test_the_forward_of_a_block_takes_at_most_34_operations() -> None:
     model = build_model(*resolve(Model(**SIZES)))
     block = model.get_submodule("layers.0").bfloat16()
     with CountOperations() as counted:
-        block(torch.randn(2, 256, 256, dtype=torch.bfloat16))
+        block(torch.randn(2, 256, 256, dtype=torch.bfloat16), NO_CONTEXT)
     assert counted.names.total() <= 34, counted.names
 
 

@@ -162,16 +162,16 @@ def test_a_run_that_reads_few_streams_needs_few_documents(
     [
         (
             ("--validation.steps=10000",),
-            "10000 batches of 2 samples of 2048",
+            "10000 batches (of 2 samples of 2048",
         ),
-        (("--training.seq_len=8192",), "10 batches of 2 samples of 8192 tokens"),
+        (("--training.seq_len=8192",), "10 batches (of 2 samples of 8192 tokens"),
         (
             ("--training.global_batch_size=64",),
             "10 batches (of 64 samples of 2048 tokens) are too many: ",
         ),
         (
             (*BERT, "--validation.steps=10000"),
-            "10000 batches of 2 samples of 128",
+            "10000 batches (of 2 samples of 128",
         ),
         (("--validation.dataset_path={few}",), " fills 0; set a smaller validation.steps"),
         (("--validation.dataset_path={bad}",), "validation.text_field (default): "),

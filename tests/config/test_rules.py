@@ -520,7 +520,7 @@ def test_what_can_work_gives_the_degrees() -> None:
         (
             ["model.attention_dropout=0.1"],
             1,
-            "model.attention_dropout (0.1) is slow without compile.enable = true: what is dropped",
+            "model.attention_dropout (0.1) is slow without compile.enable = true: generating the",
         ),
         (["parallel.loss_parallel=false"], 2, "because parallel.tp is 1"),
         (["parallel.sequence_parallel=false"], 2, "because parallel.tp is 1"),

@@ -62,7 +62,7 @@ def test_out_of_memory_is_told_with_the_cheapest_ways_out_and_raised(
         ),
         (
             ["activation_checkpoint.mode=full", "parallel.reshard_after_forward=always"],
-            ["more devices", "parallel.cpu_offload", "training.seq_len"],
+            ["more devices", "parallel.cpu_offload", "a smaller training.seq_len"],
         ),
     ],
 )

@@ -495,7 +495,7 @@ def spoil_metadata(folder: Path) -> None:
         (
             lambda f: None,
             ["--tokenizer=meta-llama/Llama-3.1-8B"],
-            "8B does not exist; names on the Hugging Face hub are not fetched: "
+            "8B does not exist; names on the Hugging Face hub are not fetched: run "
             "hf download meta-llama/Llama-3.1-8B --local-dir DIR, and name DIR as --tokenizer",
         ),
     ],

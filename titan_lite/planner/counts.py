@@ -83,11 +83,11 @@ def num_pair_head_params(args: DecoderArgs) -> int:
 
 
 def num_last_matmul_params(args: DecoderArgs) -> int:
-    """Parameters of the matmuls that end all blocks; of none, where a norm ends them."""
+    """Parameters of the matmuls that end blocks; of none where a norm or experts end them."""
     if isinstance(args, EncoderArgs) and args.post_norm:
         return 0
     blocks = map(args.of_block, range(args.num_layers))
-    return sum(feed_forwards(block)[0] * args.dim * block.ffn_dim for block in blocks)
+    return sum(args.dim * block.ffn_dim for block in blocks if not feed_forwards(block)[1])
 
 
 def feed_forwards(args: DecoderArgs) -> tuple[int, int]:

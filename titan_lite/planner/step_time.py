@@ -72,13 +72,13 @@ class StepModel:
     def _block(self, job: Job) -> BlockTimes:
         rates, args, t, M = self.rates, self.args, job.tp, job.local_tokens
         float8 = job.float8 != "none"
-        shared, routed = counts.feed_forwards(args)
+        _, routed = counts.feed_forwards(args)
         products = [rates.linear(M, K, N, float8=float8) for K, N in counts.block_products(args, t)]
         grouped, ep = self._experts(job, M * routed / t)
         forward, backward = (
             sum(product[way] for product in (*products, *grouped)) for way in (0, 1)
         )
-        last = products[-1][0] if shared and job.early_stop else 0.0
+        last = products[-1][0] if job.early_stop and not routed else 0.0
         attention, elementwise = rates.attention(job), rates.elementwise(job)
         size = 2 * rates.scale * M * args.dim
         gather = self.ring(size * (0.5 if float8 else 1), t, 1)

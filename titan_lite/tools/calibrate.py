@@ -28,6 +28,7 @@ from titan_lite.models.plan import make_plan
 from titan_lite.nn.attention import ScaledDotProductAttention
 from titan_lite.nn.block import Block
 from titan_lite.nn.rope import RotaryEmbedding
+from titan_lite.nn.token_context import NO_CONTEXT
 from titan_lite.planner.cluster import Cluster
 from titan_lite.planner.hardware import Device, find_device
 from titan_lite.planner.job import Job
@@ -223,9 +224,9 @@ class Kernels:
             ScaledDotProductAttention(causal=True),
         )
         if way == "forward":
-            return lambda: attend(*qkv)
+            return lambda: attend(*qkv, NO_CONTEXT)
         gradient = torch.randn(shape, device=self.device, dtype=self.dtype)
-        return lambda: torch.autograd.grad(attend(*qkv), qkv, gradient)
+        return lambda: torch.autograd.grad(attend(*qkv, NO_CONTEXT), qkv, gradient)
 
     def elementwise(self, tokens: int) -> Work:
         """The work of a block between its products, forward and backward."""
