@@ -21,13 +21,13 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     "loss": Metric("nats per token", "global", "train/loss"),
-    "grad_norm": Metric("1", "global", "train/grad_norm"),
+    "grad_norm": Metric("no unit", "global", "train/grad_norm"),
     # Of families with a masked language model, in addition to their sum, the loss.
     "masked_lm_loss": Metric("nats per masked token", "global", "train/masked_lm_loss"),
     "next_sentence_loss": Metric("nats per pair", "global", "train/next_sentence_loss"),
     "next_sentence_accuracy": Metric("share of pairs", "global", "train/next_sentence_accuracy"),
-    "lr": Metric("1", "global", "train/lr"),
-    "loss_scale": Metric("1, float16 only", "global", "train/loss_scale"),
+    "lr": Metric("no unit", "global", "train/lr"),
+    "loss_scale": Metric("no unit; only with float16", "global", "train/loss_scale"),
     "skipped_steps": Metric("steps since step 0", "global", "train/skipped_steps"),
     "skipped_documents": Metric("documents since step 0", "global", "train/skipped_documents"),
     "tokens": Metric("tokens since step 0", "global", "train/tokens"),
@@ -41,9 +41,9 @@ METRICS: dict[str, Metric] = {
     "moe/unused_experts": Metric(
         "experts without tokens, of all blocks", "global", "moe/unused_experts"
     ),
-    "moe/entropy": Metric("1 where all experts are used alike", "global", "moe/entropy"),
+    "moe/entropy": Metric("no unit; 1 if all experts are used equally", "global", "moe/entropy"),
     "moe/balance_loss": Metric("nats, of all blocks", "global", "moe/balance_loss"),
-    "moe/max_bias": Metric("largest bias of an expert", "max", "moe/max_bias"),
+    "moe/max_bias": Metric("largest absolute bias of an expert", "max", "moe/max_bias"),
     "validation/loss": Metric("nats per token", "global", "validation/loss"),
     "validation/masked_lm_loss": Metric(
         "nats per masked token", "global", "validation/masked_lm_loss"
@@ -54,7 +54,7 @@ METRICS: dict[str, Metric] = {
     "validation/next_sentence_accuracy": Metric(
         "share of pairs", "global", "validation/next_sentence_accuracy"
     ),
-    "validation/perplexity": Metric("1", "global", "validation/perplexity"),
+    "validation/perplexity": Metric("no unit", "global", "validation/perplexity"),
     "validation/bits_per_byte": Metric("bits per byte", "global", "validation/bits_per_byte"),
     "wps": Metric("tokens/s per device", "global", "speed/wps"),
     "samples_per_second": Metric(
