@@ -129,7 +129,7 @@ def test_runs_with_experts_have_panels_and_a_table_of_blocks() -> None:
         assert actual.figures[title]["data-lines"][1][1] == [value] * 3
     assert actual.figures["Balancing loss"]["data-lines"][1][1] == [0.004] * 3
     assert "Nothing was logged of: Most loaded rank, Largest bias" in actual.notes
-    assert "1 where all experts are used alike" in Path("page.html").read_text()
+    assert "no unit; 1 if all experts are used equally" in Path("page.html").read_text()
     # The first of three blocks is dense.
     row = "load 1.75, 3 experts without tokens, entropy 0.625, balancing loss 0.003"
     assert actual.rows["block 2"] == ["", row]
