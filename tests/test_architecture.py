@@ -340,7 +340,7 @@ def test_only_these_functions_take_a_whole_plan_or_configuration() -> None:
 # Lines of code of each room: neither blank, comment nor docstring. Raising one is a decision to
 # explain in the commit message.
 BUDGET = {
-    "data": 3124,
+    "data": 3126,
     "parallel": 2044,
     "config": 2122,
     "training": 1929,

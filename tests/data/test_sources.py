@@ -3,13 +3,14 @@
 import gzip
 import json
 import pickle
+from unittest import mock
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from titan_lite.config.schema import Data
+from titan_lite.config.schema import Data, Validation
 from titan_lite.data.documents import document_of
 from titan_lite.data.sources import resolve_source
 
@@ -152,6 +153,13 @@ def test_whatever_datasets_raises_becomes_one_sentence(monkeypatch, raised, mess
         resolve_source(Data(dataset="c4")).open()
     assert str(error.value) == message
     assert error.value.__cause__ is raised
+
+
+def test_without_a_network_the_key_to_set_is_in_the_table_of_the_source(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", mock.Mock(side_effect=ConnectionError))
+    source = resolve_source(Validation(dataset="c4"), table="validation")
+    with pytest.raises(ValueError, match=r"without a network, set validation\.dataset_path to"):
+        source.open()
 
 
 def test_the_bundled_corpus_is_clean_prose_with_no_work_in_both_splits():

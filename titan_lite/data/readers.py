@@ -119,10 +119,8 @@ class BadDocumentPolicy:
             if self._in_a_row == 1:
                 logger.warning("A document of %s was skipped: %s", source.name, error)
             return
-        # The field's key is in the same table as the source's key.
-        table = source.key.rpartition(".")[0]
         raise SettingError(
-            f"{table}.{error.key}" if error.key else source.key,
+            f"{source.table}.{error.key}" if error.key else source.key,
             f"{position_of(rows) or f'a document of {source.name}'}: {error}; "
             + (
                 f"{self._in_a_row:,} bad documents in a row end every run"

@@ -65,6 +65,11 @@ class Source:
     """The manifest of a folder that titan-lite tokenize wrote."""
 
     @property
+    def table(self) -> str:
+        """The table of the key."""
+        return self.key.rpartition(".")[0]
+
+    @property
     def documents(self) -> str:
         """The identity of the documents, the same for tokenized ones and their text."""
         return self.manifest.source if self.manifest else self.identity
@@ -360,7 +365,7 @@ def reading(source: Source) -> Iterator[None]:
         raise SettingError(
             source.key,
             f"the Hugging Face hub could not be reached for {source.name}; "
-            f"without a network, set {source.key.rpartition('.')[0]}.dataset_path to local files",
+            f"without a network, set {source.table}.dataset_path to local files",
         ) from error
     # Parsers, decompressors, file systems and HTTP clients each raise other types.
     except Exception as error:

@@ -225,7 +225,7 @@ def _log_run(plan: Plan, process: Process, built: BuiltTraining) -> None:
         built.applied,
     )
     dtype = config.training.param_dtype
-    if is_emulated(dtype, process.device):
+    if process.rank == 0 and is_emulated(dtype, process.device):
         logger.warning(
             'training.param_dtype = "%s" is slow on this processor, for which torch has no matrix '
             'products of this type; set training.param_dtype = "float32"',
