@@ -14,6 +14,7 @@ import torch
 from tests.distributed import Workers
 from titan_lite import cli
 from titan_lite.planner.cluster import Cluster, find_cluster
+from titan_lite.planner.kernels import Rates
 from titan_lite.runtime.distributed import Process
 from titan_lite.tools import calibrate
 from titan_lite.tools.calibrate import Machine, explain, fit, to_toml
@@ -78,6 +79,33 @@ def test_what_was_not_measured_keeps_its_constant() -> None:
     actual = fit(cluster("h100"), alone, explain(cluster("h100"), alone))
     assert not {"link", "hop_us", "nic", "node_hop_us", "interference"} & actual.measured.keys()
     assert "# Not measured: node_nic_gbs" in to_toml(actual, "a test", 0.0)
+
+
+def test_short_sequences_slow_causal_attention_only() -> None:
+    """A mask skips whole tiles: one tile takes as long as without the mask, many half as long."""
+    constants = CONSTANTS | dict.fromkeys(
+        ("attention_forward_tokens", "attention_backward_tokens"), 512.0
+    )
+    rates = Rates(calibrate._with(cluster("h100"), constants), MACHINE.job())
+
+    def seconds(span: int, causal: bool) -> float:
+        job = dataclasses.replace(MACHINE.job(), micro_batch=1, seq_len=span, span=span)
+        with mock.patch.object(type(job.args), "causal", causal):
+            return sum(rates.attention(job))
+
+    assert seconds(512, True) == pytest.approx(seconds(512, False))
+    assert seconds(2**20, True) == pytest.approx(seconds(2**20, False) / 2, rel=1e-3)
+
+
+def test_a_cpu_is_measured_in_float32() -> None:
+    """Its runs are; half of the peak in bfloat16 leaves the prediction alone."""
+    measured = calibrate._with(cluster("h100"), CONSTANTS)
+    half = dataclasses.replace(
+        measured, device=dataclasses.replace(measured.device, bf16_tflops=0.05)
+    )
+    seconds = explain(measured, MACHINE)
+    changed = {name for name, value in explain(half, MACHINE).items() if value != seconds[name]}
+    assert changed == {name for name in seconds if name.startswith("other linear")}
 
 
 def measure(file: Path) -> tuple[str, dict[str, float], dict[str, float]]:

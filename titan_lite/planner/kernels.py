@@ -91,8 +91,10 @@ class Rates:
             # The rank with the end of the sequence attends to all of it.
             flops *= 2 * job.cp / (job.cp + 1)
         rate = self.peak * k[f"attention/{job.attention}"]
-        forward = k["attention_forward"] * span / (span + k["attention_forward_tokens"])
-        backward = k["attention_backward"] * span / (span + k["attention_backward_tokens"])
+        # Whole tiles are computed along the diagonal.
+        tiles = span if args.causal else math.inf
+        forward = k["attention_forward"] / (1 + k["attention_forward_tokens"] / tiles)
+        backward = k["attention_backward"] / (1 + k["attention_backward_tokens"] / tiles)
         return flops / (rate * forward), 2.5 * flops / (rate * backward)
 
     def elementwise(self, job: Job) -> tuple[float, float]:

@@ -123,10 +123,16 @@ class Machine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of runs: float16 on GPUs without bfloat16."""
-        on_gpu = self.process.device.type == "cuda"
-        has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+        """The dtype of runs: float32 on a CPU, float16 on GPUs without bfloat16."""
+        if self.process.device.type == "cpu":
+            return torch.float32
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bf16 else torch.float16
+
+    @property
+    def other_dtype(self) -> torch.dtype:
+        """The dtype whose peak only is measured."""
+        return torch.bfloat16 if self.dtype is torch.float32 else torch.float32
 
     def job(self) -> Job:
         """A job whose kernels are those that are measured."""
@@ -134,7 +140,8 @@ class Machine:
         keys = {"dim": dim, "ffn_dim": 3 * dim, "num_heads": dim // 64, "num_kv_heads": dim // 64}
         overrides = [f"--model.{key}={value}" for key, value in keys.items()]
         plan = make_plan(None, overrides, 1, with_files=False)
-        return read_job(plan.config, plan.dims, plan.family, plan.args)
+        job = read_job(plan.config, plan.dims, plan.family, plan.args)
+        return dataclasses.replace(job, width=self.dtype.itemsize)
 
     def rings(self) -> list[Ring]:
         """Collectives over every axis that a mesh of these processes can have."""
@@ -182,7 +189,7 @@ class Kernels:
     """The measured kernels of one device, by name; each builds its tensors when it is measured."""
 
     def __init__(self, machine: Machine) -> None:
-        self.sizes, self.dtype = machine.sizes, machine.dtype
+        self.sizes, self.dtype, self.other_dtype = machine.sizes, machine.dtype, machine.other_dtype
         self.device, self.args = machine.process.device, machine.job().args
 
     def cases(self) -> dict[str, Callable[[], Work]]:
@@ -190,7 +197,7 @@ class Kernels:
         cases: dict[str, Callable[[], Work]] = {"copy": self.copy, "optimizer": self.optimizer}
         for number, shape in enumerate(self.sizes.linears):
             cases[f"linear {number}"] = partial(self.linear, *shape, self.dtype)
-            cases[f"float32 {number}"] = partial(self.linear, *shape, torch.float32)
+            cases[f"other linear {number}"] = partial(self.linear, *shape, self.other_dtype)
         for length in self.sizes.lengths:
             for way in ("forward", "both"):
                 cases[f"attention {way} {length}"] = partial(self.attention, length, way)
@@ -331,11 +338,12 @@ def overlaps(machine: Machine, kernels: Kernels, seconds: Seconds) -> dict[str, 
 def explain(cluster: Cluster, machine: Machine) -> Seconds:
     """The planner's seconds of all that is measured, interference apart."""
     sizes, job = machine.sizes, machine.job()
-    rates, wide = Rates(cluster, job), Rates(cluster, dataclasses.replace(job, width=4))
+    other = dataclasses.replace(job, width=machine.other_dtype.itemsize)
+    rates, other_rates = Rates(cluster, job), Rates(cluster, other)
     seconds = {"copy": 2 * sizes.rings[-1] / cluster.hbm}
     for number, shape in enumerate(sizes.linears):
         seconds[f"linear {number}"] = sum(rates.linear(*shape))
-        seconds[f"float32 {number}"] = sum(wide.linear(*shape))
+        seconds[f"other linear {number}"] = sum(other_rates.linear(*shape))
     for length in sizes.lengths:
         one = dataclasses.replace(job, micro_batch=1, seq_len=length, span=length)
         forward, backward = rates.attention(one)
@@ -487,16 +495,18 @@ def describe_machine(machine: Machine, seconds: Seconds) -> Cluster:
         linears = range(len(machine.sizes.linears))
         flops = [6 * math.prod(shape) for shape in machine.sizes.linears]
         best = max(flops[n] / seconds[f"linear {n}"] for n in linears) / 1e12
-        faster = [seconds[f"linear {n}"] / seconds[f"float32 {n}"] for n in linears]
+        faster = [seconds[f"linear {n}"] / seconds[f"other linear {n}"] for n in linears]
+        other = best * math.exp(statistics.mean(map(math.log, faster)))
+        on_gpu = process.device.type == "cuda"
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / machine.per_node
-        if process.device.type == "cuda":
+        if on_gpu:
             properties = torch.cuda.get_device_properties(process.device)
             memory, multiprocessors = properties.total_memory, properties.multi_processor_count
         facts: dict[str, Any] = dict.fromkeys(Device.__dataclass_fields__) | {
             "name": name,
             "names": (),
-            "bf16_tflops": best,
-            "fp32_tflops": best * math.exp(statistics.mean(map(math.log, faster))),
+            "bf16_tflops": best if on_gpu else other,
+            "fp32_tflops": other if on_gpu else best,
             "memory_gb": memory / 2**30,
             "hbm_gbs": 2 * machine.sizes.rings[-1] / seconds["copy"] / 1e9,
             "architecture": name,
