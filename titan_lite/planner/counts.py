@@ -6,15 +6,6 @@ from dataclasses import dataclass
 
 from titan_lite.models.args import DecoderArgs, EncoderArgs, LatentArgs, MoEArgs
 
-FORMULA = (
-    "6 * (active parameters - input embedding - head of pairs) "
-    "+ 12 * layers * attention_dim * seq_len, where active excludes the experts that a "
-    'token does not go to; with data.packing "fixed" packing_block instead of seq_len; '
-    "what causal and document masks hide is not subtracted, and padding does not count as tokens; "
-    "of positions that training.loss_positions leaves out, the head is subtracted"
-)
-"""What `mfu` counts: torchtitan's convention, full attention, nothing for recomputation."""
-
 
 @dataclass(frozen=True)
 class FlopsPerToken:
@@ -34,9 +25,9 @@ class FlopsPerToken:
 def num_params(args: DecoderArgs) -> int:
     """Parameters of the model; a head that is tied to the input embedding adds none."""
     # A decoder's norm is after its blocks, a post-norm encoder's after its embeddings.
-    rest = num_block_params(args) + _norm(args, args.dim) + args.dim * args.vocab_size
+    rest = num_block_params(args) + _norm(args) + args.dim * args.vocab_size
     if isinstance(args, EncoderArgs):
-        transform = _linear(args.dim, args.dim, bias=True) + _norm(args, args.dim)
+        transform = args.dim * (args.dim + 1) + _norm(args)
         rest += transform + args.vocab_size + num_pair_head_params(args)
     return rest + num_looked_up_params(args)
 
@@ -79,7 +70,7 @@ def num_pair_head_params(args: DecoderArgs) -> int:
     """Parameters of an encoder's pooler and classifier of pairs."""
     if not isinstance(args, EncoderArgs):
         return 0
-    return _linear(args.dim, args.dim, bias=True) + _linear(args.dim, 2, bias=True)
+    return (args.dim + 1) * (args.dim + 2)
 
 
 def num_last_matmul_params(args: DecoderArgs) -> int:
@@ -116,18 +107,13 @@ def block_params(args: DecoderArgs, start: int, end: int) -> tuple[int, int]:
 
 def _num_shared_params(args: DecoderArgs) -> int:
     """Parameters of a block that every token goes through."""
-    attention = sum(math.prod(sides) for sides in attention_matrices(args))
-    attention += (args.attention_dim + 2 * args.kv_dim) * args.qkv_bias + args.dim * args.out_bias
-    if args.qk_norm:
-        attention += 2 * args.head_size
-    if isinstance(args, LatentArgs):
-        attention += (args.q_rank or 0) + args.kv_rank
     inner = 2 if args.ffn == "swiglu" else 1
-    feed_forward = inner * _linear(args.dim, args.ffn_dim, args.ffn_bias)
-    feed_forward += _linear(args.ffn_dim, args.dim, args.ffn_bias)
-    if isinstance(args, MoEArgs) and args.num_experts:
-        feed_forward = args.shared_experts * feed_forward + args.num_experts * args.dim
-    return attention + feed_forward + 2 * _norm(args, args.dim)
+    biases = (args.attention_dim + 2 * args.kv_dim) * args.qkv_bias + args.dim * args.out_bias
+    biases += (inner * args.ffn_dim + args.dim) * args.ffn_bias
+    scales = 2 * args.head_size * args.qk_norm + 2 * _norm(args)
+    if isinstance(args, LatentArgs):
+        scales += (args.q_rank or 0) + args.kv_rank
+    return round(sum(math.prod(sides) for sides in block_products(args))) + biases + scales
 
 
 def attention_matrices(args: DecoderArgs, tp: int = 1) -> list[tuple[int, int]]:
@@ -165,12 +151,8 @@ def block_matrices(args: DecoderArgs) -> list[tuple[int, int]]:
     return [(min(pair), max(pair)) for pair in sides]
 
 
-def _linear(features_in: int, features_out: int, bias: bool) -> int:
-    return features_in * features_out + (features_out if bias else 0)
-
-
-def _norm(args: DecoderArgs, features: int) -> int:
-    return features * (2 if args.norm == "layernorm" else 1)
+def _norm(args: DecoderArgs) -> int:
+    return args.dim * (2 if args.norm == "layernorm" else 1)
 
 
 def flops_per_token(

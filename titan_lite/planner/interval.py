@@ -44,7 +44,7 @@ def interval(step: Step) -> Interval:
     elif not cluster.calibrated and job.kernels not in STACKS:
         low, high = UNKNOWN
         notes.append(f'no run with kernels of class "{job.kernels}" validates the model')
-    beyond = math.log2(max(1, job.gpus / (4 * MAX_GPUS), job.span / (4 * MAX_TOKENS)))
+    beyond = math.log2(max(1, job.world_size / (4 * MAX_GPUS), job.span / (4 * MAX_TOKENS)))
     if beyond:
         notes.append("more GPUs or longer sequences than validated")
     widening = 1.1**beyond

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from titan_lite.config.activation_checkpoint import SelectiveOp
+from titan_lite.config.dims import ParallelDims
+from titan_lite.config.schedules import SCHEDULES, PipelineSchedule
 from titan_lite.models.args import DecoderArgs
 
 Sharding = Literal["fsdp", "ddp", "zero1", "zero2", "hybrid_zero", "greedy_zero1"]
@@ -11,11 +13,11 @@ Recompute = Literal["none", "full", "selective_op", "attention_core", "norms"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """One optimizer step of a run, and the software stack that runs it.
+class Job(ParallelDims):
+    """One optimizer step of a run on a mesh, and the software stack that runs it.
 
     span: tokens that a token can attend to, before the causal mask. micro_steps: micro-batches of a
-    step. shards: ranks over which parameters (or the optimizer's state) are split, cp included.
+    step. fsdp: ranks over which parameters (or the optimizer's state) are split, cp included.
     recomputed: blocks of each stage that are checkpointed. blocks: of each pipeline stage.
     saved: what "selective_op" keeps, as in activation_checkpoint.save.
     keeps_gathered: parameters stay gathered between forward and backward. syncs_last: gradients
@@ -31,22 +33,13 @@ class Job:
     span: int
     micro_batch: int
     micro_steps: int = 1
-    tp: int = 1
-    cp: int = 1
-    ep: int = 1
-    pp: int = 1
-    replicas: int = 1
-    dp_shard: int = 1
     cp_method: str = "ring"
     cp_balanced: bool = True
     blocks: tuple[int, ...] = ()
     stages_per_rank: int = 1
-    is_v: bool = False
     schedule: str = "1F1B"
     pipelined: int = 1
-    splits_backward: bool = False
     sharding: Sharding = "fsdp"
-    reshard: str = "default"
     keeps_gathered: bool = False
     syncs_last: bool = False
     sequence_parallel: bool = True
@@ -73,14 +66,9 @@ class Job:
     stack: str = ""
 
     @property
-    def gpus(self) -> int:
-        """Ranks of the job."""
-        return self.tp * self.cp * self.pp * self.replicas * self.dp_shard
-
-    @property
-    def shards(self) -> int:
-        """Ranks over which FSDP shards."""
-        return self.dp_shard * self.cp
+    def order(self) -> PipelineSchedule:
+        """The schedule's facts."""
+        return SCHEDULES[self.schedule]
 
     def span_of(self, stage: int) -> tuple[int, int]:
         """A stage's first block, and the one after its last."""
@@ -90,7 +78,7 @@ class Job:
     @property
     def tokens(self) -> int:
         """Tokens of a step, over all ranks."""
-        return self.micro_batch * self.micro_steps * self.seq_len * self.replicas * self.dp_shard
+        return self.micro_batch * self.micro_steps * self.seq_len * self.batch
 
     @property
     def local_tokens(self) -> int:

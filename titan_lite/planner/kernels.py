@@ -1,44 +1,19 @@
 """Seconds of single kernels and collectives: matmuls, attention, element-wise traffic, rings.
 
-FLOPs and bytes are counted by hand; rates are a cluster's peaks times the shares in constants.py.
+FLOPs and bytes are counted by hand; rates are a cluster's peaks times shares, which constants.py
+reads.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from titan_lite.planner.cluster import Cluster
+from titan_lite.planner.constants import KERNELS
 from titan_lite.planner.counts import attention_matrices, feed_forwards
 from titan_lite.planner.job import Job
 
 # (rows, columns) of the output tile of a matmul kernel, and the share of the rate it reaches.
 TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.82))
-
-
-class Bytes(NamedTuple):
-    """Memory traffic of the element-wise kernels, bytes per bfloat16 feature (forward, backward).
-
-    Counted from what each kernel reads and writes. launches: kernels of a block's forward.
-    """
-
-    norm: tuple[float, float]
-    residual: tuple[float, float]
-    rotary: tuple[float, float]
-    gated: tuple[float, float]
-    plain: tuple[float, float]
-    copy: tuple[float, float]
-    launches: int
-
-
-KERNELS = {
-    "fused": Bytes((4, 8), (6, 6), (4, 4), (6, 10), (4, 6), (0, 0), 16),
-    "compile": Bytes((4, 8), (4, 6), (6, 6), (6, 10), (4, 6), (4, 4), 16),
-    # This library without compile: norms are one kernel, the rotation seven in float32.
-    "native": Bytes((4, 8), (6, 8), (30, 30), (10, 18), (4, 6), (4, 4), 40),
-    "apex": Bytes((6, 10), (6, 8), (4, 4), (10, 18), (6, 8), (4, 4), 24),
-    "eager": Bytes((36, 70), (6, 15), (24, 26), (10, 18), (10, 14), (8, 8), 45),
-    "torch": Bytes((4, 8), (6, 8), (0, 0), (10, 18), (4, 6), (0, 0), 45),
-    "amp": Bytes((14, 24), (12, 12), (0, 0), (20, 30), (14, 20), (0, 0), 45),
-}
 
 
 class Rates:
@@ -102,7 +77,7 @@ class Rates:
         args, t, table = self.args, job.tp, self.bytes
         whole = args.dim / (t if job.sequence_parallel else 1)
         heads, kv = args.attention_dim / t, args.kv_dim / t
-        activation = table.gated if args.ffn == "swiglu" else table.plain
+        activation = table["gated" if args.ffn == "swiglu" else "plain"]
         rotary = heads + kv if args.positions == "rotary" else 0
         copied = heads if args.num_kv_heads < args.num_heads else 0
         # A dropout where attention and feed-forward add to the residual.
@@ -112,13 +87,13 @@ class Rates:
         # have been exchanged are taken once more.
         moved = (18 + 8 * (job.ep > 1)) * routed * whole
         forward, backward = (
-            2 * whole * (table.norm[way] + table.residual[way])
-            + rotary * table.rotary[way]
+            2 * whole * (table["norm"][way] + table["residual"][way])
+            + rotary * table["rotary"][way]
             + activation[way] * (shared + routed) * args.ffn_dim / t
-            + copied * table.copy[way]
+            + copied * table["copy"][way]
             + drop
             + moved
-            + (2 * table.norm[way] * heads if args.qk_norm else 0)
+            + (2 * table["norm"][way] * heads if args.qk_norm else 0)
             for way in (0, 1)
         )
         tokens = job.local_tokens * self.scale
@@ -126,20 +101,17 @@ class Rates:
         if job.float8 != "none":
             # 5 bytes for each input of a product and each gradient of an output, 2 for each
             # transposed copy; q, k, v share an input, as do gate and up.
-            inner = shared * args.ffn_dim / t
+            inner, width = shared * args.ffn_dim / t, 2 if args.ffn == "swiglu" else 1
             ins = 2 * args.dim / (t if job.sequence_parallel else 1) + heads + inner
-            outs = heads + 2 * kv + 2 * args.dim + (2 if args.ffn == "swiglu" else 1) * inner
-            weights = self.block_matrix / t
+            outs = heads + 2 * kv + 2 * args.dim + width * inner
+            matrices = [*attention_matrices(args), ((1 + width) * args.dim, shared * args.ffn_dim)]
+            weights = sum(math.prod(sides) for sides in matrices) / t
             casts = [tokens * 5 * ins + 5 * weights, tokens * (2 * ins + 7 * outs) + 2 * weights]
+        launches = table["launches"] * self.launch
         return (
-            (forward * tokens + casts[0]) / self.hbm + table.launches * self.launch,
-            (backward * tokens + casts[1]) / self.hbm + 2 * table.launches * self.launch,
+            (forward * tokens + casts[0]) / self.hbm + launches,
+            (backward * tokens + casts[1]) / self.hbm + 2 * launches,
         )
-
-    def norms(self, job: Job) -> float:
-        """Seconds of the forward of one block's norms for a micro-batch."""
-        whole = self.args.dim / (job.tp if job.sequence_parallel else 1)
-        return 2 * self.bytes.norm[0] * whole * job.local_tokens * self.scale / self.hbm
 
     def loss(self, job: Job, tokens: float, rows: float) -> float:
         """Seconds of the cross-entropy of tokens over this many rows of the vocabulary."""
@@ -148,13 +120,6 @@ class Rates:
     def optimizer(self, job: Job, params: float) -> float:
         """Seconds of the optimizer's step on a rank's parameters."""
         return job.optimizer_bytes * params / (self.hbm * self.k["optimizer"])
-
-    @property
-    def block_matrix(self) -> float:
-        """Elements of one block's matrices."""
-        args = self.args
-        ffn = (3 if args.ffn == "swiglu" else 2) * args.dim * args.ffn_dim * feed_forwards(args)[0]
-        return ffn + sum(math.prod(sides) for sides in attention_matrices(args))
 
     def ring(self, size: float, ranks: int, inner: int) -> float:
         """Seconds of a ring over `ranks`, `inner` of them in each node, for `size` bytes."""

@@ -133,7 +133,7 @@ def _in_flight(job: Job, place: int) -> float:
 
 
 def _place(job: Job, place: int, stages: tuple[int, ...]) -> Memory:
-    args, t, N, wide = job.args, job.tp, job.shards, 4 / job.width
+    args, t, N, wide = job.args, job.tp, job.fsdp, 4 / job.width
     table, other = (size / t for size in _ends(args))
     has_head = len(job.blocks) - 1 in stages
     sizes = [block_params(args, *job.span_of(stage)) for stage in stages]
@@ -238,7 +238,7 @@ def _moments(
     """
     width, m = job.width, job.micro_steps
     params, block, largest, table, tied = units
-    is_alone = job.shards == 1 and job.keeps_gathered
+    is_alone = job.fsdp == 1 and job.keeps_gathered
     if job.pp > 1 or is_alone or (job.keeps_gathered and job.syncs_last and m > 1):
         flying = _in_flight(job, place) if job.pp > 1 else 1
         count = job.pipelined if job.pp > 1 else m

@@ -3,22 +3,23 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from titan_lite.config.dims import ParallelDims
-from titan_lite.config.schema import Config, with_values
+from titan_lite.config.schema import with_values
 from titan_lite.models.args import DecoderArgs
-from titan_lite.models.family import Family
+from titan_lite.models.plan import Plan
 from titan_lite.planner import counts
 from titan_lite.planner.cluster import Cluster
 from titan_lite.planner.hardware import Device
 from titan_lite.planner.interval import Interval, interval
 from titan_lite.planner.job import Job
-from titan_lite.planner.memory import Memory, memory, room
+from titan_lite.planner.memory import Memory, memory, peak, room
 from titan_lite.planner.read import is_legal, read_job
 from titan_lite.planner.step_time import Step, StepModel
 
 HOURS, DAYS = 3600.0, 86_400.0
-Values = dict[str, object]
+Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Prediction:
     @property
     def gpu_hours(self) -> float:
         """Total of the whole run."""
-        return self.seconds * self.job.gpus / HOURS
+        return self.seconds * self.job.world_size / HOURS
 
     @property
     def cost(self) -> float:
@@ -123,34 +124,25 @@ class Advice:
 
 
 def advice(
-    config: Config,
-    dims: ParallelDims,
-    family: Family,
-    args: DecoderArgs,
-    cluster: Cluster,
-    *,
-    count: int = 2,
-    below: float | None = None,
+    plan: Plan, cluster: Cluster, *, count: int = 2, below: float | None = None
 ) -> list[Advice]:
     """The settings, one change at a time, that would save most of the step's time and still fit.
 
     Where the run itself does not fit, or is to need less than `below` bytes, those with which it
     would.
     """
-    now = predict(read_job(config, dims, family, args), cluster, 1.0)
+    now = predict(read_job(plan.config, plan.dims, plan.family, plan.args), cluster, 1.0)
     better = []
-    for values in _changes(config, dims, cluster, now.job):
-        other = with_values(
-            config, values | {"training.global_batch_size": now.job.tokens // now.job.seq_len}
-        )
+    samples = {"training.global_batch_size": now.job.tokens // now.job.seq_len}
+    for values in _changes(plan, cluster, now.job):
+        config = with_values(plan.config, values | samples)
         try:
-            new_dims = ParallelDims.resolve(other.parallel, dims.world_size)
+            dims = ParallelDims.resolve(config.parallel, plan.dims.world_size)
         except ValueError:
             continue
-        if not is_legal(other, new_dims, args):
+        if not is_legal(config, dims, plan.args):
             continue
-        job = read_job(other, new_dims, family, args)
-        change = predict(job, cluster, 1.0)
+        change = predict(read_job(config, dims, plan.family, plan.args), cluster, 1.0)
         if below is not None or not now.fits:
             helps = change.peak.bytes < (below or now.peak.bytes)
         else:
@@ -160,13 +152,11 @@ def advice(
     return sorted(better, key=lambda change: change.prediction.step.seconds)[:count]
 
 
-def fitting_settings(
-    config: Config, dims: ParallelDims, family: Family, args: DecoderArgs, device: Device
-) -> list[str]:
+def fitting_settings(plan: Plan, device: Device) -> list[str]:
     """Changes with which a run that does not fit would, those that cost least speed first."""
     cluster = Cluster(name=device.name, device=device)
-    now = predict(read_job(config, dims, family, args), cluster, 1.0)
-    better = advice(config, dims, family, args, cluster, count=3, below=now.peak.bytes)
+    now = peak(read_job(plan.config, plan.dims, plan.family, plan.args))
+    better = advice(plan, cluster, count=3, below=now.bytes)
     return [
         f"{' '.join(setting(*item) for item in one.values.items())}: "
         f"{one.prediction.peak.bytes / 2**30:.1f} of {device.memory_gb:g} GiB, predicted"
@@ -179,27 +169,24 @@ def setting(key: str, value: object) -> str:
     return f"--{key}={value}".lower() if isinstance(value, bool) else f"--{key}={value}"
 
 
-def _changes(config: Config, dims: ParallelDims, cluster: Cluster, job: Job) -> Iterator[Values]:
+def _changes(plan: Plan, cluster: Cluster, job: Job) -> Iterator[Values]:
     """Single changes of settings that leave what is learned as it is, float8 apart."""
-    parallel = config.parallel
+    config, dims, parallel = plan.config, plan.dims, plan.config.parallel
     if not config.compile.enable:
         yield {"compile.enable": True}
     if config.float8.recipe == "none" and cluster.device.fp8_tflops and config.compile.enable:
-        yield {"float8.recipe": "tensorwise", "float8.fsdp_all_gather": job.shards > 1}
-    for mode in ("none", "selective_op", "full"):
-        if mode != config.activation_checkpoint.mode:
-            yield {"activation_checkpoint.mode": mode}
-    batches = [job.micro_batch * factor for factor in (2, 4)]
-    batches += [job.micro_batch // factor for factor in (2, 4, 8) if job.micro_batch % factor == 0]
-    for batch in batches:
-        yield {"training.local_batch_size": batch}
-        for mode in ("selective_op", "full"):
-            if mode != config.activation_checkpoint.mode:
-                yield {"training.local_batch_size": batch, "activation_checkpoint.mode": mode}
+        yield {"float8.recipe": "tensorwise", "float8.fsdp_all_gather": job.fsdp > 1}
+    modes = [{"activation_checkpoint.mode": mode} for mode in ("none", "selective_op", "full")]
+    modes = [mode for mode in modes if config.activation_checkpoint.mode not in mode.values()]
+    yield from modes
+    for batch in _scaled(job.micro_batch, (2, 4)):
+        size = {"training.local_batch_size": batch}
+        yield size
+        yield from (size | mode for mode in modes if "none" not in mode.values())
     if dims.tp > 1 and not parallel.async_tp and config.compile.enable:
         yield {"parallel.async_tp": True}
     for reshard in ("always", "never"):
-        if dims.pp == 1 and job.reshard != reshard:
+        if dims.pp == 1 and parallel.reshard_after_forward != reshard:
             yield {"parallel.reshard_after_forward": reshard}
     if job.micro_steps > 1:
         other = {"every_micro_batch": "last_micro_batch", "last_micro_batch": "every_micro_batch"}
@@ -209,7 +196,11 @@ def _changes(config: Config, dims: ParallelDims, cluster: Cluster, job: Job) -> 
             yield {"parallel.pp_schedule": "Interleaved1F1B", "parallel.pp_stages_per_rank": stages}
     fixed = {"parallel.dp_shard": -1}
     for axis in ("tp", "pp", "cp", "ep", "dp_replicate"):
-        degree = getattr(dims, axis)
-        others = [degree * factor for factor in (2, 4, 8)]
-        others += [degree // factor for factor in (2, 4, 8) if degree % factor == 0]
+        others = _scaled(getattr(dims, axis), (2, 4, 8))
         yield from ({f"parallel.{axis}": other, **fixed} for other in others)
+
+
+def _scaled(number: int, factors: tuple[int, ...]) -> list[int]:
+    """Multiples of a number, and its quotients by 2, 4 and 8."""
+    divided = [number // factor for factor in (2, 4, 8) if number % factor == 0]
+    return [number * factor for factor in factors] + divided

@@ -36,9 +36,8 @@ def read_job(config: Config, dims: ParallelDims, family: Family, args: DecoderAr
     share = 1.0
     if family.objective == "masked_lm" and training.loss_positions == "labelled":
         share = config.masked_lm.mask_prob
-    pp = dims.pp > 1
     blocks: tuple[int, ...] = (args.num_layers,)
-    if pp:
+    if dims.pp > 1:
         modules = tuple(map(tuple, parallel.pp_stage_modules))
         blocks = stage_blocks(args, parallel.pp_split, parallel.num_stages, span, share, modules)
     width = 4 if training.param_dtype == "float32" else 2
@@ -47,29 +46,20 @@ def read_job(config: Config, dims: ParallelDims, family: Family, args: DecoderAr
     logits = micro * training.seq_len // dims.cp * args.padded_vocab_size / dims.tp * 4
     chunks = min(8, math.ceil(logits / AUTO_CHUNK_BYTES))
     reshard = parallel.reshard_after_forward
-    if reshard == "default":
-        reshard = "never" if pp or dims.fsdp == 1 else "last_block_kept"
+    is_kept = reshard == "default" and (dims.pp > 1 or dims.fsdp == 1)
     return Job(
+        **{axis: getattr(dims, axis) for axis in (*dims.AXES, "ep")},
         args=args,
         seq_len=training.seq_len,
         span=span,
         micro_batch=training.local_batch_size,
         micro_steps=steps,
-        tp=dims.tp,
-        cp=dims.cp,
-        ep=dims.ep,
-        pp=dims.pp,
-        replicas=dims.dp_replicate,
-        dp_shard=dims.dp_shard,
         cp_method=parallel.cp_method,
         blocks=blocks,
-        stages_per_rank=parallel.stages_per_rank if pp else 1,
-        is_v=pp and parallel.schedule.is_v,
-        schedule=parallel.pp_schedule if pp else "",
+        stages_per_rank=parallel.num_stages // dims.pp,
+        schedule=parallel.pp_schedule,
         pipelined=steps if parallel.pp_micro_batches == -1 else parallel.pp_micro_batches,
-        splits_backward=parallel.schedule.splits_backward,
-        reshard=str(reshard),
-        keeps_gathered=reshard == "never",
+        keeps_gathered=is_kept or reshard == "never",
         syncs_last=parallel.gradient_sync == "last_micro_batch",
         sequence_parallel=parallel.sequence_parallel,
         loss_parallel=parallel.loss_parallel,

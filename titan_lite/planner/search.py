@@ -38,13 +38,13 @@ class Layout:
     def kind(self) -> tuple[object, ...]:
         """The kind of a layout; only the best of each kind is shown."""
         job = self.job
-        return job.tp, job.cp, job.ep, job.pp, job.stages_per_rank, job.replicas > 1
+        return job.tp, job.cp, job.ep, job.pp, job.stages_per_rank, job.dp_replicate > 1
 
     @property
     def order(self) -> tuple[int, int, float]:
         """Sorts by time, and the simpler of two that are about equally fast first."""
         job = self.job
-        axes = sum(degree > 1 for degree in (job.tp, job.cp, job.ep, job.pp, job.replicas))
+        axes = sum(degree > 1 for degree in (job.tp, job.cp, job.ep, job.pp, job.dp_replicate))
         extras = axes + (job.recompute != "none") + job.syncs_last
         seconds = self.step.seconds
         return math.floor(math.log(seconds) / TIE), extras, seconds

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -107,10 +107,6 @@ class StepModel:
                     attends * cp[0],
                     0.0 if "all_to_all" in job.saved else ep[0],
                 )
-            case "attention_core":
-                again = (0.0, attention[0])
-            case "norms":
-                again = (0.0, 0.0, rates.norms(job))
         return BlockTimes((forward, backward), attention, elementwise, (tp, tp), cp, ep, again)
 
     def _experts(self, job: Job, rows: float) -> tuple[list[Pair], Pair]:
@@ -171,14 +167,14 @@ class StepModel:
         else:
             self.shard(job, block, parts)
         local = self.params / (job.tp * job.pp)
-        held = job.shards if job.sharding != "ddp" else 1
+        held = job.fsdp if job.sharding != "ddp" else 1
         parts["optimizer"] = self.rates.optimizer(job, local / held)
         if job.ns_steps:
             parts["optimizer"] += self._muon(job, local / held)
         if m > 1 and (job.syncs_last or job.sharding != "fsdp" or job.pp > 1):
             local += self.experts * (1 / job.ep - 1 / job.tp) / job.pp
             parts["optimizer"] += m * job.accumulate_bytes * local / self.rates.hbm
-        doublings = math.log2(max(1, job.gpus / self.cluster.gpus_per_node))
+        doublings = math.log2(max(1, job.world_size / self.cluster.gpus_per_node))
         total = sum(parts.values())
         each = self.k["straggler"] * total + self.k["straggler_ms"] * 1e-3
         parts["stragglers"] = doublings * each
@@ -187,12 +183,12 @@ class StepModel:
 
     def _muon(self, job: Job, shard: float) -> float:
         """Newton-Schulz on the owners of the matrices, to which shards travel, and back."""
-        owners, matmul = job.gpus // job.pp, self.rates.matmul
+        owners, matmul = job.world_size // job.pp, self.rates.matmul
         each = [
             job.ns_steps * (matmul(m, n, m) + matmul(m, m, m) + matmul(m, m, n))
             for m, n in counts.block_matrices(job.args)
         ]
-        busiest = max(max(each), job.args.num_layers / job.gpus * sum(each))
+        busiest = max(max(each), job.args.num_layers / job.world_size * sum(each))
         return busiest + 2 * self.ring(job.width * shard, owners, 1)
 
     def _slowest(self, job: Job, block: BlockTimes, head: float) -> tuple[int, int, bool]:
@@ -211,13 +207,6 @@ class StepModel:
         parts["tp"] += m * has_head * head[1]
         parts["head"] = m * has_head * head[0]
 
-    @cached_property
-    def _ends(self) -> tuple[int, int]:
-        """Parameters of the embeddings' and of the head's unit."""
-        args = self.args
-        table = args.padded_vocab_size * args.dim
-        return (0 if args.tied_head else table), table
-
     def exposed(self, network: float, compute: float) -> float:
         """Slowdown of the compute that hides communication."""
         return max(network, compute + self.k["interference"] * network) - compute
@@ -232,20 +221,21 @@ class StepModel:
         dense = params / job.tp, 1 if job.float8_gather else width, job.tp
         routed = (experts / job.ep, width, job.ep) if experts else None
         for local, gathered, apart in filter(None, (dense, routed)):
-            ranks, size = job.shards * job.tp // apart, local * job.reduce_bytes
+            ranks, size = job.fsdp * job.tp // apart, local * job.reduce_bytes
             gather += self.ring(local * gathered, ranks, apart)
             reduce += self.ring(size, ranks, apart)
-            reduce += self.ring(size / ranks, job.replicas, apart * ranks, 2)
+            reduce += self.ring(size / ranks, job.dp_replicate, apart * ranks, 2)
         return gather, reduce
 
     def shard(self, job: Job, block: BlockTimes, parts: Parts) -> None:
         """Adds the time that a step without a pipeline waits for parameters and gradients."""
         gather, reduce = self._units(job, *self.block_params)
-        first, last = (self._units(job, size) for size in self._ends)
+        table = self.args.padded_vocab_size * self.args.dim
+        first, last = self._units(job, table * (not self.args.tied_head)), self._units(job, table)
         layers, m = self.args.num_layers, job.micro_steps
         share = job.recomputed[0] / layers
         forward, backward = block.seconds(0), block.seconds(1, share)
-        if job.shards * job.replicas == 1:
+        if job.fsdp * job.dp_replicate == 1:
             return
         once = job.keeps_gathered and job.syncs_last
         total = 0.0
@@ -267,28 +257,23 @@ class StepModel:
         rank = sum(parts.values()) / m
         size = 2 * self.rates.scale * job.local_tokens * self.args.dim / job.tp
         # Neighbours in the pipeline are in other nodes where the rest of the mesh fills one.
-        far = job.tp * job.shards * job.replicas >= self.cluster.gpus_per_node
+        far = job.tp * job.fsdp * job.dp_replicate >= self.cluster.gpus_per_node
         share = self.cluster.gpus_per_node
         wide = self.rates.outer / share if far else self.rates.inner
         hop = self.k["node_hop_us" if far else "hop_us"] * 1e-6
         parts["pp"] = m * 2 * job.stages_per_rank * (size / min(wide, self.rates.inner) + hop)
         # The gradients of weights fill what would be idle where they are computed apart.
-        idle = 1 / 3 if job.splits_backward else 1.0
+        idle = 1 / 3 if job.order.splits_backward else 1.0
         parts["bubble"] = passes * (job.pp - 1) / job.stages_per_rank * idle * rank
         params, experts = self.params / job.pp, self.experts / job.pp
-        if job.shards * job.replicas > 1:
-            if job.sharding == "fsdp":
-                parts["fsdp"] = passes * 0.5 * sum(self._units(job, params - experts, experts))
-            else:
-                stride, ranks = job.tp, job.shards * job.replicas
-                reduce = self.ring(params / job.tp * job.reduce_bytes, ranks, stride, 2)
-                parts["fsdp"] = 0.5 * reduce
+        if job.fsdp * job.dp_replicate > 1:
+            parts["fsdp"] = passes * 0.5 * sum(self._units(job, params - experts, experts))
 
 
 def rank_stages(job: Job) -> list[tuple[int, ...]]:
     """The stages of each pipeline rank."""
     p, v = job.pp, job.stages_per_rank
-    if job.is_v:
+    if p > 1 and job.order.is_v:
         return [(rank, 2 * p - 1 - rank) for rank in range(p)]
     return [tuple(rank + p * number for number in range(v)) for rank in range(p)]
 
@@ -309,7 +294,7 @@ class Step:
     @property
     def wps(self) -> float:
         """Tokens per second and device."""
-        return self.job.tokens / self.job.gpus / self.seconds
+        return self.job.tokens / self.job.world_size / self.seconds
 
     @property
     def watts(self) -> float:

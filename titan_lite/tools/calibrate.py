@@ -32,7 +32,7 @@ from titan_lite.nn.token_context import NO_CONTEXT
 from titan_lite.planner.cluster import Cluster
 from titan_lite.planner.hardware import Device, find_device
 from titan_lite.planner.job import Job
-from titan_lite.planner.kernels import KERNELS, Rates
+from titan_lite.planner.kernels import Rates
 from titan_lite.planner.read import read_job
 from titan_lite.planner.search import divisors
 from titan_lite.runtime.collectives import all_gather_single, reduce_scatter_single
@@ -399,7 +399,7 @@ def fit(cluster: Cluster, machine: Machine, seconds: Seconds) -> Cluster:
 
     plain = explained()
     cases = [f"elementwise {tokens}" for tokens in sizes.batches]
-    launches = [3e-6 * KERNELS[machine.job().kernels].launches] * len(cases)
+    launches = [3e-6 * Rates(cluster, machine.job()).bytes["launches"]] * len(cases)
     slowness, constants["kernel_us"] = _line([plain[c] for c in cases], launches, seconds, cases)
     constants["hbm"] = 1 / slowness
 

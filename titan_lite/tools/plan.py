@@ -70,7 +70,7 @@ def _plan(argv: Sequence[str]) -> int:
     job = read_job(plan.config, plan.dims, plan.family, plan.args)
     tokens = options.tokens or plan.config.training.steps * job.tokens
     prediction = predict(job, cluster, tokens)
-    better = advice(plan.config, plan.dims, plan.family, plan.args, cluster)
+    better = advice(plan, cluster)
     if options.json:
         print(json.dumps(plan_report.facts(prediction, better), indent=2))
     else:
@@ -144,7 +144,7 @@ def _scaling(argv: Sequence[str]) -> int:
         raise UsageError("expected at least one configuration")
     cluster = _cluster(options)
     rows = plan_scaling.scaling(configs, cluster, options.gpus, overrides)
-    print(plan_scaling.report(rows, cluster, as_json=options.json))
+    print(json.dumps(rows, indent=2) if options.json else plan_scaling.text(rows, cluster))
     if options.plot:
         try:
             with writing(Path(options.plot)):

@@ -40,7 +40,7 @@ def facts(p: Prediction, better: Sequence[Advice]) -> dict[str, Any]:
     return {
         "cluster": p.cluster.name,
         "device": p.cluster.device.name,
-        "gpus": p.job.gpus,
+        "gpus": p.job.world_size,
         "memory": {
             "fits": p.fits,
             "may_fit": p.share <= 1,
@@ -93,9 +93,9 @@ def text(p: Prediction, better: Sequence[Advice]) -> str:
     """The prediction for a reader."""
     seconds, ratio = p.step.seconds, 100 / p.step.seconds
     low, high = p.interval.low, p.interval.high
-    slow, fast = (p.job.tokens / p.job.gpus / bound for bound in (high, low))
+    slow, fast = (p.job.tokens / p.job.world_size / bound for bound in (high, low))
     lines = [
-        f"{p.job.gpus} x {p.cluster.device.name} ({p.cluster.name})",
+        f"{p.job.world_size} x {p.cluster.device.name} ({p.cluster.name})",
         f"  memory      {_size(p.peak.bytes)} of {_size(p.cluster.memory)}: {_fit(p)}",
         *(
             f"    {_size(size):>12}  {name}"

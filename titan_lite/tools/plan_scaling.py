@@ -4,7 +4,6 @@ The projections of Yin et al. (https://doi.org/10.1007/s11227-023-05479-7): comp
 at 20 tokens per parameter, ideal at the devices' peak, next to what the planner predicts.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,26 +28,6 @@ def ideal_days(flops: float, devices: int, peak: float) -> float:
     return flops / (devices * peak) / DAYS
 
 
-def step_flops(parameters: float, samples: int, seq_len: int) -> float:
-    """FLOPs of a step of one device that has these samples."""
-    return 6 * parameters * samples * seq_len
-
-
-def ideal_bandwidth(parameters: float, seconds: float, *, bytes_per_parameter: int) -> float:
-    """Bytes per second of a device for perfect scaling: FSDP moves the model three times a step."""
-    return 3 * bytes_per_parameter * parameters / seconds
-
-
-def nodes_to_fit(parameters: float, node_memory: float, *, bytes_per_parameter: int) -> float:
-    """Nodes whose memory holds weights, gradients and optimizer state: 6 models."""
-    return 6 * bytes_per_parameter * parameters / node_memory
-
-
-def energy_mwh(flops: float, tflops_per_watt: float) -> float:
-    """Energy of the devices at an efficiency in TFLOP/s per W."""
-    return flops / (tflops_per_watt * 1e12) / 3.6e9
-
-
 def scaling(
     configs: Sequence[str], cluster: Cluster, gpus: Sequence[int], overrides: Sequence[str]
 ) -> list[dict[str, Any]]:
@@ -67,8 +46,8 @@ def scaling(
             tokens = TOKENS_PER_PARAMETER * parameters
             job = read_job(plan.config, plan.dims, plan.family, plan.args)
             prediction = predict(job, cluster, tokens)
-            low, high = (bound / prediction.step.seconds for bound in _bounds(prediction))
-            days = prediction.seconds / DAYS
+            days, seconds = prediction.seconds / DAYS, prediction.step.seconds
+            low, high = prediction.interval.low / seconds, prediction.interval.high / seconds
             rows.append(
                 row
                 | {
@@ -86,10 +65,6 @@ def scaling(
                 }
             )
     return rows
-
-
-def _bounds(prediction: Any) -> tuple[float, float]:
-    return prediction.interval.low, prediction.interval.high
 
 
 def text(rows: Sequence[dict[str, Any]], cluster: Cluster) -> str:
@@ -141,8 +116,3 @@ def plot(rows: Sequence[dict[str, Any]], cluster: Cluster, target: str) -> None:
     )
     axes.legend()
     figure.savefig(target, dpi=120, bbox_inches="tight")
-
-
-def report(rows: Sequence[dict[str, Any]], cluster: Cluster, *, as_json: bool) -> str:
-    """The rows as JSON or a table."""
-    return json.dumps(rows, indent=2) if as_json else text(rows, cluster)

@@ -20,7 +20,7 @@ from titan_lite.planner.constants import ASSETS
 from titan_lite.planner.hardware import DEVICES
 from titan_lite.planner.job import Job, Recompute, Sharding
 from titan_lite.planner.predict import model_flops
-from titan_lite.planner.step_time import BlockTimes, Parts, Step, StepModel
+from titan_lite.planner.step_time import BlockTimes, Pair, Parts, Step, StepModel
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -34,7 +34,7 @@ INTEGERS = ("gpus", "gpus_per_node", "tp", "pp", "cp", "dp", "dp_shard", "pp_sta
 NUMBERS = ("value", "node_nic_gbs")
 TEXTS = ("system", "metric", "model", "device", "sharding", "stack", "attention", "cross_entropy",
          "ac", "pp_schedule", "cp_method", "reshard", "gradient_sync", "use")  # fmt: skip
-# Words in a row's stack -> kernels of kernels.py.
+# Words in a row's stack -> kernels of planner_constants.toml.
 KERNELS = {"eager": "eager", "apex": "apex", "compile": "compile", "fused": "fused", "amp": "amp",
            "layernorm": "torch", "native": "native"}  # fmt: skip
 ATTENTION = {"flash1": "flash1", "flash2": "flash", "flash3": "cudnn", "cudnn": "cudnn",
@@ -181,7 +181,7 @@ def row_job(row: PublishedRow) -> Job:
         tp=tp,
         cp=cp,
         pp=pp,
-        replicas=dp // shard,
+        dp_replicate=dp // shard,
         dp_shard=shard,
         cp_method=row.get("cp_method", "ring"),
         cp_balanced=row.get("cp_balanced", False),
@@ -189,7 +189,6 @@ def row_job(row: PublishedRow) -> Job:
         stages_per_rank=stages // pp,
         schedule=schedule,
         pipelined=steps,
-        splits_backward=SCHEDULES[schedule].splits_backward,
         sharding=sharding,  # type: ignore[arg-type]
         keeps_gathered=row.get("reshard", "") == "never",
         syncs_last=row.get("gradient_sync", "") == "last_micro_batch",
@@ -239,13 +238,29 @@ def _recompute(
 
 
 class PublishedStepModel(StepModel):
-    """Also predicts sharding whose parameters are whole on each rank: DDP, ZeRO-1, InternLM's."""
+    """Also predicts what other libraries do: partial recomputation, DDP, ZeRO-1, InternLM's."""
+
+    def _block(self, job: Job) -> BlockTimes:
+        times, rates = super()._block(job), self.rates
+        if job.recompute == "attention_core":
+            return times._replace(again=(0.0, times.attention[0]))
+        if job.recompute == "norms":
+            features = self.args.dim / (job.tp if job.sequence_parallel else 1)
+            moved = 2 * rates.bytes["norm"][0] * features * job.local_tokens * rates.scale
+            return times._replace(again=(0.0, 0.0, moved / rates.hbm))
+        return times
+
+    def _pipeline(self, job: Job, block: BlockTimes, head: Pair, parts: Parts) -> None:
+        super()._pipeline(job, block, head, parts)
+        if job.sharding != "fsdp":
+            size = self.params / job.pp / job.tp * job.reduce_bytes
+            parts["fsdp"] = 0.5 * self.ring(size, job.fsdp * job.dp_replicate, job.tp, 2)
 
     def shard(self, job: Job, block: BlockTimes, parts: Parts) -> None:
         if job.sharding == "fsdp":
             super().shard(job, block, parts)
             return
-        ranks, stride = job.shards * job.replicas, job.tp
+        ranks, stride = job.fsdp * job.dp_replicate, job.tp
         if ranks == 1:
             return
         local = self.params / job.tp
@@ -257,7 +272,7 @@ class PublishedStepModel(StepModel):
         exposed = reduces * self.exposed(self.ring(size, ranks, stride, passes), backward)
         values = 2 * self.rates.scale * local
         if job.sharding in ("zero1", "zero2", "hybrid_zero"):
-            exposed += self.ring(values, job.shards, stride)
+            exposed += self.ring(values, job.fsdp, stride)
         elif job.sharding == "greedy_zero1":
             # Whole tensors have owners, which send them along a chain of all ranks in turn.
             inner = self.inner(ranks, stride)
@@ -284,15 +299,15 @@ def in_unit(row: PublishedRow, step: Step) -> float:
         case "tokens_per_gpu_per_s":
             return step.wps
         case "tokens_per_s":
-            return step.wps * job.gpus
+            return step.wps * job.world_size
         case "samples_per_s":
-            return step.wps * job.gpus / job.seq_len
+            return step.wps * job.world_size / job.seq_len
         case "iter_per_s":
             return 1 / step.seconds
         case "tflops_per_gpu" | "tflops_per_device":
             return step.wps * model_flops(job.args, job.span) / 1e12
         case "pflops_total":
-            return step.wps * model_flops(job.args, job.span) * job.gpus / 1e15
+            return step.wps * model_flops(job.args, job.span) * job.world_size / 1e15
     raise Unpredictable(f"metric {row['metric']!r} is not a speed")
 
 

@@ -21,11 +21,12 @@ from titan_lite.checkpoint.storage import versions
 from titan_lite.config.problems import errors_for
 from titan_lite.metrics.by_source import build_source_meter
 from titan_lite.metrics.device import PeakFlops, device_name
+from titan_lite.metrics.record import FORMULA
 from titan_lite.models.args import MoEArgs
 from titan_lite.models.plan import Plan
 from titan_lite.parallel.compile import Compilations
 from titan_lite.parallel.mesh import build_meshes
-from titan_lite.planner.counts import FORMULA, in_words, num_inactive_params
+from titan_lite.planner.counts import in_words, num_inactive_params
 from titan_lite.runtime.distributed import (
     Process,
     clone_store,

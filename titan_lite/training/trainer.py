@@ -216,8 +216,5 @@ class Trainer:
 def advise_on_memory(plan: Plan, device: torch.device) -> list[str]:
     """Returns settings that would fit: the planner's if it knows the device, else general ones."""
     known = find_device(device_name(device))
-    if known is not None and known.memory_gb is not None:
-        fitting = fitting_settings(plan.config, plan.dims, plan.family, plan.args, known)
-        if fitting:
-            return fitting
-    return memory_advice(plan.config, plan.dims)
+    fitting = fitting_settings(plan, known) if known and known.memory_gb else []
+    return fitting or memory_advice(plan.config, plan.dims)
