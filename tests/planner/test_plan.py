@@ -17,6 +17,7 @@ from titan_lite import cli
 from titan_lite.config.load import ConfigError, load_config
 from titan_lite.models.plan import make_plan
 from titan_lite.planner.cluster import FOLDER, Cluster, find_cluster
+from titan_lite.planner.hardware import DEVICES, Device
 from titan_lite.planner.job import Job
 from titan_lite.planner.kernels import Rates
 from titan_lite.planner.memory import FITS, peak
@@ -87,6 +88,13 @@ def test_settings_that_would_fit_are_computed() -> None:
         size = re.fullmatch(r"--.*: ([\d.]+) of 80 GiB, predicted", text)
         assert size
         assert float(size[1]) <= FITS * 80
+
+
+@pytest.mark.parametrize("device", [d for d in DEVICES if d.memory_gb], ids=lambda d: d.name)
+def test_settings_that_would_fit_do_not_depend_on_a_peak(device: Device) -> None:
+    sizes = ["--model.num_layers=2", "--training.local_batch_size=4"]
+    plan = make_plan(PRESET, [NO_FILE, *sizes], 8, with_files=False)
+    assert fitting_settings(plan, device)
 
 
 def test_a_run_out_of_memory_that_was_to_fit_is_given_smaller_settings() -> None:
@@ -307,6 +315,8 @@ def test_every_shipped_cluster_predicts_a_step(path: Path) -> None:
     cluster = find_cluster(path.stem)
     assert cluster.source
     assert 0 < seconds(job(), cluster) < 1000
+    # Of devices without a peak in float32 that of another format.
+    assert seconds(job("--training.param_dtype=float32"), cluster) >= seconds(job(), cluster)
 
 
 def test_layouts_are_legal_exactly_where_the_configuration_is() -> None:

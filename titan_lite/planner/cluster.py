@@ -1,27 +1,17 @@
 """Clusters: the machines, network, price and power of a TOML file, shipped or of the user's."""
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from titan_lite.config.cluster_file import ClusterFile, DeviceTable, checked, read_cluster_file
-from titan_lite.config.problems import (
-    SettingError,
-    did_you_mean,
-    literal,
-    nearest,
-    quote,
-)
+from titan_lite.config.problems import SettingError, did_you_mean, literal, nearest, quote
 from titan_lite.planner.constants import ASSETS, FITTED, LITERATURE, Constants, base_name
 from titan_lite.planner.hardware import DEFAULT_MULTIPROCESSORS, DEVICES, Device, NumberFormat
 
 FOLDER = ASSETS / "clusters"
-# Name -> (bfloat16 and float8 peaks in TFLOP/s, rated W) of a part that has no datasheet: the
-# datasheet's of the part that it is made of, which a power limit then slows.
-CUSTOM = {"H100 SXM 96GB HBM2e": (989.4, 1978.9, 700.0)}
 VALIDATED = ("A100", "A100-64", "H100")
 """Architectures that published runs validate."""
 MAY_BE_ZERO = ("inner", "inner8", "kernel_us", "hop_us", "node_hop_us", "interference", "async_tp",
@@ -57,11 +47,12 @@ class Cluster:
         return Constants({**self.values, **self.measured}, self.device.architecture, stack)
 
     def peak(self, number_format: NumberFormat) -> float:
-        """Dense peak in FLOP/s; of float32 where the device has no such format."""
-        bf16, fp8, _ = CUSTOM.get(self.device.name, (None, None, None))
-        custom = {"bfloat16": bf16, "float16": bf16, "float8": fp8}.get(number_format)
-        dense = self.device.tflops(number_format) or custom or self.device.tflops("float16")
-        return (dense or self.device.fp32_tflops or 0) * 1e12
+        """Dense peak in FLOP/s; of float32 where the device has no such format.
+
+        100 TFLOP/s for a device without any: layouts of one device can still be compared.
+        """
+        dense = self.device.tflops(number_format) or self.device.tflops("float16")
+        return (dense or self.device.fp32_tflops or 100.0) * 1e12
 
     @property
     def limit_w(self) -> float:
@@ -71,7 +62,7 @@ class Cluster:
     @property
     def throttle(self) -> float:
         """Share of the matmul rate under a power limit below the rated watts."""
-        rated = CUSTOM.get(self.device.name, (0, 0, self.device.tdp_w))[2]
+        rated = self.device.tdp_w
         return min(1.0, self.limit_w / rated) ** 0.75 if rated and self.limit_w else 1.0
 
     @property
@@ -106,39 +97,34 @@ def cluster_from(tables: dict[str, Any], path: Path) -> Cluster:
     """Returns a cluster from the tables of its file; ValueError if a value is wrong."""
     tables = dict(tables)
     device, measured = tables.pop("device", None), tables.pop("measured", {})
-    with _naming(path):
+    try:
         known = [*ClusterFile.model_fields, "device", "measured"]
         values = checked(ClusterFile, tables, known).model_dump()
-        cluster = Cluster(name=path.stem, device=_device(device, path), measured=measured, **values)
-        if not cluster.peak("bfloat16"):
-            raise SettingError("device", "has no peak: give it bf16_tflops, or fp32_tflops")
         _check_measured(measured)
-    return cluster
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    try:
-        yield
+        return Cluster(name=path.stem, device=_device(device, path), measured=measured, **values)
     except SettingError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _device(device: object, path: Path) -> Device:
-    if isinstance(device, dict):
-        table = checked(DeviceTable, device, list(DeviceTable.model_fields), at="device.")
-        values = table.model_dump()
-        units = table.multiprocessors or DEFAULT_MULTIPROCESSORS
-        names = {"architecture": table.architecture or table.name, "multiprocessors": units}
-        return Device(**{**values, **names, "names": (), "source": table.source or str(path)})
-    if device is None:
+def _device(value: object, path: Path) -> Device:
+    if value is None:
         message = "missing; expected a device of assets/devices.txt, or a table"
         raise SettingError("device", message)
-    name, devices = str(device), {known.name: known for known in DEVICES}
-    if name not in devices:
-        hint = did_you_mean(nearest(name, list(devices)))
-        raise SettingError("device", f"no device {quote(name)} in assets/devices.txt{hint}")
-    return devices[name]
+    if isinstance(value, dict):
+        table = checked(DeviceTable, value, list(DeviceTable.model_fields), at="device.")
+        values = table.model_dump() | {"names": (), "source": table.source or str(path)}
+        values["architecture"] = table.architecture or table.name
+        values["multiprocessors"] = table.multiprocessors or DEFAULT_MULTIPROCESSORS
+        device = Device(**values)
+    else:
+        name, devices = str(value), {known.name: known for known in DEVICES}
+        if name not in devices:
+            hint = did_you_mean(nearest(name, list(devices)))
+            raise SettingError("device", f"no device {quote(name)} in assets/devices.txt{hint}")
+        device = devices[name]
+    if not (device.bf16_tflops or device.fp16_tflops or device.fp32_tflops):
+        raise SettingError("device", "has no peak: give it bf16_tflops, or fp32_tflops")
+    return device
 
 
 def _check_measured(measured: object) -> None:

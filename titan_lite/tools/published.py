@@ -15,7 +15,7 @@ from titan_lite.config.schedules import SCHEDULES
 from titan_lite.config.schema import Model
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.registry import families, resolve
-from titan_lite.planner.cluster import Cluster
+from titan_lite.planner.cluster import Cluster, find_cluster
 from titan_lite.planner.constants import ASSETS
 from titan_lite.planner.hardware import DEVICES
 from titan_lite.planner.job import Job, Recompute, Sharding
@@ -41,6 +41,8 @@ ATTENTION = {"flash1": "flash1", "flash2": "flash", "flash3": "cudnn", "cudnn": 
              "unfused": "unfused", "flash;": "unskipped"}  # fmt: skip
 # Bytes that a cross-entropy moves per logit.
 LOSS_BYTES = {"float32": 28, "compile": 14, "fused": 10, "amp": 68}
+# A custom part has peaks in its cluster's file alone.
+KNOWN_DEVICES = (find_cluster("h100_500w").device, *DEVICES)
 # Default of a row without one: the network of torchtitan's A100s fits 100 to 130 GB/s a node.
 UNKNOWN_NIC = 100.0
 # Stacks whose checkpoints stop once the last saved tensor is back (torch 2.1 and later).
@@ -120,7 +122,7 @@ def row_cluster(row: PublishedRow, values: Mapping[str, float]) -> Cluster:
     """The machines of a row."""
     words = re.sub(r" \(inferred\)", "", str(row.get("device", "")))
     name, _, limit = words.partition(",")
-    device = next((device for device in DEVICES if device.name == name), None)
+    device = next((device for device in KNOWN_DEVICES if device.name == name), None)
     if device is None:
         raise Unpredictable(f"unknown device {words!r}" if words else "the device is not stated")
     watts = re.search(r"(\d+) W", limit)
