@@ -13,16 +13,19 @@ Cases that the file already has are kept.
 """
 
 import json
+import logging
 import multiprocessing
 import random
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import ConfigError
+from titan_lite.config.schedules import SCHEDULES
 from titan_lite.models.args import MoEArgs
 from titan_lite.models.plan import Plan, make_plan
 
@@ -64,16 +67,22 @@ def cost(case: tuple[str, list[str], int]) -> int:
     return plan.args.num_layers // plan.dims.pp * plan.micro_steps
 
 
+FAMILIES = ("llama", "llama", "llama", "gpt_neox", "gpt", "qwen3", "bert", "qwen3_moe", "mixtral",
+            "deepseek_v3")  # fmt: skip
+EXPERTS = ("qwen3_moe", "mixtral", "deepseek_v3")
+
+
 def random_layouts(number: int = 200) -> Iterator[tuple[str, list[str], int]]:
     """Legal layouts of small models, the same ones each time."""
-    draw = random.Random(0)
+    draw = random.Random(2)
     made = 0
     while made < number:
         tp, cp, pp, shard, replicate = (draw.choice(c) for c in ((1, 1, 2, 4), (1, 1, 1, 2),
-                                        (1, 1, 2, 4), (1, 2, 4, 8, 16), (1, 1, 2)))  # fmt: skip
+                                        (1, 1, 1, 2, 4), (1, 2, 4, 8, 16), (1, 1, 2)))  # fmt: skip
         micro, steps = draw.choice((1, 2, 4)), draw.choice((1, 1, 2, 4, 8))
+        name = draw.choice(FAMILIES)
         keys = {
-            "model.name": draw.choice(("llama", "llama", "llama", "gpt_neox", "gpt", "qwen3")),
+            "model.name": name,
             "model.dim": draw.choice((512, 1024, 2048)),
             "model.ffn_dim": draw.choice((1024, 2816, 4096)),
             "model.num_layers": draw.choice((4, 6, 8, 12)),
@@ -82,21 +91,49 @@ def random_layouts(number: int = 200) -> Iterator[tuple[str, list[str], int]]:
             "training.local_batch_size": micro,
             "training.global_batch_size": micro * steps * shard * replicate,
             "training.loss_chunks": draw.choice(('"auto"', '"auto"', 1)),
+            "training.param_dtype": draw.choice((*["bfloat16"] * 5, "float32")),
+            "optimizer.name": draw.choice(("AdamW", "AdamW", "AdamW", "Adam", "Muon")),
+            "optimizer.state_dtype": draw.choice((*["float32"] * 5, "bfloat16", "int8", "float8")),
+            "ema.enable": draw.choice(("false", "false", "false", "true")),
+            "activation_checkpoint.mode": draw.choice(
+                (
+                    "none",
+                    "none",
+                    "selective_op",
+                    "selective_op",
+                    "full",
+                    "full",
+                    "every_nth",
+                    "first_k",
+                    "fraction",
+                    "memory_budget",
+                )
+            ),
+            "float8.recipe": draw.choice((*["none"] * 5, "tensorwise", "tensorwise", "rowwise")),
             "parallel.tp": tp,
             "parallel.cp": cp,
             "parallel.pp": pp,
             "parallel.dp_shard": shard,
             "parallel.dp_replicate": replicate,
             "parallel.cp_method": draw.choice(("ring", "all_gather", "ulysses")),
-            "parallel.pp_schedule": draw.choice(("1F1B", "1F1B", "GPipe", "Interleaved1F1B")),
+            "parallel.pp_schedule": draw.choice(list(SCHEDULES)),
             "parallel.pp_split": draw.choice(("time", "uniform", "parameters")),
             "parallel.sequence_parallel": draw.choice(("true", "true", "false")),
             "parallel.reshard_after_forward": draw.choice(("default", "always", "never")),
             "parallel.gradient_sync": draw.choice(("every_micro_batch", "last_micro_batch")),
-            "activation_checkpoint.mode": draw.choice(
-                ("none", "selective_op", "full", "every_nth")
-            ),
         }
+        if name in EXPERTS:
+            keys["model.ffn_dim"] = draw.choice((256, 768))
+            keys["model.num_experts"], keys["model.top_k"] = draw.choice((8, 16)), 2
+            keys["parallel.ep"] = draw.choice((1, 2, 2, 4, 8))
+            keys["float8.recipe"] = "none"
+        if name == "deepseek_v3" and cp > 1:
+            keys["model.balance_loss"] = "global_lagged"
+        is_float8 = keys["float8.recipe"] != "none"
+        if keys["float8.recipe"] == "tensorwise":
+            keys["float8.fsdp_all_gather"] = draw.choice(("true", "false"))
+        if is_float8 or keys["activation_checkpoint.mode"] == "memory_budget":
+            keys["compile.enable"] = "true"
         overrides = [f"--{key}={value}" for key, value in keys.items()]
         world = tp * cp * pp * shard * replicate
         try:
@@ -205,15 +242,15 @@ def ranks(dims: ParallelDims) -> list[int]:
     return [dims.rank(dict.fromkeys(dims.AXES, 0) | {"pp": place}) for place in places]
 
 
-def measure(name: str, overrides: list[str], world: int, rank: int, queue: Any) -> None:
+def measure(
+    name: str, overrides: list[str], world: int, rank: int, repeats: bool, queue: Any
+) -> None:
     import torch
 
     from titan_lite.dryrun.run import dry_run
 
     torch.set_num_threads(1)
-    plan = plan_of(name, overrides, world)
-    # Blocks with experts do not always free what they made themselves.
-    actual = dry_run(plan, rank, repeats=not isinstance(plan.args, MoEArgs))
+    actual = dry_run(plan_of(name, overrides, world), rank, repeats=repeats)
     measured = actual.measured
     queue.put(
         {
@@ -228,37 +265,53 @@ def measure(name: str, overrides: list[str], world: int, rank: int, queue: Any) 
     )
 
 
+def measured_alone(*case: Any) -> dict[str, Any] | None:
+    """What a process of its own measures, or None if it fails."""
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=measure, args=(*case, queue))
+    child.start()
+    while True:
+        try:
+            row: dict[str, Any] = queue.get(timeout=1)
+            break
+        except Empty:
+            if child.exitcode is not None:
+                return None
+    child.join()
+    return row
+
+
 def main() -> None:
     import torch  # Once, for all children.
 
     import titan_lite.dryrun.run  # noqa: F401
 
     torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
     which, *span = sys.argv[1:]
     cases = sorted(CASES[which](), key=cost) if which == "presets" else list(CASES[which]())
     first, last = [*map(int, span), *(0, len(cases))[len(span) :]]
-    context = multiprocessing.get_context("fork")
     file = Path(__file__).parent / f"dry_runs_{which}.json"
     for name, overrides, world in cases[first:last]:
         rows = json.loads(file.read_text()) if file.exists() else []
-        for rank in ranks(plan_of(name, overrides, world).dims):
+        plan = plan_of(name, overrides, world)
+        for rank in ranks(plan.dims):
             case = {"config": name, "overrides": overrides, "world_size": world, "rank": rank}
             if any(case.items() <= row.items() for row in rows):
                 continue
-            queue = context.Queue()
-            child = context.Process(target=measure, args=(name, overrides, world, rank, queue))
-            child.start()
-            while True:
-                try:
-                    rows.append(case | queue.get(timeout=5))
-                    break
-                except Exception:
-                    if child.exitcode is not None:
-                        print("FAILED", case, flush=True)
-                        break
-            child.join()
+            row = None
+            # Blocks with experts do not always free what they made themselves, and others may not
+            # stand for all either.
+            if not isinstance(plan.args, MoEArgs):
+                row = measured_alone(name, overrides, world, rank, True)
+            row = row or measured_alone(name, overrides, world, rank, False)
+            if row is None:
+                print("FAILED", case, flush=True)
+                continue
+            rows.append(case | row)
             file.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-            print(case["config"], rank, rows[-1]["peak"] / 2**30 if rows else "", flush=True)
+            print(case["config"], rank, rows[-1]["peak"] / 2**30, flush=True)
 
 
 if __name__ == "__main__":
