@@ -79,13 +79,16 @@ def random_layouts(number: int = 200) -> Iterator[tuple[str, list[str], int]]:
     while made < number:
         tp, cp, pp, shard, replicate = (draw.choice(c) for c in ((1, 1, 2, 4), (1, 1, 1, 2),
                                         (1, 1, 1, 2, 4), (1, 2, 4, 8, 16), (1, 1, 2)))  # fmt: skip
-        micro, steps = draw.choice((1, 2, 4)), draw.choice((1, 1, 2, 4, 8))
+        micro, steps = (
+            draw.choice((1, 2, 4)),
+            draw.choice((1, 1, 2, 4) if pp == 1 else (2, 4, 8, 8)),
+        )
         name = draw.choice(FAMILIES)
         keys = {
             "model.name": name,
             "model.dim": draw.choice((512, 1024, 2048)),
             "model.ffn_dim": draw.choice((1024, 2816, 4096)),
-            "model.num_layers": draw.choice((4, 6, 8, 12)),
+            "model.num_layers": draw.choice((4, 4, 6) if pp == 1 else (4, 8, 8)),
             "model.vocab_size": draw.choice((8192, 32768)),
             "training.seq_len": draw.choice((512, 1024, 2048)),
             "training.local_batch_size": micro,
@@ -266,7 +269,7 @@ def measure(
 
 
 def measured_alone(*case: Any) -> dict[str, Any] | None:
-    """What a process of its own measures, or None if it fails."""
+    """Measures a rank in a separate process; None if it fails."""
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=measure, args=(*case, queue))
