@@ -7,13 +7,13 @@ Record = dict[str, float]
 """Key to value, one per log step; `step` is always there, `warmup` only when it is true."""
 
 FORMULA = (
-    "6 * (active parameters - input embedding - head of pairs) "
-    "+ 12 * layers * attention_dim * seq_len, where active excludes the experts that a "
-    'token does not go to; with data.packing "fixed" packing_block instead of seq_len; '
-    "what causal and document masks hide is not subtracted, and padding does not count as tokens; "
-    "of positions that training.loss_positions leaves out, the head is subtracted"
+    "6 * (active parameters - input embedding - next-sentence classifier) "
+    "+ 12 * layers * attention_dim * seq_len. Active parameters exclude the experts that a token "
+    'is not routed to. With data.packing = "fixed", packing_block replaces seq_len. Scores that '
+    "causal and document masks remove are counted, padding tokens are not. At positions that "
+    "training.loss_positions leaves out, the head is not counted"
 )
-"""FLOPs that `mfu` counts: torchtitan's convention, full attention, nothing for recomputation."""
+"""FLOPs that `mfu` counts: torchtitan's convention, full attention, no recomputation."""
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Hardware peaks and parameter and FLOP counts. Never imports torch."""
+"""Predicts memory, time, cost and energy of runs. Never imports torch."""

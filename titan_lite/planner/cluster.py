@@ -1,4 +1,4 @@
-"""Clusters: the machines, network, price and power of a TOML file, shipped or of the user's."""
+"""Clusters: machines, network, price and power, read from a shipped or a user's TOML file."""
 
 import math
 from collections.abc import Mapping
@@ -13,20 +13,20 @@ from titan_lite.planner.hardware import DEFAULT_MULTIPROCESSORS, DEVICES, Device
 
 FOLDER = ASSETS / "clusters"
 VALIDATED = ("A100", "A100-64", "H100")
-"""Architectures that published runs validate."""
+"""Architectures on which published runs validate the planner."""
 MAY_BE_ZERO = ("inner", "inner8", "kernel_us", "hop_us", "node_hop_us", "interference", "async_tp",
                "straggler", "straggler_ms", "attention_forward_tokens", "attention_backward_tokens",
                "idle_watts", "memory_watts", "waiting_watts")  # fmt: skip
-"""Constants that nothing is divided by."""
+"""Constants that may be 0: no formula divides by them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
     """Devices, nodes, network, price and power, and the constants that hold on them.
 
-    node_nic_gbs: GB/s of a node in one direction. measured: constants that replace those of
-    `values`, by the names of planner_constants.toml. calibrated: whether they come from this very
-    machine.
+    node_nic_gbs: network bandwidth of a node in GB/s, in one direction. measured: constants that
+    replace those in `values`, by their names in planner_constants.toml. calibrated: True if they
+    were measured on these machines.
     """
 
     name: str
@@ -47,9 +47,9 @@ class Cluster:
         return Constants({**self.values, **self.measured}, self.device.architecture, stack)
 
     def peak(self, number_format: NumberFormat) -> float:
-        """Dense peak in FLOP/s; of float32 where the device has no such format.
+        """Dense peak in FLOP/s; that of float16 or float32 if this format's is not known.
 
-        100 TFLOP/s for a device without any: layouts of one device can still be compared.
+        100 TFLOP/s if none is known, so that layouts on the device can still be compared.
         """
         dense = self.device.tflops(number_format) or self.device.tflops("float16")
         return (dense or self.device.fp32_tflops or 100.0) * 1e12
@@ -77,12 +77,12 @@ class Cluster:
 
     @property
     def memory(self) -> float:
-        """Bytes of device memory, a vendor's GB taken for GiB."""
+        """Bytes of device memory; a vendor's GB are taken as GiB."""
         return (self.device.memory_gb or 0.0) * 2**30
 
 
 def find_cluster(name: str) -> Cluster:
-    """Returns a shipped cluster by its name, or that of a TOML file; ValueError if it is wrong."""
+    """Returns a shipped cluster by name, or reads a TOML file; ValueError if there is none."""
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     known = sorted(file.stem for file in FOLDER.glob("*.toml"))
     if not path.is_file():
@@ -94,7 +94,7 @@ def find_cluster(name: str) -> Cluster:
 
 
 def cluster_from(tables: dict[str, Any], path: Path) -> Cluster:
-    """Returns a cluster from the tables of its file; ValueError if a value is wrong."""
+    """Makes a cluster of the tables in its file; ValueError if a value is wrong."""
     tables = dict(tables)
     device, measured = tables.pop("device", None), tables.pop("measured", {})
     try:
@@ -108,7 +108,7 @@ def cluster_from(tables: dict[str, Any], path: Path) -> Cluster:
 
 def _device(value: object, path: Path) -> Device:
     if value is None:
-        message = "missing; expected a device of assets/devices.txt, or a table"
+        message = "missing; expected a name in assets/devices.txt, or a table"
         raise SettingError("device", message)
     if isinstance(value, dict):
         table = checked(DeviceTable, value, list(DeviceTable.model_fields), at="device.")
@@ -123,7 +123,7 @@ def _device(value: object, path: Path) -> Device:
             raise SettingError("device", f"no device {quote(name)} in assets/devices.txt{hint}")
         device = devices[name]
     if not (device.bf16_tflops or device.fp16_tflops or device.fp32_tflops):
-        raise SettingError("device", "has no peak: give it bf16_tflops, or fp32_tflops")
+        raise SettingError("device", "has no peak: set bf16_tflops or fp32_tflops")
     return device
 
 

@@ -1,4 +1,4 @@
-"""The planner's constants, which assets/planner_constants.toml holds with their sources."""
+"""The planner's constants; assets/planner_constants.toml lists them with their sources."""
 
 import sys
 from collections.abc import Mapping
@@ -28,13 +28,13 @@ def base_name(name: str) -> str:
 
 
 class Constants(dict[str, float]):
-    """Constants as one device and software stack see them: of each name the most specific."""
+    """Constants for one device and software stack: the most specific entry of each name."""
 
     def __init__(self, values: Mapping[str, float], architecture: str, stack: str) -> None:
         super().__init__()
         self._values = values
         specific = f"/{architecture}/{stack}", f"/{architecture}"
-        # Leonardo's A100 is an A100 where nothing more specific is known.
+        # Leonardo's custom A100 ("A100-64") uses the A100's entries if it has none.
         self._suffixes = *specific, *(s.replace("A100-64", "A100") for s in specific), ""
 
     def __missing__(self, name: str) -> float:

@@ -11,10 +11,10 @@ from titan_lite.models.args import DecoderArgs, EncoderArgs, LatentArgs, MoEArgs
 class FlopsPerToken:
     """FLOPs of forward and backward per token of the whole model.
 
-    model: full attention (torchtitan), for comparison with published tables.
-    causal: only the half of the attention scores that a causal mask keeps, if there is one.
-    hardware: what is executed, recomputation included; None when no block is recomputed whole:
-        what a policy of single operations, or the compiler, recomputes is not counted here.
+    model: with full attention (torchtitan), for comparison with published tables.
+    causal: with the half of the attention scores that a causal mask keeps, if there is one.
+    hardware: with recomputation of whole blocks; None if there is none. Recomputation by a policy
+        of single operations or by the compiler is not counted.
     """
 
     model: int
@@ -24,7 +24,7 @@ class FlopsPerToken:
 
 def num_params(args: DecoderArgs) -> int:
     """Parameters of the model; a head that is tied to the input embedding adds none."""
-    # A decoder's norm is after its blocks, a post-norm encoder's after its embeddings.
+    # One norm outside blocks: after a decoder's blocks, or a post-norm encoder's embeddings.
     rest = num_block_params(args) + _norm(args) + args.dim * args.vocab_size
     if isinstance(args, EncoderArgs):
         transform = args.dim * (args.dim + 1) + _norm(args)
@@ -33,33 +33,34 @@ def num_params(args: DecoderArgs) -> int:
 
 
 def num_unused_params(args: DecoderArgs) -> int:
-    """Parameters that a token is not multiplied by.
+    """Parameters that are in no matmul of a token.
 
-    They are looked up, see one token of a sample, or are those of experts that were not chosen.
+    Embeddings are looked up, the next-sentence head sees one token of a sample, and a token skips
+    the experts that its router did not choose.
     """
     return num_looked_up_params(args) + num_pair_head_params(args) + num_inactive_params(args)
 
 
 def in_words(num_params: int, args: DecoderArgs) -> str:
-    """Returns a model's number of parameters, and how many of them are active where not all are."""
+    """Formats a number of parameters, with the number of active ones if that is smaller."""
     inactive = num_inactive_params(args)
     active = f", {num_params - inactive:,} of them active" if inactive else ""
     return f"{num_params:,}{active}"
 
 
 def num_inactive_params(args: DecoderArgs) -> int:
-    """Parameters of the experts that a token does not go to."""
+    """Parameters of the experts that a token is not routed to."""
     return num_block_params(args) - num_active_params(args, 0, args.num_layers)
 
 
 def num_active_params(args: DecoderArgs, start: int, end: int) -> int:
-    """Parameters of a range of blocks that a token goes through."""
+    """Parameters of a range of blocks that a token uses."""
     shared, experts = block_params(args, start, end)
     return shared + (experts * args.top_k // args.num_experts if isinstance(args, MoEArgs) else 0)
 
 
 def num_looked_up_params(args: DecoderArgs) -> int:
-    """Parameters of the input embeddings; a tied one multiplies, as the head."""
+    """Parameters of the input embeddings, without one that is tied to the head."""
     rows = 0 if args.tied_head else args.vocab_size
     rows += args.max_seq_len if args.positions == "learned" else 0
     rows += args.num_token_types if isinstance(args, EncoderArgs) else 0
@@ -67,14 +68,14 @@ def num_looked_up_params(args: DecoderArgs) -> int:
 
 
 def num_pair_head_params(args: DecoderArgs) -> int:
-    """Parameters of an encoder's pooler and classifier of pairs."""
+    """Parameters of an encoder's pooler and next-sentence classifier."""
     if not isinstance(args, EncoderArgs):
         return 0
     return (args.dim + 1) * (args.dim + 2)
 
 
 def num_last_matmul_params(args: DecoderArgs) -> int:
-    """Parameters of the matmuls that end blocks; of none where a norm or experts end them."""
+    """Parameters of all blocks' last matmuls; 0 for blocks that end with a norm or experts."""
     if isinstance(args, EncoderArgs) and args.post_norm:
         return 0
     blocks = map(args.of_block, range(args.num_layers))
@@ -82,7 +83,7 @@ def num_last_matmul_params(args: DecoderArgs) -> int:
 
 
 def feed_forwards(args: DecoderArgs) -> tuple[int, int]:
-    """Feed-forwards of a block that every token goes through, and those that a router chooses."""
+    """Returns (feed-forwards that every token uses, experts that a router chooses) of a block."""
     if isinstance(args, MoEArgs) and args.num_experts:
         return args.shared_experts, args.top_k
     return 1, 0
@@ -95,7 +96,7 @@ def num_block_params(args: DecoderArgs) -> int:
 
 @functools.cache
 def block_params(args: DecoderArgs, start: int, end: int) -> tuple[int, int]:
-    """Parameters of a range of blocks: those of every token, and those of experts."""
+    """Parameters of a range of blocks: (used by every token, in routed experts)."""
     blocks = [args.of_block(index) for index in range(start, end)]
     experts = sum(
         3 * block.num_experts * block.dim * block.ffn_dim
@@ -106,7 +107,7 @@ def block_params(args: DecoderArgs, start: int, end: int) -> tuple[int, int]:
 
 
 def _num_shared_params(args: DecoderArgs) -> int:
-    """Parameters of a block that every token goes through."""
+    """Parameters of a block that every token uses."""
     inner = 2 if args.ffn == "swiglu" else 1
     biases = (args.attention_dim + 2 * args.kv_dim) * args.qkv_bias + args.dim * args.out_bias
     biases += (inner * args.ffn_dim + args.dim) * args.ffn_bias
@@ -117,7 +118,7 @@ def _num_shared_params(args: DecoderArgs) -> int:
 
 
 def attention_matrices(args: DecoderArgs, tp: int = 1) -> list[tuple[int, int]]:
-    """Features in and out of each projection of attention, of one of `tp` ranks, in order."""
+    """(in, out) features of attention's projections on one of `tp` ranks, in order of execution."""
     if isinstance(args, LatentArgs):
         N, queries, rank = args.num_heads, args.num_heads * args.head_size, args.q_rank
         return [
@@ -131,9 +132,9 @@ def attention_matrices(args: DecoderArgs, tp: int = 1) -> list[tuple[int, int]]:
 
 
 def block_products(args: DecoderArgs, tp: int = 1) -> list[tuple[float, float]]:
-    """Features in and out of each product of all tokens in a block, of one of `tp` ranks, in order.
+    """(in, out) features of a block's matmuls over all tokens, on one of `tp` ranks, in order.
 
-    With experts the router's is among them, for the tokens that the ranks share.
+    The router's is one of them; tensor-parallel ranks divide its tokens among themselves.
     """
     shared, routed = feed_forwards(args)
     width = shared * args.ffn_dim / tp
@@ -144,7 +145,7 @@ def block_products(args: DecoderArgs, tp: int = 1) -> list[tuple[float, float]]:
 
 
 def block_matrices(args: DecoderArgs) -> list[tuple[int, int]]:
-    """The smaller and the larger side of each matrix of a block."""
+    """(smaller, larger) side of each matrix of a block."""
     inner = 2 if args.ffn == "swiglu" else 1
     experts = args.num_experts if isinstance(args, MoEArgs) else 1
     sides = attention_matrices(args) + [(args.dim, args.ffn_dim)] * (inner + 1) * experts
@@ -166,17 +167,17 @@ def flops_per_token(
     num_last_matmul_params: int = 0,
     is_causal: bool = True,
 ) -> FlopsPerToken:
-    """The numbers that the meter needs, for any model whose parameters were counted.
+    """Computes FLOPs per token from numbers of parameters.
 
-    attention_dim: heads times head_dim. num_recomputed_layers: blocks that are checkpointed whole,
-    of equal ones. A head tied to the input embedding multiplies, so its parameters stay in
-    `num_params_non_embedding`. num_last_matmul_params: as above; they are not repeated, for
-    torch.utils.checkpoint stops once the last saved tensor is back.
+    attention_dim: heads times head_dim. num_params_non_embedding: includes a tied head.
+    num_recomputed_layers: blocks with full activation checkpointing; all blocks count as equal.
+    num_last_matmul_params: see the function of this name; these matmuls are not recomputed,
+    because torch.utils.checkpoint stops once it has the last saved tensor.
     """
     attention = 12 * num_layers * attention_dim * seq_len
     model = 6 * num_params_non_embedding + attention
     # A forward is a third of the FLOPs: 2 per parameter, 4 per attention score and feature.
-    # Model FLOPs as against executed ones: Korthikanti et al., arXiv:2205.05198, appendix A.
+    # Model FLOPs versus hardware FLOPs: Korthikanti et al., arXiv:2205.05198, appendix A.
     again = 2 * (num_block_params - num_last_matmul_params) + attention // 3
     again = again * num_recomputed_layers // num_layers
     return FlopsPerToken(

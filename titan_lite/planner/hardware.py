@@ -13,15 +13,15 @@ DEFAULT_MULTIPROCESSORS = 108
 
 @dataclass(frozen=True)
 class Device:
-    """One device as torch sees it: half a module for MI250X, a core for TPU v7.
+    """One device as torch counts them: half a module for MI250X, a core for TPU v7.
 
-    names: what the driver reports, without a leading "NVIDIA" or "AMD", in any case.
+    names: names that the driver reports, without a leading "NVIDIA" or "AMD", in any case.
     *_tflops: dense matmul peaks (no sparsity), accumulated in float32 as PyTorch does, in TFLOP/s;
     None where the device has no such format or no value was found. memory_gb, hbm_gbs: device
     memory in GB (10^9 bytes) and GB/s. link_gbs: GB/s of the links to other devices, both
     directions together. tdp_w: W at the default power limit.
-    architecture: as the planner's constants name it. source: where the peaks come from; it notes
-    values that could not be verified.
+    architecture: its name in the planner's constants. source: where the peaks come from, and which
+    values could not be verified.
     """
 
     name: str
@@ -54,7 +54,7 @@ def find_device(device_name: str) -> Device | None:
     """The device of this name, as torch.cuda.get_device_name reports it, or None.
 
     The whole name must match: a slice ("NVIDIA H100 80GB HBM3 MIG 1g.10gb"), a laptop part or a
-    sibling that is not in the table is unknown, and never gets a neighbour's value.
+    sibling that is not in the table is unknown, and never gets the values of a similar device.
     """
     return _BY_NAME.get(_normalize(device_name))
 

@@ -1,4 +1,4 @@
-"""How far a measured step may be from the predicted one, in 80 and 90 % of the cases."""
+"""Intervals around a predicted step time that contain 80 % and 90 % of measured ones."""
 
 import math
 from dataclasses import dataclass
@@ -7,26 +7,26 @@ from titan_lite.models.args import MoEArgs
 from titan_lite.planner.cluster import VALIDATED
 from titan_lite.planner.step_time import Step
 
-# Measured over predicted step time: of published runs on known stacks (predictions are optimistic),
-# on such machines once calibrated, and on stacks or devices that nothing validates.
+# Bounds of measured / predicted step time: on devices and stacks that published runs validate
+# (predictions are optimistic), on these once calibrated, and on others.
 KNOWN, CALIBRATED, UNKNOWN = (0.93, 1.12), (0.94, 1.06), (0.93, 1.60)
-# 90 % intervals are wider by this.
+# Width of a 90 % interval over that of an 80 % interval.
 WIDER = 1.5
-# The largest validated jobs: beyond four times these the interval widens.
+# Sizes of the largest validated jobs. The interval widens beyond four times these.
 MAX_GPUS, MAX_TOKENS = 512, 65_536
 STACKS = ("apex", "compile", "eager", "torch", "amp")
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Seconds that 80 % of the steps lie within; notes: why they are wider than of known stacks."""
+    """80 % interval of a step's seconds. notes: reasons why it is wider than usual."""
 
     low: float
     high: float
     notes: tuple[str, ...]
 
     def wider(self, seconds: float) -> tuple[float, float]:
-        """The same for 90 %."""
+        """Returns the 90 % interval."""
         return seconds - WIDER * (seconds - self.low), seconds + WIDER * (self.high - seconds)
 
 
@@ -36,14 +36,14 @@ def interval(step: Step) -> Interval:
     low, high = CALIBRATED if cluster.calibrated else KNOWN
     if cluster.device.architecture not in VALIDATED:
         low, high = UNKNOWN
-        remedy = "" if cluster.calibrated else ": calibrate it"
-        notes.append(f"no run on {cluster.device.name} validates the model{remedy}")
+        remedy = "" if cluster.calibrated else "; run titan-lite plan calibrate on it"
+        notes.append(f"the planner was not validated on {cluster.device.name}{remedy}")
     elif isinstance(job.args, MoEArgs):
         low, high = UNKNOWN
-        notes.append("no run of a Mixture of Experts validates the model")
+        notes.append("the planner was not validated on a Mixture of Experts")
     elif not cluster.calibrated and job.kernels not in STACKS:
         low, high = UNKNOWN
-        notes.append(f'no run with kernels of class "{job.kernels}" validates the model')
+        notes.append(f'the planner was not validated on "{job.kernels}" kernels')
     beyond = math.log2(max(1, job.world_size / (4 * MAX_GPUS), job.span / (4 * MAX_TOKENS)))
     if beyond:
         notes.append("more GPUs or longer sequences than validated")

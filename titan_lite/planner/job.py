@@ -1,4 +1,4 @@
-"""A training job in the numbers that decide its time and memory, for any library."""
+"""A training job as the numbers that decide its time and memory, for any library."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,16 +16,21 @@ Recompute = Literal["none", "full", "selective_op", "attention_core", "norms"]
 class Job(ParallelDims):
     """One optimizer step of a run on a mesh, and the software stack that runs it.
 
-    span: tokens that a token can attend to, before the causal mask. micro_steps: micro-batches of a
-    step. fsdp: ranks over which parameters (or the optimizer's state) are split, cp included.
-    recomputed: blocks of each stage that are checkpointed. blocks: of each pipeline stage.
-    saved: what "selective_op" keeps, as in activation_checkpoint.save.
-    keeps_gathered: parameters stay gathered between forward and backward. syncs_last: gradients
-    are reduced after the last micro-batch only. kernels: class of the element-wise kernels.
-    cp_balanced: each rank has a part of the head and of the tail of a causal sequence.
-    moment_bytes: of each moment of AdamW. ema: an average of the weights is stored.
-    ns_steps: of Newton-Schulz, with Muon; 0: all by AdamW.
-    stack: the library, as constants.py names it, "" for this one.
+    span: tokens that a token can attend to, before the causal mask.
+    micro_steps: micro-batches of a step. pipelined: those of one pass of a pipeline.
+    cp_balanced: each rank has a part from the start and one from the end of a causal sequence.
+    blocks: number of blocks of each pipeline stage. recomputed: how many of these are checkpointed.
+    sharding: what is split over the `fsdp` ranks: parameters, or only the optimizer's state.
+    keeps_gathered: parameters stay gathered between forward and backward.
+    syncs_last: gradients are reduced after the last micro-batch only.
+    saved: operations whose results "selective_op" keeps, as in activation_checkpoint.save.
+    width: bytes of an activation's element. moment_bytes: bytes of an element of an AdamW moment.
+    accumulate_bytes, optimizer_bytes, loss_bytes: memory traffic of adding up gradients and of the
+    optimizer, per parameter, and of the cross-entropy, per logit.
+    ema: an average of the weights is stored.
+    ns_steps: Newton-Schulz iterations of Muon; 0 if AdamW has all parameters.
+    kernels: class of the element-wise kernels, in constants.KERNELS.
+    stack: the library's name in planner_constants.toml; "" for this one.
     """
 
     args: DecoderArgs
@@ -71,7 +76,7 @@ class Job(ParallelDims):
         return SCHEDULES[self.schedule]
 
     def span_of(self, stage: int) -> tuple[int, int]:
-        """A stage's first block, and the one after its last."""
+        """A stage's range of blocks: the first one, and the one after the last."""
         start = sum(self.blocks[:stage])
         return start, start + self.blocks[stage]
 

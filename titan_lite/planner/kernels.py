@@ -1,7 +1,6 @@
-"""Seconds of single kernels and collectives: matmuls, attention, element-wise traffic, rings.
+"""Seconds of single kernels and collectives: matmuls, attention, element-wise kernels, rings.
 
-FLOPs and bytes are counted by hand; rates are a cluster's peaks times shares, which constants.py
-reads.
+FLOPs and bytes are counted by hand. Rates are a cluster's peaks times the planner's constants.
 """
 
 import math
@@ -17,7 +16,7 @@ TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.82))
 
 
 class Rates:
-    """The kernels' rates on a cluster under a job's stack; of a job only what no layout changes."""
+    """Rates of a cluster's kernels; __init__ reads only values that are equal in all layouts."""
 
     def __init__(self, cluster: Cluster, job: Job) -> None:
         self.k = k = cluster.constants(job.stack)
@@ -33,7 +32,7 @@ class Rates:
         self.outer = cluster.node_nic_gbs * 1e9 * k["nic"]
 
     def matmul(self, M: float, K: float, N: float, float8: bool = False, groups: int = 1) -> float:
-        """Seconds of an (M, K) x (K, N) product, or of so many as one."""
+        """Seconds of an (M, K) x (K, N) product, or of `groups` such products in one kernel."""
         units = self.cluster.device.multiprocessors
         best = 0.0
         for rows, columns, quality in TILES:
@@ -83,8 +82,8 @@ class Rates:
         # A dropout where attention and feed-forward add to the residual.
         drop = 10 * whole if args.hidden_dropout else 0
         shared, routed = feed_forwards(args)
-        # Of experts: rows are taken and put back, weighted in float32 and added up; those that
-        # have been exchanged are taken once more.
+        # Experts: rows are gathered, weighted in float32, added up and put back; with expert
+        # parallel they are gathered again after the exchange.
         moved = (18 + 8 * (job.ep > 1)) * routed * whole
         forward, backward = (
             2 * whole * (table["norm"][way] + table["residual"][way])
@@ -99,7 +98,7 @@ class Rates:
         tokens = job.local_tokens * self.scale
         casts = [0.0, 0.0]
         if job.float8 != "none":
-            # 5 bytes for each input of a product and each gradient of an output, 2 for each
+            # 5 bytes per element of each matmul's input and of each output's gradient, 2 for each
             # transposed copy; q, k, v share an input, as do gate and up.
             inner, width = shared * args.ffn_dim / t, 2 if args.ffn == "swiglu" else 1
             ins = 2 * args.dim / (t if job.sequence_parallel else 1) + heads + inner
@@ -114,7 +113,7 @@ class Rates:
         )
 
     def loss(self, job: Job, tokens: float, rows: float) -> float:
-        """Seconds of the cross-entropy of tokens over this many rows of the vocabulary."""
+        """Seconds of the cross-entropy of `tokens` over `rows` entries of the vocabulary."""
         return job.loss_bytes * tokens * rows / (self.hbm * self.k["loss"])
 
     def optimizer(self, job: Job, params: float) -> float:
@@ -122,17 +121,17 @@ class Rates:
         return job.optimizer_bytes * params / (self.hbm * self.k["optimizer"])
 
     def ring(self, size: float, ranks: int, inner: int) -> float:
-        """Seconds of a ring over `ranks`, `inner` of them in each node, for `size` bytes."""
+        """Seconds to gather or reduce-scatter `size` bytes; `inner` of the ranks are in a node."""
         if ranks == 1:
             return 0.0
         return size * (ranks - 1) / ranks / self.bandwidth(ranks, inner) + self.hops(ranks, inner)
 
     def all_to_all(self, size: float, ranks: int, inner: int) -> float:
-        """Seconds in which each of the ranks sends an equal part of `size` bytes to each other."""
+        """Seconds for each rank to send an equal part of `size` bytes to every other rank."""
         if ranks == 1:
             return 0.0
         near, far = size * (inner - 1) / ranks, size * (ranks - inner) / ranks
-        # What leaves the node has this rank's share of its network.
+        # Traffic that leaves the node gets this rank's share of the node's network.
         sent = max(near / self.inner, far / self.bandwidth(ranks, 1))
         return sent + self.hops(ranks, inner)
 
@@ -143,7 +142,7 @@ class Rates:
         return ((ranks - nodes) * self.k["hop_us"] + far) * 1e-6
 
     def bandwidth(self, ranks: int, inner: int) -> float:
-        """Bytes per second of a ring, whose node's network the node's other rings share."""
+        """Bytes per second of a ring; all rings of a node share the node's network."""
         if ranks <= inner:
             return self.inner
         return min(self.inner, self.outer * inner / self.cluster.gpus_per_node)

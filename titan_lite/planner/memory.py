@@ -1,6 +1,6 @@
-"""Bytes that the ranks of each pipeline place need at their peak.
+"""Peak memory of ranks, by place: a rank's position in the pipeline.
 
-The formulas describe what the dry run sees of this library; docs/planning.md compares them.
+The formulas model the dry run of this library; docs/planning.md compares the two.
 """
 
 import functools
@@ -15,15 +15,15 @@ from titan_lite.planner.job import Job
 from titan_lite.planner.selective import saved_elements
 from titan_lite.planner.step_time import rank_stages
 
-# A layout counts as fitting below a share of the device's memory, and may fit up to all of it: the
-# CUDA context, NCCL's buffers and fragmentation take the rest. The formulas are less sure of what
-# context parallel and pipelines keep.
+# A layout fits if it needs at most this share of the device's memory, and may fit if it needs less
+# than all of it. The rest is for the CUDA context, NCCL's buffers, fragmentation, and errors of the
+# formulas, which are larger for context parallel and pipelines.
 FITS, FITS_CP, FITS_PP = 0.92, 0.85, 0.72
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The peak of one place in the pipeline, in bytes by category."""
+    """Bytes at the peak of one place in the pipeline, by category."""
 
     place: int
     parts: dict[str, float]
@@ -35,17 +35,17 @@ class Memory:
 
 
 def room(job: Job) -> float:
-    """The share of a device's memory below which the job counts as fitting."""
+    """The share of a device's memory up to which the job counts as fitting."""
     return FITS_PP if job.pp > 1 else FITS_CP if job.cp > 1 else FITS
 
 
 def memory(job: Job) -> list[Memory]:
-    """The peaks of all places in the pipeline."""
+    """Returns the peak of each place in the pipeline."""
     return [_place(job, place, stages) for place, stages in enumerate(rank_stages(job))]
 
 
 def peak(job: Job) -> Memory:
-    """The largest peak; of places with as many blocks, the first keeps the most activations."""
+    """Returns the largest peak; of equal places only the first, which keeps most activations."""
     first: dict[object, tuple[int, tuple[int, ...]]] = {}
     for place, stages in enumerate(rank_stages(job)):
         has_head = len(job.blocks) - 1 in stages
@@ -55,7 +55,7 @@ def peak(job: Job) -> Memory:
 
 @functools.cache
 def _ends(args: DecoderArgs) -> tuple[float, float]:
-    """Parameters of the vocabulary's table, and of the rest of what is not in blocks."""
+    """Parameters outside blocks: those of the vocabulary's table, and the others."""
     table = args.padded_vocab_size * args.dim
     rest = num_params(args) - num_block_params(args) - table * (1 if args.tied_head else 2)
     return table, max(0, rest)
@@ -63,13 +63,13 @@ def _ends(args: DecoderArgs) -> tuple[float, float]:
 
 @functools.cache
 def _kinds(args: DecoderArgs, start: int, end: int) -> list[tuple[DecoderArgs, int]]:
-    """The kinds of a range of blocks, and how many there are of each."""
+    """The kinds of blocks in a range, each with its number of blocks."""
     return list(Counter(map(args.of_block, range(start, end))).items())
 
 
 def kept_elements(job: Job, args: DecoderArgs, recompute: str) -> float:
     """Elements that a block keeps for backward, per token of a micro-batch on a rank."""
-    # wide: elements of the activations' type that a float32 number takes.
+    # wide: size of a float32 number, in elements of the activations' dtype.
     t, wide = job.tp, 4 / job.width
     heads, kv, H = args.attention_dim / t, args.kv_dim / t, args.num_heads / t
     shared, routed = feed_forwards(args)
@@ -83,35 +83,36 @@ def kept_elements(job: Job, args: DecoderArgs, recompute: str) -> float:
     if args.qk_norm:
         kept += heads + kv
     if isinstance(args, MoEArgs) and routed:
-        # Each expert's rows, and its outputs, which are weighted; the router's input in float32,
-        # its scores, and the order of these.
+        # The experts' inputs, and their outputs before weighting; the router's input in float32,
+        # its scores, and their sort order.
         kept += 2 * (routed + wide - 1) * whole + 4 * wide * args.num_experts
     if args.attention_dropout:
-        # Of each score: its softmax in float32, rounded, and what dropout leaves of it.
+        # Per score: its softmax in float32 and rounded, and dropout's result.
         kept += 4 * H * job.span
     return kept
 
 
 def _backward(job: Job, args: DecoderArgs, mode: str) -> float:
-    """Bytes that the backward of a block adds, at most, to what its forward kept.
+    """Largest number of bytes that the backward of a block adds to those that its forward kept.
 
-    Of what is computed again all is there when the gradients of the feed-forward are computed.
+    All recomputed activations are in memory when the feed-forward's gradients are computed.
     """
     t, tokens, D, wide = job.tp, job.local_tokens, args.dim, 4 / job.width
     shared, routed = feed_forwards(args)
     again = kept_elements(job, args, "none") - kept_elements(job, args, mode)
     if routed:
-        # Of each row, either its weighted output and the gradient of that, in float32, or, with
-        # the gradients of one of the three weights, those of its expert's inner features.
+        # Per row: either its weighted output and the gradient of that, in float32, or the
+        # gradients of its expert's inner features, during the gradient of one of three weights.
         row = max((1 + 2 * wide) * D, D / 2 + 2 * args.ffn_dim)
         return (again + routed * row / t) * tokens * job.width
     if args.attention_dropout:
-        # Hashes of the scores, three times in integers of 32 bits, which forward has as well.
+        # Dropout's hashes, three 32-bit integers per score; forward needs them as well.
         again += 3 * wide * args.num_heads / t * job.span
     f, gated = shared * args.ffn_dim / t, args.ffn == "swiglu"
     whole = D / (t if job.sequence_parallel else 1)
     gathered = D if t > 1 and job.sequence_parallel else 0
-    # After the last product, the activation, and the first products, with weights' gradients.
+    # (Features per token, elements of weights' gradients) after the backward of the last matmul,
+    # of the activation function, and of the first matmuls.
     moments = (
         (gathered + f, D * f),
         ((1 + gated) * f, D * f),
@@ -122,13 +123,13 @@ def _backward(job: Job, args: DecoderArgs, mode: str) -> float:
 
 
 def _in_flight(job: Job, place: int) -> float:
-    """Micro-batches whose activations a pipeline rank keeps at once, of each of its stages."""
+    """Micro-batches whose activations a pipeline rank keeps at once, per stage."""
     if job.schedule == "GPipe":
         return job.pipelined
     p, v = job.pp, job.stages_per_rank
     if v == 1:
         return min(job.pipelined, p - place)
-    # Of interleaved stages: those of the warm-up, and one (arXiv:2104.04473).
+    # Interleaved stages: the micro-batches of the warm-up phase, plus one (arXiv:2104.04473).
     return min(job.pipelined, ((v - 1) * p + 2 * (p - place - 1) + 1) / v)
 
 
@@ -139,7 +140,8 @@ def _place(job: Job, place: int, stages: tuple[int, ...]) -> Memory:
     sizes = [block_params(args, *job.span_of(stage)) for stage in stages]
     dense, experts = (float(sum(size[kind] for size in sizes)) for kind in (0, 1))
     ends = (0 in stages) * (table + other) + has_head * table * (not args.tied_head or job.pp > 1)
-    # Of all ranks' shards, this place's; and what one rank gathers, which has some experts alone.
+    # stored: this place's parameters, sharded over its ranks. params: those that one rank gathers;
+    # with expert parallel it has only some of the experts.
     matrices = (dense + experts) / t
     stored, params = matrices + ends, dense / t + experts / job.ep + ends
     last = block_params(args, args.num_layers - 1, args.num_layers)
@@ -147,8 +149,9 @@ def _place(job: Job, place: int, stages: tuple[int, ...]) -> Memory:
     block = dense + experts
     width, tokens = job.width, job.local_tokens
     stream = float(args.dim * width * tokens)
-    # What one micro-batch keeps in the stages of a rank: of a pipeline's first one also the output,
-    # which others have in place of their input, received.
+    # each: bytes that one micro-batch keeps in a rank's stages: each block's input, and the output.
+    # A later stage's first input is in a buffer that is counted as "received", so the output
+    # replaces it here; only the first stage has one tensor more.
     each = stream / (t if job.sequence_parallel else 1) * (job.pp > 1 and 0 in stages)
     kinds: set[DecoderArgs] = set()
     for stage in stages:
@@ -160,15 +163,16 @@ def _place(job: Job, place: int, stages: tuple[int, ...]) -> Memory:
             each += width * tokens * count * kept
     rows = args.padded_vocab_size / (t if job.loss_parallel else 1)
     chunks = job.loss_chunks or 1
-    # Of each logit: its gradient and its logarithm in float32. Then, under tensor parallel, its
-    # distance from the largest and the exponential of that, or the gradient of the weight.
+    # Per logit: its gradient, and its log-probability in float32. Then either the gradient of the
+    # head's weight or, with tensor parallel, the logit less the maximum and its exponential.
     logits = tokens * job.head_token_fraction / chunks * rows
     logits = (width + 4) * logits + max(8 * logits * (t > 1), width * table)
-    # In an encoder, the transform before the head, and the sum of the embeddings.
+    # An encoder adds the transform before the head, and the sum of the embeddings.
     logits += 4 * table * (chunks > 1) + (6 if isinstance(args, EncoderArgs) else 2) * stream
     mode = job.recompute if any(job.recomputed[stage] for stage in stages) else "none"
     backward = max(_backward(job, kind, mode) for kind in kinds)
-    # The head's gradients are reduced while the last block's are computed; a tied one's remain.
+    # The head's gradients are reduced while the last block's are computed; those of a tied head
+    # stay until the end.
     is_apart = has_head and (job.pp > 1 or not args.tied_head)
     reducing, gradients = 5 * stream, 4 * max(block, table * is_apart)
     if isinstance(args, MoEArgs):
@@ -177,20 +181,20 @@ def _place(job: Job, place: int, stages: tuple[int, ...]) -> Memory:
     works = {"loss": logits, "backward": backward, "reducing": reducing}
     state = (2 * job.moment_bytes + 4 * job.ema) * stored
     if job.ns_steps:
-        # Of a matrix Muon has its momentum alone, in float32.
+        # For a matrix, Muon stores only its momentum, in float32.
         state -= (2 * job.moment_bytes - 4) * matrices
     fixed = {"parameters": 4 * stored / N, "optimizer": state / N}
     if args.positions == "rotary":
-        # Cosines and sines in float32; a pipeline's rank has those of the whole model as well.
+        # Cosines and sines in float32; a pipeline rank has the whole model's as well.
         fixed["tables"] = 8 * args.max_seq_len * args.rotary_dim * (2 if job.pp > 1 else 1)
-    # A pipeline's stage has a buffer for each micro-batch's input, and one for its gradient.
+    # A pipeline stage has a buffer for each micro-batch's input, and one for its gradient.
     ways = sum((stage > 0) + (stage < len(job.blocks) - 1) for stage in stages)
     fixed["received"] = ways * job.pipelined * stream / (t if job.sequence_parallel else 1)
     best: dict[str, float] = {}
-    # A tensor-parallel embedding's gradient is that of the whole table on each rank.
+    # Each tensor-parallel rank computes the gradient of the whole embedding table.
     whole = (width + 4) * params + (4 * (t - 1) * table if 0 in stages else 0.0)
     works["end"] = width * table * (t if 0 in stages else 1)
-    # With expert or tensor parallel, experts are gathered and reduced apart from the block's rest.
+    # With expert or tensor parallel, FSDP gathers and reduces experts separately.
     unit = block if job.ep * t == 1 else max(dense, experts)
     units = Units(params, block, unit, table, table * args.tied_head)
     for moment in _moments(job, place, units, whole, gradients, 4 * stored / N):
@@ -204,10 +208,10 @@ def _place(job: Job, place: int, stages: tuple[int, ...]) -> Memory:
 
 
 class PeakCandidate(NamedTuple):
-    """A moment that may be the peak; kept: micro-batches whose activations are there.
+    """A moment that may be the peak. kept: micro-batches whose activations are in memory.
 
-    unsharded: bytes of gathered weights and of gradients that are not yet reduced; sharded: of
-    those that are.
+    unsharded: bytes of gathered weights and of gradients that are not yet reduced.
+    sharded: bytes of gradients that are.
     """
 
     name: str
@@ -217,9 +221,9 @@ class PeakCandidate(NamedTuple):
 
 
 class Units(NamedTuple):
-    """Parameters of a place, of a block, of the largest unit of that, and of the vocabulary.
+    """Parameters of a place, a block, the block's largest FSDP unit, and the vocabulary's table.
 
-    tied: of a vocabulary whose two gradients are added up.
+    tied: those of a tied table, whose two gradients are added up; 0 if it is not tied.
     """
 
     params: float
@@ -232,9 +236,10 @@ class Units(NamedTuple):
 def _moments(
     job: Job, place: int, units: Units, whole: float, gradients: float, sharded: float
 ) -> Iterator[PeakCandidate]:
-    """whole: bytes of all weights and their gradients; sharded: of the shards of these.
+    """Yields the moments that may be the peak.
 
-    gradients: bytes of a block's, where most of its activations are there.
+    whole: bytes of all weights and their gradients. sharded: bytes of the gradients' shards.
+    gradients: bytes of a block's gradients while most of its activations are still in memory.
     """
     width, m = job.width, job.micro_steps
     params, block, largest, table, tied = units
@@ -252,7 +257,7 @@ def _moments(
                 yield PeakCandidate("backward", flying - 1, whole)
         yield PeakCandidate("end", flying - 1, whole)
         if (v := job.stages_per_rank) > 1:
-            # Of several stages all but the last one have been reduced, and that is rounded.
+            # All stages but the last have been reduced, and the last one's gradients are rounded.
             yield PeakCandidate("reduced", 0, whole + width * params / v, sharded * (1 - 1 / v))
         return
     late = 4 * params if job.syncs_last and m > 1 else 0.0
@@ -267,6 +272,6 @@ def _moments(
         backward = 2 * (1 if gathered else width) * block + 2 * width * tied
     yield PeakCandidate("loss", 1, at_loss + late, sharded)
     yield PeakCandidate("backward", 1, backward + gradients + late, sharded)
-    # Once a block's gradients are all there, FSDP copies them into one buffer to reduce.
+    # FSDP copies a block's gradients into one buffer to reduce them.
     yield PeakCandidate("reducing", 1, backward + (width + 4) * largest + late, sharded)
     yield PeakCandidate("reduced", 0, 4 * max(table, block) + late, at_end)

@@ -1,4 +1,4 @@
-"""A run's memory, time, cost and energy on a cluster, and the settings that would help it."""
+"""Predicts a run's memory, time, cost and energy on a cluster, and finds settings that help."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Prediction:
-    """A job on a cluster for a number of tokens; memory: of each place in the pipeline."""
+    """A job on a cluster. memory: peak of each place in the pipeline. tokens: of the whole run."""
 
     step: Step
     memory: tuple[Memory, ...]
@@ -42,7 +42,7 @@ class Prediction:
 
     @property
     def peak(self) -> Memory:
-        """The largest of the places' peaks."""
+        """The largest peak of all places in the pipeline."""
         return max(self.memory, key=lambda place: place.bytes)
 
     @property
@@ -52,33 +52,33 @@ class Prediction:
 
     @property
     def fits(self) -> bool:
-        """True if it fits with margin."""
+        """True if the job fits with a margin."""
         return self.share <= room(self.job)
 
     @cached_property
     def interval(self) -> Interval:
-        """Interval of the step's seconds."""
+        """80 % interval of the step's seconds."""
         return interval(self.step)
 
     @property
     def tflops(self) -> float:
-        """Model TFLOP/s of a device, recomputation not counted."""
+        """Model TFLOP/s of a device, without recomputation."""
         return self.step.wps * model_flops(self.job.args, self.job.span) / 1e12
 
     @property
     def mfu(self) -> float:
-        """Share of the bfloat16 peak (float32's, where the job computes in that)."""
+        """Model FLOPs utilization: share of the peak in bfloat16, or in float32 for such a job."""
         number_format = "bfloat16" if self.job.width == 2 else "float32"
         return self.tflops * 1e12 / self.cluster.peak(number_format)  # type: ignore[arg-type]
 
     @property
     def seconds(self) -> float:
-        """Days of the whole run, without pauses."""
+        """Seconds of the whole run, without pauses."""
         return self.tokens / self.job.tokens * self.step.seconds
 
     @property
     def gpu_hours(self) -> float:
-        """Total of the whole run."""
+        """GPU-hours of the whole run."""
         return self.seconds * self.job.world_size / HOURS
 
     @property
@@ -99,7 +99,7 @@ class Prediction:
 
 
 def model_flops(args: DecoderArgs, span: int) -> int:
-    """FLOPs per token, attention in full and nothing for recomputation."""
+    """FLOPs per token, with full attention and without recomputation."""
     return counts.flops_per_token(
         num_params_non_embedding=counts.num_params(args) - counts.num_unused_params(args),
         num_block_params=counts.num_block_params(args),
@@ -110,14 +110,14 @@ def model_flops(args: DecoderArgs, span: int) -> int:
 
 
 def predict(job: Job, cluster: Cluster, tokens: float) -> Prediction:
-    """The prediction of one job."""
+    """Predicts one job."""
     step = StepModel(cluster, job).predict(job)
     return Prediction(step, tuple(memory(job)), tokens)
 
 
 @dataclass(frozen=True)
 class Advice:
-    """Settings that would help, and the prediction with them."""
+    """Settings that would help, and the job's prediction with them."""
 
     values: Values
     prediction: Prediction
@@ -126,10 +126,10 @@ class Advice:
 def advice(
     plan: Plan, cluster: Cluster, *, count: int = 2, below: float | None = None
 ) -> list[Advice]:
-    """The settings, one change at a time, that would save most of the step's time and still fit.
+    """Returns the `count` changes that fit and make the step fastest.
 
-    Where the run itself does not fit, or is to need less than `below` bytes, those with which it
-    would.
+    If the run does not fit, or `below` is set, only changes that need less memory are considered:
+    less than `below` bytes, or than now.
     """
     now = predict(read_job(plan.config, plan.dims, plan.family, plan.args), cluster, 1.0)
     better = []
@@ -153,7 +153,7 @@ def advice(
 
 
 def fitting_settings(plan: Plan, device: Device) -> list[str]:
-    """Changes with which a run that does not fit would, those that cost least speed first."""
+    """Describes changes with which a run would fit that does not, the fastest first."""
     cluster = Cluster(name=device.name, device=device)
     now = peak(read_job(plan.config, plan.dims, plan.family, plan.args))
     better = advice(plan, cluster, count=3, below=now.bytes)
@@ -165,12 +165,12 @@ def fitting_settings(plan: Plan, device: Device) -> list[str]:
 
 
 def setting(key: str, value: object) -> str:
-    """A key and its value, as an override."""
+    """Formats a key and its value as an override."""
     return f"--{key}={value}".lower() if isinstance(value, bool) else f"--{key}={value}"
 
 
 def _changes(plan: Plan, cluster: Cluster, job: Job) -> Iterator[Values]:
-    """Single changes of settings that leave what is learned as it is, float8 apart."""
+    """Yields single changes; only float8 affects the trained model beyond rounding."""
     config, dims, parallel = plan.config, plan.dims, plan.config.parallel
     if not config.compile.enable:
         yield {"compile.enable": True}

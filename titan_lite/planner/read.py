@@ -19,14 +19,15 @@ from titan_lite.planner import counts
 from titan_lite.planner.job import Job, Recompute
 from titan_lite.planner.split import balanced
 
-AUTO_CHUNK_BYTES = 2**29  # as training/loss.py cuts with training.loss_chunks = "auto"
+AUTO_CHUNK_BYTES = 2**29  # training/loss.py has the same for training.loss_chunks = "auto"
 
-# Of a moment, by optimizer.state_dtype; 256 elements in 8 bits have a scale in float32.
+# Bytes per element of a moment, by optimizer.state_dtype; 256 elements of 8 bits share a float32
+# scale.
 MOMENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, **dict.fromkeys(EIGHT_BITS, 1 + 4 / 256)}
 
 
 def read_job(config: Config, dims: ParallelDims, family: Family, args: DecoderArgs) -> Job:
-    """The job of a checked configuration."""
+    """Converts a checked configuration to a job."""
     training, parallel, data = config.training, config.parallel, config.data
     micro = training.local_batch_size
     steps = (
@@ -91,7 +92,7 @@ def stage_blocks(
     head_token_fraction: float,
     modules: Sequence[Sequence[str]] = (),
 ) -> tuple[int, ...]:
-    """Blocks of each pipeline stage, as parallel/pipeline.py deals them."""
+    """Number of blocks of each pipeline stage, as parallel/pipeline.py splits them."""
     if split == "explicit":
         return tuple(sum(n.startswith("layers.") for n in names) for names in modules)
     costs = [1] * args.num_layers
@@ -108,7 +109,7 @@ def stage_blocks(
 
 
 def _recompute(config: Config, blocks: Sequence[int]) -> tuple[Recompute, tuple[int, ...]]:
-    """The kind of recomputation, and the blocks of each stage that have it."""
+    """The kind of recomputation, and how many blocks of each stage have it."""
     section = config.activation_checkpoint
     recomputed = tuple(len(section.layers(count)) for count in blocks)
     if section.mode == "selective_op":
@@ -117,7 +118,7 @@ def _recompute(config: Config, blocks: Sequence[int]) -> tuple[Recompute, tuple[
 
 
 def is_legal(config: Config, dims: ParallelDims, args: DecoderArgs) -> bool:
-    """Returns True if a layout breaks none of the rules between its keys."""
+    """Returns True if no rule rejects the layout."""
     broken = itertools.chain(parallel_rules(config, dims), model_rules(config, args))
     stages = config.parallel.num_stages
     return next(broken, None) is None and stages <= args.num_layers

@@ -1,4 +1,4 @@
-"""All legal layouts of a job on a number of devices, the fastest that fit first."""
+"""Searches the legal layouts of a job on a number of devices for the fastest that fit."""
 
 import itertools
 import math
@@ -21,13 +21,13 @@ from titan_lite.planner.step_time import Step, StepModel
 MODES = ("none", "selective_op", "full")
 MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8)
 STAGES_PER_RANK = (2, 3, 4)
-# Steps within this share of one another are taken for equal, and the simpler layout is preferred.
+# Layouts whose steps differ by less than this share count as equally fast: the simpler is better.
 TIE = 0.02
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A legal layout that fits: the keys that make it, and its predicted step."""
+    """A legal layout that fits: its keys, its predicted step, and its peak memory in bytes."""
 
     values: dict[str, object]
     job: Job
@@ -42,7 +42,7 @@ class Layout:
 
     @property
     def order(self) -> tuple[int, int, float]:
-        """Sorts by time, and the simpler of two that are about equally fast first."""
+        """Sort key: by time; of layouts that are about equally fast, the simpler first."""
         job = self.job
         axes = sum(degree > 1 for degree in (job.tp, job.cp, job.ep, job.pp, job.dp_replicate))
         extras = axes + (job.recompute != "none") + job.syncs_last
@@ -52,14 +52,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """layouts: that fit, best first. legal: layouts that no rule rejects. tried: all of them."""
+    """Layouts that fit, best first; numbers of legal layouts, fitting or not, and of all tried."""
 
     layouts: list[Layout]
     legal: int
     tried: int
 
     def best(self, count: int) -> list[Layout]:
-        """The best ones of `count` kinds."""
+        """The best layout of each of the `count` best kinds."""
         kinds: dict[tuple[object, ...], Layout] = {}
         for layout in self.layouts:
             kinds.setdefault(layout.kind, layout)
@@ -74,7 +74,7 @@ def search(
     args: DecoderArgs,
     cluster: Cluster,
 ) -> SearchResult:
-    """Tries every layout; samples: of a step, the same in all of them."""
+    """Predicts every legal layout. samples: per step, equal in all layouts."""
     layouts, legal, tried = [], 0, 0
     model: StepModel | None = None
     experts = args.num_experts if isinstance(args, MoEArgs) else 1
@@ -95,9 +95,9 @@ def search(
 def candidates(
     config: Config, world_size: int, samples: int, cluster: Cluster, experts: int = 1
 ) -> Iterator[tuple[dict[str, object], Config, ParallelDims]]:
-    """Degrees, micro-batches, recomputation, resharding, gradient synchronisation and stages.
+    """Yields the changed keys, configuration and dims of every layout, legal or not.
 
-    The other keys stay as they are. A candidate has the sections that rules and the planner read.
+    Degrees, micro-batch, recomputation, resharding, gradient synchronisation and stages vary.
     """
     local, total = "training.local_batch_size", "training.global_batch_size"
     batches = [{local: size, total: samples} for size in MICRO_BATCHES]
@@ -113,14 +113,14 @@ def candidates(
                 "training": training,
                 "activation_checkpoint": checkpoint,
             }
-            # The rules read attributes alone, and a checked Config takes long to build.
+            # Rules and planner only read attributes, and a validated Config takes long to build.
             yield keys | batch | mode, cast(Config, SimpleNamespace(**changed)), dims
 
 
 def layouts_of(
     parallel: Parallel, world_size: int, cluster: Cluster, experts: int
 ) -> Iterator[tuple[dict[str, object], Parallel, ParallelDims]]:
-    """Sections [parallel] for the world: tensor parallel stays within a node."""
+    """Yields [parallel] sections for a world size; tensor parallel stays within a node."""
     for tp, pp, cp, shard in itertools.product(divisors(world_size), repeat=4):
         replicas, remainder = divmod(world_size, tp * pp * cp * shard)
         if remainder or tp > cluster.gpus_per_node:
@@ -141,7 +141,7 @@ def layouts_of(
 
 
 def _choices(parallel: Parallel, dims: ParallelDims) -> Iterator[dict[str, object]]:
-    """Schedules of a pipeline; without one, when weights are freed and gradients are reduced."""
+    """Yields schedules of a pipeline; without one, times to free weights and reduce gradients."""
     if dims.pp > 1:
         plain: dict[str, object] = {"pp_schedule": "1F1B", "reshard_after_forward": "default"}
         if parallel.pp_split == "explicit":
@@ -157,6 +157,6 @@ def _choices(parallel: Parallel, dims: ParallelDims) -> Iterator[dict[str, objec
 
 
 def divisors(number: int) -> list[int]:
-    """All of a number, in order."""
+    """All divisors of a number, in ascending order."""
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return sorted({*small, *(number // n for n in small)})

@@ -1,4 +1,4 @@
-"""Results that "selective_op" keeps of a block: of the operations in activation_checkpoint.save."""
+"""Results that "selective_op" keeps: those of the operations in activation_checkpoint.save."""
 
 from titan_lite.models.args import DecoderArgs, MoEArgs
 from titan_lite.planner.counts import attention_matrices, block_products, feed_forwards
@@ -6,19 +6,19 @@ from titan_lite.planner.job import Job
 
 
 def saves_product(job: Job, number: int) -> bool:
-    """Returns True if the policy keeps the result of a product of block_products."""
+    """Returns True if the policy keeps the result of a matmul, numbered as in block_products."""
     return "matmul" in job.saved or ("every_second_matmul" in job.saved and number % 2 == 1)
 
 
 def saves_sums(job: Job) -> bool:
-    """Returns True if it keeps the sums over tensor-parallel ranks."""
+    """Returns True if the policy keeps sums over tensor-parallel ranks."""
     return ("reduce_scatter" if job.sequence_parallel else "all_reduce") in job.saved
 
 
 def saved_elements(job: Job, args: DecoderArgs) -> float:
-    """Elements that the policy keeps of a block, per token of a micro-batch on a rank.
+    """Elements per token that the policy keeps of a block, for a micro-batch on a rank.
 
-    A sum over ranks is kept next to the product that it adds up, which is as wide as the model.
+    A sum over ranks is kept in addition to the products that it adds up, and has `dim` features.
     """
     t, saved = job.tp, job.saved
     shared, routed = feed_forwards(args)
@@ -26,16 +26,16 @@ def saved_elements(job: Job, args: DecoderArgs) -> float:
     products = enumerate(block_products(args, t))
     kept = sum(width for number, (_, width) in products if saves_product(job, number))
     if "attention" in saved and not args.attention_dropout:
-        # Its result, and of each head the logarithm of a sum in float32.
+        # The result, and each head's log-sum-exp in float32.
         kept += args.num_heads * (args.head_size + 4 / job.width) / t
     if t > 1 and saves_sums(job):
         kept += (1 + (shared > 0)) * whole
     if isinstance(args, MoEArgs) and routed:
         if saves_product(job, len(attention_matrices(args))):
-            # The router's is in float32.
+            # The router's result is in float32.
             kept += args.num_experts * (4 / job.width - 1) / t
         if "routing" in saved:
-            # Scores in float32, the expert of each row, and their order, twice with ep.
+            # Scores in float32, each row's expert, and the order of rows, twice with ep.
             orders = 12 * (args.num_experts + args.groups * (args.groups > 1))
             kept += (orders + 16 * routed * (1 + (job.ep > 1))) / job.width / t
         if "all_to_all" in saved and job.ep > 1:

@@ -1,4 +1,4 @@
-"""How blocks are split into pipeline stages, from costs alone."""
+"""Splits blocks into pipeline stages by their costs."""
 
 import functools
 import itertools
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 
 def balanced(costs: Sequence[int], num_parts: int) -> list[tuple[int, int]]:
-    """Bounds of consecutive, non-empty parts, the largest cost of which is as small as can be.
+    """Returns the bounds of consecutive, non-empty parts whose largest cost is minimal.
 
-    Of several such cuts the most even one, the larger parts first: the last stage of a pipeline
-    has the loss to compute in addition to its blocks.
+    Of several such splits it returns the most even one, with larger parts first, because the last
+    stage of a pipeline also computes the loss.
     """
     n, total = len(costs), list(itertools.accumulate(costs, initial=0))
 

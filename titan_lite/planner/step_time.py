@@ -1,4 +1,4 @@
-"""Seconds of one optimizer step, by what they are spent on."""
+"""Seconds of one optimizer step, as a sum of parts."""
 
 import math
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ Parts = dict[str, float]
 
 
 class BlockTimes(NamedTuple):
-    """Seconds of one block for one micro-batch; again: what is recomputed of each part."""
+    """Seconds of one block for one micro-batch. again: seconds to recompute each part."""
 
     matmul: Pair
     attention: Pair
@@ -30,16 +30,19 @@ class BlockTimes(NamedTuple):
     again: tuple[float, ...]
 
     def seconds(self, way: int, recomputed: float = 0.0) -> float:
-        """Sum of all parts; backward with this share of the recomputation."""
+        """Sum of all parts, forward (way 0) or backward (way 1).
+
+        recomputed: share of the recomputation that backward includes.
+        """
         return sum(part[way] for part in self[:-1]) + (recomputed * sum(self.again) if way else 0)
 
 
 PARTS = *BlockTimes._fields[:-1], "head", "optimizer", "fsdp", "pp", "bubble", "stragglers"
-"""Parts of the time of a step; of communication, only what computation does not hide."""
+"""Parts of a step's time; communication that computation hides is not counted."""
 
 
 class StepModel:
-    """Predicts the steps of jobs that differ in their layout alone; caches what layouts share."""
+    """Predicts steps of jobs that differ only in layout; caches values that layouts share."""
 
     def __init__(self, cluster: Cluster, job: Job) -> None:
         self.rates = Rates(cluster, job)
@@ -53,7 +56,7 @@ class StepModel:
         self._ring = cache(self.rates.ring)
 
     def inner(self, ranks: int, stride: int) -> int:
-        """Ranks of a group in one node, whose ranks are `stride` apart."""
+        """Ranks per node of a group whose ranks are `stride` apart."""
         return max(1, min(ranks, self.cluster.gpus_per_node // stride))
 
     def ring(self, size: float, ranks: int, stride: int, passes: int = 1) -> float:
@@ -61,7 +64,7 @@ class StepModel:
         return passes * self._ring(size, ranks, self.inner(ranks, stride))
 
     def block(self, job: Job) -> BlockTimes:
-        """One block of the job."""
+        """Times of one block of the job."""
         key = (job.tp, job.cp, job.ep, job.micro_batch, job.recompute, job.saved, job.float8,
                job.width, job.sequence_parallel, job.async_tp, job.cp_method,
                job.kernels)  # fmt: skip
@@ -84,7 +87,7 @@ class StepModel:
         gather = self.ring(size * (0.5 if float8 else 1), t, 1)
         scatter = self.ring(size, t, 1)
         exposed = 1 - self.k["async_tp"] if job.async_tp else 1.0
-        # float8's scales: a number each, of the inputs that are shared.
+        # Scales of float8, one number for each input that tensor-parallel ranks share.
         scales = 6 * self.ring(8, t, 1, 2) if float8 else 0.0
         tp = exposed * 2 * (gather + scatter) + scales
         cp = self._cp(job, attention)
@@ -110,7 +113,7 @@ class StepModel:
         return BlockTimes((forward, backward), attention, elementwise, (tp, tp), cp, ep, again)
 
     def _experts(self, job: Job, rows: float) -> tuple[list[Pair], Pair]:
-        """Products of a block's experts, whose rows are spread evenly, and their exchange."""
+        """Matmuls of a block's experts, with equal loads, and the all-to-all exchange of rows."""
         args = self.args
         if not (isinstance(args, MoEArgs) and args.num_experts):
             return [], (0.0, 0.0)
@@ -132,7 +135,7 @@ class StepModel:
         kv = 2 * job.local_tokens * args.kv_dim / job.tp * width
         if job.cp_method == "ulysses":
             moved = kv + 2 * job.local_tokens * args.attention_dim / job.tp * width
-            # Each rank sends (c - 1) / c of what it has: a ring's share of it, once.
+            # Each rank sends (c - 1) / c of its data, as in one pass of a ring.
             each = self.ring(moved, c, stride)
             return each, each
         if job.cp_method == "all_gather":
@@ -157,7 +160,7 @@ class StepModel:
         return cost
 
     def predict(self, job: Job) -> "Step":
-        """The job's step."""
+        """Predicts the job's step."""
         block, head = self.block(job), self.head(job)
         parts = dict.fromkeys(PARTS, 0.0)
         m = job.micro_steps
@@ -182,7 +185,7 @@ class StepModel:
         return Step(job, self.cluster, {name: factor * part for name, part in parts.items()})
 
     def _muon(self, job: Job, shard: float) -> float:
-        """Newton-Schulz on the owners of the matrices, to which shards travel, and back."""
+        """Newton-Schulz on the ranks that own matrices, and moving shards to them and back."""
         owners, matmul = job.world_size // job.pp, self.rates.matmul
         each = [
             job.ns_steps * (matmul(m, n, m) + matmul(m, m, m) + matmul(m, m, n))
@@ -192,7 +195,7 @@ class StepModel:
         return busiest + 2 * self.ring(job.width * shard, owners, 1)
 
     def _slowest(self, job: Job, block: BlockTimes, head: float) -> tuple[int, int, bool]:
-        """The slowest pipeline rank: its blocks, recomputed blocks, and whether it has the head."""
+        """Returns (blocks, recomputed blocks, True if it has the head) of the slowest rank."""
         both, again = block.seconds(0) + block.seconds(1), sum(block.again)
         ranks = []
         for stages in rank_stages(job):
@@ -208,13 +211,13 @@ class StepModel:
         parts["head"] = m * has_head * head[0]
 
     def exposed(self, network: float, compute: float) -> float:
-        """Slowdown of the compute that hides communication."""
+        """Seconds that communication adds to the computation that overlaps with it."""
         return max(network, compute + self.k["interference"] * network) - compute
 
     def _units(self, job: Job, params: float, experts: float = 0.0) -> Pair:
         """Seconds to gather and to reduce parameters over the FSDP ranks (and replicas).
 
-        Experts are on fewer ranks, as far apart as those that share them are many.
+        Experts are sharded over fewer ranks: those with the same experts, which are `ep` apart.
         """
         gather = reduce = 0.0
         width = 2 * self.rates.scale
@@ -256,13 +259,13 @@ class StepModel:
         m, passes = job.micro_steps, job.micro_steps // job.pipelined
         rank = sum(parts.values()) / m
         size = 2 * self.rates.scale * job.local_tokens * self.args.dim / job.tp
-        # Neighbours in the pipeline are in other nodes where the rest of the mesh fills one.
+        # Pipeline neighbours are in different nodes if the rest of the mesh fills a node.
         far = job.tp * job.fsdp * job.dp_replicate >= self.cluster.gpus_per_node
         share = self.cluster.gpus_per_node
         wide = self.rates.outer / share if far else self.rates.inner
         hop = self.k["node_hop_us" if far else "hop_us"] * 1e-6
         parts["pp"] = m * 2 * job.stages_per_rank * (size / min(wide, self.rates.inner) + hop)
-        # The gradients of weights fill what would be idle where they are computed apart.
+        # Schedules that split backward compute weights' gradients in time that is otherwise idle.
         idle = 1 / 3 if job.order.splits_backward else 1.0
         parts["bubble"] = passes * (job.pp - 1) / job.stages_per_rank * idle * rank
         params, experts = self.params / job.pp, self.experts / job.pp
@@ -280,7 +283,7 @@ def rank_stages(job: Job) -> list[tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of a step by PARTS, on a cluster."""
+    """Seconds of a step on a cluster, by the names in PARTS."""
 
     job: Job
     cluster: Cluster
