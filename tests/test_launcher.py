@@ -22,7 +22,7 @@ from titan_lite import launch as launcher
 from titan_lite.config.arguments import UsageError, split_arguments
 from titan_lite.launch import POLL_SECONDS, Settings, loopback, read_endpoint
 from titan_lite.regression.run_training import run_training
-from titan_lite.runtime.log import is_first_to_say
+from titan_lite.runtime.log import is_first_to_print
 
 ROOT = Path(__file__).parent.parent
 # Of coreutils: what the scripts use. A slim container has these, bash and Python.
@@ -285,17 +285,17 @@ def test_a_message_is_printed_by_one_process_of_a_node(
 ) -> None:
     """By that of torchrun as well, however late the others come."""
 
-    def say(attempt: str, rank: str, text: str) -> bool:
+    def is_first(attempt: str, rank: str, text: str) -> bool:
         folder = tmp_path / attempt
         (folder / rank).mkdir(parents=True, exist_ok=True)
         place = folder / rank / "error.json" if "ERROR_FILE" in variable else folder
         monkeypatch.setenv(variable, str(place))
-        return is_first_to_say(text)
+        return is_first_to_print(text)
 
-    assert say("attempt_0", "0", "a mistake")
-    assert not say("attempt_0", "1", "a mistake")
-    assert say("attempt_0", "1", "another one")
-    assert say("attempt_1", "0", "a mistake")
+    assert is_first("attempt_0", "0", "a mistake")
+    assert not is_first("attempt_0", "1", "a mistake")
+    assert is_first("attempt_0", "1", "another one")
+    assert is_first("attempt_1", "0", "a mistake")
 
 
 def test_all_broken_rules_are_reported_together_and_unknown_keys_before_them() -> None:

@@ -1,6 +1,6 @@
-"""Starts a run's processes on this node and watches them: `run_train.sh` without its environment.
+"""Starts a run's processes on this node and watches them; `run_train.sh` calls it.
 
-The settings come from the variables that `run_train.sh --help` explains.
+The settings are environment variables, which `run_train.sh --help` explains.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ from titan_lite.runtime.nodes import (
 from titan_lite.runtime.other_launchers import unexpected_start
 from titan_lite.runtime.parent import MAYBE_OUT_OF_MEMORY, PARENT, watch_parent
 from titan_lite.runtime.stop import (
-    EXIT_MISTAKE,
     EXIT_STOPPED_UNSAVED,
+    EXIT_USAGE,
     ORDERLY,
     SENT,
     handled_signals,
@@ -46,13 +46,13 @@ USAGE = "usage: run_train.sh [CONFIG.toml] [--section.key=value ...]"
 PROGRAM = (sys.executable, "-u", "-m", "titan_lite.train")
 DEFAULT_PORT = 29500
 POLL_SECONDS = 0.1
-# Longer than a process that SIGTERM finds stuck takes to end by itself.
+# Longer than TERM_GRACE, after which a stuck process ends by itself.
 KILL_AFTER_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Arguments and variables."""
+    """The command line and the environment variables."""
 
     config: str
     overrides: tuple[str, ...]
@@ -93,7 +93,7 @@ def _number(name: str, default: int, *, at_least: int) -> int:
 
 
 def read_endpoint() -> tuple[str, int]:
-    """RDZV_ENDPOINT, else MASTER_ADDR and MASTER_PORT."""
+    """Returns (host, port) of RDZV_ENDPOINT, else of MASTER_ADDR and MASTER_PORT."""
     text = os.environ.get("RDZV_ENDPOINT", "")
     if not text:
         address = os.environ.get("MASTER_ADDR")
@@ -103,7 +103,7 @@ def read_endpoint() -> tuple[str, int]:
             address = f"[{address}]"
         text = f"{address}:{os.environ.get('MASTER_PORT') or DEFAULT_PORT}"
     host, separator, port = text.rpartition(":")
-    # Without a port, or an IPv6 address without one.
+    # There is no port, possibly after an IPv6 address.
     if not separator or text.endswith("]") or (":" in host and not host.endswith("]")):
         host, port = text, str(DEFAULT_PORT)
     host = host.removeprefix("[").removesuffix("]")
@@ -116,7 +116,7 @@ def _is_host(text: str) -> bool:
     try:
         if ":" in text:
             ipaddress.IPv6Address(text)
-        # As looking up a name does; socket.getaddrinfo passes its error on.
+        # socket.getaddrinfo encodes names in the same way, and raises this error.
         text.encode("idna")
     except ValueError:
         return False
@@ -124,12 +124,12 @@ def _is_host(text: str) -> bool:
 
 
 class Signals:
-    """Ends this process at the first signal, or notes it while training processes run."""
+    """Ends this process at the first signal; while training processes run, notes it instead."""
 
     def __init__(self) -> None:
         self.are_noted = False
         self.noted: list[signal.Signals] = []
-        # Once the training processes have ended, a signal changes nothing about it.
+        # Exit code once the training processes have ended; a later signal does not change it.
         self.code: int | None = None
         for number in handled_signals():
             signal.signal(number, self._handle)
@@ -149,11 +149,14 @@ class Signals:
 class Attempt:
     """The training processes of this node, from their start to their end.
 
-    `was_signalled` once a signal has requested a stop.
+    was_signalled: True once a signal has requested a stop.
     """
 
     def __init__(self, settings: Settings, start: NodeStart, address: str, folder: str) -> None:
-        """address: of the node with the store. folder: for what the processes leave each other."""
+        """Starts the processes.
+
+        address: that of the node with the store. folder: shared by the processes, see MESSAGES.
+        """
         self._settings, self._start, self._folder = settings, start, folder
         job = settings.job
         shared = {
@@ -163,7 +166,7 @@ class Attempt:
             "GROUP_WORLD_SIZE": job.NNODES,
             "MASTER_ADDR": address,
             "MASTER_PORT": start.port,
-            # The store is there already.
+            # This launcher serves the store.
             "TORCHELASTIC_USE_AGENT_STORE": True,
             MESSAGES: folder,
             PARENT: os.getpid(),
@@ -185,11 +188,12 @@ class Attempt:
         self._kill_at: float | None = None
 
     def watch(self, nodes: Nodes, signals: Signals) -> int:
-        """Waits until all processes have ended; returns their exit code together."""
+        """Waits until all processes have ended; returns their common exit code."""
         while True:
             codes = [process.poll() for process in self._processes]
             if nodes.stopped or (self.was_signalled and -signal.SIGUSR1 in codes):
-                # It did not listen yet, so no process trains: the others would wait for it forever.
+                # A process ended before it listened for signals, so none trains yet: the others
+                # would wait for it forever.
                 nodes.stop()
                 self.kill()
                 return EXIT_STOPPED_UNSAVED
@@ -201,7 +205,7 @@ class Attempt:
                 failed = [code for code in codes if code is not None and not self._is_orderly(code)]
                 if failed or nodes.failed:
                     if not failed:
-                        say("Exiting because another node failed; see its log for the cause")
+                        log("Exiting because another node failed; see its log for the cause")
                     self._report_killed(codes)
                     nodes.fail()
                     self._send(signal.SIGTERM)
@@ -215,7 +219,7 @@ class Attempt:
         return worst_code(ended)
 
     def kill(self) -> None:
-        """Ends all processes at once, with those that they have started."""
+        """Kills all processes and their children."""
         for process in self._processes:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -223,8 +227,9 @@ class Attempt:
             process.wait()
 
     def _handle_signals(self, numbers: Sequence[signal.Signals]) -> None:
-        # One event sends several: GNU timeout to the process and to its group, a closed terminal
-        # from the shell and from the system, systemd SIGHUP after SIGTERM. A user presses twice.
+        # One event can send several signals: GNU timeout to the process and to its group, a closed
+        # terminal from the shell and from the system, systemd SIGHUP after SIGTERM. So only a
+        # second Ctrl-C ends the run at once.
         if self._was_interrupted and signal.SIGINT in numbers:
             self.kill()
             raise SystemExit(128 + signal.SIGINT)
@@ -233,10 +238,10 @@ class Attempt:
             return
         self.was_signalled, name = True, numbers[0].name
         hint = "; a second Ctrl-C ends at once" if self._was_interrupted else ""
-        say(f"{name}: stopping after the current step{hint}")
+        log(f"{name}: stopping after the current step{hint}")
         with contextlib.suppress(OSError):
             (Path(self._folder) / SENT).write_text(f"{name} to the launcher")
-        # The one that has no time limit.
+        # The signal whose handling has no time limit.
         self._send(signal.SIGUSR1)
 
     def _send(self, number: signal.Signals) -> None:
@@ -244,7 +249,7 @@ class Attempt:
             process.send_signal(number)
 
     def _code(self, code: int) -> int:
-        # Signalled before it could listen.
+        # A process that ended by SIGUSR1 did not listen for signals yet.
         return EXIT_STOPPED_UNSAVED if self.was_signalled and code == -signal.SIGUSR1 else code
 
     def _is_orderly(self, code: int) -> bool:
@@ -257,11 +262,11 @@ class Attempt:
             rank = self._start.node * self._settings.job.NGPU + local
             hint = f" {MAYBE_OUT_OF_MEMORY}" if code == -signal.SIGKILL else ""
             pid, name = self._processes[local].pid, signal.Signals(-code).name
-            say(f"rank {rank}, process {pid}, was killed by {name}{hint}")
+            log(f"rank {rank}, process {pid}, was killed by {name}{hint}")
 
 
 def defaults(settings: Settings) -> dict[str, str]:
-    """Variables of the training processes where the user has not set them."""
+    """Environment variables of the training processes, unless the user has set them."""
     processes, variables = settings.job.NGPU, {}
     if not settings.on_gpu:
         variables["OMP_NUM_THREADS"] = str(max(1, _cores() // processes))
@@ -278,14 +283,14 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def say(message: str) -> None:
-    """Prints a line, if there is still a terminal to print it on."""
+def log(message: str) -> None:
+    """Prints a line, unless the terminal is closed."""
     with contextlib.suppress(OSError):
         print(f"titan-lite: {message}", file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains, and returns the exit code of the processes together, or 2 for a mistake."""
+    """Trains, and returns the processes' common exit code, or 2 for a usage error."""
     open_closed_streams()
     argv = sys.argv[1:] if argv is None else list(argv)
     if {"-h", "--help"} & set(argv):
@@ -302,10 +307,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         return _run(settings, signals)
     except UsageError as error:
-        say(str(error))
-        return EXIT_MISTAKE
+        log(str(error))
+        return EXIT_USAGE
     except NodesError as error:
-        say(str(error))
+        log(str(error))
         return error.code
 
 
@@ -323,10 +328,10 @@ def _check(settings: Settings) -> int:
 
 def _run(settings: Settings, signals: Signals) -> int:
     job, address = settings.job, loopback()
-    nodes: Nodes = FirstNode(job, say)
+    nodes: Nodes = FirstNode(job, log)
     if job.NNODES > 1:
         address, port = read_endpoint()
-        nodes = connect(job, address, port, say)
+        nodes = connect(job, address, port, log)
     while True:
         server = listen(0) if job.NNODES > 1 else socket_at(address)
         start = nodes.start(server.getsockname()[1])
@@ -345,11 +350,11 @@ def _run(settings: Settings, signals: Signals) -> int:
         if not verdict.again:
             return verdict.code
         signals.code = None
-        say(f"Starting all processes again: restart {start.attempt + 1} of {job.MAX_RESTARTS}")
+        log(f"Starting all processes again: restart {start.attempt + 1} of {job.MAX_RESTARTS}")
 
 
 def loopback() -> str:
-    """The address at which this machine reaches itself, which needs no name."""
+    """The loopback address, which needs no name resolution."""
     for address in ("127.0.0.1", "::1"):
         with contextlib.suppress(OSError):
             socket_at(address).close()
@@ -358,14 +363,14 @@ def loopback() -> str:
 
 
 def socket_at(address: str) -> socket.socket:
-    """A socket that listens at an address, with room for all processes that come at once."""
+    """A socket that listens at a free port of an address."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     return socket.create_server((address, 0), family=family)
 
 
 def _serve(server: socket.socket) -> None:
-    """Serves the store of an attempt for ever: connections wait while torch is imported."""
-    # As in titan_lite.train.
+    """Serves the store of an attempt forever; connections wait while torch is imported."""
+    # See titan_lite.train.
     gc.disable()
     from torch.distributed import TCPStore
 

@@ -10,26 +10,26 @@ from collections.abc import Sequence
 from titan_lite.config.arguments import UsageError, split_arguments
 from titan_lite.config.load import ConfigError, Problem
 from titan_lite.models.plan import make_plan
-from titan_lite.runtime.log import is_first_to_say, open_closed_streams, set_up_logging
+from titan_lite.runtime.log import is_first_to_print, open_closed_streams, set_up_logging
 from titan_lite.runtime.other_launchers import unexpected_start
 from titan_lite.runtime.parent import PARENT, watch_parent
 from titan_lite.runtime.progress import Progress
 from titan_lite.runtime.stop import (
     EXIT_FAILED,
-    EXIT_MISTAKE,
     EXIT_STOPPED,
     EXIT_STOPPED_UNSAVED,
+    EXIT_USAGE,
     StopRequest,
     handled_signals,
 )
 from titan_lite.runtime.writing import WriteError
 
 USAGE = "usage: python -m titan_lite.train CONFIG [--section.key=value ...]"
-# What a launcher gives each process; without it a process is alone.
+# Variables that a launcher sets for each process. Without them there is only this process.
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ENVIRONMENT = "environment"
 
-# A launcher stops the others when one process has failed, and looks ten times a second.
+# Time within which the launcher stops this process after another one has failed.
 LAUNCHER_SECONDS = 3.0
 
 # Not __name__, which is "__main__" here.
@@ -37,10 +37,10 @@ logger = logging.getLogger("titan_lite.train")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains the model of the configuration.
+    """Trains the model of the configuration, and returns the exit code.
 
-    Returns 2 for a mistake in it, 1 for a failure, 75 when a signal stopped it and a checkpoint was
-    saved, 143 when none was. A second SIGINT ends the process at once, with 130.
+    2: usage or configuration error. 1: failure. 75: stopped by a signal, with a checkpoint. 143:
+    stopped without one. A second SIGINT ends the process at once, with 130.
     """
     open_closed_streams()
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -54,21 +54,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank, world_size = position()
     except (UsageError, ConfigError) as error:
         print(error, file=sys.stderr)
-        return EXIT_MISTAKE
+        return EXIT_USAGE
     set_up_logging(rank)
     progress = Progress()
     stop = StopRequest(progress)
     with stop.listening():
-        # Processes that were started by hand may outlive their parent (nohup).
+        # Only with a launcher: a process that was started by hand may outlive its parent (nohup).
         if PARENT in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
             watch_parent(stop.launcher_has_gone)
         try:
             return _train(path, overrides, rank, world_size, stop, progress)
         except ConfigError as error:
-            if is_first_to_say(str(error)):
+            if is_first_to_print(str(error)):
                 print(error, file=sys.stderr)
-            _leave_others(EXIT_MISTAKE)
-            return EXIT_MISTAKE
+            _leave_others(EXIT_USAGE)
+            return EXIT_USAGE
 
 
 def _train(
@@ -82,8 +82,8 @@ def _train(
     plan = make_plan(path, overrides, world_size)
     if rank == 0:
         logger.info("Starting %s in %d process%s", path, world_size, "es" if world_size > 1 else "")
-    # torch takes seconds to import: mistakes are reported before. What it makes stays: looking
-    # for garbage among it would take a tenth of them.
+    # torch takes seconds to import, so configuration errors are reported before. Its objects live
+    # until the end: without garbage collection the import is 10 % faster.
     gc.disable()
     from titan_lite.optim.nonfinite import NonFiniteError
     from titan_lite.runtime.distributed import stop_process_group
@@ -105,17 +105,17 @@ def _train(
     except WriteError as error:
         return _end(error)
     except Exception as error:
-        # gloo's words for a process that is gone.
+        # gloo reports "Connection closed by peer" if another process has ended.
         if "by peer" in str(error) and stop.comes_within(LAUNCHER_SECONDS):
             logger.info("Exiting because another process failed; its message has the cause")
             _leave_others(EXIT_FAILED)
             return EXIT_FAILED
         if progress.phase == "data" and isinstance(error, ValueError | OSError):
-            # A document that cannot be read: the message has its file and line.
+            # A document cannot be read; the message has its file and line.
             return _end(error)
         has_timed_out = "timed out" in str(error).lower()
         # Ranks that waited for another one have the same message.
-        if is_first_to_say("timed out" if has_timed_out else str(error)):
+        if is_first_to_print("timed out" if has_timed_out else str(error)):
             logger.error("%s", error)
             logger.exception("Failed in step %d (%s)", progress.step, progress.phase)
         if trainer.watchdog.logs and has_timed_out:
@@ -131,15 +131,15 @@ def _train(
 
 
 def _end(error: Exception) -> int:
-    """Ends a failed process with one sentence, without a traceback."""
-    if is_first_to_say(str(error)):
+    """Ends a failed process with the error's message, without a traceback."""
+    if is_first_to_print(str(error)):
         logger.error("%s", error)
     _leave_others(EXIT_FAILED)
     return EXIT_FAILED
 
 
 def _leave_others(code: int) -> None:
-    """Ends this process, if it is one of several, in which others may be waiting for it."""
+    """Ends this process at once if it has a launcher, because others may be waiting for it."""
     if "RANK" in os.environ:
         from titan_lite.runtime.distributed import exit_immediately
 
@@ -147,9 +147,9 @@ def _leave_others(code: int) -> None:
 
 
 def position() -> tuple[int, int]:
-    """The rank of this process and the number of processes.
+    """Returns the rank of this process and the number of processes.
 
-    ConfigError if the launcher's variables are there only in part, or have no valid values.
+    Raises ConfigError if only some of the launcher's variables are set, or a value is not valid.
     """
     if "RANK" in os.environ:
         missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
@@ -180,6 +180,6 @@ def _integer(name: str, least: int, most: int) -> int:
 if __name__ == "__main__":
     code = main()
     for number in handled_signals():
-        # Nothing is left to stop, and a signal would change the exit code.
+        # The run has ended: a signal must not change the exit code.
         signal.signal(number, signal.SIG_IGN)
     sys.exit(code)

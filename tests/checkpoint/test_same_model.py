@@ -12,7 +12,7 @@ import torch
 from tests.checkpoint.test_manifest import make_checkpoint
 from titan_lite import cli
 from titan_lite.checkpoint.manifest import read_manifest, write_manifest
-from titan_lite.checkpoint.same_model import SHOWN_BY_WEIGHTS, model_facts
+from titan_lite.checkpoint.same_model import IMPLIED_BY_WEIGHTS, model_facts
 from titan_lite.config.schema import Model
 from titan_lite.models.args import DecoderArgs, EncoderArgs, RopeScaling
 from titan_lite.models.bert import BERT
@@ -184,7 +184,7 @@ def test_the_settings_that_weights_show_are_those_that_change_their_names_or_sha
     args = replace(family.flavors["debug"], positions="learned", tied_head=False)
     shapes = _shapes(args)
     choices = {"norm": ("rmsnorm", "layernorm"), "positions": ("learned", "rotary")}
-    for name in SHOWN_BY_WEIGHTS & {field.name for field in dataclasses.fields(args)}:
+    for name in IMPLIED_BY_WEIGHTS & {field.name for field in dataclasses.fields(args)}:
         value = getattr(args, name)
         if name in choices:
             other = next(choice for choice in choices[name] if choice != value)

@@ -278,7 +278,7 @@ def test_the_summary_of_a_run_without_a_second_window_says_not_measured(steps):
     run.train(steps)
     lines = run.meter.summary().splitlines()
     assert len(lines) == 5
-    assert "not measured: no step was logged after the warm-up step" in lines[1]
-    assert "not measured: no step was logged after the warm-up step" in lines[2]
+    assert "not measured: no step was logged after start-up" in lines[1]
+    assert "not measured: no step was logged after start-up" in lines[2]
     assert ("not measured: no step was logged" in lines[0]) == (steps == 0)
     assert ("not measured: no step was logged" in lines[3]) == (steps == 0)

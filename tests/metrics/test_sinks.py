@@ -73,7 +73,7 @@ def test_console_lines_are_aligned_from_the_first_step_to_the_last_and_from_cpu_
 
 def test_console_marks_warm_up_instead_of_an_estimate_from_it():
     line = printed(record(1, warmup=True))
-    assert line.endswith("  warm-up\n")
+    assert line.endswith("  start-up\n")
     assert "eta" not in line
 
 

@@ -26,11 +26,11 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_scale(implementation:
     optimizer = torch.optim.AdamW([weight], lr=0.1, **{implementation: True})
     scaler = LossScaler(torch.device("cpu"))
     weight.grad = torch.tensor([1.0, torch.inf, 1.0])
-    scaler.step(optimizer, **UNUSED, is_finite=torch.tensor(False), grad_scale=None)
+    scaler.step(optimizer, **UNUSED, is_finite=torch.tensor(False), divisor=None)
     assert weight.tolist() == [1, 1, 1]
     assert scaler.metrics() == {"loss_scale": 32768, "skipped_steps": 1}
     weight.grad = torch.full((3,), 8.0)
-    scaler.step(optimizer, **UNUSED, is_finite=torch.tensor(True), grad_scale=torch.tensor(8.0))
+    scaler.step(optimizer, **UNUSED, is_finite=torch.tensor(True), divisor=torch.tensor(8.0))
     assert optimizer.state[weight]["exp_avg"].tolist() == pytest.approx([0.1] * 3)
     # The first step that counts: Adam's correction of its moments makes it one of lr.
     torch.testing.assert_close(weight.data, torch.full((3,), 1 - 0.1 - 0.001))
@@ -47,7 +47,7 @@ def test_the_scale_grows_after_enough_finite_steps_in_a_row(
     scales = []
     for is_finite in (True, False, True, True, True, True, True):
         optimizer = torch.optim.AdamW([weight], fused=True)
-        scaler.step(optimizer, **UNUSED, is_finite=torch.tensor(is_finite), grad_scale=None)
+        scaler.step(optimizer, **UNUSED, is_finite=torch.tensor(is_finite), divisor=None)
         scales.append(scaler.scale.item() / 65536)
     assert scales == [1, 0.5, 0.5, 1, 1, 2, 2]
 
@@ -61,7 +61,7 @@ def test_a_scale_that_can_fall_no_further_ends_a_run_that_has_diverged() -> None
         scaler.check(step, 1.0)
         if step < 17:
             scaler.check(step, torch.inf)
-        scaler.step(optimizer, **UNUSED, is_finite=torch.tensor(False), grad_scale=None)
+        scaler.step(optimizer, **UNUSED, is_finite=torch.tensor(False), divisor=None)
     assert scaler.metrics() == {"loss_scale": 1, "skipped_steps": 17}
     message = r"step 18: the gradient norm is nan at the minimum loss scale \(1\), after 17 skipped"
     with pytest.raises(RuntimeError, match=message):

@@ -97,7 +97,7 @@ def test_a_bad_step_changes_nothing_and_scaled_gradients_are_divided(state_dtype
             guard.step(
                 optimizer,
                 is_finite=weight.grad.isfinite().all(),
-                grad_scale=torch.tensor(scale),
+                divisor=torch.tensor(scale),
                 norms=torch.ones(1),
                 owners=["a"],
             )

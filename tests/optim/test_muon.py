@@ -162,7 +162,7 @@ def test_heads_are_orthogonalized_one_by_one() -> None:
 
 def test_gradients_are_divided_by_the_scale_that_clips_them() -> None:
     scaled, parameters = plain()
-    take(scaled, parameters, grad_scale=torch.tensor(4.0))
+    take(scaled, parameters, divisor=torch.tensor(4.0))
     for name, parameter in parameters.items():
         divided = [gradient / 4 for gradient in gradients(name)]
         assert torch.equal(parameter, muon_by_hand(drawn(name, 0), divided))
@@ -258,7 +258,7 @@ def test_a_skipped_step_leaves_matrices_and_the_rest_alone_and_loaded_state_coun
     def step(optimizer: Muon, tensors: list[nn.Parameter], value: float) -> None:
         for tensor in tensors:
             tensor.grad = torch.full_like(tensor, value)
-        optimizer.step(is_finite=torch.tensor(value).isfinite(), grad_scale=torch.tensor(2.0))
+        optimizer.step(is_finite=torch.tensor(value).isfinite(), divisor=torch.tensor(2.0))
 
     skipping, tensors = built()
     straight, expected = built()

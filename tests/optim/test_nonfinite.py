@@ -103,7 +103,7 @@ def test_no_step_after_a_bad_one_is_applied_before_the_host_has_heard(implementa
         guard.step(
             optimizer,
             is_finite=torch.tensor(norms).isfinite().all(),
-            grad_scale=None,
+            divisor=None,
             norms=torch.tensor(norms),
             owners=["a", "b"],
         )
@@ -120,7 +120,7 @@ class _Sign(DeviceGuardedOptimizer):
         closure: Any = None,
         *,
         is_finite: torch.Tensor | None = None,
-        grad_scale: torch.Tensor | None = None,
+        divisor: torch.Tensor | None = None,
     ) -> None:
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -157,7 +157,7 @@ def test_any_optimizer_leaves_weights_and_state_alone_in_a_bad_step(optimizer: A
         is_applied = guard.step(
             instance,
             is_finite=weight.grad.isfinite().all(),
-            grad_scale=None,
+            divisor=None,
             norms=torch.ones(1),
             owners=["a"],
         )

@@ -63,7 +63,7 @@ def test_a_recompilation_is_warned_about_with_its_reason(
 ) -> None:
     settings = ("--training.steps=6", "--compile.enable=true")
     (warning,) = one_process.run(_warnings_of_shortened, tmp_path, *settings)[0]
-    assert warning.startswith("Step 4 recompiled (1 times so far since the warm-up): ")
+    assert warning.startswith("Step 4 recompiled (1 times so far since start-up): ")
     assert "size mismatch at index 1. expected 64, actual 32" in warning
 
 

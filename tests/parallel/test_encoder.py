@@ -96,10 +96,10 @@ def _forward_backward(built: ParallelModel, calls: list[tuple[Tensor, dict[str, 
 
 def _gradients(built: ParallelModel) -> dict[str, Any]:
     """Those of all stages, and their norm."""
-    pp, copy = built.meshes.pp, None
+    pp, tied = built.meshes.pp, None
     if pp is not None and built.model.output is not None:
-        copy = built.model.get_parameter("output.weight")
-    norm = clipped_norm(built.model.named_parameters(), 0, pp_group=pp, copy=copy).total
+        tied = built.model.get_parameter("output.weight")
+    norm = clipped_norm(built.model.named_parameters(), 0, pp_group=pp, tied=tied).total
     stages = [whole(built.model, gradients=True)]
     if pp is not None:
         stages *= 2

@@ -57,11 +57,11 @@ def test_the_scale_clips_to_the_norm_asked_for_as_torch_does(loss_scale: float |
         parameter.grad = gradient * (loss_scale or 1.0)
         norm = clipped_norm([("w", parameter)], max_norm, loss_scale=scale)
         assert norm.total == 5
-        divided = parameter.grad if norm.grad_scale is None else parameter.grad / norm.grad_scale
+        divided = parameter.grad if norm.divisor is None else parameter.grad / norm.divisor
         parameter.grad = gradient.clone()
         nn.utils.clip_grad_norm_([parameter], max_norm or torch.inf)
         torch.testing.assert_close(divided, parameter.grad, rtol=1e-6, atol=0)
-    assert clipped_norm([("w", parameter)], 0.0).grad_scale is None
+    assert clipped_norm([("w", parameter)], 0.0).divisor is None
 
 
 def _fsdp_sum() -> float:

@@ -51,7 +51,7 @@ def test_a_run_gives_the_factor_that_makes_its_prediction_right(
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        (RECORDS[:2], "1 records after the warm-up; at least 3 are required"),
+        (RECORDS[:2], "1 records after start-up; at least 3 are required"),
         (None, "must be the folder"),
     ],
 )
@@ -73,7 +73,7 @@ def test_records_without_seconds_do_not_count(
 ) -> None:
     run_folder(tmp_path, [{"step": 1, "seconds_per_step": seconds}] * 4)  # type: ignore[dict-item]
     assert cli.main(["plan", "recalibrate", str(tmp_path)]) == 2
-    assert "0 records after the warm-up; at least 3 are required" in capsys.readouterr().err
+    assert "0 records after start-up; at least 3 are required" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["[]", "5", "{", '{"config": {"job": 5}}', '{"config": 5}'])

@@ -176,12 +176,12 @@ def test_settings_that_a_resume_changed_are_compared_part_by_part(capsys) -> Non
         write_run(Path(f"{name}{name}"), LOSS, NORM, f"--{key}=8")
     code, lines = run("b", "bb", capsys=capsys)
     assert code == 2
-    assert "training.global_batch_size is 4, from step 4 on 8 and 8" in lines[0]
+    assert "training.global_batch_size is 4, then 8 from step 4 and 8" in lines[0]
     assert run("b", "b", capsys=capsys)[0] == 0
     code, lines = run("c", "cc", "--json=found.json", capsys=capsys)
-    assert (code, lines[-1]) == (0, "optimizer.lr: 4.0, from step 4 on 8.0 and 8.0")
+    assert (code, lines[-1]) == (0, "optimizer.lr: 4.0, then 8.0 from step 4 and 8.0")
     actual = json.loads(Path("found.json").read_text())["different_settings"]
-    assert actual == {"optimizer.lr": ["4.0, from step 4 on 8.0", 8.0]}
+    assert actual == {"optimizer.lr": ["4.0, then 8.0 from step 4", 8.0]}
     Path("c/run.json").write_text(json.dumps(facts(segments=[{"config": {}}])))
     assert "c/run.json: a segment has no config and mesh" in run("c", "c", capsys=capsys)[1][0]
 

@@ -128,7 +128,7 @@ def test_runs_with_experts_have_panels_and_a_table_of_blocks() -> None:
     for title, value in (("Experts without tokens", 3), ("Entropy of the loads", 0.75)):
         assert actual.figures[title]["data-lines"][1][1] == [value] * 3
     assert actual.figures["Balancing loss"]["data-lines"][1][1] == [0.004] * 3
-    assert "Nothing was logged of: Most loaded rank, Largest bias" in actual.notes
+    assert "Not logged: Most loaded rank, Largest bias" in actual.notes
     assert "no unit; 1 if all experts are used equally" in Path("page.html").read_text()
     # The first of three blocks is dense.
     row = "load 1.75, 3 experts without tokens, entropy 0.625, balancing loss 0.003"
@@ -147,7 +147,7 @@ def test_a_block_whose_loss_is_nan_is_shown() -> None:
 def test_what_was_not_logged_is_named_and_takes_no_room() -> None:
     write_run(Path("a"), [8.0, 7.5])
     actual = page("a")
-    assert "Nothing was logged of: Validation loss, Checkpoint stalls" in actual.notes
+    assert "Not logged: Validation loss, Checkpoint stalls" in actual.notes
     assert not {"Validation loss", "Checkpoint stalls"} & actual.figures.keys()
 
 
@@ -216,11 +216,11 @@ def test_a_resumed_run_shows_the_settings_of_each_part_and_marks_where_it_was_re
     write_run(Path("a"), [8.0, 7.5, 7.0, 6.5], None, "--optimizer.lr=0.3", segments=parts)
     write_run(Path("b"), [8.0, 7.5, 7.0, 6.5], None, "--optimizer.lr=0.1")
     actual = page("a", "b")
-    assert actual.rows["optimizer.lr"] == ["0.1, from step 3 on 0.2", "0.1"]
-    assert actual.rows["mesh"] == ["one process, from step 4 on dp_shard 4", "one process"]
-    assert actual.rows["commit"][0] == "0123456789ab, from step 4 on fedcba987654"
+    assert actual.rows["optimizer.lr"] == ["0.1, then 0.2 from step 3", "0.1"]
+    assert actual.rows["mesh"] == ["one process, then dp_shard 4 from step 4", "one process"]
+    assert actual.rows["commit"][0] == "0123456789ab, then fedcba987654 from step 4"
     assert actual.rows["resumed from step"] == ["2, 3", "0"]
-    assert actual.overview("a")["devices"] == "1 x AMD EPYC, from step 4 on 4 x AMD EPYC"
+    assert actual.overview("a")["devices"] == "1 x AMD EPYC, then 4 x AMD EPYC from step 4"
     assert actual.overview("a")["steps"] == "4 of 10,000, resumed at 2, 3"
     assert all(figure["data-resumes"] == [[2, 3], []] for figure in actual.figures.values())
     assert "An upright dotted line marks a resume." in "".join(actual.notes)

@@ -1,4 +1,4 @@
-"""Compares the model of a checkpoint, as its manifest names it, with that of a run; no torch."""
+"""Compares the model in a checkpoint's manifest with that of a run; no torch."""
 
 import dataclasses
 import json
@@ -11,8 +11,8 @@ from titan_lite.config.stored import stored_model
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.registry import resolve
 
-# Fields whose values the names or shapes of the weights show.
-SHOWN_BY_WEIGHTS = frozenset(
+# Fields whose values follow from the names or shapes of the weights.
+IMPLIED_BY_WEIGHTS = frozenset(
     {
         "dim",
         "num_layers",
@@ -32,14 +32,13 @@ SHOWN_BY_WEIGHTS = frozenset(
         "positions",
         "num_token_types",
         "post_norm",
-        # Of learned positions.
-        "max_seq_len",
+        "max_seq_len",  # with learned positions
     }
 )
 
 
 def model_facts(family: str, args: DecoderArgs) -> dict[str, Any]:
-    """The model as a manifest holds it: its family's name, and all fields of the args as JSON."""
+    """Returns the model as a manifest stores it: its family's name, and the args as JSON."""
     facts = {"name": family, **dataclasses.asdict(args), "head_dim": args.head_size}
     result: dict[str, Any] = json.loads(json.dumps(facts, default=str))
     return result
@@ -48,16 +47,16 @@ def model_facts(family: str, args: DecoderArgs) -> dict[str, Any]:
 def model_differences(
     manifest: CheckpointManifest, section: Model, args: DecoderArgs
 ) -> dict[str, tuple[Any, Any]]:
-    """Fields of the args, or "name" -> (the checkpoint's value, the run's), where they differ.
+    """Returns field of the args, or "name" -> (the checkpoint's value, the run's) if they differ.
 
     section, args: the run's.
 
-    Empty where the manifest names no model that can be resolved here, as one of a plugin that the
-    run does not import: loading then compares the weights themselves.
+    Empty if the manifest's model is unknown, for example one of a plugin that the run does not
+    import. Loading then compares the weights themselves.
     """
     own = model_facts(section.name, args)
     saved = manifest.model or _resolved(manifest.config) or own
-    # A field that is newer than the checkpoint had its default.
+    # A field that was added after the checkpoint was saved had its default.
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     pairs = {
         name: (saved.get(name, defaults.get(name)), own.get(name))

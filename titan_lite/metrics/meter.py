@@ -126,7 +126,7 @@ class Meter:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Mean since the warm-up window, None where no later step was logged."""
+        """Mean over logged steps after the start-up window; None if there are none."""
         return self._measured_seconds / self._measured_steps if self._measured_steps else None
 
     @property
@@ -193,8 +193,8 @@ class Meter:
             sink.close()
 
     def summary(self) -> str:
-        """Five lines: loss, WPS, MFU, memory, wall time; averages leave the warm-up window out."""
-        not_measured = "not measured: no step was logged after the warm-up step"
+        """Five lines: loss, WPS, MFU, memory, wall time; averages leave the start-up window out."""
+        not_measured = "not measured: no step was logged after start-up"
         loss = "not measured: no step was logged"
         memory = loss
         if self._first:

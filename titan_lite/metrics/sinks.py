@@ -106,7 +106,7 @@ class ConsoleSink:
         if "data_wait" in record:
             fields.append(("data", f"{record['data_wait']:4.1f}%"))
         if record.get("warmup"):
-            fields.append(("warm-up", ""))
+            fields.append(("start-up", ""))
         else:
             eta = (self._num_steps - step) * record["seconds_per_step"]
             fields.append(("eta", format_duration(eta)))

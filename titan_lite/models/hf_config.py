@@ -12,7 +12,8 @@ NO_HF_CONFIG = (
     "model family {} cannot be converted to or from transformers: its hf_config is not set"
 )
 
-UNCOMPARED = (
+# Fields of the args that affect training but not the weights.
+TRAINING_ONLY_FIELDS = (
     "max_seq_len",
     "fp32_residual",
     "hidden_dropout",
@@ -34,28 +35,28 @@ _SCALING_KEYS = {
 
 @dataclass(frozen=True, kw_only=True)
 class HFConfig:
-    """The form of a family's args in config.json."""
+    """How a family's args are written in config.json."""
 
     architecture: str
-    """The class in transformers, which `architectures` names."""
+    """The model class in transformers, as listed in `architectures`."""
     aliases: tuple[str, ...] = ()
-    """Other classes that files name which hold all of this one's weights."""
+    """Other classes with the same weights, which are accepted as well."""
     model_type: str
     args: type[DecoderArgs] = DecoderArgs
-    """Form of the numbers in config.json."""
+    """Class of the args that are read from config.json."""
     keys: Mapping[str, str]
-    """Fields of the args -> keys of config.json; several fields of one key have one value."""
+    """Fields of the args -> keys of config.json; several fields can read the same key."""
     choices: Mapping[str, object] = field(default_factory=dict)
     """Fields of the args that have this value in every model of the class."""
     defaults: Mapping[str, object] = field(default_factory=dict)
-    """Defaults of transformers where config.json lacks a key, or has null."""
+    """Defaults of transformers for keys that config.json lacks, or that are null."""
     fallbacks: Mapping[str, str] = field(default_factory=dict)
-    """Keys that have another key's value where config.json lacks them, or has null."""
+    """Key -> the key whose value it takes if config.json lacks it, or if it is null."""
     names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """Keys whose values have other names in the args: Hugging Face -> args. Where several Hugging
-    Face names have one name in the args, the first is written."""
+    """Key -> names of its values, Hugging Face -> args. If several Hugging Face names map to one
+    name in the args, the first is written."""
     constants: Mapping[str, object] = field(default_factory=dict)
-    """Keys that can have no other value in this family, which is also transformers' default."""
+    """Keys with the only value that this family supports, which is also transformers' default."""
 
     def matches_architecture(self, architectures: Collection[str]) -> bool:
         """Returns whether the `architectures` of a config.json name it."""
@@ -64,21 +65,21 @@ class HFConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HFLayout:
-    """The form of a Hugging Face tensor that differs from our parameter.
+    """The layout of a Hugging Face tensor that differs from our parameter.
 
-    Several names of ours that Family.hf_key_map gives the same name of Hugging Face's are one
-    tensor there: their rows one after the other, in the order of the map.
+    Parameters that Family.hf_key_map maps to the same Hugging Face name are one tensor there: their
+    rows are concatenated in the order of the map.
     """
 
     groups: str = ""
-    """The args' number of groups that the rows of each part are distributed over, as in GPT-NeoX's
-    q, k, v of head 0, q, k, v of head 1, ...: "num_heads"; empty: each part in one piece."""
+    """Field of the args with the number of groups in which the rows of the parameters alternate:
+    "num_heads" for GPT-NeoX's q, k, v of head 0, q, k, v of head 1, ...; empty: no groups."""
     transposed: bool = False
-    """Stored as (in, out), as by GPT-2's Conv1D."""
+    """Stored as (in, out), as in GPT-2's Conv1D."""
 
 
 def args_from_hf(config: Mapping[str, Any], hf: HFConfig) -> DecoderArgs:
-    """Returns the args of a config.json; ValueError with the key at fault."""
+    """Converts a config.json to args; ValueError with the key that is not supported."""
     config = _flatten_rope(config, hf)
     for key in unfit_keys(config, hf):
         raise ValueError(
@@ -95,7 +96,7 @@ def args_from_hf(config: Mapping[str, Any], hf: HFConfig) -> DecoderArgs:
             values[name] = _from_hf(value, key, hf)
     values["rope_scaling"] = _read_scaling(config.get("rope_scaling"))
     args = hf.args(**values)
-    # As flavors have it: None where it follows from the other numbers.
+    # Flavors set head_dim to None if it is dim / num_heads.
     follows = args.head_size * args.num_heads == args.dim
     return dataclasses.replace(args, head_dim=None) if follows else args
 
@@ -103,16 +104,16 @@ def args_from_hf(config: Mapping[str, Any], hf: HFConfig) -> DecoderArgs:
 def hf_differences(
     config: Mapping[str, Any], hf: HFConfig, args: DecoderArgs
 ) -> dict[str, tuple[object, object]]:
-    """Returns by field (config.json's value, the args' value) where they differ.
+    """Returns field -> (config.json's value, the args' value) for fields that differ.
 
-    Settings outside of the model are left out, as are dropout and the longest sequence: no weight
-    knows it, or the shape of learned positions does.
+    Fields that do not affect weights are left out. Among them is max_seq_len; for learned
+    positions, loading compares the shape of their weight.
     """
     hf_args = args_from_hf(config, hf)
     pairs = {
         known.name: (_value(hf_args, known.name), _value(args, known.name))
         for known in dataclasses.fields(args)
-        if known.name not in UNCOMPARED
+        if known.name not in TRAINING_ONLY_FIELDS
     }
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 

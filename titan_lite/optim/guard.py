@@ -26,7 +26,7 @@ class Guard(Protocol):
         optimizer: torch.optim.Optimizer,
         *,
         is_finite: Tensor,
-        grad_scale: Tensor | None,
+        divisor: Tensor | None,
         norms: Tensor,
         owners: Sequence[str],
     ) -> Tensor:

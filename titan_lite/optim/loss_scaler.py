@@ -43,11 +43,11 @@ class LossScaler:
         optimizer: torch.optim.Optimizer,
         *,
         is_finite: Tensor,
-        grad_scale: Tensor | None,
+        divisor: Tensor | None,
         norms: Tensor,
         owners: Sequence[str],
     ) -> Tensor:
-        step_if(optimizer, is_finite, grad_scale)
+        step_if(optimizer, is_finite, divisor)
         self.skipped_steps = self.skipped_steps + ~is_finite
         self.good_steps = torch.where(is_finite, self.good_steps + 1, 0)
         grows = self.good_steps == GROWTH_INTERVAL

@@ -45,7 +45,7 @@ class LowPrecisionAdam(DeviceGuardedOptimizer):
         closure: Any = None,
         *,
         is_finite: Tensor | None = None,
-        grad_scale: Tensor | None = None,
+        divisor: Tensor | None = None,
     ) -> None:
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -59,7 +59,7 @@ class LowPrecisionAdam(DeviceGuardedOptimizer):
                 flat.append(_local(gradient).reshape(-1))
                 for start in range(0, flat[0].numel(), CHUNK):
                     chunk = [_slice(tensor, start, start + CHUNK) for tensor in flat]
-                    self._step(chunk, step, group, is_finite, grad_scale)
+                    self._step(chunk, step, group, is_finite, divisor)
                 _assign(state["step"], step, is_finite)
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
@@ -83,12 +83,12 @@ class LowPrecisionAdam(DeviceGuardedOptimizer):
         step: Tensor,
         group: dict[str, Any],
         is_finite: Tensor | None,
-        grad_scale: Tensor | None,
+        divisor: Tensor | None,
     ) -> None:
         weight, average, square, gradient = chunk
         (beta1, beta2), decay, lr = group["betas"], group["weight_decay"], group["lr"]
-        if grad_scale is not None:
-            gradient = gradient / grad_scale
+        if divisor is not None:
+            gradient = gradient / divisor
         if not self.decoupled:
             gradient = gradient + decay * weight
         new_average = _float(average).lerp_(gradient, 1 - beta1)

@@ -161,7 +161,7 @@ class Muon(DeviceGuardedOptimizer):
         closure: Any = None,
         *,
         is_finite: Tensor | None = None,
-        grad_scale: Tensor | None = None,
+        divisor: Tensor | None = None,
     ) -> None:
         """Runs one step; a non-finite step computes and communicates, but changes nothing."""
         if self.adamw is not None:
@@ -171,14 +171,14 @@ class Muon(DeviceGuardedOptimizer):
             if is_finite is None:
                 self.adamw.step()
             else:
-                step_if(self.adamw, is_finite, grad_scale)
+                step_if(self.adamw, is_finite, divisor)
         for entry in self.local:
-            update = self._orthogonalize(self._direction(entry, is_finite, grad_scale), entry)
+            update = self._orthogonalize(self._direction(entry, is_finite, divisor), entry)
             self._apply(entry, update, is_finite)
         # A bucket's shards are sent while the previous bucket is orthogonalized.
         pending: tuple[list[Entry], Exchange, Transfer] | None = None
         for entries, exchange in self.buckets:
-            shards = [self._direction(entry, is_finite, grad_scale) for entry in entries]
+            shards = [self._direction(entry, is_finite, divisor) for entry in entries]
             following = entries, exchange, exchange.gather(shards)
             if pending is not None:
                 self._finish(*pending, is_finite)
@@ -205,9 +205,7 @@ class Muon(DeviceGuardedOptimizer):
         for entry, update in zip(entries, exchange.scatter(wholes), strict=True):
             self._apply(entry, update, is_finite)
 
-    def _direction(
-        self, entry: Entry, is_finite: Tensor | None, grad_scale: Tensor | None
-    ) -> Tensor:
+    def _direction(self, entry: Entry, is_finite: Tensor | None, divisor: Tensor | None) -> Tensor:
         """Updates the momentum of this rank's part, and returns the update to orthogonalize."""
         parameter = entry.parameter
         state = self.state[parameter]
@@ -218,8 +216,8 @@ class Muon(DeviceGuardedOptimizer):
         gradient = torch.zeros_like(average)
         if parameter.grad is not None:
             gradient = _local(parameter.grad)
-        if grad_scale is not None:
-            gradient = gradient / grad_scale
+        if divisor is not None:
+            gradient = gradient / divisor
         momentum = self.section.momentum
         _assign(average, average.lerp(gradient, 1 - momentum), is_finite)
         return gradient.lerp(average, momentum) if self.section.nesterov else average

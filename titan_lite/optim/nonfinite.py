@@ -20,31 +20,31 @@ class DeviceGuardedOptimizer(torch.optim.Optimizer):
         closure: Any = None,
         *,
         is_finite: Tensor | None = None,
-        grad_scale: Tensor | None = None,
+        divisor: Tensor | None = None,
     ) -> None:
-        """Divides gradients by `grad_scale` (None: 1) and steps if `is_finite` (None: True).
+        """Divides gradients by `divisor` (None: 1) and steps if `is_finite` (None: True).
 
         Both are scalars on the parameters' device, for which the host does not wait.
         """
         raise NotImplementedError
 
 
-def step_if(optimizer: torch.optim.Optimizer, is_finite: Tensor, grad_scale: Tensor | None) -> None:
-    """Steps the optimizer on gradients divided by `grad_scale` if `is_finite`, both scalars.
+def step_if(optimizer: torch.optim.Optimizer, is_finite: Tensor, divisor: Tensor | None) -> None:
+    """Steps the optimizer on gradients divided by `divisor` if `is_finite`, both scalars.
 
     The host does not wait with a DeviceGuardedOptimizer, nor with a fused optimizer, whose kernels
     read both on the device. With any other optimizer, the host waits for `is_finite`.
     """
     if isinstance(optimizer, DeviceGuardedOptimizer):
-        optimizer.step(is_finite=is_finite, grad_scale=grad_scale)
+        optimizer.step(is_finite=is_finite, divisor=divisor)
     elif optimizer.defaults.get("fused"):
         optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
-        optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
+        optimizer.grad_scale = divisor  # type: ignore[attr-defined]
         optimizer.step()
     elif is_finite:
-        if grad_scale is not None:
+        if divisor is not None:
             parameters = itertools.chain(*(group["params"] for group in optimizer.param_groups))
-            torch._foreach_div_([p.grad for p in parameters if p.grad is not None], grad_scale)
+            torch._foreach_div_([p.grad for p in parameters if p.grad is not None], divisor)
         optimizer.step()
 
 
@@ -71,7 +71,7 @@ class NonFiniteGuard:
         optimizer: torch.optim.Optimizer,
         *,
         is_finite: Tensor,
-        grad_scale: Tensor | None,
+        divisor: Tensor | None,
         norms: Tensor,
         owners: Sequence[str],
     ) -> Tensor:
@@ -81,7 +81,7 @@ class NonFiniteGuard:
             self._norms = torch.where(is_good_so_far, norms, former)
             self._owners = owners
             is_finite = is_finite & is_good_so_far
-        step_if(optimizer, is_finite, grad_scale)
+        step_if(optimizer, is_finite, divisor)
         self.skipped_steps = self.skipped_steps + ~is_finite
         return is_finite
 

@@ -89,7 +89,7 @@ def _untag_attention_on_cpu() -> None:
 class Compilations:
     """Counts the graphs that dynamo compiles after this object is created.
 
-    recompilations: how many graphs were recompiled after the warm-up steps.
+    recompilations: number of graphs that were recompiled after the start-up steps.
     """
 
     recompilations: int = 0
@@ -108,7 +108,7 @@ class Compilations:
         clear_compilation_metrics()
 
     def after_step(self, step: int, _: object = None) -> None:
-        """Logs dynamo's reason for each recompilation in the step, except during the warm-up."""
+        """Logs dynamo's reason for each recompilation in the step, except during start-up."""
         from titan_lite.parallel.torch_compiler import (
             clear_compilation_metrics,
             get_compilation_metrics,
@@ -123,7 +123,7 @@ class Compilations:
         self.recompilations += len(sentences)
         for reason in sentences:
             logger.warning(
-                "Step %d recompiled (%d times so far since the warm-up): %s",
+                "Step %d recompiled (%d times so far since start-up): %s",
                 step,
                 self.recompilations,
                 reason,

@@ -1,4 +1,4 @@
-"""The norm of the global gradient, and the clipping that follows from it."""
+"""The norm of the global gradient, and the divisor that clips it."""
 
 import dataclasses
 from collections import defaultdict
@@ -11,23 +11,23 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 
-# torch's CPU norm adds up one number per lane: in float32 with an error that depends on the
-# sharding, 5e-6 of 2048 x 64 elements. In float64, of a copy, this many at once take no longer.
+# torch's CPU norm in float32 has an error that depends on the sharding: 5e-6 for 2048 x 64
+# elements. Chunks of this size are as fast in float64.
 CPU_CHUNK = 65_536
 
 
 @dataclass(frozen=True)
 class GradNorm:
-    """The 2-norm of the global gradient, before clipping, and of the parts that this rank has.
+    """The 2-norm of the global gradient, before clipping, and the norms of this rank's parts.
 
-    total: scalar, the same on all ranks. parts: (P,), owners: P names of parameters. grad_scale:
-    scalar that the optimizer divides gradients by, None where it takes them as they are.
+    total: scalar, the same on all ranks. parts: (P,), owners: P names of parameters. divisor:
+    scalar that the optimizer divides gradients by; None if it does not.
     """
 
     total: Tensor
     parts: Tensor
     owners: list[str]
-    grad_scale: Tensor | None = None
+    divisor: Tensor | None = None
 
 
 @torch.no_grad()
@@ -37,26 +37,27 @@ def clipped_norm(
     *,
     loss_scale: Tensor | None = None,
     pp_group: dist.ProcessGroup | None = None,
-    copy: nn.Parameter | None = None,
+    tied: nn.Parameter | None = None,
 ) -> GradNorm:
-    """Returns the norm of the gradient over all ranks, and the scale that clips it to max_norm.
+    """Returns the norm of the gradient over all ranks, and the divisor that clips it to max_norm.
 
-    The gradients themselves stay as they are: a fused optimizer reads the scale with them, which
-    saves a pass over memory. max_norm: 0 does not clip.
-    loss_scale: what the gradients are too large by.
-    pp_group: the ranks that have the other pipeline stages' parameters.
-    copy: the one of them that another stage has as well, and counts.
+    The gradients do not change: a fused optimizer divides them while it reads them, which saves a
+    pass over memory.
+
+    max_norm: 0 does not clip. loss_scale: factor by which the gradients are too large.
+    pp_group: the ranks that have the other pipeline stages' parameters. tied: the last stage's
+    copy of a tied embedding, whose gradient only the first stage counts.
     """
-    grads = {name: p.grad for name, p in named_parameters if p.grad is not None and p is not copy}
+    grads = {name: p.grad for name, p in named_parameters if p.grad is not None and p is not tied}
     norm = global_norm(grads, pp_group)
-    total, grad_scale = norm.total, loss_scale
+    total, divisor = norm.total, loss_scale
     if loss_scale is not None:
         total = total / loss_scale
     if max_norm > 0:
-        # As torch.nn.utils.clip_grads_with_norm_.
+        # The same formula as in torch.nn.utils.clip_grads_with_norm_.
         excess = ((total + 1e-6) / max_norm).clamp(min=1.0)
-        grad_scale = excess if loss_scale is None else excess * loss_scale
-    return dataclasses.replace(norm, total=total, grad_scale=grad_scale)
+        divisor = excess if loss_scale is None else excess * loss_scale
+    return dataclasses.replace(norm, total=total, divisor=divisor)
 
 
 def global_norm(grads: Mapping[str, Tensor], pp_group: dist.ProcessGroup | None = None) -> GradNorm:
@@ -81,7 +82,7 @@ def global_norm(grads: Mapping[str, Tensor], pp_group: dist.ProcessGroup | None 
             mesh, placements = layout
             for axis, placement in enumerate(placements):
                 assert not placement.is_partial(), placements
-                # A shard adds its part of the sum of squares; replicas hold the same one.
+                # Shards add up to the sum of squares; replicas have the same sum.
                 if not placement.is_replicate():
                     dist.all_reduce(square, group=mesh.get_group(axis))
         squares.append(square)

@@ -1,1 +1,1 @@
-"""Comparison of runs: by each other, by golden curves, and on pages to look at."""
+"""Compares runs with each other and with golden curves, and shows them on HTML pages."""

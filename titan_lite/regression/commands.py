@@ -1,4 +1,4 @@
-"""`titan-lite compare`, `golden` and `report`: arguments in, a verdict or a page out."""
+"""The commands `titan-lite compare`, `golden` and `report`."""
 
 import json
 import os
@@ -19,9 +19,9 @@ from titan_lite.regression.curves import (
     Curve,
     CurveError,
     check_same_data,
+    data_settings,
     differing_settings,
     read_curve,
-    trained_on,
     words,
 )
 from titan_lite.regression.golden import Case
@@ -30,13 +30,13 @@ from titan_lite.regression.report import MAX_RUNS, read_run, report
 from titan_lite.regression.run_training import run_training
 from titan_lite.runtime.writing import writing
 
-WITHIN, OUTSIDE, MISTAKE = 0, 1, 2
+WITHIN, OUTSIDE, USAGE_ERROR = 0, 1, 2
 
 COMPARE = """
-A and B are run folders, golden files, or TOML files, which are trained on the spot. Of the latter:
-  --section.key=value     overrides a key of both, --a.section.key=value of A, --b. ... of B
-  --nproc=N               processes of each, --a.nproc=N of A, --b.nproc=N of B
-                          (default: what the parallel degrees need)
+A and B are run folders, golden files, or TOML files. TOML files are trained first. Their options:
+  --section.key=value     overrides a key in both; --a.section.key=value in A, --b. ... in B
+  --nproc=N               processes of each; --a.nproc=N of A, --b.nproc=N of B
+                          (default: the product of the parallel degrees)
 tiers:
   bitwise      every digit is the same
   layout       each step within a relative tolerance, which depends on the precision (default)
@@ -46,13 +46,13 @@ exit code: 0 within, 1 outside, 2 for a usage error
 
 GOLDEN = """
 A case is a TOML file:
-  config = "debug.toml"   what to train, relative to the case
+  config = "debug.toml"   TOML file to train, relative to the case
   nproc = 2               processes
   device = "cpu"          or "cuda", with a golden curve for each kind of device
-  tier = "layout"         as of titan-lite compare
-  why = "..."             why it need not be closer
-  [tolerance]             closer than the tier, as: loss = 1e-6, grad_norm = 1e-5
-  [overrides]             keys that differ, as: training.steps = 20
+  tier = "layout"         tier of titan-lite compare
+  why = "..."             reason why the tolerance is not stricter
+  [tolerance]             stricter than the tier, for example loss = 1e-6, grad_norm = 1e-5
+  [overrides]             keys to override, for example training.steps = 20
 Its golden curve is next to it, as NAME.golden.json.
 exit code: 0 within (or skipped because no device is available), 1 outside, 2 for a usage error
 """
@@ -71,24 +71,27 @@ class _Side:
         return self.path.suffix == ".toml"
 
     def planned(self) -> "_Planned":
-        """Plans a run of it; ConfigError for what cannot run."""
+        """Resolves the configuration; raises ConfigError if it cannot run."""
         plan = make_plan(self.path, self.overrides, self.nproc or None)
-        data = trained_on(plan.config.model_dump(), asdict(plan.dims))
+        data = data_settings(plan.config.model_dump(), asdict(plan.dims))
         return _Planned(self, plan.dims.world_size, data, plan.config.training.steps)
 
 
 @dataclass(frozen=True)
 class _Planned:
-    """A run that is still to be trained."""
+    """A run that is not trained yet."""
 
     side: _Side
     nproc: int
     data: Mapping[str, Any]
     last_step: int
 
-    def train(self, folder: Path, like: Sequence[str]) -> Curve:
-        """like: overrides below the side's own."""
-        run_training(self.side.path, [*like, *self.side.overrides], self.nproc, folder)
+    def train(self, folder: Path, defaults: Sequence[str]) -> Curve:
+        """Trains into a folder, and reads the curve.
+
+        defaults: overrides, which the side's own overrides replace.
+        """
+        run_training(self.side.path, [*defaults, *self.side.overrides], self.nproc, folder)
         return read_curve(folder)
 
 
@@ -124,7 +127,7 @@ def compare_command(argv: Sequence[str]) -> int:
         comparison = compare(a, b, options.tier)
     except CurveError as error:
         print(f"titan-lite compare: {error}", file=sys.stderr)
-        return MISTAKE
+        return USAGE_ERROR
     if options.json:
         with writing(options.json):
             options.json.write_text(json.dumps(comparison.report(), indent=2) + "\n")
@@ -180,32 +183,33 @@ def _side(path: Path, arguments: Sequence[str]) -> _Side:
 
 
 def _curves(sides: tuple[_Side, _Side], keep: Path | None, tier: Tier) -> list[Curve]:
-    """Reads the existing curves, then trains the others: mistakes are reported before any run."""
+    """Reads the existing curves, then trains the others; errors are reported before any run."""
     if keep and not any(side.is_config for side in sides):
         raise CurveError("--keep has no effect: neither run is a TOML configuration to train")
     curves = [side.planned() if side.is_config else read_curve(side.path) for side in sides]
     check_same_data(*(one.data for one in curves), other_seeds=tier == "statistical")
-    there = [one for one in curves if isinstance(one, Curve)]
-    if len(there) < 2 and curves[0].last_step != curves[1].last_step:
+    existing = [one for one in curves if isinstance(one, Curve)]
+    if len(existing) < 2 and curves[0].last_step != curves[1].last_step:
         ends = " and ".join(
             f"{s.path} at {f.last_step}" for s, f in zip(sides, curves, strict=True)
         )
         raise CurveError(f"the runs would end at different steps: {ends}")
-    # As often as the run that is there.
-    like = [f"--metrics.log_freq={setting(x.facts['config'], 'metrics.log_freq')}" for x in there]
+    # Log as often as the existing run.
+    frequencies = [setting(curve.facts["config"], "metrics.log_freq") for curve in existing]
+    defaults = [f"--metrics.log_freq={frequency}" for frequency in frequencies]
     with tempfile.TemporaryDirectory(prefix="titan-lite-") as temporary:
         folders = [(keep or Path(temporary)) / name for name in "ab"]
         for folder, one in zip(folders, curves, strict=True):
             if isinstance(one, _Planned) and folder.exists():
                 raise CurveError(f"--keep: {folder} exists already")
         return [
-            one if isinstance(one, Curve) else one.train(folder, like)
+            one if isinstance(one, Curve) else one.train(folder, defaults)
             for folder, one in zip(folders, curves, strict=True)
         ]
 
 
 def _check_output(option: str, path: Path | None) -> None:
-    """Raises CurveError if a file cannot be written, before a run is trained for it."""
+    """Raises CurveError if an output file cannot be written; called before any run."""
     if path is None:
         return
     if path.is_dir():
@@ -218,8 +222,8 @@ def golden_command(argv: Sequence[str]) -> int:
     """Runs `titan-lite golden`; returns its exit code, the worst of its cases."""
     parser = command_parser(
         "golden",
-        "Trains each case, and compares its curve with the golden curve (run) or "
-        "replaces the golden curve (accept).",
+        "Trains each case. run: compares its curve with the golden curve. "
+        "accept: replaces the golden curve.",
         "titan-lite golden run case.toml",
         "titan-lite golden accept case.toml",
         notes=GOLDEN,
@@ -233,7 +237,7 @@ def golden_command(argv: Sequence[str]) -> int:
             codes.append(_golden(Case(path), options.action))
         except CurveError as error:
             print(f"titan-lite golden: {error}", file=sys.stderr)
-            codes.append(MISTAKE)
+            codes.append(USAGE_ERROR)
     return max(codes)
 
 
@@ -273,8 +277,8 @@ def report_command(argv: Sequence[str]) -> int:
     """Runs `titan-lite report`; returns its exit code."""
     parser = command_parser(
         "report",
-        "Writes one HTML page, which needs no network, on one or several runs: curves, "
-        "speeds, memory, stalls, settings, what was applied, the environment.",
+        "Writes one self-contained HTML page about one or several runs: curves, "
+        "speeds, memory, stalls, settings, applied features, the environment.",
         "titan-lite report outputs/base outputs/change -o page.html",
         "titan-lite report outputs/base",
     )
@@ -288,7 +292,7 @@ def report_command(argv: Sequence[str]) -> int:
         page = report([read_run(folder) for folder in options.runs])
     except CurveError as error:
         print(f"titan-lite report: {error}", file=sys.stderr)
-        return MISTAKE
+        return USAGE_ERROR
     with writing(options.output):
         options.output.write_text(page, encoding="utf-8")
     print(f"{options.output}: {format_scaled(options.output.stat().st_size, 'B')}")

@@ -1,4 +1,4 @@
-"""Comparison of two curves: three tiers, each with the distance that it allows."""
+"""Compares two curves in one of three tiers, each with its largest allowed difference."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,16 +20,16 @@ from titan_lite.regression.curves import (
 Tier = Literal["bitwise", "layout", "statistical"]
 TIERS: tuple[Tier, ...] = get_args(Tier)
 
-# Of the layout tier, relative, at every step; measured in docs/numerics.md.
+# Largest relative differences at every step in tier "layout"; docs/numerics.md has measurements.
 LAYOUT_TOLERANCES: Mapping[str, Mapping[str, float]] = {
     "float32": {"loss": 1e-5, "grad_norm": 1e-4},
-    # Rounding is magnified wherever the gradient is steep: to 15 % of its norm, for some steps.
+    # Steep gradients magnify rounding: to 15 % of the norm in some steps.
     "bfloat16": {"loss": 1e-2, "grad_norm": 0.25},
     "float16": {"loss": 1e-2, "grad_norm": 0.25},
     "float8": {"loss": 1e-2, "grad_norm": 0.25},
 }
-# The host computes it in double precision, from the step alone: another machine's cosine may round
-# otherwise.
+# The host computes the learning rate in float64 from the step alone, but the cosine may round
+# differently on another machine.
 LR_TOLERANCE = 1e-12
 
 
@@ -37,8 +37,8 @@ LR_TOLERANCE = 1e-12
 class Track:
     """One quantity of two curves, at each step.
 
-    a, b: the curves, smoothed in the statistical tier. difference: of b from a, relative; NaN where
-    one is NaN or Inf. band: its bound.
+    a, b: the curves, smoothed in tier "statistical". difference: (b - a) / |a|; NaN where one is
+    NaN or Inf. band: the largest allowed difference.
     """
 
     a: Array
@@ -53,7 +53,7 @@ class Track:
 
     @property
     def worst(self) -> int:
-        """The index of the largest difference, the first NaN before all others."""
+        """The index of the first NaN, else of the largest difference."""
         return int(np.argmax(np.abs(self.difference)))
 
 
@@ -74,7 +74,7 @@ class Comparison:
         return min(first)[::-1] if first else None
 
     def verdict(self) -> str:
-        """One line."""
+        """The result in one line."""
         count = f"{len(self.a.steps)} steps"
         outside = self.first_outside
         if outside is None:
@@ -149,9 +149,9 @@ class Comparison:
 def compare(
     a: Curve, b: Curve, tier: Tier, tolerances: Mapping[str, float] | None = None
 ) -> Comparison:
-    """Compares b with a; CurveError if the tier does not apply to two such runs.
+    """Compares b with a; raises CurveError if these runs cannot be compared in the tier.
 
-    tolerances: of loss and grad_norm in the layout tier, in place of LAYOUT_TOLERANCES.
+    tolerances: those of loss and grad_norm in tier "layout", instead of LAYOUT_TOLERANCES.
     """
     check_same_data(a.data, b.data, other_seeds=tier == "statistical")
     check_same_steps(a, b)
@@ -189,7 +189,7 @@ def _stepwise(a: Array, b: Array, tolerance: float) -> Track:
 
 
 def _fill_skipped(a: Array, b: Array) -> tuple[Array, Array]:
-    """Steps whose gradient overflowed in both runs: a's neighbours stand for both norms."""
+    """Where the gradients of both runs overflowed, sets both norms by interpolation of a's."""
     skipped, finite = ~np.isfinite(a) & ~np.isfinite(b), np.isfinite(a)
     if not finite.any():
         return a, b
@@ -198,8 +198,8 @@ def _fill_skipped(a: Array, b: Array) -> tuple[Array, Array]:
 
 
 def _statistical(a: Array, b: Array) -> Track:
-    sane = np.isfinite(a) & np.isfinite(b) & (a > 0) & (b > 0)
-    end = len(a) if sane.all() else int(np.argmin(sane))
+    usable = np.isfinite(a) & np.isfinite(b) & (a > 0) & (b > 0)
+    end = len(a) if usable.all() else int(np.argmin(usable))
     smooth_a, smooth_b, difference, band = (np.full(len(a), np.nan) for _ in range(4))
     if end >= noise.MIN_STEPS:
         noisy = noise.distance(a[:end], b[:end])

@@ -19,9 +19,9 @@ METRICS_FILE, RUN_FILE = "metrics.jsonl", "run.json"
 
 # Keys of [data] that affect the speed of reading, not the samples.
 _SPEED_KEYS = frozenset({"prefetch", "tokenizer_threads"})
-# The coarsest first.
+# From coarse to fine.
 _DTYPES = ("float8", "bfloat16", "float16", "float32")
-# The folder that a file lies in differs from machine to machine.
+# Paths of which only the file's name is compared: folders differ between machines.
 _PATH_KEYS = frozenset({"dataset_path", "tokenizer_path"})
 
 Array = NDArray[np.float64]
@@ -29,19 +29,19 @@ Record = dict[str, Any]
 
 
 class CurveError(ValueError):
-    """A reason for which a comparison is meaningless, in a sentence for the user."""
+    """Runs cannot be read or compared; the message is for the user."""
 
 
 class Changes(str):
-    """The values of a setting that resumes changed, in words: "0.1, from step 5 on 0.2"."""
+    """The values of a setting that a resume changed, in words: "0.1, then 0.2 from step 5"."""
 
 
 @dataclass(frozen=True)
 class Curve:
     """The logged values of each quantity of a run.
 
-    values: by quantity, one for each of `steps`. data: the settings of its training data. dtype:
-    the coarsest of its arithmetic. facts: the values in run.json.
+    values: by quantity, one for each of `steps`. data: the settings that select its training data.
+    dtype: the coarsest dtype that it computes in. facts: the contents of run.json.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Curve:
 
     @property
     def last_step(self) -> int:
-        """The last one logged."""
+        """The last logged step."""
         return int(self.steps[-1])
 
 
@@ -68,10 +68,10 @@ def read_curve(path: Path) -> Curve:
 
 
 def check_run_folder(folder: Path) -> None:
-    """Raises CurveError, naming a run nearby, if a folder is not that of a run."""
+    """Raises CurveError if a folder is not a run folder, with the name of one nearby."""
     for name in (RUN_FILE, METRICS_FILE):
         if not (folder / name).exists():
-            # Of a checkpoint, the run that saved it; of a folder of runs, the newest.
+            # Suggest the run that saved a checkpoint, or the newest run in a folder of runs.
             below = sorted(folder.glob(f"*/{RUN_FILE}"), key=lambda file: -file.stat().st_mtime)
             above = [parent / RUN_FILE for parent in (folder.parent, folder.parent.parent)]
             near = next((file for file in (*above, *below) if file.exists()), None)
@@ -115,7 +115,7 @@ def _read_text(path: Path) -> str:
 
 
 def _check_facts(name: str, facts: Any) -> None:
-    """Raises CurveError if there is no configuration of sections or no mesh of degrees."""
+    """Raises CurveError unless the facts have a configuration and a mesh."""
     config, mesh = (
         (facts.get("config"), facts.get("mesh")) if isinstance(facts, dict) else (None, None)
     )
@@ -131,9 +131,9 @@ def _check_facts(name: str, facts: Any) -> None:
 
 
 def segments(facts: Mapping[str, Any], last_step: int) -> list[Mapping[str, Any]]:
-    """Facts of run.json on each part of a run between two resumes that has logged steps.
+    """Returns the facts of each segment (part of a run between two resumes) with logged steps.
 
-    A run.json of an older version has the last part only, which then stands for all.
+    A run.json of an older version describes only the last segment, which then counts as the whole.
     """
     known = facts.get("segments") or [facts]
     logged = [s for s in known if s.get("resumed_from_step", 0) < last_step]
@@ -141,7 +141,7 @@ def segments(facts: Mapping[str, Any], last_step: int) -> list[Mapping[str, Any]
 
 
 def words(value: Any) -> str:
-    """A setting's value as TOML writes it, or its changes."""
+    """Formats a setting's value as TOML, or its changes."""
     return str(value) if isinstance(value, Changes) else stored.words(value)
 
 
@@ -150,12 +150,12 @@ def over_segments(
     values: Sequence[Any],
     describe: Callable[[Any], str] = words,
 ) -> Any:
-    """The value that all segments share, or Changes, whose values `describe` puts into words."""
+    """Returns the value if all segments have the same, else Changes, formatted by `describe`."""
     pairs = zip(segments[1:], values, values[1:], strict=False)
     changes = [(s.get("resumed_from_step", 0) + 1, new) for s, old, new in pairs if new != old]
     if not changes:
         return values[0]
-    later = (f"from step {step} on {describe(new)}" for step, new in changes)
+    later = (f"then {describe(new)} from step {step}" for step, new in changes)
     return Changes(", ".join([describe(values[0]), *later]))
 
 
@@ -169,7 +169,7 @@ def make_curve(name: str, records: Sequence[Record], facts: Mapping[str, Any]) -
         before, step = steps[wrong[0] : wrong[0] + 2]
         raise CurveError(f"{name}: steps must increase, but step {step} follows step {before}")
     parts = segments(facts, int(steps[-1]))
-    data = [trained_on(part["config"], part["mesh"]) for part in parts]
+    data = [data_settings(part["config"], part["mesh"]) for part in parts]
     whole = {key: over_segments(parts, [of_part[key] for of_part in data]) for key in data[0]}
     coarsest = min((dtype(part["config"]) for part in parts), key=_DTYPES.index)
     return Curve(name, steps, values, whole, coarsest, facts)
@@ -180,7 +180,7 @@ def column(name: str, records: Sequence[Record], key: str) -> Array:
     values = []
     for record in records:
         try:
-            # "nan" and "inf" stand for what JSON does not have: float() reads them.
+            # JSON has no NaN and Inf: they are stored as "nan" and "inf", which float() reads.
             values.append(float(record[key]))
         except KeyError:
             raise CurveError(f"{name}: no {key} in the record of step {record['step']}") from None
@@ -214,22 +214,22 @@ def read_golden(path: Path) -> dict[str, Any]:
 
 
 def records_digest(records: Sequence[Record]) -> str:
-    """SHA-256 of records, however their text is laid out."""
+    """SHA-256 of records, independent of the file's formatting."""
     from hashlib import sha256
 
     return sha256(json.dumps(records).encode()).hexdigest()
 
 
 def dtype(config: Mapping[str, Any]) -> str:
-    """The coarsest type that a run computes in: float8, or that of parameters or reductions."""
+    """The coarsest dtype that a run computes in: float8, or that of parameters or reductions."""
     if setting(config, "float8.recipe") != "none":
         return "float8"
     types = {setting(config, f"training.{key}") for key in ("param_dtype", "reduce_dtype")}
     return min(types, key=_DTYPES.index)
 
 
-def trained_on(config: Mapping[str, Any], mesh: Mapping[str, int]) -> dict[str, Any]:
-    """By key, what decides which tokens each step sees."""
+def data_settings(config: Mapping[str, Any], mesh: Mapping[str, int]) -> dict[str, Any]:
+    """Returns the settings, by key, that determine the tokens of each step."""
     keys = [name for name in FIELDS["data"] if name not in _SPEED_KEYS]
     data = {f"data.{name}": setting(config, f"data.{name}") for name in keys}
     for name in _PATH_KEYS:
@@ -282,7 +282,7 @@ def differing_settings(a: Curve, b: Curve) -> dict[str, tuple[Any, Any]]:
 
 
 def non_default(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The part of a stored configuration that differs from the defaults."""
+    """Returns the values of a stored configuration that differ from the defaults."""
     defaults = Config().model_dump()
     changed = {
         section: {

@@ -1,4 +1,4 @@
-"""Golden curves: runs whose curve is kept as text next to the case that describes them."""
+"""Golden curves: expected curves of runs, each in a text file next to its case."""
 
 import json
 import re
@@ -30,12 +30,12 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-# Of run.json, what a golden keeps: neither when nor where it was made.
+# Facts of run.json that a golden file has; time and place of the run are not among them.
 _KEPT_FACTS = ("versions", "environment", "device", "mesh")
 
 
 class Tolerance(Section):
-    """[tolerance]"""
+    """[tolerance]: largest relative differences of a step."""
 
     loss: PositiveFloat
     grad_norm: PositiveFloat
@@ -49,13 +49,13 @@ class CaseFile(Section):
     nproc: Positive
     """Processes."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Device that it runs on; "cuda" has a golden for each kind of device."""
+    """Device that it runs on; "cuda" has a golden file for each kind of device."""
     tier: Tier
     """Tier of titan-lite compare."""
     why: str
     """Why the tolerance is not tighter; written into the golden file."""
     tolerance: Tolerance | None = None
-    """Largest relative difference of a step, where tier "layout" would allow more."""
+    """Stricter than those of tier "layout"."""
     overrides: dict[str, dict[str, Any]] = Field(default={})
     """Keys that differ from the file's, as tables."""
 
@@ -93,24 +93,24 @@ class Case:
         )
 
     def golden(self, device_name: str) -> Path:
-        """The golden file, of this kind of device where the case runs on an accelerator."""
+        """Path of the golden file, which names the kind of device if it is an accelerator."""
         kind = ""
         if self.file.device != "cpu":
             kind = "." + re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
         return self.path.with_name(f"{self.path.stem}{kind}.golden.json")
 
     def accepted(self, device_name: str) -> Path:
-        """Reads the golden file; CurveError if there is none yet."""
+        """Path of the golden file; raises CurveError if there is none yet."""
         golden = self.golden(device_name)
         if not golden.exists():
             raise CurveError(
                 f"{golden}: there is no golden curve yet; titan-lite golden accept {self.path} "
-                "makes it"
+                "writes it"
             )
         return golden
 
     def check(self, run: Path) -> Comparison:
-        """The golden curve against that of a run folder of this case."""
+        """Compares the golden curve with that of a run folder of this case."""
         golden = self.accepted(read_facts(run)["device"])
         a, b = read_curve(golden), read_curve(run)
         return compare(a, b, self.file.tier, self._tolerances(b.dtype))
@@ -152,7 +152,7 @@ class Case:
 
 
 def _golden_text(manifest: Mapping[str, Any], records: Sequence[Record]) -> str:
-    """JSON with a line for each step, for a change to be read as a diff."""
+    """JSON with one line per step, so that a diff shows the changed steps."""
     lines = ",\n".join(f"    {json.dumps(record)}" for record in records)
     head = json.dumps(manifest, indent=2).replace("\n", "\n  ")
     return f'{{\n  "manifest": {head},\n  "records": [\n{lines}\n  ]\n}}\n'

@@ -1,25 +1,27 @@
-"""How far two curves are apart once smoothed, and how far their own noise would put them.
+"""Distance between two smoothed curves, and the largest distance that their noise explains.
 
-Both curves are taken as logarithms, so that distances are relative. N steps are seen through a
-window of w = N / 10:
+Both curves are taken as logarithms, so that distances are relative. With N steps, windows have
+w = N / 10 steps:
 
-    D(t)  = smooth(b)(t) - smooth(a)(t)        local lines through windows of w steps
+    D(t)  = smooth(b)(t) - smooth(a)(t)        line fitted to the window around t
     SE(t) = sqrt(max(own, shared) * q(t) * r(t))
     own    = noise(a, 10) + noise(b, 10)
     shared = noise(b - a, w)
 
-noise(x, m) is the long-run variance of a step of x, autocorrelation up to m steps included: with
-x_m the mean of m steps, x_m(t) - 2 x_m(t + m) + x_m(t + 2m) is free of any line in x, and has 6 / m
-times that variance (the second difference of metrology's Allan variance); its square is taken at
-the median over t, which a fall at the beginning or a fault at the end does not move. `own` needs
-one curve, so it holds for two runs over the same data, whose common noise `shared` cannot see;
-`shared` holds for noise that is slow against 10 steps, since the shape common to both is gone.
-q(t) is the sum of the smoother's squared weights; r(t), at least a half, how large the squared
-residuals are near t against all of them.
+noise(x, m) is the long-run variance of a step of x, which includes autocorrelation up to m steps.
+With x_m the mean of m steps, the second difference x_m(t) - 2 x_m(t + m) + x_m(t + 2m) does not
+depend on a linear trend of x, and has 6 / m times that variance (as in metrology's Allan variance).
+noise() takes the median of its square over t, which a steep start or a fault at the end does not
+change.
 
-The curves are apart where |D(t)| exceeds SE(t) times Student's t at ALPHA / (2 x 2 x 10): two
-sides, two quantities, ten independent windows; with 10 - 2 degrees of freedom, as many as there are
-independent second differences of windows of w.
+`own` is estimated from each curve alone. So it includes noise that the runs have in common because
+they see the same data, which `shared` misses. `shared` includes noise that is slow compared with 10
+steps; the common trend of the curves cancels in b - a. q(t) is the sum of the smoother's squared
+weights. r(t) is the mean squared residual near t over that of all steps, and at least 0.5.
+
+The curves differ where |D(t)| exceeds SE(t) times Student's t at ALPHA / (2 x 2 x 10): two sides,
+two quantities, ten independent windows. It has 10 - 2 degrees of freedom, the number of independent
+second differences of windows of w steps.
 """
 
 import math
@@ -33,7 +35,7 @@ from numpy.typing import NDArray
 from titan_lite.regression.curves import Array
 
 ALPHA = 0.01
-"""Probability that a comparison of two equal curves calls them apart."""
+"""Probability that a comparison of two equal runs reports a difference."""
 WINDOWS = 10
 MIN_STEPS = 100
 _SHORT = 10
@@ -63,7 +65,7 @@ def distance(a: Array, b: Array) -> Distance:
     shared = _noise(clipped_b - clipped_a, window)
     squares = (clipped_a - smooth_a) ** 2 + (clipped_b - smooth_b) ** 2
     near, _ = _local_lines(squares, 2 * window)
-    # A curve without noise, as a constant, has nothing to be relative to.
+    # Without noise, as of a constant, the mean is 0.
     local = np.maximum(near / max(squares.mean(), np.finfo(float).tiny), 0.5)
     error = np.sqrt(max(own, shared) * weights * local)
     limit = _student_t(1 - ALPHA / (2 * _QUANTITIES * WINDOWS), WINDOWS - 2)
@@ -81,9 +83,9 @@ def _smooth(y: Array, window: int) -> tuple[Array, Array, Array]:
 
 
 def _local_lines(y: Array, window: int) -> tuple[Array, Array]:
-    """The line of least squares through the window around each step, at that step.
+    """Fits a line to the window around each step, and returns its value at that step.
 
-    The window is cut at the ends. Second, the sum of the squared weights that make it.
+    The window is cut at the ends. The second result is the sum of the fit's squared weights.
     """
     count, half = len(y), window // 2
     index = np.arange(count)
@@ -104,7 +106,7 @@ def _local_lines(y: Array, window: int) -> tuple[Array, Array]:
 
 
 def _noise(y: Array, steps: int) -> float:
-    """Variance of a step of y, with its correlation over `steps` steps."""
+    """Long-run variance of a step of y, with autocorrelation up to `steps` steps."""
     sums = np.concatenate([[0.0], np.cumsum(y)])
     means = (sums[steps:] - sums[:-steps]) / steps
     second = means[: -2 * steps] - 2 * means[steps:-steps] + means[2 * steps :]
@@ -112,9 +114,9 @@ def _noise(y: Array, steps: int) -> float:
 
 
 def _student_t(probability: float, freedom: int) -> float:
-    """Quantile of Student's t, by its expansion around the normal one.
+    """Quantile of Student's t, by its expansion around the normal quantile.
 
-    Within 1 % from 8 degrees of freedom on. Source: Abramowitz and Stegun, 26.7.5.
+    The error is below 1 % for 8 or more degrees of freedom (Abramowitz and Stegun, 26.7.5).
     """
     z = NormalDist().inv_cdf(probability)
     terms = (

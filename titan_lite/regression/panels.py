@@ -17,9 +17,9 @@ Style = Literal["line", "smoothed", "events"]
 
 # Columns of pixels that a curve is thinned to: about those of a panel on a laptop's screen.
 COLUMNS = 520
-# The largest value over the smallest, beyond which a logarithmic scale is taken.
+# Largest over smallest value above which the axis is logarithmic.
 LOG_RATIO = 20
-# A running mean covers one part of the values in so many.
+# A running mean's window has 1 / _MEANS of the values.
 _MEANS = 50
 
 
@@ -39,7 +39,7 @@ class Line:
 
 
 def thin(steps: Array, values: Array, low: float, high: float) -> tuple[Array, Array]:
-    """The smallest and the largest value of each column of pixels, in their order.
+    """Keeps the smallest and the largest value of each column of pixels.
 
     low, high: the steps at the two ends of the drawing.
     """
@@ -54,7 +54,7 @@ def thin(steps: Array, values: Array, low: float, high: float) -> tuple[Array, A
 
 
 def running_mean(values: Array) -> Array:
-    """The mean of a window around each value, taken twice for spikes to leave no steps.
+    """The mean of a window around each value, applied twice so that a spike leaves no edges.
 
     The window narrows towards the start, where curves are steep, and is cut at the end.
     """
@@ -77,7 +77,7 @@ def panel(
     last: float,
     resumes: Sequence[Sequence[int]],
 ) -> str:
-    """A figure whose attributes hold, as JSON, what report.js draws.
+    """Markup of a figure; its attributes hold the JSON that report.js draws.
 
     first, last: the steps at its ends. At least one line has a finite value. resumes: of each run,
     the steps after which it was resumed.
@@ -113,7 +113,7 @@ def panel(
 
 
 def _points(line: Line, first: float, last: float) -> list[Any]:
-    """Steps and values of what is drawn of a line."""
+    """Steps and values of the points to draw."""
     steps, values = thin(line.steps, line.values, first, last)
     return [steps.tolist(), [float(f"{value:.6g}") for value in values]]
 

@@ -1,4 +1,4 @@
-"""A picture of a comparison, by matplotlib, which the extra `plot` brings."""
+"""Plots a comparison with matplotlib, which the extra `plot` installs."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def check_plot(path: Path) -> None:
 
 
 def plot(comparison: Comparison, path: Path) -> None:
-    """Writes loss and gradient norm, both curves above, their difference and the band below."""
+    """Plots loss and gradient norm: both curves, and below them the difference and the band."""
     from matplotlib.figure import Figure
 
     names = ("loss", "grad_norm")
@@ -32,10 +32,7 @@ def plot(comparison: Comparison, path: Path) -> None:
     for name, (above, below) in zip(names, axes.T, strict=True):
         track = comparison.tracks[name]
         smoothed = comparison.tier == "statistical"
-        for curve, line, color in (
-            (comparison.a, track.a, "C0"),
-            (comparison.b, track.b, "C1"),
-        ):
+        for curve, line, color in ((comparison.a, track.a, "C0"), (comparison.b, track.b, "C1")):
             if smoothed:
                 above.plot(steps, curve.values[name], color=color, linewidth=0.5, alpha=0.4)
             style = "-" if curve is comparison.a else "--"

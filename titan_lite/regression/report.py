@@ -1,4 +1,4 @@
-"""A page to look at: the curves, speeds, settings and surroundings of one or several runs."""
+"""An HTML page about one or several runs: curves, speeds, settings and environment."""
 
 import html
 import math
@@ -41,7 +41,7 @@ PANELS: tuple[PanelRow, ...] = (
     ("Data wait", "data_wait", "from zero", "smoothed"),
     ("Checkpoint stalls", "checkpoint_blocked_seconds", "from zero", "events"),
 )
-# Of runs with experts.
+# Further panels, for runs with experts.
 EXPERT_PANELS: tuple[PanelRow, ...] = (
     ("Most loaded expert", "moe/load_max", "from zero", "smoothed"),
     ("Most loaded rank", "moe/rank_load_max", "from zero", "smoothed"),
@@ -50,18 +50,18 @@ EXPERT_PANELS: tuple[PanelRow, ...] = (
     ("Balancing loss", "moe/balance_loss", "free", "smoothed"),
     ("Largest bias", "moe/max_bias", "from zero", "line"),
 )
-# Measured over a window that, in the first record, holds start-up.
+# Averages over the steps since the previous record; in the first record they include start-up.
 _SPEEDS = ("wps", "mfu", "data_wait", "seconds_per_step")
 
-# Lists of the records, with a value for each block with experts.
+# Metrics that a record holds as a list, with a value for each block with experts.
 _PER_BLOCK = ("load_max", "unused_experts", "entropy", "balance_loss")
-# Only counted in the first table; the last one names them.
+# With more resumes the first table has only their number; the last table has the steps.
 _MANY_RESUMES = 4
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder's content, under the name that the user gave."""
+    """The contents of a run folder, named as on the command line."""
 
     name: str
     records: Sequence[Record]
@@ -69,7 +69,7 @@ class Run:
 
     @property
     def segments(self) -> Sequence[Mapping[str, Any]]:
-        """Facts in run.json of each part between two resumes."""
+        """Facts in run.json of each segment, the part between two resumes."""
         return segments(self.facts, self.records[-1]["step"] if self.records else 0)
 
     @property
@@ -82,25 +82,25 @@ class Run:
         return over_segments(self.segments, [setting(s["config"], key) for s in self.segments])
 
     def line(self, key: str) -> Line:
-        """The records that hold the key, without the warm-up's speeds."""
-        held = [r for r in self.records if key in r and not (key in _SPEEDS and r.get("warmup"))]
-        steps, values = (column(self.name, held, name) for name in ("step", key))
+        """The values of a key in all records that have it; speeds without start-up."""
+        having = [r for r in self.records if key in r and not (key in _SPEEDS and r.get("warmup"))]
+        steps, values = (column(self.name, having, name) for name in ("step", key))
         return Line(self.name, steps, values)
 
     def last(self, key: str) -> float | None:
-        """The value of the last record that holds the key."""
+        """The value in the last record that has the key."""
         values = self.line(key).values
         return float(values[-1]) if len(values) else None
 
 
 def read_run(folder: Path) -> Run:
-    """Raises CurveError if the folder is not that of a run."""
+    """Reads a run folder; raises CurveError if it is not one."""
     check_run_folder(folder)
     return Run(str(folder), read_records(folder), read_facts(folder))
 
 
 def report(runs: Sequence[Run]) -> str:
-    """HTML that needs nothing but itself."""
+    """Returns a self-contained HTML page."""
     here = Path(__file__)
     title = ", ".join(run.name for run in runs)
     settings = "Settings that differ" if len(runs) > 1 else "Settings other than the defaults"
@@ -130,25 +130,25 @@ def report(runs: Sequence[Run]) -> str:
 
 
 def _name(number: int, run: Run) -> str:
-    """A run's name behind a piece of its line."""
+    """Markup of a run's name, with a sample of its line."""
     key = f'<svg class="key" viewBox="0 0 24 8"><line class="run{number}" x2="24" y1="4" y2="4"/>'
     return f'<span class="run{number}">{key}</svg>{_breakable(run.name)}</span>'
 
 
 def _legend(number: int, run: Run, count: int) -> str:
-    """A run's name, which hides and shows the run where there are others."""
+    """Markup of a run's name; with several runs a button that hides and shows the run."""
     if count == 1:
         return _name(number, run)
     return f'<button type="button" aria-pressed="true">{_name(number, run)}</button>'
 
 
 def _breakable(text: str) -> str:
-    """Markup of a text whose lines may end at the separators of paths, keys and names."""
+    """Markup of a text that may wrap at separators of paths, keys and names."""
     return re.sub(r"(?<=\w)([/_]+|[.:=-]+(?!\d))(?=\S)", r"\1<wbr>", html.escape(text))
 
 
 def _blocks(run: Run) -> dict[str, str]:
-    """A row for each block with experts, which dense ones may precede, of the last record."""
+    """A row for each block with experts, from the last record; dense blocks may precede them."""
     last = next((r for r in reversed(run.records) if "moe/load_max" in r), {})
     columns = [map(float, last.get(f"moe/{name}_per_layer", ())) for name in _PER_BLOCK]
     row = "load {:.2f}, {:.0f} experts without tokens, entropy {:.3f}, balancing loss {:.3g}"
@@ -159,10 +159,10 @@ def _blocks(run: Run) -> dict[str, str]:
 
 
 def _curves(runs: Sequence[Run], rows: Sequence[PanelRow]) -> str:
-    """All panels over the same steps; what no run logged is only named."""
+    """All panels, over the same range of steps; quantities that no run logged are only listed."""
     steps = [float(record["step"]) for run in runs for record in run.records] or [0.0]
     resumes = [run.resumes for run in runs]
-    panels, lacking = [], []
+    panels, not_logged = [], []
     for title, key, scale, style in rows:
         lines = [run.line(key) for run in runs]
         if any(len(line.finite.steps) for line in lines):
@@ -170,7 +170,7 @@ def _curves(runs: Sequence[Run], rows: Sequence[PanelRow]) -> str:
                 panel(title, _unit(key), lines, scale, style, min(steps), max(steps), resumes)
             )
         else:
-            lacking.append(title)
+            not_logged.append(title)
     marks = " An upright dotted line marks a resume." if any(resumes) else ""
     page = (
         '<p class="faint">Noisy curves: faint values, bold running mean. '
@@ -178,14 +178,14 @@ def _curves(runs: Sequence[Run], rows: Sequence[PanelRow]) -> str:
         '<noscript><p class="warning">The curves are drawn by JavaScript.</p></noscript>'
         f'<div class="panels">{"".join(panels)}</div>'
     )
-    if lacking:
-        page += f'<p class="faint">Nothing was logged of: {", ".join(lacking)}</p>'
+    if not_logged:
+        page += f'<p class="faint">Not logged: {", ".join(not_logged)}</p>'
     return page
 
 
 def _unit(key: str) -> str:
     unit = re.sub("^1$", "", METRICS[key].unit) if key in METRICS else "s"
-    return f"{unit}, without warm-up" if key in _SPEEDS else unit
+    return f"{unit}, without start-up" if key in _SPEEDS else unit
 
 
 def _table(runs: Sequence[Run], rows: Callable[[Run], Mapping[str, str]]) -> str:
@@ -205,7 +205,7 @@ def _table(runs: Sequence[Run], rows: Callable[[Run], Mapping[str, str]]) -> str
 
 
 def _scrolled(table: str) -> str:
-    """A table that scrolls on a narrow screen, with a hint; the keyboard reaches it."""
+    """Markup of a table that scrolls on a narrow screen, with a hint and by keyboard."""
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="table">{table}</div>'
         '<p class="hint faint" hidden></p>'
@@ -260,13 +260,13 @@ def _summary(run: Run) -> dict[str, str]:
 
 
 def _devices(segment: Mapping[str, Any]) -> str:
-    # Experts are shared by ranks that the other axes count.
+    # Expert parallel uses ranks that the other axes count already.
     degrees = [degree for axis, degree in segment["mesh"].items() if axis != "ep"]
     return f"{math.prod(degrees)} x {segment.get('device', '?')}"
 
 
 def _settings(runs: Sequence[Run]) -> Callable[[Run], dict[str, str]]:
-    """The keys whose values the runs do not share, or one does not share with the defaults."""
+    """Chooses the keys whose values differ between runs; for one run, from the defaults."""
     chosen = []
     for section, fields in FIELDS.items():
         for name, field in fields.items():
@@ -295,7 +295,7 @@ def _applied(run: Run) -> dict[str, str]:
 
 
 def _environment(run: Run) -> dict[str, str]:
-    parts = list(map(_surroundings, run.segments))
+    parts = list(map(_segment_environment, run.segments))
     keys = dict.fromkeys(key for part in parts for key in part)
     rows = {
         key: over_segments(run.segments, [part.get(key, "") for part in parts], str) for key in keys
@@ -303,7 +303,7 @@ def _environment(run: Run) -> dict[str, str]:
     return rows | {"resumed from step": _words(run.resumes or [0])}
 
 
-def _surroundings(segment: Mapping[str, Any]) -> dict[str, str]:
+def _segment_environment(segment: Mapping[str, Any]) -> dict[str, str]:
     """Software, machine and mesh of a segment."""
     rows = {
         "started": str(segment.get("started", "")),

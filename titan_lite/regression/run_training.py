@@ -10,7 +10,7 @@ from titan_lite.config.problems import quote
 from titan_lite.regression.curves import CurveError
 from titan_lite.runtime.parent import PARENT
 
-# What a comparison needs, and without what would only cost time; overrides stand above.
+# Logs every step, and turns off sinks that a comparison does not read. Overrides replace these.
 _DEFAULTS = (
     "--metrics.log_freq=1",
     "--metrics.enable_tensorboard=false",
@@ -21,7 +21,7 @@ _DEFAULTS = (
 def run_training(
     config: Path, overrides: Sequence[str], nproc: int, folder: Path, *, on_cpu: bool = False
 ) -> None:
-    """Trains into a run folder; what the run prints, its progress, goes to standard error.
+    """Trains into a run folder; the run's output goes to standard error.
 
     Raises CurveError if the run fails; the run has printed the reason.
     """
@@ -29,10 +29,10 @@ def run_training(
     arguments.append(f"--job.dump_folder={quote(str(folder))}")
     print(f"{nproc} x titan_lite.train {' '.join(arguments)}", file=sys.stderr, flush=True)
     settings = {"NGPU": str(nproc), "NNODES": "1", "MAX_RESTARTS": "0", PARENT: str(os.getpid())}
-    hidden = {"DEVICE": "cpu"} if on_cpu else {}
+    device = {"DEVICE": "cpu"} if on_cpu else {}
     result = subprocess.run(
         [sys.executable, "-m", "titan_lite.launch", *arguments],
-        env=os.environ | settings | hidden,
+        env=os.environ | settings | device,
         stdout=sys.stderr,
         check=False,
     )

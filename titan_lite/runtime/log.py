@@ -1,4 +1,4 @@
-"""Logging to standard output: rank 0 speaks, the others only warn."""
+"""Logging to standard output: everything from rank 0, warnings from the other ranks."""
 
 import hashlib
 import logging
@@ -6,14 +6,14 @@ import os
 import sys
 from pathlib import Path
 
-# A folder that the launcher gives to the processes of one attempt on its node.
+# Folder that the processes of one attempt on a node share; set by the launcher.
 MESSAGES = "TITAN_LITE_MESSAGES"
-# torchrun's: a file below a folder of the process, in a folder of the attempt.
+# Set by torchrun: a file in a folder of the process, which is in a folder of the attempt.
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
 def open_closed_streams() -> None:
-    """Opens closed standard streams on the null device, so that no file of the run is one."""
+    """Opens closed standard streams on the null device, so that no file gets their descriptors."""
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
@@ -22,7 +22,7 @@ def open_closed_streams() -> None:
 
 
 class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # Generic from Python 3.11 on.
-    """Drops lines that the reader of the log, which may have gone, does not take."""
+    """Drops lines that cannot be written, for example because the reader of a pipe has ended."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
@@ -39,7 +39,7 @@ def set_up_logging(rank: int) -> None:
     logger.handlers = [handler]
     logger.propagate = False
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    # What these warn of is the same on every rank: the configuration, checkpoints, data, tokenizer.
+    # These warnings would be the same on every rank: configuration, checkpoints, data, tokenizer.
     same = ("config", "preflight", "checkpoint.state")
     for name in (*same, "data.files", "data.sources", "data.tokenizer"):
         logging.getLogger(f"titan_lite.{name}").setLevel(
@@ -47,10 +47,10 @@ def set_up_logging(rank: int) -> None:
         )
 
 
-def is_first_to_say(text: str) -> bool:
-    """Returns whether no other process of this node has printed the same, and notes it.
+def is_first_to_print(text: str) -> bool:
+    """Returns True if no other process of this node has printed the same text, and notes it.
 
-    True where no launcher has given the processes a folder to note it in.
+    Always True if there is no launcher, and so no shared folder.
     """
     if MESSAGES in os.environ:
         folder = Path(os.environ[MESSAGES])

@@ -1,7 +1,7 @@
-"""The launchers of a job's nodes: they meet, start together, and agree on how an attempt ended.
+"""Rendezvous of the launchers of a job: they start attempts together and agree on the result.
 
-The first node listens at the endpoint, the others keep a connection to it: a launcher that dies is
-noticed by its connection. No torch.
+The first node listens at the endpoint. The others keep a connection to it, whose loss shows that a
+launcher has died. No torch.
 """
 
 import contextlib
@@ -13,27 +13,27 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from titan_lite.runtime.stop import EXIT_FAILED, EXIT_MISTAKE, ORDERLY, worst_code
+from titan_lite.runtime.stop import EXIT_FAILED, EXIT_USAGE, ORDERLY, worst_code
 
 WAIT_SECONDS = 600.0
-# A launcher that listens looks ten times a second.
+# Limit for a reply; a listening launcher checks for messages ten times a second.
 ANSWER_SECONDS = 15.0
 POLL_SECONDS = 0.1
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class NodesError(Exception):
-    """Nodes that cannot work together; `code` is for the process to end with."""
+    """The nodes cannot run the job together. code: exit code of the process."""
 
-    def __init__(self, message: str, code: int = EXIT_MISTAKE) -> None:
+    def __init__(self, message: str, code: int = EXIT_USAGE) -> None:
         super().__init__(message)
         self.code = code
 
 
 @dataclass(frozen=True)
 class JobSettings:
-    """Settings that must be the same on all nodes, by the variables that hold them."""
+    """Settings that must be equal on all nodes, named as the environment variables."""
 
     RDZV_ID: str
     NNODES: int
@@ -43,7 +43,7 @@ class JobSettings:
 
 @dataclass(frozen=True)
 class NodeStart:
-    """An attempt: the number of this node, and the port of the store on the first one."""
+    """The start of an attempt: this node's number, and the port of the store on the first node."""
 
     node: int
     port: int
@@ -52,7 +52,7 @@ class NodeStart:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How an attempt ended on all nodes together."""
+    """The common result of an attempt. again: True if all nodes start another one."""
 
     code: int
     again: bool
@@ -61,18 +61,18 @@ class Verdict:
 class Nodes(Protocol):
     """This node's connection to the others.
 
-    `failed` once an attempt has failed on any of them, `stopped` once a signal has ended it before
-    it started.
+    failed: True if the attempt has failed on any node. stopped: True if a signal ended it before
+    all processes listened for signals.
     """
 
     failed: bool
     stopped: bool
 
     def start(self, port: int) -> NodeStart:
-        """Waits for all nodes; `port` is where the store listens if this is the first one."""
+        """Waits for all nodes. port: that of the store, used if this is the first node."""
 
     def poll(self) -> None:
-        """Reads what the others sent."""
+        """Reads the other nodes' messages."""
 
     def fail(self) -> None:
         """Reports to the others that this attempt has failed."""
@@ -81,7 +81,7 @@ class Nodes(Protocol):
         """Reports to the others that a signal ended this attempt before all processes listened."""
 
     def agree(self, code: int, *, is_stopping: bool) -> Verdict:
-        """Waits for the end of the attempt on all nodes; is_stopping: a signal stopped this one."""
+        """Waits until all nodes have ended the attempt. is_stopping: a signal stopped this one."""
 
 
 class Connection:
@@ -89,7 +89,7 @@ class Connection:
 
     def __init__(self, stream: socket.socket) -> None:
         stream.setblocking(False)
-        # A machine that is lost is noticed within two minutes.
+        # Detects the loss of a machine within two minutes.
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)):
             if hasattr(socket, name):
@@ -104,7 +104,7 @@ class Connection:
             self.close()
 
     def receive(self) -> list[dict[str, Any]]:
-        """Complete messages; ValueError if the other end speaks another language."""
+        """Returns complete messages; ValueError if they are not those of a launcher."""
         while self.is_open:
             try:
                 data = self._stream.recv(2**16)
@@ -130,14 +130,15 @@ class FirstNode:
     """The node at the endpoint, or the only one."""
 
     def __init__(
-        self, job: JobSettings, say: Say, server: socket.socket | None = None, endpoint: str = ""
+        self, job: JobSettings, log: Log, server: socket.socket | None = None, endpoint: str = ""
     ) -> None:
         self.failed = self.stopped = False
-        self._job, self._say, self._server, self._endpoint = job, say, server, endpoint
+        self._job, self._log, self._server, self._endpoint = job, log, server, endpoint
         if server is not None:
             server.setblocking(False)
         self._attempt = -1
-        # Connected, but not known to be launchers of this job; then launchers that wait, or run.
+        # Connections that have not introduced themselves; launchers of this job; those of them that
+        # take part in the current attempt.
         self._strangers: list[Connection] = []
         self._members: list[Connection] = []
         self._running: list[Connection] = []
@@ -149,7 +150,7 @@ class FirstNode:
             text = f"{missing} of {self._job.NNODES} nodes at {self._endpoint}"
             if text != last_message:
                 last_message = text
-                self._say(f"Waiting for {text}")
+                self._log(f"Waiting for {text}")
                 for member in self._members:
                     member.send(waiting=text)
             if time.monotonic() > deadline:
@@ -194,7 +195,7 @@ class FirstNode:
         return verdict
 
     def _admit(self) -> int:
-        """Reads all connections, lets launchers of this job in; returns the nodes that are here."""
+        """Reads all connections and admits launchers of this job; returns the number of nodes."""
         if self._server is not None:
             with contextlib.suppress(BlockingIOError):
                 while True:
@@ -249,16 +250,16 @@ class FirstNode:
                 self._ended[member] = message["code"], message["is_stopping"]
         if not member.is_open and member in self._running and member not in self._ended:
             self._ended[member] = EXIT_FAILED, False
-            self._say(f"Lost the connection to node {self._running.index(member) + 1}")
+            self._log(f"Lost the connection to node {self._running.index(member) + 1}")
             self.fail()
 
 
 class OtherNode:
     """A node that is connected to the first one."""
 
-    def __init__(self, first: Connection, endpoint: str, say: Say) -> None:
+    def __init__(self, first: Connection, endpoint: str, log: Log) -> None:
         self.failed = self.stopped = False
-        self._first, self._endpoint, self._say = first, endpoint, say
+        self._first, self._endpoint, self._log = first, endpoint, log
         self._start: NodeStart | None = None
         self._verdict: Verdict | None = None
 
@@ -295,7 +296,7 @@ class OtherNode:
         self._first.send(code=code, is_stopping=is_stopping)
         while self._verdict is None:
             if not self._first.is_open:
-                self._say(f"Lost the connection to the node at {self._endpoint}")
+                self._log(f"Lost the connection to the node at {self._endpoint}")
                 return Verdict(worst_code([code, EXIT_FAILED]), again=False)
             time.sleep(POLL_SECONDS)
             self.poll()
@@ -303,10 +304,10 @@ class OtherNode:
         return verdict
 
     def take(self, messages: list[dict[str, Any]]) -> None:
-        """Acts on what the first node sent."""
+        """Handles messages of the first node."""
         for message in messages:
             if "waiting" in message:
-                self._say(f"Waiting for {message['waiting']}")
+                self._log(f"Waiting for {message['waiting']}")
             if "start" in message:
                 self._start, self.failed, self.stopped = NodeStart(**message["start"]), False, False
             if "failed" in message:
@@ -317,19 +318,19 @@ class OtherNode:
                 self._verdict = Verdict(**message["verdict"])
 
 
-def connect(job: JobSettings, host: str, port: int, say: Say) -> Nodes:
-    """Listens at the endpoint where it is this machine's and free, else connects to it."""
+def connect(job: JobSettings, host: str, port: int, log: Log) -> Nodes:
+    """Listens at the endpoint if it is a free port of this machine, else connects to it."""
     endpoint, is_local = f"{host}:{port}", _is_of_this_machine(host)
     if is_local:
         try:
-            return FirstNode(job, say, listen(port), endpoint)
+            return FirstNode(job, log, listen(port), endpoint)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 message = f"cannot listen at port {port} of {host}: {error.strerror}"
                 raise NodesError(message) from error
-    # Of this machine's port, which is in use, the other program accepts at once.
+    # A port of this machine that is in use accepts connections at once.
     wait_seconds = ANSWER_SECONDS if is_local else WAIT_SECONDS
-    for first in _connections(host, port, say, wait_seconds):
+    for first in _connections(host, port, log, wait_seconds):
         first.send(titan_lite=asdict(job))
         messages: list[dict[str, Any]] = []
         deadline = time.monotonic() + ANSWER_SECONDS
@@ -342,7 +343,7 @@ def connect(job: JobSettings, host: str, port: int, say: Say) -> Nodes:
         if messages and "refused" in messages[0]:
             raise NodesError(f"{endpoint}: {messages[0]['refused']}")
         if messages and "welcome" in messages[0]:
-            node = OtherNode(first, endpoint, say)
+            node = OtherNode(first, endpoint, log)
             node.take(messages[1:])
             return node
         if messages or first.is_open:
@@ -353,10 +354,10 @@ def connect(job: JobSettings, host: str, port: int, say: Say) -> Nodes:
     )
 
 
-def _connections(host: str, port: int, say: Say, seconds: float) -> Iterator[Connection]:
-    """Connections to an endpoint, tried until one succeeds, and again after each that was closed.
+def _connections(host: str, port: int, log: Log, seconds: float) -> Iterator[Connection]:
+    """Yields connections to an endpoint; connects again if the caller continues.
 
-    Ends a few seconds after the first one; raises NodesError where none succeeds.
+    Ends a few seconds after the first connection; raises NodesError if there is none in time.
     """
     has_warned, deadline, is_answered = False, time.monotonic() + seconds, False
     while time.monotonic() < deadline:
@@ -364,7 +365,7 @@ def _connections(host: str, port: int, say: Say, seconds: float) -> Iterator[Con
             connection = Connection(socket.create_connection((host, port), timeout=5))
         except OSError as error:
             if not has_warned:
-                say(f"Waiting for the first node at {host}:{port}: {error.strerror or error}")
+                log(f"Waiting for the first node at {host}:{port}: {error.strerror or error}")
                 has_warned = True
             last = error
         else:
@@ -378,7 +379,7 @@ def _connections(host: str, port: int, say: Say, seconds: float) -> Iterator[Con
 
 
 def listen(port: int) -> socket.socket:
-    """A socket on all addresses of this machine, with room for a job's processes at once."""
+    """A socket on all addresses of this machine, with a backlog for all processes of a job."""
     if socket.has_dualstack_ipv6():
         return socket.create_server(
             ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096
@@ -387,7 +388,7 @@ def listen(port: int) -> socket.socket:
 
 
 def _is_of_this_machine(host: str) -> bool:
-    """Returns whether a name or address is one of this machine's own."""
+    """Returns True if a name or address is one of this machine's."""
     with contextlib.suppress(OSError):
         for family, kind, protocol, _, address in socket.getaddrinfo(
             host, 0, type=socket.SOCK_STREAM

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: noted when they come, handled between steps. No torch."""
+"""Signals that request a stop: noted when they arrive, handled between steps. No torch."""
 
 import contextlib
 import logging
@@ -15,36 +15,36 @@ from titan_lite.runtime.progress import Progress
 logger = logging.getLogger(__name__)
 
 EXIT_FAILED = 1
-# A mistake in the configuration, or a folder in use.
-EXIT_MISTAKE = 2
-# EX_TEMPFAIL of sysexits.h: a checkpoint was saved, from which the run resumes when started again.
+# A usage or configuration error, or a folder that is in use.
+EXIT_USAGE = 2
+# EX_TEMPFAIL in sysexits.h: stopped with a checkpoint; the run resumes when it is started again.
 EXIT_STOPPED = 75
-# As of a process that SIGTERM ended: there is no checkpoint to resume from.
+# The same as of a process that SIGTERM ended: stopped without a checkpoint.
 EXIT_STOPPED_UNSAVED = 128 + signal.SIGTERM
-# Exit codes of a process that ended as requested.
+# Exit codes of a process that did not fail.
 ORDERLY = (0, EXIT_STOPPED, EXIT_STOPPED_UNSAVED)
-# In the folder of MESSAGES, the name of the signal that the launcher got.
+# File in the folder of MESSAGES with the name of the signal that the launcher received.
 SENT = "signal"
 STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-# Seconds without progress after which SIGTERM ends a process at once. A launcher sends it to the
-# processes that a dead one has left waiting, and kills them after 30 s.
+# Seconds without progress after which SIGTERM ends a process at once. When a process has died, the
+# launcher sends SIGTERM to the others, which may wait for it, and kills them after 30 s.
 TERM_GRACE = 25.0
 
 
 def handled_signals() -> list[signal.Signals]:
-    """Signals that ask to stop, without those that this process was started to ignore (nohup)."""
+    """Signals that request a stop, without those that the parent set to be ignored (nohup)."""
     return [number for number in STOPPING_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def worst_code(codes: Collection[int]) -> int:
-    """The exit code of several processes together: mistakes first, then failures, then stops."""
-    order = [EXIT_MISTAKE, EXIT_FAILED, EXIT_STOPPED_UNSAVED, EXIT_STOPPED, 0]
+    """The exit code of several processes: usage errors first, then failures, then stops."""
+    order = [EXIT_USAGE, EXIT_FAILED, EXIT_STOPPED_UNSAVED, EXIT_STOPPED, 0]
     known = [code if code in order else EXIT_FAILED for code in codes]
     return min(known, key=order.index)
 
 
 def _sent(number: signal.Signals) -> str:
-    """The name of the signal that was sent: a launcher passes on each one as SIGUSR1."""
+    """The name of the original signal: the launcher forwards each one as SIGUSR1."""
     if number == signal.SIGUSR1 and MESSAGES in os.environ:
         with contextlib.suppress(OSError):
             return (Path(os.environ[MESSAGES]) / SENT).read_text()
@@ -52,9 +52,9 @@ def _sent(number: signal.Signals) -> str:
 
 
 class StopRequest:
-    """A request to stop this process; `signal` names the signal, None before.
+    """A request to stop this process. `signal`: name of the signal; None until there is one.
 
-    progress: of this process; SIGTERM ends it at once after TERM_GRACE seconds in one phase.
+    After SIGTERM, the process ends as soon as its progress shows TERM_GRACE seconds in one phase.
     """
 
     def __init__(self, progress: Progress) -> None:
@@ -67,7 +67,7 @@ class StopRequest:
         self._end_if_stuck()
 
     def comes_within(self, seconds: float) -> bool:
-        """Waits until a stop is requested, or the time is over."""
+        """Waits up to `seconds`; returns True if a stop was requested."""
         deadline = time.monotonic() + seconds
         while self.signal is None and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -75,10 +75,10 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Notes the signals inside, instead of ending the process; on the main thread.
+        """Notes signals inside the context, instead of ending the process. For the main thread.
 
-        By a thread, since Python's own handlers wait until the main thread has come back from
-        whatever library it is in.
+        A thread reads them, because Python's handlers only run when the main thread returns from
+        library code.
         """
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)

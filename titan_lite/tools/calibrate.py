@@ -1,6 +1,6 @@
-"""titan-lite plan calibrate: the planner's constants, measured on this machine's devices.
+"""titan-lite plan calibrate: measures the planner's constants on this machine's devices.
 
-Each constant is the one with which the planner's own formula gives the measured time.
+Each constant is chosen so that the planner's own formula gives the measured time.
 """
 
 import dataclasses
@@ -48,21 +48,22 @@ from titan_lite.training.loss import cross_entropy_sum
 Work = Callable[[], object]
 Seconds = dict[str, float]
 ROUNDS, LAPS = 3, 5
-# Of the budget; the rest is for start-up and for what repetitions cannot divide.
+# Share of the time budget for measuring; the rest is for start-up and for rounding of repetitions.
 SHARE = 0.7
-# The source of a device that no datasheet describes.
+# `source` of a device without a datasheet.
 MEASURED = "measured"
-# Of the model whose loss is measured.
+# `dim` of the model whose loss is measured.
 LOSS_DIM = 64
-# "inner": the features over which a product reaches half of its rate.
+# Candidates for the constant "inner": inner features at which a matmul reaches half of its rate.
 INNER = (0.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes that take milliseconds on a kind of device.
+    """Sizes of the measured kernels, which then take milliseconds on a kind of device.
 
-    linears: tokens, inputs and outputs. batches: tokens of the element-wise kernels. rings: bytes.
+    linears: (tokens, inputs, outputs). lengths: sequence lengths of attention. batches: tokens of
+    the element-wise kernels. rings: bytes of the collectives.
     """
 
     dim: int
@@ -110,7 +111,10 @@ class Ring:
 
 @dataclass(frozen=True)
 class Machine:
-    """The sizes of the measurements and their device: the same on every rank."""
+    """The measured device, and how much is measured; equal on all ranks.
+
+    per_node: processes of a node. budget: seconds for all measurements.
+    """
 
     process: Process
     per_node: int
@@ -123,7 +127,7 @@ class Machine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of runs: float32 on a CPU, float16 on GPUs without bfloat16."""
+        """The measured dtype: float32 on a CPU; bfloat16 on a GPU, or float16 without it."""
         if self.process.device.type == "cpu":
             return torch.float32
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -131,11 +135,11 @@ class Machine:
 
     @property
     def other_dtype(self) -> torch.dtype:
-        """The dtype whose peak only is measured."""
+        """The dtype of which only the peak is measured."""
         return torch.bfloat16 if self.dtype is torch.float32 else torch.float32
 
     def job(self) -> Job:
-        """A job whose kernels are those that are measured."""
+        """A job that runs the measured kernels."""
         dim = self.sizes.dim
         keys = {"dim": dim, "ffn_dim": 3 * dim, "num_heads": dim // 64, "num_kv_heads": dim // 64}
         overrides = [f"--model.{key}={value}" for key, value in keys.items()]
@@ -155,7 +159,10 @@ class Machine:
         ]
 
     def measure(self, cases: Mapping[str, Callable[[], Work]], share: float = 1.0) -> Seconds:
-        """Median seconds of each case, taken in turns, and the mean over ranks; collective."""
+        """Returns the median seconds of each case, averaged over ranks. All ranks must call it.
+
+        The cases take turns. share: part of the time budget.
+        """
         laps: dict[str, list[float]] = {name: [] for name in cases}
         each = SHARE * share * self.budget / (max(1, len(cases)) * ROUNDS)
         for _ in range(ROUNDS):
@@ -169,7 +176,7 @@ class Machine:
     def _turn(self, work: Work, budget: float) -> list[float]:
         self._lap(work, 1)
         once = torch.tensor(self._lap(work, 1), device=self.process.device)
-        # All ranks repeat a collective as often, and start together.
+        # All ranks must repeat a collective equally often.
         count = max(1, int(budget / LAPS / all_reduce(once, "max").item()))
         return [self._lap(work, count) for _ in range(LAPS)]
 
@@ -186,14 +193,14 @@ class Machine:
 
 
 class Kernels:
-    """The measured kernels of one device, by name; each builds its tensors when it is measured."""
+    """The kernels to measure on one device. Each method makes its tensors, and returns the work."""
 
     def __init__(self, machine: Machine) -> None:
         self.sizes, self.dtype, self.other_dtype = machine.sizes, machine.dtype, machine.other_dtype
         self.device, self.args = machine.process.device, machine.job().args
 
     def cases(self) -> dict[str, Callable[[], Work]]:
-        """All of them."""
+        """Returns all kernels by name; each allocates its tensors when it is called."""
         cases: dict[str, Callable[[], Work]] = {"copy": self.copy, "optimizer": self.optimizer}
         for number, shape in enumerate(self.sizes.linears):
             cases[f"linear {number}"] = partial(self.linear, *shape, self.dtype)
@@ -206,12 +213,12 @@ class Kernels:
         return cases | {"loss": self.loss}
 
     def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Random numbers: a device draws more power for them than for zeros."""
+        """Random numbers, because a device draws less power for zeros."""
         numbers = torch.randn(shape, device=self.device, dtype=dtype or self.dtype)
         return numbers.requires_grad_()
 
     def copy(self) -> Work:
-        """Reads and writes the bytes of the largest ring."""
+        """A copy of as many bytes as the largest ring moves."""
         source = torch.randn(self.sizes.rings[-1] // 4, device=self.device)
         target = torch.empty_like(source)
         return lambda: target.copy_(source)
@@ -236,7 +243,7 @@ class Kernels:
         return lambda: torch.autograd.grad(attend(*qkv, NO_CONTEXT), qkv, gradient)
 
     def elementwise(self, tokens: int) -> Work:
-        """The work of a block between its products, forward and backward."""
+        """The element-wise kernels of a block, forward and backward."""
         args = dataclasses.replace(self.args, max_seq_len=tokens)
         rope = RotaryEmbedding(args).to(self.device)
         block = Block(args, rope).to(self.device, self.dtype)
@@ -256,7 +263,7 @@ class Kernels:
         return work
 
     def loss(self) -> Work:
-        """The head and its cross-entropy, on so narrow a model that the products take little."""
+        """The head and its cross-entropy, so narrow that the matmuls take little time."""
         tokens = self.sizes.batches[1]
         hidden, weight = self.random(tokens, LOSS_DIM), self.random(self.sizes.vocabulary, LOSS_DIM)
         labels = torch.arange(tokens, device=self.device) % self.sizes.vocabulary
@@ -285,7 +292,7 @@ class Kernels:
 
 
 def exchanges(machine: Machine) -> dict[str, Callable[[], Work]]:
-    """Work of the collectives by name; collective."""
+    """Returns the collectives to measure, by name. All ranks must call it."""
     process, groups = machine.process, {}
     for ranks in divisors(process.world_size)[1:]:
         shape = process.world_size // ranks, ranks
@@ -311,7 +318,7 @@ def _exchange(ring: Ring, group: dist.ProcessGroup, device: torch.device) -> Wor
 
 
 def overlaps(machine: Machine, kernels: Kernels, seconds: Seconds) -> dict[str, Callable[[], Work]]:
-    """Products alone, and with a gather over all ranks at the same time that takes as long."""
+    """Returns matmuls alone, and matmuls during an all-gather over all ranks."""
     process, sizes = machine.process, machine.sizes
     ring = Ring("all_gather", process.world_size, 1, sizes.rings[-1])
     count = math.ceil(1.5 * seconds[str(ring)] / seconds["linear 0"])
@@ -336,7 +343,7 @@ def overlaps(machine: Machine, kernels: Kernels, seconds: Seconds) -> dict[str, 
 
 
 def explain(cluster: Cluster, machine: Machine) -> Seconds:
-    """The planner's seconds of all that is measured, interference apart."""
+    """Predicts the seconds of all measurements, except those of `overlaps`."""
     sizes, job = machine.sizes, machine.job()
     other = dataclasses.replace(job, width=machine.other_dtype.itemsize)
     rates, other_rates = Rates(cluster, job), Rates(cluster, other)
@@ -370,7 +377,7 @@ def _nodes(machine: Machine, ring: Ring) -> int:
     return ring.ranks // _inner(machine, ring)
 
 
-# Constants with which a formula gives nothing but the datasheet's time.
+# Constants with which the formulas give the datasheet's time.
 NEUTRAL = {
     "kernel_us": 0.0,
     "hbm": 1.0,
@@ -391,7 +398,7 @@ NEUTRAL = {
 
 
 def fit(cluster: Cluster, machine: Machine, seconds: Seconds) -> Cluster:
-    """The cluster with the constants that explain what was measured."""
+    """Returns the cluster with constants that reproduce the measured seconds."""
     sizes, constants = machine.sizes, dict(NEUTRAL)
 
     def explained(**values: float) -> Seconds:
@@ -460,12 +467,12 @@ def fit(cluster: Cluster, machine: Machine, seconds: Seconds) -> Cluster:
 
 
 def _hops(ring: Ring, number: int) -> float:
-    """Seconds of a ring if a hop takes a microsecond."""
+    """Seconds that the hops of a ring take, at one microsecond each."""
     return number * 1e-6 * (2 if ring.operation == "all_reduce" else 1)
 
 
 def _with(cluster: Cluster, constants: Mapping[str, float]) -> Cluster:
-    """The cluster with these in place of what is known of its architecture."""
+    """Returns the cluster with these constants instead of those of its architecture."""
     special = {name: f"{name}/{cluster.device.architecture}" for name in constants}
     measured = {
         special[name] if special[name] in cluster.values else name: value
@@ -477,18 +484,18 @@ def _with(cluster: Cluster, constants: Mapping[str, float]) -> Cluster:
 def _line(
     first: Sequence[float], second: Sequence[float], seconds: Seconds, cases: Sequence[str]
 ) -> tuple[float, float]:
-    """(a, b) with which a * first + b * second comes nearest to the seconds, in relative terms."""
+    """Returns (a, b) with which a * first + b * second has the least relative errors."""
     times = np.array([seconds[case] for case in cases])
     columns = np.array([first, second]).T / times[:, None]
     a, b = np.linalg.lstsq(columns, np.ones(len(times)), rcond=None)[0]
     if a <= 0 or b < 0:
-        # Noise: the first alone.
+        # A negative result is noise: fit `first` alone.
         return float(np.median(times / first)), 0.0
     return float(a), float(b)
 
 
 def describe_machine(machine: Machine, seconds: Seconds) -> Cluster:
-    """Devices and nodes, by datasheet where there is one, else by the best of what was measured."""
+    """Devices and nodes, from the datasheet if there is one, else from the best measurements."""
     process, name = machine.process, device_name(machine.process.device)
     device, multiprocessors = find_device(name), 1
     if device is None:
@@ -523,7 +530,7 @@ def describe_machine(machine: Machine, seconds: Seconds) -> Cluster:
 
 
 def calibrate(process: Process, per_node: int, budget: float) -> tuple[Cluster, Seconds, Seconds]:
-    """The cluster, what was measured on it, and what it explains; collective."""
+    """Returns the cluster, the measured and the predicted seconds. All ranks must call it."""
     machine = Machine(process, per_node, budget)
     kernels = Kernels(machine)
     seconds = machine.measure(kernels.cases(), 0.6)
@@ -535,7 +542,7 @@ def calibrate(process: Process, per_node: int, budget: float) -> tuple[Cluster, 
 
 
 def to_toml(cluster: Cluster, source: str, price: float) -> str:
-    """The cluster's file."""
+    """Formats the cluster's file."""
     device, table = cluster.device.name, {}
     if cluster.device.source == MEASURED:
         facts = dataclasses.asdict(cluster.device)
@@ -550,7 +557,7 @@ def to_toml(cluster: Cluster, source: str, price: float) -> str:
         "calibrated": True,
         "source": source,
     }
-    lines = ["# To be filled in: price, pue (power usage effectiveness), watts of a node's host."]
+    lines = ["# Please set price_per_gpu_hour, pue (power usage effectiveness) and host_watts."]
     if "nic" not in cluster.measured:
         lines.append("# Not measured: node_nic_gbs, GB/s of a node's network in one direction.")
     for name, values in (("", rows), ("device", table), ("measured", cluster.measured)):
@@ -564,14 +571,14 @@ def _key(name: str) -> str:
 
 
 def report(cluster: Cluster, measured: Seconds, explained: Seconds) -> str:
-    """Constants next to those they replace, and their error on the measurements."""
+    """Formats the constants next to those that they replace, and measured and predicted times."""
     lines = [f"{'constant':<28}{'measured':>12}{'before':>12}"]
     known = cluster.values
     lines += [
         f"{name:<28}{value:>12.4g}{known.get(name, math.nan):>12.4g}"
         for name, value in cluster.measured.items()
     ]
-    lines += ["", f"{'kernel':<52}{'measured':>12}{'explained':>12}"]
+    lines += ["", f"{'kernel':<52}{'measured':>12}{'predicted':>12}"]
     lines += [
         f"{name:<52}{1e3 * measured[name]:>9.3f} ms{1e3 * explained[name]:>9.3f} ms"
         for name in explained
@@ -580,7 +587,7 @@ def report(cluster: Cluster, measured: Seconds, explained: Seconds) -> str:
 
 
 def main(output: str, processes: int | None, budget: float, price: float) -> None:
-    """Measures, in new processes unless a launcher has started this one of several."""
+    """Measures in new processes, or in this one if a launcher such as torchrun started it."""
     if not output.endswith(".toml") or not Path(output).absolute().parent.is_dir():
         raise UsageError(f"--output must be a .toml file in a folder that exists, got {output!r}")
     options = output, budget, price
@@ -593,7 +600,7 @@ def main(output: str, processes: int | None, budget: float, price: float) -> Non
         most = f"at most the {gpus} GPUs" if gpus else "at least 1"
         raise UsageError(f"--processes must be {most}, got {processes}")
     threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // processes)))
-    # The processes meet in a store of this one: a port that they would open may be taken by then.
+    # This process opens the store: a port chosen now could be taken before another opens it.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     arguments = processes, store.port, threads, options
     torch.multiprocessing.spawn(_member, arguments, nprocs=processes)

@@ -1,4 +1,4 @@
-"""Fits constants to published rows, each held near its literature value by a prior."""
+"""Fits constants to published rows, with a prior around each literature value."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,14 +11,14 @@ from titan_lite.planner.constants import LITERATURE, SPREADS, base_name
 from titan_lite.tools.published import PublishedRow, predict_row
 
 Vector = NDArray[np.float64]
-# Spread of a row around a right model, as a log standard deviation.
+# Standard deviation of log(measured / predicted) that a correct model would have.
 NOISE = 0.05
 ROUNDS = 4
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Fitted constants; spreads: what is left of each prior's; freedom: effective parameters."""
+    """Fitted constants. spreads: posterior log deviations. freedom: effective parameters."""
 
     values: dict[str, float]
     spreads: dict[str, float]
@@ -26,7 +26,7 @@ class Fit:
 
 
 def fit(rows: Sequence[PublishedRow], spreads: Mapping[str, float] = SPREADS) -> Fit:
-    """The constants of `spreads` that fit the rows with use = "time", by Gauss-Newton steps."""
+    """Fits the constants in `spreads` to the rows that can be predicted, by Gauss-Newton steps."""
     distinct = {str(sorted(r.items() - {("note", r.get("note"))}, key=str)): r for r in rows}
     used = [r for r in distinct.values() if predict_row(r, LITERATURE).value is not None]
     names = list(spreads)

@@ -30,7 +30,7 @@ other forms, each with its own --help:
   plan validate ROWS.toml [--constants fitted|literature|leave-one-system-out] [--fit]
 """
 UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
-# A layout that any configuration allows: a search replaces these keys.
+# Keys that a search replaces, set to a layout that is legal for any configuration.
 ONE_DEVICE = (
     "--parallel.tp=1",
     "--parallel.cp=1",
@@ -41,7 +41,7 @@ ONE_DEVICE = (
     "--parallel.async_tp=false",
     "--training.local_batch_size=1",
 )
-# What only a run needs.
+# Turns off features that need files or packages which a prediction does not.
 NO_FILES = ('--checkpoint.initial_load_hf=""', "--metrics.enable_wandb=false")
 
 
@@ -81,16 +81,16 @@ def _plan(argv: Sequence[str]) -> int:
 def _search(argv: Sequence[str]) -> int:
     parser = _parser(
         "plan search",
-        "Predicts every legal layout of a job on --world-size devices, and shows the best few that "
-        "fit and differ in kind. Degrees, micro-batch, recomputation, resharding, gradient "
-        "synchronisation and pipeline stages vary; all other keys stay.",
+        "Predicts every legal layout of a job on --world-size devices, and shows the best layouts "
+        "that fit, one of each kind. Degrees, micro-batch, recomputation, resharding, gradient "
+        "synchronisation and pipeline stages vary; all other keys keep their values.",
         "titan-lite plan search train_configs/llama3_8b.toml --cluster h100 --world-size 8",
         "titan-lite plan search run.toml --world-size 2",
     )
     parser.add_argument(
         "--count", type=_positive, default=5, metavar="N", help="layouts to show (5)"
     )
-    parser.add_argument("--write", metavar="FILE", help="TOML file that extends CONFIG by the best")
+    parser.add_argument("--write", metavar="FILE", help="write the best as a TOML file")
     options, path, overrides = _parse(parser, argv)
     loaded = load_config(path, overrides)
     config = loaded.config
@@ -157,9 +157,9 @@ def _scaling(argv: Sequence[str]) -> int:
 def _calibrate(argv: Sequence[str]) -> int:
     parser = command_parser(
         "plan calibrate",
-        "Measures this machine's devices for about two minutes, and writes a cluster's "
-        "file for --cluster. Nothing else must run. Of several nodes: torchrun --no-python "
-        "titan-lite plan calibrate, on each.",
+        "Measures this machine's devices for about two minutes, and writes a cluster "
+        "file for --cluster. Nothing else must run. For several nodes, run on each of them: "
+        "torchrun --no-python titan-lite plan calibrate.",
         "titan-lite plan calibrate -o my_cluster.toml",
         "titan-lite plan calibrate --seconds 30 --price 2.5",
     )
@@ -180,7 +180,7 @@ def _calibrate(argv: Sequence[str]) -> int:
         "--price", type=_not_negative, default=0.0, metavar="P", help="price of a GPU-hour"
     )
     options = parser.parse_args(argv)
-    # Imports torch, which the other forms do without.
+    # Imports torch, which the other forms do not need.
     from titan_lite.tools import calibrate
 
     calibrate.main(options.output, options.processes, options.seconds, options.price)
@@ -191,8 +191,8 @@ def _recalibrate(argv: Sequence[str]) -> int:
     parser = command_parser(
         "plan recalibrate",
         "Compares a finished run's records with its prediction on a cluster, and "
-        "prints the factor that corrects it, for the cluster's file; it applies to runs of the "
-        "same stack.",
+        "prints the factor that corrects the prediction, as a line for the cluster's file. It "
+        "applies to runs with the same software stack.",
         "titan-lite plan recalibrate outputs/base",
         "titan-lite plan recalibrate outputs/base --cluster a100",
     )
@@ -224,12 +224,12 @@ def _validate(argv: Sequence[str]) -> int:
         "--constants",
         choices=("fitted", "literature", "leave-one-system-out"),
         default="fitted",
-        help="those fitted to assets/published_rows.toml, those of the literature alone, or for "
-        "each system those fitted to the file's other systems",
+        help="fitted to assets/published_rows.toml, from the literature alone, or fitted for each "
+        "system to the file's other systems",
     )
     parser.add_argument("--fit", action="store_true", help="fit the constants to the file first")
     options = parser.parse_args(argv)
-    # Imports numpy, which the other forms do without.
+    # Imports numpy, which the other forms do not need.
     from titan_lite.tools import validate_plan
 
     print(

@@ -1,4 +1,4 @@
-"""titan-lite plan recalibrate: one factor from the records of a finished run."""
+"""titan-lite plan recalibrate: a factor that makes a prediction match a finished run."""
 
 import json
 import statistics
@@ -18,9 +18,9 @@ FEWEST = 3
 
 
 def recalibrate(folder: str, cluster: Cluster) -> dict[str, Any]:
-    """Measured and predicted seconds of a step, and the constant that makes them equal.
+    """Returns measured and predicted seconds of a step, and the constant that makes them equal.
 
-    Records of the warm-up are left out, and the time that steps waited for data.
+    Records that include start-up are left out, as is the time that steps waited for data.
     """
     try:
         facts = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
@@ -38,7 +38,7 @@ def recalibrate(folder: str, cluster: Cluster) -> dict[str, Any]:
         if _is_measured(record)
     ]
     if len(seconds) < FEWEST:
-        message = f"{len(seconds)} records after the warm-up; at least {FEWEST} are required"
+        message = f"{len(seconds)} records after start-up; at least {FEWEST} are required"
         raise ConfigError([Problem("RUN", folder, message)])
     family, args = resolve(config.model)
     job = read_job(config, dims, family, args)
@@ -61,7 +61,7 @@ def _is_measured(record: Any) -> bool:
 
 
 def text(result: dict[str, Any]) -> str:
-    """The factor for a reader, as a line of a cluster's file."""
+    """Formats the result, with the factor as lines for the cluster's file."""
     return (
         f"measured {result['measured_seconds']:.4g} s a step, predicted "
         f"{result['predicted_seconds']:.4g} s; in the cluster's file:\n"

@@ -84,13 +84,13 @@ def facts(p: Prediction, better: Sequence[Advice]) -> dict[str, Any]:
 
 
 def limit(p: Prediction) -> str:
-    """The part that takes most of the step's time."""
+    """The kind of work that takes most of the step's time."""
     parts = p.step.parts
     return max(LIMITS, key=lambda words: sum(parts[name] for name in LIMITS[words]))
 
 
 def text(p: Prediction, better: Sequence[Advice]) -> str:
-    """The prediction for a reader."""
+    """The prediction as text."""
     seconds, ratio = p.step.seconds, 100 / p.step.seconds
     low, high = p.interval.low, p.interval.high
     slow, fast = (p.job.tokens / p.job.world_size / bound for bound in (high, low))

@@ -31,7 +31,7 @@ def ideal_days(flops: float, devices: int, peak: float) -> float:
 def scaling(
     configs: Sequence[str], cluster: Cluster, gpus: Sequence[int], overrides: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """A row for each model and number of devices; reason: why a layout cannot run."""
+    """Returns a row for each model and number of devices, with a "reason" if it cannot run."""
     rows: list[dict[str, Any]] = []
     for path in configs:
         load_config(path, overrides)

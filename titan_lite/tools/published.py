@@ -1,4 +1,4 @@
-"""Rows of published runs: each as a Job on a Cluster."""
+"""Rows of published runs, converted to a Job on a Cluster, and their predictions."""
 
 import functools
 import math
@@ -41,16 +41,16 @@ ATTENTION = {"flash1": "flash1", "flash2": "flash", "flash3": "cudnn", "cudnn": 
              "unfused": "unfused", "flash;": "unskipped"}  # fmt: skip
 # Bytes that a cross-entropy moves per logit.
 LOSS_BYTES = {"float32": 28, "compile": 14, "fused": 10, "amp": 68}
-# A custom part has peaks in its cluster's file alone.
+# The peaks of a custom part are only in its cluster's file.
 KNOWN_DEVICES = (find_cluster("h100_500w").device, *DEVICES)
-# Default of a row without one: the network of torchtitan's A100s fits 100 to 130 GB/s a node.
+# GB/s of a node in a row that states none: 100 to 130 fit the rows of torchtitan's A100s.
 UNKNOWN_NIC = 100.0
 # Stacks whose checkpoints stop once the last saved tensor is back (torch 2.1 and later).
 EARLY_STOP = ("eager", "compile", "fused", "native")
 
 
 class Unpredictable(ValueError):
-    """Why a row cannot be predicted."""
+    """A row cannot be predicted; the message has the reason."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Predicted:
 
     @property
     def error(self) -> float:
-        """Predicted less published, as a fraction of what was published."""
+        """(predicted - published) / published."""
         assert self.value is not None
         return float(self.value / self.row["value"] - 1)
 
@@ -147,7 +147,7 @@ def row_job(row: PublishedRow) -> Job:
     attention = ATTENTION.get(kind[0] if kind else "")
     if kernels is None or attention is None:
         raise Unpredictable("stack or attention is not stated")
-    # Yin et al. state neither length nor batch of a row; those of their 1T model's.
+    # Yin et al. state neither sequence length nor batch: assume those of their 1T model.
     seq_len, micro = row.get("seq_len", args.max_seq_len), row.get("micro_batch", 4)
     tp, pp, cp = row["tp"], row["pp"], row.get("cp", 1)
     sharding = str(row["sharding"]).split()[0]
@@ -202,7 +202,7 @@ def row_job(row: PublishedRow) -> Job:
         float8="tensorwise" if float8 else "none",
         float8_gather=float8,
         reduce_bytes=row.get("gradient_bytes", 4),
-        # Megatron, whose loss is fused, adds inside the matmuls, which hide the traffic.
+        # Megatron (fused loss) adds up gradients inside the matmuls, which hide the traffic.
         accumulate_bytes=0 if loss == "fused" else 6 if row.get("gradient_bytes") == 2 else 10,
         kernels=kernels,
         attention=attention,
@@ -214,7 +214,7 @@ def row_job(row: PublishedRow) -> Job:
 def _recompute(
     text: str, layers: int, blocks: tuple[int, ...]
 ) -> tuple[Recompute, tuple[int, ...]]:
-    """A row's `ac`: the kind, and the recomputed blocks of each stage."""
+    """Reads a row's `ac`: the kind of recomputation, and the recomputed blocks of each stage."""
     mode, _, rest = text.split()[0].partition(":")
     if mode == "none":
         return "none", (0,) * len(blocks)
@@ -276,7 +276,7 @@ class PublishedStepModel(StepModel):
         if job.sharding in ("zero1", "zero2", "hybrid_zero"):
             exposed += self.ring(values, job.fsdp, stride)
         elif job.sharding == "greedy_zero1":
-            # Whole tensors have owners, which send them along a chain of all ranks in turn.
+            # Each tensor has an owner, which sends it along a chain of all ranks.
             inner = self.inner(ranks, stride)
             owners = min(ranks, num_tensors(self.args))
             exposed += values / self.rates.bandwidth(ranks, inner)
@@ -293,7 +293,7 @@ def num_tensors(args: DecoderArgs) -> int:
 
 
 def in_unit(row: PublishedRow, step: Step) -> float:
-    """A step in the unit of the row's metric."""
+    """Converts a step to the unit of the row's metric."""
     job = step.job
     match row["metric"]:
         case "step_time_s":

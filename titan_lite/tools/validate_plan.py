@@ -1,4 +1,4 @@
-"""titan-lite plan validate: the planner's predictions of published runs, and their errors."""
+"""titan-lite plan validate: predicts published runs, and reports the errors."""
 
 import json
 import math
@@ -20,15 +20,18 @@ from titan_lite.tools.published import (
 
 
 def report(path: str, *, constants: str, refit: bool, as_json: bool) -> str:
-    """Predicts the rows of a file; see the command's help for `constants`."""
+    """Predicts the rows of a file, and formats the errors by system.
+
+    constants: as in the command's help. refit: fit the constants to the file first.
+    """
     rows = read_rows(path)
     used = [row for row in rows if row.get("use", "time") == "time"]
-    found_fit = fit(used) if refit else None
+    fitted = fit(used) if refit else None
     if constants == "leave-one-system-out":
         predicted = _leave_one_out(used)
     else:
         values = LITERATURE | (FITTED if constants == "fitted" else {})
-        values |= found_fit.values if found_fit else {}
+        values |= fitted.values if fitted else {}
         predicted = {id(row): predict_row(row, values) for row in used}
     everything = [
         predicted.get(
@@ -50,13 +53,13 @@ def report(path: str, *, constants: str, refit: bool, as_json: bool) -> str:
             for system, group in _by_system(done).items()
         },
     }
-    if found_fit:
-        facts["fit"] = _fit_facts(found_fit)
+    if fitted:
+        facts["fit"] = _fit_facts(fitted)
     return json.dumps(facts, indent=2) if as_json else "\n".join(_lines(facts))
 
 
 def null_errors(predicted: Sequence[Predicted]) -> dict[int, float]:
-    """Errors of the null model: one share of the peak per device, fitted to the same rows."""
+    """Errors of the null model, which has one share of the peak per device, fitted to the rows."""
     shares = {id(p): _share_of_peak(p) for p in predicted}
     by_device = defaultdict(list)
     for p in predicted:
@@ -68,7 +71,7 @@ def null_errors(predicted: Sequence[Predicted]) -> dict[int, float]:
 
 
 def _share_of_peak(p: Predicted) -> float:
-    """The share of the peak that was published; recomputed blocks count as work."""
+    """The share of the peak that the published speed amounts to; recomputation counts as work."""
     assert p.step is not None
     assert p.value is not None
     job, step = p.step.job, p.step
@@ -80,7 +83,7 @@ def _share_of_peak(p: Predicted) -> float:
 
 
 def _leave_one_out(rows: Sequence[PublishedRow]) -> dict[int, Predicted]:
-    """Each system predicted with constants fitted to the others."""
+    """Predicts each system with constants fitted to the other systems."""
     predicted: dict[int, Predicted] = {}
     for system in dict.fromkeys(row["system"] for row in rows):
         values = LITERATURE | fit([row for row in rows if row["system"] != system]).values

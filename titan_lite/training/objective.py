@@ -49,8 +49,7 @@ class Objective(Protocol):
     ) -> dict[str, Any]:
         """Returns the model's arguments other than tokens, context and the head's loss.
 
-        factor: what the loss of the pairs is multiplied by. sums: (num_sums,), to which the forward
-        pass adds.
+        factor: multiplies the loss of the pairs. sums: (num_sums,); the forward pass adds to it.
         """
 
     def metrics(self, loss: Tensor, sums: Tensor, num_pairs: Tensor) -> dict[str, float]:

@@ -210,7 +210,7 @@ def _load(
         if built.average is not None:
             built.average.restart()
         logger.info("Loaded the weights of %s", hf[0].path)
-    built.step.refresh()
+    built.step.refresh_float8_scales()
 
 
 def _log_run(plan: Plan, process: Process, built: BuiltTraining) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from titan_lite.checkpoint.manifest import TOKENIZER_FOLDER
-from titan_lite.checkpoint.same_model import SHOWN_BY_WEIGHTS, model_differences
+from titan_lite.checkpoint.same_model import IMPLIED_BY_WEIGHTS, model_differences
 from titan_lite.checkpoint.state import Start, find_start
 from titan_lite.config.load import DEFAULT
 from titan_lite.config.problems import FIELDS, SettingError, collecting, errors_for, literal
@@ -26,7 +26,7 @@ from titan_lite.data.settings import check_data_settings, data_settings
 from titan_lite.data.sources import Source, check_tokens, resolve_sources
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.data.tokenizer_files import files_in, load_tokenizer
-from titan_lite.models.hf_config import TUNABLE, UNCOMPARED
+from titan_lite.models.hf_config import TRAINING_ONLY_FIELDS, TUNABLE
 from titan_lite.models.plan import Plan
 from titan_lite.planner.cluster import Cluster, find_cluster
 from titan_lite.runtime.folder_lock import FolderLock
@@ -77,9 +77,7 @@ def preflight(plan: Plan) -> Preflight:
                     check_tokens([held_out], tokenizer)
         with problems.checking("checkpoint.load_step"):
             start = find_start(
-                config.checkpoint,
-                plan.checkpoint_folder,
-                last_step=config.training.steps,
+                config.checkpoint, plan.checkpoint_folder, last_step=config.training.steps
             )
             check_same_model(start, plan)
         with problems.checking("data.tokenizer_path"):
@@ -93,7 +91,7 @@ def preflight(plan: Plan) -> Preflight:
 def check_contents(plan: Plan, checked: Preflight) -> None:
     """Reads the first documents, the held-out documents and the checkpoint's data settings.
 
-    Raises SettingErrors for what would end the run before or in its first step.
+    Raises SettingErrors for problems that would end the run before or in its first step.
     """
     config, training = plan.config, plan.config.training
     rows: RowMaker = Packing(config.data, training.seq_len)
@@ -151,9 +149,9 @@ def _check_export(plan: Plan, tokenizer: Tokenizer) -> None:
 
 
 def _most_tokens(source: Source) -> int | None:
-    """Returns about how many tokens a source has; None for Hub datasets.
+    """Estimates the largest number of tokens that a source can have; None for Hub datasets.
 
-    At a byte each, which is too low for compressed files.
+    One token per byte is assumed, which is too low for compressed files.
     """
     if source.manifest:
         return source.manifest.tokens
@@ -170,7 +168,7 @@ def check_same_model(start: Start, plan: Plan) -> None:
     if start.manifest is None:
         return
     different = model_differences(start.manifest, plan.config.model, plan.args)
-    for name in UNCOMPARED:
+    for name in TRAINING_ONLY_FIELDS:
         if name != "max_seq_len" or plan.args.positions == "rotary":
             different.pop(name, None)
     remedy = (
@@ -180,7 +178,7 @@ def check_same_model(start: Start, plan: Plan) -> None:
     if not start.resumes:
         for name in section.allow_model_changes:
             different.pop(name, None)
-        for name in SHOWN_BY_WEIGHTS if section.exclude_from_loading else ():
+        for name in IMPLIED_BY_WEIGHTS if section.exclude_from_loading else ():
             # Whether the other weights fit is checked by their names and shapes.
             different.pop(name, None)
         for name in TUNABLE:
@@ -196,7 +194,7 @@ def check_same_model(start: Start, plan: Plan) -> None:
             "; to load the weights nevertheless, set checkpoint.allow_model_changes = "
             f"{literal(sorted(different))}"
         )
-        if different.keys() & SHOWN_BY_WEIGHTS:
+        if different.keys() & IMPLIED_BY_WEIGHTS:
             # No setting can make weights of other shapes load.
             remedy = ""
     by_key: dict[str, list[str]] = {}

@@ -107,7 +107,7 @@ def build_training(
             average=average,
             balancer=balancer,
         )
-        step.refresh()
+        step.refresh_float8_scales()
     return BuiltTraining(
         num_params=num_params,
         parameter_names=parameter_names,

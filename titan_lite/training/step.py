@@ -31,6 +31,8 @@ from titan_lite.training.loss import cross_entropy_sum
 from titan_lite.training.objective import Objective
 
 T = TypeVar("T", bound=Tensor | None)
+StepHook = Callable[[int, Tensor], None]
+"""Called on every rank with a step's number, and whether it was applied: a bool on the device."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,7 @@ class TrainStep:
         self.has_float8_all_gather = parallel_model.applied.count("float8 all-gather") > 0
         self.optimizer = optimizer
         self.guard = guard
-        # Called in order, on every rank, with the step's number and whether it was applied (a bool
-        # tensor on the device).
-        self.step_hooks: list[Callable[[int, Tensor], None]] = [lambda *_: self.refresh()]
+        self.step_hooks: list[StepHook] = [lambda *_: self.refresh_float8_scales()]
         self.average = average
         if average is not None:
             self.step_hooks.append(average.update)
@@ -136,7 +136,7 @@ class TrainStep:
         is_applied = self.guard.step(
             self.optimizer,
             is_finite=is_finite,
-            grad_scale=norm.grad_scale,
+            divisor=norm.divisor,
             norms=norm.parts,
             owners=norm.owners,
         )
@@ -156,7 +156,7 @@ class TrainStep:
             *by_source,
         )
 
-    def refresh(self) -> None:
+    def refresh_float8_scales(self) -> None:
         """Recomputes the float8 scales after the weights have changed."""
         if self.has_float8_all_gather:
             refresh_scales(self.model)
@@ -224,13 +224,13 @@ class TrainStep:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
-        """Runs `_evaluate`, with the averaged weights if ema.validation is true."""
+        """Returns the sums of `_evaluate`, with the averaged weights if ema.validation is true."""
         if self.average is None or not self.config.ema.validation:
             return self._evaluate(batches)
         with self.average.swapped():
-            self.refresh()
+            self.refresh_float8_scales()
             sums = self._evaluate(batches)
-        self.refresh()
+        self.refresh_float8_scales()
         return sums
 
     def _evaluate(self, batches: Sequence[Batch]) -> Tensor:
@@ -294,7 +294,7 @@ class TrainStep:
     def _context(self, batch: Batch) -> TokenContext:
         """Returns the side inputs of this rank's tokens.
 
-        The one place that knows how context parallel splits each of them.
+        Only this function decides how context parallel splits each of them.
         """
         indices, positions, keys = self.local_indices, batch.positions, None
         if self.meshes.cp is not None:
@@ -340,15 +340,15 @@ class TrainStep:
 
     def _norm(self, loss_scale: Tensor | None) -> GradNorm:
         """Returns the global gradient norm, and the divisor that clips and unscales gradients."""
-        pp_group, copy = self.meshes.pp, None
+        pp_group, tied = self.meshes.pp, None
         if pp_group is not None and self.model.tied_head:
             add_tied_gradients(self.model, pp_group)
             if self.model.output is not None:
-                copy = self.model.get_parameter("output.weight")
+                tied = self.model.get_parameter("output.weight")
         return clipped_norm(
             self.model.named_parameters(),
             self.config.training.max_norm,
             loss_scale=loss_scale,
             pp_group=pp_group,
-            copy=copy,
+            tied=tied,
         )
