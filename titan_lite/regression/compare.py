@@ -189,7 +189,7 @@ def _stepwise(a: Array, b: Array, tolerance: float) -> Track:
 
 
 def _fill_skipped(a: Array, b: Array) -> tuple[Array, Array]:
-    """Where the gradients of both runs overflowed, sets both norms by interpolation of a's."""
+    """Interpolates both norms from a's in steps where the gradients of both runs overflowed."""
     skipped, finite = ~np.isfinite(a) & ~np.isfinite(b), np.isfinite(a)
     if not finite.any():
         return a, b
