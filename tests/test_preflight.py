@@ -286,7 +286,7 @@ def test_an_old_gpu_is_refused_bfloat16_and_float8(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
     actual = refused("--float8.recipe=rowwise")
-    assert "training.param_dtype (default): Tesla V100 has no bfloat16" in actual
+    assert "training.param_dtype (default): Tesla V100 does not support bfloat16" in actual
     assert "float8.recipe (command line): " in actual
     assert "but Tesla V100 has 7.0" in actual
 

@@ -31,27 +31,27 @@ from titan_lite.runtime.log import open_closed_streams
 from titan_lite.runtime.writing import WriteError
 
 OVERRIDES = """
-Every key of the TOML file can be overridden: --section.key=value, the value written as in TOML,
-quotes around a plain word left out. The last one wins:
+Every key of the TOML file can be overridden by --section.key=value. Values are written as in TOML,
+but a plain word needs no quotes. The last one counts:
   --training.steps=20 --model.flavor=llama3_8b --job.description="first try"
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand and returns its exit code: 2 for a mistake in the configuration."""
+    """Runs one subcommand and returns its exit code: 2 for a usage or configuration error."""
     open_closed_streams()
     argv = sys.argv[1:] if argv is None else list(argv)
     commands: dict[str, tuple[Callable[[list[str]], int], str]] = {
         "train": (_train, "train a model (in one process; torchrun or run_train.sh start many)"),
         "config": (_config, "check a configuration and print it with the origin of each value"),
         "checkpoint": (_checkpoint, "list the checkpoints of a run, or verify them"),
-        "tokenize": (_tokenize, "write the documents that a run reads as a dataset of token ids"),
+        "tokenize": (_tokenize, "convert the documents of a run to a dataset of token ids"),
         "convert": (_convert, "convert Hugging Face safetensors to checkpoints, and back"),
         "dryrun": (_dryrun, "run one step of any rank on fake tensors: memory, FLOPs, collectives"),
         "plan": (_plan, "predict memory, time, cost and energy of a run on any cluster"),
         "compare": (_compare, "compare the curves of two runs at every step"),
-        "golden": (_golden, "compare runs with curves that are kept in the repository"),
-        "report": (_report, "write a page with one or several runs for the browser"),
+        "golden": (_golden, "compare runs with stored curves, for CI"),
+        "report": (_report, "write an HTML page about one or several runs"),
     }
     parser = argparse.ArgumentParser(
         prog="titan-lite",
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader (| head) has gone; the interpreter's last flush must find an open file.
+        # The reader (| head) has ended. The interpreter flushes at exit, which needs an open file.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
     return code
@@ -117,7 +117,7 @@ def _config(argv: list[str]) -> int:
     parser.add_argument(
         "--preflight",
         action="store_true",
-        help="also check what a run finds here: its data, tokenizer, checkpoint and device",
+        help="also check the data, tokenizer, checkpoint and device on this machine",
     )
     options, path, overrides = _parse(parser, argv)
     if options.schema:
@@ -147,7 +147,7 @@ def _config(argv: list[str]) -> int:
 
 
 def _preflight(plan: Plan) -> None:
-    """Checks what a run on this machine would find out before its first step."""
+    """Runs all checks that a run on this machine makes before its first step."""
     from titan_lite.training.preflight import check_contents, check_locks, preflight
 
     results = preflight(plan)
@@ -178,13 +178,13 @@ def _preflight(plan: Plan) -> None:
 
 
 def _rendered(loaded: LoadedConfig) -> str:
-    """The configuration as TOML, with the numbers of its flavor, if there is such a flavor."""
+    """The configuration as TOML, with the numbers of its flavor if that is known."""
     try:
         family, args = registry.resolve(loaded.config.model)
     except SettingError:
         return to_toml(loaded)
     resolved = dataclasses.asdict(args) | {"head_dim": args.head_size}
-    # A plugin's own model may have parameters that its args do not count.
+    # A model built by a plugin may have parameters that the args do not describe.
     is_ours = family.build.startswith("titan_lite.")
     return to_toml(loaded, resolved, in_words(num_params(args), args) if is_ours else None)
 
@@ -199,9 +199,9 @@ def _tokenize(argv: list[str]) -> int:
     parser = _parser(
         "tokenize",
         "--output DIR [--processes N] [--shard-size N] | --verify DIR",
-        "Writes what [data] reads (dataset, dataset_path, subset, split, text_field) as a dataset "
-        "of token ids, for data.dataset_path of other runs. If interrupted, rerun the same command "
-        "to resume.",
+        "Tokenizes the documents of [data] (dataset, dataset_path, subset, split, text_field), and "
+        "writes a dataset of token ids for data.dataset_path of other runs. If interrupted, rerun "
+        "the same command to resume.",
         "titan-lite tokenize my_run.toml --output corpus.tokens",
         "titan-lite tokenize --verify books.tokens",
         world=False,
@@ -256,8 +256,8 @@ def _dryrun(argv: list[str]) -> int:
     parser = _parser(
         "dryrun",
         "[--world-size N] [--rank R | all-stages] [--device NAME] [--json]",
-        "Runs one training step as one rank of many, on fake tensors in a fake world: prints what "
-        "was applied, the memory, FLOPs and collectives of the step. Needs no GPU, no data and no "
+        "Runs one training step as one rank of many, on fake tensors, and prints the applied "
+        "features, memory, FLOPs and collectives of the step. Needs no GPU, no data and no "
         "tokenizer.",
         "titan-lite dryrun run.toml",
         "titan-lite dryrun train_configs/llama3_405b_pp.toml --device h100",
@@ -265,11 +265,11 @@ def _dryrun(argv: list[str]) -> int:
     parser.add_argument(
         "--rank",
         metavar="R",
-        help='which one to run; "all-stages": one of each place in the pipeline (default: one of '
-        "the first, and of the last)",
+        help='rank to run; "all-stages": one rank of each pipeline stage (default: one of the '
+        "first and one of the last)",
     )
     parser.add_argument(
-        "--device", default="h100", metavar="NAME", help="whose memory to compare with (h100)"
+        "--device", default="h100", metavar="NAME", help="device to compare the memory with (h100)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options, path, overrides = _parse(parser, argv)
@@ -280,12 +280,12 @@ def _dryrun(argv: list[str]) -> int:
         hint = did_you_mean(nearest(options.device, names, limit=3))
         message = f"no such device: {options.device!r}{hint}"
         raise ConfigError([Problem("--device", "command line", message)])
-    # What only a run needs, or writes.
+    # Turns off features that need files or packages which a dry run does not.
     elsewhere = ('--checkpoint.initial_load_hf=""', "--metrics.enable_wandb=false")
     world_size = _world_size(options.world_size)
     plan = make_plan(path, [*overrides, *elsewhere], world_size, with_files=False)
     ranks = _ranks(options.rank, plan.dims)
-    # The import of torch alone takes seconds, and the step of a large model minutes.
+    # Printed first, because importing torch takes seconds, and the step of a large model minutes.
     which = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
     print(f"Dry run of {which} of {plan.dims.world_size}", file=sys.stderr, flush=True)
     from titan_lite.dryrun.summary import summarize_dry_run
@@ -319,7 +319,7 @@ def _report(argv: list[str]) -> int:
 
 
 def _ranks(option: str | None, dims: ParallelDims) -> list[int]:
-    """The ranks to run: the one in --rank, or the first ones at places of the pipeline."""
+    """The ranks to run: that of --rank, or the first rank of some or all pipeline stages."""
     stages = [dims.rank(dict.fromkeys(dims.AXES, 0) | {"pp": place}) for place in range(dims.pp)]
     if option is None:
         return list(dict.fromkeys((stages[0], stages[-1])))
@@ -334,7 +334,7 @@ def _ranks(option: str | None, dims: ParallelDims) -> list[int]:
 def _parser(
     command: str, options: str, description: str, *example: str, world: bool = True
 ) -> argparse.ArgumentParser:
-    """Builds a subcommand's parser of one configuration, by default for a world of some size."""
+    """Builds the parser of a subcommand with one CONFIG and, if `world`, --world-size."""
     usage = f"%(prog)s [CONFIG] [--section.key=value ...] {options}"
     parser = command_parser(command, description, *example, notes=OVERRIDES, usage=usage)
     if world:
@@ -342,7 +342,7 @@ def _parser(
             "--world-size",
             type=int,
             metavar="N",
-            help="number of processes (default: $WORLD_SIZE, else what the degrees need)",
+            help="number of processes (default: $WORLD_SIZE, else the product of the degrees)",
         )
     return parser
 
@@ -350,17 +350,17 @@ def _parser(
 def _parse(
     parser: argparse.ArgumentParser, argv: list[str]
 ) -> tuple[argparse.Namespace, str | None, list[str]]:
-    """The options, CONFIG and the overrides, which may stand in any order."""
-    # What stands behind "--" is overrides only: a launcher's user cannot mean these options.
+    """Returns the options, CONFIG and the overrides, which may be in any order."""
+    # After "--", the launcher passes the user's overrides, which must not be read as options.
     end = argv.index("--") if "--" in argv else len(argv)
-    # argparse's positionals do not allow any order.
+    # argparse does not allow positional arguments in any order.
     options, rest = parser.parse_known_args(argv[:end])
     rest += argv[end + 1 :]
     return options, *split_arguments(rest)
 
 
 def _world_size(option: int | None) -> int | None:
-    """The size in --world-size, else the launcher's; None: the smallest that the degrees allow."""
+    """--world-size, else the launcher's WORLD_SIZE; None: the smallest that the degrees allow."""
     if option is not None:
         return option
     if (text := os.environ.get("WORLD_SIZE")) is not None:

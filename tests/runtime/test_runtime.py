@@ -140,7 +140,7 @@ def test_a_gpu_without_bfloat16_is_told_to_use_float16(monkeypatch: pytest.Monke
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100")
-    with pytest.raises(ValueError, match='Tesla V100 has no bfloat16; use "float16", which comes'):
+    with pytest.raises(ValueError, match='Tesla V100 does not support bfloat16; use "float16"'):
         check_dtype("bfloat16", cuda)
     check_dtype("float16", cuda)
     check_dtype("bfloat16", torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Kernels of GPUs where the CPU has others, as fake tensors see them."""
+"""GPU kernels that allocate other tensors than the CPU's, for fake tensors."""
 
 import contextlib
 import sys
@@ -15,7 +15,7 @@ from titan_lite.parallel import gradients
 
 @contextlib.contextmanager
 def gpu_kernels() -> Iterator[None]:
-    """RMSNorm in one kernel, which keeps no step in float32; norms of whole gradients."""
+    """Uses fused RMSNorm, which stores no float32 intermediates, and norms of whole gradients."""
     of_cpu, chunk = norm.rms_norm, gradients.CPU_CHUNK
     norm.rms_norm, gradients.CPU_CHUNK = _rms_norm, sys.maxsize  # type: ignore[assignment]
     try:
@@ -35,7 +35,7 @@ def _rms_norm(
         out: Tensor = FusedRMSNorm.apply(x, weight)
         return out
     assert isinstance(weight, DTensor)
-    # Each rank has its tokens' part of the weight's gradient.
+    # Each rank has a partial gradient of the weight, from its tokens.
     part = [Partial() if placement.is_shard() else placement for placement in x.placements]
     local = FusedRMSNorm.apply(x.to_local(), weight.to_local(grad_placements=part))
     return DTensor.from_local(local, x.device_mesh, x.placements, run_check=False)

@@ -1,4 +1,4 @@
-"""One training step, measured: the same for a real run and for a dry one."""
+"""Measures one training step, of a real run or a dry run."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from titan_lite.training.setup import BuiltTraining
 
 @dataclass(frozen=True)
 class Collective:
-    """Equal collectives of one step: bytes are those of the whole tensors, added up."""
+    """All equal collectives of one step. bytes: sum over their whole tensors."""
 
     operation: str
     axis: str
@@ -27,7 +27,7 @@ class Collective:
 class Measured:
     """Memory and work of one rank in a step, in bytes and FLOPs.
 
-    held: by category, between steps. peak: within the step.
+    held: bytes between steps, by category. peak: the largest within the step.
     """
 
     held: dict[Category, int]
@@ -37,7 +37,7 @@ class Measured:
 
 
 def recorder(dims: ParallelDims, *, fuses_float8_casts: bool = False) -> Recorder:
-    """A recorder that names process groups by the axes of the mesh over which they extend."""
+    """Returns a recorder that names process groups by their mesh axes."""
 
     @cache
     def axis_of(group: dist.ProcessGroup) -> str:
@@ -51,7 +51,7 @@ def recorder(dims: ParallelDims, *, fuses_float8_casts: bool = False) -> Recorde
 def measure_step(
     built: BuiltTraining, take_step: Callable[[], object], recorder: Recorder
 ) -> Measured:
-    """Measures `take_step` within `recorder`, which was entered before it was built."""
+    """Measures `take_step` with a recorder that was entered before the model was built."""
     held: dict[Category, int] = {
         "parameters": recorder.mark(built.model.parameters(), "parameters"),
         "buffers": recorder.mark(built.model.buffers(), "buffers"),

@@ -13,7 +13,7 @@ _LINE_SECONDS = 30
 
 
 class RankProgress:
-    """Progress of one rank's process; number: of this rank among the `count` that run."""
+    """Progress of one rank's process, the `number`-th of `count`."""
 
     def __init__(self, rank: int, number: int, count: int, stream: TextIO | None = None) -> None:
         self._label = f"rank {rank}" + (f" ({number} of {count})" if count > 1 else "")

@@ -1,7 +1,7 @@
-"""Records what one process allocates, computes and sends, operation by operation.
+"""Records the allocations, FLOPs and collectives of one process, operation by operation.
 
-It stands below DTensor: sizes and FLOPs are this rank's. It works alike on real tensors and on
-fake ones, in a real world and in a fake one.
+It works below DTensor, so sizes and FLOPs are this rank's, with real and with fake tensors and
+process groups.
 """
 
 import contextlib
@@ -32,18 +32,18 @@ Category = Literal[
     "parameters", "gradients", "optimizer", "activations", "unsharded", "logits", "buffers"
 ]
 CATEGORIES: tuple[Category, ...] = get_args(Category)
-# Who allocates, by the innermost source file on the stack that is one of these.
+# Category of an allocation by the innermost of these source files on the stack.
 ALLOCATORS: tuple[tuple[str, Category], ...] = (
     ("/torch/distributed/fsdp/", "unsharded"),
     ("/titan_lite/training/loss.py", "logits"),
     ("/torch/optim/", "optimizer"),
     ("/titan_lite/optim/", "optimizer"),
 )
-# Where DTensor tries an operation on the global shapes, to know those of the result.
+# The file in which DTensor runs operations on global shapes, only to get the result's shape.
 SHARDING_PROPAGATION = "/torch/distributed/tensor/_sharding_prop.py"
-# Whose operations the compiler makes one kernel with the float8 tensor as its only result.
+# Files whose operations the compiler fuses to one kernel, with only the float8 tensor as a result.
 FLOAT8_CASTS = ("/torchao/float8/float8_training_tensor.py", "/torchao/float8/float8_utils.py")
-# Operations by words in the names that torch.distributed and its functional form give them.
+# Collectives by a part of their operator's name, in torch.distributed and in functional form.
 OPERATIONS = {
     "all-gather": ("allgather", "all_gather"),
     "reduce-scatter": ("reduce_scatter",),
@@ -57,7 +57,7 @@ OPERATIONS = {
 
 @dataclass(eq=False, slots=True)
 class Allocation:
-    """One storage: its bytes now, and what it is; the latter may become known only later.
+    """One storage: its current bytes, and its category, which may be set later.
 
     freed: number of the change that frees it.
     """
@@ -69,7 +69,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """The most bytes alive at once, and which ones they were."""
+    """The largest number of bytes that are allocated at once, by category."""
 
     bytes: int
     categories: dict[Category, int]
@@ -77,7 +77,7 @@ class PeakMemory:
 
 @dataclass(frozen=True)
 class Moment:
-    """State of a recorder at a time. live: allocations that are not freed."""
+    """State of a recorder at one time. live: allocations that are not freed."""
 
     live: frozenset[Allocation]
     num_changes: int
@@ -99,9 +99,9 @@ class Passage:
 class Recorder(TorchDispatchMode):
     """Records while it is entered.
 
-    flops: of matrix products and attention. collectives: (operation, axis) -> (count, bytes), the
-    bytes being those of the whole tensor: what an all-gather returns, what a reduce-scatter takes.
-    fuses_float8_casts: leaves out the float32 copies that casts to float8 make when not compiled.
+    flops: of matmuls and attention. collectives: (operation, axis) -> (count, bytes), with the
+    bytes of whole tensors: an all-gather's output, a reduce-scatter's input. fuses_float8_casts:
+    leaves out the float32 copies of casts to float8, which compiled casts do not make.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Recorder(TorchDispatchMode):
         # Every change of an allocation's size, in order.
         self._changes: list[tuple[Allocation, int]] = []
         self._references: dict[int, Any] = {}
-        # One for each time that it is entered: __torch_dispatch__ enters it again.
+        # One for each time that it is entered, because __torch_dispatch__ enters it again.
         self._stacks: list[contextlib.ExitStack] = []
 
     def __enter__(self) -> "Recorder":
@@ -130,11 +130,11 @@ class Recorder(TorchDispatchMode):
         super().__exit__(*error)
 
     def now(self) -> int:
-        """A moment, to give to `peak`."""
+        """The current time, for `peak`."""
         return len(self._changes)
 
     def moment(self) -> Moment:
-        """The present, for `since`."""
+        """The current state, for `since`."""
         live = frozenset(self._live.values())
         return Moment(live, self.now(), self.flops, self.counts.copy(), self.bytes.copy())
 
@@ -148,15 +148,15 @@ class Recorder(TorchDispatchMode):
         )
 
     def allocation(self, tensor: Tensor) -> Allocation:
-        """The storage of a tensor, or of a DTensor's part."""
+        """The allocation of a tensor's storage, or of a DTensor's local tensor."""
         return self._see(next(_parts(tensor)).untyped_storage())
 
     def change(self, allocation: Allocation, change: int) -> None:
-        """Records a change of an allocation that nothing has made."""
+        """Records a simulated change of an allocation."""
         self._changes.append((allocation, change))
 
     def free_now(self, allocation: Allocation) -> None:
-        """Records that an allocation is freed at present, not when its tensors are or were."""
+        """Records that an allocation is freed now, independent of its tensors."""
         if allocation.freed is not None:
             self._changes[allocation.freed] = (allocation, 0)
         self._free(allocation)
@@ -164,19 +164,19 @@ class Recorder(TorchDispatchMode):
     def add(
         self, flops: int, counts: Counter[tuple[str, str]], sizes: Counter[tuple[str, str]]
     ) -> None:
-        """Records FLOPs and collectives that nothing has done."""
+        """Records simulated FLOPs and collectives."""
         self.flops += flops
         self.counts += counts
         self.bytes += sizes
 
     def restart(self) -> None:
-        """Forgets FLOPs and collectives, not the memory that is held."""
+        """Resets FLOPs and collectives, but not the allocations."""
         self.flops = 0
         self.counts.clear()
         self.bytes.clear()
 
     def peak(self, start: int = 0, end: int | None = None) -> PeakMemory:
-        """Returns the peak of the time between two moments."""
+        """Returns the peak between two times."""
         held: dict[Category, int] = dict.fromkeys(CATEGORIES, 0)
         total = most = 0
         at_most: dict[Category, int] = {}
@@ -210,7 +210,7 @@ class Recorder(TorchDispatchMode):
         if func.namespace in ("c10d", "_c10d_functional"):
             self._count_collective(func, args, out)
         if func.namespace == "fsdp" and "chunk_cat" in func.__name__:
-            # What FSDP2 reduces are the gradients of gathered weights.
+            # FSDP2 reduces the gradients of gathered weights.
             self._name_gradients(args)
         self.flops += flops(func, args, kwargs, out)
         for tensor in tensors_in(out):
@@ -271,7 +271,7 @@ def tensors_in(values: Any) -> Iterator[Tensor]:
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors with separate storages inside a DTensor, or one of torchao's."""
+    """Yields the plain tensors inside a DTensor or a tensor of torchao."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     if hasattr(local, "__tensor_flatten__"):
         yield from (part for part in vars(local).values() if isinstance(part, Tensor))

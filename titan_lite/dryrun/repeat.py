@@ -1,11 +1,11 @@
-"""Equal blocks of a model: some are run, and what the recorder saw of them is repeated for others.
+"""Repeats the records of some blocks for equal blocks that do not run.
 
-Of each row of equal blocks the first two and the last two run, in the first two micro-batches: the
-ends of a row have other neighbours, and from the second micro-batch on there may be gradients to
-add to. Blocks between the ends must have done the same, allocation by allocation; otherwise nothing
-is repeated. A block that is repeated takes and returns tensors like any other, so that everything
-around it (FSDP's hooks, the pipeline, autograd) is real. It holds none: what the block that ran
-holds is known from when that frees it.
+In each sequence of equal blocks, only the first two and the last two run, and only in the first two
+micro-batches: the ends have different neighbours, and from the second micro-batch there may be
+gradients to add to. If two blocks that should be equal differ in any allocation, nothing is
+repeated. A repeated block takes and returns tensors like a real one, so everything around it
+(FSDP's hooks, the pipeline, autograd) is real. It holds no tensors itself; its allocations are
+freed where the real block freed them.
 """
 
 import itertools
@@ -24,25 +24,25 @@ from titan_lite.dryrun.recorder import Allocation, Category, Moment, Recorder, t
 MICRO_BATCHES = 2
 
 Name = str | int
-"""Of an allocation in a pass: an argument's, GRADIENT, or a number for one of the block's own."""
+"""Name of an allocation in a pass: an argument's, GRADIENT, or a number for the block's own."""
 GRADIENT = "gradient of the output"
 Place = tuple[Hashable, ...]
-"""Passes at the same place must be the same."""
+"""Position of a pass; passes with the same place must be equal."""
 
 
 class NotRepeatableError(BaseException):
-    """Blocks that look equal do different things, or what one does cannot be repeated.
+    """Blocks that look equal behave differently, or a block's behaviour cannot be repeated.
 
-    Not an Exception: torch's pipelines wrap those.
+    A BaseException, because torch's pipelines wrap Exceptions.
     """
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Forward or backward of a block that ran.
+    """The record of a real block's forward or backward.
 
-    owners: of the tensors that it leaves: None of the one returned, or the number of the parameter
-    whose gradient it is.
+    owners: for each tensor that outlives the pass: None for the returned one, or the number of the
+    parameter whose gradient it is.
     """
 
     changes: list[tuple[Name, Category, int]]
@@ -54,9 +54,9 @@ class Pass:
 
 
 def repeat_blocks(recorder: Recorder, stages: Iterable[Iterable[nn.Module]]) -> None:
-    """Runs a few of the blocks in the next step; stages: the blocks of each, in order.
+    """Makes the next step run only some of the blocks. stages: blocks of each stage, in order.
 
-    The step raises NotRepeatableError where these do not stand for all.
+    The step raises NotRepeatableError if blocks cannot be repeated.
     """
     passes: dict[Place, Pass] = {}
     rows = itertools.count()
@@ -100,7 +100,7 @@ class _Repeater:
         self._forward = block.forward
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Runs the block, or repeats another's pass."""
+        """Runs the block, or repeats the pass of an equal one."""
         allocations: dict[Name, Allocation] = {
             f"input {index}": self.recorder.allocation(tensor)
             for index, tensor in enumerate(tensors_in((x, args, kwargs)))
@@ -126,18 +126,18 @@ class _Repeater:
             backward = self._learn(place, moment, names, left)
             self._check_freed(forward, backward)
 
-        # After FSDP2's hooks of the output, and before those of the input.
+        # Runs after FSDP2's hooks of the output, and before those of the input.
         assert out.grad_fn is not None
         out.grad_fn.register_prehook(start_backward)
         x.register_hook(end_backward)
         return out
 
     def backward_place(self) -> Place:
-        """Adding to gradients that are there is another place."""
+        """The place of backward, which is different if there are gradients to add to."""
         return *self.place, *(p.grad is not None for p in self.block.parameters())
 
     def repeat(self, place: Place, allocations: dict[Name, Allocation]) -> Tensor:
-        """Records the changes of the pass learned at a place; makes the tensors that it leaves."""
+        """Repeats the record of a place, and makes the tensors that outlive the pass."""
         if place not in self.passes:
             raise NotRepeatableError(f"no block ran for {place}")
         known = self.passes[place]
@@ -166,7 +166,10 @@ class _Repeater:
         names: dict[Allocation, Name],
         left: Mapping[int | None, Tensor | None],
     ) -> Pass:
-        """The pass since `moment`; left: tensors that it may have made. New names join `names`."""
+        """Returns the pass since `moment`, and adds its allocations to `names`.
+
+        left: tensors that may outlive it.
+        """
         recorded = self.recorder.since(moment)
         changes = []
         for allocation, change in recorded.changes:
@@ -194,7 +197,7 @@ class _Repeater:
 
     @staticmethod
     def _check_freed(forward: Pass, backward: Pass) -> None:
-        """Nothing may be left but tensors that have owners."""
+        """Raises NotRepeatableError if an allocation without an owner is not freed."""
         left: Counter[Name] = Counter()
         for name, _, change in (*forward.changes, *backward.changes):
             left[name] += change
@@ -220,7 +223,7 @@ class _Repeated(torch.autograd.Function):
 
 
 def _maker(tensor: Tensor, size: int) -> Callable[[], Tensor]:
-    """Makes tensors like one that has a storage of this size to itself."""
+    """Returns a function that makes tensors like this one, which must not be a view."""
     if isinstance(tensor, DTensor):
         local = _maker(tensor.to_local(), size)
         mesh, placements = tensor.device_mesh, tensor.placements

@@ -1,4 +1,4 @@
-"""One rank of a run in a world that is not there, on fake tensors."""
+"""Runs one rank of a run on fake tensors, without the other ranks."""
 
 import contextlib
 import dataclasses
@@ -40,9 +40,10 @@ from titan_lite.training.setup import BuiltTraining, build_training
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DryRank:
-    """One rank of a run and its step. formula_flops: this rank's share of the planner's.
+    """One rank of a run and its measured step.
 
-    place: on each axis of the mesh. stages: numbers of its pipeline stages.
+    formula_flops: its share of the planner's FLOPs. place: its coordinate on each mesh axis.
+    stages: numbers of its pipeline stages.
     """
 
     rank: int
@@ -62,11 +63,11 @@ def dry_run(
     repeats: bool = True,
     progress: RankProgress | None = None,
 ) -> DryRank:
-    """Builds one rank of the run and measures a step of it; once in a process.
+    """Builds one rank of the run and measures one step; only once per process.
 
-    torch keeps process groups by their names in caches, which another world would find.
-    on_gpu: with the kernels of GPUs where they keep other tensors than the CPU's. repeats: equal
-    blocks, of which a few are run; raises NotRepeatableError where they do not stand for all.
+    A second call would find process groups of the first in torch's caches, which use their names.
+    on_gpu: use GPU kernels if they store other tensors than the CPU's. repeats: run only some of
+    equal blocks; raises NotRepeatableError if that is not possible.
     """
     is_compiled = plan.config.compile.covers("model")
     plan = dataclasses.replace(plan, config=_eager(plan.config))
@@ -75,14 +76,14 @@ def dry_run(
     kernels = gpu_kernels() if on_gpu else contextlib.nullcontext()
     recording = recorder(plan.dims, fuses_float8_casts=is_compiled)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    # Autograd refuses fake tensors of a GPU where there is none.
+    # Autograd rejects fake CUDA tensors on a machine without a GPU.
     process = Process(rank, 0, plan.dims.world_size, torch.device("cpu"))
     with plan.reporting(), fake_world(rank, plan.dims.world_size), recording as record:
         model = build_checked_model(plan)
-        # What holds on any device; this machine's is not the run's.
+        # Checks only what is independent of the device: this machine's is not the run's.
         section = plan.config.float8.model_copy(update={"emulate": True})
         check_float8(plan, model, section, torch.device("meta"))
-        # Drawing looks at the values, of which there are none.
+        # Initialization reads values, which fake tensors do not have.
         model.init_parameter = _draw_nothing  # type: ignore[method-assign]
         meshes = build_meshes(plan.dims, "cpu", has_experts=isinstance(plan.args, MoEArgs))
         objective = OBJECTIVES[plan.family.objective](plan.config)
@@ -103,8 +104,8 @@ def dry_run(
         if progress is not None:
             progress.enter("optimizer state")
             progress.watch(model.layers.values(), plan.micro_steps, built.optimizer)
-        # A schedule that splits backward looks for the parameters of each block in its graph, and
-        # each block has its own dropout keys, which are freed between blocks.
+        # Not with schedules that split backward, which search each block's graph for parameters,
+        # nor with dropout, whose keys for each block are freed between blocks.
         splits_backward = plan.config.parallel.schedule.splits_backward
         if repeats and not splits_backward and not plan.args.has_dropout:
             repeat_blocks(record, _blocks(built))
@@ -124,7 +125,7 @@ def dry_run(
     dims, parallel = plan.dims, plan.config.parallel
     place = dims.coordinates(rank)
     stages = local_stages(parallel, place["pp"]) if dims.pp > 1 else [0]
-    # Of the tokens of a replica, a rank has those of its part of the sequence and of the matrices.
+    # A rank computes its part of the sequence and of the matrices.
     tokens = plan.global_batch_size * plan.config.training.seq_len
     flops = tokens * sum(built.stages[number].flops for number in stages)
     return DryRank(
@@ -139,7 +140,7 @@ def dry_run(
 
 
 def _blocks(built: BuiltTraining) -> list[list[nn.Module]]:
-    """Those of each pipeline stage of this rank."""
+    """Returns the blocks of each pipeline stage of this rank."""
     if built.pipeline is None:
         return [list(built.model.layers.values())]
     models: list[Any] = [stage.submod for stage in built.pipeline.stages]
@@ -147,7 +148,7 @@ def _blocks(built: BuiltTraining) -> list[list[nn.Module]]:
 
 
 def dry_runs(plan: Plan, ranks: Sequence[int]) -> list[DryRank]:
-    """`dry_run` of several ranks, each in a separate process; ConfigError if one is killed."""
+    """Runs `dry_run` for several ranks, each in a process; ConfigError if one is killed."""
     context = multiprocessing.get_context("spawn")
 
     def run(number: int, rank: int) -> DryRank:
@@ -178,8 +179,8 @@ def left_out(config: Config) -> list[str]:
     notes = []
     if config.compile.enable:
         notes.append(
-            "compile.enable: the step is traced eagerly, except casts to float8; a compiled step "
-            "stores and computes less between matrix products"
+            "compile.enable: the step runs eagerly, except casts to float8; a compiled step stores "
+            "and computes less between matmuls"
         )
     if config.parallel.async_tp:
         notes.append(
@@ -193,7 +194,7 @@ def left_out(config: Config) -> list[str]:
     if config.data.masks_attention:
         exchange = ""
         if config.parallel.cp > 1 and config.parallel.cp_method == "all_gather":
-            exchange = "; keys and values are exchanged as for whole samples, and kept in parts"
+            exchange = "; keys and values are exchanged as for whole samples, and stored in parts"
         notes.append(
             f'data.packing "{config.data.packing}": attention is counted over whole samples'
             f"{exchange}"
@@ -214,13 +215,13 @@ def _eager(config: Config) -> Config:
         "parallel": config.parallel.model_copy(update={"async_tp": False, "fsdp_symm_mem": False}),
     }
     if config.attention.kernel != "math":
-        # All fused kernels keep the same tensors as the CPU's.
+        # All fused kernels store the same tensors as the CPU's.
         off["attention"] = config.attention.model_copy(update={"kernel": "auto"})
     return config.model_copy(update=off)
 
 
 def _quiet_dry_run(plan: Plan, place: tuple[int, int, int], *, repeats: bool) -> DryRank:
-    # What torch warns about concerns the fake world, or appears in a real run, too.
+    # torch's warnings are about the fake process group, or appear in a real run as well.
     warnings.simplefilter("ignore")
     import_plugins(plan.config.job.plugins)
     with contextlib.closing(RankProgress(*place)) as progress:
@@ -228,7 +229,7 @@ def _quiet_dry_run(plan: Plan, place: tuple[int, int, int], *, repeats: bool) ->
 
 
 def _labelled(objective: Objective, batch: Batch) -> Tensor:
-    """Positions with a label; their number is what matters, as labels are fake, too."""
+    """Returns positions with a label; only their number matters, because labels are fake."""
     return batch.labels.new_zeros(math.ceil(objective.label_fraction * batch.labels.numel()))
 
 
@@ -244,8 +245,8 @@ def _batches(
     with_sources: bool,
     with_pairs: bool,
 ) -> Iterator[Batch]:
-    # Drawn within a step: fake, too. Without documents, of which there is no telling where they
-    # end: attention inside them keeps what attention over all of a sample does.
+    # Made within a step, so they are fake tensors. Document ends are unknown, so there are none:
+    # attention within documents stores the same tensors as attention over whole samples.
     while True:
         tokens = torch.zeros(local_batch_size, seq_len, dtype=torch.int64)
         positions = torch.zeros_like(tokens) if with_positions else None

@@ -1,4 +1,4 @@
-"""The summary of a dry run, in words or as JSON."""
+"""The summary of a dry run, as text or JSON."""
 
 import dataclasses
 import json
@@ -39,8 +39,8 @@ def summarize_dry_run(plan: Plan, ranks: Sequence[int], device: Device, *, as_js
         f"{plan.dims.world_size} x {device.name}",
         f"  mesh              {_mesh(plan.dims)}",
         *(f"  approximated      {note}" for note in notes),
-        "  measured          the second step, without a log record, on fake tensors; local shapes, "
-        "after DTensor has dispatched",
+        "  measured          the second step, without a log record, on fake tensors with this "
+        "rank's local shapes",
     ]
     for rank in results:
         lines += ["", *_rank(rank, device)]

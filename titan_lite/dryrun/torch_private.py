@@ -1,7 +1,7 @@
 """Private names of torch that only a dry run needs.
 
-A fake tensor has a shape, a dtype and a storage of some size, but no memory behind it. A fake
-process group returns from every collective at once, with nothing received.
+A fake tensor has a shape, a dtype and the size of a storage, but no memory. A fake process group
+returns from every collective at once, and receives nothing.
 """
 
 import contextlib
@@ -29,29 +29,29 @@ __all__ = ["FakeTensor", "FakeTensorMode", "TorchDispatchMode"]
 
 aten = torch.ops.aten
 
-# Operators of ours that communicate, by what they do inside.
+# Our operators that communicate, with the functions that implement them.
 BODIES: dict[Any, Callable[..., Any]] = {
     operator._opoverload: operator._init_fn
     for operator in (sharded_attention, sharded_attention_backward)
 }
-# The CPU's fused attention, which torch has no formulas for, does what the GPU's does.
+# torch has no FLOP formulas for the CPU's fused attention: use those of the GPU's.
 SAME_FLOPS = {
     CPU_FLASH: FLASH,
     CPU_FLASH_BACKWARD: FLASH_BACKWARD,
     aten.addmm_: aten.addmm,
 }
-# Where fused attention takes its query; key and value follow.
+# Position of the query in the arguments of fused attention; key and value follow.
 QUERY = {FLASH: 0, FLASH_BACKWARD: 1}
 
 
 def flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    """Multiplications and additions of an operation, by torch's formulas; 0 where it has none."""
+    """Multiplications and additions of an operation, by torch's formulas; 0 if it has none."""
     packet = SAME_FLOPS.get(func._overloadpacket, func._overloadpacket)
     formula = flop_registry.get(packet)
     if formula is None:
         return 0
     if packet in QUERY:
-        # Every query head reads one of the key's: torch 2.11's formulas require equal numbers.
+        # torch 2.11's formulas require as many key heads as query heads.
         at = QUERY[packet]
         query, key, value = (list(tensor.shape) for tensor in args[at : at + 3])
         key[1] = value[1] = query[1]
@@ -60,7 +60,7 @@ def flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 
 def group_of(func: Any, args: Any) -> dist.ProcessGroup:
-    """The process group of a collective, as the dispatcher sees it."""
+    """Returns the process group of a collective, from the dispatcher's arguments."""
     if func.namespace == "c10d":
         boxed = next(arg for arg in args if isinstance(arg, torch.ScriptObject))
         return dist.ProcessGroup.unbox(boxed)
@@ -70,7 +70,7 @@ def group_of(func: Any, args: Any) -> dist.ProcessGroup:
 
 @contextlib.contextmanager
 def fake_world(rank: int, world_size: int) -> Iterator[None]:
-    """This process as one rank of a world in which nobody else is."""
+    """Makes this process one rank of a world without any other process."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield
@@ -80,7 +80,7 @@ def fake_world(rank: int, world_size: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def resizes_seen(see: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
-    """Calls `see` after every change of a storage's size, by which FSDP2 frees what it gathered."""
+    """Calls `see` after every resize of a storage, with which FSDP2 frees gathered weights."""
     resize = torch.UntypedStorage.resize_
 
     def resize_and_tell(storage: Any, size: int) -> Any:

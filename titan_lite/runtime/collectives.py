@@ -1,4 +1,4 @@
-"""Collectives under names that torch keeps private, or that differ between its versions."""
+"""Collectives that are private in torch, or whose names differ between its versions."""
 
 import torch.distributed as dist
 from torch.distributed._functional_collectives import (

@@ -17,7 +17,7 @@ from titan_lite.config.schema import Comm
 # Public from torch 2.14 on.
 set_group_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
 
-# Variables of the environment, each with the name it had before, and what they are set to.
+# Environment variables, each with its former name, and the values to set.
 FLIGHT_RECORDER = {
     ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): "2000",
     ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"): "{}/rank",
@@ -30,7 +30,7 @@ BACKGROUND = "background"
 
 @dataclass(frozen=True)
 class Process:
-    """This process among all: global rank, rank on its node, number of processes, its device."""
+    """This process: global rank, rank on its node, number of processes, device."""
 
     rank: int
     local_rank: int
@@ -39,7 +39,7 @@ class Process:
 
     @classmethod
     def from_environment(cls) -> "Process":
-        """Reads what the launcher sets; a process without RANK is alone."""
+        """Reads the launcher's variables; without RANK there is only this process."""
         alone = "RANK" not in os.environ
         local_rank = 0 if alone else int(os.environ["LOCAL_RANK"])
         device = torch.device("cuda", local_rank) if torch.cuda.is_available() else "cpu"
@@ -61,7 +61,7 @@ def start_process_group(process: Process, comm: Comm) -> None:
     timeout = timedelta(seconds=comm.init_timeout_seconds)
     is_on_one_node = "RANK" not in os.environ or os.environ.get("GROUP_WORLD_SIZE") == "1"
     if is_on_one_node and "GLOO_SOCKET_IFNAME" not in os.environ:
-        # gloo would look up the machine's own name, which may not resolve, and wait for that.
+        # Otherwise gloo looks up the machine's own name, which may not resolve until a timeout.
         os.environ["GLOO_SOCKET_IFNAME"] = loopback_interface()
     # A process that no launcher started has no rendezvous: an in-memory store serves it.
     store: dist.Store = dist.HashStore()
@@ -71,9 +71,9 @@ def start_process_group(process: Process, comm: Comm) -> None:
         if os.environ.get("GROUP_WORLD_SIZE") == "1" and (
             restart := os.environ.get("TORCHELASTIC_RESTART_COUNT")
         ):
-            # torchrun keeps its store when it restarts processes, who would meet in it the
-            # addresses of those that have gone. Its nodes count restarts each for itself: there
-            # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has to ask for a new store.
+            # torchrun keeps its store when it restarts processes, and the store still has the
+            # addresses of the former ones. With several nodes, each counts restarts separately, so
+            # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 must be set to get a new store.
             store = dist.PrefixStore(restart, store)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
@@ -86,20 +86,20 @@ def start_process_group(process: Process, comm: Comm) -> None:
 
 
 def loopback_interface() -> str:
-    """Name of the interface by which this machine reaches itself."""
+    """Name of the loopback interface."""
     return "lo0" if sys.platform == "darwin" else "lo"
 
 
 def clone_store() -> dist.Store:
-    """Another connection to the process group's store, for a thread."""
+    """Returns another connection to the process group's store, for a thread."""
     return distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
 
 
 def enable_flight_recorder(folder: Path) -> str:
-    """Has NCCL write down each rank's last collectives below `folder` when one times out.
+    """Makes NCCL write each rank's last collectives below `folder` when one times out.
 
-    To be called before the process group is there; variables that are set in the environment win.
-    Returns a sentence on where to look.
+    Must be called before the process group is created. Variables that are already set in the
+    environment keep their values. Returns a sentence that names the files.
     """
     path = folder.absolute() / "flight_recorder"
     path.mkdir(parents=True, exist_ok=True)
@@ -115,20 +115,20 @@ def enable_flight_recorder(folder: Path) -> str:
 
 
 def check_dtype(name: str, device: torch.device) -> None:
-    """Raises ValueError where the device does not compute in this type."""
+    """Raises ValueError if the device does not support this dtype."""
     if name != "bfloat16" or device.type != "cuda":
         return
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError(
-            f'{torch.cuda.get_device_name(device)} has no bfloat16; use "float16", which comes '
-            'with loss scaling, or "float32"'
+            f'{torch.cuda.get_device_name(device)} does not support bfloat16; use "float16" (with '
+            'loss scaling) or "float32"'
         )
 
 
 def is_emulated(name: str, device: torch.device) -> bool:
-    """Returns whether torch has no matrix products of this type for this processor.
+    """Returns True if torch has no matmul kernels of this dtype for this processor.
 
-    It then multiplies at a fraction of the speed of float32: 1/40 on a CPU without AVX-512.
+    Matmuls are then much slower than in float32: 1/40 of the speed on a CPU without AVX-512.
     """
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
@@ -140,7 +140,7 @@ def is_emulated(name: str, device: torch.device) -> bool:
 def set_timeout(seconds: int) -> None:
     """Sets the timeout of every process group that training waits for.
 
-    All ranks wait for each other first, so that none is still busy under the former timeout.
+    Starts with a barrier, so that no rank is still in a collective with the former timeout.
     """
     dist.barrier()
     for group in list(distributed_c10d._world.pg_map):
@@ -162,10 +162,10 @@ def stop_process_group() -> None:
 
 
 def exit_immediately(code: int) -> None:
-    """Ends a process of several with an exit code; it has logged the reason.
+    """Ends a process that has a launcher; the reason has been logged.
 
-    Others may wait for this one until the launcher ends them, so nothing may hold it up: no group
-    that wants to be left in order, no thread that writes.
+    Skips all cleanup (process groups, threads that write), which could block: the launcher only
+    ends the other ranks, which may wait for this one, after it has ended.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):

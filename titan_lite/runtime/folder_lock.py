@@ -1,4 +1,4 @@
-"""One run at a time in a folder; no torch."""
+"""A lock that allows one run at a time in a folder; no torch."""
 
 import errno
 import fcntl
@@ -13,21 +13,21 @@ from typing import TextIO
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = "lock"
-# A process of the same run may just be ending: torchrun starts the next one on any node.
+# Waiting time for a former process of the same run to end, for example after a restart by torchrun.
 LOCK_SECONDS = 3.0
 
 
 class FolderLock:
-    """Holds a run's folder against other runs, until it is released or the process is gone.
+    """Locks a run's folder until `release`, or until the process ends.
 
-    The kernel's lock, not the file, is what counts: a killed process leaves none behind. On network
-    file systems it holds between nodes where these pass locks on (NFS 4; Lustre with -o flock).
+    It is a lock of the kernel on a file, so a killed process leaves none behind. It works between
+    nodes on network file systems with locks (NFS 4; Lustre with -o flock).
     """
 
     def __init__(self, folder: Path, key: str = "job.dump_folder") -> None:
-        """Raises ValueError naming host and process of the run that has the folder, and OSError.
+        """Raises ValueError with host and process of the run that has the lock; or OSError.
 
-        key: what names the folder.
+        key: the setting that names the folder.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._file: TextIO = (folder / LOCK_FILE).open("a+")
@@ -43,14 +43,14 @@ class FolderLock:
         holder = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
         self._file.truncate(0)
         try:
-            # Past the buffer, whose rest would fail again when the file is closed.
+            # Without Python's buffer, which would fail again when the file is closed.
             os.write(self._file.fileno(), holder.encode())
         except OSError as error:
             self._file.close()
             raise OSError(error.errno, error.strerror, self._file.name) from error
 
     def release(self) -> None:
-        """Lets another run have the folder."""
+        """Releases the lock."""
         self._file.close()
 
     def _try(self, folder: Path) -> bool:

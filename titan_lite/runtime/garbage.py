@@ -6,7 +6,7 @@ import gc
 class GarbageCollector:
     """Turns the automatic collector off inside its context, and collects every `freq` steps.
 
-    A rank that collects on its own makes all the others wait for it in the next collective.
+    If each rank collected at a different time, the others would wait for it in the next collective.
     """
 
     def __init__(self, freq: int) -> None:
@@ -15,7 +15,7 @@ class GarbageCollector:
     def __enter__(self) -> "GarbageCollector":
         gc.disable()
         gc.collect()
-        # What set-up made lives as long as the run: later collections need not look at it.
+        # Objects from set-up live as long as the run: later collections can skip them.
         gc.freeze()
         return self
 

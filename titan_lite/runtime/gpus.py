@@ -1,4 +1,4 @@
-"""How many GPUs training can use on this machine."""
+"""Counts the GPUs that training can use on this machine."""
 
 import os
 import shutil
@@ -6,17 +6,17 @@ import subprocess
 import warnings
 from pathlib import Path
 
-# Present where a GPU may be: NVIDIA's driver, the same under WSL, AMD's.
+# One of these exists if there may be a GPU: NVIDIA's driver, the same under WSL, AMD's driver.
 DEVICE_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 # First entries of CUDA_VISIBLE_DEVICES by which users and Slurm hide all GPUs.
 HIDDEN = ("", "-1", "NoDevFiles")
 
 
 def count_gpus() -> int:
-    """GPUs that torch can use, 0 to train on the CPU.
+    """Number of GPUs that torch can use; 0 to train on the CPU.
 
-    Raises ValueError where the machine has GPUs that torch cannot use, unless the environment
-    hides them on purpose.
+    Raises ValueError if the machine has GPUs that torch cannot use, unless the environment hides
+    them on purpose.
     """
     device, visible = os.environ.get("DEVICE", ""), os.environ.get("CUDA_VISIBLE_DEVICES")
     if device not in ("", "cpu"):
@@ -26,7 +26,7 @@ def count_gpus() -> int:
     listed = _listed_by_nvidia_smi()
     if not listed and not any(Path(name).exists() for name in DEVICE_FILES):
         return 0
-    # Takes a second, which a machine without a GPU need not spend.
+    # Imported late: it takes a second, and machines without a GPU do not need it.
     import torch
 
     with warnings.catch_warnings(record=True) as caught:
@@ -39,7 +39,7 @@ def count_gpus() -> int:
         reason = f"torch {torch.__version__} is built without CUDA"
         advice = f"install the CUDA build of torch {torch.__version__.split('+')[0]}"
     elif caught:
-        # Without the place in torch's source that the message ends with.
+        # Without the position in torch's source at the end of the message.
         reason = str(caught[0].message).split(" (Triggered internally")[0].strip().rstrip(".")
     elif visible is not None:
         reason = f"CUDA_VISIBLE_DEVICES={visible} selects none of them"

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-# The variable with the id of the process that this one must not outlive.
+# Variable with the id of the process whose end must end this one.
 PARENT = "TITAN_LITE_PARENT"
 # For messages about a process that was killed.
 MAYBE_OUT_OF_MEMORY = "(possibly by the kernel's out-of-memory killer)"

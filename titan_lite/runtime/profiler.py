@@ -14,12 +14,12 @@ from titan_lite.config.schema import Profiling
 logger = logging.getLogger(__name__)
 
 WARMUP_STEPS = 3
-# Events kept by the allocator's history: enough for some steps, about 100 bytes each.
+# Events in the allocator's history: enough for several steps, about 100 bytes each.
 MEMORY_HISTORY_EVENTS = 100_000
 
 
 def check_profiling(section: Profiling, device: torch.device) -> None:
-    """ValueError for a memory snapshot on a device whose allocator keeps no history."""
+    """Raises ValueError for a memory snapshot on a device without an allocation history."""
     if section.enable_memory_snapshot and device.type != "cuda":
         raise ValueError(
             f"memory snapshots require a CUDA device, got {device.type}; set "
@@ -28,8 +28,7 @@ def check_profiling(section: Profiling, device: torch.device) -> None:
 
 
 class Profiler(contextlib.ExitStack):
-    """Writes the traces and snapshots of [profiling] below `folder`, of the steps inside its
-    context.
+    """Writes the traces and snapshots of [profiling] below `folder`, for steps in its context.
 
     A Chrome trace `traces/step-N/rankR.json.gz` holds the last 3 steps of each period of
     `profile_freq` steps. An out-of-memory error writes a last memory snapshot and is raised again.

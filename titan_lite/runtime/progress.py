@@ -4,7 +4,7 @@ import time
 from typing import Literal
 
 Phase = Literal["start", "data", "forward", "backward", "optimizer", "validation", "log", "save"]
-# In the order of a step.
+# In order of execution.
 PHASES: tuple[Phase, ...] = (
     "start",
     "data",
@@ -18,7 +18,7 @@ PHASES: tuple[Phase, ...] = (
 
 
 class Progress:
-    """The step and phase this process is in, written by its main thread, read by others."""
+    """The current step and phase of this process; the main thread writes it, others read it."""
 
     def __init__(self) -> None:
         self.step = 0

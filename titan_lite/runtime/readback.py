@@ -1,4 +1,4 @@
-"""Numbers on their way from the device to the host."""
+"""Copies of numbers from the device to the host that do not wait."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Readback:
-    """A copy of a tensor for the host, which only waits when it reads the value."""
+    """A copy of a tensor to the host, which waits only in `read`."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._event = None

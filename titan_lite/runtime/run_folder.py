@@ -1,5 +1,4 @@
-"""The folder of a run: an earlier run is moved to previous/, and this one is described in
-run.json."""
+"""The folder of a run: moves an earlier run to previous/, and writes run.json."""
 
 import json
 import logging
@@ -17,16 +16,16 @@ from titan_lite.runtime.writing import make_new_folder, writing
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
-# Everything that a run writes directly below its folder; a file of the user's stays where it is.
+# Everything that a run writes directly below its folder; other files are not moved.
 RUN_FILES = (RUN_FILE, "metrics.jsonl", "tb", "wandb", "profile")
-# Kept of the last segment only: long, or the same in every segment.
+# Facts that are only stored for the last segment: long, or equal in all segments.
 LAST_SEGMENT_ONLY = ("applied", "parameters", "stages", "flops_per_token")
 
 
 def open_run_folder(folder: Path, *, resume_step: int) -> None:
     """Makes the folder; a fresh start moves an earlier run to `folder`/previous/TIME first.
 
-    Checkpoints are not the folder's: they stay, or are retired by their manager.
+    Checkpoints are not moved: CheckpointManager retires them if necessary.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -42,10 +41,10 @@ def open_run_folder(folder: Path, *, resume_step: int) -> None:
 
 
 def write_run_file(folder: Path, facts: dict[str, Any], *, resumed_from_step: int = 0) -> None:
-    """Writes run.json: `facts` after the versions, commit and machine that produce the run.
+    """Writes run.json: versions, commit and machine of this process, then `facts`.
 
-    They are those of the steps after `resumed_from_step`. `segments` has a record for each part of
-    the run between two resumes; steps that are trained once more belong to the later one.
+    They describe the steps after `resumed_from_step`. `segments` has a record for each part of the
+    run between two resumes; steps that are trained twice belong to the later one.
     """
     versions = {
         "titan_lite": titan_lite.__version__,
@@ -70,7 +69,7 @@ def write_run_file(folder: Path, facts: dict[str, Any], *, resumed_from_step: in
 
 
 def update_run_file(folder: Path, facts: dict[str, Any]) -> None:
-    """Replaces `facts` in run.json, for what is only known once the run has started."""
+    """Replaces `facts` in run.json; for facts that are only known after the run has started."""
     path = folder / RUN_FILE
     _write(path, json.loads(path.read_text()) | facts)
 
@@ -98,7 +97,7 @@ def _segment(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(path: Path, run: dict[str, Any]) -> None:
-    """Writes to a temporary file first: no reader sees half of run.json."""
+    """Writes a temporary file and renames it, so that run.json is never incomplete."""
     with writing(path):
         aside = path.with_suffix(".incomplete")
         aside.write_text(json.dumps(run, indent=2) + "\n")
@@ -106,7 +105,7 @@ def _write(path: Path, run: dict[str, Any]) -> None:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that the package runs from, "+changes" if edited, None outside git."""
+    """Commit of the package's checkout, with "+changes" if it was edited; None outside git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40"]
     try:
         result = subprocess.run(

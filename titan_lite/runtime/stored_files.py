@@ -1,4 +1,4 @@
-"""Files whose size and checksum are kept in a manifest next to them; no torch."""
+"""Files with size and checksum in a manifest; no torch."""
 
 import os
 import zlib
@@ -11,12 +11,12 @@ _CHUNK = 4 * 2**20
 
 
 class DamagedError(ValueError):
-    """A folder is not complete; the message names it, and the file that is wrong."""
+    """A folder is incomplete or damaged; the message names it, and the file at fault."""
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file as it was written. crc32: of its content, 8 hexadecimal digits."""
+    """Size and checksum of a file when it was written. crc32: 8 hexadecimal digits."""
 
     bytes: int
     crc32: str
@@ -37,7 +37,7 @@ def write_bytes(path: Path, content: bytes) -> StoredFile:
 
 
 def stored_file(path: Path) -> StoredFile:
-    """Size and checksum of a file, which is read."""
+    """Reads a file; returns its size and checksum."""
     size = checksum = 0
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(_CHUNK):
@@ -47,7 +47,7 @@ def stored_file(path: Path) -> StoredFile:
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk, too."""
+    """Waits until a folder's entries are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -56,7 +56,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def check_size(path: Path, file: StoredFile) -> None:
-    """DamagedError for a file that is missing or of another size; reads nothing."""
+    """Raises DamagedError if a file is missing or has another size; does not read it."""
     try:
         size = path.stat().st_size
     except OSError as error:
@@ -68,9 +68,9 @@ def check_size(path: Path, file: StoredFile) -> None:
 def damaged_files(
     folder: Path, files: Mapping[str, StoredFile], names: Iterable[str], *, threads: int | None = 1
 ) -> list[str]:
-    """A sentence for each of the named files whose content is not what was written; reads all.
+    """Reads the named files; returns a sentence for each whose checksum is wrong.
 
-    threads: number of files that are read at once; None: as ThreadPoolExecutor chooses.
+    threads: number of files that are read at once; None: ThreadPoolExecutor's default.
     """
 
     def problem(name: str) -> str:
@@ -88,5 +88,5 @@ def damaged_files(
 
 
 def hexadecimal(crc32: int) -> str:
-    """A checksum as manifests have it."""
+    """Formats a checksum as in manifests."""
     return f"{crc32:08x}"

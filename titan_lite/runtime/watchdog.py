@@ -20,7 +20,7 @@ from titan_lite.runtime.progress import PHASES, Phase, Progress
 
 logger = logging.getLogger(__name__)
 
-# Share of the timeout: reported before NCCL ends the process, which leaves Python no time.
+# Share of the timeout after which a report is logged: before NCCL ends the process.
 REPORT_AFTER = 0.8
 MAX_SECONDS_BETWEEN_BEATS = 5.0
 MAX_RANKS_REPORTED = 8
@@ -31,7 +31,7 @@ COLLECTIVES = ("distributed_c10d.py", "_functional_collectives.py")
 
 @dataclass(frozen=True)
 class Beat:
-    """A rank's last report; seconds: in its phase; at: its clock at that time."""
+    """A rank's last report. seconds: time in its phase. at: its clock at that time."""
 
     step: int
     phase: Phase
@@ -40,7 +40,7 @@ class Beat:
     at: float
 
     def describe(self, now: float, beat_seconds: float) -> str:
-        """In words, with how long it has been silent if that is too long."""
+        """Returns the report in words, with the time since then if that is too long."""
         silence = now - self.at
         silent = f", silent for {silence:.0f} s" if silence > 3 * beat_seconds else ""
         seconds = self.seconds + max(silence, 0)
@@ -48,7 +48,7 @@ class Beat:
 
 
 class Watchdog:
-    """A thread that writes this rank's step to the store, and logs all ranks' if it is stuck."""
+    """A thread that writes this rank's step to the store; logs those of all ranks in a hang."""
 
     def __init__(
         self,
@@ -61,10 +61,11 @@ class Watchdog:
         logs: bool,
         hint: str,
     ) -> None:
-        """store: a separate one, since waiting for a key blocks a store.
+        """Starts the thread.
 
-        timeout: seconds after which a collective that waits gives up.
-        logs: True on the few ranks that log the report. hint: the last line of a report.
+        store: a separate one, because waiting for a key blocks a store. timeout: seconds after
+        which a collective fails. logs: True on the ranks that log the report. hint: the last line
+        of a report.
         """
         self.logs = logs
         self._hint = hint
@@ -94,7 +95,7 @@ class Watchdog:
             with contextlib.suppress(RuntimeError):
                 if self._store.check([_key(rank)]):
                     beats[rank] = Beat(**json.loads(self._store.get(_key(rank))))
-        # A rank that waits in a collective is not the one that is waited for.
+        # Ranks outside of collectives first: the others wait for them.
         order = sorted(
             beats,
             key=lambda rank: (
@@ -134,8 +135,8 @@ class Watchdog:
                     seconds = self._progress.seconds()
                     logger.warning("No progress for %.0f s. %s", seconds, self.report())
             except RuntimeError:
-                return  # The store has gone, with the process or the launcher that held it.
-            # Often: the timeout, and with it the time between beats, may have become shorter.
+                return  # The process with the store has ended.
+            # Short waits, because the timeout, and so the time between beats, may become shorter.
             if self._stopped.wait(min(1, self._beat_seconds)):
                 return
 
@@ -147,7 +148,7 @@ class Watchdog:
 
 
 def code_position(frame: FrameType | None) -> str:
-    """The collective that a thread is in, if any, and the line of this package that led there."""
+    """The collective that a thread is in, if any, and the line of this package that called it."""
     collective, line, innermost = "", "", ""
     for outer in _outwards(frame):
         path = Path(outer.f_code.co_filename)

@@ -1,4 +1,4 @@
-"""Ends a run that cannot write with one sentence; no torch."""
+"""Reports files that cannot be written in one sentence; no torch."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,12 +6,12 @@ from pathlib import Path
 
 
 class WriteError(RuntimeError):
-    """Something that a run keeps could not be written; the message has the file and the reason."""
+    """A file could not be written; the message has its path and the reason."""
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what the system refuses inside into a WriteError that names the path."""
+    """Converts an OSError in its context to a WriteError with the path."""
     try:
         yield
     except OSError as error:
@@ -19,9 +19,9 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def make_new_folder(path: Path) -> Path:
-    """Makes a folder that did not exist: `path`, or the first free one of path-2, path-3, ...
+    """Makes a new folder: `path`, or the first of path-2, path-3, ... that does not exist.
 
-    A name from the clock may be taken: two runs can start within a second.
+    Names from the clock can collide: two runs can start within a second.
     """
     new, number = path, 1
     while True:
