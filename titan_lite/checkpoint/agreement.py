@@ -1,4 +1,4 @@
-"""All ranks start from the same checkpoint, undamaged, and read the same data."""
+"""Checks that all ranks start from the same undamaged checkpoint, and read the same data."""
 
 import logging
 from collections.abc import Mapping
@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 def agree_on_start(
     start: Start, section: Checkpoint, folder: Path, *, last_step: int | None = None
 ) -> Start:
-    """Finds the start of all ranks, after reading all its files; collective. As find_start.
+    """Returns the start of all ranks, after reading all its files; collective. See find_start.
 
-    Of load_step "latest", an earlier checkpoint where one is damaged. Raises ValueError on every
-    rank unless all found the same, and DamagedError.
+    With load_step = "latest", skips damaged checkpoints. Raises DamagedError, and on every rank
+    ValueError if ranks found different checkpoints.
     """
     starts: list[tuple[int, str]] = [(0, "")] * dist.get_world_size()
     dist.all_gather_object(starts, (start.state.step, str(start.source)))
@@ -44,7 +44,7 @@ def agree_on_start(
 
 
 def agree_on_data(settings: Mapping[str, Any]) -> None:
-    """ValueError on every rank unless what decides about their data is the same; collective."""
+    """Raises ValueError on every rank if their data settings differ; collective."""
     by_rank: list[Mapping[str, Any]] = [settings] * dist.get_world_size()
     dist.all_gather_object(by_rank, settings)
     for rank, of_rank in enumerate(by_rank):
@@ -59,7 +59,7 @@ def agree_on_data(settings: Mapping[str, Any]) -> None:
 
 
 def _damage(source: Path) -> list[str]:
-    """Returns the faults of a checkpoint's files, each of which one rank reads; collective."""
+    """Returns the faults of a checkpoint's files, which the ranks divide among them; collective."""
     manifest = read_manifest(source)
     logger.info("Reading %s in %s for its checksums", format_scaled(manifest.bytes, "B"), source)
     rank, size = dist.get_rank(), dist.get_world_size()

@@ -1,6 +1,6 @@
-"""`titan-lite checkpoint ls|verify DIR`: what checkpoints there are, and whether they are whole.
+"""`titan-lite checkpoint ls|verify DIR`: lists checkpoints, and verifies their files.
 
-No torch: it works on any machine that sees the files.
+No torch, so it works on any machine that can read the files.
 """
 
 import os
@@ -19,10 +19,10 @@ NO_CHECKPOINT = "no checkpoint in this folder"
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; returns 1 where a checkpoint is not complete."""
+    """Runs the command; returns 1 if a checkpoint is not complete."""
     parser = command_parser(
         "checkpoint",
-        "Shows the checkpoints of a run (ls), or reads all their files and compares "
+        "Lists the checkpoints of a run (ls), or reads all their files and compares "
         "them with their checksums (verify). Exit code 1: a checkpoint is not complete.",
         "titan-lite checkpoint ls outputs/checkpoint",
         "titan-lite checkpoint verify outputs/checkpoint",
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """The folders that are checkpoints, or were to become one, oldest first."""
+    """The folders of checkpoints, complete or not, oldest first."""
     default = Checkpoint().folder
     for parent in (folder, folder / default):
         folders = [parent / f"step-{step}" for step in saved_steps(parent)]

@@ -1,4 +1,4 @@
-"""Weights from and to Hugging Face's safetensors, of which no process ever holds all."""
+"""Reads and writes Hugging Face's safetensors; no process ever holds all weights."""
 
 import contextlib
 import math
@@ -32,19 +32,19 @@ from titan_lite.models.args import DecoderArgs
 from titan_lite.models.family import Family
 from titan_lite.runtime.stored_files import sync_folder, write_bytes
 
-# Where a checkpoint has the weights: "model.tok_embeddings.weight".
+# Prefix of the weights in a checkpoint: "model.tok_embeddings.weight".
 PREFIX = "model."
 AVERAGE_PREFIX = "ema."
-# The default of transformers' save_pretrained, up to its version 4.
+# The default of save_pretrained in transformers 4.
 MAX_SHARD_BYTES = 5 * 10**9
 
 
 def load_hf(model: nn.Module, folder: HFFolder, hf: HFModel) -> None:
-    """Fills a model's parameters, in place, each rank reading its own shards; collective."""
+    """Loads a model's parameters in place; each rank reads its own shards. Collective."""
     weights: dict[str, Any] = get_model_state_dict(model)
     reader = HFReader(folder, hf, {name: tensor.shape for name, tensor in weights.items()})
     dcp.load(weights, storage_reader=reader)
-    # In place as it is, torch calls this after every load.
+    # The load was in place, but torch requires this call after every load.
     set_model_state_dict(model, weights)
 
 
@@ -58,10 +58,10 @@ def hf_to_dcp(
     tokenizer: str,
     tokenizer_files: Mapping[str, bytes],
 ) -> None:
-    """Writes a checkpoint of the weights alone, in the dtypes they have; in one process.
+    """Writes a checkpoint with only the weights, in their dtypes; in one process.
 
     It holds one tensor at a time, and writes each to a separate file. config, model, tokenizer:
-    for the manifest. tokenizer_files: by name.
+    values of the manifest. tokenizer_files: contents by name.
     """
 
     def stored_dtype(name: str) -> torch.dtype:
@@ -98,7 +98,7 @@ def hf_to_dcp(
         sync_folder(aside)
         aside.rename(target)
 
-    # Of a file that it writes, torch keeps all tensors until the end.
+    # torch keeps all tensors of a file until the end, so each tensor has a separate file.
     writer = CheckpointWriter(aside, commit, single_file_per_rank=False)
     with _one_process():
         dcp.save(
@@ -110,9 +110,9 @@ def hf_to_dcp(
 
 
 class HFReader(dcp.StorageReader):
-    """Reads parts of our tensors from a folder of Hugging Face's, for dcp.load.
+    """Reads parts of our tensors from a Hugging Face folder, for dcp.load.
 
-    shapes: of our tensors as the model has them, a vocabulary's padding included.
+    shapes: shapes of our tensors in the model, including the padding of the vocabulary.
     """
 
     def __init__(self, folder: HFFolder, hf: HFModel, shapes: Mapping[str, torch.Size]) -> None:
@@ -163,7 +163,7 @@ class HFReader(dcp.StorageReader):
 
 
 class _ReadWhenWritten(dcp.DefaultSavePlanner):
-    """Gives dcp.save each tensor at the moment it is written."""
+    """Reads each tensor only when dcp.save writes it."""
 
     def __init__(self, folder: HFFolder, hf: HFModel) -> None:
         super().__init__()
@@ -177,10 +177,10 @@ class _ReadWhenWritten(dcp.DefaultSavePlanner):
 
 
 class DCPToHF:
-    """The weights of a checkpoint on disk, to be written as Hugging Face's files.
+    """Converts the weights of a checkpoint on disk to Hugging Face's files.
 
-    dtype: as torch spells it; None: as saved. average: take the average of the weights. ValueError
-    where the checkpoint's model is another, or has no average.
+    dtype: a dtype's name in torch; None: as saved. average: write the average of the weights.
+    Raises ValueError if the checkpoint is of another model, or has no average.
     """
 
     def __init__(
@@ -227,14 +227,14 @@ class DCPToHF:
 
     @property
     def dtype(self) -> str:
-        """The type that config.json names: that of the first tensor."""
+        """The dtype for config.json: that of the first tensor."""
         return str(next(iter(self.dtypes.values()))).removeprefix("torch.")
 
     def write(self, target: Path, documents: Mapping[str, Mapping[str, Any] | bytes]) -> None:
         """Writes the folder `target`, with JSON or bytes by file name; collective in a group.
 
-        Ranks deal the files to each other, and each holds one at a time. The folder appears, and
-        takes the place of an earlier one, when it is complete.
+        The ranks divide the files among them, and each holds one at a time. The folder is renamed
+        to `target` when it is complete; it then replaces an earlier one.
         """
         rank, world_size = 0, 1
         if dist.is_initialized():
@@ -247,9 +247,9 @@ class DCPToHF:
         for file in self.files[rank::world_size]:
             tensors = {name: self._tensor(name) for name in file.tensors}
             save_file(tensors, aside / file.name, metadata={"format": "pt"})
-            # As any new file: safetensors lets nobody but its owner read it.
+            # The permissions of a new file; safetensors lets only the owner read it.
             (aside / file.name).chmod(aside.stat().st_mode & 0o666)
-            # Before the next one's are there.
+            # Frees this file's tensors before the next one's are read.
             del tensors
         _barrier()
         if rank == 0:
@@ -266,7 +266,7 @@ class DCPToHF:
     def _tensor(self, name: str) -> Tensor:
         tensor = self.hf.tensors[name]
         names = [self.keys[part] for part in tensor.parts]
-        # The experts of one tensor of ours follow each other.
+        # Our tensors have all experts, so the names of one tensor's experts are consecutive.
         if self.parts.keys() != set(names):
             self.parts = {}
             for name_of_ours in tensor.parts:
@@ -291,7 +291,7 @@ class DCPToHF:
 
 
 class _ReadOnce(CheckpointReader):
-    """Keeps the metadata, which dcp.load reads at every call."""
+    """Caches the metadata, which dcp.load reads in every call."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -302,7 +302,7 @@ class _ReadOnce(CheckpointReader):
 
 
 def _read(folder: HFFolder, hf: HFModel, name: str, offsets: Any, lengths: Any) -> Tensor:
-    """A box of our tensor `name`."""
+    """Reads a box of our tensor `name`."""
     with contextlib.ExitStack() as opened:
 
         def stored(hf_name: str) -> Any:
@@ -315,7 +315,7 @@ def _read(folder: HFFolder, hf: HFModel, name: str, offsets: Any, lengths: Any) 
 
 @contextlib.contextmanager
 def _one_process() -> Iterator[None]:
-    """Without torch's warning about no_dist, which is set on purpose."""
+    """Suppresses torch's warning about no_dist, which is set on purpose."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

@@ -11,14 +11,14 @@ from safetensors import SafetensorError, safe_open
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# Spelled as safetensors does; what else there is belongs to quantized models.
+# Name in safetensors -> name in torch. Other dtypes are only in quantized models.
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _TENSORFLOW = {"gamma": "weight", "beta": "bias"}
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a safetensors file, and its name there; dtype as torch spells it."""
+    """A tensor of a safetensors file, and its name in it; dtype: its name in torch."""
 
     file: Path
     name: str
@@ -28,7 +28,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class HFFolder:
-    """Contents of a folder: its config.json, and where each tensor is. No tensor is read."""
+    """A folder's config.json, and the file of each tensor. No tensor is read."""
 
     path: Path
     config: Mapping[str, Any]
@@ -36,7 +36,7 @@ class HFFolder:
 
     @classmethod
     def open(cls, path: Path) -> "HFFolder":
-        """ValueError naming the file that is missing, damaged or of a kind that is not read."""
+        """Opens a folder; ValueError naming a file that is missing, damaged or not supported."""
         config = _read_json(path / CONFIG_FILE)
         tensors: dict[str, StoredTensor] = {}
         for file in _weight_files(path):
@@ -54,9 +54,9 @@ class PlannedFile:
 
 
 def plan_files(sizes: Mapping[str, int], max_bytes: int) -> list[PlannedFile]:
-    """Deals tensors, of `sizes` bytes, to files in order: none larger than max_bytes.
+    """Distributes tensors of `sizes` bytes over files of at most max_bytes, in order.
 
-    A tensor that is larger itself has a separate file.
+    A larger tensor has a separate file.
     """
     groups: list[list[str]] = [[]]
     used = 0
@@ -76,7 +76,7 @@ def plan_files(sizes: Mapping[str, int], max_bytes: int) -> list[PlannedFile]:
 
 
 def write_index(folder: Path, files: Sequence[PlannedFile]) -> None:
-    """Maps each tensor to its file; a single file needs no index."""
+    """Writes the index, which maps each tensor to its file; a single file needs none."""
     if len(files) > 1:
         index = {
             "metadata": {"total_size": sum(file.num_bytes for file in files)},
@@ -90,7 +90,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """The files that the index names, or the only one."""
+    """Returns the files in the index, or the only one."""
     if (path / INDEX_FILE).exists():
         weight_map = _read_json(path / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -127,7 +127,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def _modern(name: str) -> str:
-    """Returns a name as transformers reads it: files from TensorFlow (BERT's) have older ones."""
+    """Returns the current name of a tensor: files from TensorFlow (BERT's) have older names."""
     module, _, kind = name.rpartition(".")
     return f"{module}.{_TENSORFLOW[kind]}" if kind in _TENSORFLOW else name
 

@@ -1,8 +1,8 @@
-"""Which tensors of ours are in which of Hugging Face's, and where.
+"""Maps our tensors to those of Hugging Face.
 
-A tensor of Hugging Face's is made of parts, each one tensor of ours. The rows of a part are split
-into groups, and the groups follow each other, each with its rows of every part. Of a tensor with
-the weights of several experts, each expert's is a tensor there.
+A Hugging Face tensor consists of parts, each of which is one of our tensors. The rows of each part
+are split into groups; the tensor is a sequence of groups, each with its rows of every part. Our
+tensors with the weights of all experts correspond to one Hugging Face tensor per expert.
 """
 
 import logging
@@ -26,10 +26,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class HFTensor:
-    """One tensor of Hugging Face's; parts: our names, and how many rows each has there.
+    """One Hugging Face tensor. parts: our names -> number of rows in it.
 
-    expert: the one of its only part that it is; None where it is all of its parts. is_buffer: not a
-    parameter; float32 in all files.
+    expert: index of this expert in its only part; None if the tensor has all of its parts.
+    is_buffer: True if it is not a parameter; it is float32 in all files.
     """
 
     name: str
@@ -41,7 +41,7 @@ class HFTensor:
     is_buffer: bool = False
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The whole tensor from its parts, in order, without the padding of a vocabulary."""
+        """Makes the whole tensor from its parts, in order, without the vocabulary's padding."""
         if self.expert is not None:
             return parts[0][self.expert].contiguous()
         parts = [part[:rows] for part, rows in zip(parts, self.parts.values(), strict=True)]
@@ -52,9 +52,9 @@ class HFTensor:
     def read(
         self, stored: Any, part: str, offsets: Sequence[int], lengths: Sequence[int]
     ) -> Tensor:
-        """The box of a part at `offsets`; `stored`: the slice that safe_open gives.
+        """Reads the box of a part at `offsets`. stored: a slice from safe_open.
 
-        Rows past those of the part pad a vocabulary: they are zero.
+        Rows after the part's last row are the padding of a vocabulary: zero.
         """
         last = min(offsets[0] + lengths[0], self.parts[part])
         columns = tuple(
@@ -70,7 +70,7 @@ class HFTensor:
         return torch.cat(boxes) if len(boxes) > 1 else boxes[0]
 
     def _runs(self, part: str, first: int, last: int) -> Iterator[slice]:
-        """Locations of the part's rows from `first` up to `last`, in pieces without gaps."""
+        """Yields the contiguous slices with the part's rows from `first` up to `last`."""
         names = list(self.parts)
         before = sum(self.parts[name] for name in names[: names.index(part)]) // self.groups
         size = self.parts[part] // self.groups
@@ -85,11 +85,11 @@ class HFTensor:
 
 @dataclass(frozen=True)
 class HFModel:
-    """All tensors of a model in Hugging Face's form, without the padding of a vocabulary.
+    """All tensors of a model in Hugging Face's layout, without the padding of the vocabulary.
 
-    tensors: by Hugging Face's name, in the order of the model. places: our names -> (Hugging
-    Face's names, the part's name), both names of a tied weight among them; one name, or one for
-    each expert. ignored: patterns of names that a file may hold as well.
+    tensors: by Hugging Face name, in the order of the model. places: our name -> (Hugging Face
+    names, the part's name); one Hugging Face name, or one per expert; includes both names of a tied
+    weight. ignored: patterns of names that files may have in addition.
     """
 
     tensors: Mapping[str, HFTensor]
@@ -98,7 +98,7 @@ class HFModel:
 
     @classmethod
     def of(cls, family: Family, args: DecoderArgs) -> "HFModel":
-        """Builds the model on the meta device, for its shapes."""
+        """Builds the model on the meta device, to get its shapes."""
         with torch.device("meta"):
             model = build_model(family, args)
         state = model.state_dict(keep_vars=True)
@@ -150,7 +150,7 @@ class HFModel:
         offsets: Sequence[int],
         lengths: Sequence[int],
     ) -> Tensor:
-        """The box of our tensor at `offsets`; stored: the slice of a tensor of Hugging Face's."""
+        """Reads the box of our tensor at `offsets`. stored: gets a Hugging Face tensor's slice."""
         names, part = self.places[name]
         if self.tensors[names[0]].expert is None:
             return self.tensors[names[0]].read(stored(names[0]), part, offsets, lengths)
@@ -165,11 +165,11 @@ class HFModel:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in all tensors."""
+        """Number of elements in all tensors."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     def check(self, folder: HFFolder) -> None:
-        """ValueError naming every kind of difference between this model and a folder's tensors."""
+        """Raises ValueError with all differences between this model and a folder's tensors."""
         stored = folder.tensors
         problems = [
             *_listed("lacks", [name for name in self.tensors if name not in stored]),
@@ -204,9 +204,9 @@ class HFModel:
 
 
 def check_start(folder: HFFolder, hf: HFModel, family: Family, args: DecoderArgs) -> None:
-    """ValueError unless the folder's model is this one; a warning for numbers it was trained with.
+    """Raises ValueError if the folder has a different model.
 
-    A run may give those, of the rotary embedding and the norms, other values on purpose.
+    Only warns about fields in TUNABLE, which a run may change on purpose.
     """
     assert family.hf_config is not None
     architecture = family.hf_config.architecture
@@ -232,7 +232,7 @@ def check_start(folder: HFFolder, hf: HFModel, family: Family, args: DecoderArgs
 
 
 def _names(hf_name: str, parameter: Tensor) -> tuple[str, ...]:
-    """Hugging Face's names of a tensor of ours: one for each expert where the name has a `*`."""
+    """Hugging Face names of our tensor: one for each expert if the name has a `*`."""
     if "*" not in hf_name:
         return (hf_name,)
     return tuple(hf_name.replace("*", str(expert)) for expert in range(len(parameter)))
@@ -259,7 +259,7 @@ def _hf_tensor(
 
 
 def _listed(words: str, names: Sequence[str], most: int = 4) -> list[str]:
-    """One clause, naming the first few."""
+    """Returns one clause with the first few names, or nothing without names."""
     if not names:
         return []
     more = f" and {len(names) - most} more" if len(names) > most else ""

@@ -52,28 +52,28 @@ from titan_lite.runtime.stored_files import sync_folder
 
 logger = logging.getLogger(__name__)
 
-# Optimizer state under the parameter's name alone: ranks of other pipeline stages have others.
+# Optimizer state by parameter name, because pipeline stages have different parameters.
 BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
-# Of such a name what a checkpoint holds: groups and their settings are the configuration's.
+# Prefix of the names that a checkpoint has; groups and their settings are in the configuration.
 STATE = "state."
 
 
 class Stateful(Protocol):
-    """A part of a run whose state each checkpoint holds, in JSON, the same on all ranks."""
+    """A part of a run with state in each checkpoint: JSON-serializable, the same on all ranks."""
 
     def state_dict(self) -> Any:
-        """Collective."""
+        """Returns the state; collective."""
 
     def load_state_dict(self, state: Any) -> None:
-        """Restores what `state_dict` returned, in whatever layout."""
+        """Restores the result of `state_dict`, which may be of another layout."""
 
 
 class CheckpointManager:
     """Checkpoints of one run, each a folder `step-N` below `folder`.
 
-    A folder holds the files of torch.distributed.checkpoint (model, optimizer, generators of each
-    rank), run_state.json and manifest.json; written as `step-N.incomplete`, renamed once every
-    rank has finished. Whatever saves, waits or loads is collective.
+    A folder has the files of torch.distributed.checkpoint (model, optimizer, generators of each
+    rank), run_state.json and manifest.json. It is written as `step-N.incomplete`, and renamed when
+    every rank has finished. `save`, `wait`, `metrics` and `load` are collective.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class CheckpointManager:
         model_facts: dict[str, Any],
         timeout_seconds: int,
     ) -> None:
-        """average: of the weights, by name. exports_average: as the weights that are saved alone.
+        """Prepares saving.
 
-        layout, config, tokenizer, model_facts: of the run, for the manifest.
-
-        timeout_seconds: for the slowest disk.
+        average: averages of the weights, by name. exports_average: save these as the weights if
+        only weights are saved. layout, config, tokenizer, model_facts: values of the manifest.
+        timeout_seconds: limit for a save.
         """
         self.section = section
         self.folder = folder
@@ -123,10 +123,10 @@ class CheckpointManager:
         return self.section.enable and (step % self.section.interval == 0 or step == last_step)
 
     def save(self, state: RunState, *, is_last: bool = False) -> None:
-        """Saves the run at `state`, or starts to; a saved step is not saved again.
+        """Saves the run at `state`, or starts an async save; does nothing for a saved step.
 
-        is_last: no step follows, so that weights may do. Raises SaveError if this save, or the one
-        before it, fails.
+        is_last: no step follows, so saving only weights is allowed. Raises SaveError if this save
+        or the previous one fails.
         """
         if state.step == self.latest_step:
             return
@@ -150,16 +150,16 @@ class CheckpointManager:
             self._end()
 
     def wait(self) -> None:
-        """Waits for the save in the background, if there is one. Raises SaveError if it failed."""
+        """Waits for an async save, if there is one. Raises SaveError if it failed."""
         if self.saving is not None:
             with self.saving.blocking():
                 self.saving.written.exception()
             self._end()
 
     def metrics(self) -> dict[str, float]:
-        """Costs of the saves that ended since the last call, for a log record.
+        """Returns the costs of the saves that ended since the last call, for a log record.
 
-        Raises SaveError if one failed in the background.
+        Raises SaveError if an async save failed.
         """
         if self.saving is not None:
             done = torch.tensor(self.saving.written.done())
@@ -174,7 +174,7 @@ class CheckpointManager:
         return costs
 
     def load(self, start: Start) -> None:
-        """Restores in place what `start` names: all that trains and its parts, or weights."""
+        """Loads the checkpoint of `start` in place: the whole run, or only the weights."""
         assert start.source is not None
         whole = self._tensors(start.content)
         rng_key = f"rng.rank{self.rank}"
@@ -185,7 +185,7 @@ class CheckpointManager:
             tensors["optimizer"] = in_float32(tensors["optimizer"])
         reader = CheckpointReader(start.source)
         saved = reader.read_metadata().state_dict_metadata
-        # A rank that the saving run did not have keeps the generators it was seeded with.
+        # With more ranks than the saving run, the additional ones keep their own generators.
         averages = tensors.pop("ema", {})
         if averages := {k: v for k, v in averages.items() if f"ema.{k}" in saved}:
             tensors["ema"] = averages
@@ -212,7 +212,7 @@ class CheckpointManager:
             self.model,
             self.optimizer,
             model_state_dict=weights,
-            # With the groups of this run: what they hold is the configuration's.
+            # The groups stay those of this run: their settings come from the configuration.
             optim_state_dict=self._optimizer() | tensors["optimizer"],
             options=BY_NAME,
         )
@@ -224,14 +224,17 @@ class CheckpointManager:
                 torch.cuda.set_rng_state(rng["cuda"], self.device)
 
     def _has_blocks_of(self, start: Start) -> bool:
-        """Returns whether a checkpoint's moments can be loaded as they are, block by block."""
+        """Returns True if quantized moments have the same blocks in the checkpoint as in this run.
+
+        Also True if there are none.
+        """
         assert start.manifest is not None
         runs = ((start.manifest.config, start.manifest.layout), (self.config, self.layout))
         saved, own = ((config["optimizer"].get("state_dtype"), at) for config, at in runs)
         return saved == own or not {saved[0], own[0]} & {*EIGHT_BITS}
 
     def retire_newer_checkpoints(self, step: int) -> None:
-        """Retires the checkpoints later than `step`, which the run continues from; on one rank."""
+        """Retires the checkpoints later than `step`, at which the run starts; on one rank."""
         if self.section.enable:
             if retired := retire_later_steps(self.folder, step):
                 logger.warning("Checkpoints later than step %d were moved to %s", step, retired)
@@ -242,7 +245,7 @@ class CheckpointManager:
             )
 
     def close(self) -> None:
-        """Lets a save in the background end, and goes."""
+        """Waits for an async save, and releases its resources."""
         if self.saving is not None and (error := self.saving.error()):
             logger.error("%s", error)
         self.saver.close()
@@ -264,7 +267,7 @@ class CheckpointManager:
         return tensors
 
     def _optimizer(self) -> dict[str, Any]:
-        """The optimizer's state and groups by the parameters' names."""
+        """Returns the optimizer's state and groups by parameter name."""
         flat: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizer, options=BY_NAME)
         return flat
 
@@ -284,7 +287,7 @@ class CheckpointManager:
             raise SaveError(f"step {save.step} was not saved to {self.folder}: {failure[0]}")
 
     def _check_shared(self, aside: Path, size: int) -> int:
-        """The sum of all ranks' sizes; ValueError unless all see what rank 0 has made."""
+        """Returns the sum of all ranks' sizes; ValueError unless all ranks see rank 0's folder."""
         by_rank: list[tuple[bool, int]] = [(False, 0)] * dist.get_world_size()
         dist.all_gather_object(by_rank, ((aside / RUN_STATE_FILE).exists(), size))
         if blind := [rank for rank, (seen, _) in enumerate(by_rank) if not seen]:
@@ -295,7 +298,7 @@ class CheckpointManager:
         return sum(size for _, size in by_rank)
 
     def _commit(self, save: Save, files: Files) -> None:
-        """On rank 0, once all ranks have finished: from the rename on the checkpoint exists."""
+        """Completes the checkpoint by a rename; on rank 0, when all ranks have finished."""
         save.files.update(files)
         manifest = CheckpointManifest(
             step=save.step,
@@ -352,7 +355,7 @@ class CheckpointManager:
 
 
 def _without(tensors: dict[str, Any], patterns: Sequence[str]) -> dict[str, Any]:
-    """A part of a state dict less what belongs to the parameters that are excluded."""
+    """Returns a part of a state dict without excluded parameters."""
     return {key: value for key, value in tensors.items() if not excludes(patterns, _parameter(key))}
 
 

@@ -1,4 +1,4 @@
-"""The manifest that makes a folder a complete checkpoint, written last; no torch."""
+"""The manifest of a checkpoint; it is written last, and makes the checkpoint complete. No torch."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from titan_lite.runtime.stored_files import (
 )
 
 MANIFEST_FILE = "manifest.json"
-# In a checkpoint that was converted: the tokenizer's files, as they came.
+# Folder of a converted checkpoint with the original files of its tokenizer.
 TOKENIZER_FOLDER = "tokenizer"
 FORMAT = 1
 
@@ -26,11 +26,11 @@ Degrees = dict[str, int]
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointManifest:
-    """The kind of a checkpoint, and its files by their names.
+    """A checkpoint's step, content and origin, and its files by name.
 
-    content: "run" can be resumed from, "model" holds weights only. config: resolved, for people
-    to read. versions: of titan_lite, torch and Python. tokenizer: its fingerprint, "" if unknown.
-    model: as model_facts gives it; empty in manifests of older versions.
+    content: "run" can be resumed, "model" has only weights. config: the run's configuration.
+    versions: of titan_lite, torch and Python. tokenizer: its fingerprint, "" if unknown. model: the
+    result of model_facts; empty in manifests of older versions.
     """
 
     step: int
@@ -50,16 +50,16 @@ class CheckpointManifest:
 
 
 def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
-    """Writes the manifest, which holds a checksum of itself."""
+    """Writes the manifest, with a checksum of itself."""
     content = {"format": FORMAT, **dataclasses.asdict(manifest)}
     content["crc32"] = _own_checksum(content)
     write_text(folder / MANIFEST_FILE, json.dumps(content, indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> CheckpointManifest:
-    """The manifest of a checkpoint all of whose files are there, in full length.
+    """Reads the manifest of a checkpoint, and checks that all files exist with the right size.
 
-    Raises DamagedError. What is in the files is checked by `damaged_files`.
+    Raises DamagedError. `damaged_files` checks the files' contents.
     """
     path = folder / MANIFEST_FILE
     if not folder.is_dir():

@@ -61,14 +61,14 @@ def model_differences(
     pairs = {
         name: (saved.get(name, defaults.get(name)), own.get(name))
         for name in own | saved
-        # Saved when the padding of the vocabulary depended on parallel.tp.
+        # Older versions saved it when the padding of the vocabulary depended on parallel.tp.
         if name != "vocab_multiple"
     }
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _resolved(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts of a stored [model], for manifests without them."""
+    """Computes the facts from a stored [model], for manifests without facts."""
     try:
         section = stored_model(config)
         return model_facts(section.name, resolve(section)[1])

@@ -1,4 +1,4 @@
-"""One save at a time, in the background if wished: its staging, its end, and what it cost."""
+"""Saves one checkpoint at a time, optionally in the background, and measures the costs."""
 
 import contextlib
 import errno
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 # Errors of a system without space: on the disk, in a quota, for one file.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-# Before, torch's was good for one save (pytorch/pytorch#183424).
+# In older versions, torch's stager works for one save only (pytorch/pytorch#183424).
 REUSABLE_STAGER = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)  # type: ignore[operator]
 
 
@@ -43,8 +43,8 @@ class SaveError(WriteError):
 class Save:
     """A save, and its costs on this rank.
 
-    folder: what it becomes; size: bytes of its tensors, on all ranks together; files: on rank 0,
-    those that are there. blocked: seconds that training waited; seconds: from start to commit.
+    folder: final name. size: bytes of the tensors of all ranks. files: written files, on rank 0.
+    blocked: seconds that training waited. seconds: from start to commit.
     """
 
     step: int
@@ -60,12 +60,12 @@ class Save:
 
     @property
     def aside(self) -> Path:
-        """The folder while it is written."""
+        """Name of the folder until it is complete."""
         return self.folder.with_name(self.folder.name + ".incomplete")
 
     @contextlib.contextmanager
     def blocking(self) -> Iterator[None]:
-        """Counts the time inside as time that training waits."""
+        """Counts the time in its context as time that training waits."""
         began = time.perf_counter()
         try:
             yield
@@ -73,7 +73,7 @@ class Save:
             self.blocked += time.perf_counter() - began
 
     def end(self, upload: "Future[Any]") -> None:
-        """Takes the time, and only then releases the waiting threads."""
+        """Stops the clock, then releases the waiting threads."""
         self.seconds = time.perf_counter() - self.started
         if error := upload.exception():
             self.written.set_exception(error)
@@ -81,7 +81,7 @@ class Save:
             self.written.set_result(None)
 
     def error(self) -> SaveError | None:
-        """Why it failed, in a sentence; waits for its end."""
+        """Waits for the end; returns an error with the reason if the save failed."""
         error = self.written.exception()
         if error is None:
             return None
@@ -99,7 +99,7 @@ class Save:
 
 
 class Saver:
-    """Hands checkpoints to torch.distributed.checkpoint in the `async_mode`; collective."""
+    """Saves by torch.distributed.checkpoint with checkpoint.async_mode `mode`; collective."""
 
     def __init__(self, mode: AsyncMode, device: torch.device, timeout_seconds: int) -> None:
         self.mode = mode
@@ -107,7 +107,7 @@ class Saver:
         self.group = None
         self.stager: DefaultStager | None = None
         if mode != "disabled":
-            # A separate one: what a thread sends must not come between what training sends.
+            # A separate group, because a thread's collectives must not mix with those of training.
             self.group = dist.new_group(
                 backend="gloo",
                 timeout=timedelta(seconds=timeout_seconds),
@@ -135,7 +135,7 @@ class Saver:
             tensors,
             storage_writer=writer,
             process_group=self.group,
-            # Without one, the writer copies to the host before this returns.
+            # Without a stager, the writer copies to the host before this returns.
             async_stager=self._stager() if self.mode == "async_pinned" else None,
         )
         if isinstance(response, AsyncSaveResponse):
@@ -146,7 +146,7 @@ class Saver:
             response.add_done_callback(save.end)
 
     def close(self) -> None:
-        """Lets go of staging memory and of the group; the last save has ended."""
+        """Releases the staging memory and the group, after the last save has ended."""
         if self.stager is not None:
             self.stager.close()
         if self.group is not None:
@@ -155,7 +155,7 @@ class Saver:
     def _stager(self) -> DefaultStager:
         on_gpu = self.device.type == "cuda"
         if on_gpu:
-            # The copies run on a stream that does not wait for the one of training.
+            # The copies run on a stream that does not wait for the training stream.
             torch.cuda.synchronize(self.device)
         if self.stager is not None and not REUSABLE_STAGER:
             self.stager.close()
@@ -164,8 +164,7 @@ class Saver:
             self.stager = DefaultStager(
                 StagingOptions(
                     use_pinned_memory=on_gpu,
-                    # No other process reads it.
-                    use_shared_memory=False,
+                    use_shared_memory=False,  # no other process reads it
                     use_async_staging=True,
                     use_non_blocking_copy=on_gpu,
                 )
@@ -174,7 +173,7 @@ class Saver:
 
 
 def local_bytes(tensors: Any) -> int:
-    """This rank's share of the bytes of a state dict, what several ranks hold counted once."""
+    """This rank's bytes of a state dict; a replicated tensor counts on one rank only."""
     if isinstance(tensors, dict):
         return sum(map(local_bytes, tensors.values()))
     if isinstance(tensors, DTensor):

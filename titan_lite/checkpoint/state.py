@@ -1,4 +1,4 @@
-"""Which checkpoints there are, where a run starts, and which are deleted; no torch."""
+"""Finds the checkpoints of a run, chooses its start, and deletes old ones; no torch."""
 
 import fnmatch
 import json
@@ -26,10 +26,10 @@ STEP_FOLDER = re.compile(r"step-(0|[1-9][0-9]*)")
 
 @dataclass(kw_only=True)
 class RunState:
-    """Progress of a run, JSON-serialisable: written by rank 0, equal on all ranks.
+    """Progress of a run, JSON-serializable: written by rank 0, equal on all ranks.
 
-    step: optimizer steps done; tokens: tokens trained on by the whole job; parts: the state of each
-    Stateful by its name.
+    step: optimizer steps done. tokens: tokens trained on by the whole job. parts: the state of each
+    Stateful, by name.
     """
 
     step: int = 0
@@ -47,8 +47,10 @@ class RunState:
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """The start of a run. source: the checkpoint to load, None for fresh weights; content: what of
-    it, "run" or "model". manifest: of the checkpoint. resumes: whether it is the run's own.
+    """The start of a run.
+
+    source: the checkpoint to load; None for fresh weights. content: the part of it to load, "run"
+    or "model". manifest: that of the checkpoint. resumes: True if it is the run's own checkpoint.
     """
 
     state: RunState = field(default_factory=RunState)
@@ -59,17 +61,17 @@ class Start:
 
     @property
     def own_step(self) -> int:
-        """Steps that the run has in its own folder already."""
+        """Steps done by this run itself; 0 if it starts from another run's checkpoint."""
         return self.state.step if self.resumes else 0
 
     @property
     def key(self) -> str:
-        """The key that names the checkpoint."""
+        """The key that selects the checkpoint."""
         return "checkpoint.load_step" if self.resumes else "checkpoint.initial_load_path"
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints in `folder`, ascending; a damaged one is among them."""
+    """Steps of the checkpoints in `folder`, ascending, including damaged ones."""
     if not folder.is_dir():
         return []
     matches = (STEP_FOLDER.fullmatch(path.name) for path in folder.iterdir())
@@ -77,7 +79,7 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def newest_below(folder: Path) -> Path | None:
-    """The newest complete checkpoint in a folder that is none: one of checkpoints, a run, runs."""
+    """The newest complete checkpoint below a folder of checkpoints, a run, or several runs."""
     if (folder / MANIFEST_FILE).exists():
         return None
     for depth in ("", "*/", "*/*/"):
@@ -94,11 +96,11 @@ def find_start(
     *,
     last_step: int | None = None,
 ) -> Start:
-    """The run's own checkpoint to resume from, else the initial one, else a fresh start.
+    """Returns the run's own checkpoint to resume, else the initial one, else a fresh start.
 
-    damaged: checkpoints that are known not to be what was written. last_step: the run's, of which
-    weights are enough: nothing is left to train. Raises ValueError if the configured checkpoint is
-    missing, damaged (DamagedError) or not of a run.
+    damaged: checkpoints that are known to be damaged. last_step: the run's last step, whose
+    checkpoint may have only weights, because no step is left to train. Raises ValueError if the
+    configured checkpoint is missing, damaged (DamagedError) or has only weights.
     """
     if not section.enable:
         return Start()
@@ -125,7 +127,7 @@ def find_start(
 def _own_checkpoint(
     step: int | str, folder: Path, damaged: dict[Path, DamagedError]
 ) -> tuple[Path, CheckpointManifest] | None:
-    """The checkpoint of a step, or the newest complete one; None where there is none at all."""
+    """The checkpoint of a step, or the newest complete one; None if there is none at all."""
     steps = saved_steps(folder)
     if step != "latest":
         source = folder / f"step-{step}"
@@ -155,7 +157,7 @@ def _own_checkpoint(
 
 
 def _manifest_of(source: Path) -> CheckpointManifest:
-    """The manifest of a checkpoint whose run_state.json, which is read before all, is undamaged."""
+    """Reads the manifest of a checkpoint, and checks its run_state.json, which is read first."""
     manifest = read_manifest(source)
     names = [RUN_STATE_FILE] if RUN_STATE_FILE in manifest.files else []
     for sentence in damaged_files(source, manifest.files, names):
@@ -183,7 +185,7 @@ def _start(source: Path, manifest: CheckpointManifest, content: str, *, resumes:
 
 
 def excludes(patterns: Sequence[str], name: str) -> bool:
-    """Returns whether a parameter's name matches one of checkpoint.exclude_from_loading."""
+    """Returns True if a parameter's name matches a pattern of checkpoint.exclude_from_loading."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -198,9 +200,9 @@ def check_excluded(patterns: Sequence[str], names: Sequence[str]) -> None:
 
 
 def retire_later_steps(folder: Path, step: int) -> Path | None:
-    """Moves checkpoints later than `step`, damaged or of a branch that is left, out of the way.
+    """Moves checkpoints later than `step`, which the run does not continue, to another folder.
 
-    Otherwise the next resume would take the newest of them. Returns where they went,
+    Otherwise the next resume would take the newest of them. Returns the folder,
     `folder`/retired-TIME.
     """
     later = [other for other in saved_steps(folder) if other > step]
@@ -215,13 +217,13 @@ def retire_later_steps(folder: Path, step: int) -> Path | None:
 
 
 def delete_old(section: Checkpoint, folder: Path) -> None:
-    """Deletes what was never completed, and all but the checkpoints that are to be kept."""
+    """Deletes incomplete checkpoints, and those that are not to be kept."""
     steps = saved_steps(folder)
     if section.keep_latest_k > 0:
         for step in steps[: -section.keep_latest_k]:
             if section.keep_every == 0 or step % section.keep_every != 0:
                 path = folder / f"step-{step}"
-                # Half deleted it is incomplete, too.
+                # Renamed first: half deleted, it must count as incomplete.
                 path.rename(path.with_name(path.name + ".incomplete"))
     for leftover in folder.glob("step-*.incomplete"):
         if leftover.is_symlink():

@@ -1,6 +1,6 @@
-"""Files of torch.distributed.checkpoint: checksummed, read without running code, movable.
+"""Files of torch.distributed.checkpoint, with checksums, and read without running code in them.
 
-The only file that knows torch.distributed.checkpoint's private names.
+The only file with private names of torch.distributed.checkpoint.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from titan_lite.runtime.stored_files import StoredFile, hexadecimal
 
 Files = dict[str, StoredFile]
 
-# All classes in a file of metadata, in addition to data types.
+# All classes in a metadata file, in addition to dtypes.
 METADATA_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -64,13 +64,13 @@ def versions() -> dict[str, str]:
 
 
 def first_failure(error: CheckpointException) -> tuple[int, BaseException]:
-    """The lowest rank that failed in a collective of torch's, which all ranks raise, and why."""
+    """Returns the lowest rank with an error in a collective exception of torch, and its error."""
     rank = min(error.failures)
     return rank, error.failures[rank][0]
 
 
 class _ChecksummedFile(io.BufferedWriter):
-    """A file to write from its beginning to its end."""
+    """A file that is written sequentially, with its checksum."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path, "wb"))
@@ -88,7 +88,7 @@ class _ChecksummedFile(io.BufferedWriter):
 
 
 class _ChecksummedFiles(FileSystem):
-    """Remembers what it writes."""
+    """A file system that records size and checksum of written files."""
 
     def __init__(self) -> None:
         self.written: Files = {}
@@ -100,7 +100,7 @@ class _ChecksummedFiles(FileSystem):
             try:
                 yield file
             except RuntimeError as error:
-                # Torch closes its archive where the disk was full, and then only reports that.
+                # If the disk is full, torch reports an error of closing the archive instead.
                 raise file.error or error from None
         self.written[Path(path).name] = StoredFile(file.size, hexadecimal(file.crc32))
 
@@ -111,17 +111,16 @@ class _ChecksummedFiles(FileSystem):
 
 @dataclass(frozen=True)
 class _Written:
-    """Message of one rank to the first one."""
+    """Message from a rank to the first rank."""
 
     items: list[WriteResult]
     files: Files
 
 
 class CheckpointWriter(dcp.FileSystemWriter):
-    """Writes into `folder`, waiting for the disk; once all ranks have, the first calls `commit`.
+    """Writes to `folder` and waits for the disk; then the first rank calls `commit`.
 
-    commit: gets size and checksum of every file, as the ranks that wrote them know them; if it
-    raises, saving fails on all ranks.
+    commit: receives size and checksum of all ranks' files; if it raises, saving fails on all ranks.
     """
 
     def __init__(
@@ -132,11 +131,11 @@ class CheckpointWriter(dcp.FileSystemWriter):
         self.commit = commit
 
     def storage_meta(self) -> StorageMeta:
-        # Torch's would hold the path and a random number: of no use, and never the same twice.
+        # torch's would have the path and a random number, which differ in every save.
         return StorageMeta()
 
     def write_data(self, plan: SavePlan, planner: dcp.SavePlanner) -> Future[Any]:
-        # Torch's own checksum of each tensor would be the second of every byte.
+        # torch's checksum of each tensor is not needed, as each file has one.
         with serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
             items = super().write_data(plan, planner).wait()
         future: Future[Any] = Future()
@@ -145,7 +144,7 @@ class CheckpointWriter(dcp.FileSystemWriter):
 
     def finish(self, metadata: Metadata, results: list[Any]) -> None:
         super().finish(metadata, [rank.items for rank in results])
-        # The first rank's have grown by the metadata.
+        # The first rank has written the metadata in addition.
         files = [*(rank.files for rank in results), self.files.written]
         self.commit({name: file for of_rank in files for name, file in of_rank.items()})
 
@@ -168,7 +167,7 @@ class CheckpointReader(dcp.FileSystemReader):
     """Reads a checkpoint's files without executing any code in them."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """ValueError for metadata that are not, or not only, metadata."""
+        """Reads the metadata; ValueError if the file has anything else."""
         path = Path(self.path) / ".metadata"
         try:
             with path.open("rb") as file:
@@ -183,7 +182,7 @@ class CheckpointReader(dcp.FileSystemReader):
 
 
 def check_weights(source: Path, model: Transformer, excluded: Sequence[str]) -> None:
-    """Raises ValueError naming a weight of a checkpoint that does not fit the whole `model`."""
+    """Raises ValueError for a weight of a checkpoint that does not fit the whole `model`."""
     metadata = CheckpointReader(source).read_metadata()
     saved, loaded = metadata.state_dict_metadata, set()
     for name, value in model.state_dict().items():
@@ -197,7 +196,7 @@ def check_weights(source: Path, model: Transformer, excluded: Sequence[str]) -> 
 
 
 def check_shape(key: str, saved: Any, shape: torch.Size, vocab_size: int, source: Path) -> None:
-    """Raises ValueError where a saved tensor has another shape; padding may be missing from it."""
+    """Raises ValueError if a saved tensor has another shape; it may lack vocabulary padding."""
     is_padded = shape[:1] == (pad_vocab_size(vocab_size),)
     if saved.size != shape and not (is_padded and saved.size == (vocab_size, *shape[1:])):
         raise ValueError(
@@ -229,10 +228,10 @@ def _missing(key: str, source: Path) -> ValueError:
 
 
 def in_float32(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Returns tensors to load into: float32 in place of torchao's blocks.
+    """Returns tensors to load into: float32 instead of torchao's quantized blocks.
 
-    From then on torchao's tensors are cut in float32: its own cut is one between blocks, along the
-    first dim.
+    It also makes torchao's tensors slice in float32, because they can only be sliced between
+    blocks, along the first dim.
     """
     from torchao.optim.subclass_8bit import OptimState8bit
     from torchao.optim.subclass_fp8 import OptimStateFp8
@@ -261,10 +260,10 @@ def _dequantized(value: Any) -> Any:
 
 
 class LoadPlanner(dcp.DefaultLoadPlanner):
-    """Names what does not fit; loads a vocabulary saved without padding into one that has it."""
+    """Names tensors that do not fit; loads a vocabulary without padding into one with padding."""
 
     def __init__(self, vocab_size: int, source: Path, excluded: Sequence[str]) -> None:
-        """excluded: names of parameters that are left as they are."""
+        """excluded: patterns of parameters that are not loaded."""
         super().__init__()
         self.vocab_size = vocab_size
         self.source = source
@@ -280,7 +279,7 @@ class LoadPlanner(dcp.DefaultLoadPlanner):
             if not isinstance(entry, TensorStorageMetadata) or not isinstance(value, Tensor):
                 continue
             check_shape(key, entry, value.shape, self.vocab_size, self.source)
-            # Padding, which was not saved, stays as it is: zero.
+            # Padding that was not saved stays zero.
             saved[key] = dataclasses.replace(entry, size=value.shape)
         self.metadata = dataclasses.replace(self.metadata, state_dict_metadata=saved)
         return super().create_local_plan()
@@ -292,7 +291,7 @@ class LoadPlanner(dcp.DefaultLoadPlanner):
         return super().create_global_plan(global_plan)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        # Torch's own would unpickle whatever is there.
+        # torch's method would unpickle any object.
         key = read_item.dest_index.fqn
         loaded = torch.load(value, weights_only=True)
         set_element(self.original_state_dict, self.mappings[key], loaded)

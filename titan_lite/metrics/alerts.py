@@ -11,10 +11,10 @@ from titan_lite.runtime.distributed import Process, all_reduce
 
 logger = logging.getLogger(__name__)
 
-# Of the running averages, per record.
+# Decay of the running averages, per record.
 DECAY = 0.9
 RECORDS_BEFORE_WARNING = 10
-# A spike is this many times further off than records usually are, and this share of the loss.
+# A spike exceeds the average by this many usual deviations, and by this share of the loss.
 SPIKE_DEVIATIONS = 5.0
 SPIKE_SHARE = 0.05
 # A rank starves if it waits for data this share of a step longer than the median rank.
@@ -26,10 +26,10 @@ SLOW_SHARE = 0.05
 
 
 class RecordWatch:
-    """Looks at each record, and at how long the ranks take; rank 0 warns."""
+    """Checks each record and the times of all ranks; rank 0 warns."""
 
     def __init__(self, process: Process, stages: Sequence[int], *, start_step: int) -> None:
-        """stages: of a pipeline, by rank."""
+        """stages: pipeline stage of each rank."""
         self._process, self._stages = process, stages
         self._last_step = start_step
         self._loss_watch = LossWatch()
@@ -37,8 +37,8 @@ class RecordWatch:
     def look(self, record: Record, waited: float, forward: float) -> None:
         """Warns about loss spikes, data stalls and slow ranks; collective.
 
-        Seconds of this rank: waited, for data, since the last record; forward, of its blocks, per
-        step.
+        waited: seconds that this rank waited for data since the last record. forward: seconds per
+        step of its blocks' forward.
         """
         process, step = self._process, int(record["step"])
         times = torch.zeros(2, process.world_size, device=process.device)
@@ -56,21 +56,21 @@ class RecordWatch:
 
 
 class LossWatch:
-    """Compares each loss with a running average of those before, in records."""
+    """Compares each record's loss with a running average of earlier records."""
 
     def __init__(self) -> None:
         self._count = 0
         self._average = self._deviation = 0.0
 
     def look(self, step: int, loss: float) -> str | None:
-        """A sentence if the loss is far above the average, which a spike does not move."""
+        """Returns a warning if the loss is far above the average, which then does not change."""
         far = max(SPIKE_DEVIATIONS * self._deviation, SPIKE_SHARE * self._average)
         if self._count >= RECORDS_BEFORE_WARNING and not loss - self._average <= far:
             return (
                 f"The loss of step {step}, {loss:.4f}, is far above its running average of "
                 f"{self._average:.4f}"
             )
-        # Plain averages at first.
+        # The first records have equal weights.
         share = max(1 - DECAY, 1 / (self._count + 1))
         self._deviation += share * (abs(loss - self._average) * (self._count > 0) - self._deviation)
         self._average += share * (loss - self._average)
@@ -79,7 +79,7 @@ class LossWatch:
 
 
 def starving_ranks(step: int, waits: Sequence[float], seconds_per_step: float) -> list[str]:
-    """A sentence for each rank that waits for data much longer than most; seconds per step."""
+    """Returns a warning for each rank that waits much longer for data. waits: seconds per step."""
     median = statistics.median_low(waits)
     return [
         f"Rank {rank} waits for data at step {step}: {wait:.3g} s per step; the median rank waits "
@@ -92,9 +92,10 @@ def starving_ranks(step: int, waits: Sequence[float], seconds_per_step: float) -
 def slow_ranks(
     step: int, forward: Sequence[float], stages: Sequence[int], seconds_per_step: float
 ) -> list[str]:
-    """A sentence for each rank whose blocks take much longer than those of most.
+    """Returns a warning for each rank whose blocks take much longer than those of most.
 
-    forward: seconds per step. stages: of a pipeline, by rank: those of one have the same to do.
+    forward: seconds per step. stages: pipeline stage of each rank; only ranks of the same stage are
+    compared.
     """
     sentences = []
     for stage in sorted(set(stages)):

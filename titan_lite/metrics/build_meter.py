@@ -1,4 +1,4 @@
-"""The meter of a run: what it divides by, and where it writes."""
+"""Builds the meter of a run, with its peak and its sinks."""
 
 import logging
 from pathlib import Path
@@ -27,7 +27,7 @@ def build_meter(
             "FLOP formula does not count",
             quote(config.activation_checkpoint.mode),
         )
-    # Emulated float8 is rounded to 8 bits and multiplied in float32.
+    # Emulated float8 is rounded to 8 bits, but its matmuls are in float32.
     dtype = "float32" if config.float8.emulate else config.training.param_dtype
     peak = find_peak(config.metrics, process.device, getattr(torch, dtype))
     sinks = []

@@ -1,4 +1,4 @@
-"""Tokens and loss of each source of the data."""
+"""Tokens and loss of each data source."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from titan_lite.runtime.distributed import all_reduce
 
 
 def build_source_meter(section: Data) -> "SourceMeter | None":
-    """The meter of data.sources, if there are any."""
+    """Returns the meter of data.sources, if there are any."""
     names = [source.name for source in section.sources]
     return SourceMeter(names, all_reduce) if names else None
 
@@ -39,12 +39,11 @@ class SourceMeter:
     def metrics(
         self, losses: Tensor, tokens: Tensor, epochs: Sequence[Sequence[int]]
     ) -> dict[str, float]:
-        """For a log record; collective.
+        """Returns metrics for a log record; collective.
 
-        losses: of the step, this rank's part of the sum for each source; every part is on one rank
-        only. tokens: of the step, of the whole job. epochs: of each source, how often each stream
-        was read to its end, 0 where this rank does not know. A source without tokens in the step
-        has no loss.
+        losses: this rank's part of each source's summed loss in the step. tokens: the whole job's
+        tokens of each source in the step. epochs: for each source, how often each stream was read
+        to its end; 0 for streams of other ranks. A source without tokens in the step has no loss.
         """
         sums = self._all_reduce(losses.double(), "sum").tolist()
         device = losses.device

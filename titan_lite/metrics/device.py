@@ -17,8 +17,8 @@ from titan_lite.planner.hardware import NumberFormat, find_device
 
 GIB = 2**30
 
-# Large enough for a matmul to come near its best rate, and short enough (0.3 GFLOP, a few ms) for
-# one to end before the system gives the core to another process: 1,024 halves on a busy machine.
+# Large enough for nearly the best rate, and short enough (0.3 GFLOP, a few ms) to end before the
+# system gives the core to another process. 1,024 would measure half the rate on a busy machine.
 _MATMUL_SIZE = 512
 _MATMUL_SECONDS = 0.2
 
@@ -33,7 +33,7 @@ _FORMATS: dict[torch.dtype, NumberFormat] = {
 class PeakFlops:
     """The rate that MFU divides by, in TFLOP/s of one device, and where it comes from.
 
-    Without a value `source` has the reason and the key to set.
+    If tflops is None, `source` has the reason and the key to set.
     """
 
     tflops: float | None
@@ -41,7 +41,7 @@ class PeakFlops:
 
 
 def find_peak(section: Metrics, device: torch.device, dtype: torch.dtype) -> PeakFlops:
-    """The peak for matmuls in `dtype`: the configured one, measured on CPU, or the table's."""
+    """The peak for matmuls in `dtype`: configured, or measured on CPU, or from the table."""
     if section.peak_tflops is not None:
         return PeakFlops(section.peak_tflops, "metrics.peak_tflops")
     if device.type == "cpu":
@@ -65,7 +65,7 @@ def find_peak(section: Metrics, device: torch.device, dtype: torch.dtype) -> Pea
 
 
 def device_name(device: torch.device) -> str:
-    """The vendor's name, as torch reports it for accelerators, of the processor for the CPU."""
+    """The name of an accelerator, as torch reports it, or of the CPU."""
     if device.type != "cpu":
         return str(torch.get_device_module(device).get_device_name(device))
     cpuinfo = Path("/proc/cpuinfo")
@@ -79,14 +79,14 @@ def device_name(device: torch.device) -> str:
 def measured_peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
     """The sum of the threads' best rates of a square matmul, in TFLOP/s; takes about 0.2 s.
 
-    The best of the three products of a linear layer, which differ in what is transposed: where
-    torch emulates a type, one of them can be 20 times as fast as another.
+    The best of the three matmuls of a linear layer, which differ in the transposed operand: for an
+    emulated dtype, one can be 20 times as fast as another.
 
-    Each thread multiplies on its own, all at once. In a matmul that they share, each waits for the
-    last, and next to one other busy process the best of such a matmul is up to ten times too slow.
+    Each thread has a separate matmul. In a shared one, all threads wait for the slowest, and one
+    other busy process makes the best rate up to ten times too low.
     """
     n, threads = _MATMUL_SIZE, torch.get_num_threads()
-    # The run's random numbers do not move.
+    # A separate generator, so that the run's random numbers stay the same.
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(n, n, generator=generator).to(device, dtype) for _ in range(2))
     products = ((a, b.T), (a, b), (a.T, b))
@@ -104,16 +104,16 @@ def measured_peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
         with ThreadPoolExecutor(threads) as pool:
             return sum(pool.map(rate, range(threads)))
     finally:
-        # Threads that start later take over the number that was set last.
+        # New threads use the number that was set last.
         torch.set_num_threads(threads)
 
 
 def best_seconds(
     work: Callable[[], object], budget: float, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """The shortest of the repetitions that start within `budget` seconds, of which one always does.
+    """The shortest time of the repetitions that start within `budget` seconds, at least one.
 
-    What disturbs a repetition only makes it longer.
+    Disturbances only make a repetition longer.
     """
     best, now = float("inf"), clock()
     deadline = now + budget
@@ -125,7 +125,7 @@ def best_seconds(
 
 
 class DeviceMemory:
-    """The memory this process holds on its device.
+    """The memory that this process uses on its device.
 
     Accelerators: the allocator's peaks since `reset_peak`. CPU: the peak resident set since the
     process started, which the system does not reset.

@@ -1,4 +1,4 @@
-"""How long each rank computes, of a step that takes all of them as long as the slowest."""
+"""Measures how long each rank computes, although a step takes equally long on all ranks."""
 
 import statistics
 import time
@@ -9,25 +9,25 @@ from typing import Any
 import torch
 from torch import nn
 
-# Of the last steps, so that no pause of the system's in one of them counts.
+# Number of steps of which the median is taken, so that a pause in one of them does not count.
 STEPS = 10
 
 
 class ForwardTimes:
     """Times this rank's forward of each block, in the first micro-batch of a step.
 
-    Between blocks a rank waits for the parameters that others send; within one it computes, except
-    for what tensor and context parallel exchange there. Adds two readings of a clock per block, and
-    no wait: of a GPU, they are events in its stream.
+    Between blocks a rank waits for parameters from other ranks. Within a block it computes, except
+    for the collectives of tensor and context parallel. The cost is two clock readings per block and
+    no synchronization: on a GPU, they are events in its stream.
     """
 
     def __init__(
         self, blocks: Iterable[nn.Module], device: torch.device, *, compiled: bool
     ) -> None:
-        """blocks: sharded already, since FSDP2 is to wait before the clock starts."""
+        """blocks: already sharded, so that FSDP2's hooks wait before the clock starts."""
         self._on_gpu = device.type == "cuda"
         self._steps: deque[dict[nn.Module, list[Any]]] = deque(maxlen=STEPS)
-        # As FSDP2's own hooks: outside of the block's compiled graph.
+        # Outside of the block's compiled graph, like FSDP2's own hooks.
         read_clock = torch.compiler.disable(self._read_clock) if compiled else self._read_clock
         for block in blocks:
             block.register_forward_pre_hook(read_clock)
@@ -38,9 +38,9 @@ class ForwardTimes:
         self._steps.append({})
 
     def seconds(self) -> float:
-        """Seconds of all blocks in the median of the last steps; 0.0 while these are too few.
+        """Median over the last steps of the seconds of all blocks; 0.0 if there are too few steps.
 
-        To be called when the device has done them.
+        Must be called when the device has finished them.
         """
         if len(self._steps) < STEPS:
             return 0.0

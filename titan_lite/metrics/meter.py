@@ -24,9 +24,9 @@ AllReduce = Callable[[Tensor, str], Tensor]
 
 @dataclass
 class _Window:
-    """The steps since the last log step; seconds are of the meter's clock.
+    """The steps since the last log step; seconds are those of the meter's clock.
 
-    joules: at the start, plus what was used in excluded time.
+    joules: the counter at the start, plus the energy of excluded time.
     """
 
     start: float
@@ -39,11 +39,11 @@ class _Window:
 
 
 class Meter:
-    """Measures whole steps between log steps; reads the device on log steps only.
+    """Measures whole steps between log steps; waits for the device on log steps only.
 
     A window runs from one log step to the next, less the time inside `excluded`. The first one,
     which holds start-up (first batch, compilation), is marked `warmup` and excluded from the
-    summary's averages. Every rank calls `log`; the ranks that write pass sinks.
+    summary's averages. Every rank calls `log`; only ranks that write have sinks.
     """
 
     def __init__(
@@ -98,9 +98,9 @@ class Meter:
 
     @contextlib.contextmanager
     def excluded(self) -> Iterator[None]:
-        """Leaves the time inside (saving a checkpoint, validating) out of every speed."""
+        """Excludes the time in its context (saving, validation) from every speed."""
         if self._device.type != "cpu":
-            # What the device still has to compute is not part of what follows.
+            # Work that is still queued on the device belongs to the time before.
             torch.get_device_module(self._device).synchronize(self._device)
         start, joules = self._clock(), self._joules()
         try:
@@ -114,7 +114,7 @@ class Meter:
     def add(self, tokens: int | Tensor, samples: int) -> None:
         """Counts a step's input tokens and samples, of the whole job.
 
-        Where only the device knows the tokens, a scalar on it.
+        tokens: a scalar tensor if the number is only known on the device.
         """
         self._window.tokens += tokens
         self._window.samples += samples
@@ -150,7 +150,7 @@ class Meter:
     ) -> Record:
         """Ends the window at `step`, writes its record to the sinks and returns it; collective.
 
-        loss and grad_norm are those of the step, already global; tokens_seen counts since step 0.
+        loss, grad_norm: those of the step, already global. tokens_seen: since step 0.
         """
         # The host waits for the device here, so the clock is read after the step's last kernel.
         record: Record = {
@@ -256,7 +256,7 @@ class Meter:
         return 100 * flops_per_token * wps / (self.peak.tflops * 1e12)
 
     def _worst_rank(self, values: Mapping[str, float]) -> Record:
-        """The largest of each value over the ranks, in one collective."""
+        """The maximum of each value over all ranks, in one collective."""
         assert all(METRICS[key].reduction == "max" for key in values)
         if self._all_reduce is None:
             return dict(values)

@@ -1,23 +1,22 @@
-"""The energy that a GPU uses, by NVIDIA's management library."""
+"""The energy of a GPU, from NVIDIA's management library (NVML)."""
 
 import torch
 
 
 class EnergyCounter:
-    """Joules that a device has used since its driver was loaded."""
+    """Energy in joules that a device has used since its driver was loaded."""
 
     def __init__(self, device: torch.device) -> None:
-        """Raises ValueError if they cannot be read."""
+        """Raises ValueError if the counter cannot be read."""
         if device.type != "cuda":
             raise ValueError(f"requires an NVIDIA GPU, got {device}; set metrics.power = false")
         try:
-            # Of the extra "power".
-            import pynvml
+            import pynvml  # installed by the extra "power"
         except ImportError as error:
             message = "requires nvidia-ml-py, which is not installed: pip install nvidia-ml-py"
             raise ValueError(message) from error
         self._nvml = pynvml
-        # Its index would not be torch's where CUDA_VISIBLE_DEVICES is set.
+        # By UUID, because NVML's index differs from torch's if CUDA_VISIBLE_DEVICES is set.
         uuid = torch.cuda.get_device_properties(device).uuid
         try:
             pynvml.nvmlInit()

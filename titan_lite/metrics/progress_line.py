@@ -1,4 +1,4 @@
-"""The last line of a terminal: how far the run is, and how long it still takes."""
+"""A progress bar on the last line of a terminal, with the remaining time."""
 
 import logging
 import math
@@ -13,7 +13,7 @@ from titan_lite.metrics.record import Record
 
 
 class ProgressLine:
-    """A bar of tqdm below the last record, from the first record on.
+    """A tqdm bar below the last record; it appears with the first record.
 
     Log messages of the package are printed above it.
     """
@@ -35,7 +35,7 @@ class ProgressLine:
             self.close()
             return
         if self._bar is None:
-            # The time of the steps before, which compile and warm up, is not part of its rate.
+            # Starts here, so that its rate does not include compilation and start-up.
             self._bar = self._open.enter_context(
                 tqdm(
                     total=self._num_steps,
@@ -53,5 +53,5 @@ class ProgressLine:
         self._bar.set_postfix_str(f"smoothed loss {self._loss():.4f}, {tokens} tokens")
 
     def close(self) -> None:
-        """Erases the bar for good."""
+        """Erases the bar."""
         self._open.close()

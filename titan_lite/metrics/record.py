@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Record = dict[str, float]
-"""Key to value, one per log step; `step` is always there, `warmup` only when it is true."""
+"""Key -> value, one record per log step; always has `step`, and `warmup` only if it is true."""
 
 FORMULA = (
     "6 * (active parameters - input embedding - next-sentence classifier) "
@@ -20,7 +20,7 @@ FORMULA = (
 class Metric:
     """One key of a record.
 
-    reduction: "global" is the same number on every rank by construction, "max" is the worst rank's.
+    reduction: "global" numbers are equal on all ranks by construction; "max" is the maximum.
     """
 
     unit: str
@@ -31,7 +31,7 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "loss": Metric("nats per token", "global", "train/loss"),
     "grad_norm": Metric("no unit", "global", "train/grad_norm"),
-    # Of families with a masked language model, in addition to their sum, the loss.
+    # Masked language models only: the two parts of the loss.
     "masked_lm_loss": Metric("nats per masked token", "global", "train/masked_lm_loss"),
     "next_sentence_loss": Metric("nats per pair", "global", "train/next_sentence_loss"),
     "next_sentence_accuracy": Metric("share of pairs", "global", "train/next_sentence_accuracy"),
@@ -40,7 +40,7 @@ METRICS: dict[str, Metric] = {
     "skipped_steps": Metric("steps since step 0", "global", "train/skipped_steps"),
     "skipped_documents": Metric("documents since step 0", "global", "train/skipped_documents"),
     "tokens": Metric("tokens since step 0", "global", "train/tokens"),
-    # Of Mixture of Experts, whose records also have lists of each block's in metrics.jsonl.
+    # Mixture of Experts only; metrics.jsonl also has lists with a value for each block.
     "moe/load_max": Metric("largest expert's tokens over the mean", "global", "moe/load_max"),
     "moe/rank_load_max": Metric(
         "rows of the most loaded rank over the mean, under expert parallel",
@@ -82,7 +82,7 @@ METRICS: dict[str, Metric] = {
     "memory_reserved_gib": Metric("GiB, peak", "max", "memory/peak_reserved_gib"),
     "alloc_retries": Metric("count since start", "max", "memory/alloc_retries"),
     "ooms": Metric("count since start", "max", "memory/ooms"),
-    # Of the saves that ended since the last record, together.
+    # Sums over the saves that ended since the last record.
     "checkpoint_blocked_seconds": Metric(
         "s that training waited", "max", "checkpoint/blocked_seconds"
     ),

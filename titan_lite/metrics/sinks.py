@@ -1,4 +1,4 @@
-"""Sinks for records: a line on the console, a JSON line, TensorBoard events, W&B."""
+"""Sinks for records: console, JSON lines, TensorBoard, Weights & Biases."""
 
 import contextlib
 import json
@@ -28,17 +28,17 @@ class Sink(Protocol):
         """Writes one record."""
 
     def close(self) -> None:
-        """Writes what is pending and lets go of files."""
+        """Writes pending records and closes files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Destination:
-    """Facts that a sink is opened with, on the one rank that writes."""
+    """Facts with which a sink is opened, on the only rank that writes."""
 
     folder: Path
     """The run's folder."""
     start_step: int
-    """Steps done before: a sink that kept records of later ones drops them."""
+    """Steps done before; a sink drops stored records of later steps."""
     num_steps: int
     """Last step of the run."""
     settings: Mapping[str, Any]
@@ -46,7 +46,7 @@ class Destination:
 
 
 def open_sinks(section: Metrics, destination: Destination) -> list[Sink]:
-    """Opens the sinks of a run, each by its row of SINKS."""
+    """Opens the sinks of a run, by the rows of SINKS."""
     names = ["console", "jsonl"]
     if section.enable_tensorboard:
         names.append("tensorboard")
@@ -71,7 +71,7 @@ def open_wandb(destination: Destination) -> "WandbSink":
 
 
 class ConsoleSink:
-    """Prints one aligned line per record; on a terminal, a line of progress below the last one.
+    """Prints one aligned line per record; on a terminal, with a progress line below the last one.
 
     Labels are faint on a terminal unless NO_COLOR is set.
     """
@@ -84,7 +84,7 @@ class ConsoleSink:
         self._progress = ProgressLine(num_steps, self._stream) if self._stream.isatty() else None
 
     def write(self, record: Record) -> None:
-        """Prints the record; keys it does not hold are left out."""
+        """Prints the record; skips keys that it does not have."""
         step, width = int(record["step"]), len(str(self._num_steps))
         fields = [("step", f"{step:{width}}/{self._num_steps}")]
         fields += [
@@ -102,7 +102,7 @@ class ConsoleSink:
             )
             if key in record
         ]
-        # Of little waiting the exact share is of no use.
+        # One digit is enough for the share of waiting.
         if "data_wait" in record:
             fields.append(("data", f"{record['data_wait']:4.1f}%"))
         if record.get("warmup"):
@@ -111,7 +111,7 @@ class ConsoleSink:
             eta = (self._num_steps - step) * record["seconds_per_step"]
             fields.append(("eta", format_duration(eta)))
         line = "  ".join(f"{self._faint(label)} {value}" for label, value in fields).rstrip()
-        # Of a terminal that was closed, the run ends by its signal, with a checkpoint.
+        # If the terminal is closed, a signal ends the run, with a checkpoint.
         with contextlib.suppress(OSError):
             if self._progress:
                 self._progress.write(line, record)
@@ -119,7 +119,7 @@ class ConsoleSink:
                 print(line, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Leaves the stream open: it is not this sink's."""
+        """Closes the progress line, but not the stream, which the sink does not own."""
         if self._progress:
             self._progress.close()
 
@@ -130,9 +130,9 @@ class ConsoleSink:
 class JsonlSink:
     """Appends one strict JSON object per record and line.
 
-    Opening drops the records after `start_step`, which the run is about to write again (all of them
-    for a run that starts from step 0), and a line cut short by a crash. Non-finite numbers, which
-    JSON does not have, are the strings "nan", "inf" and "-inf": Python's float() reads them back.
+    Opening drops records after `start_step`, which the run will write again (all of them for a run
+    that starts from step 0), and an incomplete line after a crash. JSON has no non-finite numbers,
+    so they are the strings "nan", "inf" and "-inf", which Python's float() reads.
     """
 
     def __init__(self, path: Path, *, start_step: int = 0) -> None:
@@ -144,7 +144,7 @@ class JsonlSink:
             self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
-        """Appends the record and hands it to the system, so that a crash loses nothing."""
+        """Appends the record and flushes it to the system, so that a crash loses nothing."""
         values = {
             key: value if isinstance(value, list) or math.isfinite(value) else str(value)
             for key, value in record.items()
@@ -154,7 +154,7 @@ class JsonlSink:
             self._file.flush()
 
     def close(self) -> None:
-        """Closes the file; what could not be written has been reported before."""
+        """Closes the file; errors of writing have been reported before."""
         with contextlib.suppress(OSError):
             self._file.close()
 
@@ -169,17 +169,17 @@ def _drop_records_after(path: Path, step: int) -> None:
             continue
         if record["step"] <= step:
             kept.append(line + "\n")
-    # Written to another file and renamed: a crash here must not lose the records of a long run.
+    # Written to another file and renamed, so that a crash does not lose the records of a long run.
     aside = path.with_name(path.name + ".tmp")
     aside.write_text("".join(kept), encoding="utf-8")
     aside.replace(path)
 
 
 class WandbSink:
-    """Logs the same scalars to Weights & Biases, as its own environment variables configure.
+    """Logs the same scalars to Weights & Biases.
 
-    WANDB_API_KEY, WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE. A run that resumes in its folder
-    continues the same run there, which keeps the first value of a step that is logged twice.
+    Configured by WANDB_API_KEY, WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE. A resumed run continues
+    the same run of W&B, which keeps the first value of a step that is logged twice.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:

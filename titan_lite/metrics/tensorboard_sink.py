@@ -1,4 +1,4 @@
-"""TensorBoard's event files."""
+"""The sink that writes TensorBoard's event files."""
 
 import contextlib
 import os
@@ -17,19 +17,19 @@ from titan_lite.runtime.writing import writing
 
 
 def open_tensorboard(destination: Destination) -> "TensorBoardSink":
-    """Opens a file of events in tb/."""
+    """Opens an event file in tb/."""
     return TensorBoardSink(destination.folder / "tb", start_step=destination.start_step)
 
 
 class TensorBoardSink:
-    """Writes a scalar per key; on resuming, TensorBoard hides what came after `start_step`.
+    """Writes a scalar per key; after a resume, TensorBoard hides values after `start_step`.
 
-    By TensorBoard's writer of records: the one of files writes in a thread, which on a full disk
-    prints its own traceback, and at the end of a run loses what is left.
+    It uses TensorBoard's RecordWriter. EventFileWriter writes in a thread, which prints a traceback
+    on a full disk, and loses pending events at the end of a run.
     """
 
     def __init__(self, folder: Path, *, start_step: int = 0) -> None:
-        # As TensorBoard expects them to be called; a run that is started again writes another one.
+        # The name that TensorBoard expects; a run that is started again writes another file.
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
         self._folder = folder
         with writing(folder):
@@ -39,14 +39,14 @@ class TensorBoardSink:
         self._add(Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, record: Record) -> None:
-        """Adds the record's scalars, and hands them to the system."""
+        """Adds the record's scalars, and flushes them to the system."""
         values = [
             Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(record).items()
         ]
         self._add(Event(step=int(record["step"]), summary=Summary(value=values)))
 
     def close(self) -> None:
-        """Closes the file; what could not be written has been reported before."""
+        """Closes the file; errors of writing have been reported before."""
         with contextlib.suppress(OSError):
             self._writer.close()
 

@@ -12,7 +12,7 @@ from titan_lite.nn.init import CHECKPOINT_PREFIX
 
 
 class WeightAverage:
-    """The average of a model's weights: elementwise, so it is the same in every layout.
+    """The average of a model's weights, by element, so it is the same in every layout.
 
     tensors: averages by the parameters' names, with the parameters' placements; a tied parameter
     has an entry for each of its names.

@@ -9,19 +9,19 @@ from torch.distributed.tensor import DTensor
 
 from titan_lite.optim.nonfinite import DeviceGuardedOptimizer
 
-# The moments, and whether they have a sign.
+# Moment -> True if it is signed.
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}
-# Elements of a block in 8 bits, torchao's default.
+# Elements of a quantized block, torchao's default.
 BLOCK = 256
-# Elements that are stepped at once, in float32: whole blocks.
+# Elements that are updated at once, in float32; a multiple of BLOCK.
 CHUNK = 2**24
 
 
 class LowPrecisionAdam(DeviceGuardedOptimizer):
     """Adam that computes in float32 and rounds the moments to `state_dtype`.
 
-    In bfloat16 each element is rounded separately, so the step is the same in every layout. In
-    8 bits ("int8", "float8") blocks of 256 elements of a shard have one scale (arXiv:2110.02861):
+    With bfloat16, each element is rounded separately, so the step is the same in every layout. With
+    "int8" and "float8", each block of 256 elements of a shard has a scale (arXiv:2110.02861), in
     torchao's tensors. decoupled: True for AdamW's weight decay, False for Adam's.
     """
 
@@ -68,7 +68,7 @@ class LowPrecisionAdam(DeviceGuardedOptimizer):
             state["step"] = torch.zeros((), device=parameter.device)
             state |= {key: torch.zeros_like(parameter) for key in MOMENTS}
         for key, has_sign in MOMENTS.items():
-            # New, or loaded: torch loads the state in the dtype of the parameter.
+            # The state is new, or torch loaded it in the dtype of the parameter.
             if self.new_blocks is None:
                 state[key] = state[key].bfloat16()
             elif not _is_quantized(state[key]):
@@ -103,9 +103,9 @@ class LowPrecisionAdam(DeviceGuardedOptimizer):
 
 
 def _new_blocks(state_dtype: str) -> Callable[[Tensor, bool], Tensor]:
-    """Returns a function that makes zeros for a parameter in 8 bits, or in its own dtype.
+    """Returns a function that makes zeros like a parameter, in 8 bits or in its own dtype.
 
-    torchao leaves shards in their dtype that have fewer than 4096 elements, or no whole blocks.
+    torchao does not quantize shards with fewer than 4096 elements, or without whole blocks.
     """
     import torchao.optim
 
@@ -114,7 +114,7 @@ def _new_blocks(state_dtype: str) -> Callable[[Tensor, bool], Tensor]:
 
 
 def prepare_int8() -> None:
-    """Has torchao compute its tables of codes, from numbers that a fake tensor lacks."""
+    """Makes torchao compute its code tables now, which it cannot do with fake tensors."""
     new_blocks = _new_blocks("int8")
     for has_sign in MOMENTS.values():
         new_blocks(torch.zeros(2**12), has_sign)
@@ -144,7 +144,7 @@ def _assign(target: Any, value: Tensor, is_finite: Tensor | None) -> None:
     if is_finite is None:
         target.copy_(value)
     elif _is_quantized(target):
-        # Rounding what is rounded already would change it.
+        # Rounding a rounded value again would change it.
         parts = [target.codes.view(torch.uint8), target.scale]
         former = [part.clone() for part in parts]
         target.copy_(value)
