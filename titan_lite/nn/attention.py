@@ -14,14 +14,14 @@ from titan_lite.nn.dropout import drop, hash32
 from titan_lite.nn.norm import RMSNorm
 from titan_lite.nn.token_context import TokenContext
 
-# Of the norms inside latent attention, whatever norm_eps of the others.
+# eps of the norms inside latent attention, independent of norm_eps.
 LATENT_EPS = 1e-6
 
 
 class ScaledDotProductAttention(nn.Module):
-    """softmax(q k / sqrt(H)) v, by torch's fused kernels; masked, over part of what there is.
+    """softmax(q k / sqrt(H)) v by torch's fused kernels, with an optional mask.
 
-    causal: over the past alone.
+    causal: each token attends to itself and earlier tokens only.
     """
 
     def __init__(self, *, causal: bool) -> None:
@@ -38,7 +38,7 @@ class ScaledDotProductAttention(nn.Module):
             k_BKSH,
             v_BKSH,
             is_causal=self.causal,
-            # Only where needed: some fused kernels refuse the flag even with equal head counts.
+            # Only if needed: some fused kernels reject the flag even with equal head counts.
             enable_gqa=q_BNSH.shape[1] != k_BKSH.shape[1],
         )
 
@@ -46,8 +46,8 @@ class ScaledDotProductAttention(nn.Module):
 class DropoutAttention(ScaledDotProductAttention):
     """Attention with dropout of its weights, which are stored: (B, N, S, S).
 
-    Fused kernels would drop other weights on each rank that has the head. salt: as in Dropout.
-    shard: the index of this device's part of the heads, of equal parts.
+    Fused kernels would drop different weights in different layouts. salt: see Dropout. shard: index
+    of this device's part of the heads, which are split into equal parts.
     """
 
     shard = 0
@@ -81,14 +81,13 @@ class DropoutAttention(ScaledDotProductAttention):
 
 
 class Attention(nn.Module):
-    """Projections, normalisation of heads and rotary embedding around `inner_attention`.
+    """Projections, normalization of heads and rotary embedding around `inner_attention`.
 
-    The inner attention has no parameters and sees heads only: what splits a sequence over devices
-    replaces it by its own.
+    The inner attention has no parameters. Context parallel replaces it.
     """
 
     def __init__(self, args: DecoderArgs, rope: nn.Module) -> None:
-        """rope: of (queries, keys, positions), see nn/rope.py."""
+        """rope: a module called with (queries, keys, positions), see nn/rope.py."""
         super().__init__()
         self.head_size = args.head_size
         self.make_projections(args)
@@ -100,7 +99,7 @@ class Attention(nn.Module):
         )
 
     def make_projections(self, args: DecoderArgs) -> None:
-        """Makes the modules that have parameters."""
+        """Makes the modules with parameters."""
         self.wq = nn.Linear(args.dim, args.attention_dim, bias=args.qkv_bias)
         self.wk = nn.Linear(args.dim, args.kv_dim, bias=args.qkv_bias)
         self.wv = nn.Linear(args.dim, args.kv_dim, bias=args.qkv_bias)
@@ -154,7 +153,7 @@ class LatentAttention(Attention):
             self.q_norm = RMSNorm(rank, eps=LATENT_EPS)
             self.wq_b = nn.Linear(rank, queries, bias=False)
         self.wkv_a = nn.Linear(D, args.kv_rank + args.rope_dim, bias=False)
-        # Tensor parallel adds up here what each rank's heads give for the gradient.
+        # Tensor parallel sums gradients from each rank's heads here.
         self.copy = nn.Identity()
         self.kv_norm = RMSNorm(args.kv_rank, eps=LATENT_EPS)
         self.wkv_b = nn.Linear(
@@ -176,7 +175,7 @@ class LatentAttention(Attention):
         )
         q_BSNH = torch.cat((q_nope, q_BSNR), dim=-1)
         k_BSNH = torch.cat((k_nope, k_BS1R.expand_as(q_BSNR)), dim=-1)
-        # Fused kernels take heads of one size; zeros of values give zeros, which are cut off.
+        # Fused kernels require equal head sizes: pad values with zeros, and cut these off.
         V = v_BSNV.shape[-1]
         v_BSNH = pad(v_BSNV, (0, self.head_size - V))
         out_BSNH = self.attend(q_BSNH, k_BSNH, v_BSNH, context)
@@ -190,5 +189,5 @@ def pairs_to_halves(x: Tensor) -> Tensor:
 
 
 def build_attention(args: DecoderArgs, rope: nn.Module) -> Attention:
-    """The attention of one block."""
+    """Builds the attention of one block."""
     return LatentAttention(args, rope) if isinstance(args, LatentArgs) else Attention(args, rope)

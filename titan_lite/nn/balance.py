@@ -1,8 +1,8 @@
-"""Losses that spread tokens over experts, and counts of the tokens of each.
+"""Losses that spread tokens over experts, and counts of each expert's tokens.
 
-The loss of a block does not travel to the loss of the model: its gradient enters where the
-router's weights pass (arXiv:2408.15664 and Megatron-LM do the same), and so does the count, in
-backward, which runs once for each token whatever is computed again, and never in validation.
+A block's loss is not added to the loss of the model. An autograd function on the router's weights
+adds its gradient (as in arXiv:2408.15664 and Megatron-LM) and counts the tokens, both in backward.
+Backward runs once for each token, even with recomputation, and never in validation.
 
 Shape suffixes: B sequences, T tokens, E experts, K experts of a token.
 """
@@ -16,7 +16,7 @@ from titan_lite.models.args import MoEArgs
 
 
 class NoBalanceLoss(nn.Module):
-    """Zero."""
+    """A loss of zero."""
 
     def forward(self, shares_TE: Tensor, counts_BE: Tensor, lagged_E: Tensor) -> Tensor:
         return shares_TE.new_zeros(())
@@ -25,8 +25,8 @@ class NoBalanceLoss(nn.Module):
 class SequenceBalanceLoss(nn.Module):
     """Sum over tokens and experts of a score's share, times its expert's load in the sequence.
 
-    Source: arXiv:2412.19437, equations 17 to 20. `whole` gives the counts of whole sequences, of
-    which ranks may have parts.
+    Source: arXiv:2412.19437, equations 17 to 20. `whole` returns counts of whole sequences if ranks
+    have parts of them.
     """
 
     def __init__(self) -> None:
@@ -39,35 +39,35 @@ class SequenceBalanceLoss(nn.Module):
 
 
 class LaggedBalanceLoss(nn.Module):
-    """The same with the loads in the global batch of the step before (after arXiv:2501.11873)."""
+    """The same with the loads in the previous step's global batch (after arXiv:2501.11873)."""
 
     def forward(self, shares_TE: Tensor, counts_BE: Tensor, lagged_E: Tensor) -> Tensor:
         return (shares_TE * lagged_E).sum()
 
 
 TINY = 1e-20
-"""Added to sums of scores: sigmoids may all be zero."""
+"""Added to sums of scores, because all sigmoids may be zero."""
 
 LOSSES: dict[str, type[nn.Module]] = {
     "none": NoBalanceLoss,
     "sequence": SequenceBalanceLoss,
     "global_lagged": LaggedBalanceLoss,
 }
-"""The classes by the value of model.balance_loss."""
+"""Classes by the value of model.balance_loss."""
 
 
 def relative_load(counts_E: Tensor) -> Tensor:
-    """Tokens of each expert over their mean, in float32; zeros where nothing was counted."""
+    """Tokens of each expert over their mean, in float32; zeros if there are no tokens."""
     mean = counts_E.sum(-1, keepdim=True).clamp(min=1) / counts_E.shape[-1]
     return (counts_E / mean).float()
 
 
 class Balance(nn.Module):
-    """Adds the balancing losses' gradients to a block's router, and counts.
+    """Adds the balancing losses' gradients to a block's router, and counts tokens.
 
-    counts_E: tokens of each expert, of this device, int64; loss: the losses of these. Both add up
-    until `clear`. lagged_E: relative loads in the step before. token_weight: of a token in the
-    loss.
+    counts_E: this device's tokens of each expert, int64. loss: their summed losses. Both accumulate
+    until `clear`. lagged_E: relative loads in the previous step. token_weight: factor of each
+    token's loss.
     """
 
     counts_E: Tensor
@@ -84,7 +84,7 @@ class Balance(nn.Module):
         self.init_buffers(None)
 
     def init_buffers(self, device: torch.device | str | None) -> None:
-        """Zeros on `device`; needed once more after a meta build."""
+        """Sets the buffers to zeros on `device`; must be called again after a meta build."""
         E = self.num_experts
         buffers = {
             "counts_E": torch.zeros(E, dtype=torch.int64, device=device),
@@ -96,7 +96,7 @@ class Balance(nn.Module):
             self.register_buffer(name, buffer, persistent=False)
 
     def clear(self) -> None:
-        """Forgets counts and loss."""
+        """Resets counts and loss."""
         self.counts_E.zero_()
         self.loss.zero_()
 
@@ -108,7 +108,7 @@ class Balance(nn.Module):
         chosen_TK: Tensor,
         num_sequences: int,
     ) -> Tensor:
-        """Returns the weights as they are."""
+        """Returns the weights unchanged."""
         is_chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
         counts_BE = is_chosen_TE.unflatten(0, (num_sequences, -1)).sum(1)
         shares_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + TINY)
@@ -122,14 +122,14 @@ class Balance(nn.Module):
 
 
 class _AddLoss(torch.autograd.Function):
-    """Passes weights on; in backward the loss gets a gradient of one, and is added up."""
+    """Returns the weights; in backward, adds up the loss and gives it a gradient of one."""
 
     @staticmethod
     def forward(
         ctx: Any, weights: Tensor, loss: Tensor, counts: Tensor, sum_: Tensor, total: Tensor
     ) -> Tensor:
         ctx.save_for_backward(loss, counts)
-        # Not among those saved, which must not change before backward.
+        # Not by save_for_backward, whose tensors must not change before backward.
         ctx.sums = sum_, total
         return weights.view_as(weights)
 

@@ -1,4 +1,4 @@
-"""The transformer block, with its norms before what it adds or after.
+"""The transformer block, with norms before or after attention and feed-forward.
 
 Shape suffixes: B batch, S sequence, D model width.
 """
@@ -14,9 +14,9 @@ from titan_lite.nn.token_context import TokenContext
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each normalised before and added to the residual stream.
+    """Attention and feed-forward, each after a norm, and added to the residual stream.
 
-    Knows no layer number: equal blocks share one compiled graph.
+    It has no layer number, so that equal blocks share one compiled graph.
     """
 
     def __init__(self, args: DecoderArgs, rope: nn.Module) -> None:
@@ -31,7 +31,7 @@ class Block(nn.Module):
 
     def attend(self, x_BSD: Tensor, context: TokenContext) -> Tensor:
         """Returns the output of attention, for the residual stream."""
-        # By keyword: what tensor parallel gathers for the attention is its only positional input.
+        # By keyword, because tensor parallel gathers the positional arguments.
         out_BSD = self.attention(x_BSD, context=context)
         dropped_BSD: Tensor = self.attention_dropout(out_BSD, context.dropout_keys_BS)
         return dropped_BSD
@@ -57,7 +57,7 @@ class ParallelBlock(Block):
 
 
 class PostNormBlock(Block):
-    """Attention and feed-forward, each added to its input and the sum normalised (the original)."""
+    """Attention and feed-forward; a norm follows each sum, as in the original transformer."""
 
     def forward(self, x_BSD: Tensor, context: TokenContext) -> Tensor:
         attended_BSD = self.attend(x_BSD, context)

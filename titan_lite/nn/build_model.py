@@ -1,4 +1,4 @@
-"""From a family's data to an nn.Module."""
+"""Builds an nn.Module from a family's data."""
 
 from titan_lite.config.registry import load
 from titan_lite.models.args import DecoderArgs, EncoderArgs
@@ -15,10 +15,10 @@ def build_model(family: Family, args: DecoderArgs) -> Transformer:
 
 
 def build_decoder(args: DecoderArgs) -> Decoder:
-    """The generic decoder."""
+    """Builds the generic decoder."""
     return Decoder(args)
 
 
 def build_encoder(args: EncoderArgs) -> Encoder:
-    """The generic encoder."""
+    """Builds the generic encoder."""
     return Encoder(args)

@@ -33,10 +33,10 @@ class Decoder(Transformer):
         head_loss: HeadLoss | None = None,
         context: TokenContext = NO_CONTEXT,
     ) -> Tensor:
-        """Logits (B, S, V), or what head_loss(hidden_BSD, output_weight_VD) returns.
+        """Returns logits (B, S, V), or the result of head_loss(hidden_BSD, output_weight_VD).
 
-        Without tok_embeddings the input is the previous stage's hidden states (B, S, D); without
-        output the result is this stage's.
+        In a pipeline stage without tok_embeddings, the input is the previous stage's hidden states
+        (B, S, D). In a stage without output, the result is this stage's hidden states.
         """
         x_BSD = self.embed(tokens_BS, context)
         if self.tok_embeddings is not None:

@@ -1,4 +1,4 @@
-"""Attention that stays inside documents.
+"""Attention within documents.
 
 Shape suffixes: B batch, S sequence, Q the queries' part of it, N query heads, K key/value heads,
 H head dim, T all tokens of the batch in one row, D documents of the batch, and one.
@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-# Queries or keys of one block of the kernel, of which a document takes one at least.
+# Queries or keys of one block of the kernel; a document takes at least one block.
 TILE = 128
 
 
 class Spans(NamedTuple):
-    """Queries next to each other in each row, and where in the batch those of a document start.
+    """Contiguous queries of each row, and where in the batch each document starts.
 
-    Of document d, queries [query_starts_D[d], query_starts_D[d + 1]) see the keys from
-    key_starts_D[d] up to their own, or all of them without causality, for which the queries have to
-    be whole rows; int32, as the kernel takes them. max_queries and max_keys bound those of one
-    document: the kernel launches blocks for as many of each.
+    Queries [query_starts_D[d], query_starts_D[d + 1]) of document d attend to its keys from
+    key_starts_D[d] up to their own position; without causality, to all its keys, and then the
+    queries must be whole rows. int32, as the kernel requires. max_queries, max_keys: upper bounds
+    for one document; the kernel launches blocks for this many.
     """
 
     num_queries: int
@@ -35,37 +35,36 @@ DocumentMask = Tensor | tuple[Spans, ...]
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Returns whether attention takes spans there, and not only a dense mask, of memory Q x S."""
+    """Returns True if a kernel supports spans; otherwise a dense mask of Q x S is needed."""
     return device.type == "cuda" and dtype != torch.float32
 
 
 def dense_mask(
     documents_BS: Tensor, queries_Q: Tensor, dtype: torch.dtype, *, causal: bool = True
 ) -> Tensor:
-    """Builds the mask from the document numbers of whole rows, for the queries at these places."""
+    """Builds the mask from the document numbers of whole rows, for queries at these indices."""
     sees_BQS = documents_BS[:, queries_Q, None] == documents_BS[:, None]
     if causal:
         positions_S = torch.arange(documents_BS.shape[1], device=documents_BS.device)
         sees_BQS &= queries_Q[:, None] >= positions_S
-    # Not boolean: SDPA would make this of it in every layer, and keep each for backward.
+    # Not boolean: SDPA would convert it in every layer, and keep each result for backward.
     mask_BQS = torch.zeros(sees_BQS.shape, dtype=dtype, device=documents_BS.device)
     return mask_BQS.masked_fill_(~sees_BQS, -torch.inf).unsqueeze(1)
 
 
 def document_spans(documents_BS: Tensor, queries_Q: Tensor) -> tuple[Spans, ...]:
-    """Variant of `dense_mask` on the host: one for each run of queries that are next to each
-    other."""
+    """Builds the spans, on the host: one for each contiguous range of queries."""
     jumps = (queries_Q.diff() != 1).nonzero().flatten() + 1
     runs = queries_Q.tensor_split(jumps.tolist())
     return tuple(_spans(documents_BS, int(run[0]), len(run)) for run in runs)
 
 
 def _spans(documents_BS: Tensor, first: int, count: int) -> Spans:
-    """Cuts out the queries [first, first + count) of each row; documents without any keep keys."""
+    """Spans of the queries [first, first + count) of each row; other documents have only keys."""
     B, S = documents_BS.shape
     starts_BS = torch.ones_like(documents_BS, dtype=torch.bool)
     starts_BS[:, 1:] = documents_BS.diff() != 0
-    # What follows the last query of a row is seen by none: a separate document.
+    # No query attends to keys after the last query of a row: they are a separate document.
     starts_BS[:, first + count :][:, :1] = True
     row_D, key_D = starts_BS.nonzero(as_tuple=True)
     query_starts_D = row_D * count + (key_D - first).clamp(0, count)
@@ -78,7 +77,7 @@ def _spans(documents_BS: Tensor, first: int, count: int) -> Spans:
 
 
 def _longest(starts_D: Tensor) -> int:
-    """Length of the longest document, rounded up to a power of two: few values for the compiler."""
+    """Length of the longest document, rounded up to a power of two to limit recompilation."""
     longest = max(TILE, int(starts_D.diff().max()))
     return 2 ** (longest - 1).bit_length()
 
@@ -95,7 +94,7 @@ def attend_in_documents(
     *,
     causal: bool = True,
 ) -> Tensor:
-    """softmax(q k / sqrt(H)) v over what the mask lets through; `causal` as for the mask."""
+    """softmax(q k / sqrt(H)) v with the mask. causal: the same as for the mask."""
     has_gqa = q_BNQH.shape[1] != k_BKSH.shape[1]
     if isinstance(mask, Tensor):
         return scaled_dot_product_attention(
@@ -115,7 +114,7 @@ def attend_in_documents(
             spans.key_starts_D,
             spans.max_queries,
             spans.max_keys,
-            # Where a document has more keys than queries, the last ones belong together.
+            # If a document has more keys than queries, the last key belongs to the last query.
             window_size=(-1, 0 if causal else -1),
             **settings,
         )
@@ -124,5 +123,5 @@ def attend_in_documents(
 
 
 def _in_one_row(heads_BNSH: Tensor) -> Tensor:
-    """(B, N, S, H) as (B x S, N, H); a view of what the projections return."""
+    """Returns (B, N, S, H) as (B x S, N, H), a view of the projection's result."""
     return heads_BNSH.transpose(1, 2).flatten(0, 1)

@@ -37,10 +37,10 @@ def token_keys(seed: int, samples_B: Tensor, places_S: Tensor) -> Tensor:
 def drop(x: Tensor, keys: Tensor, p: float) -> Tensor:
     """Zeroes each of the last dimension's features with probability p, and divides by 1 - p.
 
-    keys: of x's shape without the last dimension.
+    keys: in x's shape without the last dimension.
     """
     features = hash32(torch.arange(x.shape[-1], dtype=torch.int32, device=x.device))
-    # As numbers without a sign.
+    # Compares as unsigned numbers.
     dropped = hash32(keys.unsqueeze(-1) ^ features) ^ _SIGN < int(p * 2**32) + _SIGN
     return x.masked_fill(dropped, 0) / (1 - p)
 
@@ -55,8 +55,8 @@ class NoDropout(nn.Module):
 class Dropout(nn.Module):
     """Drops features of tokens with probability p, and none without keys.
 
-    salt: distinguishes the dropouts of a block. shard: the index of this device's part of the
-    sequence, of equal parts.
+    salt: distinguishes the dropouts of a block. shard: index of this device's part of the sequence,
+    which is split into equal parts.
     """
 
     shard = 0
@@ -67,7 +67,7 @@ class Dropout(nn.Module):
         self.salt = salt
 
     def forward(self, x_BSD: Tensor, keys_BS: Tensor | None) -> Tensor:
-        """keys_BS: of the whole sequence's tokens."""
+        """keys_BS: keys of the whole sequence's tokens."""
         if keys_BS is None:
             return x_BSD
         size = x_BSD.shape[1]

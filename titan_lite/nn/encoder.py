@@ -44,7 +44,7 @@ class PairHead(nn.Module):
         self.classifier = nn.Linear(args.dim, 2)
 
     def forward(self, x_BSD: Tensor, pair_loss: PairLoss) -> Tensor:
-        """pair_loss(pair_logits_B2)."""
+        """Returns pair_loss(pair_logits_B2)."""
         return pair_loss(self.classifier(self.pooler(x_BSD[:, 0]).tanh()))
 
 
@@ -54,7 +54,7 @@ class Encoder(Transformer):
     first = ("tok_embeddings", "pos_embeddings", "type_embeddings", "embedding_norm")
     last = ("norm", "transform", "output", "pair_head")
     per_sample = ("pair_head",)
-    # Both heads read what the last block, or the norm, gives.
+    # Both heads read the output of the last block or norm.
     inseparable = ("transform", "output", "pair_head")
     init_rules = ENCODER_RULES
     type_embeddings: nn.Embedding | None
@@ -83,10 +83,10 @@ class Encoder(Transformer):
         context: TokenContext = NO_CONTEXT,
         pair_loss: PairLoss | None = None,
     ) -> Tensor:
-        """Logits (B, S, V), or the sum of what the two losses return: scalars.
+        """Returns logits (B, S, V), or the sum of the two losses, a scalar.
 
-        head_loss is called as (hidden_BSD, output_weight_VD, output_bias_V), pair_loss, where there
-        is one, as (pair_logits_B2). The stages of a pipeline: as for Decoder.
+        head_loss is called with (hidden_BSD, output_weight_VD, output_bias_V), and pair_loss, if
+        given, with (pair_logits_B2). For the stages of a pipeline see Decoder.
         """
         x_BSD = self.embed(tokens_BS, context)
         if self.type_embeddings is not None:
@@ -101,5 +101,5 @@ class Encoder(Transformer):
         if self.transform is None or self.output is None or self.pair_head is None:
             return x_BSD
         out: Tensor = self.output(self.transform(x_BSD), head_loss)
-        # By keyword: what tensor parallel gathers for the head is its only positional input.
+        # By keyword, because tensor parallel gathers the positional arguments.
         return out if pair_loss is None else out + self.pair_head(x_BSD, pair_loss=pair_loss)

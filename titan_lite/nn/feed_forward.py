@@ -41,12 +41,12 @@ class PlainFeedForward(nn.Module):
 
 
 def build_gelu(args: DecoderArgs) -> nn.GELU:
-    """The exact one, unless model.ffn names its tanh approximation (arXiv 1606.08415)."""
+    """Returns the exact GELU, or its tanh approximation, by model.ffn (arXiv:1606.08415)."""
     return nn.GELU("tanh" if args.ffn == "gelu_tanh" else "none")
 
 
 def build_feed_forward(args: DecoderArgs) -> nn.Module:
-    """Feed-forward classes by the value of model.ffn; experts where the model has them."""
+    """Builds a block's feed-forward by model.ffn, or its experts."""
     if isinstance(args, MoEArgs) and args.num_experts:
         width = args.shared_experts * args.ffn_dim
         return MoE(args, GatedFeedForward(replace(args, ffn_dim=width)) if width else None)

@@ -1,7 +1,7 @@
-"""Matrix products of groups of rows, each with its own expert's weight.
+"""Matmuls of groups of rows, each with the weight of its expert.
 
-torch's grouped_mm refuses float32 on fake tensors and under compile, and counts no FLOPs: these
-operators run it.
+torch's grouped_mm rejects float32 on fake tensors and under compile, and has no FLOP formula, so
+these operators wrap it.
 
 Shape suffixes: R rows, ordered by expert, E experts, I features in, O features out.
 """
@@ -19,14 +19,14 @@ from torch.utils.flop_counter import register_flop_formula
 def grouped_matmul(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """Returns (R, O): each row times the transposed weight of its expert.
 
-    ends_E: int32, the row after the last one of each expert.
+    ends_E: int32, the index after each expert's last row.
     """
     return grouped_mm(x_RI, weight_EOI.mT, offs=ends_E)
 
 
 @torch.library.custom_op("titan_lite::grouped_matmul_weight_grad", mutates_args=())
 def grouped_matmul_weight_grad(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor) -> Tensor:
-    """Returns (E, O, I): the gradient of each expert's weight, zero for one without rows."""
+    """Returns (E, O, I): the gradient of each expert's weight; zero for an expert without rows."""
     return grouped_mm(grad_RO.T, x_RI, offs=ends_E)
 
 
@@ -46,7 +46,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> No
 
 def _backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor, None]:
     x_RI, weight_EOI, ends_E = ctx.saved_tensors
-    # grouped_mm refuses the gradient of a sum, which has no strides.
+    # grouped_mm rejects the gradient of a sum, whose strides are zero.
     grad_RO = grad_RO.contiguous()
     grad_x_RI = grouped_matmul(grad_RO, weight_EOI.mT, ends_E)
     return grad_x_RI, grouped_matmul_weight_grad(grad_RO, x_RI, ends_E), None

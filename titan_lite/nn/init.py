@@ -1,9 +1,9 @@
-"""How each parameter is drawn, by its name.
+"""Initializes each parameter by a rule for its name.
 
 The scheme is torchtitan's (torchtitan/models/llama3/model/model.py, init_weights), with two
-differences: every normal is cut at 3 standard deviations (cut at +-2 absolute, as there, a draw
-of one value in 2^24 lands exactly on the bound, 100 deviations out), and of the feed-forward
-only w2, which writes to the residual stream, is scaled with depth.
+differences. Every normal is cut at 3 standard deviations; torchtitan cuts at +-2 absolute, where
+one value in 2^24 is exactly the bound, 100 deviations out. And in the feed-forward only w2, which
+writes to the residual stream, is scaled with depth.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from titan_lite.models.patterns import matches
 
-# What activation checkpointing inserts into module names.
+# Prefix that activation checkpointing inserts into module names.
 CHECKPOINT_PREFIX = "_checkpoint_wrapped_module."
 
 Fill = Callable[[Tensor, torch.Generator, int], None]
@@ -101,11 +101,11 @@ ENCODER_RULES = (
     InitRule("pair_head.*.weight", linear),
     InitRule("pair_head.*.bias", zeros),
 )
-"""BERT's std of 0.02 (arXiv:1810.04805), except for what writes to the residual stream."""
+"""BERT's std of 0.02 (arXiv:1810.04805), except for projections into the residual stream."""
 
 
 def rule_of(rules: tuple[InitRule, ...], name: str) -> InitRule:
-    """The one rule that matches a parameter's name; ValueError without one."""
+    """Returns the one rule that matches a parameter's name; ValueError if there is not one."""
     matching = [rule for rule in rules if matches(rule.pattern, name)]
     if len(matching) != 1:
         raise ValueError(
@@ -119,14 +119,14 @@ def rule_of(rules: tuple[InitRule, ...], name: str) -> InitRule:
 def fill(
     rules: tuple[InitRule, ...], name: str, tensor: Tensor, generator: torch.Generator
 ) -> None:
-    """Fills one whole parameter by the one rule that matches its name; ValueError without one."""
+    """Fills one whole parameter by the one rule that matches its name, else ValueError."""
     rule = rule_of(rules, name)
     layer = next((int(part) for part in name.split(".") if part.isdecimal()), 0)
     rule.fill(tensor, generator, layer)
 
 
 def _trunc_normal(tensor: Tensor, std: float, generator: torch.Generator) -> None:
-    """Draws a normal within 3 std, as nn.init.trunc_normal_ does from torch 2.13 on."""
+    """Draws a normal within 3 std, like nn.init.trunc_normal_ of torch 2.13 and later."""
     tensor.normal_(0, std, generator=generator)
     if tensor.is_meta:  # no values to cut
         return

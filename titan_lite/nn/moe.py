@@ -22,7 +22,7 @@ class Router(nn.Module):
     def __init__(self, args: MoEArgs) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(args.num_experts, args.dim))
-        # Tensor parallel adds up here what each rank's tokens give for the gradient.
+        # Tensor parallel sums gradients from each rank's tokens here.
         self.copy = nn.Identity()
         self.top_k = args.top_k
         self.score = args.score
@@ -33,7 +33,7 @@ class Router(nn.Module):
         self.register_buffer("bias", torch.zeros(args.num_experts) if args.route_bias else None)
 
     def init_buffers(self, device: torch.device | str) -> None:
-        """Makes the bias zero on `device`; needed once more after a meta build."""
+        """Sets the bias to zero on `device`; must be called again after a meta build."""
         if self.bias is not None:
             self.bias = torch.zeros(self.bias.shape, device=device)
 
@@ -50,11 +50,11 @@ class Router(nn.Module):
         return weights_TK, chosen_TK
 
     def _choose(self, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:
-        """Stable: of equal experts, and groups, the first is chosen, on every device."""
+        """Chooses experts; the first of several with equal scores, on every device."""
         if self.bias is not None:
             scores_TE = scores_TE + self.bias
         elif self.groups == 1:
-            # Of logits fewer are equal than of scores.
+            # Fewer logits than scores are equal.
             scores_TE = logits_TE
         if self.groups > 1:
             scores_TGx = scores_TE.unflatten(1, (self.groups, -1))
@@ -67,12 +67,12 @@ class Router(nn.Module):
 
 
 class GroupedSwiGLU(nn.Module):
-    """w2(silu(w1 x) * w3 x), of each row by the weights of its expert."""
+    """w2(silu(w1 x) * w3 x) of each row, with the weights of its expert."""
 
     def forward(
         self, x_RD: Tensor, ends_E: Tensor, w1_EHD: Tensor, w2_EDH: Tensor, w3_EHD: Tensor
     ) -> Tensor:
-        """ends_E: int32, the row after the last one of each expert."""
+        """ends_E: int32, the index after each expert's last row."""
         gate_RH = silu(grouped_matmul(x_RD, w1_EHD, ends_E))
         h_RH = gate_RH * grouped_matmul(x_RD, w3_EHD, ends_E)
         return grouped_matmul(h_RH, w2_EDH, ends_E)
@@ -93,7 +93,7 @@ class Experts(nn.Module):
         self.compute: nn.Module = GroupedSwiGLU()
 
     def forward(self, x_RD: Tensor, groups: Any) -> Tensor:
-        """groups: which rows are whose, as `compute` takes it."""
+        """groups: assigns rows to experts, in the form that `compute` takes."""
         out_RD: Tensor = self.compute(x_RD, groups, self.w1, self.w2, self.w3)
         return out_RD
 
@@ -101,14 +101,14 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Sums the outputs of each token's experts, by the router's weights, and of the shared ones.
 
-    shared: the feed-forward that the experts of all tokens are together.
+    shared: one feed-forward for all shared experts, which every token uses.
     """
 
     def __init__(self, args: MoEArgs, shared: nn.Module | None = None) -> None:
         super().__init__()
         self.num_experts = args.num_experts
         self.router = Router(args)
-        # Expert parallel exchanges the numbers of rows here, while the device does what follows.
+        # Expert parallel exchanges the numbers of rows here, while the device continues.
         self.exchange: nn.Module = nn.Identity()
         self.experts = Experts(args)
         self.shared = shared
@@ -130,9 +130,9 @@ class MoE(nn.Module):
 
 
 class Take(torch.autograd.Function):
-    """x[rows]; the gradient of x takes rows of the output's, too, and adds up in their order.
+    """x[rows]; its backward sums gathered rows in a fixed order, so it is deterministic.
 
-    places: for each row of x, those of the flattened output that hold it.
+    places: for each row of x, its indices in the flattened output.
     """
 
     @staticmethod

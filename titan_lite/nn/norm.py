@@ -1,4 +1,4 @@
-"""Normalisation of a residual stream that may be wider than what the block computes in."""
+"""Norms for a residual stream whose dtype may be wider than that of the block's computation."""
 
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, rms_norm
@@ -7,7 +7,7 @@ from titan_lite.config.schema import NormKind
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm (arXiv:1910.07467) in its input's dtype; its output has its weight's."""
+    """RMSNorm (arXiv:1910.07467), computed in its input's dtype; the output has the weight's."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
@@ -15,7 +15,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm (arXiv:1607.06450) in its input's dtype; its output has its weight's."""
+    """LayerNorm (arXiv:1607.06450), computed in its input's dtype; the output has the weight's."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
@@ -23,4 +23,4 @@ class LayerNorm(nn.LayerNorm):
 
 
 NORMS: dict[NormKind, type[RMSNorm | LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
-"""The classes by the name in model.norm."""
+"""Classes by the value of model.norm."""

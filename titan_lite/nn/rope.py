@@ -15,7 +15,7 @@ from titan_lite.models.args import DecoderArgs, RopeScaling
 
 
 class NoRotation(nn.Module):
-    """Leaves queries and keys alone, where positions are learned."""
+    """A no-op, for learned positions."""
 
     def forward(
         self, q_BSNH: Tensor, k_BSKH: Tensor, positions_S: Tensor | None = None
@@ -26,11 +26,11 @@ class NoRotation(nn.Module):
 class RotaryEmbedding(nn.Module):
     """Rotates queries and keys by their position; one instance is shared by all blocks.
 
-    Of each head the first `rotary_dim` features are rotated, the others kept.
+    The first `rotary_dim` features of each head are rotated, the others do not change.
 
-    The tables are buffers of this shared module, not arguments of the block: FSDP2 casts a
-    block's floating arguments to param_dtype, and angles need float32. Shared, because
-    131,072 positions take 128 MiB; non-persistent, because a few numbers define them.
+    The tables are buffers of this shared module, not arguments of the block, because FSDP2 casts a
+    block's floating-point arguments to param_dtype, and angles need float32. They are shared,
+    because 131,072 positions take 128 MiB, and non-persistent, because they can be recomputed.
     """
 
     cos_SR: Tensor
@@ -45,7 +45,7 @@ class RotaryEmbedding(nn.Module):
         self.init_buffers(None)
 
     def init_buffers(self, device: torch.device | str | None) -> None:
-        """Computes the tables on `device`; needed once more after a meta build."""
+        """Computes the tables on `device`; must be called again after a meta build."""
         exponent_F = torch.arange(0, self.rotary_dim, 2, device=device).float() / self.rotary_dim
         frequency_F = 1.0 / self.theta**exponent_F
         if self.scaling is not None:
@@ -59,12 +59,12 @@ class RotaryEmbedding(nn.Module):
     def forward(
         self, q_BSNH: Tensor, k_BSKH: Tensor, positions_S: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Rotates in float32, returns the dtype and shapes of the inputs.
+        """Rotates in float32; returns the dtype and shapes of the inputs.
 
-        positions_S: of the tokens, (B, S) where rows differ; None: they are at 0 to S - 1.
+        positions_S: position ids; (B, S) if rows differ; None: 0 to S - 1.
         """
         rows = slice(q_BSNH.shape[1]) if positions_S is None else positions_S
-        # Together: half as many kernels as one after the other.
+        # Queries and keys together need half as many kernels.
         heads = torch.cat((q_BSNH, k_BSKH), dim=2)
         rotated = _Rotation.apply(heads, self.cos_SR[rows, None], self.sin_SR[rows, None])
         q_BSNH, k_BSKH = rotated.split((q_BSNH.shape[2], k_BSKH.shape[2]), dim=2)
@@ -92,14 +92,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     turned, kept = x[..., :R], x[..., R:]
     rotated = torch.addcmul(turned * cos, turned.roll(R // 2, -1), sin, value=direction)
     if rotated.dtype != x.dtype:
-        # A cast that changes nothing, at the end of a Function, gives gradients of zero where
-        # torch < 2.13 compiles it.
+        # Only if needed: compiled by torch < 2.13, a no-op cast at the end of a Function gives zero
+        # gradients.
         rotated = rotated.to(x.dtype)
     return torch.cat((rotated, kept), dim=-1) if kept.shape[-1] else rotated
 
 
 def _scale(frequency_F: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3.1's scaling: a clamped linear blend between the stretched and the kept frequency."""
+    """Llama 3.1's scaling: a clamped linear blend of the scaled and the original frequency."""
     periods_F = scaling.original_max_seq_len * frequency_F / (2 * math.pi)
     kept_F = (periods_F - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor

@@ -1,4 +1,4 @@
-"""The inputs of tokens other than their ids or hidden states.
+"""Inputs per token other than ids or hidden states.
 
 Shape suffixes: B batch, S sequence.
 """
@@ -12,12 +12,12 @@ from titan_lite.nn.dropout import hash32
 
 
 class TokenContext(NamedTuple):
-    """Side inputs of the tokens that a model is called with, for all its modules.
+    """Side inputs of a model's tokens, for all its modules.
 
-    positions_S: where in the sequence the tokens are, (B, S) where rows differ; None: at 0 to
-    S - 1. mask: what they see, as in nn.document_attention.DocumentMask; None: all of the past, or
-    of the row without causality. dropout_keys_BS: as nn.dropout.token_keys gives them; None:
-    nothing is dropped. token_types_BS: which text of a pair they are of; None: all of the first.
+    positions_S: position ids; (B, S) if rows differ; None: 0 to S - 1. mask: attention mask, see
+    nn.document_attention.DocumentMask; None: attend to all earlier tokens, or to the whole row
+    without causality. dropout_keys_BS: result of nn.dropout.token_keys; None: no dropout.
+    token_types_BS: 0 or 1, the text of a pair; None: all 0.
     """
 
     positions_S: Tensor | None = None
@@ -26,7 +26,7 @@ class TokenContext(NamedTuple):
     token_types_BS: Tensor | None = None
 
     def of_block(self, index: int) -> "TokenContext":
-        """Returns the same with the block's own dropout keys."""
+        """Returns the context with the dropout keys of a block."""
         if self.dropout_keys_BS is None:
             return self
         return self._replace(dropout_keys_BS=hash32(self.dropout_keys_BS ^ (index + 1)))

@@ -1,4 +1,4 @@
-"""Base of decoder and encoder: all that parallelism, initialisation and checkpoints rely on.
+"""Base class of decoder and encoder, on which parallelism, initialization and checkpoints rely.
 
 Shape suffixes: B batch, S sequence, D model width.
 """
@@ -18,10 +18,10 @@ from titan_lite.nn.token_context import TokenContext
 
 
 class Transformer(nn.Module):
-    """Embeddings, blocks, and an output projection that may be tied to the embedding of tokens.
+    """Embeddings, blocks, and an output projection that may be tied to the token embedding.
 
-    Children may be removed: a pipeline stage is such a model with some blocks deleted from `layers`
-    and some of `first` and `last` set to None.
+    A pipeline stage is such a model with some blocks deleted from `layers`, and some children of
+    `first` and `last` set to None.
     """
 
     first: tuple[str, ...] = ("tok_embeddings", "pos_embeddings")
@@ -29,19 +29,19 @@ class Transformer(nn.Module):
     last: tuple[str, ...] = ("norm", "output")
     """The children after the blocks."""
     per_sample: tuple[str, ...] = ()
-    """Those of `last` that see one token of a sample, and that a forward may leave out."""
+    """Children in `last` that see one token of a sample, and that a forward may leave out."""
     inseparable: tuple[str, ...] = ()
-    """Those of `last` that are all of one pipeline stage, the last."""
+    """Children in `last` that must all be in the last pipeline stage."""
     init_rules: tuple[InitRule, ...]
     vocab_parameters: tuple[str, ...] = ("tok_embeddings.weight", "output.weight", "output.bias")
-    """Those with a row for each token, and some for padding."""
+    """Parameters with a row for each token, and rows for padding."""
     tok_embeddings: nn.Embedding | None
     pos_embeddings: nn.Embedding | None
     layers: nn.ModuleDict
     output: OutputHead | None
 
     def __init__(self, args: DecoderArgs) -> None:
-        """Makes what comes before the blocks; the rest, in order, is the subclass's."""
+        """Makes the embeddings; the subclass makes the other children, in order."""
         super().__init__()
         self.vocab_size = args.vocab_size
         self.fp32_residual = args.fp32_residual
@@ -54,7 +54,7 @@ class Transformer(nn.Module):
         self.embedding_dropout = build_dropout(args.hidden_dropout, salt=0)
 
     def make_layers(self, block: type[Block], args: DecoderArgs) -> nn.ModuleDict:
-        """The blocks; a ModuleDict keeps the names of those that a pipeline stage keeps."""
+        """Makes the blocks; in a ModuleDict, so that those of a pipeline stage keep their names."""
         return nn.ModuleDict(
             {str(index): block(args.of_block(index), self.rope) for index in range(args.num_layers)}
         )
@@ -66,26 +66,27 @@ class Transformer(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in all parameters, each counted once, without the padding of a vocabulary."""
+        """Number of parameters without the vocabulary's padding; a tied one counts once."""
         return sum(
             self.without_padding(name, parameter).numel()
             for name, parameter in self.named_parameters()
         )
 
     def without_padding(self, name: str, tensor: Tensor) -> Tensor:
-        """A view of a parameter, by its name, without the rows that pad the vocabulary."""
+        """Returns a view of a parameter, by its name, without the vocabulary's padding."""
         return tensor[: self.vocab_size] if name in self.vocab_parameters else tensor
 
     def active(self, name: str, tensor: Tensor) -> Tensor:
-        """A view of a parameter, by its name, of what multiplies a token: its experts alone."""
+        """Returns a view of a parameter with the part that one token uses: only its experts."""
         if tensor.ndim == 3 and self.top_k:
             return tensor[: self.top_k]
         return self.without_padding(name, tensor)
 
     def embed(self, tokens_BS: Tensor, context: TokenContext) -> Tensor:
-        """Embeddings (B, S, D) of tokens, and of positions where those are learned.
+        """Returns embeddings (B, S, D) of tokens, plus those of learned positions.
 
-        Without tok_embeddings the input is the previous stage's hidden states already.
+        In a pipeline stage without tok_embeddings, returns the input: the previous stage's hidden
+        states.
         """
         x_BSD = self.tok_embeddings(tokens_BS) if self.tok_embeddings is not None else tokens_BS
         if self.pos_embeddings is not None:
@@ -98,12 +99,12 @@ class Transformer(nn.Module):
     def run_blocks(self, x_BSD: Tensor, context: TokenContext) -> Tensor:
         """Returns the output of the last block."""
         for name, block in self.layers.items():
-            # A block knows no number, for equal ones to share a compiled graph.
+            # A block has no number, so that equal ones share a compiled graph.
             x_BSD = block(x_BSD, context.of_block(int(name)))
         return x_BSD
 
     def tie(self) -> None:
-        """Makes the head's weight the embedding's again where it should be, and both are here."""
+        """Ties the head's weight to the embedding again, if it is tied and both are here."""
         if self.tied_head and self.tok_embeddings is not None and self.output is not None:
             self.output.weight = self.tok_embeddings.weight
 
@@ -111,19 +112,19 @@ class Transformer(nn.Module):
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Fills one whole parameter in place, by its name in this model."""
         if name in self.vocab_parameters:
-            # Drawn without its padding, for the values not to depend on it.
+            # Drawn without padding, so that the values do not depend on it.
             tensor[self.vocab_size :] = 0
             tensor = self.without_padding(name, tensor)
         if self.tied_head and name in ("tok_embeddings.weight", "pos_embeddings.weight"):
-            # As GPT-2's and Qwen's: of std 1 logits would have std sqrt(D); of the head's own std
-            # the stream is little but the embedding, whose largest logit is the token's own.
+            # Like GPT-2 and Qwen. With std 1, logits would have std sqrt(D). With the head's std,
+            # the embedding dominates the stream, and the largest logit is that of the input token.
             linear(tensor, generator, 0)
             return
         fill(self.init_rules, name, tensor, generator)
 
     def init_buffers(self, device: torch.device | str) -> None:
-        """Computes the buffers again on `device`, as is needed after a meta build."""
+        """Computes the buffers again on `device`, as is necessary after a meta build."""
         for module in self.modules():
-            # Several where this model was joined from pipeline stages.
+            # A model that was merged from pipeline stages has several rotary embeddings.
             if isinstance(module, RotaryEmbedding | Router | Balance):
                 module.init_buffers(device)

@@ -1,4 +1,4 @@
-"""torch's attention over sequences of several lengths; its import takes the compiler's with it."""
+"""torch's attention over sequences of different lengths; importing it imports the compiler."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing: which activations are kept, and which are recomputed in backward."""
+"""Activation checkpointing: chooses the activations to keep; the others are recomputed."""
 
 from collections import Counter
 from functools import partial
@@ -27,14 +27,14 @@ from titan_lite.parallel.attention_ops import CPU_FLASH, CUDNN, EFFICIENT, FLASH
 aten, collectives = torch.ops.aten, torch.ops._c10d_functional
 
 profiler = torch.ops.profiler
-# FSDP2's profiler annotations: a unit inside a block has more of them in recomputation.
+# Ignores FSDP2's profiler annotations: recomputation runs more of them for units inside a block.
 SAC_IGNORED_OPS |= {
     profiler._record_function_enter_new.default,
     profiler._record_function_exit._RecordFunction,
 }
 MATMULS = (aten.mm.default, aten.addmm.default, aten._scaled_mm.default)
 OPS: dict[SavedOp, tuple[Any, ...]] = {
-    # Cost grows with the square of the sequence, the result only with its length.
+    # The cost grows with the square of the sequence length, the result only linearly.
     "attention": (
         FLASH.default,
         EFFICIENT.default,
@@ -46,46 +46,46 @@ OPS: dict[SavedOp, tuple[Any, ...]] = {
     ),
     "matmul": MATMULS,
     "every_second_matmul": MATMULS,
-    # A collective repeated in backward is waited for twice.
+    # Recomputing a collective costs communication again.
     "reduce_scatter": (collectives.reduce_scatter_tensor.default,),
     "all_reduce": (collectives.all_reduce.default,),
-    # The largest magnitude of a tensor, from which float8 takes its scale: one number.
+    # The maximum for float8's scale: one number.
     "max": (aten.max.default,),
     # Integers: their recomputation must not choose other experts.
     "routing": (aten.sort.stable,),
     "all_to_all": (collectives.all_to_all_single.default,),
     "grouped_matmul": (torch.ops.titan_lite.grouped_matmul.default,),
 }
-"""The operations behind each name of `activation_checkpoint.save`, as the dispatcher sees them.
+"""Dispatcher operations of each name in `activation_checkpoint.save`.
 
-Attention inside documents is not among them: its import is one of those that take seconds.
+Attention inside documents is added elsewhere, because importing it takes seconds.
 """
 
 
 def apply_activation_checkpoint(model: Transformer, section: ActivationCheckpoint) -> None:
     """Wraps the chosen blocks in place; for "memory_budget", configures the compiler instead.
 
-    The budget is one of the whole process, for what is compiled from here on.
+    The budget applies to everything that the process compiles afterwards.
     """
     compiler_config.activation_memory_budget = section.compiler_budget
     settings: dict[str, Any] = {}
     if section.saved_ops:
-        # One object for all blocks, which remain equal for the compiler: one graph serves them.
+        # One object for all blocks, so that they are equal for the compiler and share one graph.
         settings["context_fn"] = partial(_contexts, section.saved_ops)
     blocks = list(model.layers.named_children())
     for index in section.layers(len(blocks)):
         name, block = blocks[index]
-        # The random state is restored for a recomputed dropout to drop the same: no model here
-        # draws, but one from a plugin may, and its gradients would be wrong in silence.
+        # Restores the random state for recomputation. Our models do not need it, but a plugin's
+        # may use random dropout, whose gradients would otherwise be wrong.
         wrapped = checkpoint_wrapper(block, preserve_rng_state=True, **settings)
         model.layers.register_module(name, wrapped)
 
 
 class SavePolicy:
-    """Decides for torch, for each operation of one forward of a block, whether its result is kept.
+    """torch's policy: decides for each operation of a block's forward whether to keep its result.
 
-    Of "every_second_matmul" the second, fourth, ... are kept: the last of an odd number is not, as
-    with a gated feed-forward's, whose result backward does not need.
+    "every_second_matmul" keeps the second, fourth, ... result. With an odd number, as in blocks
+    with a gated feed-forward, the last one is not kept; backward does not need it.
     """
 
     def __init__(self, save: tuple[SavedOp, ...]) -> None:
@@ -95,8 +95,8 @@ class SavePolicy:
 
             self.saved.add(OPERATION)
         self.every_second = set(MATMULS) if "every_second_matmul" in save else set()
-        # Separately for forward and recomputation, for both to find the same matmuls second:
-        # torch < 2.13 repeats the calls in backward.
+        # Separate counts for forward and recomputation, so that both number the matmuls equally.
+        # torch < 2.13 calls the policy in backward as well.
         self.matmuls: Counter[bool] = Counter()
 
     def __call__(
@@ -106,7 +106,7 @@ class SavePolicy:
         if op in self.every_second:
             self.matmuls[context.is_recompute] += 1
             save = self.matmuls[context.is_recompute] % 2 == 0
-        # PREFER leaves it to the compiler to keep what is cheaper kept.
+        # PREFER allows the compiler to keep results that are cheaper to keep.
         return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -116,7 +116,7 @@ def _contexts(save: tuple[SavedOp, ...]) -> Any:
 
 
 def is_checkpointed(block: nn.Module) -> bool:
-    """Returns whether backward computes the block again."""
+    """Returns True if backward recomputes the block."""
     return isinstance(block, CheckpointWrapper)
 
 
@@ -129,5 +129,5 @@ def saved_ops(block: nn.Module) -> tuple[str, ...]:
 
 
 def memory_budget() -> float:
-    """Returns the share of the activation memory that the compiler may use; 1.0: no budget."""
+    """Returns the share of activation memory that the compiler may use; 1.0: no budget."""
     return float(compiler_config.activation_memory_budget)

@@ -29,7 +29,7 @@ from titan_lite.parallel.fsdp import precision, uses_symm_mem
 from titan_lite.parallel.tensor import named_roles, split_modules
 
 Modules = Mapping[str, Sequence[str]]
-"""Names of modules by the feature that is configured for, or applied to them."""
+"""Feature -> names of the modules for which it is configured, or to which it is applied."""
 MISMATCH = "applied features do not match the configuration: "
 
 
@@ -40,17 +40,17 @@ class Applied:
     modules: names by feature: "FSDP unit", tensor-parallel roles, "float8 linear",
     "float8 all-gather", "ring attention over 4 ranks", "experts over 2 ranks" and the like,
     "checkpointed", "selectively checkpointed" except saved_ops, "compiled".
-    mesh: degree of each axis that parameters are laid out over.
-    sharded_parameters: those of which a rank holds a part; whole_parameters: the others.
-    attention: the kernel that torch is left, "auto" for its choice; merged_attention: those that
-    attend to the keys of each rank in turn.
-    dropout: number of places by what is dropped there.
-    precision: what is computed in, and gradients reduced in.
+    mesh: degree of each axis over which parameters are laid out.
+    sharded_parameters: number of parameters of which a rank has a part; whole_parameters: others.
+    attention: the only kernel that torch may use; "auto": any. merged_attention: kernels that
+    attend to the keys of one rank at a time.
+    dropout: kind of dropout -> number of modules.
+    precision: dtypes of computation and of gradient reduction.
     symm_mem: parameters are gathered from symmetric memory.
-    activation_memory_budget: the compiler's, 1.0 where it has none to keep.
-    pipeline: the stages of all ranks, in words; all else is counted on this rank's.
-    compiled_graphs and the fused operations of async tensor parallel in them: known only after
-    the first step.
+    activation_memory_budget: the compiler's; 1.0: no budget.
+    pipeline: the stages of all ranks, in words; all other fields count this rank's stages only.
+    compiled_graphs, and their fused operations of async tensor parallel: known only after the first
+    step.
     """
 
     blocks: int
@@ -82,8 +82,8 @@ class Applied:
         precision: str,
         attention: str,
     ) -> None:
-        """Raises RuntimeError naming the modules that lack a feature of `configured`, or have one
-        that is not in it."""
+        """Raises RuntimeError with all differences from the configuration: modules with missing
+        or unexpected features, and other values."""
         mismatches = []
         if self.precision != precision:
             mismatches.append(f"precision is {self.precision}, but {precision} was configured")
@@ -127,7 +127,7 @@ class Applied:
             )
 
     def compiled(self) -> str:
-        """Returns the graphs that the first step compiled, in words."""
+        """Describes the graphs that the first step compiled."""
         text = f"{self._compiled()} into {self.compiled_graphs} graphs"
         if self.fused_all_gather_matmuls is not None:
             text += (
@@ -137,7 +137,7 @@ class Applied:
         return text
 
     def __str__(self) -> str:
-        """A line for each technique."""
+        """One line for each technique."""
         lines = {
             "mesh": " x ".join(f"{axis} {degree}" for axis, degree in self.mesh.items()),
             "FSDP2": (
@@ -219,8 +219,8 @@ def configured_modules(
     float8: Sequence[str],
     float8_all_gather: bool,
 ) -> Modules:
-    """Returns the modules that each feature is configured for; `float8` names the linears to be
-    converted."""
+    """Returns the modules for which each feature is configured. float8: names of the linears to
+    convert."""
     blocks = [f"layers.{name}" for name, _ in model.layers.named_children()]
     selective = activation_checkpoint.mode == "selective_op"
     configured: dict[str, Sequence[str]] = {
@@ -271,7 +271,7 @@ def count_applied(model: Transformer, tp_plan: tuple[PlanRow, ...], mesh: Device
             features[_experts_over(degree)].append(name)
         if isinstance(module, ShardedAttention):
             merged.add(module.kernel)
-    # A block, or what its checkpointing wraps.
+    # The compiled module is a block, or the module inside its checkpoint wrapper.
     compiled = [name for name, m in model.named_modules() if m._compiled_call_impl is not None]
     features["compiled"] = [_clean(name) for name in compiled]
     for name, linear in float8_linears(model).items():
@@ -312,7 +312,7 @@ def _by_name(model: nn.Module) -> dict[str, nn.Module]:
     """Returns modules by their names before wrapping; the model itself is "model"."""
     modules: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        # A block that is wrapped for checkpointing follows its wrapper, which took its name.
+        # The checkpoint wrapper has the block's name and comes first, so it is the one to keep.
         modules.setdefault(_clean(name) or "model", module)
     return modules
 

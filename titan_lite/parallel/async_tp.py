@@ -15,7 +15,7 @@ FUSED = {
     "symm_mem.fused_matmul_reduce_scatter.default": MATMUL_REDUCE_SCATTER,
     "symm_mem.fused_scaled_matmul_reduce_scatter.default": MATMUL_REDUCE_SCATTER,
 }
-"""The operations that the rewrite puts into a graph, float8's scaled ones among them."""
+"""The operations that the rewrite inserts into a graph, including the scaled ones of float8."""
 
 
 def check_async_tp(device: torch.device, tp: int) -> None:
@@ -28,7 +28,7 @@ def check_async_tp(device: torch.device, tp: int) -> None:
         )
     if device.type != "cuda":
         return
-    # The tensor-parallel axis is the innermost one: its ranks are neighbours.
+    # The tensor-parallel axis is the innermost one, so its ranks are consecutive.
     first = device.index - device.index % tp
     for peer in range(first, min(first + tp, torch.cuda.device_count())):
         if peer != device.index and not torch.cuda.can_device_access_peer(device, peer):
@@ -39,17 +39,17 @@ def check_async_tp(device: torch.device, tp: int) -> None:
 
 
 def apply_async_tp(mesh: DeviceMesh, *, enable: bool) -> None:
-    """Turns the rewrite on for graphs with collectives of the 1D `mesh`, or off for all.
+    """Turns the rewrite on for graphs with collectives of the 1D `mesh`, or off for all graphs.
 
-    Inductor's settings are those of the whole process: a run without takes an earlier one's back.
+    Inductor's settings are global, so a run without it must reset those of an earlier run.
     """
     from titan_lite.parallel.torch_compiler import CustomGraphPass, config, counters
 
     class CountFused(CustomGraphPass):
-        """Adds the fused operations of a graph that was rewritten to inductor's counters.
+        """Adds the fused operations of a rewritten graph to inductor's counters.
 
-        A graph that comes from inductor's cache is not rewritten again, but what its compilation
-        added to the counters is kept with it, and added again.
+        A graph from inductor's cache is not rewritten again, but inductor stores with it what its
+        compilation added to the counters, and adds that again.
         """
 
         def __call__(self, graph: torch.fx.Graph) -> None:
@@ -58,7 +58,7 @@ def apply_async_tp(mesh: DeviceMesh, *, enable: bool) -> None:
                     counters["inductor"][name] += 1
 
         def uuid(self) -> str:
-            # Part of inductor's cache key: a new one wherever this pass changes.
+            # Part of inductor's cache key: must be changed whenever this pass changes.
             return "titan_lite.CountFused"
 
     config._micro_pipeline_tp = enable
@@ -67,13 +67,13 @@ def apply_async_tp(mesh: DeviceMesh, *, enable: bool) -> None:
         counters["inductor"].pop(name, None)
     if enable:
         with warnings.catch_warnings():
-            # Deprecated in torch 2.13, whose rewrite still needs it.
+            # Deprecated in torch 2.13, although the rewrite still needs it.
             warnings.simplefilter("ignore", FutureWarning)
             symmetric_memory.enable_symm_mem_for_group(mesh.get_group().group_name)
 
 
 def count_fused() -> dict[str, int]:
-    """Returns the fused operations in all graphs, forward and backward, that this run compiled."""
+    """Returns the number of fused operations in all graphs that this run compiled."""
     from titan_lite.parallel.torch_compiler import counters
 
     names = (ALL_GATHER_MATMUL, MATMUL_REDUCE_SCATTER)

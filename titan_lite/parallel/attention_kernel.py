@@ -1,4 +1,4 @@
-"""The kernel that computes attention: torch's choice, or one for the whole process."""
+"""Selects the attention kernel: torch's choice, or one for the whole process."""
 
 from typing import Literal
 
@@ -14,16 +14,17 @@ from torch.nn.attention import (
 from titan_lite.config.schema import AttentionKernel
 
 MergedKernel = Literal["flash", "cudnn"]
-"""A kernel that returns its log-sum-exp, by which results over several ranks' keys are merged."""
+"""A kernel that returns its log-sum-exp, which is needed to merge results for parts of the keys."""
 
 # torch's names for implementations that replace its own flash attention.
 FLASH_IMPLS = {"flash3": "FA3", "flash4": "FA4"}
 PACKAGES = {"flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
 # First and last major compute capability that has each kernel.
 CAPABILITIES = {"cudnn": (8, 12), "flash2": (8, 12), "flash3": (9, 9), "flash4": (9, 10)}
-# Where torch prefers cuDNN to its own flash attention, 2, whose rate is half on them.
+# Major compute capabilities on which cuDNN is twice as fast as torch's flash attention 2, and on
+# which torch prefers it.
 PREFERS_CUDNN = (9, 10)
-# What cuDNN's backward takes on every device.
+# The largest head size that cuDNN's backward supports on every device.
 MAX_CUDNN_HEAD_SIZE = 128
 USERS_TAG = compiler_config.cache_key_tag
 
@@ -66,12 +67,12 @@ def apply_attention_kernel(kernel: AttentionKernel) -> None:
     cuda.enable_cudnn_sdp(is_auto or kernel == "cudnn")
     cuda.enable_math_sdp(is_auto or kernel == "math")
     cuda.enable_mem_efficient_sdp(is_auto)
-    # torch finds compiled graphs on the disk without regard to what was allowed.
+    # torch's cache key for compiled graphs on disk does not include the allowed kernels.
     compiler_config.cache_key_tag = USERS_TAG if is_auto else f"{USERS_TAG} {kernel} attention"
 
 
 def applied_attention_kernel() -> str:
-    """Returns the value of attention.kernel that torch is set to."""
+    """Returns the value of attention.kernel that is in effect."""
     allowed = {
         "flash": cuda.flash_sdp_enabled(),
         "cudnn": cuda.cudnn_sdp_enabled(),

@@ -18,7 +18,7 @@ from titan_lite.parallel.expert import ExpertParallel, RowExchange
 
 logger = logging.getLogger(__name__)
 
-# The first step compiles; the second may once more, for what FSDP2 sets up lazily in the first.
+# Steps that may compile: the second as well, because FSDP2 initializes lazily in the first.
 WARMUP_STEPS = 2
 
 
@@ -52,8 +52,8 @@ def check_compiler(device: torch.device) -> None:
 def apply_compile(model: Transformer, section: Compile, *, has_expert_units: bool) -> None:
     """Compiles each block in place, refusing graph breaks except around FSDP2 units of experts.
 
-    Forgets what earlier models of this process compiled: dynamo finds graphs by their code, so
-    that another model's shapes would be a reason to recompile this one's with dynamic ones.
+    Resets dynamo first: it caches graphs by code, so the shapes of an earlier model in this process
+    would make it recompile this model with dynamic shapes.
     """
     if not section.enable:
         return
@@ -64,12 +64,12 @@ def apply_compile(model: Transformer, section: Compile, *, has_expert_units: boo
             has_experts = any(isinstance(m, Experts) for m in block.modules())
             for module in block.modules():
                 if isinstance(module, RowExchange | ExpertParallel):
-                    # A graph would be compiled for each number of rows.
+                    # Otherwise a graph is compiled for each number of rows.
                     module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
             # Hooks of FSDP2 units inside the block break its graph.
             is_broken = has_expert_units and has_experts
             if is_broken and is_checkpointed(block):
-                # The compiler gives up on a checkpoint with breaks inside.
+                # The compiler does not support graph breaks inside a checkpoint.
                 (block,) = block.children()
             block.compile(fullgraph=not is_broken)
 
@@ -77,8 +77,8 @@ def apply_compile(model: Transformer, section: Compile, *, has_expert_units: boo
 def _untag_attention_on_cpu() -> None:
     """Removes torch's tag for random operators from the CPU's fused attention: it has no dropout.
 
-    Activation checkpointing would save a random state for it, which torch 2.13 puts behind the
-    device mesh among the saved values of a tensor-parallel block, and then takes for one of them.
+    With the tag, activation checkpointing saves a random state, which torch 2.13 confuses with
+    another saved value of a tensor-parallel block.
     """
     tags = CPU_FLASH.default.tags
     if torch.Tag.nondeterministic_seeded in tags:

@@ -1,6 +1,6 @@
-"""Context parallelism: ranks hold parts of each sequence, and exchange what attention needs.
+"""Context parallelism: each rank has a part of each sequence; attention communicates.
 
-All else in the model works token by token, given the tokens' positions.
+All other modules work token by token, given the tokens' positions.
 
 Shape suffixes: R ranks, B batch, N query heads, K key/value heads, S this rank's tokens, H head
 dim.
@@ -28,8 +28,9 @@ Method = Literal["ring", "all_gather", "ulysses"]
 def local_positions(method: Method, seq_len: int, rank: int, size: int) -> Tensor:
     """Returns the positions in the sequence of a rank's tokens, in the rank's order.
 
-    Contiguous for "ulysses", whose ranks all attend from the first token to the last. Else a chunk
-    of the head and one of the tail: later tokens see more, and so each rank has the same to do.
+    Contiguous for "ulysses", whose ranks all attend over the whole sequence. Otherwise a chunk from
+    the start and one from the end, because later tokens attend to more, so that ranks have equal
+    work.
     """
     if method == "ulysses":
         return torch.arange(seq_len).chunk(size)[rank]
@@ -55,7 +56,7 @@ def apply_cp(
 ) -> None:
     """Replaces the inner attention of every block, in place, by one over the ranks of `group`.
 
-    kernel: of the head size; not for "ulysses".
+    kernel: head size -> kernel; not used by "ulysses".
     """
     for module in model.modules():
         if isinstance(module, Attention):
@@ -75,7 +76,7 @@ def context_parallel(attention: Attention) -> tuple[Method, int] | None:
 
 
 class ShardedAttention(nn.Module):
-    """Attention of each rank's own queries to the keys of all ranks."""
+    """Attention of this rank's queries to the keys of all ranks."""
 
     def __init__(self, method: Method, group: dist.ProcessGroup, kernel: MergedKernel) -> None:
         super().__init__()
@@ -119,7 +120,7 @@ class UlyssesAttention(nn.Module):
         self, q_BNSH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, context: TokenContext
     ) -> Tensor:
         R = self.degree
-        # Key/value heads are repeated until each rank can have as many as another.
+        # Key/value heads are repeated so that their number is a multiple of the ranks.
         repeats = R // math.gcd(k_BKSH.shape[1], R)
         if repeats > 1:
             k_BKSH, v_BKSH = (t.repeat_interleave(repeats, dim=1) for t in (k_BKSH, v_BKSH))

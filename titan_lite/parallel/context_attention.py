@@ -1,13 +1,13 @@
 """Causal attention over a sequence that is sharded over the ranks of a group, as one operator.
 
-Each rank holds two of 2R chunks, number r of the head and 2R - 1 - r of the tail, so that all
-compute the same amount. The keys of another rank are attended in one call without a mask: all
-queries of this rank see the head chunk of an earlier rank and nothing of its tail; of a later rank
-the queries of the tail chunk see everything, the others nothing (arXiv:2310.01889, 2310.03294).
-The calls' results are merged by their log-sum-exp, in float32. No S x S mask exists anywhere.
+Rank r has two of 2R chunks, the head chunk r and the tail chunk 2R - 1 - r, so that all ranks have
+equal work. Attention to another rank's keys is one call without a mask. For an earlier rank, all
+queries attend to its head chunk and none to its tail chunk. For a later rank, the queries of the
+tail chunk attend to all its keys, and those of the head chunk to none (arXiv:2310.01889,
+2310.03294). The results are merged by their log-sum-exp, in float32. There is no S x S mask.
 
-An operator of torch.library, for the compiler to take it whole, and for activation checkpointing
-to keep its result without repeating the communication.
+It is an operator of torch.library, so that the compiler does not split it, and so that activation
+checkpointing can keep its result without repeating the communication.
 
 Shape suffixes: R ranks, B batch, N query heads, K key/value heads, S this rank's tokens, T any
 number of them, H head dim; kv_2BKSH is keys and values stacked.
@@ -32,7 +32,7 @@ from titan_lite.parallel.attention_ops import (
 )
 from titan_lite.runtime.collectives import all_gather_single, group_by_name, reduce_scatter_single
 
-# The queries that see something, the keys and values they see, and whether causally.
+# The queries that attend to a piece, its keys and values, and True if attention is causal.
 Piece = tuple[slice, Tensor, bool]
 
 
@@ -42,13 +42,13 @@ def sharded_attention(
 ) -> tuple[Tensor, Tensor]:
     """This rank's rows of softmax(q k / sqrt(H)) v, and their log-sum-exp (B, N, S) in float32.
 
-    method "ring": keys and values travel around the group while those at hand are attended.
-    "all_gather": they are gathered at once, meanwhile this rank's own are attended. kernel: "flash"
-    or "cudnn".
+    method "ring": keys and values move around the ring during attention to those already received.
+    "all_gather": all are gathered at once, during attention to this rank's own. kernel: "flash" or
+    "cudnn".
     """
     group = group_by_name(group_name)  # type: ignore[arg-type]
     pieces = PIECES[method](torch.stack((k_BKSH, v_BKSH)), group)
-    # This rank's own keys come first, of which every query sees some.
+    # This rank's own keys come first; every query attends to some of them.
     _, kv_2BKTH, is_causal = next(pieces)
     out_BNSH, lse_BNS = _attend(q_BNSH, kv_2BKTH, is_causal, kernel)
     out_BNSH, lse_BNS = out_BNSH.float(), lse_BNS.contiguous()
@@ -75,7 +75,8 @@ def sharded_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k and v; those of k and v are summed over ranks in float32.
 
-    Keys and values are sent once more: kept, they would be those of the whole sequence.
+    Keys and values are communicated again, because keeping them would need memory for the whole
+    sequence.
     """
     group = group_by_name(group_name)  # type: ignore[arg-type]
     pieces = PIECES[method](torch.stack((k_BKSH, v_BKSH)), group)
@@ -88,7 +89,7 @@ def sharded_attention_backward(
                 q_BNSH[:, :, rows],
                 kv_2BKTH,
                 out_BNSH[:, :, rows],
-                # Some kernels take it to be contiguous.
+                # Some kernels assume that it is contiguous.
                 lse_BNS[:, :, rows].contiguous(),
                 is_causal,
                 kernel,
@@ -132,14 +133,14 @@ sharded_attention.register_autograd(_backward, setup_context=_save)
 
 @register_flop_formula(torch.ops.titan_lite.sharded_attention)
 def _flops(q: list[int], k: list[int], _v: Any, *settings: str, **_: Any) -> int:
-    """Counts two matrix products with all keys, as torch does: the mask is not subtracted."""
+    """Counts two matmuls with all keys, as torch does: the mask is not subtracted."""
     group = group_by_name(settings[-1])  # type: ignore[arg-type]
     return 4 * math.prod(q) * k[2] * group.size()
 
 
 @register_flop_formula(torch.ops.titan_lite.sharded_attention_backward)
 def _backward_flops(_grad: Any, q: list[int], k: list[int], v: Any, *args: Any, **_: Any) -> int:
-    """Counts five matrix products where the forward has two."""
+    """Counts five matmuls; forward has two."""
     return _flops(q, k, v, args[-1]) * 5 // 2
 
 
@@ -152,7 +153,7 @@ def _ring(kv_2BKSH: Tensor, group: dist.ProcessGroup) -> Iterator[Piece]:
             receive = _pass_on(kv_2BKSH, group)
         source = (rank - step) % size
         if source == rank:
-            # The head chunk is before the tail chunk here, too.
+            # Local causality is correct, because the head chunk precedes the tail chunk.
             yield slice(None), kv_2BKSH, True
         elif source < rank:
             yield slice(None), kv_2BKSH[..., : S // 2, :], False
@@ -165,7 +166,7 @@ def _ring(kv_2BKSH: Tensor, group: dist.ProcessGroup) -> Iterator[Piece]:
 def _sum_along_ring(
     grads: Iterator[list[Tensor]], sum_2BKSH: Tensor, group: dist.ProcessGroup
 ) -> Tensor:
-    """Sums gradients around the ring, one step behind their keys; a last step returns them."""
+    """Sums gradients around the ring, one step after their keys; a last step returns them."""
     receive = None
     for grad_kv in grads:
         if receive is not None:
@@ -239,7 +240,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     k_BKTH, v_BKTH = kv_2BKTH
     if kernel == "cudnn":
-        # No bias, and with the log-sum-exp.
+        # Without a bias, and with the log-sum-exp.
         out_BNSH, lse_BNS1, *_ = CUDNN(q_BNSH, k_BKTH, v_BKTH, None, True, is_causal=is_causal)
         return out_BNSH, lse_BNS1.squeeze(-1)
     flash = CPU_FLASH if q_BNSH.device.type == "cpu" else FLASH
@@ -259,7 +260,7 @@ def _attend_backward(
     """Returns the gradients of one piece, from the output and log-sum-exp over all keys."""
     k_BKTH, v_BKTH = kv_2BKTH
     saved = (grad_BNSH, q_BNSH, k_BKTH, v_BKTH, out_BNSH)
-    # No sequences of unequal length, and below a random state that no dropout reads.
+    # No sequences of different lengths. The random state below is unused: there is no dropout.
     lengths = (None, None, q_BNSH.shape[2], k_BKTH.shape[2])
     if kernel == "cudnn":
         state = [q_BNSH.new_empty((), dtype=torch.int64) for _ in range(2)]

@@ -1,7 +1,7 @@
-"""Expert parallelism: each rank has some of the experts, and applies them to all ranks' rows.
+"""Expert parallelism: each rank has some of the experts, and applies them to the rows of all ranks.
 
 Shape suffixes: R rows of this rank's tokens, ordered by expert; E experts, L of them on this rank;
-P ranks; X rows that this rank's experts get from all ranks; D model width.
+P ranks; X rows that this rank's experts receive from all ranks; D model width.
 """
 
 from collections.abc import Sequence
@@ -52,8 +52,8 @@ class RowExchange(nn.Module):
 class ExpertParallel(nn.Module):
     """Sends each row to the rank that has its expert, and the results back: two all-to-alls.
 
-    Rows of an expert are computed in the order of ranks, and of tokens on each. The host waits once
-    per forward for the numbers of rows.
+    An expert's rows are ordered by rank, then by token. The host waits once per forward for the
+    numbers of rows.
     """
 
     def __init__(self, compute: nn.Module, group: dist.ProcessGroup) -> None:
@@ -63,7 +63,7 @@ class ExpertParallel(nn.Module):
         self.group_name = group.group_name
 
     def forward(self, x_RD: Tensor, groups: tuple[Tensor, Readback], *weights: Tensor) -> Tensor:
-        """groups: of RowExchange."""
+        """groups: the result of RowExchange."""
         arriving_PL, rows = groups
         sent, received = self.row_counts(rows, x_RD.shape[0])
         x_XD = self._exchange(x_RD, received, sent)
@@ -86,7 +86,7 @@ class ExpertParallel(nn.Module):
 
 
 def apply_whole_counts(model: Transformer, groups: Sequence[dist.ProcessGroup]) -> None:
-    """Has losses over sequences count what all ranks of `groups` have of them."""
+    """Makes balancing losses over sequences use counts of all ranks in `groups`."""
     for module in model.modules():
         if isinstance(module, SequenceBalanceLoss):
             module.whole = WholeCounts(groups)

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 # Divisor of rows and columns that torch._scaled_mm requires.
 MULTIPLE = 16
-# Ada, the first with float8 matrix products; Hopper is 9.0.
+# Ada is the first with float8 matmuls; Hopper is 9.0.
 MIN_CAPABILITY = (8, 9)
 TORCHAO_NAMES = {"rowwise_gw_hp": "rowwise_with_gw_hp"}
 
@@ -40,7 +40,7 @@ TORCHAO_NAMES = {"rowwise_gw_hp": "rowwise_with_gw_hp"}
 def choose_linears(
     model: Transformer, section: Float8, plan: tuple[PlanRow, ...]
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Returns the names of the linears to convert, and of the others with the reason."""
+    """Returns the names of the linears to convert, and the reason for each of the others."""
     chosen, left_out = [], {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -62,7 +62,7 @@ def _reason_against(
     if is_whole and kind_of(f"{name}.weight", plan) != "matrix":
         return "a head's, whole on every rank"
     if type(linear) is not nn.Linear:
-        # torchao's linear would replace the class, and its forward with it.
+        # torchao's linear would replace the class, including its forward.
         return f"a {type(linear).__name__}"
     if any(matches(pattern, name) for pattern in section.filter):
         return "float8.filter"
@@ -74,7 +74,7 @@ def _reason_against(
 
 
 def summarize_left_out(left_out: Mapping[str, str]) -> str:
-    """Returns the linears left out and the reasons; several layers have one entry."""
+    """Lists the linears left out with the reasons; equal ones of several layers are one entry."""
     parts = dict.fromkeys(f"{_pattern(name)} ({reason})" for name, reason in left_out.items())
     return ", ".join(parts)
 
@@ -180,8 +180,8 @@ def _unsupported_device(device: torch.device) -> str | None:
 def convert(model: Transformer, section: Float8, plan: tuple[PlanRow, ...]) -> tuple[str, ...]:
     """Replaces the chosen linears by torchao's in place, and returns their names.
 
-    Parameters keep their names, shapes and float32 masters; with fsdp_all_gather they are wrapped
-    in a tensor subclass whose hooks give FSDP2 what to send.
+    Parameters keep their names, shapes and float32 values. With fsdp_all_gather they are wrapped in
+    a tensor subclass, whose hooks cast them for FSDP2's all-gather.
     """
     if section.recipe == "none":
         return ()
@@ -190,8 +190,8 @@ def convert(model: Transformer, section: Float8, plan: tuple[PlanRow, ...]) -> t
     if section.recipe != "tensorwise":
         from titan_lite.parallel.torch_compiler import config as inductor
 
-        # What backward computes again must be rounded as in the forward: compiled, RMSNorm and
-        # rowwise scales gave NaN otherwise (github.com/pytorch/pytorch/issues/150859).
+        # Recomputation must round as forward did: otherwise, compiled RMSNorm with rowwise scales
+        # gives NaN (github.com/pytorch/pytorch/issues/150859).
         inductor.emulate_precision_casts = True
     chosen, left_out = choose_linears(model, section, plan)
     logger.info("Float8 leaves in high precision: %s", summarize_left_out(left_out))
@@ -238,7 +238,7 @@ def float8_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def is_gathered_in_float8(weight: torch.Tensor) -> bool:
-    """Returns whether FSDP2 gathers this weight by its tensor subclass, not in param_dtype."""
+    """Returns True if FSDP2 gathers this weight in float8, not in param_dtype."""
     local = weight.to_local() if isinstance(weight, DTensor) else weight
     return hasattr(local, "fsdp_pre_all_gather")
 
@@ -246,8 +246,8 @@ def is_gathered_in_float8(weight: torch.Tensor) -> bool:
 def refresh_scales(model: nn.Module) -> None:
     """Computes the scales of the weights that are gathered in float8; collective.
 
-    To be called whenever weights have changed: one all-reduce of one number per weight, where
-    FSDP2 would otherwise wait for one all-reduce per weight.
+    Must be called whenever weights have changed. It uses one all-reduce for all weights; otherwise
+    FSDP2 waits for one all-reduce per weight.
     """
     from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
@@ -257,8 +257,8 @@ def refresh_scales(model: nn.Module) -> None:
 def in_float8_styles(model: Transformer, plan: tuple[PlanRow, ...]) -> set[str]:
     """Returns the modules with torchao's parallel styles, which communicate in float8.
 
-    These are the linears with one scale per tensor, and the modules that gather for such linears
-    only: another linear next to them needs the input in high precision.
+    These are the linears with one scale per tensor, and the modules that gather inputs only for
+    such linears: any other linear needs the input in high precision.
     """
     tensorwise = {
         name
@@ -266,7 +266,7 @@ def in_float8_styles(model: Transformer, plan: tuple[PlanRow, ...]) -> set[str]:
         if linear.config.cast_config_input.scaling_granularity.value == "tensorwise"  # type: ignore[union-attr]
     }
     colwise = {name for name, _ in model.named_modules() if _role(name, plan) == "colwise"}
-    # Linears that are whole on each rank take the same input, in high precision.
+    # Linears that are whole on each rank read the same input, in high precision.
     whole = [name for name, _ in model.named_modules() if _role(name, plan) == "whole"]
     gathers, mixed = set(), []
     for name, _ in model.named_modules():

@@ -32,7 +32,7 @@ def check_symm_mem(device: torch.device) -> None:
 
 
 def uses_symm_mem(model: nn.Module) -> bool:
-    """Returns whether all gathers of parameters are from symmetric memory."""
+    """Returns True if FSDP2 gathers all parameters from symmetric memory."""
     gathers = [
         type(group._all_gather_comm).__name__
         for module in model.modules()
@@ -43,28 +43,28 @@ def uses_symm_mem(model: nn.Module) -> bool:
 
 
 def set_gradient_sync(model: Transformer, meshes: Meshes, section: Parallel, *, last: bool) -> None:
-    """Sets what the next backward reduces and frees; `last` micro-batch of its optimizer step."""
+    """Sets what the next backward reduces and frees. last: the last micro-batch of its step."""
     assert isinstance(model, FSDPModule)
-    # Replicas add up their sums once: the shards of one replica suffice until then.
+    # Replicas are reduced once per step; before, gradients are only reduced within each replica.
     model.set_requires_all_reduce(last)
     syncs_once = section.gradient_sync == "last_micro_batch"
     if syncs_once:
         model.set_requires_gradient_sync(last)
-    # At degree 1 there is nothing to sync, and each gather is a cast and a copy of all weights.
+    # At degree 1 there is nothing to reduce, and each gather would cast and copy all weights.
     degree = max(mesh.shape[-1] for mesh in (meshes.fsdp, meshes.efsdp) if mesh is not None)
     if _reshard(section, degree) == "never" and (syncs_once or degree == 1):
         model.set_reshard_after_backward(last)
 
 
 def _reshard(section: Parallel, degree: int) -> str | int:
-    """Returns parallel.reshard_after_forward with its default resolved, for shards of a degree."""
+    """Returns parallel.reshard_after_forward for an FSDP degree, with its default resolved."""
     if section.reshard_after_forward != "default":
         return section.reshard_after_forward
     return "never" if section.pp > 1 or degree == 1 else "last_block_kept"
 
 
 def free_gathered(model: nn.Module) -> None:
-    """Frees the parameters that a forward without backward has left gathered."""
+    """Frees parameters that are still gathered after a forward without backward."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -92,10 +92,10 @@ def apply_fsdp(
 ) -> None:
     """Shards the model in place over `mesh`: 1D (fsdp), or 2D (dp_replicate, fsdp) for HSDP.
 
-    Experts are separate units over `expert_mesh` where there is one.
-    Applied at degree 1 too, so that one device computes in the same precision as many.
-    Gradients are summed over the ranks, never averaged: the loss is already divided by the
-    tokens of the global batch. At degree 1 no factor is set: FSDP2 would divide by it.
+    Experts are separate units over `expert_mesh`, if it is given.
+    It is also applied at degree 1, so that one device computes in the same precision as many.
+    Gradients are summed over the ranks, not averaged, because the loss is already divided by the
+    tokens of the global batch. At degree 1 no factor is set, because FSDP2 would divide by it.
     """
     offload: OffloadPolicy = OffloadPolicy()
     if section.cpu_offload:
@@ -103,7 +103,7 @@ def apply_fsdp(
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype,
         reduce_dtype=reduce_dtype,
-        # A residual stream in float32 enters each block as it is.
+        # A float32 residual stream must not be cast at each block.
         cast_forward_inputs=not model.fp32_residual,
     )
     if model.fp32_residual and model.tok_embeddings is not None:
@@ -135,7 +135,7 @@ def apply_fsdp(
     def reshard_block(mesh: DeviceMesh, *, is_last: bool = False) -> bool | int:
         choice = _reshard(section, mesh.shape[-1])
         if choice == "last_block_kept":
-            # Backward starts with the last block: freeing it would only gather it again at once.
+            # Backward starts with the last block: if it were freed, it would be gathered at once.
             return not is_last
         return choice if isinstance(choice, int) else choice != "never"
 
@@ -143,11 +143,12 @@ def apply_fsdp(
     blocks = list(model.layers.children())
     ends = {name: model.get_submodule(name) for name in model.ends}
     embeddings = [ends[name] for name in ends if name in model.first]
-    # Not the head's: a unit is done when all of it has run.
+    # Not in the head's unit: FSDP2 frees a unit after all of its modules have run, and a forward may
+    # leave these out.
     apart = [ends[name] for name in ends if name in model.per_sample]
     head = [module for module in ends.values() if module not in (*embeddings, *apart)]
     if model.tied_head and embeddings and model.output is not None:
-        # One weight is one unit's.
+        # A tied weight can be in one unit only.
         embeddings, head = [], [*embeddings, *head]
     if embeddings:
         shard(embeddings, reshard_block(mesh))
@@ -161,18 +162,18 @@ def apply_fsdp(
         shard(head, choice == "always")
     for module in (*apart, model):
         shard(module, choice == "always")
-    # The output of a unit that ends in a norm is a view under tensor parallel, and no model here
-    # changes one in place.
+    # Under tensor parallel, a unit that ends with a norm returns a view. That is safe, because no
+    # model here changes it in place.
     units = "PostNormBlock|LayerNorm"
     warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \(FSDP({units})\) returned a view")
     if section.fsdp_symm_mem and mesh.shape[-1] > 1:
-        # After the sum is set: it is the only reduction that symmetric memory has.
+        # After the reduction is set to SUM, the only one that symmetric memory supports.
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_symm_mem_for_comm()
     lookups = embeddings if all(isinstance(m, nn.Embedding) for m in embeddings) else []
     for module in lookups:
-        # The gradient of a lookup does not need the table.
+        # The gradient of an embedding lookup does not need the table.
         assert isinstance(module, FSDPModule)
         module.set_unshard_in_backward(False)
 
@@ -180,7 +181,7 @@ def apply_fsdp(
 def _reduce_by_sum(units: Iterable[nn.Module]) -> None:
     for module in units:
         assert isinstance(module, FSDPModule)
-        # Together a plain SUM on every backend; the factor alone would ask for PREMUL_SUM, which
-        # gloo does not have.
+        # Together they give a plain SUM. The factor alone would use PREMUL_SUM, which gloo does not
+        # support.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)

@@ -13,12 +13,12 @@ from titan_lite.runtime.seed import derive_seed
 def init_weights(
     model: Transformer, *, device: torch.device, seed: int, cpu_offload: bool = False
 ) -> None:
-    """Allocates a model built on meta and fills it, one whole parameter at a time.
+    """Allocates a model built on meta and initializes it, one whole parameter at a time.
 
-    Each parameter is drawn whole from its own generator, seeded by (seed, name), and the local
-    shard kept: the same weights on 1 device or 1,024 of a kind (generators of different kinds of
-    device differ), at the peak cost of one whole parameter; of experts, one of them at a time.
-    `device` draws the values; with cpu_offload the shards live in host memory.
+    Each rank draws the whole parameter from a generator seeded by (seed, name), and keeps its
+    shard. So weights are the same on 1 and on 1,024 devices of the same kind (generators of CPUs
+    and GPUs differ). It needs memory for one whole parameter; experts are drawn one at a time.
+    `device` draws the values; with cpu_offload, the shards are in host memory.
     """
     model.to_empty(device="cpu" if cpu_offload else device)
     for name, parameter in model.named_parameters():
@@ -30,7 +30,7 @@ def init_weights(
         whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         model.init_parameter(name, whole, generator)
         if isinstance(parameter, DTensor):
-            # Every rank has drawn the same values: src_data_rank=None cuts without sending.
+            # Every rank has drawn the same values: src_data_rank=None shards without communication.
             whole = distribute_tensor(
                 whole, parameter.device_mesh, parameter.placements, src_data_rank=None
             ).to_local()
@@ -43,7 +43,7 @@ def init_weights(
 def _draw_experts(
     model: Transformer, name: str, parameter: nn.Parameter, device: torch.device, seed: int
 ) -> None:
-    """Draws each expert that this rank has a part of from its own generator."""
+    """Draws the experts of which this rank has a part, each from its own generator."""
     box, local = [(0, size) for size in parameter.shape], parameter.data
     if isinstance(parameter, DTensor):
         box, local = _local_box(parameter), parameter.to_local()
@@ -61,11 +61,11 @@ def _draw_experts(
 def _local_box(parameter: DTensor) -> list[tuple[int, int]]:
     """Returns offset and size of this rank's part in each dimension.
 
-    torch computes them with tensors, whose values a dry run does not have.
+    torch computes them with tensors, which have no values in a dry run.
     """
     box = [(0, size) for size in parameter.shape]
     mesh, placements = parameter.device_mesh, parameter.placements
-    # A strided placement splits what later axes have left.
+    # A strided placement splits after the later axes have split.
     axes = sorted(range(mesh.ndim), key=lambda axis: hasattr(placements[axis], "split_factor"))
     for axis in axes:
         placement = placements[axis]

@@ -13,14 +13,14 @@ from titan_lite.config.dims import COPIES, EXPERTS, FSDP, LOSS, SAME_LAYERS, SEQ
 class Meshes:
     """Views of the ranks, named by use.
 
-    model: axes pp, dp_replicate, fsdp (dp_shard x cp), tp: what parameters are laid out over.
-    fsdp: the part of it that FSDP2 takes: (fsdp), or (dp_replicate, fsdp) for HSDP.
-    loss: the ranks whose token sums add up to the global batch's (dp_replicate x dp_shard x cp).
-    ep: the ranks that share the experts, None where ep is 1.
-    efsdp: as fsdp, for the experts of a rank: of dp_shard x cp x tp, the ranks that have the same
-    ones; None where that is fsdp.
-    cp: the ranks that hold one sequence together, None where each holds its own.
-    pp: the ranks whose stages make one model, None where each has all of it.
+    model: the mesh over which parameters are laid out: pp, dp_replicate, fsdp (dp_shard x cp), tp.
+    fsdp: its part for FSDP2: (fsdp), or (dp_replicate, fsdp) for HSDP.
+    loss: the ranks that have the tokens of the global batch (dp_replicate x dp_shard x cp).
+    ep: the ranks that divide the experts among them; None if ep is 1.
+    efsdp: like fsdp, for experts: the ranks of dp_shard x cp x tp with the same experts; None if
+    that is the same as fsdp.
+    cp: the ranks that divide one sequence among them; None if cp is 1.
+    pp: the ranks whose stages form one model; None if pp is 1.
     stage: the ranks that have parts of the same parameters.
     """
 
@@ -55,7 +55,7 @@ def build_meshes(dims: ParallelDims, device_type: str, *, has_experts: bool = Fa
     copies = [name for name in COPIES if getattr(dims, name) > 1]
     ep = efsdp = None
     if has_experts and dims.ep * dims.tp > 1:
-        # The same ranks, of which neighbours have different experts.
+        # The same ranks; neighbours have different experts.
         at = names.index("fsdp")
         assert names[at:] == ("fsdp", "tp")
         experts = init_device_mesh(

@@ -1,4 +1,4 @@
-"""Builds this rank's part of a model on the meta device: parallelized, with a schedule."""
+"""Builds this rank's parallelized part of a model on the meta device, with its pipeline."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -27,10 +27,10 @@ from titan_lite.runtime.distributed import Process
 
 @dataclass(frozen=True)
 class ParallelModel:
-    """This rank's part of a model: its parameters, by the names they have in the whole one.
+    """This rank's part of a model; parameters have the names of the whole model.
 
-    pipeline: runs its stages; None where `model` itself is called. local_indices: of this rank's
-    tokens in each sequence.
+    pipeline: runs the stages; None if `model` itself is called. local_indices: indices of this
+    rank's tokens in each sequence.
     """
 
     model: Transformer
@@ -47,7 +47,7 @@ def build_parallel(
     meshes: Meshes,
     process: Process,
 ) -> ParallelModel:
-    """Parallelizes the whole `model`, or with pipeline parallel this rank's `stages` of it."""
+    """Parallelizes the whole `model`, or, with pipeline parallel, this rank's `stages` of it."""
     config = plan.config
     parallel, training = config.parallel, config.training
     place = plan.dims.coordinates(process.rank)

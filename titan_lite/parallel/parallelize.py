@@ -1,4 +1,4 @@
-"""The order in which parallelism is applied to a model, in one function."""
+"""Applies parallelism to a model, in one function that shows the order."""
 
 from functools import partial
 
@@ -42,10 +42,10 @@ def parallelize(
 ) -> Applied:
     """Parallelizes a model built on the meta device, in place, and counts what was applied.
 
-    Float8 comes first, since tensor parallel gathers for its linears in it; context parallel after
-    tensor parallel, which leaves it this rank's heads; activation checkpointing before compile, so
-    that the compiler sees what is recomputed; compile before FSDP2, whose hooks and all-gathers
-    stay outside the compiled graphs.
+    The order: float8 first, because tensor parallel communicates in float8 for its linears. Context
+    parallel after tensor parallel, because it works on this rank's heads. Activation checkpointing
+    before compile, so that the compiler sees the recomputation. Compile before FSDP2, whose hooks
+    and all-gathers stay outside of the compiled graphs.
     """
     sequence: list[dist.ProcessGroup] = []
     apply_attention_kernel(attention.kernel)

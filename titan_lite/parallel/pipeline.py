@@ -1,6 +1,6 @@
 """Pipeline parallelism: stages of consecutive blocks, run by the schedules of torch.
 
-The only file that knows torch.distributed.pipelining's private names.
+The only file with private names of torch.distributed.pipelining.
 """
 
 import itertools
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Stage:
     """One stage of a pipeline: its modules, parameters and FLOPs.
 
-    modules: names of the model's children and blocks. flops: of forward and backward, per token.
+    modules: names of the model's children and blocks. flops: per token, forward and backward.
     """
 
     modules: tuple[str, ...]
@@ -45,17 +45,17 @@ def split(
 ) -> list[Stage]:
     """Returns the stages of the whole model in order; one stage without pipeline parallel.
 
-    attention_flops: of one block's products between tokens, per token, which have no parameters.
-    head_token_fraction: of the tokens, those that the output projection multiplies.
-    Raises ValueError where there are fewer blocks than stages, or `pp_stage_modules` does not name
-    every module once, in order, those that cannot be separated in the last stage.
+    attention_flops: per token, of one block's matmuls without parameters.
+    head_token_fraction: fraction of tokens for which the output projection is computed.
+    Raises ValueError if there are fewer blocks than stages, or if `pp_stage_modules` does not list
+    every module once, in order, with the inseparable ones in the last stage.
     """
     first = [name for name in model.ends if name in model.first]
     last = [name for name in model.ends if name in model.last]
     blocks = [f"layers.{name}" for name in model.layers]
     names = (*first, *blocks, *last)
     parameters = {name: _numel(model, name, model.without_padding) for name in names}
-    # A lookup multiplies nothing, and what sees one token of a sample next to nothing.
+    # These cost nothing or next to nothing: embedding lookups, and heads for one token per sample.
     free = (*first, *model.per_sample)
     flops = {name: 6 * _numel(model, name, model.active) for name in names if name not in free}
     if model.tied_head and parallel.pp == 1:
@@ -100,18 +100,18 @@ def split(
 
 
 def _numel(model: Transformer, name: str, part: Callable[[str, Tensor], Tensor]) -> int:
-    """Counts the elements of the `part` of each parameter of a child or block."""
+    """Counts elements of a child's or block's parameters, after `part` is applied to each."""
     parameters = model.get_submodule(name).named_parameters()
     return sum(part(f"{name}.{own}", parameter).numel() for own, parameter in parameters)
 
 
 def summarize_stages(stages: Sequence[Stage], schedule: str) -> str:
-    """Returns a line for each stage, and the slowest stage's work over an even share."""
+    """Returns a line for each stage, and the ratio of the slowest stage's work to the mean."""
     mean = sum(stage.flops for stage in stages) / len(stages)
     worst = max(stage.flops for stage in stages)
     lines = [f"{schedule}, {len(stages)} stages, the largest {worst / mean:.2f} of an even share"]
     for number, stage in enumerate(stages):
-        # The first and the last of the blocks stand for those between them.
+        # Lists only the first and the last block.
         words = [
             " to ".join(dict.fromkeys((names[0], names[-1]))) if is_block else ", ".join(names)
             for is_block, group in itertools.groupby(
@@ -127,7 +127,7 @@ def summarize_stages(stages: Sequence[Stage], schedule: str) -> str:
 
 
 def prune_to_stage(model: Transformer, modules: Sequence[str]) -> Transformer:
-    """Removes all children and blocks of a model except those named, in place."""
+    """Removes all children and blocks of a model except `modules`, in place."""
     for end in model.ends:
         if end not in modules:
             setattr(model, end, None)
@@ -140,23 +140,24 @@ def prune_to_stage(model: Transformer, modules: Sequence[str]) -> Transformer:
 def merge_stages(model: Transformer, stages: Sequence[Transformer]) -> Transformer:
     """Replaces a model's children and blocks with those of this rank's stages.
 
-    The model's parameters are then this rank's, under the names of the whole model; it must not be
+    The model then has this rank's parameters, with the names of the whole model. It must not be
     called.
     """
     for end in model.ends:
         setattr(model, end, next((m for s in stages if (m := getattr(s, end)) is not None), None))
     model.layers = nn.ModuleDict({name: b for s in stages for name, b in s.layers.items()})
     if model.tied_head and model.output is not None and model.tok_embeddings is None:
-        # The last stage's copy has the name of the first one's: drawn, updated and saved the same.
+        # The last stage's copy has the same name as the first stage's embedding, so both are
+        # initialized, updated and saved equally.
         model.tok_embeddings = nn.Embedding(0, 0)
         model.tok_embeddings.weight = model.output.weight
     return model
 
 
 def add_tied_gradients(model: Transformer, group: dist.ProcessGroup) -> None:
-    """Gives both copies of a tied embedding, of the first and the last stage, their sum's gradient.
+    """Sums the gradients of both copies of a tied embedding, in the first and the last stage.
 
-    To be called on every rank of `group`, the pipeline's; other ranks have nothing to do.
+    Must be called on every rank of `group`, the pipeline; on ranks without a copy it is a no-op.
     """
     first, last = 0, group.size() - 1
     if group.rank() not in (first, last):
@@ -173,12 +174,12 @@ def add_tied_gradients(model: Transformer, group: dist.ProcessGroup) -> None:
     ]
     for work in dist.batch_isend_irecv(operations):
         work.wait()
-    # The same on both: a sum of two does not depend on their order.
+    # Equal on both, because a sum of two numbers does not depend on their order.
     local += peer
 
 
 def local_stages(parallel: Parallel, pp_rank: int) -> list[int]:
-    """Returns one rank's stages: every pp-th, or for V schedules one from either end."""
+    """Returns one rank's stages: every pp-th, or, for V schedules, one from each end."""
     if parallel.schedule.is_v:
         return [pp_rank, parallel.num_stages - 1 - pp_rank]
     return list(range(pp_rank, parallel.num_stages, parallel.pp))
@@ -192,16 +193,16 @@ def rank_of_stage(parallel: Parallel, number: int) -> int:
 
 
 def forward_ticks(parallel: Parallel, rank: int, count: int) -> dict[int, tuple[int, int]]:
-    """Returns by tick the (stage, micro-batch) that a rank runs forward, for `count` micro-batches.
+    """Returns tick -> (stage, micro-batch) of a rank's forward passes, for `count` micro-batches.
 
-    Every rank does one at a time, and a stage follows the one before it by one tick, so that what
-    is sent at the end of a tick is what its receiver works on in the next one.
+    In each tick a rank runs one forward. A stage runs a micro-batch one tick after the previous
+    stage, so that a tensor that is sent at the end of a tick is used in the next one.
     """
     pp, num_stages = parallel.pp, parallel.num_stages
     ticks = {}
     for index in range(count):
-        # As many micro-batches as ranks fill these for one round of the stages; a V has both of a
-        # rank's stages an odd number of ticks apart.
+        # `pp` micro-batches keep the ranks busy for one round of the stages. In a V, the two stages
+        # of a rank are an odd number of ticks apart.
         group, place = divmod(index, pp)
         start = 2 * index if parallel.schedule.is_v else group * num_stages + place
         for number in local_stages(parallel, rank):
@@ -209,8 +210,7 @@ def forward_ticks(parallel: Parallel, rank: int, count: int) -> dict[int, tuple[
     return ticks
 
 
-# torch 2.11 looks for gradients of all arguments of a stage, and ours has some that are not
-# tensors.
+# torch 2.11 expects gradients of all arguments of a stage, but some of ours are not tensors.
 CAN_SPLIT_BACKWARD = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)  # type: ignore[operator]
 
 
@@ -238,15 +238,15 @@ class Pipeline:
         device: torch.device,
         group: dist.ProcessGroup,
     ) -> None:
-        """stages: by their number; shapes: of a micro-batch's tokens, and of what stages send."""
-        # Takes the compiler with it, which runs without pipelines need not wait for.
+        """stages: by number. hidden_shape: of the tensors that stages send."""
+        # Imports the compiler, which takes time, so only for runs with a pipeline.
         from torch.distributed.pipelining import PipelineStage
 
         self.num_micro_batches = num_micro_batches
         self.parallel = parallel
         self.group = group
         num_stages = parallel.num_stages
-        # Set in advance, so that torch does not run the model once to find them out.
+        # Given here, so that torch does not run the model once to get them.
         tokens = torch.empty(tokens_shape, dtype=torch.int64, device="meta")
         hidden = torch.empty(hidden_shape, dtype=hidden_dtype, device="meta", requires_grad=True)
         self.hidden, self.device = hidden, device
@@ -272,7 +272,8 @@ class Pipeline:
             scale_grads=False,
         )
         if parallel.schedule.is_v and device.type == "cpu":
-            # torch 2.11 sends a first message between neighbouring stages, and gloo none to itself.
+            # torch 2.11 sends a first message between neighbouring stages; with gloo, a rank cannot
+            # send to itself.
             self._skip_first_messages()
 
     def _skip_first_messages(self) -> None:
@@ -282,8 +283,8 @@ class Pipeline:
     def skip_shape_negotiation(self) -> None:
         """Skips the exchange between stages before the first step: a dry run has no peers.
 
-        torch 2.11 opens connections, torch 2.13 also votes on shapes, torch 2.15 does neither over
-        a fake process group.
+        torch 2.11 opens connections, torch 2.13 also negotiates shapes, and torch 2.15 does neither
+        with a fake process group.
         """
         self._skip_first_messages()
         if not hasattr(self.schedule, "_warmup_p2p"):
@@ -305,7 +306,7 @@ class Pipeline:
         for stage in self.stages:
             stage.has_backward = True
             stage.clear_runtime_states()
-        # What torch's own `step` does after it has cut a batch into micro-batches.
+        # The part of torch's `step` after splitting a batch into micro-batches.
         self.schedule._step_microbatches(
             [(tokens,) for tokens, _ in micro_batches],
             [dict(kwargs) for _, kwargs in micro_batches],

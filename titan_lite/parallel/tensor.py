@@ -1,4 +1,4 @@
-"""Tensor parallelism: a family's plan rows become DTensor styles, here and nowhere else.
+"""Tensor parallelism: translates the rows of a family's plan to DTensor styles.
 
 With sequence parallelism activations between blocks are split over the sequence, Shard(1) of
 (B, S, D): a block gathers them before its matmuls and scatters their sum (arXiv:2205.05198).
@@ -66,8 +66,7 @@ class VocabParallelEmbedding(RowwiseParallel):
 
 
 class ReplicateParallel(ParallelStyle):
-    """Computes the same on every rank, with weights that an optimizer holds together with sharded
-    ones."""
+    """Computes the same on every rank; weights are DTensors, like the sharded ones."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         return distribute_module(
@@ -80,7 +79,7 @@ class ReplicateParallel(ParallelStyle):
 
 
 class CopyParallel(ParallelStyle):
-    """Passes on what is the same on every rank, and adds up the gradients of all ranks."""
+    """Returns its input, which is equal on all ranks; sums the gradients of all ranks."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         def give(_module: nn.Module, output: Any, _mesh: DeviceMesh) -> Any:
@@ -90,7 +89,7 @@ class CopyParallel(ParallelStyle):
 
 
 class RouterParallel(ParallelStyle):
-    """Leaves the forward as it is; buffers stay plain tensors."""
+    """Does not change the forward; buffers stay plain tensors."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         _replicate("", module, device_mesh)
@@ -98,7 +97,7 @@ class RouterParallel(ParallelStyle):
 
 
 class PositionsParallel(ParallelStyle):
-    """Looks up the positions of this rank's part of the sequence, in an unsplit table."""
+    """Looks up positions for this rank's part of the sequence, in a replicated table."""
 
     def __init__(self, between: Placement) -> None:
         self.is_split = between.is_shard()
@@ -110,17 +109,17 @@ class PositionsParallel(ParallelStyle):
             return rows_S.redistribute(placements=[own])
 
         def give(_module: nn.Module, output: Any, _mesh: DeviceMesh) -> Any:
-            # FSDP warns of outputs that are views.
+            # FSDP warns about outputs that are views.
             return output.to_local().clone()
 
         return distribute_module(module, device_mesh, _replicate, take, give)
 
 
 class VocabParallelHead(ParallelStyle):
-    """Splits the output projection over the vocabulary; gathers its input, leaves its output split.
+    """Splits the output projection over the vocabulary; gathers its input; the output stays split.
 
-    What the head computes, logits or a loss, gets DTensors: what a rank's share of the vocabulary
-    gives for the gradient of the input is Partial, and summed on the way back.
+    The head computes logits or a loss from DTensors. Each rank's gradient of the input is Partial,
+    and is summed in backward.
     """
 
     def __init__(self, between: Placement) -> None:
@@ -154,10 +153,10 @@ def check_plan(model: Transformer, plan: tuple[PlanRow, ...]) -> None:
 def apply_tp(
     model: Transformer, mesh: DeviceMesh, plan: tuple[PlanRow, ...], *, sequence_parallel: bool
 ) -> None:
-    """Splits the model in place over the 1D `mesh`, each module by the role its plan row names."""
+    """Splits the model in place over the 1D `mesh`, each module by the role in its plan row."""
     between: Placement = Shard(1) if sequence_parallel else Replicate()
     parallelize_module(model, mesh, dict(_styles(model, plan, between)))
-    # Each style has split its own.
+    # The styles have split both weights separately: tie them again.
     model.tie()
     for module in model.modules():
         if isinstance(module, DropoutAttention) or (
@@ -172,7 +171,7 @@ def named_roles(
     """Names of the modules that tensor parallel lays out, with their roles in the plan."""
     for row in plan:
         for name, module in modules.items():
-            # Experts take the tokens of a rank's part of the sequence, and are split by FSDP2.
+            # Experts work on this rank's part of the sequence; FSDP2 shards them.
             gathers_for_experts = row.role == "gather" and isinstance(module, MoE)
             if row.matches(name) and row.role != "expert" and not gathers_for_experts:
                 yield name, row.role
@@ -227,7 +226,7 @@ def _style(role: Role, between: Placement, *, float8: bool) -> ParallelStyle:
         case "gather":
             return gather(input_layouts=(between,), desired_input_layouts=(Replicate(),))
         case "heads":
-            # Of (B, S, heads, features).
+            # The input is (B, S, heads, features).
             return SequenceParallel(sequence_dim=2, use_local_output=True)
         case "positions":
             return PositionsParallel(between)
@@ -242,8 +241,8 @@ def _style(role: Role, between: Placement, *, float8: bool) -> ParallelStyle:
 
 
 def _replicate(_name: str, module: nn.Module, mesh: DeviceMesh) -> None:
-    # Parameters are filled later, the same on every rank: nothing is to be sent, and the fake
-    # tensors of a dry run could not be.
+    # No broadcast: parameters are initialized later, equally on every rank, and fake tensors of a
+    # dry run cannot be sent.
     for name, parameter in list(module.named_parameters(recurse=False)):
         whole = DTensor.from_local(parameter, mesh, [Replicate()], run_check=False)
         module.register_parameter(name, nn.Parameter(whole))
