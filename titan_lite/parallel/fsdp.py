@@ -143,7 +143,7 @@ def apply_fsdp(
     blocks = list(model.layers.children())
     ends = {name: model.get_submodule(name) for name in model.ends}
     embeddings = [ends[name] for name in ends if name in model.first]
-    # Not in the head's unit: FSDP2 frees a unit after all its modules have run, and a forward may
+    # Not in the head's unit: FSDP2 frees a unit when every module of it has run; a forward may
     # leave these out.
     apart = [ends[name] for name in ends if name in model.per_sample]
     head = [module for module in ends.values() if module not in (*embeddings, *apart)]
