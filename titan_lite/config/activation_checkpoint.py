@@ -19,7 +19,7 @@ SavedOp = Literal[
 
 
 class ActivationCheckpoint(Section):
-    """[activation_checkpoint]: which activations are computed again in backward, not kept."""
+    """[activation_checkpoint]: activations that backward recomputes instead of keeping them."""
 
     mode: str
     """Blocks or operations that are recomputed in backward. "full": every transformer block;
@@ -68,8 +68,8 @@ class EveryNth(ActivationCheckpoint):
     def layers(self, num_layers: int) -> range:
         """The first of n, not the last.
 
-        Backward starts at the other end, with everything else still in memory, and had better not
-        add a recomputed block to that.
+        Backward starts with the last block, while all other activations are still in memory: a
+        recomputed block would raise the peak.
         """
         return range(0, num_layers, self.every_nth)
 
@@ -119,7 +119,7 @@ class SelectiveOp(ActivationCheckpoint):
 
 
 class MemoryBudget(ActivationCheckpoint):
-    """Leaves it to the compiler what is computed again."""
+    """The compiler chooses the operations to recompute."""
 
     mode: Literal["memory_budget"] = "memory_budget"
     memory_budget: Fraction = 0.5

@@ -1,4 +1,4 @@
-"""The words of a command line: one configuration, and overrides."""
+"""Parses a command line: one configuration, and overrides."""
 
 import argparse
 from collections.abc import Sequence
@@ -6,11 +6,11 @@ from itertools import pairwise
 
 
 class UsageError(Exception):
-    """Arguments or variables that cannot work."""
+    """Arguments or environment variables are wrong; the message is for the user."""
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The configuration, if there is one, and the overrides, in any order; or UsageError."""
+    """Returns the configuration, if there is one, and the overrides, in any order."""
     files = [argument for argument in argv if not argument.startswith("-")]
     if "" in files:
         raise UsageError("an argument is empty; a shell variable in it may not be set")
@@ -23,7 +23,7 @@ def split_arguments(argv: Sequence[str]) -> tuple[str | None, list[str]]:
             hint = " (without spaces)" if separator or word.startswith("=") else ""
             raise UsageError(f"{word!r} is not an override: write {key}={value}{hint}")
     for word in files:
-        # Word processors make one dash of two hyphens.
+        # Word processors replace two hyphens by one dash.
         if (plain := word.lstrip("\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}")) != word:
             raise UsageError(f"{word!r} starts with a dash instead of two hyphens: --{plain}")
     if len(files) > 1:
@@ -32,7 +32,7 @@ def split_arguments(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Wraps descriptions and keeps the lines of texts that have several."""
+    """Wraps descriptions, but keeps the lines of texts with several lines."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         if "\n" in text:
@@ -41,7 +41,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def examples(*commands: str) -> str:
-    """The last part of a help text: whole commands, which tests run."""
+    """The last part of a help text: complete commands, which tests run."""
     return "\nexamples:\n" + "\n".join(f"  {command}" for command in commands)
 
 

@@ -1,4 +1,4 @@
-"""The degrees of the device mesh as one pure value: which rank stands where, who shares what."""
+"""The degrees of the device mesh, each rank's coordinates, and the groups of ranks."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def resolve_global_batch(size: int, local_batch_size: int, batch_degree: int) ->
 
 @dataclass(frozen=True)
 class Axis:
-    """A mesh axis, and what its ranks have in common."""
+    """A mesh axis, and how its ranks divide parameters, samples and sequences."""
 
     name: str
     parameters: Literal["stages", "copies", "shards", "split"]
-    """Each rank has the parameters of other layers ("stages") or all of them ("copies"), a part of
-    each that FSDP2 gathers ("shards"), or parts of some that it computes with ("split")."""
+    """Each rank has the parameters of different layers ("stages"), all parameters ("copies"), a
+    part of each, which FSDP2 gathers ("shards"), or a part with which it computes ("split")."""
     splits_samples: bool = False
-    """Each rank reads other samples."""
+    """Ranks read different samples."""
     splits_sequence: bool = False
-    """Each rank has other tokens of a sample."""
+    """Ranks have different tokens of a sample."""
 
 
 MESH = (
@@ -37,7 +37,7 @@ MESH = (
     Axis("cp", "shards", splits_sequence=True),
     Axis("tp", "split"),
 )
-"""The axes in their order: ranks are numbered row-major, those of the last one are neighbours."""
+"""The axes in order. Ranks are numbered row-major: those of the last axis are consecutive."""
 BATCH = tuple(axis.name for axis in MESH if axis.splits_samples)
 SEQUENCE = tuple(axis.name for axis in MESH if axis.splits_sequence)
 LOSS = tuple(axis.name for axis in MESH if axis.splits_samples or axis.splits_sequence)
@@ -59,13 +59,13 @@ class ParallelDims:
     cp: int
     tp: int
     ep: int = 1
-    """Ranks that share the experts, neighbours in dp_shard x cp x tp."""
+    """Consecutive ranks in dp_shard x cp x tp that divide the experts among them."""
 
     @classmethod
     def resolve(cls, parallel: Parallel, world_size: int) -> ParallelDims:
-        """The degrees of a world, `dp_shard = -1` taking what the others leave.
+        """Returns the degrees for a world size; `dp_shard = -1` becomes its quotient by the others.
 
-        Raises SettingError, with the numbers, when they do not multiply to the world size.
+        Raises SettingError, with the numbers, if the degrees do not multiply to the world size.
         """
         degrees = {axis: getattr(parallel, axis) for axis in cls.AXES}
         keys = ("parallel.dp_shard", *(f"parallel.{axis}" for axis in cls.AXES))
@@ -104,30 +104,30 @@ class ParallelDims:
 
     @property
     def world_size(self) -> int:
-        """Ranks of the run."""
+        """Number of ranks."""
         return math.prod(getattr(self, axis) for axis in self.AXES)
 
     def over(self, axes: Iterable[str]) -> int:
-        """Ranks that differ only in their places on these axes."""
+        """Number of ranks that differ only in their coordinates on these axes."""
         return math.prod(getattr(self, axis) for axis in axes)
 
     @property
     def batch(self) -> int:
-        """Ranks (or groups of them) that get different samples."""
+        """Number of ranks, or groups of ranks, that read different samples."""
         return self.over(BATCH)
 
     @property
     def fsdp(self) -> int:
-        """Ranks over which FSDP2 shards each parameter."""
+        """Number of ranks over which FSDP2 shards each parameter."""
         return self.over(FSDP)
 
     @property
     def loss(self) -> int:
-        """Ranks over which token losses are summed."""
+        """Number of ranks over which token losses are summed."""
         return self.over(LOSS)
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Place of a rank on each axis."""
+        """Coordinate of a rank on each axis."""
         assert 0 <= rank < self.world_size, f"rank {rank} of {self.world_size}"
         place = {}
         for axis in reversed(self.AXES):
@@ -135,14 +135,14 @@ class ParallelDims:
         return {axis: place[axis] for axis in self.AXES}
 
     def rank(self, coordinates: Mapping[str, int]) -> int:
-        """The rank at a place; the inverse of `coordinates`."""
+        """The rank with these coordinates; the inverse of `coordinates`."""
         rank = 0
         for axis in self.AXES:
             rank = rank * getattr(self, axis) + coordinates[axis]
         return rank
 
     def batch_rank(self, rank: int) -> int:
-        """Which share of the samples a rank reads, from 0 to batch - 1."""
+        """Number of the share of samples that a rank reads, from 0 to batch - 1."""
         place, share = self.coordinates(rank), 0
         for axis in BATCH:
             share = share * getattr(self, axis) + place[axis]

@@ -1,4 +1,4 @@
-"""TOML files and command-line overrides become one frozen Config that knows its origins."""
+"""Loads TOML files and overrides into a frozen Config, and records the origin of each value."""
 
 import contextlib
 import os
@@ -54,7 +54,7 @@ class LoadedConfig:
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[None]:
-        """Turns SettingErrors into the ConfigError that a user reads."""
+        """Converts SettingErrors to the ConfigError that a user reads."""
         try:
             yield
         except (SettingError, SettingErrors) as error:
@@ -71,11 +71,10 @@ class LoadedConfig:
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> LoadedConfig:
-    """Load defaults < TOML file (its `extends` first) < overrides, the last one winning.
+    """Loads defaults < TOML file (its `extends` first) < overrides; later values replace earlier.
 
-    An override is `--section.key=value`; the value is read as a TOML value, and as a plain string
-    where it is none. Without a path the defaults are the base.
-    Raises ConfigError with every problem of every layer, those of overridden values included.
+    An override is `--section.key=value`. The value is parsed as TOML, or else taken as a string.
+    Raises ConfigError with all problems of all layers, including those of overridden values.
     """
     problems: list[Problem] = []
     layers = [] if path is None else _read_layers(os.fspath(path), [], problems)
@@ -86,7 +85,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Loade
         try:
             import_plugins(modules)
         except SettingError as error:
-            # What it would have registered is not to be called unknown.
+            # Ends here, because names that the plugin would register are unknown now.
             raise ConfigError([*problems, Problem("job.plugins", source, error.message)]) from error
     tags = _choose_variants(layers)
     for source, tables in layers:
@@ -118,7 +117,7 @@ def _plugins(layers: Sequence[tuple[str, Tables]]) -> list[tuple[str, list[str]]
 
 
 def _read_layers(name: str, chain: list[str], problems: list[Problem]) -> list[tuple[str, Tables]]:
-    """The file's layers, those it extends first; `chain` holds the files that led here."""
+    """Returns the file's layers, after those that it extends. chain: the files that extend it."""
     tables = _read_toml(name, chain, problems)
     if tables is None:
         return []
@@ -139,7 +138,7 @@ def _read_layers(name: str, chain: list[str], problems: list[Problem]) -> list[t
 
 
 def _read_toml(name: str, chain: list[str], problems: list[Problem]) -> Tables | None:
-    """The tables of a TOML file, or None and a problem, attributed to the file that named it."""
+    """Returns the tables of a TOML file; None, with a problem of the file that names it."""
     try:
         text = Path(name).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -172,7 +171,7 @@ def _unreadable(path: Path, error: OSError | ValueError) -> str:
 
 
 def _line_at_fault(text: str, error: BaseException) -> str:
-    """The offending line, and the most common mistake: a string without quotes."""
+    """Returns the line with the error, with a hint if a string lacks quotes."""
     if (match := re.search(r"at line (\d+)", str(error))) is None:
         return ""
     line = text.splitlines()[int(match[1]) - 1 : int(match[1])]
@@ -184,7 +183,7 @@ def _line_at_fault(text: str, error: BaseException) -> str:
 
 
 def _parse_override(override: str, problems: list[Problem]) -> Tables | None:
-    """`--section.key=value` as tables, or None and a problem."""
+    """Parses `--section.key=value` to tables; returns None, with a problem, if it is wrong."""
     key, equals, text = override.removeprefix("--").partition("=")
     section, dot, name = key.partition(".")
     if not (override.startswith("--") and equals and dot and section and name):
@@ -213,9 +212,9 @@ def _parse_value(text: str) -> Any:
 
 
 def _choose_variants(layers: Sequence[tuple[str, Tables]]) -> Tables:
-    """Returns the tag of each tagged table, which a layer may leave to another.
+    """Returns the tag of each tagged table; the last layer that sets it counts.
 
-    Removes from the layers before the one that chooses it the keys of other variants.
+    Removes keys of other variants from earlier layers.
     """
     tags = {name: table.fields[table.tag].default for name, table in TAGGED.items()}
     for name, table in TAGGED.items():
@@ -227,7 +226,7 @@ def _choose_variants(layers: Sequence[tuple[str, Tables]]) -> Tables:
         ]
         if chosen:
             last, tags[name] = chosen[-1]
-            # All overrides are of one source: their order decides nothing.
+            # All overrides count as one layer, whatever their order.
             first = [source for source, _ in given].index(last)
             for _, keys in given[:first]:
                 for key in table.foreign_keys(tags[name]) & keys.keys():
@@ -236,9 +235,9 @@ def _choose_variants(layers: Sequence[tuple[str, Tables]]) -> Tables:
 
 
 def _problems_of(source: str, tables: Tables, tags: Mapping[str, str]) -> Iterator[Problem]:
-    """The problems of a layer, in the words of problems.py, not pydantic's.
+    """Yields the problems of a layer, worded by problems.py, not by pydantic.
 
-    tags: those of the tagged tables, by all layers.
+    tags: the tag of each tagged table, from all layers.
     """
     tagged = {
         name: tables[name] | {TAGGED[name].tag: tag}
@@ -249,10 +248,10 @@ def _problems_of(source: str, tables: Tables, tags: Mapping[str, str]) -> Iterat
     try:
         Config.model_validate(tables | tagged)
     except ValidationError as error:
-        # A union reports one error per alternative: the first stands for all.
+        # A union reports one error per alternative: keep the first.
         for details in error.errors(include_url=False, include_context=False):
             place = tuple(str(part) for part in details["loc"][:2])
-            # A misspelt key of a source explains the one that it lacks.
+            # A misspelt key of a source explains the missing one.
             if place not in places or details["type"] == "extra_forbidden":
                 places[place] = details["type"], details["loc"][2:]
     for (section, *key), (kind, inside) in places.items():

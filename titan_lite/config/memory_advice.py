@@ -1,4 +1,4 @@
-"""Which settings would need less device memory, those that cost least speed first."""
+"""Settings that need less device memory, those that cost least speed first."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from titan_lite.config.schema import Config
 
 
 def memory_advice(config: Config, dims: ParallelDims) -> list[str]:
-    """The three cheapest changes that would help this run, each as key, value and reason."""
+    """Returns the three cheapest changes that would help this run: key, value and reason."""
     return list(_advice(config, dims))[:3]
 
 

@@ -1,4 +1,4 @@
-"""The conditions under which keys have an effect, stated at the keys: schema.py annotates them."""
+"""Conditions under which keys have an effect; schema.py annotates keys with them."""
 
 import json
 from collections.abc import Collection, Iterator
@@ -9,9 +9,9 @@ from pydantic.fields import FieldInfo
 
 
 class Needs:
-    """A key has an effect where another has one of `values`, exceeds `above`, or is not `unless`.
+    """A key has an effect if another is one of `values`, exceeds `above`, or is not `unless`.
 
-    keys: of the same table, or section.key; of several, one is enough.
+    keys: other keys, in the same table or as section.key; if there are several, one is enough.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Needs:
         return [key if "." in key else f"{table}.{key}" for key in self.keys]
 
     def stated(self, table: str) -> str:
-        """The condition in words, as 'parallel.tp > 1'."""
+        """The condition in words, such as 'parallel.tp > 1'."""
         keys = " or ".join(self._dotted(table))
         if self.above is not None:
             return f"{keys} > {self.above:g}"
@@ -45,7 +45,7 @@ class Needs:
         return f"{keys} other than {json.dumps(self.unless)}" if self.unless else f"{keys} set"
 
     def unmet(self, config: BaseModel, table: str) -> str:
-        """Why the condition does not hold, as 'parallel.tp is 1'."""
+        """The reason why the condition is not met, such as 'parallel.tp is 1'."""
         keys = self._dotted(table)
         value = value_of(config, keys[0])
         state = json.dumps(value) if value != "" else "not set"
@@ -53,7 +53,7 @@ class Needs:
 
 
 class Variant(Needs):
-    """A key that belongs to one choice of its table, and is an error under another."""
+    """A key of some variants of a table, which is an error in the others."""
 
     def __init__(self, key: str, *values: str) -> None:
         super().__init__(key, values=values)

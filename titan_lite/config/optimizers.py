@@ -1,4 +1,4 @@
-"""[optimizer]: a section for each optimizer, and where it is built."""
+"""[optimizer]: a section for each optimizer, and the function that builds it."""
 
 from typing import Annotated, ClassVar, Literal
 

@@ -9,7 +9,7 @@ from titan_lite.config.schema import Config, Parallel
 
 
 def parallel_rules(config: Config, dims: ParallelDims | None) -> Iterator[SettingError]:
-    """Every broken rule; without degrees, of those that hold for all of them."""
+    """Yields all broken rules; without dims, only of the rules that do not depend on them."""
     parallel = config.parallel
     yield from _sequence(config.training.seq_len, parallel)
     if parallel.cp > 1 and parallel.cp_method == "ring" and config.data.masks_attention:
@@ -128,7 +128,7 @@ def _micro_batches(config: Config, micro_steps: int, words: str) -> Iterator[Set
 
 
 def _sequence(seq_len: int, parallel: Parallel) -> Iterator[SettingError]:
-    """The parts of a sequence that ranks hold are equal."""
+    """Checks that ranks have equal parts of a sequence."""
     cp, tp = parallel.cp, parallel.tp
     if cp > 1 and parallel.cp_method == "ulysses" and seq_len % cp:
         yield SettingError(
@@ -200,7 +200,7 @@ def _async_tp(config: Config) -> Iterator[SettingError]:
 
 
 def _layout(config: Config, dims: ParallelDims | None) -> Iterator[SettingError]:
-    """Rules between the degrees and the other keys; without degrees, what holds for all of them."""
+    """Rules between degrees and other keys; without dims, only those that do not depend on them."""
     training = config.training
     if dims is None:
         if training.global_batch_size != -1 and (
@@ -245,7 +245,7 @@ def _float8(config: Config, dims: ParallelDims) -> Iterator[SettingError]:
     """Limits of torchao's float8 linears and of their gathers."""
     float8, training, parallel = config.float8, config.training, config.parallel
     tokens = training.local_batch_size * training.seq_len // dims.cp
-    # Of the three products of a linear, that of the weight gradient sums over the tokens.
+    # The matmul of a linear's weight gradient sums over the tokens.
     if float8.recipe in ("tensorwise", "rowwise") and tokens % 16:
         yield SettingError(
             "training.seq_len",

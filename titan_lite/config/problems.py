@@ -1,4 +1,4 @@
-"""The wording of configuration errors: problems, their one block, and nearest names."""
+"""The wording of configuration errors: problems, the block that lists them, and similar names."""
 
 import contextlib
 import difflib
@@ -35,7 +35,7 @@ _SUFFIX = re.compile(r"\.[a-z]+\d?$")
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong; `key` is empty when it concerns the whole source."""
+    """One error of a configuration. key: empty if the error concerns the whole source."""
 
     key: str
     source: str
@@ -43,19 +43,19 @@ class Problem:
 
 
 class ConfigError(ValueError):
-    """All problems of a configuration; its text is the block a user reads."""
+    """All problems of a configuration; its text is the block that a user reads."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(dict.fromkeys(problems))
         super().__init__(self._block())
 
     def __reduce__(self) -> Any:
-        # Exceptions pass between processes by their arguments, here the text alone.
+        # Pickle passes only an exception's arguments, which is the text here.
         return type(self), (self.problems,)
 
     def _block(self) -> str:
         count = len(self.problems)
-        # A long key, as of a malformed override, pushes its own source, not everybody's.
+        # A long key, such as a malformed override, must not widen the column of all others.
         keys = [p.key if p.key.isprintable() else quote(p.key) for p in self.problems]
         width = max((len(key) for key in keys if len(key) <= 40), default=0)
         lines = [f"titan-lite: {count} problem{'s' * (count != 1)} in the configuration"]
@@ -66,9 +66,9 @@ class ConfigError(ValueError):
 
 
 class SettingError(ValueError):
-    """A setting that cannot work, raised where its key is known.
+    """A wrong setting, raised where its key is known.
 
-    keys: the key at fault, or several: the last one that was set, else the first.
+    keys: one or several keys. Of several, the one that was set last is reported, else the first.
     """
 
     def __init__(self, keys: str | Sequence[str], message: str) -> None:
@@ -81,7 +81,7 @@ class SettingError(ValueError):
 
     @property
     def errors(self) -> tuple["SettingError", ...]:
-        """This one, where several may have been collected."""
+        """This error, as the only element; SettingErrors has several."""
         return (self,)
 
 
@@ -98,7 +98,7 @@ class SettingErrors(ValueError):
 
 @contextlib.contextmanager
 def errors_for(key: str) -> Iterator[None]:
-    """Turns a ValueError or OSError inside into a SettingError of `key`, unless it has a key."""
+    """Converts a ValueError or OSError to a SettingError of `key`, unless it has a key."""
     try:
         yield
     except (SettingError, SettingErrors, ConfigError):
@@ -115,7 +115,7 @@ class Collector:
 
     @contextlib.contextmanager
     def checking(self, key: str = "") -> Iterator[None]:
-        """Keeps the SettingErrors inside; with a key, also other errors, as `about` makes them."""
+        """Collects SettingErrors in its context; with a key, also ValueErrors and OSErrors."""
         try:
             with errors_for(key) if key else contextlib.nullcontext():
                 yield
@@ -125,7 +125,7 @@ class Collector:
 
 @contextlib.contextmanager
 def collecting() -> Iterator[Collector]:
-    """Raises at its end, all together, what was collected."""
+    """Raises all collected errors together when its context ends."""
     collector = Collector()
     yield collector
     if collector.errors:
@@ -133,12 +133,12 @@ def collecting() -> Iterator[Collector]:
 
 
 def keys() -> list[str]:
-    """Every section.key, those of plugins included."""
+    """Every section.key, including those of plugins."""
     return [f"{section}.{key}" for section, fields in FIELDS.items() for key in fields]
 
 
 def nearest(name: str, candidates: Iterable[str], limit: int = 1) -> list[str]:
-    """The candidates spelt most like `name`, best first; case and dashes are ignored."""
+    """Returns the candidates with the nearest spelling, best first, ignoring case and dashes."""
     spellings: dict[str, str] = {}
     for candidate in candidates:
         spellings.setdefault(candidate.lower(), candidate)
@@ -151,15 +151,16 @@ def nearest(name: str, candidates: Iterable[str], limit: int = 1) -> list[str]:
 
 
 def did_you_mean(names: Sequence[str]) -> str:
-    """'; did you mean "a" or "b"?', or nothing when there is no name to offer."""
+    """Returns '; did you mean "a" or "b"?', or "" without names."""
     return f"; did you mean {one_of([quote(name) for name in names])}?" if names else ""
 
 
 def near_file(path: Path, pattern: str = "*") -> str:
-    """'; did you mean "a"?' for a file that does not exist, or ', and no folder "b"'."""
+    """Returns '; did you mean "a"?' for a missing file, or ', and no folder "b"'."""
     if not os.path.isdir(path.parent):  # noqa: PTH112  (False for a name that is too long for a folder)
         return f", and no folder {quote(str(path.parent))}"
-    # By stem: a common suffix makes no two names alike. Of one stem, the right suffix comes first.
+    # Compares stems, because a common suffix does not make names similar. For equal stems, the
+    # right suffix comes first.
     files = sorted(path.parent.glob(pattern), key=lambda file: (file.suffix != path.suffix, file))
     by_stem: dict[str, Path] = {}
     for file in files:
@@ -168,14 +169,14 @@ def near_file(path: Path, pattern: str = "*") -> str:
 
 
 def how_to_fetch(given: str, key: str) -> str:
-    """'; names on the Hugging Face hub are not fetched ...' for what may be one, or an address.
+    """Returns a hint if the path may be an address, or a name on the Hugging Face hub; else "".
 
-    key: that means a path, or an argument of the command line.
+    key: the key or argument that must be a path.
     """
     match = _HUB_NAME.fullmatch(given)
     name = match["name"] if match else ""
     then = f'set {key} = "DIR"' if "." in key else f"name DIR as {key}"
-    # A name of a file, or of one in a folder that is there, is a path that was misspelt.
+    # With a file's suffix, or in an existing folder, it is a misspelt path.
     if not name or len(name) > 96 or _SUFFIX.search(name) or os.path.isdir(name.partition("/")[0]):  # noqa: PTH112
         return f"; addresses are not fetched: download to DIR, and {then}" * ("://" in given)
     option = ""
@@ -191,17 +192,17 @@ def how_to_fetch(given: str, key: str) -> str:
 
 
 def one_of(words: Sequence[str]) -> str:
-    """Words as an English alternative: a, b or c."""
+    """Joins words as an alternative: a, b or c."""
     return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def quote(text: str) -> str:
-    """A TOML basic string."""
+    """Formats a text as a TOML basic string."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def literal(value: Any) -> str:
-    """A value as TOML writes it; a table is only named."""
+    """Formats a value as TOML; a table becomes "a table"."""
     match value:
         case str():
             return quote(value)
@@ -218,7 +219,7 @@ def literal(value: Any) -> str:
 
 
 def unknown_table(name: str, content: Any) -> str:
-    """Why a top-level name is wrong."""
+    """Returns the problem of an unknown top-level name."""
     if not isinstance(content, dict):
         homes = [f"{section}.{name}" for section, fields in FIELDS.items() if name in fields]
         names = (homes or nearest(name, keys()))[:3]
@@ -231,7 +232,7 @@ def unknown_table(name: str, content: Any) -> str:
 
 
 def unknown_key(section: str, key: str) -> str:
-    """Why a key of a known table is wrong."""
+    """Returns the problem of an unknown key in a known table."""
     if key == "extends":
         return "extends must be at the top of a file, before the first [table]"
     elsewhere = [f"{other}.{key}" for other, fields in FIELDS.items() if key in fields]
@@ -245,7 +246,7 @@ def unknown_key(section: str, key: str) -> str:
 
 
 def foreign_key(section: str, key: str, tag: str) -> str:
-    """The problem of a key that belongs to other variants of its table than that of this tag."""
+    """Returns the problem of a key that the table's variant with this tag does not have."""
     (need,) = [need for need in FIELDS[section][key].metadata if isinstance(need, Variant)]
     return (
         f"does not apply where {section}.{need.keys[0]} is {quote(tag)}: set "
@@ -254,15 +255,15 @@ def foreign_key(section: str, key: str, tag: str) -> str:
 
 
 def rows_of(field: FieldInfo) -> type[Section] | None:
-    """The section of each row, where a key is a list of tables."""
+    """Returns the section of each row if a key is a list of tables, else None."""
     (row, *_) = get_args(field.annotation) or (None,)
-    # Python 3.10 takes list[str] for a type.
+    # In Python 3.10, list[str] is an instance of type.
     is_class = isinstance(row, type) and get_origin(row) is None
     return row if is_class and issubclass(row, Section) else None
 
 
 def wrong_value(section: str, key: str, value: Any) -> str:
-    """The expected values of a key, the value it got, and the nearest choice of a misspelt word."""
+    """Returns the problem of a wrong value: expected values, the value, and the nearest choice."""
     field = FIELDS[section][key]
     got = literal(value)
     got = got if len(got) <= 80 else f"{got[:77]}..."
@@ -277,7 +278,7 @@ def wrong_value(section: str, key: str, value: Any) -> str:
 def wrong_row(
     key: str, row: type[Section], value: Any, place: Sequence[int | str], kind: str
 ) -> str:
-    """The problem at a place inside the tables of a key, such as data.sources."""
+    """Returns the problem at a place inside a list of tables, such as data.sources."""
     fields = row.model_fields
     match place:
         case [int(index), str(key), *_]:
@@ -294,7 +295,7 @@ def wrong_row(
 
 
 def expected(field: FieldInfo) -> str:
-    """A field's types and bounds in words, e.g. 'an integer greater than 0 or "latest"'."""
+    """Returns a field's types and bounds in words: 'an integer greater than 0 or "latest"'."""
     return one_of(_alternatives(field.annotation, field.metadata))
 
 
@@ -327,7 +328,7 @@ def _bound_words(bounds: Sequence[Any]) -> str:
 
 
 def _choices(annotation: Any, metadata: Sequence[Any] = ()) -> list[Any]:
-    """The values of Literals and registries in a type."""
+    """Returns the values of Literals and registries in a type."""
     if get_origin(annotation) is Literal:
         return list(get_args(annotation))
     if hasattr(annotation, "__metadata__"):

@@ -1,4 +1,4 @@
-"""Tables of what can be chosen by name; plugins add rows to them."""
+"""Tables of choices by name; plugins add rows to them."""
 
 import importlib
 import json
@@ -12,13 +12,13 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Rows by name. As the annotation of a key, it accepts the names that are registered."""
+    """Rows by name. As an annotation of a key, it accepts only registered names."""
 
     def __init__(self, noun: str, rows: Mapping[str, T] | None = None) -> None:
         self._noun, self._rows = noun, dict(rows or {})
 
     def register(self, name: str, row: T) -> None:
-        """Adds a row; ValueError where the name has another one."""
+        """Adds a row; ValueError if the name has another one."""
         if self._rows.setdefault(name, row) != row:
             raise ValueError(
                 f"another {self._noun} is already registered as {json.dumps(name)}; "
@@ -50,7 +50,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
 
 def load(path: str) -> Callable[..., Any]:
-    """Imports "module:function"; ValueError where there is no such function."""
+    """Imports "module:function"; ValueError if there is no such function."""
     module, _, name = path.partition(":")
     function: Callable[..., Any] | None = getattr(importlib.import_module(module), name, None)
     if function is None:
@@ -59,8 +59,9 @@ def load(path: str) -> Callable[..., Any]:
 
 
 SOURCES: Registry[str] = Registry("data source")
-"""Prefix of data.dataset, as "s3" of "s3://...", or suffix of data.dataset_path, as ".zarr" ->
-"module:function" of ([data], [validation] or a table of data.sources) -> data.plugin_source."""
+"""Prefix of data.dataset ("s3" for "s3://...") or suffix of data.dataset_path (".zarr") ->
+"module:function", which gets [data], [validation] or a table of data.sources, and returns a
+data.plugin_source.PluginSource."""
 
 SINKS: Registry[str] = Registry(
     "metric sink",
@@ -71,4 +72,4 @@ SINKS: Registry[str] = Registry(
         "wandb": "titan_lite.metrics.sinks:open_wandb",
     },
 )
-"""Name -> "module:function" of (metrics.sinks.Destination) -> metrics.sinks.Sink."""
+"""Name -> "module:function", which gets a metrics.sinks.Destination and returns a Sink."""

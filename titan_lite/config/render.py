@@ -1,4 +1,4 @@
-"""A configuration written out: as TOML with the origin of each value, and as a JSON schema."""
+"""Writes a configuration as TOML with the origin of each value, its JSON schema, and its manual."""
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -14,17 +14,17 @@ from titan_lite.config.registry import Registry
 from titan_lite.config.schema import TAGGED, Config
 from titan_lite.config.section import Section
 
-# The newest draft that the TOML language servers (Taplo, Even Better TOML) read.
+# The newest draft that TOML language servers (Taplo, Even Better TOML) support.
 SCHEMA_DRAFT = "http://json-schema.org/draft-07/schema#"
 
 
 def to_toml(
     loaded: LoadedConfig, resolved: Mapping[str, Any] | None = None, num_params: str | None = None
 ) -> str:
-    """Every key with its value and, as an aligned comment, its origin; loads back to the same.
+    """Formats every key with its value and, as a comment, its origin; loads to the same values.
 
-    resolved: the value of each key of [model] that is left to the flavor, as comments.
-    num_params: of the model, in words, another comment.
+    resolved: values of the keys in [model] that the flavor sets, which become comments.
+    num_params: number of parameters in words, for another comment.
     """
     rows: list[tuple[str, str]] = []
     for section, fields in FIELDS.items():
@@ -49,7 +49,7 @@ def to_toml(
             rows.append((line, loaded.origins[f"{section}.{key}"]))
         if section == "model" and num_params is not None:
             rows.append((f"# parameters: {num_params}", ""))
-    # A long value pushes its own comment, not everybody's.
+    # Long values must not move the comments of all other lines.
     width = max(len(line) for line, _ in rows if len(line) <= 50)
     return "\n".join(f"{line:<{width}}  # {origin}" if origin else line for line, origin in rows)
 
@@ -60,9 +60,9 @@ def _inline(tables: list[dict[str, Any]]) -> str:
 
 
 def json_schema(flavors: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """The schema of a TOML file, for editors: sections inlined, no null (TOML has none).
+    """Returns the schema of a TOML file for editors: sections inlined, no null (TOML has none).
 
-    flavors: names of each model family's. Plugins, or those of a base file, may add others.
+    flavors: names by model family. Plugins, also those of a base file, may add others.
     """
     schema = Config.model_json_schema()
     sections = schema.pop("$defs")
@@ -120,13 +120,13 @@ def json_schema(flavors: Mapping[str, Sequence[str]]) -> dict[str, Any]:
 
 
 def _offer(field: dict[str, Any], names: list[str]) -> None:
-    """Has an editor offer names; "then" refuses others, where these are all there are."""
+    """Makes an editor suggest names, without rejecting others."""
     del field["type"]
     field["anyOf"] = [{"enum": names}, {"type": "string"}]
 
 
 def to_markdown() -> str:
-    """A page on every key: the values that it takes, its default, what it does and needs."""
+    """Returns a page on every key: possible values, default, description and conditions."""
     wrap = TextWrapper(
         120, "- ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
     )
@@ -163,7 +163,7 @@ def _needs_in_words(table: str, key: str) -> str:
 
 
 def _state_needs(table: str, schema: dict[str, Any]) -> None:
-    """Adds to a table's schema what its keys need, and refuses keys of another variant."""
+    """Adds the conditions of keys to a table's schema, and rejects keys of other variants."""
     for key, field in schema["properties"].items():
         field["description"] += _needs_in_words(table, key)
         for need in needs_of(SECTIONS[table], key, FIELDS[table][key]):

@@ -21,12 +21,12 @@ from titan_lite.config.schema import Config, Documents, LRScheduler
 
 # Steps at the end of a period that the profiler records (profiling.profile_freq).
 PROFILED_STEPS = 3
-# The largest decay of a moment in bfloat16: a change of 1 % per step is larger than the rounding.
+# The largest decay of a moment in bfloat16: changes of 1 % per step are larger than the rounding.
 MAX_ROUNDED_BETA = 0.99
 
 
 def config_rules(config: Config, dims: ParallelDims | None) -> Iterator[SettingError]:
-    """Broken rules between keys; without degrees, those that hold for any."""
+    """Yields all broken rules; without dims, only of the rules that do not depend on them."""
     yield from _single(config)
     yield from _documents(config)
     yield from parallel_rules(config, dims)
@@ -64,7 +64,7 @@ def _single(config: Config) -> Iterator[SettingError]:
 
 
 def _rounded_moments(section: Optimizer) -> Iterator[SettingError]:
-    """Moments whose change in a step is lost to the 8 bits of bfloat16."""
+    """Checks that changes of moments per step are larger than the rounding of bfloat16."""
     if isinstance(section, AdamOptimizer) and section.state_dtype == "bfloat16":
         for key in ("beta1", "beta2"):
             if (beta := getattr(section, key)) > MAX_ROUNDED_BETA:
@@ -107,7 +107,7 @@ def _decay(section: LRScheduler, steps: int) -> Iterator[SettingError]:
 
 
 def _groups(section: Optimizer) -> Iterator[SettingError]:
-    """Algorithms of optimizer.groups that the optimizer does not have."""
+    """Checks that the optimizer has the algorithms in optimizer.groups."""
     for number, group in enumerate(section.groups, start=1):
         if group.algorithm and group.algorithm not in section.ALGORITHMS:
             hint = "remove algorithm"
@@ -123,7 +123,7 @@ def _groups(section: Optimizer) -> Iterator[SettingError]:
 def _wandb_problem() -> str:
     """The reason why Weights & Biases cannot be used here, or ""."""
     spec = importlib.util.find_spec("wandb")
-    # A folder of that name, as wandb itself leaves behind, looks like a package without a file.
+    # A folder named wandb, such as wandb itself creates, looks like a package without a file.
     if spec is None or spec.origin is None:
         return "true requires the package wandb, which is not installed: pip install wandb"
     offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
@@ -188,7 +188,7 @@ def _checkpoint(config: Config) -> Iterator[SettingError]:
 
 
 def _documents(config: Config) -> Iterator[SettingError]:
-    """The documents of training and of validation."""
+    """Rules of the documents for training and validation."""
     data, validation = config.data, config.validation
     mixed_or_files = "data.dataset_path" if data.dataset_path else "data.sources"
     if (
@@ -218,7 +218,7 @@ def _documents(config: Config) -> Iterator[SettingError]:
 
 
 def file_rules(config: Config) -> Iterator[SettingError]:
-    """Paths that must exist, or must not, where the run is started."""
+    """Yields broken rules about paths that must, or must not, exist on this machine."""
     paths = [(f"{name}.dataset_path", getattr(config, name)) for name in ("data", "validation")]
     paths += [
         (f"data.sources.{source.name}.dataset_path", source) for source in config.data.sources
@@ -228,10 +228,9 @@ def file_rules(config: Config) -> Iterator[SettingError]:
         # os.path.exists: unlike Path's, it returns False for a name that is too long for a file.
         dataset = os.path.expanduser(path)  # noqa: PTH111
         exists = os.path.exists(dataset)  # noqa: PTH110
-        # A pattern of folders below folders is left to the search for files. Path.glob refuses
-        # absolute patterns.
+        # The search for files checks patterns with **. Path.glob rejects absolute patterns.
         exists = exists or "**" in Path(dataset).parts or bool(glob.glob(dataset))  # noqa: PTH207
-        # Megatron names a pair of files by what their names share.
+        # The path of a pair of Megatron files is their common name, without suffix.
         if dataset and not (exists or os.path.exists(f"{dataset}.idx")):  # noqa: PTH110
             yield SettingError(key, _missing("file", path, key))
     checkpoint = config.checkpoint
@@ -255,7 +254,7 @@ def file_rules(config: Config) -> Iterator[SettingError]:
         yield SettingError("job.dump_folder", wrong)
     if checkpoint.enable:
         also_wrong = _unwritable(dump_folder / os.path.expanduser(checkpoint.folder))  # noqa: PTH111
-        # One below the run's folder cannot be written for the same reason.
+        # A folder below the run's folder is wrong for the same reason.
         if also_wrong not in ("", wrong):
             yield SettingError("checkpoint.folder", also_wrong)
 

@@ -1,4 +1,4 @@
-"""Pipeline schedules as rows of facts, from which stages, rules and the planner follow."""
+"""Pipeline schedules as data, which the code for stages, the rules and the planner read."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -10,21 +10,21 @@ TORCH = "torch.distributed.pipelining.schedules"
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineSchedule:
-    """One order in which ranks work on micro-batches."""
+    """A pipeline schedule: an order in which ranks compute micro-batches."""
 
     build: str
-    """Class of the schedule, "module:class", called as those of torch.distributed.pipelining."""
+    """"module:class" with the interface of the schedules in torch.distributed.pipelining."""
     stages_per_rank: int | None = 1
     """Stages of each rank; None: parallel.pp_stages_per_rank."""
     is_v: bool = False
-    """The first rank has the first and the last stage, and so on inwards; else rank r has stages r,
-    r + pp, ..."""
+    """True: the first rank has the first and the last stage, and so on inwards. False: rank r has
+    stages r, r + pp, ..."""
     splits_backward: bool = False
     """The gradients of a stage's inputs are computed before those of its weights."""
     min_per_rank: int = 0
-    """Smallest number of micro-batches, as a multiple of the ranks; 0: one is enough."""
+    """Smallest number of micro-batches per pipeline rank; 0: one micro-batch is enough."""
     multiple_of_ranks: bool = False
-    """The number of micro-batches is a multiple of the ranks."""
+    """The number of micro-batches must be a multiple of the ranks."""
 
 
 SCHEDULES: Registry[PipelineSchedule] = Registry(
@@ -60,7 +60,7 @@ SCHEDULES: Registry[PipelineSchedule] = Registry(
 
 
 class Looped(Collection[str]):
-    """Names of the schedules whose stages per rank can be chosen, those of plugins included."""
+    """Names of the schedules with a configurable number of stages per rank, including plugins'."""
 
     def __contains__(self, name: object) -> bool:
         """Returns whether it is one of them."""

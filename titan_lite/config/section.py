@@ -1,4 +1,4 @@
-"""The base of every table, and the types of numbers that keys of several tables have."""
+"""The base of every table, and types of numbers that several tables use."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""Warnings about settings without effect, or that waste work: a sentence for each."""
+"""Warnings about settings that have no effect, or that waste work."""
 
 import logging
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ def log_warnings(
 ) -> None:
     """Logs a sentence for each setting that has no effect, or wastes work, in this run.
 
-    objective: what the model's family learns. attention_dropout: the model's.
+    objective: objective of the model's family. attention_dropout: that of the model.
     """
     for warning in (
         *_wasteful(loaded.config, dims),
@@ -91,7 +91,7 @@ def _uncompiled(config: Config, attention_dropout: float) -> Iterator[str]:
 def _without_effect(loaded: LoadedConfig, dims: ParallelDims, objective: str) -> Iterator[str]:
     """Keys that were set but have no effect because of another key or the layout."""
     config = loaded.config
-    # Parts that do not follow are taken from the documents of the buffer, shuffled or not.
+    # Random second texts come from the documents of the buffer, even without shuffling.
     makes_pairs = objective == "masked_lm" and config.masked_lm.next_sentence
     reasons = {
         f"{table}.{key}": need.unmet(config, table)
@@ -106,7 +106,7 @@ def _without_effect(loaded: LoadedConfig, dims: ParallelDims, objective: str) ->
 
 
 def _by_layout(config: Config, dims: ParallelDims) -> Iterator[tuple[str, str]]:
-    """Keys that the numbers of a run switch off, and why."""
+    """Yields keys that have no effect in this layout, and the reason."""
     training, key = config.training, "parallel.gradient_sync"
     at_once = training.local_batch_size * dims.batch
     if dims.fsdp * dims.dp_replicate == 1:

@@ -1,4 +1,4 @@
-"""A configuration as run.json and manifests store it, maybe written by an older version."""
+"""Reads configurations in run.json and manifests, which an older version may have written."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from titan_lite.config.schema import Model
 
 
 def setting(config: Mapping[str, Any], key: str) -> Any:
-    """The value of section.key; an older version that lacks the key had its default."""
+    """The value of section.key; the default if an older version did not have the key."""
     section, _, name = key.partition(".")
     return config.get(section, {}).get(name, FIELDS[section][name].default)
 
@@ -30,7 +30,7 @@ def global_batch_size(config: Mapping[str, Any], mesh: Mapping[str, int]) -> int
 
 
 def words(value: Any) -> str:
-    """A value as TOML writes it, also one that TOML does not have."""
+    """Formats a value like TOML, including values that TOML does not have."""
     if isinstance(value, dict):
         return f"{{{', '.join(f'{key} = {words(part)}' for key, part in value.items())}}}"
     return "not set" if value is None else literal(value)

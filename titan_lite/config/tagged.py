@@ -1,4 +1,4 @@
-"""Tables whose keys depend on one of them, the tag: a section for each of its values."""
+"""Tables whose keys depend on the value of one key, the tag: each value has a section."""
 
 from collections.abc import Mapping
 from copy import copy
@@ -13,9 +13,9 @@ S = TypeVar("S", bound=Section)
 
 
 class TaggedTable(Generic[S]):
-    """Variants of the section `base` by their default of the key `tag`; the first is the default.
+    """Variants of the section `base`, by their default of the key `tag`; the first is the default.
 
-    fields: the keys of all variants; a key that some of them lack needs one of the others.
+    fields: the keys of all variants; a key that only some variants have gets a condition.
     """
 
     def __init__(self, tag: str, base: type[S]) -> None:
@@ -29,7 +29,7 @@ class TaggedTable(Generic[S]):
         fields = dict(self.base.model_fields)
         for section in self.variants.values():
             fields |= {k: v for k, v in section.model_fields.items() if k not in fields}
-        # In place: FIELDS holds it.
+        # In place, because FIELDS refers to it.
         self.fields.clear()
         self.fields.update({key: self._merged(key, field) for key, field in fields.items()})
 
@@ -44,7 +44,7 @@ class TaggedTable(Generic[S]):
         return merged
 
     def json_schema(self) -> dict[str, Any]:
-        """The schema of a table with the keys of all variants."""
+        """Returns the schema of a table with the keys of all variants."""
         schemas = [section.model_json_schema() for section in self.variants.values()]
         properties: dict[str, Any] = {}
         for schema in schemas:
@@ -58,7 +58,7 @@ class TaggedTable(Generic[S]):
         return schema
 
     def changed(self, section: S, values: Mapping[str, Any]) -> S:
-        """A section with other values of the right types; another variant has its own defaults."""
+        """Returns a section with other, valid values; another variant has its own defaults."""
         tag = getattr(section, self.tag)
         if values.get(self.tag, tag) == tag:
             return section.model_copy(update=values)
@@ -66,18 +66,18 @@ class TaggedTable(Generic[S]):
         return self.variants[values[self.tag]].model_validate({**common, **values})
 
     def tag_of(self, table: Any) -> str | None:
-        """Returns the tag of a table's variant, if it has one of those that there are."""
+        """Returns the tag of a table; None if it is not that of a variant."""
         if not isinstance(table, dict):
             return None
         tag = table.get(self.tag, self.fields[self.tag].default)
         return tag if isinstance(tag, str) and tag in self.variants else None
 
     def foreign_keys(self, tag: str) -> set[str]:
-        """The keys that only other variants have."""
+        """Returns the keys that only other variants have."""
         return self.fields.keys() - self.variants[tag].model_fields.keys()
 
     def validate(self, table: Any) -> Any:
-        """Makes a table the section of its variant; the base lacks its tag where there is none."""
+        """Validates a table by its variant; without one, returns {}, which the base rejects."""
         if not isinstance(table, dict):
             return table
         tag = self.tag_of(table)

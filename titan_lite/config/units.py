@@ -1,4 +1,4 @@
-"""Sizes, rates and durations as texts that stay readable for small and for large values."""
+"""Formats sizes, rates and durations readably, from very small to very large values."""
 
 import math
 import re
@@ -11,9 +11,9 @@ PREFIXES = {
 
 
 def format_scaled(value: float, unit: str, base: Literal[1000, 1024] = 1000) -> str:
-    """Three digits in the multiple of a unit that fits: 1234567 "B" as 1.23 MB."""
+    """Formats three digits with the fitting prefix of a unit: 1234567 "B" as 1.23 MB."""
     power, prefixes = 0, PREFIXES[base]
-    # As rounded: 999,999 B are 1.00 MB.
+    # Compares the rounded value: 999,999 B are 1.00 MB.
     while _rounded(value) >= base and power + 1 < len(prefixes):
         value, power = value / base, power + 1
     decimals = 0 if power == 0 else max(2 - math.floor(math.log10(_rounded(value))), 0)
@@ -25,10 +25,10 @@ def _rounded(value: float) -> float:
 
 
 def format_number(value: float, form: str) -> str:
-    """The value in a format for ordinary ones, ".2f"; in another where that leaves too little.
+    """Formats a value with `form`, such as ".2f", unless that shows too few or too many digits.
 
-    A value of which the format would leave fewer than two digits keeps two, as 0.0012 in ".1f";
-    one of ten million or more keeps four where the format has decimals.
+    If fewer than two digits would remain, shows two, such as 0.0012 for ".1f". From ten million,
+    shows four if the format has decimals.
     """
     text, width = f"{value:{form}}", int(re.sub(r"\D.*", "", form) or 0)
     digits = re.sub(r"\D", "", text).lstrip("0")
@@ -40,7 +40,7 @@ def format_number(value: float, form: str) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Hours, minutes and seconds as h:mm:ss; hours grow beyond a day."""
+    """Formats seconds as h:mm:ss; hours may exceed 24."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from titan_lite.config.schema import BalanceKind, FFNKind, NormKind, PositionKind, ScoreKind
 
-# One multiple in every layout, so that a checkpoint does not depend on parallel.tp.
+# The same multiple in every layout, so that a checkpoint does not depend on parallel.tp.
 VOCAB_MULTIPLE = 128
 
 
@@ -17,7 +17,7 @@ def pad_vocab_size(vocab_size: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Llama 3.1's stretching of the low rotary frequencies.
+    """Llama 3.1's scaling of the low rotary frequencies.
 
     Wavelengths (in tokens) above original_max_seq_len / low_freq_factor are multiplied by
     `factor`, those below original_max_seq_len / high_freq_factor are kept, those between are
@@ -38,7 +38,7 @@ class DecoderArgs:
     """
 
     causal: ClassVar[bool] = True
-    """A token sees those before it alone."""
+    """A token attends only to itself and earlier tokens."""
     dim: int
     num_layers: int
     num_heads: int
@@ -47,7 +47,7 @@ class DecoderArgs:
     vocab_size: int
     max_seq_len: int
     head_dim: int | None = None
-    """None: dim / num_heads; `head_size` is what heads have."""
+    """None: dim / num_heads; `head_size` is the resolved value."""
     ffn: FFNKind = "swiglu"
     norm: NormKind = "rmsnorm"
     norm_eps: float = 1e-5
@@ -61,7 +61,7 @@ class DecoderArgs:
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     fp32_residual: bool = False
-    """Blocks add to a residual stream in float32, whatever they compute in."""
+    """The residual stream is float32, whatever the dtype of the blocks."""
     hidden_dropout: float = 0.0
     """Dropout of embeddings, and of the outputs of attention and feed-forward."""
     attention_dropout: float = 0.0
@@ -70,17 +70,17 @@ class DecoderArgs:
     """The output projection multiplies by the embedding table."""
 
     def of_block(self, index: int) -> "DecoderArgs":
-        """Returns the numbers of one block."""
+        """Returns the args of one block."""
         return self
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and of the head; those past vocab_size stay zero."""
+        """Rows of the embedding and of the head; those after vocab_size stay zero."""
         return pad_vocab_size(self.vocab_size)
 
     @property
     def has_dropout(self) -> bool:
-        """Returns whether any dropout is on."""
+        """True if the model has any dropout."""
         return max(self.hidden_dropout, self.attention_dropout) > 0
 
     @property
@@ -118,27 +118,27 @@ class MoEArgs(DecoderArgs):
     balance_coeff: float = 1e-3
     z_loss_coeff: float = 0.0
     route_bias: bool = False
-    """The choice of experts adds a bias, which no gradient changes, to their scores."""
+    """A bias without gradient is added to the scores for the choice of experts."""
     bias_rate: float = 0.0
-    """How much a step changes the bias."""
+    """Change of the bias per step."""
     score: ScoreKind = "softmax"
-    """The experts' scores: a softmax of the logits, or the sigmoid of each."""
+    """Scores of the experts: softmax of the logits, or sigmoid of each."""
     groups: int = 1
-    """Groups of equally many experts, neighbours, of which a token goes to those with the largest
-    sum of two scores."""
+    """Number of equal groups of consecutive experts. A token goes to the groups with the largest
+    sums of their two best scores."""
     kept_groups: int = 1
-    """Groups that a token may go to."""
+    """Number of groups that a token goes to."""
     route_scale: float = 1.0
     """Factor of the weights of a token's experts."""
     shared_experts: int = 0
-    """Experts of all tokens, added to those that the router chooses."""
+    """Experts that every token uses, in addition to those that the router chooses."""
     dense_layers: int = 0
-    """The first blocks, whose feed-forwards are not experts, but dense."""
+    """Number of first blocks with a dense feed-forward instead of experts."""
     dense_dim: int = 0
-    """Width of these."""
+    """Width of the dense feed-forwards."""
 
     def of_block(self, index: int) -> DecoderArgs:
-        """Returns the numbers of one block; a dense one has no experts."""
+        """Returns the args of one block; a dense one has no experts."""
         if index >= self.dense_layers:
             return self
         return replace(self, num_experts=0, ffn_dim=self.dense_dim)
@@ -152,9 +152,9 @@ class LatentArgs(MoEArgs):
     """
 
     q_rank: int | None = None
-    """Width of the vector that queries are projected from; None: the model's."""
+    """Width of the vector from which queries are projected; None: that of the model."""
     kv_rank: int
-    """Width of the vector that keys and values are projected from."""
+    """Width of the vector from which keys and values are projected."""
     nope_dim: int
     rope_dim: int
     v_dim: int
@@ -162,7 +162,7 @@ class LatentArgs(MoEArgs):
 
     @property
     def head_size(self) -> int:
-        """Features of one query, or key."""
+        """Features of one query or key."""
         return self.nope_dim + self.rope_dim
 
     @property
@@ -189,5 +189,5 @@ class EncoderArgs(DecoderArgs):
     num_token_types: int = 2
     """Rows of the embedding of token types (first or second text of a pair)."""
     post_norm: bool = False
-    """Blocks normalise after they add to the residual stream, the embeddings are normalised, and
-    there is no final norm: the original BERT. Otherwise blocks are those of a decoder."""
+    """True for the original BERT: norms follow each sum, the embeddings are normalized, and there
+    is not a final norm. False: blocks are those of a decoder."""

@@ -4,8 +4,8 @@ Sources. Original: arXiv:1810.04805 and Hugging Face's BertForPreTraining, which
 each sum. Megatron: arXiv:1909.08053, section 5.3, which moves the norms before attention and
 feed-forward and adds a final one; its flavors are those of the BERT-base and BERT-large that NeMo
 trained on a 64,000-token vocabulary with a table of 2,048 positions and LayerNorm epsilon 1e-5.
-Both predict masked tokens through a transform and the tied embedding with a separate bias, and
-whether the second text follows the first. Both train with dropout of 0.1.
+Both predict masked tokens, by a transform and the tied embedding with a separate bias, and whether
+the second text follows the first. Both train with dropout 0.1.
 """
 
 from dataclasses import replace

@@ -2,8 +2,8 @@
 
 Sources: arXiv:2412.19437, arXiv:2502.16982 and, at huggingface.co, the config.json of
 deepseek-ai/DeepSeek-V3-Base and moonshotai/Moonlight-16B-A3B. V3 was trained on 4,096 tokens; the
-YaRN scaling of its file is for longer ones. Multi-token prediction, another block of 14 billion
-parameters behind V3's last one, is left out.
+YaRN scaling in its file is for longer sequences. Multi-token prediction, an additional block of 14
+billion parameters after V3's last one, is left out.
 """
 
 from dataclasses import replace

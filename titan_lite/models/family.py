@@ -27,8 +27,8 @@ class Family:
     objective: Literal["causal_lm", "masked_lm"] = "causal_lm"
     """Training objective: the next token, or masked tokens and next-sentence prediction."""
     hf_config: HFConfig | None = None
-    """Its form in config.json; None: transformers has no such model."""
+    """How its args are written in config.json; None: transformers has no such model."""
     hf_layouts: Mapping[str, HFLayout] = field(default_factory=dict)
-    """Hugging Face's parameter names -> how they are stored, where not as ours."""
+    """Hugging Face parameter name -> its layout, if that differs from ours."""
     hf_ignored: tuple[str, ...] = ()
     """Tensors in Hugging Face files that are not parameters."""

@@ -59,7 +59,7 @@ class HFConfig:
     """Keys with the only value that this family supports, which is also transformers' default."""
 
     def matches_architecture(self, architectures: Collection[str]) -> bool:
-        """Returns whether the `architectures` of a config.json name it."""
+        """Returns True if the `architectures` of a config.json include this class."""
         return not {self.architecture, *self.aliases}.isdisjoint(architectures)
 
 
@@ -127,7 +127,7 @@ def hf_config_from_args(
     eos_id: int | None = None,
     pad_id: int | None = None,
 ) -> dict[str, Any]:
-    """Returns a model's config.json; dtype: as torch spells it; ids: None without tokenizer."""
+    """Returns a model's config.json. dtype: its name in torch. ids: None without a tokenizer."""
     config: dict[str, Any] = {
         "architectures": [hf.architecture],
         "model_type": hf.model_type,
@@ -135,9 +135,9 @@ def hf_config_from_args(
         **hf.constants,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
-        # Its embedding gets no gradient in transformers; without the key, BERT's token 0.
+        # This embedding gets no gradient in transformers; BERT's default is token 0.
         "pad_token_id": pad_id,
-        # transformers 5 calls it dtype, and reads both.
+        # transformers 5 writes it as dtype, but reads both.
         "torch_dtype": dtype,
     }
     if args.rope_scaling is not None:
@@ -178,7 +178,7 @@ def _to_hf(value: Any, key: str, hf: HFConfig) -> Any:
 
 
 def _value(args: DecoderArgs, name: str) -> Any:
-    """The field of the args, which for head_dim may come from other fields."""
+    """Returns a field of the args, with head_dim resolved."""
     return args.head_size if name == "head_dim" else getattr(args, name)
 
 
@@ -195,7 +195,7 @@ def _look_up(config: Mapping[str, Any], key: str, hf: HFConfig) -> Any:
 
 
 def _flatten_rope(config: Mapping[str, Any], hf: HFConfig) -> Mapping[str, Any]:
-    """transformers 4's spelling of the rotary embedding, from transformers 5's."""
+    """Converts the rotary keys of transformers 5 to those of transformers 4."""
     rope = dict(config.get("rope_parameters") or {})
     if not rope:
         return config

@@ -3,8 +3,8 @@
 Sources: 7B: InternLM's configs/7B_sft.py and its training code (Wqkv and the output projection have
 biases, the feed-forward and the head none), RMSNorm epsilon 1e-5 in training. 20B: the config.json
 of huggingface.co/internlm/internlm-20b, which has no biases ("bias": false). Hugging Face's
-InternLMForCausalLM names and computes what LlamaForCausalLM with attention_bias does, and that is
-what its weights are written as.
+InternLMForCausalLM has the same names and computation as LlamaForCausalLM with attention_bias, so
+weights are exported for that class.
 """
 
 from dataclasses import replace

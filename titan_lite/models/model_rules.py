@@ -12,7 +12,7 @@ from titan_lite.models.family import Family
 from titan_lite.models.hf_config import NO_HF_CONFIG, unsupported_in_hf
 from titan_lite.models.roles import KINDS, MATRIX_KINDS
 
-# Special tokens, and a few of text in each part.
+# Smallest sample of a pair: the special tokens, and a few tokens of text in each part.
 SHORTEST_PAIR = 8
 
 
@@ -176,7 +176,7 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
     for name in ("num_heads", "num_kv_heads", "ffn_dim"):
         size, shown = getattr(args, name), ""
         if name == "ffn_dim" and isinstance(args, MoEArgs):
-            # Experts are not split, but shared ones are, which are one feed-forward together.
+            # Routed experts are not split. Shared experts are: together they are one feed-forward.
             size *= args.shared_experts
             shown = f" x {args.shared_experts} shared experts"
         if size % tp:

@@ -2,8 +2,9 @@
 
 Sources: arXiv:2505.09388 and arXiv:2401.04088, and at huggingface.co the config.json of
 Qwen/Qwen3-30B-A3B-Base and Qwen/Qwen3-235B-A22B, mistralai/Mixtral-8x7B-v0.1 and 8x22B-v0.3. The
-intermediate_size of Qwen's files, a width of dense layers, is that of none. Qwen balances the load
-of the global batch, which is not known before it has been routed: here that of the step before.
+intermediate_size in Qwen's files is for dense layers, of which there are none. Qwen balances the
+load of the global batch, which is not known until all of it is routed; here, the previous step's
+load is used.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Patterns of the model tables: dotted names in which `*` matches inside one part.
+"""Patterns of dotted names, in which `*` matches within one part.
 
 `layers.*.attention.w[qkv]` matches `layers.3.attention.wq`; a `*` never spans a dot.
 """
@@ -8,17 +8,16 @@ from fnmatch import fnmatchcase
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Returns whether a dotted name has the pattern's number of parts and each part matches."""
+    """Returns True if a dotted name has as many parts as the pattern, and each part matches."""
     patterns, parts = pattern.split("."), name.split(".")
     return len(patterns) == len(parts) and all(map(fnmatchcase, parts, patterns))
 
 
 def translate(name: str, table: Mapping[str, str]) -> str:
-    """Translates a name by a table of patterns; each `*` is a whole part, and they keep order.
+    """Translates a name by a table of patterns; each `*` is a whole part, in the same order.
 
-    A `*` of the target beyond those of the source stays: the number of an expert.
-    Used with Family.hf_key_map for our name -> Hugging Face's, and with its inverse for the way
-    back. KeyError where no row matches.
+    An additional `*` in the target stays: it is the number of an expert. Family.hf_key_map maps our
+    names to those of Hugging Face. KeyError if no row matches.
     """
     for source, target in table.items():
         if matches(source, name):

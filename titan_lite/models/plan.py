@@ -1,4 +1,4 @@
-"""The plan of a run, computed once before it starts: settings, mesh, model, batch, folders."""
+"""The plan of a run, computed once before the start: settings, mesh, model, batch, folders."""
 
 import os
 from collections.abc import Sequence
@@ -40,9 +40,9 @@ def make_plan(
 ) -> Plan:
     """Loads a configuration and checks everything that needs no hardware.
 
-    world_size: None: the smallest that the degrees allow. with_files: whether the files that a run
-    reads must be here. Raises ConfigError with all problems of loading, else with every broken
-    rule. Settings without effect are logged as warnings.
+    world_size: None: the smallest that the degrees allow. with_files: check that the files of the
+    run exist. Raises ConfigError with all problems of loading, or else with all broken rules. Logs
+    warnings for settings without effect.
     """
     loaded = load_config(path, overrides)
     config = loaded.config
@@ -67,7 +67,7 @@ def make_plan(
     training = config.training
     micro = training.local_batch_size * dims.batch
     batch = resolve_global_batch(training.global_batch_size, training.local_batch_size, dims.batch)
-    # os.path: leaves a ~user that does not exist, where Path raises.
+    # os.path leaves an unknown ~user unchanged, Path raises.
     folder = Path(os.path.expanduser(config.job.dump_folder))  # noqa: PTH111
     return Plan(
         config=config,

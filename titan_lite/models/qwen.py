@@ -1,13 +1,13 @@
-"""Qwen (version 1), Qwen 2.5 and the dense sizes of Qwen 3: three families, by their form.
+"""Qwen (version 1), Qwen 2.5 and the dense sizes of Qwen 3, as three families.
 
 Sources: the config.json of each base model at huggingface.co/Qwen (Qwen-14B, Qwen2.5-*, Qwen3-*).
-All three are Llamas with other numbers. Qwen has biases on queries, keys and values, one fused
-projection for them at Hugging Face, and prints twice its feed-forward width (27392) in its
-config.json; its long-context tricks (dynamic NTK, log-n attention) act beyond the 2,048 tokens it
-was trained on and are left out. Its hf_config is None: transformers has no such class, only code in
-the models' own folders (trust_remote_code). Qwen 2.5 keeps the biases, with grouped heads, and ties
-the head of its small sizes. Qwen 3 has no biases, normalises each head of queries and keys instead,
-and has heads of 128 features whatever its width (arXiv:2505.09388).
+All three are Llamas with other numbers. Qwen has biases on queries, keys and values, for which
+Hugging Face has one fused projection; its config.json has twice the feed-forward width (27392). Its
+long-context methods (dynamic NTK, log-n attention) only affect sequences of more than the 2,048
+tokens of training, and are left out. Its hf_config is None, because transformers has no such class,
+only code in the models' folders (trust_remote_code). Qwen 2.5 has the biases as well, grouped
+heads, and a tied head in small sizes. Qwen 3 has no biases; it normalizes each head of queries and
+keys, and heads have 128 features for any width (arXiv:2505.09388).
 """
 
 from dataclasses import replace

@@ -46,7 +46,7 @@ def families() -> Mapping[str, Family]:
 def resolve(section: Model) -> tuple[Family, DecoderArgs]:
     """Returns the family and the args of [model], with its overrides applied.
 
-    SettingError names an unknown family, flavor or override and the nearest one that exists.
+    Raises SettingError for an unknown family, flavor or override, with the nearest existing one.
     """
     family = _look_up("model.name", section.name, _FAMILIES)
     args = _look_up("model.flavor", section.flavor, family.flavors)
@@ -64,7 +64,7 @@ def resolve(section: Model) -> tuple[Family, DecoderArgs]:
 def family_of(config: Mapping[str, Any], registered: Mapping[str, Family]) -> Family:
     """Returns the family of a config.json; ValueError for an unknown architecture.
 
-    Of several families of one class it is the first whose constants config.json has.
+    If several families have the class, it is the first whose constants match config.json.
     """
     wanted = config.get("architectures") or []
     known = {
@@ -72,7 +72,7 @@ def family_of(config: Mapping[str, Any], registered: Mapping[str, Family]) -> Fa
         for name, family in registered.items()
         if family.hf_config is not None
     }
-    # Those of plugins come later.
+    # Plugins' families come later.
     matching = [registered[name] for name, hf in known.items() if hf.matches_architecture(wanted)]
     if not matching:
         raise ValueError(

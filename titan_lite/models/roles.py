@@ -1,4 +1,4 @@
-"""The closed set of roles a module can play under tensor parallelism, and the rows of a plan."""
+"""The roles of modules under tensor parallelism, and the rows of a tensor-parallel plan."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,29 +6,29 @@ from typing import Literal
 from titan_lite.models.patterns import matches
 
 Role = Literal[
-    # Embedding table split over the vocabulary; its output leaves split over the sequence.
+    # Embedding table split over the vocabulary; its output is split over the sequence.
     "vocab",
     # Linear split over output features; expects the whole sequence.
     "colwise",
-    # Linear split over input features; its output is summed and leaves split over the sequence.
+    # Linear split over input features; its output is summed, and split over the sequence.
     "rowwise",
-    # Kept whole on every rank, works on its own part of the sequence (norms, small linears).
+    # Whole on every rank; computes the rank's part of the sequence (norms, small linears).
     "sequence",
-    # Kept whole on every rank, computes the same as on the others.
+    # Whole on every rank; all ranks compute the same.
     "whole",
-    # Kept whole on every rank, works on its own heads (norms of queries and keys).
+    # Whole on every rank; computes the rank's heads (norms of queries and keys).
     "heads",
-    # Embedding table kept whole on every rank, looks up its own part of the sequence (positions,
-    # token types).
+    # Embedding table that is whole on every rank; looks up the rank's part of the sequence
+    # (positions, token types).
     "positions",
-    # Has no parameters: gathers its sequence-split input once for its children.
+    # Without parameters: gathers its input, which is split over the sequence, for its children.
     "gather",
-    # Has no parameters: passes on what is the same on every rank, to its own heads or part of the
-    # sequence.
+    # Without parameters: its input is equal on all ranks, and is used by each rank's heads or part
+    # of the sequence, so backward sums gradients over ranks.
     "copy",
-    # Chooses the experts of the tokens of its part of the sequence.
+    # Chooses experts for the tokens of the rank's part of the sequence.
     "router",
-    # Weights of all experts of a block, for tokens of its part of the sequence: never split.
+    # Weights of a block's experts, for tokens of the rank's part of the sequence; never split.
     "expert",
     # Output projection split over the vocabulary; gathers the sequence, the logits stay split.
     "head",
@@ -48,14 +48,14 @@ KINDS: dict[Role, Kind] = {
     "expert": "expert",
 }
 MATRIX_KINDS: tuple[Kind, ...] = ("matrix", "expert", "router")
-"""What Muon steps."""
+"""Kinds that Muon updates."""
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """All modules whose dotted name matches `pattern` (see models/patterns.py) play `role`.
+    """Gives `role` to all modules whose dotted name matches `pattern` (see models/patterns.py).
 
-    kind: of their parameters but biases; None: as KINDS has it, else "vector".
+    kind: kind of their parameters except biases; None: the role's in KINDS, or "vector".
     """
 
     pattern: str
@@ -63,7 +63,7 @@ class PlanRow:
     kind: Kind | None = None
 
     def matches(self, module_name: str) -> bool:
-        """Returns whether this row applies to the module."""
+        """Returns True if this row applies to the module."""
         return matches(self.pattern, module_name)
 
 

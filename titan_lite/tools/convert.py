@@ -1,6 +1,6 @@
-"""`titan-lite convert`: weights between Hugging Face's files and checkpoints, in one process.
+"""`titan-lite convert`: converts between Hugging Face's files and checkpoints, in one process.
 
-What needs torch is imported where it is used: a folder that is refused is refused at once.
+torch is imported only where it is used, so that wrong folders are reported at once.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from titan_lite.models.family import Family
 from titan_lite.models.hf_config import NO_HF_CONFIG, args_from_hf, unsupported_in_hf
 from titan_lite.models.registry import families, family_of, resolve
 
-# Files of a model's folder that make its tokenizer, whatever its kind.
+# Files of a model's folder that belong to its tokenizer, of any kind.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -49,7 +49,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one direction; returns 2 for what cannot be converted."""
+    """Converts in one direction; returns 2 if the source cannot be converted."""
     options = _parser().parse_args(argv)
     source, target = Path(options.source), Path(options.target)
     try:
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _check_source(options: argparse.Namespace, argv: Sequence[str]) -> None:
-    """ValueError with the command that was meant, for a folder of the other kind or place."""
+    """Raises ValueError, with the right command, for swapped or wrong kinds of folders."""
     source, target, direction = Path(options.source), Path(options.target), options.direction
     is_hf, newest = (source / CONFIG_FILE).is_file(), newest_below(source)
     is_checkpoint = (source / MANIFEST_FILE).is_file()
@@ -106,7 +106,7 @@ def _check_source(options: argparse.Namespace, argv: Sequence[str]) -> None:
 
 
 def hf_to_dcp(source: Path, target: Path) -> None:
-    """Writes a checkpoint of the weights in `source`, and prints the [model] that runs them."""
+    """Writes a checkpoint of the weights in `source`, and prints a [model] for them."""
     folder = HFFolder.open(source)
     family = family_of(folder.config, families())
     assert family.hf_config is not None
@@ -160,9 +160,9 @@ def dcp_to_hf(
     allow_mismatch: bool,
     average: bool,
 ) -> None:
-    """Writes the weights of a checkpoint, or their average, as a folder that transformers opens.
+    """Writes the weights of a checkpoint, or their average, to a folder for transformers.
 
-    ValueError for a tokenizer that gives other ids than in training, unless allow_mismatch.
+    Raises ValueError for a tokenizer with other ids than in training, unless allow_mismatch.
     """
     manifest = read_manifest(source)
     section = _model_section_of(source, manifest)
@@ -193,7 +193,7 @@ def dcp_to_hf(
     tokenizer, files = _tokenizer_of(source, manifest, tokenizer_path)
     hf_files = hf_documents(args, family.hf_config, tokenizer, dtype=export.dtype)
     if files:
-        # Of a converted model: copied unchanged.
+        # The files of a converted model are copied unchanged.
         hf_files = {"config.json": hf_files["config.json"], **files}
     elif tokenizer is not None:
         is_other = tokenizer_path is not None and tokenizer.fingerprint != manifest.tokenizer
@@ -225,9 +225,9 @@ def dcp_to_hf(
 
 
 def model_section(family: Family, args: DecoderArgs) -> dict[str, Any]:
-    """The [model] that resolves to `args`: the nearest flavor, and what it has otherwise.
+    """Returns a [model] that resolves to `args`: the nearest flavor, with overrides.
 
-    ValueError if no flavor is close enough for [model] to set the rest.
+    Raises ValueError if [model] cannot override all differences from any flavor.
     """
     assert family.hf_config is not None
     stored = [*family.hf_config.keys, "rope_scaling"]
@@ -256,7 +256,7 @@ def model_section(family: Family, args: DecoderArgs) -> dict[str, Any]:
 
 
 def _model_section_of(source: Path, manifest: CheckpointManifest) -> Model:
-    """The model section that a checkpoint was saved with."""
+    """Returns the [model] with which a checkpoint was saved."""
     try:
         return stored_model(manifest.config)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -264,7 +264,7 @@ def _model_section_of(source: Path, manifest: CheckpointManifest) -> Model:
 
 
 def _data_of(manifest: CheckpointManifest) -> Data | None:
-    """Data section of a checkpoint's run, where this version knows its keys."""
+    """Returns the [data] of a checkpoint's run; None if this version does not know its keys."""
     try:
         return Data(**manifest.config["data"])
     except (KeyError, ValueError):
@@ -274,9 +274,9 @@ def _data_of(manifest: CheckpointManifest) -> Data | None:
 def _tokenizer_of(
     source: Path, manifest: CheckpointManifest, given: str | None
 ) -> tuple[Tokenizer | None, dict[str, bytes]]:
-    """The tokenizer of a checkpoint, if it has one, and its files where the checkpoint keeps them.
+    """Returns the tokenizer of a checkpoint, if there is one, and its files if they are stored.
 
-    given: the path of another one to take.
+    given: path of another tokenizer, which replaces it.
     """
     kept = source / TOKENIZER_FOLDER
     if given is None and kept.is_dir():
@@ -298,7 +298,7 @@ def _tokenizer_of(
 def _difference(
     source: Path, manifest: CheckpointManifest, tokenizer: Tokenizer, path: str | None
 ) -> str:
-    """The difference of a tokenizer from that of a checkpoint's training, "" if there is none."""
+    """Describes the difference of a tokenizer from that of training; "" if there is none."""
     if manifest.tokenizer in ("", tokenizer.fingerprint):
         return ""
     return (
@@ -308,13 +308,13 @@ def _difference(
 
 
 def _read_files(folder: Path) -> dict[str, bytes]:
-    """Contents of the tokenizer's files in a folder, by name."""
+    """Returns the contents of the tokenizer's files in a folder, by name."""
     names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     return {name: (folder / name).read_bytes() for name in names}
 
 
 def _fingerprint(folder: Path) -> str:
-    """That of the tokenizer in a folder; empty where there is none that can be read here."""
+    """Returns the fingerprint of a folder's tokenizer; "" if it has none that can be read."""
     if not files_in(folder):
         return ""
     try:
@@ -394,7 +394,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _bytes(text: str) -> int:
-    """ "5GB" as a number."""
+    """Parses a size such as "5GB"."""
     match = re.fullmatch(r"(\d+)\s*([KMG]B|)", text.upper())
     if match is None or int(match[1]) == 0:
         raise argparse.ArgumentTypeError(f'expected a size as "5GB" or "200MB", got {text!r}')
