@@ -34,7 +34,7 @@ from titan_lite.nn.moe import GroupedSwiGLU
 from titan_lite.planner.counts import num_inactive_params, num_params
 
 CONFIG = "train_configs/debug_moe.toml"
-# Of [model], that a dense Qwen 3 has as well.
+# Keys of [model] that a dense Qwen 3 has as well.
 SHARED = ("dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "max_seq_len")
 
 

@@ -57,7 +57,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {"fsdp 4": (), "fsdp 2 x tp 2": ("--parall
 PROCESSES = 4
 
 STEPS = 100
-# Of `curves`. Adjusted as AdamW's, Muon's rates are of the same size.
+# Learning rates of `curves`. Muon's are adjusted to AdamW's, so both have the same range.
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 SEEDS = (1, 2, 3)
 SETTINGS = (

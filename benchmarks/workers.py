@@ -38,7 +38,7 @@ class Group:
                 f"{nproc} processes need {nproc} GPUs, and there are {gpus}; "
                 "with CUDA_VISIBLE_DEVICES= all is measured on the CPU"
             )
-        # What is forked after CUDA was so much as looked for may not be able to use it.
+        # A process that is forked after a check for CUDA may not be able to use CUDA.
         context: Any = multiprocessing.get_context("spawn" if on_gpu else "forkserver")
         if not on_gpu:
             context.set_forkserver_preload(PRELOADED)

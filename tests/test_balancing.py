@@ -99,6 +99,6 @@ def test_dense_first_blocks_are_not_in_the_metrics_of_experts() -> None:
     assert record["moe/unused_experts_per_layer"] == [0, 6, 7]
     assert record["moe/load_max_per_layer"] == [1, 4, 8]
     assert record["moe/unused_experts"] == 13
-    # Of 2 ranks the first has all tokens of the last two blocks.
+    # The first of 2 ranks has all tokens of the last two blocks.
     assert record["moe/rank_load_max"] == 2
     assert record["moe/entropy"] == pytest.approx((1 + 1 / 3 + 0) / 3)

@@ -43,7 +43,7 @@ from titan_lite.training.preflight import fitting_tokenizer
 
 ROOT = Path(__file__).parent.parent
 DEBUG = "train_configs/debug.toml"
-# What a benchmark sets itself, and a batch for one process only.
+# Keys that a benchmark sets itself, and a batch that is only valid for one process.
 LEFT_OUT = ("--training.steps=", "--metrics.", "--training.global_batch_size=")
 TINY_MODEL = [override for override in TINY if not override.startswith(LEFT_OUT)]
 TINY_MODEL.append("--metrics.peak_tflops=1.0")
@@ -146,7 +146,7 @@ def test_a_variant_alone_needs_no_second_side(tmp_path: Path) -> None:
         (["--vs", DEBUG, "--b.training.stpes=3"], 'did you mean "training.steps"?'),
         (["--vs", "no.toml"], "b: titan-lite: 1 problem in the configuration\n  no.toml: no such"),
         (["--a.parallel.tp=3"], "a: titan-lite: "),
-        # What only the Trainer can find out.
+        # An error that only the Trainer can find.
         (["--float8.recipe=rowwise"], "a: titan-lite: 1 problem in the configuration\n  float8.r"),
     ],
 )

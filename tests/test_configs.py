@@ -15,7 +15,7 @@ from titan_lite.planner.counts import num_params
 FOLDER = Path(__file__).parent.parent / "train_configs"
 PRESETS = sorted(FOLDER.glob("*.toml"))
 PAGE = FOLDER.parent / "docs/published_runs.md"
-# Of published rows: preset, world size, overrides.
+# Commands of published rows: preset, world size, overrides.
 ROWS = re.findall(
     r"^titan-lite config train_configs/(\S+) --world-size (\d+)(.*)$",
     PAGE.read_text(),

@@ -27,7 +27,7 @@ from titan_lite.planner.hardware import DEVICES, find_by_short_name
 
 TRAIN_CONFIGS = Path(__file__).parent.parent / "train_configs"
 PRESETS = {path.stem: path for path in sorted(TRAIN_CONFIGS.glob("*.toml"))}
-# Of the several steps of a real run, one is measured that is not logged.
+# In a real run of several steps, one that is not logged is measured.
 STEP = ("--metrics.log_freq=10", "--training.param_dtype=bfloat16", "--training.seq_len=256")
 SHARE = "--training.local_batch_size=4"
 # FSDP units inside blocks are gathered and freed across them.

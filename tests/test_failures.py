@@ -54,7 +54,7 @@ NUMERIC = ("step", "loss", "grad_norm", "lr", "tokens")
 
 
 LAUNCHER = ("./run_train.sh",)
-# What it starts, without the seconds that it looks at the configuration before.
+# The same processes as from run_train.sh, without the seconds of its check of the configuration.
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 TORCHRUN += ("-m", "titan_lite.train", "train_configs/debug.toml")
 
@@ -197,7 +197,7 @@ def test_a_folder_of_checkpoints_that_another_run_has_or_nobody_can_is_refused(
         ConfigError, match=r"checkpoint\.folder .* cannot be created: .*file\" is a f"
     ):
         build_trainer(tmp_path / "second", settings[0], nowhere)
-    # What the refused run held is free, and a run does not stand in its own way.
+    # The refused run has released its lock, and a run does not lock itself out.
     FolderLock(tmp_path / "second").release()
     for folder in (tmp_path / "own", tmp_path / "own" / "checkpoint"):
         own = (f"--checkpoint.folder={folder}", "--checkpoint.enable=true")

@@ -25,7 +25,7 @@ from titan_lite.regression.run_training import run_training
 from titan_lite.runtime.log import is_first_to_print
 
 ROOT = Path(__file__).parent.parent
-# Of coreutils: what the scripts use. A slim container has these, bash and Python.
+# Commands of coreutils that the scripts use. A slim container has these, bash and Python.
 COREUTILS = "cat cksum cp dirname env mkdir mktemp readlink rm touch uname"
 
 
@@ -167,7 +167,7 @@ def test_help_explains_the_variables_and_wrong_counts_are_refused() -> None:
     assert launch("--schema").returncode == 2
 
 
-# What a launcher sets.
+# Variables that a launcher sets.
 LAUNCHED = {
     "RANK": "0",
     "LOCAL_RANK": "0",
@@ -783,7 +783,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
         ("end(0)", 0, ""),
         ("end(75)", 75, ""),
         ("end(143 if rank else 75)", 143, ""),
-        # What one knows is not hidden by what its end does to the other.
+        # A rank's message must not be hidden by the failure that its end causes in the other.
         ("if rank: print('a mistake'); end(2)\nwait_for('1 is there'); end(1)", 2, "a mistake\n"),
         (f"if rank: end(3)\n{SLEEP}", 1, ""),
         (

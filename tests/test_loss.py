@@ -236,7 +236,7 @@ def test_selected_rows_are_cut_into_chunks_of_the_size_that_all_would_have() -> 
         cross_entropy_sum(
             hidden, weight, labels=labels, labelled_indices=indices, num_chunks=4, vocab_size=50
         )
-    # Of 14 tokens, chunks of 4: these 5 need two, each with a matmul for logits and one for hidden.
+    # 14 tokens give chunks of 4. These 5 need two, each with matmuls for logits and for hidden.
     products = [event for event in profiler.events() if event.name == "aten::mm"]
     assert len(products) == 4
     nothing = cross_entropy_sum(

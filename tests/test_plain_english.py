@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 RULES = tomllib.loads((ROOT / "tests/plain_english.toml").read_text(encoding="utf-8"))
 WORDS = [(re.compile(rule["words"], re.IGNORECASE), rule) for rule in RULES["rule"]]
 NAMES = RULES["names"]
-DOCSTRING_START = re.compile(RULES["docstring_start"])
+STARTS = {kind: re.compile(RULES[f"{kind}_start"]) for kind in ("docstring", "comment")}
 COMMENT = re.compile(r"(?:^|\s)#+ ?(.*)$")
 
 
@@ -92,13 +92,15 @@ def hits(text: str, suffix: str) -> list[str]:
     if suffix == ".toml":
         return [hit for comment in comments(text) for hit in hits_in_prose(comment)]
     tree = ast.parse(text)
-    found = [hit for part in (*comments(text), *strings(tree)) for hit in hits_in_prose(part)]
-    for docstring in docstrings(tree):
-        if match := DOCSTRING_START.match(docstring):
-            line = docstring.splitlines()[0]
-            found.append(f"a docstring starts with {match[0]!r}: '{line}'; use a verb or a noun")
-    found += [f"the name {name!r}: {NAMES[name]}" for name in names(tree) if name in NAMES]
-    return found
+    lines = [hit for part in (*comments(text), *strings(tree)) for hit in hits_in_prose(part)]
+    parts = [("docstring", part) for part in docstrings(tree)]
+    parts += [("comment", part) for part in comments(text)]
+    for kind, part in parts:
+        if match := STARTS[kind].match(part):
+            line = part.splitlines()[0]
+            lines.append(f"a {kind} starts with {match[0]!r}: '{line}'; use a verb or a noun")
+    lines += [f"the name {name!r}: {NAMES[name]}" for name in names(tree) if name in NAMES]
+    return lines
 
 
 @cache
@@ -146,6 +148,8 @@ def test_exempt_files_exist_and_every_rule_has_a_reason() -> None:
         ("x = f'{y} begins {z}'", ".py", "'begins'"),
         ("x = ('broken '\n'off')", ".py", "'broken off'"),
         ("class A:\n    x: int\n    'What it is.'", ".py", "a docstring starts with 'What'"),
+        ("# Of each rank.\nx = 1", ".py", "a comment starts with 'Of'"),
+        ("x = 1  # a number\ny = 2  # Often more", ".py", None),
         ("def f(found): ...", ".py", "the name 'found'"),
         ("# It is no layer.", ".py", "'is no '"),
         ("# There is no layer; it is no longer one.", ".py", None),

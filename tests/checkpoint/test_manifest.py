@@ -95,7 +95,7 @@ DAMAGES = {
     r"step-8/manifest.json is damaged: TypeError": lambda folder: (
         folder / "manifest.json"
     ).write_text("[]"),
-    # Of the size that it had.
+    # The size stays the same.
     r"step-8/run_state.json is damaged: its checksum is": lambda folder: flip_a_bit(
         folder / "run_state.json", 3
     ),

@@ -100,7 +100,7 @@ def test_another_run_begins_with_the_weights_or_goes_on(
         step: sum(file.stat().st_size for file in (checkpoints / f"step-{step}").iterdir())
         for step in (2, 4)
     }
-    # Of 4 bytes a parameter, and 8 of the optimizer.
+    # 4 bytes per parameter, and 8 of the optimizer.
     assert size[2] / size[4] == pytest.approx(6, rel=0.2)
 
     initial = (f"--checkpoint.initial_load_path={checkpoints}/step-4", "--training.seed=1")

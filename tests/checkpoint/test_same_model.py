@@ -164,7 +164,7 @@ def test_the_manifest_holds_the_model_whatever_becomes_of_its_flavor(
     error = " ".join(capsys.readouterr().err.split())
     assert "num_kv_heads is 2, not 4" in error
     assert "rope_scaling is not set, not {factor = 8, low_freq_factor = 1, " in error
-    # Of an older version, which had no such field.
+    # A manifest of an older version, which did not have this field.
     del facts["rope_scaling"], facts["num_kv_heads"], facts["head_dim"]
     facts |= {"num_kv_heads": 2, "head_dim": 16}
     write_manifest(checkpoint, replace(read_manifest(checkpoint), model=facts))

@@ -126,7 +126,7 @@ def test_transformers_gives_the_ids_of_training(
         tmp_path / "hf", split_special_tokens=True
     )
     expected = [local.encode(text, bos=True, eos=False) for text in SPECIAL]
-    # Of Hugging Face's, unigram finds them as pieces, where training cuts the text.
+    # Hugging Face's unigram model finds them as pieces; training cuts the text there.
     if kind != "unigram":
         assert reference(SPECIAL).input_ids == expected
     assert (reference.bos_token_id, reference.eos_token_id) == (local.bos_id, local.eos_id)

@@ -63,7 +63,7 @@ def test_15_of_100_tokens_are_predicted_of_which_80_are_masked_and_10_replaced(b
     kept = batch.inputs[is_label] == batch.labels[is_label]
     assert masked.float().mean() == pytest.approx(0.8, abs=0.02)
     assert kept.float().mean() == pytest.approx(0.1, abs=0.02)
-    # What replaces a token is any other token of text.
+    # Any other token of text can replace a token.
     replaced = batch.inputs[is_label][~masked & ~kept]
     assert len(replaced.unique()) > 400
     assert replaced.max() < CLS
@@ -110,7 +110,7 @@ def test_a_script_without_spaces_is_hidden_in_the_same_share(tmp_path):
 def test_one_in_ten_samples_is_short_and_of_any_length():
     none, every = (batch_of(MaskedLM(short_seq_prob=p)) for p in (0.0, 1.0))
     lengths = {name: (b.documents == 0).sum(1) for name, b in (("none", none), ("every", every))}
-    # What is shorter is the end of a document, or comes from a short one.
+    # Shorter samples are ends of documents, or come from short ones.
     assert (lengths["none"] == SEQ_LEN).float().mean() > 0.85
     assert lengths["every"].float().mean() == pytest.approx(SEQ_LEN / 2, abs=6)
     assert {5, 6, 7} & set(lengths["every"].tolist())

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("wandb") is None, reason="the extra wandb is not installed"
 )
 TOKEN = "0123456789abcdef0123456789abcdef01234567"
-# Of a file of records, LevelDB's log format; https://github.com/google/leveldb doc/log_format.md.
+# Files of records have LevelDB's log format; https://github.com/google/leveldb doc/log_format.md.
 BLOCK, FULL, LAST = 32768, 1, 4
 
 

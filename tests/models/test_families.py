@@ -66,14 +66,14 @@ PARAMETERS = {
     ("megatron_bert", "base"): 137_030_658,
     ("megatron_bert", "large"): 372_113_922,
 }
-# Of a token's experts, and of all else; billions on the model cards.
+# Parameters of a token's experts and outside of experts; billions on the model cards.
 ACTIVE = {
     ("qwen3_moe", "30b-a3b"): (3_353_032_704, 3.3),
     ("qwen3_moe", "235b-a22b"): (22_190_763_520, 22),
     ("mixtral", "8x7b"): (12_879_925_248, 12.9),
     ("mixtral", "8x22b"): (39_161_468_928, 39),
     ("deepseek_v3", "671b"): (37_552_282_624, 37),
-    # Of Moonlight 2.24 are published, without embedding and head.
+    # Moonlight's published 2.24 billion exclude embedding and head.
     ("deepseek_v3", "moonlight-16b-a3b"): (2_914_774_528, 2.24 + 2 * 2048 * 163_840 / 1e9),
 }
 # Billions on the model cards: all parameters, and those of neither embedding nor head.

@@ -424,7 +424,7 @@ def test_what_a_masked_language_model_cannot_make_samples_of_is_refused(
     bert = ["--model.name=bert", "--masked_lm.next_sentence=true", "--model.attention_dropout=0"]
     short = [*bert, "--training.seq_len=512"]
     make_plan(None, short, world_size=1)
-    # Of the keys that were set, the error names the one that bert restricts.
+    # The error names the key that bert restricts, not another one that was set.
     key, _, _ = setting.partition("=")
     assert problems([*short, f"--{setting}"]) == [(key, "command line", message)]
 

@@ -205,7 +205,7 @@ def test_the_kernel_is_told_the_longest_document_rounded_up_to_a_power_of_two(
     numbers_BS = torch.tensor([np.repeat(range(len(lengths)), lengths).tolist()])
     (spans,) = document_spans(numbers_BS, torch.arange(sum(lengths)))
     assert (spans.max_queries, spans.max_keys) == (longest, longest)
-    # Of the last rank's part, a document has as many queries only as are in it.
+    # In the last rank's part, a document has only the queries of that part.
     (spans,) = document_spans(numbers_BS, torch.arange(sum(lengths))[-16:])
     assert (spans.max_queries, spans.max_keys) == (128, longest)
 

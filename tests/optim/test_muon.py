@@ -388,7 +388,7 @@ EVERYTHING = set(MATRICES)
 CAUGHT_BY = {
     "nothing": set(),
     "shards orthogonalized by themselves": EVERYTHING - {"layers.0.experts"} | {"sent"},
-    # Of rows that were split the longer side may be the same.
+    # A split of rows may leave the longer side the same.
     "learning rate adjusted by the shard's shape": {
         "layers.0.attention.wo.weight",
         "layers.1.w1.weight",

@@ -420,7 +420,7 @@ HOLES = (
     Hole(2, ("float8.recipe=rowwise_gw_hp", *GATHERED[1:])),
 )
 
-# What every family must have been trained with, in one row or another.
+# Features with which every family must be trained, in any row.
 FEATURES: dict[str, Callable[[Config, ParallelDims], bool]] = {
     "FSDP": lambda _, dims: dims.dp_shard * dims.cp > 1,
     "HSDP": lambda _, dims: dims.dp_replicate > 1,

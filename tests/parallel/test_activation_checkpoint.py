@@ -241,8 +241,8 @@ def assert_near_gradients(got: dict[str, Any], wanted: dict[str, Any]) -> None:
         )
 
 
-# What is saved and what is computed again is decided before inductor, by the partitioner; that
-# inductor's graphs train the same model under MODES of the matrix: test_matrix.py.
+# The partitioner, which runs before inductor, decides what is saved and recomputed. test_matrix.py
+# shows that inductor's graphs train the same model in all modes.
 PARTITIONED = partial(one_backward, backend="aot_eager")
 FOUR_BLOCKS = f"--model.num_layers={BLOCKS}"
 LAYOUTS = {
@@ -346,7 +346,7 @@ def test_the_compiler_keeps_to_the_memory_budget(one_process: Workers, tmp_path:
     assert_near_gradients(by_inductor, plain)
 
 
-# What is refused, warned about and reported.
+# Errors, warnings and reports.
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def _train_fused(folder: Path, *overrides: str) -> Any:
         # Into attention and feed-forward, and in backward into their output projections; out of
         # both. Backward's scatter sums of several matmuls (of q, k and v): not fused.
         ("llama", 4, 2),
-        # Of attention alone: experts take the tokens of a rank's part of the sequence.
+        # Only in attention: experts work on the rank's part of the sequence.
         ("qwen3_moe", 2, 1),
     ],
 )

@@ -258,7 +258,7 @@ def _flops(method: str) -> int:
 
 
 @pytest.mark.distributed
-# What "ulysses" calls is torch's own.
+# "ulysses" calls torch's own operators, whose FLOPs torch counts.
 @pytest.mark.parametrize("method", ["ring", "all_gather"])
 def test_torch_counts_an_even_share_of_the_flops_on_each_rank(
     method: str, workers: dict[int, Workers]

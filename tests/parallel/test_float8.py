@@ -289,7 +289,7 @@ def test_tensor_parallel_gathers_in_float8_for_linears_in_it_only(
     assert gathers(recipe="rowwise") == set()
 
 
-# What they compute.
+# Results of the converted linears.
 
 
 @pytest.fixture(scope="module")
@@ -459,7 +459,7 @@ def test_rowwise_recipes_round_alike_in_forward_and_recomputation() -> None:
         assert inductor.emulate_precision_casts
 
 
-# What travels.
+# Communication.
 
 
 class Wire(TorchDispatchMode):

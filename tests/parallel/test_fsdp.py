@@ -110,7 +110,7 @@ def test_by_default_weights_stay_gathered_at_degree_1_and_in_pipelines(
     overrides: list[str],
     wholes: list[bool],
 ) -> None:
-    # Of the first rank: in a pipeline's last stage backward follows forward at once, after which
+    # Only the first rank: in a pipeline's last stage, backward follows forward at once, after which
     # torch's schedules free nothing before the last micro-batch.
     assert workers[num_processes].run(_is_whole_at_start, tmp_path, *overrides)[0] == wholes
 
@@ -293,7 +293,8 @@ def test_gathers_and_reductions_are_from_symmetric_memory(
     records, memory, is_reported = workers[2].run(_from_symmetric_memory, tmp_path / "symm")[0]
     assert is_reported
     assert memory.backends == {"NCCL"}
-    # Of each step, embeddings, 2 blocks and the head: a gathered unit; in and out of a reduction.
+    # Each step registers, for embeddings, 2 blocks and head, a gathered unit, and input and output
+    # of a reduction.
     assert len(memory.registered) >= 2 * 4 * 3
     for key in ("loss", "grad_norm"):
         assert [r[key] for r in records] == [r[key] for r in expected]

@@ -315,7 +315,7 @@ def test_every_shipped_cluster_predicts_a_step(path: Path) -> None:
     cluster = find_cluster(path.stem)
     assert cluster.source
     assert 0 < seconds(job(), cluster) < 1000
-    # Of devices without a peak in float32 that of another format.
+    # Devices without a float32 peak use that of another format.
     assert seconds(job("--training.param_dtype=float32"), cluster) >= seconds(job(), cluster)
 
 
@@ -514,7 +514,7 @@ def test_experts_take_the_time_of_those_of_a_token_and_the_memory_of_all() -> No
         dense, args=dataclasses.replace(dense.args, num_heads=32, num_kv_heads=4)
     )
     parts = [StepModel(H100, now).predict(now).parts for now in (few, many, dense)]
-    # Of many experts each has few rows, which fill the tiles of a product less.
+    # With many experts, each has few rows, which fill the tiles of a matmul less.
     assert parts[0]["matmul"] < parts[1]["matmul"] < 1.3 * parts[0]["matmul"]
     assert parts[0]["matmul"] == pytest.approx(parts[2]["matmul"], rel=0.15)
     assert parts[1]["optimizer"] > 3 * parts[0]["optimizer"]

@@ -34,7 +34,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPat
 
 def test_gpus_are_those_that_torch_can_use(machine: pytest.MonkeyPatch) -> None:
     assert count_gpus() == 2
-    # What this selects is for CUDA to know: the first only, since -1 ends the list.
+    # CUDA decides what this selects: only the first, because -1 ends the list.
     machine.setenv("CUDA_VISIBLE_DEVICES", "0,-1,1")
     machine.setattr(torch.cuda, "device_count", lambda: 1)
     assert count_gpus() == 1

@@ -72,7 +72,7 @@ def test_there_and_back_every_bit_is_the_same(
     printed = capsys.readouterr().out
     count = sum(parameter.numel() for parameter in reference.parameters())
     assert f"LlamaForCausalLM, {count:,} parameters in bfloat16" in printed
-    # What it prints is a configuration that runs this model.
+    # It prints a configuration that runs this model.
     (tmp_path / "run.toml").write_text(printed[printed.index("[model]") :])
     assert resolve(load_config(tmp_path / "run.toml").config.model) == (LLAMA, args)
 
@@ -254,7 +254,7 @@ def test_files_as_google_wrote_them_are_read(tmp_path: Path) -> None:
     config = transformers.BertConfig(**given, intermediate_size=48, vocab_size=160)
     reference = transformers.BertForPreTraining(config)
     reference.save_pretrained(tmp_path / "huggingface")
-    # Of no class that has both heads, names of TensorFlow, a second bias, a buffer.
+    # A class without both heads, TensorFlow's names, a second bias, a buffer.
     described = json.loads((tmp_path / "huggingface" / "config.json").read_text())
     described["architectures"] = ["BertForMaskedLM"]
     (tmp_path / "huggingface" / "config.json").write_text(json.dumps(described))

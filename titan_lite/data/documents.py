@@ -50,7 +50,7 @@ def document_of(row: dict[str, Any], kind: Kind, text_field: str, tokens_field: 
         row = _parsed(text)
     if tokens_field:
         return _tokens(row, tokens_field)
-    # Of columns only the field is read; the others are None.
+    # In rows of columns, only the chosen field is read; the others are None.
     if text_field not in row and row.get(TOKENS_FIELD) is not None:
         return _tokens(row, TOKENS_FIELD)
     return _text(row, text_field)

@@ -116,7 +116,7 @@ GPT_NEOX = Family(
         names={
             "hidden_act": {
                 "gelu": "gelu",
-                # Of the 20B's files.
+                # Names in the 20B's files.
                 "gelu_fast": "gelu_tanh",
                 "gelu_new": "gelu_tanh",
                 "gelu_pytorch_tanh": "gelu_tanh",

@@ -179,7 +179,7 @@ def check_same_model(start: Start, plan: Plan) -> None:
         for name in section.allow_model_changes:
             different.pop(name, None)
         for name in IMPLIED_BY_WEIGHTS if section.exclude_from_loading else ():
-            # Whether the other weights fit is checked by their names and shapes.
+            # Loading compares the names and shapes of the other weights.
             different.pop(name, None)
         for name in TUNABLE:
             if pair := different.pop(name, None):
