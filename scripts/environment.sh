@@ -2,9 +2,9 @@
 #   use_environment base   what training needs
 #   use_environment dev    and what lint, types and tests need
 # An active environment that has titan_lite is used as it is. Otherwise .venv is made next to this
-# file's folder (in ~/.cache/titan_lite where that cannot be written), from constraints.txt, and left
-# alone until pyproject.toml or constraints.txt changes, or a GPU appears where the CPU build of torch
-# was installed. Needs nothing but bash, coreutils and Python.
+# file's folder (in ~/.cache/titan_lite if that folder is read-only), from constraints.txt. It is updated
+# only if pyproject.toml or constraints.txt changes, or if a GPU appears after the CPU build of torch was
+# installed. Needs nothing but bash, coreutils and Python.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." >/dev/null && pwd)
 VENV=$ROOT/.venv
@@ -108,7 +108,7 @@ version_of() {
     "$1" -c 'import sys; print(sys.version)' 2>/dev/null || true
 }
 
-# An environment that is there is kept, whatever PYTHON is: so it must run, and be of the same version.
+# Checks that an existing environment runs, and that PYTHON, if set, is of the version it was made with.
 check_venv() {
     local python=$VENV/bin/python there chosen
     if ! [ -e "$python" ] && ! [ -L "$python" ]; then

@@ -67,18 +67,19 @@ failed=0
 stage ceilings 60 benchmarks.ceilings "${sizes[@]}" --output "$OUTPUT/ceilings.json"
 stage attention 60 benchmarks.attention "${shapes[@]}" --output "$OUTPUT/attention.json"
 stage features 240 benchmarks.features "${tiny[@]}" "${runs[@]}" --output "$OUTPUT/features.json"
-# The options in pyproject.toml ask for plugins that such a machine may not have.
+# addopts is emptied: the options in pyproject.toml need pytest plugins that a rented machine may not have.
 mapfile -t tests < <(grep -rl --include='*.py' pytest.mark.gpu tests)
 stage tests 150 pytest -q -o addopts= -m gpu "${tests[@]}" --junitxml "$OUTPUT/tests.xml"
 stage first 150 benchmarks.step benchmarks/configs/llama3_8b.toml --profile --rounds 3 "${rounds[@]}" \
     "${eight[@]}" --compile.enable=true "${tiny[@]}" --output "$OUTPUT/first.json"
 stage 1b 735 benchmarks.h200 --only 1b --limit 600 "${suite[@]}" "${rounds[@]}" "${tiny[@]}" \
     --output "$OUTPUT/1b.json"
-# Eight layers with 32,768 tokens: of the whole 8B on one GPU, 16 % is what no cluster pays.
+# Eight layers with 32,768 tokens: all of 8B on one GPU would spend 16 % of its time on work that GPUs of
+# a cluster do not have.
 stage 8b 570 benchmarks.h200 --only 8b "${suite[@]}" "${rounds[@]}" "${eight[@]}" "${tiny[@]}" \
     --output "$OUTPUT/8b.json"
 if [ -d "$TORCHTITAN/torchtitan" ]; then
-    # Both at once: one sequence each.
+    # Both models are in the GPU's memory at once, so each has one sequence.
     stage torchtitan 400 benchmarks.beside_torchtitan benchmarks/configs/llama3_8b.toml \
         --packages "$TORCHTITAN" --nproc 1 --dtypes bfloat16 --modes compile --rounds 3 "${rounds[@]}" \
         "${eight[@]}" --training.local_batch_size=1 "${tiny[@]}" --output "$OUTPUT/torchtitan.json"
