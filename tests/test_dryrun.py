@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import PRELOADED, Workers
+from tests.distributed import GUARD, PRELOADED, Workers
 from tests.runs import TINY, splits_backward
 from titan_lite import cli
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import load_config
 from titan_lite.dryrun import run
-from titan_lite.dryrun.repeat import NotRepeatableError
 from titan_lite.models.plan import make_plan
 from titan_lite.nn.build_model import build_model
 from titan_lite.planner.hardware import DEVICES, find_by_short_name
@@ -405,7 +404,7 @@ class Unequal:
 
     def __call__(self, _plan: Any, place: tuple[int, int, int], *, repeats: bool) -> Any:
         if repeats:
-            raise NotRepeatableError("two passes differ")
+            raise run.NotRepeatableError("two passes differ")
         return place
 
 
@@ -415,6 +414,13 @@ def test_a_model_whose_blocks_do_different_things_is_run_as_a_whole(
     monkeypatch.setattr(run, "_quiet_dry_run", Unequal())
     places: Any = run.dry_runs(make_plan(None, [NO_FILE], 2), [1])
     assert places == [(1, 1, 1)]
+
+
+def test_blocks_that_cannot_be_repeated_do_not_end_the_worker_of_a_pool(fresh: Pool) -> None:
+    world_size, settings = LAYOUTS[RUN_AS_A_WHOLE]
+    dry = fresh.apply_async(_dry, (None, world_size, 0, (*TINY, *STEP, *settings)))
+    with pytest.raises(run.NotRepeatableError):
+        dry.get(GUARD)
 
 
 class Deadly:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from titan_lite.dryrun.recorder import PeakMemory, Recorder
-from titan_lite.dryrun.repeat import NotRepeatableError, repeat_blocks
+from titan_lite.dryrun.repeat import NotRepeatable, repeat_blocks
 
 BLOCKS = 7
 
@@ -85,12 +85,12 @@ def test_few_blocks_run_and_all_are_counted(kind: type[Block]) -> None:
 
 
 def test_what_a_block_keeps_cannot_be_repeated() -> None:
-    with pytest.raises(NotRepeatableError, match="outlive"):
+    with pytest.raises(NotRepeatable, match="outlive"):
         step(Hoarder, repeats=True)
 
 
 def test_blocks_that_do_different_things_are_noticed() -> None:
-    with pytest.raises(NotRepeatableError, match="two passes differ"):
+    with pytest.raises(NotRepeatable, match="two passes differ"):
         step(Growing, repeats=True)
 
 

@@ -30,7 +30,7 @@ Place = tuple[Hashable, ...]
 """Position of a pass; passes with the same place must be equal."""
 
 
-class NotRepeatableError(BaseException):
+class NotRepeatable(BaseException):
     """Blocks that look equal behave differently, or a block's behaviour cannot be repeated.
 
     A BaseException, because torch's pipelines wrap Exceptions.
@@ -56,7 +56,7 @@ class Pass:
 def repeat_blocks(recorder: Recorder, stages: Iterable[Iterable[nn.Module]]) -> None:
     """Makes the next step run only some of the blocks. stages: blocks of each stage, in order.
 
-    The step raises NotRepeatableError if blocks cannot be repeated.
+    The step raises NotRepeatable if blocks cannot be repeated.
     """
     passes: dict[Place, Pass] = {}
     rows = itertools.count()
@@ -139,7 +139,7 @@ class _Repeater:
     def repeat(self, place: Place, allocations: dict[Name, Allocation]) -> Tensor:
         """Repeats the record of a place, and makes the tensors that outlive the pass."""
         if place not in self.passes:
-            raise NotRepeatableError(f"no block ran for {place}")
+            raise NotRepeatable(f"no block ran for {place}")
         known = self.passes[place]
         parameters = list(self.block.parameters())
         returned: Tensor | None = None
@@ -175,7 +175,7 @@ class _Repeater:
         for allocation, change in recorded.changes:
             if allocation not in names:
                 if allocation in moment.live:
-                    raise NotRepeatableError(f"{place} frees what is not its own")
+                    raise NotRepeatable(f"{place} frees what is not its own")
                 names[allocation] = len(names)
             changes.append((names[allocation], allocation.category, change))
         owners: dict[Name, int | None] = {}
@@ -188,23 +188,23 @@ class _Repeater:
                 continue
             name = names[storage]
             if name in owners or [n for n, _, _ in changes].count(name) != 1:
-                raise NotRepeatableError(f"{place} makes a tensor in several steps")
+                raise NotRepeatable(f"{place} makes a tensor in several steps")
             owners[name], makers[name] = owner, _maker(tensor, storage.bytes)
         learned = Pass(changes, owners, makers, recorded.flops, recorded.counts, recorded.bytes)
         if self.passes.setdefault(place, learned) != learned:
-            raise NotRepeatableError(f"two passes differ at {place}")
+            raise NotRepeatable(f"two passes differ at {place}")
         return learned
 
     @staticmethod
     def _check_freed(forward: Pass, backward: Pass) -> None:
-        """Raises NotRepeatableError if an allocation without an owner is not freed."""
+        """Raises NotRepeatable if an allocation without an owner is not freed."""
         left: Counter[Name] = Counter()
         for name, _, change in (*forward.changes, *backward.changes):
             left[name] += change
         kept = {**forward.owners, **backward.owners}
         for name, size in left.items():
             if isinstance(name, int) and (size != 0) != (name in kept):
-                raise NotRepeatableError(f"{size} bytes of a block outlive it")
+                raise NotRepeatable(f"{size} bytes of a block outlive it")
 
 
 class _Repeated(torch.autograd.Function):
@@ -232,6 +232,6 @@ def _maker(tensor: Tensor, size: int) -> Callable[[], Tensor]:
             local(), mesh, placements, run_check=False, shape=shape, stride=stride
         )
     if tensor.nbytes != size:
-        raise NotRepeatableError("a block makes a view of something larger")
+        raise NotRepeatable("a block makes a view of something larger")
     shape, stride, dtype = tensor.shape, tensor.stride(), tensor.dtype
     return lambda: torch.empty_strided(shape, stride, dtype=dtype)

@@ -23,7 +23,7 @@ from titan_lite.data.loader import Batch
 from titan_lite.dryrun.gpu_kernels import gpu_kernels
 from titan_lite.dryrun.measure import Measured, measure_step, recorder
 from titan_lite.dryrun.rank_progress import RankProgress
-from titan_lite.dryrun.repeat import NotRepeatableError, repeat_blocks
+from titan_lite.dryrun.repeat import NotRepeatable, repeat_blocks
 from titan_lite.dryrun.torch_private import FakeTensorMode, fake_world
 from titan_lite.models.args import MoEArgs
 from titan_lite.models.plan import Plan
@@ -36,6 +36,10 @@ from titan_lite.runtime.parent import MAYBE_OUT_OF_MEMORY, end_with_parent
 from titan_lite.training.meta_model import build_checked_model, check_float8, pipeline_stages
 from titan_lite.training.objective import OBJECTIVES, Objective
 from titan_lite.training.setup import BuiltTraining, build_training
+
+
+class NotRepeatableError(Exception):
+    """Running some of the equal blocks does not tell what all of them do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,8 +124,12 @@ def dry_run(
         def take_step() -> None:
             built.step([next(batches) for _ in range(plan.micro_steps)], lr=0.0)
 
-        with fake, kernels:
-            measured = measure_step(built, take_step, record)
+        try:
+            with fake, kernels:
+                measured = measure_step(built, take_step, record)
+        except NotRepeatable as error:
+            # A multiprocessing.Pool would wait forever for a worker that raises a BaseException.
+            raise NotRepeatableError(str(error)) from None
     dims, parallel = plan.dims, plan.config.parallel
     place = dims.coordinates(rank)
     stages = local_stages(parallel, place["pp"]) if dims.pp > 1 else [0]
