@@ -1,5 +1,6 @@
 """Loading: layers, origins, and what each mistake is called."""
 
+import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -337,6 +338,14 @@ def test_names_that_no_file_can_have_are_problems_too() -> None:
     assert "cannot be read: File name too long" in the_problem(f'extends = "{"x" * 300}"')[2]
     Path("loop.toml").symlink_to("loop.toml")
     assert "cannot be read: Too many levels" in the_problem('extends = "loop.toml"')[2]
+
+
+def test_a_pipe_is_refused_and_not_waited_for() -> None:
+    os.mkfifo("pipe.toml")
+    message = "cannot be read: it must be a regular file, because several processes read it"
+    assert message in the_problem('extends = "pipe.toml"')[2]
+    with pytest.raises(ConfigError, match=f"pipe.toml: {message}"):
+        load_config("pipe.toml")
 
 
 def test_a_problem_stays_on_one_line_of_bearable_length() -> None:

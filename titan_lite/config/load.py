@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import stat
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -139,15 +140,19 @@ def _read_layers(name: str, chain: list[str], problems: list[Problem]) -> list[t
 
 def _read_toml(name: str, chain: list[str], problems: list[Problem]) -> Tables | None:
     """Returns the tables of a TOML file; None, with a problem of the file that names it."""
+    path = Path(name)
     try:
-        text = Path(name).read_bytes().decode("utf-8-sig")
+        # A pipe can be read only once, and opening one may wait forever.
+        if stat.S_IFMT(path.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+            raise ValueError("it must be a regular file, because several processes read it")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         byte = error.object[error.start]
         problems.append(Problem("", name, f"not UTF-8 text: byte 0x{byte:02x} in line {line}"))
         return None
     except (OSError, ValueError) as error:
-        reason = _unreadable(Path(name), error)
+        reason = _unreadable(path, error)
         if chain:
             problems.append(Problem("extends", chain[-1], f"base file {quote(name)}: {reason}"))
         else:
