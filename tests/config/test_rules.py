@@ -425,6 +425,8 @@ def test_a_path_of_documents_is_literal_before_it_is_a_glob(
     assert check("data.dataset_path=~/*.txt")
     (problem,) = broken("data.dataset_path=part[1].txt")
     assert problem.key == "data.dataset_path"
+    (problem,) = broken("data.dataset_path={part,other}*.txt")
+    assert '"{part,other}*.txt"; {a,b} is not expanded: use *, ? or [ab], or' in problem.message
 
 
 def test_rules_without_degrees_hold_where_the_world_size_does_not_divide() -> None:

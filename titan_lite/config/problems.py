@@ -191,6 +191,12 @@ def how_to_fetch(given: str, key: str) -> str:
     )
 
 
+def brace_hint(given: str) -> str:
+    """'; {a,b} is not expanded ...' for a path with alternatives as shells expand them."""
+    is_given = re.search(r"\{[^{}]*,[^{}]*\}", given)
+    return "; {a,b} is not expanded: use *, ? or [ab], or [[data.sources]]" if is_given else ""
+
+
 def one_of(words: Sequence[str]) -> str:
     """Joins words as an alternative: a, b or c."""
     return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))

@@ -11,6 +11,7 @@ from titan_lite.config.optimizers import EIGHT_BITS, AdamOptimizer, Optimizer
 from titan_lite.config.parallel_rules import parallel_rules
 from titan_lite.config.problems import (
     SettingError,
+    brace_hint,
     how_to_fetch,
     literal,
     near_file,
@@ -262,6 +263,7 @@ def file_rules(config: Config) -> Iterator[SettingError]:
 def _missing(what: str, given: str, key: str) -> str:
     fetch = how_to_fetch(given, key)
     near = "" if "://" in given else near_file(Path(os.path.expanduser(given)))  # noqa: PTH111
+    near = brace_hint(given) or near
     return f"no such {what}: {quote(given)}{near}{fetch}"
 
 

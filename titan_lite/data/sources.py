@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from titan_lite.config.problems import (
     SettingError,
+    brace_hint,
     did_you_mean,
     errors_for,
     how_to_fetch,
@@ -161,8 +162,8 @@ def _saved_split(choice: Choice) -> Source:
 def _local_files(choice: Choice, path: Path | None = None) -> Source:
     files = find_files(path or choice.path, choice.setting)
     if not files:
-        fetch = how_to_fetch(choice.name, choice.key)
-        raise ValueError(f"{quote(choice.name)} matches no file{fetch}")
+        hint = brace_hint(choice.name) or how_to_fetch(choice.name, choice.key)
+        raise ValueError(f"{quote(choice.name)} matches no file{hint}")
     if choice.skip:
         files = _readable(tuple(files), choice.setting)
     formats = Counter(map(format_of, files))
