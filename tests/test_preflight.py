@@ -62,6 +62,11 @@ WORDS = {"text": "word " * 300}
         ([{"body": "a"}] * 99, (), "line 1: 'text' is not one of its fields"),
         ([{"text": 3}] * 99, (), "line 1: field 'text' is 3, expected text"),
         ([{"text": ""}] * 99, (), "line 1: field 'text' is empty"),
+        (
+            [{"text": "a\ud83d"}] * 99,
+            (),
+            r"line 1: field 'text' has half of a surrogate pair, \ud83d at position 1, which",
+        ),
         (["words"] * 99, (), "line 1: expected a JSON object"),
         ([], (), "has no documents"),
         (

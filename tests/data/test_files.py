@@ -22,6 +22,7 @@ from titan_lite.cli import main
 from titan_lite.config.load import load_config
 from titan_lite.config.schema import Data, DataSource, Validation
 from titan_lite.data import files, formats
+from titan_lite.data.columns import UnreadableError
 from titan_lite.data.file_rows import FileRows
 from titan_lite.data.held_out import resolve_held_out
 from titan_lite.data.sources import resolve_source, resolve_sources
@@ -494,6 +495,26 @@ def test_a_damaged_member_of_a_compressed_file_is_named(
         path.write_bytes(members[0] + damaged)
         message = error_of(data(path, num_streams=1))
         assert message.startswith(f"data.dataset_path: cannot read {path}: ")
+
+
+@pytest.mark.parametrize(
+    "change", [lambda c: c + b'{"text": "new"}\n', lambda c: c[: c.rindex(b"{")]]
+)
+@pytest.mark.parametrize("is_open", [True, False])
+def test_a_file_that_changes_while_a_run_reads_it_is_named(
+    tmp_path: Path, change: Callable[[bytes], bytes], is_open: bool
+) -> None:
+    """Whatever the file is cut to or gets, each of its lines is a document."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(LINES)
+    rows = FileRows([[path]], "text")
+    reading = iter(rows)
+    if is_open:
+        next(reading)
+    path.write_bytes(change(LINES))
+    reason = f"its size changed from {len(LINES):,} to {path.stat().st_size:,} bytes during the run"
+    with pytest.raises(UnreadableError, match=f"cannot read {path}: {reason}"):
+        list(reading)
 
 
 def test_damaged_offsets_of_an_arrow_file_do_not_crash_the_process(tmp_path: Path) -> None:

@@ -403,6 +403,7 @@ BAD = [
     b'{"text": null}',
     b'{"text": ""}',
     b'{"text": "\xe9"}',
+    rb'{"text": "half \ud83d"}',
 ]
 
 

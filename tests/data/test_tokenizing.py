@@ -346,9 +346,9 @@ def test_the_command_writes_says_so_and_verifies(
     command = ["tokenize", f"--data.dataset_path={folder / 'one'}", "--processes=1"]
     assert main([*command, "--data.on_bad_document=skip", f"--output={target}"]) == 0
     written = capsys.readouterr().out
-    assert written.startswith(f"Written to {target}: 30 documents (6 bad ones skipped), ")
+    assert written.startswith(f"Written to {target}: 30 documents (7 bad ones skipped), ")
     assert main(["tokenize", f"--verify={target}"]) == 0
-    assert capsys.readouterr().out.startswith(f"{target} is verified: 30 documents (6 bad ")
+    assert capsys.readouterr().out.startswith(f"{target} is verified: 30 documents (7 bad ")
     shard = target / "00000-00000.arrow"
     content = bytearray(shard.read_bytes())
     content[-70] ^= 1

@@ -176,8 +176,9 @@ class Data(Documents):
     """Several sets of documents, which replace the one that the keys above select. Each has a table
     [[data.sources]] with these keys, a `name` and a `weight`."""
     on_bad_document: Literal["raise", "skip"] = "raise"
-    """Handling of a document that is not JSON or not UTF-8, or whose text is missing, empty or not
-    a string: "raise" ends the run with file and line, "skip" leaves it out and counts it. In
+    """Handling of a document that is not JSON or not UTF-8, or whose text is missing, empty, not a
+    string or not valid Unicode: "raise" ends the run with file and line, "skip" leaves it out and
+    counts it. In
     Parquet, Arrow and datasets by name only the text is checked. "skip" also leaves out, with a
     warning, local .parquet files that cannot be opened; a file that is damaged after its start ends
     the run."""

@@ -85,6 +85,13 @@ def _text(document: dict[str, Any], field: str) -> str:
         raise BadDocument(f"field {field!r} is {text!r:.60}, expected text", key="text_field")
     if not text:
         raise BadDocument(f"field {field!r} is empty", key="text_field")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadDocument(
+            f"field {field!r} has half of a surrogate pair, \\u{ord(text[error.start]):04x} at "
+            f"position {error.start}, which is not a character"
+        ) from None
     return text
 
 

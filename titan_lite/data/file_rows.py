@@ -42,6 +42,7 @@ class FileRows:
         self._files = files[stream::num_streams] if reads_whole_files else files
         self._offset, self._step = (0, 1) if reads_whole_files else (stream, num_streams)
         self._field = field
+        self._sizes = {part: part.stat().st_size for parts in self._files for part in parts}
         self._start: dict[str, int] | None = None
         self._file = self._row = self._total = 0
 
@@ -69,7 +70,9 @@ class FileRows:
         while self._file < len(self._files):
             parts = self._files[self._file]
             try:
+                self._check(parts)
                 yield from self._rows(parts)
+                self._check(parts)
             except UnreadableError:
                 raise
             # Parsers and decompressors each raise other types.
@@ -91,6 +94,15 @@ class FileRows:
             case "rows":
                 others = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
                 return f"{file}{others}, {form.unit} {self._row}"
+
+    def _check(self, parts: Sequence[Path]) -> None:
+        """Raises ValueError for a file that has another size than when it was opened."""
+        for part in parts:
+            size, before = part.stat().st_size, self._sizes[part]
+            if size != before:
+                raise ValueError(
+                    f"its size changed from {before:,} to {size:,} bytes during the run"
+                )
 
     def _rows(self, parts: Sequence[Path]) -> Iterator[dict[str, Any]]:
         """Yields the rows of a file after the position."""
