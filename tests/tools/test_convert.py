@@ -476,9 +476,17 @@ def spoil_metadata(folder: Path) -> None:
     write_manifest(folder, replace(manifest, files=manifest.files | {".metadata": spoilt}))
 
 
+def flip_bit(folder: Path) -> None:
+    path = max(folder.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("spoil", "options", "message"),
     [
+        (flip_bit, [], ".distcp is damaged: its checksum is "),
         (
             lambda f: (f / "manifest.json").unlink(),
             [],

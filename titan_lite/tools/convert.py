@@ -32,6 +32,7 @@ from titan_lite.models.args import DecoderArgs
 from titan_lite.models.family import Family
 from titan_lite.models.hf_config import NO_HF_CONFIG, args_from_hf, unsupported_in_hf
 from titan_lite.models.registry import families, family_of, resolve
+from titan_lite.runtime.stored_files import damaged_files
 
 # Files of a model's folder that belong to its tokenizer, of any kind.
 TOKENIZER_FILES = (
@@ -182,6 +183,10 @@ def dcp_to_hf(
         raise ValueError(NO_HF_CONFIG.format(family.name))
     if unsupported := unsupported_in_hf(args, family.hf_config):
         raise ValueError(unsupported)
+
+    # Reading a tensor does not show that its bytes are those that were written.
+    if damaged := damaged_files(source, manifest.files, manifest.files, threads=None):
+        raise ValueError("; ".join(damaged))
 
     from titan_lite.checkpoint.hf import DCPToHF
     from titan_lite.data.export_check import README, export_report
