@@ -38,6 +38,7 @@ source "$ROOT/scripts/environment.sh"
 use_environment base
 
 export CONFIG_FILE=${CONFIG_FILE:-$ROOT/train_configs/debug.toml}
-# From Python 3.11 on: the current folder may have one named titan_lite, such as a clone.
+# The current folder may have one named titan_lite, such as a clone. Python 3.10 does not read the variable.
 export PYTHONSAFEPATH=1
-exec "$PYTHON" -m titan_lite.launch "$@"
+exec "$PYTHON" -c 'import sys; sys.path[:] = filter(None, sys.path)
+from titan_lite.launch import main; sys.exit(main())' "$@"

@@ -348,7 +348,6 @@ def test_arguments_that_are_neither_a_configuration_nor_overrides_are_refused(
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="PYTHONSAFEPATH")
 def test_modules_in_the_current_folder_are_not_imported(tmp_path: Path) -> None:
     """Next to a clone, a folder named titan_lite is there."""
     (tmp_path / "titan_lite").mkdir()
@@ -793,6 +792,11 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
             "out-of-memory killer)\n",
         ),
         ("os.kill(os.getpid(), signal.SIGSEGV) if rank else 0", 1, "was killed by SIGSEGV"),
+        (
+            "os.kill(os.getpid(), signal.SIGBUS) if rank else 0",
+            1,
+            "was killed by SIGBUS (possibly because a data file was cut, or /dev/shm is full)",
+        ),
     ],
 )
 def test_the_exit_code_is_that_of_the_process_that_knows(

@@ -43,7 +43,17 @@ from titan_lite.runtime.stop import (
 )
 
 USAGE = "usage: run_train.sh [CONFIG.toml] [--section.key=value ...]"
-PROGRAM = (sys.executable, "-u", "-m", "titan_lite.train")
+# Runs a module as -m does, but imports nothing from the current folder. Python has an option for it
+# (-P) from 3.11 on.
+RUN_MODULE = """import sys; sys.path[:] = filter(None, sys.path)
+import runpy; runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)"""
+PYTHON = (sys.executable, "-u", "-c", RUN_MODULE)
+PROGRAM = (*PYTHON, "titan_lite.train")
+# Hints about processes that were killed.
+HINTS: dict[int, str] = {
+    signal.SIGKILL: f" {MAYBE_OUT_OF_MEMORY}",
+    signal.SIGBUS: " (possibly because a data file was cut, or /dev/shm is full)",
+}
 DEFAULT_PORT = 29500
 POLL_SECONDS = 0.1
 # Longer than TERM_GRACE, after which a stuck process ends by itself.
@@ -260,9 +270,8 @@ class Attempt:
             if code is None or code >= 0 or self._is_orderly(code):
                 continue
             rank = self._start.node * self._settings.job.NGPU + local
-            hint = f" {MAYBE_OUT_OF_MEMORY}" if code == -signal.SIGKILL else ""
             pid, name = self._processes[local].pid, signal.Signals(-code).name
-            log(f"rank {rank}, process {pid}, was killed by {name}{hint}")
+            log(f"rank {rank}, process {pid}, was killed by {name}{HINTS.get(-code, '')}")
 
 
 def defaults(settings: Settings) -> dict[str, str]:
@@ -317,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check(settings: Settings) -> int:
     """Checks the configuration once, in a separate process, before the training processes start."""
     world_size = settings.job.NNODES * settings.job.NGPU
-    command = [sys.executable, "-m", "titan_lite.cli", "config", settings.config, "--quiet"]
+    command = [*PYTHON, "titan_lite.cli", "config", settings.config, "--quiet"]
     command += ["--preflight", "--world-size", str(world_size), "--", *settings.overrides]
     with subprocess.Popen(command, start_new_session=True) as process:
         try:
