@@ -190,6 +190,7 @@ def test_the_latest_are_kept_and_every_so_many_steps_for_ever(tmp_path: Path) ->
     for step in range(2, 15, 2):
         make_checkpoint(tmp_path, step)
     (tmp_path / "step-20.incomplete").mkdir()
+    (tmp_path / "step-22.incomplete").touch()
     delete_old(SECTION.model_copy(update={"keep_latest_k": 2, "keep_every": 6}), tmp_path)
     assert saved_steps(tmp_path) == [6, 12, 14]
     assert not list(tmp_path.glob("*.incomplete"))

@@ -186,6 +186,12 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             'no such folder: "no/such", and no folder "no"',
         ),
         (
+            ["checkpoint.enable=true", f"checkpoint.initial_load_path={__file__}"],
+            1,
+            "checkpoint.initial_load_path",
+            f'must be a folder, got the file "{__file__}"',
+        ),
+        (
             ["checkpoint.enable=true", "checkpoint.interval=4", "checkpoint.keep_every=6"],
             1,
             "checkpoint.keep_every",

@@ -226,7 +226,7 @@ def delete_old(section: Checkpoint, folder: Path) -> None:
                 # Renamed first: half deleted, it must count as incomplete.
                 path.rename(path.with_name(path.name + ".incomplete"))
     for leftover in folder.glob("step-*.incomplete"):
-        if leftover.is_symlink():
-            leftover.unlink()
-        else:
+        if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover)
+        else:
+            leftover.unlink()

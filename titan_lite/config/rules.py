@@ -261,6 +261,8 @@ def file_rules(config: Config) -> Iterator[SettingError]:
 
 
 def _missing(what: str, given: str, key: str) -> str:
+    if os.path.exists(os.path.expanduser(given)):  # noqa: PTH110, PTH111
+        return f"must be a {what}, got the file {quote(given)}"
     fetch = how_to_fetch(given, key)
     near = "" if "://" in given else near_file(Path(os.path.expanduser(given)))  # noqa: PTH111
     near = brace_hint(given) or near
