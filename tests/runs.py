@@ -1,7 +1,9 @@
 """Short real runs of the Trainer, for tests: called in workers, or in this process."""
 
+import contextlib
 import dataclasses
 import json
+import resource
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -49,6 +51,17 @@ TINY = (
 splits_backward = pytest.mark.skipif(
     not CAN_SPLIT_BACKWARD, reason="schedules that split backward require torch 2.13 or later"
 )
+
+
+@contextlib.contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """A limit on the size of files stands for it."""
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, former[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
 
 
 def slow_but(quick: Collection[Any], parameters: Iterable[Any]) -> list[Any]:

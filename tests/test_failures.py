@@ -8,12 +8,11 @@ import multiprocessing
 import os
 import pty
 import re
-import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from socket import gethostname
@@ -24,7 +23,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.distributed import GUARD, PRELOADED, Workers
-from tests.runs import TINY, build_trainer, read_metrics, train
+from tests.runs import TINY, build_trainer, full_disk, read_metrics, train
 from tests.runtime.test_parent import wait_for_end
 from tests.test_launcher import launch
 from titan_lite.checkpoint.state import retire_later_steps, saved_steps
@@ -329,17 +328,6 @@ def test_what_cannot_be_written_is_named_with_the_reason(
     reason = "Not a directory|File exists"
     with pytest.raises(WriteError, match=rf"^{tmp_path}/{path} cannot be written: ({reason})$"):
         write(tmp_path / "file")
-
-
-@contextlib.contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """A limit on the size of files stands for it."""
-    former = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, former[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, former)
 
 
 @pytest.mark.parametrize(("sink", "path"), [(JsonlSink, "metrics.jsonl"), (TensorBoardSink, "tb")])

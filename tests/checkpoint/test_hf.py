@@ -1,6 +1,5 @@
 """Runs that start from, and end in, folders that Hugging Face transformers reads and writes."""
 
-import errno
 import functools
 import json
 import logging
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from tests.distributed import Workers
 from tests.runs import TINY, Run, build_trainer, train_and_gather
@@ -127,15 +127,15 @@ def test_a_run_goes_to_hugging_face_and_another_layout_starts_from_there(
 def test_the_runs_own_checkpoint_comes_before_the_initial_weights(
     one_process: Workers, hf_folder: Path, tmp_path: Path
 ) -> None:
-    """And a finished run, started again, writes its folder for Hugging Face again."""
+    """And a finished run, started again, even for fewer steps, writes hf/ again."""
     start = f"--checkpoint.initial_load_hf={hf_folder}"
-    (_, first), _ = one_process.run(_run, tmp_path, start)[0]
+    (_, first), _ = one_process.run(_run, tmp_path, start, "--training.steps=2")[0]
     reference = transformers.AutoModelForCausalLM.from_pretrained(hf_folder)
     embedding = reference.get_input_embeddings().weight.detach()
     _assert_same(first["initial weights"]["tok_embeddings.weight"], embedding)
     written = tmp_path / "checkpoint" / "hf" / "config.json"
     written.unlink()
-    saved = read_manifest(tmp_path / "checkpoint" / "step-1")
+    saved = read_manifest(tmp_path / "checkpoint" / "step-2")
     assert saved.tokenizer == load_tokenizer().fingerprint
     # The tensor that no longer exists is not requested.
     (hf_folder / "model.safetensors").unlink()
@@ -148,7 +148,7 @@ def _without_room(folder: Path, *overrides: str) -> None:
     """A run that saves its last checkpoint but not the Hugging Face export logs that."""
 
     def save_file(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise SafetensorError("Error: I/O error: No space left on device (os error 28)")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hf, "save_file", save_file)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.runs import full_disk
 from titan_lite import cli
 from titan_lite.checkpoint.manifest import read_manifest, write_manifest, write_text
 from titan_lite.config.load import load_config
@@ -613,6 +614,24 @@ def test_the_command_that_was_meant_is_printed(
 def test_nothing_is_written_over(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["convert", "hf-to-dcp", f"{saved}/huggingface", f"{saved}/dcp"]) == 2
     assert "dcp exists already; name a folder that does not" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("direction", "source", "file"),
+    [("hf-to-dcp", "huggingface", ""), ("dcp-to-hf", "dcp", ": '{}.incomplete/model.safetensors'")],
+)
+def test_a_full_disk_is_one_sentence(
+    direction: str,
+    source: str,
+    file: str,
+    saved: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with full_disk(10_000):
+        assert cli.main(["convert", direction, f"{saved}/{source}", f"{tmp_path}/new"]) == 2
+    reason = f"[Errno 27] File too large{file.format(tmp_path / 'new')}"
+    assert capsys.readouterr().err == f"titan-lite convert: {reason}\n"
 
 
 @pytest.mark.parametrize("size", ["5 apples", "0GB", "-1"])

@@ -1,7 +1,10 @@
 """Reads and writes Hugging Face's safetensors; no process ever holds all weights."""
 
 import contextlib
+import errno
 import math
+import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -11,9 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -27,7 +31,13 @@ from torch.futures import Future
 from titan_lite.checkpoint.hf_files import HFFolder, plan_files, write_index, write_json
 from titan_lite.checkpoint.hf_layout import HFModel
 from titan_lite.checkpoint.manifest import TOKENIZER_FOLDER, CheckpointManifest, write_manifest
-from titan_lite.checkpoint.storage import CheckpointReader, CheckpointWriter, Files, versions
+from titan_lite.checkpoint.storage import (
+    CheckpointReader,
+    CheckpointWriter,
+    Files,
+    first_failure,
+    versions,
+)
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.family import Family
 from titan_lite.runtime.stored_files import sync_folder, write_bytes
@@ -246,7 +256,7 @@ class DCPToHF:
         _barrier()
         for file in self.files[rank::world_size]:
             tensors = {name: self._tensor(name) for name in file.tensors}
-            save_file(tensors, aside / file.name, metadata={"format": "pt"})
+            _save(tensors, aside / file.name)
             # The permissions of a new file; safetensors lets only the owner read it.
             (aside / file.name).chmod(aside.stat().st_mode & 0o666)
             # Frees this file's tensors before the next one's are read.
@@ -313,12 +323,26 @@ def _read(folder: HFFolder, hf: HFModel, name: str, offsets: Any, lengths: Any) 
         return hf.read(name, stored, offsets, lengths)
 
 
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes a safetensors file; OSError where the system refuses it."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # Its text alone has the number of the system's error.
+        match = re.search(r"os error (\d+)", str(error))
+        number = int(match[1]) if match else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
 @contextlib.contextmanager
 def _one_process() -> Iterator[None]:
-    """Suppresses torch's warning about no_dist, which is set on purpose."""
+    """Suppresses torch's warning about no_dist, and raises the cause of a CheckpointException."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+        try:
+            yield
+        except CheckpointException as error:
+            raise first_failure(error)[1] from error
 
 
 def _barrier() -> None:

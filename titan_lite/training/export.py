@@ -13,15 +13,14 @@ from titan_lite.runtime.writing import writing
 logger = logging.getLogger(__name__)
 
 
-def export_hf(plan: Plan, checkpoints: Path, tokenizer: Tokenizer, rank: int) -> None:
-    """Writes the checkpoint of the last step to `checkpoints`/hf; collective."""
+def export_hf(plan: Plan, checkpoint: Path, tokenizer: Tokenizer, rank: int) -> None:
+    """Writes a checkpoint to hf/ in the folder of the checkpoints; collective."""
     family, args, data = plan.family, plan.args, plan.config.data
     assert family.hf_config is not None
     ema = plan.config.ema
     takes_average = ema.enable and ema.export and not plan.config.checkpoint.last_save_model_only
-    source = checkpoints / f"step-{plan.config.training.steps}"
-    export = DCPToHF(source, family, args, average=takes_average)
-    target = checkpoints / "hf"
+    export = DCPToHF(checkpoint, family, args, average=takes_average)
+    target = checkpoint.with_name("hf")
     hf_files = hf_documents(args, family.hf_config, tokenizer, dtype=export.dtype)
     if rank == 0:
         # The preflight rejects a difference unless checkpoint.allow_export_mismatch = true.

@@ -199,7 +199,9 @@ class Trainer:
         if self.plan.config.checkpoint.last_save_hf:
             self.progress.enter("save")
             self.watchdog.set_timeout(self.plan.config.comm.init_timeout_seconds)
-            export_hf(self.plan, self.checkpoints.folder, self.tokenizer, self.process.rank)
+            # A run that was resumed with fewer steps has taken more.
+            checkpoint = self.checkpoints.folder / f"step-{self.state.step}"
+            export_hf(self.plan, checkpoint, self.tokenizer, self.process.rank)
 
     def _log_stopped(self) -> None:
         """Logs the signal that stopped the run, on whichever rank it arrived; collective."""
