@@ -340,22 +340,22 @@ def test_only_these_functions_take_a_whole_plan_or_configuration() -> None:
 # Lines of code of each room: neither blank, comment nor docstring. Raising one is a decision to
 # explain in the commit message.
 BUDGET = {
-    "data": 3126,
+    "data": 3144,
     "parallel": 2044,
-    "config": 2122,
+    "config": 2133,
     "training": 1927,
-    "tools": 1946,
-    "checkpoint": 1603,
+    "tools": 1949,
+    "checkpoint": 1623,
     "models": 1704,
     "planner": 1335,
     "regression": 1205,
     "runtime": 1159,
     "nn": 911,
-    "dryrun": 892,
+    "dryrun": 896,
     "metrics": 808,
     "optim": 805,
     "cli": 308,
-    "launch": 300,
+    "launch": 306,
     "train": 141,
 }
 LAYOUT_TOKENS = {
