@@ -39,7 +39,7 @@ from titan_lite.training.setup import BuiltTraining, build_training
 
 
 class NotRepeatableError(Exception):
-    """Running some of the equal blocks does not tell what all of them do."""
+    """Some of the equal blocks cannot stand for all of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
