@@ -16,10 +16,10 @@ from tests.runs import build_trainer, read_metrics
 from titan_lite.config.load import ConfigError
 from titan_lite.config.schema import Model, Parallel
 from titan_lite.models.registry import resolve
+from titan_lite.models.stage_split import balanced
 from titan_lite.nn.build_model import build_model
 from titan_lite.nn.decoder import Decoder
 from titan_lite.parallel.pipeline import local_stages, split, summarize_stages
-from titan_lite.planner.split import balanced
 
 BLOCKS = [f"layers.{index}" for index in range(6)]
 

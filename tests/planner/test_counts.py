@@ -23,7 +23,6 @@ from titan_lite.planner.counts import (
     flops_per_token,
     num_active_params,
     num_block_params,
-    num_last_matmul_params,
     num_params,
     num_unused_params,
 )
@@ -97,15 +96,9 @@ any_args = st.builds(
 
 
 def flops(args, seq_len, recomputed=0):
+    num_block_params = num_active_params(args, 0, args.num_layers)
     return flops_per_token(
-        num_params_non_embedding=num_params_non_embedding(args),
-        num_block_params=num_active_params(args, 0, args.num_layers),
-        num_layers=args.num_layers,
-        attention_dim=args.attention_dim,
-        seq_len=seq_len,
-        num_recomputed_layers=recomputed,
-        num_last_matmul_params=num_last_matmul_params(args),
-        is_causal=args.causal,
+        args, seq_len, num_params_non_embedding(args), num_block_params, recomputed
     )
 
 

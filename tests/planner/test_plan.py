@@ -7,23 +7,26 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titan_lite import cli
+from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import ConfigError, load_config
 from titan_lite.models.plan import make_plan
 from titan_lite.planner.cluster import FOLDER, Cluster, find_cluster
 from titan_lite.planner.hardware import DEVICES, Device
 from titan_lite.planner.job import Job
 from titan_lite.planner.kernels import Rates
-from titan_lite.planner.memory import FITS, peak
+from titan_lite.planner.memory import FITS, least, memory, peak
 from titan_lite.planner.predict import fitting_settings, model_flops, predict
 from titan_lite.planner.read import is_legal, read_job
-from titan_lite.planner.search import candidates, divisors
+from titan_lite.planner.search import candidates, divisors, legal_of
 from titan_lite.planner.step_time import PARTS, StepModel
 
 ROOT = Path(__file__).parent.parent.parent
@@ -319,12 +322,62 @@ def test_every_shipped_cluster_predicts_a_step(path: Path) -> None:
     assert seconds(job("--training.param_dtype=float32"), cluster) >= seconds(job(), cluster)
 
 
+def flat(groups: Iterable[Any]) -> Iterator[tuple[dict[str, Any], Any, ParallelDims]]:
+    """The candidates of a search, one by one."""
+    return ((*one, dims) for dims, rows in groups for row in rows for one in row)
+
+
+@pytest.mark.parametrize("preset", ["debug", "debug_moe"])
+@pytest.mark.parametrize("more", [(), ("--compile.enable=true", "--float8.recipe=tensorwise")])
+def test_a_few_layouts_of_a_mesh_tell_which_are_legal(preset: str, more: tuple[str, ...]) -> None:
+    path = ROOT / f"train_configs/{preset}.toml"
+    sizes = ("--training.seq_len=8", "--training.global_batch_size=24")
+    base = make_plan(path, [NO_FILE, *sizes, *more, "--parallel.ep=1"], 1, with_files=False)
+    groups = list(candidates(base.config, 12, 24, H100, experts=4))
+    some = all_legal = 0
+    for dims, rows in groups:
+        legal = [one for row in rows for one in row if is_legal(one[1], dims, base.args)]
+        assert legal_of(rows, dims, base.args) == legal
+        some += 0 < len(legal) < sum(map(len, rows))
+        all_legal += len(legal)
+    assert min(some, all_legal) > 10
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "train_configs").glob("*.toml")), ids=lambda p: p.stem
+)
+def test_a_search_starts_from_every_preset(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("titan_lite.planner.search.MICRO_BATCHES", (1,))
+    code = cli.main(["plan", "search", str(path), NO_FILE, "--world-size=2", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert code == (0 if facts["best"] else 1)
+    assert facts["tried"] > 10
+
+
+@pytest.mark.parametrize(
+    ("preset", "world"), [("llama3_8b", 8), ("qwen3_30b_a3b", 8), ("llama2_70b_tp4_pp8", 32)]
+)
+@pytest.mark.parametrize(
+    "more", [(), ("--optimizer.name=Muon",), ("--optimizer.state_dtype=int8",)]
+)
+def test_some_rank_needs_at_least_the_least(preset: str, world: int, more: tuple[str, ...]) -> None:
+    path = ROOT / f"train_configs/{preset}.toml"
+    plan = make_plan(path, [NO_FILE, *more], world, with_files=False)
+    now = read_job(plan.config, plan.dims, plan.family, plan.args)
+    stored = [place.parts["parameters"] + place.parts["optimizer"] for place in memory(now)]
+    assert 0 < least(now) <= max(stored)
+
+
 def test_layouts_are_legal_exactly_where_the_configuration_is() -> None:
     """A sample of the layouts, each written as overrides and checked as a run's settings are."""
     base = make_plan(None, [*SMALL, "--training.local_batch_size=1"], 1, with_files=False)
-    actual = list(candidates(base.config, 12, 24, find_cluster("a100")))
+    groups = list(candidates(base.config, 12, 24, find_cluster("a100")))
     agreed = []
-    for values, config, dims in random.Random(0).sample(actual, 400):
+    sample = random.Random(0).sample(list(flat(groups)), 400)
+    allowed = [str(values) for d, rows in groups for values, _ in legal_of(rows, d, base.args)]
+    for values, config, dims in sample:
         overrides = [
             f"--{key}={value}".replace("=False", "=false") for key, value in values.items()
         ]
@@ -333,7 +386,7 @@ def test_layouts_are_legal_exactly_where_the_configuration_is() -> None:
             legal = config.parallel.num_stages <= base.args.num_layers
         except ConfigError:
             legal = False
-        assert is_legal(config, dims, base.args) == legal, values
+        assert is_legal(config, dims, base.args) == legal == (str(values) in allowed), values
         agreed.append(legal)
     assert 0.05 < sum(agreed) / len(agreed) < 0.95
 
@@ -342,7 +395,7 @@ def test_a_search_has_every_degree_of_expert_parallel_that_is_legal() -> None:
     small = ("--model.name=qwen3_moe", "--model.num_experts=12", *SMALL)
     base = make_plan(None, [*small, "--training.local_batch_size=1"], 1, with_files=False)
     actual, legal = set(), set()
-    for _, config, dims in candidates(base.config, 8, 24, H100, experts=12):
+    for _, config, dims in flat(candidates(base.config, 8, 24, H100, experts=12)):
         if dims.tp == 1 and is_legal(config, dims, base.args):
             actual.add((dims.pp, dims.dp_replicate, dims.dp_shard, dims.cp, dims.ep))
     for pp, replicas, shard, cp, ep in itertools.product((1, 2, 4, 8), repeat=5):
@@ -360,7 +413,7 @@ def test_a_search_has_every_degree_of_expert_parallel_that_is_legal() -> None:
 
 def test_a_search_covers_every_product_of_degrees() -> None:
     base = make_plan(None, SMALL, 1, with_files=False)
-    plans = [dims for *_, dims in candidates(base.config, 12, 24, H100)]
+    plans = [dims for dims, _ in candidates(base.config, 12, 24, H100)]
     actual = {(d.pp, d.dp_replicate, d.dp_shard, d.cp, d.tp) for d in plans}
     expected = {
         (pp, replicas, shard, cp, tp)

@@ -49,7 +49,7 @@ class ClusterFile(Section):
     source: str = ""
 
 
-def read_cluster_file(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
     """Returns the tables of a file; ValueError if it is not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))

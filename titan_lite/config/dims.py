@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 from titan_lite.config.problems import SettingError
@@ -102,7 +103,7 @@ class ParallelDims:
             axes["dp_shard"] = parallel.ep // math.gcd(parallel.ep, parallel.cp * parallel.tp)
         return math.prod(axes.values())
 
-    @property
+    @cached_property
     def world_size(self) -> int:
         """Number of ranks."""
         return math.prod(getattr(self, axis) for axis in self.AXES)
@@ -111,12 +112,12 @@ class ParallelDims:
         """Number of ranks that differ only in their coordinates on these axes."""
         return math.prod(getattr(self, axis) for axis in axes)
 
-    @property
+    @cached_property
     def batch(self) -> int:
         """Number of ranks, or groups of ranks, that read different samples."""
         return self.over(BATCH)
 
-    @property
+    @cached_property
     def fsdp(self) -> int:
         """Number of ranks over which FSDP2 shards each parameter."""
         return self.over(FSDP)

@@ -136,8 +136,8 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
             f"fraction ({section.fraction:g}) x num_layers ({layers}) rounds down to 0 layers; set "
             "a larger activation_checkpoint.fraction",
         )
-    known = ["name", *(field.name for field in dataclasses.fields(args))]
     for name in config.checkpoint.allow_model_changes:
+        known = ["name", *(field.name for field in dataclasses.fields(args))]
         if name not in known:
             yield SettingError(
                 "checkpoint.allow_model_changes",

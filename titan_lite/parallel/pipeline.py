@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 from titan_lite.config.registry import load
 from titan_lite.config.schema import Parallel
 from titan_lite.config.units import format_scaled
+from titan_lite.models.stage_split import balanced
 from titan_lite.nn.transformer import Transformer
-from titan_lite.planner.split import balanced
 
 if TYPE_CHECKING:
     from torch.distributed.pipelining import PipelineStage

@@ -4,9 +4,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from titan_lite.config.cluster_file import ClusterFile, DeviceTable, checked, read_cluster_file
+from titan_lite.config.cluster_file import ClusterFile, DeviceTable, checked, read_toml
 from titan_lite.config.problems import SettingError, did_you_mean, literal, nearest, quote
 from titan_lite.planner.constants import ASSETS, FITTED, LITERATURE, Constants, base_name
 from titan_lite.planner.hardware import DEFAULT_MULTIPROCESSORS, DEVICES, Device, NumberFormat
@@ -71,11 +70,6 @@ class Cluster:
         return (self.device.hbm_gbs or 1000.0) * 1e9
 
     @property
-    def link(self) -> float:
-        """Bytes per second of the links to the other devices of a node, in one direction."""
-        return (self.device.link_gbs or 64.0) / 2 * 1e9
-
-    @property
     def memory(self) -> float:
         """Bytes of device memory; a vendor's GB are taken as GiB."""
         return (self.device.memory_gb or 0.0) * 2**30
@@ -90,12 +84,7 @@ def find_cluster(name: str) -> Cluster:
         raise ValueError(
             f"no cluster {quote(name)}{hint} (known: {', '.join(known)}; or a TOML file)"
         )
-    return cluster_from(read_cluster_file(path), path)
-
-
-def cluster_from(tables: dict[str, Any], path: Path) -> Cluster:
-    """Makes a cluster of the tables in its file; ValueError if a value is wrong."""
-    tables = dict(tables)
+    tables = read_toml(path)
     device, measured = tables.pop("device", None), tables.pop("measured", {})
     try:
         known = [*ClusterFile.model_fields, "device", "measured"]

@@ -1,19 +1,14 @@
 """The planner's constants; assets/planner_constants.toml lists them with their sources."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import titan_lite
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from titan_lite.config.cluster_file import read_toml
 
 ASSETS = Path(titan_lite.__file__).resolve().parent.parent / "assets"
-TABLES = tomllib.loads((ASSETS / "planner_constants.toml").read_text(encoding="utf-8"))
+TABLES = read_toml(ASSETS / "planner_constants.toml")
 LITERATURE: dict[str, float] = TABLES["literature"]
 FITTED: dict[str, float] = TABLES["fitted"]
 SPREADS: dict[str, float] = TABLES["spreads"]

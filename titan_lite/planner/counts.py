@@ -157,31 +157,26 @@ def _norm(args: DecoderArgs) -> int:
 
 
 def flops_per_token(
-    *,
+    args: DecoderArgs,
+    seq_len: int,
     num_params_non_embedding: int,
     num_block_params: int,
-    num_layers: int,
-    attention_dim: int,
-    seq_len: int,
     num_recomputed_layers: int = 0,
-    num_last_matmul_params: int = 0,
-    is_causal: bool = True,
 ) -> FlopsPerToken:
     """Computes FLOPs per token from numbers of parameters.
 
-    attention_dim: heads times head_dim. num_params_non_embedding: includes a tied head.
-    num_recomputed_layers: blocks with full activation checkpointing; all blocks count as equal.
-    num_last_matmul_params: see the function of this name; these matmuls are not recomputed,
+    num_params_non_embedding: includes a tied head. num_recomputed_layers: blocks with full
+    activation checkpointing; all blocks count as equal. Their last matmuls are not recomputed,
     because torch.utils.checkpoint stops once it has the last saved tensor.
     """
-    attention = 12 * num_layers * attention_dim * seq_len
+    attention = 12 * args.num_layers * args.attention_dim * seq_len
     model = 6 * num_params_non_embedding + attention
     # A forward is a third of the FLOPs: 2 per parameter, 4 per attention score and feature.
     # Model FLOPs versus hardware FLOPs: Korthikanti et al., arXiv:2205.05198, appendix A.
-    again = 2 * (num_block_params - num_last_matmul_params) + attention // 3
-    again = again * num_recomputed_layers // num_layers
+    again = 2 * (num_block_params - num_last_matmul_params(args)) + attention // 3
+    again = again * num_recomputed_layers // args.num_layers
     return FlopsPerToken(
         model=model,
-        causal=model - attention // 2 if is_causal else model,
+        causal=model - attention // 2 if args.causal else model,
         hardware=model + again if num_recomputed_layers else None,
     )

@@ -14,7 +14,6 @@ KNOWN, CALIBRATED, UNKNOWN = (0.93, 1.12), (0.94, 1.06), (0.93, 1.60)
 WIDER = 1.5
 # Sizes of the largest validated jobs. The interval widens beyond four times these.
 MAX_GPUS, MAX_TOKENS = 512, 65_536
-STACKS = ("apex", "compile", "eager", "torch", "amp")
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def interval(step: Step) -> Interval:
     elif isinstance(job.args, MoEArgs):
         low, high = UNKNOWN
         notes.append("the planner was not validated on a Mixture of Experts")
-    elif not cluster.calibrated and job.kernels not in STACKS:
+    elif not cluster.calibrated and job.kernels in ("native", "fused"):
         low, high = UNKNOWN
         notes.append(f'the planner was not validated on "{job.kernels}" kernels')
     beyond = math.log2(max(1, job.world_size / (4 * MAX_GPUS), job.span / (4 * MAX_TOKENS)))

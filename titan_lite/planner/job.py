@@ -5,7 +5,6 @@ from typing import Literal
 
 from titan_lite.config.activation_checkpoint import SelectiveOp
 from titan_lite.config.dims import ParallelDims
-from titan_lite.config.schedules import SCHEDULES, PipelineSchedule
 from titan_lite.models.args import DecoderArgs
 
 Sharding = Literal["fsdp", "ddp", "zero1", "zero2", "hybrid_zero", "greedy_zero1"]
@@ -69,16 +68,6 @@ class Job(ParallelDims):
     loss_chunks: int | None = None
     head_token_fraction: float = 1.0
     stack: str = ""
-
-    @property
-    def order(self) -> PipelineSchedule:
-        """The schedule's facts."""
-        return SCHEDULES[self.schedule]
-
-    def span_of(self, stage: int) -> tuple[int, int]:
-        """A stage's range of blocks: the first one, and the one after the last."""
-        start = sum(self.blocks[:stage])
-        return start, start + self.blocks[stage]
 
     @property
     def tokens(self) -> int:

@@ -28,7 +28,8 @@ class Rates:
         self.hbm = cluster.hbm * k["hbm"]
         self.scale = job.width / 2
         self.launch = k["kernel_us"] * 1e-6
-        self.inner = cluster.link * k["link"]
+        # In one direction.
+        self.inner = (cluster.device.link_gbs or 64.0) / 2 * 1e9 * k["link"]
         self.outer = cluster.node_nic_gbs * 1e9 * k["nic"]
 
     def matmul(self, M: float, K: float, N: float, float8: bool = False, groups: int = 1) -> float:

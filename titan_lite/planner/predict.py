@@ -100,13 +100,8 @@ class Prediction:
 
 def model_flops(args: DecoderArgs, span: int) -> int:
     """FLOPs per token, with full attention and without recomputation."""
-    return counts.flops_per_token(
-        num_params_non_embedding=counts.num_params(args) - counts.num_unused_params(args),
-        num_block_params=counts.num_block_params(args),
-        num_layers=args.num_layers,
-        attention_dim=args.attention_dim,
-        seq_len=span,
-    ).model
+    multiplied = counts.num_params(args) - counts.num_unused_params(args)
+    return counts.flops_per_token(args, span, multiplied, counts.num_block_params(args)).model
 
 
 def predict(job: Job, cluster: Cluster, tokens: float) -> Prediction:
@@ -115,12 +110,8 @@ def predict(job: Job, cluster: Cluster, tokens: float) -> Prediction:
     return Prediction(step, tuple(memory(job)), tokens)
 
 
-@dataclass(frozen=True)
-class Advice:
-    """Settings that would help, and the job's prediction with them."""
-
-    values: Values
-    prediction: Prediction
+Advice = tuple[Values, Prediction]
+"""Settings that would help, and the job's prediction with them."""
 
 
 def advice(
@@ -148,8 +139,8 @@ def advice(
         else:
             helps = change.step.seconds < 0.99 * now.step.seconds
         if change.fits and helps:
-            better.append(Advice(values, change))
-    return sorted(better, key=lambda change: change.prediction.step.seconds)[:count]
+            better.append((values, change))
+    return sorted(better, key=lambda one: one[1].step.seconds)[:count]
 
 
 def fitting_settings(plan: Plan, device: Device) -> list[str]:
@@ -158,9 +149,9 @@ def fitting_settings(plan: Plan, device: Device) -> list[str]:
     now = peak(read_job(plan.config, plan.dims, plan.family, plan.args))
     better = advice(plan, cluster, count=3, below=now.bytes)
     return [
-        f"{' '.join(setting(*item) for item in one.values.items())}: "
-        f"{one.prediction.peak.bytes / 2**30:.1f} of {device.memory_gb:g} GiB, predicted"
-        for one in better
+        f"{' '.join(setting(*item) for item in values.items())}: "
+        f"{change.peak.bytes / 2**30:.1f} of {device.memory_gb:g} GiB, predicted"
+        for values, change in better
     ]
 
 

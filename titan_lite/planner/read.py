@@ -6,7 +6,6 @@ The only file of the planner that reads configurations.
 import functools
 import itertools
 import math
-from collections.abc import Sequence
 
 from titan_lite.config.dims import ParallelDims, resolve_global_batch
 from titan_lite.config.optimizers import EIGHT_BITS
@@ -15,9 +14,9 @@ from titan_lite.config.schema import Config
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.family import Family
 from titan_lite.models.model_rules import model_rules
+from titan_lite.models.stage_split import balanced
 from titan_lite.planner import counts
-from titan_lite.planner.job import Job, Recompute
-from titan_lite.planner.split import balanced
+from titan_lite.planner.job import Job
 
 AUTO_CHUNK_BYTES = 2**29  # training/loss.py has the same for training.loss_chunks = "auto"
 
@@ -38,11 +37,15 @@ def read_job(config: Config, dims: ParallelDims, family: Family, args: DecoderAr
     if family.objective == "masked_lm" and training.loss_positions == "labelled":
         share = config.masked_lm.mask_prob
     blocks: tuple[int, ...] = (args.num_layers,)
-    if dims.pp > 1:
-        modules = tuple(map(tuple, parallel.pp_stage_modules))
-        blocks = stage_blocks(args, parallel.pp_split, parallel.num_stages, span, share, modules)
+    if dims.pp > 1 and parallel.pp_split == "explicit":
+        stages = parallel.pp_stage_modules
+        blocks = tuple(sum(name.startswith("layers.") for name in names) for names in stages)
+    elif dims.pp > 1:
+        blocks = stage_blocks(args, parallel.pp_split, parallel.num_stages, span, share)
     width = 4 if training.param_dtype == "float32" else 2
-    recompute, recomputed = _recompute(config, blocks)
+    section = config.activation_checkpoint
+    recomputed = tuple(len(section.layers(count)) for count in blocks)
+    mode = "selective_op" if section.mode == "selective_op" else "full"
     compiled = config.compile.covers("model")
     logits = micro * training.seq_len // dims.cp * args.padded_vocab_size / dims.tp * 4
     chunks = min(8, math.ceil(logits / AUTO_CHUNK_BYTES))
@@ -65,9 +68,9 @@ def read_job(config: Config, dims: ParallelDims, family: Family, args: DecoderAr
         sequence_parallel=parallel.sequence_parallel,
         loss_parallel=parallel.loss_parallel,
         async_tp=parallel.async_tp,
-        recompute=recompute,
+        recompute=mode if any(recomputed) else "none",
         recomputed=recomputed,
-        saved=config.activation_checkpoint.saved_ops,
+        saved=section.saved_ops,
         float8=config.float8.recipe,
         float8_gather=config.float8.fsdp_all_gather,
         width=width,
@@ -85,16 +88,9 @@ def read_job(config: Config, dims: ParallelDims, family: Family, args: DecoderAr
 
 @functools.cache
 def stage_blocks(
-    args: DecoderArgs,
-    split: str,
-    num_stages: int,
-    span: int,
-    head_token_fraction: float,
-    modules: Sequence[Sequence[str]] = (),
+    args: DecoderArgs, split: str, num_stages: int, span: int, head_token_fraction: float
 ) -> tuple[int, ...]:
     """Number of blocks of each pipeline stage, as parallel/pipeline.py splits them."""
-    if split == "explicit":
-        return tuple(sum(n.startswith("layers.") for n in names) for names in modules)
     costs = [1] * args.num_layers
     if split == "parameters":
         looked_up = counts.num_looked_up_params(args)
@@ -108,17 +104,9 @@ def stage_blocks(
     return tuple(end - start for start, end in balanced(costs, num_stages))
 
 
-def _recompute(config: Config, blocks: Sequence[int]) -> tuple[Recompute, tuple[int, ...]]:
-    """The kind of recomputation, and how many blocks of each stage have it."""
-    section = config.activation_checkpoint
-    recomputed = tuple(len(section.layers(count)) for count in blocks)
-    if section.mode == "selective_op":
-        return "selective_op", recomputed
-    return ("full" if any(recomputed) else "none"), recomputed
-
-
 def is_legal(config: Config, dims: ParallelDims, args: DecoderArgs) -> bool:
     """Returns True if no rule rejects the layout."""
-    broken = itertools.chain(parallel_rules(config, dims), model_rules(config, args))
-    stages = config.parallel.num_stages
-    return next(broken, None) is None and stages <= args.num_layers
+    if config.parallel.num_stages > args.num_layers:
+        return False
+    rules = itertools.chain(parallel_rules(config, dims), model_rules(config, args))
+    return next(rules, None) is None

@@ -5,19 +5,20 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
-from typing import cast
+from typing import Any
 
-from titan_lite.config.dims import ParallelDims
-from titan_lite.config.problems import SettingError
+from titan_lite.config.dims import EXPERTS, ParallelDims
 from titan_lite.config.schema import Config, Parallel, with_values
 from titan_lite.models.args import DecoderArgs, MoEArgs
-from titan_lite.models.family import Family
+from titan_lite.models.plan import Plan
 from titan_lite.planner.cluster import Cluster
-from titan_lite.planner.job import Job
-from titan_lite.planner.memory import peak, room
+from titan_lite.planner.memory import least, peak, room
 from titan_lite.planner.read import is_legal, read_job
 from titan_lite.planner.step_time import Step, StepModel
 
+Values = dict[str, object]
+Candidate = tuple[Values, Any]
+"""The keys of a layout, and the sections of a configuration that has them."""
 MODES = ("none", "selective_op", "full")
 MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8)
 STAGES_PER_RANK = (2, 3, 4)
@@ -29,21 +30,14 @@ TIE = 0.02
 class Layout:
     """A legal layout that fits: its keys, its predicted step, and its peak memory in bytes."""
 
-    values: dict[str, object]
-    job: Job
+    values: Values
     step: Step
     memory: float
 
     @property
-    def kind(self) -> tuple[object, ...]:
-        """The kind of a layout; only the best of each kind is shown."""
-        job = self.job
-        return job.tp, job.cp, job.ep, job.pp, job.stages_per_rank, job.dp_replicate > 1
-
-    @property
     def order(self) -> tuple[int, int, float]:
         """Sort key: by time; of layouts that are about equally fast, the simpler first."""
-        job = self.job
+        job = self.step.job
         axes = sum(degree > 1 for degree in (job.tp, job.cp, job.ep, job.pp, job.dp_replicate))
         extras = axes + (job.recompute != "none") + job.syncs_last
         seconds = self.step.seconds
@@ -60,77 +54,98 @@ class SearchResult:
 
     def best(self, count: int) -> list[Layout]:
         """The best layout of each of the `count` best kinds."""
-        kinds: dict[tuple[object, ...], Layout] = {}
+        kinds: dict[object, Layout] = {}
         for layout in self.layouts:
-            kinds.setdefault(layout.kind, layout)
+            job = layout.step.job
+            mesh = job.tp, job.cp, job.ep, job.pp, job.dp_replicate > 1
+            kinds.setdefault((mesh, job.stages_per_rank), layout)
         return list(kinds.values())[:count]
 
 
 def search(
-    config: Config,
-    world_size: int,
-    samples: int,
-    family: Family,
-    args: DecoderArgs,
-    cluster: Cluster,
+    plan: Plan, parallel: Parallel, world_size: int, samples: int, cluster: Cluster
 ) -> SearchResult:
     """Predicts every legal layout. samples: per step, equal in all layouts."""
-    layouts, legal, tried = [], 0, 0
+    layouts, legal, tried, args = [], 0, 0, plan.args
     model: StepModel | None = None
+    config = plan.config.model_copy(update={"parallel": parallel})
     experts = args.num_experts if isinstance(args, MoEArgs) else 1
-    for values, candidate, dims in candidates(config, world_size, samples, cluster, experts):
-        tried += 1
-        if not is_legal(candidate, dims, args):
-            continue
-        legal += 1
-        job = read_job(candidate, dims, family, args)
-        need = peak(job).bytes
-        if cluster.memory and need > room(job) * cluster.memory:
-            continue
-        model = model or StepModel(cluster, job)
-        layouts.append(Layout(values, job, model.predict(job), need))
+    for dims, rows in candidates(config, world_size, samples, cluster, experts):
+        tried += sum(map(len, rows))
+        allowed = legal_of(rows, dims, args)
+        legal += len(allowed)
+        jobs = ((values, read_job(found, dims, plan.family, args)) for values, found in allowed)
+        for values, job in jobs:
+            limit = room(job) * cluster.memory or math.inf
+            if least(job) > limit:
+                # As many shards as in the others.
+                break
+            if (need := peak(job).bytes) <= limit:
+                model = model or StepModel(cluster, job)
+                layouts.append(Layout(values, model.predict(job), need))
     return SearchResult(sorted(layouts, key=lambda layout: layout.order), legal, tried)
+
+
+def legal_of(rows: list[list[Candidate]], dims: ParallelDims, args: DecoderArgs) -> list[Candidate]:
+    """Returns those that break no rule.
+
+    No rule is between micro-batch and recomputation, so checking a row and a column is enough.
+    """
+    for row in rows:
+        modes = [number for number, (_, found) in enumerate(row) if is_legal(found, dims, args)]
+        if modes:
+            sizes = [row for row in rows if is_legal(row[modes[0]][1], dims, args)]
+            return [row[number] for row in sizes for number in modes]
+    return []
 
 
 def candidates(
     config: Config, world_size: int, samples: int, cluster: Cluster, experts: int = 1
-) -> Iterator[tuple[dict[str, object], Config, ParallelDims]]:
-    """Yields the changed keys, configuration and dims of every layout, legal or not.
+) -> Iterator[tuple[ParallelDims, list[list[Candidate]]]]:
+    """Yields every layout, legal or not, with its changed keys.
 
-    Degrees, micro-batch, recomputation, resharding, gradient synchronisation and stages vary.
+    Degrees, micro-batch, recomputation, resharding, gradient synchronisation and stages vary. Those
+    of one mesh and schedule come together, in a row for each micro-batch.
     """
     local, total = "training.local_batch_size", "training.global_batch_size"
-    batches = [{local: size, total: samples} for size in MICRO_BATCHES]
-    trainings = [(values, with_values(config, values).training) for values in batches]
-    names = dict.fromkeys((config.activation_checkpoint.mode, *MODES))
-    modes = [{"activation_checkpoint.mode": name} for name in names]
-    checkpoints = [(mode, with_values(config, mode).activation_checkpoint) for mode in modes]
-    sections = {name: getattr(config, name) for name in type(config).model_fields}
+    modes = dict.fromkeys((config.activation_checkpoint.mode, *MODES))
+    trainings, checkpoints = (
+        [(values, {name: getattr(with_values(config, values), name)}) for values in choices]
+        for name, choices in (
+            ("training", [{local: size, total: samples} for size in MICRO_BATCHES]),
+            ("activation_checkpoint", [{"activation_checkpoint.mode": mode} for mode in modes]),
+        )
+    )
+    varied = ("parallel", "training", "activation_checkpoint")
+    fixed = {
+        name: getattr(config, name) for name in type(config).model_fields if name not in varied
+    }
     for keys, parallel, dims in layouts_of(config.parallel, world_size, cluster, experts):
-        for (batch, training), (mode, checkpoint) in itertools.product(trainings, checkpoints):
-            changed = sections | {
-                "parallel": parallel,
-                "training": training,
-                "activation_checkpoint": checkpoint,
-            }
-            # Rules and planner only read attributes, and a validated Config takes long to build.
-            yield keys | batch | mode, cast(Config, SimpleNamespace(**changed)), dims
+        part = {"parallel": parallel}
+        # Rules and planner only read attributes, and a validated Config takes long to build.
+        yield (
+            dims,
+            [
+                [
+                    (keys | size | mode, SimpleNamespace(**fixed, **part, **training, **checkpoint))
+                    for mode, checkpoint in checkpoints
+                ]
+                for size, training in trainings
+            ],
+        )
 
 
 def layouts_of(
     parallel: Parallel, world_size: int, cluster: Cluster, experts: int
-) -> Iterator[tuple[dict[str, object], Parallel, ParallelDims]]:
+) -> Iterator[tuple[Values, Parallel, ParallelDims]]:
     """Yields [parallel] sections for a world size; tensor parallel stays within a node."""
     for tp, pp, cp, shard in itertools.product(divisors(world_size), repeat=4):
         replicas, remainder = divmod(world_size, tp * pp * cp * shard)
         if remainder or tp > cluster.gpus_per_node:
             continue
         for ep in divisors(experts):
-            axes = {"pp": pp, "dp_replicate": replicas, "dp_shard": shard, "cp": cp, "tp": tp}
-            try:
-                section = parallel.model_copy(update=axes | {"ep": ep})
-                dims = ParallelDims.resolve(section, world_size)
-            except SettingError:
+            dims = ParallelDims(pp=pp, dp_replicate=replicas, dp_shard=shard, cp=cp, tp=tp, ep=ep)
+            if dims.over(EXPERTS) % ep:
                 continue
             for choice in _choices(parallel, dims):
                 values = asdict(dims) | choice
@@ -140,10 +155,10 @@ def layouts_of(
                 yield keys, parallel.model_copy(update=values), dims
 
 
-def _choices(parallel: Parallel, dims: ParallelDims) -> Iterator[dict[str, object]]:
+def _choices(parallel: Parallel, dims: ParallelDims) -> Iterator[Values]:
     """Yields schedules of a pipeline; without one, times to free weights and reduce gradients."""
     if dims.pp > 1:
-        plain: dict[str, object] = {"pp_schedule": "1F1B", "reshard_after_forward": "default"}
+        plain: Values = {"pp_schedule": "1F1B", "reshard_after_forward": "default"}
         if parallel.pp_split == "explicit":
             plain["pp_split"] = "time"
         yield plain

@@ -6,6 +6,7 @@ from functools import cache
 from itertools import zip_longest
 from typing import NamedTuple
 
+from titan_lite.config.schedules import SCHEDULES
 from titan_lite.models.args import MoEArgs
 from titan_lite.planner import counts
 from titan_lite.planner.cluster import Cluster
@@ -52,7 +53,6 @@ class StepModel:
         dense, self.experts = counts.block_params(job.args, 0, job.args.num_layers)
         self.block_params = dense / job.args.num_layers, self.experts / job.args.num_layers
         self._blocks: dict[tuple[object, ...], BlockTimes] = {}
-        self._heads: dict[tuple[object, ...], Pair] = {}
         self._ring = cache(self.rates.ring)
 
     def inner(self, ranks: int, stride: int) -> int:
@@ -149,15 +149,11 @@ class StepModel:
 
     def head(self, job: Job) -> Pair:
         """Output projection and loss of a micro-batch, and their tensor-parallel collectives."""
-        key = job.tp, job.cp, job.micro_batch, job.sequence_parallel, job.loss_bytes, job.width
-        if (cost := self._heads.get(key)) is None:
-            tokens = job.local_tokens * job.head_token_fraction
-            rows = self.args.padded_vocab_size / job.tp
-            matmul = sum(self.rates.linear(tokens, self.args.dim, rows))
-            loss = self.rates.loss(job, tokens, rows)
-            size = 2 * self.rates.scale * job.local_tokens * self.args.dim
-            cost = self._heads[key] = matmul + loss, 4 * self.ring(size, job.tp, 1)
-        return cost
+        tokens = job.local_tokens * job.head_token_fraction
+        rows = self.args.padded_vocab_size / job.tp
+        matmul = sum(self.rates.linear(tokens, self.args.dim, rows))
+        size = 2 * self.rates.scale * job.local_tokens * self.args.dim
+        return matmul + self.rates.loss(job, tokens, rows), 4 * self.ring(size, job.tp, 1)
 
     def predict(self, job: Job) -> "Step":
         """Predicts the job's step."""
@@ -266,7 +262,7 @@ class StepModel:
         hop = self.k["node_hop_us" if far else "hop_us"] * 1e-6
         parts["pp"] = m * 2 * job.stages_per_rank * (size / min(wide, self.rates.inner) + hop)
         # Schedules that split backward compute weights' gradients in time that is otherwise idle.
-        idle = 1 / 3 if job.order.splits_backward else 1.0
+        idle = 1 / 3 if SCHEDULES[job.schedule].splits_backward else 1.0
         parts["bubble"] = passes * (job.pp - 1) / job.stages_per_rank * idle * rank
         params, experts = self.params / job.pp, self.experts / job.pp
         if job.fsdp * job.dp_replicate > 1:
@@ -276,7 +272,7 @@ class StepModel:
 def rank_stages(job: Job) -> list[tuple[int, ...]]:
     """The stages of each pipeline rank."""
     p, v = job.pp, job.stages_per_rank
-    if p > 1 and job.order.is_v:
+    if p > 1 and SCHEDULES[job.schedule].is_v:
         return [(rank, 2 * p - 1 - rank) for rank in range(p)]
     return [tuple(rank + p * number for number in range(v)) for rank in range(p)]
 

@@ -34,6 +34,7 @@ UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 ONE_DEVICE = (
     "--parallel.tp=1",
     "--parallel.cp=1",
+    "--parallel.ep=1",
     "--parallel.pp=1",
     "--parallel.dp_replicate=1",
     "--parallel.dp_shard=1",
@@ -104,7 +105,7 @@ def _search(argv: Sequence[str]) -> int:
     plan = make_plan(path, fixed, 1, with_files=False)
     cluster = _cluster(options, config.job.cluster, loaded.origins["job.cluster"])
     start = time.perf_counter()
-    result = search(config, world_size, samples, plan.family, plan.args, cluster)
+    result = search(plan, config.parallel, world_size, samples, cluster)
     best = result.best(options.count)
     if options.json:
         print(json.dumps(plan_report.search_facts(result, best), indent=2))

@@ -74,11 +74,11 @@ def facts(p: Prediction, better: Sequence[Advice]) -> dict[str, Any]:
         },
         "advice": [
             {
-                "settings": change.values,
-                "seconds": change.prediction.step.seconds,
-                "gain": 1 - change.prediction.step.seconds / p.step.seconds,
+                "settings": values,
+                "seconds": change.step.seconds,
+                "gain": 1 - change.step.seconds / p.step.seconds,
             }
-            for change in better
+            for values, change in better
         ],
     }
 
@@ -122,10 +122,10 @@ def text(p: Prediction, better: Sequence[Advice]) -> str:
     ]
     if better:
         lines.append("Would help most" if p.fits else "Would fit")
-    for change in better:
-        gain = 1 - change.prediction.step.seconds / seconds
-        settings = " ".join(setting(key, value) for key, value in change.values.items())
-        lines.append(f"  {settings}: {change.prediction.step.seconds:.3g} s a step ({-gain:+.0%})")
+    for values, change in better:
+        gain = 1 - change.step.seconds / seconds
+        settings = " ".join(setting(key, value) for key, value in values.items())
+        lines.append(f"  {settings}: {change.step.seconds:.3g} s a step ({-gain:+.0%})")
     return "\n".join(lines)
 
 
@@ -136,7 +136,7 @@ def search_text(result: SearchResult, best: Sequence[Layout], seconds: float) ->
         f"{seconds:.1f} s"
     ]
     for number, layout in enumerate(best, start=1):
-        prediction = Prediction(layout.step, (), layout.job.tokens)
+        prediction = Prediction(layout.step, (), layout.step.job.tokens)
         bounds = prediction.interval
         lines.append(
             f"{number}. {layout.step.seconds:.3g} s a step "

@@ -30,12 +30,7 @@ from titan_lite.parallel.float8 import float8_problems
 from titan_lite.parallel.fsdp import check_symm_mem
 from titan_lite.parallel.pipeline import Stage, check_schedule, split
 from titan_lite.parallel.tensor import check_plan
-from titan_lite.planner.counts import (
-    FlopsPerToken,
-    flops_per_token,
-    num_last_matmul_params,
-    num_unused_params,
-)
+from titan_lite.planner.counts import FlopsPerToken, flops_per_token, num_unused_params
 from titan_lite.runtime.distributed import Process, check_dtype
 from titan_lite.runtime.profiler import check_profiling
 from titan_lite.training.objective import OBJECTIVES, Objective
@@ -108,15 +103,12 @@ def count_flops(
     num_params = model.num_parameters - num_unused_params(args)
     num_params -= round((1 - _head_token_fraction(config, objective)) * args.vocab_size * args.dim)
     return flops_per_token(
+        args,
+        _attended(config),
         num_params_non_embedding=num_params,
         num_block_params=sum(
             model.active(name, p).numel() for name, p in model.layers.named_parameters()
         ),
-        num_last_matmul_params=num_last_matmul_params(args),
-        num_layers=args.num_layers,
-        attention_dim=args.attention_dim,
-        seq_len=_attended(config),
-        is_causal=args.causal,
         num_recomputed_layers=0 if section.mode == "selective_op" else sum(map(len, recomputed)),
     )
 
