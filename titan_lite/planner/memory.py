@@ -138,8 +138,10 @@ class _MemoryModel:
     def __init__(self, job: Job) -> None:
         self.job, self.sizes = job, _sizes(job.args, job.blocks)
         args, kinds, t, tokens = job.args, self.sizes.kinds, job.tp, job.local_tokens
-        modes = {job.recompute, "none"}
-        self.kept = {mode: [kept_elements(job, kind, mode) for kind in kinds] for mode in modes}
+        self.kept: dict[str, list[float]] = {
+            mode: [kept_elements(job, kind, mode) for kind in kinds]
+            for mode in (job.recompute, "none")
+        }
         self.table, self.stream = self.sizes.table / t, float(args.dim * job.width * tokens)
         self.dense, self.experts = self.sizes.last_block[0] / t, self.sizes.last_block[1] / job.ep
         self.block = self.dense + self.experts

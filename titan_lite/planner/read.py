@@ -16,7 +16,7 @@ from titan_lite.models.family import Family
 from titan_lite.models.model_rules import model_rules
 from titan_lite.models.stage_split import balanced
 from titan_lite.planner import counts
-from titan_lite.planner.job import Job
+from titan_lite.planner.job import Job, Recompute
 
 AUTO_CHUNK_BYTES = 2**29  # training/loss.py has the same for training.loss_chunks = "auto"
 
@@ -45,7 +45,7 @@ def read_job(config: Config, dims: ParallelDims, family: Family, args: DecoderAr
     width = 4 if training.param_dtype == "float32" else 2
     section = config.activation_checkpoint
     recomputed = tuple(len(section.layers(count)) for count in blocks)
-    mode = "selective_op" if section.mode == "selective_op" else "full"
+    mode: Recompute = "selective_op" if section.mode == "selective_op" else "full"
     compiled = config.compile.covers("model")
     logits = micro * training.seq_len // dims.cp * args.padded_vocab_size / dims.tp * 4
     chunks = min(8, math.ceil(logits / AUTO_CHUNK_BYTES))

@@ -74,7 +74,7 @@ def search(
         tried += sum(map(len, rows))
         allowed = legal_of(rows, dims, args)
         legal += len(allowed)
-        jobs = ((values, read_job(found, dims, plan.family, args)) for values, found in allowed)
+        jobs = ((values, read_job(config, dims, plan.family, args)) for values, config in allowed)
         for values, job in jobs:
             limit = room(job) * cluster.memory or math.inf
             if least(job) > limit:
@@ -92,7 +92,7 @@ def legal_of(rows: list[list[Candidate]], dims: ParallelDims, args: DecoderArgs)
     No rule is between micro-batch and recomputation, so checking a row and a column is enough.
     """
     for row in rows:
-        modes = [number for number, (_, found) in enumerate(row) if is_legal(found, dims, args)]
+        modes = [number for number, (_, config) in enumerate(row) if is_legal(config, dims, args)]
         if modes:
             sizes = [row for row in rows if is_legal(row[modes[0]][1], dims, args)]
             return [row[number] for row in sizes for number in modes]
