@@ -285,6 +285,8 @@ FAMILIES = (
     Case("dp4", more=(EP4,), alike=QWEN3_MOE),
     Case("dp2", "none", TRACED, more=(EP2,), alike=QWEN3_MOE),
     Case("dp2", "full", TRACED, more=(EP2,), alike=QWEN3_MOE),
+    Case("dp2", "selective_op", TRACED, more=(EP2, SAVE_EXPERTS), alike=QWEN3_MOE),
+    Case("dp2", "selective_op", "compile", more=(EP2,), alike=QWEN3_MOE),
     Case("dp4", "selective_op", more=(EP2, SAVE_EXPERTS), alike=QWEN3_MOE),
     # Each expert is of one rank: FSDP gathers none.
     Case("dp2", "selective_op", more=(EP2,), alike=QWEN3_MOE),
@@ -300,6 +302,7 @@ FAMILIES = (
     # Each rank routes its part of the sequence; experts are sharded, or shared, over these ranks.
     Case("tp2", alike=(*QWEN3_MOE, "training.steps=10")),
     Case("tp2", "full", TRACED, alike=QWEN3_MOE),
+    Case("tp2", "selective_op", TRACED, alike=QWEN3_MOE),
     Case("tp2", more=(EP2,), alike=(*QWEN3_MOE, "training.max_norm=0.2")),
     Case("dp2 x tp2", "selective_op", micro_batches=4, more=(EP4, SYNC_LAST), alike=QWEN3_MOE),
     Case("dp2 x tp2", micro_batches=2, more=(EP2,), alike=(*QWEN3_MOE, *MUON)),
@@ -409,7 +412,6 @@ HOLES = (
     Hole(2, (*PP2_BATCH, schedule("ZBVZeroBubble"), "activation_checkpoint.mode=selective_op")),
     Hole(2, (*PP2_BATCH, schedule("ZBVZeroBubble"), *TIED)),
     Hole(2, (TP2, NO_SEQUENCE_PARALLEL, "model.name=qwen3_moe")),
-    Hole(2, (EP2, COMPILE, "activation_checkpoint.mode=selective_op", "model.name=qwen3_moe")),
     Hole(1, ("training.reduce_dtype=float16",)),
     Hole(1, (*MUON, "training.param_dtype=float16")),
     Hole(1, ("float8.recipe=tensorwise",)),

@@ -16,9 +16,7 @@ from tests.distributed import Workers
 from tests.parallel.matrix import (
     BATCH,
     DEEPSEEK,
-    EP2,
     EVERYWHERE,
-    QWEN3_MOE,
     TRACED,
     Case,
     as_overrides,
@@ -53,12 +51,8 @@ class Parity:
             train = partial(_traced, train)
         got = workers.run(train, folder, *overrides)[0]
         if case.execution != "eager":
-            # Equal blocks share a graph, and first ones may be dense; around experts that are
-            # separate units a block is five.
-            has_experts = case.alike in (QWEN3_MOE, DEEPSEEK)
-            is_broken = EP2 in case.more or (has_experts and "tp" in case.layout)
-            graphs = 5 if is_broken else 1
-            assert _applied(folder)["compiled_graphs"] == graphs + (case.alike == DEEPSEEK)
+            # Equal blocks share a graph; DeepSeek's first one is dense.
+            assert _applied(folder)["compiled_graphs"] == 1 + (case.alike == DEEPSEEK)
         return deviations(got, expected)
 
     def of_precision(self, case: Case) -> Deviations:

@@ -17,7 +17,7 @@ from titan_lite.models.args import MoEArgs
 from titan_lite.models.moe import MIXTRAL
 from titan_lite.nn import moe as moe_module
 from titan_lite.nn.moe import MoE
-from titan_lite.parallel import expert
+from titan_lite.parallel import row_exchange
 from titan_lite.parallel.expert import apply_ep
 from titan_lite.runtime.readback import Readback
 
@@ -120,7 +120,7 @@ def _order_of_a_forward() -> list[str]:
         torch.nn.init.normal_(parameter)
     apply_ep(moe, init_device_mesh("cpu", (2,), mesh_dim_names=("ep",)))  # type: ignore[arg-type]
     with (
-        mock.patch.object(expert, "Readback", Logged),
+        mock.patch.object(row_exchange, "Readback", Logged),
         mock.patch.object(moe_module, "Take", Sorting),
     ):
         moe(torch.ones(1, 4, D))

@@ -207,7 +207,7 @@ class Recorder(TorchDispatchMode):
             with self:
                 return BODIES[func](*args, **kwargs)
         out = func(*args, **kwargs)
-        if func.namespace in ("c10d", "_c10d_functional"):
+        if func.namespace in ("c10d", "_c10d_functional", "titan_lite"):
             self._count_collective(func, args, out)
         if func.namespace == "fsdp" and "chunk_cat" in func.__name__:
             # FSDP2 reduces the gradients of gathered weights.

@@ -277,14 +277,6 @@ def _moe_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
             f"tp ({parallel.tp}) requires sequence parallel for Mixture of Experts, because each "
             "rank routes its part of the sequence: set parallel.sequence_parallel = true",
         )
-    mode = config.activation_checkpoint.mode
-    if mode == "selective_op" and config.compile.covers("model") and parallel.ep * parallel.tp > 1:
-        yield SettingError(
-            ("compile.enable", "model.name", "activation_checkpoint.mode"),
-            "with parallel.ep or parallel.tp > 1, a block of a Mixture of Experts is compiled to "
-            'several graphs, inside which "selective_op" saves nothing: set mode = "full", or '
-            "compile.enable = false",
-        )
     if args.dense_dim % parallel.tp:
         yield SettingError(
             ("parallel.tp", "model.flavor"),

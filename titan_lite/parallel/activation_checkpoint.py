@@ -21,7 +21,10 @@ from torch.utils.checkpoint import (
 from titan_lite.config.activation_checkpoint import ActivationCheckpoint, SavedOp
 from titan_lite.nn import grouped_matmul  # noqa: F401  registers an operation of that name
 from titan_lite.nn.transformer import Transformer
-from titan_lite.parallel import context_attention  # noqa: F401  registers sharded_attention
+from titan_lite.parallel import (
+    context_attention,  # noqa: F401  registers sharded_attention
+    row_exchange,  # noqa: F401  registers all_to_all_rows
+)
 from titan_lite.parallel.attention_ops import CPU_FLASH, CUDNN, EFFICIENT, FLASH, OVERRIDEABLE
 
 aten, collectives = torch.ops.aten, torch.ops._c10d_functional
@@ -53,7 +56,10 @@ OPS: dict[SavedOp, tuple[Any, ...]] = {
     "max": (aten.max.default,),
     # Integers: their recomputation must not choose other experts.
     "routing": (aten.sort.stable,),
-    "all_to_all": (collectives.all_to_all_single.default,),
+    "all_to_all": (
+        collectives.all_to_all_single.default,
+        torch.ops.titan_lite.all_to_all_rows.default,
+    ),
     "grouped_matmul": (torch.ops.titan_lite.grouped_matmul.default,),
 }
 """Dispatcher operations of each name in `activation_checkpoint.save`.

@@ -10,11 +10,8 @@ from pathlib import Path
 import torch
 
 from titan_lite.config.schema import Compile
-from titan_lite.nn.moe import Experts
 from titan_lite.nn.transformer import Transformer
-from titan_lite.parallel.activation_checkpoint import is_checkpointed
 from titan_lite.parallel.attention_ops import CPU_FLASH
-from titan_lite.parallel.expert import ExpertParallel, RowExchange
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +46,8 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
-def apply_compile(model: Transformer, section: Compile, *, has_expert_units: bool) -> None:
-    """Compiles each block in place, refusing graph breaks except around FSDP2 units of experts.
+def apply_compile(model: Transformer, section: Compile) -> None:
+    """Compiles each block in place, as one graph.
 
     Resets dynamo first: it caches graphs by code, so the shapes of an earlier model in this process
     would make it recompile this model with dynamic shapes.
@@ -61,17 +58,7 @@ def apply_compile(model: Transformer, section: Compile, *, has_expert_units: boo
     if section.covers("model"):
         _untag_attention_on_cpu()
         for block in model.layers.children():
-            has_experts = any(isinstance(m, Experts) for m in block.modules())
-            for module in block.modules():
-                if isinstance(module, RowExchange | ExpertParallel):
-                    # Otherwise a graph is compiled for each number of rows.
-                    module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
-            # Hooks of FSDP2 units inside the block break its graph.
-            is_broken = has_expert_units and has_experts
-            if is_broken and is_checkpointed(block):
-                # The compiler does not support graph breaks inside a checkpoint.
-                (block,) = block.children()
-            block.compile(fullgraph=not is_broken)
+            block.compile(fullgraph=True)
 
 
 def _untag_attention_on_cpu() -> None:

@@ -5,7 +5,6 @@ P ranks; X rows that this rank's experts receive from all ranks; D model width.
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -16,8 +15,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from titan_lite.nn.balance import SequenceBalanceLoss
 from titan_lite.nn.moe import Experts, MoE, Take
 from titan_lite.nn.transformer import Transformer
+from titan_lite.parallel.row_exchange import all_to_all_rows, num_arriving, start_row_counts
 from titan_lite.runtime.collectives import all_to_all_single_autograd, traceable_all_reduce
-from titan_lite.runtime.readback import Readback
 
 
 def apply_ep(model: Transformer, mesh: DeviceMesh) -> None:
@@ -40,13 +39,12 @@ class RowExchange(nn.Module):
         self.degree = group.size()
         self.group_name = group.group_name
 
-    def forward(self, ends_E: Tensor) -> tuple[Tensor, Readback]:
-        """Returns the rows for each of this rank's experts from each rank, (P, L), and the rows
-        sent to and received from each rank."""
+    def forward(self, ends_E: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the rows for each of this rank's experts from each rank, (P, L), and on the host
+        the rows sent to and received from each rank, (2, P)."""
         counts_PL = ends_E.diff(prepend=ends_E.new_zeros(1)).view(self.degree, -1)
         arriving_PL = all_to_all_single_autograd(counts_PL, None, None, self.group_name)
-        rows = torch.stack((counts_PL.sum(1), arriving_PL.sum(1)))
-        return arriving_PL, Readback(rows)
+        return arriving_PL, start_row_counts(counts_PL, arriving_PL)
 
 
 class ExpertParallel(nn.Module):
@@ -62,27 +60,25 @@ class ExpertParallel(nn.Module):
         self.degree = group.size()
         self.group_name = group.group_name
 
-    def forward(self, x_RD: Tensor, groups: tuple[Tensor, Readback], *weights: Tensor) -> Tensor:
+    def forward(self, x_RD: Tensor, groups: tuple[Tensor, Tensor], *weights: Tensor) -> Tensor:
         """groups: the result of RowExchange."""
-        arriving_PL, rows = groups
-        sent, received = self.row_counts(rows, x_RD.shape[0])
-        x_XD = self._exchange(x_RD, received, sent)
+        arriving_PL, rows_2P = groups
+        num_rows = x_RD.shape[0]
+        received = self.num_received(rows_2P, num_rows)
+        x_XD = all_to_all_rows(x_RD, rows_2P, False, received, self.group_name)
         expert_X = torch.arange(arriving_PL.shape[1], device=x_XD.device).repeat(self.degree)
-        expert_X = expert_X.repeat_interleave(arriving_PL.flatten(), output_size=x_XD.shape[0])
+        expert_X = expert_X.repeat_interleave(arriving_PL.flatten(), output_size=received)
         order_X = expert_X.argsort(stable=True)
         back_X = order_X.argsort()
         ends_L = arriving_PL.sum(0).cumsum(0).to(torch.int32)
         own = [w.to_local() if isinstance(w, DTensor) else w for w in weights]
         out_XD = self.compute(Take.apply(x_XD, order_X, back_X), ends_L, *own)
-        return self._exchange(Take.apply(out_XD, back_X, order_X), sent, received)
+        out_XD = Take.apply(out_XD, back_X, order_X)
+        return all_to_all_rows(out_XD, rows_2P, True, num_rows, self.group_name)
 
-    def row_counts(self, rows: Readback, num_rows: int) -> tuple[list[int], list[int]]:
-        """Returns the rows that this rank sends to, and receives from, each rank."""
-        sent, received = rows.read()
-        return sent, received
-
-    def _exchange(self, rows: Tensor, arriving: list[int], leaving: list[int]) -> Tensor:
-        return all_to_all_single_autograd(rows, arriving, leaving, self.group_name)
+    def num_received(self, rows_2P: Tensor, num_rows: int) -> int:
+        """Returns how many rows this rank receives; `num_rows`: how many it sends."""
+        return num_arriving(rows_2P)
 
 
 def apply_whole_counts(model: Transformer, groups: Sequence[dist.ProcessGroup]) -> None:
@@ -112,12 +108,11 @@ def expert_parallel(module: nn.Module) -> int | None:
 
 
 def assume_balance(model: nn.Module) -> None:
-    """Assigns every rank the same number of rows, for dry runs, which have no routing."""
+    """Gives every rank the same number of rows, for dry runs, which have no routing."""
     for module in model.modules():
         if isinstance(module, ExpertParallel):
-            module.row_counts = partial(_balanced, module.degree)  # type: ignore[method-assign]
+            module.num_received = _balanced  # type: ignore[method-assign]
 
 
-def _balanced(degree: int, _rows: Readback, num_rows: int) -> tuple[list[int], list[int]]:
-    each = [num_rows // degree + (rank < num_rows % degree) for rank in range(degree)]
-    return each, each
+def _balanced(_rows_2P: Tensor, num_rows: int) -> int:
+    return num_rows

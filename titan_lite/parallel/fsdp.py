@@ -157,6 +157,8 @@ def apply_fsdp(
         for module in block.modules():
             if expert_mesh is not None and isinstance(module, Experts):
                 shard(module, reshard_block(expert_mesh, is_last=is_last), expert_mesh)
+                if block._compiled_call_impl is not None:
+                    _move_hooks(module, block)
         shard(block, reshard_block(mesh, is_last=is_last))
     if head:
         shard(head, choice == "always")
@@ -176,6 +178,16 @@ def apply_fsdp(
         # The gradient of an embedding lookup does not need the table.
         assert isinstance(module, FSDPModule)
         module.set_unshard_in_backward(False)
+
+
+def _move_hooks(unit: nn.Module, block: nn.Module) -> None:
+    """Gathers and frees a unit with its block, whose graph the unit's own hooks would break."""
+    assert isinstance(unit, FSDPModule)
+    state = unit._get_fsdp_state()
+    state._pre_forward_hook_handle.remove()
+    state._post_forward_hook_handle.remove()
+    block.register_forward_pre_hook(state._pre_forward, prepend=True, with_kwargs=True)
+    block.register_forward_hook(state._post_forward)
 
 
 def _reduce_by_sum(units: Iterable[nn.Module]) -> None:

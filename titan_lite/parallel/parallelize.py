@@ -69,7 +69,7 @@ def parallelize(
     apply_activation_checkpoint(model, activation_checkpoint)
     if compile.enable:
         apply_async_tp(meshes.tp, enable=parallel.async_tp)
-    apply_compile(model, compile, has_expert_units=meshes.efsdp is not None)
+    apply_compile(model, compile)
     apply_fsdp(
         model,
         meshes.fsdp,

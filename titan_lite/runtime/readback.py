@@ -11,10 +11,10 @@ class Readback:
 
     def __init__(self, tensor: Tensor) -> None:
         self._event = None
-        self._copy = tensor
+        self.copy = tensor
         if tensor.device.type == "cuda":
-            self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._copy.copy_(tensor, non_blocking=True)
+            self.copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self.copy.copy_(tensor, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
 
@@ -22,4 +22,4 @@ class Readback:
         """The numbers; waits until the device has computed them."""
         if self._event is not None:
             self._event.synchronize()
-        return self._copy.tolist()
+        return self.copy.tolist()
