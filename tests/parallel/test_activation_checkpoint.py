@@ -8,10 +8,12 @@ from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, get_args
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
@@ -208,16 +210,18 @@ def one_backward(folder: str, *overrides: str, backend: str = "inductor") -> dic
         )
     saved_bytes = sum(storage.nbytes() for storage in storages.values())
     counts: Counter[str] = Counter()
-    if trainer.plan.config.compile.enable:
-        loss.backward()
-    else:
-        with Operations() as operations:
+    with mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchange:
+        if trainer.plan.config.compile.enable:
             loss.backward()
-        counts = operations.counts
+        else:
+            with Operations() as operations:
+                loss.backward()
+            counts = operations.counts
     trainer.close()
     return {
         "gradients": whole(trainer.built.model, gradients=True),
         "counts": counts,
+        "exchanges": exchange.call_count,
         "saved_bytes": saved_bytes,
         "applied": trainer.built.applied,
     }
@@ -319,6 +323,33 @@ def test_the_compiler_keeps_to_the_policy(
         assert_near_gradients(got, eager)
     for less, more in itertools.pairwise(compiled):
         assert less["saved_bytes"] < 0.8 * more["saved_bytes"]
+
+
+EXPERT_OPS: tuple[SavedOp, ...] = ("all_to_all", "grouped_matmul")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("axis", slow_but(["ep"], ["ep", "tp"]))
+def test_the_compiler_saves_of_experts_what_the_policy_names(
+    axis: str, workers: dict[int, Workers], tmp_path: Path
+) -> None:
+    def run(settings: dict[str, Any], *overrides: str) -> dict[str, Any]:
+        layout = (f"--parallel.{axis}=2", f"--training.local_batch_size={4 if axis == 'ep' else 8}")
+        overrides = ("--model.name=qwen3_moe", *layout, *overrides_of(settings), *overrides)
+        result: dict[str, Any] = workers[2].run(PARTITIONED, mkdtemp(dir=tmp_path), *overrides)[0]
+        return result
+
+    saves: list[list[SavedOp]] = [["attention"], ["attention", "routing", *EXPERT_OPS]]
+    selective = [{"mode": "selective_op", "save": save} for save in saves]
+    eager = run({})
+    compiled = [run(settings, "--compile.enable=true") for settings in (*selective, {})]
+    for got in compiled:
+        assert_near_gradients(got, eager)
+    for less, more in itertools.pairwise(compiled):
+        assert less["saved_bytes"] < 0.8 * more["saved_bytes"]
+    # There and back in each of two blocks: the gradients, and, if not saved, the rows.
+    expected = [8, 4, 4] if axis == "ep" else [0, 0, 0]
+    assert [got["exchanges"] for got in compiled] == expected
 
 
 def test_the_compiler_keeps_to_the_memory_budget(one_process: Workers, tmp_path: Path) -> None:

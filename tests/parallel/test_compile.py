@@ -13,11 +13,9 @@ import pytest
 import torch
 
 from tests.distributed import Workers
-from tests.nn.test_moe import ARGS
 from tests.runs import build_trainer, compiled_by, train
 from titan_lite.config.schema import Compile
 from titan_lite.data.loader import Batch
-from titan_lite.nn.moe import MoE
 from titan_lite.parallel.compile import Compilations
 
 
@@ -71,28 +69,6 @@ def test_recompilations_of_the_warm_up_are_not_counted(one_process: Workers) -> 
     recompilations, graphs = one_process.run(_recompile_in_every_second_step)[0]
     assert recompilations == [0, 0, 0, 1, 1, 2]
     assert graphs == 4
-
-
-def test_blocks_whose_experts_break_the_graph_are_not_recompiled(one_process: Workers) -> None:
-    """Torch 2.15 recompiles what follows the break if a temporary object waits for its result."""
-    assert one_process.run(_recompilations_around_a_break)[0] == 0
-
-
-def _recompilations_around_a_break() -> int:
-    torch.compiler.reset()
-    block = MoE(ARGS)
-    for parameter in block.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    # As FSDP2 has them.
-    block.experts.register_forward_pre_hook(torch.compiler.disable(lambda _, args: args))
-    block.experts.register_forward_hook(torch.compiler.disable(lambda _, args, out: out))
-    block.compile(backend="eager")
-    compilations = Compilations()
-    for step in range(1, 6):
-        block(torch.randn(1, 8, ARGS.dim, requires_grad=True))
-        compilations.after_step(step)
-    assert compilations.graphs > 1
-    return compilations.recompilations
 
 
 def _recompile_in_every_second_step() -> tuple[list[int], int]:

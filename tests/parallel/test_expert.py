@@ -18,6 +18,7 @@ from titan_lite.models.moe import MIXTRAL
 from titan_lite.nn import moe as moe_module
 from titan_lite.nn.moe import MoE
 from titan_lite.parallel import row_exchange
+from titan_lite.parallel.compile import Compilations
 from titan_lite.parallel.expert import apply_ep
 from titan_lite.runtime.readback import Readback
 
@@ -82,6 +83,28 @@ def _backward(moe: MoE, forced: Forced, tokens: slice) -> dict[str, Any]:
 
 
 @pytest.mark.distributed
+def test_one_graph_serves_all_numbers_of_rows(workers: Mapping[int, Workers]) -> None:
+    assert workers[2].run(_graphs_of_all_routings) == [1, 1]
+
+
+def _graphs_of_all_routings() -> int:
+    torch.compiler.reset()
+    compilations = Compilations()
+    moe = MoE(ARGS)
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter)
+    apply_ep(moe, init_device_mesh("cpu", (2,), mesh_dim_names=("ep",)))  # type: ignore[arg-type]
+    moe.compile(fullgraph=True, backend="aot_eager")
+    assert moe.router.bias is not None
+    for forced in FORCED.values():
+        moe.router.bias.zero_()
+        for number, bias in forced.biases.items():
+            moe.router.bias[number] = bias
+        moe(torch.randn(1, 4, D)).sum().backward()
+    return compilations.graphs
+
+
+@pytest.mark.distributed
 def test_the_host_waits_for_the_numbers_of_rows_after_it_started_what_needs_none(
     workers: Mapping[int, Workers],
 ) -> None:
@@ -131,21 +154,27 @@ def _whole(tensor: Tensor) -> Any:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).numpy()
 
 
-def _on_a_rank(forced: Forced) -> dict[str, Any]:
+def _on_a_rank(forced: Forced, is_compiled: bool) -> dict[str, Any]:
     first = sum(forced.tokens[: dist.get_rank()])
     moe = _block(forced)
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
     apply_ep(moe, mesh)  # type: ignore[arg-type]
+    if is_compiled:
+        torch.compiler.reset()
+        moe.compile(fullgraph=True, backend="aot_eager")
     return _backward(moe, forced, slice(first, first + forced.tokens[dist.get_rank()]))
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize("name", FORCED)
-def test_two_ranks_route_as_one_process_does(name: str, workers: Mapping[int, Workers]) -> None:
+def test_two_ranks_route_as_one_process_does(
+    name: str, is_compiled: bool, workers: Mapping[int, Workers]
+) -> None:
     forced = FORCED[name]
     expected = _backward(_block(forced), forced, slice(None))
     assert expected["counts"][: len(forced.counts)].tolist() == list(forced.counts)
-    first, second = workers[2].run(_on_a_rank, forced)
+    first, second = workers[2].run(_on_a_rank, forced, is_compiled)
     for key, whole in expected.items():
         if key in ("x", "out"):
             actual = torch.cat([torch.from_numpy(rank[key]) for rank in (first, second)])

@@ -30,7 +30,9 @@ from tests.parallel.matrix import (
     FAMILIES,
     FURTHER,
     QWEN3_MOE,
+    SAVE_EXPERTS,
     TOLERANCES,
+    TRACED,
     Case,
 )
 from tests.parallel.parity import TRAIN, Parity
@@ -133,6 +135,7 @@ def train_with(
 
 GRADIENTS = {name for name in TOLERANCES if name.startswith("gradients")}
 SHARED = Case("dp2", "full", micro_batches=4, more=(EP2,), alike=QWEN3_MOE)
+ONE_GRAPH = Case("dp2", "selective_op", TRACED, more=(EP2, SAVE_EXPERTS), alike=QWEN3_MOE)
 # Fault, the case of the matrix it is planted in, what catches it, and the worst gradient of step 1.
 PLANTED = (
     # Adam divides a gradient by its size: not one of the losses moves.
@@ -140,6 +143,7 @@ PLANTED = (
     (take_a_part_for_the_whole, Case("tp2"), {"loss", "grad_norm", *GRADIENTS}, "norm.weight"),
     (leave_norms_unsynchronised, Case("tp2"), {"loss", "grad_norm", *GRADIENTS}, "norm.weight"),
     (divide_the_experts_gradient, SHARED, {"grad_norm", *GRADIENTS}, "experts"),
+    (divide_the_experts_gradient, ONE_GRAPH, {"grad_norm", *GRADIENTS}, "experts"),
     # Rounding turns gradients a little, and neither lengthens nor shortens them.
     (recompute_in_another_precision, Case("dp2", "full", micro_batches=4), GRADIENTS, "layers."),
     # Only validation reads the average.
@@ -250,6 +254,8 @@ PLANTED_IN_EXPERTS = (
     (reverse_the_experts_of_a_rank, SHARED),
     (compute_rows_as_they_arrive, SHARED),
     (average_the_balancing_loss, SHARED),
+    (multiply_the_routers_gradient, ONE_GRAPH),
+    (reverse_the_experts_of_a_rank, ONE_GRAPH),
     (add_shared_experts_on_each_rank, SPLIT),
     (leave_a_ranks_gradient_of_copies, SPLIT),
     (balance_by_the_counts_of_a_rank, SPLIT),

@@ -57,7 +57,7 @@ def _(leaving_PL: Tensor, arriving_PL: Tensor) -> Tensor:
 
 
 @num_arriving.register_fake
-def _(rows_2P: Tensor) -> int:
+def _(rows_2P: Tensor) -> torch.SymInt:
     return torch.library.get_ctx().new_dynamic_size()
 
 
