@@ -129,18 +129,6 @@ MOE = "--model.name=qwen3_moe"
             "tp (2) requires sequence parallel for Mixture of Experts, because each rank routes "
             "its part of the sequence: set parallel.sequence_parallel = true",
         ),
-        (
-            [
-                "--parallel.ep=2",
-                "--compile.enable=true",
-                "--activation_checkpoint.mode=selective_op",
-            ],
-            2,
-            "activation_checkpoint.mode",
-            "with parallel.ep or parallel.tp > 1, a block of a Mixture of Experts is compiled to "
-            'several graphs, inside which "selective_op" saves nothing: set mode = "full", or '
-            "compile.enable = false",
-        ),
     ],
 )
 def test_what_experts_cannot_do_is_refused(

@@ -1,6 +1,7 @@
 """Activation checkpointing: chooses the activations to keep; the others are recomputed."""
 
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointWrapper,
     checkpoint_wrapper,
 )
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import (
     SAC_IGNORED_OPS,
     CheckpointPolicy,
@@ -36,6 +38,7 @@ SAC_IGNORED_OPS |= {
     profiler._record_function_exit._RecordFunction,
 }
 MATMULS = (aten.mm.default, aten.addmm.default, aten._scaled_mm.default)
+SUMS = (collectives.reduce_scatter_tensor.default, collectives.all_reduce.default)
 OPS: dict[SavedOp, tuple[Any, ...]] = {
     # The cost grows with the square of the sequence length, the result only linearly.
     "attention": (
@@ -50,8 +53,8 @@ OPS: dict[SavedOp, tuple[Any, ...]] = {
     "matmul": MATMULS,
     "every_second_matmul": MATMULS,
     # Recomputing a collective costs communication again.
-    "reduce_scatter": (collectives.reduce_scatter_tensor.default,),
-    "all_reduce": (collectives.all_reduce.default,),
+    "reduce_scatter": SUMS[:1],
+    "all_reduce": SUMS[1:],
     # The maximum for float8's scale: one number.
     "max": (aten.max.default,),
     # Integers: their recomputation must not choose other experts.
@@ -92,7 +95,11 @@ class SavePolicy:
 
     "every_second_matmul" keeps the second, fourth, ... result. With an odd number, as in blocks
     with a gated feed-forward, the last one is not kept; backward does not need it.
+
+    kept: torch's results of forward, by operation. If a sum over ranks is kept, its input is not.
     """
+
+    kept: Mapping[Any, Any]
 
     def __init__(self, save: tuple[SavedOp, ...]) -> None:
         self.saved = {op for name in save for op in OPS[name]}
@@ -104,6 +111,7 @@ class SavePolicy:
         # Separate counts for forward and recomputation, so that both number the matmuls equally.
         # torch < 2.13 calls the policy in backward as well.
         self.matmuls: Counter[bool] = Counter()
+        self.last_product: Any = None
 
     def __call__(
         self, context: SelectiveCheckpointContext, op: Any, *_args: Any, **_kwargs: Any
@@ -112,13 +120,44 @@ class SavePolicy:
         if op in self.every_second:
             self.matmuls[context.is_recompute] += 1
             save = self.matmuls[context.is_recompute] % 2 == 0
+        if op in MATMULS:
+            self.last_product = op if save else None
+        elif save and op in SUMS and self.last_product and not context.is_recompute:
+            self._drop_product()
         # PREFER allows the compiler to keep results that are cheaper to keep.
         return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def _drop_product(self) -> None:
+        """Frees the last product if it is the input of the sum over ranks: a part as wide as all.
+
+        The compiler keeps only what backward needs.
+        """
+        products = self.kept[self.last_product]
+        product = products[len(products) - 1].val
+        if isinstance(product, DTensor) and any(p.is_partial() for p in product.placements):
+            products[len(products) - 1] = _Dropped(product)
+
+
+class _Dropped:
+    """The layout of a freed result, in torch's list of the results that are kept."""
+
+    def __init__(self, part: DTensor) -> None:
+        self.layout = part.device_mesh, part.placements
+        self.shape = part.to_local().shape
+        self.empty = part.to_local().new_empty(0)
+
+    def get_val(self, _allow_mutation: bool) -> DTensor:
+        """Returns NaN: its only use is as input of the sum, which is not computed again."""
+        part = self.empty.new_full(self.shape, torch.nan)
+        return DTensor.from_local(part, *self.layout, run_check=False)
 
 
 def _contexts(save: tuple[SavedOp, ...]) -> Any:
     """Returns the context managers of one block's forward and of its recomputation."""
-    return create_selective_checkpoint_contexts(SavePolicy(save))
+    policy = SavePolicy(save)
+    forward, recomputation = create_selective_checkpoint_contexts(policy)
+    policy.kept = forward.storage
+    return forward, recomputation
 
 
 def is_checkpointed(block: nn.Module) -> bool:
