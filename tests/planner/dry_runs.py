@@ -8,7 +8,7 @@ first two, one in the middle and the last), with as many micro-batches as a pipe
 though it has buffers for all of a pass, and the deep ones with fewer layers. `random` are 200 legal
 layouts of small models, drawn with a fixed seed, one rank for each place, of which the file holds
 those that there was time for. `experts` are 40 of small Mixture-of-Experts models. `saved` are
-small models whose "selective_op" saves one kind of operations, "max" for none.
+small models whose "selective_op" saves one or two kinds of operations, "max" for none.
 Cases that the file already has are kept.
 """
 
@@ -198,10 +198,13 @@ SAVED = {
         "every_second_matmul",
         "reduce_scatter",
         "all_reduce",
+        "matmul+reduce_scatter",
+        "every_second_matmul+reduce_scatter",
     ),
     ("model.name=llama", "parallel.tp=2", "parallel.sequence_parallel=false"): (
         "reduce_scatter",
         "all_reduce",
+        "matmul+all_reduce",
     ),
     ("model.name=gpt", "parallel.tp=1"): ("attention", "matmul", "every_second_matmul"),
     ("model.name=qwen3_moe", "model.num_experts=8", "model.top_k=2", "parallel.ep=2"): (
@@ -213,6 +216,7 @@ SAVED = {
     ),
     ("model.name=qwen3_moe", "model.num_experts=8", "model.top_k=2", "parallel.tp=2"): (
         "reduce_scatter",
+        "matmul+reduce_scatter",
         "routing",
         "grouped_matmul",
     ),
@@ -233,7 +237,8 @@ def saved() -> Iterator[tuple[str, list[str], int]]:
             "activation_checkpoint.mode=selective_op")  # fmt: skip
     for layout, names in SAVED.items():
         for name in ("max", *names):
-            keys = (*layout, *size, f'activation_checkpoint.save=["{name}"]')
+            save = '", "'.join(name.split("+"))
+            keys = (*layout, *size, f'activation_checkpoint.save=["{save}"]')
             yield "", [f"--{key}" for key in keys], 2
 
 

@@ -18,18 +18,20 @@ def saves_sums(job: Job) -> bool:
 def saved_elements(job: Job, args: DecoderArgs) -> float:
     """Elements per token that the policy keeps of a block, for a micro-batch on a rank.
 
-    A sum over ranks is kept in addition to the products that it adds up, and has `dim` features.
+    A sum over ranks is kept instead of the product that it adds up, which has `dim` features.
     """
     t, saved = job.tp, job.saved
     shared, routed = feed_forwards(args)
     whole = args.dim / (t if job.sequence_parallel else 1)
-    products = enumerate(block_products(args, t))
-    kept = sum(width for number, (_, width) in products if saves_product(job, number))
+    products = [width for _, width in block_products(args, t)]
+    kept = sum(width for number, width in enumerate(products) if saves_product(job, number))
     if "attention" in saved and not args.attention_dropout:
         # The result, and each head's log-sum-exp in float32.
         kept += args.num_heads * (args.head_size + 4 / job.width) / t
     if t > 1 and saves_sums(job):
-        kept += (1 + (shared > 0)) * whole
+        summed = (len(attention_matrices(args)) - 1, *[len(products) - 1] * (shared > 0))
+        kept += len(summed) * whole
+        kept -= sum(args.dim for number in summed if saves_product(job, number))
     if isinstance(args, MoEArgs) and routed:
         if saves_product(job, len(attention_matrices(args))):
             # The router's result is in float32.
