@@ -302,7 +302,7 @@ FAMILIES = (
     # Each rank routes its part of the sequence; experts are sharded, or shared, over these ranks.
     Case("tp2", alike=(*QWEN3_MOE, "training.steps=10")),
     Case("tp2", "full", TRACED, alike=QWEN3_MOE),
-    Case("tp2", "selective_op", TRACED, alike=QWEN3_MOE),
+    Case("tp2", "selective_op", "compile", alike=QWEN3_MOE),
     Case("tp2", more=(EP2,), alike=(*QWEN3_MOE, "training.max_norm=0.2")),
     Case("dp2 x tp2", "selective_op", micro_batches=4, more=(EP4, SYNC_LAST), alike=QWEN3_MOE),
     Case("dp2 x tp2", micro_batches=2, more=(EP2,), alike=(*QWEN3_MOE, *MUON)),
