@@ -341,13 +341,13 @@ def test_only_these_functions_take_a_whole_plan_or_configuration() -> None:
 # explain in the commit message.
 BUDGET = {
     "data": 3144,
-    "parallel": 2044,
+    "parallel": 2117,
     "config": 2134,
     "training": 1918,
     "tools": 1950,
     "checkpoint": 1623,
     "models": 1730,
-    "planner": 1305,
+    "planner": 1306,
     "regression": 1205,
     "runtime": 1159,
     "nn": 911,

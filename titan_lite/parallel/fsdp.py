@@ -89,6 +89,7 @@ def apply_fsdp(
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
     expert_mesh: DeviceMesh | None = None,
+    compiles_blocks: bool = False,
 ) -> None:
     """Shards the model in place over `mesh`: 1D (fsdp), or 2D (dp_replicate, fsdp) for HSDP.
 
@@ -157,7 +158,7 @@ def apply_fsdp(
         for module in block.modules():
             if expert_mesh is not None and isinstance(module, Experts):
                 shard(module, reshard_block(expert_mesh, is_last=is_last), expert_mesh)
-                if block._compiled_call_impl is not None:
+                if compiles_blocks:
                     _move_hooks(module, block)
         shard(block, reshard_block(mesh, is_last=is_last))
     if head:

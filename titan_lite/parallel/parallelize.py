@@ -77,6 +77,7 @@ def parallelize(
         param_dtype=getattr(torch, training.param_dtype),
         reduce_dtype=getattr(torch, training.reduce_dtype),
         expert_mesh=meshes.efsdp,
+        compiles_blocks=compile.covers("model"),
     )
     applied = count_applied(model, tp_plan, meshes.model)
     configured = configured_modules(

@@ -29,9 +29,8 @@ def saved_elements(job: Job, args: DecoderArgs) -> float:
         # The result, and each head's log-sum-exp in float32.
         kept += args.num_heads * (args.head_size + 4 / job.width) / t
     if t > 1 and saves_sums(job):
-        summed = (len(attention_matrices(args)) - 1, *[len(products) - 1] * (shared > 0))
-        kept += len(summed) * whole
-        kept -= sum(args.dim for number in summed if saves_product(job, number))
+        for number in (len(attention_matrices(args)) - 1, *[len(products) - 1] * (shared > 0)):
+            kept += whole - args.dim * saves_product(job, number)
     if isinstance(args, MoEArgs) and routed:
         if saves_product(job, len(attention_matrices(args))):
             # The router's result is in float32.
