@@ -122,8 +122,10 @@ class SavePolicy:
             save = self.matmuls[context.is_recompute] % 2 == 0
         if op in MATMULS:
             self.last_product = op if save else None
-        elif save and op in SUMS and self.last_product and not context.is_recompute:
-            self._drop_product()
+        elif op in SUMS:
+            if save and self.last_product and not context.is_recompute:
+                self._drop_product()
+            self.last_product = None
         # PREFER allows the compiler to keep results that are cheaper to keep.
         return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -108,7 +108,7 @@ def expert_parallel(module: nn.Module) -> int | None:
 
 
 def assume_balance(model: nn.Module) -> None:
-    """Gives every rank the same number of rows, for dry runs, which have no routing."""
+    """Assigns every rank the same number of rows, for dry runs, which have no routing."""
     for module in model.modules():
         if isinstance(module, ExpertParallel):
             module.num_received = _balanced  # type: ignore[assignment, method-assign]

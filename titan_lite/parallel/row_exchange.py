@@ -1,7 +1,7 @@
-"""Exchange of rows between the ranks of experts, as operators that a compiled block contains whole.
+"""Exchanges rows between the ranks of experts, by operators that a compiled block can contain.
 
-How many rows arrive is known on the host only, while the block runs: for the compiler it is a size
-without a value, so that one graph serves all numbers.
+The number of received rows is known only at run time. To the compiler it is a size without a value,
+so that one graph serves every number.
 
 Shape suffixes: P ranks, L experts of this rank, R rows before the exchange, X after it, D width.
 """
@@ -16,14 +16,14 @@ from titan_lite.runtime.collectives import group_by_name
 from titan_lite.runtime.readback import Readback
 
 _pending: dict[int, Readback] = {}
-"""Copies to the host that nothing has waited for, by the address of their numbers."""
+"""Unfinished copies to the host, by the address of their numbers."""
 
 
 @torch.library.custom_op("titan_lite::start_row_counts", mutates_args=())
 def start_row_counts(leaving_PL: Tensor, arriving_PL: Tensor) -> Tensor:
     """Returns (2, P) on the host: the rows sent to and received from each rank.
 
-    They are there once `num_arriving` has read them.
+    The numbers are valid after `num_arriving`, which waits for them.
     """
     readback = Readback(torch.stack((leaving_PL.sum(1), arriving_PL.sum(1))))
     _pending[readback.copy.data_ptr()] = readback
@@ -43,7 +43,7 @@ def num_arriving(rows_2P: Tensor) -> int:
 def all_to_all_rows(
     x_RD: Tensor, rows_2P: Tensor, back: bool, arriving: int, group_name: str
 ) -> Tensor:
-    """Returns (X, D): `arriving` rows in the order of ranks; `back`: to where they came from."""
+    """Returns (X, D): `arriving` rows in the order of ranks. `back`: returns rows to their ranks."""
     sent, received = rows_2P.flip(0).tolist() if back else rows_2P.tolist()
     out_XD = x_RD.new_empty(arriving, x_RD.shape[1])
     group = group_by_name(group_name)  # type: ignore[arg-type]
