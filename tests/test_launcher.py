@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -977,6 +978,14 @@ def test_the_code_of_one_node_is_that_of_all_and_a_killed_one_can_be_replaced(
         f"titan-lite: Waiting for 1 of 2 nodes at {endpoint}\n"
         "titan-lite: Exiting because another node failed; see its log for the cause\n",
     )
+
+
+def test_a_system_without_a_temporary_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(UsageError, match="No such file or directory; set TMPDIR to a folder that"):
+        launcher._temporary_folder()
 
 
 def free_port() -> int:

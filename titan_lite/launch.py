@@ -344,7 +344,7 @@ def _run(settings: Settings, signals: Signals) -> int:
     while True:
         server = listen(0) if job.NNODES > 1 else socket_at(address)
         start = nodes.start(server.getsockname()[1])
-        with tempfile.TemporaryDirectory(prefix="titan_lite-") as folder:
+        with _temporary_folder() as folder:
             signals.are_noted = True
             attempt = Attempt(settings, start, address, folder)
             try:
@@ -360,6 +360,13 @@ def _run(settings: Settings, signals: Signals) -> int:
             return verdict.code
         signals.code = None
         log(f"Starting all processes again: restart {start.attempt + 1} of {job.MAX_RESTARTS}")
+
+
+def _temporary_folder() -> "tempfile.TemporaryDirectory[str]":
+    try:
+        return tempfile.TemporaryDirectory(prefix="titan_lite-")
+    except OSError as error:
+        raise UsageError(f"{error.strerror}; set TMPDIR to a folder that can be written") from error
 
 
 def loopback() -> str:

@@ -1,13 +1,17 @@
 """All kinds of processes end once their parent was killed."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing import synchronize
 from pathlib import Path
 
 import pytest
+
+from titan_lite import cli
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -57,6 +61,27 @@ def wait_for_end(pid: int) -> None:
             os.kill(pid, signal.SIGKILL)
             pytest.fail(f"process {pid} is still there")
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    "command", [["dryrun", "--rank=0"], ["tokenize", "--output=tokens", "--processes=2"]]
+)
+def test_a_system_without_room_for_locks_of_processes_is_named(
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(synchronize.SemLock, "__init__", fail)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(command) == 2
+    assert (
+        "titan-lite: locks of processes cannot be made: No space left on device; /dev/shm must be "
+        "writable and have free space"
+    ) in capsys.readouterr().err
 
 
 def is_alive(pid: int) -> bool:

@@ -48,7 +48,7 @@ from titan_lite.data.token_folder import (
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.data.tokenizer_files import load_tokenizer
 from titan_lite.runtime.folder_lock import FolderLock
-from titan_lite.runtime.parent import end_with_parent
+from titan_lite.runtime.parent import end_with_parent, making_locks
 from titan_lite.runtime.stored_files import stored_file, sync_folder, write_text
 
 if TYPE_CHECKING:
@@ -203,10 +203,12 @@ def _run(job: WorkerSettings, tasks: list[Task], processes: int) -> None:
             return
         # Not fork, which would copy locks held by the threads of libraries.
         context = get_context("spawn")
-        shared = context.Array("q", 2)
-        with ProcessPoolExecutor(
-            processes, context, initializer=_start_worker, initargs=(job, shared)
-        ) as pool:
+        with making_locks():
+            shared = context.Array("q", 2)
+            workers = ProcessPoolExecutor(
+                processes, context, initializer=_start_worker, initargs=(job, shared)
+            )
+        with workers as pool:
             pending = {pool.submit(_write, task) for task in due}
             try:
                 while pending:

@@ -32,7 +32,7 @@ from titan_lite.parallel.expert import assume_balance
 from titan_lite.parallel.mesh import build_meshes
 from titan_lite.parallel.pipeline import local_stages
 from titan_lite.runtime.distributed import Process
-from titan_lite.runtime.parent import MAYBE_OUT_OF_MEMORY, end_with_parent
+from titan_lite.runtime.parent import MAYBE_OUT_OF_MEMORY, end_with_parent, making_locks
 from titan_lite.training.meta_model import build_checked_model, check_float8, pipeline_stages
 from titan_lite.training.objective import OBJECTIVES, Objective
 from titan_lite.training.setup import BuiltTraining, build_training
@@ -163,7 +163,9 @@ def dry_runs(plan: Plan, ranks: Sequence[int]) -> list[DryRank]:
         place = rank, number, len(ranks)
 
         def in_a_process(*, repeats: bool) -> DryRank:
-            with ProcessPoolExecutor(1, context, initializer=end_with_parent) as process:
+            with making_locks():
+                pool = ProcessPoolExecutor(1, context, initializer=end_with_parent)
+            with pool as process:
                 return process.submit(_quiet_dry_run, plan, place, repeats=repeats).result()
 
         try:

@@ -1,10 +1,13 @@
 """Ends a process whose parent has ended for any reason. No torch."""
 
+import contextlib
 import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+from titan_lite.config.arguments import UsageError
 
 # Variable with the id of the process whose end must end this one.
 PARENT = "TITAN_LITE_PARENT"
@@ -28,6 +31,18 @@ def end_with_parent() -> None:
     assert parent is not None
     assert parent.pid is not None
     threading.Thread(target=_wait, args=(parent.pid, lambda: os._exit(1)), daemon=True).start()
+
+
+@contextlib.contextmanager
+def making_locks() -> Iterator[None]:
+    """Raises UsageError if locks that processes share cannot be made inside."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"locks of processes cannot be made: {error.strerror}; /dev/shm must be writable and "
+            "have free space (in a container, --shm-size)"
+        ) from error
 
 
 def _wait(parent: int, then: Callable[[], None]) -> None:
