@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -117,6 +118,15 @@ def word_piece() -> Backend:
     backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     backend.enable_truncation(16)
     backend.enable_padding(pad_id=0, pad_token="[PAD]", length=16)
+    return backend
+
+
+def words() -> Backend:
+    """A BPE of letters, without a token for what it does not know."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["</s>"], show_progress=False)
+    backend.train_from_iterator([text[:2000] for text in TRAINED_ON], trainer)
     return backend
 
 
@@ -379,6 +389,12 @@ def test_a_file_beside_a_tokenizer_that_cannot_be_used_is_named(
     assert message in refused(tmp_path / "tokenizer.json")
 
 
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tokenizer.model")
+    with pytest.raises(ValueError, match=r"tokenizer\.model is not a regular file"):
+        load_tokenizer(tmp_path / "tokenizer.model")
+
+
 def test_bytes_that_are_no_tokenizer_are_refused(files: dict[str, Path], tmp_path: Path) -> None:
     binary = tmp_path / "tokenizer.json"
     binary.write_bytes(pickle.dumps({"model": 1}))
@@ -411,6 +427,7 @@ def test_without_sentencepiece_its_models_name_the_extra(
         (lambda: unigram().to_str().encode(), "tabs"),
         (lambda: byte_level(prefix=True).to_str().encode(), ""),
         (lambda: word_piece().to_str().encode(), ""),
+        (lambda: words().to_str().encode(), "newlines, tabs, runs of spaces, characters without a"),
     ],
 )
 def test_white_space_that_a_tokenizer_drops_is_warned_about_once(

@@ -103,7 +103,7 @@ _warned: set[tuple[Path, str]] = set()
 
 
 def warn_of_lost_space(file: Path, tokenizer: Tokenizer) -> None:
-    """Logs, once per tokenizer, the kinds of white space that it drops."""
+    """Logs, once per tokenizer, the kinds of white space and characters that it drops."""
     if (file, tokenizer.fingerprint) in _warned:
         return
     _warned.add((file, tokenizer.fingerprint))
@@ -114,6 +114,9 @@ def warn_of_lost_space(file: Path, tokenizer: Tokenizer) -> None:
         if f"a{space}b"
         not in tokenizer.decode(tokenizer.encode(f"a{space}b", bos=False, eos=False))
     ]
+    rare = tokenizer.decode(tokenizer.encode("a\U0001f40ba", bos=False, eos=False))
+    if "".join(rare.split()) == "aa":
+        lost.append("characters without a token")
     if lost:
         logger.warning(
             "data.tokenizer_path: tokenizer %s removes %s, so the language model never sees them, "

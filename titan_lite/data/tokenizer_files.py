@@ -24,7 +24,8 @@ def load_tokenizer(path: str | Path = "") -> Tokenizer:
         file = _file_of(given) if path else bundled_asset("tokenizer/tokenizer.model")
         if not file.is_file():
             fetch = how_to_fetch(str(path), "data.tokenizer_path")
-            raise ValueError(f"{file} does not exist{fetch}")
+            missing = f"does not exist{fetch}"
+            raise ValueError(f"{file} {'is not a regular file' if file.exists() else missing}")
         try:
             content = file.read_bytes()
         except OSError as error:
