@@ -369,7 +369,7 @@ def test_modules_in_the_current_folder_are_not_imported(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_are_opened_so_that_no_file_takes_their_place(closed: str) -> None:
-    opened = "open_closed_streams(); raise SystemExit(open('/dev/null').fileno() < 3)"
+    opened = "set_up_streams(); raise SystemExit(open('/dev/null').fileno() < 3)"
     for arguments in (
         f"-c 'from titan_lite.runtime.log import *; {opened}'".replace(
             "'/dev/null'", '"/dev/null"'
@@ -379,6 +379,24 @@ def test_closed_streams_are_opened_so_that_no_file_takes_their_place(closed: str
     ):
         command = f"exec {sys.executable} {arguments} {closed}"
         assert subprocess.run(["bash", "-c", command], timeout=GUARD, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("encoding", "letter"), [("ascii", rb"\xfc"), ("utf-8", b"\xc3\xbc")])
+def test_characters_that_the_output_cannot_encode_are_escaped(encoding: str, letter: bytes) -> None:
+    """A surrogate stands for a byte of a file name that is not UTF-8."""
+    script = "import logging; from titan_lite.runtime.log import *; set_up_streams(); "
+    script += r"set_up_logging(0); logging.getLogger('titan_lite').info('\xfc \udcff')"
+    command = ("-m", "titan_lite.cli", "config", "--job.description=\xfc")
+    for arguments, line in (
+        (("-c", script), b" INFO " + letter + rb" \udcff"),
+        (command, b'description = "' + letter + b'"'),
+    ):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        result = subprocess.run(
+            [sys.executable, *arguments], env=environment, capture_output=True, check=False
+        )
+        assert (result.returncode, result.stderr) == (0, b"")
+        assert line in result.stdout
 
 
 def test_lines_of_the_log_that_nobody_reads_are_dropped() -> None:

@@ -27,7 +27,7 @@ from titan_lite.models import registry
 from titan_lite.models.plan import Plan, make_plan
 from titan_lite.planner import hardware
 from titan_lite.planner.counts import in_words, num_params
-from titan_lite.runtime.log import open_closed_streams
+from titan_lite.runtime.log import set_up_streams
 from titan_lite.runtime.writing import WriteError
 
 OVERRIDES = """
@@ -39,7 +39,7 @@ but a plain word needs no quotes. The last one counts:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit code: 2 for a usage or configuration error."""
-    open_closed_streams()
+    set_up_streams()
     argv = sys.argv[1:] if argv is None else list(argv)
     commands: dict[str, tuple[Callable[[list[str]], int], str]] = {
         "train": (_train, "train a model (in one process; torchrun or run_train.sh start many)"),

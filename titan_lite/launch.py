@@ -21,7 +21,7 @@ from types import FrameType
 
 from titan_lite.config.arguments import UsageError, split_arguments
 from titan_lite.runtime.gpus import count_gpus
-from titan_lite.runtime.log import MESSAGES, open_closed_streams
+from titan_lite.runtime.log import MESSAGES, set_up_streams
 from titan_lite.runtime.nodes import (
     FirstNode,
     JobSettings,
@@ -300,7 +300,7 @@ def log(message: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains, and returns the processes' common exit code, or 2 for a usage error."""
-    open_closed_streams()
+    set_up_streams()
     argv = sys.argv[1:] if argv is None else list(argv)
     if {"-h", "--help"} & set(argv):
         print(USAGE)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from titan_lite.config.arguments import UsageError, split_arguments
 from titan_lite.config.load import ConfigError, Problem
 from titan_lite.models.plan import make_plan
-from titan_lite.runtime.log import is_first_to_print, open_closed_streams, set_up_logging
+from titan_lite.runtime.log import is_first_to_print, set_up_logging, set_up_streams
 from titan_lite.runtime.other_launchers import unexpected_start
 from titan_lite.runtime.parent import PARENT, watch_parent
 from titan_lite.runtime.progress import Progress
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     2: usage or configuration error. 1: failure. 75: stopped by a signal, with a checkpoint. 143:
     stopped without one. A second SIGINT ends the process at once, with 130.
     """
-    open_closed_streams()
+    set_up_streams()
     argv = sys.argv[1:] if argv is None else list(argv)
     if {"-h", "--help"} & set(argv):
         print(USAGE)

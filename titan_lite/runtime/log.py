@@ -1,6 +1,7 @@
 """Logging to standard output: everything from rank 0, warnings from the other ranks."""
 
 import hashlib
+import io
 import logging
 import os
 import sys
@@ -12,13 +13,18 @@ MESSAGES = "TITAN_LITE_MESSAGES"
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
-def open_closed_streams() -> None:
-    """Opens closed standard streams on the null device, so that no file gets their descriptors."""
+def set_up_streams() -> None:
+    """Opens closed standard streams on the null device, so that no file gets their descriptors.
+
+    Standard output escapes characters that its encoding does not have, as standard error does.
+    """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
             os.set_inheritable(descriptor, True)
             setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # Generic from Python 3.11 on.
