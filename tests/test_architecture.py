@@ -340,7 +340,7 @@ def test_only_these_functions_take_a_whole_plan_or_configuration() -> None:
 # Lines of code of each room: neither blank, comment nor docstring. Raising one is a decision to
 # explain in the commit message.
 BUDGET = {
-    "data": 3144,
+    "data": 3150,
     "parallel": 2119,
     "config": 2134,
     "training": 1918,
@@ -349,13 +349,13 @@ BUDGET = {
     "models": 1730,
     "planner": 1306,
     "regression": 1205,
-    "runtime": 1159,
+    "runtime": 1173,
     "nn": 911,
-    "dryrun": 896,
+    "dryrun": 898,
     "metrics": 808,
     "optim": 805,
     "cli": 308,
-    "launch": 306,
+    "launch": 311,
     "train": 141,
 }
 LAYOUT_TOKENS = {
