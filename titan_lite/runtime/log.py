@@ -1,7 +1,7 @@
 """Logging to standard output: everything from rank 0, warnings from the other ranks."""
 
+import contextlib
 import hashlib
-import io
 import logging
 import os
 import sys
@@ -23,8 +23,9 @@ def set_up_streams() -> None:
             os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
             os.set_inheritable(descriptor, True)
             setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r"))
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    # A program may have replaced the stream, or its descriptor.
+    with contextlib.suppress(AttributeError, OSError):
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # Generic from Python 3.11 on.
