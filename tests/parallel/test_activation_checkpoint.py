@@ -457,6 +457,14 @@ def test_a_key_of_another_mode_is_refused(
                 '"max" has no effect because float8.recipe is "none"',
             ],
         ),
+        (
+            ["mode=selective_op", 'save=["routing", "all_to_all", "grouped_matmul"]'],
+            [
+                '"routing" has no effect because the model has no experts',
+                '"all_to_all" has no effect because parallel.ep is 1',
+                '"grouped_matmul" has no effect because the model has no experts',
+            ],
+        ),
         (["mode=selective_op"], []),
         (["mode=fraction", "fraction=0.3"], []),
     ],

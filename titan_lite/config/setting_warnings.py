@@ -15,17 +15,22 @@ logger = logging.getLogger("titan_lite.config")
 
 
 def log_warnings(
-    loaded: LoadedConfig, dims: ParallelDims, *, objective: str, attention_dropout: float
+    loaded: LoadedConfig,
+    dims: ParallelDims,
+    *,
+    objective: str,
+    attention_dropout: float,
+    has_experts: bool,
 ) -> None:
     """Logs a sentence for each setting that has no effect, or wastes work, in this run.
 
-    objective: objective of the model's family. attention_dropout: that of the model.
+    objective: objective of the model's family. attention_dropout, has_experts: of the model.
     """
     for warning in (
         *_wasteful(loaded.config, dims),
         *_uncompiled(loaded.config, attention_dropout),
         *_without_effect(loaded, dims, objective),
-        *_missing_saved_ops(loaded, attention_dropout),
+        *_missing_saved_ops(loaded, attention_dropout, has_experts),
     ):
         logger.warning("%s", warning)
 
@@ -126,13 +131,16 @@ def _by_layout(config: Config, dims: ParallelDims) -> Iterator[tuple[str, str]]:
         )
 
 
-def _missing_saved_ops(loaded: LoadedConfig, attention_dropout: float) -> Iterator[str]:
+def _missing_saved_ops(
+    loaded: LoadedConfig, attention_dropout: float, has_experts: bool
+) -> Iterator[str]:
     """Operations in activation_checkpoint.save that this run does not have."""
     config, key = loaded.config, "activation_checkpoint.save"
     if loaded.origins.get(key, DEFAULT) == DEFAULT:
         return
     tp, sequence_parallel = config.parallel.tp, config.parallel.sequence_parallel
-    recipe = config.float8.recipe
+    recipe, parallel = config.float8.recipe, config.parallel
+    no_experts = (not has_experts, "the model has no experts")
     missing = {
         "attention": (attention_dropout > 0, f"attention_dropout is {attention_dropout:g}"),
         "reduce_scatter": (
@@ -144,6 +152,12 @@ def _missing_saved_ops(loaded: LoadedConfig, attention_dropout: float) -> Iterat
             f"parallel.tp is {tp}, sequence_parallel {str(sequence_parallel).lower()}",
         ),
         "max": (recipe != "tensorwise", f"float8.recipe is {quote(recipe)}"),
+        "routing": no_experts,
+        "grouped_matmul": no_experts,
+        "all_to_all": (
+            parallel.ep == 1 and (parallel.cp == 1 or parallel.cp_method != "ulysses"),
+            'parallel.ep is 1, and parallel.cp_method "ulysses" is not used',
+        ),
     }
     for name in config.activation_checkpoint.saved_ops:
         is_missing, reason = missing.get(name, (False, ""))

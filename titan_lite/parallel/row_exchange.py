@@ -43,7 +43,7 @@ def num_arriving(rows_2P: Tensor) -> int:
 def all_to_all_rows(
     x_RD: Tensor, rows_2P: Tensor, back: bool, arriving: int, group_name: str
 ) -> Tensor:
-    """Returns (X, D): `arriving` rows in the order of ranks. `back`: returns rows to their ranks."""
+    """Returns (X, D): `arriving` rows in order of ranks. `back`: returns rows to their ranks."""
     sent, received = rows_2P.flip(0).tolist() if back else rows_2P.tolist()
     out_XD = x_RD.new_empty(arriving, x_RD.shape[1])
     group = group_by_name(group_name)  # type: ignore[arg-type]
