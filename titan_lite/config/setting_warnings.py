@@ -138,26 +138,19 @@ def _missing_saved_ops(
     config, key = loaded.config, "activation_checkpoint.save"
     if loaded.origins.get(key, DEFAULT) == DEFAULT:
         return
-    tp, sequence_parallel = config.parallel.tp, config.parallel.sequence_parallel
     recipe, parallel = config.float8.recipe, config.parallel
+    tp, sequence_parallel = parallel.tp, parallel.sequence_parallel
+    layout = f"parallel.tp is {tp}, sequence_parallel {str(sequence_parallel).lower()}"
     no_experts = (not has_experts, "the model has no experts")
+    ulysses = parallel.cp > 1 and parallel.cp_method == "ulysses"
     missing = {
         "attention": (attention_dropout > 0, f"attention_dropout is {attention_dropout:g}"),
-        "reduce_scatter": (
-            tp == 1 or not sequence_parallel,
-            f"parallel.tp is {tp}, sequence_parallel {str(sequence_parallel).lower()}",
-        ),
-        "all_reduce": (
-            tp == 1 or (sequence_parallel and recipe != "tensorwise"),
-            f"parallel.tp is {tp}, sequence_parallel {str(sequence_parallel).lower()}",
-        ),
+        "reduce_scatter": (tp == 1 or not sequence_parallel, layout),
+        "all_reduce": (tp == 1 or (sequence_parallel and recipe != "tensorwise"), layout),
         "max": (recipe != "tensorwise", f"float8.recipe is {quote(recipe)}"),
         "routing": no_experts,
         "grouped_matmul": no_experts,
-        "all_to_all": (
-            parallel.ep == 1 and (parallel.cp == 1 or parallel.cp_method != "ulysses"),
-            'parallel.ep is 1, and parallel.cp_method "ulysses" is not used',
-        ),
+        "all_to_all": (parallel.ep == 1 and not ulysses, "parallel.ep is 1"),
     }
     for name in config.activation_checkpoint.saved_ops:
         is_missing, reason = missing.get(name, (False, ""))
