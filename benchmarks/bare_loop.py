@@ -84,7 +84,7 @@ def start(side: str, name: str, preset: Path, dtype: str, shape: tuple[int, int]
         batch_rank=0,
         batch_degree=1,
         tokenizer=tokenizer,
-        rows=OBJECTIVES[family.objective](config).rows(tokenizer),
+        rows=OBJECTIVES[family.objective](config).row_maker(tokenizer),
     )
 
 

@@ -248,7 +248,10 @@ def test_the_process_says_what_it_needs(
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"WORLD_SIZE": "4"}, "WORLD_SIZE is 4, but run_train.sh starts 2 processes on each of 1"),
+        (
+            {"WORLD_SIZE": "4"},
+            "WORLD_SIZE is 4, but run_train.sh itself starts the processes: 2 on each node",
+        ),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "SLURM_NTASKS is 2, but"),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "NNODES": "2"}, "SLURM_NTASKS is 1, but"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "with NNODES, or unset OMPI_COMM_WORLD_SIZE"),

@@ -83,12 +83,13 @@ def test_another_model_is_refused_with_the_key(
     assert f"{key} (command line): " in error
     assert message in error
     assert f"differs from the checkpoint {checkpoint}: " in error
-    new_run = "to start a new run from these weights, set checkpoint.initial_load_path"
-    assert (new_run in error) == (source == "resume")
     fits = key not in ("model.dim", "model.num_layers", "model.vocab_size", "model.positions")
     fits = fits and change.get("name") not in ("bert", "gpt_neox")
     remedy = "to load the weights nevertheless, set checkpoint.allow_model_changes = ["
     assert (remedy in error) == (source == "initial" and fits)
+    keys = "from these weights, set checkpoint.initial_load_path and" if fits else ", set"
+    new_run = f"to start a new run {keys} another job.dump_folder".replace(" ,", ",")
+    assert (new_run in error) == (source == "resume")
 
 
 @pytest.mark.parametrize(

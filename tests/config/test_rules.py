@@ -75,13 +75,16 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             2,
             "parallel.pp_micro_batches",
             '"Interleaved1F1B" on 2 ranks requires a multiple of 2 micro-batches in a pass, got 1; '
-            "set a divisor of the 8 of a step (8 samples",
+            "set parallel.pp_micro_batches to a divisor of 8, the micro-batches of a step "
+            "(8 samples / (local_batch_size (1) x data-parallel degree (1))), that is a multiple "
+            "of 2, or to -1 for all of them",
         ),
         (
             [*PP2, "parallel.pp_schedule=DualPipeV", "parallel.pp_micro_batches=2"],
             2,
             "parallel.pp_micro_batches",
-            '"DualPipeV" on 2 ranks requires at least 4 micro-batches in a pass, got 2; set a ',
+            '"DualPipeV" on 2 ranks requires at least 4 micro-batches in a pass, got 2; set '
+            "parallel.pp_micro_batches to a divisor of 8, ",
         ),
         (
             [*PP2, "parallel.pp_micro_batches=3"],

@@ -453,7 +453,9 @@ def test_a_source_of_bad_documents_only_is_an_error_though_they_are_skipped(tmp_
     section = Data(dataset_path=str(path), num_streams=1, on_bad_document="skip")
     assert "none of the 50 documents of stream 0" in error_of(section)
     monkeypatch.setattr(readers, "MAX_BAD_IN_A_ROW", 20)
-    assert error_of(section).endswith("20 bad documents in a row end every run")
+    assert error_of(section).endswith(
+        '20 bad documents in a row end the run, even with data.on_bad_document = "skip"'
+    )
 
 
 def test_an_empty_text_file_and_one_of_other_bytes_are_bad_documents(tmp_path):

@@ -465,8 +465,8 @@ def test_muon_is_refused_where_it_is_not_proven_or_has_no_matrices() -> None:
     assert [(error.keys[0], error.message) for error in optimizer_rules(config, nameless)] == [
         (
             "optimizer.name",
-            'the tp_plan of family "mine", which marks the matrices for Muon, marks none; '
-            'set algorithm = "muon" in a table of [[optimizer.groups]]',
+            'family "mine" does not mark the matrices that Muon can train (its tp_plan marks '
+            'none); set algorithm = "muon" in a table of [[optimizer.groups]]',
         ),
         (
             "optimizer.per_head",

@@ -38,26 +38,26 @@ def gradient(moe: MoE, call: Callable[..., Tensor] | None = None) -> Tensor:
     return moe.router.weight.grad
 
 
-def written_out(kind: str, shares_BSE: Tensor, chosen: Tensor, lagged_E: Tensor) -> Tensor:
+def written_out(kind: str, shares_BSE: Tensor, chosen: Tensor, previous_load_E: Tensor) -> Tensor:
     """The sequence-wise loss of arXiv:2412.19437, one sequence at a time."""
     total = shares_BSE.new_zeros(())
     for shares_SE, chosen_SK in zip(shares_BSE, chosen.view(B, S, K), strict=True):
         counts = torch.tensor([(chosen_SK == expert).sum() for expert in range(E)])
-        load_E = counts * E / (K * S) if kind == "sequence" else lagged_E
+        load_E = counts * E / (K * S) if kind == "sequence" else previous_load_E
         total = total + (load_E * shares_SE.mean(0)).sum() / B
     return total
 
 
 @pytest.mark.parametrize("kind", ["sequence", "global_lagged"])
 def test_the_gradient_is_that_of_the_written_out_loss(kind: str) -> None:
-    lagged_E = torch.rand(E, generator=torch.Generator().manual_seed(2))
+    previous_load_E = torch.rand(E, generator=torch.Generator().manual_seed(2))
     plain, balanced = drawn(), drawn(balance_loss=kind, balance_coeff=0.5, z_loss_coeff=0.25)
-    balanced.router.balance.lagged_E.copy_(lagged_E)
+    balanced.router.balance.previous_load_E.copy_(previous_load_E)
     without = gradient(plain)
     plain.router.weight.grad = None
     logits = inputs() @ plain.router.weight.T
     _, chosen = plain.router(inputs())
-    loss = 0.5 * written_out(kind, logits.softmax(-1), chosen, lagged_E)
+    loss = 0.5 * written_out(kind, logits.softmax(-1), chosen, previous_load_E)
     loss = loss + 0.25 * logits.logsumexp(-1).square().mean()
     loss.backward()
     assert plain.router.weight.grad is not None

@@ -173,12 +173,14 @@ def problems(
         (
             {"model": {"ffn_dim": 144}, "tp": 2, "world_size": 2, "recipe": "rowwise"},
             "parallel.tp",
-            "layers.*.feed_forward.w2 has 144 columns, 72 on each of tp (2) ranks",
+            "layers.*.feed_forward.w2 has 144 columns, 72 on each of tp (2) ranks; float8 requires "
+            'a multiple of 16: add "layers.*.feed_forward.w2" to float8.filter',
         ),
         (
             {"fsdp_all_gather": True, "world_size": 3},
             "float8.fsdp_all_gather",
-            "the 64 rows of layers.*.attention.wq must be a multiple of the FSDP degree (3)",
+            "the 64 rows of layers.*.attention.wq must be a multiple of the FSDP degree (3): add "
+            '"layers.*.attention.wq" to float8.filter',
         ),
         (
             {"fsdp_all_gather": True, "tp": 2, "world_size": 64, "sequence_parallel": False},

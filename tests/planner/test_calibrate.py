@@ -145,16 +145,22 @@ def test_real_processes_measure_this_machine(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("gpus", "arguments", "message"),
     [
-        (["-o", "cluster.json"], "--output must be a .toml file in a folder that exists, got 'clu"),
-        (["-o", "nowhere/c.toml"], "--output must be a .toml file in a folder that exists"),
-        (["--processes=0"], "--processes must be at least 1, got 0"),
+        (
+            0,
+            ["-o", "cluster.json"],
+            "--output must be a .toml file in a folder that exists, got 'clu",
+        ),
+        (0, ["-o", "nowhere/c.toml"], "--output must be a .toml file in a folder that exists"),
+        (0, ["--processes=0"], "--processes must be at least 1, got 0"),
+        (8, ["--processes=0"], "must be from 1 to 8, the GPUs of this machine, got 0"),
+        (8, ["--processes=9"], "must be from 1 to 8, the GPUs of this machine, got 9"),
     ],
 )
 def test_bad_input_is_one_message(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    gpus: int, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with mock.patch.object(calibrate, "count_gpus", return_value=0):
+    with mock.patch.object(calibrate, "count_gpus", return_value=gpus):
         assert cli.main(["plan", "calibrate", *arguments]) == 2
     assert message in capsys.readouterr().err

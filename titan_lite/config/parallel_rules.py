@@ -116,8 +116,9 @@ def _micro_batches(config: Config, micro_steps: int, words: str) -> Iterator[Set
         if parallel.pp_micro_batches != -1:
             yield SettingError(
                 "parallel.pp_micro_batches",
-                f"{needed} in a pass, got {count}; set a divisor of the {micro_steps} of a step "
-                f"({words}), or -1 for all of them",
+                f"{needed} in a pass, got {count}; set parallel.pp_micro_batches to a divisor of "
+                f"{micro_steps}, the micro-batches of a step ({words}), that is {fits}, or to -1 "
+                "for all of them",
             )
             return
         yield SettingError(

@@ -123,7 +123,8 @@ class BadDocumentPolicy:
             f"{source.table}.{error.key}" if error.key else source.key,
             f"{position_of(rows) or f'a document of {source.name}'}: {error}; "
             + (
-                f"{self._in_a_row:,} bad documents in a row end every run"
+                f"{self._in_a_row:,} bad documents in a row end the run, even with "
+                'data.on_bad_document = "skip"'
                 if too_many
                 else SKIP_HINT
             ),

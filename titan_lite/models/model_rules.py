@@ -86,8 +86,8 @@ def optimizer_rules(config: Config, family: Family) -> Iterator[SettingError]:
     if not has_group and not any((row.kind or KINDS.get(row.role)) in MATRIX_KINDS for row in plan):
         yield SettingError(
             ("optimizer.name", "model.name"),
-            f"the tp_plan of family {quote(family.name)}, which marks the matrices for Muon, marks "
-            'none; set algorithm = "muon" in a table of [[optimizer.groups]]',
+            f"family {quote(family.name)} does not mark the matrices that Muon can train (its "
+            'tp_plan marks none); set algorithm = "muon" in a table of [[optimizer.groups]]',
         )
     if section.per_head and not any(row.matches("layers.0.attention.wk") for row in plan):
         yield SettingError(

@@ -18,7 +18,7 @@ from titan_lite.models.args import MoEArgs
 class NoBalanceLoss(nn.Module):
     """A loss of zero."""
 
-    def forward(self, shares_TE: Tensor, counts_BE: Tensor, lagged_E: Tensor) -> Tensor:
+    def forward(self, shares_TE: Tensor, counts_BE: Tensor, previous_load_E: Tensor) -> Tensor:
         return shares_TE.new_zeros(())
 
 
@@ -33,7 +33,7 @@ class SequenceBalanceLoss(nn.Module):
         super().__init__()
         self.whole: nn.Module = nn.Identity()
 
-    def forward(self, shares_TE: Tensor, counts_BE: Tensor, lagged_E: Tensor) -> Tensor:
+    def forward(self, shares_TE: Tensor, counts_BE: Tensor, previous_load_E: Tensor) -> Tensor:
         shares_BE = shares_TE.unflatten(0, (len(counts_BE), -1)).sum(1)
         return (shares_BE * relative_load(self.whole(counts_BE))).sum()
 
@@ -41,8 +41,8 @@ class SequenceBalanceLoss(nn.Module):
 class LaggedBalanceLoss(nn.Module):
     """The same with the loads in the previous step's global batch (after arXiv:2501.11873)."""
 
-    def forward(self, shares_TE: Tensor, counts_BE: Tensor, lagged_E: Tensor) -> Tensor:
-        return (shares_TE * lagged_E).sum()
+    def forward(self, shares_TE: Tensor, counts_BE: Tensor, previous_load_E: Tensor) -> Tensor:
+        return (shares_TE * previous_load_E).sum()
 
 
 TINY = 1e-20
@@ -66,13 +66,13 @@ class Balance(nn.Module):
     """Adds the balancing losses' gradients to a block's router, and counts tokens.
 
     counts_E: this device's tokens of each expert, int64. loss: their summed losses. Both accumulate
-    until `clear`. lagged_E: relative loads in the previous step. token_weight: factor of each
-    token's loss.
+    until `clear`. previous_load_E: relative loads in the previous step. token_weight: factor of
+    each token's loss.
     """
 
     counts_E: Tensor
     loss: Tensor
-    lagged_E: Tensor
+    previous_load_E: Tensor
     token_weight: Tensor
 
     def __init__(self, args: MoEArgs) -> None:
@@ -89,7 +89,7 @@ class Balance(nn.Module):
         buffers = {
             "counts_E": torch.zeros(E, dtype=torch.int64, device=device),
             "loss": torch.zeros((), device=device),
-            "lagged_E": torch.zeros(E, device=device),
+            "previous_load_E": torch.zeros(E, device=device),
             "token_weight": torch.zeros((), device=device),
         }
         for name, buffer in buffers.items():
@@ -112,7 +112,7 @@ class Balance(nn.Module):
         is_chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
         counts_BE = is_chosen_TE.unflatten(0, (num_sequences, -1)).sum(1)
         shares_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + TINY)
-        loss = self.coeff * self.balance_loss(shares_TE, counts_BE, self.lagged_E)
+        loss = self.coeff * self.balance_loss(shares_TE, counts_BE, self.previous_load_E)
         loss = loss + self.z_coeff * logits_TE.logsumexp(-1).square().sum()
         added = _AddLoss.apply(
             weights_TK, loss * self.token_weight, counts_BE.sum(0), self.loss, self.counts_E

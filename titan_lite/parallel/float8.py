@@ -157,14 +157,14 @@ def _layout_problems(
                 "parallel.tp",
                 f"{pattern} has {size} {'columns' if by_columns else 'rows'}, {size / dims.tp:g} "
                 f"on each of tp ({dims.tp}) ranks; float8 requires a multiple of {MULTIPLE}: add "
-                "it to float8.filter",
+                f"{quote(pattern)} to float8.filter",
             )
         local_rows = rows if by_columns else rows // tp
         if float8.fsdp_all_gather and local_rows % dims.fsdp:
             yield SettingError(
                 "float8.fsdp_all_gather",
                 f"the {local_rows} rows of {pattern} must be a multiple of the FSDP degree "
-                f"({dims.fsdp}): add it to float8.filter",
+                f"({dims.fsdp}): add {quote(pattern)} to float8.filter",
             )
 
 

@@ -597,8 +597,8 @@ def main(output: str, processes: int | None, budget: float, price: float) -> Non
     gpus = count_gpus()
     processes = gpus or 2 if processes is None else processes
     if processes < 1 or 0 < gpus < processes:
-        most = f"at most the {gpus} GPUs" if gpus else "at least 1"
-        raise UsageError(f"--processes must be {most}, got {processes}")
+        needed = f"from 1 to {gpus}, the GPUs of this machine" if gpus else "at least 1"
+        raise UsageError(f"--processes must be {needed}, got {processes}")
     threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // processes)))
     # This process opens the store: a port chosen now could be taken before another opens it.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

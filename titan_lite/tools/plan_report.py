@@ -54,6 +54,7 @@ def facts(p: Prediction, better: Sequence[Advice]) -> dict[str, Any]:
         },
         "step": {
             "seconds": p.step.seconds,
+            # Bounds of the 80 % and the 90 % interval.
             "seconds_80": [low, high],
             "seconds_90": list(p.interval.wider(p.step.seconds)),
             "wps": p.step.wps,

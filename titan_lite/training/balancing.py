@@ -86,7 +86,7 @@ class Balancer:
 
     def _set_loads(self) -> None:
         for layer, router in self.routers.items():
-            router.balance.lagged_E.copy_(relative_load(self.counts_LE[layer]))
+            router.balance.previous_load_E.copy_(relative_load(self.counts_LE[layer]))
 
     def metrics(self) -> dict[str, Any]:
         """Returns the last step's metrics, overall and per block with experts; collective."""

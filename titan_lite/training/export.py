@@ -18,6 +18,7 @@ def export_hf(plan: Plan, checkpoint: Path, tokenizer: Tokenizer, rank: int) -> 
     family, args, data = plan.family, plan.args, plan.config.data
     assert family.hf_config is not None
     ema = plan.config.ema
+    # With last_save_model_only, the saved weights are the averages already.
     takes_average = ema.enable and ema.export and not plan.config.checkpoint.last_save_model_only
     export = DCPToHF(checkpoint, family, args, average=takes_average)
     target = checkpoint.with_name("hf")

@@ -208,7 +208,7 @@ def _logits_to_gradients(
     logits_nV: Tensor,
     target_n1: Tensor,
     is_here_n1: Tensor,
-    weight_n1: Tensor,
+    factor_n1: Tensor,
     first_pad_row: int,
     tp_group: dist.ProcessGroup | None,
     loss_parallel: bool,
@@ -217,7 +217,7 @@ def _logits_to_gradients(
 
     The result is (n, 1). log_probs: a buffer. target: the label's row among this rank's rows;
     arbitrary where is_here is 0. is_here: 1.0 where the label is one of this rank's rows, else 0.0.
-    weight: factor of each token's loss. first_pad_row: index of the first padding row in this
+    factor: of each token's loss. first_pad_row: index of the first padding row in this
     rank's part; 0 or negative if the whole part is padding.
     """
     log_probs_nV = log_probs[: len(logits_nV)]
@@ -230,9 +230,9 @@ def _logits_to_gradients(
         max_n1, sum_n1 = _max_and_sum(log_probs_nV, tp_group, loss_parallel)
         log_probs_nV.sub_(max_n1).sub_(sum_n1.log())
     label_log_probs_n1 = log_probs_nV.gather(1, target_n1)
-    # d loss / d logits = weight * (softmax - one_hot).
+    # d loss / d logits = factor * (softmax - one_hot).
     probs_nV = log_probs_nV.exp_().scatter_add_(1, target_n1, -is_here_n1)
-    torch.mul(probs_nV, weight_n1, out=logits_nV)
+    torch.mul(probs_nV, factor_n1, out=logits_nV)
     return label_log_probs_n1
 
 
@@ -265,7 +265,7 @@ def _logits_to_gradients_in_one_graph(
     logits_nV: Tensor,
     target_n1: Tensor,
     is_here_n1: Tensor,
-    weight_n1: Tensor,
+    factor_n1: Tensor,
     first_pad_row: int,
     tp_group: dist.ProcessGroup | None,
     loss_parallel: bool,
@@ -277,7 +277,7 @@ def _logits_to_gradients_in_one_graph(
     max_n1, sum_n1 = _max_and_sum(wide_nV, tp_group, loss_parallel)
     log_probs_nV = wide_nV - max_n1 - sum_n1.log()
     label_log_probs_n1 = log_probs_nV.masked_fill(~is_target_nV, 0).sum(1, keepdim=True)
-    logits_nV.copy_((log_probs_nV.exp() - is_target_nV * is_here_n1) * weight_n1)
+    logits_nV.copy_((log_probs_nV.exp() - is_target_nV * is_here_n1) * factor_n1)
     return label_log_probs_n1
 
 

@@ -167,7 +167,10 @@ def check_float8(plan: Plan, model: Transformer, section: Float8, device: torch.
 
 
 def open_hf_weights(plan: Plan) -> tuple[HFFolder, HFModel] | None:
-    """Returns checkpoint.initial_load_hf, which must be the same model; None if it is not set."""
+    """Opens the weights of checkpoint.initial_load_hf and checks that they fit this run's model.
+
+    None if the key is not set.
+    """
     path = plan.config.checkpoint.initial_load_hf
     if not path:
         return None

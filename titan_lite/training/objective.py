@@ -35,8 +35,8 @@ class Objective(Protocol):
 
     def __init__(self, config: Config) -> None: ...
 
-    def rows(self, tokenizer: Tokenizer) -> RowMaker:
-        """Returns the maker of rows from documents.
+    def row_maker(self, tokenizer: Tokenizer) -> RowMaker:
+        """Returns what builds this objective's rows from documents.
 
         ValueError if the tokenizer lacks a token that the objective requires.
         """
@@ -74,7 +74,7 @@ class CausalLM:
         self._config = config
         self.has_padding = config.data.packing == "none"
 
-    def rows(self, tokenizer: Tokenizer) -> RowMaker:
+    def row_maker(self, tokenizer: Tokenizer) -> RowMaker:
         return Packing(self._config.data, self._config.training.seq_len)
 
     def num_tokens(self, batch: Batch) -> Tensor:
@@ -112,7 +112,7 @@ class MaskedLM:
         self._config = config
         self.label_fraction = config.masked_lm.mask_prob
 
-    def rows(self, tokenizer: Tokenizer) -> RowMaker:
+    def row_maker(self, tokenizer: Tokenizer) -> RowMaker:
         return MaskedPairs(self._config.masked_lm, self._config.training.seq_len, tokenizer)
 
     def num_tokens(self, batch: Batch) -> Tensor:

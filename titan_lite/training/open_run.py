@@ -64,7 +64,7 @@ def open_run(
 ) -> Trainer:
     """Builds a run and loads its checkpoint or start weights; collective. See Trainer.close.
 
-    progress: of this process, also read by `stop`.
+    progress: where this process is in its step; must be the object that `stop` was made with.
     """
     config = plan.config
     process = Process.from_environment()

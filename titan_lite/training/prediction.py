@@ -21,6 +21,7 @@ class PredictionRecorder:
     def __init__(self, plan: Plan, cluster: Cluster, meter: Meter) -> None:
         self._folder, self._meter = plan.run_folder, meter
         job = read_job(plan.config, plan.dims, plan.family, plan.args)
+        # tokens only sets the length and cost of the whole run, which are not recorded.
         self._prediction = predict(job, cluster, tokens=1.0)
 
     def __enter__(self) -> "PredictionRecorder":
@@ -57,6 +58,7 @@ class PredictionRecorder:
             "cluster": self._prediction.cluster.name,
             "predicted": {
                 "seconds_per_step": self._prediction.step.seconds,
+                # Bounds of the 80 % interval.
                 "seconds_80": [interval.low, interval.high],
                 "memory_gib": self._prediction.peak.bytes / GIB,
             },

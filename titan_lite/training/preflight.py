@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 
 # Published models pad their vocabularies by at most 2.4 % (DeepSeek-V2: 102,400 for 100,015).
 LEAST_FILLED = 0.9
-# The preflight reads at most about so many tokens of held-out samples: more would take too long.
+# Held-out samples are checked only if they have at most about this many tokens; reading more would
+# take too long.
 MAX_HELD_OUT_TOKENS = 2**22
 
 
@@ -171,10 +172,6 @@ def check_same_model(start: Start, plan: Plan) -> None:
     for name in TRAINING_ONLY_FIELDS:
         if name != "max_seq_len" or plan.args.positions == "rotary":
             different.pop(name, None)
-    remedy = (
-        "; a resumed run must keep its model; to start a new run from these weights, set "
-        "checkpoint.initial_load_path"
-    )
     if not start.resumes:
         for name in section.allow_model_changes:
             different.pop(name, None)
@@ -190,13 +187,21 @@ def check_same_model(start: Start, plan: Plan) -> None:
                     start.source,
                     words(pair[0]),
                 )
+    # No setting can make weights of other shapes load.
+    can_load = not different.keys() & IMPLIED_BY_WEIGHTS
+    if start.resumes:
+        weights = " from these weights, set checkpoint.initial_load_path and"
+        remedy = (
+            "; a resumed run must keep its model; to start a new run"
+            f"{weights if can_load else ', set'} another job.dump_folder"
+        )
+    else:
         remedy = (
             "; to load the weights nevertheless, set checkpoint.allow_model_changes = "
             f"{literal(sorted(different))}"
+            if can_load
+            else ""
         )
-        if different.keys() & IMPLIED_BY_WEIGHTS:
-            # No setting can make weights of other shapes load.
-            remedy = ""
     by_key: dict[str, list[str]] = {}
     for name, (saved, own) in different.items():
         # head_dim, if not set, is dim / num_heads.
@@ -211,7 +216,10 @@ def check_same_model(start: Start, plan: Plan) -> None:
 
 
 def lock_folders(plan: Plan) -> contextlib.ExitStack:
-    """Locks the run's folder and its checkpoints' until closed; SettingError if in use."""
+    """Locks the run folder and, if it is elsewhere, the checkpoint folder.
+
+    Closing the returned stack unlocks them. SettingError if another run uses one.
+    """
     with contextlib.ExitStack() as locks:
         for key, folder in _locked_folders(plan).items():
             with errors_for(key):

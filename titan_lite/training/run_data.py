@@ -17,7 +17,10 @@ from titan_lite.training.objective import Objective
 
 
 class RunData:
-    """The data loader and held-out documents of one rank; a Stateful with all ranks' states."""
+    """Data loader and held-out documents of one rank.
+
+    Its `state_dict` merges the states of all ranks' loaders.
+    """
 
     held_out: HeldOut | None = None
     batches: Iterator[Batch]
@@ -27,7 +30,7 @@ class RunData:
     ) -> None:
         self._config = plan.config
         with errors_for("data.tokenizer_path"):
-            rows = objective.rows(tokenizer)
+            rows = objective.row_maker(tokenizer)
         self._loader_args: dict[str, Any] = {
             "seq_len": plan.config.training.seq_len,
             "local_batch_size": plan.config.training.local_batch_size,
@@ -55,7 +58,7 @@ class RunData:
             self.batches = itertools.chain([next(batches)], batches)
 
     def build_loader(self) -> DataLoader:
-        """Returns a loader of this rank's share of the samples, at the first one."""
+        """Returns a loader of this rank's share of the samples, positioned at the first sample."""
         return DataLoader(self._config.data, seed=self._config.training.seed, **self._loader_args)
 
     def close(self) -> None:

@@ -1,4 +1,7 @@
-"""Builds model, optimizer and step at step 0, for real runs and for dry runs on fake tensors."""
+"""Builds the model with initial weights, the optimizer and the TrainStep.
+
+For real runs, and for dry runs on fake tensors.
+"""
 
 import contextlib
 from contextlib import AbstractContextManager

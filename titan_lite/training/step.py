@@ -298,7 +298,8 @@ class TrainStep:
         """
         indices, positions, keys = self.local_indices, batch.positions, None
         if self.meshes.cp is not None:
-            # Position ids restart in each packed document; without them, they are the indices.
+            # A batch with attention inside documents or blocks has position ids; otherwise the
+            # positions are the indices.
             positions = indices if positions is None else positions[:, indices]
         # Nothing is dropped in `evaluate`, which has no gradients.
         if self.args.has_dropout and torch.is_grad_enabled():
@@ -343,6 +344,7 @@ class TrainStep:
         pp_group, tied = self.meshes.pp, None
         if pp_group is not None and self.model.tied_head:
             add_tied_gradients(self.model, pp_group)
+            # Both copies now have the same gradient; the norm counts the first stage's only.
             if self.model.output is not None:
                 tied = self.model.get_parameter("output.weight")
         return clipped_norm(

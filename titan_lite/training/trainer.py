@@ -199,7 +199,8 @@ class Trainer:
         if self.plan.config.checkpoint.last_save_hf:
             self.progress.enter("save")
             self.watchdog.set_timeout(self.plan.config.comm.init_timeout_seconds)
-            # A run that was resumed with fewer steps has taken more.
+            # state.step, not training.steps: if training.steps was lowered, the last checkpoint is
+            # of a later step.
             checkpoint = self.checkpoints.folder / f"step-{self.state.step}"
             export_hf(self.plan, checkpoint, self.tokenizer, self.process.rank)
 
