@@ -250,7 +250,7 @@ def test_the_process_says_what_it_needs(
     [
         (
             {"WORLD_SIZE": "4"},
-            "WORLD_SIZE is 4, but run_train.sh itself starts the processes: 2 on each node",
+            "WORLD_SIZE is 4, but run_train.sh starts 2 processes per node (NNODES is 1)",
         ),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "SLURM_NTASKS is 2, but"),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "NNODES": "2"}, "SLURM_NTASKS is 1, but"),

@@ -87,9 +87,8 @@ class Settings:
             )
         if name := unexpected_start(nodes, (nodes, nodes * processes)):
             raise UsageError(
-                f"{name} is {os.environ[name]}, but run_train.sh itself starts the processes: "
-                f"{processes} on each node, nodes: {nodes}. Run it once per node, with NNODES, or "
-                f"unset {name}"
+                f"{name} is {os.environ[name]}, but run_train.sh starts {processes} processes "
+                f"per node (NNODES is {nodes}): run it once per node, with NNODES, or unset {name}"
             )
         run_id = os.environ.get("RDZV_ID", "titan_lite")
         job = JobSettings(run_id, nodes, processes, _number("MAX_RESTARTS", 0, at_least=0))

@@ -149,7 +149,7 @@ def test_no_run_goes_on_from_weights_only(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, 4)
     weights = make_checkpoint(tmp_path, 8, content="model")
     with pytest.raises(
-        ValueError, match=rf"{weights} contains only weights .*another job.dump_folder; "
+        ValueError, match=rf"{weights} contains only weights .*another job.dump_folder"
     ):
         find_start(SECTION, tmp_path)
     # Unless no step is left to do.

@@ -177,9 +177,8 @@ def _start(source: Path, manifest: CheckpointManifest, content: str, *, resumes:
             )
         raise ValueError(
             f"{source} contains only weights (last_save_model_only), so a run cannot resume from "
-            "it: set checkpoint.load_step to an earlier step; or, to start a new run with these "
-            "weights, set checkpoint.initial_load_path to it and another job.dump_folder; "
-            "titan-lite convert dcp-to-hf exports them"
+            "it: set checkpoint.load_step to an earlier step, export it by titan-lite convert, or "
+            "start a new run: set checkpoint.initial_load_path to it and another job.dump_folder"
         )
     state = RunState.from_json((source / RUN_STATE_FILE).read_text())
     return Start(state=state, source=source, manifest=manifest, content=content, resumes=resumes)

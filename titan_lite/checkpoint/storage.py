@@ -219,14 +219,11 @@ def _missing(key: str, source: Path) -> ValueError:
     message = f"{key.removeprefix('model.')} is not in {source}, which"
     if not key.startswith("optimizer."):
         return ValueError(f"{message} is a checkpoint of another model: set [model] to that one")
-    remedy = (
-        "checkpoint.initial_load_path to it, checkpoint.initial_load_model_only = true and another "
-        "job.dump_folder"
-    )
     return SettingError(
         ("optimizer.name", "optimizer.groups"),
         f"{message} has the state of another optimizer: a resumed run must keep its optimizer; to "
-        f"start a new run from the weights, set {remedy}",
+        "start a new run from the weights, set checkpoint.initial_load_path to it, "
+        "checkpoint.initial_load_model_only = true and another job.dump_folder",
     )
 
 

@@ -99,10 +99,8 @@ def _stages(config: Config) -> Iterator[SettingError]:
 def _micro_batches(config: Config, micro_steps: int, words: str) -> Iterator[SettingError]:
     """Checks the number of micro-batches against the pipeline schedule."""
     parallel, pp = config.parallel, config.parallel.pp
-    count = parallel.pp_micro_batches
-    if count == -1:
-        count = micro_steps
-    elif micro_steps % count:
+    count = micro_steps if parallel.pp_micro_batches == -1 else parallel.pp_micro_batches
+    if micro_steps % count:
         yield SettingError(
             "parallel.pp_micro_batches",
             f"must divide the {micro_steps} micro-batches of a step ({words}), got {count}",

@@ -72,8 +72,7 @@ def _rounded_moments(section: Optimizer) -> Iterator[SettingError]:
                 yield SettingError(
                     f"optimizer.{key}",
                     f"{beta:g} must be at most {MAX_ROUNDED_BETA} with optimizer.state_dtype = "
-                    '"bfloat16", which cannot store changes of a moment that are smaller than '
-                    "1/256 of it",
+                    '"bfloat16", which cannot store changes of a moment below 1/256 of it',
                 )
 
 

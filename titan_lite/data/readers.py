@@ -16,7 +16,8 @@ from titan_lite.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-SKIP_HINT = 'data.on_bad_document = "skip" leaves such documents out'
+SKIP = 'data.on_bad_document = "skip"'
+SKIP_HINT = f"{SKIP} leaves such documents out"
 # More bad documents in a row suggest a wrong configuration, and end the run.
 MAX_BAD_IN_A_ROW = 1000
 
@@ -119,15 +120,12 @@ class BadDocumentPolicy:
             if self._in_a_row == 1:
                 logger.warning("A document of %s was skipped: %s", source.name, error)
             return
+        hint = SKIP_HINT
+        if too_many:
+            hint = f"{self._in_a_row:,} bad documents in a row end the run, even with {SKIP}"
         raise SettingError(
             f"{source.table}.{error.key}" if error.key else source.key,
-            f"{position_of(rows) or f'a document of {source.name}'}: {error}; "
-            + (
-                f"{self._in_a_row:,} bad documents in a row end the run, even with "
-                'data.on_bad_document = "skip"'
-                if too_many
-                else SKIP_HINT
-            ),
+            f"{position_of(rows) or f'a document of {source.name}'}: {error}; {hint}",
         )
 
 

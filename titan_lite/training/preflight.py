@@ -190,18 +190,12 @@ def check_same_model(start: Start, plan: Plan) -> None:
     # No setting can make weights of other shapes load.
     can_load = not different.keys() & IMPLIED_BY_WEIGHTS
     if start.resumes:
-        weights = " from these weights, set checkpoint.initial_load_path and"
-        remedy = (
-            "; a resumed run must keep its model; to start a new run"
-            f"{weights if can_load else ', set'} another job.dump_folder"
-        )
+        weights = "checkpoint.initial_load_path to this checkpoint and " if can_load else ""
+        new_run = f"to start a new run, set {weights}another job.dump_folder"
+        remedy = f"; a resumed run must keep its model; {new_run}"
     else:
-        remedy = (
-            "; to load the weights nevertheless, set checkpoint.allow_model_changes = "
-            f"{literal(sorted(different))}"
-            if can_load
-            else ""
-        )
+        allowed = f"checkpoint.allow_model_changes = {literal(sorted(different))}"
+        remedy = f"; to load the weights nevertheless, set {allowed}" if can_load else ""
     by_key: dict[str, list[str]] = {}
     for name, (saved, own) in different.items():
         # head_dim, if not set, is dim / num_heads.
