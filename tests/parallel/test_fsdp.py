@@ -275,7 +275,7 @@ def _from_symmetric_memory(folder: Path) -> tuple[list[dict[str, Any]], Symmetri
     with (
         mock.patch("torch.distributed.fsdp._fully_shard._fsdp_collectives.symm_mem", memory),
         mock.patch("torch.cuda.use_mem_pool", contextlib.nullcontext),
-        # torch 2.15 asks the device's module.
+        # torch 2.15 calls that of the device's module.
         mock.patch("torch.cpu.use_mem_pool", contextlib.nullcontext, create=True),
         mock.patch("titan_lite.training.meta_model.check_symm_mem"),
     ):
