@@ -164,3 +164,17 @@ def test_bad_input_is_one_message(
     with mock.patch.object(calibrate, "count_gpus", return_value=gpus):
         assert cli.main(["plan", "calibrate", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_named_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, new = tmp_path / "folder.toml", tmp_path / "new.toml"
+    folder.mkdir()
+    with mock.patch.object(calibrate.torch.multiprocessing, "spawn") as spawn:
+        assert cli.main(["plan", "calibrate", "-o", str(folder)]) == 2
+        assert f"--output {folder} cannot be written: Is a directory" in capsys.readouterr().err
+        spawn.assert_not_called()
+        assert cli.main(["plan", "calibrate", "-o", str(new)]) == 0
+        spawn.assert_called_once()
+    assert not new.exists()

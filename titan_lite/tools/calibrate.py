@@ -362,7 +362,7 @@ def explain(cluster: Cluster, machine: Machine) -> Seconds:
     tokens, rows = sizes.batches[1], sizes.vocabulary
     seconds["loss"] = rates.loss(job, tokens, rows) + sum(rates.linear(tokens, LOSS_DIM, rows))
     params = sum((inputs + 1) * outputs for _, inputs, outputs in sizes.linears)
-    seconds["optimizer"] = rates.optimizer(job, params)
+    seconds["optimizer"] = rates.optimizer(params)
     for ring in machine.rings():
         passes = 2 if ring.operation == "all_reduce" else 1
         seconds[str(ring)] = passes * rates.ring(ring.size, ring.ranks, _inner(machine, ring))
@@ -586,10 +586,23 @@ def report(cluster: Cluster, measured: Seconds, explained: Seconds) -> str:
     return "\n".join(lines)
 
 
+def check_writable(path: Path) -> None:
+    """Raises UsageError unless the file can be written, so that no measurement is lost."""
+    is_new = not path.exists()
+    try:
+        path.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise UsageError(f"--output {path} cannot be written: {error.strerror}") from error
+    if is_new:
+        path.unlink()
+
+
 def main(output: str, processes: int | None, budget: float, price: float) -> None:
     """Measures in new processes, or in this one if a launcher such as torchrun started it."""
     if not output.endswith(".toml") or not Path(output).absolute().parent.is_dir():
         raise UsageError(f"--output must be a .toml file in a folder that exists, got {output!r}")
+    if os.environ.get("RANK", "0") == "0":
+        check_writable(Path(output))
     options = output, budget, price
     if "RANK" in os.environ:
         _calibrate(*options, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
