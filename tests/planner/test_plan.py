@@ -127,6 +127,7 @@ sys.exit("torch" in sys.modules)
     ("arguments", "message"),
     [
         (["--cluster=h1000"], '--cluster (command line): no cluster "h1000"; did you mean "h100"'),
+        (["--cluster="], '--cluster (command line): no cluster ""'),
         (["--world-size=3", "--parallel.tp=2"], "multiple of pp (1)"),
         (["--parallel.tp=3", "--world-size=3"], "parallel.tp"),
         (["other.toml"], "expected one configuration, got"),
@@ -174,8 +175,18 @@ def test_bad_input_is_one_message(
         ("pue = 1.25", 'pue = 1.25\npower_limit_w = "x"', "power_limit_w: expected a number"),
         ("pue = 1.25", 'pue = 1.25\ncalibrated = "x"', "calibrated: expected true or false"),
         ("pue = 1.25", "pue = 1.25\nmeasured = [1]", "measured: expected a table, got [1]"),
-        ("pue = 1.25", "pue = 1.25\nmeasured = {hbm = 0}", "measured.hbm: expected a number great"),
-        ("pue = 1.25", "pue = 1.25\nmeasured = {inner = -1}", "measured.inner: expected a number"),
+        (
+            "pue = 1.25",
+            "pue = 1.25\nmeasured = {hbm = 0}",
+            "measured.hbm: expected a number from 1e-9 to 1e9, got 0",
+        ),
+        (
+            "pue = 1.25",
+            "pue = 1.25\nmeasured = {inner = -1}",
+            "measured.inner: expected 0, or a number from",
+        ),
+        ("pue = 1.25", "pue = 1.25\nmeasured = {step = 1e308}", "measured.step: expected a number"),
+        ("pue = 1.25", "pue = 1.25\nmeasured = {hbm = 1e-99}", "measured.hbm: expected a number"),
         ("pue = 1.25", "pue = 1.25\nmeasured = {hbm = nan}", "measured.hbm: expected a number"),
         ("pue = 1.25", "pue = 1.25\nmeasured = {hbm = true}", "measured.hbm: expected a number"),
         ("pue = 1.25", "pue = 1.25\nmeasured = {attention = 1}", "measured.attention: not a const"),

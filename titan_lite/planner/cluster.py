@@ -1,6 +1,5 @@
 """Clusters: machines, network, price and power, read from a shipped or a user's TOML file."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,13 +119,11 @@ def _check_measured(measured: object) -> None:
     if not isinstance(measured, dict):
         raise SettingError("measured", f"expected a table, got {literal(measured)}")
     for name, value in measured.items():
-        if not (base := base_name(name)):
-            raise SettingError(
-                f"measured.{name}", "not a constant of assets/planner_constants.toml"
-            )
+        base, message = base_name(name), "not a constant of assets/planner_constants.toml"
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (is_number and 0 <= value < math.inf and (value or base in MAY_BE_ZERO)):
-            words = "at least" if base in MAY_BE_ZERO else "greater than"
-            raise SettingError(
-                f"measured.{name}", f"expected a number {words} 0, got {literal(value)}"
-            )
+        if base and is_number and (1e-9 <= value <= 1e9 or (not value and base in MAY_BE_ZERO)):
+            continue
+        if base:
+            words = "0, or a number" if base in MAY_BE_ZERO else "a number"
+            message = f"expected {words} from 1e-9 to 1e9, got {literal(value)}"
+        raise SettingError(f"measured.{name}", message)

@@ -279,10 +279,10 @@ def _parse(
 def _cluster(options: argparse.Namespace, of_job: str = "", origin: str = "") -> Cluster:
     """Returns the cluster of --cluster, else of job.cluster (set in `origin`), else h100."""
     name, key, source = options.cluster, "--cluster", "command line"
-    if not name and of_job:
+    if name is None and of_job:
         name, key, source = of_job, "job.cluster", origin
     try:
-        cluster = find_cluster(name or "h100")
+        cluster = find_cluster("h100" if name is None else name)
     except (ValueError, OSError) as error:
         raise ConfigError([Problem(key, source, str(error))]) from error
     if options.price is None:
