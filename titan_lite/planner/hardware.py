@@ -8,6 +8,8 @@ from titan_lite.planner.constants import ASSETS
 
 NumberFormat = Literal["bfloat16", "float16", "float8", "tfloat32", "float32"]
 """Input format of a matmul."""
+PEAKS: dict[NumberFormat, str] = {"bfloat16": "bf16", "float16": "fp16", "float8": "fp8",
+                                  "tfloat32": "tf32", "float32": "fp32"}  # fmt: skip
 DEFAULT_MULTIPROCESSORS = 108
 
 
@@ -41,13 +43,8 @@ class Device:
 
     def tflops(self, number_format: NumberFormat) -> float | None:
         """Dense peak of matmuls in this format, in TFLOP/s, or None where none is known."""
-        return {
-            "bfloat16": self.bf16_tflops,
-            "float16": self.fp16_tflops,
-            "float8": self.fp8_tflops,
-            "tfloat32": self.tf32_tflops,
-            "float32": self.fp32_tflops,
-        }[number_format]
+        peak: float | None = getattr(self, f"{PEAKS[number_format]}_tflops")
+        return peak
 
 
 def find_device(device_name: str) -> Device | None:

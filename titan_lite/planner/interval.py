@@ -10,8 +10,6 @@ from titan_lite.planner.step_time import Step
 # Bounds of measured / predicted step time: on devices and stacks that published runs validate
 # (predictions are optimistic), on these once calibrated, and on others.
 KNOWN, CALIBRATED, UNKNOWN = (0.93, 1.12), (0.94, 1.06), (0.93, 1.60)
-# Width of a 90 % interval over that of an 80 % interval.
-WIDER = 1.5
 # Sizes of the largest validated jobs. The interval widens beyond four times these.
 MAX_GPUS, MAX_TOKENS = 512, 65_536
 
@@ -23,10 +21,6 @@ class Interval:
     low: float
     high: float
     notes: tuple[str, ...]
-
-    def wider(self, seconds: float) -> tuple[float, float]:
-        """Returns the 90 % interval."""
-        return seconds - WIDER * (seconds - self.low), seconds + WIDER * (self.high - seconds)
 
 
 def interval(step: Step) -> Interval:

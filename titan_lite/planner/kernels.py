@@ -117,9 +117,10 @@ class Rates:
         """Seconds of the cross-entropy of `tokens` over `rows` entries of the vocabulary."""
         return job.loss_bytes * tokens * rows / (self.hbm * self.k["loss"])
 
-    def optimizer(self, job: Job, params: float) -> float:
+    def optimizer(self, params: float) -> float:
         """Seconds of the optimizer's step on a rank's parameters."""
-        return job.optimizer_bytes * params / (self.hbm * self.k["optimizer"])
+        # Both moments, gradient and norm in float32, and the copy in bfloat16: 44 bytes.
+        return 44 * params / (self.hbm * self.k["optimizer"])
 
     def ring(self, size: float, ranks: int, inner: int) -> float:
         """Seconds to gather or reduce-scatter `size` bytes; `inner` of the ranks are in a node."""

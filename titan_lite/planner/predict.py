@@ -31,16 +31,6 @@ class Prediction:
     tokens: float
 
     @property
-    def job(self) -> Job:
-        """The job that is predicted."""
-        return self.step.job
-
-    @property
-    def cluster(self) -> Cluster:
-        """The cluster that it runs on."""
-        return self.step.cluster
-
-    @property
     def peak(self) -> Memory:
         """The largest peak of all places in the pipeline."""
         return max(self.memory, key=lambda place: place.bytes)
@@ -48,12 +38,12 @@ class Prediction:
     @property
     def share(self) -> float:
         """Share of the device's memory at the peak."""
-        return self.peak.bytes / self.cluster.memory if self.cluster.memory else 0.0
+        return self.peak.bytes / self.step.cluster.memory if self.step.cluster.memory else 0.0
 
     @property
     def fits(self) -> bool:
         """True if the job fits with a margin."""
-        return self.share <= room(self.job)
+        return self.share <= room(self.step.job)
 
     @cached_property
     def interval(self) -> Interval:
@@ -63,28 +53,28 @@ class Prediction:
     @property
     def tflops(self) -> float:
         """Model TFLOP/s of a device, without recomputation."""
-        return self.step.wps * model_flops(self.job.args, self.job.span) / 1e12
+        return self.step.wps * model_flops(self.step.job.args, self.step.job.span) / 1e12
 
     @property
     def mfu(self) -> float:
         """Model FLOPs utilization: share of the peak in bfloat16, or in float32 for such a job."""
-        number_format = "bfloat16" if self.job.width == 2 else "float32"
-        return self.tflops * 1e12 / self.cluster.peak(number_format)  # type: ignore[arg-type]
+        number_format = "bfloat16" if self.step.job.width == 2 else "float32"
+        return self.tflops * 1e12 / self.step.cluster.peak(number_format)  # type: ignore[arg-type]
 
     @property
     def seconds(self) -> float:
         """Seconds of the whole run, without pauses."""
-        return self.tokens / self.job.tokens * self.step.seconds
+        return self.tokens / self.step.job.tokens * self.step.seconds
 
     @property
     def gpu_hours(self) -> float:
         """GPU-hours of the whole run."""
-        return self.seconds * self.job.world_size / HOURS
+        return self.seconds * self.step.job.world_size / HOURS
 
     @property
     def cost(self) -> float:
         """Cost of the whole run at the cluster's price."""
-        return self.gpu_hours * self.cluster.price_per_gpu_hour
+        return self.gpu_hours * self.step.cluster.price_per_gpu_hour
 
     @property
     def device_mwh(self) -> float:
@@ -94,8 +84,9 @@ class Prediction:
     @property
     def total_mwh(self) -> float:
         """Energy of devices and hosts, at the data centre's power usage effectiveness."""
-        hosts = self.cluster.host_watts / self.cluster.gpus_per_node * self.gpu_hours / 1e6
-        return (self.device_mwh + hosts) * self.cluster.pue
+        cluster = self.step.cluster
+        hosts = cluster.host_watts / cluster.gpus_per_node * self.gpu_hours / 1e6
+        return (self.device_mwh + hosts) * cluster.pue
 
 
 def model_flops(args: DecoderArgs, span: int) -> int:
@@ -124,8 +115,8 @@ def advice(
     """
     now = predict(read_job(plan.config, plan.dims, plan.family, plan.args), cluster, 1.0)
     better = []
-    samples = {"training.global_batch_size": now.job.tokens // now.job.seq_len}
-    for values in _changes(plan, cluster, now.job):
+    samples = {"training.global_batch_size": now.step.job.tokens // now.step.job.seq_len}
+    for values in _changes(plan, cluster, now.step.job):
         config = with_values(plan.config, values | samples)
         try:
             dims = ParallelDims.resolve(config.parallel, plan.dims.world_size)

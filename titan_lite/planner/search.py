@@ -40,8 +40,7 @@ class Layout:
         job = self.step.job
         axes = sum(degree > 1 for degree in (job.tp, job.cp, job.ep, job.pp, job.dp_replicate))
         extras = axes + (job.recompute != "none") + job.syncs_last
-        seconds = self.step.seconds
-        return math.floor(math.log(seconds) / TIE), extras, seconds
+        return math.floor(math.log(self.step.seconds) / TIE), extras, self.step.seconds
 
 
 @dataclass(frozen=True)
@@ -116,18 +115,14 @@ def candidates(
             ("activation_checkpoint", [{"activation_checkpoint.mode": mode} for mode in modes]),
         )
     )
-    varied = ("parallel", "training", "activation_checkpoint")
-    fixed = {
-        name: getattr(config, name) for name in type(config).model_fields if name not in varied
-    }
     for keys, parallel, dims in layouts_of(config.parallel, world_size, cluster, experts):
-        part = {"parallel": parallel}
+        fixed = dict(config) | {"parallel": parallel}
         # Rules and planner only read attributes, and a validated Config takes long to build.
         yield (
             dims,
             [
                 [
-                    (keys | size | mode, SimpleNamespace(**fixed, **part, **training, **checkpoint))
+                    (keys | size | mode, SimpleNamespace(**(fixed | training | checkpoint)))
                     for mode, checkpoint in checkpoints
                 ]
                 for size, training in trainings
@@ -166,9 +161,9 @@ def _choices(parallel: Parallel, dims: ParallelDims) -> Iterator[Values]:
             yield plain | {"pp_schedule": "Interleaved1F1B", "pp_stages_per_rank": stages}
         return
     reshards = ("default", "never") if dims.fsdp > 1 else ("default",)
-    for reshard in reshards:
-        for sync in ("every_micro_batch", "last_micro_batch"):
-            yield {"reshard_after_forward": reshard, "gradient_sync": sync}
+    syncs = ("every_micro_batch", "last_micro_batch")
+    for reshard, sync in itertools.product(reshards, syncs):
+        yield {"reshard_after_forward": reshard, "gradient_sync": sync}
 
 
 def divisors(number: int) -> list[int]:

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from functools import cache
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -53,7 +52,6 @@ class StepModel:
         dense, self.experts = counts.block_params(job.args, 0, job.args.num_layers)
         self.block_params = dense / job.args.num_layers, self.experts / job.args.num_layers
         self._blocks: dict[tuple[object, ...], BlockTimes] = {}
-        self._ring = cache(self.rates.ring)
 
     def inner(self, ranks: int, stride: int) -> int:
         """Ranks per node of a group whose ranks are `stride` apart."""
@@ -61,7 +59,7 @@ class StepModel:
 
     def ring(self, size: float, ranks: int, stride: int, passes: int = 1) -> float:
         """Seconds of a ring over ranks that are `stride` apart."""
-        return passes * self._ring(size, ranks, self.inner(ranks, stride))
+        return passes * self.rates.ring(size, ranks, self.inner(ranks, stride))
 
     def block(self, job: Job) -> BlockTimes:
         """Times of one block of the job."""
@@ -167,7 +165,7 @@ class StepModel:
             self.shard(job, block, parts)
         local = self.params / (job.tp * job.pp)
         held = job.fsdp if job.sharding != "ddp" else 1
-        parts["optimizer"] = self.rates.optimizer(job, local / held)
+        parts["optimizer"] = self.rates.optimizer(local / held)
         if job.ns_steps:
             parts["optimizer"] += self._muon(job, local / held)
         if m > 1 and (job.syncs_last or job.sharding != "fsdp" or job.pp > 1):

@@ -36,16 +36,16 @@ BAR = 40
 
 def facts(p: Prediction, better: Sequence[Advice]) -> dict[str, Any]:
     """The prediction as JSON."""
-    low, high = p.interval.low, p.interval.high
+    low, high, seconds = p.interval.low, p.interval.high, p.step.seconds
     return {
-        "cluster": p.cluster.name,
-        "device": p.cluster.device.name,
-        "gpus": p.job.world_size,
+        "cluster": p.step.cluster.name,
+        "device": p.step.cluster.device.name,
+        "gpus": p.step.job.world_size,
         "memory": {
             "fits": p.fits,
             "may_fit": p.share <= 1,
             "bytes": round(p.peak.bytes),
-            "device_bytes": round(p.cluster.memory),
+            "device_bytes": round(p.step.cluster.memory),
             "places": [
                 {"place": m.place, "bytes": round(m.bytes)}
                 | {"parts": {name: round(size) for name, size in m.parts.items()}}
@@ -53,10 +53,10 @@ def facts(p: Prediction, better: Sequence[Advice]) -> dict[str, Any]:
             ],
         },
         "step": {
-            "seconds": p.step.seconds,
-            # Bounds of the 80 % and the 90 % interval.
+            "seconds": seconds,
+            # Bounds of the 80 % and the 90 % interval, which is 1.5 times as wide.
             "seconds_80": [low, high],
-            "seconds_90": list(p.interval.wider(p.step.seconds)),
+            "seconds_90": [seconds - 1.5 * (seconds - low), seconds + 1.5 * (high - seconds)],
             "wps": p.step.wps,
             "tflops": p.tflops,
             "mfu": p.mfu,
@@ -94,10 +94,10 @@ def text(p: Prediction, better: Sequence[Advice]) -> str:
     """The prediction as text."""
     seconds, ratio = p.step.seconds, 100 / p.step.seconds
     low, high = p.interval.low, p.interval.high
-    slow, fast = (p.job.tokens / p.job.world_size / bound for bound in (high, low))
+    slow, fast = (p.step.job.tokens / p.step.job.world_size / bound for bound in (high, low))
     lines = [
-        f"{p.job.world_size} x {p.cluster.device.name} ({p.cluster.name})",
-        f"  memory      {_size(p.peak.bytes)} of {_size(p.cluster.memory)}: {_fit(p)}",
+        f"{p.step.job.world_size} x {p.step.cluster.device.name} ({p.step.cluster.name})",
+        f"  memory      {_size(p.peak.bytes)} of {_size(p.step.cluster.memory)}: {_fit(p)}",
         *(
             f"    {_size(size):>12}  {name}"
             for name, size in sorted(p.peak.parts.items(), key=lambda item: -item[1])
@@ -188,13 +188,13 @@ def _fit(p: Prediction) -> str:
     if p.fits:
         return f"fits, {1 - p.share:.0%} left"
     if p.share <= 1:
-        left = f"less than {1 - room(p.job):.0%} is left"
+        left = f"less than {1 - room(p.step.job):.0%} is left"
         return f"may fit: {left} for the CUDA context, fragmentation and the planner's own error"
-    return f"DOES NOT FIT, by {_size(p.peak.bytes - p.cluster.memory)}"
+    return f"DOES NOT FIT, by {_size(p.peak.bytes - p.step.cluster.memory)}"
 
 
 def _cost(p: Prediction) -> str:
-    price = p.cluster.price_per_gpu_hour
+    price = p.step.cluster.price_per_gpu_hour
     return f"${p.cost:,.0f} at ${price:g} each" if price else "cost not computed: the price is 0"
 
 
@@ -203,7 +203,7 @@ def _energy(p: Prediction) -> str:
         return "not computed: the cluster's file has no device power"
     return (
         f"{p.device_mwh:,.3g} MWh of the devices ({p.step.watts:.0f} W each), "
-        f"{p.total_mwh:,.3g} MWh with hosts and PUE {p.cluster.pue:g}"
+        f"{p.total_mwh:,.3g} MWh with hosts and PUE {p.step.cluster.pue:g}"
     )
 
 

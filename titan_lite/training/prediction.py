@@ -41,7 +41,7 @@ class PredictionRecorder:
         logger.info(
             "Predicted for %s: %.3g s per step (80 %% interval: %.3g to %.3g), measured: %.3g s "
             "(%+.0f %%); predicted memory: %.2f GiB, measured: %.2f GiB %s",
-            self._prediction.cluster.name,
+            self._prediction.step.cluster.name,
             predicted,
             interval.low,
             interval.high,
@@ -55,7 +55,7 @@ class PredictionRecorder:
     def _update(self, measured: dict[str, float]) -> None:
         interval = self._prediction.interval
         facts: dict[str, Any] = {
-            "cluster": self._prediction.cluster.name,
+            "cluster": self._prediction.step.cluster.name,
             "predicted": {
                 "seconds_per_step": self._prediction.step.seconds,
                 # Bounds of the 80 % interval.
