@@ -16,8 +16,10 @@ from titan_lite import cli
 from titan_lite.planner.cluster import Cluster, find_cluster
 from titan_lite.planner.kernels import Rates
 from titan_lite.runtime.distributed import Process
-from titan_lite.tools import calibrate
-from titan_lite.tools.calibrate import Machine, explain, fit, to_toml
+from titan_lite.tools import calibrate, calibrate_fit, calibrate_measure
+from titan_lite.tools.calibrate import to_toml
+from titan_lite.tools.calibrate_fit import explain, fit
+from titan_lite.tools.calibrate_measure import Machine
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -49,7 +51,7 @@ def cluster(device: str) -> Cluster:
     """Two devices a node, with the name of a shipped cluster's, as slow as a CPU."""
     known = find_cluster(device)
     slow = dataclasses.replace(
-        known.device, bf16_tflops=0.1, fp32_tflops=0.05, hbm_gbs=4.0, source=calibrate.MEASURED
+        known.device, bf16_tflops=0.1, fp32_tflops=0.05, hbm_gbs=4.0, source=calibrate_fit.MEASURED
     )
     return dataclasses.replace(known, device=slow, gpus_per_node=2, node_nic_gbs=2.0)
 
@@ -57,7 +59,7 @@ def cluster(device: str) -> Cluster:
 @pytest.mark.parametrize("device", ["h100", "b200"])
 def test_the_fit_finds_the_constants_that_made_the_times(device: str, tmp_path: Path) -> None:
     """An architecture with its own constants, and one without."""
-    true = calibrate._with(cluster(device), CONSTANTS)
+    true = calibrate_fit._with(cluster(device), CONSTANTS)
     seconds = explain(true, MACHINE)
     seconds |= {"alone": 1.0, "overlapped": 1.0 + 0.25 * seconds[f"{MACHINE.rings()[-9]}"]}
     actual = fit(cluster(device), MACHINE, seconds)
@@ -86,7 +88,7 @@ def test_short_sequences_slow_causal_attention_only() -> None:
     constants = CONSTANTS | dict.fromkeys(
         ("attention_forward_tokens", "attention_backward_tokens"), 512.0
     )
-    rates = Rates(calibrate._with(cluster("h100"), constants), MACHINE.job())
+    rates = Rates(calibrate_fit._with(cluster("h100"), constants), MACHINE.job())
 
     def seconds(span: int, causal: bool) -> float:
         job = dataclasses.replace(MACHINE.job(), micro_batch=1, seq_len=span, span=span)
@@ -99,7 +101,7 @@ def test_short_sequences_slow_causal_attention_only() -> None:
 
 def test_a_cpu_is_measured_in_float32() -> None:
     """Its runs are; half of the peak in bfloat16 leaves the prediction alone."""
-    measured = calibrate._with(cluster("h100"), CONSTANTS)
+    measured = calibrate_fit._with(cluster("h100"), CONSTANTS)
     half = dataclasses.replace(
         measured, device=dataclasses.replace(measured.device, bf16_tflops=0.05)
     )
@@ -111,10 +113,12 @@ def test_a_cpu_is_measured_in_float32() -> None:
 def measure(file: Path) -> tuple[str, dict[str, float], dict[str, float]]:
     """Measures tiny kernels; then runs the command, as a launcher's processes do."""
     process = Process.from_environment()
-    tiny = calibrate.Sizes(64, ((64, 64, 64), (128, 64, 128)), (64, 128), (16, 64), 128, (64, 4096))
+    tiny = calibrate_measure.Sizes(
+        64, ((64, 64, 64), (128, 64, 128)), (64, 128), (16, 64), 128, (64, 4096)
+    )
     with (
-        mock.patch.dict(calibrate.SIZES, cpu=tiny),
-        mock.patch.object(calibrate, "ROUNDS", 1),
+        mock.patch.dict(calibrate_measure.SIZES, cpu=tiny),
+        mock.patch.object(calibrate_measure, "ROUNDS", 1),
     ):
         actual, seconds, explained = calibrate.calibrate(process, per_node=2, budget=0.0)
         with (
