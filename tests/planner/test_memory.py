@@ -8,7 +8,9 @@ from typing import Any, get_args
 
 import pytest
 
-from titan_lite.config.activation_checkpoint import SavedOp
+from titan_lite.config.activation_checkpoint import CHECKPOINT_MODES, SavedOp
+from titan_lite.config.optimizers import EIGHT_BITS, OPTIMIZERS
+from titan_lite.config.schedules import SCHEDULES
 from titan_lite.models.plan import make_plan
 from titan_lite.planner.cluster import find_cluster
 from titan_lite.planner.counts import block_matrices, num_block_params
@@ -49,10 +51,46 @@ def test_the_presets_memory_is_that_of_the_dry_run() -> None:
 
 
 def test_memory_of_random_layouts_is_not_far_below_that_of_the_dry_run() -> None:
-    errors = [compare(case)[0] / case["peak"] - 1 for case in cases("random")]
-    assert len(errors) >= 25
-    assert sum(map(abs, errors)) / len(errors) < 0.05
-    assert min(errors) > -0.1, "tensor parallel keeps products that are not yet added up"
+    """Without pipelines, with them, and with schedules that split backward, where it is a bound.
+
+    Small buffers count in these models, and context parallel's gathers are not counted.
+    """
+    errors: dict[tuple[bool, bool], list[float]] = {}
+    for case in cases("random"):
+        keys = dict(override[2:].split("=") for override in case["overrides"])
+        is_pipeline = keys["parallel.pp"] != "1"
+        splits = is_pipeline and SCHEDULES[keys["parallel.pp_schedule"]].splits_backward
+        error = compare(case)[0] / case["peak"] - 1
+        errors.setdefault((is_pipeline, splits), []).append(error)
+    for kind, mean, least in (
+        ((False, False), 0.035, -0.1),
+        ((True, False), 0.09, -0.25),
+        ((True, True), 1.0, -0.15),
+    ):
+        sizes = list(map(abs, errors[kind]))
+        assert len(sizes) >= 15
+        assert sum(sizes) / len(sizes) < mean
+        assert min(errors[kind]) > least
+
+
+def test_random_layouts_are_of_all_kinds() -> None:
+    """Schedules, checkpointing modes, optimizers, float8, experts, and every axis of the mesh."""
+    seen = {override[2:] for case in cases("random") for override in case["overrides"]}
+    pipelines = [case for case in cases("random") if "--parallel.pp=1" not in case["overrides"]]
+    schedules = {override for case in pipelines for override in case["overrides"]}
+    # The one drawn with DualPipeV has fewer blocks than stages.
+    names = set(SCHEDULES) - {"DualPipeV"}
+    assert {f"--parallel.pp_schedule={name}" for name in names} <= schedules
+    for key, values in (
+        ("activation_checkpoint.mode", CHECKPOINT_MODES.variants),
+        ("optimizer.name", OPTIMIZERS.variants),
+        ("optimizer.state_dtype", ("float32", "bfloat16", *EIGHT_BITS)),
+        ("float8.recipe", ("none", "tensorwise", "rowwise")),
+        ("ema.enable", ("true", "false")),
+        *((f"parallel.{axis}", ("2",)) for axis in ("tp", "cp", "pp", "ep", "dp_replicate")),
+    ):
+        assert {f"{key}={value}" for value in values} <= seen
+    assert len({str(case["overrides"]) for case in cases("random")}) >= 190
 
 
 def test_memory_of_random_layouts_of_experts_is_that_of_the_dry_run() -> None:

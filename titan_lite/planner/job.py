@@ -58,8 +58,8 @@ class Job(ParallelDims):
     width: int = 2
     reduce_bytes: int = 4
     accumulate_bytes: int = 10
-    optimizer_bytes: int = 44
     moment_bytes: float = 4
+    rounding_bytes: int = 0
     ema: bool = False
     ns_steps: int = 0
     kernels: str = "fused"

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from titan_lite.config.schedules import SCHEDULES
 from titan_lite.models.args import DecoderArgs, EncoderArgs, MoEArgs
 from titan_lite.planner.counts import block_params, feed_forwards, num_block_params, num_params
 from titan_lite.planner.job import Job
@@ -17,7 +18,7 @@ from titan_lite.planner.step_time import rank_stages
 
 # A layout fits if it needs at most this share of the device's memory, and may fit if it needs less
 # than all of it. The rest is for the CUDA context, NCCL's buffers, fragmentation, and errors of the
-# formulas, which are larger for context parallel and pipelines.
+# formulas, which are larger for context parallel, experts and pipelines.
 FITS, FITS_CP, FITS_PP = 0.92, 0.85, 0.72
 
 
@@ -36,7 +37,8 @@ class Memory:
 
 def room(job: Job) -> float:
     """The share of a device's memory up to which the job counts as fitting."""
-    return FITS_PP if job.pp > 1 else FITS_CP if job.cp > 1 else FITS
+    is_less_sure = job.cp > 1 or isinstance(job.args, MoEArgs)
+    return FITS_PP if job.pp > 1 else FITS_CP if is_less_sure else FITS
 
 
 def least(job: Job) -> float:
@@ -119,17 +121,9 @@ def kept_elements(job: Job, args: DecoderArgs, recompute: str) -> float:
     return kept
 
 
-class PeakCandidate(NamedTuple):
-    """A moment that may be the peak. kept: micro-batches whose activations are in memory.
-
-    unsharded: bytes of gathered weights and of gradients that are not yet reduced.
-    sharded: bytes of gradients that are.
-    """
-
-    name: str
-    kept: float
-    unsharded: float
-    sharded: float = 0.0
+Moment = tuple[str, float, float, float]
+"""A moment that may be the peak: its name, micro-batches whose activations are in memory, bytes of
+gathered weights and of gradients that are not reduced yet, and bytes of gradients that are."""
 
 
 class _MemoryModel:
@@ -142,9 +136,12 @@ class _MemoryModel:
             mode: [kept_elements(job, kind, mode) for kind in kinds]
             for mode in (job.recompute, "none")
         }
+        # Micro-batches at the last stage; these schedules have no backward before the last forward.
+        self.at_last = job.pipelined if job.schedule in ("GPipe", "LoopedBFS") and job.pp > 1 else 1
         self.table, self.stream = self.sizes.table / t, float(args.dim * job.width * tokens)
         self.dense, self.experts = self.sizes.last_block[0] / t, self.sizes.last_block[1] / job.ep
         self.block = self.dense + self.experts
+        self.matrix = max(args.dim * args.ffn_dim, self.sizes.last_block[1] / 3)
         rows = args.padded_vocab_size / (t if job.loss_parallel else 1)
         chunks = job.loss_chunks or 1
         # Per logit: its gradient, and its log-probability in float32. Then either the gradient of
@@ -165,6 +162,8 @@ class _MemoryModel:
         each = self.stream / (job.tp if job.sequence_parallel else 1) * (job.pp > 1 and 0 in stages)
         for stage in stages:
             share = job.recomputed[stage] / job.blocks[stage]
+            # Tensors recomputed for the gradients of inputs are kept for those of weights.
+            share *= not (job.pp > 1 and SCHEDULES[job.schedule].splits_backward)
             for number, count in enumerate(self.sizes.counts[stage]):
                 kept = share * self.kept[job.recompute][number] if share else 0.0
                 kept += (1 - share) * self.kept["none"][number] if share < 1 else 0.0
@@ -193,11 +192,13 @@ class _MemoryModel:
             fixed["tables"] = 8 * args.max_seq_len * args.rotary_dim * (2 if job.pp > 1 else 1)
         # A pipeline stage has a buffer for each micro-batch's input, and one for its gradient.
         ways = sum((stage > 0) + (stage < len(job.blocks) - 1) for stage in stages)
-        received = ways * job.pipelined * stream
-        fixed["received"] = received / (t if job.sequence_parallel else 1)
+        fixed["received"] = ways * job.pipelined * stream / (t if job.sequence_parallel else 1)
         mode = job.recompute if any(job.recomputed[stage] for stage in stages) else "none"
         counts = zip(*(sizes.counts[stage] for stage in stages), strict=True)
         kinds = [number for number, count in enumerate(counts) if any(count)]
+        # An optimizer that rounds its moments takes one tensor after the other, in chunks.
+        tensor = max(table * (0 in stages or has_head), 0 if job.ns_steps else self.matrix / t)
+        rounded = job.rounding_bytes * min(2**24, tensor / N)
         # The head's gradients are reduced while the last block's are computed; those of a tied head
         # stay until the end.
         is_apart = has_head and (job.pp > 1 or not args.tied_head)
@@ -206,20 +207,25 @@ class _MemoryModel:
             reducing += 2 * 4 / width * args.top_k * stream / t
             gradients = width * self.experts / 3
         works = {
-            "loss": self.logits,
+            # Each micro-batch's gradients of the head wait for its backward.
+            "loss": self.logits + (self.at_last - 1) * (width * table + stream),
             "backward": max(self.backward(kind, mode) for kind in kinds),
             "reducing": reducing,
-            "end": width * table * (t if 0 in stages else 1),
+            "end": width * table * (t if 0 in stages else has_head),
+            "embedding": width * table * t,
+            # Muon's owner of a matrix, or of a stack of experts, has five copies of it.
+            "step": max(rounded, 5 * width * self.matrix * (job.ns_steps > 0)),
         }
         # Each tensor-parallel rank computes the gradient of the whole embedding table.
         whole = (width + 4) * params + (4 * (t - 1) * table if 0 in stages else 0.0)
         each, best, largest = self.activations(stages), {}, -1.0
-        for moment in self.moments(place, params, whole, gradients, 4 * stored / N):
-            if moment.name == "loss" and not has_head:
+        moments = self.moments(place, params, whole, gradients, 4 * stored / N)
+        for name, kept, unsharded, sharded in moments:
+            if name == "loss" and not has_head:
                 continue
-            parts = fixed | {"gradients": moment.sharded, "unsharded": moment.unsharded}
-            parts["activations"] = moment.kept * each
-            parts["logits" if moment.name == "loss" else "working"] = works.get(moment.name, 0.0)
+            parts = fixed | {"gradients": sharded, "unsharded": unsharded}
+            parts["activations"] = kept * each
+            parts["logits" if name == "loss" else "working"] = works.get(name, 0.0)
             if (size := sum(parts.values())) > largest:
                 best, largest = parts, size
         return Memory(place, best)
@@ -257,7 +263,10 @@ class _MemoryModel:
     def in_flight(self, place: int) -> float:
         """Micro-batches whose activations a pipeline rank keeps at once, per stage."""
         job = self.job
-        if job.schedule == "GPipe":
+        schedule = SCHEDULES[job.schedule]
+        if schedule.splits_backward and schedule.is_v:
+            return min(job.pipelined, 2 * job.pp)
+        if self.at_last > 1 or schedule.splits_backward:
             return job.pipelined
         p, v = job.pp, job.stages_per_rank
         if v == 1:
@@ -267,7 +276,7 @@ class _MemoryModel:
 
     def moments(
         self, place: int, params: float, whole: float, gradients: float, sharded: float
-    ) -> Iterator[PeakCandidate]:
+    ) -> Iterator[Moment]:
         """Yields the moments that may be the peak.
 
         whole: bytes of all weights and their gradients. sharded: bytes of the gradients' shards.
@@ -275,6 +284,7 @@ class _MemoryModel:
         """
         job, block, table = self.job, self.block, self.table
         width, m = job.width, job.micro_steps
+        yield "step", 0, 0.0, sharded
         # With expert or tensor parallel, FSDP gathers and reduces experts separately.
         largest = block if job.ep * job.tp == 1 else max(self.dense, self.experts)
         tied = table * job.args.tied_head
@@ -283,19 +293,19 @@ class _MemoryModel:
             flying = self.in_flight(place) if job.pp > 1 else 1
             count = job.pipelined if job.pp > 1 else m
             if count > flying:
-                yield PeakCandidate("loss", flying, whole)
-                yield PeakCandidate("backward", flying, whole)
+                yield "loss", flying, whole, 0.0
+                yield "backward", flying, whole, 0.0
             else:
-                yield PeakCandidate("loss", flying, width * (params + table))
-                yield PeakCandidate("backward", flying, width * params + gradients)
+                yield "loss", flying, width * (params + table), 0.0
+                yield "backward", flying, width * params + gradients, 0.0
                 if flying > 1:
-                    yield PeakCandidate("backward", flying - 1, whole)
-            yield PeakCandidate("end", flying - 1, whole)
+                    yield "backward", flying - 1, whole, 0.0
+            yield "end", flying - 1, whole, 0.0
             if (v := job.stages_per_rank) > 1:
                 # All stages but the last have been reduced; the last one's gradients are rounded.
-                yield PeakCandidate("reduced", 0, whole + width * params / v, sharded * (1 - 1 / v))
+                yield "reduced", 0, whole + width * params / v, sharded * (1 - 1 / v)
             return
-        late = 4 * params if job.syncs_last and m > 1 else 0.0
+        late = whole - width * params if job.syncs_last and m > 1 else 0.0
         at_end = 0.0 if late else sharded
         sharded = at_end if m > 1 else 0.0
         gathered = job.float8_gather
@@ -305,8 +315,13 @@ class _MemoryModel:
         else:
             at_loss = 2 * width * table + (1 if gathered else width) * block
             backward = 2 * (1 if gathered else width) * block + 2 * width * tied
-        yield PeakCandidate("loss", 1, at_loss + late, sharded)
-        yield PeakCandidate("backward", 1, backward + gradients + late, sharded)
+        yield "loss", 1, at_loss + late, sharded
+        yield "backward", 1, backward + gradients + late, sharded
         # FSDP copies a block's gradients into one buffer to reduce them.
-        yield PeakCandidate("reducing", 1, backward + (width + 4) * largest + late, sharded)
-        yield PeakCandidate("reduced", 0, 4 * max(table, block) + late, at_end)
+        yield "reducing", 1, backward + (width + 4) * largest + late, sharded
+        yield "reduced", 0, 4 * max(table, block) + late, at_end
+        # The first block is the last one in backward; after it comes the embedding.
+        layers = job.args.num_layers
+        earlier = 0.0 if late else at_end - 4 * table / job.fsdp
+        yield "backward", 1 / layers, backward + gradients + late, earlier - at_end / layers
+        yield "embedding", 0, 4 * table + 2 * width * tied + late, earlier

@@ -8,7 +8,6 @@ import itertools
 import math
 
 from titan_lite.config.dims import ParallelDims, resolve_global_batch
-from titan_lite.config.optimizers import EIGHT_BITS
 from titan_lite.config.parallel_rules import parallel_rules
 from titan_lite.config.schema import Config
 from titan_lite.models.args import DecoderArgs
@@ -20,9 +19,10 @@ from titan_lite.planner.job import Job, Recompute
 
 AUTO_CHUNK_BYTES = 2**29  # training/loss.py has the same for training.loss_chunks = "auto"
 
-# Bytes per element of a moment, by optimizer.state_dtype; 256 elements of 8 bits share a float32
-# scale.
-MOMENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, **dict.fromkeys(EIGHT_BITS, 1 + 4 / 256)}
+# By optimizer.state_dtype: bytes of a moment (256 elements in 8 bits have a scale in float32), and
+# bytes per element that are computed at once in a step that rounds moments, as dry runs have them.
+STATES = {"float32": (4.0, 0), "bfloat16": (2.0, 32), "int8": (1 + 4 / 256, 66),
+          "float8": (1 + 4 / 256, 32)}  # fmt: skip
 
 
 def read_job(config: Config, dims: ParallelDims, family: Family, args: DecoderArgs) -> Job:
@@ -42,6 +42,7 @@ def read_job(config: Config, dims: ParallelDims, family: Family, args: DecoderAr
         blocks = tuple(sum(name.startswith("layers.") for name in names) for names in stages)
     elif dims.pp > 1:
         blocks = stage_blocks(args, parallel.pp_split, parallel.num_stages, span, share)
+    state = STATES[getattr(config.optimizer, "state_dtype", "float32")]
     width = 4 if training.param_dtype == "float32" else 2
     section = config.activation_checkpoint
     recomputed = tuple(len(section.layers(count)) for count in blocks)
@@ -79,7 +80,8 @@ def read_job(config: Config, dims: ParallelDims, family: Family, args: DecoderAr
         attention="unfused" if args.attention_dropout else "flash",
         loss_bytes=14 if config.compile.covers("loss") else 28,
         loss_chunks=chunks if training.loss_chunks == "auto" else training.loss_chunks,
-        moment_bytes=MOMENT_BYTES[getattr(config.optimizer, "state_dtype", "float32")],
+        moment_bytes=state[0],
+        rounding_bytes=state[1],
         ema=config.ema.enable,
         ns_steps=getattr(config.optimizer, "ns_steps", 0),
         head_token_fraction=share,
