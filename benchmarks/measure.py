@@ -190,7 +190,7 @@ def forward_and_backward() -> None:
 
 
 def finish() -> Values:
-    """Ends the run; returns the applied features, and the peak that MFU divides by."""
+    """Ends the run; returns the applied features, and the peak that MFU is relative to."""
     trainer = Run.trainer
     Run.stack.close()
     trainer.close()

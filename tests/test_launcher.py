@@ -212,7 +212,7 @@ LAUNCHED = {
             ["train_configs/debug.toml"],
             {"SLURM_PROCID": "3", "SLURM_NTASKS": "8"},
             "SLURM_NTASKS (environment): is 8, but RANK is not set: every process would train "
-            "alone. Start them by run_train.sh or torchrun, once per node; for a single process, "
+            "alone. Start them with run_train.sh or torchrun, once per node; for a single process, "
             "unset SLURM_NTASKS",
         ),
         (["train_configs/debug.toml"], {"PMI_RANK": "0"}, "PMI_RANK (environment): is 0, but RANK"),

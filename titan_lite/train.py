@@ -153,7 +153,7 @@ def position() -> tuple[int, int]:
     """
     if "RANK" in os.environ:
         missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
-        message = "not set, though RANK is: start by run_train.sh or torchrun"
+        message = "not set, though RANK is: start with run_train.sh or torchrun"
         if missing:
             raise ConfigError([Problem(name, ENVIRONMENT, message) for name in missing])
         world_size = _integer("WORLD_SIZE", 1, 2**31 - 1)
@@ -163,7 +163,7 @@ def position() -> tuple[int, int]:
     if name := unexpected_start():
         message = (
             f"is {os.environ[name]}, but RANK is not set: every process would train alone. Start "
-            f"them by run_train.sh or torchrun, once per node; for a single process, unset {name}"
+            f"them with run_train.sh or torchrun, once per node; for a single process, unset {name}"
         )
         raise ConfigError([Problem(name, ENVIRONMENT, message)])
     return 0, 1

@@ -459,8 +459,10 @@ def test_another_optimizer_is_refused_with_its_key(
         for message in workers[2].run(_error_of_starting, tmp_path / name, *given):
             assert f"{key} (command line): optimizer.state.layers.0." in message
             assert f" is not in {source}, which has the state of another optimizer" in message
-            assert "set checkpoint.initial_load_path to it, " in message
-            assert message.endswith("and another job.dump_folder")
+            assert (
+                "choose another job.dump_folder and set checkpoint.initial_load_path to" in message
+            )
+            assert message.endswith("it and checkpoint.initial_load_model_only = true")
 
 
 def test_a_flipped_bit_in_the_latest_is_found_on_loading_and_an_earlier_one_resumed_from(

@@ -87,8 +87,8 @@ def test_another_model_is_refused_with_the_key(
     fits = fits and change.get("name") not in ("bert", "gpt_neox")
     remedy = "to load the weights nevertheless, set checkpoint.allow_model_changes = ["
     assert (remedy in error) == (source == "initial" and fits)
-    weights = "checkpoint.initial_load_path to this checkpoint and " if fits else ""
-    new_run = f"to start a new run, set {weights}another job.dump_folder"
+    weights = " and set checkpoint.initial_load_path to this checkpoint" if fits else ""
+    new_run = f"to start a new run, choose another job.dump_folder{weights}"
     assert (new_run in error) == (source == "resume")
 
 

@@ -43,7 +43,7 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             ["parallel.tp=2", "parallel.reshard_after_forward=2"],
             8,
             "parallel.reshard_after_forward",
-            "2: FSDP2 cannot regroup parameters that parallel.tp (2) has sharded",
+            "an integer (2) cannot be combined with parallel.tp (2): FSDP2 cannot reshard ",
         ),
         (
             ["parallel.cp=2", "data.packing=document"],
@@ -75,16 +75,17 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             2,
             "parallel.pp_micro_batches",
             '"Interleaved1F1B" on 2 ranks requires a multiple of 2 micro-batches in a pass, got 1; '
-            "set parallel.pp_micro_batches to a divisor of 8, the micro-batches of a step "
-            "(8 samples / (local_batch_size (1) x data-parallel degree (1))), that is a multiple "
-            "of 2, or to -1 for all of them",
+            "a step has 8 micro-batches (8 samples / (local_batch_size (1) x data-parallel degree "
+            "(1))): set parallel.pp_micro_batches to -1 (all of them), or to a divisor of 8 that "
+            "is a multiple of 2",
         ),
         (
             [*PP2, "parallel.pp_schedule=DualPipeV", "parallel.pp_micro_batches=2"],
             2,
             "parallel.pp_micro_batches",
-            '"DualPipeV" on 2 ranks requires at least 4 micro-batches in a pass, got 2; set '
-            "parallel.pp_micro_batches to a divisor of 8, ",
+            '"DualPipeV" on 2 ranks requires at least 4 micro-batches in a pass, got 2; a step has '
+            "8 micro-batches (8 samples / (local_batch_size (1) x data-parallel degree (1))): set "
+            "parallel.pp_micro_batches to -1 (all of them), or to a divisor of 8 that is at least",
         ),
         (
             [*PP2, "parallel.pp_micro_batches=3"],

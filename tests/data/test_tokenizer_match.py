@@ -124,7 +124,7 @@ def test_weights_that_another_tokenizer_came_with_are_refused(
     assert message.startswith("titan-lite: 1 problem in the configuration data.tokenizer_path")
     assert (
         f"the bundled tokenizer gives other ids than the tokenizer of {source} "
-        f"({BUNDLED.fingerprint} instead of {reference}): set data.tokenizer_path = "
+        f"(fingerprint {BUNDLED.fingerprint}, not {reference}): set data.tokenizer_path = "
         f'"{other}", or set data.allow_tokenizer_mismatch = true to train with the bundled '
         "tokenizer"
     ) in message
@@ -134,7 +134,7 @@ def test_weights_that_another_tokenizer_came_with_are_refused(
     same = checkpoint(tmp_path / "b", BUNDLED.fingerprint, "")
     start = (*start[:1], f"--checkpoint.initial_load_path={same}", start[2])
     assert not preflight(capsys, *start, f"--data.tokenizer_path={converted}")
-    assert "instead of" in preflight(capsys, *start, f"--data.tokenizer_path={other}")
+    assert "(fingerprint " in preflight(capsys, *start, f"--data.tokenizer_path={other}")
     unknown = checkpoint(tmp_path / "c", "", "")
     assert not preflight(capsys, *start, f"--checkpoint.initial_load_path={unknown}")
 
@@ -171,7 +171,10 @@ def test_the_tokenizer_of_a_hugging_face_model_is_compared(
     assert not preflight(capsys, start)
     assert not preflight(capsys, start, f"--data.tokenizer_path={converted}")
     message = preflight(capsys, start, f"--data.tokenizer_path={other}")
-    assert f"{other} gives other ids than the tokenizer of {converted} (BOS 1792," in message
+    assert (
+        f"{other} gives other ids than the tokenizer of {converted} (fingerprint BOS 1792,"
+        in message
+    )
     assert f'set data.tokenizer_path = "{converted}"' in message
     mismatch = "--data.allow_tokenizer_mismatch=true"
     assert not preflight(capsys, start, f"--data.tokenizer_path={other}", mismatch)

@@ -134,7 +134,7 @@ def test_an_unknown_peak_gives_no_mfu_and_names_the_key(caplog):
 def test_the_peak_and_its_source_are_logged_at_start(caplog):
     caplog.set_level("INFO")
     Run(peak=PeakFlops(989.4, "H100 SXM"))
-    assert "MFU divides by 989.4 TFLOP/s per device: H100 SXM" in caplog.text
+    assert "MFU is relative to 989.4 TFLOP/s per device: H100 SXM" in caplog.text
 
 
 def test_waiting_for_data_is_a_share_of_the_window_and_slows_the_step():

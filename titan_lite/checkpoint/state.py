@@ -176,9 +176,9 @@ def _start(source: Path, manifest: CheckpointManifest, content: str, *, resumes:
                 "checkpoint.initial_load_model_only = true to start a new run with them",
             )
         raise ValueError(
-            f"{source} contains only weights (last_save_model_only), so a run cannot resume from "
-            "it: set checkpoint.load_step to an earlier step, export it by titan-lite convert, or "
-            "start a new run: set checkpoint.initial_load_path to it and another job.dump_folder"
+            f"{source} contains only weights (last_save_model_only) and cannot be resumed: set "
+            "checkpoint.load_step to an earlier step, export it by titan-lite convert, or, for a "
+            "new run, choose another job.dump_folder and set checkpoint.initial_load_path to it"
         )
     state = RunState.from_json((source / RUN_STATE_FILE).read_text())
     return Start(state=state, source=source, manifest=manifest, content=content, resumes=resumes)

@@ -222,8 +222,8 @@ def _missing(key: str, source: Path) -> ValueError:
     return SettingError(
         ("optimizer.name", "optimizer.groups"),
         f"{message} has the state of another optimizer: a resumed run must keep its optimizer; to "
-        "start a new run from the weights, set checkpoint.initial_load_path to it, "
-        "checkpoint.initial_load_model_only = true and another job.dump_folder",
+        "start a new run from the weights, choose another job.dump_folder and set "
+        "checkpoint.initial_load_path to it and checkpoint.initial_load_model_only = true",
     )
 
 

@@ -30,8 +30,9 @@ def parallel_rules(config: Config, dims: ParallelDims | None) -> Iterator[Settin
     if parallel.tp > 1 and isinstance(parallel.reshard_after_forward, int):
         yield SettingError(
             "parallel.reshard_after_forward",
-            f"{parallel.reshard_after_forward}: FSDP2 cannot regroup parameters that "
-            f'parallel.tp ({parallel.tp}) has sharded; use "always" or "never"',
+            f"an integer ({parallel.reshard_after_forward}) cannot be combined with parallel.tp "
+            f"({parallel.tp}): FSDP2 cannot reshard tensor-parallel parameters over smaller "
+            'groups; use "always" or "never"',
         )
     if parallel.pp > 1:
         yield from _stages(config)
@@ -114,9 +115,9 @@ def _micro_batches(config: Config, micro_steps: int, words: str) -> Iterator[Set
         if parallel.pp_micro_batches != -1:
             yield SettingError(
                 "parallel.pp_micro_batches",
-                f"{needed} in a pass, got {count}; set parallel.pp_micro_batches to a divisor of "
-                f"{micro_steps}, the micro-batches of a step ({words}), that is {fits}, or to -1 "
-                "for all of them",
+                f"{needed} in a pass, got {count}; a step has {micro_steps} micro-batches ({words})"
+                ": set parallel.pp_micro_batches to -1 (all of them), or to a divisor of "
+                f"{micro_steps} that is {fits}",
             )
             return
         yield SettingError(
@@ -131,8 +132,7 @@ def _sequence(seq_len: int, parallel: Parallel) -> Iterator[SettingError]:
     cp, tp = parallel.cp, parallel.tp
     if cp > 1 and parallel.cp_method == "ulysses" and seq_len % cp:
         yield SettingError(
-            "training.seq_len",
-            f"must be a multiple of parallel.cp ({cp}), got {seq_len}",
+            "training.seq_len", f"must be a multiple of parallel.cp ({cp}), got {seq_len}"
         )
     elif cp > 1 and parallel.cp_method != "ulysses" and seq_len % (2 * cp):
         yield SettingError(

@@ -39,8 +39,8 @@ def _single(config: Config) -> Iterator[SettingError]:
     if training.param_dtype != "float16" and training.reduce_dtype == "float16":
         yield SettingError(
             "training.reduce_dtype",
-            '"float16" requires loss scaling, which only training.param_dtype = "float16" has, got '
-            f'{quote(training.param_dtype)}; set training.reduce_dtype = "float32"',
+            '"float16" requires loss scaling, used only if training.param_dtype is "float16"; it '
+            f'is {quote(training.param_dtype)}. Set training.reduce_dtype = "float32"',
         )
     block, seq_len = config.data.packing_block, training.seq_len
     if config.data.packing == "fixed" and (seq_len % block or seq_len == block):

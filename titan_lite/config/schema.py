@@ -532,7 +532,7 @@ class Metrics(Section):
     """Names of additional sinks for every record, such as those of plugins. "console" and "jsonl"
     are always active."""
     peak_tflops: PositiveFloat | None = None
-    """Peak TFLOP/s per device that MFU divides by, for a device that the table does not have or
+    """Peak TFLOP/s per device that MFU is relative to, for a device that the table does not have or
     that is throttled."""
     power: bool = False
     """Log mean power in watts and joules per token of NVIDIA GPUs; needs `pip install

@@ -31,7 +31,7 @@ _FORMATS: dict[torch.dtype, NumberFormat] = {
 
 @dataclass(frozen=True)
 class PeakFlops:
-    """The rate that MFU divides by, in TFLOP/s of one device, and where it comes from.
+    """The rate that MFU is relative to, in TFLOP/s of one device, and where it comes from.
 
     If tflops is None, `source` has the reason and the key to set.
     """

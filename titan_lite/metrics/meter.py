@@ -85,7 +85,7 @@ class Meter:
         if peak.tflops is None:
             logger.info("MFU is not measured: %s", peak.source)
         else:
-            logger.info("MFU divides by %.4g TFLOP/s per device: %s", peak.tflops, peak.source)
+            logger.info("MFU is relative to %.4g TFLOP/s per device: %s", peak.tflops, peak.source)
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:

@@ -43,7 +43,7 @@ METRICS: dict[str, Metric] = {
     # Mixture of Experts only; metrics.jsonl also has lists with a value for each block.
     "moe/load_max": Metric("largest expert's tokens over the mean", "global", "moe/load_max"),
     "moe/rank_load_max": Metric(
-        "rows of the most loaded rank over the mean, under expert parallel",
+        "rows of the most loaded ep position over the mean, under expert parallel",
         "global",
         "moe/rank_load_max",
     ),

@@ -44,7 +44,7 @@ PANELS: tuple[PanelRow, ...] = (
 # Further panels, for runs with experts.
 EXPERT_PANELS: tuple[PanelRow, ...] = (
     ("Most loaded expert", "moe/load_max", "from zero", "smoothed"),
-    ("Most loaded rank", "moe/rank_load_max", "from zero", "smoothed"),
+    ("Most loaded EP position", "moe/rank_load_max", "from zero", "smoothed"),
     ("Experts without tokens", "moe/unused_experts", "from zero", "line"),
     ("Entropy of the loads", "moe/entropy", "free", "smoothed"),
     ("Balancing loss", "moe/balance_loss", "free", "smoothed"),
@@ -314,7 +314,7 @@ def _segment_environment(segment: Mapping[str, Any]) -> dict[str, str]:
     rows["device"] = str(segment.get("device", ""))
     mesh = {axis: size for axis, size in segment["mesh"].items() if size > 1}
     rows["mesh"] = _words(mesh) or "one process"
-    rows["peak that MFU divides by"] = _words(segment.get("peak", {}))
+    rows["peak that MFU is relative to"] = _words(segment.get("peak", {}))
     return rows
 
 

@@ -256,8 +256,9 @@ def _max_and_sum(
 
 @functools.cache
 def _compiled(any_size: bool) -> Callable[..., Tensor]:
-    # With static shapes, a shorter last chunk compiles a second graph. Shapes are dynamic only if
-    # the chunk size differs between micro-batches.
+    # With static shapes, a shorter last chunk compiles a second graph. Shapes are dynamic only with
+    # labelled_indices: their number, and so the size of the last chunk, differs between
+    # micro-batches.
     return torch.compile(_logits_to_gradients_in_one_graph, fullgraph=True, dynamic=any_size)
 
 

@@ -42,7 +42,7 @@ class Objective(Protocol):
         """
 
     def num_tokens(self, batch: Batch) -> Tensor:
-        """Returns the number of tokens that are not padding, an int64 scalar."""
+        """Returns the number of labelled (causal) or unpadded (masked) tokens, an int64 scalar."""
 
     def arguments(
         self, batch: Batch, factor: Tensor, sums: Tensor, to_device: Callable[[Tensor], Tensor]

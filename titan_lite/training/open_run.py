@@ -62,9 +62,10 @@ logger = logging.getLogger(__name__)
 def open_run(
     plan: Plan, *, stop: StopRequest | None = None, progress: Progress | None = None
 ) -> Trainer:
-    """Builds a run and loads its checkpoint or start weights; collective. See Trainer.close.
+    """Builds a run and loads its checkpoint or start weights; collective.
 
-    progress: where this process is in its step; must be the object that `stop` was made with.
+    The caller must call Trainer.close. progress: where this process is in its step; must be the
+    object that `stop` was made with.
     """
     config = plan.config
     process = Process.from_environment()

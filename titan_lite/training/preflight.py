@@ -190,8 +190,8 @@ def check_same_model(start: Start, plan: Plan) -> None:
     # No setting can make weights of other shapes load.
     can_load = not different.keys() & IMPLIED_BY_WEIGHTS
     if start.resumes:
-        weights = "checkpoint.initial_load_path to this checkpoint and " if can_load else ""
-        new_run = f"to start a new run, set {weights}another job.dump_folder"
+        weights = " and set checkpoint.initial_load_path to this checkpoint" if can_load else ""
+        new_run = f"to start a new run, choose another job.dump_folder{weights}"
         remedy = f"; a resumed run must keep its model; {new_run}"
     else:
         allowed = f"checkpoint.allow_model_changes = {literal(sorted(different))}"
@@ -307,7 +307,7 @@ def check_origin(section: Data, checkpoint: Checkpoint, tokenizer: Tokenizer, st
         remedy = f", or set data.allow_tokenizer_mismatch = true to train with {name}"
     raise ValueError(
         f"{name} gives other ids than the tokenizer of {origin} "
-        f"({tokenizer.fingerprint} instead of {expected[0]}): set data.tokenizer_path = "
+        f"(fingerprint {tokenizer.fingerprint}, not {expected[0]}): set data.tokenizer_path = "
         f"{literal(path)}{remedy}"
     )
 

@@ -69,7 +69,7 @@ def changed_settings(
 
 
 def _settings(config: Mapping[str, Any], layout: Mapping[str, int]) -> dict[str, Any]:
-    """Returns, by key, the settings that affect results, with -1 replaced by the resolved value."""
+    """Returns, by key, the settings that affect results, with resolved degrees and batch."""
     keys = (
         f"{section}.{name}"
         for section, fields in FIELDS.items()

@@ -66,8 +66,8 @@ def build_training(
 ) -> BuiltTraining:
     """Parallelizes the whole `model`, on the meta device, in place, and initializes its weights.
 
-    progress: the run's current phase. allocating: a context manager, entered around the creation of
-    weights and optimizer.
+    Then builds its optimizer and its training step. progress: the run's current phase. allocating:
+    a context manager, entered around the creation of weights and optimizer.
     """
     config, training = plan.config, plan.config.training
     flops = count_flops(plan, model, stages, objective)

@@ -43,7 +43,7 @@ class StepResult:
     before clipping. is_finite: a bool, True if loss and norm are finite. num_stopping: number of
     ranks that have received a stop signal.
     Counts of the global batch, int64: num_valid, labels that are not -100; num_pairs, pairs whose
-    label is not -100; num_tokens, inputs that are not padding.
+    label is not -100; num_tokens, as counted by the objective.
     One element per entry of data.sources: source_valid, its part of num_valid; source_losses, its
     summed loss, of this rank only.
     """
@@ -176,7 +176,7 @@ class TrainStep:
         return counts[:-3], counts[-3:]
 
     def _count_pairs_and_tokens(self, batch: Batch) -> Tensor:
-        """Returns two counts: labelled pairs, and tokens that are not padding."""
+        """Returns two counts: labelled pairs, and tokens as the objective counts them."""
         num_pairs = torch.tensor(0)
         if batch.pair_labels is not None:
             num_pairs = (batch.pair_labels != IGNORED).sum()
