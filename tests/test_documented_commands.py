@@ -380,7 +380,7 @@ def test_the_case_in_the_help_of_golden_is_one(helps: dict[str, str], tmp_path: 
     shutil.copy(ROOT / "train_configs/debug.toml", tmp_path)
     text = ""
     for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("  "))]:
-        if table := re.match(r"  (\[\w+\]) .*?as: (.*)", line):
+        if table := re.match(r"  (\[\w+\]) .*?for example (.*)", line):
             text += "\n".join([table[1], *table[2].split(", "), ""])
         else:
             text += re.sub(r"  +.*", "", line.strip()) + "\n"

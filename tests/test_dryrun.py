@@ -362,7 +362,7 @@ def test_the_command_prints_memory_against_the_device_and_what_it_leaves_out(
     )
     assert re.search(r"\d  +[\d.]+ [KM]iB  reduce-scatter over dp_shard", text)
     assert "DOES NOT FIT" not in text
-    assert "approximated      compile.enable: the step is traced eagerly" in text
+    assert "approximated      compile.enable: the step runs eagerly" in text
     assert 'data.packing "document": attention is counted over whole samples' in text
     assert "validation.enable: validation, which has no backward, is not counted" in text
     assert not (tmp_path / "outputs").exists()

@@ -35,7 +35,7 @@ def test_the_run_file_says_what_ran(one_process: Workers, tmp_path: Path) -> Non
     )
     assert run["peak"] == {"tflops": 1.0, "source": "metrics.peak_tflops"}
     assert "6 *" in run["flops_per_token"]["formula"]
-    assert "document masks hide is not subtracted" in run["flops_per_token"]["formula"]
+    assert "document masks remove are counted" in run["flops_per_token"]["formula"]
     assert run["flops_per_token"]["hardware"] > run["flops_per_token"]["model"]
     assert run["config"]["training"]["steps"] == 3
     assert run["prediction"]["cluster"] == "h100"

@@ -329,7 +329,7 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         # Its text alone has the number of the system's error.
-        match = re.search(r"os error (\d+)", str(error))
+        match = re.search(r"(?:os error|code:) (\d+)", str(error))
         number = int(match[1]) if match else errno.EIO
         raise OSError(number, os.strerror(number), str(path)) from error
 

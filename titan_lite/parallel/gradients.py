@@ -94,4 +94,7 @@ def global_norm(grads: Mapping[str, Tensor], pp_group: dist.ProcessGroup | None 
 
 
 def _chunks(tensor: Tensor) -> Sequence[Tensor]:
-    return tensor.flatten().split(CPU_CHUNK) if tensor.device.type == "cpu" else (tensor,)
+    # torch 2.11 cannot split fake tensors without elements.
+    if tensor.device.type != "cpu" or not tensor.numel():
+        return (tensor,)
+    return tensor.flatten().split(CPU_CHUNK)
