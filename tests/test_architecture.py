@@ -348,14 +348,14 @@ BUDGET = {
     "checkpoint": 1623,
     "models": 1728,
     "planner": 1300,
-    "regression": 1203,
-    "runtime": 1173,
+    "regression": 1204,
+    "runtime": 1177,
     "nn": 911,
     "dryrun": 898,
     "metrics": 808,
     "optim": 803,
     "cli": 308,
-    "launch": 311,
+    "launch": 309,
     "train": 141,
 }
 LAYOUT_TOKENS = {

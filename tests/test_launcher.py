@@ -24,6 +24,7 @@ from titan_lite.config.arguments import UsageError, split_arguments
 from titan_lite.launch import POLL_SECONDS, Settings, loopback, read_endpoint
 from titan_lite.regression.run_training import run_training
 from titan_lite.runtime.log import is_first_to_print
+from titan_lite.runtime.python import PYTHON
 
 ROOT = Path(__file__).parent.parent
 # Commands of coreutils that the scripts use. A slim container has these, bash and Python.
@@ -1026,6 +1027,6 @@ def test_runs_of_a_comparison_are_started_by_the_launcher_and_end_with_their_par
     monkeypatch.setattr(subprocess, "run", run)
     run_training(Path("my.toml"), ["--a.b=1"], 2, tmp_path, on_cpu=True)
     (command, variables), *_ = calls
-    assert command[1:4] == ["-m", "titan_lite.launch", "my.toml"]
+    assert command[:6] == [*PYTHON, "titan_lite.launch", "my.toml"]
     assert variables["TITAN_LITE_PARENT"] == str(os.getpid())
     assert (variables["NGPU"], variables["DEVICE"]) == ("2", "cpu")

@@ -33,6 +33,7 @@ from titan_lite.runtime.nodes import (
 )
 from titan_lite.runtime.other_launchers import unexpected_start
 from titan_lite.runtime.parent import MAYBE_OUT_OF_MEMORY, PARENT, watch_parent
+from titan_lite.runtime.python import PYTHON
 from titan_lite.runtime.stop import (
     EXIT_STOPPED_UNSAVED,
     EXIT_USAGE,
@@ -43,11 +44,6 @@ from titan_lite.runtime.stop import (
 )
 
 USAGE = "usage: run_train.sh [CONFIG.toml] [--section.key=value ...]"
-# Runs a module as -m does, but imports nothing from the current folder. Python has an option for it
-# (-P) from 3.11 on.
-RUN_MODULE = """import sys; sys.path[:] = filter(None, sys.path)
-import runpy; runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)"""
-PYTHON = (sys.executable, "-u", "-c", RUN_MODULE)
 PROGRAM = (*PYTHON, "titan_lite.train")
 # Hints about processes that were killed.
 HINTS: dict[int, str] = {

@@ -17,6 +17,7 @@ from titan_lite.regression import commands
 from titan_lite.regression.compare import compare
 from titan_lite.regression.curves import CurveError, read_curve
 from titan_lite.regression.golden import Case
+from titan_lite.regression.run_training import run_training
 from titan_lite.runtime.distributed import Process
 from titan_lite.training.open_run import open_run
 
@@ -217,3 +218,13 @@ def test_what_is_wrong_with_a_case_is_said(text: str, message: str, tmp_path: Pa
         Case(tmp_path)
     with pytest.raises(CurveError, match="no such case; did you mean"):
         Case(tmp_path / "cases.toml")
+
+
+def test_a_run_imports_nothing_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A missing configuration ends the launcher with code 2; the module would end it with 1."""
+    (tmp_path / "json.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CurveError, match=r"absent\.toml ended with exit code 2"):
+        run_training(Path("absent.toml"), [], 1, tmp_path / "run", on_cpu=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from titan_lite.config.problems import quote
 from titan_lite.regression.curves import CurveError
 from titan_lite.runtime.parent import PARENT
+from titan_lite.runtime.python import PYTHON
 
 # Logs every step, and turns off sinks that a comparison does not read. Overrides replace these.
 _DEFAULTS = (
@@ -31,7 +32,7 @@ def run_training(
     settings = {"NGPU": str(nproc), "NNODES": "1", "MAX_RESTARTS": "0", PARENT: str(os.getpid())}
     device = {"DEVICE": "cpu"} if on_cpu else {}
     result = subprocess.run(
-        [sys.executable, "-m", "titan_lite.launch", *arguments],
+        [*PYTHON, "titan_lite.launch", *arguments],
         env=os.environ | settings | device,
         stdout=sys.stderr,
         check=False,
