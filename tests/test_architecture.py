@@ -349,7 +349,7 @@ BUDGET = {
     "models": 1728,
     "planner": 1300,
     "regression": 1204,
-    "runtime": 1177,
+    "runtime": 1155,
     "nn": 911,
     "dryrun": 898,
     "metrics": 808,

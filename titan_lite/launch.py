@@ -197,10 +197,10 @@ class Attempt:
         """Waits until all processes have ended; returns their common exit code."""
         while True:
             codes = [process.poll() for process in self._processes]
-            if nodes.stopped or (self.was_signalled and -signal.SIGUSR1 in codes):
+            if "stopped" in nodes.events or (self.was_signalled and -signal.SIGUSR1 in codes):
                 # A process ended before it listened for signals, so none trains yet: the others
                 # would wait for it forever.
-                nodes.stop()
+                nodes.report("stopped")
                 self.kill()
                 return EXIT_STOPPED_UNSAVED
             if None not in codes:
@@ -209,11 +209,11 @@ class Attempt:
             nodes.poll()
             if self._kill_at is None:
                 failed = [code for code in codes if code is not None and not self._is_orderly(code)]
-                if failed or nodes.failed:
+                if failed or "failed" in nodes.events:
                     if not failed:
                         log("Exiting because another node failed; see its log for the cause")
                     self._report_killed(codes)
-                    nodes.fail()
+                    nodes.report("failed")
                     self._send(signal.SIGTERM)
                     self._kill_at = time.monotonic() + KILL_AFTER_SECONDS
             elif time.monotonic() > self._kill_at:

@@ -61,8 +61,8 @@ def test_nodes_start_together_and_end_with_the_worst_code(
     first, other = meet(together, port)
     first.poll()
     other.poll()
-    assert not first.failed
-    assert not other.failed
+    assert not first.events
+    assert not other.events
     verdicts = together(
         lambda: first.agree(0, is_stopping=False), lambda: other.agree(75, is_stopping=True)
     )
@@ -74,17 +74,17 @@ def test_a_failure_on_one_node_reaches_the_others_and_is_tried_again_as_often_as
 ) -> None:
     first, other = meet(together, port)
     for attempt in (0, 1):
-        other.fail()
+        other.report("failed")
         verdicts = together(
             lambda: first.agree(143, is_stopping=False), lambda: other.agree(1, is_stopping=False)
         )
-        assert first.failed
+        assert first.events == {"failed"}
         assert verdicts == [Verdict(1, again=attempt == 0)] * 2
         if attempt == 0:
             starts = together(lambda: first.start(8), lambda: other.start(0))
             assert [start.attempt for start in starts] == [1, 1]
-            assert not first.failed
-            assert not other.failed
+            assert not first.events
+            assert not other.events
 
 
 def test_the_end_of_one_node_by_a_failure_is_told_to_the_others_that_still_run(
@@ -94,7 +94,7 @@ def test_the_end_of_one_node_by_a_failure_is_told_to_the_others_that_still_run(
 
     def run_until_failed(node: Nodes) -> Verdict:
         deadline = time.monotonic() + 30
-        while not node.failed and time.monotonic() < deadline:
+        while not node.events and time.monotonic() < deadline:
             node.poll()
             time.sleep(0.01)
         return node.agree(143, is_stopping=False)
@@ -104,7 +104,7 @@ def test_the_end_of_one_node_by_a_failure_is_told_to_the_others_that_still_run(
         verdicts = together(
             partial(failing.agree, 1, is_stopping=False), partial(run_until_failed, running)
         )
-        assert running.failed
+        assert running.events == {"failed"}
         assert [verdict.code for verdict in verdicts] == [1, 1]
         if verdicts[0].again:
             together(partial(first.start, 8), partial(other.start, 0))
@@ -138,7 +138,7 @@ def test_a_node_that_has_gone_fails_the_attempt_and_can_be_replaced(
     # The first one goes: it holds the store, and nobody can take its place.
     first._running[0].close()  # type: ignore[attr-defined]
     verdict = replaced.agree(75, is_stopping=False)
-    assert replaced.failed
+    assert replaced.events == {"failed"}
     assert verdict == Verdict(1, again=False)
 
 

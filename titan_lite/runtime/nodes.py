@@ -9,9 +9,10 @@ import errno
 import json
 import socket
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Literal
 
 from titan_lite.runtime.stop import EXIT_FAILED, EXIT_USAGE, ORDERLY, worst_code
 
@@ -21,6 +22,8 @@ ANSWER_SECONDS = 15.0
 POLL_SECONDS = 0.1
 
 Log = Callable[[str], None]
+Event = Literal["failed", "stopped"]
+"""The attempt has failed, or a signal ended it before all processes listened for signals."""
 
 
 class NodesError(Exception):
@@ -58,32 +61,6 @@ class Verdict:
     again: bool
 
 
-class Nodes(Protocol):
-    """This node's connection to the others.
-
-    failed: True if the attempt has failed on any node. stopped: True if a signal ended it before
-    all processes listened for signals.
-    """
-
-    failed: bool
-    stopped: bool
-
-    def start(self, port: int) -> NodeStart:
-        """Waits for all nodes. port: that of the store, used if this is the first node."""
-
-    def poll(self) -> None:
-        """Reads the other nodes' messages."""
-
-    def fail(self) -> None:
-        """Reports to the others that this attempt has failed."""
-
-    def stop(self) -> None:
-        """Reports to the others that a signal ended this attempt before all processes listened."""
-
-    def agree(self, code: int, *, is_stopping: bool) -> Verdict:
-        """Waits until all nodes have ended the attempt. is_stopping: a signal stopped this one."""
-
-
 class Connection:
     """Messages over a socket, one JSON object per line; never blocks."""
 
@@ -104,7 +81,7 @@ class Connection:
             self.close()
 
     def receive(self) -> list[dict[str, Any]]:
-        """Returns complete messages; ValueError if they are not those of a launcher."""
+        """Returns complete messages; an empty one if they are not those of a launcher."""
         while self.is_open:
             try:
                 data = self._stream.recv(2**16)
@@ -116,32 +93,63 @@ class Connection:
             if not data:
                 self.close()
         *lines, self._unread = self._unread.split(b"\n")
-        messages = [json.loads(line) for line in lines]
-        if not all(isinstance(message, dict) for message in messages):
-            raise ValueError("expected JSON objects")
-        return messages
+        try:
+            messages = [json.loads(line) for line in lines]
+        except ValueError:
+            messages = [None]
+        if all(isinstance(message, dict) for message in messages):
+            return messages
+        self.close()
+        return [{}]
 
     def close(self) -> None:
         self.is_open = False
         self._stream.close()
 
 
-class FirstNode:
+class Nodes(ABC):
+    """This node's connection to the others. events: those of the attempt on any node."""
+
+    def __init__(self, endpoint: str, log: Log) -> None:
+        self.events: set[Event] = set()
+        self._endpoint, self._log = endpoint, log
+        # Connections to nodes that take part in the current attempt.
+        self._running: list[Connection] = []
+
+    def report(self, event: Event) -> None:
+        """Notes an event of this attempt, and sends it to the others."""
+        if event not in self.events:
+            self.events.add(event)
+            for other in self._running:
+                other.send(event=event)
+
+    @abstractmethod
+    def start(self, port: int) -> NodeStart:
+        """Waits for all nodes. port: that of the store, used if this is the first node."""
+
+    @abstractmethod
+    def poll(self) -> None:
+        """Reads the other nodes' messages."""
+
+    @abstractmethod
+    def agree(self, code: int, *, is_stopping: bool) -> Verdict:
+        """Waits until all nodes have ended the attempt. is_stopping: a signal stopped this one."""
+
+
+class FirstNode(Nodes):
     """The node at the endpoint, or the only one."""
 
     def __init__(
         self, job: JobSettings, log: Log, server: socket.socket | None = None, endpoint: str = ""
     ) -> None:
-        self.failed = self.stopped = False
-        self._job, self._log, self._server, self._endpoint = job, log, server, endpoint
+        super().__init__(endpoint, log)
+        self._job, self._server = job, server
         if server is not None:
             server.setblocking(False)
         self._attempt = -1
-        # Connections that have not introduced themselves; launchers of this job; those of them that
-        # take part in the current attempt.
+        # Connections that have not introduced themselves, and launchers of this job.
         self._strangers: list[Connection] = []
         self._members: list[Connection] = []
-        self._running: list[Connection] = []
         self._ended: dict[Connection, tuple[int, bool]] = {}
 
     def start(self, port: int) -> NodeStart:
@@ -158,7 +166,7 @@ class FirstNode:
                 raise NodesError(message, EXIT_FAILED)
             time.sleep(POLL_SECONDS)
         self._attempt += 1
-        self.failed = self.stopped = False
+        self.events.clear()
         self._ended, self._running = {}, list(self._members)
         for node, member in enumerate(self._running, start=1):
             member.send(start=asdict(NodeStart(node, port, self._attempt)))
@@ -167,21 +175,9 @@ class FirstNode:
     def poll(self) -> None:
         self._admit()
 
-    def fail(self) -> None:
-        if not self.failed:
-            self.failed = True
-            for member in self._running:
-                member.send(failed=True)
-
-    def stop(self) -> None:
-        if not self.stopped:
-            self.stopped = True
-            for member in self._running:
-                member.send(stopped=True)
-
     def agree(self, code: int, *, is_stopping: bool) -> Verdict:
         if code not in ORDERLY:
-            self.fail()
+            self.report("failed")
         while len(self._ended) < len(self._running):
             time.sleep(POLL_SECONDS)
             self._admit()
@@ -204,11 +200,7 @@ class FirstNode:
             self._read(member)
         self._members = [member for member in self._members if member.is_open]
         for stranger in list(self._strangers):
-            try:
-                messages = stranger.receive()
-            except ValueError:
-                stranger.close()
-                messages = []
+            messages = stranger.receive()
             if messages or not stranger.is_open:
                 self._strangers.remove(stranger)
             if messages:
@@ -236,30 +228,23 @@ class FirstNode:
         self._members.append(stranger)
 
     def _read(self, member: Connection) -> None:
-        try:
-            messages = member.receive()
-        except ValueError:
-            member.close()
-            messages = []
-        for message in messages:
-            if "failed" in message:
-                self.fail()
-            if "stopped" in message:
-                self.stop()
+        for message in member.receive():
+            if "event" in message:
+                self.report(message["event"])
             if "code" in message:
                 self._ended[member] = message["code"], message["is_stopping"]
         if not member.is_open and member in self._running and member not in self._ended:
             self._ended[member] = EXIT_FAILED, False
             self._log(f"Lost the connection to node {self._running.index(member) + 1}")
-            self.fail()
+            self.report("failed")
 
 
-class OtherNode:
+class OtherNode(Nodes):
     """A node that is connected to the first one."""
 
     def __init__(self, first: Connection, endpoint: str, log: Log) -> None:
-        self.failed = self.stopped = False
-        self._first, self._endpoint, self._log = first, endpoint, log
+        super().__init__(endpoint, log)
+        self._first, self._running = first, [first]
         self._start: NodeStart | None = None
         self._verdict: Verdict | None = None
 
@@ -274,25 +259,13 @@ class OtherNode:
         return start
 
     def poll(self) -> None:
-        try:
-            self.take(self._first.receive())
-        except ValueError:
-            self._first.close()
+        self.take(self._first.receive())
         if not self._first.is_open:
-            self.failed = True
-
-    def fail(self) -> None:
-        self.failed = True
-        self._first.send(failed=True)
-
-    def stop(self) -> None:
-        if not self.stopped:
-            self.stopped = True
-            self._first.send(stopped=True)
+            self.events.add("failed")
 
     def agree(self, code: int, *, is_stopping: bool) -> Verdict:
         if code not in ORDERLY:
-            self.fail()
+            self.report("failed")
         self._first.send(code=code, is_stopping=is_stopping)
         while self._verdict is None:
             if not self._first.is_open:
@@ -309,11 +282,10 @@ class OtherNode:
             if "waiting" in message:
                 self._log(f"Waiting for {message['waiting']}")
             if "start" in message:
-                self._start, self.failed, self.stopped = NodeStart(**message["start"]), False, False
-            if "failed" in message:
-                self.failed = True
-            if "stopped" in message:
-                self.stopped = True
+                self._start = NodeStart(**message["start"])
+                self.events.clear()
+            if "event" in message:
+                self.events.add(message["event"])
             if "verdict" in message:
                 self._verdict = Verdict(**message["verdict"])
 
@@ -334,12 +306,9 @@ def connect(job: JobSettings, host: str, port: int, log: Log) -> Nodes:
         first.send(titan_lite=asdict(job))
         messages: list[dict[str, Any]] = []
         deadline = time.monotonic() + ANSWER_SECONDS
-        try:
-            while not messages and first.is_open and time.monotonic() < deadline:
-                time.sleep(POLL_SECONDS)
-                messages = first.receive()
-        except ValueError:
-            messages = [{}]
+        while not messages and first.is_open and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+            messages = first.receive()
         if messages and "refused" in messages[0]:
             raise NodesError(f"{endpoint}: {messages[0]['refused']}")
         if messages and "welcome" in messages[0]:
