@@ -80,7 +80,6 @@ def start(side: str, name: str, preset: Path, dtype: str, shape: tuple[int, int]
         seq_len=seq_len,
         seed=config.training.seed,
         local_batch_size=samples,
-        global_batch_size=samples,
         batch_rank=0,
         batch_degree=1,
         tokenizer=tokenizer,

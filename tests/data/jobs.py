@@ -45,7 +45,6 @@ def loaders(
             seq_len=seq_len,
             seed=seed,
             local_batch_size=batch,
-            global_batch_size=batch * degree,
             batch_rank=rank,
             batch_degree=degree,
             tokenizer=tokenizer,

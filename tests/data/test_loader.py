@@ -33,7 +33,6 @@ from titan_lite.config.load import load_config
 from titan_lite.config.schema import Data, Validation
 from titan_lite.data import readers
 from titan_lite.data.held_out import resolve_held_out
-from titan_lite.data.loader import DataLoader
 from titan_lite.data.packing import join_documents
 from titan_lite.data.sources import resolve_sources
 from titan_lite.data.token_folder import read_token_manifest
@@ -339,20 +338,6 @@ def test_a_parquet_file_that_the_system_does_not_hand_out_is_not_left_out(parque
     section = Data(dataset_path=str(parquet), on_bad_document="skip")
     with pytest.raises(ValueError, match=rf"{parquet}/a.parquet: .*Permission denied"):
         loaders(section)
-
-
-def test_an_indivisible_global_batch_is_refused(folder):
-    with pytest.raises(ValueError, match=r"global_batch_size=7 is not .* = 2 \* 2"):
-        DataLoader(
-            data(folder),
-            seq_len=SEQ_LEN,
-            seed=0,
-            local_batch_size=2,
-            global_batch_size=7,
-            batch_rank=0,
-            batch_degree=2,
-            tokenizer=TOKENIZER,
-        )
 
 
 def test_the_state_of_a_run_with_other_settings_is_refused_naming_them(folder):

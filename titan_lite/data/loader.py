@@ -12,7 +12,6 @@ Legend: B = local_batch_size, S = seq_len.
 
 import atexit
 import contextlib
-import dataclasses
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,7 @@ from titan_lite.data.mixture import Mixture
 from titan_lite.data.packing import Packing, Row, RowMaker
 from titan_lite.data.settings import check_data_settings, data_settings
 from titan_lite.data.sources import check_tokens, resolve_sources
-from titan_lite.data.streams import Position, Stream
+from titan_lite.data.streams import Position, ShuffleBlock, Stream
 from titan_lite.data.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -57,9 +56,8 @@ class Batch:
     """(B,) int64: the number of each row in the run; None for validation."""
 
     @classmethod
-    def of(cls, rows: Sequence[Row]) -> "Batch":
-        """Stacks rows."""
-        columns: dict[str, Any] = {}
+    def of(cls, rows: Sequence[Row], **columns: Any) -> "Batch":
+        """Stacks rows; columns: values of the fields that a Row does not have."""
         for name in vars(rows[0]):
             arrays = [getattr(row, name) for row in rows]
             columns[name] = None if arrays[0] is None else torch.from_numpy(np.stack(arrays))
@@ -80,26 +78,23 @@ class DataLoader:
         seq_len: int,
         seed: int,
         local_batch_size: int,
-        global_batch_size: int,
         batch_rank: int,
         batch_degree: int,
         tokenizer: Tokenizer,
         rows: RowMaker | None = None,
     ) -> None:
         """Takes rows, which turns documents into samples; None: packed by data.packing."""
-        if global_batch_size % (local_batch_size * batch_degree):
-            raise ValueError(
-                f"training.global_batch_size={global_batch_size} is not a multiple of "
-                f"local_batch_size * data-parallel degree = {local_batch_size} * {batch_degree}"
-            )
         assert 0 <= batch_rank < batch_degree
-        self._section, self._seq_len, self._seed = section, seq_len, seed
+        self._section, self._seed = section, seed
         self._local_batch_size = local_batch_size
         self._rank, self._degree = batch_rank, batch_degree
         self._tokenizer = tokenizer
         self._rows = rows or Packing(section, seq_len)
         self._sources = resolve_sources(section)
         check_tokens(self._sources, tokenizer)
+        self._settings = data_settings(
+            section, self._sources, self._rows, seq_len=seq_len, seed=seed
+        )
         self._mixture = Mixture([source.weight for source in section.sources] or [1])
         self._num_samples = 0
         self._positions: dict[int, Position] = {}
@@ -128,8 +123,7 @@ class DataLoader:
 
     def num_skipped(self) -> list[int]:
         """Returns the documents skipped so far in each stream; 0 if this rank does not read it."""
-        streams = range(len(self._sources) * self._section.num_streams)
-        return [self._positions.get(v, Position()).block.skipped for v in streams]
+        return [block.skipped for block in self._blocks()]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the positions after the batches returned so far in this rank's streams.
@@ -138,7 +132,7 @@ class DataLoader:
         """
         return {
             "num_samples": self._num_samples,
-            "settings": self._settings(),
+            "settings": self._settings,
             "streams": {str(v): self._positions[v].state() for v in sorted(self._positions)},
         }
 
@@ -148,7 +142,7 @@ class DataLoader:
         Raises ValueError naming each setting that differs from the state's: the positions are valid
         only with the same settings.
         """
-        check_data_settings(self._settings(), state["settings"])
+        check_data_settings(self._settings, state["settings"])
         self.close()
         self._num_samples = state["num_samples"]
         mine = {v: s for v, s in state["streams"].items() if self._reads(int(v))}
@@ -156,23 +150,14 @@ class DataLoader:
 
     def epochs(self) -> list[list[int]]:
         """Returns how often each stream of each source was read to the end; 0 if by other ranks."""
+        epochs = [block.epoch for block in self._blocks()]
         num_streams = self._section.num_streams
-        return [
-            [
-                self._positions.get(source * num_streams + v, Position()).block.epoch
-                for v in range(num_streams)
-            ]
-            for source in range(len(self._sources))
-        ]
+        return [epochs[i : i + num_streams] for i in range(0, len(epochs), num_streams)]
 
-    def _settings(self) -> dict[str, Any]:
-        return data_settings(
-            self._section,
-            self._sources,
-            self._rows,
-            seq_len=self._seq_len,
-            seed=self._seed,
-        )
+    def _blocks(self) -> list[ShuffleBlock]:
+        """Returns the block that each stream of each source is at."""
+        streams = range(len(self._sources) * self._section.num_streams)
+        return [self._positions.get(v, Position()).block for v in streams]
 
     def _reads(self, stream: int) -> bool:
         common = int(np.gcd(self._section.num_streams, self._degree))
@@ -208,10 +193,8 @@ class DataLoader:
                 sources.append(source)
                 moved[number] = streams[number].position
                 sample += self._degree
-            batch = dataclasses.replace(Batch.of(rows), samples=samples)
-            if self._section.sources:
-                batch = dataclasses.replace(batch, sources=torch.tensor(sources))
-            yield batch, moved
+            of_sources = torch.tensor(sources) if self._section.sources else None
+            yield Batch.of(rows, samples=samples, sources=of_sources), moved
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -234,9 +217,9 @@ class _Worker(Generic[T]):
     """A daemon thread that runs an iterator up to `ahead` items ahead."""
 
     def __init__(self, items: Iterator[T], ahead: int) -> None:
-        self._queue: queue.Queue[T | _Failure] = queue.Queue(ahead)
+        self._queue: queue.Queue[T | BaseException] = queue.Queue(ahead)
         self._stopped = threading.Event()
-        self._failure: _Failure | None = None
+        self._failure: BaseException | None = None
         self._thread = threading.Thread(
             target=self._run, args=(items,), name="titan_lite data", daemon=True
         )
@@ -247,9 +230,9 @@ class _Worker(Generic[T]):
     def get(self) -> T:
         """Returns the next item, or raises the iterator's exception, again at each call."""
         item = self._failure or self._queue.get()
-        if isinstance(item, _Failure):
+        if isinstance(item, BaseException):
             self._failure = item
-            raise item.error
+            raise item
         return item
 
     def close(self) -> None:
@@ -268,9 +251,4 @@ class _Worker(Generic[T]):
                     return
                 self._queue.put(item)
         except BaseException as error:
-            self._queue.put(_Failure(error))
-
-
-@dataclass(frozen=True)
-class _Failure:
-    error: BaseException
+            self._queue.put(error)

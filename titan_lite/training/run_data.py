@@ -34,7 +34,6 @@ class RunData:
         self._loader_args: dict[str, Any] = {
             "seq_len": plan.config.training.seq_len,
             "local_batch_size": plan.config.training.local_batch_size,
-            "global_batch_size": plan.global_batch_size,
             "batch_rank": plan.dims.batch_rank(process.rank),
             "batch_degree": plan.dims.batch,
             "tokenizer": tokenizer,
@@ -44,7 +43,10 @@ class RunData:
         if plan.config.validation.enable:
             with errors_for("validation.dataset"):
                 self.held_out = read_held_out(
-                    plan.config.validation, plan.config.data, **self._loader_args
+                    plan.config.validation,
+                    plan.config.data,
+                    global_batch_size=plan.global_batch_size,
+                    **self._loader_args,
                 )
 
     def open(self, start: Start) -> None:
