@@ -39,7 +39,7 @@ from tests.data.jobs import (
 from tests.data.test_loader import BAD, TEXTS
 from titan_lite.cli import main
 from titan_lite.config.schema import Data, DataSource, MaskedLM, Validation
-from titan_lite.data import tokenizing
+from titan_lite.data import readers, tokenizing
 from titan_lite.data.held_out import read_held_out, resolve_held_out
 from titan_lite.data.masked_lm import MaskedPairs
 from titan_lite.data.sources import resolve_source
@@ -469,7 +469,7 @@ def test_an_interrupted_command_names_the_way_to_resume(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tokenizing, "document_of", interrupt)
+    monkeypatch.setattr(readers, "document_of", interrupt)
     keys = [f"--data.dataset_path={folder / 'one'}", "--data.on_bad_document=skip"]
     assert main(["tokenize", *keys, "--processes=1", f"--output={tmp_path / 'x'}"]) == 130
     expected = f"Stopped; rerun the same command to resume from {tmp_path / 'x'}.incomplete"

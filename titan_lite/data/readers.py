@@ -73,13 +73,8 @@ class DocumentReader:
             # A bad document was written as null.
             tokens = row[source.tokens_field]
             return None if tokens is None else self._checked(tokens)
-        try:
-            document = document_of(row, source.kind, source.text_field, source.tokens_field)
-        except BadDocument as error:
-            self._policy.bad(error, self._dataset)
-            return None
-        self._policy.good()
-        if isinstance(document, str):
+        document = self._policy.document(row, self._dataset)
+        if document is None or isinstance(document, str):
             return document
         tokens = self._checked(document)
         # The stream adds BOS and EOS.
@@ -107,12 +102,22 @@ class BadDocumentPolicy:
         self._source, self._skip = source, skip
         self._in_a_row = 0
 
-    def good(self) -> None:
-        """Resets the count of bad documents in a row."""
-        self._in_a_row = 0
+    def document(self, row: dict[str, Any], rows: object) -> Document | None:
+        """Returns the document of the last row that was read from `rows`.
 
-    def bad(self, error: BadDocument, rows: object) -> None:
-        """Counts and logs the last row as bad, or raises SettingError if it must not be skipped."""
+        A bad one is counted and logged, and None is returned; SettingError if it must not be
+        skipped.
+        """
+        source = self._source
+        try:
+            document = document_of(row, source.kind, source.text_field, source.tokens_field)
+        except BadDocument as error:
+            self._bad(error, rows)
+            return None
+        self._in_a_row = 0
+        return document
+
+    def _bad(self, error: BadDocument, rows: object) -> None:
         source = self._source
         self._in_a_row += 1
         too_many = self._in_a_row == MAX_BAD_IN_A_ROW

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from titan_lite import __version__
 from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Data
-from titan_lite.data.documents import TOKENS_FIELD, BadDocument, document_of
+from titan_lite.data.documents import TOKENS_FIELD
 from titan_lite.data.readers import BadDocumentPolicy
 from titan_lite.data.settings import changed_values
 from titan_lite.data.sources import Source, reading
@@ -278,16 +278,11 @@ class _Worker:
 
     def _text(self, row: dict[str, Any], file: Any, policy: BadDocumentPolicy) -> str:
         """Returns the text of a row; "" for a bad document."""
-        source = self._job.source
-        try:
-            text = document_of(row, source.kind, source.text_field, "")
-        except BadDocument as error:
-            policy.bad(error, file)
-            return ""
-        if not isinstance(text, str):
+        text = policy.document(row, file)
+        if not isinstance(text, str | None):
+            source = self._job.source
             raise SettingError(source.key, f"{source.name} is tokenized already")
-        policy.good()
-        return text
+        return text or ""
 
     def _write_part(self, path: Path, texts: Iterable[str]) -> None:
         unfinished = path.with_suffix(".new")
