@@ -27,6 +27,7 @@ from titan_lite.data.file_rows import FileRows
 from titan_lite.data.held_out import resolve_held_out
 from titan_lite.data.sources import resolve_source, resolve_sources
 from titan_lite.data.token_folder import read_token_manifest
+from titan_lite.runtime.log import warn_once
 from titan_lite.tools import tokenize_data
 
 TEXTS = [f"{i} " + "whale \u00e9 " * (i % 7) for i in range(30)]
@@ -36,7 +37,7 @@ INDENTED = json.dumps(list(map(json.loads, LINES.splitlines())), indent=1)
 
 @pytest.fixture(autouse=True)
 def warn_again() -> None:
-    files.warn_once.cache_clear()
+    warn_once.cache_clear()
 
 
 def zstd(content: bytes) -> bytes:

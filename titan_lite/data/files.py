@@ -1,9 +1,7 @@
 """Finds the local files of a path: a file, a folder, a glob, or a saved dataset."""
 
-import functools
 import glob
 import json
-import logging
 import os
 import re
 import stat
@@ -15,8 +13,7 @@ from typing import Any
 from titan_lite.data.formats import KNOWN, compression_of, format_of
 from titan_lite.data.megatron import MegatronFile
 from titan_lite.data.token_folder import MANIFEST_FILE, PROGRESS_FILE
-
-logger = logging.getLogger(__name__)
+from titan_lite.runtime.log import warn_once
 
 # Files of datasets.save_to_disk.
 _STATE, _INFO, SPLITS_FILE = "state.json", "dataset_info.json", "dataset_dict.json"
@@ -328,9 +325,3 @@ def _check(file: Path) -> None:
             opened.seek(-8, os.SEEK_END)
             if not opened.read().endswith(_ARROW_ENDS):
                 warn_once(f"{file} has no end marker: its last documents may be missing")
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    """Logs a warning once per process, since a run searches its files several times."""
-    logger.warning(message)

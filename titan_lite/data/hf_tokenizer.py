@@ -62,9 +62,6 @@ class HFTokenizer(Tokenizer):
             self._is_special[vocabulary[unknown]] = False
         self._special_text = re.compile("|".join(special_texts))
         self.spellings = spellings
-        # A prefix shows up only in tokens: the extra bytes in the tokens of one letter.
-        probe = self._encode(_PROBES[0])
-        self.prefix_bytes = max(0, int(self.bytes_per_token[probe].sum()) - len(_PROBES[0]))
         self.files = {"tokenizer.json": content, **companions}
         # Word pieces drop white space by design.
         if not isinstance(self._backend.model, WordPiece):

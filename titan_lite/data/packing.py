@@ -14,10 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from titan_lite.config.schema import Data
-from titan_lite.data.tokenizer import Tokens
+from titan_lite.data.tokenizer import Ints, Tokens
 
 Mark = TypeVar("Mark")
-Ints = npt.NDArray[np.int64]
 IGNORED = -100
 """Label that is not counted in the loss; the default of torch.nn.functional.cross_entropy."""
 

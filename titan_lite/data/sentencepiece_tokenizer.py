@@ -28,7 +28,6 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = self._model.vocab_size()
         self.spellings = list(map(self._spelling, range(self.vocab_size)))
         self.starts_word = np.array(list(map(begins_word, self.spellings)))
-        self.prefix_bytes = max(0, int(self.bytes_per_token[self._encode("a")].sum()) - 1)
         self.files = {"tokenizer.model": content, **companions}
         warn_of_lost_space(file, self)
 

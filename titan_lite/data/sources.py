@@ -28,12 +28,13 @@ from titan_lite.data.assets import bundled_asset
 from titan_lite.data.columns import UnreadableError, column_names
 from titan_lite.data.documents import TOKENS_FIELD, Kind
 from titan_lite.data.file_rows import LocalFiles
-from titan_lite.data.files import SPLITS_FILE, find_files, folder_of_split, signature, warn_once
+from titan_lite.data.files import SPLITS_FILE, find_files, folder_of_split, signature
 from titan_lite.data.formats import FORMATS, format_of, plain_suffix
 from titan_lite.data.hub import HubDataset
 from titan_lite.data.plugin_source import PluginDocuments, PluginSource, RowStream
 from titan_lite.data.token_folder import MANIFEST_FILE, TokenManifest, read_token_manifest
 from titan_lite.data.tokenizer import Tokenizer
+from titan_lite.runtime.log import warn_once
 
 logger = logging.getLogger(__name__)
 

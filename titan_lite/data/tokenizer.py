@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,16 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from titan_lite.data.probes import PROBES
-
-logger = logging.getLogger(__name__)
+from titan_lite.runtime.log import warn_once
 
 Tokens = npt.NDArray[np.uint32]
 Ints = npt.NDArray[np.int64]
-
-# All bytes of letters outside of ASCII continue a word.
-_INSIDE_WORD = frozenset(range(0x80, 0x100)) | frozenset(
-    b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-)
 
 
 class Tokenizer(ABC):
@@ -43,8 +36,6 @@ class Tokenizer(ABC):
     """The text of each token, empty for special ones."""
     starts_word: npt.NDArray[np.bool_]
     """(vocab_size,) True for tokens that start a word, False for those that continue one."""
-    prefix_bytes: int = 0
-    """Bytes of the space that the tokenizer adds before a document's text."""
     files: Mapping[str, bytes] = MappingProxyType({})
     """Contents of the tokenizer's files, by their names in a Hugging Face folder."""
 
@@ -66,6 +57,12 @@ class Tokenizer(ABC):
     def bytes_per_token(self) -> Ints:
         """Bytes of each token's text, (vocab_size,)."""
         return np.array(list(map(len, self.spellings)))
+
+    @cached_property
+    def prefix_bytes(self) -> int:
+        """Bytes of the space that the tokenizer adds before a document's text."""
+        # The extra bytes in the tokens of a letter.
+        return max(0, int(self.bytes_per_token[self._encode("a")].sum()) - len("a"))
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -99,14 +96,8 @@ class Tokenizer(ABC):
         """Returns the tokens of a text, without BOS and EOS; releases Python's lock."""
 
 
-_warned: set[tuple[Path, str]] = set()
-
-
 def warn_of_lost_space(file: Path, tokenizer: Tokenizer) -> None:
     """Logs, once per tokenizer, the kinds of white space and characters that it drops."""
-    if (file, tokenizer.fingerprint) in _warned:
-        return
-    _warned.add((file, tokenizer.fingerprint))
     kinds = {"newlines": "\n", "tabs": "\t", "runs of spaces": "  "}
     lost = [
         name
@@ -118,13 +109,11 @@ def warn_of_lost_space(file: Path, tokenizer: Tokenizer) -> None:
     if "".join(rare.split()) == "aa":
         lost.append("characters without a token")
     if lost:
-        logger.warning(
-            "data.tokenizer_path: tokenizer %s removes %s, so the language model never sees them, "
-            "and code and paragraphs lose their form. To keep them, train a sentencepiece model "
-            'with normalization_rule_name="identity", remove_extra_whitespaces=False and '
-            "byte_fallback=True, or use a byte-level tokenizer",
-            file,
-            ", ".join(lost),
+        warn_once(
+            f"data.tokenizer_path: tokenizer {file} removes {', '.join(lost)}, so the language "
+            "model never sees them, and code and paragraphs lose their form. To keep them, train a "
+            'sentencepiece model with normalization_rule_name="identity", '
+            "remove_extra_whitespaces=False and byte_fallback=True, or use a byte-level tokenizer"
         )
 
 
@@ -139,4 +128,6 @@ def _encodable(text: str) -> str:
 
 def begins_word(spelling: bytes) -> bool:
     """Returns whether a token starts a word: it does not if its first byte is a letter or digit."""
-    return not spelling or spelling[0] not in _INSIDE_WORD
+    # Bytes from 0x80 on are parts of letters outside of ASCII.
+    first = spelling[:1]
+    return not (first.isalnum() or first >= b"\x80")

@@ -1,6 +1,7 @@
 """Logging to standard output: everything from rank 0, warnings from the other ranks."""
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -11,6 +12,15 @@ from pathlib import Path
 MESSAGES = "TITAN_LITE_MESSAGES"
 # Set by torchrun: a file in a folder of the process, which is in a folder of the attempt.
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Logs a warning once per process, for code that a run calls several times."""
+    logger.warning(message)
 
 
 def set_up_streams() -> None:
@@ -47,8 +57,7 @@ def set_up_logging(rank: int) -> None:
     logger.propagate = False
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     # These warnings would be the same on every rank: configuration, checkpoints, data, tokenizer.
-    same = ("config", "preflight", "checkpoint.state")
-    for name in (*same, "data.files", "data.sources", "data.tokenizer"):
+    for name in ("config", "preflight", "checkpoint.state", "data.sources", "runtime.log"):
         logging.getLogger(f"titan_lite.{name}").setLevel(
             logging.WARNING if rank == 0 else logging.ERROR
         )
