@@ -73,14 +73,10 @@ def hf_to_dcp(
     It holds one tensor at a time, and writes each to a separate file. config, model, tokenizer:
     values of the manifest. tokenizer_files: contents by name.
     """
-
-    def stored_dtype(name: str) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, folder.tensors[hf.places[name][0][0]].dtype)
-        return dtype
-
+    dtypes = {name: folder.tensors[hf_names[0]].dtype for name, (hf_names, _) in hf.places.items()}
     weights = {
-        name: torch.empty(hf.shape(name), dtype=stored_dtype(name), device="meta")
-        for name in hf.places
+        name: torch.empty(hf.shape(name), dtype=getattr(torch, dtype), device="meta")
+        for name, dtype in dtypes.items()
     }
     aside = target.with_name(target.name + ".incomplete")
     shutil.rmtree(aside, ignore_errors=True)
@@ -119,13 +115,14 @@ def hf_to_dcp(
         )
 
 
-class HFReader(dcp.StorageReader):
+class HFReader(dcp.FileSystemReader):
     """Reads parts of our tensors from a Hugging Face folder, for dcp.load.
 
     shapes: shapes of our tensors in the model, including the padding of the vocabulary.
     """
 
     def __init__(self, folder: HFFolder, hf: HFModel, shapes: Mapping[str, torch.Size]) -> None:
+        super().__init__(folder.path)
         self.folder = folder
         self.hf = hf
         self.shapes = shapes
@@ -139,7 +136,8 @@ class HFReader(dcp.StorageReader):
                     [ChunkStorageMetadata(torch.Size([0] * len(shape)), shape)],
                 )
                 for name, shape in self.shapes.items()
-            }
+            },
+            storage_data={},
         )
 
     def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> "Future[None]":
@@ -152,24 +150,6 @@ class HFReader(dcp.StorageReader):
         done: Future[None] = Future()
         done.set_result(None)
         return done
-
-    def reset(self, checkpoint_id: Any = None) -> None:
-        pass
-
-    def set_up_storage_reader(
-        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
-    ) -> None:
-        pass
-
-    def prepare_local_plan(self, plan: dcp.LoadPlan) -> dcp.LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[dcp.LoadPlan]) -> list[dcp.LoadPlan]:
-        return plans
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return True
 
 
 class _ReadWhenWritten(dcp.DefaultSavePlanner):

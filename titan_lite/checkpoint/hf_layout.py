@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from titan_lite.checkpoint.hf_files import DTYPES, HFFolder
+from titan_lite.config.problems import first_few
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.family import Family
 from titan_lite.models.hf_config import TUNABLE, HFLayout, hf_differences
@@ -171,36 +172,29 @@ class HFModel:
     def check(self, folder: HFFolder) -> None:
         """Raises ValueError with all differences between this model and a folder's tensors."""
         stored = folder.tensors
-        problems = [
-            *_listed("lacks", [name for name in self.tensors if name not in stored]),
-            *_listed(
-                "has tensors that this model does not have:",
-                [
-                    name
-                    for name in stored
-                    if name not in self.tensors
-                    and not any(matches(pattern, name) for pattern in self.ignored)
-                ],
-            ),
-            *_listed(
-                "has other shapes:",
-                [
-                    f"{name} {stored[name].shape}, not {tensor.shape}"
-                    for name, tensor in self.tensors.items()
-                    if name in stored and stored[name].shape != tensor.shape
-                ],
-            ),
-            *_listed(
-                f"has dtypes other than {', '.join(DTYPES.values())}:",
-                [
-                    f"{name} {stored[name].dtype}"
-                    for name in self.tensors
-                    if name in stored and stored[name].dtype not in DTYPES.values()
-                ],
-            ),
-        ]
-        if problems:
-            raise ValueError(f"{folder.path} {'; '.join(problems)}")
+        pairs = [(tensor, stored[name]) for name, tensor in self.tensors.items() if name in stored]
+        problems = {
+            "lacks": [name for name in self.tensors if name not in stored],
+            "has tensors that this model does not have:": [
+                name
+                for name in stored
+                if name not in self.tensors
+                and not any(matches(pattern, name) for pattern in self.ignored)
+            ],
+            "has other shapes:": [
+                f"{tensor.name} {given.shape}, not {tensor.shape}"
+                for tensor, given in pairs
+                if given.shape != tensor.shape
+            ],
+            f"has dtypes other than {', '.join(DTYPES.values())}:": [
+                f"{tensor.name} {given.dtype}"
+                for tensor, given in pairs
+                if given.dtype not in DTYPES.values()
+            ],
+        }
+        clauses = [f"{words} {first_few(names, 4)}" for words, names in problems.items() if names]
+        if clauses:
+            raise ValueError(f"{folder.path} {'; '.join(clauses)}")
 
 
 def check_start(folder: HFFolder, hf: HFModel, family: Family, args: DecoderArgs) -> None:
@@ -256,11 +250,3 @@ def _hf_tensor(
         groups=getattr(args, layout.groups) if layout.groups else 1,
         transposed=layout.transposed,
     )
-
-
-def _listed(words: str, names: Sequence[str], most: int = 4) -> list[str]:
-    """Returns one clause with the first few names, or nothing without names."""
-    if not names:
-        return []
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return [f"{words} {', '.join(names[:most])}{more}"]

@@ -202,6 +202,12 @@ def one_of(words: Sequence[str]) -> str:
     return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
+def first_few(words: Sequence[str], most: int) -> str:
+    """Joins the first words as a list, with the number of the others: a, b and 3 more."""
+    more = f" and {len(words) - most:,} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more
+
+
 def quote(text: str) -> str:
     """Formats a text as a TOML basic string."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

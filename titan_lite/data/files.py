@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from titan_lite.config.problems import first_few
 from titan_lite.data.formats import KNOWN, compression_of, format_of
 from titan_lite.data.megatron import MegatronFile
 from titan_lite.data.token_folder import MANIFEST_FILE, PROGRESS_FILE
@@ -278,9 +279,7 @@ def _is_marked(file: Path) -> bool:
 
 def _some(files: list[Path], folder: Path) -> str:
     """Returns the first three names of files, and the number of the others."""
-    names = [str(file.relative_to(folder)) for file in files[:3]]
-    more = f" and {len(files) - 3:,} more" if len(files) > 3 else ""
-    return ", ".join(names) + more
+    return first_few([str(file.relative_to(folder)) for file in files], 3)
 
 
 def _without_aliases(files: Iterable[Path], chosen: str) -> list[Path]:
