@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.futures import Future
 
-from titan_lite.checkpoint.hf_files import HFFolder, plan_files, write_index, write_json
+from titan_lite.checkpoint.hf_files import INDEX_FILE, HFFolder, write_json
 from titan_lite.checkpoint.hf_layout import HFModel
 from titan_lite.checkpoint.manifest import TOKENIZER_FOLDER, CheckpointManifest, write_manifest
 from titan_lite.checkpoint.storage import (
@@ -45,8 +46,6 @@ from titan_lite.runtime.stored_files import sync_folder, write_bytes
 # Prefix of the weights in a checkpoint: "model.tok_embeddings.weight".
 PREFIX = "model."
 AVERAGE_PREFIX = "ema."
-# The default of save_pretrained in transformers 4.
-MAX_SHARD_BYTES = 5 * 10**9
 
 
 def load_hf(model: nn.Module, folder: HFFolder, hf: HFModel) -> None:
@@ -180,7 +179,7 @@ class DCPToHF:
         args: DecoderArgs,
         *,
         dtype: str | None = None,
-        max_shard_bytes: int = MAX_SHARD_BYTES,
+        max_shard_bytes: int = 5 * 10**9,
         average: bool = False,
     ) -> None:
         self.hf = HFModel.of(family, args)
@@ -207,12 +206,14 @@ class DCPToHF:
             else self.saved[next(iter(tensor.parts))].properties.dtype
             for name, tensor in self.hf.tensors.items()
         }
-        self.files = plan_files(
+        self.files = split_state_dict_into_shards_factory(
             {
                 name: math.prod(tensor.shape) * self.dtypes[name].itemsize
                 for name, tensor in self.hf.tensors.items()
             },
-            max_shard_bytes,
+            get_storage_size=lambda size: size,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_bytes,
         )
 
     @property
@@ -234,16 +235,22 @@ class DCPToHF:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         _barrier()
-        for file in self.files[rank::world_size]:
-            tensors = {name: self._tensor(name) for name in file.tensors}
-            _save(tensors, aside / file.name)
+        names_by_file = list(self.files.filename_to_tensors.items())
+        for file, names in names_by_file[rank::world_size]:
+            tensors = {name: self._tensor(name) for name in names}
+            _save(tensors, aside / file)
             # The permissions of a new file; safetensors lets only the owner read it.
-            (aside / file.name).chmod(aside.stat().st_mode & 0o666)
+            (aside / file).chmod(aside.stat().st_mode & 0o666)
             # Frees this file's tensors before the next one's are read.
             del tensors
         _barrier()
         if rank == 0:
-            write_index(aside, self.files)
+            if self.files.is_sharded:
+                index = {
+                    "metadata": self.files.metadata,
+                    "weight_map": self.files.tensor_to_filename,
+                }
+                write_json(aside / INDEX_FILE, index)
             for name, document in documents.items():
                 if isinstance(document, bytes):
                     (aside / name).write_bytes(document)

@@ -1,7 +1,7 @@
 """The files of a Hugging Face model: config.json, safetensors and their index; no torch."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,47 +42,6 @@ class HFFolder:
         for file in _weight_files(path):
             tensors |= _read_header(file)
         return cls(path, config, tensors)
-
-
-@dataclass(frozen=True)
-class PlannedFile:
-    """A file to write, and the names of its tensors."""
-
-    name: str
-    tensors: tuple[str, ...]
-    num_bytes: int
-
-
-def plan_files(sizes: Mapping[str, int], max_bytes: int) -> list[PlannedFile]:
-    """Distributes tensors of `sizes` bytes over files of at most max_bytes, in order.
-
-    A larger tensor has a separate file.
-    """
-    groups: list[list[str]] = [[]]
-    used = 0
-    for name, size in sizes.items():
-        if groups[-1] and used + size > max_bytes:
-            groups.append([])
-            used = 0
-        groups[-1].append(name)
-        used += size
-    names = [f"model-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
-    if len(groups) == 1:
-        names = [SINGLE_FILE]
-    return [
-        PlannedFile(name, tuple(group), sum(sizes[tensor] for tensor in group))
-        for name, group in zip(names, groups, strict=True)
-    ]
-
-
-def write_index(folder: Path, files: Sequence[PlannedFile]) -> None:
-    """Writes the index, which maps each tensor to its file; a single file needs none."""
-    if len(files) > 1:
-        index = {
-            "metadata": {"total_size": sum(file.num_bytes for file in files)},
-            "weight_map": {tensor: file.name for file in files for tensor in file.tensors},
-        }
-        write_json(folder / INDEX_FILE, index)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

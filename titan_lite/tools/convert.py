@@ -220,7 +220,7 @@ def dcp_to_hf(
         hf_files[README] = report.readme()
         print(report.sentence, file=sys.stdout if report.is_same else sys.stderr)
     export.write(target, hf_files)
-    num_files = len(export.files)
+    num_files = len(export.files.filename_to_tensors)
     print(
         f"Written to {target}: {family.hf_config.architecture}, {export.hf.num_parameters:,} "
         f"parameters in {export.dtype}, {num_files} file{'s' * (num_files > 1)}"
