@@ -67,15 +67,7 @@ def main(argv: Sequence[str]) -> int:
         if options.direction == "hf-to-dcp":
             hf_to_dcp(source, target)
         else:
-            dcp_to_hf(
-                source,
-                target,
-                dtype=options.dtype,
-                max_shard_bytes=options.max_shard_size,
-                tokenizer_path=options.tokenizer,
-                allow_mismatch=options.allow_mismatch,
-                average=options.average,
-            )
+            dcp_to_hf(source, target, options)
     except (ValueError, OSError) as error:
         print(f"titan-lite convert: {error}", file=sys.stderr)
         return 2
@@ -151,19 +143,10 @@ def hf_to_dcp(source: Path, target: Path) -> None:
     print(f"Written to {target}. Configuration for a run with these weights:\n\n{recipe}")
 
 
-def dcp_to_hf(
-    source: Path,
-    target: Path,
-    *,
-    dtype: str | None,
-    max_shard_bytes: int,
-    tokenizer_path: str | None,
-    allow_mismatch: bool,
-    average: bool,
-) -> None:
+def dcp_to_hf(source: Path, target: Path, options: argparse.Namespace) -> None:
     """Writes the weights of a checkpoint, or their average, to a folder for transformers.
 
-    Raises ValueError for a tokenizer with other ids than in training, unless allow_mismatch.
+    Raises ValueError for a tokenizer with other ids than in training, without --allow-mismatch.
     """
     manifest = read_manifest(source)
     section = _model_section_of(source, manifest)
@@ -193,8 +176,14 @@ def dcp_to_hf(
     from titan_lite.data.hf_documents import hf_documents
 
     export = DCPToHF(
-        source, family, args, dtype=dtype, max_shard_bytes=max_shard_bytes, average=average
+        source,
+        family,
+        args,
+        dtype=options.dtype,
+        max_shard_bytes=options.max_shard_size,
+        average=options.average,
     )
+    tokenizer_path: str | None = options.tokenizer
     tokenizer, files = _tokenizer_of(source, manifest, tokenizer_path)
     hf_files = hf_documents(args, family.hf_config, tokenizer, dtype=export.dtype)
     if files:
@@ -212,7 +201,7 @@ def dcp_to_hf(
         if difference := _difference(source, manifest, tokenizer, tokenizer_path):
             sentence = f"{difference}. {report.sentence}"
             report = dataclasses.replace(report, is_same=False, sentence=sentence)
-        if not (report.is_same or allow_mismatch):
+        if not (report.is_same or options.allow_mismatch):
             raise ValueError(
                 f"{report.sentence}. To export it with a {README} that describes the difference, "
                 "pass --allow-mismatch"
