@@ -4,13 +4,15 @@ torch is imported only where it is used, so that wrong folders are reported at o
 """
 
 import argparse
+import contextlib
 import dataclasses
-import re
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from titan_lite.checkpoint.hf_files import CONFIG_FILE, DTYPES, HFFolder
 from titan_lite.checkpoint.manifest import (
@@ -46,7 +48,6 @@ TOKENIZER_FILES = (
     "merges.txt",
     "vocab.txt",
 )
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -389,7 +390,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _bytes(text: str) -> int:
     """Parses a size such as "5GB"."""
-    match = re.fullmatch(r"(\d+)\s*([KMG]B|)", text.upper())
-    if match is None or int(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f'expected a size as "5GB" or "200MB", got {text!r}')
-    return int(match[1]) * _UNITS[match[2]]
+    with contextlib.suppress(ValidationError):
+        if size := TypeAdapter(ByteSize).validate_python(text):
+            return size
+    raise argparse.ArgumentTypeError(f'expected a size as "5GB" or "200MB", got {text!r}')
