@@ -23,7 +23,7 @@ from titan_lite.config.load import load_config
 from titan_lite.config.schema import Data, DataSource, Validation
 from titan_lite.data import files, formats
 from titan_lite.data.columns import UnreadableError
-from titan_lite.data.file_rows import FileRows
+from titan_lite.data.file_rows import LocalFiles
 from titan_lite.data.held_out import resolve_held_out
 from titan_lite.data.sources import resolve_source, resolve_sources
 from titan_lite.data.token_folder import read_token_manifest
@@ -508,7 +508,7 @@ def test_a_file_that_changes_while_a_run_reads_it_is_named(
     """Whatever the file is cut to or gets, each of its lines is a document."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(LINES)
-    rows = FileRows([[path]], "text")
+    rows = LocalFiles([[path]], "text").open(0, 1)
     reading = iter(rows)
     if is_open:
         next(reading)
@@ -655,6 +655,6 @@ def test_a_place_in_the_data_from_before_files_were_read_directly_is_refused(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "a.jsonl").write_bytes(LINES)
-    rows = FileRows([[tmp_path / "a.jsonl"]], "text")
+    rows = LocalFiles([[tmp_path / "a.jsonl"]], "text").open(0, 1)
     with pytest.raises(ValueError, match=r"saved by an older version .* checkpoint.initial_load_p"):
         rows.load_state_dict({"shard_idx": 0, "shard_example_idx": 12})

@@ -1,6 +1,6 @@
 """Columns of Arrow, Parquet and Megatron files: texts, or arrays of token ids."""
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,45 +21,17 @@ class UnreadableError(ValueError):
         super().__init__(f"cannot read {file}: {reason:.300}")
 
 
-class Column(Rows):
-    """The rows of one column; token ids are views of the file, a missing list is None."""
+class _LazyRows(Rows):
+    """Rows that are made when they are read."""
 
-    def __init__(self, array: Any, field: str) -> None:
-        """Raises ValueError for lists that are not of integers."""
-        # Without this check, reading a damaged array crashes the process.
-        array.validate(full=True)
-        self._array, self._field = array, field
-        self._offsets: Any = None
-        if types.is_fixed_size_list(array.type):
-            array = self._array = array.cast(pyarrow.list_(array.type.value_type))
-        if types.is_list(array.type) or types.is_large_list(array.type):
-            if not types.is_integer(array.type.value_type) or array.values.null_count:
-                raise ValueError(
-                    f"column {field!r} is {array.type}; it must be text, or token ids, which "
-                    "must be integers without nulls"
-                )
-            self._offsets, self._values = array.offsets.to_numpy(), array.values.to_numpy()
+    def __init__(self, num_rows: int, get: Callable[[int], dict[str, Any]]) -> None:
+        self._num_rows, self._get = num_rows, get
 
     def __len__(self) -> int:
-        return len(self._array)
+        return self._num_rows
 
     def __getitem__(self, row: Any) -> Any:
-        if self._offsets is None or (self._array.null_count and not self._array[row].is_valid):
-            return {self._field: self._array[row].as_py()}
-        return {self._field: self._values[self._offsets[row] : self._offsets[row + 1]]}
-
-
-class _Documents(Rows):
-    """The documents of a Megatron file from number `first` on."""
-
-    def __init__(self, file: MegatronFile, field: str, first: int) -> None:
-        self._file, self._field, self._first = file, field, first
-
-    def __len__(self) -> int:
-        return max(0, len(self._file) - self._first)
-
-    def __getitem__(self, row: Any) -> Any:
-        return {self._field: self._file[self._first + row]}
+        return self._get(row)
 
 
 def column_names(file: Path) -> list[str]:
@@ -103,7 +75,8 @@ def arrow_columns(parts: Sequence[Path], field: str, first: int) -> Iterator[Row
 
 def megatron_column(parts: Sequence[Path], field: str, first: int) -> Iterator[Rows]:
     """Yields the documents of a Megatron file from number `first` on."""
-    yield _Documents(MegatronFile(parts[0]), field, first)
+    file = MegatronFile(parts[0])
+    yield _LazyRows(max(0, len(file) - first), lambda row: {field: file[first + row]})
 
 
 def _batches(opened: Any) -> tuple[Any, Iterator[Any]]:
@@ -127,9 +100,34 @@ def _columns(
         if first >= batch.num_rows:
             first -= batch.num_rows
         elif field in names:
-            yield Column(batch.column(field).slice(first), field)
+            yield _column(batch.column(field).slice(first), field)
             first = 0
         else:
             yield [dict.fromkeys(names)] * (batch.num_rows - first)
             first = 0
     return first
+
+
+def _column(array: Any, field: str) -> Rows:
+    """Returns the rows of a column; token ids are views of the file, a missing list is None.
+
+    Raises ValueError for lists that are not of integers.
+    """
+    # Without this check, reading a damaged array crashes the process.
+    array.validate(full=True)
+    if types.is_fixed_size_list(array.type):
+        array = array.cast(pyarrow.list_(array.type.value_type))
+    if not (types.is_list(array.type) or types.is_large_list(array.type)):
+        return _LazyRows(len(array), lambda row: {field: array[row].as_py()})
+    if not types.is_integer(array.type.value_type) or array.values.null_count:
+        raise ValueError(
+            f"column {field!r} is {array.type}; it must be text, or token ids, which must be "
+            "integers without nulls"
+        )
+    offsets, values = array.offsets.to_numpy(), array.values.to_numpy()
+
+    def ids(row: int) -> dict[str, Any]:
+        is_missing = array.null_count and not array[row].is_valid
+        return {field: None if is_missing else values[offsets[row] : offsets[row + 1]]}
+
+    return _LazyRows(len(array), ids)

@@ -32,41 +32,35 @@ class FileRows:
     """The rows of one stream: of whole files, or every num_streams-th row of all files."""
 
     def __init__(
-        self,
-        files: Sequence[Sequence[Path]],
-        field: str,
-        stream: int = 0,
-        num_streams: int = 1,
+        self, files: Sequence[Sequence[Path]], field: str, stream: int, num_streams: int
     ) -> None:
         reads_whole_files = len(files) >= num_streams
         self._files = files[stream::num_streams] if reads_whole_files else files
         self._offset, self._step = (0, 1) if reads_whole_files else (stream, num_streams)
         self._field = field
         self._sizes = {part: part.stat().st_size for parts in self._files for part in parts}
-        self._start: dict[str, int] | None = None
         self._file = self._row = self._total = 0
 
     def load_state_dict(self, state: dict[str, int] | None) -> None:
-        """Sets the position where the next iteration starts; None: before the first row.
+        """Sets the position; None: before the first row.
 
         Raises ValueError for a position of an older version, which read these files by `datasets`.
         """
-        if state is not None and state.keys() != self.state_dict().keys():
+        state = {"file": 0, "row": 0, "total": 0} if state is None else state
+        if state.keys() != self.state_dict().keys():
             raise ValueError(
                 "the checkpoint's position in the data was saved by an older version of "
                 "titan_lite; to start a new run with its weights, set "
                 "checkpoint.initial_load_path = its folder"
             )
-        self._start = state
+        self._file, self._row, self._total = state["file"], state["row"], state["total"]
 
     def state_dict(self) -> dict[str, int]:
         """Returns the position after the last row: file, rows read of this file and of all."""
         return {"file": self._file, "row": self._row, "total": self._total}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yields rows; raises UnreadableError naming the file."""
-        start = self._start or {"file": 0, "row": 0, "total": 0}
-        self._file, self._row, self._total = start["file"], start["row"], start["total"]
+        """Yields the rows after the position; raises UnreadableError naming the file."""
         while self._file < len(self._files):
             parts = self._files[self._file]
             try:
