@@ -610,8 +610,8 @@ def test_splits_of_the_same_size_are_told_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "reason"),
     [
-        ("state.json", "{", "cannot read "),
-        ("state.json", "[]", "state.json is damaged: expected a JSON object"),
+        ("state.json", "{", "state.json is not JSON: "),
+        ("state.json", "[]", "state.json is not a JSON object"),
         ("state.json", "{}", "state.json is damaged: KeyError('_data_files')"),
         (
             "state.json",

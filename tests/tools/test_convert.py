@@ -384,7 +384,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (lambda f: [p.unlink() for p in f.glob("model*")], "must contain model.safetensors or "),
         (lambda f: (f / "config.json").unlink(), "has no config.json: not the folder of a Hugging"),
         (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON: Expecting"),
-        (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object, got list"),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json is not a JSON object"),
         (shutil.rmtree, "huggingface does not exist"),
         (cut_short, ".safetensors is damaged, or not a safetensors file: "),
         (lambda f: edit_index(f, "gone.safetensors"), "names gone.safetensors, which does not exi"),

@@ -1,7 +1,6 @@
 """Finds the local files of a path: a file, a folder, a glob, or a saved dataset."""
 
 import glob
-import json
 import os
 import re
 import stat
@@ -15,6 +14,7 @@ from titan_lite.data.formats import KNOWN, compression_of, format_of
 from titan_lite.data.megatron import MegatronFile
 from titan_lite.data.token_folder import MANIFEST_FILE, PROGRESS_FILE
 from titan_lite.runtime.log import warn_once
+from titan_lite.runtime.stored_files import json_object
 
 # Files of datasets.save_to_disk.
 _STATE, _INFO, SPLITS_FILE = "state.json", "dataset_info.json", "dataset_dict.json"
@@ -108,13 +108,7 @@ def _saved_files(folder: Path) -> set[Path]:
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{file} is not a regular file")
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {file}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is damaged: expected a JSON object")
-    return content
+    return json_object(file, file.read_bytes())
 
 
 def _files_of_folder(folder: Path, chosen: str) -> list[Path]:

@@ -5,11 +5,12 @@ special_tokens_map.json, next to a tokenizer. A token that is not named there is
 usual spellings.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from titan_lite.runtime.stored_files import json_object
 
 FILE_NAMES = ("tokenizer_config.json", "special_tokens_map.json")
 
@@ -56,7 +57,7 @@ def special_tokens(
     files that are not JSON objects, for a named token that the tokenizer does not have, and for a
     tokenizer without EOS.
     """
-    documents = {name: _document(file.with_name(name), raw) for name, raw in companions.items()}
+    documents = {name: json_object(file.with_name(name), raw) for name, raw in companions.items()}
     ids: dict[str, int | None] = {}
     for use, (keys, spellings) in _USES.items():
         named = [
@@ -86,16 +87,6 @@ def special_tokens(
     assert bos is not None
     assert pad is not None
     return SpecialTokens(bos, eos, pad, ids["mask"])
-
-
-def _document(path: Path, raw: bytes) -> dict[str, Any]:
-    try:
-        document = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return document
 
 
 def _content(named: object) -> str | None:

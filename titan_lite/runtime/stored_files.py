@@ -1,11 +1,13 @@
 """Files with size and checksum in a manifest; no torch."""
 
+import json
 import os
 import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _CHUNK = 4 * 2**20
 
@@ -34,6 +36,17 @@ def write_bytes(path: Path, content: bytes) -> StoredFile:
         file.flush()
         os.fsync(file.fileno())
     return StoredFile(len(content), hexadecimal(zlib.crc32(content)))
+
+
+def json_object(path: Path, content: bytes) -> dict[str, Any]:
+    """Parses the content of a file; ValueError naming the file if it is not a JSON object."""
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return document
 
 
 def stored_file(path: Path) -> StoredFile:
