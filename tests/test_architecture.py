@@ -340,16 +340,16 @@ def test_only_these_functions_take_a_whole_plan_or_configuration() -> None:
 # Lines of code of each room: neither blank, comment nor docstring. Raising one is a decision to
 # explain in the commit message.
 BUDGET = {
-    "data": 3150,
+    "data": 3087,
     "parallel": 2121,
-    "config": 2140,
-    "training": 1916,
-    "tools": 1978,
-    "checkpoint": 1623,
+    "config": 2143,
+    "training": 1918,
+    "tools": 1967,
+    "checkpoint": 1573,
     "models": 1728,
     "planner": 1300,
     "regression": 1204,
-    "runtime": 1155,
+    "runtime": 1169,
     "nn": 911,
     "dryrun": 898,
     "metrics": 808,
