@@ -65,7 +65,7 @@ def test_there_are_presets() -> None:
 def test_a_preset_is_valid_and_builds_its_model_on_meta(
     path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (match,) = re.findall(r"^# world_size = (\d+)$", path.read_text(), re.MULTILINE)
+    (match,) = re.findall(r"^# Processes: (\d+)$", path.read_text(), re.MULTILINE)
     tokenizer = tmp_path / "tokenizer.model"
     tokenizer.write_text("")
     overrides = []
@@ -88,7 +88,7 @@ def test_a_preset_names_the_schema_beside_it(path: Path) -> None:
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_says_its_hardware_layout_and_source_first(path: Path) -> None:
     head = path.read_text().split("\n\n")[0]
-    for word in ("# Hardware: ", "# Layout: ", "# Source: ", "# world_size = "):
+    for word in ("# Hardware: ", "# Layout: ", "# Source: ", "# Processes: "):
         assert word in head
 
 

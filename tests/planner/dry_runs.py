@@ -43,7 +43,7 @@ def plan_of(name: str, overrides: list[str], world: int) -> Plan:
 
 def presets() -> Iterator[tuple[str, list[str], int]]:
     for path in sorted(FOLDER.glob("*.toml")):
-        (match,) = re.findall(r"^# world_size = (\d+)$", path.read_text(), re.MULTILINE)
+        (match,) = re.findall(r"^# Processes: (\d+)$", path.read_text(), re.MULTILINE)
         plan = plan_of(path.stem, [], int(match))
         config, dims = plan.config, plan.dims
         micro = config.training.local_batch_size * dims.batch

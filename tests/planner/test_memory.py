@@ -51,7 +51,7 @@ def test_the_presets_memory_is_that_of_the_dry_run() -> None:
 
 
 def test_memory_of_random_layouts_is_not_far_below_that_of_the_dry_run() -> None:
-    """Without pipelines, with them, and with schedules that split backward, where it is a bound.
+    """Without pipelines, with them, and with schedules that split backward.
 
     Small buffers count in these models, and context parallel's gathers are not counted.
     """
