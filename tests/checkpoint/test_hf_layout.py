@@ -29,7 +29,7 @@ def fused(layout: HFLayout, **changes: object) -> HFModel:
     return HFModel.of(family, replace(ARGS, **changes))
 
 
-QKV = ("q.weight", "k.weight", "v.weight")
+QKV = ("q.*", "k.*", "v.*")
 
 
 def test_parts_follow_each_other_or_are_dealt_to_groups() -> None:

@@ -44,11 +44,6 @@ def _megatron(args: EncoderArgs) -> EncoderArgs:
     return replace(args, vocab_size=64_000, max_seq_len=2048, norm_eps=1e-5, post_norm=False)
 
 
-def _parameters(name: str, hf_name: str) -> dict[str, str]:
-    """Rows for a module's weight and bias."""
-    return {f"{name}.{kind}": f"{hf_name}.{kind}" for kind in ("weight", "bias")}
-
-
 _BASE, _LARGE = _bert(768, 12, 12), _bert(1024, 24, 16)
 # Runs on two CPU cores, without dropout; the vocabulary is the bundled tokenizer's.
 _DEBUG = replace(
@@ -63,18 +58,18 @@ _KEY_MAP = {
     "tok_embeddings.weight": "bert.embeddings.word_embeddings.weight",
     "pos_embeddings.weight": "bert.embeddings.position_embeddings.weight",
     "type_embeddings.weight": "bert.embeddings.token_type_embeddings.weight",
-    **_parameters("layers.*.attention.wq", f"{_LAYER}.attention.self.query"),
-    **_parameters("layers.*.attention.wk", f"{_LAYER}.attention.self.key"),
-    **_parameters("layers.*.attention.wv", f"{_LAYER}.attention.self.value"),
-    **_parameters("layers.*.attention.wo", f"{_LAYER}.attention.output.dense"),
-    **_parameters("layers.*.feed_forward.w1", f"{_LAYER}.intermediate.dense"),
-    **_parameters("layers.*.feed_forward.w2", f"{_LAYER}.output.dense"),
-    **_parameters("transform.dense", "cls.predictions.transform.dense"),
-    **_parameters("transform.norm", "cls.predictions.transform.LayerNorm"),
+    "layers.*.attention.wq.*": f"{_LAYER}.attention.self.query.*",
+    "layers.*.attention.wk.*": f"{_LAYER}.attention.self.key.*",
+    "layers.*.attention.wv.*": f"{_LAYER}.attention.self.value.*",
+    "layers.*.attention.wo.*": f"{_LAYER}.attention.output.dense.*",
+    "layers.*.feed_forward.w1.*": f"{_LAYER}.intermediate.dense.*",
+    "layers.*.feed_forward.w2.*": f"{_LAYER}.output.dense.*",
+    "transform.dense.*": "cls.predictions.transform.dense.*",
+    "transform.norm.*": "cls.predictions.transform.LayerNorm.*",
     "output.weight": "cls.predictions.decoder.weight",
     "output.bias": "cls.predictions.bias",
-    **_parameters("pair_head.pooler", "bert.pooler.dense"),
-    **_parameters("pair_head.classifier", "cls.seq_relationship"),
+    "pair_head.pooler.*": "bert.pooler.dense.*",
+    "pair_head.classifier.*": "cls.seq_relationship.*",
 }
 _CONFIG = HFConfig(
     architecture="BertForPreTraining",
@@ -144,9 +139,9 @@ MEGATRON_BERT = Family(
     ),
     hf_key_map={
         **_KEY_MAP,
-        **_parameters("layers.*.attention_norm", f"{_LAYER}.attention.ln"),
-        **_parameters("layers.*.ffn_norm", f"{_LAYER}.ln"),
-        **_parameters("norm", "bert.encoder.ln"),
+        "layers.*.attention_norm.*": f"{_LAYER}.attention.ln.*",
+        "layers.*.ffn_norm.*": f"{_LAYER}.ln.*",
+        "norm.*": "bert.encoder.ln.*",
     },
     hf_config=replace(
         _CONFIG,
@@ -169,9 +164,9 @@ BERT = Family(
     ),
     hf_key_map={
         **_KEY_MAP,
-        **_parameters("embedding_norm", "bert.embeddings.LayerNorm"),
-        **_parameters("layers.*.attention_norm", f"{_LAYER}.attention.output.LayerNorm"),
-        **_parameters("layers.*.ffn_norm", f"{_LAYER}.output.LayerNorm"),
+        "embedding_norm.*": "bert.embeddings.LayerNorm.*",
+        "layers.*.attention_norm.*": f"{_LAYER}.attention.output.LayerNorm.*",
+        "layers.*.ffn_norm.*": f"{_LAYER}.output.LayerNorm.*",
     },
     hf_config=_CONFIG,
     hf_ignored=_IGNORED,

@@ -116,7 +116,7 @@ DEEPSEEK_V3 = Family(
             if not name.startswith("layers.*.attention.w")
         },
         **{
-            f"layers.*.attention.{name}.weight": f"model.layers.*.self_attn.{hf}.weight"
+            f"layers.*.attention.{name}.*": f"model.layers.*.self_attn.{hf}.*"
             for name, hf in {
                 "wq": "q_proj",
                 "wq_a": "q_a_proj",

@@ -23,7 +23,7 @@ class Family:
     tp_plan: tuple[PlanRow, ...]
     """Tensor-parallel roles; the module of each parameter is matched by exactly one row."""
     hf_key_map: Mapping[str, str]
-    """Our parameter names -> Hugging Face's, `*` being the layer's number."""
+    """Our parameter names -> Hugging Face's, `*` being the layer's number, or weight and bias."""
     objective: Literal["causal_lm", "masked_lm"] = "causal_lm"
     """Training objective: the next token, or masked tokens and next-sentence prediction."""
     hf_config: HFConfig | None = None

@@ -39,15 +39,9 @@ def _learned(args: DecoderArgs) -> DecoderArgs:
     return replace(args, ffn="gelu_tanh", positions="learned", tied_head=True)
 
 
-def _parameters(name: str, hf_name: str) -> dict[str, str]:
-    """Rows for a module's weight and bias."""
-    return {f"{name}.{kind}": f"{hf_name}.{kind}" for kind in ("weight", "bias")}
-
-
 def _fused(hf_name: str) -> dict[str, str]:
-    """Rows for the weights and biases of query, key and value."""
-    parts = [_parameters(f"layers.*.attention.{name}", hf_name) for name in ("wq", "wk", "wv")]
-    return {name: hf for rows in parts for name, hf in rows.items()}
+    """Rows for query, key and value, which are one linear."""
+    return {f"layers.*.attention.{name}.*": f"{hf_name}.*" for name in ("wq", "wk", "wv")}
 
 
 _DEBUG = _neox(256, 4, 8, 2048)
@@ -70,13 +64,13 @@ GPT_NEOX = Family(
     tp_plan=LLAMA.tp_plan,
     hf_key_map={
         "tok_embeddings.weight": "gpt_neox.embed_in.weight",
-        **_parameters("layers.*.attention_norm", f"{_NEOX_LAYER}.input_layernorm"),
+        "layers.*.attention_norm.*": f"{_NEOX_LAYER}.input_layernorm.*",
         **_fused(f"{_NEOX_LAYER}.attention.query_key_value"),
-        **_parameters("layers.*.attention.wo", f"{_NEOX_LAYER}.attention.dense"),
-        **_parameters("layers.*.ffn_norm", f"{_NEOX_LAYER}.post_attention_layernorm"),
-        **_parameters("layers.*.feed_forward.w1", f"{_NEOX_LAYER}.mlp.dense_h_to_4h"),
-        **_parameters("layers.*.feed_forward.w2", f"{_NEOX_LAYER}.mlp.dense_4h_to_h"),
-        **_parameters("norm", "gpt_neox.final_layer_norm"),
+        "layers.*.attention.wo.*": f"{_NEOX_LAYER}.attention.dense.*",
+        "layers.*.ffn_norm.*": f"{_NEOX_LAYER}.post_attention_layernorm.*",
+        "layers.*.feed_forward.w1.*": f"{_NEOX_LAYER}.mlp.dense_h_to_4h.*",
+        "layers.*.feed_forward.w2.*": f"{_NEOX_LAYER}.mlp.dense_4h_to_h.*",
+        "norm.*": "gpt_neox.final_layer_norm.*",
         "output.weight": "embed_out.weight",
     },
     hf_config=HFConfig(
@@ -123,10 +117,7 @@ GPT_NEOX = Family(
             }
         },
     ),
-    hf_layouts={
-        f"{_NEOX_LAYER}.attention.query_key_value.{kind}": HFLayout(groups="num_heads")
-        for kind in ("weight", "bias")
-    },
+    hf_layouts={f"{_NEOX_LAYER}.attention.query_key_value.*": HFLayout(groups="num_heads")},
     # Old files hold the causal mask and the frequencies of the rotary embedding.
     hf_ignored=(
         f"{_NEOX_LAYER}.attention.bias",
@@ -147,13 +138,13 @@ GPT = Family(
     hf_key_map={
         "tok_embeddings.weight": "transformer.wte.weight",
         "pos_embeddings.weight": "transformer.wpe.weight",
-        **_parameters("layers.*.attention_norm", f"{_GPT_LAYER}.ln_1"),
+        "layers.*.attention_norm.*": f"{_GPT_LAYER}.ln_1.*",
         **_fused(f"{_GPT_LAYER}.attn.c_attn"),
-        **_parameters("layers.*.attention.wo", f"{_GPT_LAYER}.attn.c_proj"),
-        **_parameters("layers.*.ffn_norm", f"{_GPT_LAYER}.ln_2"),
-        **_parameters("layers.*.feed_forward.w1", f"{_GPT_LAYER}.mlp.c_fc"),
-        **_parameters("layers.*.feed_forward.w2", f"{_GPT_LAYER}.mlp.c_proj"),
-        **_parameters("norm", "transformer.ln_f"),
+        "layers.*.attention.wo.*": f"{_GPT_LAYER}.attn.c_proj.*",
+        "layers.*.ffn_norm.*": f"{_GPT_LAYER}.ln_2.*",
+        "layers.*.feed_forward.w1.*": f"{_GPT_LAYER}.mlp.c_fc.*",
+        "layers.*.feed_forward.w2.*": f"{_GPT_LAYER}.mlp.c_proj.*",
+        "norm.*": "transformer.ln_f.*",
         "output.weight": "lm_head.weight",
     },
     hf_config=HFConfig(

@@ -36,13 +36,7 @@ INTERNLM = Family(
         ),
     },
     tp_plan=LLAMA.tp_plan,
-    hf_key_map={
-        **LLAMA.hf_key_map,
-        "layers.*.attention.wq.bias": "model.layers.*.self_attn.q_proj.bias",
-        "layers.*.attention.wk.bias": "model.layers.*.self_attn.k_proj.bias",
-        "layers.*.attention.wv.bias": "model.layers.*.self_attn.v_proj.bias",
-        "layers.*.attention.wo.bias": "model.layers.*.self_attn.o_proj.bias",
-    },
+    hf_key_map=LLAMA.hf_key_map,
     hf_config=replace(
         LLAMA_CONFIG,
         aliases=("InternLMForCausalLM",),

@@ -39,21 +39,19 @@ QWEN = Family(
     },
     tp_plan=LLAMA.tp_plan,
     hf_key_map={
-        "tok_embeddings.weight": "transformer.wte.weight",
-        "layers.*.attention_norm.weight": "transformer.h.*.ln_1.weight",
-        **{
-            f"layers.*.attention.w{part}.{kind}": f"transformer.h.*.attn.c_attn.{kind}"
-            for kind in ("weight", "bias")
-            for part in "qkv"
-        },
-        "layers.*.attention.wo.weight": "transformer.h.*.attn.c_proj.weight",
-        "layers.*.ffn_norm.weight": "transformer.h.*.ln_2.weight",
+        "tok_embeddings.*": "transformer.wte.*",
+        "layers.*.attention_norm.*": "transformer.h.*.ln_1.*",
+        "layers.*.attention.wq.*": "transformer.h.*.attn.c_attn.*",
+        "layers.*.attention.wk.*": "transformer.h.*.attn.c_attn.*",
+        "layers.*.attention.wv.*": "transformer.h.*.attn.c_attn.*",
+        "layers.*.attention.wo.*": "transformer.h.*.attn.c_proj.*",
+        "layers.*.ffn_norm.*": "transformer.h.*.ln_2.*",
         # The gate is what the activation is applied to.
-        "layers.*.feed_forward.w1.weight": "transformer.h.*.mlp.w2.weight",
-        "layers.*.feed_forward.w3.weight": "transformer.h.*.mlp.w1.weight",
-        "layers.*.feed_forward.w2.weight": "transformer.h.*.mlp.c_proj.weight",
-        "norm.weight": "transformer.ln_f.weight",
-        "output.weight": "lm_head.weight",
+        "layers.*.feed_forward.w1.*": "transformer.h.*.mlp.w2.*",
+        "layers.*.feed_forward.w3.*": "transformer.h.*.mlp.w1.*",
+        "layers.*.feed_forward.w2.*": "transformer.h.*.mlp.c_proj.*",
+        "norm.*": "transformer.ln_f.*",
+        "output.*": "lm_head.*",
     },
 )
 
@@ -106,12 +104,7 @@ QWEN2_5 = Family(
         "72b": replace(_2_5_14B, dim=8192, num_layers=80, num_heads=64, ffn_dim=29568),
     },
     tp_plan=LLAMA.tp_plan,
-    hf_key_map={
-        **LLAMA.hf_key_map,
-        "layers.*.attention.wq.bias": "model.layers.*.self_attn.q_proj.bias",
-        "layers.*.attention.wk.bias": "model.layers.*.self_attn.k_proj.bias",
-        "layers.*.attention.wv.bias": "model.layers.*.self_attn.v_proj.bias",
-    },
+    hf_key_map=LLAMA.hf_key_map,
     hf_config=replace(
         LLAMA_CONFIG,
         architecture="Qwen2ForCausalLM",
@@ -153,8 +146,8 @@ QWEN3 = Family(
     tp_plan=(*LLAMA.tp_plan, PlanRow("layers.*.attention.[qk]_norm", "heads")),
     hf_key_map={
         **LLAMA.hf_key_map,
-        "layers.*.attention.q_norm.weight": "model.layers.*.self_attn.q_norm.weight",
-        "layers.*.attention.k_norm.weight": "model.layers.*.self_attn.k_norm.weight",
+        "layers.*.attention.q_norm.*": "model.layers.*.self_attn.q_norm.*",
+        "layers.*.attention.k_norm.*": "model.layers.*.self_attn.k_norm.*",
     },
     hf_config=replace(
         LLAMA_CONFIG,
