@@ -9,12 +9,25 @@ the second text follows the first. Both train with dropout 0.1.
 """
 
 from dataclasses import replace
+from typing import Any
 
 from titan_lite.models.args import EncoderArgs
 from titan_lite.models.family import Family
 from titan_lite.models.hf_config import HFConfig
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.roles import PlanRow
+
+# Fields that have these values in every original model.
+_ORIGINAL: dict[str, Any] = {
+    "ffn": "gelu",
+    "norm": "layernorm",
+    "qkv_bias": True,
+    "out_bias": True,
+    "ffn_bias": True,
+    "positions": "learned",
+    "tied_head": True,
+    "post_norm": True,
+}
 
 
 def _bert(dim: int, num_layers: int, num_heads: int) -> EncoderArgs:
@@ -26,17 +39,10 @@ def _bert(dim: int, num_layers: int, num_heads: int) -> EncoderArgs:
         ffn_dim=4 * dim,
         vocab_size=30_522,
         max_seq_len=512,
-        ffn="gelu",
-        norm="layernorm",
         norm_eps=1e-12,
-        qkv_bias=True,
-        out_bias=True,
-        ffn_bias=True,
-        positions="learned",
-        tied_head=True,
         hidden_dropout=0.1,
         attention_dropout=0.1,
-        post_norm=True,
+        **_ORIGINAL,
     )
 
 
@@ -89,16 +95,7 @@ _CONFIG = HFConfig(
         "hidden_dropout": "hidden_dropout_prob",
         "attention_dropout": "attention_probs_dropout_prob",
     },
-    choices={
-        "ffn": "gelu",
-        "norm": "layernorm",
-        "qkv_bias": True,
-        "out_bias": True,
-        "ffn_bias": True,
-        "positions": "learned",
-        "tied_head": True,
-        "post_norm": True,
-    },
+    choices=_ORIGINAL,
     # transformers/models/bert/configuration_bert.py
     defaults={
         "max_position_embeddings": 512,
@@ -148,7 +145,7 @@ MEGATRON_BERT = Family(
         architecture="MegatronBertForPreTraining",
         aliases=(),
         model_type="megatron-bert",
-        choices={**_CONFIG.choices, "post_norm": False},
+        choices={**_ORIGINAL, "post_norm": False},
     ),
     hf_ignored=_IGNORED,
 )

@@ -7,6 +7,7 @@ billion parameters after V3's last one, is left out.
 """
 
 from dataclasses import replace
+from typing import Any
 
 from titan_lite.models.args import LatentArgs
 from titan_lite.models.family import Family
@@ -14,6 +15,14 @@ from titan_lite.models.llama import LLAMA, LLAMA_CONFIG
 from titan_lite.models.moe import ROUTED_PLAN, expert_key_map
 from titan_lite.models.roles import PlanRow
 
+# Fields that have these values in every model of the class.
+_ROUTING: dict[str, Any] = {
+    "score": "sigmoid",
+    "balance_loss": "sequence",
+    "balance_coeff": 1e-4,
+    "route_bias": True,
+    "bias_rate": 1e-3,
+}
 _V3 = LatentArgs(
     dim=7168,
     num_layers=61,
@@ -30,17 +39,13 @@ _V3 = LatentArgs(
     v_dim=128,
     num_experts=256,
     top_k=8,
-    score="sigmoid",
     groups=8,
     kept_groups=4,
     route_scale=2.5,
     shared_experts=1,
     dense_layers=3,
     dense_dim=18432,
-    balance_loss="sequence",
-    balance_coeff=1e-4,
-    route_bias=True,
-    bias_rate=1e-3,
+    **_ROUTING,
 )
 _FEED_FORWARD = "layers.*.feed_forward"
 _MLP = "model.layers.*.mlp"
@@ -157,13 +162,7 @@ DEEPSEEK_V3 = Family(
             "route_norm": "norm_topk_prob",
             "route_scale": "routed_scaling_factor",
         },
-        choices={
-            "score": "sigmoid",
-            "balance_loss": "sequence",
-            "balance_coeff": 1e-4,
-            "route_bias": True,
-            "bias_rate": 1e-3,
-        },
+        choices=_ROUTING,
         # transformers/models/deepseek_v3/configuration_deepseek_v3.py
         defaults={
             "max_position_embeddings": 4096,
