@@ -237,7 +237,7 @@ def test_settings_that_cannot_act_are_refused(setting: str, message: str) -> Non
 def test_a_family_without_a_form_in_transformers_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry._FAMILIES, "_rows", {"llama": replace(LLAMA, hf_config=None)})
+    monkeypatch.setattr(registry._FAMILIES, "data", {"llama": replace(LLAMA, hf_config=None)})
     settings = ["--checkpoint.enable=true", "--checkpoint.last_save_hf=true"]
     message = "model family llama cannot be converted to or from transformers: its hf_config is not"
     with pytest.raises(ConfigError, match=message):

@@ -21,7 +21,7 @@ class Rolling(Optimizer):
 def registered() -> Iterator[None]:
     register_optimizer(Rolling, "nowhere:build")
     yield
-    del BUILDERS._rows["Rolling"], OPTIMIZERS.variants["Rolling"]
+    del BUILDERS["Rolling"], OPTIMIZERS.variants["Rolling"]
     # Merges the keys again.
     OPTIMIZERS.add(Adam)
 

@@ -35,7 +35,7 @@ def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (package / "setup.py").write_text(FAMILY)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(registry._FAMILIES, "_rows", dict(registry._FAMILIES))
+    monkeypatch.setattr(registry._FAMILIES, "data", dict(registry._FAMILIES))
     yield package / "setup.py"
     for name in [name for name in sys.modules if name.split(".")[0] == "my_plugin"]:
         del sys.modules[name]
@@ -131,7 +131,7 @@ def test_a_name_that_nothing_registered_is_answered_with_those_that_are(
 def test_a_source_that_nothing_registered_is_answered_with_those_that_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(SOURCES, "_rows", {})
+    monkeypatch.setattr(SOURCES, "data", {})
     with pytest.raises(SettingError, match="registered: none"):
         resolve_source(Data(dataset="s4://books"))
     SOURCES.register("s3", "my_plugin:Books")
@@ -144,7 +144,7 @@ def test_a_source_that_nothing_registered_is_answered_with_those_that_are(
 def test_a_looped_schedule_of_a_plugin_chooses_its_stages(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(SCHEDULES, "_rows", dict(SCHEDULES))
+    monkeypatch.setattr(SCHEDULES, "data", dict(SCHEDULES))
     SCHEDULES.register(
         "Mine", PipelineSchedule(build="mine:Mine", stages_per_rank=None, min_per_rank=3)
     )

@@ -29,7 +29,7 @@ def tomls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path
         tomls.append(tmp_path / f"{number}.toml")
         tomls[-1].write_text(content)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registry._FAMILIES, "_rows", dict(registry._FAMILIES))
+    monkeypatch.setattr(registry._FAMILIES, "data", dict(registry._FAMILIES))
     yield tomls
     for name in [name for name in sys.modules if name.split(".")[0] == "my_pkg"]:
         del sys.modules[name]

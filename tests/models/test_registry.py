@@ -14,7 +14,7 @@ from titan_lite.models.registry import families, register, resolve
 
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry._FAMILIES, "_rows", dict(registry._FAMILIES))
+    monkeypatch.setattr(registry._FAMILIES, "data", dict(registry._FAMILIES))
 
 
 def test_the_default_section_is_the_debug_llama() -> None:

@@ -531,7 +531,7 @@ def test_a_family_without_a_form_in_transformers_is_refused(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(registry._FAMILIES, "_rows", {"llama": replace(LLAMA, hf_config=None)})
+    monkeypatch.setattr(registry._FAMILIES, "data", {"llama": replace(LLAMA, hf_config=None)})
     assert cli.main(["convert", "dcp-to-hf", f"{saved}/dcp", f"{tmp_path}/own"]) == 2
     message = "model family llama cannot be converted to or from transformers: its hf_config is not"
     assert message in capsys.readouterr().err
@@ -544,7 +544,7 @@ def test_a_form_that_the_class_has_not_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     flavors = {name: replace(args, parallel_residual=True) for name, args in LLAMA.flavors.items()}
-    monkeypatch.setattr(registry._FAMILIES, "_rows", {"llama": replace(LLAMA, flavors=flavors)})
+    monkeypatch.setattr(registry._FAMILIES, "data", {"llama": replace(LLAMA, flavors=flavors)})
     folder = tmp_path / "dcp"
     shutil.copytree(saved / "dcp", folder)
     manifest = read_manifest(folder)

@@ -2,8 +2,9 @@
 
 import importlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Generic, TypeVar
+from collections import UserDict
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
@@ -11,31 +12,20 @@ from pydantic_core import CoreSchema, core_schema
 T = TypeVar("T")
 
 
-class Registry(Mapping[str, T], Generic[T]):
-    """Rows by name. As an annotation of a key, it accepts only registered names."""
+class Registry(UserDict[str, T]):
+    """Rows by name, built-in ones first. As an annotation of a key, it accepts only these names."""
 
     def __init__(self, noun: str, rows: Mapping[str, T] | None = None) -> None:
-        self._noun, self._rows = noun, dict(rows or {})
+        super().__init__(rows)
+        self._noun = noun
 
     def register(self, name: str, row: T) -> None:
         """Adds a row; ValueError if the name has another one."""
-        if self._rows.setdefault(name, row) != row:
+        if self.setdefault(name, row) != row:
             raise ValueError(
                 f"another {self._noun} is already registered as {json.dumps(name)}; "
                 "choose another name"
             )
-
-    def __getitem__(self, name: str) -> T:
-        """The row of a name."""
-        return self._rows[name]
-
-    def __iter__(self) -> Iterator[str]:
-        """The names, built-in ones first."""
-        return iter(self._rows)
-
-    def __len__(self) -> int:
-        """Number of rows."""
-        return len(self._rows)
 
     def __get_pydantic_core_schema__(
         self, source: type[Any], handler: GetCoreSchemaHandler
@@ -44,7 +34,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return core_schema.no_info_after_validator_function(self._known, handler(source))
 
     def _known(self, name: str) -> str:
-        if name not in self._rows:
+        if name not in self:
             raise ValueError(f"no {self._noun} {json.dumps(name)}")
         return name
 
