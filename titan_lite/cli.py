@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from titan_lite import __version__
@@ -16,11 +16,13 @@ from titan_lite.config.arguments import (
     UsageError,
     command_parser,
     examples,
+    positive,
     split_arguments,
 )
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import ConfigError, LoadedConfig, Problem, load_config
 from titan_lite.config.problems import SettingError, collecting, did_you_mean, nearest
+from titan_lite.config.registry import load
 from titan_lite.config.render import json_schema, to_markdown, to_toml
 from titan_lite.config.rules import file_rules
 from titan_lite.models import registry
@@ -37,36 +39,51 @@ but a plain word needs no quotes. The last one counts:
 """
 
 
+COMMANDS = {
+    "train": "train a model (in one process; torchrun or run_train.sh start many)",
+    "config": "check a configuration and print it with the origin of each value",
+    "checkpoint": "list the checkpoints of a run, or verify them",
+    "tokenize": "convert the documents of a run to a dataset of token ids",
+    "convert": "convert Hugging Face safetensors to checkpoints, and back",
+    "dryrun": "run one step of any rank on fake tensors: memory, FLOPs, collectives",
+    "plan": "predict memory, time, cost and energy of a run on any cluster",
+    "compare": "compare the curves of two runs at every step",
+    "golden": "compare runs with stored curves, for CI",
+    "report": "write an HTML page about one or several runs",
+}
+# Imported only when the command runs.
+FUNCTIONS = {
+    "train": "titan_lite.cli:_train",
+    "config": "titan_lite.cli:_config",
+    "checkpoint": "titan_lite.checkpoint.command:main",
+    "tokenize": "titan_lite.cli:_tokenize",
+    "convert": "titan_lite.tools.convert:main",
+    "dryrun": "titan_lite.cli:_dryrun",
+    "plan": "titan_lite.tools.plan:main",
+    "compare": "titan_lite.regression.commands:compare_command",
+    "golden": "titan_lite.regression.commands:golden_command",
+    "report": "titan_lite.regression.commands:report_command",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit code: 2 for a usage or configuration error."""
     set_up_streams()
     argv = sys.argv[1:] if argv is None else list(argv)
-    commands: dict[str, tuple[Callable[[list[str]], int], str]] = {
-        "train": (_train, "train a model (in one process; torchrun or run_train.sh start many)"),
-        "config": (_config, "check a configuration and print it with the origin of each value"),
-        "checkpoint": (_checkpoint, "list the checkpoints of a run, or verify them"),
-        "tokenize": (_tokenize, "convert the documents of a run to a dataset of token ids"),
-        "convert": (_convert, "convert Hugging Face safetensors to checkpoints, and back"),
-        "dryrun": (_dryrun, "run one step of any rank on fake tensors: memory, FLOPs, collectives"),
-        "plan": (_plan, "predict memory, time, cost and energy of a run on any cluster"),
-        "compare": (_compare, "compare the curves of two runs at every step"),
-        "golden": (_golden, "compare runs with stored curves, for CI"),
-        "report": (_report, "write an HTML page about one or several runs"),
-    }
     parser = argparse.ArgumentParser(
         prog="titan-lite",
         description="FSDP2-native pre-training of transformer language models.",
         epilog="commands:\n"
-        + "\n".join(f"  {name:<10} {text}" for name, (_, text) in commands.items())
+        + "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
         + "\n\n'titan-lite COMMAND --help' explains a command.\n"
         + examples("titan-lite config run.toml", "titan-lite plan run.toml"),
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"titan-lite {__version__}")
-    parser.add_argument("command", metavar="COMMAND", choices=commands, help="see below")
-    command, _ = commands[parser.parse_args(argv[:1]).command]
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="see below")
+    command = parser.parse_args(argv[:1]).command
     try:
-        code = command(argv[1:])
+        code: int = load(FUNCTIONS[command])(argv[1:])
         sys.stdout.flush()
     except ConfigError as error:
         print(error, file=sys.stderr)
@@ -189,12 +206,6 @@ def _rendered(loaded: LoadedConfig) -> str:
     return to_toml(loaded, resolved, in_words(num_params(args), args) if is_ours else None)
 
 
-def _convert(argv: list[str]) -> int:
-    from titan_lite.tools import convert
-
-    return convert.main(argv)
-
-
 def _tokenize(argv: list[str]) -> int:
     parser = _parser(
         "tokenize",
@@ -209,14 +220,14 @@ def _tokenize(argv: list[str]) -> int:
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write")
     parser.add_argument(
         "--processes",
-        type=_positive,
+        type=positive,
         default=os.cpu_count(),
         metavar="N",
         help="number of tokenizing processes (default: one per core)",
     )
     parser.add_argument(
         "--shard-size",
-        type=_positive,
+        type=positive,
         default=2**29,
         metavar="N",
         help="characters of a source file after which a new file is started (536870912)",
@@ -238,18 +249,6 @@ def _tokenize(argv: list[str]) -> int:
         processes=options.processes,
         shard_size=options.shard_size,
     )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return int(text)
-
-
-def _checkpoint(argv: list[str]) -> int:
-    from titan_lite.checkpoint import command
-
-    return command.main(argv)
 
 
 def _dryrun(argv: list[str]) -> int:
@@ -292,30 +291,6 @@ def _dryrun(argv: list[str]) -> int:
 
     print(summarize_dry_run(plan, ranks, device, as_json=options.json))
     return 0
-
-
-def _plan(argv: list[str]) -> int:
-    from titan_lite.tools import plan
-
-    return plan.main(argv)
-
-
-def _compare(argv: list[str]) -> int:
-    from titan_lite.regression.commands import compare_command
-
-    return compare_command(argv)
-
-
-def _golden(argv: list[str]) -> int:
-    from titan_lite.regression.commands import golden_command
-
-    return golden_command(argv)
-
-
-def _report(argv: list[str]) -> int:
-    from titan_lite.regression.commands import report_command
-
-    return report_command(argv)
 
 
 def _ranks(option: str | None, dims: ParallelDims) -> list[int]:

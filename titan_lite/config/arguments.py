@@ -31,6 +31,13 @@ def split_arguments(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     return next(iter(files), None), [word for word in argv if word.startswith("-")]
 
 
+def positive(text: str) -> int:
+    """Parses the value of an option, a positive integer."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Wraps descriptions, but keeps the lines of texts with several lines."""
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from titan_lite.config.arguments import UsageError, command_parser, split_arguments
+from titan_lite.config.arguments import UsageError, command_parser, positive, split_arguments
 from titan_lite.config.load import ConfigError, Problem, load_config
 from titan_lite.config.schema import Model
 from titan_lite.models.plan import make_plan
@@ -89,7 +89,7 @@ def _search(argv: Sequence[str]) -> int:
         "titan-lite plan search run.toml --world-size 2",
     )
     parser.add_argument(
-        "--count", type=_positive, default=5, metavar="N", help="layouts to show (5)"
+        "--count", type=positive, default=5, metavar="N", help="layouts to show (5)"
     )
     parser.add_argument("--write", metavar="FILE", help="write the best as a TOML file")
     options, path, overrides = _parse(parser, argv)
@@ -249,7 +249,7 @@ def _parser(
         "[--price P] [--json]"
     )
     parser = command_parser(command, description, *commands, notes=notes, usage=usage)
-    parser.add_argument("--world-size", type=_positive, metavar="N", help="number of devices")
+    parser.add_argument("--world-size", type=positive, metavar="N", help="number of devices")
     _cluster_options(parser)
     return parser
 
@@ -302,12 +302,6 @@ def _number(text: str, least: str, *, zero: bool = False) -> float:
     if not (number > 0 or (zero and number == 0)) or number == math.inf:
         raise argparse.ArgumentTypeError(f"expected {least}, got {text!r}")
     return number
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return int(text)
 
 
 def _not_negative(text: str) -> float:
