@@ -9,10 +9,10 @@ from titan_lite.config.dims import ParallelDims, resolve_global_batch
 from titan_lite.config.load import LoadedConfig, load_config
 from titan_lite.config.problems import collecting
 from titan_lite.config.rules import config_rules, file_rules
-from titan_lite.config.setting_warnings import log_warnings
-from titan_lite.models.args import DecoderArgs, MoEArgs
+from titan_lite.models.args import DecoderArgs
 from titan_lite.models.model_rules import hf_rules, model_rules, objective_rules, optimizer_rules
 from titan_lite.models.registry import Family, resolve
+from titan_lite.models.setting_warnings import log_warnings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +63,7 @@ def make_plan(
             problems.errors += hf_rules(config, family, args)
     assert dims is not None
     assert model is not None
-    log_warnings(
-        loaded,
-        dims,
-        objective=family.objective,
-        attention_dropout=args.attention_dropout,
-        has_experts=isinstance(args, MoEArgs),
-    )
+    log_warnings(loaded, dims, family, args)
     training = config.training
     micro = training.local_batch_size * dims.batch
     batch = resolve_global_batch(training.global_batch_size, training.local_batch_size, dims.batch)

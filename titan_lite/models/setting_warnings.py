@@ -10,27 +10,21 @@ from titan_lite.config.needs import unmet_needs, value_of
 from titan_lite.config.optimizers import Muon
 from titan_lite.config.problems import FIELDS, quote
 from titan_lite.config.schema import Config
+from titan_lite.models.args import DecoderArgs, MoEArgs
+from titan_lite.models.family import Family
 
 logger = logging.getLogger("titan_lite.config")
 
 
 def log_warnings(
-    loaded: LoadedConfig,
-    dims: ParallelDims,
-    *,
-    objective: str,
-    attention_dropout: float,
-    has_experts: bool,
+    loaded: LoadedConfig, dims: ParallelDims, family: Family, args: DecoderArgs
 ) -> None:
-    """Logs a sentence for each setting that has no effect, or wastes work, in this run.
-
-    objective: objective of the model's family. attention_dropout, has_experts: of the model.
-    """
+    """Logs a sentence for each setting that has no effect, or wastes work, in this run."""
     for warning in (
         *_wasteful(loaded.config, dims),
-        *_uncompiled(loaded.config, attention_dropout),
-        *_without_effect(loaded, dims, objective),
-        *_missing_saved_ops(loaded, attention_dropout, has_experts),
+        *_uncompiled(loaded.config, args.attention_dropout),
+        *_without_effect(loaded, dims, family),
+        *_missing_saved_ops(loaded, args),
     ):
         logger.warning("%s", warning)
 
@@ -93,11 +87,11 @@ def _uncompiled(config: Config, attention_dropout: float) -> Iterator[str]:
         )
 
 
-def _without_effect(loaded: LoadedConfig, dims: ParallelDims, objective: str) -> Iterator[str]:
+def _without_effect(loaded: LoadedConfig, dims: ParallelDims, family: Family) -> Iterator[str]:
     """Keys that were set but have no effect because of another key or the layout."""
     config = loaded.config
     # Random second texts come from the documents of the buffer, even without shuffling.
-    makes_pairs = objective == "masked_lm" and config.masked_lm.next_sentence
+    makes_pairs = family.objective == "masked_lm" and config.masked_lm.next_sentence
     reasons = {
         f"{table}.{key}": need.unmet(config, table)
         for table, key, need in unmet_needs(config)
@@ -120,9 +114,8 @@ def _by_layout(config: Config, dims: ParallelDims) -> Iterator[tuple[str, str]]:
         yield key, "a pipeline reduces gradients at the end of each pass"
     elif training.global_batch_size in (-1, at_once):
         yield key, "a step is one micro-batch"
-    if config.float8.recipe != "none" and dims.fsdp == 1:
-        yield "float8.fsdp_all_gather", "nothing is sharded"
     if dims.fsdp == 1:
+        yield "float8.fsdp_all_gather", "nothing is sharded"
         yield "parallel.fsdp_symm_mem", "nothing is sharded"
     if (freq := config.profiling.profile_freq) > training.steps:
         yield (
@@ -131,20 +124,19 @@ def _by_layout(config: Config, dims: ParallelDims) -> Iterator[tuple[str, str]]:
         )
 
 
-def _missing_saved_ops(
-    loaded: LoadedConfig, attention_dropout: float, has_experts: bool
-) -> Iterator[str]:
+def _missing_saved_ops(loaded: LoadedConfig, args: DecoderArgs) -> Iterator[str]:
     """Operations in activation_checkpoint.save that this run does not have."""
     config, key = loaded.config, "activation_checkpoint.save"
-    if loaded.origins.get(key, DEFAULT) == DEFAULT:
+    if loaded.origins[key] == DEFAULT:
         return
     recipe, parallel = config.float8.recipe, config.parallel
     tp, sequence_parallel = parallel.tp, parallel.sequence_parallel
+    dropout = args.attention_dropout
     layout = f"parallel.tp is {tp}, sequence_parallel {str(sequence_parallel).lower()}"
-    no_experts = (not has_experts, "the model has no experts")
+    no_experts = (not isinstance(args, MoEArgs), "the model has no experts")
     ulysses = parallel.cp > 1 and parallel.cp_method == "ulysses"
     missing = {
-        "attention": (attention_dropout > 0, f"attention_dropout is {attention_dropout:g}"),
+        "attention": (dropout > 0, f"attention_dropout is {dropout:g}"),
         "reduce_scatter": (tp == 1 or not sequence_parallel, layout),
         "all_reduce": (tp == 1 or (sequence_parallel and recipe != "tensorwise"), layout),
         "max": (recipe != "tensorwise", f"float8.recipe is {quote(recipe)}"),
