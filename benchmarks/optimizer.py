@@ -108,7 +108,7 @@ def sent_and_held() -> Values:
         if isinstance(value, torch.Tensor)
     ]
     return {
-        "sent": sum(recording.bytes.values()),
+        "sent": sum(n for (kind, *_), n in recording.work.items() if kind == "bytes"),
         "state": sum(tensor.nbytes for tensor in state),
         "parameters": built.num_params,
     }

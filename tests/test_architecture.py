@@ -351,7 +351,7 @@ BUDGET = {
     "regression": 1204,
     "runtime": 1169,
     "nn": 911,
-    "dryrun": 898,
+    "dryrun": 874,
     "metrics": 808,
     "optim": 803,
     "cli": 300,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from titan_lite.dryrun.recorder import PeakMemory, Recorder
+from titan_lite.dryrun.recorder import PeakMemory, Recorder, Work
 from titan_lite.dryrun.repeat import NotRepeatable, repeat_blocks
 
 BLOCKS = 7
@@ -52,8 +52,8 @@ class Growing(Block):
 
 def step(
     kind: Callable[[list[int]], Block], *, repeats: bool
-) -> tuple[list[PeakMemory], int, list[Tensor | None], int]:
-    """Peaks of three micro-batches, FLOPs, gradients, and passes through blocks."""
+) -> tuple[list[PeakMemory], Work, list[Tensor | None], int]:
+    """Peaks of three micro-batches, work, gradients, and passes through blocks."""
     runs: list[int] = []
     torch.manual_seed(0)
     blocks = [kind(runs) for _ in range(BLOCKS)]
@@ -71,14 +71,14 @@ def step(
             del x
             moments.append(recorder.now())
     peaks = [recorder.peak(start, end) for start, end in itertools.pairwise(moments)]
-    return peaks, recorder.flops, [p.grad for p in parameters], len(runs)
+    return peaks, recorder.work, [p.grad for p in parameters], len(runs)
 
 
 @pytest.mark.parametrize("kind", [Block, Forgetful])
 def test_few_blocks_run_and_all_are_counted(kind: type[Block]) -> None:
-    peaks, flops, grads, runs = step(kind, repeats=True)
-    full_peaks, full_flops, full_grads, full_runs = step(kind, repeats=False)
-    assert (peaks, flops) == (full_peaks, full_flops)
+    peaks, work, grads, runs = step(kind, repeats=True)
+    full_peaks, full_work, full_grads, full_runs = step(kind, repeats=False)
+    assert (peaks, work) == (full_peaks, full_work)
     assert [grad is not None for grad in grads] == [grad is not None for grad in full_grads]
     # The first two and the last two blocks, in two of three micro-batches.
     assert (runs, full_runs) == (4 * 2, BLOCKS * 3)

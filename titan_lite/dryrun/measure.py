@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_lite.config.dims import ParallelDims
-from titan_lite.dryrun.recorder import Category, PeakMemory, Recorder
+from titan_lite.dryrun.recorder import FLOPS, Category, PeakMemory, Recorder
 from titan_lite.training.setup import BuiltTraining
 
 
@@ -64,17 +64,18 @@ def measure_step(
         held["gradients"] = recorder.mark(grads, "gradients")
 
     hook = built.optimizer.register_step_pre_hook(mark_gradients)
-    recorder.restart()
+    recorder.work.clear()
     start = recorder.now()
     take_step()
     hook.remove()
     return Measured(
         held=held,
         peak=recorder.peak(start),
-        flops=recorder.flops,
+        flops=recorder.work[FLOPS],
         collectives=tuple(
-            Collective(operation, axis, count, recorder.bytes[operation, axis])
-            for (operation, axis), count in sorted(recorder.counts.items())
+            Collective(operation, axis, count, recorder.work["bytes", operation, axis])
+            for (kind, operation, axis), count in sorted(recorder.work.items())
+            if kind == "count"
         ),
     )
 

@@ -55,6 +55,11 @@ OPERATIONS = {
 }
 
 
+Work = Counter[tuple[Literal["FLOPs", "count", "bytes"], str, str]]
+"""FLOPs, and number and bytes of the collectives of each (operation, axis)."""
+FLOPS: tuple[Literal["FLOPs"], str, str] = ("FLOPs", "", "")
+
+
 @dataclass(eq=False, slots=True)
 class Allocation:
     """One storage: its current bytes, and its category, which may be set later.
@@ -81,27 +86,15 @@ class Moment:
 
     live: frozenset[Allocation]
     num_changes: int
-    flops: int
-    counts: Counter[tuple[str, str]]
-    bytes: Counter[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Passage:
-    """The record between two moments."""
-
-    changes: list[tuple[Allocation, int]]
-    flops: int
-    counts: Counter[tuple[str, str]]
-    bytes: Counter[tuple[str, str]]
+    work: Work
 
 
 class Recorder(TorchDispatchMode):
     """Records while it is entered.
 
-    flops: of matmuls and attention. collectives: (operation, axis) -> (count, bytes), with the
-    bytes of whole tensors: an all-gather's output, a reduce-scatter's input. fuses_float8_casts:
-    leaves out the float32 copies of casts to float8, which compiled casts do not make.
+    work: FLOPs of matmuls and attention, and collectives, with the bytes of whole tensors: an
+    all-gather's output, a reduce-scatter's input. fuses_float8_casts: leaves out the float32 copies
+    of casts to float8, which compiled casts do not make.
     """
 
     def __init__(
@@ -109,9 +102,7 @@ class Recorder(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self._fuses_float8_casts = fuses_float8_casts
-        self.flops = 0
-        self.counts: Counter[tuple[str, str]] = Counter()
-        self.bytes: Counter[tuple[str, str]] = Counter()
+        self.work: Work = Counter()
         self._axis_of = axis_of
         self._live: dict[int, Allocation] = {}
         # Every change of an allocation's size, in order.
@@ -136,16 +127,11 @@ class Recorder(TorchDispatchMode):
     def moment(self) -> Moment:
         """The current state, for `since`."""
         live = frozenset(self._live.values())
-        return Moment(live, self.now(), self.flops, self.counts.copy(), self.bytes.copy())
+        return Moment(live, self.now(), self.work.copy())
 
-    def since(self, moment: Moment) -> Passage:
-        """The record since a moment."""
-        return Passage(
-            self._changes[moment.num_changes :],
-            self.flops - moment.flops,
-            self.counts - moment.counts,
-            self.bytes - moment.bytes,
-        )
+    def since(self, moment: Moment) -> tuple[list[tuple[Allocation, int]], Work]:
+        """The changes of allocations and the work since a moment."""
+        return self._changes[moment.num_changes :], self.work - moment.work
 
     def allocation(self, tensor: Tensor) -> Allocation:
         """The allocation of a tensor's storage, or of a DTensor's local tensor."""
@@ -160,20 +146,6 @@ class Recorder(TorchDispatchMode):
         if allocation.freed is not None:
             self._changes[allocation.freed] = (allocation, 0)
         self._free(allocation)
-
-    def add(
-        self, flops: int, counts: Counter[tuple[str, str]], sizes: Counter[tuple[str, str]]
-    ) -> None:
-        """Records simulated FLOPs and collectives."""
-        self.flops += flops
-        self.counts += counts
-        self.bytes += sizes
-
-    def restart(self) -> None:
-        """Resets FLOPs and collectives, but not the allocations."""
-        self.flops = 0
-        self.counts.clear()
-        self.bytes.clear()
 
     def peak(self, start: int = 0, end: int | None = None) -> PeakMemory:
         """Returns the peak between two times."""
@@ -212,7 +184,7 @@ class Recorder(TorchDispatchMode):
         if func.namespace == "fsdp" and "chunk_cat" in func.__name__:
             # FSDP2 reduces the gradients of gathered weights.
             self._name_gradients(args)
-        self.flops += flops(func, args, kwargs, out)
+        self.work[FLOPS] += flops(func, args, kwargs, out)
         for tensor in tensors_in(out):
             if tensor.device.type != "meta" and not self._is_inside_a_kernel(tensor):
                 self._see(tensor.untyped_storage())
@@ -257,9 +229,9 @@ class Recorder(TorchDispatchMode):
         name = func.__name__
         for operation, words in OPERATIONS.items():
             if any(word in name for word in words):
-                key = operation, self._axis_of(group_of(func, args))
-                self.counts[key] += 1
-                self.bytes[key] += max(
+                axis = self._axis_of(group_of(func, args))
+                self.work["count", operation, axis] += 1
+                self.work["bytes", operation, axis] += max(
                     sum(t.nbytes for t in tensors_in(value)) for value in (*args, out)
                 )
                 return

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from titan_lite.dryrun.recorder import Allocation, Category, Moment, Recorder, tensors_in
+from titan_lite.dryrun.recorder import Allocation, Category, Moment, Recorder, Work, tensors_in
 
 # Micro-batches in which blocks run.
 MICRO_BATCHES = 2
@@ -48,9 +48,7 @@ class Pass:
     changes: list[tuple[Name, Category, int]]
     owners: dict[Name, int | None]
     makers: dict[Name, Callable[[], Tensor]] = field(compare=False)
-    flops: int
-    counts: Counter[tuple[str, str]]
-    bytes: Counter[tuple[str, str]]
+    work: Work
 
 
 def repeat_blocks(recorder: Recorder, stages: Iterable[Iterable[nn.Module]]) -> None:
@@ -155,7 +153,7 @@ class _Repeater:
             else:
                 own = allocations.setdefault(name, Allocation(0, category))
                 self.recorder.change(own, change)
-        self.recorder.add(known.flops, known.counts, known.bytes)
+        self.recorder.work += known.work
         assert returned is not None
         return returned
 
@@ -170,9 +168,9 @@ class _Repeater:
 
         left: tensors that may outlive it.
         """
-        recorded = self.recorder.since(moment)
+        recorded, work = self.recorder.since(moment)
         changes = []
-        for allocation, change in recorded.changes:
+        for allocation, change in recorded:
             if allocation not in names:
                 if allocation in moment.live:
                     raise NotRepeatable(f"{place} frees what is not its own")
@@ -190,7 +188,7 @@ class _Repeater:
             if name in owners or [n for n, _, _ in changes].count(name) != 1:
                 raise NotRepeatable(f"{place} makes a tensor in several steps")
             owners[name], makers[name] = owner, _maker(tensor, storage.bytes)
-        learned = Pass(changes, owners, makers, recorded.flops, recorded.counts, recorded.bytes)
+        learned = Pass(changes, owners, makers, work)
         if self.passes.setdefault(place, learned) != learned:
             raise NotRepeatable(f"two passes differ at {place}")
         return learned
