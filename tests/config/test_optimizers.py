@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
+from pydantic import Field
 
 from titan_lite.config.load import ConfigError, load_config
 from titan_lite.config.optimizers import BUILDERS, OPTIMIZERS, Adam, Optimizer, register_optimizer
@@ -15,6 +16,10 @@ class Rolling(Optimizer):
     name: Literal["Rolling"] = "Rolling"
     friction: float = 0.9
     """Decay of the average."""
+    momentum: Annotated[int, Field(ge=1)] = 1
+    """Steps that are averaged; Muon's key of this name is a number below 1."""
+    state_dtype: Literal["fp16", "fp8"] = "fp16"
+    """Type of the average; AdamW's key of this name has other values."""
 
 
 @pytest.fixture
@@ -42,6 +47,21 @@ def test_a_registered_optimizer_has_the_common_keys_and_its_own() -> None:
         'optimizer.name (command line): expected "AdamW", "Adam", "Muon" or "Rolling", got '
         '"Rollin"; did you mean "Rolling"?'
     )
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("momentum=0.5", "expected an integer of at least 1, got 0.5"),
+        ("state_dtype=fp61", 'expected "fp16" or "fp8", got "fp61"; did you mean "fp16"?'),
+        ("groups=1", "expected tables, as [[optimizer.groups]] makes them, got 1"),
+    ],
+)
+def test_a_wrong_value_is_compared_with_the_type_of_the_chosen_optimizer(
+    override: str, message: str
+) -> None:
+    assert problem("name=Rolling", override).endswith(f"(command line): {message}")
 
 
 @pytest.mark.usefixtures("registered")

@@ -260,17 +260,19 @@ def _problems_of(source: str, tables: Tables, tags: Mapping[str, str]) -> Iterat
             if place not in places or details["type"] == "extra_forbidden":
                 places[place] = details["type"], details["loc"][2:]
     for (section, *key), (kind, inside) in places.items():
-        content = tables[section]
+        content, fields = tables[section], FIELDS.get(section, {})
+        if section in TAGGED:
+            fields = TAGGED[section].fields_of(tags[section])
         if not key and section in FIELDS:
             message = f"expected a table, got {literal(content)}"
         elif not key:
             message = unknown_table(section, content)
         elif kind == "extra_forbidden" and key[0] in FIELDS[section] and not inside:
             message = foreign_key(section, key[0], tags[section])
-        elif key[0] in FIELDS[section] and (row := rows_of(FIELDS[section][key[0]])):
+        elif key[0] in fields and (row := rows_of(fields[key[0]])):
             message = wrong_row(f"{section}.{key[0]}", row, content[key[0]], inside, kind)
         elif kind == "extra_forbidden":
             message = unknown_key(section, key[0])
         else:
-            message = wrong_value(section, key[0], content[key[0]])
+            message = wrong_value(fields[key[0]], content[key[0]])
         yield Problem(".".join([section, *key]), source, message)

@@ -274,9 +274,8 @@ def rows_of(field: FieldInfo) -> type[Section] | None:
     return row if is_class and issubclass(row, Section) else None
 
 
-def wrong_value(section: str, key: str, value: Any) -> str:
+def wrong_value(field: FieldInfo, value: Any) -> str:
     """Returns the problem of a wrong value: expected values, the value, and the nearest choice."""
-    field = FIELDS[section][key]
     got = literal(value)
     got = got if len(got) <= 80 else f"{got[:77]}..."
     message = f"expected {expected(field)}, got {got}"

@@ -76,6 +76,10 @@ class TaggedTable(Generic[S]):
         """Returns the keys that only other variants have."""
         return self.fields.keys() - self.variants[tag].model_fields.keys()
 
+    def fields_of(self, tag: str) -> dict[str, FieldInfo]:
+        """Returns the keys of one variant; its tag may still be that of any."""
+        return {**self.variants[tag].model_fields, self.tag: self.fields[self.tag]}
+
     def validate(self, table: Any) -> Any:
         """Validates a table by its variant; without one, returns {}, which the base rejects."""
         if not isinstance(table, dict):
