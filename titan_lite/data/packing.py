@@ -99,17 +99,17 @@ def pack(
     the mark of a block and an offset into its tokens: packing from there gives the samples that
     follow. A remainder at the end that is too short for a sample is dropped.
     """
-    window: deque[tuple[Mark, Tokens]] = deque()
-    available = -offset
+    # Blocks from the next sample's start on, and their tokens from there on.
+    window: deque[tuple[Mark, int]] = deque()
+    rest = np.empty(0, np.uint32)
     for mark, tokens in blocks:
-        window.append((mark, tokens))
-        available += len(tokens)
-        while available > seq_len:
-            sample = _take(window, offset, seq_len + 1)
+        rest = np.concatenate([rest, tokens]) if window else tokens[offset:]
+        window.append((mark, len(tokens)))
+        while len(rest) > seq_len:
+            sample, rest = rest[: seq_len + 1], rest[seq_len:]
             offset += seq_len
-            available -= seq_len
-            while offset >= len(window[0][1]):
-                offset -= len(window.popleft()[1])
+            while offset >= window[0][1]:
+                offset -= window.popleft()[1]
             yield sample, window[0][0], offset
 
 
@@ -157,15 +157,3 @@ def to_row(sample: Tokens, seq_len: int, section: Data) -> Row:
         numbers, positions = np.divmod(place, section.packing_block)
         return Row(inputs, labels, positions, numbers)
     return Row(inputs, labels)
-
-
-def _take(window: Iterable[tuple[Mark, Tokens]], offset: int, count: int) -> Tokens:
-    parts = []
-    for _, tokens in window:
-        part = tokens[offset : offset + count]
-        parts.append(part)
-        count -= len(part)
-        offset = max(0, offset - len(tokens))
-        if not count:
-            break
-    return np.concatenate(parts)
