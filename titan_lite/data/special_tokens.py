@@ -8,7 +8,6 @@ usual spellings.
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
 
 from titan_lite.runtime.stored_files import json_object
 
@@ -29,15 +28,6 @@ _USES = {
 }
 
 
-class SpecialTokens(NamedTuple):
-    """Token ids; a missing BOS or padding token is the EOS."""
-
-    bos_id: int
-    eos_id: int
-    pad_id: int
-    mask_id: int | None
-
-
 def read_companions(file: Path) -> dict[str, bytes]:
     """Returns the contents of the files next to a tokenizer, by name."""
     paths = map(file.with_name, FILE_NAMES)
@@ -49,8 +39,8 @@ def special_tokens(
     companions: Mapping[str, bytes],
     id_of: Callable[[str], int | None],
     own_ids: Mapping[str, int] = MappingProxyType({}),
-) -> SpecialTokens:
-    """Finds the special tokens of a tokenizer.
+) -> tuple[int, int, int, int | None]:
+    """Returns the ids of BOS, EOS, padding and mask; a missing BOS or padding is the EOS.
 
     id_of: returns a token's id by its spelling, None if there is no such token. own_ids: named by
     the tokenizer's file itself; companion files take precedence. Raises ValueError for companion
@@ -83,10 +73,8 @@ def special_tokens(
             f"{file} has no token for the end of a document: name it in a tokenizer_config.json "
             'next to it, {"eos_token": "..."}'
         )
-    bos, pad = (eos if ids[use] is None else ids[use] for use in ("bos", "pad"))
-    assert bos is not None
-    assert pad is not None
-    return SpecialTokens(bos, eos, pad, ids["mask"])
+    bos, pad = (eos if (number := ids[use]) is None else number for use in ("bos", "pad"))
+    return bos, eos, pad, ids["mask"]
 
 
 def _content(named: object) -> str | None:
