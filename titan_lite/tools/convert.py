@@ -227,27 +227,24 @@ def model_section(family: Family, args: DecoderArgs) -> dict[str, Any]:
     assert family.hf_config is not None
     stored = [*family.hf_config.keys, "rope_scaling"]
     fields = [field.name for field in dataclasses.fields(args) if field.name in stored]
-    candidates: list[tuple[str, dict[str, Any]]] = []
-    missing: list[list[str]] = []
+    differing: dict[str, dict[str, Any]] = {}
     for flavor, known in family.flavors.items():
         values = {name: getattr(args, name) for name in fields}
         if known.head_dim is not None:
             values["head_dim"] = args.head_size
-        differing = {name: v for name, v in values.items() if v != getattr(known, name)}
-        missing.append(
-            [f"{name} = {v}" for name, v in differing.items() if name not in Model.model_fields]
-        )
-        if not missing[-1]:
-            candidates.append((flavor, differing))
-    if not candidates:
-        fewest = min(missing, key=lambda settings: len(settings))
+        differing[flavor] = {name: v for name, v in values.items() if v != getattr(known, name)}
+    missing = {
+        flavor: [f"{name} = {v}" for name, v in values.items() if name not in Model.model_fields]
+        for flavor, values in differing.items()
+    }
+    nearest = min(differing, key=lambda flavor: (len(missing[flavor]), len(differing[flavor])))
+    if missing[nearest]:
         raise ValueError(
-            f"no flavor of model family {family.name} has {', '.join(fewest)}, which "
+            f"no flavor of model family {family.name} has {', '.join(missing[nearest])}, which "
             "[model] cannot set: register a family, as docs/adding_a_family.md shows, and name its "
             "module with --plugin"
         )
-    flavor, differing = min(candidates, key=lambda candidate: len(candidate[1]))
-    return {"name": family.name, "flavor": flavor, **differing}
+    return {"name": family.name, "flavor": nearest, **differing[nearest]}
 
 
 def _model_section_of(source: Path, manifest: CheckpointManifest) -> Model:

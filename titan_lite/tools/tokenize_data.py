@@ -16,25 +16,24 @@ from titan_lite.runtime.stored_files import damaged_files
 def write(loaded: LoadedConfig, target: Path, *, processes: int, shard_size: int) -> int:
     """Tokenizes the documents of [data] into the folder `target`, or resumes; ConfigError."""
     data = loaded.config.data
-    if data.sources:
-        with loaded.reporting():
-            message = (
-                "not supported by tokenize: run it for each source, with its keys under [data]"
-            )
-            raise SettingError("data.sources", message)
     from titan_lite.data.tokenizing import TargetError, tokenize
 
     with loaded.reporting(), errors_for("data.dataset"):
+        if data.sources:
+            raise SettingError(
+                "data.sources",
+                "not supported by tokenize: run it for each source, with its keys under [data]",
+            )
         (source,) = resolve_sources(data)
         try:
             manifest = tokenize(source, data, target, processes=processes, shard_size=shard_size)
-        except TargetError as error:
-            raise ConfigError([Problem("--output", "command line", str(error))]) from error
-        except OSError as error:
-            message = (
-                f"{error.filename or f'{target}{UNFINISHED}'} cannot be written: {error.strerror}; "
-                "rerun the same command to resume"
-            )
+        except (TargetError, OSError) as error:
+            message = str(error)
+            if isinstance(error, OSError):
+                file = error.filename or f"{target}{UNFINISHED}"
+                message = (
+                    f"{file} cannot be written: {error.strerror}; rerun the same command to resume"
+                )
             raise ConfigError([Problem("--output", "command line", message)]) from error
         except BrokenProcessPool:
             raise ValueError(
