@@ -3,7 +3,6 @@
 import glob
 import os
 import re
-import stat
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -293,18 +292,17 @@ def _without_aliases(files: Iterable[Path], chosen: str) -> list[Path]:
 
 def _check(file: Path) -> None:
     """Raises ValueError for a file that cannot be opened, is a pipe, or has an unknown format."""
-    try:
-        status = file.stat()
-    except OSError as error:
+    if not file.exists():
         reason = "is a link to a missing file" if file.is_symlink() else "is missing"
-        raise ValueError(f"{file} {reason}") from error
-    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{file} {reason}")
+    if not file.is_file():
         raise ValueError(f"{file} is not a regular file")
     if not format_of(file):
         raise ValueError(f"unknown format of {file.name!r}, expected a name ending in {KNOWN}")
     if not os.access(file, os.R_OK):
         raise ValueError(f"no permission to read {file}")
-    if 0 < status.st_size < _LFS_LIMIT:
+    size = file.stat().st_size
+    if 0 < size < _LFS_LIMIT:
         with file.open("rb") as opened:
             if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
                 raise ValueError(
@@ -313,7 +311,7 @@ def _check(file: Path) -> None:
                 )
     if format_of(file) == "megatron":
         MegatronFile(file)
-    if format_of(file) == "arrow" and status.st_size > 8:
+    if format_of(file) == "arrow" and size > 8:
         with file.open("rb") as opened:
             opened.seek(-8, os.SEEK_END)
             if not opened.read().endswith(_ARROW_ENDS):
