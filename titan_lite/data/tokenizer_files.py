@@ -26,11 +26,7 @@ def load_tokenizer(path: str | Path = "") -> Tokenizer:
             fetch = how_to_fetch(str(path), "data.tokenizer_path")
             missing = f"does not exist{fetch}"
             raise ValueError(f"{file} {'is not a regular file' if file.exists() else missing}")
-        try:
-            content = file.read_bytes()
-        except OSError as error:
-            raise ValueError(f"cannot read {file}: {error.strerror}") from error
-        return _tokenizer_of(file, content)
+        return _tokenizer_of(file, file.read_bytes())
 
 
 def _tokenizer_of(file: Path, content: bytes) -> Tokenizer:
