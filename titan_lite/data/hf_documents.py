@@ -60,12 +60,12 @@ def hf_documents(
         document = _tokenizer_json(tokenizer)
     except ValueError:
         return documents
-    names = Backend.from_str(json.dumps(document)).id_to_token
-    _add_bos_template(document, tokenizer, of_pairs=not args.causal)
+    backend = Backend.from_str(json.dumps(document))
+    _add_bos_template(document, backend, tokenizer, of_pairs=not args.causal)
     return {
         **documents,
         "tokenizer.json": document,
-        "tokenizer_config.json": _config(tokenizer, args, names),
+        "tokenizer_config.json": _config(tokenizer, args, backend.id_to_token),
     }
 
 
@@ -95,12 +95,13 @@ def _config(tokenizer: Tokenizer, args: DecoderArgs, name_of: Any) -> dict[str, 
     return config
 
 
-def _add_bos_template(document: dict[str, Any], tokenizer: Tokenizer, *, of_pairs: bool) -> None:
+def _add_bos_template(
+    document: dict[str, Any], backend: Backend, tokenizer: Tokenizer, *, of_pairs: bool
+) -> None:
     """Adds a template to a tokenizer.json that puts [BOS] before a text, unless it has one.
 
     of_pairs: adds [BOS] A [EOS] and [BOS] A [EOS] B [EOS], with types; otherwise only [BOS] A.
     """
-    backend = Backend.from_str(json.dumps(document))
     text = backend.encode("a", add_special_tokens=False).ids
     after = [tokenizer.eos_id] * of_pairs
     one, two = (backend.encode("a", pair).ids for pair in (None, "a"))

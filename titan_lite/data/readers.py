@@ -17,7 +17,6 @@ from titan_lite.data.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 SKIP = 'data.on_bad_document = "skip"'
-SKIP_HINT = f"{SKIP} leaves such documents out"
 # More bad documents in a row suggest a wrong configuration, and end the run.
 MAX_BAD_IN_A_ROW = 1000
 
@@ -35,7 +34,7 @@ class DocumentReader:
         self._source, self._section = source, section
         self._dataset = source.open(stream, section.num_streams)
         self._tokenizer = tokenizer
-        self._policy = BadDocumentPolicy(source, skip=section.on_bad_document == "skip")
+        self._policy = BadDocumentPolicy(source, section)
         self._rows: Iterator[dict[str, Any]] = iter(())
 
     def start(self, cursor: dict[str, Any] | None) -> None:
@@ -98,8 +97,8 @@ class DocumentReader:
 class BadDocumentPolicy:
     """The policy of data.on_bad_document for bad documents."""
 
-    def __init__(self, source: Source, *, skip: bool) -> None:
-        self._source, self._skip = source, skip
+    def __init__(self, source: Source, section: Data) -> None:
+        self._source, self._skip = source, section.on_bad_document == "skip"
         self._in_a_row = 0
 
     def document(self, row: dict[str, Any], rows: object) -> Document | None:
@@ -125,7 +124,7 @@ class BadDocumentPolicy:
             if self._in_a_row == 1:
                 logger.warning("A document of %s was skipped: %s", source.name, error)
             return
-        hint = SKIP_HINT
+        hint = f"{SKIP} leaves such documents out"
         if too_many:
             hint = f"{self._in_a_row:,} bad documents in a row end the run, even with {SKIP}"
         raise SettingError(

@@ -1,4 +1,4 @@
-"""Sources of documents: KINDS lists what a table can name, how it is recognized and opened."""
+"""Sources of documents: finds the documents that a table of the configuration names."""
 
 import contextlib
 import functools
@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from titan_lite.config.problems import (
     SettingError,
@@ -271,30 +270,23 @@ def _hub_dataset(choice: Choice) -> Source:
     )
 
 
-class SourceKind(NamedTuple):
-    """A kind of documents: how a table that names them is recognized, and what finds them."""
+def _kind_of(choice: Choice) -> tuple[Callable[[Choice], Source], tuple[str, ...]]:
+    """Returns the function that finds a table's documents, and the table's keys without effect.
 
-    recognizes: Callable[[Choice], bool]
-    find: Callable[[Choice], Source]
-    """Raises ValueError for documents that are missing or of a wrong kind; reads none of them."""
-    unused: tuple[str, ...] = ()
-    """Keys of the table that have no effect."""
-
-
-KINDS = (
-    SourceKind(lambda choice: choice.row in SOURCES, _plugin_source),
-    SourceKind(
-        lambda choice: choice.has(MANIFEST_FILE),
-        _tokenized_source,
-        ("subset", "split", "text_field", "tokens_field"),
-    ),
-    SourceKind(lambda choice: choice.has(SPLITS_FILE), _saved_split, ("subset",)),
-    SourceKind(lambda choice: bool(choice.section.dataset_path), _local_files, ("subset", "split")),
-    SourceKind(lambda choice: choice.name == "bundled", _bundled_corpus, ("subset",)),
-    SourceKind(lambda choice: True, _hub_dataset),
-)
-"""The kinds, of which the first that recognizes a table finds its documents. Plugins add rows to
-SOURCES; formats.FORMATS has the formats of local files."""
+    The function raises ValueError for documents that are missing or of a wrong kind, and reads none
+    of them. Plugins add rows to SOURCES; formats.FORMATS has the formats of local files.
+    """
+    if choice.row in SOURCES:
+        return _plugin_source, ()
+    if choice.has(MANIFEST_FILE):
+        return _tokenized_source, ("subset", "split", "text_field", "tokens_field")
+    if choice.has(SPLITS_FILE):
+        return _saved_split, ("subset",)
+    if choice.section.dataset_path:
+        return _local_files, ("subset", "split")
+    if choice.name == "bundled":
+        return _bundled_corpus, ("subset",)
+    return _hub_dataset, ()
 
 
 def resolve_sources(section: Data) -> list[Source]:
@@ -333,8 +325,8 @@ def resolve_source(section: Documents, table: str = "data", *, skip: bool = Fals
     not have.
     """
     choice = Choice(section, table, skip)
-    kind = next(kind for kind in KINDS if kind.recognizes(choice))
-    for key in kind.unused:
+    find, unused = _kind_of(choice)
+    for key in unused:
         value, default = getattr(section, key), type(section).model_fields[key].default
         if value != default:
             raise SettingError(
@@ -342,7 +334,7 @@ def resolve_source(section: Documents, table: str = "data", *, skip: bool = Fals
                 f"{quote(value)} has no effect with {choice.setting}: leave it {quote(default)}",
             )
     with errors_for(choice.key):
-        return kind.find(choice)
+        return find(choice)
 
 
 def check_tokens(sources: Iterable[Source], tokenizer: Tokenizer) -> None:

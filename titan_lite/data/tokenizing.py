@@ -72,9 +72,8 @@ class WorkerSettings:
     """The arguments of every process. folder: the unfinished one."""
 
     source: Source
+    section: Data
     folder: Path
-    tokenizer_path: str
-    skip: bool
     shard_size: int
     schema: pyarrow.Schema
 
@@ -121,9 +120,7 @@ def tokenize(
         }
         _check_settings(folder, settings)
         features = _features(tokenizer)
-        skip = section.on_bad_document == "skip"
-        path, schema = section.tokenizer_path, features.arrow_schema
-        job = WorkerSettings(source, folder, path, skip, shard_size, schema)
+        job = WorkerSettings(source, section, folder, shard_size, features.arrow_schema)
         turns = -(-processes // source.num_files)
         tasks = [
             Task(number, turn, turns) for number in range(source.num_files) for turn in range(turns)
@@ -251,13 +248,13 @@ class _Worker:
 
     def __init__(self, job: WorkerSettings, report: Report) -> None:
         self._job, self._report = job, report
-        self._tokenizer = load_tokenizer(job.tokenizer_path)
+        self._tokenizer = load_tokenizer(job.section.tokenizer_path)
 
     def write(self, task: Task) -> None:
         """Writes the parts of a task that are not complete yet."""
         source = self._job.source
         file = source.open(task.number, source.num_files)
-        policy = BadDocumentPolicy(source, skip=self._job.skip)
+        policy = BadDocumentPolicy(source, self._job.section)
         parts = itertools.groupby(self._numbered(file), key=itemgetter(0))
         for part, (_, rows) in enumerate(parts):
             path = self._job.folder / shard_name(task.number, part)
