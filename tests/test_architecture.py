@@ -340,7 +340,7 @@ def test_only_these_functions_take_a_whole_plan_or_configuration() -> None:
 # Lines of code of each room: neither blank, comment nor docstring. Raising one is a decision to
 # explain in the commit message.
 BUDGET = {
-    "data": 3087,
+    "data": 3054,
     "parallel": 2121,
     "config": 2011,
     "training": 1918,
