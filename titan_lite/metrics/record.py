@@ -24,71 +24,62 @@ class Metric:
     """
 
     unit: str
-    reduction: Literal["global", "max"]
     tag: str
+    reduction: Literal["global", "max"] = "global"
 
 
 METRICS: dict[str, Metric] = {
-    "loss": Metric("nats per token", "global", "train/loss"),
-    "grad_norm": Metric("no unit", "global", "train/grad_norm"),
+    "loss": Metric("nats per token", "train/loss"),
+    "grad_norm": Metric("no unit", "train/grad_norm"),
     # Masked language models only: the two parts of the loss.
-    "masked_lm_loss": Metric("nats per masked token", "global", "train/masked_lm_loss"),
-    "next_sentence_loss": Metric("nats per pair", "global", "train/next_sentence_loss"),
-    "next_sentence_accuracy": Metric("share of pairs", "global", "train/next_sentence_accuracy"),
-    "lr": Metric("no unit", "global", "train/lr"),
-    "loss_scale": Metric("no unit; only with float16", "global", "train/loss_scale"),
-    "skipped_steps": Metric("steps since step 0", "global", "train/skipped_steps"),
-    "skipped_documents": Metric("documents since step 0", "global", "train/skipped_documents"),
-    "tokens": Metric("tokens since step 0", "global", "train/tokens"),
+    "masked_lm_loss": Metric("nats per masked token", "train/masked_lm_loss"),
+    "next_sentence_loss": Metric("nats per pair", "train/next_sentence_loss"),
+    "next_sentence_accuracy": Metric("share of pairs", "train/next_sentence_accuracy"),
+    "lr": Metric("no unit", "train/lr"),
+    "loss_scale": Metric("no unit; only with float16", "train/loss_scale"),
+    "skipped_steps": Metric("steps since step 0", "train/skipped_steps"),
+    "skipped_documents": Metric("documents since step 0", "train/skipped_documents"),
+    "tokens": Metric("tokens since step 0", "train/tokens"),
     # Mixture of Experts only; metrics.jsonl also has lists with a value for each block.
-    "moe/load_max": Metric("largest expert's tokens over the mean", "global", "moe/load_max"),
+    "moe/load_max": Metric("largest expert's tokens over the mean", "moe/load_max"),
     "moe/rank_load_max": Metric(
         "rows of the most loaded ep position over the mean, under expert parallel",
-        "global",
         "moe/rank_load_max",
     ),
-    "moe/unused_experts": Metric(
-        "experts without tokens, of all blocks", "global", "moe/unused_experts"
-    ),
-    "moe/entropy": Metric("no unit; 1 if all experts are used equally", "global", "moe/entropy"),
-    "moe/balance_loss": Metric("nats, of all blocks", "global", "moe/balance_loss"),
-    "moe/max_bias": Metric("largest absolute bias of an expert", "max", "moe/max_bias"),
-    "validation/loss": Metric("nats per token", "global", "validation/loss"),
-    "validation/masked_lm_loss": Metric(
-        "nats per masked token", "global", "validation/masked_lm_loss"
-    ),
-    "validation/next_sentence_loss": Metric(
-        "nats per pair", "global", "validation/next_sentence_loss"
-    ),
+    "moe/unused_experts": Metric("experts without tokens, of all blocks", "moe/unused_experts"),
+    "moe/entropy": Metric("no unit; 1 if all experts are used equally", "moe/entropy"),
+    "moe/balance_loss": Metric("nats, of all blocks", "moe/balance_loss"),
+    "moe/max_bias": Metric("largest absolute bias of an expert", "moe/max_bias", "max"),
+    "validation/loss": Metric("nats per token", "validation/loss"),
+    "validation/masked_lm_loss": Metric("nats per masked token", "validation/masked_lm_loss"),
+    "validation/next_sentence_loss": Metric("nats per pair", "validation/next_sentence_loss"),
     "validation/next_sentence_accuracy": Metric(
-        "share of pairs", "global", "validation/next_sentence_accuracy"
+        "share of pairs", "validation/next_sentence_accuracy"
     ),
-    "validation/perplexity": Metric("no unit", "global", "validation/perplexity"),
-    "validation/bits_per_byte": Metric("bits per byte", "global", "validation/bits_per_byte"),
-    "wps": Metric("tokens/s per device", "global", "speed/wps"),
-    "samples_per_second": Metric(
-        "samples/s of the whole job", "global", "speed/samples_per_second"
-    ),
-    "iterations_per_second": Metric("optimizer steps/s", "global", "speed/iterations_per_second"),
-    "seconds_per_step": Metric("s", "global", "speed/seconds_per_step"),
-    "tflops": Metric("TFLOP/s per device", "global", "speed/tflops"),
-    "mfu": Metric("% of peak", "global", "speed/mfu_percent"),
-    "mfu_causal": Metric("% of peak", "global", "speed/mfu_causal_percent"),
-    "hfu": Metric("% of peak", "global", "speed/hfu_percent"),
-    "data_wait": Metric("% of the time", "max", "speed/data_wait_percent"),
-    "watts": Metric("W, mean of the devices", "global", "power/watts"),
-    "joules_per_token": Metric("J, of all devices", "global", "power/joules_per_token"),
-    "memory_gib": Metric("GiB, peak", "max", "memory/peak_gib"),
-    "memory_reserved_gib": Metric("GiB, peak", "max", "memory/peak_reserved_gib"),
-    "alloc_retries": Metric("count since start", "max", "memory/alloc_retries"),
-    "ooms": Metric("count since start", "max", "memory/ooms"),
+    "validation/perplexity": Metric("no unit", "validation/perplexity"),
+    "validation/bits_per_byte": Metric("bits per byte", "validation/bits_per_byte"),
+    "wps": Metric("tokens/s per device", "speed/wps"),
+    "samples_per_second": Metric("samples/s of the whole job", "speed/samples_per_second"),
+    "iterations_per_second": Metric("optimizer steps/s", "speed/iterations_per_second"),
+    "seconds_per_step": Metric("s", "speed/seconds_per_step"),
+    "tflops": Metric("TFLOP/s per device", "speed/tflops"),
+    "mfu": Metric("% of peak", "speed/mfu_percent"),
+    "mfu_causal": Metric("% of peak", "speed/mfu_causal_percent"),
+    "hfu": Metric("% of peak", "speed/hfu_percent"),
+    "data_wait": Metric("% of the time", "speed/data_wait_percent", "max"),
+    "watts": Metric("W, mean of the devices", "power/watts"),
+    "joules_per_token": Metric("J, of all devices", "power/joules_per_token"),
+    "memory_gib": Metric("GiB, peak", "memory/peak_gib", "max"),
+    "memory_reserved_gib": Metric("GiB, peak", "memory/peak_reserved_gib", "max"),
+    "alloc_retries": Metric("count since start", "memory/alloc_retries", "max"),
+    "ooms": Metric("count since start", "memory/ooms", "max"),
     # Sums over the saves that ended since the last record.
     "checkpoint_blocked_seconds": Metric(
-        "s that training waited", "max", "checkpoint/blocked_seconds"
+        "s that training waited", "checkpoint/blocked_seconds", "max"
     ),
-    "checkpoint_seconds": Metric("s from start to commit", "max", "checkpoint/seconds"),
-    "checkpoint_bytes": Metric("bytes of all files", "global", "checkpoint/bytes"),
-    "checkpoint_gb_per_second": Metric("GB/s", "global", "checkpoint/gb_per_second"),
+    "checkpoint_seconds": Metric("s from start to commit", "checkpoint/seconds", "max"),
+    "checkpoint_bytes": Metric("bytes of all files", "checkpoint/bytes"),
+    "checkpoint_gb_per_second": Metric("GB/s", "checkpoint/gb_per_second"),
 }
 
 
