@@ -186,7 +186,7 @@ class Clock:
 
     def __init__(self, trainer: Trainer) -> None:
         self.now = time.perf_counter()
-        trainer.monitor.meter._clock = trainer.monitor.forward_times._now = self  # type: ignore[method-assign]
+        trainer.monitor.meter.clock = trainer.monitor.forward_times._now = self  # type: ignore[method-assign]
 
     def __call__(self) -> float:
         return self.now

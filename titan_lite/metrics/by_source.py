@@ -6,23 +6,15 @@ import torch
 from torch import Tensor
 
 from titan_lite.config.schema import Data
-from titan_lite.metrics.meter import AllReduce
 from titan_lite.runtime.distributed import all_reduce
-
-
-def build_source_meter(section: Data) -> "SourceMeter | None":
-    """Returns the meter of data.sources, if there are any."""
-    names = [source.name for source in section.sources]
-    return SourceMeter(names, all_reduce) if names else None
 
 
 class SourceMeter:
     """Counts tokens of each source on the device; reads it on log steps only."""
 
-    def __init__(self, names: Sequence[str], all_reduce: AllReduce) -> None:
-        self._names = names
-        self._tokens = torch.zeros(len(names), dtype=torch.int64)
-        self._all_reduce = all_reduce
+    def __init__(self, section: Data) -> None:
+        self._names = [source.name for source in section.sources]
+        self._tokens = torch.zeros(len(self._names), dtype=torch.int64)
 
     def add(self, tokens: Tensor) -> None:
         """Counts a step's tokens of each source, of the whole job."""
@@ -45,10 +37,10 @@ class SourceMeter:
         tokens of each source in the step. epochs: for each source, how often each stream was read
         to its end; 0 for streams of other ranks. A source without tokens in the step has no loss.
         """
-        sums = self._all_reduce(losses.double(), "sum").tolist()
+        sums = all_reduce(losses.double(), "sum").tolist()
         device = losses.device
         # Ranks that share a stream may differ in how far they have read it.
-        ended = self._all_reduce(torch.tensor(epochs, device=device), "max").double().mean(1)
+        ended = all_reduce(torch.tensor(epochs, device=device), "max").double().mean(1)
         values: dict[str, float] = {}
         for name, loss, count, total, epoch in zip(
             self._names, sums, tokens.tolist(), self.state_dict(), ended.tolist(), strict=True

@@ -38,6 +38,7 @@ class _Window:
     joules: float = 0.0
 
 
+@dataclass(kw_only=True, eq=False)
 class Meter:
     """Measures whole steps between log steps; waits for the device on log steps only.
 
@@ -46,35 +47,22 @@ class Meter:
     summary's averages. Every rank calls `log`; only ranks that write have sinks.
     """
 
-    def __init__(
-        self,
-        *,
-        section: Metrics,
-        sinks: Sequence[Sink],
-        flops: FlopsPerToken,
-        peak: PeakFlops,
-        device: torch.device,
-        num_devices: int,
-        num_steps: int,
-        start_step: int = 0,
-        all_reduce: AllReduce | None = None,
-        energy: Callable[[], float] | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self._log_freq = section.log_freq
-        self._sinks = sinks
-        self._flops = flops
-        self.peak = peak
-        self._device = device
-        self._memory = DeviceMemory(device)
-        self._num_devices = num_devices
-        self._num_steps = num_steps
-        self._start_step = start_step
-        self._all_reduce = all_reduce
-        self._energy = energy
-        self._clock = clock
-        self._start = clock()
-        self._window = _Window(self._start, start_step + 1, joules=self._joules())
+    section: Metrics
+    sinks: Sequence[Sink]
+    flops: FlopsPerToken
+    peak: PeakFlops
+    device: torch.device
+    num_devices: int
+    num_steps: int
+    start_step: int = 0
+    all_reduce: AllReduce | None = None
+    energy: Callable[[], float] | None = None
+    clock: Callable[[], float] = time.perf_counter
+
+    def __post_init__(self) -> None:
+        self._memory = DeviceMemory(self.device)
+        self._start = self.clock()
+        self._window = _Window(self._start, self.start_step + 1, joules=self._joules())
         self._first: Record = {}
         self._last: Record = {}
         self._measured_tokens = 0
@@ -82,6 +70,7 @@ class Meter:
         self._measured_steps = 0
         self._excluded = 0.0
         self.peak_memory_gib = 0.0
+        peak = self.peak
         if peak.tflops is None:
             logger.info("MFU is not measured: %s", peak.source)
         else:
@@ -90,23 +79,23 @@ class Meter:
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
         """Counts the time inside as waiting for data; it stays part of the step."""
-        start = self._clock()
+        start = self.clock()
         try:
             yield
         finally:
-            self._window.waited += self._clock() - start
+            self._window.waited += self.clock() - start
 
     @contextlib.contextmanager
     def excluded(self) -> Iterator[None]:
         """Excludes the time in its context (saving, validation) from every speed."""
-        if self._device.type != "cpu":
+        if self.device.type != "cpu":
             # Work that is still queued on the device belongs to the time before.
-            torch.get_device_module(self._device).synchronize(self._device)
-        start, joules = self._clock(), self._joules()
+            torch.get_device_module(self.device).synchronize(self.device)
+        start, joules = self.clock(), self._joules()
         try:
             yield
         finally:
-            seconds = self._clock() - start
+            seconds = self.clock() - start
             self._window.joules += self._joules() - joules
             self._window.excluded += seconds
             self._excluded += seconds
@@ -132,11 +121,11 @@ class Meter:
     @property
     def memory_kind(self) -> str:
         """Describes the peak memory: on a CPU it holds more than a run allocates."""
-        return "resident in one process" if self._device.type == "cpu" else "active on one device"
+        return "resident in one process" if self.device.type == "cpu" else "active on one device"
 
     def should_log(self, step: int) -> bool:
         """True for the first and the last step of this process and every `log_freq` steps."""
-        return step in (self._start_step + 1, self._num_steps) or step % self._log_freq == 0
+        return step in (self.start_step + 1, self.num_steps) or step % self.section.log_freq == 0
 
     def log(
         self,
@@ -160,7 +149,7 @@ class Meter:
             "lr": lr,
             "tokens": tokens_seen,
         }
-        now = self._clock()
+        now = self.clock()
         joules = self._joules()
         window, self._window = self._window, _Window(now, step + 1, joules=joules)
         seconds = now - window.start - window.excluded
@@ -168,13 +157,13 @@ class Meter:
         record |= self._worst_rank(
             {"data_wait": 100 * window.waited / seconds, **self._memory.snapshot()}
         )
-        if self._energy is not None:
+        if self.energy is not None:
             record |= self._power(joules - window.joules, int(window.tokens), seconds)
         self._memory.reset_peak()
         for key, value in (extra or {}).items():
             assert key not in record, f"{key} is a metric of the meter's own"
             record[key] = value
-        if window.first_step == self._start_step + 1:
+        if window.first_step == self.start_step + 1:
             record["warmup"] = True
         else:
             self._measured_tokens += int(window.tokens)
@@ -183,13 +172,13 @@ class Meter:
         self._first = self._first or record
         self._last = record
         self.peak_memory_gib = max(self.peak_memory_gib, record["memory_gib"])
-        for sink in self._sinks:
+        for sink in self.sinks:
             sink.write(record)
         return record
 
     def close(self) -> None:
         """Closes the sinks."""
-        for sink in self._sinks:
+        for sink in self.sinks:
             sink.close()
 
     def summary(self) -> str:
@@ -204,15 +193,15 @@ class Meter:
             memory = f"{format_number(self.peak_memory_gib, '.2f')} GiB {self.memory_kind}"
         wps_text = mfu = not_measured
         if self._measured_seconds > 0:
-            wps = self._measured_tokens / (self._measured_seconds * self._num_devices)
+            wps = self._measured_tokens / (self._measured_seconds * self.num_devices)
             speed = format_number(wps, ",.0f")
-            wps_text = f"{speed} tokens/s per device, devices: {self._num_devices}"
+            wps_text = f"{speed} tokens/s per device, devices: {self.num_devices}"
             if self.peak.tflops is not None:
-                percent = format_number(self._percent_of_peak(self._flops.model, wps), ".1f")
+                percent = format_number(self._percent_of_peak(self.flops.model, wps), ".1f")
                 mfu = f"{percent}% of {self.peak.tflops:.4g} TFLOP/s ({self.peak.source})"
         if self.peak.tflops is None:
             mfu = f"not measured: {self.peak.source}"
-        wall = format_duration(self._clock() - self._start)
+        wall = format_duration(self.clock() - self._start)
         if self._excluded >= 1:
             wall += f", of which checkpoints and validation {format_duration(self._excluded)}"
         lines = {
@@ -225,30 +214,30 @@ class Meter:
         return "\n".join(f"{label:<11}  {text}" for label, text in lines.items())
 
     def _speeds(self, window: _Window, *, steps: int, seconds: float) -> Record:
-        wps = int(window.tokens) / (seconds * self._num_devices)
+        wps = int(window.tokens) / (seconds * self.num_devices)
         speeds: Record = {
             "wps": wps,
             "samples_per_second": window.samples / seconds,
             "iterations_per_second": steps / seconds,
             "seconds_per_step": seconds / steps,
-            "tflops": self._flops.model * wps / 1e12,
+            "tflops": self.flops.model * wps / 1e12,
         }
         if self.peak.tflops is not None:
-            speeds["mfu"] = self._percent_of_peak(self._flops.model, wps)
-            speeds["mfu_causal"] = self._percent_of_peak(self._flops.causal, wps)
-            if self._flops.hardware is not None:
-                speeds["hfu"] = self._percent_of_peak(self._flops.hardware, wps)
+            speeds["mfu"] = self._percent_of_peak(self.flops.model, wps)
+            speeds["mfu_causal"] = self._percent_of_peak(self.flops.causal, wps)
+            if self.flops.hardware is not None:
+                speeds["hfu"] = self._percent_of_peak(self.flops.hardware, wps)
         return speeds
 
     def _joules(self) -> float:
-        return self._energy() if self._energy is not None else 0.0
+        return self.energy() if self.energy is not None else 0.0
 
     def _power(self, joules: float, tokens: int, seconds: float) -> Record:
         """Power and energy of all devices, in one collective."""
-        total = torch.tensor(joules, dtype=torch.float64, device=self._device)
-        if self._all_reduce is not None:
-            total = self._all_reduce(total, "sum")
-        watts = total.item() / seconds / self._num_devices
+        total = torch.tensor(joules, dtype=torch.float64, device=self.device)
+        if self.all_reduce is not None:
+            total = self.all_reduce(total, "sum")
+        watts = total.item() / seconds / self.num_devices
         return {"watts": watts, "joules_per_token": total.item() / tokens}
 
     def _percent_of_peak(self, flops_per_token: float, wps: float) -> float:
@@ -258,7 +247,7 @@ class Meter:
     def _worst_rank(self, values: Mapping[str, float]) -> Record:
         """The maximum of each value over all ranks, in one collective."""
         assert all(METRICS[key].reduction == "max" for key in values)
-        if self._all_reduce is None:
+        if self.all_reduce is None:
             return dict(values)
-        packed = torch.tensor(list(values.values()), dtype=torch.float64, device=self._device)
-        return dict(zip(values, self._all_reduce(packed, "max").tolist(), strict=True))
+        packed = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
+        return dict(zip(values, self.all_reduce(packed, "max").tolist(), strict=True))

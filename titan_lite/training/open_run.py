@@ -19,7 +19,7 @@ from titan_lite.checkpoint.same_model import model_facts
 from titan_lite.checkpoint.state import Start
 from titan_lite.checkpoint.storage import versions
 from titan_lite.config.problems import errors_for
-from titan_lite.metrics.by_source import build_source_meter
+from titan_lite.metrics.by_source import SourceMeter
 from titan_lite.metrics.device import PeakFlops, device_name
 from titan_lite.metrics.record import FORMULA
 from titan_lite.models.args import MoEArgs
@@ -96,7 +96,7 @@ def open_run(
         logger.info("Building the model: %s parameters", in_words(model.num_parameters, plan.args))
         built = build_training(plan, model, objective, stages, meshes, process, progress=progress)
         compilations = Compilations() if config.compile.enable else None
-        sources = build_source_meter(config.data)
+        sources = SourceMeter(config.data) if config.data.sources else None
         stateful: dict[str, Stateful] = {"data": data, "guard": built.guard}
         if built.step.balancer is not None:
             stateful["expert_counts"] = built.step.balancer

@@ -99,11 +99,11 @@ def build_training(
             num_tokens = plan.global_batch_size * training.seq_len
             balancer = Balancer(model, plan.args, meshes, num_tokens, process.device)
         step = TrainStep(
-            config,
-            parallel_model,
-            optimizer,
-            guard,
-            objective,
+            config=config,
+            parallel_model=parallel_model,
+            optimizer=optimizer,
+            guard=guard,
+            objective=objective,
             args=plan.args,
             device=process.device,
             progress=progress or Progress(),

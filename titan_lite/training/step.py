@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -60,46 +60,36 @@ class StepResult:
     source_losses: Tensor | None = None
 
 
+@dataclass(kw_only=True, eq=False)
 class TrainStep:
     """One optimizer step over micro-batches; collective. The host never waits for the device."""
 
-    def __init__(
-        self,
-        config: Config,
-        parallel_model: ParallelModel,
-        optimizer: torch.optim.Optimizer,
-        guard: Guard,
-        objective: Objective,
-        *,
-        args: DecoderArgs,
-        device: torch.device,
-        progress: Progress,
-        average: WeightAverage | None = None,
-        balancer: Balancer | None = None,
-    ) -> None:
-        self.config = config
+    config: Config
+    parallel_model: InitVar[ParallelModel]
+    optimizer: torch.optim.Optimizer
+    guard: Guard
+    objective: Objective
+    args: DecoderArgs
+    device: torch.device
+    progress: Progress
+    average: WeightAverage | None
+    balancer: Balancer | None
+
+    def __post_init__(self, parallel_model: ParallelModel) -> None:
         self.model = parallel_model.model
         self.pipeline = parallel_model.pipeline
         self.meshes = parallel_model.meshes
-        self.has_float8_all_gather = parallel_model.applied.count("float8 all-gather") > 0
-        self.optimizer = optimizer
-        self.guard = guard
-        self.step_hooks: list[StepHook] = [lambda *_: self.refresh_float8_scales()]
-        self.average = average
-        if average is not None:
-            self.step_hooks.append(average.update)
-        self.progress = progress
-        self.objective = objective
-        self.num_sources = len(config.data.sources)
-        self.source_losses: Tensor | None = None
-        self.args = args
         self.local_indices = parallel_model.local_indices
-        self.device = device
-        self.pair_weight = torch.ones((), device=device)
+        self.has_float8_all_gather = parallel_model.applied.count("float8 all-gather") > 0
+        self.step_hooks: list[StepHook] = [lambda *_: self.refresh_float8_scales()]
+        if self.average is not None:
+            self.step_hooks.append(self.average.update)
+        if self.balancer is not None:
+            self.step_hooks.append(self.balancer.update)
+        self.num_sources = len(self.config.data.sources)
+        self.source_losses: Tensor | None = None
+        self.pair_weight = torch.ones((), device=self.device)
         self.sums = self._zeros(torch.float32)
-        self.balancer = balancer
-        if balancer is not None:
-            self.step_hooks.append(balancer.update)
 
     def __call__(self, batches: Sequence[Batch], lr: float, *, stop: bool = False) -> StepResult:
         """Runs one step.
