@@ -31,20 +31,20 @@ def gpu(monkeypatch):
 
 def test_the_table_supplies_the_peak_by_device_name_and_dtype(gpu):
     gpu("NVIDIA H100 80GB HBM3")
-    peak = find_peak(Metrics(), CUDA, torch.bfloat16)
+    peak = find_peak(Metrics(), CUDA, "bfloat16")
     assert peak.tflops == 989.4
     assert peak.source.startswith("H100 SXM 80GB, dense bfloat16, NVIDIA datasheet")
 
 
 def test_the_configured_peak_wins(gpu):
     gpu("NVIDIA H100 80GB HBM3")
-    peak = find_peak(Metrics(peak_tflops=835.0), CUDA, torch.bfloat16)
+    peak = find_peak(Metrics(peak_tflops=835.0), CUDA, "bfloat16")
     assert (peak.tflops, peak.source) == (835.0, "metrics.peak_tflops")
 
 
 def test_an_unknown_device_has_no_peak_and_names_the_key(gpu):
     gpu("NVIDIA GeForce RTX 9090")
-    peak = find_peak(Metrics(), CUDA, torch.bfloat16)
+    peak = find_peak(Metrics(), CUDA, "bfloat16")
     assert peak.tflops is None
     assert peak.source == (
         "no peak is known for device 'NVIDIA GeForce RTX 9090'; set metrics.peak_tflops"
@@ -53,7 +53,7 @@ def test_an_unknown_device_has_no_peak_and_names_the_key(gpu):
 
 def test_a_device_without_the_dtype_has_no_peak_and_says_why(gpu):
     gpu("Tesla V100-SXM2-16GB")
-    peak = find_peak(Metrics(), CUDA, torch.bfloat16)
+    peak = find_peak(Metrics(), CUDA, "bfloat16")
     assert peak.tflops is None
     assert peak.source == (
         "no bfloat16 peak is known for V100 SXM2 16GB (NVIDIA datasheet); set metrics.peak_tflops"
@@ -62,20 +62,19 @@ def test_a_device_without_the_dtype_has_no_peak_and_says_why(gpu):
 
 def test_float32_divides_by_tf32_only_where_torch_may_use_it(gpu):
     gpu("NVIDIA A100-SXM4-80GB")
-    assert find_peak(Metrics(), CUDA, torch.float32).tflops is None
+    assert find_peak(Metrics(), CUDA, "float32").tflops is None
     torch.set_float32_matmul_precision("high")
     try:
-        assert find_peak(Metrics(), CUDA, torch.float32).tflops == 156
+        assert find_peak(Metrics(), CUDA, "float32").tflops == 156
     finally:
         torch.set_float32_matmul_precision("highest")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_cpus_peak_is_a_measured_matmul(dtype):
     peak = find_peak(Metrics(), CPU, dtype)
     assert 1e-4 < peak.tflops < 100
-    name = str(dtype).removeprefix("torch.")
-    assert peak.source == (f"{name} matmul measured at start, threads: {torch.get_num_threads()}")
+    assert peak.source == (f"{dtype} matmul measured at start, threads: {torch.get_num_threads()}")
 
 
 def test_measuring_the_peak_leaves_random_numbers_and_threads_alone(monkeypatch):

@@ -3,8 +3,6 @@
 import logging
 from pathlib import Path
 
-import torch
-
 from titan_lite.config.problems import quote
 from titan_lite.config.schema import Config
 from titan_lite.metrics.device import find_peak
@@ -29,7 +27,7 @@ def build_meter(
         )
     # Emulated float8 is rounded to 8 bits, but its matmuls are in float32.
     dtype = "float32" if config.float8.emulate else config.training.param_dtype
-    peak = find_peak(config.metrics, process.device, getattr(torch, dtype))
+    peak = find_peak(config.metrics, process.device, dtype)
     sinks = []
     if process.rank == 0:
         sinks = open_sinks(

@@ -22,12 +22,6 @@ GIB = 2**30
 _MATMUL_SIZE = 512
 _MATMUL_SECONDS = 0.2
 
-_FORMATS: dict[torch.dtype, NumberFormat] = {
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float32: "float32",
-}
-
 
 @dataclass(frozen=True)
 class PeakFlops:
@@ -40,28 +34,26 @@ class PeakFlops:
     source: str
 
 
-def find_peak(section: Metrics, device: torch.device, dtype: torch.dtype) -> PeakFlops:
+def find_peak(section: Metrics, device: torch.device, dtype: NumberFormat) -> PeakFlops:
     """The peak for matmuls in `dtype`: configured, or measured on CPU, or from the table."""
     if section.peak_tflops is not None:
         return PeakFlops(section.peak_tflops, "metrics.peak_tflops")
     if device.type == "cpu":
-        source = f"{_FORMATS[dtype]} matmul measured at start, threads: {torch.get_num_threads()}"
-        return PeakFlops(measured_peak_tflops(device, dtype), source)
+        source = f"{dtype} matmul measured at start, threads: {torch.get_num_threads()}"
+        return PeakFlops(measured_peak_tflops(device, getattr(torch, dtype)), source)
     name = device_name(device)
     known = find_device(name)
     if known is None:
         return PeakFlops(None, f"no peak is known for device {name!r}; set metrics.peak_tflops")
-    number_format = _FORMATS[dtype]
-    if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        number_format = "tfloat32"
-    tflops = known.tflops(number_format)
+    if dtype == "float32" and torch.get_float32_matmul_precision() != "highest":
+        dtype = "tfloat32"
+    tflops = known.tflops(dtype)
     if tflops is None:
         return PeakFlops(
             None,
-            f"no {number_format} peak is known for {known.name} ({known.source}); "
-            "set metrics.peak_tflops",
+            f"no {dtype} peak is known for {known.name} ({known.source}); set metrics.peak_tflops",
         )
-    return PeakFlops(tflops, f"{known.name}, dense {number_format}, {known.source}")
+    return PeakFlops(tflops, f"{known.name}, dense {dtype}, {known.source}")
 
 
 def device_name(device: torch.device) -> str:
