@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from titan_lite.config import stored
-from titan_lite.config.problems import FIELDS, near_file, quote
+from titan_lite.config.problems import FIELDS, keys, near_file, quote
 from titan_lite.config.schema import Config
 from titan_lite.config.stored import global_batch_size, setting
 
@@ -191,18 +192,11 @@ def column(name: str, records: Sequence[Record], key: str) -> Array:
 
 
 def _read_golden(path: Path) -> Curve:
-    golden = read_golden(path)
-    _check_facts(str(path), golden["manifest"])
-    return make_curve(str(path), golden["records"], golden["manifest"])
-
-
-def read_golden(path: Path) -> dict[str, Any]:
-    """Returns the manifest and records of a golden file; CurveError if it is not one."""
     text = _read_text(path)
     try:
-        golden: dict[str, Any] = json.loads(text)
-        manifest, records = golden["manifest"], golden["records"]
-        digest = manifest["records_sha256"]
+        golden = json.loads(text)
+        facts, records = golden["manifest"], golden["records"]
+        digest = facts["records_sha256"]
     except (ValueError, KeyError, TypeError):
         raise CurveError(f"{path}: neither a golden file nor a run folder") from None
     if digest != records_digest(records):
@@ -210,13 +204,12 @@ def read_golden(path: Path) -> dict[str, Any]:
             f"{path}: its records were edited; only titan-lite golden accept may change a golden "
             "curve"
         )
-    return golden
+    _check_facts(str(path), facts)
+    return make_curve(str(path), records, facts)
 
 
 def records_digest(records: Sequence[Record]) -> str:
     """SHA-256 of records, independent of the file's formatting."""
-    from hashlib import sha256
-
     return sha256(json.dumps(records).encode()).hexdigest()
 
 
@@ -230,8 +223,8 @@ def dtype(config: Mapping[str, Any]) -> str:
 
 def data_settings(config: Mapping[str, Any], mesh: Mapping[str, int]) -> dict[str, Any]:
     """Returns the settings, by key, that determine the tokens of each step."""
-    keys = [name for name in FIELDS["data"] if name not in _SPEED_KEYS]
-    data = {f"data.{name}": setting(config, f"data.{name}") for name in keys}
+    names = [name for name in FIELDS["data"] if name not in _SPEED_KEYS]
+    data = {f"data.{name}": setting(config, f"data.{name}") for name in names}
     for name in _PATH_KEYS:
         data[f"data.{name}"] = PurePath(data[f"data.{name}"]).name
     for key in ("training.seq_len", "training.seed"):
@@ -272,12 +265,10 @@ def differing_settings(a: Curve, b: Curve) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ, except the folders that the runs write to."""
     changed = {}
     parts = [segments(curve.facts, curve.last_step) for curve in (a, b)]
-    for section, fields in FIELDS.items():
-        for name in fields:
-            key = f"{section}.{name}"
-            values = [over_segments(p, [setting(s["config"], key) for s in p]) for p in parts]
-            if values[0] != values[1] and key != "job.dump_folder":
-                changed[key] = values[0], values[1]
+    for key in keys():
+        values = [over_segments(p, [setting(s["config"], key) for s in p]) for p in parts]
+        if values[0] != values[1] and key != "job.dump_folder":
+            changed[key] = values[0], values[1]
     return changed
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from titan_lite.regression.curves import Array
+
 Scale = Literal["free", "from zero", "log"]
 """Range of the values' axis: around them, from zero, or logarithmic for values far apart."""
 Style = Literal["line", "smoothed", "events"]

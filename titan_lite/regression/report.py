@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from titan_lite.config.problems import FIELDS
+from titan_lite.config.problems import keys
 from titan_lite.config.stored import setting
 from titan_lite.config.units import format_number
 from titan_lite.metrics.record import METRICS
@@ -184,7 +184,7 @@ def _curves(runs: Sequence[Run], rows: Sequence[PanelRow]) -> str:
 
 
 def _unit(key: str) -> str:
-    unit = re.sub("^1$", "", METRICS[key].unit) if key in METRICS else "s"
+    unit = METRICS[key].unit
     return f"{unit}, without start-up" if key in _SPEEDS else unit
 
 
@@ -268,15 +268,13 @@ def _devices(segment: Mapping[str, Any]) -> str:
 def _settings(runs: Sequence[Run]) -> Callable[[Run], dict[str, str]]:
     """Chooses the keys whose values differ between runs; for one run, from the defaults."""
     chosen = []
-    for section, fields in FIELDS.items():
-        for name, field in fields.items():
-            key = f"{section}.{name}"
-            values = [run.setting(key) for run in runs]
-            others = values[1:] or [field.default]
-            # Each run has its own folder.
-            same = len(runs) > 1 and key == "job.dump_folder"
-            if not same and any(value != values[0] for value in others):
-                chosen.append(key)
+    for key in keys():
+        values = [run.setting(key) for run in runs]
+        others = values[1:] or [setting({}, key)]
+        # Each run has its own folder.
+        same = len(runs) > 1 and key == "job.dump_folder"
+        if not same and any(value != values[0] for value in others):
+            chosen.append(key)
 
     def rows(run: Run) -> dict[str, str]:
         return {key: words(run.setting(key)) for key in chosen}

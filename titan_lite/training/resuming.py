@@ -7,7 +7,7 @@ from typing import Any
 
 from titan_lite.checkpoint.manifest import CheckpointManifest
 from titan_lite.checkpoint.same_model import model_differences
-from titan_lite.config.problems import FIELDS
+from titan_lite.config.problems import keys
 from titan_lite.config.schema import LRScheduler
 from titan_lite.config.stored import global_batch_size, setting, words
 from titan_lite.models.plan import Plan
@@ -16,17 +16,10 @@ from titan_lite.optim.schedule import LRSchedule, jump
 logger = logging.getLogger(__name__)
 
 # Sections and keys that change neither training nor validation results.
-WITHOUT_EFFECT = ("job", "checkpoint", "metrics", "profiling", "comm")
+WITHOUT_EFFECT = ("job.", "checkpoint.", "metrics.", "profiling.", "comm.")
 WITHOUT_EFFECT_KEYS = ("data.prefetch", "data.tokenizer_threads", "training.gc_freq")
-# The only [model] key compared as written. The others are compared as resolved, by
-# model_differences.
-MODEL_CHOICE = ("model.flavor",)
-
-SCHEDULE_KEYS = (
-    "training.steps",
-    "optimizer.lr",
-    *(f"lr_scheduler.{k}" for k in LRScheduler.model_fields),
-)
+# Starts of keys that set the learning rate.
+SCHEDULE = ("training.steps", "optimizer.lr", "lr_scheduler.")
 
 
 def log_changes(manifest: CheckpointManifest, plan: Plan, versions: Mapping[str, str]) -> None:
@@ -41,7 +34,7 @@ def log_changes(manifest: CheckpointManifest, plan: Plan, versions: Mapping[str,
         because = ", ".join(
             f"{key} {words(a)} -> {words(b)}"
             for key, (a, b) in changes.items()
-            if key in SCHEDULE_KEYS or key.startswith("lr_scheduler.")
+            if key.startswith(SCHEDULE)
         )
         logger.warning(
             "The learning rate jumps from %.6g in step %d to %.6g in step %d: %s",
@@ -70,16 +63,12 @@ def changed_settings(
 
 def _settings(config: Mapping[str, Any], layout: Mapping[str, int]) -> dict[str, Any]:
     """Returns, by key, the settings that affect results, with resolved degrees and batch."""
-    keys = (
-        f"{section}.{name}"
-        for section, fields in FIELDS.items()
-        if section not in WITHOUT_EFFECT
-        for name in fields
-    )
+    # Other keys of [model] are compared as resolved, by model_differences.
     settings = {
         key: setting(config, key)
-        for key in keys
-        if key not in WITHOUT_EFFECT_KEYS and (key in MODEL_CHOICE or not key.startswith("model."))
+        for key in keys()
+        if key not in WITHOUT_EFFECT_KEYS
+        and (key == "model.flavor" or not key.startswith((*WITHOUT_EFFECT, "model.")))
     }
     settings |= {f"parallel.{axis}": size for axis, size in layout.items()}
     return settings | {"training.global_batch_size": global_batch_size(config, layout)}
