@@ -1,20 +1,11 @@
 """The current step and phase of a rank, for reports about a hang."""
 
 import time
-from typing import Literal
+from typing import Literal, get_args
 
 Phase = Literal["start", "data", "forward", "backward", "optimizer", "validation", "log", "save"]
 # In order of execution.
-PHASES: tuple[Phase, ...] = (
-    "start",
-    "data",
-    "forward",
-    "backward",
-    "optimizer",
-    "validation",
-    "log",
-    "save",
-)
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 class Progress:

@@ -7,7 +7,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -142,30 +142,24 @@ class Watchdog:
 
     def _beat(self) -> None:
         progress = self._progress
-        place = code_position(sys._current_frames().get(self._main_thread))
+        place = code_position(sys._current_frames()[self._main_thread])
         beat = Beat(progress.step, progress.phase, progress.seconds(), place, time.time())
         self._store.set(_key(self._rank), json.dumps(asdict(beat)))
 
 
-def code_position(frame: FrameType | None) -> str:
+def code_position(frame: FrameType) -> str:
     """The collective that a thread is in, if any, and the line of this package that called it."""
     collective, line, innermost = "", "", ""
-    for outer in _outwards(frame):
+    for outer, number in traceback.walk_stack(frame):
         path = Path(outer.f_code.co_filename)
-        innermost = innermost or f"{outer.f_code.co_name} ({path.name}:{outer.f_lineno})"
+        innermost = innermost or f"{outer.f_code.co_name} ({path.name}:{number})"
         if path.name in COLLECTIVES:
             collective = outer.f_code.co_name
         if PACKAGE in path.parents:
-            line = f"{path.relative_to(PACKAGE.parent)}:{outer.f_lineno}"
+            line = f"{path.relative_to(PACKAGE.parent)}:{number}"
             break
     what = f"in {collective}" if collective else f"at {innermost}"
     return f"{what}, from {line}" if line else what
-
-
-def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
 
 
 def _key(rank: int) -> str:
