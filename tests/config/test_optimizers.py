@@ -1,5 +1,6 @@
 """[optimizer], whose keys depend on its name."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -7,9 +8,13 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
+from titan_lite import cli
 from titan_lite.config.load import ConfigError, load_config
 from titan_lite.config.optimizers import BUILDERS, OPTIMIZERS, Adam, Optimizer, register_optimizer
 from titan_lite.config.render import json_schema, to_markdown, to_toml
+from titan_lite.models.plan import make_plan
+from titan_lite.planner.memory import peak
+from titan_lite.planner.read import read_job
 
 
 class Rolling(Optimizer):
@@ -18,8 +23,14 @@ class Rolling(Optimizer):
     """Decay of the average."""
     momentum: Annotated[int, Field(ge=1)] = 1
     """Steps that are averaged; Muon's key of this name is a number below 1."""
-    state_dtype: Literal["fp16", "fp8"] = "fp16"
+    state_dtype: Literal["fp16", "int8"] = "fp16"
     """Type of the average; AdamW's key of this name has other values."""
+    ns_steps: str = "few"
+    """Not a number, as Muon's key of this name."""
+
+    @property
+    def state_bytes(self) -> float:
+        return 2 if self.state_dtype == "fp16" else 1
 
 
 @pytest.fixture
@@ -54,7 +65,7 @@ def test_a_registered_optimizer_has_the_common_keys_and_its_own() -> None:
     ("override", "message"),
     [
         ("momentum=0.5", "expected an integer of at least 1, got 0.5"),
-        ("state_dtype=fp61", 'expected "fp16" or "fp8", got "fp61"; did you mean "fp16"?'),
+        ("state_dtype=fp61", 'expected "fp16" or "int8", got "fp61"; did you mean "fp16"?'),
         ("groups=1", "expected tables, as [[optimizer.groups]] makes them, got 1"),
     ],
 )
@@ -81,6 +92,29 @@ def test_a_key_of_another_optimizer_is_an_error_that_names_it(
     assert problem(path="b.toml").startswith(
         'optimizer.beta1 (b.toml): does not apply where optimizer.name is "Rolling": set '
         'optimizer.name = "AdamW" or "Adam" or "Muon", or'
+    )
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("state_dtype", ["fp16", "int8"])
+def test_keys_that_are_named_like_those_of_adamw_and_muon_do_not_mean_the_same(
+    state_dtype: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither in the planner nor in the rules: AdamW's "int8" requires synchronous checkpoints."""
+    overrides = [
+        "--optimizer.name=Rolling",
+        f"--optimizer.state_dtype={state_dtype}",
+        "--checkpoint.enable=true",
+        "--checkpoint.async_mode=async",
+    ]
+    assert cli.main(["plan", *overrides, "--cluster=h100", "--world-size=8"]) == 0
+    assert "optimizer" in capsys.readouterr().out
+    plan = make_plan(None, overrides, 8)
+    job = read_job(plan.config, plan.dims, plan.family, plan.args)
+    plain = dataclasses.replace(job, moment_bytes=4.0)
+    assert (
+        peak(plain).parts["optimizer"]
+        == (4 if state_dtype == "fp16" else 8) * peak(job).parts["optimizer"]
     )
 
 

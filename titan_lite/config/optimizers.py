@@ -16,6 +16,11 @@ from titan_lite.config.tagged import TaggedTable
 
 # Values of AdamOptimizer.state_dtype that are stored in torchao's tensors.
 EIGHT_BITS = ("int8", "float8")
+# By AdamOptimizer.state_dtype: bytes of a moment (256 elements in 8 bits have a scale in float32),
+# and bytes per element that are computed at once in a step that rounds moments, as dry runs have
+# them.
+MOMENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 4 / 256, "float8": 1 + 4 / 256}
+ROUNDING_BYTES = {"float32": 0, "bfloat16": 32, "int8": 66, "float8": 32}
 
 
 class OptimizerGroup(Section):
@@ -53,6 +58,16 @@ class Optimizer(Section):
     """Separate settings for some parameters, each in a table [[optimizer.groups]]. The first table
     whose `pattern` matches a parameter's name applies."""
 
+    @property
+    def state_bytes(self) -> float:
+        """Bytes of state per parameter, for the planner."""
+        return 8.0
+
+    @property
+    def rounding_bytes(self) -> int:
+        """Bytes per element of the largest tensor that a step uses, for the planner."""
+        return 0
+
 
 class AdamOptimizer(Optimizer):
     """Keys of AdamW and Adam."""
@@ -72,6 +87,16 @@ class AdamOptimizer(Optimizer):
     the other. "bfloat16" halves their memory, with equal results in every layout; it requires beta1
     and beta2 of at most 0.99. "int8" and "float8" need a quarter; results depend on the layout,
     because 256 elements of a shard share a scale."""
+
+    @property
+    def state_bytes(self) -> float:
+        """Bytes of both moments per parameter."""
+        return 2 * MOMENT_BYTES[self.state_dtype]
+
+    @property
+    def rounding_bytes(self) -> int:
+        """Bytes per element of float32 copies in a step."""
+        return ROUNDING_BYTES[self.state_dtype]
 
 
 class AdamW(AdamOptimizer):

@@ -167,12 +167,14 @@ def _checkpoint(config: Config) -> Iterator[SettingError]:
             "has no effect on checkpoint.initial_load_hf, which loads all parameters; convert the "
             "model with titan-lite convert hf-to-dcp and set checkpoint.initial_load_path",
         )
-    state_dtype = getattr(config.optimizer, "state_dtype", "")
-    if section.enable and section.async_mode != "disabled" and state_dtype in EIGHT_BITS:
+    is_async = section.enable and section.async_mode != "disabled"
+    optimizer = config.optimizer
+    if is_async and isinstance(optimizer, AdamOptimizer) and optimizer.state_dtype in EIGHT_BITS:
         yield SettingError(
             "checkpoint.async_mode",
             f"{quote(section.async_mode)} copies tensors, which torchao does not support for "
-            f'optimizer.state_dtype = {quote(state_dtype)}; set checkpoint.async_mode = "disabled"',
+            f"optimizer.state_dtype = {quote(optimizer.state_dtype)}; set "
+            'checkpoint.async_mode = "disabled"',
         )
     if section.keep_every % section.interval:
         yield SettingError(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from titan_lite.config.dims import SAME_LAYERS
 from titan_lite.config.load import ConfigError, Problem
+from titan_lite.config.optimizers import AdamOptimizer
 from titan_lite.config.plugins import import_plugins
 from titan_lite.config.schema import Config
 from titan_lite.data.loader import Batch
@@ -75,7 +76,8 @@ def dry_run(
     """
     is_compiled = plan.config.compile.covers("model")
     plan = dataclasses.replace(plan, config=_eager(plan.config))
-    if getattr(plan.config.optimizer, "state_dtype", "") == "int8":
+    optimizer = plan.config.optimizer
+    if isinstance(optimizer, AdamOptimizer) and optimizer.state_dtype == "int8":
         prepare_int8()
     kernels = gpu_kernels() if on_gpu else contextlib.nullcontext()
     recording = recorder(plan.dims, fuses_float8_casts=is_compiled)

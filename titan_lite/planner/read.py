@@ -8,6 +8,7 @@ import itertools
 import math
 
 from titan_lite.config.dims import ParallelDims, resolve_global_batch
+from titan_lite.config.optimizers import Muon
 from titan_lite.config.parallel_rules import parallel_rules
 from titan_lite.config.schema import Config
 from titan_lite.models.args import DecoderArgs
@@ -19,15 +20,11 @@ from titan_lite.planner.job import Job, Recompute
 
 AUTO_CHUNK_BYTES = 2**29  # training/loss.py has the same for training.loss_chunks = "auto"
 
-# By optimizer.state_dtype: bytes of a moment (256 elements in 8 bits have a scale in float32), and
-# bytes per element that are computed at once in a step that rounds moments, as dry runs have them.
-STATES = {"float32": (4.0, 0), "bfloat16": (2.0, 32), "int8": (1 + 4 / 256, 66),
-          "float8": (1 + 4 / 256, 32)}  # fmt: skip
-
 
 def read_job(config: Config, dims: ParallelDims, family: Family, args: DecoderArgs) -> Job:
     """Converts a checked configuration to a job."""
     training, parallel, data = config.training, config.parallel, config.data
+    optimizer = config.optimizer
     micro = training.local_batch_size
     steps = (
         resolve_global_batch(training.global_batch_size, micro, dims.batch) // micro // dims.batch
@@ -42,7 +39,6 @@ def read_job(config: Config, dims: ParallelDims, family: Family, args: DecoderAr
         blocks = tuple(sum(name.startswith("layers.") for name in names) for names in stages)
     elif dims.pp > 1:
         blocks = stage_blocks(args, parallel.pp_split, parallel.num_stages, span, share)
-    state = STATES[getattr(config.optimizer, "state_dtype", "float32")]
     width = 4 if training.param_dtype == "float32" else 2
     section = config.activation_checkpoint
     recomputed = tuple(len(section.layers(count)) for count in blocks)
@@ -80,10 +76,10 @@ def read_job(config: Config, dims: ParallelDims, family: Family, args: DecoderAr
         attention="unfused" if args.attention_dropout else "flash",
         loss_bytes=14 if config.compile.covers("loss") else 28,
         loss_chunks=chunks if training.loss_chunks == "auto" else training.loss_chunks,
-        moment_bytes=state[0],
-        rounding_bytes=state[1],
+        moment_bytes=optimizer.state_bytes / 2,
+        rounding_bytes=optimizer.rounding_bytes,
         ema=config.ema.enable,
-        ns_steps=getattr(config.optimizer, "ns_steps", 0),
+        ns_steps=optimizer.ns_steps if isinstance(optimizer, Muon) else 0,
         head_token_fraction=share,
     )
 
