@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,8 +172,10 @@ def _run(command: Command, folder: Path, workers: Mapping[int, Workers]) -> None
             argv = ["config", config, "--quiet", "--world-size", str(world_size), "--", *overrides]
             assert cli.main(argv) == 0
             # tests/test_launcher.py runs the script itself.
-            if overrides and world_size <= 4 and "checkpoint" not in str(overrides):
-                short = (*overrides, *SHORT, "--job.dump_folder=short")
+            if overrides and world_size <= 4:
+                # Not a folder in which an earlier command has saved a checkpoint.
+                target = tempfile.mkdtemp(dir=folder)
+                short = (*overrides, *SHORT, f"--job.dump_folder={target}")
                 assert workers[world_size].run(_train, folder, config, *short)[0] == 1
         case ["titan-lite", "train", config, *overrides]:
             assert workers[1].run(_train, folder, config, *overrides) == [1]

@@ -317,7 +317,7 @@ def _parser(
             "--world-size",
             type=int,
             metavar="N",
-            help="number of processes (default: $WORLD_SIZE, else the product of the degrees)",
+            help="number of processes (default: $WORLD_SIZE, else the fewest the degrees allow)",
         )
     return parser
 

@@ -19,9 +19,9 @@ class Device:
 
     names: names that the driver reports, without a leading "NVIDIA" or "AMD", in any case.
     *_tflops: dense matmul peaks (no sparsity), accumulated in float32 as PyTorch does, in TFLOP/s;
-    None where the device has no such format or no value was found. memory_gb, hbm_gbs: device
-    memory in GB (10^9 bytes) and GB/s. link_gbs: GB/s of the links to other devices, both
-    directions together. tdp_w: W at the default power limit.
+    None where the device has no such format or no value was found. memory_gb: the GB of the
+    device's name, which are counted as GiB. hbm_gbs: of the device memory, in GB/s. link_gbs: GB/s
+    of the links to other devices, both directions together. tdp_w: W at the default power limit.
     architecture: its name in the planner's constants. source: where the peaks come from, and which
     values could not be verified.
     """
