@@ -28,6 +28,7 @@ from titan_lite.config.plugins import import_plugins
 from titan_lite.config.problems import SettingError, how_to_fetch, literal
 from titan_lite.config.schema import Data, Model
 from titan_lite.config.stored import stored_model
+from titan_lite.data.special_tokens import FILE_NAMES as COMPANIONS
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.data.tokenizer_files import FILE_NAMES, files_in, load_tokenizer
 from titan_lite.models.args import DecoderArgs
@@ -38,10 +39,8 @@ from titan_lite.runtime.stored_files import damaged_files
 
 # Files of a model's folder that belong to its tokenizer, of any kind.
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
+    *FILE_NAMES,
+    *COMPANIONS,
     "added_tokens.json",
     "chat_template.jinja",
     "vocab.json",
@@ -150,7 +149,10 @@ def dcp_to_hf(source: Path, target: Path, options: argparse.Namespace) -> None:
     Raises ValueError for a tokenizer with other ids than in training, without --allow-mismatch.
     """
     manifest = read_manifest(source)
-    section = _model_section_of(source, manifest)
+    try:
+        section = stored_model(manifest.config)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{source} does not name a known model: {error}") from error
     try:
         family, args = resolve(section)
     except SettingError as error:
@@ -245,14 +247,6 @@ def model_section(family: Family, args: DecoderArgs) -> dict[str, Any]:
             "module with --plugin"
         )
     return {"name": family.name, "flavor": nearest, **differing[nearest]}
-
-
-def _model_section_of(source: Path, manifest: CheckpointManifest) -> Model:
-    """Returns the [model] with which a checkpoint was saved."""
-    try:
-        return stored_model(manifest.config)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{source} does not name a known model: {error}") from error
 
 
 def _data_of(manifest: CheckpointManifest) -> Data | None:
