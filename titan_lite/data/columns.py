@@ -37,8 +37,7 @@ class _LazyRows(Rows):
 def column_names(file: Path) -> list[str]:
     """Returns the names of the columns of a Parquet or Arrow file."""
     if file.suffix.lower() == ".parquet":
-        names: list[str] = parquet.read_schema(file).names
-        return names
+        return parquet.read_schema(file).names
     with pyarrow.memory_map(str(file)) as opened:
         schema, _ = _batches(opened)
         return list(schema.names)

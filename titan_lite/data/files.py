@@ -134,7 +134,8 @@ def _files_of_folder(folder: Path, chosen: str) -> list[Path]:
         ]
         raise ValueError("; ".join([f"{folder} has no file ending in {KNOWN}", *reasons]))
     formats = {format_of(file) for file in files}
-    if formats == {"text"} and (unread := [file for file in others if not _is_marked(file)]):
+    unread = [file for file in others if not _is_marked(file)]
+    if formats == {"text"} and unread:
         raise ValueError(
             f"{folder} has text ({_some(files, folder)}) next to unsupported files "
             f"({_some(unread, folder)}): if the text is the documents, set a glob such as *.txt"
@@ -153,7 +154,7 @@ def _files_of_folder(folder: Path, chosen: str) -> list[Path]:
             f"{chosen} reads {_some(twice, folder)} and the file of the same name without "
             "compression: if they have the same documents, set a glob of one, such as *.gz"
         )
-    if unread := [file for file in others if not _is_marked(file)]:
+    if unread:
         warn_once(f"{chosen} leaves out {_some(unread, folder)}: documents end in {KNOWN}")
     unlike = [file for file in others if _is_marked(file)]
     if "text" in formats:

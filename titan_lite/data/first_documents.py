@@ -34,19 +34,17 @@ def check_documents(
         for file in list(by_suffix.values()):
             opener = LocalFiles(((file,),), source.tokens_field or source.text_field)
             first = DocumentReader(replace(source, opener=opener), own_section, 0, tokenizer)
-            first.start(None)
             first.read(1)
         reader = DocumentReader(source, own_section, 0, tokenizer)
-        reader.start(None)
-        num_read = num_good = 0
-        while num_good == 0:
-            size, good = reader.read(1)
-            if size == 0:
+        num_bad = 0
+        while True:
+            num_read, good = reader.read(1)
+            if good or num_read == 0:
                 break
-            num_read, num_good = num_read + size, num_good + len(good)
-        if num_read > 0 and num_good == 0:
+            num_bad += 1
+        if num_bad > 0 and not good:
             raise SettingError(
-                source.key, f"none of the {num_read} documents of {source.name} is usable"
+                source.key, f"none of the {num_bad} documents of {source.name} is usable"
             )
         # With fewer documents than streams, the last streams have none.
         if (total := reader.count(section.num_streams)) <= max(streams, default=0):

@@ -13,12 +13,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import WordPiece
 
 from titan_lite.data.special_tokens import read_companions, special_tokens
-from titan_lite.data.tokenizer import Tokenizer, Tokens, begins_word, warn_of_lost_space
+from titan_lite.data.tokenizer import SPACE, Tokenizer, Tokens, begins_word, warn_of_lost_space
 
 # data.tokenizer_threads sets the threads; the library's own threads log a warning at each fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# The mark that replaces a space in tokens.
-_SPACE = "\u2581"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 # A text that any tokenizer can encode, and one that few have tokens for.
 _PROBES = ("a", "\U0010fffd")
@@ -68,8 +66,7 @@ class HFTokenizer(Tokenizer):
             warn_of_lost_space(file, self)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        text: str = self._backend.decode(list(tokens), skip_special_tokens=False)
-        return text
+        return self._backend.decode(list(tokens), skip_special_tokens=False)
 
     def _encode(self, text: str) -> Tokens:
         tokens = self._tokens([text])
@@ -98,7 +95,7 @@ class _Spelling:
         ]
         self._byte_level = any(component["type"] == "ByteLevel" for component in components)
         # Metaspace, Replace and Prepend mark spaces.
-        self._space_marked = any(_SPACE in component.values() for component in components)
+        self._space_marked = any(SPACE in component.values() for component in components)
         model = document["model"]
         self._has_bytes = model.get("byte_fallback", False)
         self._continuing = model.get("continuing_subword_prefix") or ""
@@ -110,7 +107,7 @@ class _Spelling:
         if self._has_bytes and (byte := _BYTE.fullmatch(token)):
             return bytes.fromhex(byte[1])
         token = token.removeprefix(self._continuing).removesuffix(self._ending)
-        return (token.replace(_SPACE, " ") if self._space_marked else token).encode()
+        return (token.replace(SPACE, " ") if self._space_marked else token).encode()
 
     def begins_word(self, token: str) -> bool:
         if self._continuing:
@@ -149,8 +146,7 @@ def _components(part: Any) -> Iterator[dict[str, Any]]:
 def _unknown(model: dict[str, Any]) -> str | None:
     """Returns the token for unknown text, if there is one."""
     if model.get("unk_id") is not None:
-        token: str = model["vocab"][model["unk_id"]][0]
-        return token
+        return model["vocab"][model["unk_id"]][0]
     return model.get("unk_token")
 
 

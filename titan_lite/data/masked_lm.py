@@ -45,8 +45,7 @@ class KeyedRandom:
 
     def uniform(self, count: int) -> npt.NDArray[np.float64]:
         """Returns `count` numbers in [0, 1)."""
-        numbers: npt.NDArray[np.float64] = (self._bits.random_raw(count) >> np.uint64(11)) / 2.0**53
-        return numbers
+        return (self._bits.random_raw(count) >> np.uint64(11)) / 2.0**53
 
     def below(self, limit: int) -> int:
         """Returns an integer from 0 to limit - 1."""

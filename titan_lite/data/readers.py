@@ -35,7 +35,7 @@ class DocumentReader:
         self._dataset = source.open(stream, section.num_streams)
         self._tokenizer = tokenizer
         self._policy = BadDocumentPolicy(source, section)
-        self._rows: Iterator[dict[str, Any]] = iter(())
+        self._rows: Iterator[dict[str, Any]] = iter(self._dataset)
 
     def start(self, cursor: dict[str, Any] | None) -> None:
         """Moves to a cursor(); None: before the first document."""
@@ -44,8 +44,7 @@ class DocumentReader:
 
     def cursor(self) -> dict[str, Any]:
         """Returns the position after the last document that was read; small JSON."""
-        state: dict[str, Any] = self._dataset.state_dict()
-        return state
+        return self._dataset.state_dict()
 
     def read(self, size: int) -> tuple[int, list[Document]]:
         """Reads up to `size` documents; returns their number, 0 at the end, and the usable ones."""

@@ -20,7 +20,8 @@ from tokenizers import (
     pre_tokenizers,
 )
 
-SPACE = "\u2581"
+from titan_lite.data.tokenizer import SPACE
+
 # Separates characters that are normalized one by one; no rule applies to it.
 _MARK = "\ue000"
 # Normalizers of `tokenizers` that may cover most of a model's rules; the rest become replacements.

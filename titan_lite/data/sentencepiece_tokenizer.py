@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from titan_lite.data.special_tokens import read_companions, special_tokens
-from titan_lite.data.tokenizer import Tokenizer, Tokens, begins_word, warn_of_lost_space
+from titan_lite.data.tokenizer import SPACE, Tokenizer, Tokens, begins_word, warn_of_lost_space
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
-
-_SPACE = "\u2581"
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -32,8 +30,7 @@ class SentencePieceTokenizer(Tokenizer):
         warn_of_lost_space(file, self)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        text: str = self._model.decode(list(tokens))
-        return text
+        return self._model.decode(list(tokens))
 
     def _encode(self, text: str) -> Tokens:
         return np.array(self._model.encode(text), np.uint32)
@@ -45,7 +42,7 @@ class SentencePieceTokenizer(Tokenizer):
         piece: str = model.id_to_piece(number)
         if model.is_byte(number):
             return bytes.fromhex(piece[3:5])  # <0x0A>
-        return piece.replace(_SPACE, " ").encode()
+        return piece.replace(SPACE, " ").encode()
 
     def _id_of(self, piece: str) -> int | None:
         number: int = self._model.piece_to_id(piece)

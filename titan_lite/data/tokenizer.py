@@ -18,6 +18,8 @@ from titan_lite.runtime.log import warn_once
 
 Tokens = npt.NDArray[np.uint32]
 Ints = npt.NDArray[np.int64]
+SPACE = "\u2581"
+"""The mark that replaces a space in tokens."""
 
 
 class Tokenizer(ABC):
