@@ -343,11 +343,11 @@ def test_only_these_functions_take_a_whole_plan_or_configuration() -> None:
 # Lines of code of each room: neither blank, comment nor docstring. Raising one is a decision to
 # explain in the commit message.
 BUDGET = {
-    "data": 3054,
+    "data": 3046,
     "parallel": 2121,
     "config": 2027,
     "training": 1897,
-    "tools": 1959,
+    "tools": 1956,
     "checkpoint": 1573,
     "models": 1824,
     "planner": 1299,
