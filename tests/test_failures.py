@@ -23,12 +23,13 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.distributed import GUARD, PRELOADED, Workers
+from tests.metrics.test_sinks import destination
 from tests.runs import TINY, build_trainer, full_disk, read_metrics, train
 from tests.runtime.test_parent import wait_for_end
 from tests.test_launcher import launch
 from titan_lite.checkpoint.state import retire_later_steps, saved_steps
 from titan_lite.config.load import ConfigError
-from titan_lite.metrics.sinks import JsonlSink
+from titan_lite.metrics.sinks import Destination, JsonlSink
 from titan_lite.metrics.tensorboard_sink import TensorBoardSink
 from titan_lite.runtime import folder_lock
 from titan_lite.runtime.folder_lock import FolderLock
@@ -312,8 +313,8 @@ def test_documents_left_out_are_counted_in_the_metrics_once_whichever_rank_reads
 @pytest.mark.parametrize(
     ("write", "path"),
     [
-        (lambda file: JsonlSink(file / "metrics.jsonl"), "file/metrics.jsonl"),
-        (lambda file: TensorBoardSink(file / "tb"), "file/tb"),
+        (lambda file: JsonlSink(destination(file)), "file/metrics.jsonl"),
+        (lambda file: TensorBoardSink(destination(file)), "file/tb"),
         (lambda file: open_run_folder(file, resume_step=0), "file"),
         (lambda file: write_run_file(file, {}), "file/run.json"),
         (lambda file: retire_later_steps(file.parent, 2), "file/retired"),
@@ -332,9 +333,9 @@ def test_what_cannot_be_written_is_named_with_the_reason(
 
 @pytest.mark.parametrize(("sink", "path"), [(JsonlSink, "metrics.jsonl"), (TensorBoardSink, "tb")])
 def test_metrics_stop_at_a_full_disk_with_all_records_before(
-    tmp_path: Path, sink: Callable[[Path], JsonlSink | TensorBoardSink], path: str
+    tmp_path: Path, sink: Callable[[Destination], JsonlSink | TensorBoardSink], path: str
 ) -> None:
-    opened, written = sink(tmp_path / path), []
+    opened, written = sink(destination(tmp_path)), []
 
     def write() -> None:
         for step in range(100):
@@ -348,7 +349,7 @@ def test_metrics_stop_at_a_full_disk_with_all_records_before(
         opened.close()
     assert len(written) > 5
     # The record that was cut short is dropped when the run resumes.
-    sink(tmp_path / path, start_step=99).close()
+    sink(destination(tmp_path, start_step=99)).close()
     if sink is JsonlSink:
         assert read_metrics(tmp_path) == [{"step": step, "loss": 0.5} for step in written]
     else:

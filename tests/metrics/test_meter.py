@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from tests.metrics.test_sinks import destination
 from titan_lite.config.schema import Metrics
 from titan_lite.metrics.device import PeakFlops
 from titan_lite.metrics.meter import Meter
@@ -233,7 +234,7 @@ def test_tensors_are_read_on_log_steps_only_and_before_the_clock():
 
 
 def test_values_that_are_not_finite_reach_the_file_as_json(tmp_path):
-    run = Run(sinks=[JsonlSink(tmp_path / "metrics.jsonl")])
+    run = Run(sinks=[JsonlSink(destination(tmp_path))])
     run.train(1, loss=torch.tensor(math.nan))
     run.meter.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == "nan"

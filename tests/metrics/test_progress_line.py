@@ -13,7 +13,7 @@ import termios
 
 import pytest
 
-from tests.metrics.test_sinks import Terminal, record
+from tests.metrics.test_sinks import Terminal, destination, record
 from titan_lite.metrics.sinks import ConsoleSink
 
 
@@ -35,7 +35,7 @@ def screen(stream: io.StringIO) -> list[str]:
 
 def test_a_terminal_shows_progress_below_the_last_record() -> None:
     stream = Terminal()
-    sink = ConsoleSink(100, stream)
+    sink = ConsoleSink(destination(), stream)
     for step in (10, 20):
         sink.write(record(step, tokens=1_234_567 * step))
     first, second, progress = screen(stream)
@@ -49,7 +49,7 @@ def test_a_terminal_shows_progress_below_the_last_record() -> None:
 
 def test_elsewhere_there_are_plain_lines_only() -> None:
     stream = io.StringIO()
-    sink = ConsoleSink(100, stream)
+    sink = ConsoleSink(destination(), stream)
     sink.write(record(10))
     sink.close()
     assert "smoothed" not in stream.getvalue()
@@ -58,7 +58,7 @@ def test_elsewhere_there_are_plain_lines_only() -> None:
 
 def test_the_loss_is_smoothed_and_a_step_that_is_not_finite_left_out() -> None:
     stream = Terminal()
-    sink = ConsoleSink(100, stream)
+    sink = ConsoleSink(destination(), stream)
     for step, loss in ((1, 8.0), (2, math.nan), (3, 6.0)):
         sink.write(record(step, loss=loss))
     # Weights 0.9 x 0.1 and 0.1.
@@ -68,7 +68,7 @@ def test_the_loss_is_smoothed_and_a_step_that_is_not_finite_left_out() -> None:
 def test_the_time_left_does_not_count_what_was_before_the_first_record() -> None:
     """Compilation, or the steps before a resume."""
     stream = Terminal()
-    sink = ConsoleSink(100, stream)
+    sink = ConsoleSink(destination(), stream)
     sink.write(record(40))
     assert "40/100 steps, ? left" in screen(stream)[-1]
 
@@ -76,7 +76,7 @@ def test_the_time_left_does_not_count_what_was_before_the_first_record() -> None
 def test_the_line_is_gone_after_the_last_step_and_when_the_run_ends() -> None:
     for steps in ((99, 100), (50,)):
         stream = Terminal()
-        sink = ConsoleSink(100, stream)
+        sink = ConsoleSink(destination(), stream)
         for step in steps:
             sink.write(record(step))
         sink.close()
@@ -88,7 +88,7 @@ def test_a_log_message_is_printed_above_the_line(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("sys.stdout", stream)
     logger, handler = logging.getLogger("titan_lite"), logging.StreamHandler(stream)
     monkeypatch.setattr(logger, "handlers", [handler])
-    sink = ConsoleSink(100)
+    sink = ConsoleSink(destination())
     sink.write(record(10))
     logger.warning("Checkpoint written")
     sink.write(record(20))
@@ -107,7 +107,7 @@ def test_a_narrow_terminal_shows_what_fits(columns: int) -> None:
     reader, writer = pty.openpty()
     fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with os.fdopen(writer, "w") as stream:
-        sink = ConsoleSink(10_000, stream)
+        sink = ConsoleSink(destination(num_steps=10_000), stream)
         sink.write(record(5_000, tokens=2_560_000))
         sink.close()
     written = ""

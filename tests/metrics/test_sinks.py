@@ -39,6 +39,12 @@ def record(step, **changes):
     return values | changes
 
 
+def destination(folder=Path(), settings=None, start_step=0, num_steps=100):
+    return Destination(
+        folder=folder, start_step=start_step, num_steps=num_steps, settings=settings or {}
+    )
+
+
 def test_a_small_slow_or_diverged_run_has_digits_on_the_console():
     tiny = {"wps": 0.25, "mfu": 0.0004, "memory_gib": 0.0031, "grad_norm": 3e-6, "data_wait": 3e-4}
     line = printed(record(5, **tiny, loss=1.5e12))
@@ -49,7 +55,7 @@ def test_a_small_slow_or_diverged_run_has_digits_on_the_console():
 
 def printed(*records, num_steps=100, stream=None):
     stream = stream or io.StringIO()
-    sink = ConsoleSink(num_steps, stream)
+    sink = ConsoleSink(destination(num_steps=num_steps), stream)
     for one in records:
         sink.write(one)
     return stream.getvalue()
@@ -108,7 +114,7 @@ def read_jsonl(path):
 
 def test_jsonl_holds_every_record_before_it_is_closed(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
-    sink = JsonlSink(path)
+    sink = JsonlSink(destination(path.parent))
     sink.write(record(1, warmup=True))
     sink.write(record(2))
     assert read_jsonl(path) == [record(1, warmup=True), record(2)]
@@ -116,7 +122,7 @@ def test_jsonl_holds_every_record_before_it_is_closed(tmp_path):
 
 
 def test_jsonl_stays_strict_json_with_values_that_are_not_finite(tmp_path):
-    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink = JsonlSink(destination(tmp_path))
     sink.write(record(1, loss=math.nan, grad_norm=math.inf, lr=-math.inf))
     sink.close()
     (read,) = read_jsonl(tmp_path / "metrics.jsonl")
@@ -126,11 +132,11 @@ def test_jsonl_stays_strict_json_with_values_that_are_not_finite(tmp_path):
 
 def test_resuming_drops_the_lines_after_the_resumed_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    sink = JsonlSink(path)
+    sink = JsonlSink(destination(tmp_path))
     for step in (1, 10, 20, 30):
         sink.write(record(step))
     sink.close()
-    sink = JsonlSink(path, start_step=20)
+    sink = JsonlSink(destination(tmp_path, start_step=20))
     sink.write(record(21))
     sink.close()
     assert [line["step"] for line in read_jsonl(path)] == [1, 10, 20, 21]
@@ -140,7 +146,7 @@ def test_resuming_drops_the_lines_after_the_resumed_step(tmp_path):
 def test_resuming_drops_a_line_cut_short_by_a_crash_and_says_so(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "lo')
-    sink = JsonlSink(path, start_step=2)
+    sink = JsonlSink(destination(tmp_path, start_step=2))
     sink.write(record(3))
     sink.close()
     assert [line["step"] for line in read_jsonl(path)] == [1, 3]
@@ -150,12 +156,12 @@ def test_resuming_drops_a_line_cut_short_by_a_crash_and_says_so(tmp_path, caplog
 def test_a_run_that_starts_afresh_replaces_the_records_of_the_last(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 10}\n')
-    JsonlSink(path).close()
+    JsonlSink(destination(tmp_path)).close()
     assert path.read_text() == ""
 
 
 def read_tensorboard(folder):
-    events = EventAccumulator(str(folder)).Reload()
+    events = EventAccumulator(str(folder / "tb")).Reload()
     return {
         tag: [(event.step, event.value) for event in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
@@ -163,7 +169,7 @@ def read_tensorboard(folder):
 
 
 def test_tensorboard_holds_each_key_under_its_tag(tmp_path):
-    sink = TensorBoardSink(tmp_path)
+    sink = TensorBoardSink(destination(tmp_path))
     sink.write(record(10, validation_loss=7.0))
     sink.close()
     scalars = read_tensorboard(tmp_path)
@@ -176,7 +182,7 @@ def test_tensorboard_holds_each_key_under_its_tag(tmp_path):
 
 
 def test_tensorboard_leaves_out_the_speeds_of_the_warm_up(tmp_path):
-    sink = TensorBoardSink(tmp_path)
+    sink = TensorBoardSink(destination(tmp_path))
     sink.write(record(1, warmup=True))
     sink.close()
     assert set(read_tensorboard(tmp_path)) == {
@@ -189,26 +195,22 @@ def test_tensorboard_leaves_out_the_speeds_of_the_warm_up(tmp_path):
 
 
 def test_tensorboard_hides_what_came_after_the_resumed_step(tmp_path):
-    first = TensorBoardSink(tmp_path)
+    first = TensorBoardSink(destination(tmp_path))
     for step in (1, 10, 20, 30):
         first.write(record(step, loss=1.0))
     first.close()
-    second = TensorBoardSink(tmp_path, start_step=20)
+    second = TensorBoardSink(destination(tmp_path, start_step=20))
     second.write(record(21, loss=2.0))
     second.close()
     assert read_tensorboard(tmp_path)["train/loss"] == [(1, 1), (10, 1), (20, 1), (21, 2)]
 
 
 def test_tensorboard_takes_values_that_are_not_finite(tmp_path):
-    sink = TensorBoardSink(tmp_path)
+    sink = TensorBoardSink(destination(tmp_path))
     sink.write(record(1, loss=math.nan))
     sink.close()
     ((_, value),) = read_tensorboard(tmp_path)["train/loss"]
     assert math.isnan(value)
-
-
-def destination(folder, settings=None):
-    return Destination(folder=folder, start_step=0, num_steps=100, settings=settings or {})
 
 
 def test_tensorboard_can_be_switched_off(tmp_path):
@@ -281,7 +283,7 @@ def test_wandb_gets_the_scalars_of_tensorboard_and_the_settings(tmp_path, monkey
         sink.write(record(1, warmup=True))
         sink.write(record(2))
         sink.close()
-    in_tensorboard = read_tensorboard(tmp_path / "tb")
+    in_tensorboard = read_tensorboard(tmp_path)
     assert [step for step, _ in fake.logged] == [1, 2]
     assert fake.logged[1][1].keys() == in_tensorboard.keys()
     assert "speed/wps" not in fake.logged[0][1]
@@ -290,6 +292,6 @@ def test_wandb_gets_the_scalars_of_tensorboard_and_the_settings(tmp_path, monkey
     assert fake.finished
     # The next process of this run folder continues the same run.
     assert fake.given["id"] is None
-    WandbSink(tmp_path, settings)
+    WandbSink(destination(tmp_path, settings))
     assert fake.given["id"] == "drawn"
     assert fake.given["resume"] == "allow"

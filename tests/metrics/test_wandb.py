@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.metrics.test_sinks import record
+from tests.metrics.test_sinks import destination, record
 from titan_lite.metrics.record import scalars
 from titan_lite.metrics.sinks import WandbSink
 
@@ -63,7 +63,7 @@ def test_wandb_keeps_names_values_and_the_run_but_no_token(
     import wandb
 
     for first in (1, 21):
-        sink = WandbSink(tmp_path, {"training": {"steps": 100}})
+        sink = WandbSink(destination(tmp_path, {"training": {"steps": 100}}))
         for step in (first, first + 9):
             sink.write(record(step, warmup=step == first, **{"validation/loss": 7.5}))
         sink.close()

@@ -56,10 +56,10 @@ data.plugin_source.PluginSource."""
 SINKS: Registry[str] = Registry(
     "metric sink",
     {
-        "console": "titan_lite.metrics.sinks:open_console",
-        "jsonl": "titan_lite.metrics.sinks:open_jsonl",
-        "tensorboard": "titan_lite.metrics.tensorboard_sink:open_tensorboard",
-        "wandb": "titan_lite.metrics.sinks:open_wandb",
+        "console": "titan_lite.metrics.sinks:ConsoleSink",
+        "jsonl": "titan_lite.metrics.sinks:JsonlSink",
+        "tensorboard": "titan_lite.metrics.tensorboard_sink:TensorBoardSink",
+        "wandb": "titan_lite.metrics.sinks:WandbSink",
     },
 )
 """Name -> "module:function", which gets a metrics.sinks.Destination and returns a Sink."""

@@ -55,33 +55,19 @@ def open_sinks(section: Metrics, destination: Destination) -> list[Sink]:
     return [load(SINKS[name])(destination) for name in dict.fromkeys([*names, *section.sinks])]
 
 
-def open_console(destination: Destination) -> "ConsoleSink":
-    """Opens the console."""
-    return ConsoleSink(destination.num_steps)
-
-
-def open_jsonl(destination: Destination) -> "JsonlSink":
-    """Opens metrics.jsonl."""
-    return JsonlSink(destination.folder / "metrics.jsonl", start_step=destination.start_step)
-
-
-def open_wandb(destination: Destination) -> "WandbSink":
-    """Opens or resumes the run of Weights & Biases."""
-    return WandbSink(destination.folder, destination.settings)
-
-
 class ConsoleSink:
     """Prints one aligned line per record; on a terminal, with a progress line below the last one.
 
     Labels are faint on a terminal unless NO_COLOR is set.
     """
 
-    def __init__(self, num_steps: int, stream: TextIO | None = None) -> None:
-        self._num_steps = num_steps
+    def __init__(self, destination: Destination, stream: TextIO | None = None) -> None:
+        self._num_steps = destination.num_steps
         self._stream = stream or sys.stdout
+        is_terminal = self._stream.isatty()
         # https://no-color.org: any non-empty value.
-        self._color = self._stream.isatty() and not os.environ.get("NO_COLOR")
-        self._progress = ProgressLine(num_steps, self._stream) if self._stream.isatty() else None
+        self._color = is_terminal and not os.environ.get("NO_COLOR")
+        self._progress = ProgressLine(self._num_steps, self._stream) if is_terminal else None
 
     def write(self, record: Record) -> None:
         """Prints the record; skips keys that it does not have."""
@@ -128,19 +114,19 @@ class ConsoleSink:
 
 
 class JsonlSink:
-    """Appends one strict JSON object per record and line.
+    """Appends one strict JSON object per record and line to metrics.jsonl.
 
-    Opening drops records after `start_step`, which the run will write again (all of them for a run
-    that starts from step 0), and an incomplete line after a crash. JSON has no non-finite numbers,
-    so they are the strings "nan", "inf" and "-inf", which Python's float() reads.
+    Opening drops records after the start step, which the run will write again (all of them for a
+    run that starts from step 0), and an incomplete line after a crash. JSON has no non-finite
+    numbers, so they are the strings "nan", "inf" and "-inf", which Python's float() reads.
     """
 
-    def __init__(self, path: Path, *, start_step: int = 0) -> None:
-        self._path = path
+    def __init__(self, destination: Destination) -> None:
+        self._path = path = destination.folder / "metrics.jsonl"
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
-                _drop_records_after(path, start_step)
+                _drop_records_after(path, destination.start_step)
             self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
@@ -182,13 +168,14 @@ class WandbSink:
     the same run of W&B, which keeps the first value of a step that is logged twice.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, destination: Destination) -> None:
         import wandb
 
+        folder, settings = destination.folder, dict(destination.settings)
         id_file = folder / "wandb" / "run_id"
         known = id_file.read_text(encoding="utf-8") if id_file.exists() else None
         self._run = wandb.init(
-            dir=str(folder), name=folder.name, config=dict(settings), id=known, resume="allow"
+            dir=str(folder), name=folder.name, config=settings, id=known, resume="allow"
         )
         with writing(id_file):
             id_file.parent.mkdir(exist_ok=True)

@@ -4,7 +4,6 @@ import contextlib
 import os
 import socket
 import time
-from pathlib import Path
 from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -16,27 +15,23 @@ from titan_lite.metrics.sinks import Destination
 from titan_lite.runtime.writing import writing
 
 
-def open_tensorboard(destination: Destination) -> "TensorBoardSink":
-    """Opens an event file in tb/."""
-    return TensorBoardSink(destination.folder / "tb", start_step=destination.start_step)
-
-
 class TensorBoardSink:
-    """Writes a scalar per key; after a resume, TensorBoard hides values after `start_step`.
+    """Writes a scalar per key to tb/; after a resume, values after the start step are hidden.
 
     It uses TensorBoard's RecordWriter. EventFileWriter writes in a thread, which prints a traceback
     on a full disk, and loses pending events at the end of a run.
     """
 
-    def __init__(self, folder: Path, *, start_step: int = 0) -> None:
+    def __init__(self, destination: Destination) -> None:
         # The name that TensorBoard expects; a run that is started again writes another file.
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
-        self._folder = folder
+        self._folder = folder = destination.folder / "tb"
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._writer = RecordWriter((folder / name).open("wb"))
         self._add(Event(file_version="brain.Event:2"))
-        self._add(Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
+        start = SessionLog(status=SessionLog.START)
+        self._add(Event(step=destination.start_step + 1, session_log=start))
 
     def write(self, record: Record) -> None:
         """Adds the record's scalars, and flushes them to the system."""
