@@ -124,7 +124,7 @@ def train_and_gather(
         if step in LATER and weights is None:
             gathered[f"weights before step {step}"] = gather(trainer)
 
-    hook = trainer.built.optimizer.register_step_pre_hook(gather_step)
+    hook = trainer.built.step.optimizer.register_step_pre_hook(gather_step)
     try:
         trainer.train()
         hook.remove()
@@ -156,7 +156,7 @@ def _gradients_at(trainer: Trainer, weights: Tensors, batches: list[Batch]) -> T
     if (balancer := trainer.built.step.balancer) is not None:
         balancer.load_state_dict(weights[COUNTS].tolist())
     gathered: Tensors = {}
-    hook = trainer.built.optimizer.register_step_pre_hook(
+    hook = trainer.built.step.optimizer.register_step_pre_hook(
         lambda *_: gathered.update(gather(trainer, gradients=True))
     )
     trainer.built.step(batches, lr=0.0)
@@ -238,10 +238,10 @@ def gather(trainer: Trainer, *, gradients: bool = False) -> Tensors:
     arrays = whole(trainer.built.model, gradients=gradients)
     if (balancer := trainer.built.step.balancer) is not None and not gradients:
         arrays[COUNTS] = balancer.counts_LE.cpu().numpy().copy()
-    if trainer.built.meshes.pp is None:
+    if trainer.built.step.meshes.pp is None:
         return arrays
     stages: list[Tensors] = [{}] * trainer.plan.dims.pp
-    dist.all_gather_object(stages, arrays, group=trainer.built.meshes.pp)
+    dist.all_gather_object(stages, arrays, group=trainer.built.step.meshes.pp)
     return {name: array for stage in stages for name, array in stage.items()}
 
 

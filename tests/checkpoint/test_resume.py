@@ -150,7 +150,7 @@ def _change_by_hand(folder: Path) -> Tensors:
     trainer = build_trainer(folder, *EVERY_4)
     for step in range(1, 7):
         if step == 5:
-            former = trainer.built.optimizer
+            former = trainer.built.step.optimizer
             section = load_config(None, ["--optimizer.lr=1e-3", *CHANGED]).config.optimizer
             context = OptimizerContext(
                 ranks=None, param_dtype=torch.float32, args=trainer.plan.args
@@ -206,7 +206,7 @@ def _steps_counted(folder: Path, *overrides: str) -> dict[str, float]:
     trainer = build_trainer(folder, *overrides)
     trainer.close()
     return {
-        name: trainer.built.optimizer.state[parameter]["step"].item()
+        name: trainer.built.step.optimizer.state[parameter]["step"].item()
         for name, parameter in trainer.built.model.named_parameters()
     }
 
@@ -234,7 +234,7 @@ def _step_under_each(folder: Path, *implementations: str) -> list[float]:
         record = trainer.train_step(step)
         assert record is not None
         losses.append(record["loss"])
-        for group in trainer.built.optimizer.param_groups:
+        for group in trainer.built.step.optimizer.param_groups:
             assert group["fused"] == (implementation == "fused")
             assert group["foreach"] == (implementation == "foreach")
         trainer.save()

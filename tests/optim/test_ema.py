@@ -62,7 +62,7 @@ DEEPSEEK = ("--model.name=deepseek_v3", "--model.bias_rate=0.01", "--training.se
 def _averages(trainer: Any) -> dict[str, np.ndarray]:
     return {
         name: (t.full_tensor() if isinstance(t, DTensor) else t).numpy().copy()
-        for name, t in trainer.built.average.tensors.items()
+        for name, t in trainer.built.step.average.tensors.items()
     }
 
 
@@ -78,7 +78,7 @@ def _train(folder: Path, steps: int, *overrides: str) -> tuple[Any, Any, Any, fl
     trainer.built.step.average = None
     assert trainer.data.held_out is not None
     sums = trainer.built.step.evaluate(trainer.data.held_out.batches)
-    loss = trainer.built.objective.validation(sums, trainer.data.held_out)
+    loss = trainer.built.step.objective.validation(sums, trainer.data.held_out)
     trainer.close()
     return start, end, weights, loss["validation/loss"]
 

@@ -73,7 +73,7 @@ def _infinite_loss(folder: Path, *overrides: str) -> list[dict[str, Any]]:
             assert record is not None
             weight = whole(trainer.built.model)["output.weight"]
             records.append({**record, "weight": weight})
-        return [*records, trainer.built.guard.state_dict()]
+        return [*records, trainer.built.step.guard.state_dict()]
     finally:
         module.cross_entropy_sum = loss
         trainer.close()

@@ -56,14 +56,14 @@ def measure_step(
         "parameters": recorder.mark(built.model.parameters(), "parameters"),
         "buffers": recorder.mark(built.model.buffers(), "buffers"),
     }
-    averages = built.average.tensors.values() if built.average is not None else ()
-    held["optimizer"] = recorder.mark([*_state(built.optimizer), *averages], "optimizer")
+    averages = built.step.average.tensors.values() if built.step.average is not None else ()
+    held["optimizer"] = recorder.mark([*_state(built.step.optimizer), *averages], "optimizer")
 
     def mark_gradients(*_: object) -> None:
         grads = [p.grad for p in built.model.parameters() if p.grad is not None]
         held["gradients"] = recorder.mark(grads, "gradients")
 
-    hook = built.optimizer.register_step_pre_hook(mark_gradients)
+    hook = built.step.optimizer.register_step_pre_hook(mark_gradients)
     recorder.work.clear()
     start = recorder.now()
     take_step()

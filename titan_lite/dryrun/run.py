@@ -103,13 +103,13 @@ def dry_run(
             allocating=fake,
         )
         assume_balance(model)
-        if built.pipeline is not None:
-            built.pipeline.skip_shape_negotiation()
-        labelled = partial(_labelled, built.objective)
+        if built.step.pipeline is not None:
+            built.step.pipeline.skip_shape_negotiation()
+        labelled = partial(_labelled, built.step.objective)
         built.step.labelled_indices = labelled  # type: ignore[method-assign]
         if progress is not None:
             progress.enter("optimizer state")
-            progress.watch(model.layers.values(), plan.micro_steps, built.optimizer)
+            progress.watch(model.layers.values(), plan.micro_steps, built.step.optimizer)
         # Not with schedules that split backward, which search each block's graph for parameters,
         # nor with dropout, whose keys for each block are freed between blocks.
         splits_backward = plan.config.parallel.schedule.splits_backward
@@ -120,7 +120,7 @@ def dry_run(
             plan.config.training.seq_len,
             with_positions=plan.config.data.masks_attention,
             with_sources=bool(plan.config.data.sources),
-            with_pairs=built.objective.has_pairs,
+            with_pairs=built.step.objective.has_pairs,
         )
 
         def take_step() -> None:
@@ -151,9 +151,9 @@ def dry_run(
 
 def _blocks(built: BuiltTraining) -> list[list[nn.Module]]:
     """Returns the blocks of each pipeline stage of this rank."""
-    if built.pipeline is None:
+    if built.step.pipeline is None:
         return [list(built.model.layers.values())]
-    models: list[Any] = [stage.submod for stage in built.pipeline.stages]
+    models: list[Any] = [stage.submod for stage in built.step.pipeline.stages]
     return [list(model.layers.values()) for model in models]
 
 

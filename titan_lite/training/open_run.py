@@ -97,7 +97,7 @@ def open_run(
         built = build_training(plan, model, objective, stages, meshes, process, progress=progress)
         compilations = Compilations() if config.compile.enable else None
         sources = SourceMeter(config.data) if config.data.sources else None
-        stateful: dict[str, Stateful] = {"data": data, "guard": built.guard}
+        stateful: dict[str, Stateful] = {"data": data, "guard": built.step.guard}
         if built.step.balancer is not None:
             stateful["expert_counts"] = built.step.balancer
         if sources is not None:
@@ -106,8 +106,8 @@ def open_run(
             config.checkpoint,
             plan.checkpoint_folder,
             model=built.model,
-            optimizer=built.optimizer,
-            average=None if built.average is None else built.average.tensors,
+            optimizer=built.step.optimizer,
+            average=None if built.step.average is None else built.step.average.tensors,
             exports_average=config.ema.export,
             stateful=stateful,
             device=process.device,
@@ -208,8 +208,8 @@ def _load(
             log_changes(start.manifest, plan, versions())
     elif hf is not None:
         load_hf(built.model, *hf)
-        if built.average is not None:
-            built.average.restart()
+        if built.step.average is not None:
+            built.step.average.restart()
         logger.info("Loaded the weights of %s", hf[0].path)
     built.step.refresh_float8_scales()
 

@@ -21,7 +21,7 @@ from titan_lite.parallel.applied import Applied
 from titan_lite.parallel.init_weights import init_weights
 from titan_lite.parallel.mesh import Meshes
 from titan_lite.parallel.parallel_model import build_parallel
-from titan_lite.parallel.pipeline import Pipeline, Stage
+from titan_lite.parallel.pipeline import Stage
 from titan_lite.planner.counts import FlopsPerToken
 from titan_lite.runtime.distributed import Process
 from titan_lite.runtime.progress import Progress
@@ -33,7 +33,7 @@ from titan_lite.training.step import TrainStep
 
 @dataclass(kw_only=True)
 class BuiltTraining:
-    """This rank's part of a model, with its optimizer and training step.
+    """This rank's part of a model, with its training step.
 
     num_params, parameter_names (in the model's order), stages and flops are of the whole model.
     """
@@ -42,14 +42,8 @@ class BuiltTraining:
     parameter_names: list[str]
     stages: list[Stage]
     flops: FlopsPerToken
-    objective: Objective
-    meshes: Meshes
     model: Transformer
-    pipeline: Pipeline | None
     applied: Applied
-    optimizer: torch.optim.Optimizer
-    average: WeightAverage | None
-    guard: Guard
     step: TrainStep
 
 
@@ -116,13 +110,7 @@ def build_training(
         parameter_names=parameter_names,
         stages=stages,
         flops=flops,
-        objective=objective,
-        meshes=meshes,
         model=model,
-        pipeline=parallel_model.pipeline,
         applied=parallel_model.applied,
-        optimizer=optimizer,
-        average=average,
-        guard=guard,
         step=step,
     )

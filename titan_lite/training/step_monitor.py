@@ -44,7 +44,7 @@ class StepMonitor:
     ) -> None:
         config = plan.config
         self.tokens: int | Tensor = state.tokens
-        self.unread_results = UnreadResults(built.guard, built.parameter_names)
+        self.unread_results = UnreadResults(built.step.guard, built.parameter_names)
         self.meter = build_meter(
             config, process, plan.run_folder, built.flops, start_step=state.step
         )
@@ -66,7 +66,7 @@ class StepMonitor:
         one step late, so that the GPU has work while the host waits.
         """
         tokens: int | Tensor = self._plan.global_batch_size * self._plan.config.training.seq_len
-        if self._built.objective.has_padding:
+        if self._built.step.objective.has_padding:
             # A tensor on the device, which the host does not wait for.
             tokens = result.num_tokens
         self.tokens += tokens
@@ -78,7 +78,7 @@ class StepMonitor:
 
     def log(self, step: int, result: StepResult, lr: float, extra: dict[str, float]) -> Record:
         """Writes the record of a step, with `extra` metrics, and returns it; collective."""
-        guard, objective = self._built.guard, self._built.objective
+        guard, objective = self._built.step.guard, self._built.step.objective
         extra = extra | guard.metrics() | self._data_metrics(result)
         extra |= objective.metrics(result.loss, result.sums, result.num_pairs)
         if self._balancer is not None:
