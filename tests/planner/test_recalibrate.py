@@ -12,8 +12,8 @@ from titan_lite.planner.predict import predict
 from titan_lite.planner.read import read_job
 
 
-def run_folder(folder: Path, records: list[dict[str, float]]) -> Path:
-    plan = make_plan(None, [], 1, with_files=False)
+def run_folder(folder: Path, records: list[dict[str, float]], *overrides: str) -> Path:
+    plan = make_plan(None, overrides, 1, with_files=False)
     mesh = {axis: getattr(plan.dims, axis) for axis in plan.dims.AXES}
     facts = {"config": plan.config.model_dump(), "mesh": mesh}
     (folder / "run.json").write_text(json.dumps(facts))
@@ -46,6 +46,17 @@ def test_a_run_gives_the_factor_that_makes_its_prediction_right(
     # Once more, from the recalibrated prediction.
     assert cli.main(["plan", "recalibrate", str(folder), f"--cluster={own}"]) == 0
     assert f'"{actual["constant"]}" = ' in capsys.readouterr().out
+
+
+def test_the_runs_own_cluster_is_the_default(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_folder(tmp_path, RECORDS, "--job.cluster=a100")
+    results = []
+    for options in ([], ["--cluster=a100"], ["--cluster=h100"]):
+        assert cli.main(["plan", "recalibrate", str(tmp_path), "--json", *options]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    assert results[0] == results[1] != results[2]
 
 
 @pytest.mark.parametrize(

@@ -122,3 +122,19 @@ def test_a_layout_that_does_not_divide_is_listed_with_its_reason(
     args = ["plan", "scaling", CONFIG, "--cluster=h100", "--gpus=9", "--parallel.tp=2"]
     assert cli.main(args) == 0
     assert "got 9" in capsys.readouterr().out
+
+
+def test_the_first_configurations_cluster_is_the_default(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    results = []
+    for options in (["--job.cluster=a100"], ["--cluster=a100"], []):
+        assert cli.main(["plan", "scaling", CONFIG, "--gpus=512", "--json", *options]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    assert results[0] == results[1] != results[2]
+
+
+@pytest.mark.parametrize("option", [["--world-size", "8"], ["--world-size=8"]])
+def test_a_world_size_is_refused(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "scaling", CONFIG, *option]) == 2
+    assert "--world-size has no effect: set --gpus" in capsys.readouterr().err

@@ -198,3 +198,12 @@ def test_every_fitted_constant_has_a_value_from_the_literature() -> None:
     for name in FITTED:
         quantity = name.split("/")[0]
         assert any(known.split("/")[0] == quantity for known in LITERATURE)
+
+
+@pytest.mark.parametrize("constants", ["literature", "leave-one-system-out"])
+def test_constants_that_are_not_fitted_to_the_file_refuse_fit(
+    constants: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["plan", "validate", str(ROWS), "--fit", "--constants", constants])
+    assert f"--fit requires --constants fitted, got {constants}" in capsys.readouterr().err

@@ -23,10 +23,10 @@ from titan_lite.tools import plan_recalibrate, plan_report, plan_scaling
 
 FORMS = """
 other forms, each with its own --help:
-  plan search CONFIG --world-size N [--count K] [--write FILE]
-  plan scaling CONFIG ... [--gpus N,N,...] [--plot FILE]
-  plan calibrate [-o cluster.toml]
-  plan recalibrate RUN
+  plan search [CONFIG] [--world-size N] [--count K] [--write FILE]
+  plan scaling CONFIG... [--gpus N,N,...] [--plot FILE]
+  plan calibrate [-o FILE]
+  plan recalibrate RUN [--cluster NAME]
   plan validate ROWS.toml [--constants fitted|literature|leave-one-system-out] [--fit]
 """
 UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
@@ -58,13 +58,20 @@ def main(argv: list[str]) -> int:
 def _plan(argv: Sequence[str]) -> int:
     parser = _parser(
         "plan",
+        "[CONFIG] [--section.key=value ...] [--world-size N] [--tokens T]",
         "Predicts a run: whether it fits, how long a step takes and why, and what the whole run "
-        "costs in days, money and energy.",
+        "costs in days, money and energy. Without CONFIG, it predicts the debug model.",
         "titan-lite plan train_configs/llama3_8b.toml --cluster h100 --world-size 8 --tokens 1T",
         "titan-lite plan run.toml",
         notes=FORMS,
     )
-    parser.add_argument("--tokens", type=_tokens, help="tokens of the whole run, as 2T or 300B")
+    _world_size_option(parser, "the product of the degrees")
+    parser.add_argument(
+        "--tokens",
+        type=_tokens,
+        metavar="T",
+        help="tokens of the whole run, as 2T or 300B (default: those of training.steps)",
+    )
     options, path, overrides = _parse(parser, argv)
     plan = make_plan(path, [*overrides, *NO_FILES], options.world_size, with_files=False)
     cluster = _cluster(options, plan.config.job.cluster, plan.origins["job.cluster"])
@@ -82,14 +89,17 @@ def _plan(argv: Sequence[str]) -> int:
 def _search(argv: Sequence[str]) -> int:
     parser = _parser(
         "plan search",
-        "Predicts every legal layout of a job on --world-size devices, and shows the best layouts "
-        "that fit, one of each kind. Degrees, micro-batch, recomputation, resharding, gradient "
-        "synchronisation and pipeline stages vary; all other keys keep their values.",
+        "[CONFIG] [--section.key=value ...] [--world-size N] [--count K] [--write FILE]",
+        "Predicts every legal layout of CONFIG (default: the debug model), and shows the best "
+        "layouts that fit, one for each mesh and number of pipeline stages. Degrees, micro-batch, "
+        "recomputation, resharding, gradient synchronisation and stages vary; all other keys keep "
+        "their values.",
         "titan-lite plan search train_configs/llama3_8b.toml --cluster h100 --world-size 8",
         "titan-lite plan search run.toml --world-size 2",
     )
+    _world_size_option(parser, "8")
     parser.add_argument(
-        "--count", type=positive, default=5, metavar="N", help="layouts to show (5)"
+        "--count", type=positive, default=5, metavar="K", help="layouts to show (5)"
     )
     parser.add_argument("--write", metavar="FILE", help="write the best as a TOML file")
     options, path, overrides = _parse(parser, argv)
@@ -127,6 +137,7 @@ def _search(argv: Sequence[str]) -> int:
 def _scaling(argv: Sequence[str]) -> int:
     parser = _parser(
         "plan scaling",
+        "CONFIG... [--section.key=value ...] [--gpus N,N,...] [--plot FILE]",
         "Projects compute-optimal training, 20 tokens per parameter: FLOPs, days at the devices' "
         "peak and as predicted, energy and cost, for several CONFIGs and numbers of devices.",
         "titan-lite plan scaling train_configs/gpt_175b_fsdp.toml "
@@ -134,16 +145,23 @@ def _scaling(argv: Sequence[str]) -> int:
         "titan-lite plan scaling train_configs/llama2_7b.toml --gpus 8,32",
     )
     parser.add_argument(
-        "--gpus", type=_numbers, default=[8, 32, 128, 512, 2048], help="as 8,32,128,512,2048"
+        "--gpus",
+        type=_numbers,
+        default=[8, 32, 128, 512, 2048],
+        metavar="N,N,...",
+        help="numbers of devices (8,32,128,512,2048)",
     )
     parser.add_argument("--plot", metavar="FILE", help="picture of days over devices")
     options, rest = parser.parse_known_args(argv)
     logging.basicConfig(format="titan-lite: warning: %(message)s", level=logging.ERROR)
     configs = [argument for argument in rest if not argument.startswith("-")]
     overrides = [*(argument for argument in rest if argument.startswith("-")), *NO_FILES]
+    if any(argument.partition("=")[0] == "--world-size" for argument in rest):
+        raise UsageError("--world-size has no effect: set --gpus to the numbers of devices")
     if not configs:
         raise UsageError("expected at least one configuration")
-    cluster = _cluster(options)
+    first = load_config(configs[0], overrides)
+    cluster = _cluster(options, first.config.job.cluster, first.origins["job.cluster"])
     rows = plan_scaling.scaling(configs, cluster, options.gpus, overrides)
     print(json.dumps(rows, indent=2) if options.json else plan_scaling.text(rows, cluster))
     if options.plot:
@@ -178,7 +196,7 @@ def _calibrate(argv: Sequence[str]) -> int:
         "--seconds", type=_not_negative, default=120.0, metavar="S", help="duration, about (120)"
     )
     parser.add_argument(
-        "--price", type=_not_negative, default=0.0, metavar="P", help="price of a GPU-hour"
+        "--price", type=_not_negative, default=0.0, metavar="P", help="price of a GPU-hour (0)"
     )
     options = parser.parse_args(argv)
     # Imports torch, which the other forms do not need.
@@ -198,9 +216,12 @@ def _recalibrate(argv: Sequence[str]) -> int:
         "titan-lite plan recalibrate outputs/base --cluster a100",
     )
     parser.add_argument("run", metavar="RUN", help="the run's folder")
-    _cluster_options(parser)
+    _cluster_option(parser, "job.cluster of the run, else h100")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
-    result = plan_recalibrate.recalibrate(options.run, _cluster(options))
+    run = plan_recalibrate.read_run(options.run)
+    cluster = _cluster(options, run.cluster, f"{options.run}/run.json")
+    result = plan_recalibrate.recalibrate(run, cluster)
     print(json.dumps(result, indent=2) if options.json else plan_recalibrate.text(result))
     return 0
 
@@ -228,8 +249,14 @@ def _validate(argv: Sequence[str]) -> int:
         help="fitted to assets/published_rows.toml, from the literature alone, or fitted for each "
         "system to the file's other systems",
     )
-    parser.add_argument("--fit", action="store_true", help="fit the constants to the file first")
+    parser.add_argument(
+        "--fit",
+        action="store_true",
+        help="fit the constants to the file first; requires --constants fitted",
+    )
     options = parser.parse_args(argv)
+    if options.fit and options.constants != "fitted":
+        parser.error(f"--fit requires --constants fitted, got {options.constants}")
     # Imports numpy, which the other forms do not need.
     from titan_lite.tools import validate_plan
 
@@ -242,29 +269,38 @@ def _validate(argv: Sequence[str]) -> int:
 
 
 def _parser(
-    command: str, description: str, *commands: str, notes: str = ""
+    command: str, usage: str, description: str, *commands: str, notes: str = ""
 ) -> argparse.ArgumentParser:
-    usage = (
-        "%(prog)s [CONFIG] [--section.key=value ...] [--cluster NAME|FILE] [--world-size N] "
-        "[--price P] [--json]"
-    )
+    """Returns the parser of a form that predicts configurations.
+
+    usage: without the options that all of these forms have.
+    """
+    usage = f"%(prog)s {usage} [--cluster NAME|FILE] [--price P] [--json]"
     parser = command_parser(command, description, *commands, notes=notes, usage=usage)
-    parser.add_argument("--world-size", type=positive, metavar="N", help="number of devices")
-    _cluster_options(parser)
-    return parser
-
-
-def _cluster_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--cluster", help="name in assets/clusters/, or a TOML file (job.cluster, else h100)"
-    )
+    _cluster_option(parser, "job.cluster of the (first) CONFIG, else h100")
     parser.add_argument(
         "--price",
         type=_not_negative,
         metavar="P",
-        help="price of a GPU-hour instead of the cluster's",
+        help="price of a GPU-hour (default: the cluster's)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _cluster_option(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--cluster", help=f"name in assets/clusters/, or a TOML file (default: {default})"
+    )
+
+
+def _world_size_option(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--world-size",
+        type=positive,
+        metavar="N",
+        help=f"number of devices (default: {default})",
+    )
 
 
 def _parse(
@@ -276,7 +312,7 @@ def _parse(
     return options, *split_arguments(rest)
 
 
-def _cluster(options: argparse.Namespace, of_job: str = "", origin: str = "") -> Cluster:
+def _cluster(options: argparse.Namespace, of_job: str, origin: str) -> Cluster:
     """Returns the cluster of --cluster, else of job.cluster (set in `origin`), else h100."""
     name, key, source = options.cluster, "--cluster", "command line"
     if name is None and of_job:
@@ -285,9 +321,8 @@ def _cluster(options: argparse.Namespace, of_job: str = "", origin: str = "") ->
         cluster = find_cluster("h100" if name is None else name)
     except (ValueError, OSError) as error:
         raise ConfigError([Problem(key, source, str(error))]) from error
-    if options.price is None:
-        return cluster
-    return dataclasses.replace(cluster, price_per_gpu_hour=options.price)
+    price = getattr(options, "price", None)
+    return cluster if price is None else dataclasses.replace(cluster, price_per_gpu_hour=price)
 
 
 def _model(section: Model) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,27 @@ from titan_lite.config.plugins import import_plugins
 from titan_lite.config.schema import Config
 from titan_lite.models.registry import resolve
 from titan_lite.planner.cluster import Cluster
+from titan_lite.planner.job import Job
 from titan_lite.planner.predict import predict
 from titan_lite.planner.read import read_job
 
 FEWEST = 3
 
 
-def recalibrate(folder: str, cluster: Cluster) -> dict[str, Any]:
-    """Returns measured and predicted seconds of a step, and the constant that makes them equal.
+@dataclass(frozen=True)
+class MeasuredRun:
+    """A finished run with its job.cluster and measured seconds of a step.
 
     Records that include start-up are left out, as is the time that steps waited for data.
     """
+
+    job: Job
+    cluster: str
+    seconds: float
+
+
+def read_run(folder: str) -> MeasuredRun:
+    """Reads a run's folder; raises ConfigError if it has too few records."""
     try:
         facts = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -40,13 +51,16 @@ def recalibrate(folder: str, cluster: Cluster) -> dict[str, Any]:
     if len(seconds) < FEWEST:
         message = f"{len(seconds)} records after start-up; at least {FEWEST} are required"
         raise ConfigError([Problem("RUN", folder, message)])
-    family, args = resolve(config.model)
-    job = read_job(config, dims, family, args)
-    name = f"step/{job.kernels}"
-    measured, predicted = statistics.median(seconds), predict(job, cluster, 1.0).step.seconds
-    factor = measured / predicted * cluster.measured.get(name, 1.0)
+    job = read_job(config, dims, *resolve(config.model))
+    return MeasuredRun(job, config.job.cluster, statistics.median(seconds))
+
+
+def recalibrate(run: MeasuredRun, cluster: Cluster) -> dict[str, Any]:
+    """Returns measured and predicted seconds of a step, and the constant that makes them equal."""
+    name, predicted = f"step/{run.job.kernels}", predict(run.job, cluster, 1.0).step.seconds
+    factor = run.seconds / predicted * cluster.measured.get(name, 1.0)
     return {
-        "measured_seconds": measured,
+        "measured_seconds": run.seconds,
         "predicted_seconds": predicted,
         "constant": name,
         "value": round(factor, 4),
