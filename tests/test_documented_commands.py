@@ -323,6 +323,7 @@ HELPS = [
         for form in ("search", "scaling", "calibrate", "recalibrate", "validate")
     ),
     *(["titan-lite", name, "--help"] for name in ("checkpoint", "compare", "golden", "report")),
+    ["titan-lite", "convert", "--help"],
     *(["titan-lite", "convert", name, "--help"] for name in ("hf-to-dcp", "dcp-to-hf")),
     ["titan-lite", "--help"],
     ["./run_train.sh", "--help"],

@@ -182,8 +182,8 @@ LAUNCHED = {
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
-        ([], {}, "usage: python -m titan_lite.train CONFIG"),
-        (["--training.steps=1"], {}, "usage: python -m titan_lite.train CONFIG"),
+        ([], {}, "usage: titan-lite train CONFIG"),
+        (["--training.steps=1"], {}, "usage: titan-lite train CONFIG"),
         (["train_configs/debug.toml"], {"RANK": "0"}, "MASTER_ADDR (environment): not set"),
         (
             ["train_configs/debug.toml"],

@@ -37,6 +37,7 @@ Every key of the TOML file can be overridden by --section.key=value. Values are 
 but a plain word needs no quotes. The last one counts:
   --training.steps=20 --model.flavor=llama3_8b --job.description="first try"
 """
+NO_CONFIG = "Without CONFIG all keys have their defaults: the debug model on the bundled corpus."
 
 
 COMMANDS = {
@@ -123,7 +124,7 @@ def _train(argv: list[str]) -> int:
 def _config(argv: list[str]) -> int:
     parser = _parser(
         "config",
-        "[--world-size N] [--quiet] | --schema | --docs",
+        "[--world-size N] [--preflight] [--quiet] | --schema | --docs",
         "Checks a configuration, and prints it with the origin of each value.",
         "titan-lite config run.toml",
         "titan-lite config my.toml --preflight --quiet --data.dataset_path=books/a.jsonl",
@@ -230,7 +231,7 @@ def _tokenize(argv: list[str]) -> int:
         type=positive,
         default=2**29,
         metavar="N",
-        help="characters of a source file after which a new file is started (536870912)",
+        help="characters of text in each written file, about (536870912)",
     )
     parser.add_argument(
         "--verify", type=Path, metavar="DIR", help="compare a folder's files with their checksums"
@@ -254,7 +255,7 @@ def _tokenize(argv: list[str]) -> int:
 def _dryrun(argv: list[str]) -> int:
     parser = _parser(
         "dryrun",
-        "[--world-size N] [--rank R | all-stages] [--device NAME] [--json]",
+        "[--world-size N] [--rank R|all-stages] [--device NAME] [--json]",
         "Runs one training step as one rank of many, on fake tensors, and prints the applied "
         "features, memory, FLOPs and collectives of the step. Needs no GPU, no data and no "
         "tokenizer.",
@@ -268,7 +269,10 @@ def _dryrun(argv: list[str]) -> int:
         "first and one of the last)",
     )
     parser.add_argument(
-        "--device", default="h100", metavar="NAME", help="device to compare the memory with (h100)"
+        "--device",
+        default="h100",
+        metavar="NAME",
+        help="device to compare the memory with: the start of a name in assets/devices.txt (h100)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options, path, overrides = _parse(parser, argv)
@@ -311,7 +315,8 @@ def _parser(
 ) -> argparse.ArgumentParser:
     """Builds the parser of a subcommand with one CONFIG and, if `world`, --world-size."""
     usage = f"%(prog)s [CONFIG] [--section.key=value ...] {options}"
-    parser = command_parser(command, description, *example, notes=OVERRIDES, usage=usage)
+    notes = f"\n{NO_CONFIG}\n{OVERRIDES}"
+    parser = command_parser(command, description, *example, notes=notes, usage=usage)
     if world:
         parser.add_argument(
             "--world-size",

@@ -24,7 +24,7 @@ from titan_lite.runtime.stop import (
 )
 from titan_lite.runtime.writing import WriteError
 
-USAGE = "usage: python -m titan_lite.train CONFIG [--section.key=value ...]"
+USAGE = "usage: titan-lite train CONFIG [--section.key=value ...]"
 # Variables that a launcher sets for each process. Without them there is only this process.
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ENVIRONMENT = "environment"

@@ -41,7 +41,7 @@ tiers:
   bitwise      every digit is the same
   layout       each step within a relative tolerance, which depends on the precision (default)
   statistical  the smoothed curves differ by no more than their noise explains
-exit code: 0 within, 1 outside, 2 for a usage error
+exit code: 0 within the tolerance, 1 outside it, 2 for a usage error
 """
 
 GOLDEN = """
@@ -51,10 +51,11 @@ A case is a TOML file:
   device = "cpu"          or "cuda", with a golden curve for each kind of device
   tier = "layout"         tier of titan-lite compare
   why = "..."             reason why the tolerance is not stricter
-  [tolerance]             stricter than the tier, for example loss = 1e-6, grad_norm = 1e-5
+  [tolerance]             replaces the tier's, for example loss = 1e-6, grad_norm = 1e-5
   [overrides]             keys to override, for example training.steps = 20
 Its golden curve is next to it, as NAME.golden.json.
-exit code: 0 within (or skipped because no device is available), 1 outside, 2 for a usage error
+exit code: 0 within the tolerance (or skipped, because a case needs more GPUs than there are),
+  1 outside it, 2 for a usage error
 """
 
 
@@ -283,7 +284,14 @@ def report_command(argv: Sequence[str]) -> int:
         "titan-lite report outputs/base",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
-    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="file to write (report.html)",
+    )
     options = parser.parse_args(argv)
     if len(options.runs) > MAX_RUNS:
         parser.error(f"at most {MAX_RUNS} runs fit on one page, got {len(options.runs)}")

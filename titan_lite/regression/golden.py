@@ -55,7 +55,7 @@ class CaseFile(Section):
     why: str
     """Why the tolerance is not tighter; written into the golden file."""
     tolerance: Tolerance | None = None
-    """Stricter than those of tier "layout"."""
+    """Replaces the tolerances of tier "layout"."""
     overrides: dict[str, dict[str, Any]] = Field(default={})
     """Keys that differ from the file's, as tables."""
 

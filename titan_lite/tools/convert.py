@@ -314,7 +314,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="titan-lite convert",
         description="Converts weights between Hugging Face's safetensors and checkpoints, in one "
-        "process that holds one file of them at a time.",
+        "process that never holds the whole model.",
+        epilog=examples(
+            "titan-lite convert hf-to-dcp Llama-3.1-8B llama_dcp",
+            "titan-lite convert dcp-to-hf outputs/checkpoint/step-1000 exported_model",
+        ),
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     directions = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
@@ -325,7 +330,7 @@ def _parser() -> argparse.ArgumentParser:
         "tables of a run that starts from them.",
         epilog=examples(
             "titan-lite convert hf-to-dcp Llama-3.1-8B llama_dcp",
-            "titan-lite convert hf-to-dcp Llama-3.1-8B imported",
+            "titan-lite convert hf-to-dcp outputs/checkpoint/hf exported_dcp",
         ),
         formatter_class=HelpFormatter,
     )
@@ -359,7 +364,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_bytes,
         default="5GB",
         metavar="SIZE",
-        help='largest file, as "5GB" (the default) or "200MB"',
+        help="size of the largest file, as 200MB (5GB)",
     )
     to_hf.add_argument(
         "--tokenizer",
@@ -369,12 +374,12 @@ def _parser() -> argparse.ArgumentParser:
     to_hf.add_argument(
         "--allow-mismatch",
         action="store_true",
-        help="write a tokenizer although it gives other ids than in training",
+        help="write the tokenizer even if it gives other ids than in training",
     )
     to_hf.add_argument(
         "--average",
         action="store_true",
-        help="write the average of the weights ([ema]) in place of the weights",
+        help="write the average of the weights ([ema]) instead of the weights",
     )
     return parser
 
