@@ -425,7 +425,7 @@ HOLES = (
 # Features with which every family must be trained, in any row.
 FEATURES: dict[str, Callable[[Config, ParallelDims], bool]] = {
     "FSDP": lambda _, dims: dims.dp_shard * dims.cp > 1,
-    "HSDP": lambda _, dims: dims.dp_replicate > 1,
+    "HSDP or DDP": lambda _, dims: dims.dp_replicate > 1,
     "TP, SP, loss parallel": lambda config, dims: (
         dims.tp > 1 and config.parallel.sequence_parallel and config.parallel.loss_parallel
     ),

@@ -46,40 +46,46 @@ the comparison detects faults.
 
 LAYOUT = """\
 The difference of two tensors is the largest difference of their elements, relative to the tensor's
-largest element. For a gradient, a quarter of the largest element of all gradients is added to that.
+largest element. For a gradient, a quarter of the largest element of all gradients is added to this
+divisor.
+
+The names of layouts have the degrees in `[parallel]`: dpN is `dp_shard = N`, hsdp RxS is
+`dp_replicate = R` and `dp_shard = S`; tpN, cpN and ppN are `tp`, `cp` and `pp`. Degrees that a name
+does not have are 1.
 
 The columns are the modes of activation checkpointing. A cell has the execution (eager or compiled)
-x the number of micro-batches per step. Every two values of layout, mode, execution and accumulation
-are combined in one of these runs. Runs with aot_eager are compiled by that backend of torch: it has
-the same graphs for forward and backward, without inductor's kernels.
+x the number of micro-batches per step. The runs cover all pairs of values of layout, mode,
+execution and accumulation. Runs with aot_eager are compiled by that backend of torch: it has the
+same graphs for forward and backward, without inductor's kernels.
 """
 
 FURTHER_TEXT = """\
-Runs with further settings. The one process also has those of the model and of clipping:
+Runs with further settings. The one process has the same settings, except those of `[parallel]` and
+`training.loss_chunks`:
 """
 
 FAMILIES_TEXT = """\
-The rows above are Llama's. These are debug flavors of the other families, with settings that the
-one process has too, except `parallel.sequence_parallel`. GPT is tested without the biases of
-queries, keys and values: softmax does not change if a vector is added to all keys, so without
-rotation the gradient of that bias is only rounding.
+The rows above are Llama's. These are debug flavors of the other families. The one process has the
+same settings, except those of `[parallel]` and `[activation_checkpoint]`. GPT is tested without the
+biases of queries, keys and values: softmax does not change if a vector is added to all keys, so
+without rotation the gradient of that bias is only rounding.
 """
 
 FEATURES_TEXT = """\
 ## Families
 
 Each cell has the layout of a run above with this family and feature, or the reason why there is
-none.
+none. FSDP shards over dp_shard x cp, so cp2 is a layout with FSDP. hsdp 2x1 is DDP.
 """
 
 PRECISION = """\
 ## Other precisions
 
-One process in the other precision is compared with one process in float32. The largest difference
-of their losses, and of their gradient norms, is the bound for the difference of a layout from one
-process in that precision, at every step. The float32 master weights start with the same bits. Runs
-with `optimizer.state_dtype` "int8" or "float8" differ between layouts, because the blocks that
-share a scale depend on the layout.
+Each layout is compared with one process in the same precision. At every step its loss and gradient
+norm may differ by as much as one process in that precision ever differs from one process in
+float32. The float32 master weights start with the same bits. Runs with `optimizer.state_dtype`
+"int8" or "float8" differ between layouts, because the blocks that share a scale depend on the
+layout.
 """
 
 REFUSED = """\
