@@ -144,7 +144,11 @@ A, B = '{name = "a", weight = 1}', '{name = "b", weight = 2.5}'
     [
         ([f"--data.sources=[{A}, {A}]"], "data.sources", '2 sources have the name "a"'),
         (["--data.sources=[{weight = 1}]"], "data.sources", "table 1: name is missing"),
-        (['--data.sources=[{name = ""}]'], "data.sources", 'name: expected a string, got ""'),
+        (
+            ['--data.sources=[{name = ""}]'],
+            "data.sources",
+            'name: expected a non-empty string, got ""',
+        ),
         (
             [f'--data.sources=[{A}, {{name = "b", weight = 0}}]'],
             "data.sources",
@@ -158,12 +162,12 @@ A, B = '{name = "a", weight = 1}', '{name = "b", weight = 2.5}'
         (
             ["--data.sources=c4"],
             "data.sources",
-            'expected tables, as [[data.sources]] makes them, got "c4"',
+            'expected an array of tables, each with the head [[data.sources]], got "c4"',
         ),
         (
             ['--data.sources=["c4"]'],
             "data.sources",
-            "expected tables, as [[data.sources]] makes them",
+            "expected an array of tables, each with the head [[data.sources]], got",
         ),
         (
             [f"--data.sources=[{A}, {B}]", "--data.dataset=c4"],

@@ -165,6 +165,21 @@ def test_an_integer_serves_as_a_float_but_nothing_else_is_converted() -> None:
         ),
         ("[data]\nshuffle = 1", "data.shuffle", "expected true or false, got 1"),
         (
+            '[optimizer]\nname = "Muon"\nns_coefficients = [1.0]',
+            "optimizer.ns_coefficients",
+            "expected a list of 3 numbers, got [1.0]",
+        ),
+        (
+            "[compile]\ncomponents = []",
+            "compile.components",
+            'expected a list with at least one of "model" or "loss", got []',
+        ),
+        (
+            '[parallel]\npp_stage_modules = ["norm"]',
+            "parallel.pp_stage_modules",
+            'expected a list of lists of strings, got ["norm"]',
+        ),
+        (
             '[optimizer]\nname = "adamw"',
             "optimizer.name",
             'expected "AdamW", "Adam" or "Muon", got "adamw"; did you mean "AdamW"?',
@@ -172,12 +187,13 @@ def test_an_integer_serves_as_a_float_but_nothing_else_is_converted() -> None:
         (
             '[optimizer]\nno_decay = ["norm", "bais"]',
             "optimizer.no_decay",
-            'a list of "norm", "bias" or "embedding", got ["norm", "bais"]; did you mean "bias"?',
+            'expected a list with any of "norm", "bias" or "embedding", got ["norm", "bais"]; did '
+            'you mean "bias"?',
         ),
         (
             '[optimizer]\nno_decay = "norm"',
             "optimizer.no_decay",
-            'expected a list of "norm", "bias" or "embedding", got "norm"',
+            'expected a list with any of "norm", "bias" or "embedding", got "norm"',
         ),
         (
             '[parallel]\nreshard_after_forward = "alway"',
@@ -193,12 +209,12 @@ def test_an_integer_serves_as_a_float_but_nothing_else_is_converted() -> None:
         (
             "[parallel]\ndp_shard = -2",
             "parallel.dp_shard",
-            "expected an integer greater than 0 or -1, got -2",
+            "expected -1 or an integer greater than 0, got -2",
         ),
         (
             "[checkpoint]\nload_step = -1",
             "checkpoint.load_step",
-            'expected an integer of at least 0 or "latest", got -1',
+            'expected "latest" or an integer of at least 0, got -1',
         ),
         (
             "[comm]\ntrain_timeout_seconds = 99999999999999",

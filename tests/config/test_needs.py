@@ -87,4 +87,4 @@ def test_keys_of_another_variant_are_written_as_comments() -> None:
     text = to_toml(load_config(None, ["--activation_checkpoint.mode=first_k"]))
     assert "\nfirst_k = 1 " in text
     (line,) = [line for line in text.splitlines() if line.startswith("# every_nth is not set ")]
-    assert line.endswith(' # needs activation_checkpoint.mode = "every_nth"')
+    assert line.endswith(' # requires activation_checkpoint.mode = "every_nth"')

@@ -142,8 +142,8 @@ def test_what_is_written_states_which_optimizer_has_a_key() -> None:
     text = to_toml(load_config(None, ["--optimizer.name=Rolling"]))
     assert "\nfriction = 0.9 " in text
     (line,) = [line for line in text.splitlines() if line.startswith("# beta1 is not set")]
-    assert line.endswith('# needs optimizer.name = "AdamW" or "Adam" or "Muon"')
-    assert 'Decay of the average. Needs optimizer.name = "Rolling".' in to_markdown()
+    assert line.endswith('# requires optimizer.name = "AdamW" or "Adam" or "Muon"')
+    assert 'Decay of the average. Requires optimizer.name = "Rolling".' in to_markdown()
     table = json_schema({})["properties"]["optimizer"]
     assert table["properties"]["name"]["enum"] == ["AdamW", "Adam", "Muon", "Rolling"]
     assert {

@@ -109,7 +109,7 @@ def test_a_module_that_cannot_be_found_is_named(module: str) -> None:
 
 
 def test_a_wrong_type_is_answered_as_for_any_key() -> None:
-    with pytest.raises(ConfigError, match='expected a list of a string, got "x"'):
+    with pytest.raises(ConfigError, match='expected a list of strings, got "x"'):
         load_config(None, ["--job.plugins=x"])
 
 

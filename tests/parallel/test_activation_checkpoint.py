@@ -387,7 +387,12 @@ def test_the_compiler_keeps_to_the_memory_budget(one_process: Workers, tmp_path:
         (
             ["mode=memory_budget", "memory_budget=1"],
             "memory_budget",
-            "must be below 1 (1 recomputes nothing); or set",
+            "expected a number of at least 0 and less than 1, got 1",
+        ),
+        (
+            ["mode=fraction", "fraction=0"],
+            "fraction",
+            "expected a number greater than 0 and at most 1, got 0",
         ),
         (
             ["mode=selective_op", 'save=["matmul", "every_second_matmul"]'],

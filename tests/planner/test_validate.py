@@ -191,7 +191,7 @@ def test_rows_that_are_no_tables_are_an_error(
     file = tmp_path / "rows.toml"
     file.write_text(text)
     assert cli.main(["plan", "validate", str(file)]) == 2
-    assert "expected tables, as [[row]] makes them, got" in capsys.readouterr().err
+    assert "expected an array of tables, each with the head [[row]], got" in capsys.readouterr().err
 
 
 def test_every_fitted_constant_has_a_value_from_the_literature() -> None:

@@ -1,8 +1,10 @@
 """[activation_checkpoint]: a section for each mode."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from titan_lite.config.section import Fraction, Positive, Section
+from pydantic import Field
+
+from titan_lite.config.section import Dropped, Positive, Section
 from titan_lite.config.tagged import TaggedTable
 
 SavedOp = Literal[
@@ -24,8 +26,9 @@ class ActivationCheckpoint(Section):
     mode: str
     """Blocks or operations that are recomputed in backward. "full": every transformer block;
     "every_nth", "first_k", "fraction": some of the blocks; "selective_op": all operations of each
-    block except those in `save`; "memory_budget": operations that the compiler chooses, not with
-    tensor parallel. Each mode reads the key of its name, "selective_op" reads `save`."""
+    block except those in `save`; "memory_budget": operations that the compiler chooses, which
+    requires compile and tp = 1. Each mode reads the key of its name, "selective_op" reads
+    `save`."""
 
     def layers(self, num_layers: int) -> range:
         """The blocks that are checkpointed, out of `num_layers` of a model or pipeline stage."""
@@ -90,8 +93,9 @@ class FractionOfBlocks(ActivationCheckpoint):
     """Recomputes a fraction of the blocks."""
 
     mode: Literal["fraction"] = "fraction"
-    fraction: Fraction = 0.5
-    """Recompute the first int(num_layers * fraction) blocks (of each pipeline stage)."""
+    fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Recompute the first int(num_layers * fraction) blocks (of each pipeline stage), at least
+    one."""
 
     def layers(self, num_layers: int) -> range:
         """The first blocks."""
@@ -122,9 +126,9 @@ class MemoryBudget(ActivationCheckpoint):
     """The compiler chooses the operations to recompute."""
 
     mode: Literal["memory_budget"] = "memory_budget"
-    memory_budget: Fraction = 0.5
-    """Share of the activation memory of a compiled block that may be used; 0 keeps its input
-    only."""
+    memory_budget: Dropped = 0.5
+    """Share of the activation memory of a compiled block that may be used; 0 keeps its input only,
+    1 would recompute nothing."""
 
     @property
     def compiler_budget(self) -> float:

@@ -27,7 +27,8 @@ class OptimizerGroup(Section):
     """[[optimizer.groups]]: separate settings of some parameters."""
 
     pattern: Annotated[str, Field(min_length=1)]
-    """Names of parameters, in which "*" stands for anything: "layers.*.attention.w[qk].weight"."""
+    """Names of parameters, in which "*" stands for any characters, dots included, and [qk] for q or
+    k: "layers.*.attention.w[qk].weight"."""
     lr_factor: NonNegativeFloat = 1.0
     """Factor of the learning rate."""
     weight_decay: NonNegativeFloat | None = None

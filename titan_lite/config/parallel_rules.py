@@ -163,12 +163,6 @@ def _activation_checkpoint(config: Config) -> Iterator[SettingError]:
                 '"memory_budget": the compiler does not know the sizes of tensor-parallel '
                 f'activations (parallel.tp is {config.parallel.tp}); use "selective_op"',
             )
-        if section.memory_budget == 1:
-            yield SettingError(
-                "activation_checkpoint.memory_budget",
-                "must be below 1 (1 recomputes nothing); or set activation_checkpoint.mode "
-                '= "none"',
-            )
     if isinstance(section, SelectiveOp) and not section.save:
         yield SettingError(
             "activation_checkpoint.save",

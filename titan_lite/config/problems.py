@@ -24,7 +24,7 @@ FIELDS = {
     section: TAGGED[section].fields if section in TAGGED else dict(model.model_fields)
     for section, model in SECTIONS.items()
 }
-BOUNDS = {"gt": "greater than", "ge": "of at least", "lt": "less than", "le": "of at most"}
+BOUNDS = {"gt": "greater than", "ge": "of at least", "lt": "less than", "le": "at most"}
 _HUB_NAME = re.compile(
     r"(?:(?:https?://)?(?:huggingface\.co|hf\.co)/|hf://)?(?:datasets/|models/)?"
     r"(?P<name>[a-zA-Z0-9][\w.-]*(?:/[\w.-]+)?)(?:@[\w.-]+)?(?:/(?:tree|blob|resolve)/.*)?/?",
@@ -302,11 +302,13 @@ def wrong_row(
             got = literal(value[index][key])
             return f"{entry}: {key}: expected {expected(fields[key])}, got {got}"
         case _:
-            return f"expected tables, as [[{key}]] makes them, got {literal(value)}"
+            return (
+                f"expected an array of tables, each with the head [[{key}]], got {literal(value)}"
+            )
 
 
 def expected(field: FieldInfo) -> str:
-    """Returns a field's types and bounds in words: 'an integer greater than 0 or "latest"'."""
+    """Returns a field's types and bounds in words: '"latest" or an integer of at least 0'."""
     return one_of(_alternatives(field.annotation, field.metadata))
 
 
@@ -316,13 +318,27 @@ def _alternatives(annotation: Any, metadata: Sequence[Any] = ()) -> list[str]:
         return [literal(choice) for choice in choices]
     if origin in (Union, types.UnionType):
         options = [option for option in get_args(annotation) if option is not types.NoneType]
+        # Bounds refer to the word before them, so a number is the last alternative.
+        options.sort(key=lambda option: get_origin(option) is not Literal)
         return [words for option in options for words in _alternatives(option)]
     if origin is list:
-        return [f"a list of {one_of(_alternatives(get_args(annotation)[0]))}"]
+        return [_list_words(get_args(annotation)[0], metadata)]
     if hasattr(annotation, "__metadata__"):
         return _alternatives(annotation.__origin__, _bounds(annotation.__metadata__))
-    noun = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+    is_filled = any(hasattr(bound, "min_length") for bound in metadata)
+    text = "a non-empty string" if is_filled else "a string"
+    noun = {int: "an integer", float: "a number", str: text, bool: "true or false"}
     return [" ".join(filter(None, [noun[annotation], _bound_words(metadata)]))]
+
+
+def _list_words(item: Any, metadata: Sequence[Any]) -> str:
+    """Returns 'a list of strings' or 'a list with any of "a" or "b"', with the least length."""
+    least = next((bound.min_length for bound in metadata if hasattr(bound, "min_length")), 0)
+    words = one_of(_alternatives(item))
+    if words.startswith('"'):
+        return f"a list with {'at least one' if least else 'any'} of {words}"
+    plural = re.sub(r"^an? (\w+)", r"\1s", words)
+    return f"a list of {least} {plural}" if least else f"a list of {plural}"
 
 
 def _bounds(metadata: Sequence[Any]) -> list[Any]:

@@ -15,6 +15,11 @@ from titan_lite.config.schema import TAGGED, Config
 from titan_lite.config.section import Section
 
 # The newest draft that TOML language servers (Taplo, Even Better TOML) support.
+HEAD = """\
+# Configuration
+
+Every key, as printed by `titan-lite config --docs`. Without what it *needs*, a key has no effect,
+and setting it causes a warning. Without what it *requires*, setting it is an error."""
 SCHEMA_DRAFT = "http://json-schema.org/draft-07/schema#"
 
 
@@ -33,7 +38,7 @@ def to_toml(
             needs = needs_of(SECTIONS[section], key, fields[key])
             variants = [need for need in needs if isinstance(need, Variant)]
             if other := [need for need in variants if not need.holds(loaded.config, section)]:
-                rows.append((f"# {key} is not set", f"needs {other[0].stated(section)}"))
+                rows.append((f"# {key} is not set", f"requires {other[0].stated(section)}"))
                 continue
             value = getattr(getattr(loaded.config, section), key)
             if rows_of(fields[key]):
@@ -130,7 +135,7 @@ def to_markdown() -> str:
     wrap = TextWrapper(
         120, "- ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
     )
-    lines = ["# Configuration", "", "Every key, as printed by `titan-lite config --docs`."]
+    lines = [HEAD]
     for table, fields in FIELDS.items():
         lines += ["", f"## [{table}]", ""]
         for key, field in fields.items():
@@ -159,7 +164,11 @@ def _row_schema(row: type[Section]) -> dict[str, Any]:
 
 def _needs_in_words(table: str, key: str) -> str:
     needs = needs_of(SECTIONS[table], key, FIELDS[table][key])
-    return f" Needs {' and '.join(need.stated(table) for need in needs)}." if needs else ""
+    words = ""
+    for verb, is_variant in (("Requires", True), ("Needs", False)):
+        stated = [need.stated(table) for need in needs if isinstance(need, Variant) == is_variant]
+        words += f" {verb} {' and '.join(stated)}." if stated else ""
+    return words
 
 
 def _state_needs(table: str, schema: dict[str, Any]) -> None:

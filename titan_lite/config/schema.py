@@ -99,7 +99,7 @@ class Model(Section):
     experts only."""
     bias_rate: Annotated[float, Field(ge=0)] | None = None
     """Overrides the change of the biases per step: up for experts with fewer tokens than the mean,
-    down for the others; needs route_bias."""
+    down for those with more. Requires model.route_bias = true."""
     norm: NormKind | None = None
     """Overrides the flavor's normalisation."""
     qkv_bias: bool | None = None
@@ -130,12 +130,12 @@ class Model(Section):
     """Overrides whether the flavor's output projection is its embedding table."""
     hidden_dropout: Dropped | None = None
     """Overrides the share of features that training drops from the output of the embeddings, and
-    from the outputs of attention and feed-forward; equal in every layout."""
+    from the outputs of attention and feed-forward. Every layout drops the same ones."""
     attention_dropout: Dropped | None = None
     """Overrides the share of attention weights that training drops. Attention is then not fused,
     and memory grows with seq_len squared."""
     fp32_residual: Annotated[bool | None, Needs("training.param_dtype", unless="float32")] = None
-    """Overrides whether the residual stream is float32 for any training.param_dtype."""
+    """Overrides whether the residual stream stays float32 when training.param_dtype is not."""
 
 
 class Documents(Section):
@@ -152,7 +152,8 @@ class Documents(Section):
     ] = ""
     """Name of the configuration of a Hugging Face dataset, for example "en"."""
     split: str = "train"
-    """Split of a Hugging Face dataset, or of a folder of DatasetDict.save_to_disk."""
+    """Split of a Hugging Face dataset, of a folder of DatasetDict.save_to_disk, or of the bundled
+    corpus: "train" or "validation"."""
     text_field: str = "text"
     """Field of a document that contains its text."""
     tokens_field: str = ""
@@ -198,14 +199,16 @@ class Data(Documents):
     attention and positions stay inside blocks of `packing_block` tokens; "none": one document,
     padded, or a part of a longer one."""
     packing_block: Annotated[Positive, Needs("packing", values=("fixed",))] = 2048
-    """Tokens of a block with packing = "fixed". A sample consists of several blocks."""
+    """Tokens of a block with packing = "fixed". It must divide training.seq_len into at least 2
+    blocks."""
     shuffle: bool = True
     """Shuffle documents, by training.seed, in a different order in each epoch."""
     shuffle_buffer: Annotated[Positive, Needs("shuffle", values=(True,))] = 8192
-    """Number of documents shuffled together, in all streams of the run."""
+    """Documents that are shuffled together, in total: each stream shuffles shuffle_buffer /
+    num_streams of them."""
     num_streams: Positive = 64
-    """Streams that the documents are divided into, in every layout of the run. With a multiple of
-    the data-parallel degree, no rank reads documents that it does not use."""
+    """Streams: the parts into which the documents are divided, the same ones in every layout. With
+    a multiple of the data-parallel degree, each stream is read by only one data-parallel rank."""
     tokenizer_threads: Positive = 1
     """Threads for tokenizing, per process."""
     prefetch: Positive = 4
@@ -299,7 +302,8 @@ class LRScheduler(Section):
     """Share of training.steps for the decay, at the end of the run; 1.0: from the end of the
     warm-up; less: warm-up, stable, decay (WSD)."""
     decay_start: Annotated[NonNegative | Literal[-1], Needs("decay_type", unless="constant")] = -1
-    """Last step at the peak; -1: computed from decay_steps or decay_ratio."""
+    """Last step at the peak, at least warmup_steps and below training.steps; -1: computed from
+    decay_steps or decay_ratio."""
     decay_steps: Annotated[Positive | Literal[-1], Needs("decay_type", unless="constant")] = -1
     """Steps of the decay, after which the learning rate stays at the floor; -1: from decay_start to
     the last step, or computed from decay_ratio."""
@@ -318,7 +322,7 @@ class EMA(Section):
     NEEDS: ClassVar = Needs("enable", values=(True,))
 
     enable: bool = False
-    """Keep the average, and save it in checkpoints."""
+    """Keep an exponential moving average of the weights, and save it in checkpoints."""
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
     """Each step: average = decay x average + (1 - decay) x weights."""
     start_step: NonNegative = 0
@@ -380,21 +384,24 @@ class Parallel(Section):
     """Under tensor parallel, compute the loss from logits that are split over the vocabulary;
     false: gather each chunk's logits on every rank."""
     async_tp: bool = False
-    """Under tensor parallel, overlap its collectives with the matmuls next to them; needs
-    compile."""
+    """Overlap the collectives of tensor parallel with the matmuls next to them. Requires tp > 1,
+    sequence_parallel = true, compile.enable = true with the component "model", and GPUs with
+    NVLink."""
     reshard_after_forward: Literal["default", "always", "never", "last_block_kept"] | Positive = (
         "default"
     )
-    """When FSDP2 frees gathered block weights after forward: "always" (ZeRO-3), "never" (ZeRO-2),
-    "last_block_kept" (all but the last block), or an integer n (keep them sharded over groups of n
-    ranks). The default is "never" with pp > 1 or if FSDP shards over one rank, because each
-    micro-batch would gather again; otherwise it is "last_block_kept"."""
+    """When FSDP2 frees gathered weights after forward: "always" (ZeRO-3); "never" (ZeRO-2);
+    "last_block_kept": all but those of the last block, norm and head; an integer n: blocks stay
+    sharded over groups of n ranks, norm and head stay whole. The default is "never" with pp > 1,
+    where each micro-batch would gather again, and if FSDP shards over one rank, where nothing is
+    sent; otherwise it is "last_block_kept"."""
     gradient_sync: Literal["every_micro_batch", "last_micro_batch"] = "every_micro_batch"
     """When gradients are reduced during accumulation. "last_micro_batch": until then every rank
     keeps whole gradients, 4 bytes per parameter (communication of ZeRO-1)."""
     fsdp_symm_mem: bool = False
     """FSDP2 gathers and reduces from symmetric memory, for which NCCL has faster kernels (with
-    NCCL_CTA_POLICY=2 in the environment, copy engines); needs torch 2.13 and CUDA."""
+    NCCL_CTA_POLICY=2 in the environment, copy engines). Requires torch 2.13, CUDA and async_tp =
+    false."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in host memory, and copy them to the device
     when they are used."""
@@ -435,7 +442,7 @@ class Compile(Section):
         Needs("enable", values=(True,)),
     ] = ["model", "loss"]
     """"model": each transformer block, with fullgraph=True; equal blocks share one graph. "loss":
-    the computation of the loss between its matmuls."""
+    the cross-entropy, without the matmuls of the output projection."""
 
     def covers(self, component: Literal["model", "loss"]) -> bool:
         """True if this part of a step is compiled."""
@@ -452,11 +459,12 @@ class Float8(Section):
     float8 (the all-gather of sequence parallel, and fsdp_all_gather). "rowwise": one scale per row,
     a power of two. "rowwise_gw_hp": as "rowwise", with the weight gradient in high precision."""
     fsdp_all_gather: bool = False
-    """FSDP gathers the weights in float8 instead of param_dtype; "tensorwise" only."""
+    """FSDP gathers the weights in float8 instead of param_dtype. Requires recipe =
+    "tensorwise"."""
     filter: list[str] = []
-    """Linears that stay in high precision: names of modules, with "*" for a part of a name, as
-    "layers.0.attention.w*". The output head and linears whose rows or columns are not multiples of
-    16 always stay."""
+    """Linears that stay in high precision: names of modules, in which "*" stands for any characters
+    but dots, for example "layers.0.attention.w*". The output head and linears whose rows or columns
+    are not multiples of 16 always stay."""
     min_dim: NonNegative = 0
     """Linears with fewer rows or columns than this stay in high precision."""
     emulate: bool = False
@@ -485,33 +493,36 @@ class Checkpoint(Section):
     keep_latest_k: NonNegative = 10
     """Number of newest checkpoints that are kept; 0 keeps all."""
     keep_every: Annotated[NonNegative, Needs("keep_latest_k", above=0)] = 0
-    """Checkpoints whose step is a multiple of this are never deleted; 0: no such checkpoints."""
+    """Checkpoints whose step is a multiple of this are never deleted; 0: no such checkpoints.
+    It must be a multiple of `interval`."""
     last_save_model_only: bool = False
     """After the last step, save only weights, in export_dtype. The checkpoint is smaller, but no
     run can resume from it."""
     export_dtype: Annotated[DType, Needs("last_save_model_only", values=(True,))] = "float32"
     """Type of the weights that last_save_model_only saves."""
     load_step: NonNegative | Literal["latest"] = "latest"
-    """Step to resume from; "latest": the newest complete checkpoint, or step 0 if there is none; 0:
-    never resume. A missing or damaged step is an error."""
+    """Step to resume from. "latest": the newest undamaged checkpoint, or step 0 if there are none;
+    0: never resume; another step: an error if it is missing or damaged, or not below
+    training.steps. Such a step requires checkpoint.enable = true."""
     initial_load_path: str = ""
     """A checkpoint of another run, for example runs/a/checkpoint/step-1000, with whose weights a
-    new run starts."""
+    new run starts. Requires checkpoint.enable = true."""
     initial_load_model_only: Annotated[bool, Needs("initial_load_path", unless="")] = True
     """Take only the weights from initial_load_path; false: continue from it, with optimizer, step,
     data position and generators."""
     exclude_from_loading: Annotated[list[str], Needs("initial_load_path", unless="")] = []
-    """Parameters that keep their initialization: names with "*", for example "output.*"."""
+    """Parameters that keep their initialization: names, in which "*" stands for any characters,
+    dots included, for example "output.*"."""
     allow_model_changes: Annotated[list[str], Needs("initial_load_path", unless="")] = []
-    """Settings of the model that may differ from those of initial_load_path, so that its weights
-    compute something else, for example ["tied_head"]; "name": the family. rope_theta, rope_scaling
-    and norm_eps may always differ, with a warning."""
+    """Keys of [model] that may differ from those of the checkpoint in initial_load_path, although
+    the model then computes something else with its weights: for example ["tied_head"], or ["name"]
+    for another family. rope_theta, rope_scaling and norm_eps may always differ, with a warning."""
     initial_load_hf: str = ""
-    """Folder of a Hugging Face model in safetensors, with whose weights a new run starts; the
-    optimizer starts at zero."""
+    """Folder of a Hugging Face model in safetensors, with whose weights a new run starts, also with
+    checkpoint.enable = false; the optimizer starts at zero."""
     last_save_hf: bool = False
     """After the last step, also write the weights for transformers, to hf/ in the folder of the
-    checkpoints. Refused at the start if the exported tokenizer would give other ids than in
+    checkpoints. An error at the start if the exported tokenizer would give other ids than in
     training."""
     allow_export_mismatch: Annotated[bool, Needs("last_save_hf", values=(True,))] = False
     """Write hf/ even if its tokenizer gives some texts other ids than training. Its README.md
@@ -532,10 +543,10 @@ class Metrics(Section):
     """Names of additional sinks for every record, such as those of plugins. "console" and "jsonl"
     are always active."""
     peak_tflops: PositiveFloat | None = None
-    """Peak TFLOP/s per device that MFU is relative to, for a device that the table does not have or
-    that is throttled."""
+    """Peak TFLOP/s per device that MFU is relative to, for a device that assets/devices.txt does
+    not have or that is throttled."""
     power: bool = False
-    """Log mean power in watts and joules per token of NVIDIA GPUs; needs `pip install
+    """Log mean power in watts and joules per token of NVIDIA GPUs. Requires `pip install
     nvidia-ml-py`."""
 
 
@@ -547,7 +558,8 @@ class Profiling(Section):
     profile_freq: Annotated[
         Positive, Needs("enable_profiling", "enable_memory_snapshot", values=(True,))
     ] = 100
-    """Steps between traces; the last 3 steps of each period are recorded."""
+    """Steps between traces, or between memory snapshots. A trace has the last 3 steps of a period,
+    so enable_profiling requires at least 3."""
     enable_memory_snapshot: bool = False
     """Write CUDA memory snapshots to profile/memory/, every profile_freq steps and at an
     out-of-memory error."""

@@ -77,7 +77,7 @@ def read_rows(path: str) -> list[dict[str, Any]]:
         raise ConfigError([Problem("", path, f"cannot be read: {error}")]) from error
     rows = tables.get("row", [])
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        message = f"expected tables, as [[row]] makes them, got {literal(rows)}"
+        message = f"expected an array of tables, each with the head [[row]], got {literal(rows)}"
         raise ConfigError([Problem("row", path, message)])
     if not rows:
         raise ConfigError([Problem("row", path, "the file has no [[row]]")])
