@@ -160,7 +160,7 @@ def test_samples_are_those_of_plain_jsonl_wherever_documents_are_named(
     assert run(data(target), 72) == expected
     assert read_token_manifest(target).documents == 30
     (target / "a.jsonl").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"/tokens has tokens: set dataset_path to this folder"):
+    with pytest.raises(ValueError, match=r"/tokens was written by titan-lite tokenize: set data"):
         resolve_source(data(tmp_path))
 
 
@@ -201,24 +201,25 @@ def test_companions_are_no_documents_and_other_files_are_named(
     assert caplog.messages == [
         f"{start} e.csv, g.parquet.gz, sub/f.jsonl.lz4: documents end in {formats.KNOWN}",
         f"{start} _h.jsonl, _temporary, whose names do not look like documents: to read them, set "
-        "dataset_path to a glob such as folder/*.txt",
+        f'dataset_path to a glob such as "{tmp_path}/*.jsonl"',
     ]
+    assert read(tmp_path / "*.jsonl") == ["_h.jsonl", "a.jsonl"]
 
 
 def test_a_folder_without_documents_is_refused_by_its_files(tmp_path: Path) -> None:
     start = f"data.dataset_path: {tmp_path} has no file ending in {formats.KNOWN}"
     assert refused(tmp_path) == start
     fill(tmp_path, "LICENSE.txt")
-    assert refused(tmp_path) == f"{start}; not taken for documents: LICENSE.txt"
+    assert refused(tmp_path) == f"{start}; recognized as other files: LICENSE.txt"
     fill(tmp_path, "a.jsonl.lz4", "b.tar.gz")
     assert refused(tmp_path) == (
-        f"{start}; unsupported: a.jsonl.lz4, b.tar.gz; not taken for documents: LICENSE.txt"
+        f"{start}; unsupported: a.jsonl.lz4, b.tar.gz; recognized as other files: LICENSE.txt"
     )
     fill(tmp_path, "urls.txt")
     assert refused(tmp_path) == (
         f"data.dataset_path: {tmp_path} has text (urls.txt) next to unsupported files "
-        "(a.jsonl.lz4, b.tar.gz): if the text is the documents, set a glob such as "
-        "*.txt"
+        "(a.jsonl.lz4, b.tar.gz): if the text is the documents, set dataset_path to a glob such as "
+        f'"{tmp_path}/*.txt"'
     )
     assert read(tmp_path / "*.txt") == ["LICENSE.txt", "urls.txt"]
 
@@ -233,8 +234,10 @@ def test_a_file_and_its_compressed_copy_are_warned_about(
     assert read(tmp_path) == ["a.jsonl", "b.jsonl.gz", "a.jsonl", "a.jsonl.gz"]
     assert caplog.messages == [
         f'data.dataset_path = "{tmp_path}" reads sub/a.jsonl.gz and the file of the same name '
-        "without compression: if they have the same documents, set a glob of one, such as *.gz"
+        "without compression: if they have the same documents, set dataset_path to a glob of one, "
+        f'such as "{tmp_path}/**/*.jsonl.gz"'
     ]
+    assert read(tmp_path / "**/*.jsonl.gz") == ["b.jsonl.gz", "a.jsonl.gz"]
 
 
 def test_of_text_the_companions_are_named_too(
@@ -244,7 +247,7 @@ def test_of_text_the_companions_are_named_too(
     assert read(tmp_path) == ["moby dick.txt"]
     assert caplog.messages == [
         f'data.dataset_path = "{tmp_path}" leaves out Terms of endearment.txt, whose names do not '
-        "look like documents: to read them, set dataset_path to a glob such as folder/*.txt"
+        f'look like documents: to read them, set dataset_path to a glob such as "{tmp_path}/*.txt"'
     ]
 
 
@@ -281,7 +284,7 @@ def test_files_of_a_model_are_no_documents(
     fill(tmp_path, "merges.txt", "vocab.txt", "config.json", "trainer_state.json", "tokenizer.json")
     start = f"data.dataset_path: {tmp_path} has no file ending in {files.KNOWN}"
     names = "config.json, merges.txt, tokenizer.json and 2 more"
-    assert refused(tmp_path) == f"{start}; not taken for documents: {names}"
+    assert refused(tmp_path) == f"{start}; recognized as other files: {names}"
     fill(tmp_path, "requirements.txt", "moby dick.txt")
     assert read(tmp_path) == ["moby dick.txt"]
     assert "leaves out merges.txt, requirements.txt, vocab.txt and 3 more, whose" in caplog.text
@@ -367,6 +370,20 @@ def test_a_folder_of_several_splits_is_warned_about(
     fill(tmp_path, "validation/0.jsonl")
     read(tmp_path)
     assert "reads files of several splits (train, validation): to train on one" in caplog.text
+    assert f'a glob such as "{tmp_path}/**/*train*.jsonl"' in caplog.text
+    fill(tmp_path, "x/train/1.jsonl", "x/test/2.jsonl")
+    read(tmp_path / "x")
+    assert f'a glob such as "{tmp_path}/x/**/*train*/**"' in caplog.text
+    assert read(tmp_path / "x/**/*train*/**") == ["1.jsonl"]
+
+
+def test_a_folder_whose_name_starts_with_an_underscore_is_read_by_the_glob_of_the_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(tmp_path, "a.jsonl", "_b/c.jsonl")
+    assert read(tmp_path) == ["a.jsonl"]
+    assert f'a glob such as "{tmp_path}/_b/**"' in caplog.text
+    assert read(tmp_path / "_b/**") == ["c.jsonl"]
 
 
 def test_a_link_within_a_path_is_followed(tmp_path: Path) -> None:
@@ -584,8 +601,8 @@ def test_a_saved_dataset_is_read_by_its_split(tmp_path: Path) -> None:
     assert message == (
         f"data.split: 'validation' is not a split of {path}, which has ['test', 'train']"
     )
-    assert 'data.subset: "en" has no effect' in refused(path, subset="en")
-    assert 'data.split: "test" has no effect' in refused(path / "train", split="test")
+    assert 'data.subset: "en" does not apply' in refused(path, subset="en")
+    assert 'data.split: "test" does not apply' in refused(path / "train", split="test")
     assert f"{path} has several splits: set dataset_path to this folder" in refused(tmp_path)
 
 

@@ -248,7 +248,9 @@ def test_ids_outside_the_vocabulary_and_columns_of_other_types_are_named(tmp_pat
         {"input_ids": [[1]]}, tokens_field="ids"
     )
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(ValueError, match=r"^data\.tokens_field: \"x\" has no effect on text files"):
+    with pytest.raises(
+        ValueError, match=r"^data\.tokens_field: \"x\" does not apply to text files"
+    ):
         resolve_source(Data(dataset_path=str(tmp_path / "a.txt"), tokens_field="x"))
 
 

@@ -537,7 +537,7 @@ def test_a_folder_that_is_not_whole_is_refused(folder: Path, tmp_path: Path) -> 
 
     shutil.copytree(folder / "one.tokens", tmp_path / "tokens")
     for key in ("text_field", "tokens_field"):
-        message = f'data.{key}: "x" has no effect with data.dataset_path = '
+        message = f'data.{key}: "x" does not apply to data.dataset_path = '
         assert message in refused(**{key: "x"})
     shard, manifest_file = tmp_path / "tokens/00000-00001.arrow", tmp_path / "tokens/tokens.json"
     content = shard.read_bytes()

@@ -50,8 +50,8 @@ class FileRows:
         if state.keys() != self.state_dict().keys():
             raise ValueError(
                 "the checkpoint's position in the data was saved by an older version of "
-                "titan_lite; to start a new run with its weights, set "
-                "checkpoint.initial_load_path = its folder"
+                "titan_lite; to start a new run with its weights, choose another job.dump_folder "
+                "and set checkpoint.initial_load_path to the checkpoint's folder"
             )
         self._file, self._row, self._total = state["file"], state["row"], state["total"]
 

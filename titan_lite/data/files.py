@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from titan_lite.config.problems import first_few
+from titan_lite.config.problems import first_few, quote
 from titan_lite.data.formats import KNOWN, compression_of, format_of
 from titan_lite.data.megatron import MegatronFile
 from titan_lite.data.token_folder import MANIFEST_FILE, PROGRESS_FILE
@@ -128,7 +128,7 @@ def _files_of_folder(folder: Path, chosen: str) -> list[Path]:
             f"{reason}: {_some(rest, folder)}"
             for rest, reason in (
                 (others, "unsupported"),
-                (companions, "not taken for documents"),
+                (companions, "recognized as other files"),
             )
             if rest
         ]
@@ -138,21 +138,26 @@ def _files_of_folder(folder: Path, chosen: str) -> list[Path]:
     if formats == {"text"} and unread:
         raise ValueError(
             f"{folder} has text ({_some(files, folder)}) next to unsupported files "
-            f"({_some(unread, folder)}): if the text is the documents, set a glob such as *.txt"
+            f"({_some(unread, folder)}): if the text is the documents, set dataset_path to a glob "
+            f"such as {glob_like(files[0], folder)}"
         )
     names = "\n".join(str(file.relative_to(folder)) for file in files)
     splits = set(_SPLIT_WORDS.findall(names.lower()))
     if len(splits) > 1 and "train" in splits:
+        named = [file for file in files if "train" in file.name]
+        of_folders = quote(f"{glob.escape(str(folder))}/**/*train*/**")
+        train = glob_like(named[0], folder, "*train*") if named else of_folders
         warn_once(
             f"{chosen} reads files of several splits ({', '.join(sorted(splits))}): to train on "
-            "one of them, set dataset_path to a glob such as folder/train*.jsonl"
+            f"one of them, set dataset_path to a glob such as {train}"
         )
     plain = set(files)
     twice = [file for file in files if compression_of(file) and file.with_suffix("") in plain]
     if twice:
         warn_once(
             f"{chosen} reads {_some(twice, folder)} and the file of the same name without "
-            "compression: if they have the same documents, set a glob of one, such as *.gz"
+            "compression: if they have the same documents, set dataset_path to a glob of one, such "
+            f"as {glob_like(twice[0], folder)}"
         )
     if unread:
         warn_once(f"{chosen} leaves out {_some(unread, folder)}: documents end in {KNOWN}")
@@ -167,9 +172,18 @@ def _files_of_folder(folder: Path, chosen: str) -> list[Path]:
     if unlike:
         warn_once(
             f"{chosen} leaves out {_some(unlike, folder)}, whose names do not look like documents: "
-            "to read them, set dataset_path to a glob such as folder/*.txt"
+            f"to read them, set dataset_path to a glob such as {glob_like(unlike[0], folder)}"
         )
     return files
+
+
+def glob_like(file: Path, folder: Path, stem: str = "*") -> str:
+    """Returns a quoted glob of the files below a folder that have the suffix of one of them."""
+    if file.is_dir():
+        return quote(f"{file}/**")
+    suffix = f"{Path(file.stem).suffix if compression_of(file) else ''}{file.suffix}"
+    depth = "" if file.absolute().parent == folder.absolute() else "**/"
+    return quote(f"{glob.escape(str(folder))}/{depth}{stem}{suffix}")
 
 
 def _matches(pattern: Path) -> list[Path]:
@@ -228,7 +242,9 @@ def _below(folder: Path) -> Iterator[Path]:
                 f"{path} has token files of an earlier version: run titan-lite tokenize again"
             )
         if {_STATE, MANIFEST_FILE} <= set(files):
-            raise ValueError(f"{path} has tokens: set dataset_path to this folder")
+            raise ValueError(
+                f"{path} was written by titan-lite tokenize: set dataset_path to this folder"
+            )
         if PROGRESS_FILE in files:
             raise ValueError(
                 f"{path} is not complete: run the same titan-lite tokenize command again"

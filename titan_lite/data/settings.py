@@ -48,7 +48,7 @@ def check_data_settings(settings: Mapping[str, Any], saved: Mapping[str, Any]) -
             ("checkpoint.load_step", *(key for key in differing if "." in key)),
             f"cannot resume with different data settings: {'; '.join(differing.values())}; restore "
             "the checkpoint's values; or, to start a new run from its weights, choose another "
-            "job.dump_folder and set checkpoint.initial_load_path to it and "
+            "job.dump_folder and set checkpoint.initial_load_path to the checkpoint's folder and "
             "checkpoint.initial_load_model_only = true",
         )
 

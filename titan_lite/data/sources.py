@@ -27,7 +27,7 @@ from titan_lite.data.assets import bundled_asset
 from titan_lite.data.columns import UnreadableError, column_names
 from titan_lite.data.documents import TOKENS_FIELD, Kind
 from titan_lite.data.file_rows import LocalFiles
-from titan_lite.data.files import SPLITS_FILE, find_files, folder_of_split, signature
+from titan_lite.data.files import SPLITS_FILE, find_files, folder_of_split, glob_like, signature
 from titan_lite.data.formats import FORMATS, format_of, plain_suffix
 from titan_lite.data.hub import HubDataset
 from titan_lite.data.plugin_source import PluginDocuments, PluginSource, RowStream
@@ -169,7 +169,11 @@ def _local_files(choice: Choice, path: Path | None = None) -> Source:
     formats = Counter(map(format_of, files))
     if len(formats) > 1:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(formats.items(), key=str))
-        raise ValueError(f"{quote(choice.name)} mixes formats ({counts}): set a glob of one")
+        folder = choice.path if choice.path.is_dir() else files[0].parent
+        raise ValueError(
+            f"{quote(choice.name)} mixes formats ({counts}): set {choice.key} to a glob of one "
+            f"format, such as {glob_like(files[0], folder)}"
+        )
     ((form, count),) = formats.items()
     listing = "\n".join(map(signature, files))
     digest = hashlib.sha256(os.fsencode(listing)).hexdigest()[:16]
@@ -192,7 +196,7 @@ def _tokens_field(choice: Choice, form: str, first: Path) -> str:
     if form == "text" and given:
         raise SettingError(
             f"{choice.table}.tokens_field",
-            f"{quote(given)} has no effect on text files: leave it {quote('')}",
+            f"{quote(given)} does not apply to text files: set it to {quote('')}",
         )
     if given or form in ("json", "text"):
         return given
@@ -331,7 +335,7 @@ def resolve_source(section: Documents, table: str = "data", *, skip: bool = Fals
         if value != default:
             raise SettingError(
                 f"{table}.{key}",
-                f"{quote(value)} has no effect with {choice.setting}: leave it {quote(default)}",
+                f"{quote(value)} does not apply to {choice.setting}: set it to {quote(default)}",
             )
     with errors_for(choice.key):
         return find(choice)
