@@ -218,7 +218,7 @@ def test_data_settings_of_another_run_are_refused(tmp_path: Path, refused: Prefl
     write_manifest(checkpoint, manifest)
     actual = refused("--checkpoint.enable=true")
     assert "data.num_streams was 8 and is 64" in actual
-    assert "choose another job.dump_folder and set checkpoint.initial_load_path to it" in actual
+    assert "set checkpoint.initial_load_path to the checkpoint's folder and" in actual
     assert "checkpoint.load_step (default): " in actual
     assert "training.seed" not in actual
 

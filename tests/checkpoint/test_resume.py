@@ -425,7 +425,8 @@ def test_weights_that_do_not_fit_are_refused_by_name(
         assert re.search(r"layers\.2\.\S+ is not in ", message)
     for message in run(_error_of_starting, tmp_path / "b", *start, "--model.num_layers=1"):
         assert re.search(
-            r"step-4 has layers\.1\.\S+, which this run's model does not have", message
+            r"step-4 has layers\.1\.\S+, which this run's model does not have; set \[model\] to",
+            message,
         )
     # The preflight compares the same, without reading a weight.
     excluded = '--checkpoint.exclude_from_loading=["tok_embeddings.*", "output.*"]'
@@ -460,9 +461,9 @@ def test_another_optimizer_is_refused_with_its_key(
             assert f"{key} (command line): optimizer.state.layers.0." in message
             assert f" is not in {source}, which has the state of another optimizer" in message
             assert (
-                "choose another job.dump_folder and set checkpoint.initial_load_path to" in message
-            )
-            assert message.endswith("it and checkpoint.initial_load_model_only = true")
+                "choose another job.dump_folder and set checkpoint.initial_load_path = "
+                f'"{source}" and checkpoint.initial_load_model_only = true'
+            ) in message
 
 
 def test_a_flipped_bit_in_the_latest_is_found_on_loading_and_an_earlier_one_resumed_from(

@@ -88,13 +88,15 @@ MOE = "--model.name=qwen3_moe"
             ["--model.balance_loss=none", "--model.balance_coeff=0.1"],
             1,
             "model.balance_coeff",
-            'balance_coeff has no effect: model.balance_loss is "none"',
+            'balance_coeff requires model.balance_loss, which is "none": set model.balance_loss, '
+            "or remove model.balance_coeff",
         ),
         (
             ["--model.bias_rate=0.001"],
             1,
             "model.bias_rate",
-            "bias_rate (0.001) has no effect: set model.route_bias = true",
+            "bias_rate (0.001) requires a bias: set model.route_bias = true, or "
+            "model.bias_rate = 0",
         ),
         (
             ["--parallel.ep=3"],
@@ -191,7 +193,8 @@ DEEPSEEK = "--model.name=deepseek_v3"
             ["--optimizer.name=Muon", "--optimizer.per_head=true"],
             1,
             "model.name",
-            'per_head has no effect: family "deepseek_v3" has no layers.*.attention.wk',
+            'per_head requires layers.*.attention.wk, which family "deepseek_v3" does not have: '
+            "set optimizer.per_head = false",
         ),
     ],
 )
@@ -245,7 +248,11 @@ def test_heads_that_cannot_be_rotated_in_pairs_are_refused(
 def test_rotation_cannot_be_set_where_positions_are_learned() -> None:
     actual = problems(["--model.name=gpt", "--model.rope_theta=1e6", "--model.rotary_fraction=0.5"])
     assert {(key, message) for key, _, message in actual} == {
-        (f"model.{key}", f'{key} has no effect: positions are "learned", nothing is rotated')
+        (
+            f"model.{key}",
+            f'{key} does not apply to positions = "learned", where nothing is rotated: '
+            f"remove model.{key}",
+        )
         for key in ("rope_theta", "rotary_fraction")
     }
 
@@ -348,7 +355,7 @@ def test_a_residual_stream_that_is_normalised_is_neither_parallel_nor_kept_wide(
     assert rules_broken(config, replace(BERT.flavors["base"], **given)) == [
         (
             ("model.name", "model.flavor", f"model.{name}"),
-            f"{name} has no effect: it is not supported by post-norm models",
+            f"{name} is not supported by post-norm models: set model.{name} = false",
         )
     ]
     assert not rules_broken(config, replace(MEGATRON_BERT.flavors["base"], **given))
@@ -388,7 +395,8 @@ def test_broken_rules_of_the_configuration_and_of_the_model_come_together() -> N
     [
         (
             "data.packing=none",
-            '"none" does not apply to "bert"; its samples are built by [masked_lm]',
+            '"none" does not apply to "bert", whose samples are built by [masked_lm]: set '
+            'data.packing = "concat"',
         ),
         (
             "attention.kernel=cudnn",
@@ -423,13 +431,14 @@ def test_keys_of_another_objective_are_refused() -> None:
         (
             "masked_lm.mask_prob",
             "command line",
-            'mask_prob has no effect: family "llama" learns the next token',
+            'mask_prob does not apply to family "llama", which learns the next token: remove '
+            "masked_lm.mask_prob",
         ),
         (
             "training.loss_positions",
             "command line",
-            '"labelled" has no effect: with data.packing "concat" every position has a label that '
-            "counts",
+            '"labelled" does not apply to data.packing = "concat", where every position has a '
+            'label: set training.loss_positions = "all"',
         ),
     ]
     padded = ["--data.packing=none", "--training.loss_positions=labelled"]
@@ -470,7 +479,8 @@ def test_muon_is_refused_where_it_is_not_proven_or_has_no_matrices() -> None:
         ),
         (
             "optimizer.per_head",
-            'per_head has no effect: family "mine" has no layers.*.attention.wk',
+            'per_head requires layers.*.attention.wk, which family "mine" does not have: set '
+            "optimizer.per_head = false",
         ),
     ]
     group = OptimizerGroup(pattern="blocks.*", algorithm="muon")

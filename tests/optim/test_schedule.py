@@ -95,7 +95,7 @@ def test_a_second_warm_up_rises_from_0_to_the_schedule() -> None:
         (
             ["decay_type=inverse_sqrt", "decay_start=50", "decay_steps=9"],
             "decay_steps",
-            'does not apply to decay_type = "inverse_sqrt"',
+            'does not apply to decay_type = "inverse_sqrt" with decay_start: remove decay_steps',
         ),
     ],
 )

@@ -178,7 +178,8 @@ def _start(source: Path, manifest: CheckpointManifest, content: str, *, resumes:
         raise ValueError(
             f"{source} contains only weights (last_save_model_only) and cannot be resumed: set "
             "checkpoint.load_step to an earlier step, export it by titan-lite convert, or, for a "
-            "new run, choose another job.dump_folder and set checkpoint.initial_load_path to it"
+            "new run, choose another job.dump_folder and set checkpoint.initial_load_path = "
+            f"{quote(str(source))}"
         )
     state = RunState.from_json((source / RUN_STATE_FILE).read_text())
     return Start(state=state, source=source, manifest=manifest, content=content, resumes=resumes)

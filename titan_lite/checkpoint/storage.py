@@ -29,7 +29,7 @@ from torch.utils.serialization import config as serialization
 
 from titan_lite import __version__
 from titan_lite.checkpoint.state import excludes
-from titan_lite.config.problems import SettingError
+from titan_lite.config.problems import SettingError, quote
 from titan_lite.models.args import pad_vocab_size
 from titan_lite.nn.transformer import Transformer
 from titan_lite.runtime.stored_files import StoredFile, hexadecimal
@@ -212,7 +212,10 @@ def check_none_left(
     for key in metadata.state_dict_metadata:
         name = key.removeprefix("model.")
         if name != key and key not in loaded and not excludes(excluded, name):
-            raise ValueError(f"{source} has {name}, which this run's model does not have")
+            raise ValueError(
+                f"{source} has {name}, which this run's model does not have; set [model] to the "
+                "saved model"
+            )
 
 
 def _missing(key: str, source: Path) -> ValueError:
@@ -223,7 +226,8 @@ def _missing(key: str, source: Path) -> ValueError:
         ("optimizer.name", "optimizer.groups"),
         f"{message} has the state of another optimizer: a resumed run must keep its optimizer; to "
         "start a new run from the weights, choose another job.dump_folder and set "
-        "checkpoint.initial_load_path to it and checkpoint.initial_load_model_only = true",
+        f"checkpoint.initial_load_path = {quote(str(source))} and "
+        "checkpoint.initial_load_model_only = true",
     )
 
 

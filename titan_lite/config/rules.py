@@ -39,8 +39,8 @@ def _single(config: Config) -> Iterator[SettingError]:
     if training.param_dtype != "float16" and training.reduce_dtype == "float16":
         yield SettingError(
             "training.reduce_dtype",
-            '"float16" requires loss scaling, used only if training.param_dtype is "float16"; it '
-            f'is {quote(training.param_dtype)}. Set training.reduce_dtype = "float32"',
+            '"float16" requires training.param_dtype = "float16", which has loss scaling, got '
+            f'{quote(training.param_dtype)}; set training.reduce_dtype = "float32"',
         )
     block, seq_len = config.data.packing_block, training.seq_len
     if config.data.packing == "fixed" and (seq_len % block or seq_len == block):
@@ -103,7 +103,8 @@ def _decay(section: LRScheduler, steps: int) -> Iterator[SettingError]:
     if start != -1 and length != -1 and section.decay_type == "inverse_sqrt":
         yield SettingError(
             "lr_scheduler.decay_steps",
-            f'{length} does not apply to decay_type = "inverse_sqrt" with decay_start: remove it',
+            f'{length} does not apply to decay_type = "inverse_sqrt" with decay_start: remove '
+            "decay_steps",
         )
 
 
@@ -111,7 +112,7 @@ def _groups(section: Optimizer) -> Iterator[SettingError]:
     """Checks that the optimizer has the algorithms in optimizer.groups."""
     for number, group in enumerate(section.groups, start=1):
         if group.algorithm and group.algorithm not in section.ALGORITHMS:
-            hint = "remove algorithm"
+            hint = "remove the key algorithm"
             if section.ALGORITHMS:
                 hint = f"use {one_of([quote(name) for name in section.ALGORITHMS])}"
             yield SettingError(
@@ -142,7 +143,8 @@ def _checkpoint(config: Config) -> Iterator[SettingError]:
         if value not in ("latest", "", 0) and not section.enable:
             yield SettingError(
                 f"checkpoint.{key}",
-                f"{literal(value)} requires checkpoint.enable = true",
+                f"{literal(value)} requires checkpoint.enable = true: without it the run neither "
+                "reads nor saves checkpoints",
             )
     if isinstance(load_step, int) and load_step >= config.training.steps:
         yield SettingError(
@@ -164,8 +166,9 @@ def _checkpoint(config: Config) -> Iterator[SettingError]:
     if section.initial_load_hf and section.exclude_from_loading:
         yield SettingError(
             "checkpoint.exclude_from_loading",
-            "has no effect on checkpoint.initial_load_hf, which loads all parameters; convert the "
-            "model with titan-lite convert hf-to-dcp and set checkpoint.initial_load_path",
+            "cannot be combined with checkpoint.initial_load_hf, which loads all parameters; "
+            "convert the model with titan-lite convert hf-to-dcp and set "
+            "checkpoint.initial_load_path instead",
         )
     is_async = section.enable and section.async_mode != "disabled"
     optimizer = config.optimizer

@@ -35,21 +35,21 @@ def objective_rules(config: Config, family: Family) -> Iterator[SettingError]:
             if getattr(masked, key) != field.default:
                 yield SettingError(
                     ("model.name", f"masked_lm.{key}"),
-                    f"{key} has no effect: family {quote(family.name)} learns the next token",
+                    f"{key} does not apply to family {quote(family.name)}, which learns the next "
+                    f"token: remove masked_lm.{key}",
                 )
         if config.training.loss_positions == "labelled" and data.packing in ("concat", "fixed"):
             yield SettingError(
                 ("training.loss_positions", "data.packing"),
-                f'"labelled" has no effect: with data.packing {quote(data.packing)} every position '
-                "has a label that counts",
+                f'"labelled" does not apply to data.packing = {quote(data.packing)}, where every '
+                'position has a label: set training.loss_positions = "all"',
             )
         return
     if data.packing != "concat":
         yield SettingError(
             ("model.name", "data.packing"),
-            f"{quote(data.packing)} does not apply to {quote(family.name)}; its samples are built "
-            "by "
-            "[masked_lm]",
+            f"{quote(data.packing)} does not apply to {quote(family.name)}, whose samples are "
+            'built by [masked_lm]: set data.packing = "concat"',
         )
     if config.attention.kernel == "cudnn":
         yield SettingError(
@@ -92,7 +92,8 @@ def optimizer_rules(config: Config, family: Family) -> Iterator[SettingError]:
     if section.per_head and not any(row.matches("layers.0.attention.wk") for row in plan):
         yield SettingError(
             ("optimizer.per_head", "model.name"),
-            f"per_head has no effect: family {quote(family.name)} has no layers.*.attention.wk",
+            f"per_head requires layers.*.attention.wk, which family {quote(family.name)} does not "
+            "have: set optimizer.per_head = false",
         )
 
 
@@ -171,7 +172,8 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
             if getattr(config.model, key) is not None:
                 yield SettingError(
                     (f"model.{key}", "model.positions"),
-                    f'{key} has no effect: positions are "learned", nothing is rotated',
+                    f'{key} does not apply to positions = "learned", where nothing is rotated: '
+                    f"remove model.{key}",
                 )
     for name in ("num_heads", "num_kv_heads", "ffn_dim"):
         size, shown = getattr(args, name), ""
@@ -206,7 +208,7 @@ def _encoder_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
         if args.post_norm and getattr(args, name):
             yield SettingError(
                 ("model.name", "model.flavor", f"model.{name}"),
-                f"{name} has no effect: it is not supported by post-norm models",
+                f"{name} is not supported by post-norm models: set model.{name} = false",
             )
 
 
@@ -259,12 +261,15 @@ def _moe_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
         )
     if args.balance_loss == "none" and config.model.balance_coeff is not None:
         yield SettingError(
-            "model.balance_coeff", 'balance_coeff has no effect: model.balance_loss is "none"'
+            "model.balance_coeff",
+            'balance_coeff requires model.balance_loss, which is "none": set model.balance_loss, '
+            "or remove model.balance_coeff",
         )
     if args.bias_rate and not args.route_bias:
         yield SettingError(
             ("model.bias_rate", "model.route_bias"),
-            f"bias_rate ({args.bias_rate:g}) has no effect: set model.route_bias = true",
+            f"bias_rate ({args.bias_rate:g}) requires a bias: set model.route_bias = true, or "
+            "model.bias_rate = 0",
         )
     if args.num_experts % parallel.ep:
         yield SettingError(

@@ -51,8 +51,8 @@ def _wasteful(config: Config, dims: ParallelDims) -> Iterator[str]:
     rounds = isinstance(optimizer, Muon) and optimizer.ns_dtype == "bfloat16"
     if rounds and config.training.param_dtype == "float32":
         yield (
-            'optimizer.ns_dtype = "bfloat16" rounds the updates of float32 parameters: layouts '
-            'differ by up to 2 % of an update; "float32" keeps them within 1e-5'
+            'optimizer.ns_dtype = "bfloat16" rounds the updates of float32 parameters: those of '
+            'two layouts differ by up to 2 %, with "float32" by at most 1e-5'
         )
     decay_steps = round(scheduler.decay_ratio * steps)
     if scheduler.decay_type == "constant" or scheduler.decay_ratio == 1:
