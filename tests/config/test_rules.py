@@ -68,7 +68,20 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             4,
             "training.global_batch_size",
             '"1F1B" on 4 ranks requires at least 4 micro-batches, but a step has 3 (3 samples '
-            "/ (local_batch_size (1) x data-parallel degree (1))); lower training.",
+            "/ (local_batch_size (1) x data-parallel degree (1))); set "
+            "training.global_batch_size = 4",
+        ),
+        (
+            [*PP2, "training.global_batch_size=4", "training.local_batch_size=4"],
+            2,
+            "training.global_batch_size",
+            "set training.global_batch_size = 8, or lower training.local_batch_size",
+        ),
+        (
+            [*PP2, "training.global_batch_size=3", 'parallel.pp_schedule="Interleaved1F1B"'],
+            2,
+            "training.global_batch_size",
+            "data-parallel degree (1))); set training.global_batch_size = 4",
         ),
         (
             [*PP2, 'parallel.pp_schedule="Interleaved1F1B"', "parallel.pp_micro_batches=1"],

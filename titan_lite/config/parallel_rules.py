@@ -97,8 +97,9 @@ def _stages(config: Config) -> Iterator[SettingError]:
             )
 
 
-def _micro_batches(config: Config, micro_steps: int, words: str) -> Iterator[SettingError]:
-    """Checks the number of micro-batches against the pipeline schedule."""
+def _micro_batches(config: Config, samples: int, micro: int, words: str) -> Iterator[SettingError]:
+    """Checks a step of micro-batches of `micro` samples against the pipeline schedule."""
+    micro_steps = samples // micro
     parallel, pp = config.parallel, config.parallel.pp
     count = micro_steps if parallel.pp_micro_batches == -1 else parallel.pp_micro_batches
     if micro_steps % count:
@@ -120,10 +121,13 @@ def _micro_batches(config: Config, micro_steps: int, words: str) -> Iterator[Set
                 f"{micro_steps} that is {fits}",
             )
             return
+        training = config.training
+        local, fitting = training.local_batch_size, -(-max(count, least) // multiple) * multiple
+        can_lower = local > 1 and training.global_batch_size != -1 and count * local >= least
         yield SettingError(
             "training.global_batch_size",
-            f"{needed}, but a step has {count} ({words}); lower training.local_batch_size "
-            "or raise training.global_batch_size",
+            f"{needed}, but a step has {count} ({words}); set training.global_batch_size = "
+            f"{fitting * micro}{', or lower training.local_batch_size' * can_lower}",
         )
 
 
@@ -220,7 +224,7 @@ def _layout(config: Config, dims: ParallelDims | None) -> Iterator[SettingError]
             f"{samples} samples / (local_batch_size ({training.local_batch_size}) x data-parallel "
             f"degree ({dims.batch}))"
         )
-        yield from _micro_batches(config, samples // micro, words)
+        yield from _micro_batches(config, samples, micro, words)
     reshard = config.parallel.reshard_after_forward
     if config.parallel.tp > 1 or not isinstance(reshard, int):
         return
