@@ -527,6 +527,7 @@ def test_tokens_of_another_tokenizer_are_refused_before_the_run(
     message = " ".join(capsys.readouterr().err.split())
     assert f"{tmp_path}/tokens was tokenized with the bundled tokenizer (BOS 1792, " in message
     assert "data.tokenizer_path is another tokenizer (BOS 1791, " in message
+    assert 'set data.tokenizer_path = "", or run titan-lite tokenize again' in message
 
 
 def test_a_folder_that_is_not_whole_is_refused(folder: Path, tmp_path: Path) -> None:

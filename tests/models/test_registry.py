@@ -67,14 +67,14 @@ def test_an_unknown_family_names_the_nearest_and_all() -> None:
     with pytest.raises(SettingError) as error:
         resolve(Model(name="lama"))
     assert str(error.value) == (
-        'model.name: no "lama"; did you mean "llama"? '
+        'model.name: unknown family "lama"; did you mean "llama"? '
         "(known: bert, deepseek_v3, gpt, gpt_neox, internlm, llama, megatron_bert, mixtral, qwen, "
         "qwen2.5, qwen3, qwen3_moe)"
     )
 
 
 def test_an_unknown_flavor_names_the_nearest_and_all() -> None:
-    with pytest.raises(SettingError, match='"llama3_8B"; did you mean "llama3_8b"'):
+    with pytest.raises(SettingError, match='unknown flavor "llama3_8B"; did you mean "llama3_8b"'):
         resolve(Model(flavor="llama3_8B"))
 
 

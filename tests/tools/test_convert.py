@@ -496,7 +496,7 @@ def flip_bit(folder: Path) -> None:
         (edit_model, [], "dcp does not name a known model: "),
         (edit_facts, [], "has changed since the checkpoint was saved: norm_eps is 1e-05, not 0.5"),
         (spoil_metadata, [], "refusing to unpickle posix.system"),
-        (lambda f: edit_model(f, name="lama"), [], 'no "lama"; did you mean "llama"?'),
+        (lambda f: edit_model(f, name="lama"), [], 'unknown family "lama"; did you mean "llama"?'),
         (lambda f: edit_model(f, num_layers=3), [], "has no weight layers.2.attention_norm.weig"),
         (lambda f: edit_model(f, ffn_dim=49), [], "w1.weight is (48, 32) in "),
         (made_with_plugins, [], 'its run had job.plugins = ["mine"]: name them with --plugin'),

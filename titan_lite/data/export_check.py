@@ -79,7 +79,7 @@ def export_report(
     if example := _differences(texts, as_tokens, expected):
         sentence = (
             f"{sentence}; {example[0]:,} of them contain a special token's text. Training reads "
-            f"it as text; transformers does only with split_special_tokens=True. {example[1]}"
+            f"it as text; transformers does so only with split_special_tokens=True. {example[1]}"
         )
     return ExportReport(True, sentence)
 
@@ -97,8 +97,8 @@ def _differences(
         min(len(a), len(b)),
     )
     return len(differing), (
-        f"The first is {text[:200]!r}: from id {place} on {a[place : place + 8]} instead of "
-        f"{b[place : place + 8]}"
+        f"The first is {text[:200]!r}: at position {place} the ids are {a[place : place + 8]} "
+        f"instead of {b[place : place + 8]}"
     )
 
 

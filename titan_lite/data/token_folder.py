@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from titan_lite.config.problems import SettingError
+from titan_lite.config.problems import SettingError, quote
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.runtime.stored_files import StoredFile, check_size, write_text
 
@@ -85,8 +85,8 @@ class TokenManifest:
                 key,
                 f"{folder} was tokenized with {self.tokenizer_path or 'the bundled tokenizer'} "
                 f"({self.tokenizer}), but data.tokenizer_path is another tokenizer "
-                f"({tokenizer.fingerprint}): set data.tokenizer_path to the first, or "
-                "run titan-lite tokenize again",
+                f"({tokenizer.fingerprint}): set data.tokenizer_path = "
+                f"{quote(self.tokenizer_path)}, or run titan-lite tokenize again",
             )
 
     def write(self, folder: Path) -> None:

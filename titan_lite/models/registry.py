@@ -48,8 +48,8 @@ def resolve(section: Model) -> tuple[Family, DecoderArgs]:
 
     Raises SettingError for an unknown family, flavor or override, with the nearest existing one.
     """
-    family = _look_up("model.name", section.name, _FAMILIES)
-    args = _look_up("model.flavor", section.flavor, family.flavors)
+    family = _look_up("model.name", "family", section.name, _FAMILIES)
+    args = _look_up("model.flavor", "flavor", section.flavor, family.flavors)
     overrides = section.model_dump(exclude={"name", "flavor"}, exclude_none=True)
     fields = [field.name for field in dataclasses.fields(args)]
     for key in overrides:
@@ -87,8 +87,9 @@ def family_of(config: Mapping[str, Any], registered: Mapping[str, Family]) -> Fa
     return next(fitting, matching[0])
 
 
-def _look_up(key: str, name: str, known: Mapping[str, T]) -> T:
+def _look_up(key: str, kind: str, name: str, known: Mapping[str, T]) -> T:
     if name not in known:
         hint = did_you_mean(nearest(name, known))
-        raise SettingError(key, f"no {quote(name)}{hint} (known: {', '.join(sorted(known))})")
+        message = f"unknown {kind} {quote(name)}{hint} (known: {', '.join(sorted(known))})"
+        raise SettingError(key, message)
     return known[name]
