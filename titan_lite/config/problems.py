@@ -319,7 +319,7 @@ def _alternatives(annotation: Any, metadata: Sequence[Any] = ()) -> list[str]:
     if origin in (Union, types.UnionType):
         options = [option for option in get_args(annotation) if option is not types.NoneType]
         # Bounds refer to the word before them, so a number is the last alternative.
-        options.sort(key=lambda option: get_origin(option) is not Literal)
+        options.sort(key=lambda option: not _choices(option))
         return [words for option in options for words in _alternatives(option)]
     if origin is list:
         return [_list_words(get_args(annotation)[0], metadata)]
