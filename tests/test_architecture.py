@@ -343,13 +343,13 @@ def test_only_these_functions_take_a_whole_plan_or_configuration() -> None:
 # Lines of code of each room: neither blank, comment nor docstring. Raising one is a decision to
 # explain in the commit message.
 BUDGET = {
-    "data": 3046,
+    "data": 3063,
     "parallel": 2121,
-    "config": 2027,
+    "config": 2050,
     "training": 1885,
     "tools": 1997,
-    "checkpoint": 1573,
-    "models": 1824,
+    "checkpoint": 1578,
+    "models": 1830,
     "planner": 1299,
     "regression": 1204,
     "runtime": 1156,
