@@ -292,7 +292,7 @@ MAY_TAKE_THE_WHOLE = {
         "fitting_tokenizer",
         "_check_export",
         "_locked_folders",
-        "_warn_of_idle_keys",
+        "_warn_of_unused_keys",
     },
     "training/prediction": {"__init__"},
     "training/resuming": {"log_changes", "changed_settings"},

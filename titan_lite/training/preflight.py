@@ -1,6 +1,6 @@
-"""Checks the files that a run reads; no torch.
+"""Checks the files that a run reads. Does not import torch.
 
-The launcher runs it before the processes start, and each process runs it again.
+The launcher runs these checks before the processes start, and each process runs them again.
 """
 
 import contextlib
@@ -70,7 +70,7 @@ def preflight(plan: Plan) -> Preflight:
             if tokenizer is not None:
                 check_tokens(sources, tokenizer)
             if all(source.tokens_field for source in sources):
-                _warn_of_idle_keys(plan, are_checked=all(source.manifest for source in sources))
+                _warn_of_unused_keys(plan, are_checked=all(source.manifest for source in sources))
         with problems.checking("validation.dataset"):
             if config.validation.enable:
                 held_out = resolve_held_out(config.validation, config.data)
@@ -83,16 +83,16 @@ def preflight(plan: Plan) -> Preflight:
             check_same_model(start, plan)
         with problems.checking("data.tokenizer_path"):
             if tokenizer is not None and start is not None:
-                check_origin(config.data, config.checkpoint, tokenizer, start)
+                check_tokenizer_of_weights(config.data, config.checkpoint, tokenizer, start)
     assert tokenizer is not None
     assert start is not None
     return Preflight(tokenizer, sources, held_out, start, cluster)
 
 
 def check_contents(plan: Plan, checked: Preflight) -> None:
-    """Reads the first documents, the held-out documents and the checkpoint's data settings.
+    """Checks the first documents, the held-out documents, the export and the checkpoint's data.
 
-    Raises SettingErrors for problems that would end the run before or in its first step.
+    Raises SettingErrors for problems that would end the run in its first step or at the export.
     """
     config, training = plan.config, plan.config.training
     rows: RowMaker = Packing(config.data, training.seq_len)
@@ -239,7 +239,7 @@ def _locked_folders(plan: Plan) -> dict[str, Path]:
     return folders
 
 
-def _warn_of_idle_keys(plan: Plan, *, are_checked: bool) -> None:
+def _warn_of_unused_keys(plan: Plan, *, are_checked: bool) -> None:
     """Warns about set keys that have no effect on tokenized data.
 
     are_checked: all documents were checked when they were tokenized.
@@ -278,7 +278,9 @@ def fitting_tokenizer(section: Data, plan: Plan) -> Tokenizer:
     return tokenizer
 
 
-def check_origin(section: Data, checkpoint: Checkpoint, tokenizer: Tokenizer, start: Start) -> None:
+def check_tokenizer_of_weights(
+    section: Data, checkpoint: Checkpoint, tokenizer: Tokenizer, start: Start
+) -> None:
     """Raises ValueError if the tokenizer is not that of the weights to start from."""
     if start.source is not None:
         manifest = start.manifest
@@ -298,12 +300,12 @@ def check_origin(section: Data, checkpoint: Checkpoint, tokenizer: Tokenizer, st
         return
     if not expected or tokenizer.fingerprint in expected:
         return
-    resumes = start.source is not None and start.content == "run"
-    if section.allow_tokenizer_mismatch and not resumes:
+    takes_data_position = start.source is not None and start.content == "run"
+    if section.allow_tokenizer_mismatch and not takes_data_position:
         return
     name = _name(section.tokenizer_path)
     remedy = "; a run that resumes cannot change its tokenizer"
-    if not resumes:
+    if not takes_data_position:
         remedy = f", or set data.allow_tokenizer_mismatch = true to train with {name}"
     raise ValueError(
         f"{name} gives other ids than the tokenizer of {origin} "
