@@ -1,7 +1,7 @@
 """The rule for writers, enforced: tests/plain_english.toml lists the words and their replacements.
 
 The test reads docstrings, comments and string literals of Python files, whole Markdown pages and
-shell scripts, and the comments of TOML files. CONTRIBUTING.md has the rule.
+shell scripts, and the comments of TOML and YAML files. CONTRIBUTING.md has the rule.
 """
 
 import ast
@@ -89,7 +89,7 @@ def hits(text: str, suffix: str) -> list[str]:
         return hits_in_prose(text)
     if suffix in (".sh", ".slurm"):
         return hits_in_prose(re.sub(r"^\s*#+", "", text, flags=re.MULTILINE))
-    if suffix == ".toml":
+    if suffix in (".toml", ".yml"):
         return [hit for comment in comments(text) for hit in hits_in_prose(comment)]
     tree = ast.parse(text)
     lines = [hit for part in (*comments(text), *strings(tree)) for hit in hits_in_prose(part)]
@@ -114,7 +114,7 @@ def rooms() -> dict[str, list[Path]]:
     by_room["pages"] = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
     by_room["scripts"] = [*ROOT.glob("*.sh"), *(ROOT / "scripts").glob("*.*")]
     by_room["toml"] = [*ROOT.glob("*.toml"), *(ROOT / "train_configs").rglob("*.toml")]
-    by_room["toml"] += [*(ROOT / "assets").rglob("*.toml")]
+    by_room["toml"] += [*(ROOT / "assets").rglob("*.toml"), *(ROOT / ".github").rglob("*.yml")]
     by_room["benchmarks"] = [
         path for end in ("py", "md") for path in (ROOT / "benchmarks").glob(f"*.{end}")
     ]

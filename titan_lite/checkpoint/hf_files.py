@@ -1,4 +1,7 @@
-"""The files of a Hugging Face model: config.json, safetensors and their index; no torch."""
+"""The files of a Hugging Face model: config.json, safetensors and their index.
+
+Does not import torch.
+"""
 
 import json
 from collections.abc import Mapping

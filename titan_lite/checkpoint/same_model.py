@@ -1,4 +1,4 @@
-"""Compares the model in a checkpoint's manifest with that of a run; no torch."""
+"""Compares the model in a checkpoint's manifest with that of a run. Does not import torch."""
 
 import dataclasses
 import json

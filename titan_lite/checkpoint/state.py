@@ -1,4 +1,7 @@
-"""Finds the checkpoints of a run, chooses its start, and deletes old ones; no torch."""
+"""Finds the checkpoints of a run, chooses its start, and deletes old ones.
+
+Does not import torch.
+"""
 
 import fnmatch
 import json

@@ -1,4 +1,4 @@
-"""Reads the first documents of local sources before any process starts; no torch."""
+"""Reads the first documents of local sources before any process starts. Does not import torch."""
 
 from collections.abc import Sequence
 from dataclasses import replace

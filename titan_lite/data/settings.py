@@ -1,4 +1,7 @@
-"""The settings that determine a run's data, and that a resumed run must keep; no torch."""
+"""The settings that determine a run's data, and that a resumed run must keep.
+
+Does not import torch.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

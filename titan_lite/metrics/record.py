@@ -41,9 +41,9 @@ METRICS: dict[str, Metric] = {
     "skipped_documents": Metric("documents since step 0", "train/skipped_documents"),
     "tokens": Metric("tokens since step 0", "train/tokens"),
     # Mixture of Experts only; metrics.jsonl also has lists with a value for each block.
-    "moe/load_max": Metric("largest expert's tokens over the mean", "moe/load_max"),
+    "moe/load_max": Metric("largest expert's tokens / the mean", "moe/load_max"),
     "moe/rank_load_max": Metric(
-        "rows of the most loaded ep position over the mean, under expert parallel",
+        "rows of the most loaded ep position / the mean, under expert parallel",
         "moe/rank_load_max",
     ),
     "moe/unused_experts": Metric("experts without tokens, of all blocks", "moe/unused_experts"),

@@ -1,4 +1,4 @@
-"""A lock that allows one run at a time in a folder; no torch."""
+"""A lock that allows one run at a time in a folder. Does not import torch."""
 
 import errno
 import fcntl

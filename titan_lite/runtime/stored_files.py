@@ -1,4 +1,4 @@
-"""Files with size and checksum in a manifest; no torch."""
+"""Files with size and checksum in a manifest. Does not import torch."""
 
 import json
 import os

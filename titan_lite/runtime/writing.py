@@ -1,4 +1,4 @@
-"""Reports files that cannot be written in one sentence; no torch."""
+"""Reports files that cannot be written in one sentence. Does not import torch."""
 
 import contextlib
 from collections.abc import Iterator

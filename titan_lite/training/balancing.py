@@ -89,7 +89,10 @@ class Balancer:
             router.balance.previous_load_E.copy_(relative_load(self.counts_LE[layer]))
 
     def metrics(self) -> dict[str, Any]:
-        """Returns the last step's metrics, overall and per block with experts; collective."""
+        """Returns metrics, overall and per block with experts; collective.
+
+        The counts are those of the last applied step.
+        """
         counts_LE = self.counts_LE[self.dense_layers :].double()
         load_LE = counts_LE / counts_LE.mean(1, keepdim=True).clamp(min=1)
         shares_LE = load_LE / counts_LE.shape[1]

@@ -54,7 +54,7 @@ def check_model_and_device(plan: Plan, start: Start) -> None:
 
 
 def build_checked_model(plan: Plan) -> Transformer:
-    """Builds the model on the meta device; checks that parameters named by settings exist."""
+    """Builds the model on the meta device; checks parameters named by settings and the TP plan."""
     with errors_for("model.name"), torch.device("meta"):
         model = build_model(plan.family, plan.args)
         # A parameter that no rule initializes is an error here, before any weights are drawn.
@@ -97,7 +97,7 @@ def pipeline_stages(plan: Plan, model: Transformer, objective: Objective) -> lis
 def count_flops(
     plan: Plan, model: Transformer, stages: list[Stage], objective: Objective
 ) -> FlopsPerToken:
-    """Counts the FLOPs of the whole model."""
+    """Returns the FLOPs per token of the whole model."""
     config, args, section = plan.config, plan.args, plan.config.activation_checkpoint
     recomputed = [section.layers(stage.blocks) for stage in stages]
     num_params = model.num_parameters - num_unused_params(args)

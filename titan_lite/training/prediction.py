@@ -29,7 +29,7 @@ class PredictionRecorder:
         return self
 
     def after_step(self, step: int, _: object = None) -> None:
-        pass
+        """Does nothing: the measured values are written at the end."""
 
     def __exit__(self, *_: object) -> None:
         seconds = self._meter.seconds_per_step

@@ -60,7 +60,7 @@ class StepMonitor:
         self._loader, self._sources = loader, sources
 
     def record_step(self, step: int, result: StepResult, *, logs: bool) -> None:
-        """Counts a step and reads its result.
+        """Counts every step and reads its result; `log` writes the record of a logged step.
 
         logs: the step is logged, so its result is read at once. Otherwise a GPU's result is read
         one step late, so that the GPU has work while the host waits.
