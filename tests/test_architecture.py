@@ -346,7 +346,7 @@ BUDGET = {
     "data": 3063,
     "parallel": 2121,
     "config": 2050,
-    "training": 1885,
+    "training": 1886,
     "tools": 1997,
     "checkpoint": 1578,
     "models": 1830,
