@@ -135,16 +135,13 @@ class ParallelDims:
             rank, place[axis] = divmod(rank, getattr(self, axis))
         return {axis: place[axis] for axis in self.AXES}
 
-    def rank(self, coordinates: Mapping[str, int]) -> int:
-        """The rank with these coordinates; the inverse of `coordinates`."""
+    def rank(self, coordinates: Mapping[str, int], axes: Iterable[str] = AXES) -> int:
+        """The number of these coordinates on some axes; on all, the inverse of `coordinates`."""
         rank = 0
-        for axis in self.AXES:
+        for axis in axes:
             rank = rank * getattr(self, axis) + coordinates[axis]
         return rank
 
     def batch_rank(self, rank: int) -> int:
         """Number of the share of samples that a rank reads, from 0 to batch - 1."""
-        place, share = self.coordinates(rank), 0
-        for axis in BATCH:
-            share = share * getattr(self, axis) + place[axis]
-        return share
+        return self.rank(self.coordinates(rank), BATCH)

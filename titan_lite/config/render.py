@@ -13,6 +13,7 @@ from titan_lite.config.problems import FIELDS, SECTIONS, expected, literal, rows
 from titan_lite.config.registry import Registry
 from titan_lite.config.schema import TAGGED, Config
 from titan_lite.config.section import Section
+from titan_lite.config.stored import words
 
 # The newest draft that TOML language servers (Taplo, Even Better TOML) support.
 HEAD = """\
@@ -42,8 +43,8 @@ def to_toml(
                 continue
             value = getattr(getattr(loaded.config, section), key)
             if rows_of(fields[key]):
-                rows_given = [row.model_dump(exclude_none=True) for row in value]
-                line = f"{key} = {_inline(rows_given)}"
+                tables = [words(row.model_dump(exclude_none=True)) for row in value]
+                line = f"{key} = [{', '.join(tables)}]"
             elif value is not None:
                 line = f"{key} = {literal(value)}"
             elif section == "model" and resolved and key in resolved:
@@ -57,11 +58,6 @@ def to_toml(
     # Long values must not move the comments of all other lines.
     width = max(len(line) for line, _ in rows if len(line) <= 50)
     return "\n".join(f"{line:<{width}}  # {origin}" if origin else line for line, origin in rows)
-
-
-def _inline(tables: list[dict[str, Any]]) -> str:
-    rows = (", ".join(f"{k} = {literal(v)}" for k, v in table.items()) for table in tables)
-    return f"[{', '.join(f'{{{row}}}' for row in rows)}]"
 
 
 def json_schema(flavors: Mapping[str, Sequence[str]]) -> dict[str, Any]:

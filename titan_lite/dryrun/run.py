@@ -19,7 +19,7 @@ from titan_lite.config.dims import SAME_LAYERS
 from titan_lite.config.load import ConfigError, Problem
 from titan_lite.config.optimizers import AdamOptimizer
 from titan_lite.config.plugins import import_plugins
-from titan_lite.config.schema import Config
+from titan_lite.config.schema import Config, Data, Training
 from titan_lite.data.loader import Batch
 from titan_lite.dryrun.gpu_kernels import gpu_kernels
 from titan_lite.dryrun.measure import Measured, measure_step, recorder
@@ -116,11 +116,7 @@ def dry_run(
         if repeats and not splits_backward and not plan.args.has_dropout:
             repeat_blocks(record, _blocks(built))
         batches = _batches(
-            plan.config.training.local_batch_size,
-            plan.config.training.seq_len,
-            with_positions=plan.config.data.masks_attention,
-            with_sources=bool(plan.config.data.sources),
-            with_pairs=built.step.objective.has_pairs,
+            plan.config.training, plan.config.data, with_pairs=built.step.objective.has_pairs
         )
 
         def take_step() -> None:
@@ -249,20 +245,14 @@ def _draw_nothing(name: str, tensor: Tensor, generator: torch.Generator) -> None
     pass
 
 
-def _batches(
-    local_batch_size: int,
-    seq_len: int,
-    *,
-    with_positions: bool,
-    with_sources: bool,
-    with_pairs: bool,
-) -> Iterator[Batch]:
+def _batches(training: Training, data: Data, *, with_pairs: bool) -> Iterator[Batch]:
     # Made within a step, so they are fake tensors. Document ends are unknown, so there are none:
     # attention within documents stores the same tensors as attention over whole samples.
+    shape = training.local_batch_size, training.seq_len
     while True:
-        tokens = torch.zeros(local_batch_size, seq_len, dtype=torch.int64)
-        positions = torch.zeros_like(tokens) if with_positions else None
-        sources = tokens.new_zeros(local_batch_size) if with_sources else None
+        tokens = torch.zeros(shape, dtype=torch.int64)
+        positions = torch.zeros_like(tokens) if data.masks_attention else None
+        sources = tokens.new_zeros(len(tokens)) if data.sources else None
         types, pairs = (tokens, tokens[:, 0]) if with_pairs else (None, None)
         labels, samples = torch.zeros_like(tokens), tokens[:, 0]
         yield Batch(tokens, labels, positions, None, types, pairs, sources, samples)
