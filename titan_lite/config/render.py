@@ -12,7 +12,6 @@ from titan_lite.config.needs import Variant, needs_of
 from titan_lite.config.problems import FIELDS, SECTIONS, expected, literal, rows_of
 from titan_lite.config.registry import Registry
 from titan_lite.config.schema import TAGGED, Config
-from titan_lite.config.section import Section
 from titan_lite.config.stored import words
 
 # The newest draft that TOML language servers (Taplo, Even Better TOML) support.
@@ -65,65 +64,56 @@ def json_schema(flavors: Mapping[str, Sequence[str]]) -> dict[str, Any]:
 
     flavors: names by model family. Plugins, also those of a base file, may add others.
     """
-    schema = Config.model_json_schema()
-    sections = schema.pop("$defs")
     properties: dict[str, Any] = {
         "extends": {
             "type": "string",
             "description": "A TOML file, relative to this one, whose values this one inherits.",
         }
     }
-    for name, reference in schema["properties"].items():
-        if name in TAGGED:
-            section = TAGGED[name].json_schema()
-        else:
-            section = sections[reference["$ref"].rpartition("/")[2]]
-        section["properties"] = {
-            key: _without_null(field) for key, field in section["properties"].items()
-        }
-        for key, field in FIELDS[name].items():
-            if row := rows_of(field):
-                section["properties"][key]["items"] = _row_schema(row)
-        _state_needs(name, section)
-        properties[name] = section
-    registered: dict[str, dict[str, Any]] = {}
-    for table, fields in FIELDS.items():
+    offered: dict[str, dict[str, list[str]]] = {}
+    for name, fields in FIELDS.items():
+        table = TAGGED.get(name) or SECTIONS[name]
+        properties[name] = _table_schema(table.model_json_schema())
         for key, field in fields.items():
+            if row := rows_of(field):
+                items = _table_schema(row.model_json_schema())
+                properties[name]["properties"][key]["items"] = items
             for registry in (item for item in field.metadata if isinstance(item, Registry)):
-                _offer(properties[table]["properties"][key], list(registry))
-                registered.setdefault(table, {})[key] = {"enum": list(registry)}
-    known = {"name": list(flavors), "flavor": sorted({*chain.from_iterable(flavors.values())})}
-    model = properties["model"]["properties"]
-    for key, names in known.items():
-        _offer(model[key], names)
+                offered.setdefault(name, {})[key] = list(registry)
+        _state_needs(name, properties[name])
+    all_flavors = sorted({*chain.from_iterable(flavors.values())})
+    offered["model"] = {"name": list(flavors), "flavor": all_flavors}
+    for name, keys in offered.items():
+        for key, names in keys.items():
+            # Makes an editor suggest names, without rejecting others.
+            del properties[name]["properties"][key]["type"]
+            properties[name]["properties"][key]["anyOf"] = [{"enum": names}, {"type": "string"}]
     has_plugins = {"required": ["job"], "properties": {"job": {"required": ["plugins"]}}}
+    known: dict[str, dict[str, Any]] = {
+        name: {"properties": {key: {"enum": names} for key, names in keys.items()}}
+        for name, keys in offered.items()
+    }
+    known["model"]["allOf"] = [
+        {
+            "if": {"required": ["name"], "properties": {"name": {"const": family}}},
+            "then": {"properties": {"flavor": {"enum": list(names)}}},
+        }
+        for family, names in flavors.items()
+    ]
     return {
         "$schema": SCHEMA_DRAFT,
-        **schema,
+        **_table_schema(Config.model_json_schema()),
         "properties": properties,
         "if": {"not": {"anyOf": [{"required": ["extends"]}, has_plugins]}},
-        "then": {
-            "properties": {
-                **{table: {"properties": keys} for table, keys in registered.items()},
-                "model": {
-                    "properties": {key: {"enum": names} for key, names in known.items()},
-                    "allOf": [
-                        {
-                            "if": {"required": ["name"], "properties": {"name": {"const": family}}},
-                            "then": {"properties": {"flavor": {"enum": list(names)}}},
-                        }
-                        for family, names in flavors.items()
-                    ],
-                },
-            }
-        },
+        "then": {"properties": known},
     }
 
 
-def _offer(field: dict[str, Any], names: list[str]) -> None:
-    """Makes an editor suggest names, without rejecting others."""
-    del field["type"]
-    field["anyOf"] = [{"enum": names}, {"type": "string"}]
+def _table_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """Returns the schema of a table without null and without definitions of other tables."""
+    schema.pop("$defs", None)
+    fields = schema["properties"].items()
+    return schema | {"properties": {key: _without_null(field) for key, field in fields}}
 
 
 def to_markdown() -> str:
@@ -150,12 +140,6 @@ def _described(key: str, field: FieldInfo) -> str:
     return f"`{key}`: {values}; {'required' if required else f'default {default}'}. " + (
         field.description or ""
     )
-
-
-def _row_schema(row: type[Section]) -> dict[str, Any]:
-    schema = row.model_json_schema()
-    schema["properties"] = {k: _without_null(field) for k, field in schema["properties"].items()}
-    return schema
 
 
 def _needs_in_words(table: str, key: str) -> str:

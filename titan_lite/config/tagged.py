@@ -43,7 +43,7 @@ class TaggedTable(Generic[S]):
             merged.metadata = [*field.metadata, Variant(self.tag, *owners)]
         return merged
 
-    def json_schema(self) -> dict[str, Any]:
+    def model_json_schema(self) -> dict[str, Any]:
         """Returns the schema of a table with the keys of all variants."""
         schemas = [section.model_json_schema() for section in self.variants.values()]
         properties: dict[str, Any] = {}
@@ -53,9 +53,7 @@ class TaggedTable(Generic[S]):
         properties[self.tag] |= {"description": tag.description, "enum": list(self.variants)}
         properties[self.tag].pop("const", None)
         table = {"description": self.base.__doc__, "title": self.base.__name__}
-        schema = schemas[0] | table | {"properties": {key: properties[key] for key in self.fields}}
-        schema.pop("$defs", None)
-        return schema
+        return schemas[0] | table | {"properties": {key: properties[key] for key in self.fields}}
 
     def changed(self, section: S, values: Mapping[str, Any]) -> S:
         """Returns a section with other, valid values; another variant has its own defaults."""
