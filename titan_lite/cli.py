@@ -105,17 +105,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(argv: list[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        print(
-            "usage: titan-lite train CONFIG [--section.key=value ...]\n\n"
-            "Trains in one process; ./run_train.sh starts one process per GPU.\n"
-            + OVERRIDES
-            + examples(
-                "titan-lite train my.toml --data.dataset_path=books/a.jsonl",
-                "titan-lite train run.toml --checkpoint.enable=true --checkpoint.last_save_hf=true",
-            )
-        )
-        return 0
+    command_parser(
+        "train",
+        "Trains in one process; ./run_train.sh starts one process per GPU.",
+        "titan-lite train my.toml --data.dataset_path=books/a.jsonl",
+        "titan-lite train run.toml --checkpoint.enable=true --checkpoint.last_save_hf=true",
+        notes=OVERRIDES,
+        usage="%(prog)s CONFIG [--section.key=value ...]",
+    ).parse_known_args(argv)
     from titan_lite import train
 
     return train.main(argv)
