@@ -138,9 +138,9 @@ def _checkpoint(config: Config) -> Iterator[SettingError]:
     """Rules of [checkpoint]."""
     section = config.checkpoint
     load_step = section.load_step
-    sources = {"load_step": load_step, "initial_load_path": section.initial_load_path}
-    for key, value in sources.items():
-        if value not in ("latest", "", 0) and not section.enable:
+    for key in ("load_step", "initial_load_path", "last_save_hf"):
+        value = getattr(section, key)
+        if value not in ("latest", "", 0, False) and not section.enable:
             yield SettingError(
                 f"checkpoint.{key}",
                 f"{literal(value)} requires checkpoint.enable = true: without it the run neither "
@@ -151,11 +151,6 @@ def _checkpoint(config: Config) -> Iterator[SettingError]:
             "checkpoint.load_step",
             f"{load_step} must be below training.steps ({config.training.steps}): no step would be "
             "trained",
-        )
-    if section.last_save_hf and not section.enable:
-        yield SettingError(
-            "checkpoint.last_save_hf",
-            "true requires checkpoint.enable = true: it exports the last checkpoint",
         )
     if section.initial_load_hf and section.initial_load_path:
         yield SettingError(
