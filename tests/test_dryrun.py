@@ -297,7 +297,7 @@ def test_a_preset_is_dry_run_at_its_world_size(name: str, fresh: Pool) -> None:
     path = PRESETS[name]
     parallel = load_config(path, [NO_FILE]).config.parallel
     degrees = [getattr(parallel, axis) for axis in ParallelDims.AXES]
-    text = next(line for line in path.read_text().splitlines() if "world_size = " in line)
+    text = next(line for line in path.read_text().splitlines() if "# Processes: " in line)
     world_size = int(text.rpartition(" ")[2])
     assert world_size % abs(math.prod(degrees)) == 0
     small = (NO_FILE, f"--model.num_layers={max(2, parallel.num_stages)}")
