@@ -612,13 +612,8 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     for key, value in values.items():
         section, _, name = key.partition(".")
         changes.setdefault(section, {})[name] = value
-    update = {name: _changed(name, getattr(config, name), keys) for name, keys in changes.items()}
+    update: dict[str, Section] = {}
+    for name, keys in changes.items():
+        section, table = getattr(config, name), TAGGED.get(name)
+        update[name] = table.changed(section, keys) if table else section.model_copy(update=keys)
     return config.model_copy(update=update)
-
-
-def _changed(name: str, section: Section, values: Mapping[str, Any]) -> Section:
-    table = TAGGED.get(name)
-    changed: Section = (
-        table.changed(section, values) if table else section.model_copy(update=values)
-    )
-    return changed

@@ -1,15 +1,13 @@
 """Measures one training step, of a real run or a dry run."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from titan_lite.config.dims import ParallelDims
-from titan_lite.dryrun.recorder import FLOPS, Category, PeakMemory, Recorder
+from titan_lite.dryrun.recorder import FLOPS, Category, PeakMemory, Recorder, tensors_in
 from titan_lite.training.setup import BuiltTraining
 
 
@@ -57,7 +55,9 @@ def measure_step(
         "buffers": recorder.mark(built.model.buffers(), "buffers"),
     }
     averages = built.step.average.tensors.values() if built.step.average is not None else ()
-    held["optimizer"] = recorder.mark([*_state(built.step.optimizer), *averages], "optimizer")
+    held["optimizer"] = recorder.mark(
+        [*tensors_in(built.step.optimizer.state), *averages], "optimizer"
+    )
 
     def mark_gradients(*_: object) -> None:
         grads = [p.grad for p in built.model.parameters() if p.grad is not None]
@@ -78,8 +78,3 @@ def measure_step(
             if kind == "count"
         ),
     )
-
-
-def _state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    for state in optimizer.state.values():
-        yield from (value for value in state.values() if isinstance(value, Tensor))

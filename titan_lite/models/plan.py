@@ -48,7 +48,7 @@ def make_plan(
     config = loaded.config
     if world_size is None:
         world_size = ParallelDims.smallest_world(config.parallel)
-    dims = model = None
+    dims = None
     with loaded.reporting(), collecting() as problems:
         if with_files:
             problems.errors += file_rules(config)
@@ -56,13 +56,12 @@ def make_plan(
             dims = ParallelDims.resolve(config.parallel, world_size)
         problems.errors += config_rules(config, dims)
         with problems.checking():
-            family, args = model = resolve(config.model)
+            family, args = resolve(config.model)
             problems.errors += model_rules(config, args)
             problems.errors += objective_rules(config, family)
             problems.errors += optimizer_rules(config, family)
             problems.errors += hf_rules(config, family, args)
     assert dims is not None
-    assert model is not None
     log_warnings(loaded, dims, family, args)
     training = config.training
     micro = training.local_batch_size * dims.batch

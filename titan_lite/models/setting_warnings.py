@@ -2,13 +2,12 @@
 
 import logging
 from collections.abc import Iterator
-from typing import Any
 
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import DEFAULT, LoadedConfig
 from titan_lite.config.needs import unmet_needs, value_of
 from titan_lite.config.optimizers import Muon
-from titan_lite.config.problems import FIELDS, quote
+from titan_lite.config.problems import quote
 from titan_lite.config.schema import Config
 from titan_lite.models.args import DecoderArgs, MoEArgs
 from titan_lite.models.family import Family
@@ -98,7 +97,7 @@ def _without_effect(loaded: LoadedConfig, dims: ParallelDims, family: Family) ->
         if not (makes_pairs and key == "shuffle_buffer")
     }
     for key, reason in _by_layout(config, dims):
-        if value_of(config, key) != _default(key):
+        if value_of(config, key) != value_of(Config(), key):
             reasons.setdefault(key, reason)
     for key, reason in reasons.items():
         yield f"{key} ({loaded.origins[key]}) has no effect because {reason}"
@@ -148,8 +147,3 @@ def _missing_saved_ops(loaded: LoadedConfig, args: DecoderArgs) -> Iterator[str]
         is_missing, reason = missing.get(name, (False, ""))
         if is_missing:
             yield f"{key} ({loaded.origins[key]}): {quote(name)} has no effect because {reason}"
-
-
-def _default(key: str) -> Any:
-    section, _, name = key.partition(".")
-    return FIELDS[section][name].default
