@@ -249,10 +249,9 @@ def unknown_key(section: str, key: str) -> str:
         return "extends must be at the top of a file, before the first [table]"
     elsewhere = [f"{other}.{key}" for other, fields in FIELDS.items() if key in fields]
     same = [f"{section}.{match}" for match in nearest(key, FIELDS[section], limit=3)]
-    if names := elsewhere[:3] or same:
-        return f"unknown key{did_you_mean(names)}"
-    other_keys = {key: f"{other}.{key}" for other, fields in FIELDS.items() for key in fields}
-    if names := [other_keys[match] for match in nearest(key, other_keys)]:
+    others = {key: f"{other}.{key}" for other, fields in FIELDS.items() for key in fields}
+    near = [others[match] for match in nearest(key, others)]
+    if names := elsewhere[:3] or same or near:
         return f"unknown key{did_you_mean(names)}"
     return f"unknown key; [{section}] has {', '.join(FIELDS[section])}"
 

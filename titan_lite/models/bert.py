@@ -13,7 +13,7 @@ from typing import Any
 
 from titan_lite.models.args import EncoderArgs
 from titan_lite.models.family import Family
-from titan_lite.models.hf_config import HFConfig
+from titan_lite.models.hf_config import USUAL_KEYS, HFConfig
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.roles import PlanRow
 
@@ -84,13 +84,7 @@ _CONFIG = HFConfig(
     model_type="bert",
     args=EncoderArgs,
     keys={
-        "dim": "hidden_size",
-        "num_layers": "num_hidden_layers",
-        "num_heads": "num_attention_heads",
-        "num_kv_heads": "num_attention_heads",
-        "ffn_dim": "intermediate_size",
-        "vocab_size": "vocab_size",
-        "max_seq_len": "max_position_embeddings",
+        **USUAL_KEYS,
         "norm_eps": "layer_norm_eps",
         "hidden_dropout": "hidden_dropout_prob",
         "attention_dropout": "attention_probs_dropout_prob",

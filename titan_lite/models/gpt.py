@@ -10,12 +10,21 @@ layers and width are known, its 48 heads are a guess. Learned positions: arXiv:2
 """
 
 from dataclasses import replace
+from typing import Any
 
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.family import Family
-from titan_lite.models.hf_config import HFConfig, HFLayout
+from titan_lite.models.hf_config import USUAL_KEYS, HFConfig, HFLayout
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.roles import PlanRow
+
+# Fields that have these values in every model of both forms.
+_FORM: dict[str, Any] = {
+    "norm": "layernorm",
+    "qkv_bias": True,
+    "out_bias": True,
+    "ffn_bias": True,
+}
 
 
 def _neox(dim: int, num_layers: int, num_heads: int, vocab_size: int = 50_432) -> DecoderArgs:
@@ -28,10 +37,7 @@ def _neox(dim: int, num_layers: int, num_heads: int, vocab_size: int = 50_432) -
         vocab_size=vocab_size,
         max_seq_len=2048,
         ffn="gelu",
-        norm="layernorm",
-        qkv_bias=True,
-        out_bias=True,
-        ffn_bias=True,
+        **_FORM,
     )
 
 
@@ -77,13 +83,7 @@ GPT_NEOX = Family(
         architecture="GPTNeoXForCausalLM",
         model_type="gpt_neox",
         keys={
-            "dim": "hidden_size",
-            "num_layers": "num_hidden_layers",
-            "num_heads": "num_attention_heads",
-            "num_kv_heads": "num_attention_heads",
-            "ffn_dim": "intermediate_size",
-            "vocab_size": "vocab_size",
-            "max_seq_len": "max_position_embeddings",
+            **USUAL_KEYS,
             "norm_eps": "layer_norm_eps",
             "qkv_bias": "attention_bias",
             "out_bias": "attention_bias",
@@ -161,14 +161,7 @@ GPT = Family(
             "norm_eps": "layer_norm_epsilon",
             "tied_head": "tie_word_embeddings",
         },
-        choices={
-            "ffn": "gelu_tanh",
-            "norm": "layernorm",
-            "qkv_bias": True,
-            "out_bias": True,
-            "ffn_bias": True,
-            "positions": "learned",
-        },
+        choices={"ffn": "gelu_tanh", "positions": "learned", **_FORM},
         # transformers/models/gpt2/configuration_gpt2.py
         defaults={"n_positions": 1024, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
         constants={

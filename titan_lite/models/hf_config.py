@@ -25,6 +25,16 @@ TRAINING_ONLY_FIELDS = (
 )
 TUNABLE = ("rope_theta", "rope_scaling", "norm_eps")
 """Fields of the args that a run may set to other values than its weights were trained with."""
+USUAL_KEYS = {
+    "dim": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_attention_heads",
+    "ffn_dim": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "max_seq_len": "max_position_embeddings",
+}
+"""Fields of the args -> keys of config.json in most classes of transformers."""
 _SCALING_KEYS = {
     "factor": "factor",
     "low_freq_factor": "low_freq_factor",

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from titan_lite.models.args import DecoderArgs, RopeScaling
 from titan_lite.models.family import Family
-from titan_lite.models.hf_config import HFConfig
+from titan_lite.models.hf_config import USUAL_KEYS, HFConfig
 from titan_lite.models.roles import PlanRow
 
 _LLAMA2_7B = DecoderArgs(
@@ -52,14 +52,9 @@ LLAMA_CONFIG = HFConfig(
     architecture="LlamaForCausalLM",
     model_type="llama",
     keys={
-        "dim": "hidden_size",
-        "num_layers": "num_hidden_layers",
-        "num_heads": "num_attention_heads",
+        **USUAL_KEYS,
         "num_kv_heads": "num_key_value_heads",
         "head_dim": "head_dim",
-        "ffn_dim": "intermediate_size",
-        "vocab_size": "vocab_size",
-        "max_seq_len": "max_position_embeddings",
         "rope_theta": "rope_theta",
         "norm_eps": "rms_norm_eps",
         "tied_head": "tie_word_embeddings",
