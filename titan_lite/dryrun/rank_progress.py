@@ -20,37 +20,33 @@ class RankProgress:
         self._stream = stream or sys.stderr
         self._done = self._total = 0
         self._printed = time.monotonic()
-        self._bar = None
-        if self._stream.isatty():
-            self._bar = tqdm(
-                file=self._stream,
-                position=number - 1,
-                leave=False,
-                bar_format="{desc} |{bar}| {n_fmt}/{total_fmt} blocks [{elapsed}]",
-            )
+        self._bar: tqdm[None] = tqdm(
+            file=self._stream,
+            position=number - 1,
+            leave=False,
+            bar_format="{desc} |{bar}| {n_fmt}/{total_fmt} blocks [{elapsed}]",
+            disable=not self._stream.isatty(),
+        )
         self.enter("building the model")
 
     def enter(self, phase: str) -> None:
         """Shows a phase at its start."""
-        if self._bar is not None:
-            self._bar.set_description_str(f"{self._label}: {phase}")
-        else:
+        self._bar.set_description_str(f"{self._label}: {phase}")
+        if self._bar.disable:
             self._print(phase)
 
     def watch(self, blocks: Iterable[nn.Module], micro_batches: int, optimizer: Optimizer) -> None:
         """Shows a step: its forward and backward passes block by block, then the optimizer."""
         blocks = list(blocks)
         self._total = 2 * len(blocks) * micro_batches
-        if self._bar is not None:
-            self._bar.reset(self._total)
+        self._bar.reset(self._total)
         for block in blocks:
             block.register_forward_hook(self._forward)
         optimizer.register_step_pre_hook(lambda *_: self.enter("optimizer"))
 
     def close(self) -> None:
         """Erases a terminal's bar."""
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
     def _forward(self, _block: nn.Module, _inputs: object, output: Tensor) -> None:
         self._count("forward")
@@ -59,8 +55,8 @@ class RankProgress:
 
     def _count(self, phase: str) -> None:
         self._done += 1
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
+        if not self._bar.disable:
             self.enter(phase)
         elif time.monotonic() - self._printed > _LINE_SECONDS:
             self._print(f"{phase}, {self._done} of {self._total} blocks")
