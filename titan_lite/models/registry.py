@@ -67,24 +67,16 @@ def family_of(config: Mapping[str, Any], registered: Mapping[str, Family]) -> Fa
     If several families have the class, it is the first whose constants match config.json.
     """
     wanted = config.get("architectures") or []
-    known = {
-        name: family.hf_config
-        for name, family in registered.items()
-        if family.hf_config is not None
-    }
+    known = [(family, family.hf_config) for family in registered.values() if family.hf_config]
     # Plugins' families come later.
-    matching = [registered[name] for name, hf in known.items() if hf.matches_architecture(wanted)]
+    matching = [(family, hf) for family, hf in known if hf.matches_architecture(wanted)]
     if not matching:
         raise ValueError(
             f"config.json: no model family supports architectures {wanted} "
-            f"(known: {', '.join(sorted({hf.architecture for hf in known.values()}))})"
+            f"(known: {', '.join(sorted({hf.architecture for _, hf in known}))})"
         )
-    fitting = (
-        family
-        for family in matching
-        if family.hf_config and not unfit_keys(config, family.hf_config)
-    )
-    return next(fitting, matching[0])
+    fitting = (family for family, hf in matching if not unfit_keys(config, hf))
+    return next(fitting, matching[0][0])
 
 
 def _look_up(key: str, kind: str, name: str, known: Mapping[str, T]) -> T:
