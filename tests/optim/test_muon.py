@@ -26,6 +26,7 @@ from titan_lite.models.registry import families
 from titan_lite.nn.build_model import build_model
 from titan_lite.optim import muon, muon_exchange
 from titan_lite.optim.muon import Muon, build_muon
+from titan_lite.optim.nonfinite import step_if
 from titan_lite.optim.optimizer import OptimizerContext, Parameter, parameters_of
 
 # Name, shape, and the dim that tensor parallel splits. Rows that 2 and 4 ranks do not divide, more
@@ -92,7 +93,7 @@ def plain(**settings: Any) -> tuple[Muon, dict[str, nn.Parameter]]:
     return muon_of(parameters, **settings), parameters
 
 
-def take(optimizer: Muon, parameters: Mapping[str, Tensor], **step: Any) -> None:
+def take(optimizer: Muon, parameters: Mapping[str, Tensor]) -> None:
     for number in range(1, STEPS + 1):
         for name, parameter in parameters.items():
             whole = drawn(name, number)
@@ -101,7 +102,7 @@ def take(optimizer: Muon, parameters: Mapping[str, Tensor], **step: Any) -> None
                 parameter.grad = distribute_tensor(
                     whole, parameter.device_mesh, parameter.placements, src_data_rank=None
                 )
-        optimizer.step(**step)
+        optimizer.step()
 
 
 def gradients(name: str) -> list[Tensor]:
@@ -162,7 +163,8 @@ def test_heads_are_orthogonalized_one_by_one() -> None:
 
 def test_gradients_are_divided_by_the_scale_that_clips_them() -> None:
     scaled, parameters = plain()
-    take(scaled, parameters, divisor=torch.tensor(4.0))
+    scaled.divisor = torch.tensor(4.0)
+    take(scaled, parameters)
     for name, parameter in parameters.items():
         divided = [gradient / 4 for gradient in gradients(name)]
         assert torch.equal(parameter, muon_by_hand(drawn(name, 0), divided))
@@ -258,7 +260,7 @@ def test_a_skipped_step_leaves_matrices_and_the_rest_alone_and_loaded_state_coun
     def step(optimizer: Muon, tensors: list[nn.Parameter], value: float) -> None:
         for tensor in tensors:
             tensor.grad = torch.full_like(tensor, value)
-        optimizer.step(is_finite=torch.tensor(value).isfinite(), divisor=torch.tensor(2.0))
+        step_if(optimizer, torch.tensor(value).isfinite(), torch.tensor(2.0))
 
     skipping, tensors = built()
     straight, expected = built()
@@ -328,8 +330,9 @@ def wrong(sizes: tuple[int, ...], plant: str = "nothing", **settings: Any) -> li
         take(optimizer, parameters)
         for parameter in parameters.values():
             parameter.grad = torch.full_like(parameter, torch.nan)
-        optimizer.step(is_finite=torch.tensor(False))
-        take(optimizer, parameters, is_finite=torch.tensor(True))
+        step_if(optimizer, torch.tensor(False), None)
+        optimizer.is_finite = torch.tensor(True)
+        take(optimizer, parameters)
     names, expected_to_be_sent = [], torch.zeros(())
     for name, parameter in parameters.items():
         expected = muon_by_hand(drawn(name, 0), gradients(name) * 2)
@@ -347,8 +350,8 @@ def wrong(sizes: tuple[int, ...], plant: str = "nothing", **settings: Any) -> li
 def around_apply(before: Callable[..., Any]) -> AbstractContextManager[Any]:
     apply = Muon._apply
 
-    def planted(self: Muon, entry: Any, update: Tensor, is_finite: Any) -> None:
-        apply(self, before(self, entry, update), update, is_finite)
+    def planted(self: Muon, entry: Any, update: Tensor) -> None:
+        apply(self, before(self, entry, update), update)
 
     return mock.patch.object(Muon, "_apply", planted)
 
@@ -361,9 +364,12 @@ def decay_by_adjusted_lr(self: Muon, entry: Any, _: Tensor) -> Any:
 
 def keep_momentum_of_skipped_steps() -> AbstractContextManager[Any]:
     direction = Muon._direction
-    return mock.patch.object(
-        Muon, "_direction", lambda self, entry, _, scale: direction(self, entry, None, scale)
-    )
+
+    def planted(self: Muon, entry: Any) -> Tensor:
+        with mock.patch.object(self, "is_finite", None):
+            return direction(self, entry)
+
+    return mock.patch.object(Muon, "_direction", planted)
 
 
 # Faults put in on purpose; each is noticed in a layout of four processes.

@@ -115,17 +115,11 @@ class _Sign(DeviceGuardedOptimizer):
     """Steps by the sign of the gradient, and decides on the device."""
 
     @torch.no_grad()
-    def step(  # type: ignore[override]
-        self,
-        closure: Any = None,
-        *,
-        is_finite: torch.Tensor | None = None,
-        divisor: torch.Tensor | None = None,
-    ) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
                 stepped = parameter - group["lr"] * parameter.grad.sign()
-                parameter.copy_(torch.where(is_finite, stepped, parameter))
+                self.assign(parameter, stepped)
 
 
 @pytest.mark.parametrize(

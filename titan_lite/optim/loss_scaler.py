@@ -1,13 +1,12 @@
 """Dynamic loss scaling, for gradients in float16 (arXiv:1710.03740)."""
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from titan_lite.optim.nonfinite import step_if
+from titan_lite.optim.nonfinite import NonFiniteGuard
 
 # The defaults of torch.amp.GradScaler.
 INIT_SCALE = 65536.0
@@ -18,7 +17,7 @@ GROWTH_INTERVAL = 2000
 MIN_SCALE = 1.0
 
 
-class LossScaler:
+class LossScaler(NonFiniteGuard):
     """The factor that keeps small gradients above float16's smallest number.
 
     A step with a NaN or Inf gradient norm is skipped and halves the factor, down to MIN_SCALE;
@@ -27,37 +26,24 @@ class LossScaler:
     on the parameters' device: with a fused optimizer, the host does not wait for it.
     """
 
-    mode: Literal["rescale"] = "rescale"
-    STATE = ("scale", "good_steps", "skipped_steps")
+    scale: Tensor
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__("rescale", device)
         self.scale = torch.full((), INIT_SCALE, device=device)
         self.good_steps = torch.zeros((), device=device)
-        self.skipped_steps = torch.zeros((), device=device)
 
     def is_finite(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         return grad_norm.isfinite()
 
-    def step(
-        self,
-        optimizer: torch.optim.Optimizer,
-        *,
-        is_finite: Tensor,
-        divisor: Tensor | None,
-        norms: Tensor,
-        owners: Sequence[str],
-    ) -> Tensor:
-        step_if(optimizer, is_finite, divisor)
-        self.skipped_steps = self.skipped_steps + ~is_finite
+    def step(self, optimizer: torch.optim.Optimizer, *, is_finite: Tensor, **norm: Any) -> Tensor:
+        super().step(optimizer, is_finite=is_finite, **norm)
         self.good_steps = torch.where(is_finite, self.good_steps + 1, 0)
         grows = self.good_steps == GROWTH_INTERVAL
         factor = torch.where(is_finite, torch.where(grows, GROWTH_FACTOR, 1.0), BACKOFF_FACTOR)
         self.scale = (self.scale * factor).clamp(min=MIN_SCALE)
         self.good_steps = torch.where(grows, 0, self.good_steps)
         return is_finite
-
-    def bad_gradients(self) -> set[str]:
-        return set()
 
     def check(self, step: int, grad_norm: float) -> None:
         if not math.isfinite(grad_norm) and self.scale.item() <= MIN_SCALE:
@@ -69,12 +55,13 @@ class LossScaler:
             )
 
     def metrics(self) -> dict[str, float]:
-        return {"loss_scale": self.scale.item(), "skipped_steps": self.skipped_steps.item()}
+        return {"loss_scale": self.scale.item(), **super().metrics()}
 
     def state_dict(self) -> dict[str, float]:
-        return {name: getattr(self, name).item() for name in self.STATE}
+        scale, good_steps = self.scale.item(), self.good_steps.item()
+        return {"scale": scale, "good_steps": good_steps, **super().metrics()}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        # The checkpoint of a run in another precision has only skipped_steps, or nothing.
-        for name in state:
-            getattr(self, name).fill_(state[name])
+        super().load_state_dict(state)
+        self.scale.fill_(state.get("scale", INIT_SCALE))
+        self.good_steps.fill_(state.get("good_steps", 0))

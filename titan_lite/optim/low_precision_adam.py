@@ -40,13 +40,7 @@ class LowPrecisionAdam(DeviceGuardedOptimizer):
         self.new_blocks = _new_blocks(state_dtype) if state_dtype != "bfloat16" else None
 
     @torch.no_grad()
-    def step(  # type: ignore[override]
-        self,
-        closure: Any = None,
-        *,
-        is_finite: Tensor | None = None,
-        divisor: Tensor | None = None,
-    ) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
                 state = self._state(parameter)
@@ -59,8 +53,8 @@ class LowPrecisionAdam(DeviceGuardedOptimizer):
                 flat.append(_local(gradient).reshape(-1))
                 for start in range(0, flat[0].numel(), CHUNK):
                     chunk = [_slice(tensor, start, start + CHUNK) for tensor in flat]
-                    self._step(chunk, step, group, is_finite, divisor)
-                _assign(state["step"], step, is_finite)
+                    self._step(chunk, step, group)
+                self.assign(state["step"], step)
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
@@ -77,18 +71,11 @@ class LowPrecisionAdam(DeviceGuardedOptimizer):
                 state[key] = blocks
         return state
 
-    def _step(
-        self,
-        chunk: Sequence[Tensor],
-        step: Tensor,
-        group: dict[str, Any],
-        is_finite: Tensor | None,
-        divisor: Tensor | None,
-    ) -> None:
+    def _step(self, chunk: Sequence[Tensor], step: Tensor, group: dict[str, Any]) -> None:
         weight, average, square, gradient = chunk
         (beta1, beta2), decay, lr = group["betas"], group["weight_decay"], group["lr"]
-        if divisor is not None:
-            gradient = gradient / divisor
+        if self.divisor is not None:
+            gradient = gradient / self.divisor
         if not self.decoupled:
             gradient = gradient + decay * weight
         new_average = _float(average).lerp_(gradient, 1 - beta1)
@@ -97,9 +84,20 @@ class LowPrecisionAdam(DeviceGuardedOptimizer):
         denominator = (new_square / (1 - beta2**step)).sqrt_().add_(group["eps"])
         update = new_average / denominator * (lr / (1 - beta1**step))
         kept = weight * (1 - lr * decay) if self.decoupled else weight
-        _assign(weight, kept - update, is_finite)
-        _assign(average, new_average, is_finite)
-        _assign(square, new_square, is_finite)
+        self.assign(weight, kept - update)
+        self.assign(average, new_average)
+        self.assign(square, new_square)
+
+    def assign(self, target: Any, value: Tensor) -> None:
+        if self.is_finite is None or not _is_quantized(target):
+            super().assign(target, value)
+            return
+        # Rounding a rounded value again would change it.
+        parts = [target.codes.view(torch.uint8), target.scale]
+        former = [part.clone() for part in parts]
+        target.copy_(value)
+        for part, before in zip(parts, former, strict=True):
+            part.copy_(torch.where(self.is_finite, part, before))
 
 
 def _new_blocks(state_dtype: str) -> Callable[[Tensor, bool], Tensor]:
@@ -138,20 +136,6 @@ def _slice(tensor: Any, start: int, end: int) -> Tensor:
 def _float(moment: Tensor) -> Tensor:
     """Returns a copy in float32."""
     return moment.dequantize() if _is_quantized(moment) else moment.to(torch.float32, copy=True)
-
-
-def _assign(target: Any, value: Tensor, is_finite: Tensor | None) -> None:
-    if is_finite is None:
-        target.copy_(value)
-    elif _is_quantized(target):
-        # Rounding a rounded value again would change it.
-        parts = [target.codes.view(torch.uint8), target.scale]
-        former = [part.clone() for part in parts]
-        target.copy_(value)
-        for part, before in zip(parts, former, strict=True):
-            part.copy_(torch.where(is_finite, part, before))
-    else:
-        target.copy_(torch.where(is_finite, value, target))
 
 
 def _local(tensor: Tensor) -> Tensor:

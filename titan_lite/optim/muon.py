@@ -156,43 +156,30 @@ class Muon(DeviceGuardedOptimizer):
         return local, buckets
 
     @torch.no_grad()
-    def step(  # type: ignore[override]
-        self,
-        closure: Any = None,
-        *,
-        is_finite: Tensor | None = None,
-        divisor: Tensor | None = None,
-    ) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Runs one step; a non-finite step computes and communicates, but changes nothing."""
         if self.adamw is not None:
             # Loading a checkpoint replaces these objects.
             self.adamw.param_groups = self.param_groups[self.num_groups :]
             self.adamw.state = self.state
-            if is_finite is None:
+            if self.is_finite is None:
                 self.adamw.step()
             else:
-                step_if(self.adamw, is_finite, divisor)
+                step_if(self.adamw, self.is_finite, self.divisor)
         for entry in self.local:
-            update = self._orthogonalize(self._direction(entry, is_finite, divisor), entry)
-            self._apply(entry, update, is_finite)
+            self._apply(entry, self._orthogonalize(self._direction(entry), entry))
         # A bucket's shards are sent while the previous bucket is orthogonalized.
         pending: tuple[list[Entry], Exchange, Transfer] | None = None
         for entries, exchange in self.buckets:
-            shards = [self._direction(entry, is_finite, divisor) for entry in entries]
+            shards = [self._direction(entry) for entry in entries]
             following = entries, exchange, exchange.gather(shards)
             if pending is not None:
-                self._finish(*pending, is_finite)
+                self._finish(*pending)
             pending = following
         if pending is not None:
-            self._finish(*pending, is_finite)
+            self._finish(*pending)
 
-    def _finish(
-        self,
-        entries: list[Entry],
-        exchange: Exchange,
-        transfer: Transfer,
-        is_finite: Tensor | None,
-    ) -> None:
+    def _finish(self, entries: list[Entry], exchange: Exchange, transfer: Transfer) -> None:
         owned = [
             entry
             for entry, matrix in zip(entries, exchange.matrices, strict=True)
@@ -203,9 +190,9 @@ class Muon(DeviceGuardedOptimizer):
             for whole, entry in zip(exchange.assemble(transfer), owned, strict=True)
         ]
         for entry, update in zip(entries, exchange.scatter(wholes), strict=True):
-            self._apply(entry, update, is_finite)
+            self._apply(entry, update)
 
-    def _direction(self, entry: Entry, is_finite: Tensor | None, divisor: Tensor | None) -> Tensor:
+    def _direction(self, entry: Entry) -> Tensor:
         """Updates the momentum of this rank's part, and returns the update to orthogonalize."""
         parameter = entry.parameter
         state = self.state[parameter]
@@ -216,10 +203,10 @@ class Muon(DeviceGuardedOptimizer):
         gradient = torch.zeros_like(average)
         if parameter.grad is not None:
             gradient = _local(parameter.grad)
-        if divisor is not None:
-            gradient = gradient / divisor
+        if self.divisor is not None:
+            gradient = gradient / self.divisor
         momentum = self.section.momentum
-        _assign(average, average.lerp(gradient, 1 - momentum), is_finite)
+        self.assign(average, average.lerp(gradient, 1 - momentum))
         return gradient.lerp(average, momentum) if self.section.nesterov else average
 
     def _orthogonalize(self, whole: Tensor, entry: Entry) -> Tensor:
@@ -229,13 +216,13 @@ class Muon(DeviceGuardedOptimizer):
         result = orthogonalize(stack.to(self.ns_dtype), section.ns_coefficients, section.ns_steps)
         return result.view_as(whole)
 
-    def _apply(self, entry: Entry, update: Tensor, is_finite: Tensor | None) -> None:
+    def _apply(self, entry: Entry, update: Tensor) -> None:
         settings = self.param_groups[entry.group]
         lr, parameter = settings["lr"], _local(entry.parameter)
         decayed = parameter * (1 - lr * settings["weight_decay"])
         adjusted = lr * lr_factor(entry.shape, self.section.adjust_lr)
         stepped = decayed.add_(update.to(parameter), alpha=-adjusted)
-        _assign(parameter, stepped, is_finite)
+        self.assign(parameter, stepped)
 
 
 def _is_whole(parameter: Tensor, parts: Sequence[tuple[slice, ...]]) -> bool:
@@ -246,7 +233,3 @@ def _is_whole(parameter: Tensor, parts: Sequence[tuple[slice, ...]]) -> bool:
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _assign(target: Tensor, value: Tensor, is_finite: Tensor | None) -> None:
-    target.copy_(value if is_finite is None else torch.where(is_finite, value, target))

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,20 +13,18 @@ class NonFiniteError(RuntimeError):
 
 
 class DeviceGuardedOptimizer(torch.optim.Optimizer):
-    """An optimizer whose `step` is a no-op if a flag on the device is false."""
+    """An optimizer whose `step` reads two scalars on the device, for which the host does not wait.
 
-    def step(  # type: ignore[override]
-        self,
-        closure: Any = None,
-        *,
-        is_finite: Tensor | None = None,
-        divisor: Tensor | None = None,
-    ) -> None:
-        """Divides gradients by `divisor` (None: 1) and steps if `is_finite` (None: True).
+    divisor: of the gradients; None: 1. is_finite: if false, `step` is a no-op; None: true.
+    """
 
-        Both are scalars on the parameters' device, for which the host does not wait.
-        """
-        raise NotImplementedError
+    divisor: Tensor | None = None
+    is_finite: Tensor | None = None
+
+    def assign(self, target: Tensor, value: Tensor) -> None:
+        """Sets a parameter or state, in a finite step."""
+        is_finite = self.is_finite
+        target.copy_(value if is_finite is None else torch.where(is_finite, value, target))
 
 
 def step_if(optimizer: torch.optim.Optimizer, is_finite: Tensor, divisor: Tensor | None) -> None:
@@ -36,7 +34,8 @@ def step_if(optimizer: torch.optim.Optimizer, is_finite: Tensor, divisor: Tensor
     read both on the device. With any other optimizer, the host waits for `is_finite`.
     """
     if isinstance(optimizer, DeviceGuardedOptimizer):
-        optimizer.step(is_finite=is_finite, divisor=divisor)
+        optimizer.is_finite, optimizer.divisor = is_finite, divisor
+        optimizer.step()
     elif optimizer.defaults.get("fused"):
         optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
         optimizer.grad_scale = divisor  # type: ignore[attr-defined]
@@ -49,21 +48,26 @@ def step_if(optimizer: torch.optim.Optimizer, is_finite: Tensor, divisor: Tensor
 
 
 class NonFiniteGuard:
-    """Prevents non-finite steps from updating the weights: "skip" counts them, "stop" ends the run.
+    """Prevents non-finite steps from updating the weights.
+
+    mode: "skip" counts them, "stop" ends the run, "rescale" reduces `scale`. scale: factor of the
+    loss in backward, a scalar tensor; None: 1.
 
     `is_finite` is global, so that all ranks decide the same. The numbers stay on the parameters'
     device. With "stop", steps after the first bad one are not applied either: the host may read the
     result only after the device has started the next step.
     """
 
-    def __init__(self, mode: Literal["stop", "skip"], device: torch.device) -> None:
+    scale: Tensor | None = None
+
+    def __init__(self, mode: Literal["stop", "skip", "rescale"], device: torch.device) -> None:
         self.mode = mode
-        self.scale = None
         self.skipped_steps = torch.zeros((), device=device)
         self._norms: Tensor | None = None
         self._owners: Sequence[str] = ()
 
     def is_finite(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """Returns a bool scalar tensor, from the global loss and gradient norm."""
         return (grad_norm + loss.to(grad_norm.device)).isfinite()
 
     def step(
@@ -75,6 +79,11 @@ class NonFiniteGuard:
         norms: Tensor,
         owners: Sequence[str],
     ) -> Tensor:
+        """Steps the optimizer (see `step_if`); returns whether the step was applied, a bool tensor.
+
+        norms: (P,), norms of this rank's parts of the gradients. owners: the names of their P
+        parameters, the same in each step.
+        """
         if self.mode == "stop":
             is_good_so_far = self.skipped_steps == 0
             former = norms if self._norms is None else self._norms
@@ -86,19 +95,25 @@ class NonFiniteGuard:
         return is_finite
 
     def bad_gradients(self) -> set[str]:
+        """Names of parameters with NaN or Inf gradients on this rank in the first bad step.
+
+        Only for mode "stop".
+        """
         assert self._norms is not None
         return {self._owners[i] for i in (~self._norms.isfinite()).nonzero().flatten().tolist()}
 
     def check(self, step: int, grad_norm: float) -> None:
-        # StepMonitor reads every step's result.
-        pass
+        """Raises RuntimeError, on a log step, if the run has diverged."""
 
     def metrics(self) -> dict[str, float]:
-        return {"skipped_steps": self.skipped_steps.item()} if self.mode == "skip" else {}
+        """Returns metrics for a log record; waits for the device."""
+        return {} if self.mode == "stop" else {"skipped_steps": self.skipped_steps.item()}
 
     def state_dict(self) -> dict[str, float]:
+        """Returns numbers for a checkpoint; waits for the device."""
         return self.metrics()
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        if self.mode == "skip":
+        """Restores the numbers of a checkpoint, which a guard of another mode may have written."""
+        if self.mode != "stop":
             self.skipped_steps.fill_(state.get("skipped_steps", 0))

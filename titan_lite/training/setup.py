@@ -13,7 +13,6 @@ from titan_lite.models.args import MoEArgs
 from titan_lite.models.plan import Plan
 from titan_lite.nn.transformer import Transformer
 from titan_lite.optim.ema import WeightAverage
-from titan_lite.optim.guard import Guard
 from titan_lite.optim.loss_scaler import LossScaler
 from titan_lite.optim.nonfinite import NonFiniteGuard
 from titan_lite.optim.optimizer import OptimizerContext, build_optimizer
@@ -82,7 +81,7 @@ def build_training(
         )
         optimizer = build_optimizer(model, config.optimizer, plan.family.tp_plan, context)
         device = next(model.parameters()).device
-        guard: Guard = (
+        guard = (
             LossScaler(device)
             if training.param_dtype == "float16"
             else NonFiniteGuard(training.nonfinite, device)

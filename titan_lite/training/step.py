@@ -18,7 +18,7 @@ from titan_lite.nn.document_attention import DocumentMask, dense_mask, document_
 from titan_lite.nn.dropout import token_keys
 from titan_lite.nn.token_context import TokenContext
 from titan_lite.optim.ema import WeightAverage
-from titan_lite.optim.guard import Guard
+from titan_lite.optim.nonfinite import NonFiniteGuard
 from titan_lite.optim.optimizer import set_lr
 from titan_lite.parallel.float8 import refresh_scales
 from titan_lite.parallel.fsdp import free_gathered, set_gradient_sync
@@ -67,7 +67,7 @@ class TrainStep:
     config: Config
     parallel_model: InitVar[ParallelModel]
     optimizer: torch.optim.Optimizer
-    guard: Guard
+    guard: NonFiniteGuard
     objective: Objective
     args: DecoderArgs
     device: torch.device

@@ -17,8 +17,7 @@ from titan_lite.metrics.forward_times import ForwardTimes
 from titan_lite.metrics.record import Record
 from titan_lite.models.plan import Plan
 from titan_lite.nn.init import CHECKPOINT_PREFIX
-from titan_lite.optim.guard import Guard
-from titan_lite.optim.nonfinite import NonFiniteError
+from titan_lite.optim.nonfinite import NonFiniteError, NonFiniteGuard
 from titan_lite.runtime.distributed import Process, all_reduce
 from titan_lite.runtime.readback import Readback
 from titan_lite.training.setup import BuiltTraining
@@ -119,7 +118,7 @@ class UnreadResults:
     after the same steps, so they take the same decisions.
     """
 
-    def __init__(self, guard: Guard, parameter_names: Sequence[str]) -> None:
+    def __init__(self, guard: NonFiniteGuard, parameter_names: Sequence[str]) -> None:
         """parameter_names: of the whole model, in its order."""
         self.is_stopping = False
         self._guard = guard
