@@ -32,6 +32,7 @@ from titan_lite.checkpoint.state import excludes
 from titan_lite.config.problems import SettingError, quote
 from titan_lite.models.args import pad_vocab_size
 from titan_lite.nn.transformer import Transformer
+from titan_lite.runtime.shards import with_local
 from titan_lite.runtime.stored_files import StoredFile, hexadecimal
 
 Files = dict[str, StoredFile]
@@ -253,14 +254,7 @@ def _cut(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 def _dequantized(value: Any) -> Any:
     if not isinstance(value, DTensor) or not hasattr(blocks := value.to_local(), "codes"):
         return value
-    return DTensor.from_local(
-        blocks.dequantize(),
-        value.device_mesh,
-        value.placements,
-        run_check=False,
-        shape=value.shape,
-        stride=value.stride(),
-    )
+    return with_local(value, blocks.dequantize())
 
 
 class LoadPlanner(dcp.DefaultLoadPlanner):

@@ -16,7 +16,6 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from titan_lite.dryrun.torch_private import (
@@ -27,6 +26,7 @@ from titan_lite.dryrun.torch_private import (
     group_of,
     resizes_seen,
 )
+from titan_lite.runtime.shards import to_local
 
 Category = Literal[
     "parameters", "gradients", "optimizer", "activations", "unsharded", "logits", "buffers"
@@ -244,7 +244,7 @@ def tensors_in(values: Any) -> Iterator[Tensor]:
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
     """Yields the plain tensors inside a DTensor or a tensor of torchao."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = to_local(tensor)
     if hasattr(local, "__tensor_flatten__"):
         yield from (part for part in vars(local).values() if isinstance(part, Tensor))
     else:

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from titan_lite.config.schema import EMA
 from titan_lite.nn.init import CHECKPOINT_PREFIX
+from titan_lite.runtime.shards import to_local
 
 
 class WeightAverage:
@@ -21,21 +21,21 @@ class WeightAverage:
     def __init__(self, section: EMA, model: nn.Module) -> None:
         self.section = section
         averages = {weight: weight.detach().clone() for weight in model.parameters()}
-        self._pairs = [(weight.data, average) for weight, average in averages.items()]
+        self._shards = [(to_local(w.detach()), to_local(a)) for w, a in averages.items()]
         self.tensors: dict[str, Tensor] = {}
         for name, weight in model.named_parameters(remove_duplicate=False):
             self.tensors[name.replace(CHECKPOINT_PREFIX, "")] = averages[weight]
 
     def restart(self) -> None:
         """Sets the average to the weights."""
-        for weight, average in self._pairs:
+        for weight, average in self._shards:
             average.copy_(weight)
 
     @torch.no_grad()
     def update(self, step: int, is_applied: Tensor) -> None:
         """Moves the average towards the weights if the step was applied; no host sync."""
         share = 1.0 if step <= self.section.start_step else 1 - self.section.decay
-        for weight, average in self._local():
+        for weight, average in self._shards:
             average.lerp_(weight, (is_applied * share).to(average))
 
     @contextlib.contextmanager
@@ -49,12 +49,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for weight, average in self._local():
+        for weight, average in self._shards:
             kept = weight.clone()
             weight.copy_(average)
             average.copy_(kept)
-
-    def _local(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for pair in self._pairs:
-            weight, average = (t.to_local() if isinstance(t, DTensor) else t for t in pair)
-            yield weight, average

@@ -5,9 +5,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from titan_lite.optim.nonfinite import DeviceGuardedOptimizer
+from titan_lite.runtime.shards import to_local
 
 # Moment -> True if it is signed.
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}
@@ -49,8 +49,8 @@ class LowPrecisionAdam(DeviceGuardedOptimizer):
                     gradient = torch.zeros_like(parameter)
                 step = state["step"] + 1
                 tensors = [parameter, *(state[key] for key in MOMENTS)]
-                flat = [_local(tensor).view(-1) for tensor in tensors]
-                flat.append(_local(gradient).reshape(-1))
+                flat = [to_local(tensor).view(-1) for tensor in tensors]
+                flat.append(to_local(gradient).reshape(-1))
                 for start in range(0, flat[0].numel(), CHUNK):
                     chunk = [_slice(tensor, start, start + CHUNK) for tensor in flat]
                     self._step(chunk, step, group)
@@ -67,7 +67,7 @@ class LowPrecisionAdam(DeviceGuardedOptimizer):
                 state[key] = state[key].bfloat16()
             elif not _is_quantized(state[key]):
                 blocks = self.new_blocks(parameter, has_sign)
-                _local(blocks).copy_(_local(state[key]))
+                to_local(blocks).copy_(to_local(state[key]))
                 state[key] = blocks
         return state
 
@@ -119,7 +119,7 @@ def prepare_int8() -> None:
 
 
 def _is_quantized(tensor: Tensor) -> bool:
-    return hasattr(_local(tensor), "codes")
+    return hasattr(to_local(tensor), "codes")
 
 
 def _slice(tensor: Any, start: int, end: int) -> Tensor:
@@ -136,7 +136,3 @@ def _slice(tensor: Any, start: int, end: int) -> Tensor:
 def _float(moment: Tensor) -> Tensor:
     """Returns a copy in float32."""
     return moment.dequantize() if _is_quantized(moment) else moment.to(torch.float32, copy=True)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

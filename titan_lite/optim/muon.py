@@ -23,6 +23,7 @@ from titan_lite.models.roles import MATRIX_KINDS
 from titan_lite.optim.muon_exchange import Exchange, Matrix, Transfer, assign_owners, boxes
 from titan_lite.optim.nonfinite import DeviceGuardedOptimizer, step_if
 from titan_lite.optim.optimizer import OptimizerContext, Parameter, build_adam, torch_groups
+from titan_lite.runtime.shards import to_local
 
 # The smallest norm that a matrix is divided by, as in torch.optim.Muon.
 EPS = 1e-7
@@ -198,11 +199,11 @@ class Muon(DeviceGuardedOptimizer):
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        average = _local(state["momentum_buffer"])
+        average = to_local(state["momentum_buffer"])
         # A parameter without a gradient is updated by its momentum.
         gradient = torch.zeros_like(average)
         if parameter.grad is not None:
-            gradient = _local(parameter.grad)
+            gradient = to_local(parameter.grad)
         if self.divisor is not None:
             gradient = gradient / self.divisor
         momentum = self.section.momentum
@@ -218,7 +219,7 @@ class Muon(DeviceGuardedOptimizer):
 
     def _apply(self, entry: Entry, update: Tensor) -> None:
         settings = self.param_groups[entry.group]
-        lr, parameter = settings["lr"], _local(entry.parameter)
+        lr, parameter = settings["lr"], to_local(entry.parameter)
         decayed = parameter * (1 - lr * settings["weight_decay"])
         adjusted = lr * lr_factor(entry.shape, self.section.adjust_lr)
         stepped = decayed.add_(update.to(parameter), alpha=-adjusted)
@@ -229,7 +230,3 @@ def _is_whole(parameter: Tensor, parts: Sequence[tuple[slice, ...]]) -> bool:
     """Returns whether the ranks split a stack only between its matrices."""
     sides = [slice(0, size) for size in parameter.shape[-2:]]
     return parameter.ndim > 2 and all(list(part[-2:]) == sides for part in parts)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -9,33 +9,9 @@ from functools import cached_property
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor import DTensor
 
-Box = tuple[slice, ...]
-"""Ranges of a matrix's rows and columns, or of experts, rows and columns."""
-
-
-def box(
-    shape: Sequence[int],
-    mesh_shape: Sequence[int],
-    place: Sequence[int],
-    placements: Sequence[Placement],
-) -> Box:
-    """Returns the part of a tensor that a rank holds, by its coordinates `place` in the mesh.
-
-    FSDP2's placement is strided where tensor parallel has already split the dim: the axes on its
-    right are divided first.
-    """
-    bounds = [(0, size) for size in shape]
-    split = [axis for axis, placement in enumerate(placements) if hasattr(placement, "dim")]
-    strided = [axis for axis in reversed(split) if hasattr(placements[axis], "split_factor")]
-    for axis in [*(axis for axis in split if axis not in strided), *strided]:
-        dim = placements[axis].dim  # type: ignore[attr-defined]
-        start, end = bounds[dim]
-        rows = math.ceil((end - start) / mesh_shape[axis])
-        first = min(start + place[axis] * rows, end)
-        bounds[dim] = first, min(first + rows, end)
-    return tuple(slice(start, end) for start, end in bounds)
+from titan_lite.runtime.shards import Box, box, own_box
 
 
 def numel(part: Box) -> int:
@@ -47,7 +23,7 @@ def boxes(parameter: Tensor, rank: int, num_ranks: int) -> list[Box]:
     """Returns the boxes of all ranks; a parameter that is not a DTensor has one rank."""
     if not isinstance(parameter, DTensor):
         assert num_ranks == 1
-        return [tuple(slice(0, size) for size in parameter.shape)]
+        return [own_box(parameter)]
     mesh, placements = parameter.device_mesh, parameter.placements
     places = list(itertools.product(*map(range, mesh.shape)))
     assert len(places) == num_ranks, (mesh, num_ranks)

@@ -9,7 +9,6 @@ from typing import get_args
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from titan_lite.config.activation_checkpoint import ActivationCheckpoint
 from titan_lite.config.dims import FSDP
@@ -27,6 +26,7 @@ from titan_lite.parallel.expert import expert_parallel
 from titan_lite.parallel.float8 import float8_linears, is_gathered_in_float8
 from titan_lite.parallel.fsdp import precision, uses_symm_mem
 from titan_lite.parallel.tensor import named_roles, split_modules
+from titan_lite.runtime.shards import to_local
 
 Modules = Mapping[str, Sequence[str]]
 """Feature -> names of the modules for which it is configured, or to which it is applied."""
@@ -280,7 +280,7 @@ def count_applied(model: Transformer, tp_plan: tuple[PlanRow, ...], mesh: Device
             features["float8 all-gather"].append(_clean(name))
     for role, names in split_modules(modules, tp_plan).items():
         features[role] += names
-    local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    local = [to_local(p) for p in model.parameters()]
     whole = sum(
         part.numel() == p.numel() for part, p in zip(local, model.parameters(), strict=True)
     )

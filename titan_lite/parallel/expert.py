@@ -10,13 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from titan_lite.nn.balance import SequenceBalanceLoss
 from titan_lite.nn.moe import Experts, MoE, Take
 from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.row_exchange import all_to_all_rows, num_arriving, start_row_counts
 from titan_lite.runtime.collectives import all_to_all_single_autograd, traceable_all_reduce
+from titan_lite.runtime.shards import to_local
 
 
 def apply_ep(model: Transformer, mesh: DeviceMesh) -> None:
@@ -71,7 +72,7 @@ class ExpertParallel(nn.Module):
         order_X = expert_X.argsort(stable=True)
         back_X = order_X.argsort()
         ends_L = arriving_PL.sum(0).cumsum(0).to(torch.int32)
-        own = [w.to_local() if isinstance(w, DTensor) else w for w in weights]
+        own = [to_local(weight) for weight in weights]
         out_XD = self.compute(Take.apply(x_XD, order_X, back_X), ends_L, *own)
         out_XD = Take.apply(out_XD, back_X, order_X)
         return all_to_all_rows(out_XD, rows_2P, True, num_rows, self.group_name)

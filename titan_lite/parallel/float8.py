@@ -27,6 +27,7 @@ from titan_lite.config.schema import Float8, Parallel
 from titan_lite.models.patterns import matches
 from titan_lite.models.roles import PlanRow, Role, kind_of
 from titan_lite.nn.transformer import Transformer
+from titan_lite.runtime.shards import to_local, with_local
 
 logger = logging.getLogger(__name__)
 
@@ -218,14 +219,8 @@ def _unwrap_weight(
     """Saves the plain tensor inside torchao's, so that reading checkpoints needs no torchao."""
     weight = state_dict[f"{prefix}weight"]
     if isinstance(weight, DTensor) and is_gathered_in_float8(weight):
-        state_dict[f"{prefix}weight"] = DTensor.from_local(
-            weight.to_local()._tensor,  # type: ignore[attr-defined]
-            weight.device_mesh,
-            weight.placements,
-            run_check=False,
-            shape=weight.shape,
-            stride=weight.stride(),
-        )
+        plain = weight.to_local()._tensor  # type: ignore[attr-defined]
+        state_dict[f"{prefix}weight"] = with_local(weight, plain)
 
 
 def float8_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -239,8 +234,7 @@ def float8_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 def is_gathered_in_float8(weight: torch.Tensor) -> bool:
     """Returns True if FSDP2 gathers this weight in float8, not in param_dtype."""
-    local = weight.to_local() if isinstance(weight, DTensor) else weight
-    return hasattr(local, "fsdp_pre_all_gather")
+    return hasattr(to_local(weight), "fsdp_pre_all_gather")
 
 
 def refresh_scales(model: nn.Module) -> None:

@@ -14,12 +14,13 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 
 from titan_lite.config.schema import Parallel
 from titan_lite.nn.moe import Experts
 from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.mesh import Meshes
+from titan_lite.runtime.shards import to_local
 
 
 def check_symm_mem(device: torch.device) -> None:
@@ -112,8 +113,7 @@ def apply_fsdp(
 
     def placement(size: int, parameter: nn.Parameter) -> Shard | None:
         """Shards experts by rows if their number is not a multiple of the ranks."""
-        experts = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if parameter.ndim < 3 or experts.shape[0] % size == 0:
+        if parameter.ndim < 3 or to_local(parameter).shape[0] % size == 0:
             return None
         return Shard(0 if parameter.shape[1] % size else 1)
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 
+from titan_lite.runtime.shards import to_local
+
 # torch's CPU norm in float32 has an error that depends on the sharding: 5e-6 for 2048 x 64
 # elements. Chunks of this size are as fast in float64.
 CPU_CHUNK = 65_536
@@ -69,8 +71,7 @@ def global_norm(grads: Mapping[str, Tensor], pp_group: dist.ProcessGroup | None 
     local_shards = defaultdict(list)
     for name, grad in grads.items():
         layout = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
-        local = grad.to_local() if isinstance(grad, DTensor) else grad
-        local_shards[layout] += [(name, chunk) for chunk in _chunks(local)]
+        local_shards[layout] += [(name, chunk) for chunk in _chunks(to_local(grad))]
     squares, parts = [], []
     for layout, shards in local_shards.items():
         chunks = [chunk for _, chunk in shards]
