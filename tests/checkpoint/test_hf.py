@@ -28,7 +28,7 @@ from titan_lite.models.hf_config import hf_config_from_args
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.patterns import translate
 from titan_lite.models.plan import make_plan
-from titan_lite.nn.build_model import build_decoder
+from titan_lite.nn.decoder import Decoder
 from titan_lite.runtime.distributed import Process
 from titan_lite.runtime.writing import WriteError
 from titan_lite.training import export
@@ -76,7 +76,7 @@ def _check_folder(folder: Path, weights: dict[str, Any]) -> None:
     """transformers opens the folder, and computes what our model does with these weights."""
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
     args = _args(*MODEL)
-    local = build_decoder(args)
+    local = Decoder(args)
     for name, parameter in local.named_parameters():
         parameter.data = torch.from_numpy(weights[name][: len(parameter)])
         stored = reference.get_parameter(translate(name, LLAMA.hf_key_map))
@@ -110,7 +110,7 @@ def test_a_run_goes_to_hugging_face_and_another_layout_starts_from_there(
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert "lm_head.weight" not in index["weight_map"]
     assert set(index["weight_map"].values()) == set(on_disk)
-    num_parameters = build_decoder(_args(*MODEL)).num_parameters
+    num_parameters = Decoder(_args(*MODEL)).num_parameters
     assert index["metadata"]["total_size"] == 4 * num_parameters
     assert transformers.AutoTokenizer.from_pretrained(folder).bos_token_id == 1792
 

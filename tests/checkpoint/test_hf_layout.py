@@ -10,7 +10,7 @@ from titan_lite.checkpoint.hf_layout import HFModel
 from titan_lite.models.args import DecoderArgs
 from titan_lite.models.hf_config import HFLayout
 from titan_lite.models.llama import LLAMA
-from titan_lite.nn.build_model import build_decoder
+from titan_lite.nn.decoder import Decoder
 
 ARGS = DecoderArgs(
     dim=16, num_layers=1, num_heads=4, num_kv_heads=2, ffn_dim=24, vocab_size=5, max_seq_len=8
@@ -33,7 +33,7 @@ QKV = ("q.*", "k.*", "v.*")
 
 
 def test_parts_follow_each_other_or_are_dealt_to_groups() -> None:
-    weights = dict(build_decoder(ARGS).named_parameters())
+    weights = dict(Decoder(ARGS).named_parameters())
     q, k, v = (weights[name] for name in (WQ, WK, WV))
     plain = fused(HFLayout()).tensors["model.layers.0.qkv.weight"]
     assert torch.equal(plain.join([q, k, v]), torch.cat([q, k, v]))
@@ -46,7 +46,7 @@ def test_parts_follow_each_other_or_are_dealt_to_groups() -> None:
 def test_neox_interleaves_q_k_and_v_head_by_head() -> None:
     """Splits as transformers' GPTNeoXAttention does: view(heads, 3 * head_dim), then chunk(3)."""
     args = replace(ARGS, num_kv_heads=4)
-    weights = dict(build_decoder(args).named_parameters())
+    weights = dict(Decoder(args).named_parameters())
     tensor = fused(HFLayout(groups="num_heads"), num_kv_heads=4).tensors[
         "model.layers.0.qkv.weight"
     ]
@@ -61,7 +61,7 @@ def test_neox_interleaves_q_k_and_v_head_by_head() -> None:
 def test_every_box_of_a_part_is_read_from_the_whole(groups: str, transposed: bool) -> None:
     layout = HFLayout(groups=groups, transposed=transposed)
     tensor = fused(layout).tensors["model.layers.0.qkv.weight"]
-    weights = dict(build_decoder(ARGS).named_parameters())
+    weights = dict(Decoder(ARGS).named_parameters())
     stored = tensor.join([weights[name] for name in tensor.parts]).detach()
     assert stored.shape == tensor.shape == ((16, 32) if transposed else (32, 16))
     for part in (WQ, WK, WV):

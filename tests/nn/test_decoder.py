@@ -11,7 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from titan_lite.models.args import DecoderArgs, RopeScaling
 from titan_lite.models.llama import LLAMA
-from titan_lite.nn.build_model import build_decoder, build_model
+from titan_lite.nn.build_model import build_model
 from titan_lite.nn.decoder import Decoder
 
 ARGS = DecoderArgs(
@@ -29,7 +29,7 @@ ARGS = DecoderArgs(
 
 
 def initialised(args: DecoderArgs = ARGS) -> Decoder:
-    model = build_decoder(args)
+    model = Decoder(args)
     for seed, (name, parameter) in enumerate(model.named_parameters()):
         model.init_parameter(name, parameter.data, torch.Generator().manual_seed(seed))
     return model
@@ -84,7 +84,7 @@ def test_head_loss_gets_the_normalised_hidden_states_and_the_output_weight() -> 
 def test_a_meta_build_after_init_equals_a_direct_one() -> None:
     direct = initialised()
     with torch.device("meta"):
-        model = build_decoder(ARGS)
+        model = Decoder(ARGS)
     assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
     model.to_empty(device="cpu")
     for buffer in model.buffers():
@@ -101,7 +101,7 @@ def test_the_rope_tables_exist_once_and_are_not_saved() -> None:
     assert model.rope.cos_SR.shape == (ARGS.max_seq_len, ARGS.head_size)
     assert not any("rope" in name for name in model.state_dict())
     with torch.device("meta"):
-        model = build_decoder(ARGS)
+        model = Decoder(ARGS)
     model.to_empty(device="cpu")
     assert all(block.attention.rope is model.rope for block in model.layers.values())
 
@@ -114,7 +114,7 @@ def test_any_length_up_to_the_longest_sees_the_same_past(seq_len: int) -> None:
 
 
 def test_rotated_scores_depend_on_the_distance_only() -> None:
-    rope = build_decoder(replace(ARGS, rope_scaling=None)).rope
+    rope = Decoder(replace(ARGS, rope_scaling=None)).rope
     q, k = torch.randn(2, 1, 1, 1, ARGS.head_size).expand(2, 1, 32, 1, ARGS.head_size)
     rotated_q, rotated_k = rope(q, k)
     scores = rotated_q[0, :, 0] @ rotated_k[0, :, 0].T
@@ -176,7 +176,7 @@ def test_compiled_rotation_has_the_gradients_of_the_eager_one(dtype: torch.dtype
 
 def test_fsdp2_mixed_precision_leaves_the_rope_tables_in_float32(one_process_group) -> None:
     with torch.device("meta"):
-        model = build_decoder(ARGS)
+        model = Decoder(ARGS)
     seen = []
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for module in (*model.layers.values(), model):

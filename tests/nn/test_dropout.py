@@ -18,7 +18,7 @@ from titan_lite.models.bert import BERT, MEGATRON_BERT
 from titan_lite.models.family import Family
 from titan_lite.models.gpt import GPT
 from titan_lite.nn.attention import DropoutAttention, ScaledDotProductAttention
-from titan_lite.nn.build_model import build_decoder
+from titan_lite.nn.decoder import Decoder
 from titan_lite.nn.document_attention import dense_mask
 from titan_lite.nn.dropout import Dropout, drop, hash32, token_keys
 from titan_lite.nn.token_context import TokenContext
@@ -148,7 +148,7 @@ def test_attention_whose_weights_are_hardly_dropped_is_the_fused_one(
 
 def test_without_keys_nothing_is_dropped_and_with_them_other_steps_drop_other_things() -> None:
     args = replace(GPT.flavors["debug"], **SMALL, hidden_dropout=P, attention_dropout=P)
-    model, without = build_decoder(args), build_decoder(replace(args, hidden_dropout=0.0))
+    model, without = Decoder(args), Decoder(replace(args, hidden_dropout=0.0))
     torch.manual_seed(0)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)

@@ -13,7 +13,6 @@ from titan_lite.checkpoint.hf_layout import HFModel
 from titan_lite.models.args import EncoderArgs
 from titan_lite.models.bert import BERT, MEGATRON_BERT
 from titan_lite.models.family import Family
-from titan_lite.nn.build_model import build_encoder
 from titan_lite.nn.document_attention import dense_mask
 from titan_lite.nn.encoder import Encoder
 from titan_lite.nn.token_context import TokenContext
@@ -31,7 +30,7 @@ def small(family: Family) -> EncoderArgs:
 def drawn(args: EncoderArgs) -> Encoder:
     """Larger than at init, so that attention is far from uniform and norms and biases matter."""
     torch.manual_seed(0)
-    model = build_encoder(args)
+    model = Encoder(args)
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=0.1)
         if name.endswith("norm.weight"):

@@ -20,7 +20,8 @@ from titan_lite.models.llama import LLAMA
 from titan_lite.models.moe import MIXTRAL, QWEN3_MOE
 from titan_lite.models.qwen import QWEN2_5, QWEN3
 from titan_lite.models.registry import families
-from titan_lite.nn.build_model import build_decoder, build_model
+from titan_lite.nn.build_model import build_model
+from titan_lite.nn.decoder import Decoder
 
 transformers = pytest.importorskip("transformers")
 
@@ -183,7 +184,7 @@ def test_logits_and_every_gradient_equal_hugging_face(name: str) -> None:
     case = CASES[name]
     args = case.args
     torch.manual_seed(0)
-    model = build_decoder(args)
+    model = Decoder(args)
     # Larger than at init, so that attention is far from uniform and norms and biases matter.
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=0.1 if name.endswith("bias") else 0.3)
@@ -212,7 +213,7 @@ def test_the_scaled_case_keeps_blends_and_stretches_frequencies() -> None:
     args = CASES["scaled rope"].args
     plain = args.rope_theta ** -(torch.arange(0, 16, 2) / 16)
     # The angle at position 1 is the frequency itself, below pi for all.
-    rope = build_decoder(args).rope
+    rope = Decoder(args).rope
     # The second half of the table, whose sines are not negated.
     ratio = plain / torch.atan2(rope.sin_SR[1, 8:], rope.cos_SR[1, 8:])
     assert ratio[0] == pytest.approx(1.0)

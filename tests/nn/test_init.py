@@ -12,7 +12,7 @@ from titan_lite.models.family import Family
 from titan_lite.models.gpt import GPT
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.qwen import QWEN2_5
-from titan_lite.nn.build_model import build_decoder, build_model
+from titan_lite.nn.build_model import build_model
 from titan_lite.nn.decoder import Decoder
 from titan_lite.nn.init import DECODER_RULES, InitRule, fill, linear
 
@@ -23,7 +23,7 @@ CUT = 0.98658
 @pytest.fixture(scope="module")
 def model() -> Decoder:
     with torch.device("meta"):
-        return build_decoder(replace(LLAMA.flavors["debug"], num_layers=8))
+        return Decoder(replace(LLAMA.flavors["debug"], num_layers=8))
 
 
 def drawn(model: Decoder, name: str, seed: int = 0) -> Tensor:

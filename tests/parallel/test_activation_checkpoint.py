@@ -34,7 +34,6 @@ from titan_lite.config.load import ConfigError
 from titan_lite.models.args import DecoderArgs, MoEArgs
 from titan_lite.models.plan import make_plan
 from titan_lite.nn import varlen
-from titan_lite.nn.build_model import build_decoder
 from titan_lite.nn.decoder import Decoder
 from titan_lite.parallel.activation_checkpoint import (
     MATMULS,
@@ -89,7 +88,7 @@ def decoder(section: ActivationCheckpoint, *, num_experts: int = 0) -> Decoder:
         max_seq_len=32,
     )
     torch.manual_seed(0)
-    model = build_decoder(args)
+    model = Decoder(args)
     apply_activation_checkpoint(model, section)
     return model
 

@@ -18,7 +18,9 @@ from titan_lite.models.gpt import GPT, GPT_NEOX
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.moe import QWEN3_MOE
 from titan_lite.models.qwen import QWEN3
-from titan_lite.nn.build_model import build_decoder, build_encoder, build_model
+from titan_lite.nn.build_model import build_model
+from titan_lite.nn.decoder import Decoder
+from titan_lite.nn.encoder import Encoder
 from titan_lite.planner.counts import (
     flops_per_token,
     num_active_params,
@@ -201,7 +203,7 @@ def test_titans_count_exceeds_the_matmuls_by_the_norms_alone(args, seq_len):
 @given(args=any_args)
 def test_parameters_are_those_of_the_model_that_is_built(args):
     with torch.device("meta"):
-        model = build_decoder(args)
+        model = Decoder(args)
     assert num_params(args) == model.num_parameters
     assert num_block_params(args) == sum(p.numel() for p in model.layers.parameters())
     lookups = [model.pos_embeddings] + ([] if args.tied_head else [model.tok_embeddings])
@@ -217,7 +219,7 @@ def test_parameters_are_those_of_the_encoder_that_is_built(args, post_norm, num_
     fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
     args = EncoderArgs(**fields, post_norm=post_norm, num_token_types=num_token_types)
     with torch.device("meta"):
-        model = build_encoder(args)
+        model = Encoder(args)
     assert num_params(args) == model.num_parameters
     lookups = [model.pos_embeddings, model.type_embeddings]
     lookups += [] if args.tied_head else [model.tok_embeddings]

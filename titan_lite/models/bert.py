@@ -111,7 +111,7 @@ _IGNORED = ("cls.predictions.decoder.bias", "bert.embeddings.position_ids")
 
 MEGATRON_BERT = Family(
     name="megatron_bert",
-    build="titan_lite.nn.build_model:build_encoder",
+    build="titan_lite.nn.encoder:Encoder",
     objective="masked_lm",
     flavors={
         "debug": replace(_megatron(_DEBUG), vocab_size=2048),

@@ -72,7 +72,7 @@ LLAMA_CONFIG = HFConfig(
 
 LLAMA = Family(
     name="llama",
-    build="titan_lite.nn.build_model:build_decoder",
+    build="titan_lite.nn.decoder:Decoder",
     flavors={
         # Runs on two CPU cores; the vocabulary is the bundled tokenizer's.
         "debug": DecoderArgs(
