@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,56 +69,42 @@ class Stateful(Protocol):
         """Restores the result of `state_dict`, which may be of another layout."""
 
 
+@dataclass(kw_only=True, eq=False)
 class CheckpointManager:
     """Checkpoints of one run, each a folder `step-N` below `folder`.
 
     A folder has the files of torch.distributed.checkpoint (model, optimizer, generators of each
     rank), run_state.json and manifest.json. It is written as `step-N.incomplete`, and renamed when
     every rank has finished. `save`, `wait`, `metrics` and `load` are collective.
+
+    average: averages of the weights, by name. exports_average: save these as the weights if only
+    weights are saved. layout, config, tokenizer, model_facts: values of the manifest.
+    timeout_seconds: limit for a save.
     """
 
-    def __init__(
-        self,
-        section: Checkpoint,
-        folder: Path,
-        *,
-        model: Transformer,
-        optimizer: torch.optim.Optimizer,
-        average: Mapping[str, torch.Tensor] | None,
-        exports_average: bool,
-        stateful: Mapping[str, Stateful],
-        device: torch.device,
-        layout: Degrees,
-        config: dict[str, Any],
-        tokenizer: str,
-        model_facts: dict[str, Any],
-        timeout_seconds: int,
-    ) -> None:
-        """Prepares saving.
+    section: Checkpoint
+    folder: Path
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+    average: Mapping[str, torch.Tensor] | None
+    exports_average: bool
+    stateful: Mapping[str, Stateful]
+    device: torch.device
+    layout: Degrees
+    config: dict[str, Any]
+    tokenizer: str
+    model_facts: dict[str, Any]
+    timeout_seconds: int
+    saving: Save | None = field(default=None, init=False)
+    latest_step: int = field(default=0, init=False)
+    costs: dict[str, float] = field(default_factory=dict, init=False)
 
-        average: averages of the weights, by name. exports_average: save these as the weights if
-        only weights are saved. layout, config, tokenizer, model_facts: values of the manifest.
-        timeout_seconds: limit for a save.
-        """
-        self.section = section
-        self.folder = folder
-        self.model = model
-        self.optimizer = optimizer
-        self.average, self.exports_average = average, exports_average
-        self.stateful = stateful
-        self.device = device
-        self.layout = layout
-        self.config = config
-        self.tokenizer = tokenizer
-        self.model_facts = model_facts
+    def __post_init__(self) -> None:
         self.rank = dist.get_rank()
-        mode = section.async_mode if section.enable else "disabled"
-        self.saver = Saver(mode, device, timeout_seconds)
-        self.saving: Save | None = None
-        self.latest_step = 0
-        self.costs: dict[str, float] = {}
+        mode = self.section.async_mode if self.section.enable else "disabled"
+        self.saver = Saver(mode, self.device, self.timeout_seconds)
         if mode == "async_pinned":
-            optimizer.register_step_pre_hook(self._wait_for_staging)
+            self.optimizer.register_step_pre_hook(self._wait_for_staging)
 
     def should_save(self, step: int, last_step: int) -> bool:
         return self.section.enable and (step % self.section.interval == 0 or step == last_step)

@@ -103,8 +103,8 @@ def open_run(
         if sources is not None:
             stateful["source_tokens"] = sources
         checkpoints = CheckpointManager(
-            config.checkpoint,
-            plan.checkpoint_folder,
+            section=config.checkpoint,
+            folder=plan.checkpoint_folder,
             model=built.model,
             optimizer=built.step.optimizer,
             average=None if built.step.average is None else built.step.average.tensors,
