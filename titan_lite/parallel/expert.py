@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Shard
 
 from titan_lite.nn.balance import SequenceBalanceLoss
 from titan_lite.nn.moe import Experts, MoE, Take
 from titan_lite.nn.transformer import Transformer
 from titan_lite.parallel.row_exchange import all_to_all_rows, num_arriving, start_row_counts
+from titan_lite.parallel.tensor import distribute_parameters
 from titan_lite.runtime.collectives import all_to_all_single_autograd, traceable_all_reduce
 from titan_lite.runtime.shards import to_local
 
@@ -26,9 +27,7 @@ def apply_ep(model: Transformer, mesh: DeviceMesh) -> None:
         if isinstance(module, MoE):
             module.exchange = RowExchange(mesh.get_group())
         if isinstance(module, Experts):
-            for name, weight in list(module.named_parameters()):
-                shard = distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None)
-                module.register_parameter(name, nn.Parameter(shard))
+            distribute_parameters(module, mesh, Shard(0))
             module.compute = ExpertParallel(module.compute, mesh.get_group())
 
 

@@ -7,6 +7,7 @@ Without it they are whole on every rank. Between modules they are plain tensors.
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -65,78 +66,36 @@ class VocabParallelEmbedding(RowwiseParallel):
         return module
 
 
-class ReplicateParallel(ParallelStyle):
-    """Computes the same on every rank; weights are DTensors, like the sharded ones."""
+class ModuleStyle(ParallelStyle):
+    """Splits a module's parameters, and converts its inputs and output, by three functions.
+
+    They are called like those of torch.distributed.tensor.distribute_module.
+    """
+
+    def __init__(self, split: Any, take: Any = None, give: Any = None) -> None:
+        self.functions = split, take, give
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        return distribute_module(
-            module,
-            device_mesh,
-            _replicate,
-            input_fn=_as_replicated,
-            output_fn=_to_local,
-        )
-
-
-class CopyParallel(ParallelStyle):
-    """Returns its input, which is equal on all ranks; sums the gradients of all ranks."""
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def give(_module: nn.Module, output: Any, _mesh: DeviceMesh) -> Any:
-            return output.to_local(grad_placements=[Partial()])
-
-        return distribute_module(module, device_mesh, None, _as_replicated, give)
+        return distribute_module(module, device_mesh, *self.functions)
 
 
 class RouterParallel(ParallelStyle):
     """Does not change the forward; buffers stay plain tensors."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        _replicate("", module, device_mesh)
+        distribute_parameters(module, device_mesh, Replicate())
         return module
 
 
-class PositionsParallel(ParallelStyle):
-    """Looks up positions for this rank's part of the sequence, in a replicated table."""
+def distribute_parameters(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> None:
+    """Replaces a module's own parameters by DTensors.
 
-    def __init__(self, between: Placement) -> None:
-        self.is_split = between.is_shard()
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def take(_module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
-            rows_S = DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False)
-            own = Shard(rows_S.ndim - 1) if self.is_split else Replicate()
-            return rows_S.redistribute(placements=[own])
-
-        def give(_module: nn.Module, output: Any, _mesh: DeviceMesh) -> Any:
-            # FSDP warns about outputs that are views.
-            return output.to_local().clone()
-
-        return distribute_module(module, device_mesh, _replicate, take, give)
-
-
-class VocabParallelHead(ParallelStyle):
-    """Splits the output projection over the vocabulary; gathers its input; the output stays split.
-
-    The head computes logits or a loss from DTensors. Each rank's gradient of the input is Partial,
-    and is summed in backward.
+    Without a broadcast: they are initialized later, equally on every rank, and fake tensors of a
+    dry run cannot be sent.
     """
-
-    def __init__(self, between: Placement) -> None:
-        self.between = between
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def split(_name: str, head: nn.Module, mesh: DeviceMesh) -> None:
-            for name, parameter in list(head.named_parameters(recurse=False)):
-                shard = distribute_tensor(parameter, mesh, [Shard(0)])
-                head.register_parameter(name, nn.Parameter(shard))
-
-        def gather(_head: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
-            x_BSD, *rest = inputs
-            x_BSD = DTensor.from_local(x_BSD, mesh, [self.between], run_check=False)
-            return x_BSD.redistribute(placements=[Replicate()]), *rest
-
-        return distribute_module(module, device_mesh, split, gather)
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        part = distribute_tensor(parameter, mesh, [placement], src_data_rank=None)
+        module.register_parameter(name, nn.Parameter(part))
 
 
 def check_plan(model: Transformer, plan: tuple[PlanRow, ...]) -> None:
@@ -210,6 +169,8 @@ def _styles(
 def _style(role: Role, between: Placement, *, float8: bool) -> ParallelStyle:
     styles = (ColwiseParallel, RowwiseParallel, PrepareModuleInput)
     colwise, rowwise, gather = float8_styles() if float8 else styles
+    # Computes the same on every rank; weights are DTensors, like the sharded ones.
+    whole = ModuleStyle(_replicate, _as_replicated, _to_local)
     match role:
         case "vocab":
             return VocabParallelEmbedding(input_layouts=Replicate(), output_layouts=between)
@@ -220,32 +181,36 @@ def _style(role: Role, between: Placement, *, float8: bool) -> ParallelStyle:
         case "sequence":
             # A norm does not care which dim is sharded; dim 0 lets the linear flatten (B, S).
             split = SequenceParallel(sequence_dim=0, use_local_output=True)
-            return split if between.is_shard() else ReplicateParallel()
+            return split if between.is_shard() else whole
         case "whole":
-            return ReplicateParallel()
+            return whole
         case "gather":
             return gather(input_layouts=(between,), desired_input_layouts=(Replicate(),))
         case "heads":
             # The input is (B, S, heads, features).
             return SequenceParallel(sequence_dim=2, use_local_output=True)
         case "positions":
-            return PositionsParallel(between)
+            # Looks up this rank's part of the sequence in a replicated table.
+            return ModuleStyle(_replicate, partial(_own_positions, between), _to_local_copy)
         case "copy":
-            return CopyParallel()
+            # Returns its input, which is equal on all ranks; sums the gradients of all ranks.
+            return ModuleStyle(None, _as_replicated, _to_local_with_summed_gradient)
         case "router":
             return RouterParallel()
         case "head":
-            return VocabParallelHead(between)
+            # The output stays split over the vocabulary: the head computes logits or a loss from
+            # DTensors. Each rank's gradient of the input is Partial, and is summed in backward.
+            return ModuleStyle(_split_rows, partial(_gather_first, between))
         case "expert":
             raise AssertionError("not laid out by tensor parallel")
 
 
 def _replicate(_name: str, module: nn.Module, mesh: DeviceMesh) -> None:
-    # No broadcast: parameters are initialized later, equally on every rank, and fake tensors of a
-    # dry run cannot be sent.
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        whole = DTensor.from_local(parameter, mesh, [Replicate()], run_check=False)
-        module.register_parameter(name, nn.Parameter(whole))
+    distribute_parameters(module, mesh, Replicate())
+
+
+def _split_rows(_name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+    distribute_parameters(module, mesh, Shard(0))
 
 
 def _as_replicated(_module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
@@ -254,5 +219,26 @@ def _as_replicated(_module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
     return DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False)
 
 
+def _own_positions(between: Placement, module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+    rows_S = _as_replicated(module, inputs, mesh)
+    own = Shard(rows_S.ndim - 1) if between.is_shard() else Replicate()
+    return rows_S.redistribute(placements=[own])
+
+
+def _gather_first(between: Placement, _head: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+    x_BSD, *rest = inputs
+    x_BSD = DTensor.from_local(x_BSD, mesh, [between], run_check=False)
+    return x_BSD.redistribute(placements=[Replicate()]), *rest
+
+
 def _to_local(_module: nn.Module, output: Any, _mesh: DeviceMesh) -> Any:
     return output.to_local()
+
+
+def _to_local_copy(_module: nn.Module, output: Any, _mesh: DeviceMesh) -> Any:
+    # FSDP warns about outputs that are views.
+    return output.to_local().clone()
+
+
+def _to_local_with_summed_gradient(_module: nn.Module, output: Any, _mesh: DeviceMesh) -> Any:
+    return output.to_local(grad_placements=[Partial()])
