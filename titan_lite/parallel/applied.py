@@ -84,35 +84,30 @@ class Applied:
     ) -> None:
         """Raises RuntimeError with all differences from the configuration: modules with missing
         or unexpected features, and other values."""
-        mismatches = []
-        if self.precision != precision:
-            mismatches.append(f"precision is {self.precision}, but {precision} was configured")
-        symm_mem = parallel.fsdp_symm_mem and self.mesh["fsdp"] > 1
-        if self.symm_mem != symm_mem:
-            state = "off, but parallel.fsdp_symm_mem = true" if symm_mem else "on, but must be off"
-            mismatches.append(f"symmetric memory is {state}")
-        if self.attention != attention:
-            mismatches.append(f"attention is {self.attention}, but {attention} was configured")
         degrees = {axis: getattr(parallel, axis) for axis in self.mesh if axis != "fsdp"}
         if parallel.dp_shard != -1:
             degrees["fsdp"] = math.prod(getattr(parallel, axis) for axis in FSDP)
-        for axis, degree in degrees.items():
-            if self.mesh[axis] != degree:
-                mismatches.append(f"{axis} is {self.mesh[axis]}, but {degree} was configured")
+        values = {
+            "precision": (self.precision, precision),
+            "symmetric memory": (self.symm_mem, parallel.fsdp_symm_mem and self.mesh["fsdp"] > 1),
+            "attention": (self.attention, attention),
+            **{axis: (self.mesh[axis], degree) for axis, degree in degrees.items()},
+            "activation_checkpoint.save": (self.saved_ops, activation_checkpoint.saved_ops),
+            "activation memory budget": (
+                self.activation_memory_budget,
+                activation_checkpoint.compiler_budget,
+            ),
+        }
+        mismatches = [
+            f"{name} is {actual}, but {expected} was configured"
+            for name, (actual, expected) in values.items()
+            if actual != expected
+        ]
         for feature in dict.fromkeys((*configured, *self.modules)):
             expected, actual = set(configured.get(feature, ())), set(self.modules.get(feature, ()))
             for words, names in (("missing", expected - actual), ("unexpected", actual - expected)):
                 if names:
                     mismatches.append(f"{words} {feature}: {', '.join(sorted(names))}")
-        saved = activation_checkpoint.saved_ops
-        if self.saved_ops != saved:
-            mismatches.append(f"saved operations are {self.saved_ops}, but {saved} were configured")
-        budget = activation_checkpoint.compiler_budget
-        if self.activation_memory_budget != budget:
-            mismatches.append(
-                f"the activation memory budget is {self.activation_memory_budget}, but {budget} "
-                "was configured"
-            )
         if mismatches:
             raise RuntimeError(MISMATCH + "; ".join(mismatches))
 
