@@ -4,7 +4,6 @@ No torch, so it works on any machine that can read the files.
 """
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 from titan_lite.checkpoint.manifest import MANIFEST_FILE, read_manifest
@@ -12,7 +11,7 @@ from titan_lite.checkpoint.state import newest_below, saved_steps
 from titan_lite.config.arguments import command_parser
 from titan_lite.config.load import ConfigError, Problem
 from titan_lite.config.schema import Checkpoint
-from titan_lite.config.units import format_scaled
+from titan_lite.config.units import format_scaled, format_table
 from titan_lite.runtime.stored_files import DamagedError, damaged_files
 
 NO_CHECKPOINT = "no checkpoint in this folder"
@@ -38,7 +37,8 @@ def main(argv: list[str]) -> int:
     rows = [
         _row(folder, contents=options.action == "verify") for folder in _checkpoints(options.folder)
     ]
-    _print_table(["checkpoint", "holds", "size", "ranks", "layout", "torch", "state"], rows)
+    heads = ["checkpoint", "holds", "size", "ranks", "layout", "torch", "state"]
+    print(format_table([heads, *rows]))
     return int(any(row[-1] != _sound(options.action == "verify") for row in rows))
 
 
@@ -78,11 +78,3 @@ def _row(folder: Path, *, contents: bool) -> list[str]:
 
 def _sound(contents: bool) -> str:
     return "verified" if contents else "complete"
-
-
-def _print_table(heads: list[str], rows: Iterable[list[str]]) -> None:
-    table = [heads, *rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        print("  ".join(cells).rstrip())

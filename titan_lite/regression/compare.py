@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from titan_lite.config.units import format_table
 from titan_lite.regression import noise
 from titan_lite.regression.curves import (
     QUANTITIES,
@@ -109,11 +110,7 @@ class Comparison:
                     f"step {self.a.steps[outside[0]]}" if len(outside) else "-",
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        )
+        return format_table(rows)
 
     def report(self) -> dict[str, Any]:
         """The result for JSON; NaN and Inf are text."""
