@@ -514,9 +514,9 @@ class Checkpoint(Section):
     """Parameters that keep their initialization: names, in which "*" stands for any characters,
     dots included, for example "output.*"."""
     allow_model_changes: Annotated[list[str], Needs("initial_load_path", unless="")] = []
-    """Keys of [model] that may differ from those of the checkpoint in initial_load_path, although
-    the model then computes something else with its weights: for example ["tied_head"], or ["name"]
-    for another family. rope_theta, rope_scaling and norm_eps may always differ, with a warning."""
+    """Settings of the model that may differ from those of the checkpoint in initial_load_path,
+    although its weights then compute something else: for example ["tied_head"], or ["name"] for
+    another family. rope_theta, rope_scaling and norm_eps may always differ, with a warning."""
     initial_load_hf: str = ""
     """Folder of a Hugging Face model in safetensors, with whose weights a new run starts, also with
     checkpoint.enable = false; the optimizer starts at zero."""

@@ -158,7 +158,7 @@ def _sides(rest: Sequence[str]) -> tuple[_Side, _Side]:
     given: tuple[list[str], list[str]] = ([], [])
     for argument in rest:
         if "job.dump_folder=" in argument:
-            raise CurveError(f"{argument} has no effect; --keep FOLDER sets where runs are kept")
+            raise CurveError(f"{argument} cannot be set; use --keep FOLDER to keep the runs")
         if argument.startswith("-"):
             # "--a." or "--b." is for one side, anything else for both.
             side = {"--a.": 0, "--b.": 1}.get(argument[:4])
@@ -166,7 +166,7 @@ def _sides(rest: Sequence[str]) -> tuple[_Side, _Side]:
             if not any(paths[index].suffix == ".toml" for index in meant):
                 names = " nor ".join(str(paths[index]) for index in meant)
                 is_not = f"{names} is not" if len(meant) == 1 else f"neither {names} is"
-                raise CurveError(f"{argument} has no effect: {is_not} a TOML configuration")
+                raise CurveError(f"{argument} requires a TOML configuration: {is_not} one")
             for index in meant:
                 given[index].append(argument if side is None else f"--{argument[4:]}")
     return _side(paths[0], given[0]), _side(paths[1], given[1])
@@ -186,7 +186,7 @@ def _side(path: Path, arguments: Sequence[str]) -> _Side:
 def _curves(sides: tuple[_Side, _Side], keep: Path | None, tier: Tier) -> list[Curve]:
     """Reads the existing curves, then trains the others; errors are reported before any run."""
     if keep and not any(side.is_config for side in sides):
-        raise CurveError("--keep has no effect: neither run is a TOML configuration to train")
+        raise CurveError("--keep requires a TOML configuration to train: neither run is one")
     curves = [side.planned() if side.is_config else read_curve(side.path) for side in sides]
     check_same_data(*(one.data for one in curves), other_seeds=tier == "statistical")
     existing = [one for one in curves if isinstance(one, Curve)]
