@@ -183,9 +183,9 @@ def take_turn() -> Record:
 
 def forward_and_backward() -> None:
     """Runs forward and backward of the next micro-batch, without an optimizer step."""
-    step = Run.trainer.built.step
+    step = Run.trainer.built.train_step
     step.forward_backward(
-        [step.local(next(Run.trainer.data.batches))], torch.ones((), device=step.device)
+        [step.split_for_cp(next(Run.trainer.data.batches))], torch.ones((), device=step.device)
     )
 
 

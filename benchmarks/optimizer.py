@@ -85,10 +85,10 @@ def optimizer_turn(steps: int) -> float:
     dist.barrier()
     begin = time.perf_counter()
     for _ in range(steps):
-        built.step.optimizer.step()
+        built.train_step.optimizer.step()
     dist.barrier()
     seconds = (time.perf_counter() - begin) / steps
-    built.step.optimizer.zero_grad()
+    built.train_step.optimizer.zero_grad()
     return seconds
 
 
@@ -99,11 +99,11 @@ def sent_and_held() -> Values:
     for parameter in built.model.parameters():
         parameter.grad = parameter.detach().clone()
     with recording:
-        built.step.optimizer.step()
-    built.step.optimizer.zero_grad()
+        built.train_step.optimizer.step()
+    built.train_step.optimizer.zero_grad()
     state = [
         value.to_local() if isinstance(value, DTensor) else value
-        for values in built.step.optimizer.state.values()
+        for values in built.train_step.optimizer.state.values()
         for value in values.values()
         if isinstance(value, torch.Tensor)
     ]

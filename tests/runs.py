@@ -124,7 +124,7 @@ def train_and_gather(
         if step in LATER and weights is None:
             gathered[f"weights before step {step}"] = gather(trainer)
 
-    hook = trainer.built.step.optimizer.register_step_pre_hook(gather_step)
+    hook = trainer.built.train_step.optimizer.register_step_pre_hook(gather_step)
     try:
         trainer.train()
         hook.remove()
@@ -153,13 +153,13 @@ def _remembered(batches: Iterator[Batch], memory: list[Batch]) -> Iterator[Batch
 def _gradients_at(trainer: Trainer, weights: Tensors, batches: list[Batch]) -> Tensors:
     """Gradients of a step from these weights, which it changes."""
     load(trainer.built.model, weights)
-    if (balancer := trainer.built.step.balancer) is not None:
+    if (balancer := trainer.built.train_step.balancer) is not None:
         balancer.load_state_dict(weights[COUNTS].tolist())
     gathered: Tensors = {}
-    hook = trainer.built.step.optimizer.register_step_pre_hook(
+    hook = trainer.built.train_step.optimizer.register_step_pre_hook(
         lambda *_: gathered.update(gather(trainer, gradients=True))
     )
-    trainer.built.step(batches, lr=0.0)
+    trainer.built.train_step(batches, lr=0.0)
     hook.remove()
     return gathered
 
@@ -236,12 +236,12 @@ def read_metrics(folder: Path | str) -> list[dict[str, Any]]:
 def gather(trainer: Trainer, *, gradients: bool = False) -> Tensors:
     """Whole tensors of the whole model, from all stages of a pipeline."""
     arrays = whole(trainer.built.model, gradients=gradients)
-    if (balancer := trainer.built.step.balancer) is not None and not gradients:
+    if (balancer := trainer.built.train_step.balancer) is not None and not gradients:
         arrays[COUNTS] = balancer.counts_LE.cpu().numpy().copy()
-    if trainer.built.step.meshes.pp is None:
+    if trainer.built.train_step.meshes.pp is None:
         return arrays
     stages: list[Tensors] = [{}] * trainer.plan.dims.pp
-    dist.all_gather_object(stages, arrays, group=trainer.built.step.meshes.pp)
+    dist.all_gather_object(stages, arrays, group=trainer.built.train_step.meshes.pp)
     return {name: array for stage in stages for name, array in stage.items()}
 
 

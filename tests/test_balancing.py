@@ -30,7 +30,7 @@ MOE = (
 
 
 def _loads(trainer: Trainer) -> tuple[list[list[int]], list[list[float]]]:
-    balancer = trainer.built.step.balancer
+    balancer = trainer.built.train_step.balancer
     assert balancer is not None
     return balancer.state_dict(), [b.tolist() for b in biases(trainer.built.model).values()]
 

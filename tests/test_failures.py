@@ -458,7 +458,7 @@ def _asked_on_one_rank(folder: Path, *overrides: str) -> tuple[int, bool, list[s
         if trainer.process.rank == 1 and trainer.state.step + 1 == 3:
             trainer.stop.signal = "SIGUSR1"
 
-    trainer.built.step.optimizer.register_step_post_hook(ask)
+    trainer.built.train_step.optimizer.register_step_post_hook(ask)
     with mock.patch.object(logger, "warning") as warning:
         trainer.train()
     trainer.close()

@@ -41,7 +41,7 @@ def _by_hand(folder: Path, *overrides: str) -> tuple[list[dict[str, float]], lis
     """Losses of each source from whole logits of the model before each step."""
     trainer = build_trainer(folder, *overrides)
     names = [source.name for source in trainer.plan.config.data.sources]
-    forward_backward, actual = trainer.built.step.forward_backward, []
+    forward_backward, actual = trainer.built.train_step.forward_backward, []
 
     def look(batches: list[Batch], factor: Tensor) -> Tensor:
         (batch,) = batches
@@ -54,7 +54,7 @@ def _by_hand(folder: Path, *overrides: str) -> tuple[list[dict[str, float]], lis
         actual.append({name: mean.item() for name, mean in means.items() if not mean.isnan()})
         return forward_backward(batches, factor)
 
-    trainer.built.step.forward_backward = look  # type: ignore[method-assign,assignment]
+    trainer.built.train_step.forward_backward = look  # type: ignore[method-assign,assignment]
     trainer.train()
     trainer.close()
     return actual, read_metrics(folder)

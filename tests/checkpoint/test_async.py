@@ -73,7 +73,7 @@ def _slowly(folder: Path, mode: str, *overrides: str) -> list[dict[str, Any]]:
         patch.setattr(CheckpointManager, "_wait_for_staging", tell_wait_for_copy)
         patch.setattr(CheckpointManager, "wait", tell_wait)
         trainer = build_trainer(folder, *EVERY_3, f"--checkpoint.async_mode={mode}", *overrides)
-        trainer.built.step.optimizer.register_step_post_hook(lambda *_: at_next_step.set())
+        trainer.built.train_step.optimizer.register_step_post_hook(lambda *_: at_next_step.set())
         try:
             trainer.train()
         finally:

@@ -150,15 +150,15 @@ def _change_by_hand(folder: Path) -> Tensors:
     trainer = build_trainer(folder, *EVERY_4)
     for step in range(1, 7):
         if step == 5:
-            former = trainer.built.step.optimizer
+            former = trainer.built.train_step.optimizer
             section = load_config(None, ["--optimizer.lr=1e-3", *CHANGED]).config.optimizer
             context = OptimizerContext(
                 ranks=None, param_dtype=torch.float32, args=trainer.plan.args
             )
-            trainer.built.step.optimizer = build_optimizer(
+            trainer.built.train_step.optimizer = build_optimizer(
                 trainer.built.model, section, trainer.plan.family.tp_plan, context
             )
-            trainer.built.step.optimizer.state = former.state
+            trainer.built.train_step.optimizer.state = former.state
         trainer.train_step(step)
     trainer.close()
     return gather(trainer)
@@ -206,7 +206,7 @@ def _steps_counted(folder: Path, *overrides: str) -> dict[str, float]:
     trainer = build_trainer(folder, *overrides)
     trainer.close()
     return {
-        name: trainer.built.step.optimizer.state[parameter]["step"].item()
+        name: trainer.built.train_step.optimizer.state[parameter]["step"].item()
         for name, parameter in trainer.built.model.named_parameters()
     }
 
@@ -234,7 +234,7 @@ def _step_under_each(folder: Path, *implementations: str) -> list[float]:
         record = trainer.train_step(step)
         assert record is not None
         losses.append(record["loss"])
-        for group in trainer.built.step.optimizer.param_groups:
+        for group in trainer.built.train_step.optimizer.param_groups:
             assert group["fused"] == (implementation == "fused")
             assert group["foreach"] == (implementation == "foreach")
         trainer.save()

@@ -34,7 +34,7 @@ def _disturbed(folder: Path) -> list[str]:
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("titan_lite.metrics.alerts").addHandler(handler)
-    batches, train_step, clock = trainer.data.batches, trainer.built.step, Clock(trainer)
+    batches, train_step, clock = trainer.data.batches, trainer.built.train_step, Clock(trainer)
 
     def is_it(rank: int, *steps: int) -> bool:
         return trainer.process.rank == rank and trainer.state.step + 1 in steps
@@ -57,7 +57,7 @@ def _disturbed(folder: Path) -> list[str]:
 
     trainer.built.model.get_submodule("layers.1.feed_forward").register_forward_pre_hook(linger)
     trainer.data.batches = slow()
-    trainer.built.step = spiky  # type: ignore[assignment]
+    trainer.built.train_step = spiky  # type: ignore[assignment]
     try:
         trainer.train()
     finally:

@@ -62,7 +62,7 @@ DEEPSEEK = ("--model.name=deepseek_v3", "--model.bias_rate=0.01", "--training.se
 def _averages(trainer: Any) -> dict[str, np.ndarray]:
     return {
         name: (t.full_tensor() if isinstance(t, DTensor) else t).numpy().copy()
-        for name, t in trainer.built.step.average.tensors.items()
+        for name, t in trainer.built.train_step.average.tensors.items()
     }
 
 
@@ -75,10 +75,10 @@ def _train(folder: Path, steps: int, *overrides: str) -> tuple[Any, Any, Any, fl
     trainer.save()
     end, weights = _averages(trainer), whole(trainer.built.model)
     load(trainer.built.model, end)
-    trainer.built.step.average = None
+    trainer.built.train_step.average = None
     assert trainer.data.held_out is not None
-    sums = trainer.built.step.evaluate(trainer.data.held_out.batches)
-    loss = trainer.built.step.objective.validation(sums, trainer.data.held_out)
+    sums = trainer.built.train_step.evaluate(trainer.data.held_out.batches)
+    loss = trainer.built.train_step.objective.validation(sums, trainer.data.held_out)
     trainer.close()
     return start, end, weights, loss["validation/loss"]
 

@@ -81,8 +81,8 @@ def test_float16_computes_close_to_float32(one_process: Workers, tmp_path: Path)
 def _overflow(folder: Path, *overrides: str) -> tuple[list[dict[str, Any]], list[bool]]:
     """Records of a run with too large a scale, and which steps changed the weights."""
     trainer = build_trainer(folder, FLOAT16, "--training.steps=12", *overrides)
-    assert isinstance(trainer.built.step.guard, LossScaler)
-    trainer.built.step.guard.scale.fill_(LARGE)
+    assert isinstance(trainer.built.train_step.guard, LossScaler)
+    trainer.built.train_step.guard.scale.fill_(LARGE)
     records, changed = [], []
     for step in range(1, 13):
         before = whole(trainer.built.model)["output.weight"]

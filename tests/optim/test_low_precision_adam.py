@@ -145,7 +145,7 @@ def _resume(folder: Path, *overrides: str) -> tuple[Tensors, Tensors]:
 
 
 def _moments(trainer: Trainer) -> Tensors:
-    states = trainer.built.step.optimizer.state
+    states = trainer.built.train_step.optimizer.state
     wholes = {}
     for name, parameter in trainer.built.model.named_parameters():
         for key in low_precision_adam.MOMENTS:

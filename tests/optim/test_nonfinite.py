@@ -73,7 +73,7 @@ def _infinite_loss(folder: Path, *overrides: str) -> list[dict[str, Any]]:
             assert record is not None
             weight = whole(trainer.built.model)["output.weight"]
             records.append({**record, "weight": weight})
-        return [*records, trainer.built.step.guard.state_dict()]
+        return [*records, trainer.built.train_step.guard.state_dict()]
     finally:
         module.cross_entropy_sum = loss
         trainer.close()
@@ -194,7 +194,7 @@ def _late_on_gpu(folder: Path, *overrides: str) -> tuple[str, bool]:
     for step in (1, 2):
         trainer.train_step(step)
     before = whole(trainer.built.model)
-    step, trainer_step = 3, trainer.built.step
+    step, trainer_step = 3, trainer.built.train_step
 
     def without_waiting(*arguments: Any, **kwargs: Any) -> Any:
         torch.cuda.set_sync_debug_mode("error")
@@ -203,7 +203,7 @@ def _late_on_gpu(folder: Path, *overrides: str) -> tuple[str, bool]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    trainer.built.step = without_waiting  # type: ignore[assignment]
+    trainer.built.train_step = without_waiting  # type: ignore[assignment]
     trainer.train_step(step)
     with pytest.raises(NonFiniteError) as error:
         trainer.train_step(step + 1)

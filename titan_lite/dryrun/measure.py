@@ -54,16 +54,18 @@ def measure_step(
         "parameters": recorder.mark(built.model.parameters(), "parameters"),
         "buffers": recorder.mark(built.model.buffers(), "buffers"),
     }
-    averages = built.step.average.tensors.values() if built.step.average is not None else ()
+    averages = (
+        built.train_step.average.tensors.values() if built.train_step.average is not None else ()
+    )
     held["optimizer"] = recorder.mark(
-        [*tensors_in(built.step.optimizer.state), *averages], "optimizer"
+        [*tensors_in(built.train_step.optimizer.state), *averages], "optimizer"
     )
 
     def mark_gradients(*_: object) -> None:
         grads = [p.grad for p in built.model.parameters() if p.grad is not None]
         held["gradients"] = recorder.mark(grads, "gradients")
 
-    hook = built.step.optimizer.register_step_pre_hook(mark_gradients)
+    hook = built.train_step.optimizer.register_step_pre_hook(mark_gradients)
     recorder.work.clear()
     start = recorder.now()
     take_step()

@@ -100,27 +100,27 @@ def dry_run(
             pipeline_stages(plan, model, objective),
             meshes,
             process,
-            allocating=fake,
+            tensor_mode=fake,
         )
         assume_balance(model)
-        if built.step.pipeline is not None:
-            built.step.pipeline.skip_shape_negotiation()
-        labelled = partial(_labelled, built.step.objective)
-        built.step.labelled_indices = labelled  # type: ignore[method-assign]
+        if built.train_step.pipeline is not None:
+            built.train_step.pipeline.skip_shape_negotiation()
+        labelled = partial(_labelled, built.train_step.objective)
+        built.train_step.labelled_indices = labelled  # type: ignore[method-assign]
         if progress is not None:
             progress.enter("optimizer state")
-            progress.watch(model.layers.values(), plan.micro_steps, built.step.optimizer)
+            progress.watch(model.layers.values(), plan.micro_steps, built.train_step.optimizer)
         # Not with schedules that split backward, which search each block's graph for parameters,
         # nor with dropout, whose keys for each block are freed between blocks.
         splits_backward = plan.config.parallel.schedule.splits_backward
         if repeats and not splits_backward and not plan.args.has_dropout:
             repeat_blocks(record, _blocks(built))
         batches = _batches(
-            plan.config.training, plan.config.data, with_pairs=built.step.objective.has_pairs
+            plan.config.training, plan.config.data, with_pairs=built.train_step.objective.has_pairs
         )
 
         def take_step() -> None:
-            built.step([next(batches) for _ in range(plan.micro_steps)], lr=0.0)
+            built.train_step([next(batches) for _ in range(plan.micro_steps)], lr=0.0)
 
         try:
             with fake, kernels:
@@ -147,9 +147,9 @@ def dry_run(
 
 def _blocks(built: BuiltTraining) -> list[list[nn.Module]]:
     """Returns the blocks of each pipeline stage of this rank."""
-    if built.step.pipeline is None:
+    if built.train_step.pipeline is None:
         return [list(built.model.layers.values())]
-    models: list[Any] = [stage.submod for stage in built.step.pipeline.stages]
+    models: list[Any] = [stage.submod for stage in built.train_step.pipeline.stages]
     return [list(model.layers.values()) for model in models]
 
 

@@ -1,4 +1,7 @@
-"""The plan of a run, computed once before the start: settings, mesh, model, batch, folders."""
+"""The checked settings of a run, with the mesh, model, batch and folders that follow from them.
+
+Not `titan-lite plan`, whose predictions are in planner/.
+"""
 
 import os
 from collections.abc import Sequence

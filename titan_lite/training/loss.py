@@ -1,7 +1,7 @@
 """Cross-entropy summed over the labelled tokens, computed in chunks of the logits.
 
-Shape suffixes: N tokens, n tokens of a chunk, D model width, V vocabulary (this rank's part of it),
-P ranks whose logits are gathered.
+Shape suffixes: N tokens, n tokens of a chunk, M labelled tokens, B pairs, 2 their classes, D model
+width, V vocabulary (this rank's part of it), P ranks whose logits are gathered.
 """
 
 import functools
@@ -41,7 +41,7 @@ def cross_entropy_sum(
 ) -> Tensor:
     """Returns the cross-entropy of hidden @ weight.T + bias, summed over tokens: a float32 scalar.
 
-    hidden: (..., D). labels: (...), the same leading dims; a label of -100 is not counted.
+    hidden: (..., D). labels: (...), the same leading dims; -100: the token has no label.
     weight_VD: rows with index `vocab_size` or higher are padding. A DTensor, split over the
     vocabulary, gives the same loss on all its ranks.
     num_chunks: the tokens are cut into this many chunks ("auto": see training.loss_chunks). The
@@ -77,7 +77,7 @@ def cross_entropy_sum(
     if isinstance(num_chunks, str):
         logits_bytes = len(hidden_ND) * len(weight_VD) * 4
         num_chunks = min(8, math.ceil(logits_bytes / AUTO_CHUNK_BYTES))
-    chunk = math.ceil(len(hidden_ND) / num_chunks)
+    chunk_size = math.ceil(len(hidden_ND) / num_chunks)
     if labelled_indices is not None:
         hidden_ND, labels_N = hidden_ND[labelled_indices], labels_N[labelled_indices]
         source_ids_N = None if source_ids_N is None else source_ids_N[labelled_indices]
@@ -87,7 +87,7 @@ def cross_entropy_sum(
         bias_V,
         labels_N,
         torch.ones((), device=hidden.device) if factor is None else factor,
-        chunk,
+        chunk_size,
         vocab_size - first_row,
         first_row,
         tp_group,
@@ -107,7 +107,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         bias_V: Tensor | None,
         labels_N: Tensor,
         factor: Tensor,
-        chunk: int,
+        chunk_size: int,
         first_pad_row: int,
         first_row: int,
         tp_group: dist.ProcessGroup | None,
@@ -120,32 +120,32 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         dtype, V = weight_VD.dtype, len(weight_VD)
         # Per token, computed once for all chunks: the row of its label in this rank's part of the
         # weight, 1.0 if that part has the row (else 0.0), and the factor of its loss.
-        is_valid_N = labels_N != IGNORED
-        is_here_N, target_N = is_valid_N, labels_N
+        is_labelled_N = labels_N != IGNORED
+        is_here_N, target_N = is_labelled_N, labels_N
         if tp_group is not None:
             target_N = labels_N - first_row
-            is_here_N = is_valid_N & (target_N >= 0) & (target_N < V)
+            is_here_N = is_labelled_N & (target_N >= 0) & (target_N < V)
         per_token_N1 = (
             target_N.clamp(0, V - 1).unsqueeze(1),
             is_here_N.to(torch.float32).unsqueeze(1),
-            (is_valid_N * factor).unsqueeze(1),
+            (is_labelled_N * factor).unsqueeze(1),
         )
         # All chunks share these buffers: on a CPU, allocating costs more than the arithmetic.
-        logits = weight_VD.new_empty(min(chunk, len(hidden_ND)), V)
+        logits = weight_VD.new_empty(min(chunk_size, len(hidden_ND)), V)
         if logits_to_gradients is None:
             log_probs = torch.empty_like(logits, dtype=torch.float32)
             logits_to_gradients = functools.partial(_logits_to_gradients, log_probs)
         if need_grad:
             grad_hidden_ND = torch.empty_like(hidden_ND)
             # float32, since sums over chunks in bfloat16 would lose small terms.
-            if chunk < len(hidden_ND):
+            if chunk_size < len(hidden_ND):
                 grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
             grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
         label_log_probs = []
         for hidden_nD, grad_hidden_nD, *per_token_n1 in zip(
-            hidden_ND.split(chunk),
-            (grad_hidden_ND if need_grad else hidden_ND).split(chunk),
-            *(tensor_N1.split(chunk) for tensor_N1 in per_token_N1),
+            hidden_ND.split(chunk_size),
+            (grad_hidden_ND if need_grad else hidden_ND).split(chunk_size),
+            *(tensor_N1.split(chunk_size) for tensor_N1 in per_token_N1),
             strict=True,
         ):
             out_nV = logits[: len(hidden_nD)]
@@ -153,6 +153,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                 logits_nV = torch.mm(hidden_nD, weight_VD.T, out=out_nV)
             else:
                 logits_nV = torch.addmm(bias_V, hidden_nD, weight_VD.T, out=out_nV)
+            # Overwrites logits_nV with the gradients of the logits.
             label_log_probs.append(
                 logits_to_gradients(
                     logits_nV, *per_token_n1, first_pad_row, tp_group, loss_parallel
@@ -160,10 +161,11 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             )
             if need_grad:
                 grad_nV = logits_nV
+                # Writes into grad_hidden_ND, of which grad_hidden_nD is a view.
                 torch.mm(grad_nV, weight_VD, out=grad_hidden_nD)
                 if grad_bias_V is not None:
                     grad_bias_V += grad_nV.sum(0, dtype=torch.float32)
-                if chunk >= len(hidden_ND):
+                if chunk_size >= len(hidden_ND):
                     grad_weight_VD = grad_nV.T @ hidden_nD
                 else:
                     _add_matmul(grad_weight_VD, grad_nV.T, hidden_nD)
@@ -287,8 +289,8 @@ def pair_cross_entropy_sum(
 ) -> Tensor:
     """Returns the cross-entropy summed over pairs, times `factor`, as a float32 scalar.
 
-    labels: (B,), -100 is not counted. sums: (2,), float32 or float64. Adds the sum without `factor`
-    to sums[0], and the number of correctly classified pairs to sums[1].
+    labels: (B,), -100: the pair has no label. sums: (2,), float32 or float64. Adds the sum without
+    `factor` to sums[0], and the number of correctly classified pairs to sums[1].
     """
     loss = functional.cross_entropy(
         logits_B2.float(), labels, ignore_index=IGNORED, reduction="sum"

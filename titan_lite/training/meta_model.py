@@ -1,7 +1,7 @@
 """The whole model on the meta device, and the checks that need it.
 
-All checks of settings run before the first collective: a rank that failed later would leave the
-others waiting in it. Each raises a SettingError for the key to change.
+These checks run before the first collective, because one rank alone can fail them, and the other
+ranks would wait there for it. Each raises a SettingError for the key to change.
 """
 
 from pathlib import Path

@@ -19,6 +19,8 @@ from titan_lite.data.packing import IGNORED, Packing, RowMaker
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.training.loss import pair_cross_entropy_sum
 
+ToDevice = Callable[[Tensor], Tensor]
+
 
 class Objective(Protocol):
     """The data and the loss of one training objective.
@@ -36,7 +38,7 @@ class Objective(Protocol):
     def __init__(self, config: Config) -> None: ...
 
     def row_maker(self, tokenizer: Tokenizer) -> RowMaker:
-        """Returns what builds this objective's rows from documents.
+        """Returns the builder of this objective's samples from documents.
 
         ValueError if the tokenizer lacks a token that the objective requires.
         """
@@ -45,18 +47,18 @@ class Objective(Protocol):
         """Returns the number of labelled (causal) or unpadded (masked) tokens, an int64 scalar."""
 
     def arguments(
-        self, batch: Batch, factor: Tensor, sums: Tensor, to_device: Callable[[Tensor], Tensor]
+        self, batch: Batch, pair_factor: Tensor, sums: Tensor, to_device: ToDevice
     ) -> dict[str, Any]:
         """Returns the model's arguments other than tokens, context and the head's loss.
 
-        factor: multiplies the loss of the pairs. sums: (num_sums,); the forward pass adds to it.
+        pair_factor: multiplies each pair's loss. sums: (num_sums,); the forward pass adds to it.
         """
 
     def metrics(self, loss: Tensor, sums: Tensor, num_pairs: Tensor) -> dict[str, float]:
-        """Returns metrics for a log record from a step's loss and sums; waits for the device."""
+        """Returns a step's metrics for its log record; waits for the device."""
 
     def validation(self, sums: Tensor, held_out: HeldOut) -> dict[str, float]:
-        """Returns metrics for a log record.
+        """Returns a validation's metrics for the log record.
 
         sums: the loss summed over the held-out documents, then the objective's own sums.
         """
@@ -81,7 +83,7 @@ class CausalLM:
         return (batch.labels != IGNORED).sum()
 
     def arguments(
-        self, batch: Batch, factor: Tensor, sums: Tensor, to_device: Callable[[Tensor], Tensor]
+        self, batch: Batch, pair_factor: Tensor, sums: Tensor, to_device: ToDevice
     ) -> dict[str, Any]:
         return {}
 
@@ -122,11 +124,11 @@ class MaskedLM:
         return (batch.documents == 0).sum()
 
     def arguments(
-        self, batch: Batch, factor: Tensor, sums: Tensor, to_device: Callable[[Tensor], Tensor]
+        self, batch: Batch, pair_factor: Tensor, sums: Tensor, to_device: ToDevice
     ) -> dict[str, Any]:
         assert batch.pair_labels is not None
         labels = to_device(batch.pair_labels)
-        loss = partial(pair_cross_entropy_sum, labels=labels, factor=factor, sums=sums)
+        loss = partial(pair_cross_entropy_sum, labels=labels, factor=pair_factor, sums=sums)
         return {"pair_loss": loss}
 
     def metrics(self, loss: Tensor, sums: Tensor, num_pairs: Tensor) -> dict[str, float]:

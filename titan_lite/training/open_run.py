@@ -1,7 +1,7 @@
 """Opens a run: builds a Trainer from a plan, ready for its next step.
 
-`open_run` reads top to bottom. All checks of settings run before the first collective: a rank that
-failed later would leave the others waiting in it.
+`open_run` reads top to bottom. Checks that one rank alone can fail run before the first collective,
+because the other ranks would wait there for the failed one. Later checks fail on all ranks.
 """
 
 import contextlib
@@ -97,17 +97,17 @@ def open_run(
         built = build_training(plan, model, objective, stages, meshes, process, progress=progress)
         compilations = Compilations() if config.compile.enable else None
         sources = SourceMeter(config.data) if config.data.sources else None
-        stateful: dict[str, Stateful] = {"data": data, "guard": built.step.guard}
-        if built.step.balancer is not None:
-            stateful["expert_counts"] = built.step.balancer
+        stateful: dict[str, Stateful] = {"data": data, "guard": built.train_step.guard}
+        if built.train_step.balancer is not None:
+            stateful["expert_counts"] = built.train_step.balancer
         if sources is not None:
             stateful["source_tokens"] = sources
         checkpoints = CheckpointManager(
             section=config.checkpoint,
             folder=plan.checkpoint_folder,
             model=built.model,
-            optimizer=built.step.optimizer,
-            average=None if built.step.average is None else built.step.average.tensors,
+            optimizer=built.train_step.optimizer,
+            average=None if built.train_step.average is None else built.train_step.average.tensors,
             exports_average=config.ema.export,
             stateful=stateful,
             device=process.device,
@@ -208,10 +208,10 @@ def _load(
             log_changes(start.manifest, plan, versions())
     elif hf is not None:
         load_hf(built.model, *hf)
-        if built.step.average is not None:
-            built.step.average.restart()
+        if built.train_step.average is not None:
+            built.train_step.average.restart()
         logger.info("Loaded the weights of %s", hf[0].path)
-    built.step.refresh_float8_scales()
+    built.train_step.refresh_float8_scales()
 
 
 def _log_run(plan: Plan, process: Process, built: BuiltTraining) -> None:

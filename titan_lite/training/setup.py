@@ -43,7 +43,7 @@ class BuiltTraining:
     flops: FlopsPerToken
     model: Transformer
     applied: Applied
-    step: TrainStep
+    train_step: TrainStep
 
 
 def build_training(
@@ -55,19 +55,20 @@ def build_training(
     process: Process,
     *,
     progress: Progress | None = None,
-    allocating: AbstractContextManager[object] | None = None,
+    tensor_mode: AbstractContextManager[object] | None = None,
 ) -> BuiltTraining:
-    """Parallelizes the whole `model`, on the meta device, in place, and initializes its weights.
+    """Cuts `model` to this rank's part, initializes it, and builds its optimizer and TrainStep.
 
-    Then builds its optimizer and its training step. progress: the run's current phase. allocating:
-    a context manager, entered around the creation of weights and optimizer.
+    model: the whole model on the meta device; changed in place. progress: the run's current phase.
+    tensor_mode: entered while weights and optimizer are created, such as a FakeTensorMode.
     """
     config, training = plan.config, plan.config.training
+    # Counted on the whole model, before build_parallel cuts it to this rank's part.
     flops = count_flops(plan, model, stages, objective)
     num_params = model.num_parameters
     parameter_names = [name for name, _ in model.named_parameters()]
     parallel_model = build_parallel(model, stages, plan, meshes, process)
-    with allocating or contextlib.nullcontext():
+    with tensor_mode or contextlib.nullcontext():
         init_weights(
             model,
             device=process.device,
@@ -80,18 +81,19 @@ def build_training(
             args=plan.args,
         )
         optimizer = build_optimizer(model, config.optimizer, plan.family.tp_plan, context)
-        device = next(model.parameters()).device
+        # The CPU with parallel.cpu_offload, else process.device.
+        parameter_device = next(model.parameters()).device
         guard = (
-            LossScaler(device)
+            LossScaler(parameter_device)
             if training.param_dtype == "float16"
-            else NonFiniteGuard(training.nonfinite, device)
+            else NonFiniteGuard(training.nonfinite, parameter_device)
         )
         average = WeightAverage(config.ema, model) if config.ema.enable else None
         balancer = None
         if isinstance(plan.args, MoEArgs):
             num_tokens = plan.global_batch_size * training.seq_len
             balancer = Balancer(model, plan.args, meshes, num_tokens, process.device)
-        step = TrainStep(
+        train_step = TrainStep(
             config=config,
             parallel_model=parallel_model,
             optimizer=optimizer,
@@ -103,7 +105,7 @@ def build_training(
             average=average,
             balancer=balancer,
         )
-        step.refresh_float8_scales()
+        train_step.refresh_float8_scales()
     return BuiltTraining(
         num_params=num_params,
         parameter_names=parameter_names,
@@ -111,5 +113,5 @@ def build_training(
         flops=flops,
         model=model,
         applied=parallel_model.applied,
-        step=step,
+        train_step=train_step,
     )

@@ -37,26 +37,27 @@ StepHook = Callable[[int, Tensor], None]
 
 @dataclass(frozen=True)
 class StepResult:
-    """Tensors on the device, which the host reads later; the same on all ranks.
+    """Tensors on the device, which the host reads later.
 
+    All except source_losses are the same on all ranks.
     loss: mean over the global batch. sums: the objective's other sums over it. grad_norm: global,
     before clipping. is_finite: a bool, True if loss and norm are finite. num_stopping: number of
     ranks that have received a stop signal.
-    Counts of the global batch, int64: num_valid, labels that are not -100; num_pairs, pairs whose
-    label is not -100; num_tokens, as counted by the objective.
-    One element per entry of data.sources: source_valid, its part of num_valid; source_losses, its
-    summed loss, of this rank only.
+    Counts of the global batch, int64: num_labelled, tokens with a label (not -100); num_pairs,
+    pairs with a label; num_tokens, tokens as the objective counts them.
+    One element per entry of data.sources: source_labelled, its part of num_labelled;
+    source_losses, its loss summed over this rank's tokens.
     """
 
     loss: Tensor
     sums: Tensor
     grad_norm: Tensor
-    num_valid: Tensor
+    num_labelled: Tensor
     num_pairs: Tensor
     num_tokens: Tensor
     is_finite: Tensor
     num_stopping: Tensor
-    source_valid: Tensor | None = None
+    source_labelled: Tensor | None = None
     source_losses: Tensor | None = None
 
 
@@ -87,8 +88,10 @@ class TrainStep:
         if self.balancer is not None:
             self.step_hooks.append(self.balancer.update)
         self.num_sources = len(self.config.data.sources)
+        # State of one step or evaluation, set at its start: `_model_arguments` passes it to the
+        # forward passes, which add to the losses and sums in place.
         self.source_losses: Tensor | None = None
-        self.pair_weight = torch.ones((), device=self.device)
+        self.pair_factor = torch.ones((), device=self.device)
         self.sums = self._zeros(torch.float32)
 
     def __call__(self, batches: Sequence[Batch], lr: float, *, stop: bool = False) -> StepResult:
@@ -99,27 +102,30 @@ class TrainStep:
         ranks.
         """
         self.progress.enter("forward")
-        micro_batches = [self.local(batch) for batch in batches]
-        valid, (num_pairs, num_tokens, num_stopping) = self._global_counts(micro_batches, stop)
-        # Every token of the global batch has the same weight: the sum over micro-batches and ranks
-        # is divided by the number of valid tokens in the global batch.
-        num_valid = valid.sum()
+        micro_batches = [self.split_for_cp(batch) for batch in batches]
+        source_labelled, other_counts = self._global_counts(micro_batches, stop)
+        num_pairs, num_tokens, num_stopping = other_counts
+        # Every labelled token of the global batch has the same weight: the sum over micro-batches
+        # and ranks is divided by their number.
+        num_labelled = source_labelled.sum()
         if self.num_sources:
             self.source_losses = torch.zeros(self.num_sources, device=self.device)
-        counts = torch.stack((num_valid, num_pairs)).clamp(min=1)
-        loss_weight, self.pair_weight = counts.to(torch.float32).reciprocal()
+        divisors = torch.stack((num_labelled, num_pairs)).clamp(min=1)
+        token_factor, self.pair_factor = divisors.to(torch.float32).reciprocal()
         self.sums = self._zeros(torch.float32)
         loss_scale = self.guard.scale
         if loss_scale is not None:
             loss_scale = loss_scale.to(self.device)
-            loss_weight, self.pair_weight = loss_weight * loss_scale, self.pair_weight * loss_scale
+            token_factor = token_factor * loss_scale
+            self.pair_factor = self.pair_factor * loss_scale
         if self.balancer is not None:
             self.balancer.start_step(loss_scale)
-        loss = self.forward_backward(micro_batches, loss_weight)
+        local_loss = self.forward_backward(micro_batches, token_factor)
         if loss_scale is not None:
-            loss /= loss_scale
+            local_loss /= loss_scale
         self.progress.enter("optimizer")
-        loss, *_ = sums = self.global_loss(torch.cat([loss.unsqueeze(0), self.sums]))
+        loss_and_sums = self._sum_over_ranks(torch.cat([local_loss.unsqueeze(0), self.sums]))
+        loss, sums = loss_and_sums[0], loss_and_sums[1:]
         norm = self._norm(loss_scale)
         set_lr(self.optimizer, lr)
         is_finite = self.guard.is_finite(loss, norm.total)
@@ -133,17 +139,17 @@ class TrainStep:
         for hook in self.step_hooks:
             hook(self.progress.step, is_applied)
         self.optimizer.zero_grad()
-        by_source = (valid, self.source_losses) if self.num_sources else ()
         return StepResult(
-            loss,
-            sums[1:],
-            norm.total,
-            num_valid,
-            num_pairs,
-            num_tokens,
-            is_finite,
-            num_stopping,
-            *by_source,
+            loss=loss,
+            sums=sums,
+            grad_norm=norm.total,
+            num_labelled=num_labelled,
+            num_pairs=num_pairs,
+            num_tokens=num_tokens,
+            is_finite=is_finite,
+            num_stopping=num_stopping,
+            source_labelled=source_labelled if self.num_sources else None,
+            source_losses=self.source_losses,
         )
 
     def refresh_float8_scales(self) -> None:
@@ -152,9 +158,9 @@ class TrainStep:
             refresh_scales(self.model)
 
     def _global_counts(self, micro_batches: Sequence[Batch], stop: bool) -> tuple[Tensor, Tensor]:
-        """Returns labels per source, and (pairs, tokens, stopping ranks), int64; collective."""
+        """Returns labelled tokens per source, and (pairs, tokens, stopping ranks); collective."""
         counted = [
-            torch.cat([self._count_valid(batch), self._count_pairs_and_tokens(batch)])
+            torch.cat([self._count_labelled(batch), self._count_pairs_and_tokens(batch)])
             for batch in micro_batches
         ]
         counts = torch.cat([torch.stack(counted).sum(0), torch.tensor([int(stop)])])
@@ -172,39 +178,39 @@ class TrainStep:
             num_pairs = (batch.pair_labels != IGNORED).sum()
         return torch.stack([num_pairs, self.objective.num_tokens(batch)])
 
-    def _count_valid(self, batch: Batch) -> Tensor:
-        """Returns the number of labels that are not -100, per source if there are sources."""
-        valid_B = (batch.labels != IGNORED).sum(1)
+    def _count_labelled(self, batch: Batch) -> Tensor:
+        """Returns the number of labelled tokens, per source if there are sources."""
+        labelled_B = (batch.labels != IGNORED).sum(1)
         if batch.sources is None:
-            return valid_B.sum(0, keepdim=True)
-        return valid_B.new_zeros(self.num_sources).index_add_(0, batch.sources, valid_B)
+            return labelled_B.sum(0, keepdim=True)
+        return labelled_B.new_zeros(self.num_sources).index_add_(0, batch.sources, labelled_B)
 
-    def global_loss(self, loss: Tensor) -> Tensor:
+    def _sum_over_ranks(self, sums: Tensor) -> Tensor:
         """Sums the parts of all ranks in place; collective."""
-        dist.all_reduce(loss, group=self.meshes.loss)
+        dist.all_reduce(sums, group=self.meshes.loss)
         if self.meshes.pp is not None:
             # Only ranks with the last stage compute a loss; the others have 0.
-            dist.all_reduce(loss, group=self.meshes.pp)
-        return loss
+            dist.all_reduce(sums, group=self.meshes.pp)
+        return sums
 
-    def forward_backward(self, micro_batches: Sequence[Batch], loss_weight: Tensor) -> Tensor:
+    def forward_backward(self, micro_batches: Sequence[Batch], token_factor: Tensor) -> Tensor:
         """Adds up the gradients of all micro-batches; returns this rank's part of the loss.
 
-        loss_weight: factor of each token's loss.
+        token_factor: multiplies each token's loss.
         """
         loss = torch.zeros((), device=self.device)
         if self.pipeline is not None:
             at_once = self.pipeline.num_micro_batches
             for first in range(0, len(micro_batches), at_once):
                 batches = micro_batches[first : first + at_once]
-                calls = [self._call(batch, loss_weight) for batch in batches]
+                calls = [self._model_arguments(batch, token_factor) for batch in batches]
                 for micro_loss in self.pipeline.step(calls):
                     loss += micro_loss
             return loss
         for number, batch in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)
             set_gradient_sync(self.model, self.meshes, self.config.parallel, last=last)
-            inputs, kwargs = self._call(batch, loss_weight)
+            inputs, kwargs = self._model_arguments(batch, token_factor)
             self.progress.enter("forward")
             micro_loss = self.model(inputs, **kwargs)
             self.progress.enter("backward")
@@ -228,14 +234,14 @@ class TrainStep:
 
         Float64, (1 + num_sums,); collective. Does not affect the next step.
         """
-        loss_weight = self.pair_weight = torch.ones((), device=self.device)
+        token_factor = self.pair_factor = torch.ones((), device=self.device)
         self.sums = self._zeros(torch.float64)
         at_once = 1 if self.pipeline is None else self.pipeline.num_micro_batches
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for first in range(0, len(batches), at_once):
             self.progress.enter("validation")
-            micro_batches = map(self.local, batches[first : first + at_once])
-            calls = [self._call(batch, loss_weight) for batch in micro_batches]
+            micro_batches = map(self.split_for_cp, batches[first : first + at_once])
+            calls = [self._model_arguments(batch, token_factor) for batch in micro_batches]
             if self.pipeline is not None:
                 losses = self.pipeline.evaluate(calls)
             else:
@@ -243,10 +249,10 @@ class TrainStep:
             for micro_loss in losses:
                 loss += micro_loss
         free_gathered(self.model)
-        return self.global_loss(torch.cat([loss.unsqueeze(0), self.sums]))
+        return self._sum_over_ranks(torch.cat([loss.unsqueeze(0), self.sums]))
 
-    def _call(self, batch: Batch, loss_weight: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """Returns the model's arguments for a micro-batch, on the device."""
+    def _model_arguments(self, batch: Batch, token_factor: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Returns the model's arguments for a micro-batch, on the device: inputs and keywords."""
         config, labelled_indices = self.config, None
         if config.training.loss_positions == "labelled":
             labelled_indices = self.to_device(self.labelled_indices(batch))
@@ -256,7 +262,7 @@ class TrainStep:
             labelled_indices=labelled_indices,
             num_chunks=config.training.loss_chunks,
             vocab_size=self.args.vocab_size,
-            factor=loss_weight,
+            factor=token_factor,
             loss_parallel=config.parallel.loss_parallel,
             compile=config.compile.covers("loss"),
         )
@@ -264,28 +270,31 @@ class TrainStep:
             source_ids = self.to_device(batch.sources).unsqueeze(1).expand_as(batch.labels)
             head_loss = partial(head_loss, source_ids=source_ids, source_losses=self.source_losses)
         kwargs = {"head_loss": head_loss, "context": self._context(batch)}
-        kwargs |= self.objective.arguments(batch, self.pair_weight, self.sums, self.to_device)
+        kwargs |= self.objective.arguments(batch, self.pair_factor, self.sums, self.to_device)
         return self.to_device(batch.inputs), kwargs
 
     def _zeros(self, dtype: torch.dtype) -> Tensor:
         return torch.zeros(self.objective.num_sums, dtype=dtype, device=self.device)
 
     def labelled_indices(self, batch: Batch) -> Tensor:
-        """Returns indices of flattened tokens with a label, on the host, since they set a shape."""
+        """Returns the indices of labelled tokens in the flattened batch.
+
+        Computed on the host: their number is a shape, for which a GPU would have to be waited for.
+        """
         return (batch.labels != IGNORED).flatten().nonzero().squeeze(1)
 
-    def local(self, batch: Batch) -> Batch:
-        """Returns the batch with this rank's tokens and labels; `_context` splits other tensors."""
+    def split_for_cp(self, batch: Batch) -> Batch:
+        """Returns the batch with this context parallel rank's part of inputs and labels.
+
+        `_context` splits the other tensors.
+        """
         if self.meshes.cp is None:
             return batch
         inputs, labels = batch.inputs[:, self.local_indices], batch.labels[:, self.local_indices]
         return dataclasses.replace(batch, inputs=inputs, labels=labels)
 
     def _context(self, batch: Batch) -> TokenContext:
-        """Returns the side inputs of this rank's tokens.
-
-        Only this function decides how context parallel splits each of them.
-        """
+        """Returns the side inputs of this rank's tokens, split for context parallel."""
         indices, positions, keys = self.local_indices, batch.positions, None
         if self.meshes.cp is not None:
             # A batch with attention inside documents or blocks has position ids; otherwise the
@@ -308,7 +317,7 @@ class TrainStep:
             return None
         config = self.config
         if config.parallel.cp_method == "ulysses":
-            # Attention sees whole rows.
+            # Attention is computed over whole sequences.
             queries = torch.arange(batch.documents.shape[1])
         dtype = getattr(torch, config.training.param_dtype)
         takes_spans = has_kernel(self.device, dtype) and config.attention.kernel != "math"

@@ -43,7 +43,7 @@ class StepMonitor:
     ) -> None:
         config = plan.config
         self.tokens: int | Tensor = state.tokens
-        self.unread_results = UnreadResults(built.step.guard, built.parameter_names)
+        self.unread_results = UnreadResults(built.train_step.guard, built.parameter_names)
         self.meter = build_meter(
             config, process, plan.run_folder, built.flops, start_step=state.step
         )
@@ -55,29 +55,29 @@ class StepMonitor:
         pp_ranks = [plan.dims.coordinates(rank)["pp"] for rank in range(plan.dims.world_size)]
         self._watch = RecordWatch(process, pp_ranks, start_step=state.step)
         self._plan, self._process, self._built = plan, process, built
-        self._balancer = built.step.balancer
+        self._balancer = built.train_step.balancer
         self._loader, self._sources = loader, sources
 
-    def record_step(self, step: int, result: StepResult, *, logs: bool) -> None:
+    def record_step(self, step: int, result: StepResult, *, should_log: bool) -> None:
         """Counts every step and reads its result; `log` writes the record of a logged step.
 
-        logs: the step is logged, so its result is read at once. Otherwise a GPU's result is read
-        one step late, so that the GPU has work while the host waits.
+        should_log: the step is logged, so its result is read at once. Otherwise a GPU's result is
+        read one step late, so that the GPU has work while the host waits.
         """
         tokens: int | Tensor = self._plan.global_batch_size * self._plan.config.training.seq_len
-        if self._built.step.objective.has_padding:
+        if self._built.train_step.objective.has_padding:
             # A tensor on the device, which the host does not wait for.
             tokens = result.num_tokens
         self.tokens += tokens
         self.meter.add(tokens=tokens, samples=self._plan.global_batch_size)
-        if self._sources is not None and result.source_valid is not None:
-            self._sources.add(result.source_valid)
+        if self._sources is not None and result.source_labelled is not None:
+            self._sources.add(result.source_labelled)
         self.unread_results.add(step, result)
-        self.unread_results.read(keep=int(self._process.device.type == "cuda" and not logs))
+        self.unread_results.read(keep=int(self._process.device.type == "cuda" and not should_log))
 
     def log(self, step: int, result: StepResult, lr: float, extra: dict[str, float]) -> Record:
         """Writes the record of a step, with `extra` metrics, and returns it; collective."""
-        guard, objective = self._built.step.guard, self._built.step.objective
+        guard, objective = self._built.train_step.guard, self._built.train_step.objective
         extra = extra | guard.metrics() | self._data_metrics(result)
         extra |= objective.metrics(result.loss, result.sums, result.num_pairs)
         if self._balancer is not None:
@@ -104,9 +104,9 @@ class StepMonitor:
             metrics["skipped_documents"] = all_reduce(counts, "max").sum().item()
         if self._sources is not None:
             assert result.source_losses is not None
-            assert result.source_valid is not None
+            assert result.source_labelled is not None
             metrics |= self._sources.metrics(
-                result.source_losses, result.source_valid, self._loader.epochs()
+                result.source_losses, result.source_labelled, self._loader.epochs()
             )
         return metrics
 

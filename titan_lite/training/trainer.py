@@ -98,12 +98,13 @@ class Trainer:
                 if step == first:
                     self.watchdog.set_timeout(config.comm.train_timeout_seconds)
                     self.report_compiled()
-                stops = self.is_stopping and config.checkpoint.enable
-                if stops or self.checkpoints.should_save(step, last):
+                saves_for_stop = self.is_stopping and config.checkpoint.enable
+                if saves_for_stop or self.checkpoints.should_save(step, last):
                     self.monitor.unread_results.read()
                     # All ranks wait here for the slowest one, so this is not counted as step time.
                     with self._outside_steps():
                         self.save()
+                # Tested again: the results read before a save may contain a stop signal.
                 if self.is_stopping:
                     break
             with self._outside_steps():
@@ -124,7 +125,7 @@ class Trainer:
         lr = self.schedule(step)
         monitor.forward_times.start_step()
         try:
-            result = self.built.step(batches, lr, stop=self.stop.signal is not None)
+            result = self.built.train_step(batches, lr, stop=self.stop.signal is not None)
         except torch.OutOfMemoryError as error:
             advice = advise_on_memory(self.plan, self.process.device)
             logger.error("%s", describe_out_of_memory(error, self.process.device, advice))
@@ -133,12 +134,12 @@ class Trainer:
         self.state.step = step
         for watcher in self.watchers:
             watcher.after_step(step, result)
-        validates = self._validates(step)
-        logs = validates or monitor.meter.should_log(step)
-        monitor.record_step(step, result, logs=logs)
-        if not logs:
+        should_validate = self._should_validate(step)
+        should_log = should_validate or monitor.meter.should_log(step)
+        monitor.record_step(step, result, should_log=should_log)
+        if not should_log:
             return None
-        validated = self.validate() if validates else {}
+        validated = self.validate() if should_validate else {}
         return monitor.log(step, result, lr, self.checkpoints.metrics() | validated)
 
     def validate(self) -> dict[str, float]:
@@ -147,14 +148,14 @@ class Trainer:
         assert held_out is not None
         # The first validation compiles, so it needs the longer timeout, and no speed is measured.
         with self._outside_steps():
-            sums = self.built.step.evaluate(held_out.batches)
-            metrics = self.built.step.objective.validation(sums, held_out)
+            sums = self.built.train_step.evaluate(held_out.batches)
+            metrics = self.built.train_step.objective.validation(sums, held_out)
         if self.compilations is not None:
             self.compilations.after_validation()
         return metrics
 
-    def _validates(self, step: int) -> bool:
-        """Returns whether this step is followed by a validation."""
+    def _should_validate(self, step: int) -> bool:
+        """Returns whether a validation follows this step."""
         if self.data.held_out is None:
             return False
         config = self.plan.config
@@ -168,7 +169,7 @@ class Trainer:
         self.checkpoints.save(self.state, is_last=is_last)
 
     def report_compiled(self) -> None:
-        """Adds the numbers of compiled graphs, known after the first step, to the report."""
+        """Adds the number of compiled graphs to the report; called after the first step."""
         if self.compilations is None:
             return
         counts: dict[str, Any] = {"compiled_graphs": self.compilations.graphs}
@@ -187,7 +188,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _outside_steps(self) -> Iterator[None]:
-        """Excludes the block from measured speeds, and gives it the longer timeout; collective."""
+        """Excludes the `with` body from measured speeds; allows it more time; collective."""
         comm = self.plan.config.comm
         self.watchdog.set_timeout(comm.init_timeout_seconds)
         with self.monitor.meter.excluded():
