@@ -4,12 +4,14 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from tests.distributed import Workers
 from tests.runs import Clock, build_trainer
 from titan_lite.metrics.alerts import LossWatch, slow_ranks
+from titan_lite.training.step import TrainStep
 
 
 def _spikes(losses: list[float]) -> list[int]:
@@ -34,7 +36,7 @@ def _disturbed(folder: Path) -> list[str]:
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("titan_lite.metrics.alerts").addHandler(handler)
-    batches, train_step, clock = trainer.data.batches, trainer.built.train_step, Clock(trainer)
+    batches, take_step, clock = trainer.data.batches, TrainStep.__call__, Clock(trainer)
 
     def is_it(rank: int, *steps: int) -> bool:
         return trainer.process.rank == rank and trainer.state.step + 1 in steps
@@ -47,7 +49,7 @@ def _disturbed(folder: Path) -> list[str]:
             yield batch
 
     def spiky(*arguments: Any, **kwargs: Any) -> Any:
-        result = train_step(*arguments, **kwargs)
+        result = take_step(*arguments, **kwargs)
         if trainer.state.step + 1 == 13:
             result.loss.mul_(10)
         return result
@@ -57,9 +59,9 @@ def _disturbed(folder: Path) -> list[str]:
 
     trainer.built.model.get_submodule("layers.1.feed_forward").register_forward_pre_hook(linger)
     trainer.data.batches = slow()
-    trainer.built.train_step = spiky  # type: ignore[assignment]
     try:
-        trainer.train()
+        with mock.patch.object(TrainStep, "__call__", spiky):
+            trainer.train()
     finally:
         logging.getLogger("titan_lite.metrics.alerts").removeHandler(handler)
         trainer.close()

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tests.distributed import Workers
 from tests.runs import build_trainer, train, whole
 from titan_lite.models.plan import make_plan
 from titan_lite.optim.nonfinite import DeviceGuardedOptimizer, NonFiniteError, NonFiniteGuard
+from titan_lite.training.step import TrainStep
 from titan_lite.training.trainer import Trainer
 
 SKIP = "--training.nonfinite=skip"
@@ -194,19 +196,19 @@ def _late_on_gpu(folder: Path, *overrides: str) -> tuple[str, bool]:
     for step in (1, 2):
         trainer.train_step(step)
     before = whole(trainer.built.model)
-    step, trainer_step = 3, trainer.built.train_step
+    step, take_step = 3, TrainStep.__call__
 
     def without_waiting(*arguments: Any, **kwargs: Any) -> Any:
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return trainer_step(*arguments, **kwargs)
+            return take_step(*arguments, **kwargs)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    trainer.built.train_step = without_waiting  # type: ignore[assignment]
-    trainer.train_step(step)
-    with pytest.raises(NonFiniteError) as error:
-        trainer.train_step(step + 1)
+    with mock.patch.object(TrainStep, "__call__", without_waiting):
+        trainer.train_step(step)
+        with pytest.raises(NonFiniteError) as error:
+            trainer.train_step(step + 1)
     trainer.close()
     after = whole(trainer.built.model)
     return str(error.value), all((after[name] == before[name]).all() for name in before)
