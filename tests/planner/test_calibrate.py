@@ -38,6 +38,7 @@ CONSTANTS = {
     "attention_forward_tokens": 120.0,
     "attention_backward": 0.7,
     "attention_backward_tokens": 450.0,
+    "tp": 1.5,
     "loss": 0.5,
     "optimizer": 0.8,
     "link": 0.4,
@@ -73,6 +74,19 @@ def test_the_fit_finds_the_constants_that_made_the_times(device: str, tmp_path: 
     assert read.calibrated
     assert read.price_per_gpu_hour == 2.5
     assert explain(read, MACHINE) == explain(actual, MACHINE)
+
+
+def test_kernels_are_slower_in_a_block_than_alone() -> None:
+    """Kernels get the rates that they have in a block; optimizer and collectives keep theirs."""
+    true = calibrate_fit._with(cluster("h100"), CONSTANTS)
+    alone = explain(true, MACHINE)
+    slow = {name: 1.25 * value if "blocks" in name else value for name, value in alone.items()}
+    actual = explain(fit(cluster("h100"), MACHINE, slow), MACHINE)
+    # The matmul of the head is slower, the rest of the loss is not.
+    assert alone["loss"] < actual.pop("loss") < 1.25 * alone.pop("loss")
+    for name, value in alone.items():
+        is_kernel = name.startswith(("linear", "other", "attention", "elementwise", "blocks"))
+        assert actual[name] == pytest.approx(value * (1.25 if is_kernel else 1.0), rel=0.01), name
 
 
 def test_what_was_not_measured_keeps_its_constant() -> None:
@@ -114,7 +128,7 @@ def measure(file: Path) -> tuple[str, dict[str, float], dict[str, float]]:
     """Measures tiny kernels; then runs the command, as a launcher's processes do."""
     process = Process.from_environment()
     tiny = calibrate_measure.Sizes(
-        64, ((64, 64, 64), (128, 64, 128)), (64, 128), (16, 64), 128, (64, 4096)
+        128, ((64, 64, 64), (128, 64, 128)), (64, 128), (16, 64), 128, (64, 4096)
     )
     with (
         mock.patch.dict(calibrate_measure.SIZES, cpu=tiny),
@@ -141,6 +155,7 @@ def test_real_processes_measure_this_machine(
     assert seconds.keys() == explained.keys() | {"alone", "overlapped"}
     assert all(0 < second < math.inf for second in [*seconds.values(), *explained.values()])
     assert sum("ranks 2, stride 1" in name for name in seconds) == 6
+    assert {"blocks 64", "blocks 64, tp 2"} < seconds.keys()
     cluster = find_cluster(str(file))
     assert (cluster.gpus_per_node, cluster.price_per_gpu_hour, cluster.calibrated) == (2, 2, True)
     assert cluster.measured.keys() == set(tomllib.loads(text)["measured"])

@@ -176,10 +176,9 @@ def _changes(plan: Plan, cluster: Cluster, job: Job) -> Iterator[Values]:
     if dims.pp > 1 and parallel.pp_schedule == "1F1B":
         for stages in (2, 3, 4):
             yield {"parallel.pp_schedule": "Interleaved1F1B", "parallel.pp_stages_per_rank": stages}
-    fixed = {"parallel.dp_shard": -1}
     for axis in ("tp", "pp", "cp", "ep", "dp_replicate"):
-        others = _scaled(getattr(dims, axis), (2, 4, 8))
-        yield from ({f"parallel.{axis}": other, **fixed} for other in others)
+        for degree in _scaled(getattr(dims, axis), (2, 4, 8)):
+            yield {f"parallel.{axis}": degree, "parallel.dp_shard": -1}
 
 
 def _scaled(number: int, factors: tuple[int, ...]) -> list[int]:

@@ -82,9 +82,11 @@ class StepModel:
         last = products[-1][0] if job.early_stop and not routed else 0.0
         attention, elementwise = rates.attention(job), rates.elementwise(job)
         size = 2 * rates.scale * M * args.dim
-        gather = self.ring(size * (0.5 if float8 else 1), t, 1)
-        scatter = self.ring(size, t, 1)
-        exposed = 1 - self.k["async_tp"] if job.async_tp else 1.0
+        # Rows of several samples are put in order after a gather, and before a scatter.
+        reorder = rates.bytes["copies"] * 2 * size / rates.hbm * (t > 1 and job.sequence_parallel)
+        gather = self.ring(size * (0.5 if float8 else 1), t, 1) + reorder * (job.micro_batch > 1)
+        scatter = self.ring(size, t, 1) + reorder
+        exposed = self.k["tp"] * (1 - self.k["async_tp"] if job.async_tp else 1.0)
         # Scales of float8, one number for each input that tensor-parallel ranks share.
         scales = 6 * self.ring(8, t, 1, 2) if float8 else 0.0
         tp = exposed * 2 * (gather + scatter) + scales
@@ -246,8 +248,17 @@ class StepModel:
             ends = (first[0] + gather if gathers else 0.0) + (
                 first[1] + last[1] * self.args.tied_head + reduce if reduces else 0.0
             )
-            total += times * (layers * exposed + ends)
+            passes = (1 if job.keeps_gathered else 2) * gathers
+            total += times * (layers * exposed + ends + self._copies(job, passes, reduces))
         parts["fsdp"] = total
+
+    def _copies(self, job: Job, gathers: int, reduces: int) -> float:
+        """Seconds in which FSDP2 copies gathered parameters, and gradients before a reduction."""
+        per_param = 4 * gathers * self.rates.scale
+        per_param += reduces * (2 * self.rates.scale + job.reduce_bytes)
+        local = (self.params - self.experts) / job.tp + self.experts / job.ep
+        copied: float = self.rates.bytes["copies"] * per_param * local / job.pp
+        return copied / self.rates.hbm
 
     def _pipeline(self, job: Job, block: BlockTimes, head: Pair, parts: Parts) -> None:
         m, passes = job.micro_steps, job.micro_steps // job.pipelined
@@ -264,7 +275,8 @@ class StepModel:
         parts["bubble"] = passes * (job.pp - 1) / job.stages_per_rank * idle * rank
         params, experts = self.params / job.pp, self.experts / job.pp
         if job.fsdp * job.dp_replicate > 1:
-            parts["fsdp"] = passes * 0.5 * sum(self._units(job, params - experts, experts))
+            units = 0.5 * sum(self._units(job, params - experts, experts))
+            parts["fsdp"] = passes * (units + self._copies(job, 1, 1))
 
 
 def rank_stages(job: Job) -> list[tuple[int, ...]]:

@@ -23,7 +23,14 @@ from titan_lite.runtime.distributed import (
 )
 from titan_lite.runtime.gpus import count_gpus
 from titan_lite.tools.calibrate_fit import MEASURED, describe_machine, explain, fit
-from titan_lite.tools.calibrate_measure import Kernels, Machine, Seconds, exchanges, overlaps
+from titan_lite.tools.calibrate_measure import (
+    Kernels,
+    Machine,
+    Seconds,
+    exchanges,
+    overlaps,
+    tensor_parallel,
+)
 
 
 def calibrate(process: Process, per_node: int, budget: float) -> tuple[Cluster, Seconds, Seconds]:
@@ -32,8 +39,10 @@ def calibrate(process: Process, per_node: int, budget: float) -> tuple[Cluster, 
     kernels = Kernels(machine)
     seconds = machine.measure(kernels.cases(), 0.6)
     if process.world_size > 1:
-        seconds |= machine.measure(exchanges(machine), 0.3)
+        seconds |= machine.measure(exchanges(machine), 0.2)
         seconds |= machine.measure(overlaps(machine, kernels, seconds), 0.1)
+    if machine.tp > 1:
+        seconds |= machine.measure(tensor_parallel(machine, kernels), 0.1)
     cluster = fit(describe_machine(machine, seconds), machine, seconds)
     return cluster, seconds, explain(cluster, machine)
 

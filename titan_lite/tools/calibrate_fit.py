@@ -14,7 +14,8 @@ from titan_lite.metrics.device import device_name
 from titan_lite.planner.cluster import Cluster
 from titan_lite.planner.hardware import Device, find_device
 from titan_lite.planner.kernels import Rates
-from titan_lite.tools.calibrate_measure import LOSS_DIM, Machine, Ring, Seconds
+from titan_lite.planner.step_time import StepModel
+from titan_lite.tools.calibrate_measure import BLOCKS, LOSS_DIM, Machine, Ring, Seconds
 
 # `source` of a device without a datasheet.
 MEASURED = "measured"
@@ -39,6 +40,15 @@ def explain(cluster: Cluster, machine: Machine) -> Seconds:
     for tokens in sizes.batches:
         one = dataclasses.replace(job, micro_batch=1, seq_len=tokens)
         seconds[f"elementwise {tokens}"] = sum(rates.elementwise(one))
+    for tokens in sizes.batches[1:]:
+        length = sizes.lengths[0]
+        for t in sorted({1, machine.tp}):
+            one = dataclasses.replace(
+                job, micro_batch=tokens // length, seq_len=length, span=length, tp=t
+            )
+            block = StepModel(cluster, one).block(one)
+            name = f"blocks {tokens}" + (f", tp {t}" if t > 1 else "")
+            seconds[name] = BLOCKS * (block.seconds(0) + block.seconds(1))
     tokens, rows = sizes.batches[1], sizes.vocabulary
     seconds["loss"] = rates.loss(job, tokens, rows) + sum(rates.linear(tokens, LOSS_DIM, rows))
     params = sum((inputs + 1) * outputs for _, inputs, outputs in sizes.linears)
@@ -68,6 +78,7 @@ NEUTRAL = {
     "attention_backward": 1.0,
     "attention_forward_tokens": 0.0,
     "attention_backward_tokens": 0.0,
+    "tp": 1.0,
     "loss": 1.0,
     "optimizer": 1.0,
     "link": 1.0,
@@ -120,11 +131,25 @@ def fit(cluster: Cluster, machine: Machine, seconds: Seconds) -> Cluster:
         rest = max(seconds[name] - product, seconds[name] / 10)
         constants[name] = (explained()[name] - product) / rest
 
+    blocks, kernels = [f"blocks {tokens}" for tokens in sizes.batches[1:]], explained()
+    # In a block the same kernels are slower: caches, autograd, Python.
+    slowdown = math.exp(statistics.mean(math.log(seconds[c] / kernels[c]) for c in blocks))
+    for name in ("matmul", "attention/flash", "hbm"):
+        constants[name] /= slowdown
+    # The launches of a block; and rates relative to "hbm", which stay as measured.
+    for name in ("kernel_us", "loss", "optimizer"):
+        constants[name] *= slowdown
+
     near = [ring for ring in machine.rings() if _nodes(machine, ring) == 1]
     if near:
         cases, hops = list(map(str, near)), [_hops(ring, ring.ranks - 1) for ring in near]
         slowness, constants["hop_us"] = _line([plain[c] for c in cases], hops, seconds, cases)
         constants["link"] = 1 / slowness
+    if machine.tp > 1:
+        split = [f"{case}, tp {machine.tp}" for case in blocks]
+        alone, whole = explained(tp=0.0), explained()
+        added = [(seconds[c] - alone[c]) / (whole[c] - alone[c]) for c in split]
+        constants["tp"] = max(0.0, statistics.mean(added))
     far = [ring for ring in machine.rings() if _nodes(machine, ring) > 1]
     if far:
         cases, hops = list(map(str, far)), [_hops(ring, _nodes(machine, ring)) for ring in far]

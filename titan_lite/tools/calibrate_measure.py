@@ -11,13 +11,17 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from titan_lite.config.schema import Model
 from titan_lite.models.plan import make_plan
+from titan_lite.models.registry import families
 from titan_lite.nn.attention import ScaledDotProductAttention
 from titan_lite.nn.block import Block
+from titan_lite.nn.build_model import build_model
 from titan_lite.nn.rope import RotaryEmbedding
 from titan_lite.nn.token_context import NO_CONTEXT
+from titan_lite.parallel.tensor import apply_tp
 from titan_lite.planner.job import Job
 from titan_lite.planner.read import read_job
 from titan_lite.planner.search import divisors
@@ -35,6 +39,8 @@ ROUNDS, LAPS = 3, 5
 SHARE = 0.7
 # `dim` of the model whose loss is measured.
 LOSS_DIM = 64
+# Blocks of the model that is measured as a whole.
+BLOCKS = 2
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,11 @@ class Machine:
         """The dtype of which only the peak is measured."""
         return torch.bfloat16 if self.dtype is torch.float32 else torch.float32
 
+    @property
+    def tp(self) -> int:
+        """Tensor-parallel ranks of the measured blocks, within a node."""
+        return math.gcd(self.per_node, self.job().args.num_heads)
+
     def job(self) -> Job:
         """A job that runs the measured kernels."""
         dim = self.sizes.dim
@@ -177,6 +188,7 @@ class Kernels:
     def __init__(self, machine: Machine) -> None:
         self.sizes, self.dtype, self.other_dtype = machine.sizes, machine.dtype, machine.other_dtype
         self.device, self.args = machine.process.device, machine.job().args
+        self.family = families()[Model().name]
 
     def cases(self) -> dict[str, Callable[[], Work]]:
         """Returns all kernels by name; each allocates its tensors when it is called."""
@@ -189,6 +201,8 @@ class Kernels:
                 cases[f"attention {way} {length}"] = partial(self.attention, length, way)
         for tokens in self.sizes.batches:
             cases[f"elementwise {tokens}"] = partial(self.elementwise, tokens)
+        for tokens in self.sizes.batches[1:]:
+            cases[f"blocks {tokens}"] = partial(self.blocks, tokens)
         return cases | {"loss": self.loss}
 
     def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -241,6 +255,25 @@ class Kernels:
 
         return work
 
+    def blocks(self, tokens: int, mesh: DeviceMesh | None = None) -> Work:
+        """Blocks of a model, forward and backward; with tensor parallel over `mesh`."""
+        args = dataclasses.replace(self.args, num_layers=BLOCKS)
+        model = build_model(self.family, args).to(self.device, self.dtype)
+        model.init_buffers(self.device)
+        ranks = 1
+        if mesh is not None:
+            apply_tp(model, mesh, self.family.tp_plan, sequence_parallel=True)
+            ranks = mesh.size()
+        length = self.sizes.lengths[0]
+        x = self.random(tokens // length, length // ranks, args.dim)
+        gradient = torch.randn_like(x)
+        inputs = x, *model.layers.parameters()
+
+        def work() -> None:
+            torch.autograd.grad(model.run_blocks(x, NO_CONTEXT), inputs, gradient)
+
+        return work
+
     def loss(self) -> Work:
         """The head and its cross-entropy, so narrow that the matmuls take little time."""
         tokens = self.sizes.batches[1]
@@ -282,6 +315,20 @@ def exchanges(machine: Machine) -> dict[str, Callable[[], Work]]:
     return {
         str(ring): partial(_exchange, ring, groups[ring.ranks, ring.stride], process.device)
         for ring in machine.rings()
+    }
+
+
+def tensor_parallel(machine: Machine, kernels: Kernels) -> dict[str, Callable[[], Work]]:
+    """Returns blocks with tensor parallel over the ranks of a node. All ranks must call it."""
+    t = machine.tp
+    mesh = init_device_mesh(
+        machine.process.device.type,
+        (machine.process.world_size // t, t),
+        mesh_dim_names=("outer", "tp"),
+    )["tp"]
+    return {
+        f"blocks {tokens}, tp {t}": partial(kernels.blocks, tokens, mesh)
+        for tokens in machine.sizes.batches[1:]
     }
 
 
