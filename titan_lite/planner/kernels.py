@@ -130,8 +130,6 @@ class Rates:
 
     def all_to_all(self, size: float, ranks: int, inner: int) -> float:
         """Seconds for each rank to send an equal part of `size` bytes to every other rank."""
-        if ranks == 1:
-            return 0.0
         near, far = size * (inner - 1) / ranks, size * (ranks - inner) / ranks
         # Traffic that leaves the node gets this rank's share of the node's network.
         sent = max(near / self.inner, far / self.bandwidth(ranks, 1))

@@ -26,9 +26,8 @@ def read_job(config: Config, dims: ParallelDims, family: Family, args: DecoderAr
     training, parallel, data = config.training, config.parallel, config.data
     optimizer = config.optimizer
     micro = training.local_batch_size
-    steps = (
-        resolve_global_batch(training.global_batch_size, micro, dims.batch) // micro // dims.batch
-    )
+    samples = resolve_global_batch(training.global_batch_size, micro, dims.batch)
+    steps = samples // micro // dims.batch
     span = data.packing_block if data.packing == "fixed" else training.seq_len
     share = 1.0
     if family.objective == "masked_lm" and training.loss_positions == "labelled":

@@ -174,8 +174,7 @@ class StepModel:
             local += self.experts * (1 / job.ep - 1 / job.tp) / job.pp
             parts["optimizer"] += m * job.accumulate_bytes * local / self.rates.hbm
         doublings = math.log2(max(1, job.world_size / self.cluster.gpus_per_node))
-        total = sum(parts.values())
-        each = self.k["straggler"] * total + self.k["straggler_ms"] * 1e-3
+        each = self.k["straggler"] * sum(parts.values()) + self.k["straggler_ms"] * 1e-3
         parts["stragglers"] = doublings * each
         factor = self.cluster.measured.get(f"step/{job.kernels}", self.k["step"])
         return Step(job, self.cluster, {name: factor * part for name, part in parts.items()})
@@ -232,8 +231,7 @@ class StepModel:
         table = self.args.padded_vocab_size * self.args.dim
         first, last = self._units(job, table * (not self.args.tied_head)), self._units(job, table)
         layers, m = self.args.num_layers, job.micro_steps
-        share = job.recomputed[0] / layers
-        forward, backward = block.seconds(0), block.seconds(1, share)
+        forward, backward = block.seconds(0), block.seconds(1, job.recomputed[0] / layers)
         if job.fsdp * job.dp_replicate == 1:
             return
         once = job.keeps_gathered and job.syncs_last
@@ -266,8 +264,7 @@ class StepModel:
         size = 2 * self.rates.scale * job.local_tokens * self.args.dim / job.tp
         # Pipeline neighbours are in different nodes if the rest of the mesh fills a node.
         far = job.tp * job.fsdp * job.dp_replicate >= self.cluster.gpus_per_node
-        share = self.cluster.gpus_per_node
-        wide = self.rates.outer / share if far else self.rates.inner
+        wide = self.rates.outer / self.cluster.gpus_per_node if far else self.rates.inner
         hop = self.k["node_hop_us" if far else "hop_us"] * 1e-6
         parts["pp"] = m * 2 * job.stages_per_rank * (size / min(wide, self.rates.inner) + hop)
         # Schedules that split backward compute weights' gradients in time that is otherwise idle.
@@ -313,6 +310,5 @@ class Step:
         memory = parts["elementwise"] + parts["optimizer"] + 0.5 * parts["head"]
         waiting = self.seconds - busy - memory
         share = busy + k["memory_watts"] * memory + k["waiting_watts"] * waiting
-        limit = self.cluster.limit_w
-        idle = k["idle_watts"] * limit
-        return idle + (limit - idle) * share / self.seconds
+        idle = k["idle_watts"]
+        return self.cluster.limit_w * (idle + (1 - idle) * share / self.seconds)
