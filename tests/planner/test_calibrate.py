@@ -77,7 +77,7 @@ def test_the_fit_finds_the_constants_that_made_the_times(device: str, tmp_path: 
 
 
 def test_kernels_are_slower_in_a_block_than_alone() -> None:
-    """Kernels get the rates that they have in a block; optimizer and collectives keep theirs."""
+    """Only kernels of blocks get slower; the optimizer and collectives do not."""
     true = calibrate_fit._with(cluster("h100"), CONSTANTS)
     alone = explain(true, MACHINE)
     slow = {name: 1.25 * value if "blocks" in name else value for name, value in alone.items()}
