@@ -130,6 +130,28 @@ def test_mistakes_are_one_block_on_stderr_and_exit_code_2() -> None:
     )
 
 
+def test_without_a_command_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "\n  dryrun     run one step of any rank" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["plan", "--world_size", "8"], 'of titan-lite plan; did you mean "--world-size"?'),
+        (["plan", "--world_size=8"], 'of titan-lite plan; did you mean "--world-size"?'),
+        (["dryrun", "--cluster", "h100"], 'of titan-lite dryrun; did you mean "--job.cluster="?'),
+        (["config", "--gpus=8"], "of titan-lite config; its options are --help, --world-size, "),
+    ],
+)
+def test_an_unknown_option_is_named(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([argv[0], "run.toml", *argv[1:]]) == 2
+    name = argv[1].partition("=")[0]
+    assert f"titan-lite: {name} is not an option {message}" in capsys.readouterr().err
+
+
 def test_rules_of_the_configuration_and_the_model_stand_in_one_block() -> None:
     result = titan_lite(
         "config", "--quiet", "--world-size=3", "--parallel.dp_replicate=2", "--model.flavor=debgu"
@@ -147,7 +169,7 @@ def test_the_world_size_is_the_option_or_the_launchers_or_what_the_degrees_need(
     assert "the world size (4)" in titan_lite(*three, WORLD_SIZE="4").stderr
     assert titan_lite(*three, "--world-size", "3", WORLD_SIZE="4").returncode == 0
     assert (
-        "WORLD_SIZE (environment): must be an integer, got 'x'"
+        "titan-lite: the variable WORLD_SIZE must be an integer, got 'x'"
         in titan_lite(*three, WORLD_SIZE="x").stderr
     )
     assert titan_lite(*three, "--world-size", "x").returncode == 2

@@ -444,8 +444,11 @@ def test_an_unknown_device_or_rank_is_a_mistake_to_answer_at_once(
 ) -> None:
     assert cli.main(["dryrun", "--device=h1000"]) == 2
     assert "no such device: 'h1000'; did you mean \"H100" in capsys.readouterr().err
+    assert cli.main(["dryrun", "--device=none"]) == 2
+    assert "no such device: 'none'; the devices are V100 SXM2 16GB, " in capsys.readouterr().err
     assert cli.main(["dryrun", "--rank=2", "--world-size=2"]) == 2
-    assert "expected 0 to 1, or \"all-stages\", got '2'" in capsys.readouterr().err
+    message = 'titan-lite: --rank: expected "all-stages", or a rank below the world size (2, see '
+    assert message in capsys.readouterr().err
 
 
 def test_every_device_is_found_by_its_name_in_small_letters() -> None:

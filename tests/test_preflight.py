@@ -59,7 +59,11 @@ WORDS = {"text": "word " * 300}
 @pytest.mark.parametrize(
     ("documents", "settings", "message"),
     [
-        ([{"body": "a"}] * 99, (), "line 1: 'text' is not one of its fields"),
+        (
+            [{"body": "a"}] * 99,
+            (),
+            'line 1: no field "text"; its fields: "body"; set text_field = "body"',
+        ),
         ([{"text": 3}] * 99, (), "line 1: field 'text' is 3, expected text"),
         ([{"text": ""}] * 99, (), "line 1: field 'text' is empty"),
         (
@@ -97,7 +101,7 @@ def test_documents_of_columns_are_looked_at_as_well(tmp_path: Path, refused: Pre
     parquet.write_table(pyarrow.table({"text": [1] * 99}), tmp_path / "a.parquet")
     assert "field 'text' is 1" in refused(f"--data.dataset_path={tmp_path}")
     actual = refused(f"--data.dataset_path={tmp_path}", "--data.text_field=body")
-    assert "'body' is not one of its fields: it has text" in actual
+    assert 'no field "body"; its fields: "text"; data' in actual
 
 
 def test_each_source_is_looked_at(tmp_path: Path, refused: Preflight) -> None:
@@ -107,7 +111,7 @@ def test_each_source_is_looked_at(tmp_path: Path, refused: Preflight) -> None:
         f'{{name = "{path.stem}", weight = 1, dataset_path = "{path}"}}' for path in (good, bad)
     )
     actual = refused(f"--data.sources=[{tables}]")
-    assert f"{bad}, line 1: 'text' is not one of its fields" in actual
+    assert f'{bad}, line 1: no field "text"' in actual
     assert "data.sources.bad.text_field (command line)" in actual
 
 
@@ -126,9 +130,7 @@ def test_files_of_a_model_among_documents_are_left_out_and_others_looked_at(
     assert left_out in caplog.text
     (tmp_path / "statistics.json").write_text('{"documents": 64}')
     actual = refused(setting)
-    assert (
-        "statistics.json, document 1: 'text' is not one of its fields: it has documents" in actual
-    )
+    assert 'statistics.json, document 1: no field "text"; its fields: "documents"; data' in actual
 
 
 def test_sources_that_read_the_same_documents_are_named(
@@ -241,8 +243,8 @@ def test_what_the_devices_cannot_do_is_refused_in_one_block(
     )
     assert actual.startswith("titan-lite: 5 problems in the configuration ")
     for words in (
-        "'text' is not one of its fields",
-        "2 ranks with 1 stages each require at least 2 blocks, got 1",
+        'no field "text"; its fields: "body"',
+        "a pipeline of 2 stages requires at least 2 blocks, got 1; set parallel.pp to at most 1",
         "compile.enable (command line): requires a C++ compiler, but ",
         'float8.recipe (command line): "rowwise" requires CUDA compute capability',
         "profiling.enable_memory_snapshot (command line): memory snapshots require a CUDA device",

@@ -16,11 +16,11 @@ from titan_lite.config.arguments import (
     UsageError,
     command_parser,
     examples,
+    parse_arguments,
     positive,
-    split_arguments,
 )
 from titan_lite.config.dims import ParallelDims
-from titan_lite.config.load import ConfigError, LoadedConfig, Problem, load_config
+from titan_lite.config.load import ConfigError, LoadedConfig, load_config
 from titan_lite.config.problems import SettingError, collecting, did_you_mean, nearest
 from titan_lite.config.registry import load
 from titan_lite.config.render import json_schema, to_markdown, to_toml
@@ -48,7 +48,7 @@ COMMANDS = {
     "convert": "convert Hugging Face safetensors to checkpoints, and back",
     "dryrun": "run one step of any rank on fake tensors: memory, FLOPs, collectives",
     "plan": "predict memory, time, cost and energy of a run on any cluster",
-    "compare": "compare the curves of two runs at every step",
+    "compare": "compare the curves of two runs, at every step that both logged",
     "golden": "compare runs with stored curves, for CI",
     "report": "write an HTML page about one or several runs",
 }
@@ -82,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"titan-lite {__version__}")
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="see below")
+    if not argv:
+        print(parser.format_help(), end="", file=sys.stderr)
+        return 2
     command = parser.parse_args(argv[:1]).command
     try:
         code: int = load(FUNCTIONS[command])(argv[1:])
@@ -134,7 +137,7 @@ def _config(argv: list[str]) -> int:
         action="store_true",
         help="also check the data, tokenizer, checkpoint and device on this machine",
     )
-    options, path, overrides = _parse(parser, argv)
+    options, path, overrides = parse_arguments(parser, argv)
     if options.schema:
         flavors = {name: list(family.flavors) for name, family in registry.families().items()}
         print(json.dumps(json_schema(flavors), indent=2))
@@ -233,7 +236,7 @@ def _tokenize(argv: list[str]) -> int:
     parser.add_argument(
         "--verify", type=Path, metavar="DIR", help="compare a folder's files with their checksums"
     )
-    options, path, overrides = _parse(parser, argv)
+    options, path, overrides = parse_arguments(parser, argv)
     from titan_lite.tools import tokenize_data
 
     if options.verify:
@@ -272,14 +275,16 @@ def _dryrun(argv: list[str]) -> int:
         help="device to compare the memory with: the start of a name in assets/devices.txt (h100)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    options, path, overrides = _parse(parser, argv)
+    options, path, overrides = parse_arguments(parser, argv)
     logging.basicConfig(format="titan-lite: warning: %(message)s", level=logging.WARNING)
     device = hardware.find_by_short_name(options.device)
     if device is None:
         names = [known.name for known in hardware.DEVICES]
         hint = did_you_mean(nearest(options.device, names, limit=3))
-        message = f"no such device: {options.device!r}{hint}"
-        raise ConfigError([Problem("--device", "command line", message)])
+        raise UsageError(
+            f"--device: no such device: {options.device!r}"
+            f"{hint or '; the devices are ' + ', '.join(names)}"
+        )
     # Turns off features that need files or packages which a dry run does not.
     elsewhere = ('--checkpoint.initial_load_hf=""', "--metrics.enable_wandb=false")
     world_size = _world_size(options.world_size)
@@ -303,8 +308,10 @@ def _ranks(option: str | None, dims: ParallelDims) -> list[int]:
         return stages
     if option.isdecimal() and int(option) < dims.world_size:
         return [int(option)]
-    message = f'expected 0 to {dims.world_size - 1}, or "all-stages", got {option!r}'
-    raise ConfigError([Problem("--rank", "command line", message)])
+    raise UsageError(
+        f'--rank: expected "all-stages", or a rank below the world size ({dims.world_size}, see '
+        f"--world-size); got {option!r}"
+    )
 
 
 def _parser(
@@ -324,26 +331,13 @@ def _parser(
     return parser
 
 
-def _parse(
-    parser: argparse.ArgumentParser, argv: list[str]
-) -> tuple[argparse.Namespace, str | None, list[str]]:
-    """Returns the options, CONFIG and the overrides, which may be in any order."""
-    # After "--", the launcher passes the user's overrides, which must not be read as options.
-    end = argv.index("--") if "--" in argv else len(argv)
-    # argparse does not allow positional arguments in any order.
-    options, rest = parser.parse_known_args(argv[:end])
-    rest += argv[end + 1 :]
-    return options, *split_arguments(rest)
-
-
 def _world_size(option: int | None) -> int | None:
     """--world-size, else the launcher's WORLD_SIZE; None: the smallest that the degrees allow."""
     if option is not None:
         return option
     if (text := os.environ.get("WORLD_SIZE")) is not None:
         if not text.isdecimal():
-            message = f"must be an integer, got {text!r}"
-            raise ConfigError([Problem("WORLD_SIZE", "environment", message)])
+            raise UsageError(f"the variable WORLD_SIZE must be an integer, got {text!r}")
         return int(text)
     return None
 

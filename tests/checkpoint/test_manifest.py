@@ -280,4 +280,5 @@ def test_the_command_lists_and_verifies(tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.main(["checkpoint", "verify", str(folder)]) == 1
     assert "step-8/__0_0.distcp is damaged" in capsys.readouterr().out
     assert cli.main(["checkpoint", "ls", str(tmp_path)]) == 2
-    assert "no checkpoint in this folder, nor in checkpoint/ below" in capsys.readouterr().err
+    message = f"titan-lite: {tmp_path}: no checkpoint in this folder, nor in checkpoint/ below"
+    assert message in capsys.readouterr().err

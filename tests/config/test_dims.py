@@ -78,7 +78,7 @@ def test_a_wrong_world_size_is_told_with_the_numbers() -> None:
         ParallelDims.resolve(Parallel(dp_replicate=2, dp_shard=4), 7)
     with pytest.raises(ValueError, match=r"multiple of .*dp_replicate \(4\).* = 4, got 6"):
         ParallelDims.resolve(Parallel(dp_replicate=4), 6)
-    with pytest.raises(ValueError, match="got 0; lower a degree"):
+    with pytest.raises(ValueError, match="got 0; lower a degree, or use a multiple of 1 proc"):
         ParallelDims.resolve(Parallel(), 0)
 
 

@@ -252,7 +252,7 @@ def test_a_mistake_is_named_in_human_words(text: str, key: str, message: str) ->
         ("training.steps=3", 'section.key=value; did you mean "--training.steps="?'),
         ("-training.steps=3", 'section.key=value; did you mean "--training.steps="?'),
         ("--model={dim=5}", "the table model cannot be overridden as a whole"),
-        ("--verbose", "expected --section.key=value"),
+        ("--verbose", "not an option; expected --section.key=value"),
         ("extra", "expected --section.key=value"),
         ("--.steps=3", "expected --section.key=value"),
         ("--training.=3", "expected --section.key=value"),

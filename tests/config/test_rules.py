@@ -67,37 +67,44 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
             ["parallel.pp=4", "training.global_batch_size=3"],
             4,
             "training.global_batch_size",
-            '"1F1B" on 4 ranks requires at least 4 micro-batches, but a step has 3 (3 samples '
-            "/ (local_batch_size (1) x data-parallel degree (1))); set "
-            "training.global_batch_size = 4",
+            'with parallel.pp = 4, "1F1B" requires at least 4 micro-batches per step, got 3 = '
+            "3 samples / 1; set training.global_batch_size = 4",
         ),
         (
-            [*PP2, "training.global_batch_size=4", "training.local_batch_size=4"],
+            [*PP2, "training.local_batch_size=8"],
             2,
             "training.global_batch_size",
-            "set training.global_batch_size = 8, or lower training.local_batch_size",
+            "got 1 = 8 samples / 8; set training.global_batch_size = 16 or "
+            "training.local_batch_size = 4",
+        ),
+        (
+            ["parallel.pp=2", "training.local_batch_size=8", "training.global_batch_size=-1"],
+            2,
+            "training.global_batch_size",
+            # A smaller micro-batch alone would not help.
+            "got 1 = 8 samples / 8; set training.global_batch_size = 16",
         ),
         (
             [*PP2, "training.global_batch_size=3", 'parallel.pp_schedule="Interleaved1F1B"'],
             2,
             "training.global_batch_size",
-            "data-parallel degree (1))); set training.global_batch_size = 4",
+            "got 3 = 3 samples / 1; set training.global_batch_size = 4",
         ),
         (
             [*PP2, 'parallel.pp_schedule="Interleaved1F1B"', "parallel.pp_micro_batches=1"],
             2,
             "parallel.pp_micro_batches",
-            '"Interleaved1F1B" on 2 ranks requires a multiple of 2 micro-batches in a pass, got 1; '
-            "a step has 8 micro-batches (8 samples / (local_batch_size (1) x data-parallel degree "
-            "(1))): set parallel.pp_micro_batches to -1 (all of them), or to a divisor of 8 that "
+            'with parallel.pp = 2, "Interleaved1F1B" requires a multiple of 2 micro-batches in a '
+            "pass, got 1; a step has 8 micro-batches (8 samples / 1): set "
+            "parallel.pp_micro_batches to -1 (all of them), or to a divisor of 8 that "
             "is a multiple of 2",
         ),
         (
             [*PP2, "parallel.pp_schedule=DualPipeV", "parallel.pp_micro_batches=2"],
             2,
             "parallel.pp_micro_batches",
-            '"DualPipeV" on 2 ranks requires at least 4 micro-batches in a pass, got 2; a step has '
-            "8 micro-batches (8 samples / (local_batch_size (1) x data-parallel degree (1))): set "
+            'with parallel.pp = 2, "DualPipeV" requires at least 4 micro-batches in a pass, got 2; '
+            "a step has 8 micro-batches (8 samples / 1): set "
             "parallel.pp_micro_batches to -1 (all of them), or to a divisor of 8 that is at least",
         ),
         (

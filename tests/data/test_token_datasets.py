@@ -244,7 +244,7 @@ def test_ids_outside_the_vocabulary_and_columns_of_other_types_are_named(tmp_pat
     assert "is 'some text', expected a list of token ids" in message
     assert "row 2: field 'input_ids' is None" in error_of({"input_ids": [[1], None]})
     assert "row 1: field 'input_ids' is empty" in error_of({"input_ids": [[], [1]]})
-    assert "'ids' is not one of its fields: it has input_ids" in error_of(
+    assert 'no field "ids"; its fields: "input_ids"; set tokens_field = "input_ids"' in error_of(
         {"input_ids": [[1]]}, tokens_field="ids"
     )
     (tmp_path / "a.txt").write_text("a")

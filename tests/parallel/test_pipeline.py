@@ -111,8 +111,8 @@ def test_ranks_have_every_pp_th_stage_or_one_from_either_end() -> None:
     [
         (
             ["--parallel.pp=4"],
-            r"parallel.pp +\(command line\): 4 ranks with 1 stages each require at least 4 "
-            "blocks, got 2",
+            r"parallel.pp +\(command line\): a pipeline of 4 stages requires at least 4 blocks, "
+            "got 2; set parallel.pp to at most 2",
         ),
         (
             [

@@ -63,7 +63,7 @@ def test_the_runs_own_cluster_is_the_default(
     ("records", "message"),
     [
         (RECORDS[:2], "1 records after start-up; at least 3 are required"),
-        (None, "must be the folder"),
+        (None, "finished run: run.json cannot be read: No such file or directory"),
     ],
 )
 def test_a_folder_without_records_is_one_message(
@@ -94,4 +94,5 @@ def test_a_run_file_that_is_none_is_one_message(
     run_folder(tmp_path, RECORDS)
     (tmp_path / "run.json").write_text(text)
     assert cli.main(["plan", "recalibrate", str(tmp_path)]) == 2
-    assert f"RUN ({tmp_path}): must be the folder of a finished run: " in capsys.readouterr().err
+    message = f"titan-lite: {tmp_path} must be the folder of a finished run: "
+    assert message in capsys.readouterr().err

@@ -525,6 +525,16 @@ def test_a_checkpoint_that_cannot_be_converted_is_refused(
     assert not list(tmp_path.glob("own*"))
 
 
+def test_a_checkpoint_that_is_missing_is_not_sought_on_the_hub(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["convert", "dcp-to-hf", "nope", f"{tmp_path}/own"]) == 2
+    message = (
+        "nope does not exist; name a checkpoint of a run, such as outputs/checkpoint/step-1000"
+    )
+    assert message in capsys.readouterr().err
+
+
 def test_a_family_without_a_form_in_transformers_is_refused(
     saved: Path,
     tmp_path: Path,

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from titan_lite.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from titan_lite.checkpoint.state import newest_below, saved_steps
-from titan_lite.config.arguments import command_parser
-from titan_lite.config.load import ConfigError, Problem
+from titan_lite.config.arguments import UsageError, command_parser
 from titan_lite.config.schema import Checkpoint
 from titan_lite.config.units import format_scaled, format_table
 from titan_lite.runtime.stored_files import DamagedError, damaged_files
@@ -54,7 +53,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     message = f"{NO_CHECKPOINT}, nor in {default}/ below it"
     if newest := newest_below(folder):
         message += f"; the newest further below is {newest}"
-    raise ConfigError([Problem(str(folder), "command line", message)])
+    raise UsageError(f"{folder}: {message}")
 
 
 def _row(folder: Path, *, contents: bool) -> list[str]:

@@ -31,6 +31,41 @@ def split_arguments(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     return next(iter(files), None), [word for word in argv if word.startswith("-")]
 
 
+def parse_arguments(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, str | None, list[str]]:
+    """Returns a command's options, CONFIG and the overrides, which may be in any order."""
+    # After "--", the launcher passes the user's overrides, which must not be read as options.
+    end = argv.index("--") if "--" in argv else len(argv)
+    # argparse does not allow positional arguments in any order.
+    options, rest = parser.parse_known_args(argv[:end])
+    for word in rest:
+        _check_option(word, parser)
+    return options, *split_arguments([*rest, *argv[end + 1 :]])
+
+
+def _check_option(word: str, parser: argparse.ArgumentParser) -> None:
+    """Raises UsageError for an option that the command does not have; keys are checked later."""
+    # Takes a third of a second, which the launcher does not need.
+    from titan_lite.config.problems import did_you_mean, keys, nearest
+
+    name, equals, _ = word.partition("=")
+    if not name.startswith("--") or "." in name:
+        return
+    of_keys = [f"--{key}=" for key in keys() if key.endswith(f".{name[2:]}")]
+    if of_keys and equals:
+        return
+    options = {
+        option.removeprefix("--").replace("-", "_"): option
+        for action in parser._actions
+        for option in action.option_strings
+        if option.startswith("--")
+    }
+    near = [options[match] for match in nearest(name.removeprefix("--"), options)]
+    hint = did_you_mean(near or of_keys[:3]) or f"; its options are {', '.join(options.values())}"
+    raise UsageError(f"{name} is not an option of {parser.prog}{hint}")
+
+
 def positive(text: str) -> int:
     """Parses the value of an option, a positive integer."""
     if not text.isdecimal() or int(text) == 0:

@@ -17,6 +17,11 @@ def resolve_global_batch(size: int, local_batch_size: int, batch_degree: int) ->
     return local_batch_size * batch_degree if size == -1 else size
 
 
+def _start(number: str) -> str:
+    """Returns the advice to change the number of processes."""
+    return f"use {number} processes (run_train.sh: NGPU x NNODES; other commands: --world-size)"
+
+
 @dataclass(frozen=True)
 class Axis:
     """A mesh axis, and how its ranks divide parameters, samples and sequences."""
@@ -77,13 +82,13 @@ class ParallelDims:
             raise SettingError(
                 keys,
                 f"the degrees must multiply to the world size ({world_size}), got {factors} = "
-                f"{product}; set parallel.dp_shard = -1, or start {product} processes",
+                f"{product}; set parallel.dp_shard = -1, or {_start(str(product))}",
             )
         if world_size < 1 or world_size % product:
             raise SettingError(
                 keys,
                 f"dp_shard = -1 requires a world size that is a multiple of {factors} = {product}, "
-                f"got {world_size}; lower a degree, or start a multiple of {product} processes",
+                f"got {world_size}; lower a degree, or {_start(f'a multiple of {product}')}",
             )
         dims = cls(**{"dp_shard": world_size // product, **given}, ep=parallel.ep)
         if dims.over(EXPERTS) % dims.ep:

@@ -202,7 +202,9 @@ def _parse_override(override: str, problems: list[Problem]) -> Tables | None:
         if not dot:
             names = [known for known in known_keys if known.endswith(f".{key}")] or names
         missing = "; the value is missing" if key in known_keys and not equals else ""
-        message = f"{shape}{missing or did_you_mean([f'--{n}=' for n in names[:3]])}"
+        hint = missing or did_you_mean([f"--{n}=" for n in names[:3]])
+        is_option = override.startswith("--") and not dot and not hint
+        message = f"not an option; {shape}" if is_option else f"{shape}{hint}"
         problems.append(Problem(override, COMMAND_LINE, message))
         return None
     return {section: {name: _parse_value(text)}}

@@ -97,9 +97,13 @@ def _stages(config: Config) -> Iterator[SettingError]:
             )
 
 
-def _micro_batches(config: Config, samples: int, micro: int, words: str) -> Iterator[SettingError]:
-    """Checks a step of micro-batches of `micro` samples against the pipeline schedule."""
-    micro_steps = samples // micro
+def _micro_batches(
+    config: Config, micro_steps: int, words: str, samples: int
+) -> Iterator[SettingError]:
+    """Checks the number of micro-batches against the pipeline schedule.
+
+    words: the division that gives `micro_steps`. samples: of one micro-batch, over all ranks.
+    """
     parallel, pp = config.parallel, config.parallel.pp
     count = micro_steps if parallel.pp_micro_batches == -1 else parallel.pp_micro_batches
     if micro_steps % count:
@@ -112,7 +116,9 @@ def _micro_batches(config: Config, samples: int, micro: int, words: str) -> Iter
     multiple = pp if parallel.schedule.multiple_of_ranks else 1
     if count < least or count % multiple:
         fits = f"at least {least}" if count < least else f"a multiple of {multiple}"
-        needed = f"{quote(parallel.pp_schedule)} on {pp} ranks requires {fits} micro-batches"
+        needed = (
+            f"with parallel.pp = {pp}, {quote(parallel.pp_schedule)} requires {fits} micro-batches"
+        )
         if parallel.pp_micro_batches != -1:
             yield SettingError(
                 "parallel.pp_micro_batches",
@@ -121,13 +127,15 @@ def _micro_batches(config: Config, samples: int, micro: int, words: str) -> Iter
                 f"{micro_steps} that is {fits}",
             )
             return
-        training = config.training
-        local, fitting = training.local_batch_size, -(-max(count, least) // multiple) * multiple
-        can_lower = local > 1 and training.global_batch_size != -1 and count * local >= least
+        enough = -(-max(count, least) // multiple) * multiple
+        change = f"training.global_batch_size = {enough * samples}"
+        # With -1, a smaller micro-batch would make the global batch smaller as well.
+        local_batch, rest = divmod(config.training.local_batch_size * count, enough)
+        if config.training.global_batch_size != -1 and not rest:
+            change += f" or training.local_batch_size = {local_batch}"
         yield SettingError(
             "training.global_batch_size",
-            f"{needed}, but a step has {count} ({words}); set training.global_batch_size = "
-            f"{fitting * micro}{', or lower training.local_batch_size' * can_lower}",
+            f"{needed} per step, got {count} = {words}; set {change}",
         )
 
 
@@ -220,11 +228,7 @@ def _layout(config: Config, dims: ParallelDims | None) -> Iterator[SettingError]
         samples = resolve_global_batch(
             training.global_batch_size, training.local_batch_size, dims.batch
         )
-        words = (
-            f"{samples} samples / (local_batch_size ({training.local_batch_size}) x data-parallel "
-            f"degree ({dims.batch}))"
-        )
-        yield from _micro_batches(config, samples, micro, words)
+        yield from _micro_batches(config, samples // micro, f"{samples} samples / {micro}", micro)
     reshard = config.parallel.reshard_after_forward
     if config.parallel.tp > 1 or not isinstance(reshard, int):
         return

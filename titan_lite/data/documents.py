@@ -7,6 +7,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from titan_lite.config.problems import quote
+
 Kind = Literal["lines", "files", "rows"]
 """Kind of rows: undecoded JSON lines, whole text files, or columns."""
 Document = str | npt.NDArray[Any]
@@ -115,10 +117,10 @@ def _tokens(document: dict[str, Any], field: str) -> npt.NDArray[Any]:
 
 def _field(document: dict[str, Any], field: str, key: str) -> Any:
     if field not in document:
-        near = difflib.get_close_matches(field, document, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise BadDocument(
-            f"{field!r} is not one of its fields: it has {', '.join(document) or 'none'}{hint}",
-            key=key,
-        )
+        is_text = key == "text_field"
+        fitting = [name for name, value in document.items() if isinstance(value, str) == is_text]
+        near = difflib.get_close_matches(field, document, n=1) or fitting
+        names = ", ".join(map(quote, document)) or "none"
+        hint = f"; set {key} = {quote(near[0])}" if len(near) == 1 else ""
+        raise BadDocument(f"no field {quote(field)}; its fields: {names}{hint}", key=key)
     return document[field]

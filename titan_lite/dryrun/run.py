@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from titan_lite.config.arguments import UsageError
 from titan_lite.config.dims import SAME_LAYERS
-from titan_lite.config.load import ConfigError, Problem
 from titan_lite.config.optimizers import AdamOptimizer
 from titan_lite.config.plugins import import_plugins
 from titan_lite.config.schema import Config, Data, Training
@@ -172,11 +172,10 @@ def dry_runs(plan: Plan, ranks: Sequence[int]) -> list[DryRank]:
             except NotRepeatableError:
                 return in_a_process(repeats=False)
         except BrokenProcessPool:
-            message = (
+            raise UsageError(
                 f"the process of rank {rank} was killed {MAYBE_OUT_OF_MEMORY}: to need less "
                 "memory, run one rank at a time with --rank"
-            )
-            raise ConfigError([Problem("--rank", "command line", message)]) from None
+            ) from None
 
     with ThreadPoolExecutor(min(len(ranks), os.cpu_count() or 1)) as threads:
         return list(threads.map(run, range(1, len(ranks) + 1), ranks))

@@ -123,7 +123,8 @@ class Applied:
 
     def compiled(self) -> str:
         """Describes the graphs that the first step compiled."""
-        text = f"{self._compiled()} into {self.compiled_graphs} graphs"
+        graphs = f"{self.compiled_graphs} graph{'s' * (self.compiled_graphs != 1)}"
+        text = f"{self._compiled()} into {graphs}"
         if self.fused_all_gather_matmuls is not None:
             text += (
                 f" with {self.fused_all_gather_matmuls} fused all-gather-matmuls and "

@@ -73,9 +73,10 @@ def split(
         if not set(model.inseparable) <= set(stages[-1]):
             raise ValueError(f"must list {', '.join(model.inseparable)} in the last stage")
     elif len(blocks) < num_stages:
+        most = max(1, len(blocks) // parallel.stages_per_rank)
         raise ValueError(
-            f"{parallel.pp} ranks with {parallel.stages_per_rank} stages each require at least "
-            f"{num_stages} blocks, got {len(blocks)}"
+            f"a pipeline of {num_stages} stages requires at least {num_stages} blocks, got "
+            f"{len(blocks)}; set parallel.pp to at most {most}"
         )
     else:
         # Embedding and head go with the blocks next to them.

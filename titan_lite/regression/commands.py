@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from titan_lite.config.arguments import command_parser
-from titan_lite.config.load import ConfigError, Problem
+from titan_lite.config.arguments import UsageError, command_parser
 from titan_lite.config.stored import setting
 from titan_lite.config.units import format_scaled
 from titan_lite.models.plan import make_plan
@@ -178,8 +177,7 @@ def _side(path: Path, arguments: Sequence[str]) -> _Side:
     if not sizes:
         return _Side(path, tuple(overrides), None)
     if not (sizes[-1].isdecimal() and int(sizes[-1])):
-        message = f"expected a number of processes, got {sizes[-1]!r}"
-        raise ConfigError([Problem("--nproc", "command line", message)])
+        raise UsageError(f"--nproc: expected a number of processes, got {sizes[-1]!r}")
     return _Side(path, tuple(overrides), int(sizes[-1]))
 
 

@@ -63,6 +63,11 @@ def main(argv: Sequence[str]) -> int:
             ("--tokenizer", vars(options).get("tokenizer")),
         ):
             if given and not Path(given).exists():
+                if key == "SRC" and options.direction == "dcp-to-hf":
+                    raise ValueError(
+                        f"{given} does not exist; name a checkpoint of a run, such as "
+                        "outputs/checkpoint/step-1000"
+                    )
                 raise ValueError(f"{given} does not exist{how_to_fetch(given, key)}")
         if options.direction == "hf-to-dcp":
             hf_to_dcp(source, target)

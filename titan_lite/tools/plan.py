@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from titan_lite.config.arguments import UsageError, command_parser, positive, split_arguments
+from titan_lite.config.arguments import UsageError, command_parser, parse_arguments, positive
 from titan_lite.config.load import ConfigError, Problem, load_config
 from titan_lite.config.schema import Model
 from titan_lite.models.plan import make_plan
@@ -307,9 +307,8 @@ def _parse(
     parser: argparse.ArgumentParser, argv: Sequence[str]
 ) -> tuple[argparse.Namespace, str | None, list[str]]:
     """Returns the options, CONFIG and the overrides, which may be in any order."""
-    options, rest = parser.parse_known_args(argv)
     logging.basicConfig(format="titan-lite: warning: %(message)s", level=logging.ERROR)
-    return options, *split_arguments(rest)
+    return parse_arguments(parser, argv)
 
 
 def _cluster(options: argparse.Namespace, of_job: str, origin: str) -> Cluster:

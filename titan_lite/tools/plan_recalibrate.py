@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from titan_lite.config.arguments import UsageError
 from titan_lite.config.dims import ParallelDims
-from titan_lite.config.load import ConfigError, Problem
 from titan_lite.config.plugins import import_plugins
 from titan_lite.config.schema import Config
 from titan_lite.models.registry import resolve
@@ -41,16 +41,19 @@ def read_run(folder: str) -> MeasuredRun:
         config = Config.model_validate(facts["config"])
         dims = ParallelDims(**facts["mesh"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        message = f"must be the folder of a finished run: {error}"
-        raise ConfigError([Problem("RUN", folder, message)]) from error
+        reason = str(error)
+        if isinstance(error, OSError):
+            reason = f"{Path(error.filename).name} cannot be read: {error.strerror}"
+        raise UsageError(f"{folder} must be the folder of a finished run: {reason}") from error
     seconds = [
         record["seconds_per_step"] * (1 - record.get("data_wait", 0.0) / 100)
         for record in records
         if _is_measured(record)
     ]
     if len(seconds) < FEWEST:
-        message = f"{len(seconds)} records after start-up; at least {FEWEST} are required"
-        raise ConfigError([Problem("RUN", folder, message)])
+        raise UsageError(
+            f"{folder} has {len(seconds)} records after start-up; at least {FEWEST} are required"
+        )
     job = read_job(config, dims, *resolve(config.model))
     return MeasuredRun(job, config.job.cluster, statistics.median(seconds))
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from titan_lite.config.load import ConfigError, Problem, load_config
+from titan_lite.config.arguments import UsageError
+from titan_lite.config.load import ConfigError, load_config
 from titan_lite.models.plan import make_plan
 from titan_lite.planner.cluster import Cluster
 from titan_lite.planner.counts import num_params
@@ -92,8 +93,9 @@ def plot(rows: Sequence[dict[str, Any]], cluster: Cluster, target: str) -> None:
     try:
         import matplotlib as mpl
     except ImportError as error:
-        message = "requires matplotlib, which is not installed: pip install matplotlib"
-        raise ConfigError([Problem("--plot", "command line", message)]) from error
+        raise UsageError(
+            "--plot requires matplotlib, which is not installed: pip install matplotlib"
+        ) from error
     mpl.use("Agg")
     from matplotlib import pyplot
 
