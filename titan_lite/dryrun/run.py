@@ -25,7 +25,7 @@ from titan_lite.dryrun.gpu_kernels import gpu_kernels
 from titan_lite.dryrun.measure import Measured, measure_step, recorder
 from titan_lite.dryrun.rank_progress import RankProgress
 from titan_lite.dryrun.repeat import NotRepeatable, repeat_blocks
-from titan_lite.dryrun.torch_private import FakeTensorMode, fake_world
+from titan_lite.dryrun.torch_private import DryMode, fake_world
 from titan_lite.models.args import MoEArgs
 from titan_lite.models.plan import Plan
 from titan_lite.optim.low_precision_adam import prepare_int8
@@ -81,7 +81,7 @@ def dry_run(
         prepare_int8()
     kernels = gpu_kernels() if on_gpu else contextlib.nullcontext()
     recording = recorder(plan.dims, fuses_float8_casts=is_compiled)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = DryMode(allow_non_fake_inputs=True)
     # Autograd rejects fake CUDA tensors on a machine without a GPU.
     process = Process(rank, 0, plan.dims.world_size, torch.device("cpu"))
     with plan.reporting(), fake_world(rank, plan.dims.world_size), recording as record:
