@@ -45,12 +45,22 @@ LAYOUTS = {
     "ring of cp 2": (2, ("--parallel.cp=2",)),
     "fsdp 2, moments in int8": (2, (SHARE, "--optimizer.state_dtype=int8")),
     "fsdp 2, values read by the host": (2, (SHARE, "--optimizer.implementation=foreach")),
+    "fsdp 2, optimizer of a plugin": (
+        2,
+        (
+            SHARE,
+            "--job.plugins=['tests.optim.torch_plugin']",
+            "--optimizer.name=torch",
+            "--optimizer.kind=NAdam",
+        ),
+    ),
     "fsdp 2 x tp 2, Muon": (4, (SHARE, "--parallel.tp=2", "--optimizer.name=Muon")),
 }
 
 # Layouts and presets of the developer's run.
 QUICK = {
-    *("fsdp 2, values read by the host", "fsdp 2 x tp 2", "pp 2", "ring of cp 2"),
+    *("fsdp 2, values read by the host", "fsdp 2, optimizer of a plugin"),
+    *("fsdp 2 x tp 2", "pp 2", "ring of cp 2"),
     *("fsdp 2 x tp 2, full checkpointing", "pp 2, selective checkpointing"),
     *("debug", "debug_bert", "llama3_8b", "llama3_8b_cp8_256k", "llama2_70b_tp4_pp8"),
     "mixtral_8x22b",

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
-    set_state_dict,
+    set_optimizer_state_dict,
 )
 
 from titan_lite.checkpoint.manifest import (
@@ -48,6 +48,7 @@ from titan_lite.config.optimizers import EIGHT_BITS
 from titan_lite.config.problems import SettingError
 from titan_lite.config.schema import Checkpoint
 from titan_lite.config.units import format_number, format_scaled
+from titan_lite.nn.init import CHECKPOINT_PREFIX
 from titan_lite.nn.transformer import Transformer
 from titan_lite.runtime.stored_files import sync_folder
 
@@ -163,15 +164,17 @@ class CheckpointManager:
     def load(self, start: Start) -> None:
         """Loads the checkpoint of `start` in place: the whole run, or only the weights."""
         assert start.source is not None
+        excluded = [] if start.resumes else self.section.exclude_from_loading
+        reader = CheckpointReader(start.source)
+        saved = reader.read_metadata().state_dict_metadata
+        if start.content == "run" and any(key.startswith(f"optimizer.{STATE}") for key in saved):
+            self._create_state(excluded)
         whole = self._tensors(start.content)
         rng_key = f"rng.rank{self.rank}"
         rng = whole.pop(rng_key, {})
-        excluded = [] if start.resumes else self.section.exclude_from_loading
         tensors = {part: _without(values, excluded) for part, values in whole.items()}
         if start.content == "run" and not self._has_blocks_of(start):
             tensors["optimizer"] = in_float32(tensors["optimizer"])
-        reader = CheckpointReader(start.source)
-        saved = reader.read_metadata().state_dict_metadata
         # With more ranks than the saving run, the additional ones keep their own generators.
         averages = tensors.pop("ema", {})
         if averages := {k: v for k, v in averages.items() if f"ema.{k}" in saved}:
@@ -192,17 +195,17 @@ class CheckpointManager:
         for name, average in (self.average or {}).items():
             if name not in averages:
                 average.copy_(weights[name])
+        set_model_state_dict(self.model, weights)
         if start.content == "model":
-            set_model_state_dict(self.model, weights)
             return
-        set_state_dict(
-            self.model,
-            self.optimizer,
-            model_state_dict=weights,
-            # The groups stay those of this run: their settings come from the configuration.
-            optim_state_dict=self._optimizer() | tensors["optimizer"],
-            options=BY_NAME,
-        )
+        if self.optimizer.state:
+            set_optimizer_state_dict(
+                self.model,
+                self.optimizer,
+                # The groups stay those of this run: their settings come from the configuration.
+                optim_state_dict=self._optimizer() | tensors["optimizer"],
+                options=BY_NAME,
+            )
         for name in self.stateful.keys() & start.state.parts.keys():
             self.stateful[name].load_state_dict(start.state.parts[name])
         if has_rng:
@@ -240,7 +243,9 @@ class CheckpointManager:
     def _tensors(self, content: str) -> dict[str, Any]:
         if content == "model":
             return {"model": get_model_state_dict(self.model)}
-        optimizer = {k: v for k, v in self._optimizer().items() if k.startswith(STATE)}
+        optimizer = {}
+        if self.optimizer.state:
+            optimizer = {k: v for k, v in self._optimizer().items() if k.startswith(STATE)}
         generators = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             generators["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -253,8 +258,19 @@ class CheckpointManager:
             tensors["ema"] = self.average
         return tensors
 
+    def _create_state(self, excluded: Sequence[str]) -> None:
+        """Creates the state that is loaded, for optimizers that create it in their first step."""
+        if not self.optimizer.state:
+            self._optimizer()
+            for name, parameter in self.model.named_parameters():
+                if excludes(excluded, name.replace(CHECKPOINT_PREFIX, "")):
+                    self.optimizer.state.pop(parameter, None)
+
     def _optimizer(self) -> dict[str, Any]:
-        """Returns the optimizer's state and groups by parameter name."""
+        """Returns the optimizer's state and groups by parameter name.
+
+        torch creates the state of an optimizer without any, by a step with a rate of zero.
+        """
         flat: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizer, options=BY_NAME)
         return flat
 

@@ -29,6 +29,7 @@ from titan_lite.dryrun.torch_private import DryMode, fake_world
 from titan_lite.models.args import MoEArgs
 from titan_lite.models.plan import Plan
 from titan_lite.optim.low_precision_adam import prepare_int8
+from titan_lite.optim.optimizer import with_state
 from titan_lite.parallel.expert import assume_balance
 from titan_lite.parallel.mesh import build_meshes
 from titan_lite.parallel.pipeline import local_stages
@@ -102,6 +103,10 @@ def dry_run(
             process,
             tensor_mode=fake,
         )
+        if not built.train_step.optimizer.state:
+            # Optimizers of plugins create their state in the first step: a later one is measured.
+            with fake:
+                with_state(built.train_step.optimizer)
         assume_balance(model)
         if built.train_step.pipeline is not None:
             built.train_step.pipeline.skip_shape_negotiation()

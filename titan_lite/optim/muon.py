@@ -22,7 +22,7 @@ from titan_lite.config.problems import SettingError
 from titan_lite.models.roles import MATRIX_KINDS
 from titan_lite.optim.muon_exchange import Exchange, Matrix, Transfer, assign_owners, boxes
 from titan_lite.optim.nonfinite import DeviceGuardedOptimizer, step_if
-from titan_lite.optim.optimizer import OptimizerContext, Parameter, build_adam, torch_groups
+from titan_lite.optim.optimizer import OptimizerContext, Parameter, adam, torch_groups, with_state
 from titan_lite.runtime.shards import to_local
 
 # The smallest norm that a matrix is divided by, as in torch.optim.Muon.
@@ -33,8 +33,8 @@ HEADS = "*.attention.w[qkv].weight"
 
 def build_muon(
     section: Section, parameters: Sequence[Parameter], context: OptimizerContext
-) -> "Muon":
-    """Builds one optimizer: Muon for the matrices, and AdamW for the rest."""
+) -> torch.optim.Optimizer:
+    """Builds one optimizer, with its state: Muon for the matrices, and AdamW for the rest."""
     matrices: list[Parameter] = []
     rest: list[Parameter] = []
     for p in parameters:
@@ -49,15 +49,16 @@ def build_muon(
     ns_dtype = section.ns_dtype
     if ns_dtype == "auto":
         ns_dtype = "float32" if context.param_dtype == torch.float32 else "bfloat16"
-    return Muon(
+    muon = Muon(
         torch_groups(matrices),
         {p.tensor: p.name for p in matrices},
         section,
         ns_dtype=getattr(torch, ns_dtype),
         head_size=context.args.head_size if section.per_head else None,
         ranks=context.ranks,
-        adamw=build_adam(section, rest, context) if rest else None,
+        adamw=adam(section, rest) if rest else None,
     )
+    return with_state(muon)
 
 
 def orthogonalize(matrices: Tensor, coefficients: Sequence[float], steps: int) -> Tensor:

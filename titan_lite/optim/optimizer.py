@@ -55,18 +55,10 @@ Builder = Callable[[Any, Sequence[Parameter], OptimizerContext], torch.optim.Opt
 def build_optimizer(
     model: nn.Module, section: Optimizer, plan: tuple[PlanRow, ...], context: OptimizerContext
 ) -> torch.optim.Optimizer:
-    """Builds the optimizer with its registered builder.
-
-    plan: of the model's family. State that the optimizer would create in its first step is created
-    here, so that ranks and checkpoints have the same state whether or not a parameter has a
-    gradient.
-    """
+    """Builds the optimizer with its registered builder. plan: of the model's family."""
     parameters = list(parameters_of(model, section, plan, tied_head=context.args.tied_head))
     build: Builder = load(BUILDERS[section.name][1])
-    optimizer = build(section, parameters, context)
-    if not optimizer.state:
-        _make_state(optimizer)
-    return optimizer
+    return build(section, parameters, context)
 
 
 def parameters_of(
@@ -135,7 +127,12 @@ def torch_groups(parameters: Sequence[Parameter]) -> list[dict[str, Any]]:
 def build_adam(
     section: AdamOptimizer, parameters: Sequence[Parameter], _: OptimizerContext
 ) -> torch.optim.Optimizer:
-    """Builds AdamW or Adam."""
+    """Builds AdamW or Adam, with its state."""
+    return with_state(adam(section, parameters))
+
+
+def adam(section: AdamOptimizer, parameters: Sequence[Parameter]) -> torch.optim.Optimizer:
+    """Returns AdamW or Adam, without state."""
     betas = (section.beta1, section.beta2)
     if section.state_dtype != "float32":
         return LowPrecisionAdam(
@@ -150,8 +147,8 @@ def build_adam(
     if implementation == "auto":
         device_type = parameters[0].tensor.device.type
         implementation = "fused" if device_type in FUSED_DEVICES else "foreach"
-    adam = torch.optim.Adam if section.name == "Adam" else torch.optim.AdamW
-    return adam(
+    kind = torch.optim.Adam if section.name == "Adam" else torch.optim.AdamW
+    return kind(
         torch_groups(parameters),
         lr=section.lr,
         betas=betas,
@@ -161,22 +158,26 @@ def build_adam(
     )
 
 
-def _make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Creates the state by a step with zero rate, decay and gradients, which is not counted."""
-    settings = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+def with_state(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Creates the state by a step with zero rate, decay and gradients, which is not counted.
+
+    Ranks and checkpoints then have the same state whether or not a parameter has a gradient. Only
+    for optimizers whose state such a step leaves at zero, or where its values do not matter.
+    """
+    settings = [dict(group) for group in optimizer.param_groups]
     for group in optimizer.param_groups:
-        group["lr"] = group["weight_decay"] = 0.0
+        group |= {"lr": 0.0, "weight_decay": 0.0}
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    for group, (lr, weight_decay) in zip(optimizer.param_groups, settings, strict=True):
-        group["lr"], group["weight_decay"] = lr, weight_decay
+    for group, before in zip(optimizer.param_groups, settings, strict=True):
+        group.clear()
+        group.update(before)
     for state in optimizer.state.values():
         if isinstance(step := state.get("step"), torch.Tensor):
             step.zero_()
-        elif step is not None:
-            state["step"] = 0
+    return optimizer
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
