@@ -65,12 +65,10 @@ def test_published_speeds_are_predicted_with_the_fitted_constants() -> None:
 
 def test_published_speeds_are_predicted_with_the_constants_of_the_literature() -> None:
     actual = validated("literature")
-    known = [
-        abs(row["error"])
-        for row in actual["rows"]
-        if row["predicted"] is not None and row["system"] not in (*MPT, "yin")
-    ]
-    assert mean(known) < 0.07
+    assert mean(errors(actual, mpt=False)) < 0.07
+    # FSDP2 and DTensor copy what they send, which is 2 to 7 % of these steps.
+    for system in ("torchtitan-a100", "torchtitan-h100", "torchtitan-405b"):
+        assert actual["systems"][system]["mean"] < 0.025
     assert actual["fitted_constants"] == 0
 
 
