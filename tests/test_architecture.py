@@ -350,7 +350,7 @@ BUDGET = {
     "tools": 2074,
     "checkpoint": 1564,
     "models": 1806,
-    "planner": 1301,
+    "planner": 1300,
     "regression": 1199,
     "runtime": 1193,
     "nn": 905,
