@@ -28,7 +28,7 @@ SIGTERM, SIGUSR1, SIGHUP (unless ignored, as by nohup) and Ctrl-C end the run af
 later), with a checkpoint if checkpoint.enable is true; a second Ctrl-C ends it at once.
 A process whose launcher was killed ends too.
 Exit codes: 0 done, 1 failed, 2 a configuration error, or a folder or port already in use, 75 stopped with a checkpoint,
-143 stopped without one, 130 ended at once by a second Ctrl-C.
+143 stopped by a signal without one, 130 ended at once by a second Ctrl-C, or by Ctrl-C before training starts.
 HELP
     exit
 done

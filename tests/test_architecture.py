@@ -358,7 +358,7 @@ BUDGET = {
     "metrics": 768,
     "optim": 712,
     "cli": 301,
-    "launch": 309,
+    "launch": 310,
     "train": 141,
 }
 LAYOUT_TOKENS = {

@@ -948,16 +948,25 @@ def test_variables_are_set_where_the_user_has_not(start: Callable[..., Launched]
     assert start(program, PYTORCH_CUDA_ALLOC_CONF="a:b").end()[1] == "2 1 None \n"
 
 
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 143),
+        (signal.SIGUSR1, 143),
+        (signal.SIGHUP, 143),
+        (signal.SIGINT, 130),
+    ],
+)
 def test_a_launcher_that_waits_for_nodes_says_so_and_ends_at_the_first_signal(
-    start: Callable[..., Launched],
+    start: Callable[..., Launched], number: signal.Signals, code: int
 ) -> None:
     port = free_port()
     launched = start(SLEEP, NNODES="2", RDZV_ENDPOINT=f"localhost:{port}")
     assert launched.read_until("Waiting for 1 of 2 nodes at localhost:") == (
         f"titan-lite: Waiting for 1 of 2 nodes at localhost:{port}\n"
     )
-    launched.process.send_signal(signal.SIGTERM)
-    assert launched.end() == (143, "")
+    launched.process.send_signal(number)
+    assert launched.end() == (code, "")
 
 
 def test_a_port_that_is_taken_is_exit_code_2(start: Callable[..., Launched]) -> None:

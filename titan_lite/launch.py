@@ -144,7 +144,8 @@ class Signals:
         if self.are_noted:
             self.noted.append(signal.Signals(number))
             return
-        raise SystemExit(128 + number if self.code is None else self.code)
+        code = 128 + number if number == signal.SIGINT else EXIT_STOPPED_UNSAVED
+        raise SystemExit(code if self.code is None else self.code)
 
     def take(self) -> list[signal.Signals]:
         """Signals since the last call."""
