@@ -216,7 +216,7 @@ def measure_speed(options: argparse.Namespace) -> Values:
 
 def flavors_table() -> str:
     """Returns every family's flavors and their exact numbers of parameters, as Markdown."""
-    columns = ("layers", "width", "query, key heads", "vocabulary", "positions", "parameters")
+    columns = ("layers", "width", "query, key heads", "vocabulary", "`max_seq_len`", "parameters")
     lines = [f"| family | flavor | {' | '.join(columns)} |", "|---|---|" + "---:|" * len(columns)]
     for name, family in families().items():
         for flavor, args in family.flavors.items():
