@@ -6,13 +6,14 @@ They talk over gloo, on the CPU, with GPUs hidden from them; or over NCCL, each 
 import gc
 import multiprocessing
 import os
-import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from benchmarks.processes import Processes, serve
 
 # Seconds after which something hangs. A guard, and no bound: many times what a busy machine needs,
 # with every process compiling into a cold cache.
@@ -80,18 +81,10 @@ def _serve(
         timeout=timedelta(seconds=GUARD),
         device_id=torch.device("cuda", rank) if on_gpu else None,
     )
-    while True:
-        try:
-            function, arguments = connection.recv()
-        except EOFError:
-            return
-        try:
-            connection.send((function(*arguments), None))
-        except Exception:
-            connection.send((None, traceback.format_exc()))
+    serve(connection)
 
 
-class Workers:
+class Workers(Processes):
     """`run(function, *arguments)` calls it in every process and returns the results by rank.
 
     shares: runs share groups and gloo's device, as those of a launcher do not.
@@ -100,57 +93,26 @@ class Workers:
     def __init__(
         self, world_size: int, folder: Path, device_type: str = "cpu", *, shares: bool = True
     ) -> None:
-        self.is_closed = False  # True after a call that did not return
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        self.connections: list[Connection] = []
-        self.processes = []
-        for rank in range(world_size):
-            local, reference = context.Pipe()
-            process = context.Process(
-                target=_serve,
-                args=(rank, world_size, device_type, shares, str(folder / "store"), reference),
-                daemon=True,
-            )
-            process.start()
-            reference.close()
-            self.connections.append(local)
-            self.processes.append(process)
+        store = str(folder / "store")
+        super().__init__(context, world_size, _serve, world_size, device_type, shares, store)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        timeout: float = GUARD
-        for connection in self.connections:
-            connection.send((function, arguments))
-        results: list[Any] = [None] * len(self.connections)
-        waiting = dict(zip(self.connections, range(len(self.connections)), strict=True))
+        results: list[Any] = [None] * len(self.processes)
         failures = []
-        while waiting:
-            ready = wait(list(waiting), timeout=timeout)
-            if not ready:
-                self.close()
-                failures.append(f"ranks {sorted(waiting.values())} did not answer in {timeout} s")
-                break
-            for connection in ready:
-                rank = waiting.pop(connection)
-                try:
-                    results[rank], failure = connection.recv()
-                except EOFError:
-                    self.processes[rank].join(timeout=60)
-                    failure = f"the process died with {self.processes[rank].exitcode}"
-                if failure:
+        try:
+            for rank, outcome, value in self.outcomes(function, *arguments, timeout=GUARD):
+                if outcome == "done":
+                    results[rank] = value
+                else:
+                    failure = f"the process died with {value}" if outcome == "died" else value
                     failures.append(f"rank {rank}: {failure}")
-                    # The others may wait for this one until their own timeout.
-                    timeout = min(timeout, 60)
+        except TimeoutError as error:
+            self.close()
+            failures.append(str(error))
         assert not failures, "\n".join(failures)
         return results
-
-    def close(self) -> None:
-        self.is_closed = True
-        for connection in self.connections:
-            connection.close()
-        for process in self.processes:
-            process.kill()
-            process.join()
 
 
 class WorkersBySize(dict[int, Workers]):

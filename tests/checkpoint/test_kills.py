@@ -78,16 +78,13 @@ def test_a_rank_killed_while_saving_costs_no_more_than_the_steps_since_the_last_
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    group = Workers(2, tmp_path_factory.mktemp("group"))
-    try:
+    # Ends the other process as well, as torchrun does.
+    with Workers(2, tmp_path_factory.mktemp("group")) as group:
         for connection in group.connections:
             connection.send((_killed, (tmp_path, moment, f"--checkpoint.async_mode={mode}")))
         victim = group.processes[victim_of(moment)]
         victim.join(GUARD)
         assert victim.exitcode == -signal.SIGKILL
-    finally:
-        # As torchrun ends the others.
-        group.close()
     assert saved_steps(tmp_path / "checkpoint") == left
     got = workers[2].run(train, tmp_path, *EVERY_2)[0]
     for key in ("step", "loss", "grad_norm", "lr", "tokens"):

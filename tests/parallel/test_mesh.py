@@ -63,8 +63,7 @@ def test_meshes_built_for_one_run_train_what_shared_ones_do(
     workers: dict[int, Workers], tmp_path: Path
 ) -> None:
     """Other tests of several processes share meshes and gloo's device between their runs."""
-    own = Workers(4, tmp_path, shares=False)
-    try:
+    with Workers(4, tmp_path, shares=False) as own:
         for axes in (("tp", "pp"), ("cp", "dp_replicate")):
             settings = [f"--parallel.{axis}=2" for axis in axes]
             settings += ["--training.steps=2", "--training.local_batch_size=4"]
@@ -74,5 +73,3 @@ def test_meshes_built_for_one_run_train_what_shared_ones_do(
             )
             for key in ("loss", "grad_norm"):
                 assert [record[key] for record in built] == [record[key] for record in shared]
-    finally:
-        own.close()

@@ -63,11 +63,8 @@ def _wait_in_vain() -> str:
 @pytest.mark.distributed
 def test_the_timeout_that_was_set_ends_a_collective_that_waits_in_vain(tmp_path: Path) -> None:
     # Separate workers: a timeout leaves the group unusable.
-    lonely = Workers(2, tmp_path)
-    try:
+    with Workers(2, tmp_path) as lonely:
         answers = lonely.run(_wait_in_vain)
-    finally:
-        lonely.close()
     assert "1000" in answers[0] or "imed out" in answers[0]
 
 
