@@ -66,7 +66,10 @@ def test_a_registered_optimizer_has_the_common_keys_and_its_own() -> None:
     [
         ("momentum=0.5", "expected an integer of at least 1, got 0.5"),
         ("state_dtype=fp61", 'expected "fp16" or "int8", got "fp61"; did you mean "fp16"?'),
-        ("groups=1", "expected tables, as [[optimizer.groups]] makes them, got 1"),
+        (
+            "groups=1",
+            "expected an array of tables, each with the head [[optimizer.groups]], got 1",
+        ),
     ],
 )
 def test_a_wrong_value_is_compared_with_the_type_of_the_chosen_optimizer(
