@@ -172,7 +172,7 @@ A, B = '{name = "a", weight = 1}', '{name = "b", weight = 2.5}'
         (
             [f"--data.sources=[{A}, {B}]", "--data.dataset=c4"],
             "data.dataset",
-            '"c4" cannot be combined with data.sources; set it in a table of data.sources',
+            'data.dataset = "c4" cannot be combined with data.sources; set it in a table of',
         ),
         (
             ['--data.sources=[{name = "a", weight = 1, dataset_path = "none.jsonl"}]'],

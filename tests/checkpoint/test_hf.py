@@ -224,7 +224,7 @@ def test_numbers_that_a_run_may_change_on_purpose_are_warned_about(
         ("initial_load_hf=nowhere", r"initial_load_hf .*: no such folder: \"nowhere\""),
         (
             "initial_load_hf=.",
-            r"initial_load_hf .*: cannot be combined with checkpoint\.initial_load_path",
+            r"initial_load_hf .*: initial_load_hf cannot be combined with checkpoint\.initial_load",
         ),
     ],
 )

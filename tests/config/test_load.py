@@ -436,6 +436,23 @@ def test_of_several_keys_the_last_one_that_somebody_set_is_blamed() -> None:
         assert reported(*overrides, errors=errors) == [(blamed, "command line", "too many")]
 
 
+def test_of_several_keys_that_of_the_latest_layer_is_blamed_whatever_their_order() -> None:
+    Path("base.toml").write_text("[model]\nnum_layers = 3\nnum_heads = 8\n")
+    text = 'extends = "base.toml"\n[model]\ndim = 32\n'
+
+    def blamed(*keys: str, overrides: Sequence[str] = ()) -> str:
+        with pytest.raises(ConfigError) as error, load(text, *overrides).reporting():
+            raise SettingError(keys, "wrong")
+        (problem,) = error.value.problems
+        return problem.key
+
+    tp = ["--parallel.tp=3"]
+    assert blamed("parallel.tp", "model.dim", "model.num_heads", overrides=tp) == "parallel.tp"
+    assert blamed("model.dim", "model.num_heads", "parallel.tp") == "model.dim"
+    assert blamed("model.num_layers", "model.num_heads") == "model.num_heads"
+    assert blamed("model.num_heads", "parallel.tp", "model.num_layers") == "model.num_layers"
+
+
 def test_a_key_of_a_source_comes_from_where_the_sources_do() -> None:
     errors = [SettingError("data.sources.web.split", "no such split")]
     overrides = '--data.sources=[{name = "web", weight = 1}]'

@@ -1,5 +1,6 @@
 """Rules between keys: refused with the numbers, or warned about where a setting has no effect."""
 
+import contextlib
 import importlib
 import logging
 import os
@@ -36,331 +37,330 @@ def broken(*settings: str, world_size: int = 1) -> tuple[Problem, ...]:
     return error.value.problems
 
 
-@pytest.mark.parametrize(
-    ("settings", "world_size", "key", "message"),
-    [
-        (
-            ["parallel.tp=2", "parallel.reshard_after_forward=2"],
-            8,
-            "parallel.reshard_after_forward",
-            "an integer (2) cannot be combined with parallel.tp (2): FSDP2 cannot reshard ",
-        ),
-        (
-            ["parallel.cp=2", "data.packing=document"],
-            2,
-            "data.packing",
-            '"document" keeps attention inside documents, which parallel.cp_method = "ring"',
-        ),
-        (
-            ["data.packing=fixed", "data.packing_block=96"],
-            1,
-            "data.packing",
-            '"fixed" requires data.packing_block to divide training.seq_len',
-        ),
-        (
-            ["data.packing=fixed"],
-            1,
-            "data.packing",
-            "training.seq_len (2048) into at least 2 blocks, got 2048; for samples of one",
-        ),
-        (
-            ["parallel.pp=4", "training.global_batch_size=3"],
-            4,
-            "training.global_batch_size",
-            'with parallel.pp = 4, "1F1B" requires at least 4 micro-batches per step, got 3 = '
-            "3 samples / 1; set training.global_batch_size = 4",
-        ),
-        (
-            [*PP2, "training.local_batch_size=8"],
-            2,
-            "training.global_batch_size",
-            "got 1 = 8 samples / 8; set training.global_batch_size = 16 or "
-            "training.local_batch_size = 4",
-        ),
-        (
-            ["parallel.pp=2", "training.local_batch_size=8", "training.global_batch_size=-1"],
-            2,
-            "training.global_batch_size",
-            # A smaller micro-batch alone would not help.
-            "got 1 = 8 samples / 8; set training.global_batch_size = 16",
-        ),
-        (
-            [*PP2, "training.global_batch_size=3", 'parallel.pp_schedule="Interleaved1F1B"'],
-            2,
-            "training.global_batch_size",
-            "got 3 = 3 samples / 1; set training.global_batch_size = 4",
-        ),
-        (
-            [*PP2, 'parallel.pp_schedule="Interleaved1F1B"', "parallel.pp_micro_batches=1"],
-            2,
-            "parallel.pp_micro_batches",
-            'with parallel.pp = 2, "Interleaved1F1B" requires a multiple of 2 micro-batches in a '
-            "pass, got 1; a step has 8 micro-batches (8 samples / 1): set "
-            "parallel.pp_micro_batches to -1 (all of them), or to a divisor of 8 that "
-            "is a multiple of 2",
-        ),
-        (
-            [*PP2, "parallel.pp_schedule=DualPipeV", "parallel.pp_micro_batches=2"],
-            2,
-            "parallel.pp_micro_batches",
-            'with parallel.pp = 2, "DualPipeV" requires at least 4 micro-batches in a pass, got 2; '
-            "a step has 8 micro-batches (8 samples / 1): set "
-            "parallel.pp_micro_batches to -1 (all of them), or to a divisor of 8 that is at least",
-        ),
-        (
-            [*PP2, "parallel.pp_micro_batches=3"],
-            2,
-            "parallel.pp_micro_batches",
-            "must divide the 8 micro-batches of a step (8 samples",
-        ),
-        (
-            [*PP2, "parallel.pp_schedule=ZBVZeroBubble", "compile.enable=true"],
-            2,
-            "parallel.pp_schedule",
-            "computes input and weight gradients separately, which torch does not support for "
-            "compiled",
-        ),
-        (
-            [
-                *PP2,
-                "parallel.pp_schedule=InterleavedZeroBubble",
-                "activation_checkpoint.mode=selective_op",
-            ],
-            2,
-            "parallel.pp_schedule",
-            'recomputes a "selective_op" block only once; use activation_checkpoint.mode = "full"',
-        ),
-        (
-            [*PP2, "parallel.pp_split=explicit", 'parallel.pp_stage_modules=[["layers.0"], []]'],
-            2,
-            "parallel.pp_stage_modules",
-            'got 2 stages, but "1F1B" on 2 ranks requires 2, of at least one module each',
-        ),
-        (
-            ["parallel.dp_shard=4", "parallel.dp_replicate=2"],
-            6,
-            "parallel.dp_shard",
-            "the degrees must multiply to the world size (6), got pp (1) x dp_replicate (2) x "
-            "dp_shard (4) x cp (1) x tp (1)",
-        ),
-        (
-            ["parallel.dp_replicate=4"],
-            6,
-            "parallel.dp_replicate",
-            "dp_shard = -1 requires a world size that is a multiple of pp (1)",
-        ),
-        (
-            ["checkpoint.initial_load_hf=.", 'checkpoint.exclude_from_loading=["output.*"]'],
-            1,
-            "checkpoint.exclude_from_loading",
-            "cannot be combined with checkpoint.initial_load_hf, which loads all parameters; conv",
-        ),
-        (["data.dataset_path=none[0].txt"], 1, "data.dataset_path", "no such file"),
-        (["data.dataset_path=~/no/such/x.txt"], 1, "data.dataset_path", "and no folder"),
-        ([f"data.dataset_path={'x' * 300}"], 1, "data.dataset_path", "no such file"),
-        ([f"data.tokenizer_path={'x' * 300}/a"], 1, "data.tokenizer_path", "no such file"),
-        ([], 0, "parallel.dp_shard", "dp_shard = -1 requires a world size that is a multiple"),
-        (
-            ["training.global_batch_size=12", "training.local_batch_size=2"],
-            4,
-            "training.global_batch_size",
-            "must be a multiple of training.local_batch_size (2) x data-parallel degree (4) = 8, "
-            "got 12",
-        ),
-        (
-            ["parallel.reshard_after_forward=3"],
-            8,
-            "parallel.reshard_after_forward",
-            "3 must be a proper divisor of the FSDP degree (8), greater than 1; use one of 2",
-        ),
-        (
-            ["parallel.reshard_after_forward=8"],
-            8,
-            "parallel.reshard_after_forward",
-            "use one of 2, 4",
-        ),
-        (
-            ["parallel.reshard_after_forward=2"],
-            2,
-            "parallel.reshard_after_forward",
-            'use "always" or "never"',
-        ),
-        (
-            ["checkpoint.load_step=20"],
-            1,
-            "checkpoint.load_step",
-            "20 requires checkpoint.enable = true: without it the run neither reads nor",
-        ),
-        (
-            ["checkpoint.enable=true", "checkpoint.load_step=20", "training.steps=20"],
-            1,
-            "checkpoint.load_step",
-            "20 must be below training.steps (20): no step would be trained",
-        ),
-        (
-            ["checkpoint.initial_load_path=."],
-            1,
-            "checkpoint.initial_load_path",
-            '"." requires checkpoint.enable = true',
-        ),
-        (
-            ["checkpoint.enable=true", "checkpoint.initial_load_path=no/such"],
-            1,
-            "checkpoint.initial_load_path",
-            'no such folder: "no/such", and no folder "no"',
-        ),
-        (
-            ["checkpoint.enable=true", f"checkpoint.initial_load_path={__file__}"],
-            1,
-            "checkpoint.initial_load_path",
-            f'must be a folder, got the file "{__file__}"',
-        ),
-        (
-            ["checkpoint.enable=true", "checkpoint.interval=4", "checkpoint.keep_every=6"],
-            1,
-            "checkpoint.keep_every",
-            "6 must be a multiple of checkpoint.interval (4)",
-        ),
-        (
-            ["checkpoint.folder=a/../../b"],
-            1,
-            "checkpoint.folder",
-            '"a/../../b" is outside of job.dump_folder',
-        ),
-        (
-            ["profiling.enable_profiling=true", "profiling.profile_freq=2"],
-            1,
-            "profiling.profile_freq",
-            "must be at least 3, the steps recorded in each period, got 2",
-        ),
-        (
-            ["parallel.async_tp=true", "parallel.sequence_parallel=false"],
-            1,
-            "parallel.async_tp",
-            "true requires the compiler and sequence parallel: set "
-            "compile.enable = true and parallel.tp > 1 and parallel.sequence_parallel = true",
-        ),
-        (
-            ["attention.kernel=flash3", "training.param_dtype=float32"],
-            1,
-            "attention.kernel",
-            '"flash3" requires training.param_dtype = "bfloat16" or "float16", got "float32"',
-        ),
-        (
-            ["attention.kernel=cudnn", "data.packing=document"],
-            1,
-            "attention.kernel",
-            '"cudnn" does not support attention inside documents (data.packing = "document"); set',
-        ),
-        (
-            ["attention.kernel=cudnn", "training.deterministic=true"],
-            1,
-            "attention.kernel",
-            '"cudnn" is not deterministic; set training.deterministic = false, or attention.kernel',
-        ),
-        (
-            ["attention.kernel=math", "parallel.cp=2"],
-            2,
-            "attention.kernel",
-            '"math" returns no log-sum-exp, which parallel.cp_method = "ring" requires; set paral',
-        ),
-        (
-            [
-                "parallel.fsdp_symm_mem=true",
-                "parallel.async_tp=true",
-                "parallel.tp=2",
-                "compile.enable=true",
-            ],
-            4,
-            "parallel.fsdp_symm_mem",
-            "cannot be combined with parallel.async_tp = true: a process can use the symmetric",
-        ),
-        (
-            ["optimizer.state_dtype=bfloat16", "optimizer.beta2=0.999"],
-            1,
-            "optimizer.beta2",
-            '0.999 must be at most 0.99 with optimizer.state_dtype = "bfloat16"',
-        ),
-        (
-            [
-                "optimizer.state_dtype=int8",
-                "checkpoint.enable=true",
-                "checkpoint.async_mode=async_pinned",
-            ],
-            1,
-            "checkpoint.async_mode",
-            '"async_pinned" copies tensors, which torchao does not support for '
-            'optimizer.state_dtype = "int8"; set checkpoint.async_mode = "disabled"',
-        ),
-        (
-            ['optimizer.groups=[{pattern="*", algorithm="Muon"}]'],
-            1,
-            "optimizer.groups",
-            'table 1: optimizer.name = "AdamW" has no algorithm "Muon"; remove the key algorithm',
-        ),
-        (
-            ["data.dataset_path=texts/*.jsonl"],
-            1,
-            "data.dataset_path",
-            'no such file: "texts/*.jsonl", and no folder "texts"',
-        ),
-        (
-            ["data.dataset_path=HuggingFaceFW/fineweb"],
-            1,
-            "data.dataset_path",
-            'no such file: "HuggingFaceFW/fineweb", and no folder "HuggingFaceFW"; names on the '
-            "Hugging Face hub are not fetched: run hf download HuggingFaceFW/fineweb --repo-type "
-            'dataset --local-dir DIR, and set data.dataset_path = "DIR", or set data.dataset = '
-            '"HuggingFaceFW/fineweb" to stream it',
-        ),
-        (
-            ["validation.dataset_path=hf://datasets/allenai/c4"],
-            1,
-            "validation.dataset_path",
-            "hf download allenai/c4 --repo-type dataset --local-dir DIR, and set "
-            'validation.dataset_path = "DIR", or set validation.dataset = "allenai/c4" to stream',
-        ),
-        (
-            ["data.tokenizer_path=meta-llama/Llama-3.1-8B"],
-            1,
-            "data.tokenizer_path",
-            "not fetched: run hf download meta-llama/Llama-3.1-8B --local-dir DIR, and set "
-            'data.tokenizer_path = "DIR"',
-        ),
-        (
-            ["checkpoint.enable=true", "checkpoint.initial_load_hf=gpt2"],
-            1,
-            "checkpoint.initial_load_hf",
-            'no such folder: "gpt2"; names on the Hugging Face hub are not fetched: run '
-            'hf download gpt2 --local-dir DIR, and set checkpoint.initial_load_hf = "DIR"',
-        ),
-        (
-            ["checkpoint.enable=true", "checkpoint.initial_load_path=Qwen/Qwen2.5-0.5B"],
-            1,
-            "checkpoint.initial_load_path",
-            "hf download Qwen/Qwen2.5-0.5B --local-dir DIR, and set checkpoint.initial_load_hf",
-        ),
-        (
-            ["data.dataset_path=s3://bucket/part.jsonl"],
-            1,
-            "data.dataset_path",
-            'no such file: "s3://bucket/part.jsonl"; addresses are not fetched: download to DIR, '
-            'and set data.dataset_path = "DIR"',
-        ),
-        (
-            ["data.tokenizer_path=tokenizer.model"],
-            1,
-            "data.tokenizer_path",
-            'no such file: "tokenizer.model"; did you mean "tokeniser.model"?',
-        ),
-        (
-            ["job.dump_folder=tokeniser.model/run"],
-            1,
-            "job.dump_folder",
-            'cannot be created: "tokeniser.model" is a file',
-        ),
-    ],
-)
+REFUSED: list[tuple[list[str], int, str, str]] = [
+    (
+        ["parallel.tp=2", "parallel.reshard_after_forward=2"],
+        8,
+        "parallel.reshard_after_forward",
+        "reshard_after_forward = 2, an integer, cannot be combined with parallel.tp (2): FSDP2 ",
+    ),
+    (
+        ["parallel.cp=2", "data.packing=document"],
+        2,
+        "data.packing",
+        '"document" keeps attention inside documents, which parallel.cp_method = "ring"',
+    ),
+    (
+        ["data.packing=fixed", "data.packing_block=96"],
+        1,
+        "data.packing",
+        '"fixed" requires data.packing_block to divide training.seq_len',
+    ),
+    (
+        ["data.packing=fixed"],
+        1,
+        "data.packing",
+        "training.seq_len (2048) into at least 2 blocks, got 2048; for samples of one",
+    ),
+    (
+        ["parallel.pp=4", "training.global_batch_size=3"],
+        4,
+        "training.global_batch_size",
+        'with parallel.pp = 4, "1F1B" requires at least 4 micro-batches per step, got 3 = '
+        "3 samples / 1; set training.global_batch_size = 4",
+    ),
+    (
+        [*PP2, "training.local_batch_size=8"],
+        2,
+        "training.global_batch_size",
+        "got 1 = 8 samples / 8; set training.global_batch_size = 16 or "
+        "training.local_batch_size = 4",
+    ),
+    (
+        ["parallel.pp=2", "training.local_batch_size=8", "training.global_batch_size=-1"],
+        2,
+        "training.global_batch_size",
+        # A smaller micro-batch alone would not help.
+        "got 1 = 8 samples / 8; set training.global_batch_size = 16",
+    ),
+    (
+        [*PP2, "training.global_batch_size=3", 'parallel.pp_schedule="Interleaved1F1B"'],
+        2,
+        "training.global_batch_size",
+        "got 3 = 3 samples / 1; set training.global_batch_size = 4",
+    ),
+    (
+        [*PP2, 'parallel.pp_schedule="Interleaved1F1B"', "parallel.pp_micro_batches=1"],
+        2,
+        "parallel.pp_micro_batches",
+        'with parallel.pp = 2, "Interleaved1F1B" requires a multiple of 2 micro-batches in a '
+        "pass, got 1; a step has 8 micro-batches (8 samples / 1): set "
+        "parallel.pp_micro_batches to -1 (all of them), or to a divisor of 8 that "
+        "is a multiple of 2",
+    ),
+    (
+        [*PP2, "parallel.pp_schedule=DualPipeV", "parallel.pp_micro_batches=2"],
+        2,
+        "parallel.pp_micro_batches",
+        'with parallel.pp = 2, "DualPipeV" requires at least 4 micro-batches in a pass, got 2; '
+        "a step has 8 micro-batches (8 samples / 1): set "
+        "parallel.pp_micro_batches to -1 (all of them), or to a divisor of 8 that is at least",
+    ),
+    (
+        [*PP2, "parallel.pp_micro_batches=3"],
+        2,
+        "parallel.pp_micro_batches",
+        "pp_micro_batches (3) must divide the 8 micro-batches of a step (8 samples",
+    ),
+    (
+        [*PP2, "parallel.pp_schedule=ZBVZeroBubble", "compile.enable=true"],
+        2,
+        "parallel.pp_schedule",
+        "computes input and weight gradients separately, which torch does not support for compiled",
+    ),
+    (
+        [
+            *PP2,
+            "parallel.pp_schedule=InterleavedZeroBubble",
+            "activation_checkpoint.mode=selective_op",
+        ],
+        2,
+        "parallel.pp_schedule",
+        'recomputes a "selective_op" block only once; use activation_checkpoint.mode = "full"',
+    ),
+    (
+        [*PP2, "parallel.pp_split=explicit", 'parallel.pp_stage_modules=[["layers.0"], []]'],
+        2,
+        "parallel.pp_stage_modules",
+        'got 2 stages, but "1F1B" on 2 ranks requires 2, of at least one module each',
+    ),
+    (
+        ["parallel.dp_shard=4", "parallel.dp_replicate=2"],
+        6,
+        "parallel.dp_shard",
+        "the degrees must multiply to the world size (6), got pp (1) x dp_replicate (2) x "
+        "dp_shard (4) x cp (1) x tp (1)",
+    ),
+    (
+        ["parallel.dp_replicate=4"],
+        6,
+        "parallel.dp_replicate",
+        "dp_shard = -1 requires a world size that is a multiple of pp (1)",
+    ),
+    (
+        ["checkpoint.initial_load_hf=.", 'checkpoint.exclude_from_loading=["output.*"]'],
+        1,
+        "checkpoint.exclude_from_loading",
+        "cannot be combined with checkpoint.initial_load_hf, which loads all parameters; conv",
+    ),
+    (["data.dataset_path=none[0].txt"], 1, "data.dataset_path", "no such file"),
+    (["data.dataset_path=~/no/such/x.txt"], 1, "data.dataset_path", "and no folder"),
+    ([f"data.dataset_path={'x' * 300}"], 1, "data.dataset_path", "no such file"),
+    ([f"data.tokenizer_path={'x' * 300}/a"], 1, "data.tokenizer_path", "no such file"),
+    ([], 0, "parallel.dp_shard", "dp_shard = -1 requires a world size that is a multiple"),
+    (
+        ["training.global_batch_size=12", "training.local_batch_size=2"],
+        4,
+        "training.global_batch_size",
+        "global_batch_size (12) must be a multiple of training.local_batch_size (2) x "
+        "data-parallel degree (4) = 8",
+    ),
+    (
+        ["parallel.reshard_after_forward=3"],
+        8,
+        "parallel.reshard_after_forward",
+        "reshard_after_forward (3) must be a proper divisor of the FSDP degree (8), greater than 1",
+    ),
+    (
+        ["parallel.reshard_after_forward=8"],
+        8,
+        "parallel.reshard_after_forward",
+        "use one of 2, 4",
+    ),
+    (
+        ["parallel.reshard_after_forward=2"],
+        2,
+        "parallel.reshard_after_forward",
+        'use "always" or "never"',
+    ),
+    (
+        ["checkpoint.load_step=20"],
+        1,
+        "checkpoint.load_step",
+        "load_step = 20 requires checkpoint.enable = true: without it the run neither reads nor",
+    ),
+    (
+        ["checkpoint.enable=true", "checkpoint.load_step=20", "training.steps=20"],
+        1,
+        "checkpoint.load_step",
+        "load_step (20) must be below training.steps (20): no step would be trained",
+    ),
+    (
+        ["checkpoint.initial_load_path=."],
+        1,
+        "checkpoint.initial_load_path",
+        '"." requires checkpoint.enable = true',
+    ),
+    (
+        ["checkpoint.enable=true", "checkpoint.initial_load_path=no/such"],
+        1,
+        "checkpoint.initial_load_path",
+        'no such folder: "no/such", and no folder "no"',
+    ),
+    (
+        ["checkpoint.enable=true", f"checkpoint.initial_load_path={__file__}"],
+        1,
+        "checkpoint.initial_load_path",
+        f'must be a folder, got the file "{__file__}"',
+    ),
+    (
+        ["checkpoint.enable=true", "checkpoint.interval=4", "checkpoint.keep_every=6"],
+        1,
+        "checkpoint.keep_every",
+        "keep_every (6) must be a multiple of checkpoint.interval (4)",
+    ),
+    (
+        ["checkpoint.folder=a/../../b"],
+        1,
+        "checkpoint.folder",
+        '"a/../../b" is outside of job.dump_folder',
+    ),
+    (
+        ["profiling.enable_profiling=true", "profiling.profile_freq=2"],
+        1,
+        "profiling.profile_freq",
+        "profile_freq (2) must be at least 3, the steps recorded in each period",
+    ),
+    (
+        ["parallel.async_tp=true", "parallel.sequence_parallel=false"],
+        1,
+        "parallel.async_tp",
+        "async_tp = true requires the compiler and sequence parallel: set "
+        "compile.enable = true and parallel.tp > 1 and parallel.sequence_parallel = true",
+    ),
+    (
+        ["attention.kernel=flash3", "training.param_dtype=float32"],
+        1,
+        "attention.kernel",
+        '"flash3" requires training.param_dtype = "bfloat16" or "float16", got "float32"',
+    ),
+    (
+        ["attention.kernel=cudnn", "data.packing=document"],
+        1,
+        "attention.kernel",
+        '"cudnn" does not support attention inside documents (data.packing = "document"); set',
+    ),
+    (
+        ["attention.kernel=cudnn", "training.deterministic=true"],
+        1,
+        "attention.kernel",
+        '"cudnn" is not deterministic; set training.deterministic = false, or attention.kernel',
+    ),
+    (
+        ["attention.kernel=math", "parallel.cp=2"],
+        2,
+        "attention.kernel",
+        '"math" returns no log-sum-exp, which parallel.cp_method = "ring" requires; set paral',
+    ),
+    (
+        [
+            "parallel.fsdp_symm_mem=true",
+            "parallel.async_tp=true",
+            "parallel.tp=2",
+            "compile.enable=true",
+        ],
+        4,
+        "parallel.fsdp_symm_mem",
+        "fsdp_symm_mem = true cannot be combined with parallel.async_tp = true: a process can",
+    ),
+    (
+        ["optimizer.state_dtype=bfloat16", "optimizer.beta2=0.999"],
+        1,
+        "optimizer.beta2",
+        'beta2 (0.999) must be at most 0.99 with optimizer.state_dtype = "bfloat16"',
+    ),
+    (
+        [
+            "optimizer.state_dtype=int8",
+            "checkpoint.enable=true",
+            "checkpoint.async_mode=async_pinned",
+        ],
+        1,
+        "checkpoint.async_mode",
+        '"async_pinned" copies tensors, which torchao does not support for '
+        'optimizer.state_dtype = "int8"; set checkpoint.async_mode = "disabled"',
+    ),
+    (
+        ['optimizer.groups=[{pattern="*", algorithm="Muon"}]'],
+        1,
+        "optimizer.groups",
+        'table 1: optimizer.name = "AdamW" has no algorithm "Muon"; remove the key algorithm',
+    ),
+    (
+        ["data.dataset_path=texts/*.jsonl"],
+        1,
+        "data.dataset_path",
+        'no such file: "texts/*.jsonl", and no folder "texts"',
+    ),
+    (
+        ["data.dataset_path=HuggingFaceFW/fineweb"],
+        1,
+        "data.dataset_path",
+        'no such file: "HuggingFaceFW/fineweb", and no folder "HuggingFaceFW"; names on the '
+        "Hugging Face hub are not fetched: run hf download HuggingFaceFW/fineweb --repo-type "
+        'dataset --local-dir DIR, and set data.dataset_path = "DIR", or set data.dataset = '
+        '"HuggingFaceFW/fineweb" to stream it',
+    ),
+    (
+        ["validation.dataset_path=hf://datasets/allenai/c4"],
+        1,
+        "validation.dataset_path",
+        "hf download allenai/c4 --repo-type dataset --local-dir DIR, and set "
+        'validation.dataset_path = "DIR", or set validation.dataset = "allenai/c4" to stream',
+    ),
+    (
+        ["data.tokenizer_path=meta-llama/Llama-3.1-8B"],
+        1,
+        "data.tokenizer_path",
+        "not fetched: run hf download meta-llama/Llama-3.1-8B --local-dir DIR, and set "
+        'data.tokenizer_path = "DIR"',
+    ),
+    (
+        ["checkpoint.enable=true", "checkpoint.initial_load_hf=gpt2"],
+        1,
+        "checkpoint.initial_load_hf",
+        'no such folder: "gpt2"; names on the Hugging Face hub are not fetched: run '
+        'hf download gpt2 --local-dir DIR, and set checkpoint.initial_load_hf = "DIR"',
+    ),
+    (
+        ["checkpoint.enable=true", "checkpoint.initial_load_path=Qwen/Qwen2.5-0.5B"],
+        1,
+        "checkpoint.initial_load_path",
+        "hf download Qwen/Qwen2.5-0.5B --local-dir DIR, and set checkpoint.initial_load_hf",
+    ),
+    (
+        ["data.dataset_path=s3://bucket/part.jsonl"],
+        1,
+        "data.dataset_path",
+        'no such file: "s3://bucket/part.jsonl"; addresses are not fetched: download to DIR, '
+        'and set data.dataset_path = "DIR"',
+    ),
+    (
+        ["data.tokenizer_path=tokenizer.model"],
+        1,
+        "data.tokenizer_path",
+        'no such file: "tokenizer.model"; did you mean "tokeniser.model"?',
+    ),
+    (
+        ["job.dump_folder=tokeniser.model/run"],
+        1,
+        "job.dump_folder",
+        'cannot be created: "tokeniser.model" is a file',
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "world_size", "key", "message"), REFUSED)
 def test_what_cannot_work_is_refused_with_the_numbers(
     settings: list[str], world_size: int, key: str, message: str
 ) -> None:
@@ -372,21 +372,39 @@ def test_what_cannot_work_is_refused_with_the_numbers(
 
 
 @pytest.mark.parametrize(
+    ("settings", "world_size"), [(row[0], row[1]) for row in REFUSED if len(row[0]) > 1]
+)
+def test_an_override_that_contradicts_a_valid_file_is_blamed(
+    settings: list[str], world_size: int
+) -> None:
+    Path("tokeniser.model").write_text("")
+    for override in settings:
+        others = [f"--{setting}" for setting in settings if setting != override]
+        with contextlib.suppress(ConfigError):
+            make_plan(None, others, world_size)
+            Path("run.toml").write_text(to_toml(load_config(None, others)))
+            with pytest.raises(ConfigError) as error:
+                make_plan("run.toml", [f"--{override}"], world_size)
+            blamed = {(p.key, p.source) for p in error.value.problems}
+            assert blamed == {(override.partition("=")[0], "command line")}
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["parallel.cp=4"], "must be a multiple of 2 x parallel.cp (4) = 8, got 100"),
+        (["parallel.cp=4"], "seq_len (100) must be a multiple of 2 x parallel.cp (4) = 8"),
         (
             ["parallel.cp=4", "parallel.cp_method=all_gather"],
-            "must be a multiple of 2 x parallel.cp (4) = 8, got 100",
+            "seq_len (100) must be a multiple of 2 x parallel.cp (4) = 8",
         ),
         (
             ["parallel.cp=3", "parallel.cp_method=ulysses"],
-            "must be a multiple of parallel.cp (3), got 100",
+            "seq_len (100) must be a multiple of parallel.cp (3)",
         ),
-        (["parallel.tp=3"], "100 must be a multiple of parallel.tp (3)"),
+        (["parallel.tp=3"], "seq_len (100) must be a multiple of parallel.tp (3)"),
         (
             ["parallel.cp=4", "parallel.cp_method=ulysses", "parallel.tp=2"],
-            "100 / parallel.cp (4) = 25 must be a multiple of parallel.tp (2)",
+            "seq_len (100) / parallel.cp (4) = 25 must be a multiple of parallel.tp (2)",
         ),
     ],
 )
@@ -467,7 +485,9 @@ def test_rules_without_degrees_hold_where_the_world_size_does_not_divide() -> No
         world_size=3,
     )
     assert [p.key for p in actual] == ["parallel.dp_replicate", "training.global_batch_size"]
-    assert actual[1].message == "must be a multiple of training.local_batch_size (2), got 3"
+    assert actual[1].message == (
+        "global_batch_size (3) must be a multiple of training.local_batch_size (2)"
+    )
 
 
 def test_what_can_work_gives_the_degrees() -> None:

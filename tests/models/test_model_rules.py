@@ -330,7 +330,7 @@ def test_weights_of_attention_are_not_dropped_where_no_rank_has_all_of_a_sequenc
     config = Config.model_validate({"attention": {"kernel": "flash2"}})
     assert rules_broken(config, dropping) == [
         (
-            ("attention.kernel",),
+            ("model.flavor", "model.attention_dropout", "attention.kernel"),
             '"flash2" does not support attention_dropout (0.1); set attention.kernel = "auto", or '
             "model.attention_dropout = 0",
         )

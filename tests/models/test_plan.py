@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from titan_lite.config.load import ConfigError
 from titan_lite.models.llama import LLAMA
 from titan_lite.models.plan import make_plan
 
@@ -40,3 +41,13 @@ def test_checkpoints_are_below_the_run_folder_unless_elsewhere(tmp_path: Path) -
     assert plan.checkpoint_folder == Path("runs/a/checkpoint")
     plan = make_plan(None, ["--job.dump_folder=runs/a", f"--checkpoint.folder={tmp_path}"])
     assert (plan.run_folder, plan.checkpoint_folder) == (Path("runs/a"), tmp_path)
+
+
+def test_an_override_that_contradicts_a_file_is_blamed(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("[model]\nnum_heads = 8\nvocab_size = 2048\n[training]\nseq_len = 2048\n")
+    with pytest.raises(ConfigError) as error:
+        make_plan(file, ["--parallel.tp=3"], 3)
+    assert len(error.value.problems) == 4
+    assert {(p.key, p.source) for p in error.value.problems} == {("parallel.tp", "command line")}
+    assert "seq_len (2048) must be a multiple of parallel.tp (3)" in str(error.value)

@@ -84,13 +84,17 @@ def test_a_second_warm_up_rises_from_0_to_the_schedule() -> None:
 @pytest.mark.parametrize(
     ("settings", "key", "message"),
     [
-        (["decay_start=5"], "decay_start", r"5 must be at least .*warmup_steps \(10\) and below"),
+        (["decay_start=5"], "decay_start", r"\(5\) must be at least .*warmup_steps \(10\) and"),
         (["decay_start=100"], "decay_start", r"below training.steps \(100\)"),
-        (["decay_steps=91"], "decay_steps", r"91 must be at most training.steps \(100\) - "),
+        (
+            ["decay_steps=91"],
+            "decay_steps",
+            r"decay_steps \(91\) must be at most training.steps \(100\) - ",
+        ),
         (
             ["decay_steps=9", "decay_ratio=0.5"],
             "decay_ratio",
-            "0.5 cannot be combined with decay_start or decay_steps",
+            r"decay_ratio \(0.5\) cannot be combined with decay_start or decay_steps",
         ),
         (
             ["decay_type=inverse_sqrt", "decay_start=50", "decay_steps=9"],

@@ -48,10 +48,14 @@ Tables = dict[str, Any]
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A valid Config; origins maps each dotted key to "default", a file or "command line"."""
+    """A valid Config; origins maps each dotted key to "default", a file or "command line".
+
+    layers: the origins in the order in which they were read; later ones replace earlier.
+    """
 
     config: Config
     origins: dict[str, str]
+    layers: tuple[str, ...] = (DEFAULT, COMMAND_LINE)
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[None]:
@@ -62,8 +66,9 @@ class LoadedConfig:
             raise ConfigError(map(self._problem, error.errors)) from error
 
     def _problem(self, error: SettingError) -> Problem:
-        given = [key for key in error.keys if self.origin(key) != DEFAULT]
-        key = given[-1] if given else error.keys[0]
+        given = [key for key in error.keys if self.origin(key) != DEFAULT] or error.keys[:1]
+        # The first of the largest, which is the last in error.keys.
+        key = max(reversed(given), key=lambda key: self.layers.index(self.origin(key)))
         return Problem(key, self.origin(key), error.message)
 
     def origin(self, key: str) -> str:
@@ -100,7 +105,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Loade
         for section, table in tables.items():
             merged[section] |= table
             origins.update({f"{section}.{key}": source for key in table})
-    return LoadedConfig(Config.model_validate(merged), origins)
+    order = (DEFAULT, *(source for source, _ in layers))
+    return LoadedConfig(Config.model_validate(merged), origins, order)
 
 
 def _plugins(layers: Sequence[tuple[str, Tables]]) -> list[tuple[str, list[str]]]:

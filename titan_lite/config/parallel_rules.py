@@ -14,7 +14,7 @@ def parallel_rules(config: Config, dims: ParallelDims | None) -> Iterator[Settin
     yield from _sequence(config.training.seq_len, parallel)
     if parallel.cp > 1 and parallel.cp_method == "ring" and config.data.masks_attention:
         yield SettingError(
-            "data.packing",
+            ("parallel.cp", "parallel.cp_method", "data.packing"),
             f"{quote(config.data.packing)} keeps attention inside documents, which "
             'parallel.cp_method = "ring" does not support; use "ulysses" or "all_gather"',
         )
@@ -23,16 +23,16 @@ def parallel_rules(config: Config, dims: ParallelDims | None) -> Iterator[Settin
     yield from _async_tp(config)
     if parallel.fsdp_symm_mem and parallel.async_tp:
         yield SettingError(
-            "parallel.fsdp_symm_mem",
-            "cannot be combined with parallel.async_tp = true: a process can use the symmetric "
-            "memory of NCCL or of CUDA, not both; set one of the two to false",
+            ("parallel.async_tp", "parallel.fsdp_symm_mem"),
+            "fsdp_symm_mem = true cannot be combined with parallel.async_tp = true: a process can "
+            "use the symmetric memory of NCCL or of CUDA, not both; set one of the two to false",
         )
     if parallel.tp > 1 and isinstance(parallel.reshard_after_forward, int):
         yield SettingError(
-            "parallel.reshard_after_forward",
-            f"an integer ({parallel.reshard_after_forward}) cannot be combined with parallel.tp "
-            f"({parallel.tp}): FSDP2 cannot reshard tensor-parallel parameters over smaller "
-            'groups; use "always" or "never"',
+            ("parallel.tp", "parallel.reshard_after_forward"),
+            f"reshard_after_forward = {parallel.reshard_after_forward}, an integer, cannot be "
+            f"combined with parallel.tp ({parallel.tp}): FSDP2 cannot reshard tensor-parallel "
+            'parameters over smaller groups; use "always" or "never"',
         )
     if parallel.pp > 1:
         yield from _stages(config)
@@ -47,26 +47,26 @@ def _attention(config: Config) -> Iterator[SettingError]:
     parallel, training, packing = config.parallel, config.training, config.data.packing
     if kernel not in ("auto", "math") and training.param_dtype == "float32":
         yield SettingError(
-            key,
+            ("training.param_dtype", key),
             f'{quote(kernel)} requires training.param_dtype = "bfloat16" or "float16", got '
             '"float32"',
         )
     if kernel == "cudnn" and config.data.masks_attention:
         yield SettingError(
-            key,
+            ("data.packing", key),
             f'"cudnn" does not support attention inside documents (data.packing = '
             f'{quote(packing)}); set attention.kernel = "flash2"',
         )
     if kernel == "cudnn" and training.deterministic:
         yield SettingError(
-            key,
+            ("training.deterministic", key),
             '"cudnn" is not deterministic; set training.deterministic = false, or '
             'attention.kernel = "flash2"',
         )
     merges = parallel.cp > 1 and parallel.cp_method != "ulysses"
     if kernel == "math" and merges and not config.data.masks_attention:
         yield SettingError(
-            key,
+            ("data.packing", "parallel.cp", "parallel.cp_method", key),
             f'"math" returns no log-sum-exp, which parallel.cp_method = '
             f'{quote(parallel.cp_method)} requires; set parallel.cp_method = "ulysses"',
         )
@@ -77,13 +77,13 @@ def _stages(config: Config) -> Iterator[SettingError]:
     parallel, schedule = config.parallel, quote(config.parallel.pp_schedule)
     if parallel.schedule.splits_backward and config.compile.covers("model"):
         yield SettingError(
-            "parallel.pp_schedule",
+            ("parallel.pp", "compile.components", "compile.enable", "parallel.pp_schedule"),
             f"{schedule} computes input and weight gradients separately, which torch does not "
             'support for compiled blocks; use "Interleaved1F1B", or compile.enable = false',
         )
     if parallel.schedule.splits_backward and config.activation_checkpoint.mode == "selective_op":
         yield SettingError(
-            "parallel.pp_schedule",
+            ("parallel.pp", "activation_checkpoint.mode", "parallel.pp_schedule"),
             f"{schedule} computes input and weight gradients separately, and torch "
             'recomputes a "selective_op" block only once; use activation_checkpoint.mode = "full"',
         )
@@ -91,7 +91,10 @@ def _stages(config: Config) -> Iterator[SettingError]:
         count, needed = len(parallel.pp_stage_modules), parallel.num_stages
         if count != needed or not all(parallel.pp_stage_modules):
             yield SettingError(
-                "parallel.pp_stage_modules",
+                (
+                    *("parallel.pp", "parallel.pp_schedule", "parallel.pp_stages_per_rank"),
+                    *("parallel.pp_split", "parallel.pp_stage_modules"),
+                ),
                 f"got {count} stages, but {schedule} on {parallel.pp} ranks requires "
                 f"{needed}, of at least one module each",
             )
@@ -105,11 +108,13 @@ def _micro_batches(
     words: the division that gives `micro_steps`. samples: of one micro-batch, over all ranks.
     """
     parallel, pp = config.parallel, config.parallel.pp
+    of_step = ("parallel.pp", "training.local_batch_size", "training.global_batch_size")
     count = micro_steps if parallel.pp_micro_batches == -1 else parallel.pp_micro_batches
     if micro_steps % count:
         yield SettingError(
-            "parallel.pp_micro_batches",
-            f"must divide the {micro_steps} micro-batches of a step ({words}), got {count}",
+            (*of_step, "parallel.pp_micro_batches"),
+            f"pp_micro_batches ({count}) must divide the {micro_steps} micro-batches of a step "
+            f"({words})",
         )
         return
     least = max(1, parallel.schedule.min_per_rank * pp)
@@ -121,7 +126,7 @@ def _micro_batches(
         )
         if parallel.pp_micro_batches != -1:
             yield SettingError(
-                "parallel.pp_micro_batches",
+                (*of_step, "parallel.pp_schedule", "parallel.pp_micro_batches"),
                 f"{needed} in a pass, got {count}; a step has {micro_steps} micro-batches ({words})"
                 ": set parallel.pp_micro_batches to -1 (all of them), or to a divisor of "
                 f"{micro_steps} that is {fits}",
@@ -134,7 +139,7 @@ def _micro_batches(
         if config.training.global_batch_size != -1 and not rest:
             change += f" or training.local_batch_size = {local_batch}"
         yield SettingError(
-            "training.global_batch_size",
+            ("parallel.pp_schedule", *of_step),
             f"{needed} per step, got {count} = {words}; set {change}",
         )
 
@@ -142,20 +147,18 @@ def _micro_batches(
 def _sequence(seq_len: int, parallel: Parallel) -> Iterator[SettingError]:
     """Checks that ranks have equal parts of a sequence."""
     cp, tp = parallel.cp, parallel.tp
+    keys = ("parallel.cp", "parallel.cp_method", "training.seq_len")
     if cp > 1 and parallel.cp_method == "ulysses" and seq_len % cp:
-        yield SettingError(
-            "training.seq_len", f"must be a multiple of parallel.cp ({cp}), got {seq_len}"
-        )
+        yield SettingError(keys, f"seq_len ({seq_len}) must be a multiple of parallel.cp ({cp})")
     elif cp > 1 and parallel.cp_method != "ulysses" and seq_len % (2 * cp):
         yield SettingError(
-            "training.seq_len",
-            f"must be a multiple of 2 x parallel.cp ({cp}) = {2 * cp}, got {seq_len}",
+            keys, f"seq_len ({seq_len}) must be a multiple of 2 x parallel.cp ({cp}) = {2 * cp}"
         )
     elif tp > 1 and (seq_len // cp) % tp:
         local = f" / parallel.cp ({cp}) = {seq_len // cp}" if cp > 1 else ""
         yield SettingError(
-            "training.seq_len",
-            f"{seq_len}{local} must be a multiple of parallel.tp ({tp})",
+            ("parallel.cp", "parallel.tp", "training.seq_len"),
+            f"seq_len ({seq_len}){local} must be a multiple of parallel.tp ({tp})",
         )
 
 
@@ -165,13 +168,13 @@ def _activation_checkpoint(config: Config) -> Iterator[SettingError]:
     if isinstance(section, MemoryBudget):
         if not config.compile.covers("model"):
             yield SettingError(
-                "activation_checkpoint.mode",
+                ("compile.components", "compile.enable", "activation_checkpoint.mode"),
                 '"memory_budget" is a feature of the compiler: set compile.enable = true and '
                 'compile.components = ["model"], or use "selective_op"',
             )
         if config.parallel.tp > 1:
             yield SettingError(
-                "activation_checkpoint.mode",
+                ("parallel.tp", "activation_checkpoint.mode"),
                 '"memory_budget": the compiler does not know the sizes of tensor-parallel '
                 f'activations (parallel.tp is {config.parallel.tp}); use "selective_op"',
             )
@@ -191,16 +194,17 @@ def _async_tp(config: Config) -> Iterator[SettingError]:
     """Requirements of async tensor parallel."""
     parallel = config.parallel
     needs = (
-        (not config.compile.enable, "compile.enable = true"),
-        ("model" not in config.compile.components, 'compile.components = ["model"]'),
-        (parallel.tp == 1, "parallel.tp > 1"),
-        (not parallel.sequence_parallel, "parallel.sequence_parallel = true"),
+        (not config.compile.enable, "compile.enable", "= true"),
+        ("model" not in config.compile.components, "compile.components", '= ["model"]'),
+        (parallel.tp == 1, "parallel.tp", "> 1"),
+        (not parallel.sequence_parallel, "parallel.sequence_parallel", "= true"),
     )
-    missing = [words for is_missing, words in needs if is_missing]
+    missing = {key: words for is_missing, key, words in needs if is_missing}
     if parallel.async_tp and missing:
         yield SettingError(
-            "parallel.async_tp",
-            f"true requires the compiler and sequence parallel: set {' and '.join(missing)}",
+            (*missing, "parallel.async_tp"),
+            "async_tp = true requires the compiler and sequence parallel: set "
+            f"{' and '.join(f'{key} {words}' for key, words in missing.items())}",
         )
 
 
@@ -212,17 +216,21 @@ def _layout(config: Config, dims: ParallelDims | None) -> Iterator[SettingError]
             training.global_batch_size % training.local_batch_size
         ):
             yield SettingError(
-                "training.global_batch_size",
-                "must be a multiple of training.local_batch_size "
-                f"({training.local_batch_size}), got {training.global_batch_size}",
+                ("training.local_batch_size", "training.global_batch_size"),
+                f"global_batch_size ({training.global_batch_size}) must be a multiple of "
+                f"training.local_batch_size ({training.local_batch_size})",
             )
         return
     micro = training.local_batch_size * dims.batch
     if training.global_batch_size != -1 and training.global_batch_size % micro:
         yield SettingError(
-            "training.global_batch_size",
-            f"must be a multiple of training.local_batch_size ({training.local_batch_size}) x "
-            f"data-parallel degree ({dims.batch}) = {micro}, got {training.global_batch_size}",
+            (
+                *("parallel.dp_shard", "parallel.dp_replicate"),
+                *("training.local_batch_size", "training.global_batch_size"),
+            ),
+            f"global_batch_size ({training.global_batch_size}) must be a multiple of "
+            f"training.local_batch_size ({training.local_batch_size}) x data-parallel degree "
+            f"({dims.batch}) = {micro}",
         )
     elif config.parallel.pp > 1:
         samples = resolve_global_batch(
@@ -236,9 +244,9 @@ def _layout(config: Config, dims: ParallelDims | None) -> Iterator[SettingError]
         sizes = [n for n in range(2, dims.fsdp) if dims.fsdp % n == 0]
         use = f"use one of {', '.join(map(str, sizes))}" if sizes else 'use "always" or "never"'
         yield SettingError(
-            "parallel.reshard_after_forward",
-            f"{reshard} must be a proper divisor of the FSDP degree ({dims.fsdp}), "
-            f"greater than 1; {use}",
+            ("parallel.dp_shard", "parallel.cp", "parallel.reshard_after_forward"),
+            f"reshard_after_forward ({reshard}) must be a proper divisor of the FSDP degree "
+            f"({dims.fsdp}), greater than 1; {use}",
         )
 
 
@@ -249,7 +257,7 @@ def _float8(config: Config, dims: ParallelDims) -> Iterator[SettingError]:
     # The matmul of a linear's weight gradient sums over the tokens.
     if float8.recipe in ("tensorwise", "rowwise") and tokens % 16:
         yield SettingError(
-            "training.seq_len",
+            ("parallel.cp", "float8.recipe", "training.local_batch_size", "training.seq_len"),
             f"local_batch_size ({training.local_batch_size}) x seq_len ({training.seq_len}) / "
             f"cp ({dims.cp}) = {tokens} tokens must be divisible by 16 for float8 matrix products; "
             'or use float8.recipe = "rowwise_gw_hp", which does not sum over tokens in float8',
@@ -259,19 +267,19 @@ def _float8(config: Config, dims: ParallelDims) -> Iterator[SettingError]:
     key = "float8.fsdp_all_gather"
     if float8.recipe.startswith("rowwise"):
         yield SettingError(
-            key,
-            f"is not supported by float8.recipe = {quote(float8.recipe)}, which has one scale per "
-            'row; use "tensorwise"',
+            ("float8.recipe", key),
+            f"fsdp_all_gather is not supported by float8.recipe = {quote(float8.recipe)}, which "
+            'has one scale per row; use "tensorwise"',
         )
     if isinstance(parallel.reshard_after_forward, int):
         yield SettingError(
-            key,
-            "is not supported with parallel.reshard_after_forward = "
+            ("parallel.reshard_after_forward", key),
+            "fsdp_all_gather is not supported with parallel.reshard_after_forward = "
             f'{parallel.reshard_after_forward}; use "always" or "never"',
         )
     if parallel.cpu_offload:
         yield SettingError(
-            key,
-            "cannot be combined with parallel.cpu_offload = true, whose copies lose the scales; "
-            "set one of the two to false",
+            ("parallel.cpu_offload", key),
+            "fsdp_all_gather = true cannot be combined with parallel.cpu_offload = true, whose "
+            "copies lose the scales; set one of the two to false",
         )

@@ -68,7 +68,9 @@ class ConfigError(ValueError):
 class SettingError(ValueError):
     """A wrong setting, raised where its key is known.
 
-    keys: one or several keys. Of several, the one that was set last is reported, else the first.
+    keys: one or several keys, whose values contradict each other. Of several, the one that was set
+    last is reported: that of the latest layer, and in a layer the last in `keys`. If none was set,
+    the first is reported.
     """
 
     def __init__(self, keys: str | Sequence[str], message: str) -> None:

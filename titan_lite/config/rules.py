@@ -38,14 +38,15 @@ def _single(config: Config) -> Iterator[SettingError]:
     training = config.training
     if training.param_dtype != "float16" and training.reduce_dtype == "float16":
         yield SettingError(
-            "training.reduce_dtype",
-            '"float16" requires training.param_dtype = "float16", which has loss scaling, got '
-            f'{quote(training.param_dtype)}; set training.reduce_dtype = "float32"',
+            ("training.param_dtype", "training.reduce_dtype"),
+            'reduce_dtype = "float16" requires training.param_dtype = "float16", which has loss '
+            f"scaling, got {quote(training.param_dtype)}; set training.reduce_dtype = "
+            '"float32"',
         )
     block, seq_len = config.data.packing_block, training.seq_len
     if config.data.packing == "fixed" and (seq_len % block or seq_len == block):
         yield SettingError(
-            "data.packing",
+            ("training.seq_len", "data.packing_block", "data.packing"),
             f'"fixed" requires data.packing_block to divide training.seq_len ({seq_len}) into at '
             f'least 2 blocks, got {block}; for samples of one block, set data.packing = "concat"',
         )
@@ -56,9 +57,9 @@ def _single(config: Config) -> Iterator[SettingError]:
     profiling = config.profiling
     if profiling.enable_profiling and profiling.profile_freq < PROFILED_STEPS:
         yield SettingError(
-            "profiling.profile_freq",
-            f"must be at least {PROFILED_STEPS}, the steps recorded in each period, got "
-            f"{profiling.profile_freq}",
+            ("profiling.enable_profiling", "profiling.profile_freq"),
+            f"profile_freq ({profiling.profile_freq}) must be at least {PROFILED_STEPS}, the steps "
+            "recorded in each period",
         )
     if config.metrics.enable_wandb and (problem := _wandb_problem()):
         yield SettingError("metrics.enable_wandb", problem)
@@ -70,41 +71,42 @@ def _rounded_moments(section: Optimizer) -> Iterator[SettingError]:
         for key in ("beta1", "beta2"):
             if (beta := getattr(section, key)) > MAX_ROUNDED_BETA:
                 yield SettingError(
-                    f"optimizer.{key}",
-                    f"{beta:g} must be at most {MAX_ROUNDED_BETA} with optimizer.state_dtype = "
-                    '"bfloat16", which cannot store changes of a moment below 1/256 of it',
+                    ("optimizer.state_dtype", f"optimizer.{key}"),
+                    f"{key} ({beta:g}) must be at most {MAX_ROUNDED_BETA} with "
+                    'optimizer.state_dtype = "bfloat16", which cannot store changes of a '
+                    "moment below 1/256 of it",
                 )
 
 
 def _decay(section: LRScheduler, steps: int) -> Iterator[SettingError]:
     """Broken rules of the decay's start and length."""
     start, length, warmup = section.decay_start, section.decay_steps, section.warmup_steps
-    key = "lr_scheduler.decay_start"
+    lengths = ("training.steps", "lr_scheduler.warmup_steps")
     if (start, length) == (-1, -1):
         return
     if section.decay_ratio != 1:
         yield SettingError(
-            "lr_scheduler.decay_ratio",
-            f"{section.decay_ratio:g} cannot be combined with decay_start or decay_steps; remove "
-            "decay_ratio, or the others",
+            ("lr_scheduler.decay_start", "lr_scheduler.decay_steps", "lr_scheduler.decay_ratio"),
+            f"decay_ratio ({section.decay_ratio:g}) cannot be combined with decay_start or "
+            "decay_steps; remove decay_ratio, or the others",
         )
     if start != -1 and not warmup <= start < steps:
         yield SettingError(
-            key,
-            f"{start} must be at least lr_scheduler.warmup_steps ({warmup}) and below "
-            f"training.steps ({steps})",
+            (*lengths, "lr_scheduler.decay_start"),
+            f"decay_start ({start}) must be at least lr_scheduler.warmup_steps ({warmup}) and "
+            f"below training.steps ({steps})",
         )
     if start == -1 and length > steps - warmup:
         yield SettingError(
-            "lr_scheduler.decay_steps",
-            f"{length} must be at most training.steps ({steps}) - lr_scheduler.warmup_steps "
-            f"({warmup})",
+            (*lengths, "lr_scheduler.decay_steps"),
+            f"decay_steps ({length}) must be at most training.steps ({steps}) - "
+            f"lr_scheduler.warmup_steps ({warmup})",
         )
     if start != -1 and length != -1 and section.decay_type == "inverse_sqrt":
         yield SettingError(
-            "lr_scheduler.decay_steps",
-            f'{length} does not apply to decay_type = "inverse_sqrt" with decay_start: remove '
-            "decay_steps",
+            ("lr_scheduler.decay_type", "lr_scheduler.decay_start", "lr_scheduler.decay_steps"),
+            f'decay_steps ({length}) does not apply to decay_type = "inverse_sqrt" with '
+            "decay_start: remove decay_steps",
         )
 
 
@@ -116,7 +118,7 @@ def _groups(section: Optimizer) -> Iterator[SettingError]:
             if section.ALGORITHMS:
                 hint = f"use {one_of([quote(name) for name in section.ALGORITHMS])}"
             yield SettingError(
-                "optimizer.groups",
+                ("optimizer.name", "optimizer.groups"),
                 f"table {number}: optimizer.name = {quote(section.name)} has no algorithm "
                 f"{quote(group.algorithm)}; {hint}",
             )
@@ -142,42 +144,42 @@ def _checkpoint(config: Config) -> Iterator[SettingError]:
         value = getattr(section, key)
         if value not in ("latest", "", 0, False) and not section.enable:
             yield SettingError(
-                f"checkpoint.{key}",
-                f"{literal(value)} requires checkpoint.enable = true: without it the run neither "
-                "reads nor saves checkpoints",
+                ("checkpoint.enable", f"checkpoint.{key}"),
+                f"{key} = {literal(value)} requires checkpoint.enable = true: without it the run "
+                "neither reads nor saves checkpoints",
             )
     if isinstance(load_step, int) and load_step >= config.training.steps:
         yield SettingError(
-            "checkpoint.load_step",
-            f"{load_step} must be below training.steps ({config.training.steps}): no step would be "
-            "trained",
+            ("training.steps", "checkpoint.load_step"),
+            f"load_step ({load_step}) must be below training.steps ({config.training.steps}): no "
+            "step would be trained",
         )
     if section.initial_load_hf and section.initial_load_path:
         yield SettingError(
-            "checkpoint.initial_load_hf",
-            "cannot be combined with checkpoint.initial_load_path = "
+            ("checkpoint.initial_load_path", "checkpoint.initial_load_hf"),
+            "initial_load_hf cannot be combined with checkpoint.initial_load_path = "
             f"{quote(section.initial_load_path)}; set one of the two",
         )
     if section.initial_load_hf and section.exclude_from_loading:
         yield SettingError(
-            "checkpoint.exclude_from_loading",
-            "cannot be combined with checkpoint.initial_load_hf, which loads all parameters; "
-            "convert the model with titan-lite convert hf-to-dcp and set "
+            ("checkpoint.initial_load_hf", "checkpoint.exclude_from_loading"),
+            "exclude_from_loading cannot be combined with checkpoint.initial_load_hf, which loads "
+            "all parameters; convert the model with titan-lite convert hf-to-dcp and set "
             "checkpoint.initial_load_path instead",
         )
     is_async = section.enable and section.async_mode != "disabled"
     optimizer = config.optimizer
     if is_async and isinstance(optimizer, AdamOptimizer) and optimizer.state_dtype in EIGHT_BITS:
         yield SettingError(
-            "checkpoint.async_mode",
+            ("checkpoint.enable", "optimizer.state_dtype", "checkpoint.async_mode"),
             f"{quote(section.async_mode)} copies tensors, which torchao does not support for "
             f"optimizer.state_dtype = {quote(optimizer.state_dtype)}; set "
             'checkpoint.async_mode = "disabled"',
         )
     if section.keep_every % section.interval:
         yield SettingError(
-            "checkpoint.keep_every",
-            f"{section.keep_every} must be a multiple of checkpoint.interval "
+            ("checkpoint.interval", "checkpoint.keep_every"),
+            f"keep_every ({section.keep_every}) must be a multiple of checkpoint.interval "
             f"({section.interval}), because only those steps are saved",
         )
     if Path(os.path.normpath(section.folder)).parts[:1] == ("..",):
@@ -198,7 +200,7 @@ def _documents(config: Config) -> Iterator[SettingError]:
         and not (validation.dataset or validation.dataset_path)
     ):
         yield SettingError(
-            "validation.enable",
+            (mixed_or_files, "validation.enable"),
             f"with {mixed_or_files} set, validation needs its own documents: set "
             "validation.dataset_path or validation.dataset",
         )
@@ -212,9 +214,9 @@ def _documents(config: Config) -> Iterator[SettingError]:
         value = getattr(data, key)
         if data.sources and value != field.default:
             yield SettingError(
-                f"data.{key}",
-                f"{quote(value)} cannot be combined with data.sources; set it in a table of "
-                "data.sources",
+                ("data.sources", f"data.{key}"),
+                f"data.{key} = {quote(value)} cannot be combined with data.sources; set it "
+                "in a table of data.sources",
             )
 
 

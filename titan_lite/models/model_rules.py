@@ -53,7 +53,7 @@ def objective_rules(config: Config, family: Family) -> Iterator[SettingError]:
         )
     if config.attention.kernel == "cudnn":
         yield SettingError(
-            "attention.kernel",
+            ("model.name", "attention.kernel"),
             f'"cudnn" does not support the attention masks of {quote(family.name)}, which hide '
             'padding; set attention.kernel = "flash2"',
         )
@@ -78,7 +78,7 @@ def optimizer_rules(config: Config, family: Family) -> Iterator[SettingError]:
         return
     if config.training.param_dtype == "float16":
         yield SettingError(
-            "optimizer.name",
+            ("training.param_dtype", "optimizer.name"),
             '"Muon" is not tested with the loss scaling of training.param_dtype = "float16"; '
             'set training.param_dtype = "bfloat16"',
         )
@@ -156,7 +156,7 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
     kernel = config.attention.kernel
     if args.attention_dropout and kernel not in ("auto", "math"):
         yield SettingError(
-            "attention.kernel",
+            ("model.flavor", "model.attention_dropout", "attention.kernel"),
             f"{quote(kernel)} does not support attention_dropout "
             f'({args.attention_dropout:g}); set attention.kernel = "auto", or '
             "model.attention_dropout = 0",

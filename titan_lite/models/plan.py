@@ -74,6 +74,7 @@ def make_plan(
     return Plan(
         config=config,
         origins=loaded.origins,
+        layers=loaded.layers,
         dims=dims,
         family=family,
         args=args,
