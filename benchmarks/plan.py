@@ -84,7 +84,7 @@ def peaks(kind: str) -> list[dict[str, Any]]:
         path = f"{ROOT}/train_configs/{row['config']}.toml" if row["config"] else None
         overrides = [*row["overrides"], "--data.tokenizer_path="]
         plan = make_plan(path, overrides, row["world_size"], with_files=False)
-        job = read_job(plan.config, plan.dims, plan.family, plan.args)
+        job = read_job(plan)
         place = memory(job)[row["place"]]
         result.append(
             {

@@ -103,9 +103,7 @@ def calibrate_here(seconds: float) -> str:
 def compared(variant: Variant, measured: Values, cluster: Cluster) -> Values:
     """Returns the predicted and the measured step of a run."""
     plan = make_plan(variant.config, variant.overrides, variant.nproc)
-    prediction = predict(
-        read_job(plan.config, plan.dims, plan.family, plan.args), cluster, tokens=1.0
-    )
+    prediction = predict(read_job(plan), cluster, tokens=1.0)
     seconds = measured["seconds_per_step"]["median"]
     return {
         "run": variant.name,

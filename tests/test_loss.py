@@ -175,7 +175,7 @@ def test_compiled_it_has_no_graph_for_each_number_of_labelled_rows() -> None:
 def test_auto_takes_as_few_chunks_as_hold_and_at_most_8(
     monkeypatch: pytest.MonkeyPatch, max_bytes: int, num_chunks: int
 ) -> None:
-    monkeypatch.setattr("titan_lite.training.loss.AUTO_CHUNK_BYTES", max_bytes)
+    monkeypatch.setattr("titan_lite.config.schema.AUTO_CHUNK_BYTES", max_bytes)
     hidden, weight, labels = _inputs()
     with torch.no_grad(), torch.profiler.profile() as profiler:
         cross_entropy_sum(hidden, weight, labels=labels, num_chunks="auto", vocab_size=50)

@@ -113,7 +113,7 @@ def test_keys_that_are_named_like_those_of_adamw_and_muon_do_not_mean_the_same(
     assert cli.main(["plan", *overrides, "--cluster=h100", "--world-size=8"]) == 0
     assert "optimizer" in capsys.readouterr().out
     plan = make_plan(None, overrides, 8)
-    job = read_job(plan.config, plan.dims, plan.family, plan.args)
+    job = read_job(plan)
     plain = dataclasses.replace(job, moment_bytes=4.0)
     assert (
         peak(plain).parts["optimizer"]

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -116,7 +115,8 @@ def _step_twice(*overrides: str) -> list[dict[str, Any]]:
 
 def _step_twice_of(*overrides: str) -> list[dict[str, Any]]:
     process = Process.from_environment()
-    plan = make_plan(None, [*TINY, *as_overrides(*ALIKE, *overrides)], process.world_size)
+    batch = f"--training.global_batch_size={SAMPLES}"
+    plan = make_plan(None, [*TINY, *as_overrides(*ALIKE, *overrides), batch], process.world_size)
     config = plan.config
     with torch.device("meta"):
         model = build_model(plan.family, plan.args)
@@ -124,7 +124,7 @@ def _step_twice_of(*overrides: str) -> list[dict[str, Any]]:
     built = build_parallel(
         model,
         split(model, config.parallel, attention_flops=0),
-        replace(plan, micro_steps=per_rank // size),
+        plan,
         open_run.build_meshes(plan.dims, "cpu"),
         process,
     )

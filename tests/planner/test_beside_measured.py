@@ -33,7 +33,7 @@ def test_measured_values_join_the_prediction_once_there_are_any(
         actual: dict[str, Any] = run["prediction"]
         return actual
 
-    step = predict(read_job(plan.config, plan.dims, plan.family, plan.args), cluster, 1.0).step
+    step = predict(read_job(plan), cluster, 1.0).step
     # A device on which the predicted step takes a second.
     cluster = dataclasses.replace(cluster, measured={"step": 1 / step.seconds})
     with caplog.at_level(logging.INFO), PredictionRecorder(plan, cluster, meter):

@@ -35,7 +35,7 @@ def compare(case: dict[str, Any]) -> tuple[float, float, float]:
     path = PRESETS / f"{case['config']}.toml" if case["config"] else None
     overrides = [*case["overrides"], "--data.tokenizer_path="]
     plan = make_plan(path, overrides, case["world_size"], with_files=False)
-    job = read_job(plan.config, plan.dims, plan.family, plan.args)
+    job = read_job(plan)
     return memory(job)[case["place"]].bytes, peak(job).bytes, room(job)
 
 
@@ -106,7 +106,7 @@ def saved_cases() -> Iterator[tuple[Job, Job, dict[str, Any], dict[str, Any]]]:
     nothing: dict[tuple[str, ...], tuple[Job, dict[str, Any]]] = {}
     for case in cases("saved"):
         plan = make_plan(None, [*case["overrides"], "--data.tokenizer_path="], 2, with_files=False)
-        job = read_job(plan.config, plan.dims, plan.family, plan.args)
+        job = read_job(plan)
         layout = tuple(case["overrides"][:-1])
         if job.saved == ("max",):
             nothing[layout] = job, case
@@ -184,7 +184,7 @@ def test_a_job_is_said_to_fit_only_where_the_dry_run_fits(kind: str) -> None:
 
 def test_a_pipeline_is_as_large_as_its_largest_place() -> None:
     plan = make_plan(PRESETS / "llama2_70b_tp4_pp8.toml", [], 32, with_files=False)
-    job = read_job(plan.config, plan.dims, plan.family, plan.args)
+    job = read_job(plan)
     places = memory(job)
     assert len(places) == 8
     assert peak(job).bytes == max(place.bytes for place in places) == places[0].bytes
@@ -200,14 +200,14 @@ def test_llama_3_70b_needs_more_than_one_node() -> None:
         8,
         with_files=False,
     )
-    job = read_job(plan.config, plan.dims, plan.family, plan.args)
+    job = read_job(plan)
     assert peak(job).bytes > find_cluster("h100").memory
 
 
 def job_of(preset: str, *overrides: str) -> Job:
     overrides = ("--data.tokenizer_path=", *overrides)
     plan = make_plan(PRESETS / f"{preset}.toml", overrides, 8, with_files=False)
-    return read_job(plan.config, plan.dims, plan.family, plan.args)
+    return read_job(plan)
 
 
 def job_with(optimizer: str, *more: str) -> Job:

@@ -37,12 +37,12 @@ SMALL = ("--model.num_layers=6", "--training.seq_len=512", "--training.global_ba
 
 def job(*overrides: str, world_size: int = 8) -> Job:
     plan = make_plan(PRESET, [NO_FILE, *overrides], world_size, with_files=False)
-    return read_job(plan.config, plan.dims, plan.family, plan.args)
+    return read_job(plan)
 
 
 def job_of(family: str, *overrides: str) -> Job:
     plan = make_plan(None, [f"--model.name={family}", *overrides], 8, with_files=False)
-    return read_job(plan.config, plan.dims, plan.family, plan.args)
+    return read_job(plan)
 
 
 def seconds(job: Job, cluster: Cluster) -> float:
@@ -104,7 +104,7 @@ def test_a_run_out_of_memory_that_was_to_fit_is_given_smaller_settings() -> None
     plan = make_plan(PRESET, [NO_FILE, "--training.local_batch_size=2"], 8, with_files=False)
     actual = fitting_settings(plan, H100.device)
     assert actual
-    now = peak(read_job(plan.config, plan.dims, plan.family, plan.args)).bytes / 2**30
+    now = peak(read_job(plan)).bytes / 2**30
     for text in actual:
         assert float(text.rpartition(": ")[2].split()[0]) < now
 
@@ -376,7 +376,7 @@ def test_a_search_starts_from_every_preset(
 def test_some_rank_needs_at_least_the_least(preset: str, world: int, more: tuple[str, ...]) -> None:
     path = ROOT / f"train_configs/{preset}.toml"
     plan = make_plan(path, [NO_FILE, *more], world, with_files=False)
-    now = read_job(plan.config, plan.dims, plan.family, plan.args)
+    now = read_job(plan)
     stored = [place.parts["parameters"] + place.parts["optimizer"] for place in memory(now)]
     assert 0 < least(now) <= max(stored)
 
@@ -447,7 +447,7 @@ def test_the_best_layout_is_written_and_runs(
     best = json.loads(capsys.readouterr().out)["best"]
     plan = make_plan(target, [NO_FILE], 8, with_files=False)
     assert plan.global_batch_size == 1 or plan.config.training.seq_len == 8192
-    predicted = predict(read_job(plan.config, plan.dims, plan.family, plan.args), H100, 1)
+    predicted = predict(read_job(plan), H100, 1)
     expected = load_config(target, [NO_FILE]).config
     for key, value in best[0]["settings"].items():
         section, _, name = key.partition(".")

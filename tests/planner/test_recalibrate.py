@@ -41,7 +41,7 @@ def test_a_run_gives_the_factor_that_makes_its_prediction_right(
     text = (FOLDER / "h100.toml").read_text()
     own.write_text(f'{text}\n[measured]\n"{actual["constant"]}" = {actual["value"]}\n')
     plan = make_plan(None, [], 1, with_files=False)
-    job = read_job(plan.config, plan.dims, plan.family, plan.args)
+    job = read_job(plan)
     assert predict(job, find_cluster(str(own)), 1.0).step.seconds == pytest.approx(1.0, rel=1e-3)
     # Once more, from the recalibrated prediction.
     assert cli.main(["plan", "recalibrate", str(folder), f"--cluster={own}"]) == 0

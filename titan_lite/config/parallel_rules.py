@@ -109,7 +109,7 @@ def _micro_batches(
     """
     parallel, pp = config.parallel, config.parallel.pp
     of_step = ("parallel.pp", "training.local_batch_size", "training.global_batch_size")
-    count = micro_steps if parallel.pp_micro_batches == -1 else parallel.pp_micro_batches
+    count = parallel.micro_batches_per_pass(micro_steps)
     if micro_steps % count:
         yield SettingError(
             (*of_step, "parallel.pp_micro_batches"),

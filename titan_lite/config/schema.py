@@ -3,6 +3,7 @@
 Units are in the docstrings. A key that is not listed here is an error, never ignored.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -37,6 +38,7 @@ BalanceKind = Literal["none", "sequence", "global_lagged", "micro_batch"]
 PositionKind = Literal["rotary", "learned"]
 ScoreKind = Literal["softmax", "sigmoid"]
 AttentionKernel = Literal["auto", "math", "cudnn", "flash2", "flash3", "flash4"]
+AUTO_CHUNK_BYTES = 2**29
 
 
 class Job(Section):
@@ -273,6 +275,11 @@ class Training(Section):
     """Steps between garbage collections of Python; the automatic ones are off."""
 
 
+def auto_loss_chunks(logits_bytes: float) -> int:
+    """Returns the chunks of loss_chunks = "auto". logits_bytes: of a micro-batch, in float32."""
+    return min(8, math.ceil(logits_bytes / AUTO_CHUNK_BYTES))
+
+
 class Validation(Documents):
     """[validation]: the loss over held-out documents, the same ones from their start each time."""
 
@@ -420,6 +427,10 @@ class Parallel(Section):
     def num_stages(self) -> int:
         """Pipeline stages of all ranks, 1 without pipeline parallel."""
         return self.pp * self.stages_per_rank if self.pp > 1 else 1
+
+    def micro_batches_per_pass(self, micro_steps: int) -> int:
+        """Micro-batches of a pass through the pipeline, of the `micro_steps` of a step."""
+        return micro_steps if self.pp_micro_batches == -1 else self.pp_micro_batches
 
 
 class Attention(Section):

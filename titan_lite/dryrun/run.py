@@ -36,7 +36,7 @@ from titan_lite.parallel.pipeline import local_stages
 from titan_lite.runtime.distributed import Process
 from titan_lite.runtime.parent import MAYBE_OUT_OF_MEMORY, end_with_parent, making_locks
 from titan_lite.training.meta_model import build_checked_model, check_float8, pipeline_stages
-from titan_lite.training.objective import OBJECTIVES, Objective
+from titan_lite.training.objective import OBJECTIVES
 from titan_lite.training.setup import BuiltTraining, build_training
 
 
@@ -98,7 +98,7 @@ def dry_run(
             plan,
             model,
             objective,
-            pipeline_stages(plan, model, objective),
+            pipeline_stages(plan, model),
             meshes,
             process,
             tensor_mode=fake,
@@ -110,7 +110,7 @@ def dry_run(
         assume_balance(model)
         if built.train_step.pipeline is not None:
             built.train_step.pipeline.skip_shape_negotiation()
-        labelled = partial(_labelled, built.train_step.objective)
+        labelled = partial(_labelled, plan.head_token_fraction)
         built.train_step.labelled_indices = labelled  # type: ignore[method-assign]
         if progress is not None:
             progress.enter("optimizer state")
@@ -240,9 +240,9 @@ def _quiet_dry_run(plan: Plan, place: tuple[int, int, int], *, repeats: bool) ->
         return dry_run(plan, place[0], repeats=repeats, progress=progress)
 
 
-def _labelled(objective: Objective, batch: Batch) -> Tensor:
+def _labelled(fraction: float, batch: Batch) -> Tensor:
     """Returns positions with a label; only their number matters, because labels are fake."""
-    return batch.labels.new_zeros(math.ceil(objective.label_fraction * batch.labels.numel()))
+    return batch.labels.new_zeros(math.ceil(fraction * batch.labels.numel()))
 
 
 def _draw_nothing(name: str, tensor: Tensor, generator: torch.Generator) -> None:

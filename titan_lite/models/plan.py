@@ -6,6 +6,7 @@ Not `titan-lite plan`, whose predictions are in planner/.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from titan_lite.config.dims import ParallelDims, resolve_global_batch
@@ -20,18 +21,54 @@ from titan_lite.models.setting_warnings import log_warnings
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(LoadedConfig):
-    """A valid configuration, and the values derived from it for a number of processes."""
+    """A valid configuration, and the values derived from it for a number of processes.
+
+    `dataclasses.replace` with another configuration, or other dims, derives them from those.
+    """
 
     dims: ParallelDims
     family: Family
     args: DecoderArgs
-    global_batch_size: int
-    """Samples per optimizer step over all ranks."""
-    micro_steps: int
-    """Micro-batches of a rank in an optimizer step."""
-    run_folder: Path
-    """Folder that the run writes to."""
-    checkpoint_folder: Path
+
+    @cached_property
+    def global_batch_size(self) -> int:
+        """Samples per optimizer step over all ranks."""
+        training = self.config.training
+        return resolve_global_batch(
+            training.global_batch_size, training.local_batch_size, self.dims.batch
+        )
+
+    @cached_property
+    def micro_steps(self) -> int:
+        """Micro-batches of a rank in an optimizer step."""
+        return self.global_batch_size // (self.config.training.local_batch_size * self.dims.batch)
+
+    @property
+    def attended_tokens(self) -> int:
+        """Tokens that a token can attend to in FLOP counts, which ignore document lengths."""
+        data = self.config.data
+        return data.packing_block if data.packing == "fixed" else self.config.training.seq_len
+
+    @property
+    def head_token_fraction(self) -> float:
+        """Fraction of the tokens that the output projection is computed for.
+
+        Labels dropped at padding or document ends are not subtracted.
+        """
+        if self.config.training.loss_positions == "all" or self.family.objective == "causal_lm":
+            return 1.0
+        return self.config.masked_lm.mask_prob
+
+    @cached_property
+    def run_folder(self) -> Path:
+        """Folder that the run writes to."""
+        # os.path leaves an unknown ~user unchanged, Path raises.
+        return Path(os.path.expanduser(self.config.job.dump_folder))  # noqa: PTH111
+
+    @cached_property
+    def checkpoint_folder(self) -> Path:
+        """Folder of the checkpoints, in run_folder unless its path is absolute."""
+        return self.run_folder / os.path.expanduser(self.config.checkpoint.folder)  # noqa: PTH111
 
 
 def make_plan(
@@ -66,11 +103,6 @@ def make_plan(
             problems.errors += hf_rules(config, family, args)
     assert dims is not None
     log_warnings(loaded, dims, family, args)
-    training = config.training
-    micro = training.local_batch_size * dims.batch
-    batch = resolve_global_batch(training.global_batch_size, training.local_batch_size, dims.batch)
-    # os.path leaves an unknown ~user unchanged, Path raises.
-    folder = Path(os.path.expanduser(config.job.dump_folder))  # noqa: PTH111
     return Plan(
         config=config,
         origins=loaded.origins,
@@ -78,8 +110,4 @@ def make_plan(
         dims=dims,
         family=family,
         args=args,
-        global_batch_size=batch,
-        micro_steps=batch // micro,
-        run_folder=folder,
-        checkpoint_folder=folder / os.path.expanduser(config.checkpoint.folder),  # noqa: PTH111
     )

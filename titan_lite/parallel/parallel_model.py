@@ -84,9 +84,7 @@ def build_parallel(
     pipeline = Pipeline(
         local,
         parallel,
-        num_micro_batches=(
-            plan.micro_steps if parallel.pp_micro_batches == -1 else parallel.pp_micro_batches
-        ),
+        num_micro_batches=parallel.micro_batches_per_pass(plan.micro_steps),
         tokens_shape=(training.local_batch_size, tokens),
         hidden_shape=(training.local_batch_size, tokens // split_over, plan.args.dim),
         hidden_dtype=getattr(torch, dtype),

@@ -1,7 +1,7 @@
 """Predicts a run's memory, time, cost and energy on a cluster, and finds settings that help."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -113,9 +113,9 @@ def advice(
     If the run does not fit, or `below` is set, only changes that need less memory are considered:
     less than `below` bytes, or than now.
     """
-    now = predict(read_job(plan.config, plan.dims, plan.family, plan.args), cluster, 1.0)
+    now = predict(read_job(plan), cluster, 1.0)
     better = []
-    samples = {"training.global_batch_size": now.step.job.tokens // now.step.job.seq_len}
+    samples = {"training.global_batch_size": plan.global_batch_size}
     for values in _changes(plan, cluster, now.step.job):
         config = with_values(plan.config, values | samples)
         try:
@@ -124,7 +124,7 @@ def advice(
             continue
         if not is_legal(config, dims, plan.args):
             continue
-        change = predict(read_job(config, dims, plan.family, plan.args), cluster, 1.0)
+        change = predict(read_job(replace(plan, config=config, dims=dims)), cluster, 1.0)
         if below is not None or not now.fits:
             helps = change.peak.bytes < (below or now.peak.bytes)
         else:
@@ -137,7 +137,7 @@ def advice(
 def fitting_settings(plan: Plan, device: Device) -> list[str]:
     """Describes changes with which a run would fit that does not, the fastest first."""
     cluster = Cluster(name=device.name, device=device)
-    now = peak(read_job(plan.config, plan.dims, plan.family, plan.args))
+    now = peak(read_job(plan))
     better = advice(plan, cluster, count=3, below=now.bytes)
     return [
         f"{' '.join(setting(*item) for item in values.items())}: "

@@ -5,33 +5,24 @@ The only file of the planner that reads configurations.
 
 import functools
 import itertools
-import math
 
-from titan_lite.config.dims import ParallelDims, resolve_global_batch
+from titan_lite.config.dims import ParallelDims
 from titan_lite.config.optimizers import Muon
 from titan_lite.config.parallel_rules import parallel_rules
-from titan_lite.config.schema import Config
+from titan_lite.config.schema import Config, auto_loss_chunks
 from titan_lite.models.args import DecoderArgs
-from titan_lite.models.family import Family
 from titan_lite.models.model_rules import model_rules
+from titan_lite.models.plan import Plan
 from titan_lite.models.stage_split import balanced
 from titan_lite.planner import counts
 from titan_lite.planner.job import Job, Recompute
 
-AUTO_CHUNK_BYTES = 2**29  # training/loss.py has the same for training.loss_chunks = "auto"
 
-
-def read_job(config: Config, dims: ParallelDims, family: Family, args: DecoderArgs) -> Job:
-    """Converts a checked configuration to a job."""
-    training, parallel, data = config.training, config.parallel, config.data
-    optimizer = config.optimizer
-    micro = training.local_batch_size
-    samples = resolve_global_batch(training.global_batch_size, micro, dims.batch)
-    steps = samples // micro // dims.batch
-    span = data.packing_block if data.packing == "fixed" else training.seq_len
-    share = 1.0
-    if family.objective == "masked_lm" and training.loss_positions == "labelled":
-        share = config.masked_lm.mask_prob
+def read_job(plan: Plan) -> Job:
+    """Converts a plan to a job."""
+    config, dims, args = plan.config, plan.dims, plan.args
+    training, parallel, optimizer = config.training, config.parallel, config.optimizer
+    span, share = plan.attended_tokens, plan.head_token_fraction
     blocks: tuple[int, ...] = (args.num_layers,)
     if dims.pp > 1 and parallel.pp_split == "explicit":
         stages = parallel.pp_stage_modules
@@ -43,8 +34,8 @@ def read_job(config: Config, dims: ParallelDims, family: Family, args: DecoderAr
     recomputed = tuple(len(section.layers(count)) for count in blocks)
     mode: Recompute = "selective_op" if section.mode == "selective_op" else "full"
     compiled = config.compile.covers("model")
-    logits = micro * training.seq_len // dims.cp * args.padded_vocab_size / dims.tp * 4
-    chunks = min(8, math.ceil(logits / AUTO_CHUNK_BYTES))
+    tokens = training.local_batch_size * training.seq_len // dims.cp
+    chunks = auto_loss_chunks(tokens * args.padded_vocab_size / dims.tp * 4)
     reshard = parallel.reshard_after_forward
     is_kept = reshard == "default" and (dims.pp > 1 or dims.fsdp == 1)
     return Job(
@@ -53,12 +44,12 @@ def read_job(config: Config, dims: ParallelDims, family: Family, args: DecoderAr
         seq_len=training.seq_len,
         span=span,
         micro_batch=training.local_batch_size,
-        micro_steps=steps,
+        micro_steps=plan.micro_steps,
         cp_method=parallel.cp_method,
         blocks=blocks,
         stages_per_rank=parallel.num_stages // dims.pp,
         schedule=parallel.pp_schedule,
-        pipelined=steps if parallel.pp_micro_batches == -1 else parallel.pp_micro_batches,
+        pipelined=parallel.micro_batches_per_pass(plan.micro_steps),
         keeps_gathered=is_kept or reshard == "never",
         syncs_last=parallel.gradient_sync == "last_micro_batch",
         sequence_parallel=parallel.sequence_parallel,

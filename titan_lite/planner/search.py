@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -73,8 +73,8 @@ def search(
         tried += sum(map(len, rows))
         allowed = legal_of(rows, dims, args)
         legal += len(allowed)
-        jobs = ((values, read_job(config, dims, plan.family, args)) for values, config in allowed)
-        for values, job in jobs:
+        for values, config in allowed:
+            job = read_job(replace(plan, config=config, dims=dims))
             limit = room(job) * cluster.memory or math.inf
             if least(job) > limit:
                 # As many shards as in the others.

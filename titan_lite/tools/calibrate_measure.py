@@ -134,8 +134,7 @@ class Machine:
         keys = {"dim": dim, "ffn_dim": 3 * dim, "num_heads": dim // 64, "num_kv_heads": dim // 64}
         overrides = [f"--model.{key}={value}" for key, value in keys.items()]
         plan = make_plan(None, overrides, 1, with_files=False)
-        job = read_job(plan.config, plan.dims, plan.family, plan.args)
-        return dataclasses.replace(job, width=self.dtype.itemsize)
+        return dataclasses.replace(read_job(plan), width=self.dtype.itemsize)
 
     def rings(self) -> list[Ring]:
         """Collectives over every axis that a mesh of these processes can have."""

@@ -75,7 +75,7 @@ def _plan(argv: Sequence[str]) -> int:
     options, path, overrides = _parse(parser, argv)
     plan = make_plan(path, [*overrides, *NO_FILES], options.world_size, with_files=False)
     cluster = _cluster(options, plan.config.job.cluster, plan.origins["job.cluster"])
-    job = read_job(plan.config, plan.dims, plan.family, plan.args)
+    job = read_job(plan)
     tokens = options.tokens or plan.config.training.steps * job.tokens
     prediction = predict(job, cluster, tokens)
     better = advice(plan, cluster)

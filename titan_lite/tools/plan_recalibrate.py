@@ -10,6 +10,7 @@ from titan_lite.config.arguments import UsageError
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.plugins import import_plugins
 from titan_lite.config.schema import Config
+from titan_lite.models.plan import Plan
 from titan_lite.models.registry import resolve
 from titan_lite.planner.cluster import Cluster
 from titan_lite.planner.job import Job
@@ -54,8 +55,9 @@ def read_run(folder: str) -> MeasuredRun:
         raise UsageError(
             f"{folder} has {len(seconds)} records after start-up; at least {FEWEST} are required"
         )
-    job = read_job(config, dims, *resolve(config.model))
-    return MeasuredRun(job, config.job.cluster, statistics.median(seconds))
+    family, args = resolve(config.model)
+    plan = Plan(config=config, origins={}, dims=dims, family=family, args=args)
+    return MeasuredRun(read_job(plan), config.job.cluster, statistics.median(seconds))
 
 
 def recalibrate(run: MeasuredRun, cluster: Cluster) -> dict[str, Any]:

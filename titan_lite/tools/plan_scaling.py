@@ -45,8 +45,7 @@ def scaling(
                 continue
             parameters = num_params(plan.args)
             tokens = TOKENS_PER_PARAMETER * parameters
-            job = read_job(plan.config, plan.dims, plan.family, plan.args)
-            prediction = predict(job, cluster, tokens)
+            prediction = predict(read_job(plan), cluster, tokens)
             days, seconds = prediction.seconds / DAYS, prediction.step.seconds
             low, high = prediction.interval.low / seconds, prediction.interval.high / seconds
             rows.append(

@@ -16,10 +16,10 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial
 from torch.nn import functional
 
+from titan_lite.config.schema import auto_loss_chunks
 from titan_lite.data.packing import IGNORED
 from titan_lite.runtime.collectives import all_gather_single, traceable_all_reduce
 
-AUTO_CHUNK_BYTES = 2**29
 # Device types whose matmul can add a product of 16-bit matrices to a float32 sum.
 ACCUMULATING_DEVICES = ("cuda",)
 
@@ -75,8 +75,7 @@ def cross_entropy_sum(
     hidden_ND, labels_N = hidden.flatten(0, -2), labels.flatten()
     source_ids_N = None if source_ids is None else source_ids.flatten()
     if isinstance(num_chunks, str):
-        logits_bytes = len(hidden_ND) * len(weight_VD) * 4
-        num_chunks = min(8, math.ceil(logits_bytes / AUTO_CHUNK_BYTES))
+        num_chunks = auto_loss_chunks(len(hidden_ND) * len(weight_VD) * 4)
     chunk_size = math.ceil(len(hidden_ND) / num_chunks)
     if labelled_indices is not None:
         hidden_ND, labels_N = hidden_ND[labelled_indices], labels_N[labelled_indices]

@@ -15,7 +15,7 @@ from titan_lite.checkpoint.state import Start, check_excluded, newest_below
 from titan_lite.checkpoint.storage import check_weights
 from titan_lite.config.activation_checkpoint import FractionOfBlocks
 from titan_lite.config.problems import SettingError, collecting, errors_for, literal
-from titan_lite.config.schema import Config, Float8
+from titan_lite.config.schema import Float8
 from titan_lite.metrics.power import EnergyCounter
 from titan_lite.models.plan import Plan
 from titan_lite.nn.build_model import build_model
@@ -33,7 +33,6 @@ from titan_lite.parallel.tensor import check_plan
 from titan_lite.planner.counts import FlopsPerToken, flops_per_token, num_unused_params
 from titan_lite.runtime.distributed import Process, check_dtype
 from titan_lite.runtime.profiler import check_profiling
-from titan_lite.training.objective import OBJECTIVES, Objective
 
 
 def check_model_and_device(plan: Plan, start: Start) -> None:
@@ -43,7 +42,7 @@ def check_model_and_device(plan: Plan, start: Start) -> None:
     model = build_checked_model(plan)
     with collecting() as problems:
         with problems.checking():
-            pipeline_stages(plan, model, OBJECTIVES[plan.family.objective](plan.config))
+            pipeline_stages(plan, model)
         with problems.checking():
             check_device(plan, model, device)
         with problems.checking(start.key):
@@ -71,7 +70,7 @@ def build_checked_model(plan: Plan) -> Transformer:
     return model
 
 
-def pipeline_stages(plan: Plan, model: Transformer, objective: Objective) -> list[Stage]:
+def pipeline_stages(plan: Plan, model: Transformer) -> list[Stage]:
     """Returns the pipeline stages of the whole model; a single one without pipeline parallel."""
     config, parallel = plan.config, plan.config.parallel
     with errors_for("parallel.pp_schedule"):
@@ -81,8 +80,8 @@ def pipeline_stages(plan: Plan, model: Transformer, objective: Objective) -> lis
         stages = split(
             model,
             parallel,
-            attention_flops=12 * plan.args.attention_dim * _attended(config),
-            head_token_fraction=_head_token_fraction(config, objective),
+            attention_flops=12 * plan.args.attention_dim * plan.attended_tokens,
+            head_token_fraction=plan.head_token_fraction,
         )
     section = config.activation_checkpoint
     if isinstance(section, FractionOfBlocks) and not any(section.layers(s.blocks) for s in stages):
@@ -94,34 +93,21 @@ def pipeline_stages(plan: Plan, model: Transformer, objective: Objective) -> lis
     return stages
 
 
-def count_flops(
-    plan: Plan, model: Transformer, stages: list[Stage], objective: Objective
-) -> FlopsPerToken:
+def count_flops(plan: Plan, model: Transformer, stages: list[Stage]) -> FlopsPerToken:
     """Returns the FLOPs per token of the whole model."""
-    config, args, section = plan.config, plan.args, plan.config.activation_checkpoint
+    args, section = plan.args, plan.config.activation_checkpoint
     recomputed = [section.layers(stage.blocks) for stage in stages]
     num_params = model.num_parameters - num_unused_params(args)
-    num_params -= round((1 - _head_token_fraction(config, objective)) * args.vocab_size * args.dim)
+    num_params -= round((1 - plan.head_token_fraction) * args.vocab_size * args.dim)
     return flops_per_token(
         args,
-        _attended(config),
+        plan.attended_tokens,
         num_params_non_embedding=num_params,
         num_block_params=sum(
             model.active(name, p).numel() for name, p in model.layers.named_parameters()
         ),
         num_recomputed_layers=0 if section.mode == "selective_op" else sum(map(len, recomputed)),
     )
-
-
-def _head_token_fraction(config: Config, objective: Objective) -> float:
-    """Returns the fraction of the tokens that the output projection is computed for."""
-    return 1.0 if config.training.loss_positions == "all" else objective.label_fraction
-
-
-def _attended(config: Config) -> int:
-    """Returns how many tokens a token attends to in FLOP counts, which ignore document lengths."""
-    data = config.data
-    return data.packing_block if data.packing == "fixed" else config.training.seq_len
 
 
 def check_device(plan: Plan, model: Transformer, device: torch.device) -> None:

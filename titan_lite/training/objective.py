@@ -26,13 +26,12 @@ class Objective(Protocol):
     """The data and the loss of one training objective.
 
     has_pairs: samples have two parts, and one label for the pair. has_padding: a batch may have
-    padding tokens. label_fraction: fraction of the tokens that have a label. num_sums: number of
-    sums over micro-batches in addition to the token loss, such as the summed losses of pairs.
+    padding tokens. num_sums: number of sums over micro-batches in addition to the token loss, such
+    as the summed losses of pairs.
     """
 
     has_pairs: bool
     has_padding: bool
-    label_fraction: float
     num_sums: int
 
     def __init__(self, config: Config) -> None: ...
@@ -68,8 +67,6 @@ class CausalLM:
     """Prediction of the next token."""
 
     has_pairs = False
-    # Taken as 1: labels dropped at padding or document ends are not subtracted.
-    label_fraction = 1.0
     num_sums = 0
 
     def __init__(self, config: Config) -> None:
@@ -112,7 +109,6 @@ class MaskedLM:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self.label_fraction = config.masked_lm.mask_prob
 
     def row_maker(self, tokenizer: Tokenizer) -> RowMaker:
         return MaskedPairs(self._config.masked_lm, self._config.training.seq_len, tokenizer)

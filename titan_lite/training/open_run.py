@@ -78,7 +78,7 @@ def open_run(
         hf = open_hf_weights(plan) if checked.start.source is None else None
         model = build_checked_model(plan)
         objective = OBJECTIVES[plan.family.objective](config)
-        stages = pipeline_stages(plan, model, objective)
+        stages = pipeline_stages(plan, model)
         check_device(plan, model, process.device)
         data = RunData(plan, process, checked.tokenizer, objective)
         stack.callback(data.close)

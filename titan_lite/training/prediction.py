@@ -20,7 +20,7 @@ class PredictionRecorder:
 
     def __init__(self, plan: Plan, cluster: Cluster, meter: Meter) -> None:
         self._folder, self._meter = plan.run_folder, meter
-        job = read_job(plan.config, plan.dims, plan.family, plan.args)
+        job = read_job(plan)
         # tokens only sets the length and cost of the whole run, which are not recorded.
         self._prediction = predict(job, cluster, tokens=1.0)
 

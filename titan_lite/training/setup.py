@@ -64,7 +64,7 @@ def build_training(
     """
     config, training = plan.config, plan.config.training
     # Counted on the whole model, before build_parallel cuts it to this rank's part.
-    flops = count_flops(plan, model, stages, objective)
+    flops = count_flops(plan, model, stages)
     num_params = model.num_parameters
     parameter_names = [name for name, _ in model.named_parameters()]
     parallel_model = build_parallel(model, stages, plan, meshes, process)
