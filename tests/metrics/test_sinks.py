@@ -145,7 +145,8 @@ def test_resuming_drops_the_lines_after_the_resumed_step(tmp_path):
 
 def test_resuming_drops_a_line_cut_short_by_a_crash_and_says_so(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    # The second line ends inside a character.
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "lo\xc3')
     sink = JsonlSink(destination(tmp_path, start_step=2))
     sink.write(record(3))
     sink.close()

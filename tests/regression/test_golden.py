@@ -228,3 +228,9 @@ def test_a_run_imports_nothing_from_the_current_folder(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CurveError, match=r"absent\.toml ended with exit code 2"):
         run_training(Path("absent.toml"), [], 1, tmp_path / "run", on_cpu=True)
+
+
+def test_a_case_that_is_not_utf8_is_an_error_with_its_name(tmp_path: Path) -> None:
+    (tmp_path / "case.toml").write_bytes(b'why = "\xff"')
+    with pytest.raises(CurveError, match=r"case\.toml: not UTF-8 text"):
+        Case(tmp_path / "case.toml")

@@ -147,7 +147,9 @@ class JsonlSink:
 
 def _drop_records_after(path: Path, step: int) -> None:
     kept = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # A line that was cut short may end inside a character.
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
         except json.JSONDecodeError:

@@ -72,6 +72,8 @@ class Case:
             raise CurveError(f"{path}: no such case{near_file(path, '*.toml')}") from None
         except OSError as error:
             raise CurveError(f"{path}: cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise CurveError(f"{path}: not UTF-8 text") from None
         except tomllib.TOMLDecodeError as error:
             raise CurveError(f"{path}: not valid TOML: {error}") from None
         except ValidationError as error:
