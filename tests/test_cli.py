@@ -91,6 +91,23 @@ def test_looking_at_a_configuration_needs_none_of_its_files(
     assert 'no such file: "none.model"' in error
 
 
+def test_a_missing_checkpoint_is_a_warning_like_a_missing_file() -> None:
+    folder = "--job.dump_folder=runs/optimizer.lr=1e-3"
+    enabled = ["--optimizer.lr=1e-3", "--checkpoint.enable=true", folder]
+    result = titan_lite("config", *enabled, "--checkpoint.load_step=99")
+    assert result.returncode == 0
+    assert result.stderr == (
+        "titan-lite: warning: checkpoint.load_step (command line), required by a run: no "
+        "checkpoint of step 99 in runs/optimizer.lr=1e-3/checkpoint; steps found: none\n"
+    )
+    result = titan_lite("config", *enabled, "--checkpoint.initial_load_path=none")
+    assert result.stderr.splitlines() == [
+        "titan-lite: warning: checkpoint.initial_load_path (command line), required by a run: "
+        'no such folder: "none"; names on the Hugging Face hub are not fetched: run hf download '
+        'none --local-dir DIR, and set checkpoint.initial_load_hf = "DIR"'
+    ]
+
+
 def test_the_configuration_and_the_options_stand_in_any_order() -> None:
     given = [
         "--training.steps=400",
@@ -250,6 +267,25 @@ def test_the_schema_documents_every_key_and_forbids_others(schema: Any) -> None:
         assert all(field["description"] for field in table["properties"].values())
     assert "$ref" not in json.dumps(schema)
     assert "null" not in json.dumps(schema)
+
+
+def test_the_schema_and_the_page_of_a_file_have_the_keys_of_its_plugins() -> None:
+    Path("rolling.py").write_text(
+        "from typing import Literal\n"
+        "from titan_lite.config.optimizers import Optimizer, register_optimizer\n"
+        "class Rolling(Optimizer):\n"
+        '    name: Literal["Rolling"] = "Rolling"\n'
+        "    friction: float = 0.9\n"
+        '    """Decay of the average."""\n'
+        'register_optimizer(Rolling, "nowhere:build")\n'
+    )
+    Path("run.toml").write_text('[job]\nplugins = ["rolling"]\n')
+    result = titan_lite("config", "run.toml", "--schema", PYTHONPATH=".")
+    optimizer = json.loads(result.stdout)["properties"]["optimizer"]["properties"]
+    assert optimizer["friction"]["default"] == 0.9
+    assert (
+        "`friction`: a number" in titan_lite("config", "run.toml", "--docs", PYTHONPATH=".").stdout
+    )
 
 
 def test_the_schema_carries_choices_and_bounds(schema: Any) -> None:

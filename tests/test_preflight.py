@@ -210,6 +210,17 @@ def test_a_path_that_spells_a_key_is_not_blamed(tmp_path: Path, refused: Preflig
     )
 
 
+def test_files_locks_and_devices_are_reported_together(tmp_path: Path, refused: Preflight) -> None:
+    lock = FolderLock(tmp_path / "run")
+    actual = refused(
+        "--checkpoint.enable=true", "--checkpoint.load_step=99", "--attention.kernel=flash2"
+    )
+    lock.release()
+    assert "3 problems" in actual
+    for key in ("checkpoint.load_step", "job.dump_folder", "attention.kernel"):
+        assert f"{key} (command line):" in " ".join(actual.split())
+
+
 def test_data_settings_of_another_run_are_refused(tmp_path: Path, refused: Preflight) -> None:
     checkpoint = checkpoint_of(tmp_path / "run/checkpoint", {"flavor": "debug"})
     state = json.loads((checkpoint / RUN_STATE_FILE).read_text())

@@ -21,7 +21,13 @@ from titan_lite.config.arguments import (
 )
 from titan_lite.config.dims import ParallelDims
 from titan_lite.config.load import ConfigError, LoadedConfig, load_config
-from titan_lite.config.problems import SettingError, collecting, did_you_mean, nearest
+from titan_lite.config.problems import (
+    Collector,
+    SettingError,
+    collecting,
+    did_you_mean,
+    nearest,
+)
 from titan_lite.config.registry import load
 from titan_lite.config.render import json_schema, to_markdown, to_toml
 from titan_lite.config.rules import file_rules
@@ -138,6 +144,12 @@ def _config(argv: list[str]) -> int:
         help="also check the data, tokenizer, checkpoint and device on this machine",
     )
     options, path, overrides = parse_arguments(parser, argv)
+    logging.basicConfig(
+        format="titan-lite: warning: %(message)s",
+        level=logging.ERROR if options.quiet else logging.WARNING,
+    )
+    # Imports the file's plugins, whose keys the schema and the page have as well.
+    loaded = load_config(path, overrides)
     if options.schema:
         flavors = {name: list(family.flavors) for name, family in registry.families().items()}
         print(json.dumps(json_schema(flavors), indent=2))
@@ -145,33 +157,42 @@ def _config(argv: list[str]) -> int:
     if options.docs:
         print(to_markdown())
         return 0
-    logging.basicConfig(
-        format="titan-lite: warning: %(message)s",
-        level=logging.ERROR if options.quiet else logging.WARNING,
-    )
-    loaded = load_config(path, overrides)
     if not options.quiet:
         print(_rendered(loaded), flush=True)
     world_size = _world_size(options.world_size)
     plan = make_plan(path, overrides, world_size, with_files=options.preflight)
-    if not options.preflight:
-        for error in file_rules(loaded.config):
-            key, message = error.keys[0], error.message
-            logging.warning("%s (%s), required by a run: %s", key, loaded.origin(key), message)
-    else:
+    if options.preflight:
         with plan.reporting():
             _preflight(plan)
+    else:
+        _warn_of_missing_files(plan)
     return 0
+
+
+def _warn_of_missing_files(plan: Plan) -> None:
+    """Warns about files that a run on this machine requires."""
+    from titan_lite.checkpoint.state import find_start
+
+    missing = Collector()
+    missing.errors += file_rules(plan.config)
+    # Finding the start would report a missing folder of weights again.
+    if not any(error.keys == ("checkpoint.initial_load_path",) for error in missing.errors):
+        with missing.checking("checkpoint.load_step"):
+            section, last_step = plan.config.checkpoint, plan.config.training.steps
+            find_start(section, plan.checkpoint_folder, last_step=last_step)
+    for error in missing.errors:
+        key = error.keys[0]
+        logging.warning("%s (%s), required by a run: %s", key, plan.origin(key), error.message)
 
 
 def _preflight(plan: Plan) -> None:
     """Runs all checks that a run on this machine makes before its first step."""
     from titan_lite.training.preflight import check_contents, check_locks, preflight
 
-    results = preflight(plan)
-    config = plan.config
+    config, results = plan.config, None
     with collecting() as problems:
         with problems.checking():
+            results = preflight(plan)
             check_contents(plan, results)
         with problems.checking():
             check_locks(plan)
@@ -192,7 +213,7 @@ def _preflight(plan: Plan) -> None:
             from titan_lite.training.meta_model import check_model_and_device
 
             with problems.checking():
-                check_model_and_device(plan, results.start)
+                check_model_and_device(plan, results.start if results else None)
 
 
 def _rendered(loaded: LoadedConfig) -> str:

@@ -35,8 +35,11 @@ from titan_lite.runtime.distributed import Process, check_dtype
 from titan_lite.runtime.profiler import check_profiling
 
 
-def check_model_and_device(plan: Plan, start: Start) -> None:
-    """Runs all checks of the model and of this machine's device, and raises all their errors."""
+def check_model_and_device(plan: Plan, start: Start | None) -> None:
+    """Runs all checks of the model and of this machine's device, and raises all their errors.
+
+    start: None if it has an error, which leaves out the check of the weights to load.
+    """
     device = Process.from_environment().device
     section = plan.config.checkpoint
     model = build_checked_model(plan)
@@ -45,6 +48,8 @@ def check_model_and_device(plan: Plan, start: Start) -> None:
             pipeline_stages(plan, model)
         with problems.checking():
             check_device(plan, model, device)
+        if start is None:
+            return
         with problems.checking(start.key):
             if start.source is None:
                 open_hf_weights(plan)
