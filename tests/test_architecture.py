@@ -266,7 +266,7 @@ WHOLE = {"Plan", "Config", "LoadedConfig"}
 # Others get the sections and values that they read. Rules between sections are in config/ and
 # models/, which see them all.
 MAY_TAKE_THE_WHOLE = {
-    "cli": {"_preflight", "_rendered"},
+    "cli": {"_preflight", "_rendered", "_warn_of_missing_files"},
     "dryrun/summary": {"summarize_dry_run", "_facts"},
     "dryrun/run": {"dry_run", "dry_runs", "left_out", "_eager", "_quiet_dry_run"},
     "training/meta_model": {
