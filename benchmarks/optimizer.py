@@ -288,7 +288,8 @@ def table(result: Values) -> str:
 def cost_table(results: Sequence[Values]) -> str:
     """The result of `cost` as Markdown."""
     lines = [
-        "| optimizer | layout | training step over AdamW's | optimizer's part over AdamW's "
+        "| optimizer | layout | time of a training step / AdamW's "
+        "| time of the optimizer's part / AdamW's "
         "| bytes sent by a rank, per parameter | state, bytes per parameter |",
         "|---|---|---:|---:|---:|---:|",
     ]

@@ -43,7 +43,7 @@ METRICS: dict[str, Metric] = {
     # Mixture of Experts only; metrics.jsonl also has lists with a value for each block.
     "moe/load_max": Metric("largest expert's tokens / the mean", "moe/load_max"),
     "moe/rank_load_max": Metric(
-        "rows of the most loaded ep-th of the experts / the mean, under expert parallel",
+        "rows for the most loaded position in the expert-parallel groups / the mean",
         "moe/rank_load_max",
     ),
     "moe/unused_experts": Metric("experts without tokens, of all blocks", "moe/unused_experts"),
