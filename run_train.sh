@@ -13,6 +13,7 @@ Trains a TOML file; further arguments override its keys:
   ./run_train.sh my.toml --training.steps=20 --job.description="first try"
   ./run_train.sh --parallel.tp=2
 
+Environment variables, with their defaults:
 CONFIG_FILE  configuration, if none is given as an argument  train_configs/debug.toml
 NGPU         processes on this node                          one per GPU, 2 without GPUs
 DEVICE       "cpu" trains on the CPU although there is a GPU
@@ -21,8 +22,8 @@ RDZV_ENDPOINT  HOST:PORT of the first node, where all meet   MASTER_ADDR:MASTER_
 RDZV_ID      a name for the job, the same on all nodes       titan_lite
 MAX_RESTARTS how often all processes start again, from the
              last checkpoint, after one has failed           0
-PYTHON       interpreter to use if it has titan_lite,
-             else to create .venv with                       python3
+PYTHON       interpreter; if it lacks titan_lite, it creates
+             .venv, which is used instead                    python3
 
 SIGTERM, SIGUSR1, SIGHUP (unless ignored, as by nohup) and Ctrl-C end the run after the current step (on GPUs one step
 later), with a checkpoint if checkpoint.enable is true; a second Ctrl-C ends it at once.

@@ -252,7 +252,7 @@ def _tokenize(argv: list[str]) -> int:
         type=positive,
         default=2**29,
         metavar="N",
-        help="characters of text in each written file, about (536870912)",
+        help="approximate number of characters in each file (default: 536870912)",
     )
     parser.add_argument(
         "--verify", type=Path, metavar="DIR", help="compare a folder's files with their checksums"
@@ -293,7 +293,7 @@ def _dryrun(argv: list[str]) -> int:
         "--device",
         default="h100",
         metavar="NAME",
-        help="device to compare the memory with: the start of a name in assets/devices.txt (h100)",
+        help="device to compare with: the start of a name in assets/devices.txt (default: h100)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options, path, overrides = parse_arguments(parser, argv)

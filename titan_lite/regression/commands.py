@@ -288,7 +288,7 @@ def report_command(argv: Sequence[str]) -> int:
         type=Path,
         default=Path("report.html"),
         metavar="FILE",
-        help="file to write (report.html)",
+        help="file to write (default: report.html)",
     )
     options = parser.parse_args(argv)
     if len(options.runs) > MAX_RUNS:

@@ -369,7 +369,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_bytes,
         default="5GB",
         metavar="SIZE",
-        help="size of the largest file, as 200MB (5GB)",
+        help="largest size of a file, such as 200MB (default: 5GB)",
     )
     to_hf.add_argument(
         "--tokenizer",

@@ -70,7 +70,7 @@ def _plan(argv: Sequence[str]) -> int:
         "--tokens",
         type=_tokens,
         metavar="T",
-        help="tokens of the whole run, as 2T or 300B (default: those of training.steps)",
+        help="tokens of the whole run, such as 2T or 300B (default: those of training.steps)",
     )
     options, path, overrides = _parse(parser, argv)
     plan = make_plan(path, [*overrides, *NO_FILES], options.world_size, with_files=False)
@@ -90,16 +90,16 @@ def _search(argv: Sequence[str]) -> int:
     parser = _parser(
         "plan search",
         "[CONFIG] [--section.key=value ...] [--world-size N] [--count K] [--write FILE]",
-        "Predicts every legal layout of CONFIG (default: the debug model), and shows the best "
-        "layouts that fit, one for each mesh and number of pipeline stages. Degrees, micro-batch, "
-        "recomputation, resharding, gradient synchronisation and stages vary; all other keys keep "
-        "their values.",
+        "Predicts layouts of CONFIG (default: the debug model), with tensor parallel inside a node, "
+        "and shows the best that fit, one for each mesh and number of pipeline stages. Degrees, "
+        "micro-batch, recomputation, resharding, gradient synchronisation, schedule (1F1B or "
+        "Interleaved1F1B) and stages vary; other keys keep their values.",
         "titan-lite plan search train_configs/llama3_8b.toml --cluster h100 --world-size 8",
         "titan-lite plan search run.toml --world-size 2",
     )
     _world_size_option(parser, "8")
     parser.add_argument(
-        "--count", type=positive, default=5, metavar="K", help="layouts to show (5)"
+        "--count", type=positive, default=5, metavar="K", help="layouts to show (default: 5)"
     )
     parser.add_argument("--write", metavar="FILE", help="write the best as a TOML file")
     options, path, overrides = _parse(parser, argv)
@@ -149,7 +149,7 @@ def _scaling(argv: Sequence[str]) -> int:
         type=_numbers,
         default=[8, 32, 128, 512, 2048],
         metavar="N,N,...",
-        help="numbers of devices (8,32,128,512,2048)",
+        help="numbers of devices (default: 8,32,128,512,2048)",
     )
     parser.add_argument("--plot", metavar="FILE", help="picture of days over devices")
     options, rest = parser.parse_known_args(argv)
@@ -187,16 +187,16 @@ def _calibrate(argv: Sequence[str]) -> int:
         "--output",
         default="this-machine.toml",
         metavar="FILE",
-        help="file to write (this-machine.toml)",
+        help="file to write (default: this-machine.toml)",
     )
     parser.add_argument(
         "--processes", type=int, metavar="N", help="default: one per GPU, 2 without GPUs"
     )
     parser.add_argument(
-        "--seconds", type=_not_negative, default=120.0, metavar="S", help="duration, about (120)"
+        "--seconds", type=_not_negative, default=120.0, metavar="S", help="duration (default: 120)"
     )
     parser.add_argument(
-        "--price", type=_not_negative, default=0.0, metavar="P", help="price of a GPU-hour (0)"
+        "--price", type=_not_negative, default=0.0, metavar="P", help="per GPU-hour (default: 0)"
     )
     options = parser.parse_args(argv)
     # Imports torch, which the other forms do not need.
@@ -228,7 +228,7 @@ def _recalibrate(argv: Sequence[str]) -> int:
 
 def _numbers(text: str) -> list[int]:
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
-        raise argparse.ArgumentTypeError(f"expected numbers as 8,32,128, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected numbers as in 8,32,128, got {text!r}")
     return [int(number) for number in text.split(",")]
 
 
@@ -246,13 +246,13 @@ def _validate(argv: Sequence[str]) -> int:
         "--constants",
         choices=("fitted", "literature", "leave-one-system-out"),
         default="fitted",
-        help="fitted to assets/published_rows.toml, from the literature alone, or fitted for each "
-        "system to the file's other systems",
+        help="fitted (default): to assets/published_rows.toml; literature: not fitted; "
+        "leave-one-system-out: for each system of ROWS.toml, fitted to its other systems",
     )
     parser.add_argument(
         "--fit",
         action="store_true",
-        help="fit the constants to the file first; requires --constants fitted",
+        help="fit the constants to ROWS.toml first; requires --constants fitted",
     )
     options = parser.parse_args(argv)
     if options.fit and options.constants != "fitted":
