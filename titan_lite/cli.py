@@ -135,7 +135,7 @@ def _config(argv: list[str]) -> int:
         "titan-lite config run.toml",
         "titan-lite config my.toml --preflight --quiet --data.dataset_path=books/a.jsonl",
     )
-    parser.add_argument("--quiet", action="store_true", help="print nothing but problems")
+    parser.add_argument("--quiet", action="store_true", help="print only problems")
     parser.add_argument("--schema", action="store_true", help="print a JSON schema for editors")
     parser.add_argument("--docs", action="store_true", help="print docs/configuration.md")
     parser.add_argument(
@@ -286,8 +286,8 @@ def _dryrun(argv: list[str]) -> int:
     parser.add_argument(
         "--rank",
         metavar="R",
-        help='rank to run; "all-stages": one rank of each pipeline stage (default: one of the '
-        "first and one of the last)",
+        help='rank to run; "all-stages": one rank of each pipeline stage (default: of the first '
+        "stage and of the last)",
     )
     parser.add_argument(
         "--device",

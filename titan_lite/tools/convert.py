@@ -353,7 +353,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for direction, what in ((to_dcp, "folder with config.json"), (to_hf, "a checkpoint's folder")):
         direction.add_argument("source", metavar="SRC", help=what)
-        direction.add_argument("target", metavar="DST", help="folder to write, not there yet")
+        direction.add_argument("target", metavar="DST", help="folder to write; must not exist")
         direction.add_argument(
             "--plugin",
             action="append",

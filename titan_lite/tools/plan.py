@@ -90,7 +90,7 @@ def _search(argv: Sequence[str]) -> int:
     parser = _parser(
         "plan search",
         "[CONFIG] [--section.key=value ...] [--world-size N] [--count K] [--write FILE]",
-        "Predicts layouts of CONFIG (default: the debug model), with tensor parallel inside a node, "
+        "Predicts layouts of CONFIG (default: the debug model), with tensor parallel in a node, "
         "and shows the best that fit, one for each mesh and number of pipeline stages. Degrees, "
         "micro-batch, recomputation, resharding, gradient synchronisation, schedule (1F1B or "
         "Interleaved1F1B) and stages vary; other keys keep their values.",
@@ -101,7 +101,7 @@ def _search(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--count", type=positive, default=5, metavar="K", help="layouts to show (default: 5)"
     )
-    parser.add_argument("--write", metavar="FILE", help="write the best as a TOML file")
+    parser.add_argument("--write", metavar="FILE", help="write the best layout as a TOML file")
     options, path, overrides = _parse(parser, argv)
     loaded = load_config(path, overrides)
     config = loaded.config
