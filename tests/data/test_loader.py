@@ -204,8 +204,8 @@ def error_of(section, num_batches=1):
 def test_a_missing_text_field_names_the_fields_found(tmp_path):
     path = write(tmp_path / "a.jsonl", TEXTS, field="txet")
     message = error_of(Data(dataset_path=str(path)))
-    assert message.startswith(f"data.text_field: {path}, line 1: 'text' is not")
-    assert "it has txet, did you mean 'txet'?" in message
+    assert message.startswith(f'data.text_field: {path}, line 1: no field "text"')
+    assert 'its fields: "txet"; set text_field = "txet"' in message
 
 
 def test_a_document_whose_text_is_not_text_is_named(tmp_path):
