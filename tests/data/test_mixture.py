@@ -153,6 +153,8 @@ def test_a_source_that_cannot_be_found_is_named(tmp_path: Path) -> None:
 def test_the_field_of_a_source_that_no_document_has_is_named_by_its_own_key(mixed: Data) -> None:
     last = mixed.sources[-1].model_copy(update={"text_field": "contents"})
     wrong = mixed.model_copy(update={"sources": [*mixed.sources[:-1], last]})
-    expected = r'^data\.sources\.c\.text_field: .*line \d: no field "contents".* set text_field = "content"'
+    expected = (
+        r'^data\.sources\.c\.text_field: .*: no field "contents".* set text_field = "content"'
+    )
     with pytest.raises(ValueError, match=expected):
         run(wrong, 12)
