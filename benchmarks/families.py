@@ -260,7 +260,7 @@ def put(page: str, name: str, text: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the result as JSON; returns 1 where a run fails."""
+    """Prints the result as JSON; returns 2 if a run fails."""
     parser = benchmark_parser("families", __doc__)
     parser.add_argument("what", choices=(*RUNS, "speed"))
     parser.add_argument("--only", nargs="+", choices=families(), metavar="NAME")
@@ -285,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             draw(results, runs.picture if options.write else folder.with_suffix(".png"))
     except (CurveError, BenchmarkError) as error:
         print(error, file=sys.stderr)
-        return 1
+        return 2
     print(store("families", results, options.output or (result if options.write else None)))
     if options.write:
         PAGE.write_text(page)
