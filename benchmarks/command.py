@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.manifest import store
 from benchmarks.workers import BenchmarkError
 from titan_lite.config.load import ConfigError
+from titan_lite.regression.curves import CurveError
 
 
 def benchmark_parser(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -42,11 +43,15 @@ def run_benchmark(
     measured: Callable[[argparse.Namespace], Any],
     *,
     takes_overrides: bool = False,
+    stored: Callable[[Any], Any] = lambda results: results,
+    report: Callable[[argparse.Namespace, Any, str], int | None] = lambda _, __, text: print(text),
 ) -> int:
-    """Prints the results and keeps them in --output; returns 2 for a rejected configuration.
+    """Keeps the results in --output and prints them; returns 2 after an error of the user's.
 
     An iterator's results are stored one by one, since the next may end this process. Overrides
-    (--section.key=value) are in `options.overrides`.
+    (--section.key=value) are in `options.overrides`. `stored` returns the part of the results that
+    becomes JSON. `report` gets options, results and the JSON text, prints and draws, and returns
+    an exit code other than 0.
     """
     if takes_overrides:
         options, options.overrides = parser.parse_known_args(argv)
@@ -56,14 +61,13 @@ def run_benchmark(
     try:
         results = measured(options)
         if isinstance(results, Iterator):
-            kept: list[Any] = []
-            for result in results:
-                kept.append(result)
-                text = store(name, kept, options.output)
+            results, iterator = [], results
+            for result in iterator:
+                results.append(result)
+                text = store(name, stored(results), options.output)
         else:
-            text = store(name, results, options.output)
-    except (BenchmarkError, ConfigError) as error:
+            text = store(name, stored(results), options.output)
+    except (BenchmarkError, ConfigError, CurveError) as error:
         print(error, file=sys.stderr)
         return 2
-    print(text)
-    return 0
+    return report(options, results, text) or 0

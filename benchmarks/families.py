@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.bare_loop import OURS, THEIRS, start, take_turn
-from benchmarks.command import add_turns, benchmark_parser, positive
-from benchmarks.manifest import store
+from benchmarks.command import add_turns, benchmark_parser, positive, run_benchmark
 from benchmarks.measure import Values, spread
 from benchmarks.workers import BenchmarkError, Group
 from titan_lite.models.family import Family
@@ -259,8 +258,31 @@ def put(page: str, name: str, text: str) -> str:
     return pattern.sub(lambda match: match[1] + text + match[2], page)
 
 
+def measured(options: argparse.Namespace) -> Values:
+    """Measures the speeds, or trains the runs."""
+    options.only = options.only or (["megatron_bert"] if options.what == "long" else families())
+    runs = RUNS.get(options.what)
+    if options.write:
+        options.output = options.output or (runs.result if runs else SPEED)
+    if runs is None:
+        return measure_speed(options)
+    return {name: train(name, options.folder / options.what, runs) for name in options.only}
+
+
+def report(options: argparse.Namespace, results: Values, text: str) -> None:
+    """Prints the result, draws curves, and updates the page with --write."""
+    print(text)
+    page = put(PAGE.read_text(), "flavors", flavors_table())
+    if options.what == "speed":
+        page = put(page, "speed", speed_table(results))
+    else:
+        picture = (options.folder / options.what).with_suffix(".png")
+        draw(results, RUNS[options.what].picture if options.write else picture)
+    if options.write:
+        PAGE.write_text(page)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the result as JSON; returns 2 if a run fails."""
     parser = benchmark_parser("families", __doc__)
     parser.add_argument("what", choices=(*RUNS, "speed"))
     parser.add_argument("--only", nargs="+", choices=families(), metavar="NAME")
@@ -270,26 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seq-len", type=positive, default=256, help="in tokens")
     add_turns(parser, warmup=4, rounds=12, steps=2)
     parser.add_argument("--write", action="store_true", help="into benchmarks/results/ and docs/")
-    options = parser.parse_args(argv)
-    options.only = options.only or (["megatron_bert"] if options.what == "long" else families())
-    page = put(PAGE.read_text(), "flavors", flavors_table())
-    try:
-        if options.what == "speed":
-            results = measure_speed(options)
-            result, page = SPEED, put(page, "speed", speed_table(results))
-        else:
-            runs = RUNS[options.what]
-            folder = options.folder / options.what
-            results = {name: train(name, folder, runs) for name in options.only}
-            result = runs.result
-            draw(results, runs.picture if options.write else folder.with_suffix(".png"))
-    except (CurveError, BenchmarkError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(store("families", results, options.output or (result if options.write else None)))
-    if options.write:
-        PAGE.write_text(page)
-    return 0
+    return run_benchmark(parser, argv, measured, report=report)
 
 
 if __name__ == "__main__":

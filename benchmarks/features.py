@@ -7,17 +7,17 @@ A run has `each` seconds, and none starts later than `limit` seconds after the f
 written after each run. Exits with 1 if a run failed or was not started.
 """
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.command import benchmark_parser, positive
-from benchmarks.manifest import store
+from benchmarks.command import benchmark_parser, positive, run_benchmark
 from benchmarks.measure import Values
 
 DEBUG, BERT = "train_configs/debug.toml", "train_configs/debug_bert.toml"
@@ -73,23 +73,28 @@ def run(name: str, each: int, overrides: Sequence[str]) -> Values:
     return {"feature": name, "seconds": seconds, "first_loss": first, "last_loss": last}
 
 
+def measured(options: argparse.Namespace) -> Iterator[Values]:
+    """Yields the result of each run."""
+    begin = time.monotonic()
+    for name in options.only:
+        if time.monotonic() - begin > options.limit:
+            yield {"feature": name, "failed": "no time was left"}
+        else:
+            yield run(name, options.each, options.overrides)
+
+
+def report(_options: argparse.Namespace, results: Sequence[Values], text: str) -> int:
+    """Prints the results; returns 1 if a run failed."""
+    print(text)
+    return int(any("failed" in result for result in results))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the results as JSON."""
     parser = benchmark_parser("features", __doc__)
     parser.add_argument("--only", nargs="+", default=list(FEATURES), choices=FEATURES)
     parser.add_argument("--each", type=positive, default=90, help="in seconds")
     parser.add_argument("--limit", type=positive, default=200, help="in seconds")
-    options, overrides = parser.parse_known_args(argv)
-    results: list[Values] = []
-    begin = time.monotonic()
-    for name in options.only:
-        if time.monotonic() - begin > options.limit:
-            results.append({"feature": name, "failed": "no time was left"})
-        else:
-            results.append(run(name, options.each, overrides))
-        text = store("features", results, options.output)
-    print(text)
-    return int(any("failed" in result for result in results))
+    return run_benchmark(parser, argv, measured, takes_overrides=True, report=report)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.manifest import store
+from benchmarks.command import benchmark_parser, run_benchmark
 from benchmarks.measure import Values
 
 Range = tuple[float, float]
@@ -168,23 +168,26 @@ def table(lines: Sequence[Values]) -> str:
     return "\n".join(text)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def measured(options: argparse.Namespace) -> list[Values]:
+    """Returns the lines of the table."""
+    options.folder = options.folder.absolute()
+    options.output = options.output or str(options.folder / "summary.json")
+    return list(rows(options.folder))
+
+
+def report(options: argparse.Namespace, lines: Sequence[Values], stored: str) -> None:
     """Prints and writes the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.first_gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("folder", type=Path)
-    folder: Path = parser.parse_args(argv).folder.absolute()
-    lines = list(rows(folder))
-    store("first_gpu", lines, str(folder / "summary.json"))
-    manifest = json.loads((folder / "summary.json").read_text())["manifest"]
+    manifest = json.loads(stored)["manifest"]
     keys = ("device", "driver", "cuda", "torch", "python", "git_commit")
     text = f"{', '.join(f'{key} {manifest[key]}' for key in keys)}\n\n{table(lines)}\n"
-    (folder / "table.md").write_text(text)
+    (options.folder / "table.md").write_text(text)
     print(text, end="")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = benchmark_parser("first_gpu", __doc__)
+    parser.add_argument("folder", type=Path)
+    return run_benchmark(parser, argv, measured, report=report)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,14 @@ Variants with a kernel that is not installed, or with more GPUs than there are, 
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 
 import torch
 
-from benchmarks.command import add_turns, benchmark_parser, positive
+from benchmarks.command import add_turns, benchmark_parser, positive, run_benchmark
 from benchmarks.idle import kernel_time, with_idle_share
-from benchmarks.manifest import DEVICE, store
+from benchmarks.manifest import DEVICE
 from benchmarks.measure import Values, Variant, measure
 from benchmarks.workers import BenchmarkError
 from titan_lite.parallel.attention_kernel import PACKAGES
@@ -88,31 +88,17 @@ def variants(words: Sequence[str], overrides: Sequence[str]) -> list[Variant]:
     return kept
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, stores, prints the table; returns 2 for a usage error, 1 if a variant failed."""
-    parser = benchmark_parser("h200", __doc__)
-    parser.add_argument("--only", nargs="+", default=[], metavar="WORD")
-    parser.add_argument("--limit", type=positive, default=450, help="in seconds")
-    add_turns(parser, warmup=3, rounds=4, steps=2)
-    parser.set_defaults(output="h200.json")
-    options, overrides = parser.parse_known_args(argv)
-    results: list[Values] = []
+def measured(options: argparse.Namespace) -> Iterator[Values]:
+    """Yields the result of each variant."""
+    chosen = variants(options.only, options.overrides)
+    for variant in chosen:
+        variant.settings("outputs", options.steps)
     begin = time.monotonic()
-    try:
-        chosen = variants(options.only, overrides)
-        for variant in chosen:
-            variant.settings("outputs", options.steps)
-    except BenchmarkError as error:
-        print(error, file=sys.stderr)
-        return 2
     for variant in chosen:
         if time.monotonic() - begin > options.limit:
-            results.append({"variant": variant.name, "failed": "no time was left"})
+            yield {"variant": variant.name, "failed": "no time was left"}
         else:
-            results.append(one(variant, options))
-        store("h200", with_ratios(results), options.output)
-    print(table(with_ratios(results)))
-    return int(any("failed" in result for result in results))
+            yield one(variant, options)
 
 
 def one(variant: Variant, options: argparse.Namespace) -> Values:
@@ -157,6 +143,23 @@ def table(results: Sequence[Values]) -> str:
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def report(_options: argparse.Namespace, results: Sequence[Values], _text: str) -> int:
+    """Prints the table; returns 1 if a variant failed."""
+    print(table(with_ratios(results)))
+    return int(any("failed" in result for result in results))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = benchmark_parser("h200", __doc__)
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD")
+    parser.add_argument("--limit", type=positive, default=450, help="in seconds")
+    add_turns(parser, warmup=3, rounds=4, steps=2)
+    parser.set_defaults(output="h200.json")
+    return run_benchmark(
+        parser, argv, measured, takes_overrides=True, stored=with_ratios, report=report
+    )
 
 
 if __name__ == "__main__":

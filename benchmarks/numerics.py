@@ -8,17 +8,18 @@ learning rate of 1e-3. Runs are kept below --folder and not repeated. Prints a M
 docs/numerics/.
 """
 
+import argparse
 import importlib.util
 import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from benchmarks.command import benchmark_parser, positive
-from benchmarks.manifest import store
+from benchmarks.command import benchmark_parser, positive, run_benchmark
 from titan_lite.regression.compare import Comparison, Tier, compare
 from titan_lite.regression.curves import METRICS_FILE, CurveError, read_curve, read_records
 from titan_lite.regression.plot import plot
@@ -123,50 +124,63 @@ def row(pair: Pair, comparison: Comparison | CurveError) -> str:
     return f"{label} {verdict} | {cells[0]} | {cells[1]} |"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the pairs; returns 1 if one of them is outside."""
-    parser = benchmark_parser("numerics", __doc__)
-    parser.add_argument("--steps", type=positive, default=300)
-    parser.add_argument("--only", nargs="+", choices=[pair.name for pair in PAIRS], metavar="NAME")
-    parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "numerics")
-    parser.add_argument("--write", action="store_true", help="into docs/")
-    options = parser.parse_args(argv)
+def measured(options: argparse.Namespace) -> dict[str, Comparison | CurveError]:
+    """Runs and compares the pairs."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    pictures = options.folder
     if options.write:
-        pictures = DOCS.with_suffix("")
+        options.output = "numerics.json"
+    pictures = DOCS.with_suffix("") if options.write else options.folder
     pictures.mkdir(parents=True, exist_ok=True)
-    lines = [
-        f"{options.steps} steps of {CONFIG.name} with `{' '.join(RUN)}`,",
-        "in float32 unless the name of the run has another dtype:",
-        "",
-        "| run | tier | verdict | loss | gradient norm |",
-        "|---|---|---|---|---|",
-    ]
-    failed, reports = False, {}
+    comparisons: dict[str, Comparison | CurveError] = {}
     for pair in PAIRS:
         if options.only and pair.name not in options.only:
             continue
         sides = [(side, run(side, options.steps, options.folder)) for side in (pair.a, pair.b)]
         try:
             curves = [replace(read_curve(folder), name=side.label) for side, folder in sides]
-            comparison: Comparison | CurveError = compare(*curves, pair.tier)
+            comparisons[pair.name] = comparison = compare(*curves, pair.tier)
         except CurveError as usage_error:
-            comparison = usage_error
-        if isinstance(comparison, Comparison):
-            failed |= comparison.first_outside is not None
-            reports[pair.name] = comparison.report()
+            comparisons[pair.name] = usage_error
+        else:
             if importlib.util.find_spec("matplotlib"):
                 plot(comparison, pictures / f"{pair.name.replace(' ', '_')}.png")
-        lines.append(row(pair, comparison))
-        print(lines[-1], file=sys.stderr, flush=True)
-    print(store("numerics", reports, "numerics.json" if options.write else options.output))
+        print(row(pair, comparisons[pair.name]), file=sys.stderr, flush=True)
+    return comparisons
+
+
+def stored(comparisons: Mapping[str, Comparison | CurveError]) -> dict[str, Any]:
+    """Returns the comparisons for JSON, without pairs that cannot be compared."""
+    return {name: c.report() for name, c in comparisons.items() if isinstance(c, Comparison)}
+
+
+def report(
+    options: argparse.Namespace, comparisons: Mapping[str, Comparison | CurveError], text: str
+) -> int:
+    """Prints results and table; returns 1 if a pair is outside."""
+    lines = [
+        f"{options.steps} steps of {CONFIG.name} with `{' '.join(RUN)}`,",
+        "in float32 unless the name of the run has another dtype:",
+        "",
+        "| run | tier | verdict | loss | gradient norm |",
+        "|---|---|---|---|---|",
+        *(row(pair, comparisons[pair.name]) for pair in PAIRS if pair.name in comparisons),
+    ]
     table = "\n".join(lines) + "\n"
+    print(text)
     print(table)
     if options.write:
-        text = TABLE.sub(lambda match: match[1] + table + match[2], DOCS.read_text())
-        DOCS.write_text(text)
-    return int(failed)
+        page = TABLE.sub(lambda match: match[1] + table + match[2], DOCS.read_text())
+        DOCS.write_text(page)
+    return int(any(r["verdict"] == "outside" for r in stored(comparisons).values()))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = benchmark_parser("numerics", __doc__)
+    parser.add_argument("--steps", type=positive, default=300)
+    parser.add_argument("--only", nargs="+", choices=[pair.name for pair in PAIRS], metavar="NAME")
+    parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "numerics")
+    parser.add_argument("--write", action="store_true", help="into docs/")
+    return run_benchmark(parser, argv, measured, stored=stored, report=report)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from benchmarks.command import add_turns, benchmark_parser
+from benchmarks.command import add_turns, benchmark_parser, run_benchmark
 from benchmarks.families import put
-from benchmarks.manifest import RESULTS, store
+from benchmarks.manifest import RESULTS
 from benchmarks.measure import (
     Run,
     Values,
@@ -302,31 +302,35 @@ def cost_table(results: Sequence[Values]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def measured(options: argparse.Namespace) -> Any:
+    """Measures every layout, trains the curves, or returns those that are kept."""
+    if options.what == "draw":
+        return json.loads((RESULTS / "optimizer_curves.json").read_text())["results"]
+    if options.write:
+        options.output = f"optimizer_{options.what}.json"
+    if options.what == "curves":
+        return curves(options)
+    return [result for layout in LAYOUTS for result in cost(layout, options)]
+
+
+def report(options: argparse.Namespace, results: Any, text: str) -> None:
+    """Prints the result; updates page and picture with --write, the picture alone for `draw`."""
+    if options.what != "draw":
+        print(text)
+        if options.write:
+            new = table(results) if options.what == "curves" else cost_table(results)
+            PAGE.write_text(put(PAGE.read_text(), options.what, new))
+    if options.what == "draw" or (options.what == "curves" and options.write):
+        draw(results["optimizers"], PAGE.with_suffix(".png"))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the result as JSON."""
     parser = benchmark_parser("optimizer", __doc__)
     parser.add_argument("what", choices=("cost", "curves", "draw"))
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "optimizer")
     parser.add_argument("--write", action="store_true", help="into benchmarks/results/ and docs/")
     add_turns(parser, warmup=2, rounds=5, steps=2)
-    options, options.overrides = parser.parse_known_args(argv)
-    if options.what == "draw":
-        kept = json.loads((RESULTS / "optimizer_curves.json").read_text())
-        draw(kept["results"]["optimizers"], PAGE.with_suffix(".png"))
-        return 0
-    if options.what == "cost":
-        results: Any = [result for layout in LAYOUTS for result in cost(layout, options)]
-        text = cost_table(results)
-    else:
-        results = curves(options)
-        text = table(results)
-    output = f"optimizer_{options.what}.json" if options.write else options.output
-    print(store("optimizer", results, output))
-    if options.write:
-        PAGE.write_text(put(PAGE.read_text(), options.what, text))
-        if options.what == "curves":
-            draw(results["optimizers"], PAGE.with_suffix(".png"))
-    return 0
+    return run_benchmark(parser, argv, measured, takes_overrides=True, report=report)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ in benchmarks/results/, holds the errors by system and every row; the picture pl
 published. Nothing is measured in seconds.
 """
 
+import argparse
 import json
 import statistics
 import sys
@@ -16,8 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import benchmark_parser
-from benchmarks.manifest import store
+from benchmarks.command import benchmark_parser, run_benchmark
 from titan_lite.models.plan import make_plan
 from titan_lite.planner.memory import memory
 from titan_lite.planner.read import read_job
@@ -30,17 +30,20 @@ MODES = ("fitted", "literature", "leave-one-system-out")
 APART = {"without llm-foundry": ("mpt",), "without llm-foundry and yin": ("mpt", "yin")}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the file and the picture, and prints the errors."""
-    parser = benchmark_parser("plan", __doc__)
-    parser.set_defaults(output="plan.json")
-    parser.add_argument("--picture", default=str(ROOT / "docs/planning.png"))
-    parser.add_argument("--no-fits", action="store_true")
-    options = parser.parse_args(argv)
+Facts = dict[str, Any]
+
+
+def measured(options: argparse.Namespace) -> tuple[dict[str, Facts], list[Facts]]:
+    """Returns predicted speeds by mode, and predicted peaks."""
     modes = MODES[:2] if options.no_fits else MODES
     time = {mode: validated(mode, refit=not options.no_fits) for mode in modes}
-    places = [place for kind in ("presets", "random") for place in peaks(kind)]
-    results = {
+    return time, [place for kind in ("presets", "random") for place in peaks(kind)]
+
+
+def stored(results: tuple[dict[str, Facts], list[Facts]]) -> Facts:
+    """Returns the errors, and every place and row."""
+    time, places = results
+    return {
         "time": {mode: summary(facts) for mode, facts in time.items()},
         "memory": {
             kind: errors([p for p in places if p["kind"] == kind]) for kind in ("presets", "random")
@@ -48,10 +51,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         "memory_places": places,
         "rows": [row for row in time["fitted"]["rows"] if row["predicted"] is not None],
     }
-    store("plan", results, options.output)
-    print(json.dumps({"time": results["time"], "memory": results["memory"]}, indent=2))
-    draw(time, places, options.picture)
-    return 0
+
+
+def report(options: argparse.Namespace, results: Any, text: str) -> None:
+    """Prints the errors and draws the picture."""
+    content = json.loads(text)["results"]
+    print(json.dumps({"time": content["time"], "memory": content["memory"]}, indent=2))
+    draw(*results, options.picture)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = benchmark_parser("plan", __doc__)
+    parser.set_defaults(output="plan.json")
+    parser.add_argument("--picture", default=str(ROOT / "docs/planning.png"))
+    parser.add_argument("--no-fits", action="store_true")
+    return run_benchmark(parser, argv, measured, stored=stored, report=report)
 
 
 def validated(mode: str, *, refit: bool) -> dict[str, Any]:
