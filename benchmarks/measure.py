@@ -184,9 +184,9 @@ def take_turn() -> Record:
 def forward_and_backward() -> None:
     """Runs forward and backward of the next micro-batch, without an optimizer step."""
     step = Run.trainer.built.train_step
-    step.forward_backward(
-        [step.split_for_cp(next(Run.trainer.data.batches))], torch.ones((), device=step.device)
-    )
+    micro_batch = step.inputs.split_for_cp(next(Run.trainer.data.batches))
+    terms = step.inputs.loss_terms(torch.ones(2, device=step.inputs.device))
+    step.forward_backward([micro_batch], terms)
 
 
 def finish() -> Values:

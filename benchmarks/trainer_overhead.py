@@ -91,7 +91,7 @@ def bare_loop(trainer: Trainer, dtype: torch.dtype, same_loss: bool) -> Callable
             cross_entropy_sum,
             labels=labels,
             num_chunks=config.training.loss_chunks,
-            vocab_size=trainer.built.train_step.args.vocab_size,
+            vocab_size=trainer.plan.args.vocab_size,
         )
         return model(inputs, head_loss=head_loss) / labels.numel()
 

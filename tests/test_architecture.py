@@ -295,7 +295,7 @@ MAY_TAKE_THE_WHOLE = {
     "training/prediction": {"__init__"},
     "training/resuming": {"log_changes", "changed_settings"},
     "training/setup": {"build_training"},
-    "training/step": {"TrainStep"},
+    "training/inputs": {"ModelInputs"},
     "planner/predict": {"advice", "_changes", "fitting_settings"},
     "planner/read": {"read_job", "is_legal"},
     "planner/search": {"search", "candidates"},
@@ -342,9 +342,9 @@ def test_only_these_functions_take_a_whole_plan_or_configuration() -> None:
 # explain in the commit message.
 BUDGET = {
     "data": 3064,
-    "parallel": 2068,
+    "parallel": 2066,
     "config": 2073,
-    "training": 1878,
+    "training": 1898,
     "tools": 2074,
     "checkpoint": 1564,
     "models": 1820,

@@ -86,7 +86,8 @@ def _first_step(folder: Path, *overrides: str) -> dict[str, Any]:
         lambda _model, inputs, kwargs: calls.append((inputs[0], kwargs)), with_kwargs=True
     )
     with torch.no_grad():
-        inputs, kwargs = trainer.built.train_step._model_arguments(batch, torch.ones(()))
+        prepared = trainer.built.train_step.inputs
+        inputs, kwargs = prepared.arguments(batch, prepared.loss_terms(torch.ones(2)))
         kept: list[torch.Tensor] = []
         others = {key: value for key, value in kwargs.items() if key not in ("head_loss",)}
         others["pair_loss"] = lambda logits: kept.append(logits) or torch.zeros(())

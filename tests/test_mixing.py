@@ -15,6 +15,7 @@ from titan_lite.config.load import ConfigError, load_config
 from titan_lite.config.render import json_schema, to_toml
 from titan_lite.data.loader import Batch
 from titan_lite.data.packing import IGNORED
+from titan_lite.training.inputs import LossTerms
 
 HALF = "--training.local_batch_size=4"
 RUN = ("--training.steps=3", "--optimizer.eps=1e-6", "--data.packing=none")
@@ -43,7 +44,7 @@ def _by_hand(folder: Path, *overrides: str) -> tuple[list[dict[str, float]], lis
     names = [source.name for source in trainer.plan.config.data.sources]
     forward_backward, actual = trainer.built.train_step.forward_backward, []
 
-    def look(batches: list[Batch], factor: Tensor) -> Tensor:
+    def look(batches: list[Batch], terms: LossTerms) -> Tensor:
         (batch,) = batches
         with torch.no_grad():
             logits = trainer.built.model(batch.inputs).transpose(1, 2)
@@ -52,7 +53,7 @@ def _by_hand(folder: Path, *overrides: str) -> tuple[list[dict[str, float]], lis
         rows = {name: batch.sources == number for number, name in enumerate(names)}
         means = {name: losses[rows].sum() / valid[rows].sum() for name, rows in rows.items()}
         actual.append({name: mean.item() for name, mean in means.items() if not mean.isnan()})
-        return forward_backward(batches, factor)
+        return forward_backward(batches, terms)
 
     trainer.built.train_step.forward_backward = look  # type: ignore[method-assign,assignment]
     trainer.train()

@@ -192,7 +192,7 @@ def test_timeouts_shorten_after_the_first_step_in_every_group(
 
 def _spied(folder: Path) -> dict[str, Any]:
     """Loss and meter while data and saving take time."""
-    from titan_lite.training import step as module
+    from titan_lite.training import inputs as module
 
     trainer = build_trainer(
         folder, FEW_STEPS, "--training.loss_chunks=3", "--checkpoint.enable=true"

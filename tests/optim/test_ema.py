@@ -78,7 +78,7 @@ def _train(folder: Path, steps: int, *overrides: str) -> tuple[Any, Any, Any, fl
     trainer.built.train_step.average = None
     assert trainer.data.held_out is not None
     sums = trainer.built.train_step.evaluate(trainer.data.held_out.batches)
-    loss = trainer.built.train_step.objective.validation(sums, trainer.data.held_out)
+    loss = trainer.built.objective.validation(sums, trainer.data.held_out)
     trainer.close()
     return start, end, weights, loss["validation/loss"]
 

@@ -58,7 +58,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_on_all_ranks_before_the_step
 
 def _infinite_loss(folder: Path, *overrides: str) -> list[dict[str, Any]]:
     """A loss that is infinite on one rank, in one step, with gradients that are not."""
-    from titan_lite.training import step as module
+    from titan_lite.training import inputs as module
 
     loss = module.cross_entropy_sum
     trainer = build_trainer(folder, "--training.local_batch_size=4", *overrides)

@@ -204,7 +204,7 @@ def one_backward(folder: str, *overrides: str, backend: str = "inductor") -> dic
                 cross_entropy_sum,
                 labels=batch.labels,
                 num_chunks=1,
-                vocab_size=trainer.built.train_step.args.vocab_size,
+                vocab_size=trainer.plan.args.vocab_size,
             ),
         )
     saved_bytes = sum(storage.nbytes() for storage in storages.values())

@@ -7,6 +7,7 @@ uneven over samples and ranks.
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,6 +26,7 @@ from titan_lite.optim import optimizer, schedule
 from titan_lite.regression.compare import Tier, compare
 from titan_lite.regression.curves import read_curve
 from titan_lite.training import step
+from titan_lite.training.inputs import LossTerms
 from titan_lite.training.step import TrainStep
 
 Plant = Callable[[], AbstractContextManager[Any]]
@@ -54,10 +56,11 @@ def divide_by_the_ranks_own_tokens() -> AbstractContextManager[Any]:
     """A mean of the ranks' means, where they have different numbers of valid tokens."""
     forward_backward = TrainStep.forward_backward
 
-    def wrong(self: TrainStep, micro_batches: Any, factor: Tensor) -> Tensor:
+    def wrong(self: TrainStep, micro_batches: Any, terms: LossTerms) -> Tensor:
         valid = sum((batch.labels != IGNORED).sum() for batch in micro_batches)
         assert self.meshes.loss is not None
-        return forward_backward(self, micro_batches, 1 / (valid * self.meshes.loss.size()))
+        factor = 1 / (valid * self.meshes.loss.size())
+        return forward_backward(self, micro_batches, replace(terms, token_factor=factor))
 
     return mock.patch.object(TrainStep, "forward_backward", wrong)
 

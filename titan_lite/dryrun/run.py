@@ -111,7 +111,7 @@ def dry_run(
         if built.train_step.pipeline is not None:
             built.train_step.pipeline.skip_shape_negotiation()
         labelled = partial(_labelled, plan.head_token_fraction)
-        built.train_step.labelled_indices = labelled  # type: ignore[method-assign]
+        built.train_step.inputs.labelled_indices = labelled  # type: ignore[method-assign]
         if progress is not None:
             progress.enter("optimizer state")
             progress.watch(model.layers.values(), plan.micro_steps, built.train_step.optimizer)
@@ -121,7 +121,7 @@ def dry_run(
         if repeats and not splits_backward and not plan.args.has_dropout:
             repeat_blocks(record, _blocks(built))
         batches = _batches(
-            plan.config.training, plan.config.data, with_pairs=built.train_step.objective.has_pairs
+            plan.config.training, plan.config.data, with_pairs=built.objective.has_pairs
         )
 
         def take_step() -> None:

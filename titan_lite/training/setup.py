@@ -25,6 +25,7 @@ from titan_lite.planner.counts import FlopsPerToken
 from titan_lite.runtime.distributed import Process
 from titan_lite.runtime.progress import Progress
 from titan_lite.training.balancing import Balancer
+from titan_lite.training.inputs import ModelInputs
 from titan_lite.training.meta_model import count_flops
 from titan_lite.training.objective import Objective
 from titan_lite.training.step import TrainStep
@@ -41,6 +42,7 @@ class BuiltTraining:
     parameter_names: list[str]
     stages: list[Stage]
     flops: FlopsPerToken
+    objective: Objective
     model: Transformer
     applied: Applied
     train_step: TrainStep
@@ -93,17 +95,20 @@ def build_training(
         if isinstance(plan.args, MoEArgs):
             num_tokens = plan.global_batch_size * training.seq_len
             balancer = Balancer(model, plan.args, meshes, num_tokens, process.device)
+        applied, indices = parallel_model.applied, parallel_model.local_indices
         train_step = TrainStep(
-            config=config,
-            parallel_model=parallel_model,
+            inputs=ModelInputs(config, plan.args, objective, process.device, indices),
+            model=model,
+            pipeline=parallel_model.pipeline,
+            meshes=meshes,
+            parallel=config.parallel,
             optimizer=optimizer,
             guard=guard,
-            objective=objective,
-            args=plan.args,
-            device=process.device,
+            max_norm=training.max_norm,
             progress=progress or Progress(),
             average=average,
             balancer=balancer,
+            has_float8_all_gather=applied.count("float8 all-gather") > 0,
         )
         train_step.refresh_float8_scales()
     return BuiltTraining(
@@ -111,7 +116,8 @@ def build_training(
         parameter_names=parameter_names,
         stages=stages,
         flops=flops,
+        objective=objective,
         model=model,
-        applied=parallel_model.applied,
+        applied=applied,
         train_step=train_step,
     )

@@ -65,21 +65,21 @@ class StepMonitor:
         read one step late, so that the GPU has work while the host waits.
         """
         tokens: int | Tensor = self._plan.global_batch_size * self._plan.config.training.seq_len
-        if self._built.train_step.objective.has_padding:
+        if self._built.objective.has_padding:
             # A tensor on the device, which the host does not wait for.
-            tokens = result.num_tokens
+            tokens = result.counts.num_tokens
         self.tokens += tokens
         self.meter.add(tokens=tokens, samples=self._plan.global_batch_size)
-        if self._sources is not None and result.source_labelled is not None:
-            self._sources.add(result.source_labelled)
+        if self._sources is not None:
+            self._sources.add(result.counts.source_labelled)
         self.unread_results.add(step, result)
         self.unread_results.read(keep=int(self._process.device.type == "cuda" and not should_log))
 
     def log(self, step: int, result: StepResult, lr: float, extra: dict[str, float]) -> Record:
         """Writes the record of a step, with `extra` metrics, and returns it; collective."""
-        guard, objective = self._built.train_step.guard, self._built.train_step.objective
+        guard, objective = self._built.train_step.guard, self._built.objective
         extra = extra | guard.metrics() | self._data_metrics(result)
-        extra |= objective.metrics(result.loss, result.sums, result.num_pairs)
+        extra |= objective.metrics(result.loss, result.sums, result.counts.num_pairs)
         if self._balancer is not None:
             extra |= self._balancer.metrics()
         waited = self.meter.data_wait
@@ -104,10 +104,8 @@ class StepMonitor:
             metrics["skipped_documents"] = all_reduce(counts, "max").sum().item()
         if self._sources is not None:
             assert result.source_losses is not None
-            assert result.source_labelled is not None
-            metrics |= self._sources.metrics(
-                result.source_losses, result.source_labelled, self._loader.epochs()
-            )
+            labelled = result.counts.source_labelled
+            metrics |= self._sources.metrics(result.source_losses, labelled, self._loader.epochs())
         return metrics
 
 
@@ -127,7 +125,7 @@ class UnreadResults:
 
     def add(self, step: int, result: StepResult) -> None:
         """Starts copying a step's result to the host."""
-        outcome = (result.is_finite, result.num_stopping, result.loss, result.grad_norm)
+        outcome = (result.is_finite, result.counts.num_stopping, result.loss, result.grad_norm)
         numbers = [number.to(result.loss.device, torch.float32) for number in outcome]
         self._unread.append((step, Readback(torch.stack(numbers))))
 

@@ -149,7 +149,7 @@ class Trainer:
         # The first validation compiles, so it needs the longer timeout, and no speed is measured.
         with self._outside_steps():
             sums = self.built.train_step.evaluate(held_out.batches)
-            metrics = self.built.train_step.objective.validation(sums, held_out)
+            metrics = self.built.objective.validation(sums, held_out)
         if self.compilations is not None:
             self.compilations.after_validation()
         return metrics
