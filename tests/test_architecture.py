@@ -287,7 +287,6 @@ MAY_TAKE_THE_WHOLE = {
         "check_same_model",
         "lock_folders",
         "check_locks",
-        "fitting_tokenizer",
         "_check_export",
         "_locked_folders",
         "_warn_of_unused_keys",
@@ -304,6 +303,7 @@ MAY_TAKE_THE_WHOLE = {
     "training/open_run": {"open_run", "_join", "_agree", "_load", "_log_run", "_write_run_file"},
     "training/run_data": {"__init__"},
     "training/step_monitor": {"__init__"},
+    "training/tokenizer_checks": {"fitting_tokenizer"},
     "training/trainer": {"Trainer", "advise_on_memory"},
 }
 

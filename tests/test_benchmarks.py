@@ -39,7 +39,7 @@ from tests.runs import TINY
 from titan_lite.models.plan import make_plan
 from titan_lite.models.registry import families as registered_families
 from titan_lite.planner.counts import num_inactive_params, num_params
-from titan_lite.training.preflight import fitting_tokenizer
+from titan_lite.training.tokenizer_checks import fitting_tokenizer
 
 ROOT = Path(__file__).parent.parent
 DEBUG = "train_configs/debug.toml"
