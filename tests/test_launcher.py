@@ -338,6 +338,7 @@ def test_all_broken_rules_are_reported_together_and_unknown_keys_before_them() -
             "'\N{EM DASH}training.steps=3' starts with a dash instead of two hyphens: "
             "--training.steps=3",
         ),
+        (["a.toml", "a.b=1"], "'a.b=1' is not an override: write --a.b=1"),
         (["a.toml", "b.toml"], "expected one configuration, got a.toml and b.toml"),
         (["--a.b=1", "a.toml", "3"], "expected one configuration, got a.toml and 3"),
     ],

@@ -1,8 +1,12 @@
 """Parses a command line: one configuration, and overrides."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from itertools import pairwise
+
+# section.key=value
+_OVERRIDE = re.compile(r"[a-z]\w*(\.\w+)+=")
 
 
 class UsageError(Exception):
@@ -23,6 +27,8 @@ def split_arguments(argv: Sequence[str]) -> tuple[str | None, list[str]]:
             hint = " (without spaces)" if separator or word.startswith("=") else ""
             raise UsageError(f"{word!r} is not an override: write {key}={value}{hint}")
     for word in files:
+        if _OVERRIDE.match(word):
+            raise UsageError(f"{word!r} is not an override: write --{word}")
         # Word processors replace two hyphens by one dash.
         if (plain := word.lstrip("\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}")) != word:
             raise UsageError(f"{word!r} starts with a dash instead of two hyphens: --{plain}")
