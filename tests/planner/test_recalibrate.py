@@ -87,12 +87,24 @@ def test_records_without_seconds_do_not_count(
     assert "0 records after start-up; at least 3 are required" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["[]", "5", "{", '{"config": {"job": 5}}', '{"config": 5}'])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[]", "is not a JSON object"),
+        ("5", "is not a JSON object"),
+        ("{", "is not JSON"),
+        ("{}", 'run.json has no "config"'),
+        ('{"config": {"job": 5}}', "run.json was not written by a run"),
+        ('{"config": 5}', "run.json was not written by a run"),
+    ],
+)
 def test_a_run_file_that_is_none_is_one_message(
-    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_folder(tmp_path, RECORDS)
     (tmp_path / "run.json").write_text(text)
     assert cli.main(["plan", "recalibrate", str(tmp_path)]) == 2
     message = f"titan-lite: {tmp_path} must be the folder of a finished run: "
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert reason in error

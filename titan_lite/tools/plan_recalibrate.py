@@ -16,6 +16,7 @@ from titan_lite.planner.cluster import Cluster
 from titan_lite.planner.job import Job
 from titan_lite.planner.predict import predict
 from titan_lite.planner.read import read_job
+from titan_lite.runtime.stored_files import json_object
 
 FEWEST = 3
 
@@ -35,7 +36,8 @@ class MeasuredRun:
 def read_run(folder: str) -> MeasuredRun:
     """Reads a run's folder; raises ConfigError if it has too few records."""
     try:
-        facts = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
+        run_file = Path(folder) / "run.json"
+        facts = json_object(run_file, run_file.read_bytes())
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines]
         import_plugins(facts["config"]["job"].get("plugins", []))
@@ -43,7 +45,11 @@ def read_run(folder: str) -> MeasuredRun:
         dims = ParallelDims(**facts["mesh"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error)
-        if isinstance(error, OSError):
+        if isinstance(error, KeyError):
+            reason = f'run.json has no "{error.args[0]}"'
+        elif isinstance(error, (TypeError, AttributeError)):
+            reason = "run.json was not written by a run"
+        elif isinstance(error, OSError):
             reason = f"{Path(error.filename).name} cannot be read: {error.strerror}"
         raise UsageError(f"{folder} must be the folder of a finished run: {reason}") from error
     seconds = [
