@@ -154,7 +154,7 @@ def test_mistakes_in_files_are_answered_before_any_process_starts(tmp_path: Path
     )
     assert result.returncode == 2
     assert result.stderr.startswith("titan-lite: 3 problems in the configuration")
-    for part in ("data.split ", "line 1: expected", "no checkpoint of step 99"):
+    for part in ("data.split ", "its first line is not", "no checkpoint of step 99"):
         assert part in result.stderr
     assert "Traceback" not in result.stderr
 

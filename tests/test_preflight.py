@@ -126,7 +126,7 @@ def test_files_of_a_model_among_documents_are_left_out_and_others_looked_at(
         (tmp_path / name).write_text('{"!": 0}')
     setting = f"--data.dataset_path={tmp_path}"
     accepted(setting)
-    left_out = "leaves out config.json, tokenizer_config.json, vocab.json, whose names do not look"
+    left_out = "leaves out config.json, tokenizer_config.json, vocab.json, by name not documents"
     assert left_out in caplog.text
     (tmp_path / "statistics.json").write_text('{"documents": 64}')
     actual = refused(setting)

@@ -236,7 +236,7 @@ def test_documents_that_are_trained_on_are_refused(short: str, tmp_path: Path) -
         (Validation(split="train"), Data()),
         (Validation(dataset_path=short), Data(dataset_path=short)),
     ):
-        with pytest.raises(ValueError, match=r"^validation.dataset.*: \[data\] also trains on .*"):
+        with pytest.raises(ValueError, match=r"^validation.dataset.*: \[data\] trains on .*"):
             resolve_held_out(validation, data)
 
 

@@ -182,7 +182,8 @@ def _warn_of_missing_files(plan: Plan) -> None:
             find_start(section, plan.checkpoint_folder, last_step=last_step)
     for error in missing.errors:
         key = error.keys[0]
-        logging.warning("%s (%s), required by a run: %s", key, plan.origin(key), error.message)
+        origin = plan.origin(key)
+        logging.warning("a run cannot start with %s (%s): %s", key, origin, error.message)
 
 
 def _preflight(plan: Plan) -> None:

@@ -235,8 +235,8 @@ REFUSED: list[tuple[list[str], int, str, str]] = [
         ["parallel.async_tp=true", "parallel.sequence_parallel=false"],
         1,
         "parallel.async_tp",
-        "async_tp = true requires the compiler and sequence parallel: set "
-        "compile.enable = true and parallel.tp > 1 and parallel.sequence_parallel = true",
+        "async_tp = true requires compile.enable = true and parallel.tp > 1 and "
+        "parallel.sequence_parallel = true",
     ),
     (
         ["attention.kernel=flash3", "training.param_dtype=float32"],

@@ -200,7 +200,7 @@ def test_companions_are_no_documents_and_other_files_are_named(
     start = f'data.dataset_path = "{tmp_path}" leaves out'
     assert caplog.messages == [
         f"{start} e.csv, g.parquet.gz, sub/f.jsonl.lz4: documents end in {formats.KNOWN}",
-        f"{start} _h.jsonl, _temporary, whose names do not look like documents: to read them, set "
+        f"{start} _h.jsonl, _temporary, by name not documents: to read such files, set "
         f'dataset_path to a glob such as "{tmp_path}/*.jsonl"',
     ]
     assert read(tmp_path / "*.jsonl") == ["_h.jsonl", "a.jsonl"]
@@ -246,8 +246,8 @@ def test_of_text_the_companions_are_named_too(
     fill(tmp_path, "moby dick.txt", "Terms of endearment.txt", "README.md")
     assert read(tmp_path) == ["moby dick.txt"]
     assert caplog.messages == [
-        f'data.dataset_path = "{tmp_path}" leaves out Terms of endearment.txt, whose names do not '
-        f'look like documents: to read them, set dataset_path to a glob such as "{tmp_path}/*.txt"'
+        f'data.dataset_path = "{tmp_path}" leaves out Terms of endearment.txt, by name not '
+        f'documents: to read such files, set dataset_path to a glob such as "{tmp_path}/*.txt"'
     ]
 
 
@@ -597,7 +597,7 @@ def test_a_saved_dataset_is_read_by_its_split(tmp_path: Path) -> None:
     assert train.identity == resolve_source(Data(dataset_path=str(path / "train"))).identity
     held_out = Validation(dataset_path=str(path), split="test")
     resolve_held_out(held_out, Data(dataset_path=str(path)))
-    with pytest.raises(ValueError, match=r"\[data\] also trains on .*saved: set another"):
+    with pytest.raises(ValueError, match=r"\[data\] trains on .*saved: set another .* in \[val"):
         resolve_held_out(held_out, Data(dataset_path=str(path), split="test"))
     message = refused(path, split="validation")
     assert message == (
@@ -613,7 +613,7 @@ def test_a_file_among_those_that_are_trained_on_is_not_held_out(tmp_path: Path) 
     (tmp_path / "held_out.jsonl").symlink_to("x/b.jsonl")
     held_out = Validation(dataset_path=str(tmp_path / "held_out.jsonl"))
     file = tmp_path / "held_out.jsonl"
-    message = rf"^validation.dataset_path: \[data\] also trains on {file}: set other files$"
+    message = rf"^validation.dataset_path: \[data\] trains on {file}: set other files in \[val"
     with pytest.raises(ValueError, match=message):
         resolve_held_out(held_out, data(tmp_path / "x"))
 

@@ -112,7 +112,7 @@ def test_a_malformed_line_is_named_with_its_file(tmp_path, line, actual):
 def test_a_token_that_stands_twice_is_named(tmp_path):
     path = tmp_path / "twice.model"
     path.write_bytes(b"\n".join([*BYTES, b"YQ== 256"]))
-    with pytest.raises(ValueError, match=r"twice\.model, line 257: expected a new base64 token"):
+    with pytest.raises(ValueError, match=r"twice\.model, line 257: expected a base64 token that"):
         load_tokenizer(path)
 
 

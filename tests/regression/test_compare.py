@@ -298,7 +298,7 @@ def test_a_run_that_cannot_be_compared_is_a_mistake(spoil, message: str, capsys)
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("a",), "expected two runs to compare, got 1"),
+        (("a",), "expected two runs to compare, got 1: a"),
         (("a", "aa"), 'aa: no such run folder or golden file; did you mean "a"?'),
         (("a", "a/metrics.jsonl"), "a/metrics.jsonl: neither a golden file nor a run folder"),
         (
@@ -314,7 +314,7 @@ def test_a_run_that_cannot_be_compared_is_a_mistake(spoil, message: str, capsys)
         (("run.toml", "a", "--nproc=3", "--parallel.tp=2"), "got 3; lower a degree"),
         (("run.toml", "a", "--keep=."), "--keep: a exists already"),
         (("a", "a", "--keep=k"), "--keep requires a TOML configuration to train: neither"),
-        (("a", "run.toml", "--nproc", "2"), 'got 3: a, run.toml, 2 (write options with "="'),
+        (("a", "run.toml", "--nproc", "2"), "a, run.toml, 2; write options as --name=value"),
         (
             ("a", "run.toml", "--b.job.dump_folder=x"),
             "--b.job.dump_folder=x cannot be set; use --keep",

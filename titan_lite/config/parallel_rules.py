@@ -203,7 +203,7 @@ def _async_tp(config: Config) -> Iterator[SettingError]:
     if parallel.async_tp and missing:
         yield SettingError(
             (*missing, "parallel.async_tp"),
-            "async_tp = true requires the compiler and sequence parallel: set "
+            "async_tp = true requires "
             f"{' and '.join(f'{key} {words}' for key, words in missing.items())}",
         )
 

@@ -171,8 +171,8 @@ def _files_of_folder(folder: Path, chosen: str) -> list[Path]:
     ]
     if unlike:
         warn_once(
-            f"{chosen} leaves out {_some(unlike, folder)}, whose names do not look like documents: "
-            f"to read them, set dataset_path to a glob such as {glob_like(unlike[0], folder)}"
+            f"{chosen} leaves out {_some(unlike, folder)}, by name not documents: to read such "
+            f"files, set dataset_path to a glob such as {glob_like(unlike[0], folder)}"
         )
     return files
 

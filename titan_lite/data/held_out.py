@@ -55,12 +55,15 @@ def resolve_held_out(validation: Validation, data: Data) -> Source:
     sources = resolve_sources(data)
     if source.documents in [trained.documents for trained in sources]:
         raise SettingError(
-            source.key, f"[data] also trains on {source.name}: set another dataset or split"
+            source.key,
+            f"[data] trains on {source.name}: set another dataset or split in [validation]",
         )
     trained_files = {os.path.realpath(file) for trained in sources for file in trained.files}
     for file in source.files:
         if os.path.realpath(file) in trained_files:
-            raise SettingError(source.key, f"[data] also trains on {file}: set other files")
+            raise SettingError(
+                source.key, f"[data] trains on {file}: set other files in [validation]"
+            )
     return source
 
 

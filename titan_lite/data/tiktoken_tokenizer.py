@@ -83,9 +83,16 @@ def read_ranks(path: Path, content: bytes) -> dict[bytes, int]:
         except (ValueError, binascii.Error):
             well_formed = False
         if not well_formed:
+            got = repr(line[:60].decode("ascii", "replace"))
+            if number == 1:
+                raise ValueError(
+                    f"{path} is not a tokenizer: it is neither JSON nor a sentencepiece model, and "
+                    "its first line is not a base64 token and the rank 0, as in tiktoken's format: "
+                    f"{got}"
+                )
             raise ValueError(
-                f"{path}, line {number}: expected a new base64 token and its rank {len(ranks)} "
-                f"(tiktoken's format), got {line[:60].decode('ascii', 'replace')!r}"
+                f"{path}, line {number}: expected a base64 token that no earlier line has, and the "
+                f"rank {len(ranks)} (tiktoken's format), got {got}"
             )
         ranks[token_bytes] = len(ranks)
     missing = [value for value in range(256) if bytes([value]) not in ranks]

@@ -177,7 +177,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     if differing := changed_values(settings, earlier):
         raise TargetError(
             f"{folder} was started with different settings: {'; '.join(differing.values())}; "
-            "remove it, or choose another folder"
+            f"remove {folder}, or choose another --output"
         )
 
 

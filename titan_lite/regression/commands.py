@@ -150,10 +150,8 @@ def _sides(rest: Sequence[str]) -> tuple[_Side, _Side]:
     paths = [Path(argument) for argument in rest if not argument.startswith("-")]
     if len(paths) != 2:
         names = f": {', '.join(map(str, paths))}" if paths else ""
-        raise CurveError(
-            f'expected two runs to compare, got {len(paths)}{names} (write options with "=", for '
-            "example --nproc=2)"
-        )
+        hint = "; write options as --name=value" if len(paths) > 2 else ""
+        raise CurveError(f"expected two runs to compare, got {len(paths)}{names}{hint}")
     given: tuple[list[str], list[str]] = ([], [])
     for argument in rest:
         if "job.dump_folder=" in argument:

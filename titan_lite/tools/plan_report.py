@@ -103,7 +103,7 @@ def text(p: Prediction, better: Sequence[Advice]) -> str:
             for name, size in sorted(p.peak.parts.items(), key=lambda item: -item[1])
             if size
         ),
-        f"  step        {seconds:.3g} s (80 %: {low:.3g} to {high:.3g} s)",
+        f"  step        {seconds:.3g} s (80 % interval: {low:.3g} to {high:.3g} s)",
         f"  speed       {p.step.wps:,.0f} tokens/s per device ({slow:,.0f} to {fast:,.0f}), "
         f"{p.tflops:.0f} TFLOP/s, MFU {p.mfu:.1%}",
         *(f"  note        {note}" for note in p.interval.notes),

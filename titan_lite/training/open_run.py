@@ -217,13 +217,13 @@ def _load(
 def _log_run(plan: Plan, process: Process, built: BuiltTraining) -> None:
     config = plan.config
     logger.info(
-        "%s%s %s: %s parameters on %s, processes: %d. Applied features:\n%s",
-        f"{config.job.description}. " if config.job.description else "",
+        "%sModel: %s %s, %s parameters. Processes: %d, on %s. Applied features:\n%s",
+        f"Run: {config.job.description}. " if config.job.description else "",
         config.model.name,
         config.model.flavor,
         in_words(built.num_params, plan.args),
-        device_name(process.device),
         plan.dims.world_size,
+        device_name(process.device),
         built.applied,
     )
     dtype = config.training.param_dtype
