@@ -25,8 +25,8 @@ MAX_RESTARTS how often all processes start again, from the
 PYTHON       interpreter; if it lacks titan_lite, it creates
              .venv, which is used instead                    python3
 
-SIGTERM, SIGUSR1, SIGHUP (unless ignored, as by nohup) and Ctrl-C end the run after the current step (on GPUs one step
-later), with a checkpoint if checkpoint.enable is true; a second Ctrl-C ends it at once.
+SIGTERM, SIGUSR1, SIGHUP (unless ignored, as by nohup) and Ctrl-C end the run: on CPUs after the current step, on
+GPUs after the next one, with a checkpoint if checkpoint.enable is true. A second Ctrl-C ends the run at once.
 A process whose launcher was killed ends too.
 Exit codes: 0 done, 1 failed, 2 a configuration error, or a folder or port already in use, 75 stopped with a checkpoint,
 143 stopped by a signal without one, 130 ended at once by a second Ctrl-C, or by Ctrl-C before training starts.
