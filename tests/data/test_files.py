@@ -287,7 +287,7 @@ def test_files_of_a_model_are_no_documents(
     assert refused(tmp_path) == f"{start}; recognized as other files: {names}"
     fill(tmp_path, "requirements.txt", "moby dick.txt")
     assert read(tmp_path) == ["moby dick.txt"]
-    assert "leaves out merges.txt, requirements.txt, vocab.txt and 3 more, whose" in caplog.text
+    assert "leaves out merges.txt, requirements.txt, vocab.txt and 3 more, by name" in caplog.text
 
 
 def test_an_arrow_stream_without_its_end_is_warned_about(
