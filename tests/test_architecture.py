@@ -341,21 +341,21 @@ def test_only_these_functions_take_a_whole_plan_or_configuration() -> None:
 # Lines of code of each room: neither blank, comment nor docstring. Raising one is a decision to
 # explain in the commit message.
 BUDGET = {
-    "data": 3064,
+    "data": 3074,
     "parallel": 2066,
-    "config": 2073,
+    "config": 2077,
     "training": 1898,
-    "tools": 2074,
+    "tools": 2080,
     "checkpoint": 1564,
     "models": 1820,
     "planner": 1292,
-    "regression": 1201,
+    "regression": 1199,
     "runtime": 1193,
     "nn": 905,
     "dryrun": 873,
     "metrics": 769,
     "optim": 712,
-    "cli": 316,
+    "cli": 317,
     "launch": 310,
     "train": 141,
 }
