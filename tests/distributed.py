@@ -55,7 +55,7 @@ def _serve(
     import torch
     import torch.distributed as dist
 
-    from titan_lite.training import open_run
+    from titan_lite.training import setup
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -70,7 +70,7 @@ def _serve(
     if shares:
         _share_gloo_device()
         # One set of groups per layout, not per run: each has threads as long as the process lives.
-        open_run.build_meshes = cache(open_run.build_meshes)
+        setup.build_meshes = cache(setup.build_meshes)
     # Collections, of which every run makes some, need not look at what was imported.
     gc.freeze()
     dist.init_process_group(

@@ -22,10 +22,10 @@ from titan_lite.nn.document_attention import dense_mask
 from titan_lite.nn.token_context import TokenContext
 from titan_lite.parallel.gradients import clipped_norm
 from titan_lite.parallel.init_weights import init_weights
+from titan_lite.parallel.mesh import build_meshes
 from titan_lite.parallel.parallel_model import ParallelModel, build_parallel
 from titan_lite.parallel.pipeline import add_tied_gradients, split
 from titan_lite.runtime.distributed import Process
-from titan_lite.training import open_run
 
 # An odd vocabulary, which is padded.
 SAMPLES, SEQ_LEN, VOCAB = 4, 32, 2047
@@ -125,7 +125,7 @@ def _step_twice_of(*overrides: str) -> list[dict[str, Any]]:
         model,
         split(model, config.parallel, attention_flops=0),
         plan,
-        open_run.build_meshes(plan.dims, "cpu"),
+        build_meshes(plan.dims, "cpu"),
         process,
     )
     init_weights(model, device=process.device, seed=0)

@@ -50,6 +50,8 @@ class Batch:
     pair_labels: torch.Tensor | None = None
     """(B,) int64: 0 if a sample's second part follows the first, 1 if it does not; -100 is not
     counted."""
+    num_tokens: torch.Tensor | None = None
+    """(B,) int64: tokens of each row without padding; None: not counted by the objective."""
     sources: torch.Tensor | None = None
     """(B,) int64: the index in data.sources of each row; None without data.sources."""
     samples: torch.Tensor | None = None

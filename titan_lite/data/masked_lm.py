@@ -165,6 +165,7 @@ class MaskedPairs:
             documents=(token_types >= len(tokens)).astype(np.int64),
             token_types=((token_types >= second) & (token_types < len(tokens))).astype(np.int64),
             pair_labels=np.int64(pair.label),
+            num_tokens=np.int64(len(tokens)),
         )
 
     def _mask(self, tokens: Ints, places: Ints, random: KeyedRandom) -> tuple[Ints, Ints]:

@@ -26,7 +26,8 @@ class Row:
     """One sample as the model gets it; every array is (S,).
 
     positions and documents (ascending numbers) are None if the whole row is one document. A masked
-    language model has token_types, 0 or 1 by the part of the pair, and pair_labels, a number.
+    language model has token_types, 0 or 1 by the part of the pair, and two numbers: pair_labels and
+    num_tokens, without padding.
     """
 
     inputs: Ints
@@ -35,6 +36,7 @@ class Row:
     documents: Ints | None = None
     token_types: Ints | None = None
     pair_labels: np.int64 | None = None
+    num_tokens: np.int64 | None = None
 
 
 MakeRow = Callable[[], Row]

@@ -26,17 +26,14 @@ from titan_lite.dryrun.measure import Measured, measure_step, recorder
 from titan_lite.dryrun.rank_progress import RankProgress
 from titan_lite.dryrun.repeat import NotRepeatable, repeat_blocks
 from titan_lite.dryrun.torch_private import DryMode, fake_world
-from titan_lite.models.args import MoEArgs
 from titan_lite.models.plan import Plan
 from titan_lite.optim.low_precision_adam import prepare_int8
 from titan_lite.optim.optimizer import with_state
 from titan_lite.parallel.expert import assume_balance
-from titan_lite.parallel.mesh import build_meshes
 from titan_lite.parallel.pipeline import local_stages
 from titan_lite.runtime.distributed import Process
 from titan_lite.runtime.parent import MAYBE_OUT_OF_MEMORY, end_with_parent, making_locks
-from titan_lite.training.meta_model import build_checked_model, check_float8, pipeline_stages
-from titan_lite.training.objective import OBJECTIVES
+from titan_lite.training.meta_model import build_whole_model, check_float8
 from titan_lite.training.setup import BuiltTraining, build_training
 
 
@@ -86,35 +83,24 @@ def dry_run(
     # Autograd rejects fake CUDA tensors on a machine without a GPU.
     process = Process(rank, 0, plan.dims.world_size, torch.device("cpu"))
     with plan.reporting(), fake_world(rank, plan.dims.world_size), recording as record:
-        model = build_checked_model(plan)
+        whole = build_whole_model(plan)
         # Checks only what is independent of the device: this machine's is not the run's.
         section = plan.config.float8.model_copy(update={"emulate": True})
-        check_float8(plan, model, section, torch.device("meta"))
-        # Initialization reads values, which fake tensors do not have.
-        model.init_parameter = _draw_nothing  # type: ignore[method-assign]
-        meshes = build_meshes(plan.dims, "cpu", has_experts=isinstance(plan.args, MoEArgs))
-        objective = OBJECTIVES[plan.family.objective](plan.config)
-        built = build_training(
-            plan,
-            model,
-            objective,
-            pipeline_stages(plan, model),
-            meshes,
-            process,
-            tensor_mode=fake,
-        )
+        check_float8(plan, whole.model, section, torch.device("meta"))
+        labelled = partial(_labelled, plan.head_token_fraction)
+        built = build_training(plan, process, whole, fake_mode=fake, find_labelled=labelled)
         if not built.train_step.optimizer.state:
             # Optimizers of plugins create their state in the first step: a later one is measured.
             with fake:
                 with_state(built.train_step.optimizer)
-        assume_balance(model)
+        assume_balance(built.model)
         if built.train_step.pipeline is not None:
             built.train_step.pipeline.skip_shape_negotiation()
-        labelled = partial(_labelled, plan.head_token_fraction)
-        built.train_step.inputs.labelled_indices = labelled  # type: ignore[method-assign]
         if progress is not None:
             progress.enter("optimizer state")
-            progress.watch(model.layers.values(), plan.micro_steps, built.train_step.optimizer)
+            progress.watch(
+                built.model.layers.values(), plan.micro_steps, built.train_step.optimizer
+            )
         # Not with schedules that split backward, which search each block's graph for parameters,
         # nor with dropout, whose keys for each block are freed between blocks.
         splits_backward = plan.config.parallel.schedule.splits_backward
@@ -245,10 +231,6 @@ def _labelled(fraction: float, batch: Batch) -> Tensor:
     return batch.labels.new_zeros(math.ceil(fraction * batch.labels.numel()))
 
 
-def _draw_nothing(name: str, tensor: Tensor, generator: torch.Generator) -> None:
-    pass
-
-
 def _batches(training: Training, data: Data, *, with_pairs: bool) -> Iterator[Batch]:
     # Made within a step, so they are fake tensors. Document ends are unknown, so there are none:
     # attention within documents stores the same tensors as attention over whole samples.
@@ -256,7 +238,13 @@ def _batches(training: Training, data: Data, *, with_pairs: bool) -> Iterator[Ba
     while True:
         tokens = torch.zeros(shape, dtype=torch.int64)
         positions = torch.zeros_like(tokens) if data.masks_attention else None
-        sources = tokens.new_zeros(len(tokens)) if data.sources else None
-        types, pairs = (tokens, tokens[:, 0]) if with_pairs else (None, None)
-        labels, samples = torch.zeros_like(tokens), tokens[:, 0]
-        yield Batch(tokens, labels, positions, None, types, pairs, sources, samples)
+        yield Batch(
+            inputs=tokens,
+            labels=torch.zeros_like(tokens),
+            positions=positions,
+            token_types=tokens if with_pairs else None,
+            pair_labels=tokens[:, 0] if with_pairs else None,
+            num_tokens=torch.full_like(tokens[:, 0], training.seq_len) if with_pairs else None,
+            sources=tokens.new_zeros(len(tokens)) if data.sources else None,
+            samples=tokens[:, 0],
+        )

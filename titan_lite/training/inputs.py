@@ -1,6 +1,7 @@
 """Inputs of the model: turns this rank's micro-batches into arguments on the device."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -36,15 +37,28 @@ class LossTerms:
     source_losses: Tensor | None
 
 
+def labelled_indices(batch: Batch) -> Tensor:
+    """Returns the indices of labelled tokens in the flattened batch.
+
+    Computed on the host: their number is a shape, for which a GPU would have to be waited for.
+    """
+    return (batch.labels != IGNORED).flatten().nonzero().squeeze(1)
+
+
 @dataclass(eq=False)
 class ModelInputs:
-    """Prepares this rank's inputs. local_indices: of this rank's tokens in each sequence."""
+    """Prepares this rank's inputs.
+
+    local_indices: of this rank's tokens in each sequence. find_labelled: `labelled_indices`, or a
+    dry run's, whose labels have no values.
+    """
 
     config: Config
     args: DecoderArgs
     objective: Objective
     device: torch.device
     local_indices: Tensor
+    find_labelled: Callable[[Batch], Tensor]
 
     def __post_init__(self) -> None:
         self.num_sources = len(self.config.data.sources)
@@ -95,13 +109,13 @@ class ModelInputs:
 
         batch: as `split_for_cp` returns it.
         """
-        config, labelled_indices = self.config, None
+        config, labelled = self.config, None
         if config.training.loss_positions == "labelled":
-            labelled_indices = self.to_device(self.labelled_indices(batch))
+            labelled = self.to_device(self.find_labelled(batch))
         head_loss = partial(
             cross_entropy_sum,
             labels=self.to_device(batch.labels),
-            labelled_indices=labelled_indices,
+            labelled_indices=labelled,
             num_chunks=config.training.loss_chunks,
             vocab_size=self.args.vocab_size,
             factor=terms.token_factor,
@@ -114,13 +128,6 @@ class ModelInputs:
         kwargs = {"head_loss": head_loss, "context": self._context(batch)}
         kwargs |= self.objective.arguments(batch, terms.pair_factor, terms.sums, self.to_device)
         return self.to_device(batch.inputs), kwargs
-
-    def labelled_indices(self, batch: Batch) -> Tensor:
-        """Returns the indices of labelled tokens in the flattened batch.
-
-        Computed on the host: their number is a shape, for which a GPU would have to be waited for.
-        """
-        return (batch.labels != IGNORED).flatten().nonzero().squeeze(1)
 
     def _context(self, batch: Batch) -> TokenContext:
         """Returns the side inputs of this rank's tokens, split for context parallel."""

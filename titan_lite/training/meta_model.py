@@ -4,6 +4,7 @@ These checks run before the first collective, because one rank alone can fail th
 ranks would wait there for it. Each raises a SettingError for the key to change.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -57,6 +58,20 @@ def check_model_and_device(plan: Plan, start: Start | None) -> None:
                 check_weights(start.source, model, section.exclude_from_loading)
 
 
+@dataclass(frozen=True)
+class WholeModel:
+    """The whole model on the meta device, and its pipeline stages."""
+
+    model: Transformer
+    stages: list[Stage]
+
+
+def build_whole_model(plan: Plan) -> WholeModel:
+    """Builds the model on the meta device, splits it into stages, and checks both."""
+    model = build_checked_model(plan)
+    return WholeModel(model, pipeline_stages(plan, model))
+
+
 def build_checked_model(plan: Plan) -> Transformer:
     """Builds the model on the meta device; checks parameters named by settings and the TP plan."""
     with errors_for("model.name"), torch.device("meta"):
@@ -98,10 +113,10 @@ def pipeline_stages(plan: Plan, model: Transformer) -> list[Stage]:
     return stages
 
 
-def count_flops(plan: Plan, model: Transformer, stages: list[Stage]) -> FlopsPerToken:
+def count_flops(plan: Plan, whole: WholeModel) -> FlopsPerToken:
     """Returns the FLOPs per token of the whole model."""
     args, section = plan.args, plan.config.activation_checkpoint
-    recomputed = [section.layers(stage.blocks) for stage in stages]
+    model, recomputed = whole.model, [section.layers(stage.blocks) for stage in whole.stages]
     num_params = model.num_parameters - num_unused_params(args)
     num_params -= round((1 - plan.head_token_fraction) * args.vocab_size * args.dim)
     return flops_per_token(

@@ -114,10 +114,8 @@ class MaskedLM:
         return MaskedPairs(self._config.masked_lm, self._config.training.seq_len, tokenizer)
 
     def num_tokens(self, batch: Batch) -> Tensor:
-        if batch.documents is None:  # In a dry run, which has no documents.
-            return torch.tensor(batch.inputs.numel())
-        # Document 0 is the pair, 1 the padding.
-        return (batch.documents == 0).sum()
+        assert batch.num_tokens is not None
+        return batch.num_tokens.sum()
 
     def arguments(
         self, batch: Batch, pair_factor: Tensor, sums: Tensor, to_device: ToDevice

@@ -22,10 +22,8 @@ from titan_lite.config.problems import errors_for
 from titan_lite.metrics.by_source import SourceMeter
 from titan_lite.metrics.device import PeakFlops, device_name
 from titan_lite.metrics.record import FORMULA
-from titan_lite.models.args import MoEArgs
 from titan_lite.models.plan import Plan
 from titan_lite.parallel.compile import Compilations
-from titan_lite.parallel.mesh import build_meshes
 from titan_lite.planner.counts import in_words, num_inactive_params
 from titan_lite.runtime.distributed import (
     Process,
@@ -41,13 +39,7 @@ from titan_lite.runtime.run_folder import RUN_FILE, open_run_folder, write_run_f
 from titan_lite.runtime.seed import set_determinism
 from titan_lite.runtime.stop import StopRequest
 from titan_lite.runtime.watchdog import Watchdog
-from titan_lite.training.meta_model import (
-    build_checked_model,
-    check_device,
-    open_hf_weights,
-    pipeline_stages,
-)
-from titan_lite.training.objective import OBJECTIVES
+from titan_lite.training.meta_model import build_whole_model, check_device, open_hf_weights
 from titan_lite.training.prediction import PredictionRecorder
 from titan_lite.training.preflight import check_same_model, lock_folders, preflight
 from titan_lite.training.resuming import log_changes
@@ -76,11 +68,9 @@ def open_run(
             stack.enter_context(lock_folders(plan))
         checked = preflight(plan)
         hf = open_hf_weights(plan) if checked.start.source is None else None
-        model = build_checked_model(plan)
-        objective = OBJECTIVES[plan.family.objective](config)
-        stages = pipeline_stages(plan, model)
-        check_device(plan, model, process.device)
-        data = RunData(plan, process, checked.tokenizer, objective)
+        whole = build_whole_model(plan)
+        check_device(plan, whole.model, process.device)
+        data = RunData(plan, process, checked.tokenizer)
         stack.callback(data.close)
         data.open(checked.start)
 
@@ -89,12 +79,7 @@ def open_run(
         stack.callback(watchdog.close)
         start = _agree(plan, checked.start, data)
 
-        has_experts = isinstance(plan.args, MoEArgs)
-        meshes = build_meshes(plan.dims, process.device.type, has_experts=has_experts)
-        # The meshes' process groups do not inherit the timeout of the default group.
-        watchdog.set_timeout(config.comm.init_timeout_seconds)
-        logger.info("Building the model: %s parameters", in_words(model.num_parameters, plan.args))
-        built = build_training(plan, model, objective, stages, meshes, process, progress=progress)
+        built = build_training(plan, process, whole, progress=progress)
         compilations = Compilations() if config.compile.enable else None
         sources = SourceMeter(config.data) if config.data.sources else None
         stateful: dict[str, Stateful] = {"data": data, "guard": built.train_step.guard}

@@ -13,7 +13,7 @@ from titan_lite.data.loader import Batch, DataLoader, merge_states
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.models.plan import Plan
 from titan_lite.runtime.distributed import Process
-from titan_lite.training.objective import Objective
+from titan_lite.training.objective import OBJECTIVES
 
 
 class RunData:
@@ -25,12 +25,10 @@ class RunData:
     held_out: HeldOut | None = None
     batches: Iterator[Batch]
 
-    def __init__(
-        self, plan: Plan, process: Process, tokenizer: Tokenizer, objective: Objective
-    ) -> None:
+    def __init__(self, plan: Plan, process: Process, tokenizer: Tokenizer) -> None:
         self._config = plan.config
         with errors_for("data.tokenizer_path"):
-            rows = objective.row_maker(tokenizer)
+            rows = OBJECTIVES[plan.family.objective](plan.config).row_maker(tokenizer)
         self._loader_args: dict[str, Any] = {
             "seq_len": plan.config.training.seq_len,
             "local_batch_size": plan.config.training.local_batch_size,

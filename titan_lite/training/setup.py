@@ -4,11 +4,15 @@ For real runs, and for dry runs on fake tensors.
 """
 
 import contextlib
+import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from titan_lite.data.loader import Batch
 from titan_lite.models.args import MoEArgs
 from titan_lite.models.plan import Plan
 from titan_lite.nn.transformer import Transformer
@@ -18,17 +22,19 @@ from titan_lite.optim.nonfinite import NonFiniteGuard
 from titan_lite.optim.optimizer import OptimizerContext, build_optimizer
 from titan_lite.parallel.applied import Applied
 from titan_lite.parallel.init_weights import init_weights
-from titan_lite.parallel.mesh import Meshes
+from titan_lite.parallel.mesh import build_meshes
 from titan_lite.parallel.parallel_model import build_parallel
 from titan_lite.parallel.pipeline import Stage
-from titan_lite.planner.counts import FlopsPerToken
-from titan_lite.runtime.distributed import Process
+from titan_lite.planner.counts import FlopsPerToken, in_words
+from titan_lite.runtime.distributed import Process, set_timeout
 from titan_lite.runtime.progress import Progress
 from titan_lite.training.balancing import Balancer
-from titan_lite.training.inputs import ModelInputs
-from titan_lite.training.meta_model import count_flops
-from titan_lite.training.objective import Objective
+from titan_lite.training.inputs import ModelInputs, labelled_indices
+from titan_lite.training.meta_model import WholeModel, count_flops
+from titan_lite.training.objective import OBJECTIVES, Objective
 from titan_lite.training.step import TrainStep
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -50,31 +56,38 @@ class BuiltTraining:
 
 def build_training(
     plan: Plan,
-    model: Transformer,
-    objective: Objective,
-    stages: list[Stage],
-    meshes: Meshes,
     process: Process,
+    whole: WholeModel,
     *,
     progress: Progress | None = None,
-    tensor_mode: AbstractContextManager[object] | None = None,
+    fake_mode: AbstractContextManager[object] | None = None,
+    find_labelled: Callable[[Batch], Tensor] = labelled_indices,
 ) -> BuiltTraining:
-    """Cuts `model` to this rank's part, initializes it, and builds its optimizer and TrainStep.
+    """Cuts the model to this rank's part, initializes it, and builds its optimizer and TrainStep.
 
-    model: the whole model on the meta device; changed in place. progress: the run's current phase.
-    tensor_mode: entered while weights and optimizer are created, such as a FakeTensorMode.
+    Collective. whole: its model is changed in place. progress: the run's current phase. For dry
+    runs: fake_mode, in which weights (without values) and the optimizer are created, and
+    find_labelled, which replaces `labelled_indices`.
     """
-    config, training = plan.config, plan.config.training
+    config, training, model = plan.config, plan.config.training, whole.model
+    meshes = build_meshes(
+        plan.dims, process.device.type, has_experts=isinstance(plan.args, MoEArgs)
+    )
+    if fake_mode is None:
+        # The meshes' process groups do not inherit the timeout of the default group.
+        set_timeout(config.comm.init_timeout_seconds)
+    logger.info("Building the model: %s parameters", in_words(model.num_parameters, plan.args))
     # Counted on the whole model, before build_parallel cuts it to this rank's part.
-    flops = count_flops(plan, model, stages)
+    flops = count_flops(plan, whole)
     num_params = model.num_parameters
     parameter_names = [name for name, _ in model.named_parameters()]
-    parallel_model = build_parallel(model, stages, plan, meshes, process)
-    with tensor_mode or contextlib.nullcontext():
+    objective = OBJECTIVES[plan.family.objective](config)
+    parallel_model = build_parallel(model, whole.stages, plan, meshes, process)
+    with fake_mode or contextlib.nullcontext():
         init_weights(
             model,
             device=process.device,
-            seed=training.seed,
+            seed=training.seed if fake_mode is None else None,
             cpu_offload=config.parallel.cpu_offload,
         )
         context = OptimizerContext(
@@ -97,7 +110,9 @@ def build_training(
             balancer = Balancer(model, plan.args, meshes, num_tokens, process.device)
         applied, indices = parallel_model.applied, parallel_model.local_indices
         train_step = TrainStep(
-            inputs=ModelInputs(config, plan.args, objective, process.device, indices),
+            inputs=ModelInputs(
+                config, plan.args, objective, process.device, indices, find_labelled
+            ),
             model=model,
             pipeline=parallel_model.pipeline,
             meshes=meshes,
@@ -114,7 +129,7 @@ def build_training(
     return BuiltTraining(
         num_params=num_params,
         parameter_names=parameter_names,
-        stages=stages,
+        stages=whole.stages,
         flops=flops,
         objective=objective,
         model=model,
