@@ -352,7 +352,7 @@ BUDGET = {
     "regression": 1199,
     "runtime": 1193,
     "nn": 905,
-    "dryrun": 873,
+    "dryrun": 864,
     "metrics": 769,
     "optim": 712,
     "cli": 317,
