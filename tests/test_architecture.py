@@ -271,6 +271,7 @@ MAY_TAKE_THE_WHOLE = {
     "dryrun/run": {"dry_run", "dry_runs", "left_out", "_eager", "_quiet_dry_run"},
     "training/meta_model": {
         "check_model_and_device",
+        "build_whole_model",
         "build_checked_model",
         "pipeline_stages",
         "count_flops",
