@@ -1,6 +1,7 @@
 """Seeds, garbage collection, timeouts and the run folder."""
 
 import gc
+import importlib.util
 import json
 import os
 import weakref
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from tests.distributed import Workers
 from titan_lite.runtime.distributed import check_dtype, is_emulated, set_timeout
 from titan_lite.runtime.garbage import GarbageCollector
+from titan_lite.runtime.log import SAME_ON_ALL_RANKS
 from titan_lite.runtime.run_folder import (
     git_commit,
     open_run_folder,
@@ -153,3 +155,9 @@ def test_a_type_without_matrix_products_on_this_processor_is_emulated(
         assert is_emulated(name, torch.device("cpu")) is not supported
         assert not is_emulated(name, torch.device("cuda"))
         assert not is_emulated("float32", torch.device("cpu"))
+
+
+def test_warnings_that_only_rank_0_logs_are_those_of_modules() -> None:
+    """A module that moves takes its name along."""
+    names = [f"titan_lite.{name}" for name in SAME_ON_ALL_RANKS]
+    assert [name for name in names if importlib.util.find_spec(name) is None] == []

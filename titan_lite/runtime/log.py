@@ -46,6 +46,11 @@ class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # Generic from
             super().handleError(record)
 
 
+# Modules whose warnings only rank 0 logs: they would be the same on every rank.
+SAME_ON_ALL_RANKS = ("config", "training.preflight", "training.tokenizer_checks",
+                     "checkpoint.state", "data.sources", "runtime.log")  # fmt: skip
+
+
 def set_up_logging(rank: int) -> None:
     """Sends the package's log to standard output with the rank in each line."""
     handler = _Handler(sys.stdout)
@@ -56,8 +61,7 @@ def set_up_logging(rank: int) -> None:
     logger.handlers = [handler]
     logger.propagate = False
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    # These warnings would be the same on every rank: configuration, checkpoints, data, tokenizer.
-    for name in ("config", "preflight", "checkpoint.state", "data.sources", "runtime.log"):
+    for name in SAME_ON_ALL_RANKS:
         logging.getLogger(f"titan_lite.{name}").setLevel(
             logging.WARNING if rank == 0 else logging.ERROR
         )
