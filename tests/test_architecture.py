@@ -342,16 +342,16 @@ def test_only_these_functions_take_a_whole_plan_or_configuration() -> None:
 # Lines of code of each room: neither blank, comment nor docstring. Raising one is a decision to
 # explain in the commit message.
 BUDGET = {
-    "data": 3074,
-    "parallel": 2066,
+    "data": 3077,
+    "parallel": 2067,
     "config": 2077,
-    "training": 1898,
+    "training": 1903,
     "tools": 2080,
     "checkpoint": 1564,
     "models": 1820,
     "planner": 1292,
     "regression": 1199,
-    "runtime": 1193,
+    "runtime": 1195,
     "nn": 905,
     "dryrun": 864,
     "metrics": 769,
