@@ -511,8 +511,14 @@ def test_what_can_work_gives_the_degrees() -> None:
         (
             ["training.steps=20"],
             1,
-            "lr_scheduler.warmup_steps (200) >= training.steps (20): "
+            "lr_scheduler.warmup_steps (200) > training.steps (20): "
             "the learning rate never reaches optimizer.lr (0.0003)",
+        ),
+        (
+            ["training.steps=200"],
+            1,
+            "lr_scheduler.warmup_steps (200) = training.steps: "
+            "the learning rate does not reach optimizer.lr (0.0003) before the last step",
         ),
         (
             ["lr_scheduler.decay_ratio=0"],

@@ -41,10 +41,16 @@ def _wasteful(config: Config, dims: ParallelDims) -> Iterator[str]:
             f"data.shuffle_buffer ({data.shuffle_buffer}) / data.num_streams "
             f"({data.num_streams}) is below 2 documents per stream, so nothing is shuffled"
         )
-    if scheduler.warmup_steps >= steps:
+    warmup, lr = scheduler.warmup_steps, f"optimizer.lr ({config.optimizer.lr:g})"
+    if warmup > steps:
         yield (
-            f"lr_scheduler.warmup_steps ({scheduler.warmup_steps}) >= training.steps "
-            f"({steps}): the learning rate never reaches optimizer.lr ({config.optimizer.lr:g})"
+            f"lr_scheduler.warmup_steps ({warmup}) > training.steps ({steps}): "
+            f"the learning rate never reaches {lr}"
+        )
+    if warmup == steps:
+        yield (
+            f"lr_scheduler.warmup_steps ({warmup}) = training.steps: "
+            f"the learning rate does not reach {lr} before the last step"
         )
     optimizer = config.optimizer
     rounds = isinstance(optimizer, Muon) and optimizer.ns_dtype == "bfloat16"
