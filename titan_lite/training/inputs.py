@@ -27,8 +27,8 @@ class LossTerms:
     """The parts of the loss of one step or evaluation.
 
     token_factor, pair_factor: scalars that multiply the loss of each token and of each pair.
-    The forward passes add to sums, those of the objective, and to source_losses, one element per
-    entry of data.sources: its loss summed over this rank's tokens, without the factor.
+    sums: the objective's sums. source_losses: for each entry of data.sources, the loss summed over
+    this rank's tokens, without the factor. The forward passes add to both.
     """
 
     token_factor: Tensor
@@ -40,7 +40,8 @@ class LossTerms:
 def labelled_indices(batch: Batch) -> Tensor:
     """Returns the indices of labelled tokens in the flattened batch.
 
-    Computed on the host: their number is a shape, for which a GPU would have to be waited for.
+    Computed on the host, because their number is the shape of a tensor: if they were computed on a
+    GPU, the host would have to wait for it.
     """
     return (batch.labels != IGNORED).flatten().nonzero().squeeze(1)
 
@@ -49,8 +50,8 @@ def labelled_indices(batch: Batch) -> Tensor:
 class ModelInputs:
     """Prepares this rank's inputs.
 
-    local_indices: of this rank's tokens in each sequence. find_labelled: `labelled_indices`, or a
-    dry run's, whose labels have no values.
+    local_indices: of this rank's tokens in each sequence. find_labelled: `labelled_indices`. A
+    dry run passes a substitute, because its labels have no values.
     """
 
     config: Config

@@ -1,7 +1,7 @@
 """Cross-entropy summed over the labelled tokens, computed in chunks of the logits.
 
-Shape suffixes: N tokens, n tokens of a chunk, M labelled tokens, B pairs, 2 their classes, D model
-width, V vocabulary (this rank's part of it), P ranks whose logits are gathered.
+Shape suffixes: N tokens, n tokens of a chunk, M labelled tokens, B pairs, 2 classes of a
+pair, D model width, V vocabulary (this rank's part of it), P ranks whose logits are gathered.
 """
 
 import functools
@@ -168,7 +168,8 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                     grad_weight_VD = grad_nV.T @ hidden_nD
                 else:
                     _add_matmul(grad_weight_VD, grad_nV.T, hidden_nD)
-        # Multiplying by is_here would give NaN: a padding row's log-probability is -inf.
+        # Not a product with is_here_N, which may be 0 * -inf = NaN: a label of another part was
+        # clamped, perhaps to a padding row, whose log-probability is -inf.
         log_probs_N = torch.where(is_here_N, torch.cat(label_log_probs).squeeze(1), 0)
         loss = log_probs_N.sum() * -factor
         if source_ids_N is not None and source_losses is not None:

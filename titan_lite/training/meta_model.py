@@ -39,7 +39,7 @@ from titan_lite.runtime.profiler import check_profiling
 def check_model_and_device(plan: Plan, start: Start | None) -> None:
     """Runs all checks of the model and of this machine's device, and raises all their errors.
 
-    start: None if it has an error, which leaves out the check of the weights to load.
+    start: None if finding the start failed; the weights to load are then not checked.
     """
     device = Process.from_environment().device
     section = plan.config.checkpoint
@@ -73,7 +73,10 @@ def build_whole_model(plan: Plan) -> WholeModel:
 
 
 def build_checked_model(plan: Plan) -> Transformer:
-    """Builds the model on the meta device; checks parameters named by settings and the TP plan."""
+    """Builds the model on the meta device, and checks it.
+
+    Checks that the parameters that settings name exist, and that the TP plan fits the model.
+    """
     with errors_for("model.name"), torch.device("meta"):
         model = build_model(plan.family, plan.args)
         # A parameter that no rule initializes is an error here, before any weights are drawn.

@@ -1,7 +1,8 @@
 """Opens a run: builds a Trainer from a plan, ready for its next step.
 
-`open_run` reads top to bottom. Checks that one rank alone can fail run before the first collective,
-because the other ranks would wait there for the failed one. Later checks fail on all ranks.
+`open_run` reads top to bottom. A check that may fail on one rank only comes before the first
+collective, because the other ranks would wait there for the failed one. Later checks fail on all
+ranks.
 """
 
 import contextlib

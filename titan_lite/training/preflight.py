@@ -172,7 +172,8 @@ def check_same_model(start: Start, plan: Plan) -> None:
         for name in section.allow_model_changes:
             different.pop(name, None)
         for name in IMPLIED_BY_WEIGHTS if section.exclude_from_loading else ():
-            # Loading compares the names and shapes of the other weights.
+            # These may differ if parameters are excluded. Loading checks the names and shapes of
+            # all others.
             different.pop(name, None)
         for name in TUNABLE:
             if pair := different.pop(name, None):

@@ -65,9 +65,9 @@ def build_training(
 ) -> BuiltTraining:
     """Cuts the model to this rank's part, initializes it, and builds its optimizer and TrainStep.
 
-    Collective. whole: its model is changed in place. progress: the run's current phase. For dry
-    runs: fake_mode, in which weights (without values) and the optimizer are created, and
-    find_labelled, which replaces `labelled_indices`.
+    Collective. whole: its model is changed in place. progress: the run's current phase.
+    fake_mode, find_labelled: set by dry runs only. Weights (without values) and the optimizer are
+    created inside fake_mode; find_labelled replaces `labelled_indices`.
     """
     config, training, model = plan.config, plan.config.training, whole.model
     meshes = build_meshes(

@@ -61,7 +61,9 @@ class StepResult:
 
 @dataclass(kw_only=True, eq=False)
 class TrainStep:
-    """One optimizer step over micro-batches; collective. The host never waits for the device.
+    """One optimizer step over micro-batches; collective.
+
+    The host does not wait for the device, except in blocks with experts if parallel.ep > 1.
 
     pipeline: runs the stages; None if `model` itself is called. max_norm: the gradient norm to clip
     to; 0 does not clip.
@@ -117,15 +119,18 @@ class TrainStep:
         counted = torch.stack([self.inputs.count(batch) for batch in micro_batches]).sum(0)
         counts = self.inputs.to_device(torch.cat([counted, torch.tensor([int(stop)])]))
         dist.all_reduce(counts)
-        # The all-reduce is over all ranks, so each token is counted once per tensor and pipeline
-        # rank: divide. The last count, of stopping ranks, is not divided: each rank counts once.
+        # The all-reduce is over all ranks. The tensor and pipeline parallel ranks of a batch all
+        # count the same tokens: divide by their number. The last count, of stopping ranks, is not
+        # divided: each rank counts once.
         counts[:-1] //= dist.get_world_size() // dist.get_world_size(self.meshes.loss)
         return Counts(counts[:-3], *counts[-3:])
 
     def _loss_terms(self, counts: Counts, loss_scale: Tensor | None) -> LossTerms:
-        """Returns loss terms whose sum over micro-batches and ranks is the mean, times the scale.
+        """Returns the factors of the losses of tokens and pairs.
 
-        Every labelled token of the global batch has the same weight, and every pair.
+        Multiplied by them and summed over micro-batches and ranks, the losses give the mean over
+        the global batch, times loss_scale. All its labelled tokens have the same weight, and all
+        its pairs.
         """
         divisors = torch.stack((counts.source_labelled.sum(), counts.num_pairs)).clamp(min=1)
         factors = divisors.to(torch.float32).reciprocal()

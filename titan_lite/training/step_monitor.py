@@ -58,7 +58,7 @@ class StepMonitor:
         self._balancer = built.train_step.balancer
         self._loader, self._sources = loader, sources
 
-    def record_step(self, step: int, result: StepResult, *, should_log: bool) -> None:
+    def count_step(self, step: int, result: StepResult, *, should_log: bool) -> None:
         """Counts every step and reads its result; `log` writes the record of a logged step.
 
         should_log: the step is logged, so its result is read at once. Otherwise a GPU's result is

@@ -136,7 +136,7 @@ class Trainer:
             watcher.after_step(step, result)
         should_validate = self._should_validate(step)
         should_log = should_validate or monitor.meter.should_log(step)
-        monitor.record_step(step, result, should_log=should_log)
+        monitor.count_step(step, result, should_log=should_log)
         if not should_log:
             return None
         validated = self.validate() if should_validate else {}
@@ -146,7 +146,8 @@ class Trainer:
         """Returns metrics over the held-out documents; collective."""
         held_out = self.data.held_out
         assert held_out is not None
-        # The first validation compiles, so it needs the longer timeout, and no speed is measured.
+        # Speeds exclude the time of validation. The first validation compiles, and needs the longer
+        # timeout.
         with self._outside_steps():
             sums = self.built.train_step.evaluate(held_out.batches)
             metrics = self.built.objective.validation(sums, held_out)
