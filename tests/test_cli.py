@@ -83,7 +83,9 @@ def test_looking_at_a_configuration_needs_none_of_its_files(
     result = titan_lite("config", *keys)
     assert result.returncode == 0
     for key, path in (("tokenizer_path", "none.model"), ("dataset_path", "none.jsonl")):
-        warning = f'a run cannot start with data.{key} (command line): no such file: "{path}"'
+        warning = (
+            f'a run would stop at the start: data.{key} (command line): no such file: "{path}"'
+        )
         assert f"titan-lite: warning: {warning}" in result.stderr
     assert cli.main(["config", *keys, "--preflight", "--quiet"]) == 2
     error = capsys.readouterr().err
@@ -97,14 +99,14 @@ def test_a_missing_checkpoint_is_a_warning_like_a_missing_file() -> None:
     result = titan_lite("config", *enabled, "--checkpoint.load_step=99")
     assert result.returncode == 0
     assert result.stderr == (
-        "titan-lite: warning: a run cannot start with checkpoint.load_step (command line): no "
-        "checkpoint of step 99 in runs/optimizer.lr=1e-3/checkpoint; steps found: none\n"
+        "titan-lite: warning: a run would stop at the start: checkpoint.load_step (command line): "
+        "no checkpoint of step 99 in runs/optimizer.lr=1e-3/checkpoint; steps found: none\n"
     )
     result = titan_lite("config", *enabled, "--checkpoint.initial_load_path=none")
     assert result.stderr.splitlines() == [
-        "titan-lite: warning: a run cannot start with checkpoint.initial_load_path (command line): "
-        'no such folder: "none"; names on the Hugging Face hub are not fetched: run hf download '
-        'none --local-dir DIR, and set checkpoint.initial_load_hf = "DIR"'
+        "titan-lite: warning: a run would stop at the start: checkpoint.initial_load_path "
+        '(command line): no such folder: "none"; names on the Hugging Face hub are not fetched: '
+        'run hf download none --local-dir DIR, and set checkpoint.initial_load_hf = "DIR"'
     ]
 
 

@@ -183,7 +183,7 @@ def _warn_of_missing_files(plan: Plan) -> None:
     for error in missing.errors:
         key = error.keys[0]
         origin = plan.origin(key)
-        logging.warning("a run cannot start with %s (%s): %s", key, origin, error.message)
+        logging.warning("a run would stop at the start: %s (%s): %s", key, origin, error.message)
 
 
 def _preflight(plan: Plan) -> None:

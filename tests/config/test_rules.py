@@ -54,13 +54,13 @@ REFUSED: list[tuple[list[str], int, str, str]] = [
         ["data.packing=fixed", "data.packing_block=96"],
         1,
         "data.packing",
-        '"fixed" requires data.packing_block to divide training.seq_len',
+        '"fixed" requires data.packing_block (96) to divide training.seq_len',
     ),
     (
         ["data.packing=fixed"],
         1,
         "data.packing",
-        "training.seq_len (2048) into at least 2 blocks, got 2048; for samples of one",
+        "(2048) to divide training.seq_len (2048) into at least 2 blocks; if a sample is to be one",
     ),
     (
         ["parallel.pp=4", "training.global_batch_size=3"],
@@ -126,7 +126,7 @@ REFUSED: list[tuple[list[str], int, str, str]] = [
         ],
         2,
         "parallel.pp_schedule",
-        'recomputes a "selective_op" block only once; use activation_checkpoint.mode = "full"',
+        'recompute a "selective_op" block for one of them only; use activation_checkpoint.mode',
     ),
     (
         [*PP2, "parallel.pp_split=explicit", 'parallel.pp_stage_modules=[["layers.0"], []]'],

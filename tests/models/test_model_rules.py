@@ -108,15 +108,15 @@ MOE = "--model.name=qwen3_moe"
             ["--parallel.ep=8"],
             4,
             "parallel.ep",
-            "ep must divide dp_shard (4) x cp (1) x tp (1) = 4, whose ranks share the experts; "
-            "got 8",
+            "the experts are distributed over dp_shard (4) x cp (1) x tp (1) = 4 ranks; "
+            "ep must divide this number; got 8",
         ),
         (
             ["--parallel.tp=2", "--parallel.dp_replicate=2", "--parallel.ep=4"],
             4,
             "parallel.tp",
-            "ep must divide dp_shard (1) x cp (1) x tp (2) = 2, whose ranks share the experts; "
-            "got 4",
+            "the experts are distributed over dp_shard (1) x cp (1) x tp (2) = 2 ranks; "
+            "ep must divide this number; got 4",
         ),
         (
             ["--parallel.ep=2", "--model.name=llama"],
@@ -279,7 +279,7 @@ def test_heads_that_tp_does_not_divide_are_refused() -> None:
     broken = [message for _, message in rules_broken(config, LLAMA.flavors["debug"])]
     assert broken[0] == "num_heads (8) must be a multiple of parallel.tp (3)"
     assert broken[-1] == (
-        "vocab_size, padded to a multiple of 128 (2048), must be a multiple of parallel.tp (3)"
+        "the padded vocab_size (2048, a multiple of 128) must be a multiple of parallel.tp (3)"
     )
     args = replace(LLAMA.flavors["debug"], ffn_dim=129)
     config = Config.model_validate({"parallel": {"tp": 2}})

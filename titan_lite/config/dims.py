@@ -95,8 +95,8 @@ class ParallelDims:
             factors = " x ".join(f"{axis} ({getattr(dims, axis)})" for axis in EXPERTS)
             raise SettingError(
                 ("parallel.ep", *(f"parallel.{axis}" for axis in EXPERTS)),
-                f"ep must divide {factors} = {dims.over(EXPERTS)}, whose ranks share "
-                f"the experts; got {dims.ep}",
+                f"the experts are distributed over {factors} = {dims.over(EXPERTS)} ranks; "
+                f"ep must divide this number; got {dims.ep}",
             )
         return dims
 

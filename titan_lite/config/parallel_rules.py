@@ -84,8 +84,9 @@ def _stages(config: Config) -> Iterator[SettingError]:
     if parallel.schedule.splits_backward and config.activation_checkpoint.mode == "selective_op":
         yield SettingError(
             ("parallel.pp", "activation_checkpoint.mode", "parallel.pp_schedule"),
-            f"{schedule} computes input and weight gradients separately, and torch "
-            'recomputes a "selective_op" block only once; use activation_checkpoint.mode = "full"',
+            f"{schedule} computes input and weight gradients in two backward passes, but torch can "
+            'recompute a "selective_op" block for one of them only; use '
+            'activation_checkpoint.mode = "full"',
         )
     if parallel.pp_split == "explicit":
         count, needed = len(parallel.pp_stage_modules), parallel.num_stages

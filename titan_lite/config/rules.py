@@ -47,8 +47,9 @@ def _single(config: Config) -> Iterator[SettingError]:
     if config.data.packing == "fixed" and (seq_len % block or seq_len == block):
         yield SettingError(
             ("training.seq_len", "data.packing_block", "data.packing"),
-            f'"fixed" requires data.packing_block to divide training.seq_len ({seq_len}) into at '
-            f'least 2 blocks, got {block}; for samples of one block, set data.packing = "concat"',
+            f'"fixed" requires data.packing_block ({block}) to divide training.seq_len ({seq_len}) '
+            "into at least 2 blocks; if a sample is to be one block, set data.packing = "
+            '"concat"',
         )
     yield from _groups(config.optimizer)
     yield from _rounded_moments(config.optimizer)
@@ -248,9 +249,11 @@ def file_rules(config: Config) -> Iterator[SettingError]:
             key = f"checkpoint.{key}"
             yield SettingError(key, _missing("folder", folder, key))
     if not config.job.dump_folder:
-        yield SettingError("job.dump_folder", 'is empty; set "." for the current folder')
+        yield SettingError("job.dump_folder", 'the path is empty; set "." for the current folder')
     if not checkpoint.folder:
-        yield SettingError("checkpoint.folder", 'is empty; set "." for job.dump_folder itself')
+        yield SettingError(
+            "checkpoint.folder", 'the path is empty; set "." for job.dump_folder itself'
+        )
     dump_folder = Path(os.path.expanduser(config.job.dump_folder))  # noqa: PTH111
     wrong = _unwritable(dump_folder)
     if wrong:

@@ -189,7 +189,7 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
     if args.padded_vocab_size % tp:
         yield SettingError(
             ("parallel.tp", "model.vocab_size"),
-            f"vocab_size, padded to a multiple of {VOCAB_MULTIPLE} ({args.padded_vocab_size}), "
+            f"the padded vocab_size ({args.padded_vocab_size}, a multiple of {VOCAB_MULTIPLE}) "
             f"must be a multiple of parallel.tp ({tp})",
         )
 
