@@ -65,7 +65,7 @@ def _plan(argv: Sequence[str]) -> int:
         "titan-lite plan run.toml",
         notes=FORMS,
     )
-    _world_size_option(parser, "the product of the degrees")
+    _world_size_option(parser, "the smallest that the degrees allow")
     parser.add_argument(
         "--tokens",
         type=_tokens,
