@@ -446,7 +446,7 @@ def test_ctrl_c_stops_a_process_without_a_launcher_after_its_step(tmp_path: Path
     stopped_at = saved_steps(run.folder / "checkpoint")[-1]
     assert f"Stopped after step {stopped_at} (SIGINT): a checkpoint was saved" in log
     assert re.search(r"[\d,]+ parameters. Processes: 1, on .+. Applied features:\n  mesh ", log)
-    assert log.count("Stopping after the current step; Ctrl-C again ends at once") == 1
+    assert log.count("Stopping within three steps; Ctrl-C again ends at once") == 1
     assert "Traceback" not in log
 
 

@@ -856,7 +856,7 @@ def test_the_first_signal_asks_to_stop(
     launched.wait_for("0 is there", "1 is there")
     launched.process.send_signal(number)
     hint = "; a second Ctrl-C ends at once" if number == signal.SIGINT else ""
-    expected = f"titan-lite: {number.name}: stopping after the current step{hint}\n"
+    expected = f"titan-lite: {number.name}: stopping within three steps{hint}\n"
     assert launched.end() == (75, expected)
 
 
@@ -865,7 +865,7 @@ def test_a_second_ctrl_c_ends_at_once(start: Callable[..., Launched]) -> None:
     launched = start(deaf + SLEEP)
     launched.wait_for("0 deaf", "1 deaf")
     launched.process.send_signal(signal.SIGINT)
-    launched.read_until("SIGINT: stopping after the current step; a second Ctrl-C ends at once")
+    launched.read_until("SIGINT: stopping within three steps; a second Ctrl-C ends at once")
     launched.process.send_signal(signal.SIGINT)
     assert launched.end() == (130, "")
     for pid in launched.pids():
@@ -887,7 +887,7 @@ def test_further_signals_do_not_end_a_run_without_its_checkpoint(
         # The launcher looks at each of them by itself.
         time.sleep(3 * POLL_SECONDS)
     (launched.folder / "go").touch()
-    assert launched.end() == (75, "titan-lite: SIGTERM: stopping after the current step\n")
+    assert launched.end() == (75, "titan-lite: SIGTERM: stopping within three steps\n")
 
 
 def test_a_process_that_is_asked_before_it_listens_does_not_leave_the_others_waiting(

@@ -245,7 +245,7 @@ class Attempt:
             return
         self.was_signalled, name = True, numbers[0].name
         hint = "; a second Ctrl-C ends at once" if self._was_interrupted else ""
-        log(f"{name}: stopping after the current step{hint}")
+        log(f"{name}: stopping within three steps{hint}")
         with contextlib.suppress(OSError):
             (Path(self._folder) / SENT).write_text(f"{name} to the launcher")
         # The signal whose handling has no time limit.

@@ -108,7 +108,7 @@ class StopRequest:
         if number == signal.SIGINT:
             if self.signal == number.name:
                 os._exit(128 + number)
-            logger.info("Stopping after the current step; Ctrl-C again ends at once")
+            logger.info("Stopping within three steps; Ctrl-C again ends at once")
         if number == signal.SIGTERM:
             threading.Thread(target=self._end_if_stuck, daemon=True).start()
         self.signal = _sent(number)
