@@ -331,8 +331,8 @@ def test_all_broken_rules_are_reported_together_and_unknown_keys_before_them() -
             ["--training.steps=", "3"],
             "'3' is not an override: write --training.steps=3 (without spaces)",
         ),
-        ([""], "an argument is empty; a shell variable in it may not be set"),
-        (["a.toml", ""], "an argument is empty; a shell variable in it may not be set"),
+        ([""], "an argument is empty; perhaps it is a shell variable that is not set"),
+        (["a.toml", ""], "an argument is empty; perhaps it is a shell variable that is not set"),
         (
             ["a.toml", "\N{EM DASH}training.steps=3"],
             "'\N{EM DASH}training.steps=3' starts with a dash instead of two hyphens: "

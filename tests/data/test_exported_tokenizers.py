@@ -217,19 +217,19 @@ def test_a_text_that_gets_other_ids_is_stated(
     write_documents(tmp_path / "plain.jsonl", ["The whale.\n", "", "The sea."])
     plain = Data(dataset_path=str(tmp_path / "plain.jsonl"))
     num_texts = f"{len(PROBES) + 2 * 4:,} texts"
-    same = f"The exported tokenizer gives the ids of training for {num_texts}"
+    same = f"The exported tokenizer gives the same ids as training for {num_texts}"
     assert report(plain) == ExportReport(True, same)
     write_documents(tmp_path / "odd.jsonl", ["The whale.", "a\u0328\u0301 e\u0302\u0323"])
     odd = report(Data(dataset_path=str(tmp_path / "odd.jsonl")))
     assert not odd.is_same
-    text = f"does not give the ids of training for 4 of {num_texts}. The first is 'a"
+    text = f"gives other ids than training for 4 of {num_texts}. The first is 'a"
     assert text in odd.sentence
     assert " instead of [" in odd.sentence
     assert text in odd.readme().decode()
     gone = report(Data(dataset_path=str(tmp_path / "gone.jsonl")))
     assert gone.is_same
     assert "; the run's own text was not compared: data.dataset_path" in gone.sentence
-    same = f"The exported tokenizer gives the ids of training for {len(PROBES):,} texts"
+    same = f"The exported tokenizer gives the same ids as training for {len(PROBES):,} texts"
     assert report(None) == ExportReport(True, same)
     documents["tokenizer.json"]["normalizer"] = None
     assert not report(None).is_same

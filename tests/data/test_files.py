@@ -218,7 +218,7 @@ def test_a_folder_without_documents_is_refused_by_its_files(tmp_path: Path) -> N
     fill(tmp_path, "urls.txt")
     assert refused(tmp_path) == (
         f"data.dataset_path: {tmp_path} has text (urls.txt) next to unsupported files "
-        "(a.jsonl.lz4, b.tar.gz): if the text is the documents, set dataset_path to a glob such as "
+        "(a.jsonl.lz4, b.tar.gz): to train on the text, set dataset_path to a glob such as "
         f'"{tmp_path}/*.txt"'
     )
     assert read(tmp_path / "*.txt") == ["LICENSE.txt", "urls.txt"]

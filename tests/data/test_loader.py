@@ -230,7 +230,7 @@ def test_a_stream_whose_files_are_empty_is_named(tmp_path):
     for i in range(4):
         write(tmp_path / f"{i}.jsonl", TEXTS if i % 2 else [])
     message = error_of(Data(dataset_path=str(tmp_path), num_streams=2))
-    assert "that stream 0 of 2 reads have no documents" in message
+    assert f"stream 0 of 2 of {tmp_path} has no documents" in message
 
 
 def test_an_empty_dataset_is_named(tmp_path):

@@ -170,7 +170,7 @@ def damage(path: Path, offset: int, content: bytes) -> None:
         ),
         (
             lambda path: (path / "a.bin").write_bytes((path / "a.bin").read_bytes()[:-2]),
-            r"a\.bin has [\d,]+ bytes; its index has ",
+            r"a\.bin has [\d,]+ bytes; its index describes ",
         ),
         (lambda path: damage(path / "a.idx", 634, b"\x1d"), r"its documents do not cover its seq"),
     ],

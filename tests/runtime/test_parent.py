@@ -79,8 +79,8 @@ def test_a_system_without_room_for_locks_of_processes_is_named(
     monkeypatch.chdir(tmp_path)
     assert cli.main(command) == 2
     assert (
-        "titan-lite: locks of processes cannot be made: No space left on device; /dev/shm must be "
-        "writable and have free space"
+        "titan-lite: locks that processes share cannot be created: No space left on device; "
+        "/dev/shm must be writable and have free space"
     ) in capsys.readouterr().err
 
 

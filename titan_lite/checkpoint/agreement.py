@@ -30,9 +30,9 @@ def agree_on_start(
     if len(set(starts)) > 1:
         raise SettingError(
             "job.dump_folder",
-            f"ranks found different checkpoints in {folder} (by rank, 0 for none: "
-            f"{[step for step, _ in starts]}): job.dump_folder must be on a file system that all "
-            "nodes share",
+            f"ranks found checkpoints of different steps in {folder} (rank 0 first; 0 for none): "
+            f"{[step for step, _ in starts]}. The folder must be on a file system that all nodes "
+            "share",
         )
     damaged: dict[Path, DamagedError] = {}
     while start.source is not None and (sentences := _damage(start.source)):

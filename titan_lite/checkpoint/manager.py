@@ -295,8 +295,8 @@ class CheckpointManager:
         dist.all_gather_object(by_rank, ((aside / RUN_STATE_FILE).exists(), size))
         if blind := [rank for rank, (seen, _) in enumerate(by_rank) if not seen]:
             raise ValueError(
-                f"ranks {blind} cannot see {aside}, which rank 0 created: set job.dump_folder to "
-                "a folder on a file system that all nodes share"
+                f"ranks {blind} cannot see {aside}, which rank 0 created: the folder must be on a "
+                "file system that all nodes share"
             )
         return sum(size for _, size in by_rank)
 

@@ -74,7 +74,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     if number != FORMAT:
         raise DamagedError(f"{path} has format {number}; this version of titan_lite reads {FORMAT}")
     if checksum != _own_checksum({"format": number, **content}):
-        raise DamagedError(f"{path} is damaged: its content does not have its checksum {checksum}")
+        raise DamagedError(f"{path} is damaged: its content does not match its checksum {checksum}")
     files = {name: StoredFile(**file) for name, file in content.pop("files").items()}
     manifest = CheckpointManifest(files=files, **content)
     if folder.name.startswith("step-") and folder.name != f"step-{manifest.step}":

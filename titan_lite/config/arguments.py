@@ -17,7 +17,7 @@ def split_arguments(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     """Returns the configuration, if there is one, and the overrides, in any order."""
     files = [argument for argument in argv if not argument.startswith("-")]
     if "" in files:
-        raise UsageError("an argument is empty; a shell variable in it may not be set")
+        raise UsageError("an argument is empty; perhaps it is a shell variable that is not set")
     for before, word in pairwise(argv):
         key, separator, value = before.partition("=")
         if separator and word.lower().endswith(".toml"):

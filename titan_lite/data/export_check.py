@@ -25,7 +25,7 @@ class ExportReport:
     """The result of comparing an exported tokenizer with the one of training."""
 
     is_same: bool
-    """True if all texts get the ids of training, where spelled special tokens are text."""
+    """True if all texts get the same ids as in training, where special tokens' names are text."""
     sentence: str
 
     def readme(self) -> bytes:
@@ -69,10 +69,10 @@ def export_report(
     if example := _differences(texts, as_text, expected):
         return ExportReport(
             False,
-            f"The exported tokenizer does not give the ids of {origin} for {example[0]:,} of "
+            f"The exported tokenizer gives other ids than {origin} for {example[0]:,} of "
             f"{num_texts}{note}. {example[1]}",
         )
-    sentence = f"The exported tokenizer gives the ids of {origin} for {num_texts}{note}"
+    sentence = f"The exported tokenizer gives the same ids as {origin} for {num_texts}{note}"
     # The default of transformers.
     backend.encode_special_tokens = False
     as_tokens = [encoding.ids for encoding in backend.encode_batch(texts)]

@@ -138,8 +138,8 @@ def _files_of_folder(folder: Path, chosen: str) -> list[Path]:
     if formats == {"text"} and unread:
         raise ValueError(
             f"{folder} has text ({_some(files, folder)}) next to unsupported files "
-            f"({_some(unread, folder)}): if the text is the documents, set dataset_path to a glob "
-            f"such as {glob_like(files[0], folder)}"
+            f"({_some(unread, folder)}): to train on the text, set dataset_path to a glob such "
+            f"as {glob_like(files[0], folder)}"
         )
     names = "\n".join(str(file.relative_to(folder)) for file in files)
     splits = set(_SPLIT_WORDS.findall(names.lower()))

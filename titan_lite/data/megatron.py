@@ -55,7 +55,7 @@ class MegatronFile:
         self._lengths, self._offsets = lengths, offsets
         end = int(offsets[-1]) + int(lengths[-1]) * self._dtype.itemsize if sequences else 0
         if (size := self._data.stat().st_size) != end:
-            raise ValueError(f"{self._data} has {size:,} bytes; its index has {end:,}")
+            raise ValueError(f"{self._data} has {size:,} bytes; its index describes {end:,}")
         if not boundaries or self._boundaries[0] != 0 or self._boundaries[-1] != sequences:
             raise ValueError(f"{index} is damaged: its documents do not cover its sequences")
         self._tokens: npt.NDArray[Any] = np.empty(0, self._dtype)

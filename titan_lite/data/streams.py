@@ -119,8 +119,8 @@ class Stream:
             return too_few(self._source, total, num_streams)
         return SettingError(
             "data.num_streams",
-            f"the files of {self._source.name} that stream {self._stream} of {num_streams} reads "
-            "have no documents: set a smaller data.num_streams",
+            f"stream {self._stream} of {num_streams} of {self._source.name} has no documents: set "
+            "a smaller data.num_streams",
         )
 
 

@@ -40,8 +40,8 @@ def making_locks() -> Iterator[None]:
         yield
     except OSError as error:
         raise UsageError(
-            f"locks of processes cannot be made: {error.strerror}; /dev/shm must be writable and "
-            "have free space (in a container, --shm-size)"
+            f"locks that processes share cannot be created: {error.strerror}; /dev/shm must be "
+            "writable and have free space (in a container, --shm-size)"
         ) from error
 
 

@@ -247,9 +247,9 @@ def model_section(family: Family, args: DecoderArgs) -> dict[str, Any]:
     nearest = min(differing, key=lambda flavor: (len(missing[flavor]), len(differing[flavor])))
     if missing[nearest]:
         raise ValueError(
-            f"no flavor of model family {family.name} has {', '.join(missing[nearest])}, which "
-            "[model] cannot set: register a family, as docs/adding_a_family.md shows, and name its "
-            "module with --plugin"
+            f"config.json has {', '.join(missing[nearest])}, which no flavor of model family "
+            f"{family.name} has and no key of [model] can set: register a family, as "
+            "docs/adding_a_family.md shows, and name its module with --plugin"
         )
     return {"name": family.name, "flavor": nearest, **differing[nearest]}
 
@@ -282,7 +282,7 @@ def _tokenizer_of(
             raise
         raise ValueError(f"{error}: name the run's tokenizer with --tokenizer") from error
     if given is None and (difference := _difference(source, manifest, tokenizer, path)):
-        raise ValueError(f"{difference}: name that one with --tokenizer")
+        raise ValueError(f"{difference}: pass the tokenizer of the training with --tokenizer")
     return tokenizer, {}
 
 
@@ -294,7 +294,7 @@ def _difference(
         return ""
     return (
         f"{path or 'the bundled tokenizer'} gives other ids than the tokenizer of {source} "
-        f"({tokenizer.fingerprint} instead of {manifest.tokenizer})"
+        f"(fingerprint {tokenizer.fingerprint}, not {manifest.tokenizer})"
     )
 
 

@@ -78,7 +78,7 @@ class Balancer:
         is_applied = is_applied.to(self.device)
         self.counts_LE = torch.where(is_applied, counts_LE, self.counts_LE)
         self._set_loads()
-        # The sign of (mean - count), times the number of experts: in integers, without rounding.
+        # The sign of mean - count. Both are multiplied by the number of experts, to be integers.
         sign_LE = (counts_LE.sum(1, keepdim=True) - counts_LE * counts_LE.shape[1]).sign()
         for layer, router in self.routers.items():
             if router.bias is not None:

@@ -24,8 +24,8 @@ def export_hf(plan: Plan, checkpoint: Path, tokenizer: Tokenizer, rank: int) -> 
     target = checkpoint.with_name("hf")
     hf_files = hf_documents(args, family.hf_config, tokenizer, dtype=export.dtype)
     if rank == 0:
-        # If the exported tokenizer gives other ids, the preflight has rejected the run, unless
-        # checkpoint.allow_export_mismatch = true.
+        # run_train.sh checks this before training, too, and rejects a run whose exported tokenizer
+        # gives other ids, unless checkpoint.allow_export_mismatch = true.
         report = export_report(hf_files, tokenizer, data, of_pairs=not args.causal)
         hf_files[README] = report.readme()
         logger.log(logging.INFO if report.is_same else logging.WARNING, "%s", report.sentence)

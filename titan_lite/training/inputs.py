@@ -26,9 +26,9 @@ T = TypeVar("T", bound=Tensor | None)
 class LossTerms:
     """The parts of the loss of one step or evaluation.
 
-    token_factor, pair_factor: scalars that multiply the loss of each token and of each pair.
-    sums: the objective's sums. source_losses: for each entry of data.sources, the loss summed over
-    this rank's tokens, without the factor. The forward passes add to both.
+    token_factor, pair_factor: scalars that multiply the loss of each token and of each pair. The
+    forward passes add to the other two: sums, the objective's sums, and source_losses, for each
+    entry of data.sources the loss summed over this rank's tokens, without token_factor.
     """
 
     token_factor: Tensor
@@ -40,8 +40,8 @@ class LossTerms:
 def labelled_indices(batch: Batch) -> Tensor:
     """Returns the indices of labelled tokens in the flattened batch.
 
-    Computed on the host, because their number is the shape of a tensor: if they were computed on a
-    GPU, the host would have to wait for it.
+    Computed on the host. On a GPU, the host would have to wait for the number of indices, because
+    it is the result's shape.
     """
     return (batch.labels != IGNORED).flatten().nonzero().squeeze(1)
 
@@ -50,8 +50,8 @@ def labelled_indices(batch: Batch) -> Tensor:
 class ModelInputs:
     """Prepares this rank's inputs.
 
-    local_indices: of this rank's tokens in each sequence. find_labelled: `labelled_indices`. A
-    dry run passes a substitute, because its labels have no values.
+    local_indices: the indices of this rank's tokens in each sequence. find_labelled: returns the
+    indices of labelled tokens. A dry run, whose labels have no values, passes its own function.
     """
 
     config: Config

@@ -42,15 +42,15 @@ def cross_entropy_sum(
     """Returns the cross-entropy of hidden @ weight.T + bias, summed over tokens: a float32 scalar.
 
     hidden: (..., D). labels: (...), the same leading dims; -100: the token has no label.
-    weight_VD: rows with index `vocab_size` or higher are padding. A DTensor, split over the
-    vocabulary, gives the same loss on all its ranks.
+    weight_VD: rows with index `vocab_size` or higher are padding. It may be a DTensor split over
+    the vocabulary; then all ranks of its mesh return the same loss.
     num_chunks: the tokens are cut into this many chunks ("auto": see training.loss_chunks). The
     logits of a chunk (N / num_chunks x V, in the weight's dtype; without `compile` also in float32)
     exist only while its loss and its gradients are computed, both in the forward pass.
     labelled_indices: int64 (M,), indices of flattened tokens; only these are computed. The chunk
     size stays as for all tokens, so there are fewer chunks.
-    factor: a scalar that multiplies the sum, and the gradients before they are rounded to the
-    weight's dtype.
+    factor: a scalar that multiplies the sum. The gradients of the logits are multiplied by it in
+    float32.
     loss_parallel: for a DTensor weight, True runs two all-reduces of n numbers per chunk
     (arXiv:1909.08053, section 3), False one all-gather of the chunk's logits.
     compile: compiles the operations between a chunk's matmuls into one graph.
@@ -117,8 +117,8 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         need_grad = any(ctx.needs_input_grad)
         dtype, V = weight_VD.dtype, len(weight_VD)
-        # Per token, computed once for all chunks: the row of its label in this rank's part of the
-        # weight, 1.0 if that part has the row (else 0.0), and the factor of its loss.
+        # For each token: the row of its label in this rank's part of the weight; 1.0 if this part
+        # has that row, else 0.0; the factor of its loss.
         is_labelled_N = labels_N != IGNORED
         is_here_N, target_N = is_labelled_N, labels_N
         if tp_group is not None:
@@ -168,8 +168,8 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                     grad_weight_VD = grad_nV.T @ hidden_nD
                 else:
                     _add_matmul(grad_weight_VD, grad_nV.T, hidden_nD)
-        # Not a product with is_here_N, which may be 0 * -inf = NaN: a label of another part was
-        # clamped, perhaps to a padding row, whose log-probability is -inf.
+        # torch.where, not a product with is_here_N: a label in another rank's part was clamped to a
+        # row of this part. If that row is padding, its log-probability is -inf, and 0 * -inf = NaN.
         log_probs_N = torch.where(is_here_N, torch.cat(label_log_probs).squeeze(1), 0)
         loss = log_probs_N.sum() * -factor
         if source_ids_N is not None and source_losses is not None:
@@ -186,8 +186,8 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grads = ctx.saved_tensors
-        # In place, since these are the largest gradients of the model. Only once, since pipeline
-        # schedules run backward twice: for the gradient of hidden, then for the weight's.
+        # Multiplied in place, because these are the largest gradients of the model. Some pipeline
+        # schedules call backward twice; the second call must not multiply them again.
         if not ctx.is_scaled:
             for grad in filter(lambda grad: grad is not None, grads):
                 grad.data.mul_(grad_loss)  # .data, or autograd would reject the second backward.

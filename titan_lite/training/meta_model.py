@@ -39,7 +39,8 @@ from titan_lite.runtime.profiler import check_profiling
 def check_model_and_device(plan: Plan, start: Start | None) -> None:
     """Runs all checks of the model and of this machine's device, and raises all their errors.
 
-    start: None if finding the start failed; the weights to load are then not checked.
+    start: the checkpoint or weights to start from. None if there was an error in finding them;
+    their check is then skipped.
     """
     device = Process.from_environment().device
     section = plan.config.checkpoint
@@ -73,9 +74,9 @@ def build_whole_model(plan: Plan) -> WholeModel:
 
 
 def build_checked_model(plan: Plan) -> Transformer:
-    """Builds the model on the meta device, and checks it.
+    """Builds the model on the meta device.
 
-    Checks that the parameters that settings name exist, and that the TP plan fits the model.
+    SettingError if a key names a parameter that does not exist, or if the TP plan does not fit.
     """
     with errors_for("model.name"), torch.device("meta"):
         model = build_model(plan.family, plan.args)

@@ -154,7 +154,7 @@ OBJECTIVES: dict[str, Callable[[Config], Objective]] = {
     "causal_lm": CausalLM,
     "masked_lm": MaskedLM,
 }
-"""By Family.objective."""
+"""Objective classes; the keys are the values of `Family.objective`."""
 
 
 def _exp(nats: float) -> float:

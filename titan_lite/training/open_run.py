@@ -1,8 +1,7 @@
 """Opens a run: builds a Trainer from a plan, ready for its next step.
 
-`open_run` reads top to bottom. A check that may fail on one rank only comes before the first
-collective, because the other ranks would wait there for the failed one. Later checks fail on all
-ranks.
+`open_run` reads top to bottom. Checks that can fail on a single rank come before the first
+collective, where the other ranks would wait for that rank. Later checks fail on all ranks.
 """
 
 import contextlib

@@ -21,7 +21,7 @@ class PredictionRecorder:
     def __init__(self, plan: Plan, cluster: Cluster, meter: Meter) -> None:
         self._folder, self._meter = plan.run_folder, meter
         job = read_job(plan)
-        # tokens only sets the length and cost of the whole run, which are not recorded.
+        # `tokens` affects only the length and cost of the whole run, which are not recorded.
         self._prediction = predict(job, cluster, tokens=1.0)
 
     def __enter__(self) -> "PredictionRecorder":

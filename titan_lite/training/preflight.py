@@ -1,6 +1,7 @@
 """Checks the files that a run reads. Does not import torch.
 
-The launcher runs these checks before the processes start, and each process runs them again.
+`titan-lite config --preflight`, which run_train.sh calls, runs these checks before any process
+starts. Each process then repeats `preflight` and `check_same_model`.
 """
 
 import contextlib
@@ -184,7 +185,7 @@ def check_same_model(start: Start, plan: Plan) -> None:
                     start.source,
                     words(pair[0]),
                 )
-    # No setting can make weights of other shapes load.
+    # Weights of other shapes cannot be loaded with any setting.
     can_load = not different.keys() & IMPLIED_BY_WEIGHTS
     if start.resumes:
         weights = " and set checkpoint.initial_load_path to this checkpoint" if can_load else ""

@@ -19,8 +19,8 @@ from titan_lite.optim.schedule import LRSchedule, jump
 logger = logging.getLogger(__name__)
 
 # Sections and keys that change neither training nor validation results.
-NOT_NUMERIC = ("job.", "checkpoint.", "metrics.", "profiling.", "comm.")
-NOT_NUMERIC_KEYS = ("data.prefetch", "data.tokenizer_threads", "training.gc_freq")
+NO_EFFECT_ON_RESULTS = ("job.", "checkpoint.", "metrics.", "profiling.", "comm.")
+NO_EFFECT_KEYS = ("data.prefetch", "data.tokenizer_threads", "training.gc_freq")
 # Prefixes of keys that set the learning rate.
 SCHEDULE = ("training.steps", "optimizer.lr", "lr_scheduler.")
 
@@ -70,8 +70,8 @@ def _settings(config: Mapping[str, Any], layout: Mapping[str, int]) -> dict[str,
     settings = {
         key: setting(config, key)
         for key in keys()
-        if key not in NOT_NUMERIC_KEYS
-        and (key == "model.flavor" or not key.startswith((*NOT_NUMERIC, "model.")))
+        if key not in NO_EFFECT_KEYS
+        and (key == "model.flavor" or not key.startswith((*NO_EFFECT_ON_RESULTS, "model.")))
     }
     settings |= {f"parallel.{axis}": size for axis, size in layout.items()}
     return settings | {"training.global_batch_size": global_batch_size(config, layout)}

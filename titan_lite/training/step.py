@@ -126,11 +126,10 @@ class TrainStep:
         return Counts(counts[:-3], *counts[-3:])
 
     def _loss_terms(self, counts: Counts, loss_scale: Tensor | None) -> LossTerms:
-        """Returns the factors of the losses of tokens and pairs.
+        """Returns this step's loss terms.
 
-        Multiplied by them and summed over micro-batches and ranks, the losses give the mean over
-        the global batch, times loss_scale. All its labelled tokens have the same weight, and all
-        its pairs.
+        The factors are loss_scale / labelled tokens and loss_scale / labelled pairs of the global
+        batch. So each token has the same weight, in whatever micro-batch or rank it is.
         """
         divisors = torch.stack((counts.source_labelled.sum(), counts.num_pairs)).clamp(min=1)
         factors = divisors.to(torch.float32).reciprocal()

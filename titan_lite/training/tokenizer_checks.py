@@ -64,12 +64,12 @@ def check_tokenizer_of_weights(
         return
     if not expected or tokenizer.fingerprint in expected:
         return
-    takes_data_position = start.source is not None and start.content == "run"
-    if section.allow_tokenizer_mismatch and not takes_data_position:
+    continues_data = start.source is not None and start.content == "run"
+    if section.allow_tokenizer_mismatch and not continues_data:
         return
     name = _name(section.tokenizer_path)
     remedy = "; a run that resumes cannot change its tokenizer"
-    if not takes_data_position:
+    if not continues_data:
         remedy = f", or set data.allow_tokenizer_mismatch = true to train with {name}"
     raise ValueError(
         f"{name} gives other ids than the tokenizer of {origin} "

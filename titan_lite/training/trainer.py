@@ -201,8 +201,7 @@ class Trainer:
         if self.plan.config.checkpoint.last_save_hf:
             self.progress.enter("save")
             self.watchdog.set_timeout(self.plan.config.comm.init_timeout_seconds)
-            # state.step, not training.steps: if training.steps was lowered, the last checkpoint is
-            # of a later step.
+            # Not training.steps, which may have been lowered below the last checkpoint's step.
             checkpoint = self.checkpoints.folder / f"step-{self.state.step}"
             export_hf(self.plan, checkpoint, self.tokenizer, self.process.rank)
 
@@ -219,7 +218,7 @@ class Trainer:
 
 
 def advise_on_memory(plan: Plan, device: torch.device) -> list[str]:
-    """Returns settings that would fit: the planner's if it knows the device, else general ones."""
+    """Returns settings that fit by the planner's estimate, or general advice if it finds none."""
     known = find_device(device_name(device))
     fitting = fitting_settings(plan, known) if known and known.memory_gb else []
     return fitting or memory_advice(plan.config, plan.dims)
