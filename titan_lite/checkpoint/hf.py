@@ -1,4 +1,4 @@
-"""Reads and writes Hugging Face's safetensors; no process ever holds all weights."""
+"""Reads and writes Hugging Face's safetensors, one tensor or one file at a time."""
 
 import contextlib
 import errno

@@ -533,7 +533,7 @@ class Checkpoint(Section):
     checkpoint.enable = false; the optimizer starts at zero."""
     last_save_hf: bool = False
     """After the last step, also write the weights for transformers, to hf/ in the folder of the
-    checkpoints. An error at the start if the exported tokenizer would give other ids than in
+    checkpoints. run_train.sh refuses a run whose exported tokenizer would give other ids than in
     training."""
     allow_export_mismatch: Annotated[bool, Needs("last_save_hf", values=(True,))] = False
     """Write hf/ even if its tokenizer gives some texts other ids than training. Its README.md
@@ -544,7 +544,8 @@ class Metrics(Section):
     """[metrics]"""
 
     log_freq: Positive = 10
-    """Steps between log lines; step 1 is always logged."""
+    """Steps between log lines. The first step after each start, the last step and steps with a
+    validation are also logged."""
     enable_tensorboard: bool = True
     """Write TensorBoard events to tb/."""
     enable_wandb: bool = False

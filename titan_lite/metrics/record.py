@@ -41,14 +41,17 @@ METRICS: dict[str, Metric] = {
     "skipped_documents": Metric("documents since step 0", "train/skipped_documents"),
     "tokens": Metric("tokens since step 0", "train/tokens"),
     # Mixture of Experts only; metrics.jsonl also has lists with a value for each block.
-    "moe/load_max": Metric("largest expert's tokens / the mean", "moe/load_max"),
-    "moe/rank_load_max": Metric(
-        "rows for the most loaded position in the expert-parallel groups / the mean",
-        "moe/rank_load_max",
+    "moe/load_max": Metric(
+        "tokens of the most loaded expert / the mean of the experts", "moe/load_max"
     ),
-    "moe/unused_experts": Metric("experts without tokens, of all blocks", "moe/unused_experts"),
+    "moe/rank_load_max": Metric(
+        "tokens of the most loaded rank's experts / the mean of the ranks", "moe/rank_load_max"
+    ),
+    "moe/unused_experts": Metric(
+        "experts without tokens, summed over blocks", "moe/unused_experts"
+    ),
     "moe/entropy": Metric("no unit; 1 if all experts are used equally", "moe/entropy"),
-    "moe/balance_loss": Metric("nats, of all blocks", "moe/balance_loss"),
+    "moe/balance_loss": Metric("nats, summed over blocks", "moe/balance_loss"),
     "moe/max_bias": Metric("largest absolute bias of an expert", "moe/max_bias", "max"),
     "validation/loss": Metric("nats per token", "validation/loss"),
     "validation/masked_lm_loss": Metric("nats per masked token", "validation/masked_lm_loss"),

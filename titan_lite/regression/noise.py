@@ -4,9 +4,7 @@ Both curves are taken as logarithms, so that distances are relative. With N step
 w = N / 10 steps:
 
     D(t)  = smooth(b)(t) - smooth(a)(t)        line fitted to the window around t
-    SE(t) = sqrt(max(own, shared) * q(t) * r(t))
-    own    = noise(a, 10) + noise(b, 10)
-    shared = noise(b - a, w)
+    SE(t) = sqrt(max(noise(a, 10) + noise(b, 10), noise(b - a, w)) * q(t) * r(t))
 
 noise(x, m) is the long-run variance of a step of x, which includes autocorrelation up to m steps.
 With x_m the mean of m steps, the second difference x_m(t) - 2 x_m(t + m) + x_m(t + 2m) does not
@@ -14,10 +12,10 @@ depend on a linear trend of x, and has 6 / m times that variance (as in metrolog
 noise() takes the median of its square over t, which a steep start or a fault at the end does not
 change.
 
-`own` is estimated from each curve alone. So it includes noise that the runs have in common because
-they see the same data, which `shared` misses. `shared` includes noise that is slow compared with 10
-steps; the common trend of the curves cancels in b - a. q(t) is the sum of the smoother's squared
-weights. r(t) is the mean squared residual near t over that of all steps, and at least 0.5.
+noise(a, 10) and noise(b, 10) include noise that the runs have in common because they see the same
+data; noise(b - a, w) misses it. noise(b - a, w) includes noise that is slow compared with 10 steps;
+the common trend of the curves cancels in b - a. q(t) is the sum of the smoother's squared weights.
+r(t) is the mean squared residual near t, divided by that of all steps, and at least 0.5.
 
 The curves differ where |D(t)| exceeds SE(t) times Student's t at ALPHA / (2 x 2 x 10): two sides,
 two quantities, ten independent windows. It has 10 - 2 degrees of freedom, the number of independent
@@ -61,13 +59,13 @@ def distance(a: Array, b: Array) -> Distance:
     window = len(a) // WINDOWS
     smooth_a, clipped_a, weights = _smooth(np.log(a), window)
     smooth_b, clipped_b, _ = _smooth(np.log(b), window)
-    own = _noise(clipped_a, _SHORT) + _noise(clipped_b, _SHORT)
-    shared = _noise(clipped_b - clipped_a, window)
+    separate = _noise(clipped_a, _SHORT) + _noise(clipped_b, _SHORT)
+    of_difference = _noise(clipped_b - clipped_a, window)
     squares = (clipped_a - smooth_a) ** 2 + (clipped_b - smooth_b) ** 2
     near, _ = _local_lines(squares, 2 * window)
     # Without noise, as of a constant, the mean is 0.
     local = np.maximum(near / max(squares.mean(), np.finfo(float).tiny), 0.5)
-    error = np.sqrt(max(own, shared) * weights * local)
+    error = np.sqrt(max(separate, of_difference) * weights * local)
     limit = _student_t(1 - ALPHA / (2 * _QUANTITIES * WINDOWS), WINDOWS - 2)
     return Distance(np.exp(smooth_a), np.exp(smooth_b), smooth_b - smooth_a, error * limit)
 

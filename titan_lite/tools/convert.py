@@ -319,7 +319,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="titan-lite convert",
         description="Converts weights between Hugging Face's safetensors and checkpoints, in one "
-        "process that never holds the whole model.",
+        "process. A model may be larger than its memory.",
         epilog=examples(
             "titan-lite convert hf-to-dcp Llama-3.1-8B llama_dcp",
             "titan-lite convert dcp-to-hf outputs/checkpoint/step-1000 exported_model",
