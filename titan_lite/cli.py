@@ -54,7 +54,7 @@ COMMANDS = {
     "convert": "convert Hugging Face safetensors to checkpoints, and back",
     "dryrun": "run one step of any rank on fake tensors: memory, FLOPs, collectives",
     "plan": "predict memory, time, cost and energy of a run on any cluster",
-    "compare": "compare the curves of two runs, at every step that both logged",
+    "compare": "compare the curves of two runs that logged the same steps",
     "golden": "compare runs with stored curves, for CI",
     "report": "write an HTML page about one or several runs",
 }

@@ -1,7 +1,7 @@
 """Faults put in on purpose: the comparison that the matrix passes does not let them through.
 
-Each is planted in a case of the matrix, which shows that the case passes without it. None changes
-the loss of step 1: a comparison that looks no further sees none of them.
+Each is planted in a case of the matrix, which shows that the case passes without it. Faults outside
+experts do not change the loss of step 1: a comparison that looks no further sees none of them.
 """
 
 from collections.abc import Callable, Mapping
