@@ -41,15 +41,11 @@ METRICS: dict[str, Metric] = {
     "skipped_documents": Metric("documents since step 0", "train/skipped_documents"),
     "tokens": Metric("tokens since step 0", "train/tokens"),
     # Mixture of Experts only; metrics.jsonl also has lists with a value for each block.
-    "moe/load_max": Metric(
-        "tokens of the most loaded expert / the mean of the experts", "moe/load_max"
-    ),
+    "moe/load_max": Metric("tokens of the most loaded expert / the mean", "moe/load_max"),
     "moe/rank_load_max": Metric(
-        "tokens of the most loaded rank's experts / the mean of the ranks", "moe/rank_load_max"
+        "tokens of the most loaded rank's experts / the mean", "moe/rank_load_max"
     ),
-    "moe/unused_experts": Metric(
-        "experts without tokens, summed over blocks", "moe/unused_experts"
-    ),
+    "moe/unused_experts": Metric("experts without tokens, in all blocks", "moe/unused_experts"),
     "moe/entropy": Metric("no unit; 1 if all experts are used equally", "moe/entropy"),
     "moe/balance_loss": Metric("nats, summed over blocks", "moe/balance_loss"),
     "moe/max_bias": Metric("largest absolute bias of an expert", "moe/max_bias", "max"),
