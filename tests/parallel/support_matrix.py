@@ -33,13 +33,14 @@ pytest tests/parallel/test_matrix.py --support-matrix docs/support_matrix.md
 ```
 
 Each run trains {LATER[-1]} steps of {BATCH} samples, or the `training.steps` of its row, with
-uneven numbers of valid tokens, and is compared with one process without compile, checkpointing or
-accumulation: weights before step 1, loss and gradient norm of each step, every gradient of step 1,
-and every gradient of steps {" and ".join(map(str, LATER))} from the one process's weights, for the
-reasons given in [numerics.md](numerics.md#layouts-against-one-process). The loss of validation,
-where a row has one, has the bound of the loss. Runs use gloo on CPUs, or NCCL if there are as
-many GPUs as processes. [test_planted_bugs.py](../tests/parallel/test_planted_bugs.py) shows that
-the comparison detects faults.
+uneven numbers of valid tokens. It is compared with a run in one process without compile,
+checkpointing or accumulation. These quantities are compared: the weights before step 1, the loss
+and gradient norm of each step, every gradient of step 1, and every gradient of steps
+{" and ".join(map(str, LATER))}, repeated with the weights of the single process
+([numerics.md](numerics.md#layouts-against-one-process) has the reasons). The loss of validation has
+the bound of the loss. Runs use gloo on CPUs, or NCCL if there are as many GPUs as processes.
+[test_planted_bugs.py](../tests/parallel/test_planted_bugs.py) shows that the comparison detects
+faults.
 
 ## float32
 """
@@ -55,20 +56,20 @@ does not have are 1.
 
 The columns are the modes of activation checkpointing. A cell has the execution (eager or compiled)
 x the number of micro-batches per step. The runs cover all pairs of values of layout, mode,
-execution and accumulation. Runs with aot_eager are compiled by that backend of torch: it has the
-same graphs for forward and backward, without inductor's kernels.
+execution and accumulation. aot_eager is a backend of torch.compile that has the same graphs as
+inductor, without inductor's kernels.
 """
 
 FURTHER_TEXT = """\
-Runs with further settings. The one process has the same settings, except those of `[parallel]` and
-`training.loss_chunks`:
+These runs have further settings. The single process has the same settings, except those of
+`[parallel]` and `training.loss_chunks`:
 """
 
 FAMILIES_TEXT = """\
-The rows above are Llama's. These are debug flavors of the other families. The one process has the
-same settings, except those of `[parallel]` and `[activation_checkpoint]`. GPT is tested without the
-biases of queries, keys and values: softmax does not change if a vector is added to all keys, so
-without rotation the gradient of that bias is only rounding.
+The rows above are Llama's. These are debug flavors of the other families. The single process has
+the same settings, except those of `[parallel]` and `[activation_checkpoint]`. GPT is tested without
+the biases of queries, keys and values. Softmax does not change if a vector is added to all keys, so
+without rotation the gradient of the keys' bias is only rounding.
 """
 
 FEATURES_TEXT = """\

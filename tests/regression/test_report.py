@@ -128,7 +128,7 @@ def test_runs_with_experts_have_panels_and_a_table_of_blocks() -> None:
     for title, value in (("Experts without tokens", 3), ("Entropy of the loads", 0.75)):
         assert actual.figures[title]["data-lines"][1][1] == [value] * 3
     assert actual.figures["Balancing loss"]["data-lines"][1][1] == [0.004] * 3
-    assert "Not logged: Most loaded EP position, Largest bias" in actual.notes
+    assert "Not logged: Most loaded EP rank, Largest bias" in actual.notes
     assert "no unit; 1 if all experts are used equally" in Path("page.html").read_text()
     # The first of three blocks is dense.
     row = "load 1.75, 3 experts without tokens, entropy 0.625, balancing loss 0.003"

@@ -44,7 +44,7 @@ PANELS: tuple[PanelRow, ...] = (
 # Further panels, for runs with experts.
 EXPERT_PANELS: tuple[PanelRow, ...] = (
     ("Most loaded expert", "moe/load_max", "from zero", "smoothed"),
-    ("Most loaded EP position", "moe/rank_load_max", "from zero", "smoothed"),
+    ("Most loaded EP rank", "moe/rank_load_max", "from zero", "smoothed"),
     ("Experts without tokens", "moe/unused_experts", "from zero", "line"),
     ("Entropy of the loads", "moe/entropy", "free", "smoothed"),
     ("Balancing loss", "moe/balance_loss", "free", "smoothed"),
