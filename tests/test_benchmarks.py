@@ -78,7 +78,7 @@ def results_of(benchmark: Any, output: Path, *arguments: str) -> list[dict[str, 
     ("nproc", "setting", "applied"),
     [
         (1, "--b.activation_checkpoint.mode=full", {"checkpointed": 2}),
-        (2, "--b.parallel.reshard_after_forward=never", {"FSDP unit": 6}),
+        (2, "--b.parallel.reshard_after_forward=never", {"FSDP module": 6}),
     ],
 )
 def test_two_sides_take_turns_and_are_compared_round_by_round(
@@ -133,7 +133,7 @@ def test_ratios_are_of_the_same_round() -> None:
 
 def test_a_variant_alone_needs_no_second_side(tmp_path: Path) -> None:
     (result,) = results_of(step, tmp_path / "step.json", DEBUG)
-    assert result["applied"]["modules"]["FSDP unit"] == 6
+    assert result["applied"]["modules"]["FSDP module"] == 6
     assert "idle_share" not in result
 
 

@@ -29,7 +29,7 @@ def test_the_run_file_says_what_ran(one_process: Workers, tmp_path: Path) -> Non
     assert run["versions"]["torch"] == torch.__version__
     assert run["mesh"] == dict.fromkeys(("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep"), 1)
     assert len(run["applied"]["modules"]["checkpointed"]) == 3
-    assert len(run["applied"]["modules"]["FSDP unit"]) == 3 + 4
+    assert len(run["applied"]["modules"]["FSDP module"]) == 3 + 4
     assert run["parameters"] == 2 * 2048 * 64 + 64 + 3 * (
         2 * 64 + 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128
     )

@@ -24,7 +24,7 @@ BLOCKS = ("layers.0", "layers.1")
 PRECISION = "bfloat16 computation, float32 reduction"
 APPLIED = Applied(
     blocks=2,
-    modules={"FSDP unit": ("model", *BLOCKS), "checkpointed": BLOCKS},
+    modules={"FSDP module": ("model", *BLOCKS), "checkpointed": BLOCKS},
     mesh={"pp": 1, "dp_replicate": 1, "fsdp": 2, "tp": 1},
     sharded_parameters=20,
     whole_parameters=0,
@@ -60,7 +60,7 @@ def test_what_was_asked_for_passes() -> None:
         (
             {"modules": {"checkpointed": BLOCKS}},
             FULL,
-            "missing FSDP unit: layers.0, layers.1, model",
+            "missing FSDP module: layers.0, layers.1, model",
         ),
         ({"precision": "float32 computation"}, FULL, "computation, but bfloat16 comp"),
         ({"symm_mem": True}, FULL, "symmetric memory is True, but False was configured"),
@@ -139,8 +139,8 @@ def test_everything_is_counted_on_the_modules_of_a_run(
 ) -> None:
     assert workers[4].run(_report, tmp_path)[3].splitlines() == [
         "  mesh              pp 1 x dp_replicate 1 x fsdp 2 x tp 2",
-        "  FSDP2             6 units; 21 parameters sharded, 0 whole; float32 computation, "
-        "float32 reduction",
+        "  FSDP2             6 modules; 21 parameter tensors sharded, 0 whole; float32 "
+        "computation, float32 reduction",
         "  tensor parallel   1 vocab, 10 colwise, 4 rowwise, 5 sequence, 4 gather, 1 head",
         "  context parallel  0 modules",
         "  expert parallel   0 modules",
@@ -176,7 +176,7 @@ def _skip(folder: Path, function: str, *overrides: str) -> str:
         (
             "apply_fsdp",
             (),
-            "missing FSDP unit: layers.0, layers.1, model, norm, output, tok_em",
+            "missing FSDP module: layers.0, layers.1, model, norm, output, tok_em",
         ),
         (
             "apply_activation_checkpoint",

@@ -17,7 +17,7 @@ def facts(*overrides: str, **more: Any) -> dict[str, Any]:
         "environment": {"system": "Linux x86_64", "cpu_capability": "AVX2", "threads": 1},
         "device": "AMD EPYC",
         "mesh": dict.fromkeys(("pp", "dp_replicate", "dp_shard", "cp", "tp"), 1),
-        "applied": {"blocks": 2, "modules": {"FSDP unit": ["model"]}, "precision": "float32"},
+        "applied": {"blocks": 2, "modules": {"FSDP module": ["model"]}, "precision": "float32"},
         "parameters": 1_000_000,
         "peak": {"tflops": 1.0, "source": "metrics.peak_tflops"},
         "resumed_from_step": 0,

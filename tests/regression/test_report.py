@@ -195,7 +195,7 @@ def test_tables_say_settings_that_differ_what_was_applied_and_where_it_ran() -> 
     assert rows["optimizer.lr"] == ["0.001", "0.0001"]
     assert "training.param_dtype" not in rows, "it is the same"
     assert "job.dump_folder" not in rows, "it always differs"
-    assert rows["FSDP units"] == ["1", "1"]
+    assert rows["FSDP modules"] == ["1", "1"]
     assert rows["precision"] == ["float32", "float32"]
     assert rows["torch"] == ["2.13.0", "2.13.0"]
     assert rows["cpu capability"] == ["AVX2", "AVX2"]

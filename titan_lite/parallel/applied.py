@@ -37,11 +37,11 @@ MISMATCH = "applied features do not match the configuration: "
 class Applied:
     """Features found on the modules after `parallelize`.
 
-    modules: names by feature: "FSDP unit", tensor-parallel roles, "float8 linear",
+    modules: names by feature: "FSDP module", tensor-parallel roles, "float8 linear",
     "float8 all-gather", "ring attention over 4 ranks", "experts over 2 ranks" and the like,
     "checkpointed", "selectively checkpointed" except saved_ops, "compiled".
     mesh: degree of each axis over which parameters are laid out.
-    sharded_parameters: number of parameters of which a rank has a part; whole_parameters: others.
+    sharded_parameters: parameter tensors of which a rank has a part; whole_parameters: others.
     attention: the only kernel that torch may use; "auto": any. merged_attention: kernels that
     attend to the keys of one rank at a time.
     dropout: kind of dropout -> number of modules.
@@ -137,8 +137,8 @@ class Applied:
         lines = {
             "mesh": " x ".join(f"{axis} {degree}" for axis, degree in self.mesh.items()),
             "FSDP2": (
-                f"{self.count('FSDP unit')} units; {self.sharded_parameters} parameters sharded, "
-                f"{self.whole_parameters} whole; {self.precision}"
+                f"{self.count('FSDP module')} modules; {self.sharded_parameters} parameter tensors "
+                f"sharded, {self.whole_parameters} whole; {self.precision}"
                 f"{'; symmetric memory' if self.symm_mem else ''}"
             ),
             "tensor parallel": self._tensor_parallel(),
@@ -220,7 +220,7 @@ def configured_modules(
     blocks = [f"layers.{name}" for name, _ in model.layers.named_children()]
     selective = activation_checkpoint.mode == "selective_op"
     configured: dict[str, Sequence[str]] = {
-        "FSDP unit": ["model", *model.ends, *blocks],
+        "FSDP module": ["model", *model.ends, *blocks],
         "float8 linear": float8,
         "float8 all-gather": float8 if float8_all_gather else (),
         "selectively checkpointed" if selective else "checkpointed": [
@@ -236,7 +236,7 @@ def configured_modules(
     if parallel.ep > 1:
         configured[_experts_over(parallel.ep)] = experts
     if parallel.ep * parallel.tp > 1:
-        configured["FSDP unit"] = [*configured["FSDP unit"], *experts]
+        configured["FSDP module"] = [*configured["FSDP module"], *experts]
     if parallel.tp > 1:
         for name, role in named_roles(_by_name(model), tp_plan):
             configured[role] = [*configured.get(role, ()), name]
@@ -256,7 +256,7 @@ def count_applied(model: Transformer, tp_plan: tuple[PlanRow, ...], mesh: Device
         if isinstance(module, DropoutAttention):
             dropout[f"{module.p:g} of attention's weights"] += 1
         if isinstance(module, FSDPModule):
-            features["FSDP unit"].append(name)
+            features["FSDP module"].append(name)
         if is_checkpointed(module):
             ops = saved_ops(module)
             saved = saved or ops
