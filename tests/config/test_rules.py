@@ -67,50 +67,52 @@ REFUSED: list[tuple[list[str], int, str, str]] = [
         4,
         "training.global_batch_size",
         'with parallel.pp = 4, "1F1B" requires at least 4 micro-batches per step, got 3 = '
-        "3 samples / 1; set training.global_batch_size = 4",
+        "global_batch_size (3) / (local_batch_size (1) x data-parallel degree (1 at world size "
+        "4)); set training.global_batch_size = 4",
     ),
     (
         [*PP2, "training.local_batch_size=8"],
         2,
         "training.global_batch_size",
-        "got 1 = 8 samples / 8; set training.global_batch_size = 16 or "
-        "training.local_batch_size = 4",
+        "got 1 = global_batch_size (8) / (local_batch_size (8) x data-parallel degree (1 at world "
+        "size 2)); set training.global_batch_size = 16 or training.local_batch_size = 4",
     ),
     (
         ["parallel.pp=2", "training.local_batch_size=8", "training.global_batch_size=-1"],
         2,
         "training.global_batch_size",
         # A smaller micro-batch alone would not help.
-        "got 1 = 8 samples / 8; set training.global_batch_size = 16",
+        "got 1, because training.global_batch_size is -1; set training.global_batch_size = 16",
     ),
     (
         [*PP2, "training.global_batch_size=3", 'parallel.pp_schedule="Interleaved1F1B"'],
         2,
         "training.global_batch_size",
-        "got 3 = 3 samples / 1; set training.global_batch_size = 4",
+        "got 3 = global_batch_size (3) / (local_batch_size (1) x data-parallel degree (1 at world "
+        "size 2)); set training.global_batch_size = 4",
     ),
     (
         [*PP2, 'parallel.pp_schedule="Interleaved1F1B"', "parallel.pp_micro_batches=1"],
         2,
         "parallel.pp_micro_batches",
         'with parallel.pp = 2, "Interleaved1F1B" requires a multiple of 2 micro-batches in a '
-        "pass, got 1; a step has 8 micro-batches (8 samples / 1): set "
-        "parallel.pp_micro_batches to -1 (all of them), or to a divisor of 8 that "
-        "is a multiple of 2",
+        "pass, but parallel.pp_micro_batches is 1; set it to -1 (all 8 of a step), or to a "
+        "divisor of 8 that is a multiple of 2",
     ),
     (
         [*PP2, "parallel.pp_schedule=DualPipeV", "parallel.pp_micro_batches=2"],
         2,
         "parallel.pp_micro_batches",
-        'with parallel.pp = 2, "DualPipeV" requires at least 4 micro-batches in a pass, got 2; '
-        "a step has 8 micro-batches (8 samples / 1): set "
-        "parallel.pp_micro_batches to -1 (all of them), or to a divisor of 8 that is at least",
+        'with parallel.pp = 2, "DualPipeV" requires at least 4 micro-batches in a pass, but '
+        "parallel.pp_micro_batches is 2; set it to -1 (all 8 of a step), or to a divisor of 8 that "
+        "is at least 4",
     ),
     (
         [*PP2, "parallel.pp_micro_batches=3"],
         2,
         "parallel.pp_micro_batches",
-        "pp_micro_batches (3) must divide the 8 micro-batches of a step (8 samples",
+        "pp_micro_batches (3) must divide the number of micro-batches of a step: 8 = "
+        "global_batch_size (8) / (local_batch_size (1) x data-parallel degree (1 at world size 2))",
     ),
     (
         [*PP2, "parallel.pp_schedule=ZBVZeroBubble", "compile.enable=true"],
@@ -126,13 +128,20 @@ REFUSED: list[tuple[list[str], int, str, str]] = [
         ],
         2,
         "parallel.pp_schedule",
-        'recompute a "selective_op" block for one of them only; use activation_checkpoint.mode',
+        'recompute a "selective_op" block for one of them only; set activation_checkpoint.mode',
     ),
     (
         [*PP2, "parallel.pp_split=explicit", 'parallel.pp_stage_modules=[["layers.0"], []]'],
         2,
         "parallel.pp_stage_modules",
-        'got 2 stages, but "1F1B" on 2 ranks requires 2, of at least one module each',
+        'pp_split = "explicit" requires parallel.pp_stage_modules to list 2 stages ("1F1B" on 2 '
+        "ranks), each with at least one module; it lists 2, 1 without a module",
+    ),
+    (
+        [*PP2, "parallel.pp_split=explicit"],
+        2,
+        "parallel.pp_split",
+        "each with at least one module; it lists 0",
     ),
     (
         ["parallel.dp_shard=4", "parallel.dp_replicate=2"],
@@ -145,7 +154,8 @@ REFUSED: list[tuple[list[str], int, str, str]] = [
         ["parallel.dp_replicate=4"],
         6,
         "parallel.dp_replicate",
-        "dp_shard = -1 requires a world size that is a multiple of pp (1)",
+        "with dp_shard = -1, the world size (6) must be a positive multiple of pp (1) x "
+        "dp_replicate (4) x cp (1) x tp (1) = 4; lower a degree, or use a multiple of 4 processes",
     ),
     (
         ["checkpoint.initial_load_hf=.", 'checkpoint.exclude_from_loading=["output.*"]'],
@@ -157,25 +167,32 @@ REFUSED: list[tuple[list[str], int, str, str]] = [
     (["data.dataset_path=~/no/such/x.txt"], 1, "data.dataset_path", "and no folder"),
     ([f"data.dataset_path={'x' * 300}"], 1, "data.dataset_path", "no such file"),
     ([f"data.tokenizer_path={'x' * 300}/a"], 1, "data.tokenizer_path", "no such file"),
-    ([], 0, "parallel.dp_shard", "dp_shard = -1 requires a world size that is a multiple"),
+    ([], 0, "parallel.dp_shard", "the world size (0) must be a positive multiple of"),
     (
         ["training.global_batch_size=12", "training.local_batch_size=2"],
         4,
         "training.global_batch_size",
         "global_batch_size (12) must be a multiple of training.local_batch_size (2) x "
-        "data-parallel degree (4) = 8",
+        "data-parallel degree (4) = 8 at world size 4 (set by --world-size, or by NGPU x NNODES)",
     ),
     (
         ["parallel.reshard_after_forward=3"],
         8,
         "parallel.reshard_after_forward",
-        "reshard_after_forward (3) must be a proper divisor of the FSDP degree (8), greater than 1",
+        "reshard_after_forward (3) must be above 1, below the FSDP degree and divide it; the FSDP "
+        "degree is 8 at world size 8 (set by --world-size, or by NGPU x NNODES): use 2 or 4",
     ),
     (
         ["parallel.reshard_after_forward=8"],
         8,
         "parallel.reshard_after_forward",
-        "use one of 2, 4",
+        "use 2 or 4",
+    ),
+    (
+        ["parallel.reshard_after_forward=3"],
+        4,
+        "parallel.reshard_after_forward",
+        "the FSDP degree is 4 at world size 4 (set by --world-size, or by NGPU x NNODES): use 2",
     ),
     (
         ["parallel.reshard_after_forward=2"],
@@ -242,7 +259,8 @@ REFUSED: list[tuple[list[str], int, str, str]] = [
         ["attention.kernel=flash3", "training.param_dtype=float32"],
         1,
         "attention.kernel",
-        '"flash3" requires training.param_dtype = "bfloat16" or "float16", got "float32"',
+        'attention.kernel = "flash3" does not support training.param_dtype = "float32"; set '
+        'training.param_dtype = "bfloat16", or attention.kernel = "math"',
     ),
     (
         ["attention.kernel=cudnn", "data.packing=document"],
@@ -507,7 +525,11 @@ def test_what_can_work_gives_the_degrees() -> None:
     ("settings", "world_size", "message"),
     [
         (["data.num_streams=6"], 4, "data.num_streams (6) is not a multiple of the data-parallel"),
-        (["data.shuffle_buffer=100"], 1, "data.shuffle_buffer (100) / data.num_streams"),
+        (
+            ["data.shuffle_buffer=100"],
+            1,
+            "data.shuffle_buffer (100) is below 2 x data.num_streams (64) = 128, so nothing is",
+        ),
         (
             ["training.steps=20"],
             1,
@@ -585,10 +607,14 @@ def test_what_can_work_gives_the_degrees() -> None:
         (["data.packing_block=64"], 1, 'because data.packing is "concat"'),
         (['compile.components=["loss"]'], 1, "because compile.enable is false"),
         (["parallel.pp_split=uniform"], 1, "because paral"),
-        (["parallel.gradient_sync=last_micro_batch"], 1, "because no gradient is reduced"),
+        (
+            ["parallel.gradient_sync=last_micro_batch"],
+            1,
+            "because no gradient is reduced at world size 1 (set by --world-size, or by NGPU x",
+        ),
         (["parallel.gradient_sync=last_micro_batch"], 2, "because a step is one micro-batch"),
         ([*PP2, "parallel.gradient_sync=last_micro_batch"], 4, "because a pipeline reduces gradi"),
-        (["parallel.fsdp_symm_mem=true"], 1, "because nothing is sharded"),
+        (["parallel.fsdp_symm_mem=true"], 1, "because nothing is sharded at world size 1 (set by"),
         (
             ["model.fp32_residual=true", "training.param_dtype=float32"],
             1,

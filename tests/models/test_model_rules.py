@@ -62,20 +62,20 @@ MOE = "--model.name=qwen3_moe"
             ["--model.top_k=9"],
             1,
             "model.top_k",
-            "top_k must be at most num_experts (8), got 9",
+            "top_k (9) must be at most num_experts (8)",
         ),
         (
             ["--model.ffn=gelu"],
             1,
             "model.ffn",
-            'experts require ffn = "swiglu" and ffn_bias = false',
+            'experts require model.ffn = "swiglu" and model.ffn_bias = false',
         ),
         (
             ["--model.ffn_dim=36", "--training.param_dtype=bfloat16"],
             1,
             "model.ffn_dim",
-            "ffn_dim must be a multiple of 8: grouped_mm requires rows of a multiple of 16 bytes "
-            "in bfloat16; got 36",
+            "ffn_dim (36) must be a multiple of 8 in bfloat16: grouped_mm requires rows of a "
+            "multiple of 16 bytes",
         ),
         (
             ["--model.balance_loss=micro_batch"],
@@ -102,27 +102,27 @@ MOE = "--model.name=qwen3_moe"
             ["--parallel.ep=3"],
             3,
             "parallel.ep",
-            "ep must divide num_experts (8), got 3",
+            "parallel.ep (3) must divide num_experts (8)",
         ),
         (
             ["--parallel.ep=8"],
             4,
             "parallel.ep",
-            "the experts are distributed over dp_shard (4) x cp (1) x tp (1) = 4 ranks; "
-            "ep must divide this number; got 8",
+            "parallel.ep (8) must divide dp_shard (4) x cp (1) x tp (1) = 4, the number of ranks "
+            "over which experts can be distributed",
         ),
         (
             ["--parallel.tp=2", "--parallel.dp_replicate=2", "--parallel.ep=4"],
             4,
             "parallel.tp",
-            "the experts are distributed over dp_shard (1) x cp (1) x tp (2) = 2 ranks; "
-            "ep must divide this number; got 4",
+            "parallel.ep (4) must divide dp_shard (1) x cp (1) x tp (2) = 2, the number of ranks "
+            "over which experts can be distributed",
         ),
         (
             ["--parallel.ep=2", "--model.name=llama"],
             2,
             "model.name",
-            "ep must be 1 for llama, which has no experts; got 2",
+            'parallel.ep (2) must be 1 for family "llama", which has no experts',
         ),
         (
             ["--parallel.tp=2", "--parallel.sequence_parallel=false"],
@@ -150,26 +150,27 @@ DEEPSEEK = "--model.name=deepseek_v3"
             ["--model.num_layers=1"],
             1,
             "model.num_layers",
-            "num_layers must be more than the flavor's dense first blocks (1), got 1",
+            "num_layers (1) must be more than the flavor's number of dense first blocks (1)",
         ),
         (
             ["--model.num_experts=10"],
             1,
             "model.num_experts",
-            "num_experts must be a multiple of the flavor's 4 groups, of at least 2 experts each, "
-            "got 10",
+            "num_experts (10) must be a multiple of 4 and at least 8: the flavor has 4 equal "
+            "groups of at least 2 experts",
         ),
         (
             ["--model.top_k=5"],
             1,
             "model.top_k",
-            "top_k must be at most the 4 experts of the 2 groups that a token may go to, got 5",
+            "top_k (5) must be at most 4, the number of experts in the 2 groups that a token may "
+            "go to",
         ),
         (
             ["--model.num_heads=16"],
             1,
             "model.num_heads",
-            "num_kv_heads must be num_heads (16) in multi-head latent attention, got 8",
+            "num_kv_heads (8) must be equal to num_heads (16) in multi-head latent attention",
         ),
         (
             ["--model.head_dim=32"],
@@ -187,7 +188,7 @@ DEEPSEEK = "--model.name=deepseek_v3"
             ["--parallel.tp=8", "--model.ffn_dim=196", "--training.param_dtype=float32"],
             8,
             "model.ffn_dim",
-            "ffn_dim (196) x 1 shared experts must be a multiple of parallel.tp (8)",
+            "ffn_dim (196) x number of shared experts (1) must be a multiple of parallel.tp (8)",
         ),
         (
             ["--optimizer.name=Muon", "--optimizer.per_head=true"],
@@ -331,8 +332,8 @@ def test_weights_of_attention_are_not_dropped_where_no_rank_has_all_of_a_sequenc
     assert rules_broken(config, dropping) == [
         (
             ("model.flavor", "model.attention_dropout", "attention.kernel"),
-            '"flash2" does not support attention_dropout (0.1); set attention.kernel = "auto", or '
-            "model.attention_dropout = 0",
+            'attention.kernel = "flash2" does not support model.attention_dropout (0.1); set '
+            'attention.kernel = "auto", or model.attention_dropout = 0',
         )
     ]
 
@@ -342,8 +343,8 @@ def test_an_encoder_is_not_split_over_the_sequences_of_causal_attention() -> Non
     assert rules_broken(config, BERT.flavors["base"]) == [
         (
             ("model.name", "parallel.cp"),
-            "2 is not supported: context parallel requires causal attention, which an encoder does "
-            "not have; use parallel.cp = 1",
+            "parallel.cp (2) must be 1 for encoders, because context parallel requires causal "
+            "attention",
         )
     ]
 
@@ -395,22 +396,23 @@ def test_broken_rules_of_the_configuration_and_of_the_model_come_together() -> N
     [
         (
             "data.packing=none",
-            '"none" does not apply to "bert", whose samples are built by [masked_lm]: set '
-            'data.packing = "concat"',
+            'data.packing = "none" does not apply to family "bert", whose samples are built by '
+            '[masked_lm]: set data.packing = "concat"',
         ),
         (
             "attention.kernel=cudnn",
-            '"cudnn" does not support the attention masks of "bert", which hide padding; set '
-            'attention.kernel = "flash2"',
+            'attention.kernel = "cudnn" does not support the attention masks of family "bert", '
+            'which hide padding; set attention.kernel = "flash2"',
         ),
         (
             "training.seq_len=7",
-            '7 must be at least 8 for a pair of "bert": two texts and their special tokens',
+            'training.seq_len (7) must be at least 8 for family "bert", whose samples are two '
+            "texts and their special tokens",
         ),
         (
             "data.shuffle_buffer=127",
-            "data.shuffle_buffer (127) / data.num_streams (64) is below 2: next-sentence pairs "
-            "need at least 2 documents per stream",
+            "data.shuffle_buffer (127) must be at least 2 x data.num_streams (64) = 128 if "
+            "masked_lm.next_sentence is true: a pair needs two documents of one stream",
         ),
     ],
 )
@@ -437,8 +439,8 @@ def test_keys_of_another_objective_are_refused() -> None:
         (
             "training.loss_positions",
             "command line",
-            '"labelled" does not apply to data.packing = "concat", where every position has a '
-            'label: set training.loss_positions = "all"',
+            'loss_positions = "labelled" does not apply to data.packing = "concat", where '
+            'every position has a label: set training.loss_positions = "all"',
         ),
     ]
     padded = ["--data.packing=none", "--training.loss_positions=labelled"]
@@ -466,8 +468,8 @@ def test_muon_is_refused_where_it_is_not_proven_or_has_no_matrices() -> None:
     [(key, _, message)] = problems([muon, "--training.param_dtype=float16"])
     assert key == "optimizer.name"
     assert message == (
-        '"Muon" is not tested with the loss scaling of training.param_dtype = "float16"; set '
-        'training.param_dtype = "bfloat16"'
+        'optimizer.name = "Muon" is not tested with the loss scaling of training.param_dtype = '
+        '"float16"; set training.param_dtype = "bfloat16"'
     )
     config = make_plan(None, [muon, "--optimizer.per_head=true"], 1).config
     nameless = replace(LLAMA, name="mine", tp_plan=(PlanRow("blocks.*", "whole"),))

@@ -136,6 +136,8 @@ def test_what_overflows_on_one_rank_is_skipped_by_all(
 
 
 def test_float16_reduction_without_loss_scaling_is_refused() -> None:
-    with pytest.raises(ConfigError, match='reduce_dtype = "float16" requires training'):
+    with pytest.raises(
+        ConfigError, match='reduce_dtype = "float16" is not supported with training'
+    ):
         make_plan(None, ["--training.reduce_dtype=float16"], world_size=1)
     make_plan(None, ["--training.reduce_dtype=float16", FLOAT16], world_size=1)

@@ -419,7 +419,7 @@ def test_what_cannot_work_is_refused(settings: list[str], key: str, message: str
 
 
 def test_a_memory_budget_is_refused_with_tensor_parallel() -> None:
-    with pytest.raises(ConfigError, match=r"tensor-parallel activations \(parallel.tp is 2\)"):
+    with pytest.raises(ConfigError, match=r"cannot be combined with parallel.tp \(2\)"):
         make_plan(
             None, with_keys(["--parallel.tp=2", "--compile.enable=true"], ["mode=memory_budget"]), 2
         )

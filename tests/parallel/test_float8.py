@@ -66,7 +66,7 @@ def tiny(**overrides: int) -> Decoder:
         (
             ["recipe=rowwise", "fsdp_all_gather=true"],
             "float8.fsdp_all_gather",
-            'is not supported by float8.recipe = "rowwise", which has one scale per row; use "tens',
+            'is not supported by float8.recipe = "rowwise", which has one scale per row; set fl',
         ),
         (
             ["recipe=rowwise_gw_hp", "fsdp_all_gather=true"],
@@ -86,7 +86,8 @@ def tiny(**overrides: int) -> Decoder:
         (
             [*("recipe=rowwise", "training.seq_len=100"), "training.local_batch_size=2"],
             "training.seq_len",
-            "local_batch_size (2) x seq_len (100) / cp (1) = 200 tokens must be divisible by 16",
+            "training.local_batch_size (2) x training.seq_len (100) / parallel.cp (1) = 200 tokens "
+            "must be divisible by 16",
         ),
     ],
 )

@@ -87,16 +87,16 @@ class ParallelDims:
         if world_size < 1 or world_size % product:
             raise SettingError(
                 keys,
-                f"dp_shard = -1 requires a world size that is a multiple of {factors} = {product}, "
-                f"got {world_size}; lower a degree, or {_start(f'a multiple of {product}')}",
+                f"with dp_shard = -1, the world size ({world_size}) must be a positive multiple of "
+                f"{factors} = {product}; lower a degree, or {_start(f'a multiple of {product}')}",
             )
         dims = cls(**{"dp_shard": world_size // product, **given}, ep=parallel.ep)
         if dims.over(EXPERTS) % dims.ep:
             factors = " x ".join(f"{axis} ({getattr(dims, axis)})" for axis in EXPERTS)
             raise SettingError(
                 ("parallel.ep", *(f"parallel.{axis}" for axis in EXPERTS)),
-                f"the experts are distributed over {factors} = {dims.over(EXPERTS)} ranks; "
-                f"ep must divide this number; got {dims.ep}",
+                f"parallel.ep ({dims.ep}) must divide {factors} = {dims.over(EXPERTS)}, the number "
+                "of ranks over which experts can be distributed",
             )
         return dims
 
@@ -112,6 +112,11 @@ class ParallelDims:
     def world_size(self) -> int:
         """Number of ranks."""
         return math.prod(getattr(self, axis) for axis in self.AXES)
+
+    @property
+    def at_world_size(self) -> str:
+        """Words that follow a degree in a message, because the world size may be a default."""
+        return f"at world size {self.world_size} (set by --world-size, or by NGPU x NNODES)"
 
     def over(self, axes: Iterable[str]) -> int:
         """Number of ranks that differ only in their coordinates on these axes."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from titan_lite.config.activation_checkpoint import MemoryBudget, SelectiveOp
 from titan_lite.config.dims import ParallelDims, resolve_global_batch
-from titan_lite.config.problems import SettingError, quote
+from titan_lite.config.problems import SettingError, one_of, quote
 from titan_lite.config.schema import Config, Parallel
 
 
@@ -15,8 +15,9 @@ def parallel_rules(config: Config, dims: ParallelDims | None) -> Iterator[Settin
     if parallel.cp > 1 and parallel.cp_method == "ring" and config.data.masks_attention:
         yield SettingError(
             ("parallel.cp", "parallel.cp_method", "data.packing"),
-            f"{quote(config.data.packing)} keeps attention inside documents, which "
-            'parallel.cp_method = "ring" does not support; use "ulysses" or "all_gather"',
+            f"data.packing = {quote(config.data.packing)} keeps attention inside documents, which "
+            'parallel.cp_method = "ring" does not support; set parallel.cp_method = "ulysses" or '
+            '"all_gather"',
         )
     yield from _attention(config)
     yield from _activation_checkpoint(config)
@@ -32,7 +33,8 @@ def parallel_rules(config: Config, dims: ParallelDims | None) -> Iterator[Settin
             ("parallel.tp", "parallel.reshard_after_forward"),
             f"reshard_after_forward = {parallel.reshard_after_forward}, an integer, cannot be "
             f"combined with parallel.tp ({parallel.tp}): FSDP2 cannot reshard tensor-parallel "
-            'parameters over smaller groups; use "always" or "never"',
+            'parameters over smaller groups; set parallel.reshard_after_forward = "always" or '
+            '"never"',
         )
     if parallel.pp > 1:
         yield from _stages(config)
@@ -44,30 +46,31 @@ def parallel_rules(config: Config, dims: ParallelDims | None) -> Iterator[Settin
 def _attention(config: Config) -> Iterator[SettingError]:
     """Unsupported features of each attention kernel."""
     kernel, key = config.attention.kernel, "attention.kernel"
+    setting = f"{key} = {quote(kernel)}"
     parallel, training, packing = config.parallel, config.training, config.data.packing
     if kernel not in ("auto", "math") and training.param_dtype == "float32":
         yield SettingError(
             ("training.param_dtype", key),
-            f'{quote(kernel)} requires training.param_dtype = "bfloat16" or "float16", got '
-            '"float32"',
+            f'{setting} does not support training.param_dtype = "float32"; set '
+            'training.param_dtype = "bfloat16", or attention.kernel = "math"',
         )
     if kernel == "cudnn" and config.data.masks_attention:
         yield SettingError(
             ("data.packing", key),
-            f'"cudnn" does not support attention inside documents (data.packing = '
+            f"{setting} does not support attention inside documents (data.packing = "
             f'{quote(packing)}); set attention.kernel = "flash2"',
         )
     if kernel == "cudnn" and training.deterministic:
         yield SettingError(
             ("training.deterministic", key),
-            '"cudnn" is not deterministic; set training.deterministic = false, or '
+            f"{setting} is not deterministic; set training.deterministic = false, or "
             'attention.kernel = "flash2"',
         )
     merges = parallel.cp > 1 and parallel.cp_method != "ulysses"
     if kernel == "math" and merges and not config.data.masks_attention:
         yield SettingError(
             ("data.packing", "parallel.cp", "parallel.cp_method", key),
-            f'"math" returns no log-sum-exp, which parallel.cp_method = '
+            f"{setting} returns no log-sum-exp, which parallel.cp_method = "
             f'{quote(parallel.cp_method)} requires; set parallel.cp_method = "ulysses"',
         )
 
@@ -78,26 +81,29 @@ def _stages(config: Config) -> Iterator[SettingError]:
     if parallel.schedule.splits_backward and config.compile.covers("model"):
         yield SettingError(
             ("parallel.pp", "compile.components", "compile.enable", "parallel.pp_schedule"),
-            f"{schedule} computes input and weight gradients separately, which torch does not "
-            'support for compiled blocks; use "Interleaved1F1B", or compile.enable = false',
+            f"pp_schedule = {schedule} computes input and weight gradients separately, "
+            "which torch does not support for compiled blocks; set parallel.pp_schedule = "
+            '"Interleaved1F1B", or compile.enable = false',
         )
     if parallel.schedule.splits_backward and config.activation_checkpoint.mode == "selective_op":
         yield SettingError(
             ("parallel.pp", "activation_checkpoint.mode", "parallel.pp_schedule"),
-            f"{schedule} computes input and weight gradients in two backward passes, but torch can "
-            'recompute a "selective_op" block for one of them only; use '
-            'activation_checkpoint.mode = "full"',
+            f"pp_schedule = {schedule} computes input and weight gradients in two "
+            'backward passes, but torch can recompute a "selective_op" block for one of them only; '
+            'set activation_checkpoint.mode = "full"',
         )
     if parallel.pp_split == "explicit":
-        count, needed = len(parallel.pp_stage_modules), parallel.num_stages
-        if count != needed or not all(parallel.pp_stage_modules):
+        stages, needed = parallel.pp_stage_modules, parallel.num_stages
+        if len(stages) != needed or not all(stages):
+            empty = sum(not modules for modules in stages)
             yield SettingError(
                 (
                     *("parallel.pp", "parallel.pp_schedule", "parallel.pp_stages_per_rank"),
                     *("parallel.pp_split", "parallel.pp_stage_modules"),
                 ),
-                f"got {count} stages, but {schedule} on {parallel.pp} ranks requires "
-                f"{needed}, of at least one module each",
+                'pp_split = "explicit" requires parallel.pp_stage_modules to list '
+                f"{needed} stages ({schedule} on {parallel.pp} ranks), each with at least one "
+                f"module; it lists {len(stages)}{f', {empty} without a module' if empty else ''}",
             )
 
 
@@ -106,7 +112,7 @@ def _micro_batches(
 ) -> Iterator[SettingError]:
     """Checks the number of micro-batches against the pipeline schedule.
 
-    words: the division that gives `micro_steps`. samples: of one micro-batch, over all ranks.
+    words: `micro_steps` and where it comes from. samples: of one micro-batch, over all ranks.
     """
     parallel, pp = config.parallel, config.parallel.pp
     of_step = ("parallel.pp", "training.local_batch_size", "training.global_batch_size")
@@ -114,8 +120,8 @@ def _micro_batches(
     if micro_steps % count:
         yield SettingError(
             (*of_step, "parallel.pp_micro_batches"),
-            f"pp_micro_batches ({count}) must divide the {micro_steps} micro-batches of a step "
-            f"({words})",
+            f"pp_micro_batches ({count}) must divide the number of micro-batches of a step: "
+            f"{words}",
         )
         return
     least = max(1, parallel.schedule.min_per_rank * pp)
@@ -128,9 +134,8 @@ def _micro_batches(
         if parallel.pp_micro_batches != -1:
             yield SettingError(
                 (*of_step, "parallel.pp_schedule", "parallel.pp_micro_batches"),
-                f"{needed} in a pass, got {count}; a step has {micro_steps} micro-batches ({words})"
-                ": set parallel.pp_micro_batches to -1 (all of them), or to a divisor of "
-                f"{micro_steps} that is {fits}",
+                f"{needed} in a pass, but parallel.pp_micro_batches is {count}; set it to -1 (all "
+                f"{micro_steps} of a step), or to a divisor of {micro_steps} that is {fits}",
             )
             return
         enough = -(-max(count, least) // multiple) * multiple
@@ -141,7 +146,7 @@ def _micro_batches(
             change += f" or training.local_batch_size = {local_batch}"
         yield SettingError(
             ("parallel.pp_schedule", *of_step),
-            f"{needed} per step, got {count} = {words}; set {change}",
+            f"{needed} per step, got {words}; set {change}",
         )
 
 
@@ -170,14 +175,16 @@ def _activation_checkpoint(config: Config) -> Iterator[SettingError]:
         if not config.compile.covers("model"):
             yield SettingError(
                 ("compile.components", "compile.enable", "activation_checkpoint.mode"),
-                '"memory_budget" is a feature of the compiler: set compile.enable = true and '
-                'compile.components = ["model"], or use "selective_op"',
+                'activation_checkpoint.mode = "memory_budget" is a feature of the compiler: set '
+                'compile.enable = true and compile.components = ["model"], or '
+                'activation_checkpoint.mode = "selective_op"',
             )
         if config.parallel.tp > 1:
             yield SettingError(
                 ("parallel.tp", "activation_checkpoint.mode"),
-                '"memory_budget": the compiler does not know the sizes of tensor-parallel '
-                f'activations (parallel.tp is {config.parallel.tp}); use "selective_op"',
+                'activation_checkpoint.mode = "memory_budget" cannot be combined with parallel.tp '
+                f"({config.parallel.tp}): the compiler does not know the sizes of tensor-parallel "
+                'activations; set activation_checkpoint.mode = "selective_op"',
             )
     if isinstance(section, SelectiveOp) and not section.save:
         yield SettingError(
@@ -231,23 +238,30 @@ def _layout(config: Config, dims: ParallelDims | None) -> Iterator[SettingError]
             ),
             f"global_batch_size ({training.global_batch_size}) must be a multiple of "
             f"training.local_batch_size ({training.local_batch_size}) x data-parallel degree "
-            f"({dims.batch}) = {micro}",
+            f"({dims.batch}) = {micro} {dims.at_world_size}",
         )
     elif config.parallel.pp > 1:
         samples = resolve_global_batch(
             training.global_batch_size, training.local_batch_size, dims.batch
         )
-        yield from _micro_batches(config, samples // micro, f"{samples} samples / {micro}", micro)
+        words = "1, because training.global_batch_size is -1"
+        if training.global_batch_size != -1:
+            words = (
+                f"{samples // micro} = global_batch_size ({samples}) / (local_batch_size "
+                f"({training.local_batch_size}) x data-parallel degree ({dims.batch} at world size "
+                f"{dims.world_size}))"
+            )
+        yield from _micro_batches(config, samples // micro, words, micro)
     reshard = config.parallel.reshard_after_forward
     if config.parallel.tp > 1 or not isinstance(reshard, int):
         return
     if not (1 < reshard < dims.fsdp and dims.fsdp % reshard == 0):
         sizes = [n for n in range(2, dims.fsdp) if dims.fsdp % n == 0]
-        use = f"use one of {', '.join(map(str, sizes))}" if sizes else 'use "always" or "never"'
+        use = one_of([str(size) for size in sizes] or ['"always"', '"never"'])
         yield SettingError(
             ("parallel.dp_shard", "parallel.cp", "parallel.reshard_after_forward"),
-            f"reshard_after_forward ({reshard}) must be a proper divisor of the FSDP degree "
-            f"({dims.fsdp}), greater than 1; {use}",
+            f"reshard_after_forward ({reshard}) must be above 1, below the FSDP degree and divide "
+            f"it; the FSDP degree is {dims.fsdp} {dims.at_world_size}: use {use}",
         )
 
 
@@ -259,9 +273,10 @@ def _float8(config: Config, dims: ParallelDims) -> Iterator[SettingError]:
     if float8.recipe in ("tensorwise", "rowwise") and tokens % 16:
         yield SettingError(
             ("parallel.cp", "float8.recipe", "training.local_batch_size", "training.seq_len"),
-            f"local_batch_size ({training.local_batch_size}) x seq_len ({training.seq_len}) / "
-            f"cp ({dims.cp}) = {tokens} tokens must be divisible by 16 for float8 matrix products; "
-            'or use float8.recipe = "rowwise_gw_hp", which does not sum over tokens in float8',
+            f"training.local_batch_size ({training.local_batch_size}) x training.seq_len "
+            f"({training.seq_len}) / parallel.cp ({dims.cp}) = {tokens} tokens must be divisible "
+            'by 16 for float8 matrix products; or set float8.recipe = "rowwise_gw_hp", which does '
+            "not sum over tokens in float8",
         )
     if not float8.fsdp_all_gather:
         return
@@ -269,14 +284,16 @@ def _float8(config: Config, dims: ParallelDims) -> Iterator[SettingError]:
     if float8.recipe.startswith("rowwise"):
         yield SettingError(
             ("float8.recipe", key),
-            f"fsdp_all_gather is not supported by float8.recipe = {quote(float8.recipe)}, which "
-            'has one scale per row; use "tensorwise"',
+            "fsdp_all_gather = true is not supported by float8.recipe = "
+            f"{quote(float8.recipe)}, which has one scale per row; set float8.recipe = "
+            '"tensorwise", or float8.fsdp_all_gather = false',
         )
     if isinstance(parallel.reshard_after_forward, int):
         yield SettingError(
             ("parallel.reshard_after_forward", key),
-            "fsdp_all_gather is not supported with parallel.reshard_after_forward = "
-            f'{parallel.reshard_after_forward}; use "always" or "never"',
+            "fsdp_all_gather = true is not supported with parallel.reshard_after_forward = "
+            f"{parallel.reshard_after_forward}; set parallel.reshard_after_forward = "
+            '"always" or "never", or float8.fsdp_all_gather = false',
         )
     if parallel.cpu_offload:
         yield SettingError(

@@ -39,17 +39,17 @@ def _single(config: Config) -> Iterator[SettingError]:
     if training.param_dtype != "float16" and training.reduce_dtype == "float16":
         yield SettingError(
             ("training.param_dtype", "training.reduce_dtype"),
-            'reduce_dtype = "float16" requires training.param_dtype = "float16", which has loss '
-            f"scaling, got {quote(training.param_dtype)}; set training.reduce_dtype = "
-            '"float32"',
+            'reduce_dtype = "float16" is not supported with training.param_dtype = '
+            f'{quote(training.param_dtype)}: only param_dtype = "float16" has loss scaling; set '
+            'training.reduce_dtype = "float32"',
         )
     block, seq_len = config.data.packing_block, training.seq_len
     if config.data.packing == "fixed" and (seq_len % block or seq_len == block):
         yield SettingError(
             ("training.seq_len", "data.packing_block", "data.packing"),
-            f'"fixed" requires data.packing_block ({block}) to divide training.seq_len ({seq_len}) '
-            "into at least 2 blocks; if a sample is to be one block, set data.packing = "
-            '"concat"',
+            f'data.packing = "fixed" requires data.packing_block ({block}) to divide '
+            f"training.seq_len ({seq_len}) into at least 2 blocks; if a sample is to be one block, "
+            'set data.packing = "concat"',
         )
     yield from _groups(config.optimizer)
     yield from _rounded_moments(config.optimizer)
@@ -173,8 +173,8 @@ def _checkpoint(config: Config) -> Iterator[SettingError]:
     if is_async and isinstance(optimizer, AdamOptimizer) and optimizer.state_dtype in EIGHT_BITS:
         yield SettingError(
             ("checkpoint.enable", "optimizer.state_dtype", "checkpoint.async_mode"),
-            f"{quote(section.async_mode)} copies tensors, which torchao does not support for "
-            f"optimizer.state_dtype = {quote(optimizer.state_dtype)}; set "
+            f"async_mode = {quote(section.async_mode)} copies tensors, which torchao "
+            f"does not support for optimizer.state_dtype = {quote(optimizer.state_dtype)}; set "
             'checkpoint.async_mode = "disabled"',
         )
     if section.keep_every % section.interval:

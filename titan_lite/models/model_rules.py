@@ -41,33 +41,35 @@ def objective_rules(config: Config, family: Family) -> Iterator[SettingError]:
         if config.training.loss_positions == "labelled" and data.packing in ("concat", "fixed"):
             yield SettingError(
                 ("training.loss_positions", "data.packing"),
-                f'"labelled" does not apply to data.packing = {quote(data.packing)}, where every '
-                'position has a label: set training.loss_positions = "all"',
+                'loss_positions = "labelled" does not apply to data.packing = '
+                f"{quote(data.packing)}, where every position has a label: set "
+                'training.loss_positions = "all"',
             )
         return
     if data.packing != "concat":
         yield SettingError(
             ("model.name", "data.packing"),
-            f"{quote(data.packing)} does not apply to {quote(family.name)}, whose samples are "
-            'built by [masked_lm]: set data.packing = "concat"',
+            f"data.packing = {quote(data.packing)} does not apply to family {quote(family.name)}, "
+            'whose samples are built by [masked_lm]: set data.packing = "concat"',
         )
     if config.attention.kernel == "cudnn":
         yield SettingError(
             ("model.name", "attention.kernel"),
-            f'"cudnn" does not support the attention masks of {quote(family.name)}, which hide '
-            'padding; set attention.kernel = "flash2"',
+            'attention.kernel = "cudnn" does not support the attention masks of family '
+            f'{quote(family.name)}, which hide padding; set attention.kernel = "flash2"',
         )
     if config.training.seq_len < SHORTEST_PAIR:
         yield SettingError(
             ("model.name", "training.seq_len"),
-            f"{config.training.seq_len} must be at least {SHORTEST_PAIR} for a pair of "
-            f"{quote(family.name)}: two texts and their special tokens",
+            f"training.seq_len ({config.training.seq_len}) must be at least {SHORTEST_PAIR} for "
+            f"family {quote(family.name)}, whose samples are two texts and their special tokens",
         )
     if masked.next_sentence and data.shuffle_buffer < 2 * data.num_streams:
         yield SettingError(
             ("masked_lm.next_sentence", "data.num_streams", "data.shuffle_buffer"),
-            f"data.shuffle_buffer ({data.shuffle_buffer}) / data.num_streams ({data.num_streams}) "
-            f"is below 2: next-sentence pairs need at least 2 documents per stream",
+            f"data.shuffle_buffer ({data.shuffle_buffer}) must be at least 2 x data.num_streams "
+            f"({data.num_streams}) = {2 * data.num_streams} if masked_lm.next_sentence is true: a "
+            "pair needs two documents of one stream",
         )
 
 
@@ -79,8 +81,8 @@ def optimizer_rules(config: Config, family: Family) -> Iterator[SettingError]:
     if config.training.param_dtype == "float16":
         yield SettingError(
             ("training.param_dtype", "optimizer.name"),
-            '"Muon" is not tested with the loss scaling of training.param_dtype = "float16"; '
-            'set training.param_dtype = "bfloat16"',
+            'optimizer.name = "Muon" is not tested with the loss scaling of training.param_dtype = '
+            '"float16"; set training.param_dtype = "bfloat16"',
         )
     has_group = any(group.algorithm == "muon" for group in section.groups)
     if not has_group and not any((row.kind or KINDS.get(row.role)) in MATRIX_KINDS for row in plan):
@@ -157,7 +159,7 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
     if args.attention_dropout and kernel not in ("auto", "math"):
         yield SettingError(
             ("model.flavor", "model.attention_dropout", "attention.kernel"),
-            f"{quote(kernel)} does not support attention_dropout "
+            f"attention.kernel = {quote(kernel)} does not support model.attention_dropout "
             f'({args.attention_dropout:g}); set attention.kernel = "auto", or '
             "model.attention_dropout = 0",
         )
@@ -180,7 +182,7 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
         if name == "ffn_dim" and isinstance(args, MoEArgs):
             # Routed experts are not split. Shared experts are: together they are one feed-forward.
             size *= args.shared_experts
-            shown = f" x {args.shared_experts} shared experts"
+            shown = f" x number of shared experts ({args.shared_experts})"
         if size % tp:
             yield SettingError(
                 ("parallel.tp", f"model.{name}"),
@@ -201,8 +203,8 @@ def _encoder_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
     if (cp := config.parallel.cp) > 1:
         yield SettingError(
             ("model.name", "parallel.cp"),
-            f"{cp} is not supported: context parallel requires causal attention, which an encoder "
-            "does not have; use parallel.cp = 1",
+            f"parallel.cp ({cp}) must be 1 for encoders, because context parallel requires causal "
+            "attention",
         )
     for name in ("parallel_residual", "fp32_residual"):
         if args.post_norm and getattr(args, name):
@@ -218,7 +220,8 @@ def _moe_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
         if (ep := config.parallel.ep) > 1:
             yield SettingError(
                 ("parallel.ep", "model.name"),
-                f"ep must be 1 for {config.model.name}, which has no experts; got {ep}",
+                f"parallel.ep ({ep}) must be 1 for family {quote(config.model.name)}, which has no "
+                "experts",
             )
         return
     if isinstance(args, LatentArgs):
@@ -226,31 +229,31 @@ def _moe_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
     if args.dense_layers >= args.num_layers:
         yield SettingError(
             ("model.flavor", "model.num_layers"),
-            f"num_layers must be more than the flavor's dense first blocks ({args.dense_layers}), "
-            f"got {args.num_layers}",
+            f"num_layers ({args.num_layers}) must be more than the flavor's number of dense first "
+            f"blocks ({args.dense_layers})",
         )
     per_group = args.num_experts // args.groups
     if args.groups > 1 and (args.num_experts % args.groups or per_group < 2):
         yield SettingError(
             ("model.flavor", "model.num_experts"),
-            f"num_experts must be a multiple of the flavor's {args.groups} groups, of at least 2 "
-            f"experts each, got {args.num_experts}",
+            f"num_experts ({args.num_experts}) must be a multiple of {args.groups} and at least "
+            f"{2 * args.groups}: the flavor has {args.groups} equal groups of at least 2 experts",
         )
     elif args.num_experts >= args.top_k > args.kept_groups * per_group:
         yield SettingError(
             ("model.flavor", "model.num_experts", "model.top_k"),
-            f"top_k must be at most the {args.kept_groups * per_group} experts of the "
-            f"{args.kept_groups} groups that a token may go to, got {args.top_k}",
+            f"top_k ({args.top_k}) must be at most {args.kept_groups * per_group}, the number of "
+            f"experts in the {args.kept_groups} groups that a token may go to",
         )
     if args.top_k > args.num_experts:
         yield SettingError(
             ("model.flavor", "model.num_experts", "model.top_k"),
-            f"top_k must be at most num_experts ({args.num_experts}), got {args.top_k}",
+            f"top_k ({args.top_k}) must be at most num_experts ({args.num_experts})",
         )
     if args.ffn != "swiglu" or args.ffn_bias:
         yield SettingError(
             ("model.ffn", "model.ffn_bias"),
-            'experts require ffn = "swiglu" and ffn_bias = false',
+            'experts require model.ffn = "swiglu" and model.ffn_bias = false',
         )
     parallel, dtype = config.parallel, config.training.param_dtype
     if args.balance_loss == "micro_batch":
@@ -274,7 +277,7 @@ def _moe_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
     if args.num_experts % parallel.ep:
         yield SettingError(
             ("parallel.ep", "model.flavor", "model.num_experts"),
-            f"ep must divide num_experts ({args.num_experts}), got {parallel.ep}",
+            f"parallel.ep ({parallel.ep}) must divide num_experts ({args.num_experts})",
         )
     if parallel.tp > 1 and not parallel.sequence_parallel:
         yield SettingError(
@@ -285,15 +288,16 @@ def _moe_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
     if args.dense_dim % parallel.tp:
         yield SettingError(
             ("parallel.tp", "model.flavor"),
-            f"dense_dim ({args.dense_dim}) must be a multiple of parallel.tp ({parallel.tp})",
+            f"the flavor's dense_dim ({args.dense_dim}) must be a multiple of parallel.tp "
+            f"({parallel.tp})",
         )
     multiple = 4 if dtype == "float32" else 8
     for name in ("dim", "ffn_dim"):
         if (size := getattr(args, name)) % multiple:
             yield SettingError(
                 ("model.flavor", f"model.{name}"),
-                f"{name} must be a multiple of {multiple}: grouped_mm requires rows of a multiple "
-                f"of 16 bytes in {dtype}; got {size}",
+                f"{name} ({size}) must be a multiple of {multiple} in {dtype}: grouped_mm requires "
+                "rows of a multiple of 16 bytes",
             )
 
 
@@ -309,8 +313,8 @@ def _latent_rules(config: Config, args: LatentArgs) -> Iterator[SettingError]:
     if args.num_heads > args.num_kv_heads:
         yield SettingError(
             ("model.num_heads", "model.num_kv_heads"),
-            f"num_kv_heads must be num_heads ({args.num_heads}) in multi-head latent attention, "
-            f"got {args.num_kv_heads}",
+            f"num_kv_heads ({args.num_kv_heads}) must be equal to num_heads ({args.num_heads}) in "
+            "multi-head latent attention",
         )
 
 

@@ -34,12 +34,13 @@ def _wasteful(config: Config, dims: ParallelDims) -> Iterator[str]:
     if data.num_streams % dims.batch:
         yield (
             f"data.num_streams ({data.num_streams}) is not a multiple of the data-parallel degree "
-            f"({dims.batch}): some documents are read and tokenized by more than one rank"
+            f"({dims.batch} at world size {dims.world_size}): some documents are read and "
+            "tokenized by more than one rank"
         )
     if data.shuffle and data.shuffle_buffer < 2 * data.num_streams:
         yield (
-            f"data.shuffle_buffer ({data.shuffle_buffer}) / data.num_streams "
-            f"({data.num_streams}) is below 2 documents per stream, so nothing is shuffled"
+            f"data.shuffle_buffer ({data.shuffle_buffer}) is below 2 x data.num_streams "
+            f"({data.num_streams}) = {2 * data.num_streams}, so nothing is shuffled"
         )
     warmup, lr = scheduler.warmup_steps, f"optimizer.lr ({config.optimizer.lr:g})"
     if warmup > steps:
@@ -114,14 +115,15 @@ def _by_layout(config: Config, dims: ParallelDims) -> Iterator[tuple[str, str]]:
     training, key = config.training, "parallel.gradient_sync"
     at_once = training.local_batch_size * dims.batch
     if dims.fsdp * dims.dp_replicate == 1:
-        yield key, "no gradient is reduced"
+        yield key, f"no gradient is reduced {dims.at_world_size}"
     elif dims.pp > 1:
         yield key, "a pipeline reduces gradients at the end of each pass"
     elif training.global_batch_size in (-1, at_once):
-        yield key, "a step is one micro-batch"
+        yield key, f"a step is one micro-batch {dims.at_world_size}"
     if dims.fsdp == 1:
-        yield "float8.fsdp_all_gather", "nothing is sharded"
-        yield "parallel.fsdp_symm_mem", "nothing is sharded"
+        unsharded = f"nothing is sharded {dims.at_world_size}"
+        yield "float8.fsdp_all_gather", unsharded
+        yield "parallel.fsdp_symm_mem", unsharded
     if (freq := config.profiling.profile_freq) > training.steps:
         yield (
             "profiling.enable_profiling",
