@@ -304,10 +304,13 @@ def test_a_tied_embedding_is_not_held_twice_by_a_rank() -> None:
 
 
 def test_heads_that_ulysses_cannot_deal_to_the_ranks_are_refused() -> None:
-    def broken(**parallel: object) -> list[str]:
-        config = Config.model_validate({"parallel": parallel})
+    def broken(packing: str = "concat", **parallel: object) -> list[str]:
+        config = Config.model_validate({"parallel": parallel, "data": {"packing": packing}})
         return [message for _, message in rules_broken(config, LLAMA.flavors["debug"])]
 
+    # "ring" would be refused.
+    [message] = broken("document", cp=8, tp=2, cp_method="ulysses")
+    assert message.endswith('set parallel.cp_method = "all_gather"')
     assert broken(cp=8, tp=2, cp_method="ulysses") == [
         "num_heads (8) / parallel.tp (2) = 4 must be a multiple of parallel.cp (8), which "
         '"ulysses" requires; set parallel.cp_method = "ring"'

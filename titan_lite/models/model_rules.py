@@ -115,10 +115,13 @@ def model_rules(config: Config, args: DecoderArgs) -> Iterator[SettingError]:
         )
     heads, cp = args.num_heads // tp, config.parallel.cp
     if config.parallel.cp_method == "ulysses" and args.num_heads % tp == 0 and heads % cp:
+        # "ring" does not keep attention inside documents.
+        other = "all_gather" if data.masks_attention else "ring"
         yield SettingError(
             ("parallel.cp", "parallel.cp_method", "parallel.tp", "model.num_heads"),
             f"num_heads ({args.num_heads}) / parallel.tp ({tp}) = {heads} must be a multiple of "
-            f'parallel.cp ({cp}), which "ulysses" requires; set parallel.cp_method = "ring"',
+            f'parallel.cp ({cp}), which "ulysses" requires; set parallel.cp_method = '
+            f"{quote(other)}",
         )
     parallel = config.parallel
     if args.tied_head and parallel.pp > 1 and parallel.schedule.is_v:
