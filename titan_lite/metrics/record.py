@@ -10,8 +10,9 @@ FORMULA = (
     "6 * (active parameters - input embedding - next-sentence classifier) "
     "+ 12 * layers * attention_dim * seq_len. Active parameters exclude the experts that a token "
     'is not routed to. With data.packing = "fixed", packing_block replaces seq_len. Scores that '
-    "causal and document masks remove are counted, padding tokens are not. At positions that "
-    "training.loss_positions leaves out, the head is not counted"
+    "causal and document masks remove are counted, padding tokens are not. With "
+    'training.loss_positions = "labelled", the head of masked language models is counted for '
+    "masked_lm.mask_prob of the tokens"
 )
 """FLOPs that `mfu` counts: torchtitan's convention, full attention, no recomputation."""
 
