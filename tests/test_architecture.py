@@ -354,7 +354,7 @@ BUDGET = {
     "runtime": 1195,
     "nn": 905,
     "dryrun": 864,
-    "metrics": 768,
+    "metrics": 769,
     "optim": 712,
     "cli": 317,
     "launch": 310,
