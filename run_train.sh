@@ -25,9 +25,9 @@ MAX_RESTARTS how often all processes start again, from the
 PYTHON       interpreter; if it lacks titan_lite, it creates
              .venv, which is used instead                    python3
 
-SIGTERM, SIGUSR1, SIGHUP (unless ignored, as by nohup) and Ctrl-C end the run: on CPUs after the current step, on
-GPUs after the next one, with a checkpoint if checkpoint.enable is true. A second Ctrl-C ends the run at once.
-A process whose launcher was killed ends too.
+SIGTERM, SIGUSR1, SIGHUP (unless ignored, as by nohup) and Ctrl-C stop the run within two steps (three on GPUs), with a
+checkpoint if checkpoint.enable is true. A second Ctrl-C ends the run at once. If the launcher is killed, the training
+processes stop too.
 Exit codes: 0 done, 1 failed, 2 a configuration error, or a folder or port already in use, 75 stopped with a checkpoint,
 143 stopped by a signal without one, 130 ended at once by a second Ctrl-C, or by Ctrl-C before training starts.
 HELP
