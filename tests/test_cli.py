@@ -177,7 +177,7 @@ def test_rules_of_the_configuration_and_the_model_stand_in_one_block() -> None:
     )
     assert result.returncode == 2
     assert result.stderr.startswith("titan-lite: 2 problems in the configuration\n")
-    assert "a world size that is a multiple of" in result.stderr
+    assert "the world size (3) must be a positive multiple of" in result.stderr
     assert 'did you mean "debug"?' in result.stderr
 
 
