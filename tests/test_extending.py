@@ -6,6 +6,7 @@ import sqlite3
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,6 +106,20 @@ def test_a_database_gives_the_samples_of_its_texts_and_a_sink_every_record(
     assert losses(records) == losses(expected)
     rows = (tmp_path / "a" / "loss.csv").read_text().splitlines()
     assert rows == [f"{record['step']},{record['loss']}" for record in records]
+
+
+def test_the_example_of_a_sink_drops_the_steps_that_a_resumed_run_writes_again(
+    packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(packages)
+    from my_csv.sink import CsvSink
+
+    for start_step in (0, 2):
+        sink = CsvSink(SimpleNamespace(folder=tmp_path, start_step=start_step))
+        for step in range(start_step + 1, start_step + 4):
+            sink.write({"step": step, "loss": 10 * start_step + step})
+        sink.close()
+    assert (tmp_path / "loss.csv").read_text() == "1,1\n2,2\n3,23\n4,24\n5,25\n"
 
 
 def test_a_schedule_of_a_plugin_runs_a_step_that_1f1b_refuses(
