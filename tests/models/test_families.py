@@ -118,7 +118,7 @@ def test_a_mixture_of_experts_has_the_published_number_of_active_parameters(
     assert expected / 1e9 == pytest.approx(billions, rel=0.02)
     model = meta_model(family, flavor)
     assert expected == sum(model.active(*named).numel() for named in model.named_parameters())
-    words = f"{num_params(args):,}, {expected:,} of them active"
+    words = f"{num_params(args):,} ({expected:,} active)"
     assert in_words(model.num_parameters, args) == words
 
 

@@ -44,7 +44,7 @@ def num_unused_params(args: DecoderArgs) -> int:
 def in_words(num_params: int, args: DecoderArgs) -> str:
     """Formats a number of parameters, with the number of active ones if that is smaller."""
     inactive = num_inactive_params(args)
-    active = f", {num_params - inactive:,} of them active" if inactive else ""
+    active = f" ({num_params - inactive:,} active)" if inactive else ""
     return f"{num_params:,}{active}"
 
 
