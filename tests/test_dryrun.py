@@ -379,6 +379,15 @@ def test_the_command_prints_memory_against_the_device_and_what_it_leaves_out(
     assert not (tmp_path / "outputs").exists()
 
 
+def test_a_note_states_that_gathered_keys_and_values_are_not_counted() -> None:
+    settings = ["--parallel.cp=2", "--data.packing=document"]
+    for method, is_noted in (("all_gather", True), ("ulysses", False)):
+        config = load_config(None, [*settings, f"--parallel.cp_method={method}"]).config
+        (note,) = run.left_out(config)
+        words = "the gathered keys and values, kept for backward, are not counted"
+        assert (words in note) == is_noted
+
+
 def test_a_step_that_does_not_fit_is_reported_for_each_end_of_the_pipeline_as_json(
     capfd: pytest.CaptureFixture[str],
 ) -> None:

@@ -192,7 +192,7 @@ def left_out(config: Config) -> list[str]:
     if config.data.masks_attention:
         exchange = ""
         if config.parallel.cp > 1 and config.parallel.cp_method == "all_gather":
-            exchange = "; keys and values are exchanged as for whole samples, and stored in parts"
+            exchange = "; the gathered keys and values, kept for backward, are not counted"
         notes.append(
             f'data.packing "{config.data.packing}": attention is counted over whole samples'
             f"{exchange}"
