@@ -94,8 +94,8 @@ class FractionOfBlocks(ActivationCheckpoint):
 
     mode: Literal["fraction"] = "fraction"
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Recompute the first int(num_layers * fraction) blocks (of each pipeline stage), at least
-    one."""
+    """Share of the blocks that are recomputed, the first ones (of each pipeline stage), rounded
+    down. It is an error if no block is left."""
 
     def layers(self, num_layers: int) -> range:
         """The first blocks."""
@@ -107,10 +107,11 @@ class SelectiveOp(ActivationCheckpoint):
 
     mode: Literal["selective_op"] = "selective_op"
     save: list[SavedOp] = ["attention", "every_second_matmul", "reduce_scatter", "max"]
-    """Operations whose results are kept. "attention"; "matmul" or "every_second_matmul"; sums over
-    tensor-parallel ranks: "reduce_scatter" with sequence parallel, "all_reduce" without; "max": the
-    amax reduction for the scales of "tensorwise" float8. Of experts: "routing": the order of
-    scores; "all_to_all": the exchanges of expert parallel; "grouped_matmul"."""
+    """Operations whose results are kept. "attention": attention. "matmul": all matmuls;
+    "every_second_matmul": every second one. "reduce_scatter" and "all_reduce": the sums over
+    tensor-parallel ranks, with and without sequence parallel. "max": the amax reduction for the
+    scales of "tensorwise" float8. For experts: "routing": the sorting by which experts are chosen;
+    "all_to_all": the exchanges of expert parallel; "grouped_matmul": the matmuls of the experts."""
 
     def layers(self, num_layers: int) -> range:
         """All blocks."""

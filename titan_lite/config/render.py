@@ -18,8 +18,9 @@ from titan_lite.config.stored import words
 HEAD = """\
 # Configuration
 
-Every key, as printed by `titan-lite config --docs`. Without what it *needs*, a key has no effect,
-and setting it causes a warning. Without what it *requires*, setting it is an error."""
+Every key, as printed by `titan-lite config --docs`. If a condition after *Needs* is not met, the
+key has no effect, and setting it causes a warning. If a condition after *Requires* is not met,
+setting the key is an error."""
 SCHEMA_DRAFT = "http://json-schema.org/draft-07/schema#"
 
 

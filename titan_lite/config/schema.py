@@ -78,8 +78,8 @@ class Model(Section):
     ffn_dim: Positive | None = None
     """Overrides the flavor's feed-forward width."""
     ffn: FFNKind | None = None
-    """Overrides the flavor's feed-forward: "swiglu", gated; "gelu", "gelu_tanh": plain, with the
-    exact GELU or its tanh approximation."""
+    """Overrides the flavor's feed-forward. "swiglu" is gated; "gelu" and "gelu_tanh" are plain,
+    with the exact GELU or its tanh approximation."""
     num_experts: Positive | None = None
     """Overrides the number of experts of a Mixture-of-Experts flavor; ffn_dim is the width of
     each."""
@@ -88,7 +88,7 @@ class Model(Section):
     route_norm: bool | None = None
     """Overrides whether the weights of a token's experts are divided by their sum."""
     balance_loss: BalanceKind | None = None
-    """Overrides the loss that balances the experts of each block: "sequence": computed for each
+    """Overrides the loss that balances the experts of each block. "sequence": computed for each
     sequence; "global_lagged": computed with the loads of the previous step's global batch.
     "micro_batch" is refused, because its result depends on the layout."""
     balance_coeff: Annotated[float, Field(ge=0)] | None = None
@@ -177,23 +177,22 @@ class Data(Documents):
 
     sources: list[DataSource] = []
     """Several sets of documents, which replace the one that the keys above select. Each has a table
-    [[data.sources]] with these keys, a `name` and a `weight`."""
+    [[data.sources]] with the keys above, a `name` and a `weight`."""
     on_bad_document: Literal["raise", "skip"] = "raise"
     """Handling of a document that is not JSON or not UTF-8, or whose text is missing, empty, not a
-    string or not valid Unicode: "raise" ends the run with file and line, "skip" leaves it out and
-    counts it. In
-    Parquet, Arrow and datasets by name only the text is checked. "skip" also leaves out, with a
-    warning, local .parquet files that cannot be opened; a file that is damaged after its start ends
-    the run."""
+    string or not valid Unicode. "raise" ends the run with file and line; "skip" leaves it out and
+    counts it. In Parquet, Arrow and datasets by name only the text is checked. "skip" also leaves
+    out, with a warning, local .parquet files that cannot be opened. A file that can be opened, but
+    turns out to be damaged when it is read further, ends the run."""
     tokenizer_path: str = ""
     """A tokenizer file, or a folder that has one: a tokenizer.json of Hugging Face, a sentencepiece
     model, or a table in tiktoken's format (base64 token, rank), as Llama 3's tokenizer.model.
-    tokenizer_config.json or special_tokens_map.json in its folder name BOS and EOS; otherwise their
-    usual spellings are used. Empty: the bundled tokenizer."""
+    BOS and EOS are those of tokenizer_config.json or special_tokens_map.json in the same folder; if
+    neither file names them, their usual spellings are used. Empty: the bundled tokenizer."""
     allow_tokenizer_mismatch: bool = False
     """Accept a tokenizer that does not match the model: one that fills less than 90 % of the
-    vocabulary, or gives other ids than the tokenizer of the weights' checkpoint or Hugging Face
-    model."""
+    vocabulary, or one that gives other ids than the tokenizer of the checkpoint or Hugging Face
+    model from which the weights are loaded."""
     packing: Literal["concat", "document", "fixed", "none"] = "concat"
     """Content of a sample of training.seq_len tokens, and tokens that may attend to each other.
     "concat": documents one after the other, attention crosses their borders; "document": as
@@ -206,11 +205,12 @@ class Data(Documents):
     shuffle: bool = True
     """Shuffle documents, by training.seed, in a different order in each epoch."""
     shuffle_buffer: Annotated[Positive, Needs("shuffle", values=(True,))] = 8192
-    """Documents that are shuffled together, in total: each stream shuffles shuffle_buffer /
-    num_streams of them."""
+    """Number of documents that are shuffled together, summed over all streams. Each stream shuffles
+    shuffle_buffer / num_streams documents at a time."""
     num_streams: Positive = 64
-    """Streams: the parts into which the documents are divided, the same ones in every layout. With
-    a multiple of the data-parallel degree, each stream is read by only one data-parallel rank."""
+    """Number of streams, the parts into which the documents are divided. They are the same in every
+    layout. With a multiple of the data-parallel degree, each stream is read by only one
+    data-parallel rank."""
     tokenizer_threads: Positive = 1
     """Threads for tokenizing, per process."""
     prefetch: Positive = 4
@@ -231,7 +231,7 @@ class MaskedLM(Section):
     whole_word_masking: bool = False
     """Predict all tokens of some words instead of single tokens."""
     short_seq_prob: Fraction = 0.1
-    """Share of the samples that are cut to a length drawn from all below training.seq_len."""
+    """Share of the samples that are cut to a random length."""
     next_sentence: bool = True
     """Samples are pairs of spans; in half of them the second does not follow the first, and the
     model is trained to predict this. false: one span per sample, no next-sentence loss."""
@@ -261,12 +261,12 @@ class Training(Section):
     reduce_dtype: DType = "float32"
     """Type in which gradients are reduced across ranks."""
     loss_positions: Literal["all", "labelled"] = "all"
-    """Positions that the output projection computes: "all", or only those "labelled", for masked
-    language models and padded samples."""
+    """Positions that the output projection computes. "labelled": only those with a label, for
+    masked language models and padded samples."""
     loss_chunks: Positive | Literal["auto"] = "auto"
     """Number of chunks in which output projection and cross-entropy are computed, so that full
     logits never exist; "auto": the fewest, up to 8, whose float32 logits fit into 512 MiB. With
-    several chunks the weight's gradient is summed in float32."""
+    several chunks, the gradient of the output projection's weight is summed in float32."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Seed of the weights, the data order and every generator."""
     deterministic: bool = False
@@ -286,9 +286,10 @@ class Validation(Documents):
     NEEDS: ClassVar = Needs("enable", values=(True,))
 
     dataset: Annotated[str, Needs("dataset_path", values=("",))] = ""
-    """Dataset for validation; empty: the `split` of data.dataset."""
+    """Dataset for validation; empty: data.dataset. With data.dataset_path or data.sources,
+    validation requires this key or validation.dataset_path."""
     split: str = "validation"
-    """Split of the dataset."""
+    """Split of the dataset that validation reads."""
     enable: bool = False
     """Validate every `interval` steps and after the last one."""
     interval: Positive = 500
@@ -306,7 +307,7 @@ class LRScheduler(Section):
     """Shape of the decay; "sqrt" falls as 1 - sqrt(progress); "inverse_sqrt" falls as sqrt(start /
     step), and has no end."""
     decay_ratio: Annotated[Fraction, Needs("decay_type", unless="constant")] = 1.0
-    """Share of training.steps for the decay, at the end of the run; 1.0: from the end of the
+    """Share of training.steps for the decay, at the end of the run. 1.0: the decay starts after the
     warm-up; less: warm-up, stable, decay (WSD)."""
     decay_start: Annotated[NonNegative | Literal[-1], Needs("decay_type", unless="constant")] = -1
     """Last step at the peak, at least warmup_steps and below training.steps; -1: computed from
@@ -320,7 +321,7 @@ class LRScheduler(Section):
     """Steps of a second linear warm-up, from 0 to the value that the schedule has after it."""
     rewarmup_start: Annotated[NonNegative, Needs("rewarmup_steps", above=0)] = 0
     """Step after which the second warm-up starts, normally that of the checkpoint to continue from.
-    Because it is a setting, a restart during or after the warm-up does not warm up again."""
+    A restart during or after the second warm-up does not warm up again."""
 
 
 class EMA(Section):
@@ -356,8 +357,8 @@ class Parallel(Section):
     while attention is computed; "all_gather": keys and values are gathered at once; "ulysses": each
     rank gets all tokens for some of the heads."""
     ep: Positive = 1
-    """Expert-parallel degree: number of ranks, of dp_shard x cp x tp, that share the experts of
-    each block. Tokens are sent to the ranks of their experts, and the results back."""
+    """Expert-parallel degree: number of ranks that share the experts of each block. It must divide
+    dp_shard x cp x tp. Tokens are sent to the ranks of their experts, and the results back."""
     tp: Positive = 1
     """Tensor-parallel degree."""
     pp: Positive = 1
@@ -374,12 +375,14 @@ class Parallel(Section):
     schedules have one, or two in a V."""
     pp_micro_batches: Annotated[Positive | Literal[-1], Needs("pp", above=1)] = -1
     """Micro-batches of one pass through the pipeline, after which gradients are reduced; -1: all of
-    an optimizer step. Fewer need several passes, and less memory with GPipe."""
+    an optimizer step. With fewer micro-batches per pass, a step makes several passes, and GPipe
+    uses less memory."""
     pp_split: Annotated[
         Literal["uniform", "parameters", "time", "explicit"], Needs("pp", above=1)
     ] = "time"
-    """How blocks are split into stages: equal numbers of blocks, of parameters (embedding and head
-    included), of FLOPs (head included), or as listed in `pp_stage_modules`."""
+    """How blocks are split into stages. "uniform": equal numbers of blocks; "parameters": equal
+    numbers of parameters, including embedding and head; "time": equal FLOPs, including the head;
+    "explicit": as listed in `pp_stage_modules`."""
     pp_stage_modules: Annotated[
         list[list[str]], Needs("pp", above=1), Needs("pp_split", values=("explicit",))
     ] = []
@@ -406,9 +409,9 @@ class Parallel(Section):
     """When gradients are reduced during accumulation. "last_micro_batch": until then every rank
     keeps whole gradients, 4 bytes per parameter (communication of ZeRO-1)."""
     fsdp_symm_mem: bool = False
-    """FSDP2 gathers and reduces from symmetric memory, for which NCCL has faster kernels (with
-    NCCL_CTA_POLICY=2 in the environment, copy engines). Requires torch 2.13, CUDA and async_tp =
-    false."""
+    """FSDP2 gathers and reduces from symmetric memory, for which NCCL has faster kernels. With
+    NCCL_CTA_POLICY=2 in the environment, NCCL uses copy engines instead of kernels inside a node.
+    Requires torch 2.13, CUDA and async_tp = false."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in host memory, and copy them to the device
     when they are used."""
