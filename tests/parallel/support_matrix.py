@@ -34,11 +34,12 @@ pytest tests/parallel/test_matrix.py --support-matrix docs/support_matrix.md
 
 Each run trains {LATER[-1]} steps of {BATCH} samples, or the `training.steps` of its row, with
 uneven numbers of valid tokens. It is compared with a run in one process without compile,
-checkpointing or accumulation. These quantities are compared: the weights before step 1, the loss
-and gradient norm of each step, every gradient of step 1, and every gradient of steps
-{" and ".join(map(str, LATER))}, repeated with the weights of the single process
-([numerics.md](numerics.md#layouts-against-one-process) has the reasons). The loss of validation has
-the bound of the loss. Runs use gloo on CPUs, or NCCL if there are as many GPUs as processes.
+checkpointing or accumulation. The weights before step 1, the loss and gradient norm of each step,
+and every gradient of step 1 are compared. For steps {" and ".join(map(str, LATER))} the
+layout gets the weights that the single process had before the step; then every gradient is
+compared. [numerics.md](numerics.md#layouts-against-one-process) has the reasons. If a row turns on
+validation, `validation/loss` is compared as well, with the same bound as the training loss. Runs
+use gloo on CPUs, or NCCL if there are as many GPUs as processes.
 [test_planted_bugs.py](../tests/parallel/test_planted_bugs.py) shows that the comparison detects
 faults.
 
@@ -50,14 +51,15 @@ The difference of two tensors is the largest difference of their elements, relat
 largest element. For a gradient, a quarter of the largest element of all gradients is added to this
 divisor.
 
-The names of layouts have the degrees in `[parallel]`: dpN is `dp_shard = N`, hsdp RxS is
-`dp_replicate = R` and `dp_shard = S`; tpN, cpN and ppN are `tp`, `cp` and `pp`. Degrees that a name
-does not have are 1.
+The names of layouts have the degrees in `[parallel]`. dpN is `dp_shard = N`, and hsdp RxS is
+`dp_replicate = R` and `dp_shard = S`. tpN, cpN and ppN are `tp`, `cp` and `pp`. All other degrees
+are 1.
 
-The columns are the modes of activation checkpointing. A cell has the execution (eager or compiled)
-x the number of micro-batches per step. The runs cover all pairs of values of layout, mode,
-execution and accumulation. aot_eager is a backend of torch.compile that has the same graphs as
-inductor, without inductor's kernels.
+The columns are the modes of activation checkpointing. A cell has the execution and the number of
+micro-batches per step, such as "eager x 4". Not every combination is run, but each pair of values
+of two of layout, mode, execution and number of micro-batches is in at least one run. "aot_eager" is
+a backend of torch.compile, which has the same graphs for forward and backward as "compile", without
+inductor's kernels.
 """
 
 FURTHER_TEXT = """\
@@ -66,33 +68,33 @@ These runs have further settings. The single process has the same settings, exce
 """
 
 FAMILIES_TEXT = """\
-The rows above are Llama's. These are debug flavors of the other families. The single process has
-the same settings, except those of `[parallel]` and `[activation_checkpoint]`. GPT is tested without
-the biases of queries, keys and values. Softmax does not change if a vector is added to all keys, so
-without rotation the gradient of the keys' bias is only rounding.
+The rows above are runs of Llama. These are runs of the debug flavors of the other families. The
+single process has the same settings, except those of `[parallel]` and `[activation_checkpoint]`.
+GPT is tested without the biases of queries, keys and values. Softmax does not change if a vector is
+added to all keys, so without rotation the gradient of the keys' bias is only rounding.
 """
 
 FEATURES_TEXT = """\
 ## Families
 
-Each cell has the layout of a run above with this family and feature, or the reason why there is
-none. FSDP shards over dp_shard x cp, so cp2 is a layout with FSDP. hsdp 2x1 is DDP.
+Each cell has the layout of a run above with this family and feature. If there is no such run, it
+has the reason. FSDP shards over dp_shard x cp, so cp2 is a layout with FSDP. hsdp 2x1 is DDP.
 """
 
 PRECISION = """\
 ## Other precisions
 
-Each layout is compared with one process in the same precision. At every step its loss and gradient
-norm may differ by as much as one process in that precision ever differs from one process in
-float32. The float32 master weights start with the same bits. Runs with `optimizer.state_dtype`
-"int8" or "float8" differ between layouts, because the blocks that share a scale depend on the
-layout.
+Each layout is compared with one process in the same precision. The bound for its loss and gradient
+norm, at every step, is the largest difference in any step between one process in that precision and
+one process in float32. The float32 master weights start with the same bits. Runs with
+`optimizer.state_dtype` "int8" or "float8" differ between layouts, because the blocks of elements
+that share a scale depend on the layout.
 """
 
 REFUSED = """\
 ## Refused
 
-The table has the error messages on a CPU.
+The reasons are the error messages on a CPU.
 """
 
 
