@@ -56,10 +56,10 @@ The names of layouts have the degrees in `[parallel]`. dpN is `dp_shard = N`, an
 are 1.
 
 The columns are the modes of activation checkpointing. A cell has the execution and the number of
-micro-batches per step, such as "eager x 4". Not every combination is run, but each pair of values
-of two of layout, mode, execution and number of micro-batches is in at least one run. "aot_eager" is
-a backend of torch.compile, which has the same graphs for forward and backward as "compile", without
-inductor's kernels.
+micro-batches per step, such as "eager x 4". Not every combination is run. Each value of layout,
+mode, execution and number of micro-batches is combined with each value of the other three in at
+least one run. "aot_eager" is a backend of torch.compile, which has the same graphs for forward and
+backward as "compile", without inductor's kernels.
 """
 
 FURTHER_TEXT = """\
