@@ -121,7 +121,7 @@ def test_a_layout_that_does_not_divide_is_listed_with_its_reason(
 ) -> None:
     args = ["plan", "scaling", CONFIG, "--cluster=h100", "--gpus=9", "--parallel.tp=2"]
     assert cli.main(args) == 0
-    assert "got 9" in capsys.readouterr().out
+    assert "the world size (9) must be" in capsys.readouterr().out
 
 
 def test_the_first_configurations_cluster_is_the_default(

@@ -311,7 +311,7 @@ def test_a_run_that_cannot_be_compared_is_a_mistake(spoil, message: str, capsys)
         ),
         (("run.toml", "a", "--nproc=none"), "expected a number of processes, got 'none'"),
         (("run.toml", "a", "--training.stebs=3"), "did you mean"),
-        (("run.toml", "a", "--nproc=3", "--parallel.tp=2"), "got 3; lower a degree"),
+        (("run.toml", "a", "--nproc=3", "--parallel.tp=2"), "the world size (3) must be"),
         (("run.toml", "a", "--keep=."), "--keep: a exists already"),
         (("a", "a", "--keep=k"), "--keep requires a TOML configuration to train: neither"),
         (("a", "run.toml", "--nproc", "2"), "a, run.toml, 2; write options as --name=value"),
