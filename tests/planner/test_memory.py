@@ -193,6 +193,19 @@ def test_a_pipeline_is_as_large_as_its_largest_place() -> None:
     assert places[-1].bytes < 0.65 * places[0].bytes
 
 
+def test_a_stage_without_a_block_has_the_memory_of_its_embedding() -> None:
+    stages = (
+        '[["tok_embeddings"], ["layers.0", "layers.1", "layers.2", "layers.3", "norm", "output"]]'
+    )
+    overrides = ["--parallel.pp=2", "--training.global_batch_size=16"]
+    overrides += ["--parallel.pp_split=explicit", f"--parallel.pp_stage_modules={stages}"]
+    plan = make_plan(PRESETS / "debug.toml", overrides, 2, with_files=False)
+    first, last = (place.bytes / 2**20 for place in memory(read_job(plan)))
+    # The dry runs: 18.6 and 267 MiB.
+    assert first == pytest.approx(18.6, rel=0.25)
+    assert last == pytest.approx(267, rel=0.01)
+
+
 def test_llama_3_70b_needs_more_than_one_node() -> None:
     plan = make_plan(
         PRESETS / "llama3_70b.toml",

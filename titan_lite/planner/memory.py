@@ -161,7 +161,7 @@ class _MemoryModel:
         job = self.job
         each = self.stream / (job.tp if job.sequence_parallel else 1) * (job.pp > 1 and 0 in stages)
         for stage in stages:
-            share = job.recomputed[stage] / job.blocks[stage]
+            share = job.recomputed[stage] / max(1, job.blocks[stage])
             # Tensors recomputed for the gradients of inputs are kept for those of weights.
             share *= not (job.pp > 1 and SCHEDULES[job.schedule].splits_backward)
             for number, count in enumerate(self.sizes.counts[stage]):
@@ -209,7 +209,7 @@ class _MemoryModel:
         works = {
             # Each micro-batch's gradients of the head wait for its backward.
             "loss": self.logits + (self.at_last - 1) * (width * table + stream),
-            "backward": max(self.backward(kind, mode) for kind in kinds),
+            "backward": max((self.backward(kind, mode) for kind in kinds), default=0),
             "reducing": reducing,
             "end": width * table * (t if 0 in stages else has_head),
             "embedding": width * table * t,
