@@ -288,7 +288,7 @@ def test_tensor_parallel_gathers_in_float8_for_linears_in_it_only(
         "layers.0.feed_forward"
     }
     (record,) = caplog.records
-    assert record.getMessage().startswith("layers.*.attention gathers in high precision: some of")
+    assert record.getMessage().startswith("layers.*.attention: tensor parallel gathers the input in")
     assert gathers(recipe="rowwise") == set()
 
 

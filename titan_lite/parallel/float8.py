@@ -272,7 +272,8 @@ def in_float8_styles(model: Transformer, plan: tuple[PlanRow, ...]) -> set[str]:
                 mixed.append(name)
     if mixed:
         logger.warning(
-            "%s gathers in high precision: some of its linears are left out of float8",
+            "%s: tensor parallel gathers the input in high precision, because some of the linears "
+            "that read it are left out of float8",
             ", ".join(dict.fromkeys(map(_pattern, mixed))),
         )
     return tensorwise | gathers

@@ -26,9 +26,9 @@ T = TypeVar("T", bound=Tensor | None)
 class LossTerms:
     """The parts of the loss of one step or evaluation.
 
-    token_factor, pair_factor: scalars that multiply the loss of each token and of each pair. The
-    forward passes add to the other two: sums, the objective's sums, and source_losses, for each
-    entry of data.sources the loss summed over this rank's tokens, without token_factor.
+    token_factor, pair_factor: scalars that multiply the loss of each token and of each pair.
+    sums: the objective's sums. source_losses: for each entry of data.sources, the loss summed over
+    this rank's tokens, without token_factor. The forward passes add to sums and source_losses.
     """
 
     token_factor: Tensor
@@ -134,7 +134,7 @@ class ModelInputs:
         """Returns the side inputs of this rank's tokens, split for context parallel."""
         indices, positions, keys = self.local_indices, batch.positions, None
         if self.splits_sequences:
-            # A batch with attention inside documents or blocks has position ids; otherwise the
+            # With data.packing = "document" or "fixed", batches have position ids; otherwise the
             # positions are the indices.
             positions = indices if positions is None else positions[:, indices]
         # Nothing is dropped in an evaluation, which has no gradients.

@@ -1,7 +1,7 @@
 """Checks the files that a run reads. Does not import torch.
 
 `titan-lite config --preflight`, which run_train.sh calls, runs these checks before any process
-starts. Each process then repeats `preflight` and `check_same_model`.
+starts. Each process then repeats `preflight`, but not `check_contents`.
 """
 
 import contextlib
