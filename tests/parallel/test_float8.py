@@ -280,15 +280,18 @@ def test_tensor_parallel_gathers_in_float8_for_linears_in_it_only(
         names = in_float8_styles(model, PLAN)
         return names - float8_linears(model).keys()
 
+    def messages() -> list[str]:  # The first import of torchao may log warnings of its own.
+        return [record.getMessage() for record in caplog.records if "titan_lite" in record.name]
+
     block = {"layers.0.attention", "layers.0.feed_forward"}
     assert gathers(recipe="tensorwise") == block
     assert gathers(recipe="tensorwise", filter=["layers.*.attention.wo"]) == block
-    assert not caplog.records
+    assert not messages()
     assert gathers(recipe="tensorwise", filter=["layers.*.attention.wk"]) == {
         "layers.0.feed_forward"
     }
-    (record,) = caplog.records
-    assert record.getMessage().startswith("layers.*.attention: tensor parallel gathers the input in")
+    (message,) = messages()
+    assert message.startswith("layers.*.attention: tensor parallel gathers its input in high prec")
     assert gathers(recipe="rowwise") == set()
 
 

@@ -272,7 +272,7 @@ def in_float8_styles(model: Transformer, plan: tuple[PlanRow, ...]) -> set[str]:
                 mixed.append(name)
     if mixed:
         logger.warning(
-            "%s: tensor parallel gathers the input in high precision, because some of the linears "
+            "%s: tensor parallel gathers its input in high precision, because some of the linears "
             "that read it are left out of float8",
             ", ".join(dict.fromkeys(map(_pattern, mixed))),
         )
