@@ -280,7 +280,7 @@ def test_tensor_parallel_gathers_in_float8_for_linears_in_it_only(
         names = in_float8_styles(model, PLAN)
         return names - float8_linears(model).keys()
 
-    def messages() -> list[str]:  # The first import of torchao may log warnings of its own.
+    def messages() -> list[str]:  # The first import of torchao may log other warnings.
         return [record.getMessage() for record in caplog.records if "titan_lite" in record.name]
 
     block = {"layers.0.attention", "layers.0.feed_forward"}

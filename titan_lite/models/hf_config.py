@@ -9,7 +9,7 @@ from titan_lite.config.problems import one_of
 from titan_lite.models.args import DecoderArgs, RopeScaling
 
 NO_HF_CONFIG = (
-    "model family {} cannot be converted to or from transformers: its hf_config is not set"
+    'family "{}" cannot be converted to or from transformers, because it defines no hf_config'
 )
 
 # Fields of the args that affect training but not the weights.
@@ -227,7 +227,7 @@ def _read_scaling(scaling: Mapping[str, Any] | None) -> RopeScaling | None:
         return None
     if kind != "llama3":
         raise ValueError(
-            f'config.json: rope_scaling is of type {kind!r}; only "llama3" is known here'
+            f'config.json: rope_scaling is of type {kind!r}; only "llama3" is supported'
         )
     missing = [key for key in _SCALING_KEYS.values() if key not in scaling]
     if missing:

@@ -24,7 +24,10 @@ def hf_rules(config: Config, family: Family, args: DecoderArgs) -> Iterator[Sett
         message = unsupported_in_hf(args, family.hf_config)
     for key in ("initial_load_hf", "last_save_hf"):
         if message and getattr(config.checkpoint, key):
-            yield SettingError((f"checkpoint.{key}", "model.name"), message)
+            yield SettingError(
+                (f"checkpoint.{key}", "model.name"),
+                f"{message}: remove checkpoint.{key}, or choose another model",
+            )
 
 
 def objective_rules(config: Config, family: Family) -> Iterator[SettingError]:
