@@ -239,7 +239,7 @@ def test_a_family_without_a_form_in_transformers_is_refused(
 ) -> None:
     monkeypatch.setattr(registry._FAMILIES, "data", {"llama": replace(LLAMA, hf_config=None)})
     settings = ["--checkpoint.enable=true", "--checkpoint.last_save_hf=true"]
-    message = "because it defines no hf_config: remove checkpoint.last_save_hf, or choose another mod"
+    message = "because it defines no hf_config: remove checkpoint.last_save_hf, or choose another"
     with pytest.raises(ConfigError, match=message):
         make_plan(None, settings, 1)
 

@@ -544,7 +544,7 @@ def test_a_family_without_a_form_in_transformers_is_refused(
 ) -> None:
     monkeypatch.setattr(registry._FAMILIES, "data", {"llama": replace(LLAMA, hf_config=None)})
     assert cli.main(["convert", "dcp-to-hf", f"{saved}/dcp", f"{tmp_path}/own"]) == 2
-    message = 'family "llama" cannot be converted to or from transformers, because it defines no hf_'
+    message = 'family "llama" cannot be converted to or from transformers, because it defines no'
     assert message in capsys.readouterr().err
 
 
