@@ -356,7 +356,7 @@ BUDGET = {
     "dryrun": 864,
     "metrics": 769,
     "optim": 712,
-    "cli": 317,
+    "cli": 321,
     "launch": 310,
     "train": 141,
 }

@@ -93,6 +93,15 @@ def test_looking_at_a_configuration_needs_none_of_its_files(
     assert 'no such file: "none.model"' in error
 
 
+def test_an_unknown_cluster_is_a_warning_like_a_missing_file() -> None:
+    result = titan_lite("config", "--job.cluster=h1000")
+    assert result.returncode == 0
+    assert (
+        "titan-lite: warning: a run would stop at the start: job.cluster (command line): "
+        'no cluster "h1000"; did you mean "h100"? (known: a100' in result.stderr
+    )
+
+
 def test_a_missing_checkpoint_is_a_warning_like_a_missing_file() -> None:
     folder = "--job.dump_folder=runs/optimizer.lr=1e-3"
     enabled = ["--optimizer.lr=1e-3", "--checkpoint.enable=true", folder]

@@ -172,9 +172,13 @@ def _config(argv: list[str]) -> int:
 def _warn_of_missing_files(plan: Plan) -> None:
     """Warns about files that a run on this machine requires."""
     from titan_lite.checkpoint.state import find_start
+    from titan_lite.planner.cluster import find_cluster
 
     missing = Collector()
     missing.errors += file_rules(plan.config)
+    if cluster := plan.config.job.cluster:
+        with missing.checking("job.cluster"):
+            find_cluster(cluster)
     # Finding the start would report a missing folder of weights again.
     if not any(error.keys == ("checkpoint.initial_load_path",) for error in missing.errors):
         with missing.checking("checkpoint.load_step"):
