@@ -173,14 +173,14 @@ REFUSED: list[tuple[list[str], int, str, str]] = [
         4,
         "training.global_batch_size",
         "global_batch_size (12) must be a multiple of training.local_batch_size (2) x "
-        "data-parallel degree (4) = 8 at world size 4 (set by --world-size, or by NGPU x NNODES)",
+        "data-parallel degree (4) = 8 at world size 4 (to change it: --world-size, or NGPU x NNODES)",
     ),
     (
         ["parallel.reshard_after_forward=3"],
         8,
         "parallel.reshard_after_forward",
         "reshard_after_forward (3) must be above 1, below the FSDP degree and divide it; the FSDP "
-        "degree is 8 at world size 8 (set by --world-size, or by NGPU x NNODES): use 2 or 4",
+        "degree is 8 at world size 8 (to change it: --world-size, or NGPU x NNODES): use 2 or 4",
     ),
     (
         ["parallel.reshard_after_forward=8"],
@@ -192,7 +192,7 @@ REFUSED: list[tuple[list[str], int, str, str]] = [
         ["parallel.reshard_after_forward=3"],
         4,
         "parallel.reshard_after_forward",
-        "the FSDP degree is 4 at world size 4 (set by --world-size, or by NGPU x NNODES): use 2",
+        "the FSDP degree is 4 at world size 4 (to change it: --world-size, or NGPU x NNODES): use 2",
     ),
     (
         ["parallel.reshard_after_forward=2"],
@@ -610,7 +610,7 @@ def test_what_can_work_gives_the_degrees() -> None:
         (
             ["parallel.gradient_sync=last_micro_batch"],
             1,
-            "because no gradient is reduced at world size 1 (set by --world-size, or by NGPU x",
+            "because no gradient is reduced at world size 1 (to change it: --world-size, or NGPU x",
         ),
         (["parallel.gradient_sync=last_micro_batch"], 2, "because a step is one micro-batch"),
         ([*PP2, "parallel.gradient_sync=last_micro_batch"], 4, "because a pipeline reduces gradi"),

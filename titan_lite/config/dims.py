@@ -116,7 +116,7 @@ class ParallelDims:
     @property
     def at_world_size(self) -> str:
         """Words that follow a degree in a message, because the world size may be a default."""
-        return f"at world size {self.world_size} (set by --world-size, or by NGPU x NNODES)"
+        return f"at world size {self.world_size} (to change it: --world-size, or NGPU x NNODES)"
 
     def over(self, axes: Iterable[str]) -> int:
         """Number of ranks that differ only in their coordinates on these axes."""

@@ -27,8 +27,9 @@ class LossTerms:
     """The parts of the loss of one step or evaluation.
 
     token_factor, pair_factor: scalars that multiply the loss of each token and of each pair.
-    sums: the objective's sums. source_losses: for each entry of data.sources, the loss summed over
-    this rank's tokens, without token_factor. The forward passes add to sums and source_losses.
+    sums: the objective's sums besides the token loss, such as the summed losses of pairs.
+    source_losses: for each entry of data.sources, the loss summed over this rank's tokens, without
+    token_factor. The forward passes add to sums and source_losses.
     """
 
     token_factor: Tensor

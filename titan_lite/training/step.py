@@ -46,9 +46,9 @@ class StepResult:
     """Tensors on the device, which the host reads later.
 
     All except source_losses are the same on all ranks.
-    loss: mean over the global batch. sums: the objective's other sums over it. grad_norm: global,
-    before clipping. is_finite: a bool, True if loss and norm are finite. source_losses: one element
-    per entry of data.sources, its loss summed over this rank's tokens.
+    loss: mean over the global batch. sums: the objective's sums besides the token loss.
+    grad_norm: global, before clipping. is_finite: a bool, True if loss and norm are finite.
+    source_losses: one element per entry of data.sources, its loss summed over this rank's tokens.
     """
 
     loss: Tensor
@@ -63,7 +63,8 @@ class StepResult:
 class TrainStep:
     """One optimizer step over micro-batches; collective.
 
-    The host does not wait for the device, except in blocks with experts if parallel.ep > 1.
+    The host waits for the device only in blocks with experts if parallel.ep > 1, if parameters are
+    offloaded to the CPU, and with optimizers for which `step_if` waits.
 
     pipeline: runs the stages; None if `model` itself is called. max_norm: the gradient norm to clip
     to; 0 does not clip.

@@ -99,7 +99,8 @@ class StepMonitor:
         """Returns metrics of the data that was read; collective."""
         metrics: dict[str, float] = {}
         if self._plan.config.data.on_bad_document != "raise":
-            # Ranks that share a stream may have read different parts of it.
+            # Data-parallel ranks can read the same stream; the one that is furthest has skipped the
+            # most documents.
             counts = torch.tensor(self._loader.num_skipped(), device=self._process.device)
             metrics["skipped_documents"] = all_reduce(counts, "max").sum().item()
         if self._sources is not None:
