@@ -173,7 +173,8 @@ REFUSED: list[tuple[list[str], int, str, str]] = [
         4,
         "training.global_batch_size",
         "global_batch_size (12) must be a multiple of training.local_batch_size (2) x "
-        "data-parallel degree (4) = 8 at world size 4 (to change it: --world-size, or NGPU x NNODES)",
+        "data-parallel degree (4) = 8 at world size 4 (to change it: --world-size, or NGPU x "
+        "NNODES)",
     ),
     (
         ["parallel.reshard_after_forward=3"],
@@ -192,7 +193,8 @@ REFUSED: list[tuple[list[str], int, str, str]] = [
         ["parallel.reshard_after_forward=3"],
         4,
         "parallel.reshard_after_forward",
-        "the FSDP degree is 4 at world size 4 (to change it: --world-size, or NGPU x NNODES): use 2",
+        "the FSDP degree is 4 at world size 4 (to change it: --world-size, or NGPU x NNODES): use "
+        "2",
     ),
     (
         ["parallel.reshard_after_forward=2"],
@@ -614,7 +616,7 @@ def test_what_can_work_gives_the_degrees() -> None:
         ),
         (["parallel.gradient_sync=last_micro_batch"], 2, "because a step is one micro-batch"),
         ([*PP2, "parallel.gradient_sync=last_micro_batch"], 4, "because a pipeline reduces gradi"),
-        (["parallel.fsdp_symm_mem=true"], 1, "because nothing is sharded at world size 1 (set by"),
+        (["parallel.fsdp_symm_mem=true"], 1, "because nothing is sharded at world size 1 (to change"),
         (
             ["model.fp32_residual=true", "training.param_dtype=float32"],
             1,

@@ -89,7 +89,8 @@ def preflight(plan: Plan) -> Preflight:
 def check_contents(plan: Plan, checked: Preflight) -> None:
     """Checks the first documents, the held-out documents and the export.
 
-    Also checks that the data settings are those of the checkpoint that the run resumes from. Raises SettingErrors for problems that would end the run in its first step or at the export.
+    Also checks that the data settings are those of the checkpoint that the run resumes from.
+    Raises SettingErrors for problems that would end the run in its first step or at the export.
     """
     config, training = plan.config, plan.config.training
     rows: RowMaker = Packing(config.data, training.seq_len)
