@@ -616,7 +616,7 @@ def test_what_can_work_gives_the_degrees() -> None:
         ),
         (["parallel.gradient_sync=last_micro_batch"], 2, "because a step is one micro-batch"),
         ([*PP2, "parallel.gradient_sync=last_micro_batch"], 4, "because a pipeline reduces gradi"),
-        (["parallel.fsdp_symm_mem=true"], 1, "because nothing is sharded at world size 1 (to change"),
+        (["parallel.fsdp_symm_mem=true"], 1, "because nothing is sharded at world size 1 (to"),
         (
             ["model.fp32_residual=true", "training.param_dtype=float32"],
             1,
